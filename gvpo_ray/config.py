@@ -1,0 +1,474 @@
+"""A run is one file: the pydantic models behind a YAML file, `key=value` overrides, and every cross-field check.
+
+Unknown keys are refused with the nearest right one. Functions elsewhere take the part they need, never the whole config.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A bad key, path, model or data file: one clear line that names it. The command line exits with status 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str
+    """A Hugging Face model folder or hub name; its tokenizer is beside it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the engines compute in, and the learner's forward pass. Master weights and the optimizer stay in float32."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Longest prompt + completion in tokens; default: what the model's config.json says."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model folder."""
+
+
+class PromptsConfig(Section):
+    path: str
+    """A Parquet or JSONL file, or the name of a Hugging Face data set."""
+    split: str = "train"
+    """Split of a Hugging Face data set; files have none."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face data set ("main" for openai/gsm8k)."""
+    prompt_column: str = "prompt"
+    """Column of the problem's text."""
+    answer_column: str = "answer"
+    """Column of the gold answer, as text."""
+    template: str | None = None
+    """Plain template such as "Question: {prompt}\\nAnswer:"; default: the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """System message for the chat template."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are left out, counted and reported (never cut). Default: what the context leaves beside a completion."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many rows."""
+    shuffle: bool = True
+    """A new order, fixed by the seed, in each epoch. Evaluation always keeps the file's order."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_prompt(cls, value: str | None) -> str | None:
+        if value is not None and "{prompt}" not in value:
+            raise ValueError("must contain {prompt}")
+        return value
+
+
+class SamplingConfig(Section):
+    """How engines sample. GVPO's theory needs the sampler to cover the reference's support: values that cut it are refused."""
+
+    num_completions: int = Field(default=8, ge=2)
+    """k: completions per prompt, one group. One alone carries no signal."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest completion, in tokens; one that reaches it has finish_reason "length"."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    """0 or -1: no cut."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    allow_truncated_support: bool = False
+    """Opt out of the refusal of top_p < 1, top_k and min_p: warns instead. The optimum is then no longer GVPO's."""
+
+    @model_validator(mode="after")
+    def _full_support(self) -> SamplingConfig:
+        cuts = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
+        if any(cuts.values()):
+            named = ", ".join(f"{key}={getattr(self, key)}" for key, cut in cuts.items() if cut)
+            why = f"{named} cuts the sampler's support, and GVPO's optimum holds only for samplers that cover the reference (Corollary 3.2)"
+            if not self.allow_truncated_support:
+                raise ValueError(f"{why}; use temperature alone, or set allow_truncated_support: true to accept the bias")
+            warnings.warn(f"sampling: {why}", stacklevel=2)
+        return self
+
+
+class LossConfig(Section):
+    beta: float = Field(default=0.1, gt=0)
+    """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so 1/beta nats are worth one unit of reward."""
+    reference: str = "behaviour"
+    """Which policy is pi_ref: `behaviour` (the one that sampled the completion), `previous` (the policy at the start of the step),
+    `initial` (frozen), or `every: N` (refreshed every N steps)."""
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _reference(cls, value: Any) -> str:
+        if isinstance(value, dict) and set(value) == {"every"}:
+            value = f"every: {value['every']}"
+        name, _, number = str(value).partition(":")
+        if name == "every" and number.strip().isdigit() and int(number) > 0:
+            return f"every: {int(number)}"
+        if value in ("behaviour", "previous", "initial"):
+            return str(value)
+        raise ValueError("must be behaviour, previous, initial or every: N")
+
+    @property
+    def reference_every(self) -> int | None:
+        """N of `every: N`."""
+        return int(self.reference.partition(":")[2]) if self.reference.startswith("every") else None
+
+
+class EnginesConfig(Section):
+    num: int = Field(default=1, ge=1)
+    """Engine actors."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of one engine (= tensor_parallel_size on GPU); 0: vLLM's CPU build."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs that one engine asks Ray for."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_groups: int = Field(default=64, ge=1)
+    """Groups in flight per engine: its free slots pull the next prompt."""
+    memory_fraction: float = Field(default=0.85, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes (GPU only)."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Key-value cache on CPU, in GiB (CPU only)."""
+    enforce_eager: bool = True
+    """No CUDA graphs and no compilation: starts sooner, decodes slower on GPU."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one engine; default: all that the node has."""
+    weight_transfer: Literal["objects", "nccl"] = "objects"
+    """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`: vLLM's broadcast from
+    learner rank 0 to a fixed fleet of GPU engines."""
+    parity_every: int = Field(default=20, ge=0)
+    """Compare engine and learner log-probs after the first weight transfer and then every so many; 0: only the first."""
+    parity_tolerance: float | None = Field(default=None, gt=0)
+    """Largest mean difference in nats per token; default 1e-3 in float32, 0.1 in bfloat16."""
+    vllm: dict[str, Any] = {}
+    """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
+
+
+class VerifiersConfig(Section):
+    num: int = Field(default=2, ge=1)
+    """Verifier actors; each checks one group at a time."""
+    num_cpus: float = Field(default=0.1, ge=0)
+    rewards: dict[str, float] = {"math": 1.0}
+    """Reward functions and their weights: `math`, `module:function`, `path.py:function`, or the name of a callable that is passed from
+    Python; the reward is the weighted sum."""
+    timeout_s: float = Field(default=5.0, gt=0)
+    """Wall-clock limit of one check; past it the worker is killed and the completion has no reward (never 0)."""
+    memory_gib: float = Field(default=2.0, gt=0)
+    """Address space of the worker that runs the checks."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _some(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError("name at least one reward function")
+        return value
+
+
+class LearnerConfig(Section):
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Train workers; whole groups go to each."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs per worker; 0: gloo on CPU."""
+    num_cpus: float = Field(default=0.25, gt=0)
+    """CPUs that one worker asks Ray for."""
+    num_threads: int = Field(default=1, ge=1)
+    """Torch threads of one worker (CPU only matters)."""
+    backend: Literal["deepspeed", "ddp"] = "deepspeed"
+    zero_stage: int = Field(default=0, ge=0, le=3)
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up, to zero at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up of the learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    num_mini_batches: int = Field(default=4, ge=1)
+    """Optimizer updates per step. With 1, the log-ratio is always 0 in a synchronous run: GVPO is then REINFORCE with a mean baseline."""
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+    """Padded tokens of one forward pass; a larger group is a pass of its own."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(default=0, ge=0)
+    """Evaluate before the first step, every so many steps and after the last; 0: only on request."""
+    sets: dict[str, PromptsConfig] = {}
+    """Held-out prompt files by name; metrics are eval/<name>/pass@1."""
+    num_samples: int = Field(default=1, ge=1)
+    """Completions per prompt; pass@1 is their mean."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Default: as in sampling."""
+    every_limit: int | None = Field(default=None, ge=1)
+    """Prompts per set for the evaluations inside training; the first and the last always use the whole set."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=10, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class RayConfig(Section):
+    address: str | None = None
+    """Of a running cluster; default: RAY_ADDRESS (set under `ray job submit`), else an embedded Ray of the run's own."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of the embedded Ray; default: the machine's."""
+    object_store_gib: float = Field(default=1.0, gt=0)
+    """Object store of the embedded Ray."""
+    dashboard: bool = False
+    """Dashboard of the embedded Ray."""
+
+
+class WarmStartConfig(Section):
+    """Make a small model from scratch and teach it by supervised learning (jobs/warm_start.py); writes model.path."""
+
+    data: PromptsConfig
+    """Worked problems."""
+    solution_column: str = "solution"
+    """Column of the worked solution; `column.key` looks into a column of JSON text."""
+    remove: str | None = None
+    """Regular expression of what to leave out of the solutions, such as GSM8K's "<<48/2=24>>"."""
+    completion: str = "{solution}"
+    """What the model learns to write, such as "{solution}\\n\\\\boxed{{answer}}"."""
+    vocab_size: int = Field(default=4096, ge=300)
+    """Of the byte-level BPE tokenizer trained on the texts; digits are tokens of their own."""
+    architecture: dict[str, Any] = {}
+    """Arguments of transformers' Qwen2Config."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per update."""
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """After a warm-up over the first twentieth, it falls linearly to a twentieth."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Torch threads; default: the machine's CPUs."""
+
+
+class GVPOConfig(Section):
+    run_dir: str
+    """Folder of the run: config.yaml, metrics.jsonl, groups/, checkpoints/. Running `train` on it again resumes it."""
+    seed: int = 0
+    num_steps: int = Field(ge=1)
+    """Training steps; one step trains one batch of groups."""
+    groups_per_step: int = Field(default=64, ge=1)
+    """n: groups in the batch of one step."""
+    max_staleness: int | None = Field(default=0, ge=0)
+    """The one dial of asynchrony: a group may start while started // groups_per_step <= version + max_staleness. 0: synchronous,
+    1: one step ahead, n: asynchronous, null: unbounded."""
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    loss: LossConfig = LossConfig()
+    engines: EnginesConfig = EnginesConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ray: RayConfig = RayConfig()
+    warm_start: WarmStartConfig | None = None
+
+    @model_validator(mode="after")
+    def _across(self) -> GVPOConfig:
+        """Every check that concerns two keys."""
+        model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
+        if learner.num_mini_batches > n:
+            raise ValueError(f"learner.num_mini_batches ({learner.num_mini_batches}) must not exceed groups_per_step ({n})")
+        for key, max_tokens in (("sampling", self.sampling.max_tokens), ("evaluation", self.evaluation.max_tokens)):
+            if model.max_length is not None and max_tokens is not None and max_tokens >= model.max_length:
+                raise ValueError(f"{key}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length ({model.max_length})")
+        if engines.weight_transfer == "nccl" and not (engines.num_gpus and learner.num_gpus):
+            raise ValueError("engines.weight_transfer: nccl needs GPUs in engines.num_gpus and learner.num_gpus; use objects")
+        gpus, shards = engines.num_gpus, engines.tensor_parallel_size
+        if gpus and max(gpus, 1) != shards:  # a part of a GPU holds one shard
+            raise ValueError(f"engines.num_gpus ({gpus:g}) must equal engines.tensor_parallel_size ({shards})")
+        if learner.zero_stage and learner.backend != "deepspeed":
+            raise ValueError(f"learner.zero_stage ({learner.zero_stage}) needs learner.backend: deepspeed, not {learner.backend}")
+        if self.evaluation.every and not self.evaluation.sets:
+            raise ValueError("evaluation.every is set but evaluation.sets is empty")
+        return self
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> GVPOConfig:
+        """Read a YAML file and apply overrides: `["learner.num_workers=1", …]` or `{"learner.num_workers": 1}`.
+
+        Raises:
+            ConfigError: one line that names the key.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: expected keys and values, found {'nothing' if data is None else type(data).__name__}")
+        return cls.from_dict(data, overrides, where=str(path))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], overrides: list[str] | dict[str, Any] | None = None, where: str = "config") -> GVPOConfig:
+        """As from_file, from a dictionary, which stays as it is."""
+        data = copy.deepcopy(data)
+        items = overrides.items() if isinstance(overrides, dict) else [_parse_override(text) for text in overrides or []]
+        for key, value in items:
+            _set(data, key, value)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_one_line(error)}") from error
+
+    def absolute(self) -> GVPOConfig:
+        """With local paths made absolute: actors do not run in this folder, and a run may be taken up from another one."""
+
+        def path(text: str) -> str:
+            return str(Path(text).expanduser().absolute()) if is_local(text) else text
+
+        def reward(name: str) -> str:
+            file, colon, function = name.rpartition(":")
+            return f"{path(file)}:{function}" if colon and file.endswith(".py") else name
+
+        def prompts(section: PromptsConfig) -> PromptsConfig:
+            return section.model_copy(update={"path": path(section.path)})
+
+        sets = {name: prompts(section) for name, section in self.evaluation.sets.items()}
+        rewards = {reward(name): weight for name, weight in self.verifiers.rewards.items()}
+        return self.model_copy(
+            update={
+                "run_dir": str(Path(self.run_dir).expanduser().absolute()),
+                "model": self.model.model_copy(update={"path": path(self.model.path)}),
+                "prompts": prompts(self.prompts),
+                "verifiers": self.verifiers.model_copy(update={"rewards": rewards}),
+                "evaluation": self.evaluation.model_copy(update={"sets": sets}),
+                "warm_start": self.warm_start and self.warm_start.model_copy(update={"data": prompts(self.warm_start.data)}),
+            }
+        )
+
+    def dump(self) -> str:
+        """The resolved config as YAML, in the order of the fields."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+    def build(self, **rewards: Any) -> Any:
+        """Start (or resume) the run: returns a `GVPO`. See `gvpo_ray.controller.GVPO`."""
+        from gvpo_ray.controller import GVPO  # the only place where config looks up the layers: a convenience for users
+
+        return GVPO(self, **rewards)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is of this machine. Hub names are `name` or `owner/name`, without the suffix of a file, and nothing is there."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (".parquet", ".jsonl", ".json", ".py")
+    return looks_local or Path(path).exists()
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {text!r} is not key=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: {value!r} is not a YAML value") from error
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        child = data.setdefault(name, {})
+        if child is None:
+            child = data[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key}: {name} is not a section")
+        data = child
+    data[last] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem, with its key; an unknown key with the nearest right one."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = [".".join([*location[:-1], name]) for name in difflib.get_close_matches(location[-1], known, n=1)]
+        hints = near or [path for path in _all_keys() if path.rsplit(".", 1)[-1] == location[-1]]
+        return f"unknown key {key}; " + (f"did you mean {hints[0]}?" if hints else f"known here: {', '.join(known)}")
+    if first["type"] == "missing":
+        return f"{key}: required, and not given"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f" (got {first['input']!r})" if isinstance(first["input"], (int, float, str, bool)) else ""
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return (f"{key}: " if key else "") + message + shown + more
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    model: type[Section] | None = GVPOConfig
+    names = iter(location)
+    for name in names:
+        annotation = model.model_fields[name].annotation if model is not None else None
+        model = _section(annotation)
+        if str(annotation).startswith("dict"):
+            next(names, None)  # the name of an entry in a dictionary of sections: evaluation.sets.<name>
+    return list(model.model_fields) if model else []
+
+
+def _all_keys(model: type[Section] = GVPOConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if (section := _section(field.annotation)) is not None and not str(field.annotation).startswith("dict"):
+            keys += _all_keys(section, prefix + name + ".")
+    return keys
+
+
+def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
+    """What the run asks Ray for: (who, how many, CPUs each, GPUs each)."""
+    return [
+        ("learner worker", config.learner.num_workers, config.learner.num_cpus, config.learner.num_gpus),
+        ("engine", config.engines.num, config.engines.num_cpus, config.engines.num_gpus),
+        ("verifier", config.verifiers.num, config.verifiers.num_cpus, 0.0),
+        ("buffer", 1, 0.1, 0.0),
+    ]
+
+
+def check_resources(config: GVPOConfig, num_cpus: float, num_gpus: float, engines: bool = True, learner: bool = True) -> None:
+    """Refuse a plan that the machine can never place. `engines`, `learner`: whether this run has them.
+
+    Raises:
+        ConfigError: names the key to lower.
+    """
+    keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
+    for column, unit, available in ((0, "CPUs", num_cpus), (1, "GPUs", num_gpus)):
+        total = 0.0
+        for who, count, *shares in resource_plan(config):
+            each = shares[column]
+            total += count * each
+            if count * each > available + 1e-9:
+                raise ConfigError(f"{keys.get(who, who)}: {count} x {each:g} {unit} are more than the {available:g} {unit} of this machine")
+        if total > available + 1e-9:
+            raise ConfigError(
+                f"the run asks for {total:g} {unit} in all (see `gvpo-ray check`), this machine has {available:g}: "
+                f"lower engines.num, learner.num_workers or their num_{unit.lower()}"
+            )
+
+
+def cluster_address(config: RayConfig) -> str | None:
+    """Address of the cluster to join; None for an embedded Ray."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None

@@ -1,0 +1,253 @@
+"""The group table: one row is one prompt with its m completions. The only file that spells column names.
+
+A group is sampled, verified, logged, packed and normalised as one; every stage is `Table -> Table` and columns only
+accumulate. One real row, as it reaches the learner (m = 2):
+
+    group_id            17                                  who: prompts.py
+    prompt              "What is 3 + 4?"                         prompts.py
+    answer              "7"                                      prompts.py   (the gold answer, always text)
+    dataset             "quickstart"                             prompts.py
+    prompt_ids          [12, 5, 9]                               prompts.py   (templated and tokenised)
+    completions         ["\\boxed{7}", "\\boxed{8}"]             engines.py   (text, special tokens removed)
+    completion_ids      [[4, 7, 1], [4, 8, 1]]                   engines.py   (end-of-sequence token included)
+    finish_reasons      ["stop", "stop"]                         engines.py   ("stop" | "length")
+    sources             ["policy", "policy"]                     engines.py   ("policy" | "replay" | "offline:<name>")
+    version_min         [3, 3]                                   engines.py   (oldest weights that wrote a token; null: not ours)
+    version_max         [3, 4]                                   engines.py   (newest weights that wrote a token)
+    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]              engines.py   (one per completion token, temperature 1; null: foreign)
+    rewards             [1.0, 0.0]                               verifiers.py (null: could not be verified, left out of training)
+    reward_parts        {"math": [1.0, 0.0]}                     verifiers.py (before weighting)
+    reward_reasons      [null, null]                             verifiers.py (why a reward is null, or what the verifier noticed)
+    reference_logprobs  [-0.4, -0.9]                             learner.py   (float64 sum over the completion's tokens)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+SCHEMA = pa.schema(
+    [
+        ("group_id", pa.int64()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("dataset", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completions", pa.list_(pa.string())),
+        ("completion_ids", pa.list_(pa.list_(pa.int32()))),
+        ("finish_reasons", pa.list_(pa.string())),
+        ("sources", pa.list_(pa.string())),
+        ("version_min", pa.list_(pa.int32())),
+        ("version_max", pa.list_(pa.int32())),
+        ("sampling_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("rewards", pa.list_(pa.float32())),
+        ("reward_parts", pa.map_(pa.string(), pa.list_(pa.float32()))),
+        ("reward_reasons", pa.list_(pa.string())),
+        ("reference_logprobs", pa.list_(pa.float64())),
+    ]
+)
+
+PROMPT_COLUMNS = ("group_id", "prompt", "answer", "dataset", "prompt_ids")
+COMPLETION_COLUMNS = (
+    "completions",
+    "completion_ids",
+    "finish_reasons",
+    "sources",
+    "version_min",
+    "version_max",
+    "sampling_logprobs",
+)
+REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
+PER_COMPLETION_COLUMNS = (*COMPLETION_COLUMNS, "rewards", "reward_reasons", "reference_logprobs")
+"""Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
+LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
+"""What the buffer writes to the durable log: everything but the reference, which is the learner's to compute."""
+
+
+class GroupError(ValueError):
+    """A table that is not a table of groups; the message names the column and the row."""
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Build a group table from Python rows; the columns are those of the first row, in schema order.
+
+    Raises:
+        GroupError: a row has a column that the schema does not know, or lacks one that the first row has, or a value has another type.
+    """
+    rows = list(rows)
+    names = [name for name in SCHEMA.names if rows and name in rows[0]]
+    for i, row in enumerate(rows):
+        if set(row) != set(names):
+            raise GroupError(f"row {i}: columns {sorted(row)} are not {sorted(names)}")
+    arrays = [_array(name, [row[name] for row in rows]) for name in names]
+    return pa.Table.from_arrays(arrays, schema=pa.schema([SCHEMA.field(n) for n in names]))
+
+
+def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
+    """Add or replace columns, typed by the schema. Each value has one entry per group.
+
+    Raises:
+        GroupError: the column is not in the schema, or its values have another type or number.
+    """
+    for name, values in columns.items():
+        array = _array(name, values)
+        if len(array) != len(groups):
+            raise GroupError(f"column {name!r} has {len(array)} entries for {len(groups)} groups")
+        field, index = SCHEMA.field(name), groups.schema.get_field_index(name)
+        groups = groups.append_column(field, array) if index < 0 else groups.set_column(index, field, array)
+    return groups
+
+
+def _array(name: str, values: Sequence[Any]) -> pa.Array:
+    if name not in SCHEMA.names:
+        raise GroupError(f"column {name!r} is not one of {SCHEMA.names}")
+    try:
+        return pa.array(values, type=SCHEMA.field(name).type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise GroupError(f"column {name!r}: {error}") from error
+
+
+def empty(columns: Sequence[str] = LOGGED_COLUMNS) -> pa.Table:
+    """A table of no groups with the given columns."""
+    return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
+
+
+def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Check that the columns are there with their types, and that their lists fit: one entry per completion, one log-prob per token.
+
+    Raises:
+        GroupError: names the column, and the row where the lengths differ.
+    """
+    for name in columns:
+        index = groups.schema.get_field_index(name)
+        if index < 0:
+            raise GroupError(f"column {name!r} is missing; the table has {groups.schema.names}")
+        if not groups.schema.field(index).type.equals(SCHEMA.field(name).type):
+            raise GroupError(f"column {name!r} is {groups.schema.field(index).type}, not {SCHEMA.field(name).type}")
+    per_completion = [n for n in PER_COMPLETION_COLUMNS if n in columns]
+    sizes = {name: pc.list_value_length(groups.column(name)).to_pylist() for name in per_completion}
+    for name in per_completion:
+        first = per_completion[0]
+        for row, (got, want) in enumerate(zip(sizes[name], sizes[first], strict=True)):
+            if got is None or got != want:
+                raise GroupError(f"row {row}: {name} {'is null' if got is None else f'has {got} entries, {first} has {want}'}")
+    if "completion_ids" in columns and "sampling_logprobs" in columns:
+        flat = [pc.list_value_length(pc.list_flatten(groups.column(n))).to_pylist() for n in ("completion_ids", "sampling_logprobs")]
+        lengths = zip(*flat, strict=True)
+        for row, m in enumerate(sizes["completion_ids"]):
+            for i, (tokens, values) in enumerate(islice(lengths, m)):
+                if values is not None and values != tokens:
+                    raise GroupError(f"row {row}: sampling_logprobs[{i}] has {values} entries, completion_ids[{i}] has {tokens}")
+    return groups
+
+
+def rows(groups: pa.Table) -> Iterator[dict[str, Any]]:
+    """The groups as Python dictionaries; `reward_parts` as a dictionary of lists."""
+    for row in groups.to_pylist():
+        if row.get("reward_parts") is not None:
+            row["reward_parts"] = dict(row["reward_parts"])
+        yield row
+
+
+def num_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens that the group costs the learner: every completion with its prompt."""
+    return sum(len(row["prompt_ids"]) + len(ids) for ids in row["completion_ids"])
+
+
+def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The row without its unverifiable completions (reward null); None when fewer than two are left.
+
+    A group of one carries no signal: its only weight, R - mean R, is zero.
+    """
+    keep = [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
+    if len(keep) < 2:
+        return None
+    kept: dict[str, Any] = {name: [row[name][i] for i in keep] for name in PER_COMPLETION_COLUMNS if row.get(name) is not None}
+    if row.get("reward_parts") is not None:
+        kept["reward_parts"] = {name: [part[i] for i in keep] for name, part in dict(row["reward_parts"]).items()}
+    return {**row, **kept}
+
+
+def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list[list[int]]:
+    """Deal whole groups to `num_parts` ranks so that their token counts are near equal (longest first to the emptiest).
+
+    Deterministic; every part keeps arrival order. Returns the indices per part; a part may be empty.
+    """
+    loads = [0] * num_parts
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for i in sorted(range(len(groups)), key=lambda i: (-num_tokens(groups[i]), i)):
+        part = min(range(num_parts), key=lambda p: (loads[p], p))
+        loads[part] += num_tokens(groups[i])
+        parts[part].append(i)
+    return [sorted(part) for part in parts]
+
+
+def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int) -> list[list[int]]:
+    """Cut groups, in order, into runs of at most `max_tokens` padded tokens; a larger group is a run of its own."""
+    batches: list[list[int]] = []
+    count = width = 0
+    for i, row in enumerate(groups):
+        m = len(row["completion_ids"])
+        longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
+        if batches and max(width, longest) * (count + m) <= max_tokens:
+            batches[-1].append(i)
+            count, width = count + m, max(width, longest)
+        else:
+            batches.append([i])
+            count, width = m, longest
+    return batches
+
+
+def save(groups: pa.Table, path: str | Path) -> None:
+    """Write one Arrow IPC file."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, groups.schema) as writer:
+        writer.write_table(groups)
+
+
+def load(path: str | Path) -> pa.Table:
+    """Read an Arrow IPC file, an IPC stream, or a folder of them (a run's `groups/`), in order of their names.
+
+    Raises:
+        GroupError: nothing there, or not Arrow, or files with different columns.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
+    if not files or not all(f.is_file() for f in files):
+        raise GroupError(f"no Arrow file at {path}")
+    batches = [batch for file in files for batch in read_batches(file, is_log=path.is_dir())]
+    try:
+        return pa.Table.from_batches(batches) if batches else empty()
+    except pa.ArrowInvalid as error:
+        raise GroupError(f"the files at {path} have different columns: {' '.join(str(error).split())}") from error
+
+
+def read_batches(file: Path, is_log: bool = False) -> list[pa.RecordBatch]:
+    """The record batches of one IPC file or stream, up to the last whole one.
+
+    A writer that was killed leaves a stream whose tail is not a whole message: what came before it is intact. In a log
+    even the head may be missing (killed between creating the segment and writing its schema); elsewhere that is an error.
+    """
+    source = pa.memory_map(str(file)) if file.stat().st_size else pa.BufferReader(b"")
+    try:
+        reader = pa.ipc.open_file(source)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowInvalid, OSError):
+        source.seek(0)
+    try:
+        stream = pa.ipc.open_stream(source)
+    except (pa.ArrowInvalid, OSError) as error:
+        if is_log:
+            return []
+        raise GroupError(f"{file} is not an Arrow IPC file: {error}") from error
+    batches: list[pa.RecordBatch] = []
+    try:
+        for batch in stream:
+            batches.append(batch)
+    except (pa.ArrowInvalid, OSError):
+        pass
+    return batches

@@ -1,0 +1,314 @@
+"""The config: every mistake is one line that names the key; what is dumped reads back the same."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import yaml
+
+from gvpo_ray.config import ConfigError, GVPOConfig, SamplingConfig, check_resources, cluster_address, resource_plan
+
+SMALL: dict[str, Any] = {"run_dir": "runs/x", "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}}
+SETS = {"heldout": {"path": "data/y.jsonl"}}
+
+
+def config(**overrides: Any) -> GVPOConfig:
+    return GVPOConfig.from_dict(SMALL, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def refusal(overrides: list[str] | dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as error:
+        GVPOConfig.from_dict(SMALL, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------------------ what is right
+
+
+def test_the_smallest_config_has_the_papers_loss_and_a_full_support_sampler():
+    small = config()
+    assert (small.loss.beta, small.loss.reference, small.loss.reference_every) == (0.1, "behaviour", None)
+    assert (small.sampling.temperature, small.sampling.top_p, small.sampling.top_k, small.sampling.min_p) == (1.0, 1.0, 0, 0.0)
+    assert small.max_staleness == 0 and small.learner.num_mini_batches > 1 and small.learner.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"max_staleness": None, "loss.reference": {"every": 3}, "learner.adam_betas": [0.9, 0.95], "learner.learning_rate": 3e-7},
+        {"evaluation.sets": {**SETS, "two": {"path": "z", "template": "Q: {prompt}\nA:"}}, "evaluation.every": 5},
+        {"verifiers.rewards": {"math": 1.0, "my.module:reward": -0.5, "rewards.py:length": 0.1}, "engines.vllm": {"x": [1, None]}},
+        {"warm_start.data.path": "solutions.jsonl", "warm_start.architecture": {"hidden_size": 64}, "warm_start.tokenizer.kind": "char"},
+        {"prompts.system_prompt": "Überlege: 数学 ✓ #no comment", "run_dir": "runs/a: b"},
+    ],
+    ids=lambda overrides: next(iter(overrides), "defaults"),
+)
+def test_dump_reads_back_equal(overrides, tmp_path):
+    first = GVPOConfig.from_dict(SMALL, overrides)
+    assert GVPOConfig.from_dict(yaml.safe_load(first.dump())) == first
+    (tmp_path / "config.yaml").write_text(first.dump(), encoding="utf-8")
+    again = GVPOConfig.from_file(tmp_path / "config.yaml")
+    assert again == first and again.dump() == first.dump()
+
+
+def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
+    before = copy.deepcopy(SMALL)
+    one, two = config(model__dtype="bfloat16", loss__beta=0.5), config()
+    one.verifiers.rewards["length.py:reward"] = 1.0
+    one.learner.num_workers = 7
+    assert two.verifiers.rewards == {"math": 1.0} and two.learner.num_workers == 1
+    assert before == SMALL and two.model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("num_steps=7", lambda c: c.num_steps, 7),
+        ("loss.beta=0.25", lambda c: c.loss.beta, 0.25),
+        ("learner.learning_rate=1e-5", lambda c: c.learner.learning_rate, 1e-5),  # YAML reads this as text
+        ("max_staleness=null", lambda c: c.max_staleness, None),
+        ("prompts.shuffle=false", lambda c: c.prompts.shuffle, False),
+        ("loss.reference=every: 4", lambda c: c.loss.reference_every, 4),
+        ("loss.reference=every:4", lambda c: c.loss.reference_every, 4),
+        ("loss.reference=initial", lambda c: c.loss.reference_every, None),
+        ("verifiers.rewards={math: 0.5, 'path.py:f': 2}", lambda c: c.verifiers.rewards, {"math": 0.5, "path.py:f": 2.0}),
+        ("verifiers.rewards.math=3", lambda c: c.verifiers.rewards, {"math": 3.0}),
+        ("evaluation.sets.heldout.path=y.jsonl", lambda c: c.evaluation.sets["heldout"].path, "y.jsonl"),
+        ("warm_start.data.path=z", lambda c: c.warm_start.data.path, "z"),
+        ("engines.vllm.max_num_seqs=9", lambda c: c.engines.vllm, {"max_num_seqs": 9}),
+        ("prompts.template=Q={prompt}", lambda c: c.prompts.template, "Q={prompt}"),  # only the first = divides
+        (" num_steps = 7", lambda c: c.num_steps, 7),
+        ("sampling.top_k=-1", lambda c: c.sampling.top_k, -1),
+    ],
+    ids=str,
+)
+def test_overrides_reach_their_keys(override, read, value):
+    assert read(GVPOConfig.from_dict(SMALL, [override])) == value
+
+
+def test_later_overrides_win_and_stand_above_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({**SMALL, "loss": {"beta": 0.3, "reference": "initial"}}))
+    read = GVPOConfig.from_file(tmp_path / "a.yaml", ["loss.beta=0.4", "loss.beta=0.5"])
+    assert (read.loss.beta, read.loss.reference) == (0.5, "initial")
+
+
+def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(SMALL) + "loss:\n  # beta: 0.3\n")
+    assert GVPOConfig.from_file(str(tmp_path / "a.yaml"), {"loss.beta": 0.4}).loss.beta == 0.4
+
+
+# ----------------------------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("num_step", "did you mean num_steps?"),
+        ("lerner", "did you mean learner?"),
+        ("loss.betta", "did you mean loss.beta?"),
+        ("learner.lerning_rate", "did you mean learner.learning_rate?"),
+        ("evaluation.sets.heldout.pth", "did you mean evaluation.sets.heldout.path?"),
+        ("evaluation.sets.path.pth", "did you mean evaluation.sets.path.path?"),  # an entry named like a key
+        ("warm_start.tokenizer.vocabsize", "did you mean warm_start.tokenizer.vocab_size?"),
+        ("beta", "did you mean loss.beta?"),  # right word, wrong place
+        ("learner.beta", "did you mean loss.beta?"),
+        ("loss.zzz", "known here: beta, reference"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
+    overrides = {"evaluation.sets.path.path": "p", "evaluation.sets.heldout.path": "p", "warm_start.data.path": "p"}
+    assert refusal({**overrides, key: 1}) == f"config: unknown key {key}; {hint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        # one key: its range or type
+        ("sampling.num_completions=1", "sampling.num_completions", "greater than or equal to 2 (got 1)"),
+        ("sampling.temperature=0", "sampling.temperature", "greater than 0 (got 0)"),
+        ("sampling.top_k=-2", "sampling.top_k", "greater than or equal to -1 (got -2)"),
+        ("sampling.top_p=1.5", "sampling.top_p", "less than or equal to 1 (got 1.5)"),
+        ("sampling.max_tokens=0", "sampling.max_tokens", "greater than or equal to 1"),
+        ("loss.beta=0", "loss.beta", "greater than 0 (got 0)"),
+        ("loss.beta=-0.1", "loss.beta", "greater than 0 (got -0.1)"),
+        ("loss.beta=.inf", "loss.beta", "finite number"),
+        ("loss.beta=.nan", "loss.beta", "finite number"),
+        ("loss.beta=small", "loss.beta", "valid number"),
+        ("loss=0.1", "loss", "valid dictionary"),
+        ("num_steps=0", "num_steps", "greater than or equal to 1 (got 0)"),
+        ("num_steps=2.5", "num_steps", "valid integer"),
+        ("num_steps=null", "num_steps", "valid integer"),
+        ("groups_per_step=0", "groups_per_step", "greater than or equal to 1"),
+        ("max_staleness=-1", "max_staleness", "greater than or equal to 0 (got -1)"),
+        ("run_dir=7", "run_dir", "valid string (got 7)"),
+        ("model.dtype=float16", "model.dtype", "'float32' or 'bfloat16' (got 'float16')"),
+        ("prompts.shuffle=maybe", "prompts.shuffle", "valid boolean"),
+        ("prompts.template=no placeholder", "prompts.template", "must contain {prompt} (got 'no placeholder')"),
+        ("engines.num=0", "engines.num", "greater than or equal to 1"),
+        ("engines.num_gpus=-1", "engines.num_gpus", "greater than or equal to 0"),
+        ("engines.memory_fraction=1.1", "engines.memory_fraction", "less than or equal to 1"),
+        ("engines.weight_transfer=ftp", "engines.weight_transfer", "'objects' or 'nccl'"),
+        ("verifiers.rewards={}", "verifiers.rewards", "name at least one reward function"),
+        ("verifiers.rewards={math: much}", "verifiers.rewards.math", "valid number"),
+        ("verifiers.timeout_s=0", "verifiers.timeout_s", "greater than 0"),
+        ("learner.num_workers=0", "learner.num_workers", "greater than or equal to 1"),
+        ("learner.backend=fsdp", "learner.backend", "'deepspeed' or 'ddp'"),
+        ("learner.zero_stage=4", "learner.zero_stage", "less than or equal to 3"),
+        ("learner.learning_rate=0", "learner.learning_rate", "greater than 0"),
+        ("learner.adam_betas=[0.9, 1.0]", "learner.adam_betas.1", "less than 1 (got 1.0)"),
+        ("learner.adam_betas=[0.9]", "learner.adam_betas.1", "required, and not given"),
+        ("evaluation.num_samples=0", "evaluation.num_samples", "greater than or equal to 1"),
+        ("evaluation.sets={a: data.jsonl}", "evaluation.sets.a", "valid dictionary"),
+        ("evaluation.sets={a: {limit: 3}}", "evaluation.sets.a.path", "required, and not given"),
+        ("checkpoint.keep=0", "checkpoint.keep", "greater than or equal to 1"),
+        ("warm_start={}", "warm_start.data", "required, and not given"),
+        # the reference's forms
+        *[
+            (f"loss.reference={form}", "loss.reference", "must be behaviour, previous, initial or every: N")
+            for form in ("frozen", "every", "every: 0", "every: -1", "every: x", "'every: 2.5'", "{every: 2, a: 3}", "null", "7", "[x]")
+        ],
+        # a sampler that cuts the support
+        ("sampling.top_p=0.9", "sampling", "top_p=0.9 cuts the sampler's support"),
+        ("sampling.top_k=50", "sampling", "top_k=50 cuts the sampler's support"),
+        ("sampling.min_p=0.05", "sampling", "min_p=0.05 cuts the sampler's support"),
+        ("sampling={top_p: 0.9, min_p: 0.1}", "sampling", "top_p=0.9, min_p=0.1 cuts the sampler's support"),
+        # two keys
+        ("groups_per_step=3", "learner.num_mini_batches (4)", "must not exceed groups_per_step (3)"),
+        ("model.max_length=256", "sampling.max_tokens (256)", "leaves no room for a prompt in model.max_length (256)"),
+        ("engines.weight_transfer=nccl", "engines.weight_transfer", "nccl needs GPUs in engines.num_gpus and learner.num_gpus"),
+        ("evaluation.every=5", "evaluation.every is set", "evaluation.sets is empty"),
+        ("engines.num_gpus=2", "engines.num_gpus (2)", "must equal engines.tensor_parallel_size (1)"),
+        ("engines={num_gpus: 0.5, tensor_parallel_size: 2}", "engines.num_gpus (0.5)", "must equal engines.tensor_parallel_size (2)"),
+        ("learner={backend: ddp, zero_stage: 2}", "learner.zero_stage (2)", "needs learner.backend: deepspeed, not ddp"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_one_line_with_its_key(override, key, says):
+    message = refusal([override])
+    assert message.startswith(f"config: {key}") and says in message
+
+
+def test_evaluation_must_leave_room_for_a_prompt_too():
+    assert "evaluation.max_tokens (300) leaves no room" in refusal({"model.max_length": 300, "evaluation.max_tokens": 300})
+    assert config(model__max_length=300, evaluation__max_tokens=299).evaluation.max_tokens == 299
+
+
+@pytest.mark.parametrize("key", ["run_dir", "num_steps", "model", "model.path", "prompts", "prompts.path"])
+def test_a_required_key_that_is_missing_is_named(key):
+    data = copy.deepcopy(SMALL)
+    *parents, last = key.split(".")
+    del (data[parents[0]] if parents else data)[last]
+    with pytest.raises(ConfigError, match=f"^config: {key}: required, and not given$"):
+        GVPOConfig.from_dict(data)
+
+
+def test_of_several_mistakes_the_unknown_key_comes_first_and_others_are_counted():
+    assert refusal({"loss.beta": -1, "loss.betta": 1}).startswith("config: unknown key loss.betta")
+    assert refusal({"loss.beta": -1, "num_steps": 0, "seed": "x"}).endswith("; and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("num_steps", "override 'num_steps' is not key=value"),
+        ("", "override '' is not key=value"),
+        ("=5", "override '=5' is not key=value"),
+        ("engines.vllm={a: [1", "override engines.vllm: '{a: [1' is not a YAML value"),
+        ("num_steps.more=1", "override num_steps.more: num_steps is not a section"),
+        ("model.path.more=1", "override model.path.more: path is not a section"),
+        ("loss..beta=1", "config: unknown key loss.; known here: beta, reference"),
+        ("loss.=1", "config: unknown key loss.; known here: beta, reference"),
+    ],
+)
+def test_a_bad_override_is_named(override, says):
+    assert refusal([override]) == says
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "expected keys and values, found nothing"),
+        (b"# only a comment\n", "expected keys and values, found nothing"),
+        (b"- run_dir: x\n", "expected keys and values, found list"),
+        (b"just text\n", "expected keys and values, found str"),
+        (b"run_dir: [x\nnum_steps: 3\n", "not YAML: while parsing a flow sequence"),
+        (b"run_dir: x\n\tnum_steps: 3\n", "not YAML: while scanning"),
+        (b"run_dir: \xff\xfe\n", "not UTF-8 text"),
+        (yaml.safe_dump({**SMALL, 5: "x"}).encode(), "5: Keys should be strings"),
+    ],
+    ids=["empty", "comment", "list", "text", "bracket", "tab", "bytes", "number as key"],
+)
+def test_a_file_that_is_no_config_is_named_in_one_line(content, says, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        GVPOConfig.from_file(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and says in message and "\n" not in message
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file or directory"):
+        GVPOConfig.from_file(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=f"{tmp_path}: Is a directory"):
+        GVPOConfig.from_file(tmp_path)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**SMALL, "num_steps": 0}))
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/run\.yaml: num_steps: "):
+        GVPOConfig.from_file(tmp_path / "run.yaml")
+
+
+# --------------------------------------------------------------------------------------------------------- the opt-out, the resources
+
+
+def test_truncated_support_can_be_accepted_and_then_warns():
+    with pytest.warns(UserWarning, match=r"sampling: top_p=0\.9, top_k=20 cuts the sampler's support"):
+        allowed = SamplingConfig(top_p=0.9, top_k=20, allow_truncated_support=True)
+    assert allowed.top_p == 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SamplingConfig(allow_truncated_support=True, temperature=0.7)  # nothing is cut: nothing to say
+
+
+def test_the_plan_is_what_the_config_asks_for():
+    plan = resource_plan(config(learner__num_workers=2, learner__num_gpus=1, engines__num=3, engines__num_cpus=2, verifiers__num=4))
+    assert plan == [("learner worker", 2, 0.25, 1.0), ("engine", 3, 2.0, 0.0), ("verifier", 4, 0.1, 0.0), ("buffer", 1, 0.1, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_cpus", "num_gpus", "says"),
+    [
+        # the defaults ask for 0.25 + 1 + 2 * 0.1 + 0.1 = 1.55 CPUs
+        ({}, 1.55, 0, None),
+        ({}, 1.5, 0, "the run asks for 1.55 CPUs in all (see `gvpo-ray check`), this machine has 1.5: lower engines.num"),
+        ({"engines.num": 3}, 2, 0, "engines.num: 3 x 1 CPUs are more than the 2 CPUs of this machine"),
+        ({"learner.num_workers": 9}, 2, 0, "learner.num_workers: 9 x 0.25 CPUs are more than the 2 CPUs of this machine"),
+        ({"verifiers.num": 30}, 2, 0, "verifiers.num: 30 x 0.1 CPUs are more than the 2 CPUs of this machine"),
+        ({"engines.num_gpus": 1}, 8, 0, "engines.num: 1 x 1 GPUs are more than the 0 GPUs of this machine"),
+        ({"engines.num_gpus": 1, "learner.num_gpus": 1}, 8, 1, "the run asks for 2 GPUs in all"),
+        ({"engines.num_gpus": 0.5, "learner.num_gpus": 0.5}, 8, 1, None),
+        ({"engines.num": 2, "engines.num_gpus": 4, "engines.tensor_parallel_size": 4}, 8, 8, None),
+    ],
+)
+def test_a_plan_that_can_never_be_placed_is_refused_with_the_key_to_lower(overrides, num_cpus, num_gpus, says):
+    wanted = GVPOConfig.from_dict(SMALL, overrides)
+    if says is None:
+        check_resources(wanted, num_cpus, num_gpus)
+    else:
+        with pytest.raises(ConfigError) as error:
+            check_resources(wanted, num_cpus, num_gpus)
+        assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
+def test_the_address_of_the_config_comes_before_the_environments(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster_address(config().ray) is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster_address(config().ray) == "10.0.0.1:6379"
+    assert cluster_address(config(ray__address="10.0.0.2:6379").ray) == "10.0.0.2:6379"

@@ -1,0 +1,296 @@
+"""The group table: what goes in comes out, what is cut off is left out, what does not fit is named."""
+
+from itertools import pairwise
+
+import pyarrow as pa
+import pytest
+
+from gvpo_ray import groups
+
+ROW = {
+    "group_id": 17,
+    "prompt": "What is 3 + 4?",
+    "answer": "7",
+    "dataset": "quickstart",
+    "prompt_ids": [12, 5, 9],
+    "completions": ["\\boxed{7}", "\\boxed{8}", "siebzehn ✓"],
+    "completion_ids": [[4, 7, 1], [4, 8], [3, 3, 3, 1]],
+    "finish_reasons": ["stop", "length", "stop"],
+    "sources": ["policy", "policy", "offline:people"],
+    "version_min": [3, 3, None],
+    "version_max": [3, 4, None],
+    "sampling_logprobs": [[-0.5, -0.25, 0.0], [-1.0, -2.0], None],
+    "rewards": [1.0, 0.0, None],
+    "reward_parts": {"math": [1.0, 0.0, None], "style": [0.5, 0.25, 0.125]},
+    "reward_reasons": [None, None, "timeout"],
+    "reference_logprobs": [-0.75, -3.0, -40.123456789012345],  # float64: would not survive float32
+}
+
+
+def row(group_id: int, num_completions: int = 2, prompt: int = 3, completion: int = 4) -> dict:
+    """A group with so many tokens; the log-probs are its id."""
+    return {
+        **{name: ROW[name] for name in ("prompt", "answer", "dataset")},
+        "group_id": group_id,
+        "prompt_ids": [1] * prompt,
+        "completions": ["text"] * num_completions,
+        "completion_ids": [[2] * completion] * num_completions,
+        "finish_reasons": ["stop"] * num_completions,
+        "sources": ["policy"] * num_completions,
+        "version_min": [0] * num_completions,
+        "version_max": [0] * num_completions,
+        "sampling_logprobs": [[-float(group_id)] * completion] * num_completions,
+        "rewards": [0.0] * num_completions,
+        "reward_parts": {"math": [0.0] * num_completions},
+        "reward_reasons": [None] * num_completions,
+    }
+
+
+def write_stream(path, tables: list[pa.Table]) -> bytes:
+    """As the buffer's log does: one record batch per table. Returns the bytes."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return path.read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------- in and out again
+
+
+def test_a_row_survives_the_table():
+    table = groups.table([ROW, {**ROW, "group_id": 18}])
+    assert table.schema == groups.SCHEMA
+    assert list(groups.rows(table)) == [ROW, {**ROW, "group_id": 18}]
+
+
+def test_columns_are_in_schema_order_whatever_the_order_of_the_row():
+    backwards = dict(reversed([(name, ROW[name]) for name in groups.PROMPT_COLUMNS]))
+    assert groups.table([backwards]).schema.names == list(groups.PROMPT_COLUMNS)
+
+
+def test_ipc_file_stream_and_folder_give_back_the_same_table(tmp_path):
+    one, two = groups.table([ROW]), groups.table([{**ROW, "group_id": 18}, {**ROW, "group_id": -1}])
+    both = pa.concat_tables([one, two])
+    groups.save(both, tmp_path / "file.arrow")
+    write_stream(tmp_path / "stream.arrow", [one, two])
+    log = tmp_path / "groups"
+    log.mkdir()
+    write_stream(log / "00001.arrow", [two])
+    groups.save(one, log / "00000.arrow")
+    (log / "assignments.jsonl").write_text("not Arrow, and not looked at")
+    for path in (tmp_path / "file.arrow", tmp_path / "stream.arrow", log):
+        assert groups.load(path).equals(both), path
+        assert groups.load(str(path)).equals(both), path
+
+
+def test_a_file_of_no_groups_is_a_table_of_no_groups(tmp_path):
+    groups.save(groups.empty(), tmp_path / "none.arrow")
+    loaded = groups.load(tmp_path / "none.arrow")
+    assert len(loaded) == 0 and loaded.schema.names == list(groups.LOGGED_COLUMNS)
+    groups.validate(loaded, groups.LOGGED_COLUMNS)
+
+
+def test_with_columns_adds_and_replaces_typed_by_the_schema():
+    table = groups.table([{name: ROW[name] for name in groups.PROMPT_COLUMNS}] * 2)
+    wider = groups.with_columns(table, rewards=[[1, None], [0, 2]], answer=["8", "9"])
+    assert wider.schema.names == [*groups.PROMPT_COLUMNS, "rewards"]
+    assert wider.schema.field("rewards").type == pa.list_(pa.float32())
+    assert wider.column("rewards").to_pylist() == [[1.0, None], [0.0, 2.0]]
+    assert wider.column("answer").to_pylist() == ["8", "9"]
+    assert table.column("answer").to_pylist() == ["7", "7"]  # tables are values
+
+
+# ------------------------------------------------------------------------------------------------------------------ cut off
+
+
+def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
+    tables = [groups.table([row(i, num_completions=2 + i)]) for i in range(4)]
+    whole = write_stream(tmp_path / "whole.arrow", tables)
+    log = tmp_path / "groups"
+    log.mkdir()
+    counts = []
+    for end in [*range(0, len(whole), 50), len(whole)]:
+        (log / "00000.arrow").write_bytes(whole[:end])
+        loaded = groups.load(log)
+        assert list(groups.rows(loaded)) == [row(i, num_completions=2 + i) for i in range(len(loaded))], end
+        counts.append(len(loaded))
+    assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3, 4}
+
+
+def test_a_cut_segment_does_not_hide_the_next_one(tmp_path):
+    whole = write_stream(tmp_path / "00000.arrow", [groups.table([row(0)]), groups.table([row(1)])])
+    (tmp_path / "00000.arrow").write_bytes(whole[:-100])
+    (tmp_path / "00001.arrow").write_bytes(b"")
+    write_stream(tmp_path / "00002.arrow", [groups.table([row(2)])])
+    assert groups.load(tmp_path).column("group_id").to_pylist() == [0, 2]
+
+
+def test_a_single_stream_without_its_end_is_read_too(tmp_path):
+    whole = write_stream(tmp_path / "a.arrow", [groups.table([row(0)]), groups.table([row(1)])])
+    (tmp_path / "a.arrow").write_bytes(whole[:-100])
+    assert groups.load(tmp_path / "a.arrow").column("group_id").to_pylist() == [0]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"id": 1}\n', b"ARROW1\0\0 and no more", b"\xff" * 1000], ids=["empty", "json", "magic", "ff"])
+def test_a_file_that_is_not_arrow_is_named(tmp_path, content):
+    (tmp_path / "data.arrow").write_bytes(content)
+    with pytest.raises(groups.GroupError, match=r"data\.arrow is not an Arrow IPC file"):
+        groups.load(tmp_path / "data.arrow")
+
+
+def test_a_missing_file_and_a_folder_without_arrow_files_are_named(tmp_path):
+    for path in (tmp_path / "nowhere.arrow", tmp_path):
+        with pytest.raises(groups.GroupError, match=f"no Arrow file at {path}"):
+            groups.load(path)
+
+
+def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
+    groups.save(groups.table([ROW]), tmp_path / "0.arrow")
+    groups.save(groups.table([{"group_id": 1, "prompt": "x"}]), tmp_path / "1.arrow")
+    with pytest.raises(groups.GroupError, match="have different columns") as error:
+        groups.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_good_table_is_valid_and_comes_back():
+    table = groups.table([ROW, row(1) | {"reference_logprobs": [0.0, 0.0]}])
+    assert groups.validate(table, groups.SCHEMA.names) is table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [1.0, 0.0]}, "row 1: rewards has 2 entries, completions has 3"),
+        ({"sources": ["policy"] * 4}, "row 1: sources has 4 entries, completions has 3"),
+        ({"reward_reasons": []}, "row 1: reward_reasons has 0 entries, completions has 3"),
+        ({"reference_logprobs": [0.0]}, "row 1: reference_logprobs has 1 entries, completions has 3"),
+        ({"version_min": None}, "row 1: version_min is null"),
+        ({"completions": None}, "row 1: completions is null"),
+        ({"sampling_logprobs": [[-0.5, -0.2, 0], [-1], None]}, r"row 1: sampling_logprobs\[1\] has 1 entries, completion_ids\[1\] has 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_lists_that_do_not_fit_are_named_with_column_and_row(change, message):
+    with pytest.raises(groups.GroupError, match=message):
+        groups.validate(groups.table([ROW, {**ROW, **change}, ROW]), groups.SCHEMA.names)
+
+
+def test_missing_columns_and_other_types_are_named():
+    table = groups.table([ROW])
+    with pytest.raises(groups.GroupError, match="column 'rewards' is missing"):
+        groups.validate(table.drop_columns(["rewards"]), groups.SCHEMA.names)
+    wrong = table.set_column(table.schema.get_field_index("rewards"), "rewards", pa.array([[1.0, 0.0, 0.0]], pa.list_(pa.float64())))
+    with pytest.raises(groups.GroupError, match=r"column 'rewards' is list<.*double>, not list<.*float>"):
+        groups.validate(wrong, groups.SCHEMA.names)
+    groups.validate(table.drop_columns(["rewards"]), groups.PROMPT_COLUMNS)  # only what is asked for
+
+
+def test_rows_that_are_not_alike_are_named():
+    with pytest.raises(groups.GroupError, match=r"row 0: columns .*'colour'"):
+        groups.table([{**ROW, "colour": "red"}])
+    with pytest.raises(groups.GroupError, match="row 1: columns"):
+        groups.table([ROW, {name: ROW[name] for name in groups.PROMPT_COLUMNS}])
+    with pytest.raises(groups.GroupError, match=r"column 'group_id': .*seventeen"):
+        groups.table([{**ROW, "group_id": "seventeen"}])
+
+
+def test_with_columns_refuses_other_names_numbers_and_types():
+    table = groups.table([ROW])
+    with pytest.raises(groups.GroupError, match="column 'colour' is not one of"):
+        groups.with_columns(table, colour=["red"])
+    with pytest.raises(groups.GroupError, match="column 'answer' has 2 entries for 1 groups"):
+        groups.with_columns(table, answer=["7", "8"])
+    with pytest.raises(groups.GroupError, match="column 'rewards'"):
+        groups.with_columns(table, rewards=[["right"]])
+
+
+# ------------------------------------------------------------------------------------------------------------- for the learner
+
+
+def test_trainable_leaves_out_completions_without_reward_in_every_column():
+    left = groups.trainable(ROW)
+    assert left is not None
+    assert left == ROW | {
+        "completions": ["\\boxed{7}", "\\boxed{8}"],
+        "completion_ids": [[4, 7, 1], [4, 8]],
+        "finish_reasons": ["stop", "length"],
+        "sources": ["policy", "policy"],
+        "version_min": [3, 3],
+        "version_max": [3, 4],
+        "sampling_logprobs": [[-0.5, -0.25, 0.0], [-1.0, -2.0]],
+        "rewards": [1.0, 0.0],
+        "reward_parts": {"math": [1.0, 0.0], "style": [0.5, 0.25]},
+        "reward_reasons": [None, None],
+        "reference_logprobs": [-0.75, -3.0],
+    }
+    assert len(ROW["rewards"]) == 3  # and the row itself stays
+    groups.validate(groups.table([left]), groups.SCHEMA.names)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "completion_ids", "kept"),
+    [
+        ([1.0, 0.0, 0.0], [[1], [2], [3]], [1.0, 0.0, 0.0]),  # 0.0 is a reward
+        ([0.0, None, 0.0], [[1], [2], [3]], [0.0, 0.0]),
+        ([1.0, 0.5, 0.0], [[1], [], [3]], [1.0, 0.0]),  # no tokens, nothing to train
+        ([1.0, None, None], [[1], [2], [3]], None),
+        ([None, None, None], [[1], [2], [3]], None),
+        ([1.0, 0.0, None], [[1], [], [3]], None),
+    ],
+)
+def test_trainable_needs_two_completions_with_reward_and_tokens(rewards, completion_ids, kept):
+    bare = {"group_id": 1, "prompt_ids": [1], "completion_ids": completion_ids, "rewards": rewards}
+    left = groups.trainable(bare)
+    assert (left and left["rewards"]) == kept
+
+
+def test_tokens_of_a_group_count_the_prompt_for_each_completion():
+    assert groups.num_tokens(ROW) == 3 * 3 + 3 + 2 + 4
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+def test_split_by_tokens_deals_each_group_once_in_order_and_balanced(num_parts):
+    table = [row(i, num_completions=2 + i % 7, prompt=5, completion=1 + (37 * i) % 101) for i in range(64)]
+    parts = groups.split_by_tokens(table, num_parts)
+    assert len(parts) == num_parts and sorted(i for part in parts for i in part) == list(range(64))
+    assert all(part == sorted(part) for part in parts)
+    assert parts == groups.split_by_tokens(table, num_parts)
+    loads = [sum(groups.num_tokens(table[i]) for i in part) for part in parts]
+    assert max(loads) - min(loads) <= max(map(groups.num_tokens, table))  # what longest-first to the emptiest promises
+    assert max(loads) <= 1.05 * sum(loads) / num_parts
+
+
+def test_split_by_tokens_by_hand():
+    # tokens 2 * (0 + 8, 6, 4, 2): 16 to part 0; 12 and then 8 to part 1, which is the emptier; 4 to part 0: loads 20 and 20
+    table = [row(i, prompt=0, completion=length) for i, length in enumerate([4, 8, 2, 6])]
+    assert groups.split_by_tokens(table, 2) == [[1, 2], [0, 3]]
+
+
+def test_split_by_tokens_leaves_parts_empty_when_there_are_too_few_groups():
+    assert groups.split_by_tokens([row(0), row(1)], 4) == [[0], [1], [], []]
+    assert groups.split_by_tokens([], 2) == [[], []]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 200, 1000, 10**9])
+def test_micro_batches_keep_the_order_and_the_bound_and_are_not_smaller_than_needed(max_tokens):
+    table = [row(i, num_completions=2 + i % 5, prompt=3 + i % 4, completion=1 + (13 * i) % 29) for i in range(40)]
+
+    def padded(run: list[int]) -> int:
+        width = max(len(table[i]["prompt_ids"]) + max(map(len, table[i]["completion_ids"])) for i in run)
+        return width * sum(len(table[i]["completion_ids"]) for i in run)
+
+    runs = groups.micro_batches(table, max_tokens)
+    assert [i for run in runs for i in run] == list(range(40))
+    assert all(len(run) == 1 or padded(run) <= max_tokens for run in runs)
+    assert all(padded([*run, following[0]]) > max_tokens for run, following in pairwise(runs))
+
+
+def test_micro_batches_by_hand():
+    # 2 completions of 3 + 4 tokens: 14 padded tokens each, so 28 hold two of them; then 2 x (3 + 10) = 26, too wide to share
+    table = [row(0), row(1), row(2), row(3, completion=10), row(4)]
+    assert groups.micro_batches(table, 28) == [[0, 1], [2], [3], [4]]
+    assert groups.micro_batches(table, 27) == [[0], [1], [2], [3], [4]]
+    assert groups.micro_batches([], 28) == []
