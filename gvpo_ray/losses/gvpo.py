@@ -1,0 +1,169 @@
+"""GVPO: Group Variance Policy Optimization (arXiv 2504.19599). The objective on one page.
+
+A prompt x has m completions y_i with rewards R_i. With D_i = log pi(y_i|x) - log pi_ref(y_i|x), summed over the tokens of y_i:
+
+    loss = 1/|D| sum_x 1/(m_x - 1) sum_i 1/2 [ beta (D_i - mean D) - (R_i - mean R) ]^2                        squared form
+
+Let w_i = (R_i - mean R) - beta (D_i - mean D), so that the bracket is -w_i. The chain rule gives
+-beta/|D| sum_x 1/(m_x - 1) sum_i w_i (grad log pi(y_i|x) - mean_j grad log pi(y_j|x)), and the mean drops out because sum_i w_i = 0:
+
+    grad loss = -beta/|D| sum_x 1/(m_x - 1) sum_i w_i grad log pi(y_i|x)                                       weighted form
+
+The unique minimum is pi(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) for every sampler that covers the support of pi_ref (Theorem 3.1,
+Corollary 3.2) and for every m >= 2, also mixed (Corollary 3.5); 1/(m - 1) keeps the estimator unbiased (Theorem 3.4).
+|D| is the number of groups in the whole update, so micro-batches and ranks only add up.
+
+Below, N is the number of completions; groups have any size and any order, and their completions may lie anywhere in the tensors.
+Sums are in float64: sequence log-probabilities are hundreds of nats, and it is their differences that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def gvpo_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    num_groups: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The value of the squared form with the gradient of the weighted form.
+
+    Args:
+        logprobs: [N] log pi(y_i|x), float32 or float64; the gradient comes back in this dtype.
+        reference_logprobs: [N] log pi_ref(y_i|x); takes no gradient.
+        rewards: [N].
+        group_ids: [N] integers, equal for the completions of one prompt; nothing else is read from them.
+        beta: reward units per nat.
+        num_groups: |D|, the groups with m >= 2 in the whole update; default: those in this call. A group of one counts for nothing.
+
+    Returns:
+        The loss, a float64 scalar, and float64 scalars for `finish`: sums that do not depend on `num_groups`, have the same keys in the
+        same order in every call, and may be added over micro-batches, ranks and updates.
+
+    Raises:
+        ValueError: the shapes differ, or beta or num_groups is not positive.
+    """
+    weights, sizes = gvpo_weights(logprobs, reference_logprobs, rewards, group_ids, beta)
+    if num_groups is not None and not num_groups > 0:
+        raise ValueError(f"num_groups must be positive, not {num_groups}")
+    index, counts = _partition(group_ids)
+    num_trained = (counts >= 2).sum().double()
+    denominator = num_trained.clamp(min=1) if num_groups is None else num_groups
+    trained = sizes >= 2
+
+    scale = trained.double() / (sizes - 1).clamp(min=1)  # 1/(m - 1), and 0 for a group of one
+    value = (scale * weights.square()).sum() / 2
+    surrogate = -beta * (scale * weights * logprobs.double()).sum() / denominator
+    loss = value / denominator + (surrogate - surrogate.detach())  # the bracket is exactly 0 and carries the gradient
+
+    # The value has three terms, the variances within the group: Var(beta D - R) = Var(R) - 2 Cov(beta D, R) + Var(beta D).
+    reward = _centre(rewards.detach().double(), index, counts)
+    implicit_reward = reward - weights  # beta (D_i - mean D)
+    log_ratio = trained * (logprobs.detach().double() - reference_logprobs.detach().double())
+    stats = {
+        "num_groups": num_trained,
+        "num_singletons": (counts == 1).sum().double(),
+        "num_completions": trained.sum().double(),
+        "loss": value,
+        "reward_var": (scale * reward.square()).sum(),
+        "implicit_reward_var": (scale * implicit_reward.square()).sum(),
+        "covariance": (scale * implicit_reward * reward).sum(),
+        "log_ratio": log_ratio.sum(),
+        "log_ratio_square": log_ratio.square().sum(),
+    }
+    return loss, stats
+
+
+def gvpo_weights(
+    logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """w_i = (R_i - mean R) - beta (D_i - mean D), and the size m of the group that completion i belongs to.
+
+    A learner that holds all the log-probs of a group but runs the backward pass in parts uses them directly: d loss / d log pi(y_i|x) is
+    -beta w_i / ((m - 1) |D|).
+
+    Returns:
+        [N] float64 without gradient, with sum 0 in each group (so 0 in a group of one); [N] int64.
+    """
+    if logprobs.ndim != 1 or not logprobs.shape == reference_logprobs.shape == rewards.shape == group_ids.shape:
+        shapes = [tuple(t.shape) for t in (logprobs, reference_logprobs, rewards, group_ids)]
+        raise ValueError(f"logprobs, reference_logprobs, rewards and group_ids must be [N] alike, not {shapes}")
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, not {beta}")
+    log_ratio = logprobs.detach().double() - reference_logprobs.detach().double()
+    index, counts = _partition(group_ids)
+    weights = _centre(rewards.detach().double(), index, counts) - beta * _centre(log_ratio, index, counts)
+    return weights, counts[index]
+
+
+def gvpo_loss_squared(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    num_groups: float | None = None,
+) -> Tensor:
+    """The definition, one group after the other, differentiated through everything. What `gvpo_loss` is tested against."""
+    terms = []
+    for group in sorted(set(group_ids.tolist())):
+        member = group_ids == group
+        m = int(member.sum())
+        if m < 2:
+            continue
+        log_ratio = logprobs[member].double() - reference_logprobs[member].double()
+        reward = rewards[member].double()
+        residual = beta * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
+        terms.append((residual.square() / 2).sum() / (m - 1))
+    if not terms:
+        return logprobs.double().sum() * 0
+    return torch.stack(terms).sum() / (len(terms) if num_groups is None else num_groups)
+
+
+def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Metric values from the (added up) sums of `gvpo_loss`.
+
+    loss                     mean over groups; half of gvpo/residual_var
+    gvpo/residual_var        Var(beta D - R) within the group: what the implicit reward does not explain yet; 0 at the optimum
+    gvpo/reward_var          Var(R): where residual_var starts when D = 0
+    gvpo/implicit_reward_var Var(beta D)
+    gvpo/reward_correlation  of beta D with R, from the pooled variances; 0.0 where one of them is 0
+    policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on completions that pi_ref sampled, as
+                             those of the default `behaviour` reference are. Single batches may be below 0. On completions that pi
+                             itself sampled (an older reference) it estimates -KL(pi || pi_ref).
+    policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
+    gvpo/num_groups, gvpo/num_singletons    trained on, and of size one (no signal)
+    """
+    s = {name: float(value) for name, value in sums.items()}
+    groups, completions = max(s["num_groups"], 1.0), max(s["num_completions"], 1.0)
+    spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
+    return {
+        "loss": s["loss"] / groups,
+        "gvpo/residual_var": 2 * s["loss"] / groups,
+        "gvpo/reward_var": s["reward_var"] / groups,
+        "gvpo/implicit_reward_var": s["implicit_reward_var"] / groups,
+        "gvpo/reward_correlation": s["covariance"] / spread if spread > 0 else 0.0,
+        "policy/kl_ref": -s["log_ratio"] / completions + 0.0,  # + 0.0: never -0.0
+        "policy/log_ratio_rms": (s["log_ratio_square"] / completions) ** 0.5,
+        "gvpo/num_groups": s["num_groups"],
+        "gvpo/num_singletons": s["num_singletons"],
+    }
+
+
+def _partition(group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which group each completion is in, [N] in 0..G-1, and the size m of each group, [G]."""
+    _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    return index, counts
+
+
+def _centre(values: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """values - their mean in the group; [N] -> [N]."""
+    sums = values.new_zeros(len(counts)).index_add(0, index, values)
+    return values - (sums / counts)[index]

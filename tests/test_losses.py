@@ -1,0 +1,336 @@
+"""The objective: numbers redone by hand, squared against weighted form, and everything that must not change it."""
+
+import math
+
+import pytest
+import torch
+
+from gvpo_ray.losses import finish, gvpo_loss, gvpo_loss_squared, gvpo_weights
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def batch(sizes: list[int], seed: int = 0, scale: float = 5.0) -> Batch:
+    """logprobs, reference, rewards, group ids of groups with these sizes, in float64, shuffled."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.repeat_interleave(torch.tensor([7 * g - 11 for g in range(len(sizes))]), torch.tensor(sizes))
+    n = len(ids)
+    reference = -100 * torch.rand(n, generator=random, dtype=torch.float64)
+    logprobs = reference + scale * torch.randn(n, generator=random, dtype=torch.float64)
+    rewards = torch.randn(n, generator=random, dtype=torch.float64)
+    order = torch.randperm(n, generator=random)
+    return logprobs[order], reference[order], rewards[order], ids[order]
+
+
+def loss_and_grad(function, logprobs, *rest, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs = logprobs.clone().requires_grad_()
+    loss = function(logprobs, *rest, **options)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    loss.backward()
+    return loss.detach(), logprobs.grad
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-12) -> None:
+    scale = want.abs().max() if want.numel() else torch.tensor(1.0)
+    assert (got - want).abs().max() <= tolerance * scale, (got, want)
+
+
+MIXED = [2, 32, 3, 5, 2, 17, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_pair_by_hand():
+    # beta = 0.1; D = (2, 0), mean 1, so beta (D - mean D) = (0.1, -0.1); R - mean R = (0.5, -0.5); bracket = (-0.4, 0.4)
+    # loss = 1/1 * 1/(2-1) * (0.16 + 0.16)/2 = 0.16; w = (0.4, -0.4); gradient = -0.1 * w = (-0.04, 0.04)
+    logprobs, reference, rewards = torch.tensor([-1.0, -3.0]), torch.tensor([-3.0, -3.0]), torch.tensor([1.0, 0.0])
+    ids = torch.tensor([4, 4])
+    weights, sizes = gvpo_weights(logprobs, reference, rewards, ids, 0.1)
+    assert weights.tolist() == pytest.approx([0.4, -0.4], abs=1e-15) and sizes.tolist() == [2, 2]
+    loss, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1)
+    assert loss.item() == pytest.approx(0.16, abs=1e-15)
+    assert gradient.tolist() == pytest.approx([-0.04, 0.04], rel=1e-6)
+
+
+def test_two_groups_of_different_size_by_hand():
+    # beta = 0.5. Group 1: D = (0, 0), R = (1, 0): w = (0.5, -0.5), term 1/1 * (0.25 + 0.25)/2 = 0.25
+    # Group 0: D = (2, 0, -2), R = (0, 0, 3): R - mean R = (-1, -1, 2), beta D = (1, 0, -1): w = (-2, -1, 3), term 1/2 * (4+1+9)/2 = 3.5
+    # |D| = 2: loss = 3.75/2 = 1.875; gradient = -0.5/2 * w/(m-1) = (-0.125, 0.125) and (0.25, 0.125, -0.375)
+    logprobs = torch.tensor([-5.0, -1.0, -4.0, -7.0, -6.0], dtype=torch.float64)
+    reference = torch.tensor([-5.0, -3.0, -4.0, -7.0, -4.0], dtype=torch.float64)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0])
+    ids = torch.tensor([1, 0, 0, 1, 0])
+    loss, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.5)
+    assert loss.item() == 1.875
+    assert gradient.tolist() == [-0.125, 0.25, 0.125, 0.125, -0.375]
+    assert loss_and_grad(gvpo_loss_squared, logprobs, reference, rewards, ids, 0.5)[0].item() == 1.875
+
+
+def test_statistics_of_these_two_groups_by_hand():
+    # Group 1: Var R = 0.5, Var(beta D) = 0. Group 0: Var R = (1+1+4)/2 = 3, Var(beta D) = (1+0+1)/2 = 1, covariance (-1+0-2)/2 = -1.5
+    logprobs = torch.tensor([-5.0, -1.0, -4.0, -7.0, -6.0, -9.0], dtype=torch.float64)
+    reference = torch.tensor([-5.0, -3.0, -4.0, -7.0, -4.0, -1.0], dtype=torch.float64)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, 1.0])
+    _, sums = gvpo_loss(logprobs, reference, rewards, torch.tensor([1, 0, 0, 1, 0, 2]), 0.5)
+    assert all(value.dtype == torch.float64 and value.ndim == 0 and not value.requires_grad for value in sums.values())
+    assert finish(sums) == pytest.approx(
+        {
+            "loss": 1.875,
+            "gvpo/residual_var": 3.75,  # = 1.75 - 2 * (-0.75) + 0.5
+            "gvpo/reward_var": 1.75,
+            "gvpo/implicit_reward_var": 0.5,
+            "gvpo/reward_correlation": -1.5 / math.sqrt(3.5 * 1.0),
+            "policy/kl_ref": 0.0,  # D = (0, 0) and (2, 0, -2)
+            "policy/log_ratio_rms": math.sqrt(8 / 5),
+            "gvpo/num_groups": 2.0,
+            "gvpo/num_singletons": 1.0,  # its D of -8 is in no metric
+        }
+    )
+
+
+def test_kl_estimate_is_the_mean_of_minus_the_log_ratio():
+    # D = (-1, -2): the policy has left what the reference sampled, by 1.5 nats on average
+    _, sums = gvpo_loss(torch.tensor([-2.0, -4.0]), torch.tensor([-1.0, -2.0]), torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), 0.1)
+    assert finish(sums)["policy/kl_ref"] == 1.5
+
+
+# --------------------------------------------------------------------------------------------------- squared = weighted form
+
+
+@pytest.mark.parametrize("sizes", [[2], [3], [32], [2, 2, 2], MIXED, [1, 4, 1, 2], [*range(2, 33)]], ids=lambda sizes: str(sizes)[:24])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 3.0])
+def test_weighted_form_has_value_and_gradient_of_the_squared_form(sizes, beta):
+    data = batch(sizes)
+    value, gradient = loss_and_grad(gvpo_loss, *data, beta)
+    want_value, want_gradient = loss_and_grad(gvpo_loss_squared, *data, beta)
+    assert_same(value, want_value)
+    assert_same(gradient, want_gradient)
+    assert want_gradient.abs().max() > 0
+
+
+def test_gradient_is_minus_beta_w_over_m_minus_one_and_number_of_groups():
+    logprobs, reference, rewards, ids = batch(MIXED)
+    weights, sizes = gvpo_weights(logprobs, reference, rewards, ids, 0.2)
+    _, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.2)
+    assert_same(gradient, -0.2 * weights / ((sizes - 1) * len(MIXED)))
+
+
+def test_value_is_the_finite_difference_of_its_gradient():
+    logprobs, *rest = batch([2, 5, 3])
+    _, gradient = loss_and_grad(gvpo_loss, logprobs, *rest, 0.3)
+    for i in range(len(logprobs)):
+        step = torch.zeros_like(logprobs)
+        step[i] = 1e-3
+        slope = (gvpo_loss(logprobs + step, *rest, 0.3)[0] - gvpo_loss(logprobs - step, *rest, 0.3)[0]) / 2e-3
+        assert slope.item() == pytest.approx(gradient[i].item(), abs=1e-9)  # exact for a quadratic
+
+
+def test_gradient_reaches_the_parameters_behind_the_log_probabilities():
+    theta = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+    rewards, ids = torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.long)
+    reference = torch.log_softmax(torch.zeros(3), 0)
+    (fast,) = torch.autograd.grad(gvpo_loss(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1)[0], theta)
+    (plain,) = torch.autograd.grad(gvpo_loss_squared(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1), theta)
+    assert_same(fast, plain, 1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- what must change nothing
+
+
+def test_order_of_completions_and_of_groups_changes_nothing():
+    data = batch(MIXED)
+    value, gradient = loss_and_grad(gvpo_loss, *data, 0.1)
+    for seed in range(5):
+        order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
+        shuffled, shuffled_gradient = loss_and_grad(gvpo_loss, *(t[order] for t in data), 0.1)
+        assert_same(shuffled, value)
+        assert_same(shuffled_gradient, gradient[order])
+
+
+def test_names_of_groups_change_nothing():
+    logprobs, reference, rewards, ids = batch([3, 2, 4])
+    big = torch.where(ids == ids.min(), 2**62, torch.where(ids == ids.max(), -(2**62), 0))
+    want = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1)
+    got = loss_and_grad(gvpo_loss, logprobs, reference, rewards, big, 0.1)
+    assert_same(got[0], want[0])
+    assert_same(got[1], want[1])
+
+
+@pytest.mark.parametrize("shifted", ["rewards", "reference", "logprobs"])
+def test_a_constant_added_in_each_group_changes_nothing(shifted):
+    data = dict(zip(("logprobs", "reference", "rewards", "ids"), batch(MIXED), strict=True))
+    value, gradient = loss_and_grad(gvpo_loss, *data.values(), 0.1)
+    data[shifted] = data[shifted] + data["ids"].double() * 2.0 + 16.0  # a different constant for each group
+    moved, moved_gradient = loss_and_grad(gvpo_loss, *data.values(), 0.1)
+    assert_same(moved, value, 1e-11)
+    assert_same(moved_gradient, gradient, 1e-11)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_micro_batches_of_whole_groups_add_up_to_the_whole(num_parts):
+    data = batch([*MIXED, 1])  # one group without signal: it must not count
+    value, gradient = loss_and_grad(gvpo_loss, *data, 0.1)
+    sums = gvpo_loss(*data, 0.1)[1]
+    names = data[3].unique().tolist()
+    loss, parts_gradient, parts_sums = torch.zeros(()).double(), torch.zeros_like(gradient), dict.fromkeys(sums, 0.0)
+    for part in range(num_parts):
+        member = torch.isin(data[3], torch.tensor(names[part::num_parts]))
+        part_value, part_gradient = loss_and_grad(gvpo_loss, *(t[member] for t in data), 0.1, num_groups=len(MIXED))
+        part_sums = gvpo_loss(*(t[member] for t in data), 0.1, num_groups=len(MIXED))[1]
+        assert list(part_sums) == list(sums)
+        loss += part_value
+        parts_gradient[member] += part_gradient
+        parts_sums = {name: parts_sums[name] + part_sums[name] for name in sums}
+    assert_same(loss, value)
+    assert_same(parts_gradient, gradient)
+    assert finish(parts_sums) == pytest.approx(finish(sums), rel=1e-12)
+    assert finish(sums)["loss"] == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_number_of_groups_is_the_only_denominator():
+    data = batch([4, 4])
+    assert_same(gvpo_loss(*data, 0.1, num_groups=8)[0], gvpo_loss(*data, 0.1)[0] / 4)
+    assert_same(gvpo_loss_squared(*data, 0.1, num_groups=8), gvpo_loss_squared(*data, 0.1) / 4)
+    assert finish(gvpo_loss(*data, 0.1, num_groups=8)[1]) == finish(gvpo_loss(*data, 0.1)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------ the edges
+
+
+def test_weights_sum_to_zero_in_each_group():
+    logprobs, reference, rewards, ids = batch([*MIXED, 1], scale=50)
+    weights, _ = gvpo_weights(logprobs, reference, rewards, ids, 0.5)
+    for group in ids.unique():
+        assert abs(weights[ids == group].sum()) < 1e-12
+    assert weights.abs().max() > 1
+
+
+def test_a_group_of_one_has_no_weight_and_is_not_counted():
+    logprobs, reference, rewards, ids = batch([3, 2])
+    one = torch.tensor([-4.0], dtype=torch.float64)
+    added = (one, 2 * one, one, torch.tensor([999]))
+    with_one = [torch.cat(pair) for pair in zip((logprobs, reference, rewards, ids), added, strict=True)]
+    value, gradient = loss_and_grad(gvpo_loss, *with_one, 0.1)
+    want, want_gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1)
+    assert value == want and gradient[-1] == 0 and torch.equal(gradient[:-1], want_gradient)
+    assert loss_and_grad(gvpo_loss_squared, *with_one, 0.1)[0].item() == pytest.approx(want.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("ids", [[], [5], [5, -5, 7]], ids=str)
+def test_nothing_to_train_on_is_a_loss_of_zero(ids):
+    n = len(ids)
+    logprobs = torch.full((n,), -3.0, requires_grad=True)
+    for loss, sums in (
+        gvpo_loss(logprobs, torch.zeros(n), torch.ones(n), torch.tensor(ids, dtype=torch.long), 0.1),
+        gvpo_loss(logprobs, torch.zeros(n), torch.ones(n), torch.tensor(ids, dtype=torch.long), 0.1, num_groups=4),
+    ):
+        assert loss.item() == 0.0
+        assert all(math.isfinite(value) for value in finish(sums).values())
+        assert finish(sums)["gvpo/num_singletons"] == n
+        loss.backward()
+        assert not logprobs.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_policy_equal_to_reference_gives_a_log_ratio_of_exactly_zero(dtype):
+    logprobs, _, rewards, ids = batch(MIXED)
+    logprobs = logprobs.to(dtype)
+    weights, _ = gvpo_weights(logprobs, logprobs, rewards, ids, 0.1)
+    _, sums = gvpo_loss(logprobs, logprobs, rewards, ids, 0.1)
+    metrics = finish(sums)
+    assert metrics["policy/kl_ref"] == 0.0 and math.copysign(1, metrics["policy/kl_ref"]) == 1
+    assert metrics["policy/log_ratio_rms"] == metrics["gvpo/implicit_reward_var"] == metrics["gvpo/reward_correlation"] == 0.0
+    assert torch.equal(weights, gvpo_weights(logprobs, logprobs, rewards, ids, 55.0)[0])  # beta has nothing to act on
+
+
+def test_at_log_ratio_zero_the_gradient_is_reinforce_with_a_mean_baseline():
+    # R = (1, 0, 0, 0), mean 0.25: gradient = -beta/(m - 1) (R - mean R) = -0.3/3 * (0.75, -0.25, -0.25, -0.25)
+    logprobs, rewards = torch.full((4,), -2.0, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0, 0.0])
+    _, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs.clone(), rewards, torch.zeros(4, dtype=torch.long), 0.3)
+    assert gradient.tolist() == pytest.approx([-0.075, 0.025, 0.025, 0.025], rel=1e-12)
+
+
+def test_equal_rewards_pull_the_policy_back_to_the_reference():
+    # D = (3, -1), all right: descent lowers the first, which has risen, and raises the second
+    logprobs, reference = torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -4.0])
+    _, gradient = loss_and_grad(gvpo_loss, logprobs, reference, torch.ones(2), torch.zeros(2, dtype=torch.long), 0.5)
+    assert gradient.tolist() == [0.5, -0.5]  # -beta w, w = -beta (D - mean D) = -0.5 * (2, -2)
+
+
+def test_the_optimum_has_loss_and_gradient_of_zero():
+    # D_i = R_i / beta + a constant of the group (-log Z)
+    _, reference, rewards, ids = batch(MIXED)
+    logprobs = reference + rewards / 0.25 - 0.5 * ids.double()
+    loss, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.25)
+    assert loss < 1e-24 and gradient.abs().max() < 1e-12
+    metrics = finish(gvpo_loss(logprobs, reference, rewards, ids, 0.25)[1])
+    assert metrics["gvpo/reward_correlation"] == pytest.approx(1.0, abs=1e-12) and metrics["gvpo/residual_var"] < 1e-24
+
+
+def test_beta_scales_the_log_ratio():
+    logprobs, reference, rewards, ids = batch(MIXED)
+    # loss(beta, D) = loss(1, beta D); and with rewards scaled alike the loss scales with the square
+    want, _ = loss_and_grad(gvpo_loss, reference + 0.2 * (logprobs - reference), reference, rewards, ids, 1.0)
+    assert_same(gvpo_loss(logprobs, reference, rewards, ids, 0.2)[0], want, 1e-11)
+    assert_same(gvpo_loss(logprobs, reference, 3 * rewards, ids, 0.6)[0], 9 * want, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_is_float64_and_the_gradient_has_the_dtype_of_the_log_probabilities(dtype):
+    logprobs, reference, rewards, ids = batch([3, 4])
+    loss, gradient = loss_and_grad(gvpo_loss, logprobs.to(dtype), reference, rewards.float(), ids, 0.1)
+    assert loss.dtype == torch.float64 and gradient.dtype == dtype
+
+
+def test_float32_sums_of_long_answers_lose_nothing_more_in_the_loss():
+    # -20000.5 nats and neighbours, exact in float32: the means and squares of them are not
+    logprobs = torch.tensor([-20000.5, -20001.25, -19999.75, -20000.0], dtype=torch.float32)
+    reference = torch.tensor([-20000.0, -20001.25, -20000.0, -20000.25], dtype=torch.float32)
+    # D = (-0.5, 0, 0.25, 0.25), mean 0; R = (1, 0, 0, 0): w = R - mean R - D = (1.25, -0.25, -0.5, -0.5) at beta = 1
+    weights, _ = gvpo_weights(logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0)
+    assert weights.tolist() == [1.25, -0.25, -0.5, -0.5]
+    loss, _ = gvpo_loss(logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0)
+    assert loss.item() == pytest.approx((1.5625 + 0.0625 + 0.25 + 0.25) / 2 / 3, rel=1e-15)
+
+
+def test_log_ratio_is_taken_in_float64():
+    # D = (-2**24 + 0.5, 0), whose first needs 25 bits, one more than float32 has; beta (D - mean D) = (-, +) 8388607.75 at beta = 1
+    weights, _ = gvpo_weights(torch.tensor([-(2.0**24), 0.0]), torch.tensor([-0.5, 0.0]), torch.zeros(2), torch.zeros(2).long(), 1.0)
+    assert weights.tolist() == [8388607.75, -8388607.75]
+
+
+def test_a_million_float32_completions_are_averaged_without_drift():
+    # rewards 0.1 as float32 in one huge group: the mean must be that number, to float64 accuracy
+    n = 1_000_000
+    rewards = torch.full((n,), 0.1)
+    weights, _ = gvpo_weights(torch.zeros(n), torch.zeros(n), rewards, torch.zeros(n, dtype=torch.long), 0.1)
+    assert weights.abs().max() < 1e-10
+
+
+def test_no_gradient_flows_into_the_reference_or_the_rewards():
+    logprobs, reference, rewards, ids = batch([3, 2])
+    reference.requires_grad_()
+    rewards.requires_grad_()
+    logprobs.requires_grad_()
+    gvpo_loss(logprobs, reference, rewards, ids, 0.1)[0].backward()
+    assert logprobs.grad is not None and reference.grad is None and rewards.grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": 0.0}, "beta must be positive, not 0.0"),
+        ({"beta": float("nan")}, "beta must be positive, not nan"),
+        ({"num_groups": 0}, "num_groups must be positive, not 0"),
+        ({"rewards": torch.zeros(3)}, r"\[N\] alike, not \[\(2,\), \(2,\), \(3,\), \(2,\)\]"),
+        ({"reference_logprobs": torch.zeros(1)}, r"\[N\] alike"),  # would broadcast
+        ({"logprobs": torch.zeros(2, 1)}, r"\[N\] alike"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    arguments = {"logprobs": torch.zeros(2), "reference_logprobs": torch.zeros(2), "rewards": torch.zeros(2), "beta": 0.1}
+    arguments["group_ids"] = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        gvpo_loss(**{**arguments, **change})

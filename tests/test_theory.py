@@ -1,0 +1,185 @@
+"""What the paper proves, on problems small enough to enumerate: 3 prompts, 6 completions each, a table of logits as policy.
+
+The optimum is pi_ref(y|x) exp(R(x,y)/beta) / Z(x), whoever samples (Theorem 3.1, Corollary 3.2), for groups of any sizes (Corollary 3.5),
+and 1/(m - 1) makes the loss of a group an unbiased estimate of the objective (Theorem 3.4).
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from gvpo_ray.losses import gvpo_loss, gvpo_loss_squared
+
+NUM_PROMPTS, NUM_COMPLETIONS, BETA = 3, 6, 0.25
+GROUPS_PER_UPDATE, NUM_UPDATES, LAG = 8, 1200, 100
+
+
+class Problem:
+    """Random rewards, a random reference and a random first policy that is not the reference; log-probabilities [prompt, completion]."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.rewards = torch.rand(NUM_PROMPTS, NUM_COMPLETIONS, generator=self.random, dtype=torch.float64)
+        self.reference = self.normal().log_softmax(1)
+        self.first = self.normal().log_softmax(1)
+        self.foreign = self.normal().log_softmax(1)
+        self.target = (self.reference + self.rewards / BETA).log_softmax(1)
+
+    def normal(self) -> Tensor:
+        return torch.randn(NUM_PROMPTS, NUM_COMPLETIONS, generator=self.random, dtype=torch.float64)
+
+    def distance(self, policy: Tensor) -> float:
+        """The largest KL of any prompt, in either direction, between policy and target."""
+        forward = (policy.exp() * (policy - self.target)).sum(1)
+        backward = (self.target.exp() * (self.target - policy)).sum(1)
+        return max(forward.max().item(), backward.max().item())
+
+
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (logprobs, reference, rewards, group ids) -> loss
+Sampler = Callable[[Problem, list[Tensor]], Tensor]  # (problem, every policy so far) -> probabilities [prompt, completion]
+
+
+def on_policy(problem: Problem, policies: list[Tensor]) -> Tensor:
+    return policies[-1].exp()
+
+
+def uniform(problem: Problem, policies: list[Tensor]) -> Tensor:
+    return torch.ones_like(problem.rewards) / NUM_COMPLETIONS
+
+
+def stale(problem: Problem, policies: list[Tensor]) -> Tensor:
+    return policies[max(len(policies) - 1 - LAG, 0)].exp()
+
+
+def foreign(problem: Problem, policies: list[Tensor]) -> Tensor:
+    return problem.foreign.exp()
+
+
+def mixed(problem: Problem, policies: list[Tensor]) -> Tensor:
+    """Each completion of a group comes from one of the four: their mixture."""
+    return sum(sampler(problem, policies) for sampler in (on_policy, uniform, stale, foreign)) / 4
+
+
+def never_the_best(problem: Problem, policies: list[Tensor]) -> Tensor:
+    """Uniform over all but the completion that the target likes most, as a truncating sampler would be."""
+    return uniform(problem, policies).scatter(1, problem.target.argmax(1, keepdim=True), 0.0)
+
+
+def train(problem: Problem, sampler: Sampler, objective: Objective) -> Tensor:
+    """The final policy of NUM_UPDATES updates of Adam, each on GROUPS_PER_UPDATE groups of 2 to 32 sampled completions."""
+    logits = problem.first.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, NUM_UPDATES)
+    policies = [problem.first]
+    for _ in range(NUM_UPDATES):
+        prompts = torch.randint(NUM_PROMPTS, (GROUPS_PER_UPDATE,), generator=problem.random)
+        sizes = torch.randint(2, 33, (GROUPS_PER_UPDATE,), generator=problem.random)
+        group_ids = torch.repeat_interleave(torch.arange(GROUPS_PER_UPDATE), sizes)
+        x = prompts[group_ids]
+        y = torch.multinomial(sampler(problem, policies)[x], 1, generator=problem.random).squeeze(1)
+        loss = objective(logits.log_softmax(1)[x, y], problem.reference[x, y], problem.rewards[x, y], group_ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        policies.append(logits.detach().log_softmax(1))
+    return policies[-1]
+
+
+def gvpo(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    return gvpo_loss(logprobs, reference, rewards, group_ids, BETA)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- the optimum, sampled
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign, mixed])
+def test_gvpo_reaches_the_optimum_whoever_samples(sampler, seed):
+    problem = Problem(seed)
+    assert problem.distance(problem.first) > 0.1 and problem.distance(problem.reference) > 0.1  # there is a way to go
+    assert problem.distance(train(problem, sampler, gvpo)) < 1e-6  # nats; interpolation: no noise is left there
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_sampler_that_never_draws_one_completion_misses_the_optimum(seed):
+    problem = Problem(seed)
+    assert problem.distance(train(problem, never_the_best, gvpo)) > 0.01
+
+
+@pytest.mark.parametrize("sampler", [on_policy, uniform])
+def test_policy_gradient_with_a_mean_baseline_misses_the_optimum(sampler):
+    """The same without the beta term: nothing holds the policy at the reference."""
+
+    def reinforce(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        return gvpo_loss(logprobs, logprobs.detach(), rewards, group_ids, BETA)[0]
+
+    problem = Problem(0)
+    assert problem.distance(train(problem, sampler, reinforce)) > 0.1
+
+
+# -------------------------------------------------------------------------------------------------- the optimum, in expectation
+
+
+def exact_objective(logprobs: Tensor, reference: Tensor, rewards: Tensor, sampling: Tensor) -> Tensor:
+    """1/2 Var_{y ~ sampling}[beta D(y) - R(y)] for one prompt."""
+    residual = BETA * (logprobs - reference) - rewards
+    return (sampling * (residual - (sampling * residual).sum()).square()).sum() / 2
+
+
+def expected_loss(objective: Objective, m: int, logprobs: Tensor, reference: Tensor, rewards: Tensor, sampling: Tensor) -> Tensor:
+    """The mean of a group's loss over every tuple of m completions, each as often as it is drawn."""
+    total = torch.zeros(()).double()
+    for drawn in product(range(len(rewards)), repeat=m):
+        y = torch.tensor(drawn)
+        total = total + sampling[y].prod() * objective(logprobs[y], reference[y], rewards[y], torch.zeros(m, dtype=torch.long))
+    return total
+
+
+def over_m(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """The wrong variant: 1/m in place of 1/(m - 1)."""
+    residual = BETA * (logprobs - reference) - rewards
+    return (residual - residual.mean()).square().mean() / 2
+
+
+def squared(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    return gvpo_loss_squared(logprobs, reference, rewards, group_ids, BETA)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("objective", [gvpo, squared])
+def test_the_expected_loss_and_gradient_of_a_group_are_those_of_the_objective_for_each_size(objective, m):
+    problem = Problem(3)
+    reference, rewards, sampling = problem.reference[0], problem.rewards[0], problem.foreign[0].exp()
+    logprobs = problem.first[0].clone().requires_grad_()
+    want = exact_objective(logprobs, reference, rewards, sampling)
+    got = expected_loss(objective, m, logprobs, reference, rewards, sampling)
+    assert got.item() == pytest.approx(want.item(), rel=1e-12)
+    (want_gradient,), (got_gradient,) = torch.autograd.grad(want, logprobs), torch.autograd.grad(got, logprobs)
+    assert got_gradient.tolist() == pytest.approx(want_gradient.tolist(), rel=1e-10, abs=1e-13)
+
+
+@pytest.mark.parametrize(("m", "share"), [(2, 1 / 2), (3, 2 / 3)])
+def test_one_over_m_would_be_biased_and_differently_for_each_size(m, share):
+    problem = Problem(3)
+    reference, rewards, sampling, logprobs = problem.reference[0], problem.rewards[0], problem.foreign[0].exp(), problem.first[0]
+    want = exact_objective(logprobs, reference, rewards, sampling)
+    assert expected_loss(over_m, m, logprobs, reference, rewards, sampling).item() == pytest.approx(share * want.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("sampling", [on_policy, uniform, foreign])
+def test_the_exact_objective_is_zero_at_the_optimum_and_nowhere_near_it(sampling):
+    """Interpolation: every group's loss is zero at the optimum, so the noise of sampled groups vanishes there."""
+    problem = Problem(4)
+    probabilities = sampling(problem, [problem.target])
+    for x in range(NUM_PROMPTS):
+        arguments = problem.reference[x], problem.rewards[x], probabilities[x]
+        assert exact_objective(problem.target[x], *arguments) < 1e-28
+        assert expected_loss(gvpo, 2, problem.target[x], *arguments) < 1e-28
+        for y in range(NUM_COMPLETIONS):
+            nudged = problem.target[x].clone()
+            nudged[y] += 0.1
+            assert exact_objective(nudged.log_softmax(0), *arguments) > 1e-6
