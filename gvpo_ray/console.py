@@ -1,0 +1,120 @@
+"""What a person sees of a run: one line per step, a progress bar on a terminal, a table and completions at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from gvpo_ray import groups
+from gvpo_ray.config import GVPOConfig, resource_plan
+from gvpo_ray.metrics import MetricsLog, evaluation_metrics
+
+
+class RunConsole:
+    """The story of a run, at the driver. Logs are one plain line per step where there is no terminal."""
+
+    def __init__(self, config: GVPOConfig, done: int, num_steps: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._num_steps, self._began, self._first = num_steps, time.monotonic(), done
+        self._passes: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("[bold]step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), console=self.console, transient=True
+        )
+        self._bar = self._progress.add_task("starting", total=num_steps, completed=done)
+
+    def __enter__(self) -> RunConsole:
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """One trained step, with the evaluation that came with it."""
+        self.evaluated(line)
+        step = line["step"]
+        each = (time.monotonic() - self._began) / max(1, step - self._first)
+        left = each * (self._num_steps - step)
+        parts = [
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
+            f"reward {line['reward/mean']:.3f}",
+            *(f"pass@1 {name} {value:.3f}" for name, value in self._passes.items()),
+            f"loss {line['loss']:.4f}",
+            f"kl_ref {line['policy/kl_ref']:.3f}",
+            f"{line['tokens/trained'] / max(1e-9, line['time/step']):,.0f} tokens/s",
+            f"staleness {line['staleness/mean']:.1f}",
+            f"waited {100 * line['time/wait_for_groups'] / max(1e-9, line['time/step']):.0f}%",
+            f"{line['time/step']:.1f} s",
+            f"left {duration(left)}",
+        ]
+        self.say(" · ".join(parts))
+        self._progress.update(self._bar, completed=step, description=f"left {duration(left)}")
+
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        for key, value in line.items():
+            if key.startswith("eval/") and key.endswith("/pass@1"):
+                self._passes[key.split("/")[1]] = value
+
+    def summary(self, run_dir: Path, metrics: MetricsLog, num_examples: int = 3) -> None:
+        """Before and after, some completions of both, and where everything is."""
+        table = Table(title="before and after", title_justify="left")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        examples: list[str] = []
+        for name in sorted({path.name.rsplit("-step-", 1)[0] for path in (run_dir / "evaluations").glob("*-step-*.arrow")}):
+            files = sorted((run_dir / "evaluations").glob(f"{name}-step-*.arrow"))
+            before, after = (list(groups.rows(groups.load(file))) for file in (files[0], files[-1]))
+            values = [evaluation_metrics(name, rows) for rows in (before, after)]
+            steps = [int(file.stem.rsplit("-", 1)[1]) for file in (files[0], files[-1])]
+            table.add_row(f"{name}: step", *(str(step) for step in steps))
+            for key, label in (("pass@1", "pass@1"), ("stderr", "± standard error"), ("length_mean", "mean length"), ("truncated", "truncated")):
+                table.add_row(f"  {label}", *(f"{value[f'eval/{name}/{key}']:.3f}" for value in values))
+            for old, new in list(zip(before, after, strict=False))[:num_examples]:
+                examples.append(f"{one_line(old['prompt'])}  (answer {old['answer']})")
+                examples += [f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}" for when, row in (("before", old), ("after ", new))]
+        trained = [line for line in metrics.lines if "loss" in line]
+        if trained:
+            table.add_row("reward/mean of a step", f"{trained[0]['reward/mean']:.3f}", f"{trained[-1]['reward/mean']:.3f}")
+        self.console.print(table)
+        for text in examples:
+            self.say(text)
+        unverifiable = sum(line["completions/unverifiable"] > 0 for line in trained)
+        if unverifiable:
+            self.say(f"{unverifiable} steps had completions that could not be verified: they were left out (completions/unverifiable)")
+        self.say(f"run directory: {run_dir}")
+
+
+def plan_table(config: GVPOConfig) -> Table:
+    """The resource plan as `check` prints it."""
+    table = Table(title="resource plan", title_justify="left")
+    for column in ("actor", "number", "CPUs each", "GPUs each", "CPUs", "GPUs"):
+        table.add_column(column, justify="left" if column == "actor" else "right")
+    cpus = gpus = 0.0
+    for who, number, cpu, gpu in resource_plan(config):
+        cpus, gpus = cpus + number * cpu, gpus + number * gpu
+        table.add_row(who, str(number), f"{cpu:g}", f"{gpu:g}", f"{number * cpu:g}", f"{number * gpu:g}")
+    table.add_section()
+    table.add_row("in all", "", "", "", f"{cpus:g}", f"{gpus:g}")
+    return table
+
+
+def one_line(text: str, width: int = 110) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

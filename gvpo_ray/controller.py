@@ -1,0 +1,785 @@
+"""The ring: placement, `ray.remote` wrapping, the rollout loop, supervision. The only file that makes actors.
+
+    prompts ──► engines ──► verifiers ──► buffer ──► learner ──► weights ─┐
+      ▲                                                       (pulled by  │
+      └── a group may start while started // n <= version + max_staleness ◄┘ engines)
+
+Everything asynchronous runs on one event loop in a thread of the driver (`Session`): one coroutine per free slot of an engine
+(`_roll_out`), one per engine that follows the weights (`_follow`). The driver holds object refs only; tables go from actor to actor.
+The first exception anywhere closes the buffer with its cause, and whoever waits is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import yaml
+
+from gvpo_ray import groups
+from gvpo_ray.buffer import GroupBuffer, GroupLog
+from gvpo_ray.config import (
+    ConfigError,
+    EnginesConfig,
+    GVPOConfig,
+    ModelConfig,
+    PromptsConfig,
+    RayConfig,
+    SamplingConfig,
+    VerifiersConfig,
+    check_resources,
+    cluster_address,
+    is_local,
+)
+from gvpo_ray.engines import Engine
+from gvpo_ray.learner import Settings, learn
+from gvpo_ray.metrics import MetricsLog, evaluation_metrics
+from gvpo_ray.policy import Policy, latest_checkpoint
+from gvpo_ray.prompts import PromptSet
+from gvpo_ray.verifiers import Verifier, validate_rewards
+from gvpo_ray.weights import NcclPublisher, ObjectPublisher
+
+Rewards = Mapping[str, Callable[..., Any]]
+"""Reward functions passed as callables, by the name they have in verifiers.rewards."""
+
+
+class RunError(RuntimeError):
+    """The run has stopped; the message is the first cause."""
+
+
+# --- before any actor starts --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What a run reads, checked."""
+
+    prompts: PromptSet
+    evaluation: dict[str, PromptSet]
+    max_length: int
+    """Longest prompt + completion, in tokens."""
+
+
+def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
+    """Load tokenizer and prompts and check that model, prompts and rewards are there and fit together.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    max_length, tokenizer = read_model(config)
+    room = max_length - config.sampling.max_tokens
+    if room < 1:
+        raise ConfigError(f"sampling.max_tokens: {config.sampling.max_tokens} tokens leave no room for a prompt in a context of {max_length}")
+    validate_rewards(config.verifiers, rewards)
+
+    def prompt_set(section: PromptsConfig, key: str, name: str, room: int) -> PromptSet:
+        return PromptSet(section, tokenizer, name=name, max_tokens=room, seed=config.seed, key=key)
+
+    evaluation_room = max_length - (config.evaluation.max_tokens or config.sampling.max_tokens)
+    return Inputs(
+        prompts=prompt_set(config.prompts, "prompts", Path(config.prompts.path).stem, room),
+        evaluation={
+            name: prompt_set(section, f"evaluation.sets.{name}", name, evaluation_room) for name, section in config.evaluation.sets.items()
+        },
+        max_length=max_length,
+    )
+
+
+def read_model(config: GVPOConfig) -> tuple[int, Any]:
+    """Context length and tokenizer of model.path."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path, trust = config.model.path, config.model.trust_remote_code
+    if is_local(path) and not Path(path).is_dir():
+        hint = "; make it with: python jobs/warm_start.py CONFIG" if config.warm_start else ""
+        raise ConfigError(f"model.path: no folder {path}{hint}")
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ConfigError(f"model.path: {path} has no config.json")
+        if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+            raise ConfigError(f"model.path: {path} has no tokenizer (tokenizer.json): save the model's tokenizer beside it")
+        if not any(Path(path).glob("*.safetensors")):
+            raise ConfigError(f"model.path: {path} has no weights (*.safetensors)")
+    try:
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    context = getattr(model, "max_position_embeddings", None) or config.model.max_length
+    if context is None:
+        raise ConfigError(f"model.max_length: {path} does not say its context length: give it here")
+    if config.model.max_length and config.model.max_length > context:
+        raise ConfigError(f"model.max_length: {config.model.max_length} is more than the model's context of {context}")
+    return config.model.max_length or context, tokenizer
+
+
+def check_paths(config: GVPOConfig) -> Iterator[str]:
+    """For `check`: what of the run's inputs is here. Hub names are not looked up."""
+    validate_rewards(config.verifiers)
+    for key, path in (("model.path", config.model.path), ("prompts.path", config.prompts.path),
+                      *((f"evaluation.sets.{name}.path", section.path) for name, section in config.evaluation.sets.items())):  # fmt: skip
+        if Path(path).exists():
+            yield f"{key}: {path} is here"
+        elif is_local(path):
+            raise ConfigError(f"{key}: nothing at {path}")
+        else:
+            yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
+
+
+RESUMABLE = ("num_steps", "max_staleness", "engines", "verifiers", "learner", "evaluation", "checkpoint", "ray", "warm_start", "run_dir", "loss")
+"""Keys that may change when a run is resumed. The others say what its log and its checkpoints mean."""
+
+
+@contextlib.contextmanager
+def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
+    """Make or take up the run directory, alone: writes config.yaml; refuses one that another process uses or that is another run's.
+
+    Raises:
+        ConfigError: names the key that differs, or run_dir and why it cannot be written.
+    """
+    path = Path(config.run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "a")  # noqa: SIM115 - held as long as the run
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"run_dir: another process is running in {path}") from error
+        kept = path / "config.yaml"
+        if kept.exists():
+            old, new = yaml.safe_load(kept.read_text()), config.model_dump(mode="json")
+            changed = [key for key in new if key not in RESUMABLE and old.get(key) != new[key]]
+            if changed:
+                raise ConfigError(f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use another run_dir")
+        part = path / ".config.yaml.part"
+        try:
+            part.write_text(config.dump())
+        except OSError as error:
+            raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
+        part.replace(kept)
+        yield path
+
+
+# --- groups of actors ---------------------------------------------------------------------------------------------------
+
+
+class EngineGroup:
+    """The engine actors. Asynchronous methods run on the session's loop."""
+
+    def __init__(self, model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool = False) -> None:
+        self.config = config
+        actor = ray.remote(Engine)
+        self.actors = [
+            actor.options(
+                name=f"engine-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=4 * config.max_groups + 16
+            ).remote(model, config, seed + i, load_weights)
+            for i in range(config.num)
+        ]
+        self.times: dict[str, float] = {}
+        """Of the newest weight update."""
+
+    async def start(self) -> float:
+        """Seconds until the slowest engine was up."""
+        return max(report["seconds"] for report in await asyncio.gather(*(engine.start.remote() for engine in self.actors)))
+
+    async def num_tokens(self) -> int:
+        """Tokens generated since the start."""
+        return sum(status["tokens"] for status in await asyncio.gather(*(engine.status.remote() for engine in self.actors)))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(engine.close.remote() for engine in self.actors), return_exceptions=True)
+
+
+class VerifierGroup:
+    """The verifier actors; a group goes to the one with the fewest in hand."""
+
+    def __init__(self, config: VerifiersConfig, rewards: Rewards | None) -> None:
+        # A group's table arrives when its engine is done, not in the order of the calls: a later one must not wait for it.
+        actor = ray.remote(Verifier)
+        self.actors = [
+            actor.options(name=f"verifier-{i}", num_cpus=config.num_cpus, max_concurrency=1, allow_out_of_order_execution=True).remote(
+                config, dict(rewards or {})
+            )
+            for i in range(config.num)
+        ]
+        self._in_hand = [0] * config.num
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[Any]:
+        """The least busy verifier, until the block ends."""
+        i = min(range(len(self.actors)), key=lambda i: self._in_hand[i])
+        self._in_hand[i] += 1
+        try:
+            yield self.actors[i]
+        finally:
+            self._in_hand[i] -= 1
+
+    async def close(self) -> None:
+        await asyncio.gather(*(verifier.close.remote() for verifier in self.actors), return_exceptions=True)
+
+
+class LearnerGroup:
+    """The Ray Train workers, run from a thread: TorchTrainer.fit blocks until the buffer tells the learner to stop."""
+
+    def __init__(self, config: GVPOConfig, run_dir: Path, buffer: Any, engines: list[Any], last_step: int) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        learner = config.learner
+        self._scratch = tempfile.mkdtemp(prefix="gvpo_ray_train_")  # Ray Train's own notes; checkpoints are in the run directory
+        self._trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"config": config, "run_dir": str(run_dir), "buffer": buffer, "engines": engines, "last_step": last_step},
+            torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=learner.num_workers,
+                use_gpu=learner.num_gpus > 0,
+                resources_per_worker={"CPU": learner.num_cpus, "GPU": learner.num_gpus} if learner.num_gpus else {"CPU": learner.num_cpus},
+            ),
+            run_config=RunConfig(name="learner", storage_path=self._scratch, failure_config=FailureConfig(max_failures=0)),
+        )
+        self._thread: threading.Thread | None = None
+        self.ended: Future[None] = Future()
+
+    def start(self) -> None:
+        def fit() -> None:
+            try:
+                self._trainer.fit()
+                self.ended.set_result(None)
+            except BaseException as error:  # noqa: BLE001 - carried to the session, which reports it as the cause
+                self.ended.set_exception(error)
+
+        self._thread = threading.Thread(target=fit, name="learner", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the workers to end; False when they did not in time."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        return self._thread is None or not self._thread.is_alive()
+
+
+class _LearnersBuffer:
+    """The buffer actor as the learner sees it: calls that wait."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def order(self, step: int, saved: bool) -> str:
+        return ray.get(self._actor.order.remote(step, saved))
+
+    def batch(self, step: int) -> pa.Table | None:
+        return ray.get(self._actor.batch.remote(step))
+
+    def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
+        ray.get(self._actor.published.remote(version, weights, metrics))
+
+    def saved(self, step: int) -> None:
+        ray.get(self._actor.saved.remote(step))
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each learner worker."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    config: GVPOConfig = settings["config"]
+    torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.seed)
+    rank = ray.train.get_context().get_world_rank()
+    checkpoint = latest_checkpoint(settings["run_dir"])
+    policy = Policy(config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device())
+    engines = settings["engines"]
+    publisher: NcclPublisher | ObjectPublisher
+    if config.engines.weight_transfer == "nccl" and engines:
+
+        def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
+            ray.get([getattr(engine, method).remote(*args) for engine, args in zip(engines, arguments, strict=True)])
+
+        address = ray.util.get_node_ip_address()
+        publisher = NcclPublisher(call, len(engines), config.engines.tensor_parallel_size, rank, address, _free_port(address))
+    else:
+        publisher = ObjectPublisher(ray.put, getattr(torch, config.model.dtype), is_sender=rank == 0)
+    learn(
+        policy,
+        _LearnersBuffer(settings["buffer"]),
+        publisher,
+        Settings(
+            run_dir=settings["run_dir"],
+            num_steps=config.num_steps,
+            last_step=settings["last_step"],
+            loss=config.loss,
+            learner=config.learner,
+            checkpoint=config.checkpoint,
+            model_path=config.model.path,
+            parity_every=config.engines.parity_every,
+        ),
+        on_step=ray.train.report,
+    )
+
+
+def _free_port(address: str) -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return int(free.getsockname()[1])
+
+
+# --- the session --------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """Ray, an event loop in a thread, and what was started on them; `stop` ends all of it, and only that."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []
+        self.cause: BaseException | None = None
+        self._stopped = False
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            address = cluster_address(config)
+            embedded: dict[str, Any] = {
+                "num_cpus": config.num_cpus,
+                "object_store_memory": int(config.object_store_gib * 2**30),
+                "include_dashboard": config.dashboard,
+            }
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else embedded))
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, Any] | Any, timeout_s: float | None = None) -> Any:
+        """Run a coroutine (or await an object ref) on the loop and wait for its result."""
+
+        async def run() -> Any:
+            return await coroutine
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(timeout_s)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any], on_error: Callable[[BaseException], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine in the background; its exception, if it is the first, becomes the cause of the run's end."""
+
+        if self._stopped:
+            coroutine.close()
+            return
+
+        async def run() -> None:
+            try:
+                await coroutine
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # noqa: BLE001 - supervision: recorded as the cause and raised in the driver's thread
+                if self.cause is None and not self._stopped:
+                    self.cause = error
+                    await on_error(error)
+
+        asyncio.run_coroutine_threadsafe(run(), self.loop)
+
+    def on_stop(self, close: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._closers.append(close)
+
+    def stop(self) -> None:
+        """Close what was started, newest first, within seconds; then Ray, if it is ours."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for close in reversed(self._closers):
+            with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+                self.call(close(), timeout_s=3)
+
+        async def cancel() -> None:
+            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        with contextlib.suppress(TimeoutError):
+            self.call(cancel(), timeout_s=3)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=3)
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def cause_of(error: BaseException) -> str:
+    """One line for what a user should know first: the innermost cause that Ray carried here, without its tracebacks."""
+    from ray.exceptions import RayTaskError
+
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+            error = error.cause
+        elif failures := getattr(error, "worker_failures", None):  # Ray Train: rank -> exception
+            error = failures[min(failures)]
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayTaskError) and lines else lines[0] if lines else ''}".rstrip(": ")
+
+
+# --- the algorithm ------------------------------------------------------------------------------------------------------
+
+
+class GVPO:
+    """A run, in RLlib's manner: `train()` is one more trained step, and the ring goes on sampling meanwhile as far as the dial allows.
+
+    Takes up `config.run_dir` where it stands. A context manager.
+
+        with GVPOConfig.from_file("jobs/quickstart.yaml").build() as algo:
+            while algo.step < algo.config.num_steps:
+                metrics = algo.train()
+
+    Args:
+        reward: a reward function of one's own, or several by name: `reward(prompts, completions, **columns) -> list[float | None]`.
+            It takes the place of `verifiers.rewards`.
+        groups_file: train on recorded groups alone, with no engines and no verifiers (`gvpo-ray learn`).
+
+    Raises:
+        ConfigError: before any actor starts.
+    """
+
+    def __init__(self, config: GVPOConfig, reward: Callable[..., Any] | Rewards | None = None, groups_file: str | None = None) -> None:
+        rewards: Rewards = {} if reward is None else reward if isinstance(reward, Mapping) else {_name_of(reward): reward}
+        if rewards:
+            known = {name: config.verifiers.rewards.get(name, 1.0) for name in rewards}
+            config = config.model_copy(update={"verifiers": config.verifiers.model_copy(update={"rewards": known})})
+        config = config.absolute()
+        self.config, self._rewards = config, rewards
+        self.replays = groups_file is not None
+        if cluster_address(config.ray) is None and not ray.is_initialized():
+            check_resources(config, *machine_resources(config), engines=not self.replays)
+        if self.replays:
+            read_model(config)
+            recorded = groups.load(str(groups_file))
+        else:
+            self.inputs = read_inputs(config, rewards)
+        self._open = contextlib.ExitStack()
+        self.run_dir = self._open.enter_context(open_run_dir(config))
+        try:
+            self.num_steps = config.num_steps
+            if groups_file is not None:
+                self.num_steps = min(config.num_steps, import_groups(Path(groups_file), recorded, self.run_dir / "groups", config.groups_per_step))
+            checkpoint = latest_checkpoint(self.run_dir)
+            self.step = checkpoint[0] if checkpoint else 0
+            """Steps that are trained: also the version of the weights."""
+            self.resumed_from = self.step if checkpoint else None
+            self.log_size = len(GroupLog(self.run_dir / "groups"))
+            """Groups that were in the log when this process took the run up."""
+            self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
+        except OSError as error:
+            self._open.close()
+            raise ConfigError(f"run_dir: {self.run_dir}: {error.strerror}") from error
+        except BaseException:
+            self._open.close()
+            raise
+        self._session: Session | None = None
+        self._tokens_before = (0, time.perf_counter())
+
+    @classmethod
+    def from_run_dir(cls, path: str | Path, reward: Callable[..., Any] | Rewards | None = None) -> GVPO:
+        """Take up a run where its directory stands."""
+        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": str(path)}), reward)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.num_steps
+
+    def story(self) -> Iterator[str]:
+        """What a person should know before the first step."""
+        if self.done:
+            yield f"{self.run_dir}: complete, {self.step} of {self.num_steps} steps are trained"
+        elif self.resumed_from is not None or (self.log_size and not self.replays):
+            start = f"checkpoint of step {self.resumed_from}" if self.resumed_from is not None else f"{self.config.model.path} (no checkpoint yet)"
+            yield f"resuming {self.run_dir} from the {start}, with {self.log_size} finished groups in its log"
+        if not self.replays:
+            for key, prompts in {"prompts": self.inputs.prompts, **self.inputs.evaluation}.items():
+                left_out = f", {prompts.num_too_long} longer than the context allows: left out" if prompts.num_too_long else ""
+                yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{left_out})"
+
+    def start(self) -> GVPO:
+        """Bring the ring up (the first `train`, `evaluate` or `save` does it too)."""
+        if self._session is not None:
+            return self
+        config = self.config
+        session = self._session = Session(config.ray)
+        self._open.callback(session.stop)
+        self._buffer = (
+            ray.remote(GroupBuffer)
+            .options(name="buffer", num_cpus=0.1, max_concurrency=100_000)
+            .remote(self.run_dir / "groups", config.groups_per_step, self.num_steps, config.max_staleness, self.step)
+        )
+        engines: list[Any] = []
+        if not self.replays:
+            self.engines = EngineGroup(config.model.model_copy(update={"max_length": self.inputs.max_length}), config.engines, config.seed)
+            self.verifiers = VerifierGroup(config.verifiers, self._rewards)
+            session.on_stop(self.verifiers.close)
+            session.on_stop(self.engines.close)
+            engines = self.engines.actors
+        self.learners = LearnerGroup(config, self.run_dir, self._buffer, engines, self.num_steps)
+        self.learners.start()
+        self.learners.ended.add_done_callback(lambda ended: session.spawn(self._learners_ended(ended), self._fail))
+        session.on_stop(self._close_buffer)
+        if not self.replays:
+            session.spawn(self._ring(), self._fail)
+        return self
+
+    # --- the ring --------------------------------------------------------------------------------------------------------
+
+    async def _ring(self) -> None:
+        """Start the engines, then sample until the buffer is closed. Consumes prompts; waits for slots and for the dial."""
+        await self.engines.start()
+        async with asyncio.TaskGroup() as tasks:
+            for engine in self.engines.actors:
+                tasks.create_task(self._follow(engine))
+                for _ in range(self.config.engines.max_groups):
+                    tasks.create_task(self._roll_out(engine))
+
+    async def _roll_out(self, engine: Any) -> None:
+        """One slot of an engine: pull the next group when there is room for it, have it sampled, verified and put into the log.
+
+        Waits for the dial (woken by a new version), then for the group. The driver sees refs alone.
+        """
+        while (start := await self._buffer.start.remote()) is not None:
+            group_id, min_version = start
+            async with self.verifiers.one() as verifier:
+                sampled = engine.generate.remote(self.inputs.prompts.group(group_id), self.config.sampling, min_version)
+                scored = verifier.score.remote(sampled)
+                await self._buffer.put.remote(scored)
+
+    async def _follow(self, engine: Any) -> None:
+        """Keep one engine's weights new. Waits for a version newer than the engine's (woken by the learner's publish)."""
+        version = -1
+        while (news := await self._buffer.weights.remote(version)) is not None:
+            version, weights = news
+            self.engines.times = await engine.update.remote(version, weights, weights["probe"])
+
+    async def _learners_ended(self, ended: Future[None]) -> None:
+        ended.result()
+
+    async def _fail(self, error: BaseException) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._buffer.close.remote(cause_of(_first(error)))
+
+    async def _close_buffer(self) -> None:
+        await self._buffer.close.remote()
+        await asyncio.to_thread(self.learners.join, 8.0)
+
+    def _ask(self, ref: Any) -> Any:
+        """Await an answer of the buffer; None means that the run was closed under us: raise why."""
+        assert self._session is not None
+        try:
+            answer = self._session.call(ref)
+        except ray.exceptions.RayError as error:
+            self._session.cause = self._session.cause or error
+            answer = None
+        if answer is None:
+            cause = self._session.cause
+            raise RunError(cause_of(_first(cause)) if cause else "the run was stopped") from cause
+        return answer
+
+    # --- what users call ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Run until one more step is trained; returns its metrics (with those of an evaluation, where one was due).
+
+        Raises:
+            RunError: with the first cause.
+            StopIteration: all steps are trained.
+        """
+        if self.done:
+            raise StopIteration(f"all {self.num_steps} steps are trained")
+        self.start()
+        assert self._session is not None
+        line: dict[str, Any] = {}
+        every = 0 if self.replays else self.config.evaluation.every
+        if every and self.step == 0 and not any(key.startswith("eval/") for logged in self.metrics.lines for key in logged):
+            self.evaluate()  # before the first step
+        self._session.call(self._buffer.allow.remote(self.step + 1))
+        metrics = self._ask(self._buffer.trained.remote(self.step + 1))
+        self.step += 1
+        if not self.replays:
+            metrics |= self._session.call(self._rates())
+        line = self.metrics.write(self.step, metrics)
+        if every and (self.step % every == 0 or self.done):
+            line = line | self.evaluate()
+        if self.done:
+            self.save()  # the learner does by itself: this waits for it
+        return line
+
+    def evaluate(self) -> dict[str, float]:
+        """pass@1 on the held-out sets, by the same engines and verifiers, with the weights of the last trained step."""
+        self.start()
+        assert self._session is not None
+        config = self.config.evaluation
+        whole = self.step == 0 or self.done or not config.every_limit
+        results: dict[str, float] = {}
+        folder = self.run_dir / "evaluations"
+        folder.mkdir(exist_ok=True)
+        for name, prompts in self.inputs.evaluation.items():
+            table = self._guard(self._evaluate(prompts.all(None if whole else config.every_limit)))
+            groups.save(table, folder / f"{name}-step-{self.step:06d}.arrow")
+            results |= evaluation_metrics(name, list(groups.rows(table)))
+        if results:
+            self.metrics.write(self.step, results)
+        return results
+
+    async def _evaluate(self, prompts: pa.Table) -> pa.Table:
+        config = self.config.evaluation
+        sampling = self.config.sampling.model_copy(
+            update={
+                "num_completions": config.num_samples,
+                "temperature": config.temperature,
+                "max_tokens": config.max_tokens or self.config.sampling.max_tokens,
+            }
+        )
+        return await run_through(prompts, self.engines, self.verifiers, sampling, min_version=self.step)
+
+    def _guard(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine that would wait for ever if the ring broke meanwhile: raises the ring's cause then."""
+        assert self._session is not None
+        session = self._session
+
+        async def watched() -> Any:
+            work = asyncio.ensure_future(coroutine)
+            while not work.done() and session.cause is None:
+                await asyncio.wait([work], timeout=1.0)
+            if not work.done():
+                work.cancel()
+                return None
+            return work.result()
+
+        try:
+            result = session.call(watched())
+        except ray.exceptions.RayError as error:
+            session.cause = session.cause or error
+            result = None
+        if result is None:
+            assert session.cause is not None
+            raise RunError(cause_of(_first(session.cause))) from session.cause
+        return result
+
+    def save(self) -> Path:
+        """A checkpoint of the last trained step, written now if there is none; its folder."""
+        self.start()
+        step = self._ask(self._buffer.save.remote())
+        return self.run_dir / "checkpoints" / f"step-{step}"
+
+    async def _rates(self) -> dict[str, float]:
+        tokens, now = await self.engines.num_tokens(), time.perf_counter()
+        before, then = self._tokens_before
+        self._tokens_before = (tokens, now)
+        times = {f"weights/{name}": value for name, value in self.engines.times.items()}
+        return {"tokens/generated": float(tokens - before), "tokens/generated_per_s": (tokens - before) / (now - then), **times}
+
+    def stop(self) -> None:
+        """End everything that was started. The run directory can be taken up again."""
+        self._open.close()
+        self._session = None
+
+    def __enter__(self) -> GVPO:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first of a task group's errors."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def machine_resources(config: GVPOConfig) -> tuple[float, float]:
+    """CPUs and GPUs that an embedded Ray would have."""
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    return float(config.ray.num_cpus or len(os.sched_getaffinity(0))), float(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+
+
+async def run_through(
+    prompts: pa.Table, engines: EngineGroup, verifiers: VerifierGroup, sampling: SamplingConfig, min_version: int = 0
+) -> pa.Table:
+    """Sample and verify every row once, through all engines; the rows come back in their order."""
+    rows = iter(range(len(prompts)))
+    done: dict[int, pa.Table] = {}
+
+    async def slot(engine: Any) -> None:
+        for i in rows:
+            async with verifiers.one() as verifier:
+                done[i] = await verifier.score.remote(engine.generate.remote(prompts.slice(i, 1), sampling, min_version))
+
+    async with asyncio.TaskGroup() as tasks:
+        for engine in engines.actors:
+            for _ in range(engines.config.max_groups):
+                tasks.create_task(slot(engine))
+    return pa.concat_tables([done[i] for i in sorted(done)])
+
+
+def import_groups(source: Path, recorded: pa.Table, folder: Path, groups_per_step: int) -> int:
+    """Make recorded groups the log of a run that only learns; returns how many steps they make.
+
+    The log of a finished run brings its own assignment of groups to steps; a file of groups is cut in its order.
+    """
+    groups.validate(recorded, groups.LOGGED_COLUMNS)
+    log = GroupLog(folder)
+    if len(log) == 0:
+        for i in range(len(recorded)):
+            log.append(recorded.slice(i, 1).select(list(groups.LOGGED_COLUMNS)))
+        for step, (begin, end) in (GroupLog(source).assigned if source.is_dir() else {}).items():
+            log.assign(step, begin, end)
+    if len(log) != len(recorded):
+        raise ConfigError(f"run_dir: {folder} holds {len(log)} groups, {source} has {len(recorded)}: use another run_dir")
+    steps = max(log.assigned, default=0) + (len(log) - log.end) // groups_per_step
+    if steps == 0:
+        raise ConfigError(f"--groups: {source} has {len(recorded)} groups, fewer than groups_per_step ({groups_per_step})")
+    return steps
+
+
+def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None) -> pa.Table:
+    """Sample and verify groups with the weights of model.path, and write them to one Arrow file. No learner."""
+    config = config.absolute()
+    if cluster_address(config.ray) is None and not ray.is_initialized():
+        check_resources(config, *machine_resources(config), learner=False)
+    inputs = read_inputs(config, reward)
+    session = Session(config.ray)
+    try:
+        model = config.model.model_copy(update={"max_length": inputs.max_length})
+        engines = EngineGroup(model, config.engines, config.seed, load_weights=True)
+        session.on_stop(engines.close)
+        verifiers = VerifierGroup(config.verifiers, reward)
+        session.on_stop(verifiers.close)
+        session.call(engines.start())
+        prompts = pa.concat_tables([inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)])
+        table = session.call(run_through(prompts, engines, verifiers, config.sampling))
+        part = Path(f"{out}.part")
+        groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
+        part.replace(out)
+        return table
+    except BaseExceptionGroup as error:
+        raise RunError(cause_of(_first(error))) from error
+    finally:
+        session.stop()

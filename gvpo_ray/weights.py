@@ -1,0 +1,159 @@
+"""The weight wire, both ends side by side.
+
+`objects` (default): learner rank 0 puts the weights into Ray's object store as safetensors shards; each engine actor pulls them
+(Ray copies an object once per node), lays them into shared memory, and vLLM's core, a process of its own that knows nothing of
+Ray, maps them from there. An engine that joins late pulls the newest version like any other. No GPU is needed.
+
+`nccl`: vLLM's own broadcast from learner rank 0 into a fixed fleet of GPU engines.
+
+Both run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights → finish_weight_update(version) → resume.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as to_safetensors
+
+SHARD_BYTES = 512 * 2**20
+"""Largest shard, in bytes: bounds what either end holds beside the weights themselves. A larger tensor is a shard of its own."""
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+class WeightMismatch(RuntimeError):
+    """An engine's log-probs are not the learner's: what was transferred is not what was trained. Names the worst token."""
+
+
+# --- the learner's end ---------------------------------------------------------------------------------------------------
+
+
+def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[bytes]:
+    """Serialise weights into safetensors shards of at most `max_bytes`, in `dtype`.
+
+    Tensors that share storage (tied embeddings) are sent under each of their names: see Engine for why.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            yield to_safetensors(shard)
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield to_safetensors(shard)
+
+
+class ObjectPublisher:
+    """Puts each version into the object store. Ray frees it when the buffer has a newer one and no engine is still reading."""
+
+    def __init__(self, put: Callable[[np.ndarray], Any], dtype: torch.dtype, is_sender: bool) -> None:
+        self._put, self._dtype, self._is_sender = put, dtype, is_sender
+
+    def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
+        """Called on every rank (gathering sharded weights is a collective); only rank 0 returns where they are."""
+        if not self._is_sender:
+            for _ in named_tensors:
+                pass
+            return None
+        refs, size = [], 0
+        for data in shards(named_tensors, self._dtype):
+            refs.append(self._put(np.frombuffer(data, dtype=np.uint8)))
+            size += len(data)
+        return {"shards": refs, "bytes": size}
+
+
+class NcclPublisher:
+    """vLLM's NCCL broadcast. The fleet is fixed when the first version is sent: a late engine cannot join.
+
+    Args:
+        call: (method name, one argument tuple per engine) -> None; runs that method of `Engine` on all engines at once and waits.
+        address, port: where learner rank 0 listens.
+    """
+
+    def __init__(
+        self, call: Callable[[str, list[tuple[Any, ...]]], None], num_engines: int, tensor_parallel_size: int, rank: int, address: str, port: int
+    ) -> None:
+        self._num_engines, self._call, self._rank, self._tp = num_engines, call, rank, tensor_parallel_size
+        self._address, self._port = address, port
+        self._trainer: Any = None
+        self._current: NamedTensors = ()
+        self._version = 0
+
+    # vLLM's VLLMWeightSyncClient, fanned out to all engines.
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_transfer", [({**init_info, "rank_offset": 1 + i * self._tp},) for i in range(self._num_engines)])
+
+    def start_weight_update(self) -> None:
+        self._call("begin_update", [()] * self._num_engines)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("receive", [(update_info,)] * self._num_engines)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_update", [(self._version,)] * self._num_engines)
+
+    def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
+        """Called on every rank; returns when all engines run `version`."""
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        self._version, self._current = version, named_tensors
+        if self._trainer is None:
+            publisher = self
+
+            class Source(WeightSource):
+                """The tensors of this round; their shapes do not change from round to round, so they are read once."""
+
+                _metadata: list[ParamMeta] | None = None
+
+                def metadata(self) -> list[ParamMeta]:
+                    if self._metadata is None:
+                        self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in publisher._current]
+                    return self._metadata
+
+                def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+                    return iter(publisher._current)
+
+            world_size = 1 + self._num_engines * self._tp
+            info = NCCLTrainerInitInfo(rank=self._rank, master_address=self._address, master_port=self._port, world_size=world_size)
+            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=Source())
+        self._trainer.send_weights()
+        if self._rank != 0:
+            return None
+        return {"shards": [], "bytes": sum(math.prod(m.shape) * m.dtype.itemsize for m in self._trainer.source.metadata())}
+
+
+# --- the engine's end ----------------------------------------------------------------------------------------------------
+
+
+class SharedMemory:
+    """Files in shared memory (a temporary folder where /dev/shm is missing or small) that vLLM's processes of this node can map."""
+
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        need = sum(array.nbytes for array in arrays)
+        shm = Path("/dev/shm")
+        roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2 * need
+        self._folder = Path(tempfile.mkdtemp(prefix=f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_", dir=shm if roomy else None))
+        self.paths = [str(self._folder / f"{i}.safetensors") for i in range(len(arrays))]
+        for path, array in zip(self.paths, arrays, strict=True):
+            array.tofile(path)
+
+    def __enter__(self) -> SharedMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
