@@ -1,0 +1,20 @@
+"""Make model.path from scratch and teach it by supervised learning, as the config's `warm_start` section says:
+
+    python jobs/warm_start.py jobs/quickstart.yaml [key=value …]
+
+Does nothing when model.path is there.
+"""
+
+import sys
+
+from gvpo_ray.config import ConfigError, GVPOConfig
+from gvpo_ray.warm_start import warm_start
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    try:
+        warm_start(GVPOConfig.from_file(sys.argv[1], sys.argv[2:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
