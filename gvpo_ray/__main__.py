@@ -24,6 +24,8 @@ def train(config: GVPOConfig, groups_file: str | None = None) -> None:
             console.evaluated({key: value for line in algo.metrics.lines for key, value in line.items()})
             while not algo.done:
                 console.step(algo.train())
+            if algo.evaluation_due:
+                console.evaluated(algo.evaluate())
         console.summary(algo.run_dir, algo.metrics)
 
 
@@ -77,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     options.overrides += rest  # argparse takes overrides before an option, and leaves those after it
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and Kubernetes end a run as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` and Kubernetes end a run as Ctrl-C does; a shell's `&` has it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         run(options)
     except ConfigError as error:

@@ -41,12 +41,13 @@ class GroupLog:
         self._assignments = self.folder / "assignments.jsonl"
         self.assigned: dict[int, tuple[int, int]] = {}
         if self._assignments.exists():
-            whole, _, torn = self._assignments.read_text().rpartition("\n")
-            for line in whole.splitlines():
+            lines = self._assignments.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):  # never answered, and the next one must not run into it
+                os.truncate(self._assignments, sum(map(len, lines[:-1])))
+                del lines[-1]
+            for line in lines:
                 entry = json.loads(line)
                 self.assigned[entry["step"]] = (entry["begin"], entry["end"])
-            if torn:  # a line that was never answered: it must not run into the next one
-                self._assignments.write_text(whole + "\n" if whole else "")
         self._segment: Path | None = None
         self._file: Any = None
         self._writer: Any = None
@@ -67,7 +68,11 @@ class GroupLog:
             self._file = open(self._segment, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
             self._writer = pa.ipc.new_stream(self._file, group.schema)
             self._position = 0
-        self._writer.write_batch(group.combine_chunks().to_batches()[0])
+        try:
+            self._writer.write_batch(group.combine_chunks().to_batches()[0])
+        except OSError:
+            self._writer = None  # half a group may be in this segment (disk full): what comes after it could not be read
+            raise
         assert self._segment is not None
         self._index.append((self._segment, self._position))
         self._position += 1
@@ -107,8 +112,8 @@ class GroupBuffer:
         self._metrics: dict[int, dict[str, Any]] = {}
         self._orders: dict[tuple[int, bool], str] = {}
         self._allowed = 0
-        self._save_wanted = False
-        self._saved_step = version if version > 0 else None  # a run that is taken up starts from a checkpoint
+        self._saved_step = version if version > 0 else -1  # a run that is taken up starts from a checkpoint
+        self._save_wanted = -1  # version of which, or of a newer one, save() waits for a checkpoint
         self._closed = False
         self.error: str | None = None
         # One condition per kind of news: with hundreds of free slots waiting to start, a finished group must not wake them all.
@@ -157,6 +162,9 @@ class GroupBuffer:
 
     # --- learner ---------------------------------------------------------------------------------------------------
 
+    def _must_save(self) -> bool:
+        return self._saved_step < self._save_wanted
+
     async def order(self, step: int, saved: bool = False) -> str:
         """What the learner does next: "train" step `step`, "save" a checkpoint of step - 1, or "stop".
 
@@ -165,13 +173,16 @@ class GroupBuffer:
         """
         key = (step, saved)
         async with self._new_order:
+            if saved and self._saved_step < step - 1:  # a learner that died before it could say so, and is back from there
+                self._saved_step = step - 1
+                self._new_order.notify_all()
             await self._new_order.wait_for(
-                lambda: self._closed or key in self._orders or (self._save_wanted and not saved) or step <= self._allowed
+                lambda: self._closed or key in self._orders or (self._must_save() and not saved) or step <= self._allowed
             )
             if key not in self._orders:
                 if self._closed:
                     return "stop"
-                self._orders[key] = "save" if self._save_wanted and not saved else "train"
+                self._orders[key] = "save" if self._must_save() and not saved else "train"
             return self._orders[key]
 
     async def batch(self, step: int) -> pa.Table | None:
@@ -207,7 +218,6 @@ class GroupBuffer:
     async def saved(self, step: int) -> None:
         """The learner has written a checkpoint."""
         async with self._new_order:
-            self._save_wanted = False
             self._saved_step = step
             self._new_order.notify_all()
 
@@ -238,10 +248,10 @@ class GroupBuffer:
     async def save(self) -> int | None:
         """A checkpoint of the newest version, written now unless there is one; its step. None: the run was closed before."""
         async with self._new_order:
-            self._save_wanted = self._saved_step != self.version
+            wanted = self._save_wanted = self.version
             self._new_order.notify_all()
-            await self._new_order.wait_for(lambda: self._closed or self._saved_step == self.version)
-            return self._saved_step if self._saved_step == self.version else None
+            await self._new_order.wait_for(lambda: self._closed or self._saved_step >= wanted)
+            return self._saved_step if self._saved_step >= wanted else None
 
     async def close(self, error: str | None = None) -> None:
         """End the run: everybody who waits is told. The first error is the one that is kept."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,15 @@ class RunConsole:
 
     def __init__(self, config: GVPOConfig, done: int, num_steps: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self._num_steps, self._began, self._first = num_steps, time.monotonic(), done
+        self._num_steps = num_steps
+        self._ends = deque([(done, time.monotonic())], maxlen=32)  # of the last steps, for the time left
         self._passes: dict[str, float] = {}
         self._progress = Progress(
-            TextColumn("[bold]step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), console=self.console, transient=True
+            TextColumn("[bold]step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
         )
         self._bar = self._progress.add_task("starting", total=num_steps, completed=done)
 
@@ -44,8 +50,9 @@ class RunConsole:
         """One trained step, with the evaluation that came with it."""
         self.evaluated(line)
         step = line["step"]
-        each = (time.monotonic() - self._began) / max(1, step - self._first)
-        left = each * (self._num_steps - step)
+        self._ends.append((step, time.monotonic()))
+        (first, began), (last, now) = self._ends[min(1, len(self._ends) - 2)], self._ends[-1]  # not the first: it had the start in it
+        left = (now - began) / max(1, last - first) * (self._num_steps - step)
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
             f"reward {line['reward/mean']:.3f}",
@@ -82,7 +89,8 @@ class RunConsole:
                 table.add_row(f"  {label}", *(f"{value[f'eval/{name}/{key}']:.3f}" for value in values))
             for old, new in list(zip(before, after, strict=False))[:num_examples]:
                 examples.append(f"{one_line(old['prompt'])}  (answer {old['answer']})")
-                examples += [f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}" for when, row in (("before", old), ("after ", new))]
+                for when, row in (("before", old), ("after ", new)):
+                    examples.append(f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}")
         trained = [line for line in metrics.lines if "loss" in line]
         if trained:
             table.add_row("reward/mean of a step", f"{trained[0]['reward/mean']:.3f}", f"{trained[-1]['reward/mean']:.3f}")

@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import inspect
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -187,7 +189,7 @@ class EngineGroup:
         actor = ray.remote(Engine)
         self.actors = [
             actor.options(
-                name=f"engine-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=4 * config.max_groups + 16
+                name=f"engine-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=10_000
             ).remote(model, config, seed + i, load_weights)
             for i in range(config.num)
         ]
@@ -210,6 +212,11 @@ class VerifierGroup:
     """The verifier actors; a group goes to the one with the fewest in hand."""
 
     def __init__(self, config: VerifiersConfig, rewards: Rewards | None) -> None:
+        for function in (rewards or {}).values():
+            # Functions of the user's own files travel by value: the actors' machines need not have the files.
+            module = inspect.getmodule(function)
+            if module is not None and module.__name__ != "__main__" and "site-packages" not in (module.__file__ or "site-packages"):
+                ray.cloudpickle.register_pickle_by_value(module)
         # A group's table arrives when its engine is done, not in the order of the calls: a later one must not wait for it.
         actor = ray.remote(Verifier)
         self.actors = [
@@ -262,7 +269,7 @@ class LearnerGroup:
             try:
                 self._trainer.fit()
                 self.ended.set_result(None)
-            except BaseException as error:  # noqa: BLE001 - carried to the session, which reports it as the cause
+            except BaseException as error:  # carried to the session, which reports it as the cause
                 self.ended.set_exception(error)
 
         self._thread = threading.Thread(target=fit, name="learner", daemon=True)
@@ -332,7 +339,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             model_path=config.model.path,
             parity_every=config.engines.parity_every,
         ),
-        on_step=ray.train.report,
+        on_checkpoint=ray.train.report,
     )
 
 
@@ -352,6 +359,7 @@ class Session:
 
     def __init__(self, config: RayConfig) -> None:
         self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []
+        """Run together at the end; what does not answer in time goes down with Ray."""
         self.cause: BaseException | None = None
         self._stopped = False
         self._owns_ray = not ray.is_initialized()
@@ -388,7 +396,7 @@ class Session:
                 await coroutine
             except asyncio.CancelledError:
                 raise
-            except BaseException as error:  # noqa: BLE001 - supervision: recorded as the cause and raised in the driver's thread
+            except BaseException as error:  # supervision: recorded as the cause and raised in the driver's thread
                 if self.cause is None and not self._stopped:
                     self.cause = error
                     await on_error(error)
@@ -399,22 +407,20 @@ class Session:
         self._closers.append(close)
 
     def stop(self) -> None:
-        """Close what was started, newest first, within seconds; then Ray, if it is ours."""
+        """Close what was started, within seconds, and then Ray, if it is ours."""
         if self._stopped:
             return
         self._stopped = True
-        for close in reversed(self._closers):
-            with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
-                self.call(close(), timeout_s=3)
 
-        async def cancel() -> None:
+        async def close() -> None:
+            await asyncio.wait([asyncio.ensure_future(closer()) for closer in self._closers] or [asyncio.ensure_future(asyncio.sleep(0))], timeout=4)
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
         with contextlib.suppress(TimeoutError):
-            self.call(cancel(), timeout_s=3)
+            self.call(close(), timeout_s=6)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=3)
         if self._owns_ray:
@@ -432,8 +438,12 @@ def cause_of(error: BaseException) -> str:
             error = error.cause
         elif failures := getattr(error, "worker_failures", None):  # Ray Train: rank -> exception
             error = failures[min(failures)]
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayTaskError) and lines else lines[0] if lines else ''}".rstrip(": ")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, ray.exceptions.RayError):  # its text is a traceback: the error that it ends with says more than its head
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line)]
+        if named:
+            return named[-1]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 # --- the algorithm ------------------------------------------------------------------------------------------------------
@@ -493,6 +503,7 @@ class GVPO:
             raise
         self._session: Session | None = None
         self._tokens_before = (0, time.perf_counter())
+        self._engines_are_up = False
 
     @classmethod
     def from_run_dir(cls, path: str | Path, reward: Callable[..., Any] | Rewards | None = None) -> GVPO:
@@ -502,6 +513,14 @@ class GVPO:
     @property
     def done(self) -> bool:
         return self.step >= self.num_steps
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the config asks for an evaluation of this step that the log does not have."""
+        every = 0 if self.replays else self.config.evaluation.every
+        if not every or not (self.step % every == 0 or self.done):
+            return False
+        return not any(key.startswith("eval/") for line in self.metrics.lines if line["step"] == self.step for key in line)
 
     def story(self) -> Iterator[str]:
         """What a person should know before the first step."""
@@ -547,6 +566,7 @@ class GVPO:
     async def _ring(self) -> None:
         """Start the engines, then sample until the buffer is closed. Consumes prompts; waits for slots and for the dial."""
         await self.engines.start()
+        self._engines_are_up = True
         async with asyncio.TaskGroup() as tasks:
             for engine in self.engines.actors:
                 tasks.create_task(self._follow(engine))
@@ -581,7 +601,7 @@ class GVPO:
 
     async def _close_buffer(self) -> None:
         await self._buffer.close.remote()
-        await asyncio.to_thread(self.learners.join, 8.0)
+        await asyncio.to_thread(self.learners.join, 4.0)
 
     def _ask(self, ref: Any) -> Any:
         """Await an answer of the buffer; None means that the run was closed under us: raise why."""
@@ -609,17 +629,15 @@ class GVPO:
             raise StopIteration(f"all {self.num_steps} steps are trained")
         self.start()
         assert self._session is not None
-        line: dict[str, Any] = {}
-        every = 0 if self.replays else self.config.evaluation.every
-        if every and self.step == 0 and not any(key.startswith("eval/") for logged in self.metrics.lines for key in logged):
-            self.evaluate()  # before the first step
+        if self.evaluation_due:
+            self.evaluate()  # before the first step, or cut off by the end of the process that trained the last one
         self._session.call(self._buffer.allow.remote(self.step + 1))
         metrics = self._ask(self._buffer.trained.remote(self.step + 1))
         self.step += 1
-        if not self.replays:
+        if self._engines_are_up:  # a run that is taken up may train from its log before they are
             metrics |= self._session.call(self._rates())
         line = self.metrics.write(self.step, metrics)
-        if every and (self.step % every == 0 or self.done):
+        if self.evaluation_due:
             line = line | self.evaluate()
         if self.done:
             self.save()  # the learner does by itself: this waits for it
@@ -651,7 +669,9 @@ class GVPO:
                 "max_tokens": config.max_tokens or self.config.sampling.max_tokens,
             }
         )
-        return await run_through(prompts, self.engines, self.verifiers, sampling, min_version=self.step)
+        # As many completions in flight as in training, however few a prompt has here.
+        slots = max(1, self.config.engines.max_groups * self.config.sampling.num_completions // config.num_samples)
+        return await run_through(prompts, self.engines, self.verifiers, sampling, self.step, slots)
 
     def _guard(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine that would wait for ever if the ring broke meanwhile: raises the ring's cause then."""
@@ -721,9 +741,9 @@ def machine_resources(config: GVPOConfig) -> tuple[float, float]:
 
 
 async def run_through(
-    prompts: pa.Table, engines: EngineGroup, verifiers: VerifierGroup, sampling: SamplingConfig, min_version: int = 0
+    prompts: pa.Table, engines: EngineGroup, verifiers: VerifierGroup, sampling: SamplingConfig, min_version: int, slots: int
 ) -> pa.Table:
-    """Sample and verify every row once, through all engines; the rows come back in their order."""
+    """Sample and verify every row once, through `slots` slots of every engine; the rows come back in their order."""
     rows = iter(range(len(prompts)))
     done: dict[int, pa.Table] = {}
 
@@ -734,7 +754,7 @@ async def run_through(
 
     async with asyncio.TaskGroup() as tasks:
         for engine in engines.actors:
-            for _ in range(engines.config.max_groups):
+            for _ in range(slots):
                 tasks.create_task(slot(engine))
     return pa.concat_tables([done[i] for i in sorted(done)])
 
@@ -774,7 +794,7 @@ def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, 
         session.on_stop(verifiers.close)
         session.call(engines.start())
         prompts = pa.concat_tables([inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)])
-        table = session.call(run_through(prompts, engines, verifiers, config.sampling))
+        table = session.call(run_through(prompts, engines, verifiers, config.sampling, 0, config.engines.max_groups))
         part = Path(f"{out}.part")
         groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
         part.replace(out)

@@ -14,7 +14,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class Engine:
         os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
         if not on_gpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+            # vLLM would compile one small kernel for log-probs, for 4 to 9 s of the first generation.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
             # Pinning cores would set engine and learner on the same ones: let the kernel spread the threads.
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             os.environ["OMP_NUM_THREADS"] = str(config.num_threads or len(os.sched_getaffinity(0)))
@@ -76,6 +78,8 @@ class Engine:
             arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         started = time.perf_counter()
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.vllm)))
+        self._death = asyncio.get_running_loop().create_future()
+        self._watcher = asyncio.create_task(self._watch())
         await self._llm.update_weight_version(str(self.version))
         if config.weight_transfer == "objects":
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -125,11 +129,28 @@ class Engine:
         )
 
     async def _final(self, prompt_ids: list[int], params: Any) -> Any:
-        final = None
-        async for output in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=uuid.uuid4().hex):
-            final = output
-        assert final is not None
-        return final
+        async def last() -> Any:
+            final = None
+            async for output in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=uuid.uuid4().hex):
+                final = output
+            return final
+
+        return await self._unless_dead(last())
+
+    async def _watch(self) -> None:
+        """vLLM does not wake those who wait for a core that was killed (SIGKILL, out of memory): look once a second."""
+        while not self._llm.errored:
+            await asyncio.sleep(1.0)
+        self._death.set_exception(self._llm.dead_error)
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of `work`; raises vLLM's EngineDeadError as soon as its core is dead."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            self._death.result()
+        return task.result()
 
     # --- weights -------------------------------------------------------------------------------------------------------
 
@@ -153,9 +174,7 @@ class Engine:
             arrays = [await shard if isinstance(shard, Awaitable) else shard for shard in weights["shards"]]
             with await asyncio.to_thread(SharedMemory, arrays) as memory:
                 copied = time.perf_counter()
-                await self.begin_update()
-                await self.receive({"paths": memory.paths})
-                await self.finish_update(version)
+                await self._unless_dead(self._swap(version, {"paths": memory.paths}))
             done = time.perf_counter()
             parity = await self._check(probe) if probe else {}
             return {"copy_s": copied - started, "pause_s": done - copied, **parity}
@@ -165,6 +184,11 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def _swap(self, version: int, update_info: dict[str, Any]) -> None:
+        await self.begin_update()
+        await self.receive(update_info)
+        await self.finish_update(version)
 
     async def begin_update(self) -> None:
         # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is never stale and what
@@ -204,7 +228,8 @@ class Engine:
         tolerance = self._config.parity_tolerance or (1e-3 if self._model.dtype == "float32" else 0.1)
         if not mean <= tolerance:
             raise WeightMismatch(
-                f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average (allowed {tolerance:g}); worst is {worst_text}"
+                f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average "
+                f"(allowed {tolerance:g}); worst is {worst_text}"
             )
         return {"parity_mean": mean, "parity_max": worst}
 
@@ -217,6 +242,7 @@ class Engine:
     async def close(self) -> None:
         """End vLLM's core process."""
         if self._llm is not None:
+            self._watcher.cancel()
             self._llm.shutdown()
             self._llm = None
 

@@ -7,6 +7,8 @@ The algorithm is `train_step`; the loop around it waits for the buffer and is wo
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,17 +64,23 @@ class Settings:
     parity_every: int
 
 
-def learn(policy: Policy, buffer: Buffer, publisher: Publisher, settings: Settings, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None) -> None:
+def learn(
+    policy: Policy,
+    buffer: Buffer,
+    publisher: Publisher,
+    settings: Settings,
+    on_checkpoint: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> None:
     """Train until the buffer says stop.
 
     Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished groups); only rank 0 talks
-    back. `on_step(metrics)` is called on every rank after each step.
+    back. `on_checkpoint(metrics)` is called on every rank after each checkpoint that was due.
     """
     if settings.loss.reference == "initial" and policy.reference is None:
         policy.load_reference(settings.model_path)
     rows: list[Row] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None)
-    saved, ended = policy.step > 0, time.perf_counter()
+    saved = policy.step > 0
     while (order := buffer.order(policy.step + 1, saved)) != "stop":
         if order == "save":
             save(policy, buffer, settings)
@@ -86,12 +94,11 @@ def learn(policy: Policy, buffer: Buffer, publisher: Publisher, settings: Settin
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         metrics = train_step(policy, rows, settings)
         trained = time.perf_counter()
-        publish(policy, buffer, publisher, settings, rows, metrics, times={"wait": got - asked, "train": trained - got, "since": ended})
-        on_step({"step": policy.step, **metrics})
-        ended = time.perf_counter()
+        publish(policy, buffer, publisher, settings, rows, metrics, times={"wait": got - asked, "train": trained - got, "since": asked})
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
         if saved:
             save(policy, buffer, settings)
+            on_checkpoint({"step": policy.step, **metrics})
 
 
 def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, float]:
@@ -103,12 +110,7 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
     rows = [row for row in map(groups.trainable, batch) if row is not None]
     mini_batches = [part for part in _cut(rows, settings.learner.num_mini_batches) if part]
     plans = [_plan(policy, mini_batch, settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
-    # The reference pass, once per step and completion. The first mini-batch needs none for the policy at the start of the step:
-    # that is the policy of its own forward pass, whose log-probs become the reference, so that the log-ratio there is exactly 0.
-    references = [
-        [_references(policy, micro, version, settings.loss.reference, is_first=i == 0, is_needed=_needs_pass(mini_batches[i], version, settings.loss.reference)) for micro in plan]
-        for i, plan in enumerate(plans)
-    ]
+    references = _reference_pass(policy, mini_batches, plans, version, settings.loss.reference)
     sums: dict[str, torch.Tensor] = {}
     norms = []
     learning_rate = _learning_rate(settings.learner, version, settings.num_steps)
@@ -146,7 +148,7 @@ _NOTHING: Row = {"prompt_ids": [0], "completion_ids": [[0]]}
 def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
     """Near-equal runs in order of arrival."""
     bounds = [round(i * len(rows) / num_parts) for i in range(num_parts + 1)]
-    return [list(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(rows[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def _plan(policy: Policy, mini_batch: Sequence[Row], max_tokens: int) -> list[list[Row]]:
@@ -160,36 +162,43 @@ def _plan(policy: Policy, mini_batch: Sequence[Row], max_tokens: int) -> list[li
     return mine + [[] for _ in range(longest - len(mine))]
 
 
-def _own_reference(row: Row, i: int, version: int, reference: str) -> float | None:
-    """The reference that completion i brings along; None: the policy at the start of the step.
+def _own_references(row: Row, version: int, reference: str) -> list[float | None]:
+    """The reference that each completion brings along; None: the policy at the start of the step.
 
     Under `behaviour` a completion wholly sampled by that very policy takes the learner's own pass (log-ratio exactly 0); an older or
     mixed one its engine's log-probs, exact also when weights changed in mid-completion; a foreign one the policy it meets.
     """
-    if reference != "behaviour" or row["version_min"][i] is None or row["sampling_logprobs"][i] is None:
-        return None
-    if row["version_min"][i] == row["version_max"][i] == version:
-        return None
-    return float(torch.tensor(row["sampling_logprobs"][i], dtype=torch.float64).sum())
+    own: list[float | None] = []
+    for oldest, newest, logprobs in zip(row["version_min"], row["version_max"], row["sampling_logprobs"], strict=True):
+        is_older = oldest is not None and logprobs is not None and not oldest == newest == version
+        own.append(math.fsum(logprobs) if reference == "behaviour" and is_older else None)
+    return own
 
 
-def _needs_pass(mini_batch: Sequence[Row], version: int, reference: str) -> bool:
-    """Whether any completion, on any rank, is measured against the policy at the start of the step."""
-    if reference not in ("behaviour", "previous"):
-        return False
-    return any(_own_reference(row, i, version, reference) is None for row in mini_batch for i in range(len(row["rewards"])))
+def _reference_pass(
+    policy: Policy, mini_batches: Sequence[Sequence[Row]], plans: Sequence[Sequence[Sequence[Row]]], version: int, reference: str
+) -> list[list[torch.Tensor]]:
+    """Reference log-probs of every micro-batch of a step, float64 [completions], once per completion and reference version.
 
-
-def _references(policy: Policy, micro: Sequence[Row], version: int, reference: str, is_first: bool, is_needed: bool) -> torch.Tensor:
-    """Reference log-probs of a micro-batch, float64 [completions]; nan: its own forward pass will say."""
-    if reference not in ("behaviour", "previous"):
-        return _pass(policy, micro, reference=True) if micro else torch.empty(0)
-    known = [_own_reference(row, i, version, reference) for row in micro for i in range(len(row["rewards"]))]
-    given = torch.tensor([float("nan") if value is None else value for value in known], dtype=torch.float64, device=policy.device)
-    if is_first or not is_needed:
-        return given
-    passed = _pass(policy, micro or [_NOTHING])
-    return torch.where(given.isnan(), passed, given) if micro else given
+    nan: the policy at the start of the step, and no pass is needed for it, because that is the policy of the completion's own forward
+    pass, whose log-probs become the reference (so the log-ratio there is exactly 0). That holds in the first mini-batch, before any
+    update; the others need a pass of their own, unless every completion, on every rank, brings its reference along.
+    """
+    if reference not in ("behaviour", "previous"):  # a model of its own
+        return [[_pass(policy, micro, reference=True) if micro else torch.empty(0) for micro in plan] for plan in plans]
+    references = []
+    for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
+        is_needed = i > 0 and any(value is None for row in mini_batch for value in _own_references(row, version, reference))
+        given = []
+        for micro in plan:
+            known = [value for row in micro for value in _own_references(row, version, reference)]
+            values = torch.tensor([float("nan") if v is None else v for v in known], dtype=torch.float64, device=policy.device)
+            if is_needed:  # with sharded parameters a pass is a collective: a rank with nothing to ask takes part
+                passed = _pass(policy, micro or [_NOTHING])
+                values = torch.where(values.isnan(), passed, values) if micro else values
+            given.append(values)
+        references.append(given)
+    return references
 
 
 def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> torch.Tensor:

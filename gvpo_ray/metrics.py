@@ -11,7 +11,7 @@
     loss, gvpo/*, policy/*           losses/gvpo.py, over all mini-batches of the step
     grad_norm                        before clipping, mean over the step's updates
     learning_rate, updates           of the step; optimizer updates since the run began
-    time/step                        seconds from the end of the last step to the end of this one
+    time/step                        seconds from the learner's asking for the batch to its weights being published
     time/wait_for_groups             of these, seconds the learner had no batch
     time/train, time/publish         of these, passes and updates; gathering and publishing weights
     weights/bytes                    of one version

@@ -34,7 +34,7 @@ class CompletionLogprobs(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """input_ids, attention_mask [B, L], right-padded; the token targets[i] is predicted at [rows[i], positions[i]]. Returns float32 [N]."""
+        """input_ids, attention_mask [B, L], right-padded; token targets[i] is predicted at [rows[i], positions[i]]. Returns float32 [N]."""
         hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[rows, positions]).float()
         return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
@@ -137,7 +137,7 @@ class DDPBackend:
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
-            self._optimizer.state[parameter][name].copy_(value)
+            (parameter.data if name == "master" else self._optimizer.state[parameter][name]).copy_(value)
 
 
 class DeepSpeedBackend:
@@ -146,6 +146,8 @@ class DeepSpeedBackend:
     def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
         import deepspeed
 
+        # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._config = config
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=_adamw(module, config), config=deepspeed_config(config, dtype), dist_init_required=False
@@ -199,7 +201,7 @@ class DeepSpeedBackend:
 
         for name, value in state.items():
             if not self._is_zero:
-                self._base.state[parameter][name].copy_(value)
+                (parameter.data if name == "master" else self._base.state[parameter][name]).copy_(value)
             elif name == "master":
                 safe_set_full_fp32_param(parameter, value)
             else:
@@ -212,16 +214,30 @@ class DeepSpeedBackend:
 
 
 def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in number."""
+    """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in number.
+
+    bfloat16 without ZeRO is autocast over float32 parameters, as for DDP: DeepSpeed's own wrapper there hides optimizer and master weights.
+    """
+    is_half = dtype == torch.bfloat16
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": is_half and config.zero_stage > 0},
+        "torch_autocast": {"enabled": is_half and config.zero_stage == 0, "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+
+
+class _Weights:
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
+        self._model, self._backend = model, backend
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            yield name, self._backend.full(parameter)
 
 
 class Policy:
@@ -242,14 +258,16 @@ class Policy:
             from transformers.integrations import HfDeepSpeedConfig
 
             shard_on_load = HfDeepSpeedConfig(deepspeed_config(config, dtype))  # must live while from_pretrained runs
-        self._module = CompletionLogprobs(self._load(path, dtype if config.backend == "deepspeed" else torch.float32))
+        is_zero = config.backend == "deepspeed" and config.zero_stage > 0  # its master weights are apart; others compute by autocast
+        self._module = CompletionLogprobs(self._load(path, dtype if is_zero else torch.float32))
         del shard_on_load
         if config.gradient_checkpointing:
             self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self._module.train()
+            for module in self._module.modules():  # the layers recompute in training mode only; elsewhere it would switch dropout on
+                module.training = getattr(module, "gradient_checkpointing", False)
         backend = DeepSpeedBackend if config.backend == "deepspeed" else DDPBackend
         self._backend: Backend = backend(self._module, config, dtype, self.device)
-        self._autocast_dtype = dtype if config.backend == "ddp" else torch.float32
+        self._autocast_dtype = torch.float32 if is_zero else dtype
         self.vocab_size: int = self._module.model.config.vocab_size
         self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
         self.reference: nn.Module | None = None
@@ -265,7 +283,7 @@ class Policy:
     # --- forward and update --------------------------------------------------------------------------------------------
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
-        """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank. is_last: of the micro-batches of this update."""
+        """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank. is_last: of this update's micro-batches."""
         inputs, lengths = padded_inputs(rows, self.device)
         return sequence_sums(self._backend.forward(inputs, is_last), lengths)
 
@@ -305,10 +323,12 @@ class Policy:
 
     # --- whole weights and checkpoints -----------------------------------------------------------------------------------
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole weights under their Hugging Face names, one at a time, tied ones under each name. Every rank, to the end."""
-        for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
-            yield name, self._backend.full(parameter)
+    def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """The whole weights under their Hugging Face names, one at a time, tied ones under each name. Every rank, to the end.
+
+        It can be gone through more than once: vLLM's NCCL broadcast asks for the shapes first.
+        """
+        return _Weights(self._module.model, self._backend)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint: Hugging Face model and tokenizer, optimizer and random state beside them. Every rank.
@@ -340,7 +360,7 @@ class Policy:
                 if file.is_file():
                     with open(file, "rb") as written:
                         os.fsync(written.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             part.rename(folder)
         if self.world_size > 1:
             dist.barrier()
@@ -373,8 +393,14 @@ def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted save left."""
+    """Remove all but the newest `keep` checkpoints, and what an interrupted save or removal left."""
     folder = Path(run_dir) / "checkpoints"
     whole = sorted((path.parent for path in folder.glob("step-*/state.json")), key=lambda path: int(path.name.removeprefix("step-")))
-    for path in [*whole[:-keep], *folder.glob(".step-*.part")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in {*folder.glob("step-*"), *folder.glob(".step-*.part")}.difference(whole[-keep:]):
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """state.json goes first: what an interrupted removal leaves is no checkpoint."""
+    (checkpoint / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)

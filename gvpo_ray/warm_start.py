@@ -27,14 +27,16 @@ def warm_start(config: GVPOConfig) -> Path:
     """Write model.path, as config.warm_start says; nothing is done when it is there. Returns the folder.
 
     Raises:
-        ConfigError: no warm_start section, or its data cannot be read.
+        ConfigError: no warm_start section, its data cannot be read, or model.path cannot be written: before anything is trained.
     """
     if config.warm_start is None:
         raise ConfigError("warm_start: this config has no such section")
-    folder = Path(config.model.path)
+    folder = Path(config.model.path).expanduser()
     if (folder / "config.json").exists():
         print(f"{folder} is there: nothing to do")
         return folder
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"model.path: {folder} is there and is no model: choose another")
     section = config.warm_start
     torch.manual_seed(config.seed)
     if section.num_threads:
@@ -54,19 +56,34 @@ def warm_start(config: GVPOConfig) -> Path:
         print(f"{len(rows) - len(fitting)} worked problems are longer than the context of {context} tokens: left out")
     if not fitting:
         raise ConfigError(f"warm_start.data: no worked problem fits into the context of {context} tokens")
-    imitate(model.to(device), fitting, section)
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
+    try:
+        imitate(model.to(device), fitting, section)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     print(f"wrote {folder}")
     return folder
 
 
 def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
-    """(templated prompt, completion) of every worked problem."""
+    """(templated prompt, completion) of every worked problem.
+
+    Raises:
+        ConfigError: the data cannot be read, has no such solution in some row, or `remove` is no regular expression.
+    """
+    try:
+        remove = re.compile(section.remove or r"(?!)")  # without one: what matches nowhere
+    except re.error as error:
+        raise ConfigError(f"warm_start.remove: {section.remove!r} is not a regular expression: {error}") from error
     column, _, inside = section.solution_column.partition(".")
     data = section.data
     table = load_rows(data, {"prompt": data.prompt_column, "answer": data.answer_column, "solution": column}, "warm_start.data")
@@ -78,9 +95,11 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
                 solution = json.loads(solution)[inside]
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"warm_start.solution_column: row {i}: {column} is not JSON with a key {inside!r}") from error
-        if section.remove:
-            solution = re.sub(section.remove, "", solution)
-        completion = section.completion.replace("{solution}", solution.strip()).replace("{answer}", row["answer"])
+            if not isinstance(solution, str):
+                raise ConfigError(f"warm_start.solution_column: row {i}: {inside!r} in {column} is {type(solution).__name__}, not text")
+        parts = {"{solution}": remove.sub("", solution).strip(), "{answer}": row["answer"]}
+        # Split, not replaced one after the other: solutions have braces too.
+        completion = "".join(parts.get(part, part) for part in re.split(r"(\{solution\}|\{answer\})", section.completion))
         examples.append(((data.template or "{prompt}").replace("{prompt}", row["prompt"]), completion))
     return examples
 
@@ -91,10 +110,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False)
 
 
@@ -104,15 +127,20 @@ def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> 
     Raises:
         ConfigError: an argument that Qwen2Config does not take, or values that do not fit together.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     if unknown := [name for name in architecture if name not in Qwen2Config().to_dict()]:
         raise ConfigError(f"warm_start.architecture: Qwen2Config has no {unknown[0]}")
     end = tokenizer.eos_token_id
+    arguments = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end, "pad_token_id": end, **architecture}
     try:
-        return Qwen2ForCausalLM(Qwen2Config(**{"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end, "pad_token_id": end, **architecture}))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"warm_start.architecture: {str(error).splitlines()[0]}") from error
+        model = Qwen2ForCausalLM(Qwen2Config(**arguments))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[vocab_size - 1, 0]]))  # some misfits show only when it computes
+    except (ValueError, RuntimeError, LookupError, StrictDataclassError) as error:
+        raise ConfigError(f"warm_start.architecture: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    return model
 
 
 def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) -> None:
@@ -121,7 +149,8 @@ def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     num_updates = max(1, round(section.num_epochs * len(rows) / section.batch_size))
     began = said = time.monotonic()
-    for update, batch in enumerate(itertools.islice(_batches(len(rows), section.batch_size), num_updates), start=1):
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
+    for update, batch in enumerate(itertools.islice(_batches(lengths, section.batch_size), num_updates), start=1):
         rate = min(1.0, 20 * update / num_updates) * (1 - 0.95 * (update - 1) / num_updates)
         for group in optimizer.param_groups:
             group["lr"] = section.learning_rate * rate
@@ -138,11 +167,16 @@ def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) ->
     model.eval()
 
 
-def _batches(num_rows: int, size: int) -> Iterator[list[int]]:
-    """Indices in a new order each epoch, without end."""
+POOL, LIKE = 16, 64
+"""Batches that are cut together, and tokens within which lengths count as alike."""
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Indices of a batch, without end: a new order each epoch, in which rows of like length share a batch (half the padding)."""
     order: list[int] = []
     while True:
-        while len(order) < size:
-            order += torch.randperm(num_rows).tolist()
-        batch, order = order[:size], order[size:]
-        yield batch
+        while len(order) < POOL * size:
+            order += torch.randperm(len(lengths)).tolist()
+        pool, order = sorted(order[: POOL * size], key=lambda i: lengths[i] // LIKE), order[POOL * size :]
+        for i in torch.randperm(POOL).tolist():
+            yield pool[i * size : (i + 1) * size]

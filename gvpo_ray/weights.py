@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,13 @@ class NcclPublisher:
     """
 
     def __init__(
-        self, call: Callable[[str, list[tuple[Any, ...]]], None], num_engines: int, tensor_parallel_size: int, rank: int, address: str, port: int
+        self,
+        call: Callable[[str, list[tuple[Any, ...]]], None],
+        num_engines: int,
+        tensor_parallel_size: int,
+        rank: int,
+        address: str,
+        port: int,
     ) -> None:
         self._num_engines, self._call, self._rank, self._tp = num_engines, call, rank, tensor_parallel_size
         self._address, self._port = address, port
@@ -106,7 +111,7 @@ class NcclPublisher:
         self._call("finish_update", [(self._version,)] * self._num_engines)
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Called on every rank; returns when all engines run `version`."""
+        """Called on every rank; returns when all engines run `version`. The first call goes through `named_tensors` twice."""
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -149,8 +154,12 @@ class SharedMemory:
         roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2 * need
         self._folder = Path(tempfile.mkdtemp(prefix=f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_", dir=shm if roomy else None))
         self.paths = [str(self._folder / f"{i}.safetensors") for i in range(len(arrays))]
-        for path, array in zip(self.paths, arrays, strict=True):
-            array.tofile(path)
+        try:
+            for path, array in zip(self.paths, arrays, strict=True):
+                array.tofile(path)
+        except OSError:  # full: another engine of this node was faster
+            self.__exit__()
+            raise
 
     def __enter__(self) -> SharedMemory:
         return self
