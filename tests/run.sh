@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up, check style and types, run the tests: the same for people and CI. Arguments go to pytest: ./tests/run.sh -k losses
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./jobs/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check
+mypy
+exec python -m pytest "$@"

@@ -1,0 +1,104 @@
+"""Metrics: numbers redone by hand, and a metrics.jsonl that a killed run can go on with."""
+
+import json
+import math
+
+import pytest
+
+from gvpo_ray.metrics import MetricsLog, batch_metrics, evaluation_metrics, mean
+
+BATCH = [
+    {
+        "rewards": [1.0, 0.0, None],
+        "completion_ids": [[4, 5, 1], [4], [4, 5, 6, 7]],
+        "finish_reasons": ["stop", "stop", "length"],
+        "version_min": [7, 5, None],
+    },
+    {"rewards": [0.5, None], "completion_ids": [[4, 1], [4, 1]], "finish_reasons": ["stop", "length"], "version_min": [6, 6]},
+]
+
+
+def test_batch_metrics_by_hand():
+    # rewards 1, 0, 1/2: mean 1/2, variance (1/4 + 1/4 + 0) / 3; ages at version 7: 0, 2, 1, 1
+    assert batch_metrics(BATCH, version=7) == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/std": math.sqrt(0.5 / 3),
+            "groups/size_mean": 1.5,
+            "groups/untrainable": 1,
+            "completions/unverifiable": 2 / 5,
+            "completions/length_mean": (3 + 1 + 4 + 2 + 2) / 5,
+            "completions/truncated": 2 / 5,
+            "staleness/mean": 1.0,
+            "staleness/max": 2.0,
+        }
+    )
+
+
+def test_batch_metrics_of_foreign_and_unverifiable_data_and_of_nothing_are_numbers():
+    row = {"rewards": [None], "completion_ids": [[1]], "finish_reasons": ["stop"], "version_min": [None]}
+    for rows in ([row], []):
+        metrics = batch_metrics(rows, version=3)
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["reward/mean"] == metrics["staleness/mean"] == metrics["staleness/max"] == 0
+    assert batch_metrics([row], version=3)["completions/unverifiable"] == 1
+
+
+def test_evaluation_is_the_mean_over_prompts_and_an_unverifiable_completion_is_wrong():
+    # per prompt: (1 + 0) / 2, 1, (1 + 0 for null) / 2: mean 2/3; variance (1/36 + 1/9 + 1/36) / 2 = 1/12; stderr sqrt(1/36)
+    rows = [
+        {"rewards": [1.0, 0.0], "completion_ids": [[1], [1]], "finish_reasons": ["stop", "stop"]},
+        {"rewards": [1.0], "completion_ids": [[1, 2, 3, 4]], "finish_reasons": ["length"]},
+        {"rewards": [1.0, None], "completion_ids": [[1], [1]], "finish_reasons": ["stop", "stop"]},
+    ]
+    assert evaluation_metrics("gsm8k", rows) == pytest.approx(
+        {
+            "eval/gsm8k/pass@1": 2 / 3,
+            "eval/gsm8k/stderr": 1 / 6,
+            "eval/gsm8k/num_prompts": 3,
+            "eval/gsm8k/length_mean": 8 / 5,
+            "eval/gsm8k/truncated": 1 / 5,
+        }
+    )
+
+
+def test_one_prompt_has_no_standard_error_and_no_prompt_no_mean():
+    one = evaluation_metrics("x", [{"rewards": [1.0], "completion_ids": [[1]], "finish_reasons": ["stop"]}])
+    assert one["eval/x/pass@1"] == 1 and one["eval/x/stderr"] == 0
+    assert evaluation_metrics("x", [])["eval/x/pass@1"] == 0 and mean([]) == 0
+
+
+def test_every_line_is_json_with_its_step_and_last_finds_the_newest(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0)
+    log.write(0, {"eval/x/pass@1": 0.25})
+    assert log.write(1, {"loss": 0.5}) == {"step": 1, "loss": 0.5}
+    log.write(2, {"loss": 0.125})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 0, "eval/x/pass@1": 0.25}, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.125}]
+    assert (log.last("loss"), log.last("eval/x/pass@1"), log.last("absent"), log.last("absent", 7)) == (0.125, 0.25, None, 7)
+
+
+def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_writes_the_others_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, resume_step=0)
+    for step in range(6):
+        log.write(step, {"loss": step / 8})
+    again = MetricsLog(path, resume_step=3)
+    assert again.last("loss") == 3 / 8
+    again.write(4, {"loss": 9.0})
+    assert [(line["step"], line["loss"]) for line in map(json.loads, path.read_text().splitlines())] == [
+        (0, 0.0),
+        (1, 0.125),
+        (2, 0.25),
+        (3, 0.375),
+        (4, 9.0),
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for torn in ("{", '{"step": 2, "lo', '{"step": 2, "loss": 0.'):
+        path.write_text('{"step": 1, "loss": 0.5}\n' + torn)
+        MetricsLog(path, resume_step=5).write(2, {"loss": 0.25})
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]

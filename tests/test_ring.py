@@ -1,0 +1,260 @@
+"""The whole ring with every real part, on CPU: vLLM, math-verify, Ray Train, DeepSpeed over gloo. Minutes, not seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from gvpo_ray import GVPO, GVPOConfig, RunError, groups
+from gvpo_ray.buffer import GroupLog
+from gvpo_ray.warm_start import warm_start
+
+NUM_STEPS, GROUPS_PER_STEP = 16, 16
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One-digit additions, a model that has learned to write sums of which many are wrong, and the YAML file of a run on them."""
+    folder = tmp_path_factory.mktemp("ring")
+    rng = random.Random(0)
+    sums = [(a, b) for a in range(10) for b in range(10)]
+    worked = [(*rng.choice(sums), rng.random() < 0.35) for _ in range(6400)]
+    write(folder / "train.parquet", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums])
+    write(folder / "test.parquet", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in rng.sample(sums, 20)])
+    write(
+        folder / "worked.parquet",
+        [
+            {"prompt": f"{a}+{b}=", "answer": str(a + b), "solution": rf"\boxed{{{a + b if is_right else rng.randrange(19)}}}"}
+            for a, b, is_right in worked
+        ],
+    )
+    prompts = {"path": str(folder / "train.parquet"), "template": "{prompt}"}
+    config = {
+        "run_dir": str(folder / "run"),
+        "num_steps": NUM_STEPS,
+        "groups_per_step": GROUPS_PER_STEP,
+        "max_staleness": 1,
+        "model": {"path": str(folder / "model")},
+        "prompts": prompts,
+        "sampling": {"num_completions": 8, "max_tokens": 12},
+        "loss": {"beta": 0.5},
+        "engines": {"num_threads": 1, "parity_every": 4},
+        "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
+        "evaluation": {"every": 8, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
+        "checkpoint": {"every": 2},
+        "warm_start": {
+            "data": {**prompts, "path": str(folder / "worked.parquet")},
+            "vocab_size": 300,
+            # Tied embeddings: the case in which the naive way of updating vLLM's weights is silently wrong.
+            "architecture": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True},
+            "learning_rate": 4.0e-3,
+        },
+    }  # fmt: skip
+    file = folder / "ring.yaml"
+    file.write_text(yaml.safe_dump(config))
+    warm_start(GVPOConfig.from_file(file))
+    return file
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+class Command:
+    """`gvpo-ray …` in a process of its own; everything it starts carries its mark."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.mark = uuid.uuid4().hex
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gvpo_ray", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment, "GVPO_TEST_MARK": self.mark},
+            start_new_session=True,
+        )
+        self.output = ""
+
+    def lines(self) -> Iterator[str]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            yield line
+
+    def wait(self) -> int:
+        for _ in self.lines():
+            pass
+        return self.process.wait()
+
+    def wait_for_steps(self, number: int) -> None:
+        """Until so many steps are trained, or it ends."""
+        if number:
+            seen = 0
+            for line in self.lines():
+                seen += line.startswith("step ")
+                if seen == number:
+                    return
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.wait()
+
+    def left_behind(self) -> list[str]:
+        """What it started and did not end, after a while for those that notice by themselves."""
+        for _ in range(60):
+            left = []
+            for process in psutil.process_iter():
+                try:
+                    if process.environ().get("GVPO_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                        left.append(" ".join(process.cmdline())[:100])
+                except psutil.Error:
+                    continue
+            if not left:
+                return []
+            time.sleep(0.5)
+        return left
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(config_file: Path) -> dict[str, Any]:
+    """The run, interrupted once, killed five times at random moments, and then left to finish."""
+    rng = random.Random(7)
+    run_dir = config_file.parent / "run"
+    facts: dict[str, Any] = {"run_dir": run_dir, "logs": [], "left": [], "outputs": []}
+    for number in (signal.SIGINT, *(signal.SIGKILL,) * 5):
+        command = Command("train", str(config_file))
+        steps = rng.choice([0, 1, 2, 3]) if number == signal.SIGKILL else 2
+        command.wait_for_steps(steps)
+        time.sleep(rng.uniform(5, 40) if steps == 0 else rng.uniform(0, 1))  # any moment: of the start, or of a step
+        status = command.end(number)
+        if number == signal.SIGINT:
+            facts["interrupt"] = (status, command.output)
+        facts["left"] += command.left_behind()
+        facts["outputs"].append(command.output)
+        facts["logs"].append(list(GroupLog(run_dir / "groups").group_ids))
+    last = Command("train", str(config_file))
+    facts["status"], facts["output"] = last.wait(), last.output
+    facts["left"] += last.left_behind()
+    return facts
+
+
+def test_ctrl_c_ends_a_run_cleanly_and_says_that_it_can_be_resumed(interrupted_run: dict[str, Any]) -> None:
+    status, output = interrupted_run["interrupt"]
+    assert status == 130, output
+    assert "the same command resumes the run" in output
+    assert "Traceback" not in output
+
+
+def test_a_killed_run_is_finished_by_the_same_command_and_says_what_it_resumed_from(interrupted_run: dict[str, Any]) -> None:
+    assert interrupted_run["status"] == 0, interrupted_run["output"]
+    assert "resuming" in interrupted_run["output"]
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in interrupted_run["output"]
+
+
+def test_nothing_that_a_run_started_outlives_it(interrupted_run: dict[str, Any]) -> None:
+    assert interrupted_run["left"] == []
+
+
+def test_no_finished_group_is_lost_and_none_is_there_twice(interrupted_run: dict[str, Any]) -> None:
+    final = GroupLog(interrupted_run["run_dir"] / "groups").group_ids
+    for earlier in interrupted_run["logs"]:
+        assert final[: len(earlier)] == earlier
+    assert sorted(final) == list(range(NUM_STEPS * GROUPS_PER_STEP))
+
+
+def test_every_group_is_trained_exactly_once(interrupted_run: dict[str, Any]) -> None:
+    assigned = GroupLog(interrupted_run["run_dir"] / "groups").assigned
+    assert sorted(assigned) == list(range(1, NUM_STEPS + 1))
+    rows = [row for step in sorted(assigned) for row in range(*assigned[step])]
+    assert rows == list(range(NUM_STEPS * GROUPS_PER_STEP))
+
+
+def test_metrics_hold_each_step_once_with_the_names_of_the_contract(interrupted_run: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, NUM_STEPS + 1))
+    names = {"reward/mean", "loss", "policy/kl_ref", "gvpo/residual_var", "grad_norm", "staleness/mean", "groups/size_mean",
+             "tokens/trained", "time/step", "time/wait_for_groups"}  # fmt: skip
+    assert all(names <= set(line) for line in trained)
+    assert [line["step"] for line in lines if "eval/test/pass@1" in line] == [0, 8, 16]
+
+
+def test_the_policy_learns(interrupted_run: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["reward/mean"] for line in lines if "loss" in line]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1, rewards
+
+
+def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: Path, interrupted_run: dict[str, Any]) -> None:
+    run_dir, replay = interrupted_run["run_dir"], config_file.parent / "replay"
+    command = Command("learn", str(config_file), "--groups", str(run_dir / "groups"), f"run_dir={replay}")
+    assert command.wait() == 0, command.output
+    last = f"checkpoints/step-{NUM_STEPS}"
+    files = [path.name for path in (run_dir / last).iterdir() if path.suffix == ".safetensors"]
+    assert len(files) >= 2  # the model and the optimizer
+    for name in files:
+        assert (replay / last / name).read_bytes() == (run_dir / last / name).read_bytes(), name
+
+
+def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(config_file: Path, interrupted_run: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    command = Command("train", str(config_file))
+    assert command.wait() == 0
+    assert "complete" in command.output
+    folder = interrupted_run["run_dir"] / "checkpoints" / f"step-{NUM_STEPS}"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = AutoModelForCausalLM.from_pretrained(folder).generate(**tokenizer("2+2=", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert r"\boxed{" in tokenizer.decode(ids[0])
+
+
+def starts_with_a_digit(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(completion[:1].isdigit()) for completion in completions]
+
+
+def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died(config_file: Path) -> None:
+    run_dir = config_file.parent / "python"
+    overrides = {"run_dir": str(run_dir), "num_steps": 4, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0,
+                 "evaluation.every": 0, "checkpoint.every": 100}  # fmt: skip
+    with GVPOConfig.from_file(config_file, overrides).build(reward=starts_with_a_digit) as algo:
+        assert algo.train()["step"] == 1
+        assert algo.save() == run_dir / "checkpoints" / "step-1"
+        assert 0 <= algo.evaluate()["eval/test/pass@1"] <= 1
+    row = next(groups.rows(groups.load(run_dir / "groups")))
+    assert row["rewards"] == starts_with_a_digit([], row["completions"]) == row["reward_parts"]["starts_with_a_digit"]
+    with GVPO.from_run_dir(run_dir, reward=starts_with_a_digit) as algo:
+        assert algo.step == 1
+        assert algo.train()["step"] == 2
+        (core,) = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name() + " ".join(child.cmdline())]
+        core.kill()
+        with pytest.raises(RunError, match="EngineDeadError"):
+            for _ in range(2):
+                algo.train()
+
+
+def test_rollout_and_learn_run_each_half_alone_on_a_recorded_file(config_file: Path) -> None:
+    out, run_dir = config_file.parent / "groups.arrow", config_file.parent / "half"
+    sampling = Command("rollout", str(config_file), "--out", str(out), "--groups", str(2 * GROUPS_PER_STEP))
+    assert sampling.wait() == 0, sampling.output
+    recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
+    assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
+    learning = Command("learn", str(config_file), "--groups", str(out), f"run_dir={run_dir}", "learner.zero_stage=3")
+    assert learning.wait() == 0, learning.output
+    assert (run_dir / "checkpoints" / "step-2" / "model.safetensors").is_file()

@@ -1,0 +1,122 @@
+"""What several tests need: a model and a tokenizer small enough to make on the spot, groups, and a few ranks to run on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from gvpo_ray import groups
+
+EOS = 1
+ALPHABET = " 0123456789+=?.abcdefghijklmnopqrstuvwxyz\\{}"
+VOCAB_SIZE = 2 + len(ALPHABET)
+
+
+def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
+    """Write a random model (two layers, a few thousand weights) with a tokenizer of single characters; 0 is <pad>, 1 is <eos>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    tokens = ["<pad>", "<eos>", *ALPHABET]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    torch.manual_seed(seed)
+    model(
+        config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=tie,
+            initializer_range=0.2,  # far from uniform: log-probs of -1 and of -20
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
+    return Path(folder)
+
+
+def make_group(
+    group_id: int, rewards: tuple[float | None, ...] = (1.0, 0.0, 0.5), version: int | None = 0, **columns: Any
+) -> dict[str, Any]:
+    """A row with random tokens, fixed by its id. `version` sampled it (None: foreign); `columns` replace what they name."""
+    random = torch.Generator().manual_seed(1000 + group_id)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(2, VOCAB_SIZE, (length,), generator=random).tolist()
+
+    m = len(rewards)
+    completions = [[*tokens(2 + (group_id + 3 * i) % 5), EOS] for i in range(m)]
+    return {
+        "group_id": group_id,
+        "prompt": f"prompt {group_id}",
+        "answer": "7",
+        "dataset": "tiny",
+        "prompt_ids": tokens(3 + group_id % 4),
+        "completions": ["text"] * m,
+        "completion_ids": completions,
+        "finish_reasons": ["stop"] * m,
+        "sources": ["policy" if version is not None else "offline:people"] * m,
+        "version_min": [version] * m,
+        "version_max": [version] * m,
+        "sampling_logprobs": [None if version is None else [-0.5 - 0.25 * i] * len(ids) for i, ids in enumerate(completions)],
+        "rewards": list(rewards),
+        "reward_parts": {"math": list(rewards)},
+        "reward_reasons": [None] * m,
+        **columns,
+    }
+
+
+def table(*rows: dict[str, Any]) -> pa.Table:
+    return groups.table(rows).select(list(groups.LOGGED_COLUMNS))
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------------
+
+
+def run_on_ranks(world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path) -> dict[str, list[Any]]:
+    """Run every case on every rank of one gloo group; its results by rank. A case that raised has its traceback as a string.
+
+    Each case gets a folder of its own that the ranks share. One start for many cases: importing torch takes longer than they do.
+    """
+    import torch.multiprocessing
+
+    torch.multiprocessing.spawn(_run, args=(world_size, cases, folder), nprocs=world_size)
+    results = [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return {name: [result[name] for result in results] for name in cases}
+
+
+def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist = torch.distributed
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    results: dict[str, Any] = {}
+    for name, case in cases.items():
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        try:
+            results[name] = case(own)
+        except Exception:  # the test of this case fails with it; the others have theirs
+            results[name] = traceback.format_exc()
+            print(f"rank {rank}, case {name}: {results[name]}", file=sys.stderr)  # the other ranks may wait for this one in vain
+        dist.barrier()
+    torch.save(results, folder / f"result-{rank}.pt")
+    dist.destroy_process_group()
