@@ -455,9 +455,11 @@ def check_resources(config: GVPOConfig, num_cpus: float, num_gpus: float, engine
         ConfigError: names the key to lower.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
+    absent = [*(() if engines else ("engine", "verifier")), *(() if learner else ("learner worker", "buffer"))]
+    plan = [row for row in resource_plan(config) if row[0] not in absent]
     for column, unit, available in ((0, "CPUs", num_cpus), (1, "GPUs", num_gpus)):
         total = 0.0
-        for who, count, *shares in resource_plan(config):
+        for who, count, *shares in plan:
             each = shares[column]
             total += count * each
             if count * each > available + 1e-9:

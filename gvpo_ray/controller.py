@@ -29,7 +29,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import yaml
 
 from gvpo_ray import groups
 from gvpo_ray.buffer import GroupBuffer, GroupLog
@@ -120,6 +119,8 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    if not tokenizer("1 + 2 = 3")["input_ids"]:  # transformers makes an empty one where the vocabulary's file is missing
+        raise ConfigError(f"model.path: {path} has no tokenizer (tokenizer.json): the one that loads turns text into no tokens")
     context = getattr(model, "max_position_embeddings", None) or config.model.max_length
     if context is None:
         raise ConfigError(f"model.max_length: {path} does not say its context length: give it here")
@@ -165,8 +166,11 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
             raise ConfigError(f"run_dir: another process is running in {path}") from error
         kept = path / "config.yaml"
         if kept.exists():
-            old, new = yaml.safe_load(kept.read_text()), config.model_dump(mode="json")
-            changed = [key for key in new if key not in RESUMABLE and old.get(key) != new[key]]
+            try:
+                old, new = GVPOConfig.from_file(kept).model_dump(mode="json"), config.model_dump(mode="json")
+            except ConfigError as error:
+                raise ConfigError(f"run_dir: {kept} is not the config of a run ({error}); use another run_dir") from error
+            changed = [key for key in new if key not in RESUMABLE and old[key] != new[key]]
             if changed:
                 raise ConfigError(f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use another run_dir")
         part = path / ".config.yaml.part"
@@ -473,21 +477,22 @@ class GVPO:
             known = {name: config.verifiers.rewards.get(name, 1.0) for name in rewards}
             config = config.model_copy(update={"verifiers": config.verifiers.model_copy(update={"rewards": known})})
         config = config.absolute()
-        self.config, self._rewards = config, rewards
+        self.config, self._rewards, self.run_dir = config, rewards, Path(config.run_dir)
         self.replays = groups_file is not None
         if cluster_address(config.ray) is None and not ray.is_initialized():
             check_resources(config, *machine_resources(config), engines=not self.replays)
         if self.replays:
             read_model(config)
-            recorded = groups.load(str(groups_file))
+            recorded, assigned, num_recorded_steps = read_recorded(Path(str(groups_file)), config.groups_per_step, self.run_dir / "groups")
         else:
             self.inputs = read_inputs(config, rewards)
         self._open = contextlib.ExitStack()
-        self.run_dir = self._open.enter_context(open_run_dir(config))
+        self._open.enter_context(open_run_dir(config))
         try:
             self.num_steps = config.num_steps
-            if groups_file is not None:
-                self.num_steps = min(config.num_steps, import_groups(Path(groups_file), recorded, self.run_dir / "groups", config.groups_per_step))
+            if self.replays:
+                self.num_steps = min(config.num_steps, num_recorded_steps)
+                import_groups(recorded, assigned, self.run_dir / "groups")
             checkpoint = latest_checkpoint(self.run_dir)
             self.step = checkpoint[0] if checkpoint else 0
             """Steps that are trained: also the version of the weights."""
@@ -759,24 +764,39 @@ async def run_through(
     return pa.concat_tables([done[i] for i in sorted(done)])
 
 
-def import_groups(source: Path, recorded: pa.Table, folder: Path, groups_per_step: int) -> int:
-    """Make recorded groups the log of a run that only learns; returns how many steps they make.
+def read_recorded(source: Path, groups_per_step: int, folder: Path) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
+    """Recorded groups, their assignment to steps, and how many steps they make. `folder`: the log of the run that is to learn from them.
 
-    The log of a finished run brings its own assignment of groups to steps; a file of groups is cut in its order.
+    The log of a finished run brings its own assignment; a file of groups is cut in its order.
+
+    Raises:
+        ConfigError: no groups there, too few, or the folder's log has others.
     """
-    groups.validate(recorded, groups.LOGGED_COLUMNS)
+    try:
+        recorded = groups.validate(groups.load(source), groups.LOGGED_COLUMNS)
+        here = len(groups.load(folder)) if any(folder.glob("*.arrow")) else 0
+    except groups.GroupError as error:
+        raise ConfigError(f"--groups: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--groups: {source} cannot be read: {error.strerror or error}") from error
+    if here not in (0, len(recorded)):
+        raise ConfigError(f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir")
+    assigned = GroupLog(source).assigned if source.is_dir() else {}
+    end = max((end for _, end in assigned.values()), default=0)
+    steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
+    if steps == 0:
+        raise ConfigError(f"--groups: {source} has {len(recorded)} groups, fewer than groups_per_step ({groups_per_step})")
+    return recorded, assigned, steps
+
+
+def import_groups(recorded: pa.Table, assigned: Mapping[int, tuple[int, int]], folder: Path) -> None:
+    """Make recorded groups the log of a run that only learns; a log that has them already stays."""
     log = GroupLog(folder)
     if len(log) == 0:
         for i in range(len(recorded)):
             log.append(recorded.slice(i, 1).select(list(groups.LOGGED_COLUMNS)))
-        for step, (begin, end) in (GroupLog(source).assigned if source.is_dir() else {}).items():
+        for step, (begin, end) in assigned.items():
             log.assign(step, begin, end)
-    if len(log) != len(recorded):
-        raise ConfigError(f"run_dir: {folder} holds {len(log)} groups, {source} has {len(recorded)}: use another run_dir")
-    steps = max(log.assigned, default=0) + (len(log) - log.end) // groups_per_step
-    if steps == 0:
-        raise ConfigError(f"--groups: {source} has {len(recorded)} groups, fewer than groups_per_step ({groups_per_step})")
-    return steps
 
 
 def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None) -> pa.Table:
@@ -784,7 +804,16 @@ def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, 
     config = config.absolute()
     if cluster_address(config.ray) is None and not ray.is_initialized():
         check_resources(config, *machine_resources(config), learner=False)
+    if num_groups is not None and num_groups < 1:
+        raise ConfigError(f"--groups: {num_groups}: must be at least 1")
     inputs = read_inputs(config, reward)
+    part = Path(f"{out}.part")
+    if Path(out).is_dir():
+        raise ConfigError(f"--out: {out} is a folder")
+    try:
+        part.write_bytes(b"")  # rather now than after the sampling
+    except OSError as error:
+        raise ConfigError(f"--out: {out}: {error.strerror}") from error
     session = Session(config.ray)
     try:
         model = config.model.model_copy(update={"max_length": inputs.max_length})
@@ -795,7 +824,6 @@ def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, 
         session.call(engines.start())
         prompts = pa.concat_tables([inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)])
         table = session.call(run_through(prompts, engines, verifiers, config.sampling, 0, config.engines.max_groups))
-        part = Path(f"{out}.part")
         groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
         part.replace(out)
         return table
@@ -803,3 +831,4 @@ def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, 
         raise RunError(cause_of(_first(error))) from error
     finally:
         session.stop()
+        part.unlink(missing_ok=True)

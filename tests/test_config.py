@@ -42,7 +42,7 @@ def test_the_smallest_config_has_the_papers_loss_and_a_full_support_sampler():
         {"max_staleness": None, "loss.reference": {"every": 3}, "learner.adam_betas": [0.9, 0.95], "learner.learning_rate": 3e-7},
         {"evaluation.sets": {**SETS, "two": {"path": "z", "template": "Q: {prompt}\nA:"}}, "evaluation.every": 5},
         {"verifiers.rewards": {"math": 1.0, "my.module:reward": -0.5, "rewards.py:length": 0.1}, "engines.vllm": {"x": [1, None]}},
-        {"warm_start.data.path": "solutions.jsonl", "warm_start.architecture": {"hidden_size": 64}, "warm_start.tokenizer.kind": "char"},
+        {"warm_start.data.path": "solutions.jsonl", "warm_start.architecture": {"hidden_size": 64}, "warm_start.vocab_size": 400},
         {"prompts.system_prompt": "Überlege: 数学 ✓ #no comment", "run_dir": "runs/a: b"},
     ],
     ids=lambda overrides: next(iter(overrides), "defaults"),
@@ -113,7 +113,7 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
         ("learner.lerning_rate", "did you mean learner.learning_rate?"),
         ("evaluation.sets.heldout.pth", "did you mean evaluation.sets.heldout.path?"),
         ("evaluation.sets.path.pth", "did you mean evaluation.sets.path.path?"),  # an entry named like a key
-        ("warm_start.tokenizer.vocabsize", "did you mean warm_start.tokenizer.vocab_size?"),
+        ("warm_start.vocabsize", "did you mean warm_start.vocab_size?"),
         ("beta", "did you mean loss.beta?"),  # right word, wrong place
         ("learner.beta", "did you mean loss.beta?"),
         ("loss.zzz", "known here: beta, reference"),
