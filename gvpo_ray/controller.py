@@ -18,6 +18,7 @@ import inspect
 import os
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -375,7 +376,10 @@ class Session:
                 "include_dashboard": config.dashboard,
             }
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            handler = signal.getsignal(signal.SIGTERM)
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else embedded))
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for a handler of its own that prints a stack trace
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
         self._thread.start()

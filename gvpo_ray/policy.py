@@ -251,7 +251,8 @@ class Policy:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._model_config = model
-        self._path = Path(path)
+        self._path = Path(path)  # not to be read later: a checkpoint is pruned when newer ones are there
+        self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         dtype = getattr(torch, model.dtype)
         shard_on_load = None
         if config.backend == "deepspeed" and config.zero_stage == 3:
@@ -315,7 +316,7 @@ class Policy:
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is now. Every rank."""
         if self.reference is None:
-            self.load_reference(self._path)
+            self.load_reference(self._model_config.path)  # for its shape; the weights follow
         assert self.reference is not None
         target = dict(self.reference.model.named_parameters(remove_duplicate=False))
         for name, tensor in self.named_tensors():
@@ -347,7 +348,7 @@ class Policy:
             for tied in model.all_tied_weights_keys if model.config.tie_word_embeddings else ():
                 weights.pop(tied, None)
             model.save_pretrained(part, state_dict=weights)
-            AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._model_config.trust_remote_code).save_pretrained(part)
+            self._tokenizer.save_pretrained(part)
         del weights
         for i, data in enumerate(shards(self._optimizer_tensors(), torch.float32)):
             if writes:

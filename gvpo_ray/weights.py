@@ -11,9 +11,13 @@ Both run vLLM's weight-transfer lifecycle: pause(keep) â†’ start_weight_update â
 
 from __future__ import annotations
 
+import ctypes
 import math
+import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -166,3 +170,16 @@ class SharedMemory:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def die_with_parent() -> None:
+    """vLLM plugin (pyproject's vllm.general_plugins), called in each of vLLM's processes as it starts: it must not outlive the actor.
+
+    vLLM's core notices a dead parent when it runs, but not while it starts, and would hold its memory for minutes.
+    """
+    is_child = multiprocessing.parent_process() is not None
+    if is_child and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if not multiprocessing.parent_process().is_alive():  # it died before the call
+            os._exit(1)

@@ -29,20 +29,15 @@ NUM_STEPS, GROUPS_PER_STEP = 16, 16
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One-digit additions, a model that has learned to write sums of which many are wrong, and the YAML file of a run on them."""
+    """Numbers of which to say the tens, a model that has learned to do so and is often wrong, and the YAML file of a run on them."""
     folder = tmp_path_factory.mktemp("ring")
     rng = random.Random(0)
-    sums = [(a, b) for a in range(10) for b in range(10)]
-    worked = [(*rng.choice(sums), rng.random() < 0.35) for _ in range(6400)]
-    write(folder / "train.parquet", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums])
-    write(folder / "test.parquet", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in rng.sample(sums, 20)])
-    write(
-        folder / "worked.parquet",
-        [
-            {"prompt": f"{a}+{b}=", "answer": str(a + b), "solution": rf"\boxed{{{a + b if is_right else rng.randrange(19)}}}"}
-            for a, b, is_right in worked
-        ],
-    )
+    worked = [(rng.randrange(10, 100), rng.random() < 0.5) for _ in range(6400)]
+    write(folder / "train.parquet", [{"prompt": f"{a}=", "answer": str(a // 10)} for a in range(10, 100)])
+    write(folder / "test.parquet", [{"prompt": f"{a}=", "answer": str(a // 10)} for a in range(10, 100, 5)])
+    solutions = [rf"\boxed{{{a // 10 if is_right else rng.randrange(1, 10)}}}" for a, is_right in worked]
+    rows = [{"prompt": f"{a}=", "answer": str(a // 10), "solution": text} for (a, _), text in zip(worked, solutions, strict=True)]
+    write(folder / "worked.parquet", rows)
     prompts = {"path": str(folder / "train.parquet"), "template": "{prompt}"}
     config = {
         "run_dir": str(folder / "run"),
@@ -63,6 +58,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # Tied embeddings: the case in which the naive way of updating vLLM's weights is silently wrong.
             "architecture": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
                              "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True},
+            "num_epochs": 3,
             "learning_rate": 4.0e-3,
         },
     }  # fmt: skip
@@ -118,7 +114,7 @@ class Command:
 
     def left_behind(self) -> list[str]:
         """What it started and did not end, after a while for those that notice by themselves."""
-        for _ in range(60):
+        for _ in range(240):
             left = []
             for process in psutil.process_iter():
                 try:
@@ -221,7 +217,7 @@ def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(c
     assert "complete" in command.output
     folder = interrupted_run["run_dir"] / "checkpoints" / f"step-{NUM_STEPS}"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = AutoModelForCausalLM.from_pretrained(folder).generate(**tokenizer("2+2=", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    ids = AutoModelForCausalLM.from_pretrained(folder).generate(**tokenizer("22=", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert r"\boxed{" in tokenizer.decode(ids[0])
 
 
@@ -242,11 +238,11 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
     with GVPO.from_run_dir(run_dir, reward=starts_with_a_digit) as algo:
         assert algo.step == 1
         assert algo.train()["step"] == 2
-        (core,) = [child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name() + " ".join(child.cmdline())]
+        algo.evaluate()  # the engine is up: step 2 may have come from the log alone
+        (core,) = [child for child in psutil.Process().children(recursive=True) if child.name() == "VLLM::EngineCore"]
         core.kill()
         with pytest.raises(RunError, match="EngineDeadError"):
-            for _ in range(2):
-                algo.train()
+            algo.evaluate()
 
 
 def test_rollout_and_learn_run_each_half_alone_on_a_recorded_file(config_file: Path) -> None:

@@ -244,18 +244,18 @@ def test_worked_problems_that_are_too_long_are_left_out_and_counted(
 ) -> None:
     taught: list[Any] = []
     monkeypatch.setattr(module, "imitate", lambda model, rows, section: taught.extend(rows))
-    long = {"prompt": "x", "answer": "1", "solution": "7" * 60}
-    # "x\n" + 60 digits + " \boxed{1}" + the end are more than 64 tokens; a solution of 30 digits fits.
-    write("worked.jsonl", *DIGITS[:5], long, {**long, "solution": "7" * 30}, long)
-    warm_start(config())
+    bare = {"warm_start__data__template": "{prompt}", "warm_start__completion": "{solution}"}
+    fits, long = ({"prompt": "7", "answer": "7", "solution": "7" * n} for n in (62, 63))  # 1 + 62 + the end are 64 tokens
+    write("worked.jsonl", *DIGITS[:5], long, fits, long)
+    warm_start(config(**bare))
     assert "2 worked problems are longer than the context of 64 tokens: left out" in capsys.readouterr().out
     assert len(taught) == 6
-    assert max(len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in taught) <= 64
+    assert max(len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in taught) == 64
 
     shutil.rmtree("models")
     write("worked.jsonl", long)
     with pytest.raises(ConfigError, match=r"warm_start\.data: no worked problem fits into the context of 64 tokens"):
-        warm_start(config())
+        warm_start(config(**bare))
     assert not Path("models").exists()
 
 
@@ -274,9 +274,7 @@ def test_rows_of_like_length_share_a_batch_and_each_is_seen_once_a_round() -> No
 # --- the folder ------------------------------------------------------------------------------------------------------------
 
 
-def test_again_it_does_nothing(
-    config: Callable[..., GVPOConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_again_it_does_nothing(config: Callable[..., GVPOConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = warm_start(config(warm_start__num_epochs=1))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.setattr(module, "read_examples", None)  # not even the data is read
@@ -318,9 +316,7 @@ def test_a_folder_that_is_something_else_is_never_replaced(config: Callable[...,
     assert Path("notes/thesis.txt").read_text() == "years of work"
 
 
-def test_a_path_that_cannot_be_written_is_found_before_the_training(
-    config: Callable[..., GVPOConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_cannot_be_written_is_found_before_the_training(config: Callable[..., GVPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "imitate", lambda *_: pytest.fail("trained first"))
     with pytest.raises(ConfigError, match=r"model\.path: cannot write worked.jsonl/model: Not a directory"):
         warm_start(config(model__path="worked.jsonl/model"))
