@@ -22,6 +22,17 @@ import pyarrow as pa
 from gvpo_ray import groups
 
 
+def read_assignments(path: Path) -> tuple[dict[int, tuple[int, int]], int]:
+    """Rows [begin, end) of each step in an assignments.jsonl, and the bytes of its whole lines: a killed writer may leave a torn one."""
+    assigned, num_bytes = {}, 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            entry = json.loads(line)
+            assigned[entry["step"]] = (entry["begin"], entry["end"])
+            num_bytes += len(line)
+    return assigned, num_bytes
+
+
 class GroupLog:
     """Durable record of a run's groups, in order of arrival, and of which step trains which of them.
 
@@ -41,13 +52,8 @@ class GroupLog:
         self._assignments = self.folder / "assignments.jsonl"
         self.assigned: dict[int, tuple[int, int]] = {}
         if self._assignments.exists():
-            lines = self._assignments.read_bytes().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):  # never answered, and the next one must not run into it
-                os.truncate(self._assignments, sum(map(len, lines[:-1])))
-                del lines[-1]
-            for line in lines:
-                entry = json.loads(line)
-                self.assigned[entry["step"]] = (entry["begin"], entry["end"])
+            self.assigned, num_bytes = read_assignments(self._assignments)
+            os.truncate(self._assignments, num_bytes)  # a torn last line was never answered, and the next one must not run into it
         self._segment: Path | None = None
         self._file: Any = None
         self._writer: Any = None

@@ -32,7 +32,7 @@ import pyarrow as pa
 import ray
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import GroupBuffer, GroupLog
+from gvpo_ray.buffer import GroupBuffer, GroupLog, read_assignments
 from gvpo_ray.config import (
     ConfigError,
     EnginesConfig,
@@ -138,7 +138,8 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         if Path(path).exists():
             yield f"{key}: {path} is here"
         elif is_local(path):
-            raise ConfigError(f"{key}: nothing at {path}")
+            hint = "; make it with: python jobs/warm_start.py CONFIG" if key == "model.path" and config.warm_start else ""
+            raise ConfigError(f"{key}: nothing at {path}{hint}")
         else:
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
 
@@ -785,7 +786,8 @@ def read_recorded(source: Path, groups_per_step: int, folder: Path) -> tuple[pa.
         raise ConfigError(f"--groups: {source} cannot be read: {error.strerror or error}") from error
     if here not in (0, len(recorded)):
         raise ConfigError(f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir")
-    assigned = GroupLog(source).assigned if source.is_dir() else {}
+    assignments = source / "assignments.jsonl"  # only read: the run may still be going on
+    assigned = read_assignments(assignments)[0] if assignments.is_file() else {}
     end = max((end for _, end in assigned.values()), default=0)
     steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
     if steps == 0:

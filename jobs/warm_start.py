@@ -12,7 +12,8 @@ from gvpo_ray.warm_start import warm_start
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit(__doc__)
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
     try:
         warm_start(GVPOConfig.from_file(sys.argv[1], sys.argv[2:]))
     except ConfigError as error:

@@ -203,7 +203,7 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
             case "save_pretrained":
                 patch.setattr(policy._module.model, "save_pretrained", die)
             case "tokenizer":
-                patch.setattr(AutoTokenizer, "from_pretrained", die)
+                patch.setattr(policy._tokenizer, "save_pretrained", die)
             case "shards":
                 patch.setattr(policy_module, "shards", first_shard)
             case "state":
@@ -222,6 +222,15 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
     assert latest_checkpoint(tmp_path) == (2, checkpoints / "step-2")
     assert same(weights(load(checkpoints / "step-2")), after)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-1", "step-2"]
+
+
+def test_a_resumed_run_saves_when_the_checkpoint_that_it_came_from_is_gone(tmp_path):
+    load(make_model(tmp_path / "model")).save(tmp_path / "checkpoints" / "step-1")
+    policy = load(tmp_path / "checkpoints" / "step-1")
+    for step in (2, 3):
+        policy.save(tmp_path / "checkpoints" / f"step-{step}")
+        prune_checkpoints(tmp_path, keep=1)
+    assert (tmp_path / "checkpoints" / "step-3" / "tokenizer.json").is_file()
 
 
 def test_a_removal_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
