@@ -699,7 +699,7 @@ class GVPO:
 
         try:
             result = session.call(watched())
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, BaseExceptionGroup) as error:
             session.cause = session.cause or error
             result = None
         if result is None:
