@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Any
 
-from gvpo_ray.config import ConfigError, GVPOConfig, cluster_address
+from gvpo_ray.config import ConfigError, GVPOConfig, cluster_address, verifiers_config
 
 EXAMPLE = "example: gvpo-ray {} jobs/quickstart.yaml seed=1 learner.num_workers=1"
 
@@ -27,6 +27,29 @@ def train(config: GVPOConfig, groups_file: str | None = None) -> None:
             if algo.evaluation_due:
                 console.evaluated(algo.evaluate())
         console.summary(algo.run_dir, algo.metrics)
+
+
+def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None) -> None:
+    """Evaluate a model or a checkpoint; go on where the folder stands."""
+    from rich.console import Console
+
+    from gvpo_ray import controller
+    from gvpo_ray.evaluate import results_table
+
+    result = controller.evaluate(config, checkpoint, out)
+    console = Console(highlight=False)
+    console.print(results_table(result))
+    console.print(f"wrote {result['folder']}: eval.json, generations.parquet", soft_wrap=True)
+
+
+def compare(a: str, b: str) -> None:
+    """Paired differences of two finished evaluations."""
+    from rich.console import Console
+
+    from gvpo_ray.evaluate import compare as paired
+    from gvpo_ray.evaluate import comparison_table
+
+    Console(highlight=False).print(comparison_table(a, b, paired(a, b)))
 
 
 def check(config: GVPOConfig) -> None:
@@ -57,7 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def verb(name: str, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text, epilog=epilog or EXAMPLE.format(name))
-        sub.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+        if name == "evaluate":  # --compare needs none
+            sub.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file of the run, or of an evaluation alone (jobs/eval_paper.yaml)")
+        else:
+            sub.add_argument("config", metavar="CONFIG", help="YAML file of the run")
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="override a key of the config, e.g. loss.beta=0.5")
         return sub
 
@@ -69,11 +95,41 @@ def main(arguments: list[str] | None = None) -> int:
     learn = verb("learn", "Train on recorded groups alone: no engines, no verifiers. On the log of a finished run it gives the same weights.",
                  "example: gvpo-ray learn jobs/quickstart.yaml --groups runs/quickstart/groups run_dir=runs/replay")  # fmt: skip
     learn.add_argument("--groups", required=True, metavar="FILE.arrow", help="an Arrow file, or the groups/ folder of a run")
+    evaluate = verb(
+        "evaluate",
+        "Sample a model on the prompt files in evaluation.sets and report pass@1, mean@n and pass@k with 95 %% intervals. "
+        "Stopped, the same command goes on.",
+        "example: gvpo-ray evaluate jobs/quickstart.yaml --checkpoint runs/quickstart · gvpo-ray evaluate jobs/eval_paper.yaml · "
+        "gvpo-ray evaluate --compare runs/a/eval/step-80 runs/b/eval/step-80",
+    )
+    evaluate.add_argument("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint) or a checkpoint; default: model.path")
+    evaluate.add_argument("--out", metavar="DIR", help="where to: eval.json, generations.parquet; default: run_dir/eval/<name of the model's folder>")
+    evaluate.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired differences of two finished evaluations; needs no CONFIG")
     verb("check", "Print the resolved config and the resource plan; start nothing.")
-    bench = verbs.add_parser("bench", help="Run a benchmark; it prints a table.", epilog="example: gvpo-ray bench ring jobs/quickstart.yaml")
-    bench.add_argument("name", choices=["ring"], help="ring: how fast the parts of one run are, from its command to its last step")
-    bench.add_argument("config", metavar="CONFIG")
-    bench.add_argument("overrides", metavar="key=value", nargs="*")
+    verify = verbs.add_parser(
+        "verify",
+        help="Score a file of responses, as the verifiers of a run would, and compare with labels.",
+        description="Score every row of INPUT: adds reward, verdict (correct, incorrect, unverifiable), reason and seconds, in the rows' order. "
+        "Rows hold response (or prediction) and gold (or answer); prompt, finish_reason and other columns go to the reward functions; "
+        "with expected or label_correct it prints the agreement, false negatives and false positives. Stopped, the same command goes on.",
+        epilog="example: gvpo-ray verify answers.jsonl --out scored.jsonl timeout_s=3 'rewards={math: 1, my_rewards.py:brevity: 0.1}'",
+    )
+    verify.add_argument("input", metavar="INPUT", help="a .jsonl or .parquet file")
+    verify.add_argument("--out", required=True, metavar="OUT", help="the .jsonl or .parquet file to write")
+    verify.add_argument("--workers", type=int, metavar="N", help="checks at a time (default: the CPUs of this machine)")
+    verify.add_argument("overrides", metavar="key=value", nargs="*", help="keys of a config's verifiers section, e.g. timeout_s=3")
+    bench = verbs.add_parser(
+        "bench", help="Run a benchmark; it prints a table.",
+        epilog="example: gvpo-ray bench ring jobs/quickstart.yaml · gvpo-ray bench verifiers answers.jsonl",
+    )  # fmt: skip
+    benches = bench.add_subparsers(dest="name", required=True, metavar="NAME")
+    ring = benches.add_parser("ring", help="how fast the parts of one run are, from its command to its last step")
+    ring.add_argument("config", metavar="CONFIG")
+    ring.add_argument("overrides", metavar="key=value", nargs="*")
+    verifiers = benches.add_parser("verifiers", help="checks per second beside plain math-verify on the same rows, and what poisonous rows cost")
+    verifiers.add_argument("input", metavar="INPUT", help="a .jsonl file with response and gold in each row")
+    verifiers.add_argument("--rows", type=int, default=2000, metavar="N", help="rows, spread evenly over the file (default: 2000)")
+    verifiers.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
     if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -94,8 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except RuntimeError as error:
         from gvpo_ray.controller import RunError
+        from gvpo_ray.sandbox import SandboxError
+        from gvpo_ray.verifiers import RewardError
 
-        if not isinstance(error, RunError):
+        if not isinstance(error, (RunError, RewardError, SandboxError)):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -104,8 +162,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: Any) -> None:
     """One verb, one call."""
-    config = GVPOConfig.from_file(options.config, options.overrides)
+    if options.verb == "verify":
+        from gvpo_ray import verify
+
+        if options.workers is not None and options.workers < 1:
+            raise ConfigError(f"--workers: {options.workers}: must be at least 1")
+        verify.main(options.input, options.out, verifiers_config(options.overrides), options.workers)
+        return
+    if options.verb == "bench" and options.name == "verifiers":
+        from gvpo_ray.bench import verifiers
+
+        verifiers.main(options.input, options.rows)
+        return
+    if options.verb == "evaluate" and options.compare:
+        compare(*options.compare)
+        return
+    if options.config is None:
+        raise ConfigError("evaluate: CONFIG is missing (or --compare RUN_A RUN_B)")
+    config = GVPOConfig.from_file(options.config, options.overrides, for_evaluation=options.verb in ("evaluate", "check"))
     match options.verb:
+        case "evaluate":
+            evaluate(config, options.checkpoint, options.out)
         case "train":
             train(config)
         case "learn":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,39 @@ class GroupLog:
         return pa.Table.from_batches([segments[path][i] for path, i in wanted], schema=groups.empty().schema)
 
 
+class Quarantine:
+    """Prompts on which every check hit its limit: sampled once, and never again. One JSON object per line, so that a person can look.
+
+    Their groups are in the log too, without a reward and with the reasons.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._keys = {_key(entry) for entry in self.entries()}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def entries(self) -> list[dict[str, str]]:
+        """{"dataset", "prompt", "answer"} of each, in the order in which they came."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]  # a killed writer may leave a torn one
+
+    def holds(self, prompt: pa.Table) -> bool:
+        return bool(self._keys) and _key(next(groups.rows(prompt))) in self._keys
+
+    def add(self, prompt: pa.Table) -> None:
+        row = next(groups.rows(prompt))
+        if _key(row) not in self._keys:
+            self._keys.add(_key(row))
+            with open(self.path, "a") as file:
+                file.write(json.dumps({name: row[name] for name in ("dataset", "prompt", "answer")}) + "\n")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["dataset"], row["prompt"], row["answer"]
+
+
 class GroupBuffer:
     """See the module. `max_staleness` None: unbounded. A log with groups in it is taken up where it stands."""
 
@@ -112,6 +146,7 @@ class GroupBuffer:
         self.version = version
         self._finished = set(self.log.group_ids)
         self._running: set[int] = set()
+        self._skipped: set[int] = set()
         self._next_id = 0
         self._waiting: dict[int, pa.Table] = {}  # rows of the log, in memory until their step is trained
         self._weights: Any = None
@@ -145,26 +180,38 @@ class GroupBuffer:
             if self._closed:
                 return None
             started = len(self._finished) + len(self._running)
-            while self._next_id in self._finished or self._next_id in self._running:
+            while self._next_id in self._finished or self._next_id in self._running or self._next_id in self._skipped:
                 self._next_id += 1
             self._running.add(self._next_id)
             oldest = 0 if self.max_staleness is None else max(0, started // self.groups_per_step - self.max_staleness)
             # After a resume the log can be ahead of the weights: never ask for a version that is not there.
             return self._next_id, min(oldest, self.version)
 
-    async def put(self, group: pa.Table) -> None:
-        """Take one finished group: to the log first, then to whoever waits. A group that is already there is not taken twice."""
+    async def skip(self, group_id: int) -> None:
+        """A started group that will not be sampled: another one starts in its place."""
+        async with self._new_version:
+            self._running.discard(group_id)
+            self._skipped.add(group_id)
+            self._new_version.notify_all()
+
+    async def put(self, group: pa.Table) -> bool:
+        """Take one finished group: to the log first, then to whoever waits. A group that is already there is not taken twice.
+
+        Returns:
+            Whether every check of it hit its limit: the prompt is not worth another try.
+        """
         group = groups.validate(group, groups.LOGGED_COLUMNS).select(list(groups.LOGGED_COLUMNS))
         group_id = group.column("group_id")[0].as_py()
         self._running.discard(group_id)
         if group_id in self._finished:
-            return
+            return False
         row = len(self.log)
         self.log.append(group)
         self._finished.add(group_id)
         self._waiting[row] = group
         async with self._new_group:
             self._new_group.notify_all()
+        return groups.all_cut_off(group)
 
     # --- learner ---------------------------------------------------------------------------------------------------
 

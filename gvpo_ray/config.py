@@ -10,7 +10,7 @@ import difflib
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -146,24 +146,78 @@ class EnginesConfig(Section):
     """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
 
 
+class RewardConfig(Section):
+    """One part of the reward. At most one of `function`, `url` and `model`; without any, the reward's name says which function it is."""
+
+    weight: float = 1.0
+    function: str | None = None
+    """`math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or `path.py:function`."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the function, such as {relative_tolerance: 0.01}; fields of every request where there is a url."""
+    trusted: bool = False
+    """Run a user's function in the verifier itself, whole groups at once: with network and files, and without any limit."""
+    url: str | None = None
+    """A reward served over HTTP: POST {prompts, completions, columns} -> {rewards}."""
+    timeout_s: float = Field(default=30.0, gt=0)
+    """Of one HTTP request."""
+    num_retries: int = Field(default=3, ge=0)
+    """Of an HTTP request, each after twice as long."""
+    batch_size: int = Field(default=32, ge=1)
+    """Completions in one HTTP request or one forward pass of the reward model."""
+    model: str | None = None
+    """A reward model: a Hugging Face sequence classifier with one output, a folder or hub name, in actors of its own."""
+    num: int = Field(default=1, ge=1)
+    """Actors of the reward model."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs that one of them asks Ray for."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of one of them; 0: on CPU."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardConfig:
+        kinds = [key for key in ("function", "url", "model") if getattr(self, key)]
+        if len(kinds) > 1:
+            raise ValueError(f"{kinds[0]} and {kinds[1]} exclude each other")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https:// (got {self.url!r})")
+        return self
+
+
 class VerifiersConfig(Section):
     num: int = Field(default=2, ge=1)
-    """Verifier actors; each checks one group at a time."""
+    """Verifier actors, spread over the nodes; each checks one group at a time. The fewest, where max_num says more."""
+    max_num: int | None = Field(default=None, ge=1)
+    """Grow to so many while every verifier has groups waiting, and shrink again; default: num."""
     num_cpus: float = Field(default=0.1, ge=0)
-    rewards: dict[str, float] = {"math": 1.0}
-    """Reward functions and their weights: `math`, `module:function`, `path.py:function`, or the name of a callable that is passed from
-    Python; the reward is the weighted sum."""
-    timeout_s: float = Field(default=5.0, gt=0)
-    """Wall-clock limit of one check; past it the worker is killed and the completion has no reward (never 0)."""
+    rewards: dict[str, RewardConfig] = {"math": RewardConfig()}
+    """Reward functions: `name: weight`, or a section. The name is `math`, `exact_match`, `numeric`, `format`, `length`, `module:function`,
+    `path.py:function`, that of a callable passed from Python, or free where the section says what it is. The reward is the weighted
+    sum; the first one named says whether a completion is correct (> 0)."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Wall-clock limit of one check; past it the child that runs it is killed and the completion has no reward (never 0)."""
+    cpu_s: int = Field(default=5, ge=1)
+    """CPU-time limit of one check, in whole seconds; the verdict does not depend on what else the machine does."""
     memory_gib: float = Field(default=2.0, gt=0)
-    """Address space of the worker that runs the checks."""
+    """What the child that runs the checks may allocate beside its loaded functions."""
+    max_checks: int = Field(default=10_000, ge=1)
+    """Checks after which a child is replaced: what sympy caches does not pile up."""
 
-    @field_validator("rewards")
+    @field_validator("rewards", mode="before")
     @classmethod
-    def _some(cls, value: dict[str, float]) -> dict[str, float]:
-        if not value:
+    def _weights(cls, value: Any) -> Any:
+        """`name: 0.5` is short for `name: {weight: 0.5}`."""
+        if not isinstance(value, dict) or not value:
             raise ValueError("name at least one reward function")
-        return value
+        for name, entry in value.items():
+            if not isinstance(entry, (int, float, dict, RewardConfig)):
+                raise ValueError(f"{name} must be a weight or a section (got {entry!r})")
+        return {name: {"weight": entry} if isinstance(entry, (int, float)) else entry for name, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _at_most(self) -> VerifiersConfig:
+        if self.max_num is not None and self.max_num < self.num:
+            raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
+        return self
 
 
 class LearnerConfig(Section):
@@ -188,24 +242,56 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     num_mini_batches: int = Field(default=4, ge=1)
     """Optimizer updates per step. With 1, the log-ratio is always 0 in a synchronous run: GVPO is then REINFORCE with a mean baseline."""
+    packing: bool = True
+    """A group is one sequence, its prompt computed once (packing.py), where the model allows it; else completions are padded."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Padded tokens of one forward pass; a larger group is a pass of its own."""
+    """Tokens of one forward pass; a larger group is a pass of its own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+
+
+class EvaluationSet(PromptsConfig):
+    """A held-out prompt file; what it does not say is as in the evaluation section."""
+
+    num_samples: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Longest completion (`max_tokens` is the longest prompt)."""
 
 
 class EvaluationConfig(Section):
     every: int = Field(default=0, ge=0)
     """Evaluate before the first step, every so many steps and after the last; 0: only on request."""
-    sets: dict[str, PromptsConfig] = {}
+    sets: dict[str, EvaluationSet] = {}
     """Held-out prompt files by name; metrics are eval/<name>/pass@1."""
     num_samples: int = Field(default=1, ge=1)
-    """Completions per prompt; pass@1 is their mean."""
-    temperature: float = Field(default=1.0, gt=0)
+    """n: completions per prompt; pass@1 is their mean."""
+    pass_k: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8, 16, 32, 64]
+    """Report the unbiased pass@k for those of them that are at most n."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0: greedy, which is deterministic and so allows one sample only."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Default: as in sampling."""
     every_limit: int | None = Field(default=None, ge=1)
     """Prompts per set for the evaluations inside training; the first and the last always use the whole set."""
+
+
+    def of(self, name: str) -> tuple[int, float, int | None]:
+        """(num_samples, temperature, max_tokens) of a set; max_tokens None: as in sampling."""
+        own = self.sets[name]
+        return (
+            self.num_samples if own.num_samples is None else own.num_samples,
+            self.temperature if own.temperature is None else own.temperature,
+            self.max_tokens if own.max_completion_tokens is None else own.max_completion_tokens,
+        )
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> EvaluationConfig:
+        for name in self.sets:
+            num_samples, temperature, _ = self.of(name)
+            if temperature == 0 and num_samples > 1:
+                raise ValueError(f"{name} has temperature 0 (greedy): all of its {num_samples} samples would be the same; use num_samples: 1")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -250,6 +336,9 @@ class WarmStartConfig(Section):
     """Torch threads; default: the machine's CPUs."""
 
 
+Prompts = TypeVar("Prompts", bound=PromptsConfig)
+
+
 class GVPOConfig(Section):
     run_dir: str
     """Folder of the run: config.yaml, metrics.jsonl, groups/, checkpoints/. Running `train` on it again resumes it."""
@@ -279,9 +368,11 @@ class GVPOConfig(Section):
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:
             raise ValueError(f"learner.num_mini_batches ({learner.num_mini_batches}) must not exceed groups_per_step ({n})")
-        for key, max_tokens in (("sampling", self.sampling.max_tokens), ("evaluation", self.evaluation.max_tokens)):
+        sets = ((f"evaluation.sets.{name}.max_completion_tokens", self.evaluation.of(name)[2]) for name in self.evaluation.sets)
+        lengths = (("sampling.max_tokens", self.sampling.max_tokens), ("evaluation.max_tokens", self.evaluation.max_tokens), *sets)
+        for key, max_tokens in lengths:
             if model.max_length is not None and max_tokens is not None and max_tokens >= model.max_length:
-                raise ValueError(f"{key}.max_tokens ({max_tokens}) leaves no room for a prompt in model.max_length ({model.max_length})")
+                raise ValueError(f"{key} ({max_tokens}) leaves no room for a prompt in model.max_length ({model.max_length})")
         if engines.weight_transfer == "nccl" and not (engines.num_gpus and learner.num_gpus):
             raise ValueError("engines.weight_transfer: nccl needs GPUs in engines.num_gpus and learner.num_gpus; use objects")
         gpus, shards = engines.num_gpus, engines.tensor_parallel_size
@@ -294,8 +385,10 @@ class GVPOConfig(Section):
         return self
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> GVPOConfig:
+    def from_file(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None, for_evaluation: bool = False) -> GVPOConfig:
         """Read a YAML file and apply overrides: `["learner.num_workers=1", …]` or `{"learner.num_workers": 1}`.
+
+        for_evaluation: a file without `prompts` and `num_steps`, which only training needs, will do.
 
         Raises:
             ConfigError: one line that names the key.
@@ -312,6 +405,9 @@ class GVPOConfig(Section):
             raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: expected keys and values, found {'nothing' if data is None else type(data).__name__}")
+        if for_evaluation and isinstance(data.get("evaluation"), dict) and isinstance(data["evaluation"].get("sets"), dict):
+            data.setdefault("num_steps", 1)
+            data.setdefault("prompts", {"path": NO_PROMPTS})
         return cls.from_dict(data, overrides, where=str(path))
 
     @classmethod
@@ -332,15 +428,16 @@ class GVPOConfig(Section):
         def path(text: str) -> str:
             return str(Path(text).expanduser().absolute()) if is_local(text) else text
 
-        def reward(name: str) -> str:
-            file, colon, function = name.rpartition(":")
-            return f"{path(file)}:{function}" if colon and file.endswith(".py") else name
+        def reward(name: str, section: RewardConfig) -> RewardConfig:
+            file, colon, function = (section.function or name).rpartition(":")
+            places = {"function": f"{path(file)}:{function}"} if colon and file.endswith(".py") else {}
+            return section.model_copy(update=places | ({"model": path(section.model)} if section.model else {}))
 
-        def prompts(section: PromptsConfig) -> PromptsConfig:
+        def prompts(section: Prompts) -> Prompts:
             return section.model_copy(update={"path": path(section.path)})
 
         sets = {name: prompts(section) for name, section in self.evaluation.sets.items()}
-        rewards = {reward(name): weight for name, weight in self.verifiers.rewards.items()}
+        rewards = {name: reward(name, section) for name, section in self.verifiers.rewards.items()}
         return self.model_copy(
             update={
                 "run_dir": str(Path(self.run_dir).expanduser().absolute()),
@@ -362,6 +459,23 @@ class GVPOConfig(Section):
         from gvpo_ray.controller import GVPO  # the only place where config looks up the layers: a convenience for users
 
         return GVPO(self, **rewards)
+
+
+def verifiers_config(overrides: list[str]) -> VerifiersConfig:
+    """The verifiers section alone, its defaults with overrides such as "timeout_s=3".
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    data: dict[str, Any] = {}
+    for key, value in map(_parse_override, overrides):
+        _set(data, key, value)
+    needed = {"run_dir": "", "num_steps": 1, "model": {"path": ""}, "prompts": {"path": ""}}
+    return GVPOConfig.from_dict({**needed, "verifiers": data}, where="overrides").absolute().verifiers
+
+
+NO_PROMPTS = "(none: evaluation only)"
+"""prompts.path of a file without `prompts`."""
 
 
 def is_local(path: str) -> bool:
@@ -444,6 +558,7 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
         ("learner worker", config.learner.num_workers, config.learner.num_cpus, config.learner.num_gpus),
         ("engine", config.engines.num, config.engines.num_cpus, config.engines.num_gpus),
         ("verifier", config.verifiers.num, config.verifiers.num_cpus, 0.0),
+        *((f"reward model {name}", r.num, r.num_cpus, r.num_gpus) for name, r in config.verifiers.rewards.items() if r.model),
         ("buffer", 1, 0.1, 0.0),
     ]
 
@@ -455,8 +570,8 @@ def check_resources(config: GVPOConfig, num_cpus: float, num_gpus: float, engine
         ConfigError: names the key to lower.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
-    absent = [*(() if engines else ("engine", "verifier")), *(() if learner else ("learner worker", "buffer"))]
-    plan = [row for row in resource_plan(config) if row[0] not in absent]
+    absent = (*(() if engines else ("engine", "verifier", "reward model")), *(() if learner else ("learner worker", "buffer")))
+    plan = [row for row in resource_plan(config) if not row[0].startswith(absent)]
     for column, unit, available in ((0, "CPUs", num_cpus), (1, "GPUs", num_gpus)):
         total = 0.0
         for who, count, *shares in plan:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gvpo_ray import groups
-from gvpo_ray.config import GVPOConfig, resource_plan
+from gvpo_ray.buffer import Quarantine
+from gvpo_ray.config import NO_PROMPTS, GVPOConfig, resource_plan
 from gvpo_ray.metrics import MetricsLog, evaluation_metrics
 
 
@@ -100,7 +102,23 @@ class RunConsole:
         unverifiable = sum(line["completions/unverifiable"] > 0 for line in trained)
         if unverifiable:
             self.say(f"{unverifiable} steps had completions that could not be verified: they were left out (completions/unverifiable)")
+        if quarantined := Quarantine(run_dir / "quarantine.jsonl").entries():
+            self.say(f"{len(quarantined)} prompts are quarantined: every check of their completions hit a limit ({run_dir / 'quarantine.jsonl'})")
+            for entry in quarantined[:num_examples]:
+                self.say(f"  {one_line(entry['prompt'])}  (answer {entry['answer']})")
         self.say(f"run directory: {run_dir}")
+
+
+@contextlib.contextmanager
+def evaluation_progress(sets: Mapping[str, tuple[int, int]]) -> Iterator[Callable[[str], None]]:
+    """Progress bars of an evaluation, set -> (prompts, of which missing); yields a function that counts one prompt of a set."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.print("evaluating " + ", ".join(f"{name}: {missing} of {total} prompts" for name, (total, missing) in sets.items()))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = {name: progress.add_task(name, total=total, completed=total - missing) for name, (total, missing) in sets.items()}
+        yield lambda name: progress.advance(bars[name])
 
 
 def plan_table(config: GVPOConfig) -> Table:
@@ -109,7 +127,9 @@ def plan_table(config: GVPOConfig) -> Table:
     for column in ("actor", "number", "CPUs each", "GPUs each", "CPUs", "GPUs"):
         table.add_column(column, justify="left" if column == "actor" else "right")
     cpus = gpus = 0.0
-    for who, number, cpu, gpu in resource_plan(config):
+    only_evaluates = config.prompts.path == NO_PROMPTS
+    plan = [row for row in resource_plan(config) if not (only_evaluates and row[0] in ("learner worker", "buffer"))]
+    for who, number, cpu, gpu in plan:
         cpus, gpus = cpus + number * cpu, gpus + number * gpu
         table.add_row(who, str(number), f"{cpu:g}", f"{gpu:g}", f"{number * cpu:g}", f"{number * gpu:g}")
     table.add_section()

@@ -16,13 +16,14 @@ import contextlib
 import fcntl
 import inspect
 import os
+import random
 import re
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +33,16 @@ import pyarrow as pa
 import ray
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import GroupBuffer, GroupLog, read_assignments
+from gvpo_ray.buffer import GroupBuffer, GroupLog, Quarantine, read_assignments
 from gvpo_ray.config import (
+    NO_PROMPTS,
     ConfigError,
     EnginesConfig,
     GVPOConfig,
     ModelConfig,
     PromptsConfig,
     RayConfig,
+    RewardConfig,
     SamplingConfig,
     VerifiersConfig,
     check_resources,
@@ -47,10 +50,12 @@ from gvpo_ray.config import (
     is_local,
 )
 from gvpo_ray.engines import Engine
+from gvpo_ray.evaluate import EvaluationDir
 from gvpo_ray.learner import Settings, learn
 from gvpo_ray.metrics import MetricsLog, evaluation_metrics
 from gvpo_ray.policy import Policy, latest_checkpoint
 from gvpo_ray.prompts import PromptSet
+from gvpo_ray.reward_model import RewardModel
 from gvpo_ray.verifiers import Verifier, validate_rewards
 from gvpo_ray.weights import NcclPublisher, ObjectPublisher
 
@@ -90,14 +95,26 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     def prompt_set(section: PromptsConfig, key: str, name: str, room: int) -> PromptSet:
         return PromptSet(section, tokenizer, name=name, max_tokens=room, seed=config.seed, key=key)
 
-    evaluation_room = max_length - (config.evaluation.max_tokens or config.sampling.max_tokens)
     return Inputs(
         prompts=prompt_set(config.prompts, "prompts", Path(config.prompts.path).stem, room),
-        evaluation={
-            name: prompt_set(section, f"evaluation.sets.{name}", name, evaluation_room) for name, section in config.evaluation.sets.items()
-        },
+        evaluation=read_evaluation_sets(config, max_length, tokenizer),
         max_length=max_length,
     )
+
+
+def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) -> dict[str, PromptSet]:
+    """The prompts of evaluation.sets by name.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    prompts = {}
+    for name, section in config.evaluation.sets.items():
+        key, max_tokens = f"evaluation.sets.{name}", config.evaluation.of(name)[2] or config.sampling.max_tokens
+        if max_tokens >= max_length:
+            raise ConfigError(f"{key}.max_completion_tokens: {max_tokens} tokens leave no room for a prompt in a context of {max_length}")
+        prompts[name] = PromptSet(section, tokenizer, name=name, max_tokens=max_length - max_tokens, seed=config.seed, key=key)
+    return prompts
 
 
 def read_model(config: GVPOConfig) -> tuple[int, Any]:
@@ -133,7 +150,8 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
 def check_paths(config: GVPOConfig) -> Iterator[str]:
     """For `check`: what of the run's inputs is here. Hub names are not looked up."""
     validate_rewards(config.verifiers)
-    for key, path in (("model.path", config.model.path), ("prompts.path", config.prompts.path),
+    training = [("prompts.path", config.prompts.path)] if config.prompts.path != NO_PROMPTS else []
+    for key, path in (("model.path", config.model.path), *training,
                       *((f"evaluation.sets.{name}.path", section.path) for name, section in config.evaluation.sets.items())):  # fmt: skip
         if Path(path).exists():
             yield f"{key}: {path} is here"
@@ -192,7 +210,7 @@ class EngineGroup:
 
     def __init__(self, model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool = False) -> None:
         self.config = config
-        actor = ray.remote(Engine)
+        actor = ray.remote(_EngineActor)
         self.actors = [
             actor.options(
                 name=f"engine-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=10_000
@@ -214,8 +232,19 @@ class EngineGroup:
         await asyncio.gather(*(engine.close.remote() for engine in self.actors), return_exceptions=True)
 
 
+class _EngineActor(Engine):
+    @ray.method(num_returns=2)
+    async def sample(self, group: pa.Table, sampling: SamplingConfig, min_version: int, seed: int | None = None) -> tuple[pa.Table, None]:
+        """The sampled group, and nothing: what the driver awaits, so that the table does not come to it."""
+        return await self.generate(group, sampling, min_version, seed), None
+
+
 class VerifierGroup:
-    """The verifier actors; a group goes to the one with the fewest in hand."""
+    """The verifier actors; a group goes to the one with the fewest in hand.
+
+    A verifier that dies, alone or with its node, is started again by Ray, and what it had in hand is checked again: a check has no
+    effect but its answer. With `max_num` the group grows while every verifier has groups waiting, and shrinks when one is idle.
+    """
 
     def __init__(self, config: VerifiersConfig, rewards: Rewards | None) -> None:
         for function in (rewards or {}).values():
@@ -223,28 +252,98 @@ class VerifierGroup:
             module = inspect.getmodule(function)
             if module is not None and module.__name__ != "__main__" and "site-packages" not in (module.__file__ or "site-packages"):
                 ray.cloudpickle.register_pickle_by_value(module)
-        # A group's table arrives when its engine is done, not in the order of the calls: a later one must not wait for it.
-        actor = ray.remote(Verifier)
-        self.actors = [
-            actor.options(name=f"verifier-{i}", num_cpus=config.num_cpus, max_concurrency=1, allow_out_of_order_execution=True).remote(
-                config, dict(rewards or {})
-            )
-            for i in range(config.num)
-        ]
-        self._in_hand = [0] * config.num
+        self.config, self._rewards = config, dict(rewards or {})
+        self._models: list[Any] = []
+        self._model_rewards = {name: self._reward_model(name, reward) for name, reward in config.rewards.items() if reward.model}
+        self._in_hand: dict[Any, int] = {}
+        self._idle_since: dict[Any, float] = {}
+        self._num_started = 0
+        for _ in range(config.num):
+            self._grow()
 
-    @contextlib.asynccontextmanager
-    async def one(self) -> AsyncIterator[Any]:
-        """The least busy verifier, until the block ends."""
-        i = min(range(len(self.actors)), key=lambda i: self._in_hand[i])
-        self._in_hand[i] += 1
+    @property
+    def actors(self) -> list[Any]:
+        return list(self._in_hand)
+
+    async def score(self, sampled: Any) -> Any:
+        """Object ref of a sampled group -> ref of the group with its rewards; returns when that is there."""
+        if len(self._in_hand) < (self.config.max_num or 0) and min(self._in_hand.values()) >= GROW_AT:
+            self._grow()
+        verifier = min(self._in_hand, key=lambda actor: self._in_hand[actor])
+        self._in_hand[verifier] += 1
         try:
-            yield self.actors[i]
+            scored, done = verifier.score_group.remote(sampled)
+            await done
+            return scored
         finally:
-            self._in_hand[i] -= 1
+            self._in_hand[verifier] -= 1
+            self._shrink(verifier)
+
+    def _grow(self) -> None:
+        # A group's table may arrive late (from another node): a later one must not wait for it.
+        actor = ray.remote(_VerifierActor).options(
+            name=f"verifier-{self._num_started}", num_cpus=self.config.num_cpus, max_concurrency=1, allow_out_of_order_execution=True,
+            scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
+        ).remote(self.config, self._rewards, self._model_rewards)  # fmt: skip
+        self._num_started += 1
+        self._in_hand[actor] = 0
+
+    def _shrink(self, verifier: Any) -> None:
+        """End a verifier beyond `num` that stays idle while others are, too."""
+        now = time.monotonic()
+        for actor, in_hand in self._in_hand.items():
+            if in_hand:
+                self._idle_since.pop(actor, None)
+            else:
+                self._idle_since.setdefault(actor, now)
+        for actor, since in list(self._idle_since.items()):
+            if len(self._in_hand) > self.config.num and now - since > IDLE_S:
+                del self._in_hand[actor], self._idle_since[actor]
+                actor.__ray_terminate__.remote()  # its sandbox goes down with it
+
+    def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
+        actor = ray.remote(RewardModel)
+        actors = [
+            actor.options(
+                name=f"reward-model-{name}-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=1,
+                max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
+            ).remote(config.model, config.batch_size, config.num_gpus > 0)
+            for i in range(config.num)
+        ]  # fmt: skip
+        self._models += actors
+        return _RemoteReward(actors)
 
     async def close(self) -> None:
-        await asyncio.gather(*(verifier.close.remote() for verifier in self.actors), return_exceptions=True)
+        await asyncio.gather(*(verifier.close.remote() for verifier in self._in_hand), return_exceptions=True)
+
+
+GROW_AT = 2
+"""Groups in hand of every verifier at which one more is started."""
+
+IDLE_S = 30.0
+"""A verifier beyond verifiers.num that has had nothing to do for so long is ended."""
+
+MAX_VERIFIER_DEATHS = 16
+"""Deaths of its verifier that a group survives: more are not bad luck but the reward function."""
+
+
+class _VerifierActor(Verifier):
+    @ray.method(num_returns=2)
+    def score_group(self, sampled: pa.Table) -> tuple[pa.Table, None]:
+        """The scored group, and nothing: what the driver awaits, so that the table does not come to it."""
+        return self.score(sampled), None
+
+
+class _RemoteReward:
+    """A reward model's actors as a reward function, called in the verifiers; each verifier goes round."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+        self._next = random.randrange(len(actors))
+
+    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        self._next += 1
+        return ray.get(self._actors[self._next % len(self._actors)].score.remote(prompts, completions))
 
 
 class LearnerGroup:
@@ -479,7 +578,7 @@ class GVPO:
     def __init__(self, config: GVPOConfig, reward: Callable[..., Any] | Rewards | None = None, groups_file: str | None = None) -> None:
         rewards: Rewards = {} if reward is None else reward if isinstance(reward, Mapping) else {_name_of(reward): reward}
         if rewards:
-            known = {name: config.verifiers.rewards.get(name, 1.0) for name in rewards}
+            known = {name: config.verifiers.rewards.get(name, RewardConfig()) for name in rewards}
             config = config.model_copy(update={"verifiers": config.verifiers.model_copy(update={"rewards": known})})
         config = config.absolute()
         self.config, self._rewards, self.run_dir = config, rewards, Path(config.run_dir)
@@ -505,6 +604,7 @@ class GVPO:
             self.log_size = len(GroupLog(self.run_dir / "groups"))
             """Groups that were in the log when this process took the run up."""
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
+            self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl")
         except OSError as error:
             self._open.close()
             raise ConfigError(f"run_dir: {self.run_dir}: {error.strerror}") from error
@@ -590,10 +690,16 @@ class GVPO:
         """
         while (start := await self._buffer.start.remote()) is not None:
             group_id, min_version = start
-            async with self.verifiers.one() as verifier:
-                sampled = engine.generate.remote(self.inputs.prompts.group(group_id), self.config.sampling, min_version)
-                scored = verifier.score.remote(sampled)
-                await self._buffer.put.remote(scored)
+            prompt = self.inputs.prompts.group(group_id)
+            if self.quarantine.holds(prompt):
+                await self._buffer.skip.remote(group_id)
+                continue
+            sampled, done = engine.sample.remote(prompt, self.config.sampling, min_version)
+            await done
+            if await self._buffer.put.remote(await self.verifiers.score(sampled)):
+                self.quarantine.add(prompt)
+                if len(self.quarantine) >= len(self.inputs.prompts):
+                    raise RunError(f"every prompt is in {self.quarantine.path}: no check ends within the limits of the verifiers section")
 
     async def _follow(self, engine: Any) -> None:
         """Keep one engine's weights new. Waits for a version newer than the engine's (woken by the learner's publish)."""
@@ -663,24 +769,15 @@ class GVPO:
         folder = self.run_dir / "evaluations"
         folder.mkdir(exist_ok=True)
         for name, prompts in self.inputs.evaluation.items():
-            table = self._guard(self._evaluate(prompts.all(None if whole else config.every_limit)))
+            table = self._guard(self._evaluate(name, prompts.all(None if whole else config.every_limit)))
             groups.save(table, folder / f"{name}-step-{self.step:06d}.arrow")
-            results |= evaluation_metrics(name, list(groups.rows(table)))
+            results |= evaluation_metrics(name, list(groups.rows(table)), config.pass_k)
         if results:
             self.metrics.write(self.step, results)
         return results
 
-    async def _evaluate(self, prompts: pa.Table) -> pa.Table:
-        config = self.config.evaluation
-        sampling = self.config.sampling.model_copy(
-            update={
-                "num_completions": config.num_samples,
-                "temperature": config.temperature,
-                "max_tokens": config.max_tokens or self.config.sampling.max_tokens,
-            }
-        )
-        # As many completions in flight as in training, however few a prompt has here.
-        slots = max(1, self.config.engines.max_groups * self.config.sampling.num_completions // config.num_samples)
+    async def _evaluate(self, name: str, prompts: pa.Table) -> pa.Table:
+        sampling, slots = evaluation_sampling(self.config, name)
         return await run_through(prompts, self.engines, self.verifiers, sampling, self.step, slots)
 
     def _guard(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -718,6 +815,7 @@ class GVPO:
         before, then = self._tokens_before
         self._tokens_before = (tokens, now)
         times = {f"weights/{name}": value for name, value in self.engines.times.items()}
+        times |= {"verifiers/num": float(len(self.verifiers.actors)), "prompts/quarantined": float(len(self.quarantine))}
         return {"tokens/generated": float(tokens - before), "tokens/generated_per_s": (tokens - before) / (now - then), **times}
 
     def stop(self) -> None:
@@ -751,22 +849,107 @@ def machine_resources(config: GVPOConfig) -> tuple[float, float]:
 
 
 async def run_through(
-    prompts: pa.Table, engines: EngineGroup, verifiers: VerifierGroup, sampling: SamplingConfig, min_version: int, slots: int
+    prompts: pa.Table,
+    engines: EngineGroup,
+    verifiers: VerifierGroup,
+    sampling: SamplingConfig,
+    min_version: int,
+    slots: int,
+    seed: int | None = None,
+    on_done: Callable[[pa.Table], None] = lambda group: None,
 ) -> pa.Table:
-    """Sample and verify every row once, through `slots` slots of every engine; the rows come back in their order."""
+    """Sample and verify every row once, through `slots` slots of every engine; the rows come back in their order.
+
+    seed: gives every group one of its own. on_done: called with each scored group as it comes.
+    """
     rows = iter(range(len(prompts)))
     done: dict[int, pa.Table] = {}
 
     async def slot(engine: Any) -> None:
         for i in rows:
-            async with verifiers.one() as verifier:
-                done[i] = await verifier.score.remote(engine.generate.remote(prompts.slice(i, 1), sampling, min_version))
+            own_seed = None if seed is None else seed * 1_000_003 + prompts["group_id"][i].as_py()
+            sampled, is_sampled = engine.sample.remote(prompts.slice(i, 1), sampling, min_version, own_seed)
+            await is_sampled
+            done[i] = await (await verifiers.score(sampled))
+            on_done(done[i])
 
     async with asyncio.TaskGroup() as tasks:
         for engine in engines.actors:
             for _ in range(slots):
                 tasks.create_task(slot(engine))
     return pa.concat_tables([done[i] for i in sorted(done)])
+
+
+def evaluation_sampling(config: GVPOConfig, name: str) -> tuple[SamplingConfig, int]:
+    """How a held-out set is sampled, and slots per engine: as many completions in flight as in training, however few a prompt has here."""
+    num_samples, temperature, max_tokens = config.evaluation.of(name)
+    values = {"num_completions": num_samples, "temperature": temperature, "max_tokens": max_tokens or config.sampling.max_tokens}
+    slots = max(1, config.engines.max_groups * config.sampling.num_completions // num_samples)
+    return config.sampling.model_copy(update=values), slots
+
+
+def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None, reward: Rewards | None = None) -> dict[str, Any]:
+    """Sample and verify evaluation.sets with one model, as far as `out` does not hold them yet, and write the numbers there. No learner.
+
+    Args:
+        checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; default: model.path.
+        out: default: run_dir/eval/<name of the model's folder>.
+
+    Returns:
+        What eval.json holds (evaluate.py).
+
+    Raises:
+        ConfigError: before any actor starts.
+        RunError: with the first cause; what was finished is kept.
+    """
+    from gvpo_ray.console import evaluation_progress
+
+    config = config.absolute()
+    if not config.evaluation.sets:
+        raise ConfigError("evaluation.sets: name at least one prompt file")
+    if checkpoint is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": _checkpoint_folder(checkpoint)})})
+    if cluster_address(config.ray) is None and not ray.is_initialized():
+        check_resources(config, *machine_resources(config), learner=False)
+    max_length, tokenizer = read_model(config)
+    sets = read_evaluation_sets(config, max_length, tokenizer)
+    validate_rewards(config.verifiers, reward)
+    model = config.model.path
+    folder = Path(out) if out is not None else Path(config.run_dir) / "eval" / Path(model).name
+    with EvaluationDir(folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}) as kept:
+        missing = {name: kept.missing(name, prompts.all()) for name, prompts in sets.items()}
+        if any(map(len, missing.values())):
+            session = Session(config.ray)
+            try:
+                engines = EngineGroup(config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, load_weights=True)
+                session.on_stop(engines.close)
+                verifiers = VerifierGroup(config.verifiers, reward)
+                session.on_stop(verifiers.close)
+                with evaluation_progress({name: (len(sets[name]), len(rows)) for name, rows in missing.items()}) as advance:
+                    session.call(engines.start())
+                    for name, prompts in missing.items():
+                        sampling, slots = evaluation_sampling(config, name)
+
+                        def on_done(group: pa.Table, name: str = name) -> None:
+                            kept.add(name, group)
+                            advance(name)
+
+                        if len(prompts):
+                            session.call(run_through(prompts, engines, verifiers, sampling, 0, slots, config.seed, on_done))
+            except (BaseExceptionGroup, ray.exceptions.RayError) as error:
+                raise RunError(cause_of(_first(error))) from error
+            finally:
+                session.stop()
+        return kept.finish(config, model)
+
+
+def _checkpoint_folder(path: str) -> str:
+    if (Path(path) / "config.json").is_file():
+        return str(Path(path).absolute())
+    newest = latest_checkpoint(path)
+    if newest is None:
+        raise ConfigError(f"--checkpoint: no checkpoint in {path}")
+    return str(newest[1].absolute())
 
 
 def read_recorded(source: Path, groups_per_step: int, folder: Path) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:

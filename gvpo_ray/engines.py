@@ -87,8 +87,11 @@ class Engine:
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         return {"seconds": time.perf_counter() - started}
 
-    async def generate(self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0) -> pa.Table:
-        """Sample the completions of one group (one row), starting with weights of at least `min_version`."""
+    async def generate(self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None) -> pa.Table:
+        """Sample the completions of one group (one row), starting with weights of at least `min_version`.
+
+        seed: of this group alone, so that its samples do not depend on what else is sampled; costs speed.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -104,6 +107,7 @@ class Engine:
             min_p=sampling.min_p,
             max_tokens=min(sampling.max_tokens, room),
             logprobs=0,  # the sampled token's own
+            seed=seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._in_flight[row["group_id"]] = time.time()

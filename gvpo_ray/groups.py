@@ -103,6 +103,17 @@ def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
     return groups
 
 
+LIMITS = ("timeout:", "memory:", "crash:")
+"""How the reason of a check begins that was cut off (verifiers.py)."""
+
+
+def all_cut_off(group: pa.Table) -> bool:
+    """Whether every completion of a group hit a limit of its verifier."""
+    reasons = group["reward_reasons"][0].as_py()
+    no_reward = all(reward is None for reward in group["rewards"][0].as_py())
+    return no_reward and bool(reasons) and all(reason is not None and reason.startswith(LIMITS) for reason in reasons)
+
+
 def _array(name: str, values: Sequence[Any]) -> pa.Array:
     if name not in SCHEMA.names:
         raise GroupError(f"column {name!r} is not one of {SCHEMA.names}")
@@ -155,8 +166,8 @@ def rows(groups: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def num_tokens(row: Mapping[str, Any]) -> int:
-    """Tokens that the group costs the learner: every completion with its prompt."""
-    return sum(len(row["prompt_ids"]) + len(ids) for ids in row["completion_ids"])
+    """Tokens that the group costs the learner: its prompt once and its completions."""
+    return len(row["prompt_ids"]) + sum(len(ids) for ids in row["completion_ids"])
 
 
 def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -187,11 +198,22 @@ def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list
     return [sorted(part) for part in parts]
 
 
-def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int) -> list[list[int]]:
-    """Cut groups, in order, into runs of at most `max_tokens` padded tokens; a larger group is a run of its own."""
+def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: bool = True) -> list[list[int]]:
+    """Cut groups, in order, into runs of at most `max_tokens` tokens; a larger group is a run of its own.
+
+    packed: a prompt counts once and nothing is padded; else every completion counts with its prompt, as long as the run's longest.
+    """
     batches: list[list[int]] = []
     count = width = 0
     for i, row in enumerate(groups):
+        if packed:
+            if batches and count + num_tokens(row) <= max_tokens:
+                batches[-1].append(i)
+                count += num_tokens(row)
+            else:
+                batches.append([i])
+                count = num_tokens(row)
+            continue
         m = len(row["completion_ids"])
         longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
         if batches and max(width, longest) * (count + m) <= max_tokens:

@@ -3,7 +3,9 @@
     reward/mean, reward/std          over the verifiable completions of the step's batch
     groups/size_mean                 completions with a reward, per group
     groups/untrainable               groups with fewer than two of them (counted, not trained on)
-    completions/unverifiable         share of completions without a reward
+    completions/unverifiable         share of completions without a reward; why, as shares of all completions, in
+    unverifiable/timeout, /memory, /crash   a limit of the verifier's child was hit, or it died
+    unverifiable/other               no gold answer, or a reward function that failed or gave None
     completions/length_mean          tokens
     completions/truncated            share that reached max_tokens
     staleness/mean, staleness/max    steps between the oldest weights that wrote a completion and the step's start
@@ -15,7 +17,12 @@
     time/wait_for_groups             of these, seconds the learner had no batch
     time/train, time/publish         of these, passes and updates; gathering and publishing weights
     weights/bytes                    of one version
-    eval/<name>/pass@1               mean reward over the held-out prompts' completions; with stderr, length_mean, truncated beside it
+    verifiers/num                    verifier actors
+    prompts/quarantined              prompts on which every check hit its limit: not sampled again (quarantine.jsonl)
+    eval/<name>/pass@1               share of right completions, mean over the held-out prompts; pass@k beside it where there are k samples
+    eval/<name>/stderr               of pass@1, over prompts
+    eval/<name>/extracted            share of completions in which an answer was found
+    eval/<name>/length_mean, truncated, unverifiable, num_prompts
 """
 
 from __future__ import annotations
@@ -25,6 +32,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from gvpo_ray.answers import NO_ANSWER
 
 Row = Mapping[str, Any]
 
@@ -47,6 +58,7 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "groups/size_mean": mean(sizes),
         "groups/untrainable": float(sum(size < 2 for size in sizes)),
         "completions/unverifiable": 1 - len(rewards) / max(1, total),
+        **{f"unverifiable/{kind}": count / max(1, total) for kind, count in _unverifiable(rows).items()},
         "completions/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
         "completions/truncated": mean([reason == "length" for row in rows for reason in row["finish_reasons"]]),
         "staleness/mean": mean(ages),
@@ -54,20 +66,62 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
     }
 
 
-def evaluation_metrics(name: str, rows: Sequence[Row]) -> dict[str, float]:
-    """pass@1 of one held-out set: the mean over prompts of the mean reward of a prompt's completions; unverifiable ones count as wrong.
+def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
+    """Completions without a reward, by what their reason begins with."""
+    counts = dict.fromkeys(("timeout", "memory", "crash", "other"), 0)
+    for row in rows:
+        for reward, reason in zip(row["rewards"], row.get("reward_reasons") or [None] * len(row["rewards"]), strict=True):
+            if reward is None:
+                kind = str(reason).partition(":")[0]
+                counts[kind if kind in counts else "other"] += 1
+    return counts
 
-    The standard error is over prompts.
+
+def is_correct(row: Row) -> list[bool]:
+    """Whether each completion of a group is right: by the first reward function, more than 0. Unverifiable ones count as wrong."""
+    parts = row.get("reward_parts")
+    first = next(iter(parts.values())) if parts else row["rewards"]
+    return [reward is not None and part is not None and part > 0 for reward, part in zip(row["rewards"], first, strict=True)]
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n of which c are: 1 - C(n - c, k) / C(n, k).
+
+    Chen et al. 2021 (arXiv 2107.03374), equation 1.
     """
-    per_prompt = [mean([reward or 0.0 for reward in row["rewards"]]) for row in rows]
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def bootstrap_interval(values: Sequence[float], confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` (one per prompt), by resampling them."""
+    if not values:
+        return 0.0, 0.0
+    data, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    # Of a resample only the counts matter, and of the values only the distinct ones, which are few: right or wrong.
+    levels, counts = np.unique(data, return_counts=True)
+    means = generator.multinomial(len(data), counts / len(data), size=num_resamples) @ levels / len(data)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (1,)) -> dict[str, float]:
+    """One held-out set: pass@k as the mean over prompts, for every k that all of them have samples for."""
+    correct = [is_correct(row) for row in rows]
+    per_prompt = [mean(row) for row in correct]
     average = mean(per_prompt)
     variance = math.fsum((value - average) ** 2 for value in per_prompt) / max(1, len(per_prompt) - 1)
+    fewest = min(map(len, correct), default=1)
+    total = max(1, sum(map(len, correct)))
+    reasons = [reason for row in rows for reason in row.get("reward_reasons") or []]
     return {
         f"eval/{name}/pass@1": average,
+        **{f"eval/{name}/pass@{k}": mean([pass_at_k(len(row), sum(row), k) for row in correct]) for k in pass_k if 1 < k <= fewest},
         f"eval/{name}/stderr": math.sqrt(variance / max(1, len(per_prompt))),
         f"eval/{name}/num_prompts": float(len(per_prompt)),
+        f"eval/{name}/extracted": 1 - sum(NO_ANSWER in (reason or "") for reason in reasons) / total,
         f"eval/{name}/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
         f"eval/{name}/truncated": mean([reason == "length" for row in rows for reason in row["finish_reasons"]]),
+        f"eval/{name}/unverifiable": mean([reward is None for row in rows for reward in row["rewards"]]),
     }
 
 

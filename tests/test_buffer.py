@@ -15,7 +15,8 @@ import pytest
 from tiny import make_group, table
 
 from gvpo_ray import buffer as buffer_module
-from gvpo_ray.buffer import GroupBuffer, GroupLog
+from gvpo_ray import groups
+from gvpo_ray.buffer import GroupBuffer, GroupLog, Quarantine
 
 
 def make(folder, groups_per_step=2, num_steps=100, max_staleness=None, version=0) -> GroupBuffer:
@@ -565,3 +566,47 @@ def test_kill_9_loses_no_acknowledged_group_and_stores_none_twice(tmp_path):
     assert sorted(groups_there) == list(range(len(groups_there)))  # no gap either
     trained = [group_id for step in sorted(log.assigned) for group_id in log.group_ids[slice(*log.assigned[step])]]
     assert len(trained) == len(set(trained))
+
+
+# -------------------------------------------------------------------------------------------------------------- quarantine
+
+
+def test_put_says_whether_every_check_hit_its_limit(tmp_path):
+    def group(group_id, rewards, reasons):
+        return groups.with_columns(table(make_group(group_id)), rewards=[rewards], reward_reasons=[reasons])
+
+    async def main():
+        buffer = make(tmp_path)
+        size = len(make_group(0)["completions"])
+        cut_off = ["timeout: math took more than 10 s", "memory: x", "crash: y"] * size
+        assert await buffer.put(group(0, [None] * size, cut_off[:size]))
+        assert not await buffer.put(group(1, [None] * size, ["no gold answer", *cut_off][:size]))
+        assert not await buffer.put(group(2, [0.0, *[None] * size][:size], cut_off[:size]))
+
+    run(main)
+
+
+def test_a_skipped_group_gives_its_place_to_the_next_and_is_not_finished(tmp_path):
+    async def main():
+        buffer = make(tmp_path, groups_per_step=2, num_steps=1, max_staleness=0)
+        assert [group_id for group_id, _ in await start_all(buffer)] == [0, 1]
+        await buffer.skip(0)
+        assert [group_id for group_id, _ in await start_all(buffer)] == [2]
+        await put(buffer, 1, 2)
+        assert ids(await buffer.batch(1)) == [1, 2]
+        assert await start_all(buffer) == []
+
+    run(main)
+
+
+def test_a_quarantined_prompt_is_known_again_by_whoever_takes_the_run_up(tmp_path):
+    bad, good = (table({**make_group(i), "prompt": f"problem {i}"}) for i in (0, 1))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl")
+    assert not quarantine.holds(bad)
+    quarantine.add(bad)
+    quarantine.add(bad)
+    with open(tmp_path / "quarantine.jsonl", "a") as file:
+        file.write('{"dataset": "to')  # killed while it wrote
+    again = Quarantine(tmp_path / "quarantine.jsonl")
+    assert len(again) == 1 and again.holds(bad) and not again.holds(good)
+    assert [entry["prompt"] for entry in again.entries()] == ["problem 0"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gvpo_ray.config import ConfigError, GVPOConfig, SamplingConfig, check_resources, cluster_address, resource_plan
+from gvpo_ray.config import ConfigError, GVPOConfig, RewardConfig, SamplingConfig, check_resources, cluster_address, resource_plan
 
 SMALL: dict[str, Any] = {"run_dir": "runs/x", "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}}
 SETS = {"heldout": {"path": "data/y.jsonl"}}
@@ -58,9 +58,9 @@ def test_dump_reads_back_equal(overrides, tmp_path):
 def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
     before = copy.deepcopy(SMALL)
     one, two = config(model__dtype="bfloat16", loss__beta=0.5), config()
-    one.verifiers.rewards["length.py:reward"] = 1.0
+    one.verifiers.rewards["length.py:reward"] = RewardConfig()
     one.learner.num_workers = 7
-    assert two.verifiers.rewards == {"math": 1.0} and two.learner.num_workers == 1
+    assert two.verifiers.rewards == {"math": RewardConfig()} and two.learner.num_workers == 1
     assert before == SMALL and two.model.dtype == "float32"
 
 
@@ -75,8 +75,8 @@ def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
         ("loss.reference=every: 4", lambda c: c.loss.reference_every, 4),
         ("loss.reference=every:4", lambda c: c.loss.reference_every, 4),
         ("loss.reference=initial", lambda c: c.loss.reference_every, None),
-        ("verifiers.rewards={math: 0.5, 'path.py:f': 2}", lambda c: c.verifiers.rewards, {"math": 0.5, "path.py:f": 2.0}),
-        ("verifiers.rewards.math=3", lambda c: c.verifiers.rewards, {"math": 3.0}),
+        ("verifiers.rewards={math: 0.5, x.py:f: 2}", lambda c: {k: r.weight for k, r in c.verifiers.rewards.items()}, {"math": 0.5, "x.py:f": 2}),
+        ("verifiers.rewards.math=3", lambda c: c.verifiers.rewards, {"math": RewardConfig(weight=3)}),
         ("evaluation.sets.heldout.path=y.jsonl", lambda c: c.evaluation.sets["heldout"].path, "y.jsonl"),
         ("warm_start.data.path=z", lambda c: c.warm_start.data.path, "z"),
         ("engines.vllm.max_num_seqs=9", lambda c: c.engines.vllm, {"max_num_seqs": 9}),
@@ -153,7 +153,11 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("engines.memory_fraction=1.1", "engines.memory_fraction", "less than or equal to 1"),
         ("engines.weight_transfer=ftp", "engines.weight_transfer", "'objects' or 'nccl'"),
         ("verifiers.rewards={}", "verifiers.rewards", "name at least one reward function"),
-        ("verifiers.rewards={math: much}", "verifiers.rewards.math", "valid number"),
+        ("verifiers.rewards={math: much}", "verifiers.rewards", "math must be a weight or a section (got 'much')"),
+        ("verifiers.rewards={m: {wieght: 1}}", "unknown key verifiers.rewards.m.wieght", "did you mean verifiers.rewards.m.weight?"),
+        ("verifiers.rewards={j: {url: ftp://x}}", "verifiers.rewards.j", "url must start with http:// or https://"),
+        ("verifiers.rewards={j: {url: http://x, model: y}}", "verifiers.rewards.j", "url and model exclude each other"),
+        ("verifiers.max_num=1", "verifiers", "max_num (1) is less than num (2)"),
         ("verifiers.timeout_s=0", "verifiers.timeout_s", "greater than 0"),
         ("learner.num_workers=0", "learner.num_workers", "greater than or equal to 1"),
         ("learner.backend=fsdp", "learner.backend", "'deepspeed' or 'ddp'"),

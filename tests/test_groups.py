@@ -247,8 +247,8 @@ def test_trainable_needs_two_completions_with_reward_and_tokens(rewards, complet
     assert (left and left["rewards"]) == kept
 
 
-def test_tokens_of_a_group_count_the_prompt_for_each_completion():
-    assert groups.num_tokens(ROW) == 3 * 3 + 3 + 2 + 4
+def test_tokens_of_a_group_count_the_prompt_once():
+    assert groups.num_tokens(ROW) == 3 + 3 + 2 + 4
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
@@ -275,14 +275,17 @@ def test_split_by_tokens_leaves_parts_empty_when_there_are_too_few_groups():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 200, 1000, 10**9])
-def test_micro_batches_keep_the_order_and_the_bound_and_are_not_smaller_than_needed(max_tokens):
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_keep_the_order_and_the_bound_and_are_not_smaller_than_needed(packed, max_tokens):
     table = [row(i, num_completions=2 + i % 5, prompt=3 + i % 4, completion=1 + (13 * i) % 29) for i in range(40)]
 
     def padded(run: list[int]) -> int:
+        if packed:
+            return sum(len(table[i]["prompt_ids"]) + sum(map(len, table[i]["completion_ids"])) for i in run)
         width = max(len(table[i]["prompt_ids"]) + max(map(len, table[i]["completion_ids"])) for i in run)
         return width * sum(len(table[i]["completion_ids"]) for i in run)
 
-    runs = groups.micro_batches(table, max_tokens)
+    runs = groups.micro_batches(table, max_tokens, packed)
     assert [i for run in runs for i in run] == list(range(40))
     assert all(len(run) == 1 or padded(run) <= max_tokens for run in runs)
     assert all(padded([*run, following[0]]) > max_tokens for run, following in pairwise(runs))
@@ -291,6 +294,9 @@ def test_micro_batches_keep_the_order_and_the_bound_and_are_not_smaller_than_nee
 def test_micro_batches_by_hand():
     # 2 completions of 3 + 4 tokens: 14 padded tokens each, so 28 hold two of them; then 2 x (3 + 10) = 26, too wide to share
     table = [row(0), row(1), row(2), row(3, completion=10), row(4)]
-    assert groups.micro_batches(table, 28) == [[0, 1], [2], [3], [4]]
-    assert groups.micro_batches(table, 27) == [[0], [1], [2], [3], [4]]
+    assert groups.micro_batches(table, 28, packed=False) == [[0, 1], [2], [3], [4]]
+    assert groups.micro_batches(table, 27, packed=False) == [[0], [1], [2], [3], [4]]
+    # packed: 3 + 2 x 4 = 11 tokens each, and 3 + 2 x 10 = 23
+    assert groups.micro_batches(table, 34) == [[0, 1, 2], [3, 4]]
+    assert groups.micro_batches(table, 33) == [[0, 1, 2], [3], [4]]
     assert groups.micro_batches([], 28) == []

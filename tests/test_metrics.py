@@ -13,6 +13,7 @@ BATCH = [
         "completion_ids": [[4, 5, 1], [4], [4, 5, 6, 7]],
         "finish_reasons": ["stop", "stop", "length"],
         "version_min": [7, 5, None],
+        "reward_reasons": [None, "math: no answer found in the completion", "timeout: math took more than 10 s"],
     },
     {"rewards": [0.5, None], "completion_ids": [[4, 1], [4, 1]], "finish_reasons": ["stop", "length"], "version_min": [6, 6]},
 ]
@@ -27,6 +28,10 @@ def test_batch_metrics_by_hand():
             "groups/size_mean": 1.5,
             "groups/untrainable": 1,
             "completions/unverifiable": 2 / 5,
+            "unverifiable/timeout": 1 / 5,
+            "unverifiable/memory": 0,
+            "unverifiable/crash": 0,
+            "unverifiable/other": 1 / 5,
             "completions/length_mean": (3 + 1 + 4 + 2 + 2) / 5,
             "completions/truncated": 2 / 5,
             "staleness/mean": 1.0,
@@ -56,8 +61,10 @@ def test_evaluation_is_the_mean_over_prompts_and_an_unverifiable_completion_is_w
             "eval/gsm8k/pass@1": 2 / 3,
             "eval/gsm8k/stderr": 1 / 6,
             "eval/gsm8k/num_prompts": 3,
+            "eval/gsm8k/extracted": 1,
             "eval/gsm8k/length_mean": 8 / 5,
             "eval/gsm8k/truncated": 1 / 5,
+            "eval/gsm8k/unverifiable": 1 / 5,
         }
     )
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: P
     command = Command("learn", str(config_file), "--groups", str(run_dir / "groups"), f"run_dir={replay}")
     assert command.wait() == 0, command.output
     last = f"checkpoints/step-{NUM_STEPS}"
-    files = [path.name for path in (run_dir / last).iterdir() if path.suffix == ".safetensors"]
+    files = [str(path.relative_to(run_dir / last)) for path in (run_dir / last).rglob("*.safetensors")]
     assert len(files) >= 2  # the model and the optimizer
     for name in files:
         assert (replay / last / name).read_bytes() == (run_dir / last / name).read_bytes(), name
@@ -219,6 +220,23 @@ def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(c
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = AutoModelForCausalLM.from_pretrained(folder).generate(**tokenizer("22=", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert r"\boxed{" in tokenizer.decode(ids[0])
+
+
+def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_its_interval(
+    config_file: Path, interrupted_run: dict[str, Any]
+) -> None:
+    out = config_file.parent / "evaluation"
+    command = Command("evaluate", str(config_file), "--checkpoint", str(interrupted_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
+    assert command.wait() == 0, command.output
+    result = json.loads((out / "eval.json").read_text())["sets"]["test"]
+    lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+    own = next(line for line in reversed(lines) if "eval/test/pass@1" in line)
+    # Ours has 8 samples of each of the 18 prompts, training's own has one: its interval holds the truth, give or take.
+    margin = 2.5 * own["eval/test/stderr"] + 0.05
+    assert abs(result["pass@1"]["value"] - own["eval/test/pass@1"]) <= margin
+    assert result["num_prompts"] == 18 and pq.read_table(out / "generations.parquet").num_rows == 18 * 8
+    again = Command("evaluate", str(config_file), "--checkpoint", str(interrupted_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
+    assert again.wait() == 0 and "evaluating" not in again.output  # everything is there: no actor starts
 
 
 def starts_with_a_digit(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -243,6 +261,40 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
         core.kill()
         with pytest.raises(RunError, match="EngineDeadError"):
             algo.evaluate()
+
+
+def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_killed_at_random(config_file: Path) -> None:
+    (config_file.parent / "mine.py").write_text(
+        "from collections import Counter\n"
+        "def says_seven(prompts, completions, **columns):\n"
+        "    return [min(1, Counter(text)['7']) for text in completions]\n"
+    )
+    run_dir, rewards = config_file.parent / "mine", {f"{config_file.parent}/mine.py:says_seven": 4.0}
+    overrides = {"run_dir": str(run_dir), "num_steps": 8, "verifiers.rewards": rewards, "learner.num_workers": 1, "evaluation.every": 0}
+    ended, killed = threading.Event(), []
+
+    def kill_verifiers() -> None:
+        rng = random.Random(0)
+        while not ended.wait(rng.uniform(1, 4)):
+            found = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::_VerifierActor")]
+            if found:
+                killed.append(rng.choice(found).pid)
+                os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_verifiers)
+    with GVPOConfig.from_file(config_file, overrides).build() as algo:
+        killer.start()
+        try:
+            lines = [algo.train() for _ in range(8)]
+        finally:
+            ended.set()
+            killer.join()
+    assert len(killed) > 2
+    log = groups.load(run_dir / "groups")
+    assert sorted(log["group_id"].to_pylist()) == list(range(8 * GROUPS_PER_STEP))
+    for row in groups.rows(log):
+        assert row["rewards"] == [4.0 * ("7" in text) for text in row["completions"]]
+    assert lines[-1]["reward/mean"] > 2 * lines[0]["reward/mean"]
 
 
 def test_rollout_and_learn_run_each_half_alone_on_a_recorded_file(config_file: Path) -> None:

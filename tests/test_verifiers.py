@@ -14,7 +14,8 @@ import pytest
 
 from gvpo_ray import groups
 from gvpo_ray.config import ConfigError, VerifiersConfig
-from gvpo_ray.verifiers import Verifier, math_reward, validate_rewards
+from gvpo_ray.rewards import math_reward
+from gvpo_ray.verifiers import RewardError, Verifier, validate_rewards
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"
 LIMIT_S = 2.0
@@ -87,15 +88,21 @@ def test_every_real_gold_answer_is_right_when_boxed_and_a_neighbours_answer_is_w
 
 
 def test_a_completion_without_an_answer_is_wrong_and_says_so(verifier: Verifier) -> None:
-    scored = verifier.score(_group("85", ["I do not know.", ""]))
-    assert _rewards(scored) == [0.0, 0.0]
-    assert _reasons(scored) == ["math: no answer found in the completion"] * 2
+    scored = verifier.score(_group("85", ["", "\\boxed{8", "\\boxed{85"]))
+    assert _rewards(scored) == [0.0, 0.0, 0.0]
+    assert _reasons(scored) == ["math: no answer found in the completion"] * 3
+
+
+def test_what_was_cut_at_the_token_limit_is_not_right_by_luck(verifier: Verifier) -> None:
+    completions = ["First, 80 + 5 is 85", "So it is \\boxed{85}. Check:"]
+    scored = verifier.score(_group("85", completions, finish_reasons=["length", "length"]))
+    assert _rewards(scored) == [0.0, 1.0]
 
 
 def test_a_gold_answer_that_does_not_parse_is_not_scored_unless_the_text_is_the_same(verifier: Verifier) -> None:
     scored = verifier.score(_group("\\frac{", ["\\boxed{1}", "\\boxed{2}"]))
     assert _rewards(scored) == [None, None]
-    assert _reasons(scored) == ["math: the gold answer '\\\\frac{' cannot be parsed"] * 2
+    assert _reasons(scored) == ["math: the gold answer '\\\\frac{' cannot be understood"] * 2
 
 
 def test_a_scored_table_is_a_valid_group_table_and_keeps_what_it_had(verifier: Verifier) -> None:
@@ -108,18 +115,9 @@ def test_a_scored_table_is_a_valid_group_table_and_keeps_what_it_had(verifier: V
 
 
 def test_hostile_text_arrives_as_it_is(verifier: Verifier) -> None:
-    completions = ["\x00\x00 $5$", "\u2028\r\n\x1b[0m \\boxed{5}", "𝔘 $5$", '{"part": 1.0, "reason": null}\n', "\\boxed{" * 200, "(" * 5000]
+    completions = ["\x00\x00 The answer is $5$.", "\u2028\r\n\x1b[0m \\boxed{5}", "𝔘 is \\boxed{5}", '{"part": 1.0, "reason": null}\n', "\\boxed{" * 200, "(" * 5000]
     assert _rewards(verifier.score(_group("5", completions)))[:3] == [1.0, 1.0, 1.0]
     assert 1.0 not in _rewards(verifier.score(_group("5", completions)))[3:]
-
-
-def test_a_tower_of_exponents_costs_its_time_limit_and_nothing_else() -> None:
-    with Verifier(VerifiersConfig(timeout_s=1.0)) as verifier:
-        start = time.monotonic()
-        scored = verifier.score(_group("85", ["\\boxed{85}", "$9^{9^{9^{9}}}$", "\\boxed{84}"]))
-        assert time.monotonic() - start < 1.0 + START_UP_S
-    assert _rewards(scored) == [1.0, None, 0.0]
-    assert _reasons(scored) == [None, "timeout: math took more than 1 s", None]
 
 
 def test_a_function_that_never_returns_is_killed_and_its_neighbours_keep_their_rewards() -> None:
@@ -136,53 +134,103 @@ def test_a_function_that_never_returns_is_killed_and_its_neighbours_keep_their_r
     assert _reasons(scored) == [None, "timeout: math took more than 0.5 s", None, "timeout: math took more than 0.5 s", None]
 
 
-def test_what_a_killed_function_started_is_killed_with_it(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
+def test_a_check_that_computes_too_long_is_ended_by_its_cpu_time_whatever_the_clock_says() -> None:
+    def loops(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        while completions[0] == "loop":
+            pass
+        return [0.5]
 
-    def starts_another(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        import os
-        import subprocess
-        import time
+    scored = _score_with(loops, ["a", "loop", "b"], cpu_s=1, timeout_s=600)
+    assert _rewards(scored) == [0.5, None, 0.5]
+    assert _reasons(scored) == [None, "timeout: math used more than 1 s of CPU time", None]
 
-        child = subprocess.Popen(["sleep", "600"])
-        pid_file.write_text(str(child.pid))
-        if completions[0] == "exit":
-            os._exit(0)
-        time.sleep(600)
-        return [1.0]
 
-    for completion in ("wait", "exit"):
-        assert _rewards(_score_with(starts_another, [completion], timeout_s=0.5)) == [None]
-        assert _wait_until_gone(int(pid_file.read_text()))
+def test_a_child_is_replaced_after_its_number_of_checks() -> None:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, max_checks=3), {"math": _pid}) as verifier:
+        pids = _rewards(verifier.score(_group("1", ["a"] * 7)))
+    assert [pids.index(pid) for pid in pids] == [0, 0, 0, 3, 3, 3, 6]
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "__import__('subprocess').run(['true'])",
+        "__import__('os').fork()",
+        "__import__('socket').create_connection(('127.0.0.1', 9))",
+        "open(outside, 'w')",
+        "__import__('os').remove(__file__)",
+        "__import__('os').kill(__import__('os').getppid(), 9)",
+    ],
+)
+def test_a_function_can_only_compute(tmp_path: Path, attempt: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"outside = {str(tmp_path / 'outside')!r}\n"
+        "def reward(prompts, completions, **columns):\n"
+        f"    {attempt}\n"
+        "    return [1.0]\n"
+    )
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards={f"{tmp_path}/mine.py:reward": 1.0})) as verifier:
+        scored = verifier.score(_group("1", ["a"]))
+    assert _rewards(scored) == [None]
+    assert "PermissionError" in (_reasons(scored)[0] or "")
+    assert (tmp_path / "mine.py").exists() and not (tmp_path / "outside").exists()
+
+
+def test_a_function_may_write_into_its_scratch_folder_which_goes_with_it() -> None:
+    def writes(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+        import tempfile
+
+        with tempfile.NamedTemporaryFile("w", delete=False) as file:
+            file.write(completions[0])
+        with open(file.name) as written:
+            return [(float(len(written.read())), file.name)]
+
+    scored = _score_with(writes, ["abc"])
+    assert _rewards(scored) == [3.0]
+    assert not Path(_reasons(scored)[0] or "").exists()
+
+
+def test_the_scratch_folder_of_a_killed_verifier_is_removed_by_the_next_one() -> None:
+    program = (
+        "import os, signal; from gvpo_ray.config import VerifiersConfig; from gvpo_ray.verifiers import Verifier\n"
+        "verifier = Verifier(VerifiersConfig(rewards={'format': 1}))\n"
+        "print(verifier._sandbox._scratch, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
+    left = Path(killed.stdout.strip())
+    assert killed.returncode == -signal.SIGKILL and left.is_dir()
+    with Verifier(VerifiersConfig(rewards={"format": 1})):
+        assert not left.exists() and not left.with_suffix(".lock").exists()
 
 
 def test_a_memory_bomb_is_a_crash_and_its_neighbours_keep_their_rewards() -> None:
     def hoards(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return [float(len(bytearray(2**30 if completions[0] == "bomb" else 2**20)) > 0)]
+        return [float(len(bytearray(2**31 if completions[0] == "bomb" else 2**20)) > 0)]
 
     scored = _score_with(hoards, ["a", "bomb", "b"], memory_gib=1.0)
     assert _rewards(scored) == [1.0, None, 1.0]
-    assert _reasons(scored) == [None, "crash: math: ran out of memory (1 GiB)", None]
+    assert _reasons(scored) == [None, "memory: math needed more than 1 GiB", None]
 
 
 def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error() -> None:
     def swallows(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
-        import math_verify
+        from gvpo_ray import answers
+        from gvpo_ray.rewards import math_reward
 
-        from gvpo_ray.verifiers import math_reward
-
-        def verify(gold: Any, found: Any, **_: Any) -> bool:
+        def equal(*_: Any) -> bool:
             try:
                 return len([bytearray(2**20) for _ in range(2**20)]) == 0 if "bomb" in completions[0] else False
             except MemoryError:
                 return False
 
-        math_verify.verify = verify
+        answers._sympy_equal = equal
         return math_reward(prompts, completions, **columns)
 
-    scored = _score_with(swallows, ["$2$", "bomb $2$", "$3$"], memory_gib=1.0, timeout_s=START_UP_S)
+    scored = _score_with(swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0, timeout_s=START_UP_S)
     assert _rewards(scored) == [0.0, None, 0.0]
-    assert _reasons(scored) == [None, "crash: math: ran out of memory (1 GiB)", None]
+    assert _reasons(scored) == [None, "memory: math needed more than 1 GiB", None]
 
 
 @pytest.mark.parametrize(
@@ -213,10 +261,10 @@ def test_a_crash_costs_one_completion(how: str, ending: str) -> None:
         ("[(None, 'no unit')]", "no unit"),
         ("[float('nan')]", "math returned nan, not a finite float32"),
         ("[1e39]", "math returned 1e+39, not a finite float32"),
-        ("['1']", "math returned str, not a number"),
+        ("['1']", "math returned str '1', not a number"),
         ("[]", "math returned 0 rewards for 1 completion"),
         ("[1.0, 2.0]", "math returned 2 rewards for 1 completion"),
-        ("1.0", "math returned float, not a list of rewards"),
+        ("1.0", "math returned float '1.0', not a list of rewards"),
         ("1 / 0", "math raised ZeroDivisionError: division by zero"),
         ("exec('raise SystemExit(1)')", "math raised SystemExit: 1"),
         ("exec(r'raise ValueError(\"\\ud800\\n!\")')", "math raised ValueError: ? !"),
@@ -272,13 +320,13 @@ def test_a_callable_is_added_with_weight_1_and_sees_one_completion_with_its_colu
 
         return [(1.0, json.dumps([prompts, completions, columns]))]
 
-    table = _group("85", ["$85$", "$5$"], completion_ids=[[1, 2], [3]], finish_reasons=["stop", "length"])
+    table = _group("85", ["$85$", "\\boxed{5}"], completion_ids=[[1, 2], [3]], finish_reasons=["stop", "length"])
     with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"columns": columns}) as verifier:
         scored = verifier.score(table)
     assert _rewards(scored) == [2.0, 1.0]
     seen = json.loads(_reasons(scored)[1])
     expected = {"group_id": [7], "answer": ["85"], "dataset": ["d"], "completion_ids": [[3]], "finish_reasons": ["length"]}
-    assert seen == [["What?"], ["$5$"], expected]
+    assert seen == [["What?"], ["\\boxed{5}"], expected]
 
 
 def test_what_a_function_prints_and_reads_does_not_touch_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
@@ -307,54 +355,57 @@ def test_the_child_gets_no_secrets_and_a_scratch_home(monkeypatch: pytest.Monkey
     assert home != os.environ.get("HOME") and not Path(home).exists()  # removed by close
 
 
+def _pid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    return [float(os.getpid())]
+
+
 def test_one_child_serves_many_checks_and_none_is_left_after_close() -> None:
-    def pid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        import os
-
-        return [float(os.getpid())]
-
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": pid}) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
         pids = {int(reward) for _ in range(3) for reward in _rewards(verifier.score(_group("1", ["a", "b"]))) if reward}
         assert len(pids) == 1 and _is_running(min(pids))
     assert not _is_running(min(pids))
 
 
 def test_a_child_that_died_while_idle_is_replaced_without_loss() -> None:
-    def pid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        import os
-
-        return [float(os.getpid())]
-
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": pid}) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
         first = int(_rewards(verifier.score(_group("1", ["a"])))[0] or 0)
         os.kill(first, signal.SIGKILL)
-        assert _wait_until_gone(first)
+        second = _rewards(verifier.score(_group("1", ["a"])))[0]
+        assert second is not None and second != first
+
+
+def test_a_template_that_died_is_replaced_without_loss() -> None:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
+        first = _rewards(verifier.score(_group("1", ["a"])))[0]
+        assert verifier._sandbox is not None and verifier._sandbox._template is not None
+        os.kill(verifier._sandbox._template._process.pid, signal.SIGKILL)
+        assert _wait_until_gone(int(first or 0))  # its child dies with it
         second = _rewards(verifier.score(_group("1", ["a"])))[0]
         assert second is not None and second != first
 
 
 def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "loops.py").write_text(
-        "import os, pathlib\n"
         "def reward(prompts, completions, **columns):\n"
-        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
         "    while True: pass\n"
     )
     program = (
         "from gvpo_ray import groups; from gvpo_ray.config import VerifiersConfig; from gvpo_ray.verifiers import Verifier\n"
-        f"verifier = Verifier(VerifiersConfig(timeout_s=600, rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
+        f"verifier = Verifier(VerifiersConfig(timeout_s=600, cpu_s=600, rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
+        "print(verifier._sandbox._child.pid, verifier._sandbox._template._process.pid, flush=True)\n"
         "verifier.score(groups.table([{'prompt': 'p', 'answer': '1', 'completions': ['a']}]))\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    deadline = time.monotonic() + 3 * START_UP_S
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() < deadline and parent.poll() is None
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child, template = map(int, parent.stdout.readline().split())
+    deadline = time.monotonic() + START_UP_S
+    while time.clock_gettime((~child << 3) | 2) < 0.5:  # until it computes
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    child = int((tmp_path / "pid").read_text())
-    assert _is_running(child)
     parent.kill()
     parent.wait()
-    assert _wait_until_gone(child)
+    assert _wait_until_gone(child) and _wait_until_gone(template)
 
 
 def test_validate_rewards_accepts_what_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,5 +449,43 @@ def test_the_math_reward_is_a_reward_function_like_any_other() -> None:
 
 
 def test_a_reward_name_that_is_neither_built_in_nor_passed_is_a_config_error_before_any_child_starts() -> None:
-    with pytest.raises(ConfigError, match=r"verifiers\.rewards\.length: unknown reward; built in is math"):
-        validate_rewards(VerifiersConfig(rewards={"length": 1.0}))
+    with pytest.raises(ConfigError, match=r"verifiers\.rewards\.brevity: unknown reward; built in is math, exact_match"):
+        validate_rewards(VerifiersConfig(rewards={"brevity": 1.0}))
+
+
+def test_an_argument_that_a_built_in_function_does_not_have_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"verifiers\.rewards\.numeric: no argument 'tolerance'; it takes absolute_tolerance, answer, relat"):
+        validate_rewards(VerifiersConfig(rewards={"numeric": {"arguments": {"tolerance": 1}}}))
+
+
+def test_a_function_that_fails_on_every_row_stops_the_run_and_one_that_fails_now_and_then_does_not() -> None:
+    def fails(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [float("nan") if completions[0] == "bad" else 1.0]
+
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": fails}) as verifier, pytest.raises(RewardError) as caught:
+        verifier.score(_group("1", ["bad"] * 40))
+    assert str(caught.value) == (
+        "verifiers.rewards.math fails on every row (16 so far), last on completion 15 of group 7: math returned nan, not a finite float32"
+    )
+    assert _rewards(_score_with(fails, ["good"] + ["bad"] * 40)) == [1.0] + [None] * 40
+
+
+def test_a_trusted_function_sees_whole_groups_and_has_the_network_and_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, socket\n"
+        "async def reward(prompts, completions, answer, **columns):\n"
+        "    socket.socket().close()\n"
+        "    return [float(len(completions) + (text == gold) + os.getpid()) for text, gold in zip(completions, answer)]\n"
+    )
+    with Verifier(VerifiersConfig(rewards={f"{tmp_path}/mine.py:reward": {"trusted": True}})) as verifier:
+        assert _rewards(verifier.score(_group("1", ["1", "2", "3"]))) == [4.0 + os.getpid(), 3.0 + os.getpid(), 3.0 + os.getpid()]
+
+
+def test_a_coroutine_function_is_a_reward_function() -> None:
+    async def waits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import asyncio
+
+        await asyncio.sleep(0.01)
+        return [float(len(completions[0]))]
+
+    assert _rewards(_score_with(waits, ["a", "bb"])) == [1.0, 2.0]

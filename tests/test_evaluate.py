@@ -1,0 +1,206 @@
+"""Evaluation: the estimators against enumeration, the folder that resumes and refuses to mix, and the paired comparison."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from gvpo_ray import groups
+from gvpo_ray.__main__ import main
+from gvpo_ray.answers import NO_ANSWER
+from gvpo_ray.config import ConfigError, GVPOConfig
+from gvpo_ray.controller import evaluate, evaluation_sampling
+from gvpo_ray.evaluate import EvaluationDir, compare
+from gvpo_ray.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+
+
+def _config(folder: Path, **evaluation: Any) -> GVPOConfig:
+    sets = evaluation.pop("sets", {"easy": {"path": "easy.parquet"}})
+    return GVPOConfig.from_dict({
+        "run_dir": str(folder / "run"), "num_steps": 1, "model": {"path": str(folder / "model")}, "prompts": {"path": "train.parquet"},
+        "evaluation": {"num_samples": 4, "sets": sets, **evaluation},
+    })  # fmt: skip
+
+
+def _group(group_id: int, rewards: list[float | None], prompt: str | None = None) -> dict[str, Any]:
+    m = len(rewards)
+    return {
+        "group_id": group_id, "prompt": prompt or f"problem {group_id}", "answer": "7", "dataset": "easy", "prompt_ids": [1, 2],
+        "completions": ["\\boxed{7}"] * m, "completion_ids": [[5] * (i + 1) for i in range(m)], "finish_reasons": ["stop"] * (m - 1) + ["length"],
+        "sources": ["policy"] * m, "version_min": [0] * m, "version_max": [0] * m, "sampling_logprobs": [[-0.5] * (i + 1) for i in range(m)],
+        "rewards": rewards, "reward_parts": [("math", rewards)], "reward_reasons": [None if r else f"math: {NO_ANSWER}" for r in rewards],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples: int) -> None:
+    for num_correct in range(num_samples + 1):
+        samples = [i < num_correct for i in range(num_samples)]
+        for k in range(1, num_samples + 1):
+            subsets = list(itertools.combinations(samples, k))
+            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_the_bootstrap_interval_is_that_of_resampled_means() -> None:
+    values = [0.0] * 30 + [1.0] * 50 + [0.25] * 20
+    low, high = bootstrap_interval(values, seed=3)
+    resampled = np.random.default_rng(1).choice(values, size=(20_000, 100)).mean(axis=1)
+    assert (low, high) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.006)
+    # Of n means in 0 or 1 with share p: p +- 1.96 sqrt(p (1 - p) / n), where n is large.
+    low, high = bootstrap_interval([1.0] * 3000 + [0.0] * 7000)
+    assert (low, high) == pytest.approx((0.3 - 0.00898, 0.3 + 0.00898), abs=3e-4)
+    assert bootstrap_interval([0.5] * 7) == (0.5, 0.5) and bootstrap_interval([]) == (0.0, 0.0)
+
+
+def test_right_is_what_the_first_reward_function_says_whatever_the_others_add() -> None:
+    row = {"rewards": [1.1, 0.1, -0.5, None], "reward_parts": {"math": [1.0, 0.0, 1.0, 1.0], "format": [1.0, 1.0, -15.0, None]}}
+    assert is_correct(row) == [True, False, True, False]
+
+
+def test_metrics_of_a_set_by_hand() -> None:
+    rows = list(groups.rows(groups.table([_group(0, [1.0, 0.0, 0.0, None]), _group(1, [1.0] * 4)])))
+    metrics = evaluation_metrics("easy", rows, pass_k=[1, 2, 4, 8])
+    assert {key.removeprefix("eval/easy/"): value for key, value in metrics.items()} == pytest.approx(
+        {
+            "pass@1": (1 / 4 + 1) / 2,
+            "pass@2": (3 / 6 + 1) / 2,  # of the 6 pairs of the first prompt 3 hold its right sample
+            "pass@4": 1.0,
+            "stderr": math.sqrt(2 * 0.375**2 / 2),
+            "num_prompts": 2,
+            "extracted": 5 / 8,
+            "length_mean": 2.5,
+            "truncated": 2 / 8,
+            "unverifiable": 1 / 8,
+        }
+    )
+
+
+def test_a_set_may_have_its_own_samples_temperature_and_length(tmp_path: Path) -> None:
+    sets = {"easy": {"path": "a"}, "aime": {"path": "b", "num_samples": 32, "temperature": 0.6, "max_completion_tokens": 99}}
+    config = _config(tmp_path, sets=sets, num_samples=1, temperature=0)
+    (easy, _), (aime, _) = evaluation_sampling(config, "easy"), evaluation_sampling(config, "aime")
+    assert (easy.num_completions, easy.temperature, easy.max_tokens) == (1, 0, 256)
+    assert (aime.num_completions, aime.temperature, aime.max_tokens) == (32, 0.6, 99)
+
+
+def test_greedy_samples_more_than_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation: easy has temperature 0 \(greedy\): all of its 4 samples would be the same"):
+        _config(tmp_path, temperature=0)
+
+
+def test_a_file_for_evaluation_alone_needs_no_training_keys_and_does_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "eval.yaml"
+    file.write_text(yaml.safe_dump({"run_dir": "r", "model": {"path": "m"}, "evaluation": {"sets": {"easy": {"path": "e.parquet"}}}}))
+    assert GVPOConfig.from_file(file, for_evaluation=True).evaluation.sets["easy"].path == "e.parquet"
+    assert main(["train", str(file)]) == 2
+    assert "num_steps: required" in capsys.readouterr().err
+
+
+def _model(folder: Path, content: bytes = b"weights") -> str:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "model.safetensors").write_bytes(content)
+    return str(folder / "model")
+
+
+def _open(folder: Path, config: GVPOConfig, digest: str = "d") -> EvaluationDir:
+    return EvaluationDir(folder / "out", config, str(folder / "model"), {"easy": digest})
+
+
+def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_every_sample(tmp_path: Path) -> None:
+    _model(tmp_path)
+    config = _config(tmp_path)
+    everything = groups.table([_group(i, [float(i > 0), 1.0, 0.0, None]) for i in range(3)])
+    prompts = everything.select(list(groups.PROMPT_COLUMNS))
+    with _open(tmp_path, config) as kept:
+        assert kept.missing("easy", prompts).equals(prompts)
+        kept.add("easy", everything.slice(2, 1))
+    with _open(tmp_path, config) as kept:
+        assert kept.missing("easy", prompts)["group_id"].to_pylist() == [0, 1]
+        kept.add("easy", everything.slice(1, 1))
+        kept.add("easy", everything.slice(0, 1))
+        assert len(kept.missing("easy", prompts)) == 0
+        result = kept.finish(config, "m")["sets"]["easy"]
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["easy"] == result
+    assert result["num_prompts"] == 3 and set(result) >= {"mean@4", "pass@1", "pass@2", "pass@4"} and "pass@8" not in result
+    assert result["mean@4"]["value"] == pytest.approx((1 + 2 + 2) / 12) and result["mean@4"]["low"] <= result["mean@4"]["value"]
+    samples = pq.read_table(tmp_path / "out" / "generations.parquet").to_pylist()
+    assert [(row["prompt_id"], row["sample"], row["correct"], row["num_tokens"]) for row in samples] == [
+        (i, k, (k == 0 and i > 0) or k == 1, k + 1) for i in range(3) for k in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"seed": 1}, "holds an evaluation with another seed"),
+        ({"evaluation.num_samples": 8}, "holds an evaluation with another sets"),
+        ({"verifiers.rewards.math": 2}, "holds an evaluation with another verifiers"),
+        ("weights", "holds an evaluation with another model_digest"),
+        ("prompts", "holds an evaluation with another prompts"),
+    ],
+)
+def test_results_of_another_model_or_config_are_not_mixed_in(tmp_path: Path, change: Any, complaint: str) -> None:
+    _model(tmp_path)
+    config = _config(tmp_path)
+    with _open(tmp_path, config):
+        pass
+    if change == "weights":
+        _model(tmp_path, b"WEIGHTS")
+    other = GVPOConfig.from_dict(config.model_dump(mode="json"), change if isinstance(change, dict) else {})
+    with pytest.raises(ConfigError, match=complaint):
+        _open(tmp_path, other, digest="other" if change == "prompts" else "d")
+
+
+def test_a_folder_that_another_process_evaluates_into_is_refused(tmp_path: Path) -> None:
+    _model(tmp_path)
+    with _open(tmp_path, _config(tmp_path)), pytest.raises(ConfigError, match="another process is evaluating into"):
+        _open(tmp_path, _config(tmp_path))
+
+
+def _finished(folder: Path, shares: dict[str, list[bool]]) -> str:
+    folder.mkdir()
+    rows = [{"dataset": "easy", "prompt_id": i, "prompt": prompt.rstrip("'"), "answer": "7", "correct": right}
+            for i, (prompt, samples) in enumerate(shares.items()) for right in samples]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "generations.parquet")
+    (folder / "eval.json").write_text("{}")
+    return str(folder)
+
+
+def test_a_comparison_pairs_prompts_by_their_text_and_differences_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = _finished(tmp_path / "a", {"p": [False, False], "q": [True, False], "r": [True], "only a": [True], "p'": [False]})
+    b = _finished(tmp_path / "b", {"r": [True], "q": [True, True], "p": [True, False], "p'": [True]})  # another order; p is there twice
+    result = compare(a, b)["easy"]
+    assert (result["num_prompts"], result["unmatched"]) == (4, 1)
+    assert result["a"] == pytest.approx((0 + 0.5 + 1 + 0) / 4) and result["b"] == pytest.approx((0.5 + 1 + 1 + 1) / 4)
+    assert result["difference"]["value"] == pytest.approx(mean([0.5, 0.5, 0, 1]))
+    assert (result["difference"]["low"], result["difference"]["high"]) == pytest.approx(bootstrap_interval([0.5, 0.5, 0.0, 1.0]))
+    assert main(["evaluate", "--compare", a, f"{b}/eval.json"]) == 0
+    assert "4 (1 without a partner)" in capsys.readouterr().out
+
+
+def test_bad_input_of_evaluate_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, c = _finished(tmp_path / "a", {"p": [True]}), _finished(tmp_path / "c", {"other": [True]})
+    for arguments, complaint in (
+        (["--compare", a, str(tmp_path / "no")], "--compare: no finished evaluation in"),
+        (["--compare", a, c], "have no prompt in common"),
+        ([], "evaluate: CONFIG is missing"),
+    ):
+        assert main(["evaluate", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert complaint in line
+    config = _config(tmp_path)
+    with pytest.raises(ConfigError, match=r"evaluation\.sets: name at least one prompt file"):
+        evaluate(_config(tmp_path, sets={}))
+    with pytest.raises(ConfigError, match=r"--checkpoint: no checkpoint in"):
+        evaluate(config, checkpoint=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"model\.path: no folder"):
+        evaluate(config)
