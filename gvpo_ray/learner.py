@@ -156,7 +156,7 @@ def _plan(policy: Policy, mini_batch: Sequence[Row], max_tokens: int) -> list[li
     plans = []
     for part in groups.split_by_tokens(mini_batch, policy.world_size):
         mine = [mini_batch[i] for i in part]
-        plans.append([[mine[i] for i in micro] for micro in groups.micro_batches(mine, max_tokens)])
+        plans.append([[mine[i] for i in micro] for micro in groups.micro_batches(mine, max_tokens, policy.packs)])
     longest = max(map(len, plans))
     mine = plans[policy.rank]
     return mine + [[] for _ in range(longest - len(mine))]

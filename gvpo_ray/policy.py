@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gvpo_ray import packing
 from gvpo_ray.config import LearnerConfig, ModelConfig
 from gvpo_ray.weights import shards
 
@@ -33,11 +36,30 @@ class CompletionLogprobs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """input_ids, attention_mask [B, L], right-padded; token targets[i] is predicted at [rows[i], positions[i]]. Returns float32 [N]."""
-        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden[rows, positions]).float()
-        return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None]).squeeze(1)
+    def forward(self, rows: Tensor, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """Token targets[i] is predicted at [rows[i], positions[i]] of what `inputs` (padded_inputs, packing.pack) lay out. Returns [N].
+
+        In float32, or in the model's precision if that is higher.
+        """
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
+        head = self.model.get_output_embeddings()
+        size = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
+        if len(hidden) <= size:
+            return _head_logprobs(head, hidden, targets)
+        # The logits of a chunk are computed again in the backward pass: [tokens, vocabulary] never exists as a whole.
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(_head_logprobs, head, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+HEAD_ELEMENTS = 1 << 24
+"""Logits at a time: 64 MB in float32."""
+
+
+def _head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(head(hidden))[targets], [N, hidden] and [N] -> [N], without a second matrix of the logits' size."""
+    logits = head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(1, targets[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
 
 
 def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Tensor], list[int]]:
@@ -272,6 +294,7 @@ class Policy:
         self.vocab_size: int = self._module.model.config.vocab_size
         self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
         self.reference: nn.Module | None = None
+        self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = 0
         if (self._path / "state.json").exists():
             self._resume()
@@ -281,17 +304,40 @@ class Policy:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust, attention_dropout=0.0)
         return model.to(self.device).eval()
 
+    def _can_pack(self) -> bool:
+        """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank. Leaves the model ready for what it says."""
+        model, ids = self._module.model, [i % self.vocab_size for i in range(13)]
+        rows = [{"prompt_ids": ids[:4], "completion_ids": [ids[4:7], ids[7:8], ids[8:]]}]
+        self.packs = False
+        padded = torch.cat(self.token_logprobs(rows))
+        usual = model.config._attn_implementation
+        try:
+            model.set_attn_implementation(packing.NAME)
+            self.packs = True
+            difference = float((torch.cat(self.token_logprobs(rows)) - padded).abs().max())
+            why = f"its log-probs differ by {difference:.2g} nats"
+            if difference < (1e-3 if self._model_config.dtype == "float32" else 0.1):
+                return True
+        except (TypeError, ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+        model.set_attn_implementation(usual)
+        logging.getLogger(__name__).warning("%s cannot be packed by groups (%s): its sequences are padded", type(model).__name__, why)
+        return False
+
     # --- forward and update --------------------------------------------------------------------------------------------
+
+    def _inputs(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[int]]:
+        return packing.pack(rows, self.device) if self.packs else padded_inputs(rows, self.device)
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
         """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank. is_last: of this update's micro-batches."""
-        inputs, lengths = padded_inputs(rows, self.device)
+        inputs, lengths = self._inputs(rows)
         return sequence_sums(self._backend.forward(inputs, is_last), lengths)
 
     @torch.no_grad()
     def token_logprobs(self, rows: Sequence[Row], reference: bool = False) -> list[Tensor]:
         """Token log-probs per completion, without gradients, of the policy (every rank) or of the reference model."""
-        inputs, lengths = padded_inputs(rows, self.device)
+        inputs, lengths = self._inputs(rows)
         module = self.reference if reference else self._module
         assert module is not None
         enabled = not reference and self._autocast_dtype != torch.float32
@@ -312,6 +358,7 @@ class Policy:
     def load_reference(self, path: str | Path) -> None:
         """Hold a frozen copy of another model as the reference."""
         self.reference = CompletionLogprobs(self._load(path, getattr(torch, self._model_config.dtype))).requires_grad_(False)
+        self.reference.model.set_attn_implementation(self._module.model.config._attn_implementation)
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is now. Every rank."""
@@ -341,7 +388,7 @@ class Policy:
         writes = self.rank == 0
         if writes:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            (part / "optimizer").mkdir(parents=True)  # in a folder of its own: vLLM takes every *.safetensors beside config.json for weights
         weights = {name: tensor.cpu() if writes else None for name, tensor in self.named_tensors()}
         if writes:
             model = self._module.model
@@ -352,7 +399,7 @@ class Policy:
         del weights
         for i, data in enumerate(shards(self._optimizer_tensors(), torch.float32)):
             if writes:
-                (part / f"optimizer-{i:05d}.safetensors").write_bytes(data)
+                (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
         if writes:
             if self.reference is not None:
                 self.reference.model.save_pretrained(part / "reference")
@@ -375,7 +422,7 @@ class Policy:
     def _resume(self) -> None:
         state = json.loads((self._path / "state.json").read_text())
         self.step, self.num_updates = state["step"], state["num_updates"]
-        files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer-*.safetensors"))]
+        files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
         torch.set_rng_state(where["torch_rng"].get_tensor("torch_rng"))
         if self.num_updates:
