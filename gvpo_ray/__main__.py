@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     verify.add_argument("overrides", metavar="key=value", nargs="*", help="keys of a config's verifiers section, e.g. timeout_s=3")
     bench = verbs.add_parser(
         "bench", help="Run a benchmark; it prints a table.",
-        epilog="example: gvpo-ray bench ring jobs/quickstart.yaml · gvpo-ray bench verifiers answers.jsonl",
+        epilog="example: gvpo-ray bench ring jobs/quickstart.yaml · gvpo-ray bench verifiers answers.jsonl · gvpo-ray bench learner",
     )  # fmt: skip
     benches = bench.add_subparsers(dest="name", required=True, metavar="NAME")
     ring = benches.add_parser("ring", help="how fast the parts of one run are, from its command to its last step")
@@ -129,7 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     verifiers = benches.add_parser("verifiers", help="checks per second beside plain math-verify on the same rows, and what poisonous rows cost")
     verifiers.add_argument("input", metavar="INPUT", help="a .jsonl file with response and gold in each row")
     verifiers.add_argument("--rows", type=int, default=2000, metavar="N", help="rows, spread evenly over the file (default: 2000)")
-    verifiers.set_defaults(overrides=[])
+    learner = benches.add_parser("learner", help="an update beside a plain padded transformers loop: tokens per second, share of peak, memory")
+    learner.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of one update, a shared prompt once (default: 4096)")
+    for sub in (verifiers, learner):
+        sub.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
     if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -173,6 +176,11 @@ def run(options: Any) -> None:
         from gvpo_ray.bench import verifiers
 
         verifiers.main(options.input, options.rows)
+        return
+    if options.verb == "bench" and options.name == "learner":
+        from gvpo_ray.bench import learner
+
+        learner.main(options.tokens)
         return
     if options.verb == "evaluate" and options.compare:
         compare(*options.compare)

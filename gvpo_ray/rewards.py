@@ -221,6 +221,19 @@ def length_reward(
     return [-min(1.0, max(0.0, (size - free) / (limit - free))) for size in sizes]
 
 
+WARM_UP = [
+    ("The answer is $\\frac{1}{2}$.", "0.5"),
+    ("I do not know.", "Monday"),
+    ("\\boxed{(x + 1)^2}", "x^2 + 2x + 1"),
+    ("\\boxed{\\sqrt{8} + \\sqrt[3]{2}}", "3\\pi"),
+    ("\\boxed{[0, 1) \\cup (2, \\infty)}", "(-\\infty, -1]"),
+    ("\\boxed{\\begin{pmatrix} 1 & a \\\\ 0 & -1 \\end{pmatrix}}", "\\begin{pmatrix} 1 & b \\\\ 0 & -1 \\end{pmatrix}"),
+    ("\\boxed{\\sin 2x + \\log_2 x}", "2\\sin x \\cos x + e^{-x}"),
+    ("\\boxed{\\{1, 2\\}}", "x \\geq \\frac{a}{b}"),
+    ("\\boxed{\\binom{n}{2} + 2!}", "\\frac{n(n - 1)}{2} + |x|"),
+]
+"""Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all children."""
+
 BUILT_IN: dict[str, RewardFunction] = {
     "math": math_reward,
     "exact_match": exact_match,
@@ -360,8 +373,9 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
     for name in source["arguments"]:
         if name not in named and not takes_any:
             raise ConfigError(f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}")
-    if function is math_reward:  # the first check compiles regular expressions and parser tables for half a second
-        math_reward(["1"], ["The answer is $\\frac{1}{2}$."], answer=["0.5"])
+    if function is math_reward:
+        for completion, gold in WARM_UP:
+            math_reward(["1"], [completion], answer=[gold])
         global _memory_when_loaded
         _memory_when_loaded = _peak_memory()
     return functools.partial(function, **source["arguments"]) if source["arguments"] else function

@@ -236,8 +236,12 @@ def _rows(source: str) -> Iterator[tuple[int, Row | MalformedRow]]:
     if source.endswith(".parquet"):
         number = 0
         for batch in pq.ParquetFile(source).iter_batches(PARQUET_ROWS):
-            for row in batch.to_pylist():
-                yield (number := number + 1), row
+            # As bytes, because a file may hold text that is none; what is not UTF-8 becomes question marks.
+            texts = [pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in batch.schema]
+            columns = [column.cast(pa.large_binary()) if is_text else column for column, is_text in zip(batch.columns, texts, strict=True)]
+            for values in zip(*(column.to_pylist() for column in columns), strict=True):
+                number += 1
+                yield number, dict(zip(batch.schema.names, map(_decoded, values, texts), strict=True))
         return
     with open(source, "rb") as file:
         for number, text in enumerate(file, start=1):
@@ -249,6 +253,10 @@ def _rows(source: str) -> Iterator[tuple[int, Row | MalformedRow]]:
                 yield number, MalformedRow(f"line {number}: not JSON: {error}")
                 continue
             yield number, row if isinstance(row, dict) else MalformedRow(f"line {number}: not a JSON object")
+
+
+def _decoded(value: Any, is_text: bool) -> Any:
+    return value.decode("utf-8", "replace") if is_text and value is not None else value
 
 
 def _count(source: str) -> int:

@@ -115,7 +115,10 @@ def test_a_scored_table_is_a_valid_group_table_and_keeps_what_it_had(verifier: V
 
 
 def test_hostile_text_arrives_as_it_is(verifier: Verifier) -> None:
-    completions = ["\x00\x00 The answer is $5$.", "\u2028\r\n\x1b[0m \\boxed{5}", "𝔘 is \\boxed{5}", '{"part": 1.0, "reason": null}\n', "\\boxed{" * 200, "(" * 5000]
+    completions = [
+        "\x00\x00 The answer is $5$.", "\u2028\r\n\x1b[0m \\boxed{5}", "𝔘 is \\boxed{5}",
+        '{"part": 1.0, "reason": null}\n', "\\boxed{" * 200, "(" * 5000,
+    ]
     assert _rewards(verifier.score(_group("5", completions)))[:3] == [1.0, 1.0, 1.0]
     assert 1.0 not in _rewards(verifier.score(_group("5", completions)))[3:]
 

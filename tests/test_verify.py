@@ -18,7 +18,7 @@ ROWS: list[dict[str, Any]] = [
     {"response": "so \\boxed{5}", "gold": "5", "label_correct": True, "id": "a"},
     {"prediction": "4", "answer": "5", "expected": False, "id": 2},
     {"response": "\\boxed{\\frac12}", "gold": 0.5, "expected": False, "id": None},  # a wrong label: a false positive
-    {"response": "I do not know", "gold": "5", "expected": True},  # another: a false negative
+    {"response": "so \\boxed{5", "gold": "5", "expected": True},  # another: a false negative
     {"response": "\\boxed{1}", "gold": ""},
 ]
 
@@ -69,6 +69,13 @@ def test_parquet_goes_in_and_out(tmp_path: Path) -> None:
     assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.parquet") == 0
     scored = pq.read_table(tmp_path / "out.parquet").to_pydict()
     assert scored["verdict"] == ["correct", "incorrect"] and scored["n"] == [1, 2] and scored["reward"] == [1.0, 0.0]
+
+
+def test_a_parquet_text_that_is_not_utf8_costs_nothing(tmp_path: Path) -> None:
+    broken = pa.array([b"\xff \\boxed{1}", b"\\boxed{2}", None]).view(pa.string())
+    pq.write_table(pa.table({"response": broken, "answer": ["1", "1", "1"]}), tmp_path / "in.parquet")
+    assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.jsonl") == 0
+    assert [row["verdict"] for row in _read(tmp_path / "out.jsonl")] == ["correct", "incorrect", "unverifiable"]
 
 
 def test_columns_of_mixed_types_and_halves_of_surrogate_pairs_become_text_in_parquet() -> None:
