@@ -31,25 +31,40 @@ def train(config: GVPOConfig, groups_file: str | None = None) -> None:
 
 def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None) -> None:
     """Evaluate a model or a checkpoint; go on where the folder stands."""
-    from rich.console import Console
-
     from gvpo_ray import controller
     from gvpo_ray.evaluate import results_table
 
     result = controller.evaluate(config, checkpoint, out)
-    console = Console(highlight=False)
-    console.print(results_table(result))
-    console.print(f"wrote {result['folder']}: eval.json, generations.parquet", soft_wrap=True)
+    _print_table(results_table(result), f"evaluation of {result['model']}")
+    for name, values in result["sets"].items():
+        if values["left_out"]:
+            print(f"{name}: {values['left_out']} prompts are longer than the context allows: left out of every number")
+    if not result["num_sampled"]:
+        print(f"{result['folder']} is complete: nothing was left to sample")
+    print(f"wrote {result['folder']}: eval.json, generations.parquet")
 
 
 def compare(a: str, b: str) -> None:
     """Paired differences of two finished evaluations."""
-    from rich.console import Console
-
     from gvpo_ray.evaluate import compare as paired
     from gvpo_ray.evaluate import comparison_table
 
-    Console(highlight=False).print(comparison_table(a, b, paired(a, b)))
+    result = paired(a, b)
+    _print_table(comparison_table(result), f"A = {a}, B = {b}")
+    for name, values in result.items():
+        for note in values["notes"]:
+            print(f"{name}: {note}")
+
+
+def _print_table(table: Any, title: str) -> None:
+    """In a log, where no window bounds them, lines are as long as they need to be."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(title, soft_wrap=True, markup=False)
+    console.print(table)
 
 
 def check(config: GVPOConfig) -> None:
@@ -103,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
         "gvpo-ray evaluate --compare runs/a/eval/step-80 runs/b/eval/step-80",
     )
     evaluate.add_argument("--checkpoint", metavar="PATH", help="a run directory (its newest checkpoint) or a checkpoint; default: model.path")
-    evaluate.add_argument("--out", metavar="DIR", help="where to: eval.json, generations.parquet; default: run_dir/eval/<name of the model's folder>")
+    evaluate.add_argument(
+        "--out", metavar="DIR", help="where to: eval.json, generations.parquet; default: run_dir/eval/<model's folder; RUN-step-N of another run>"
+    )
     evaluate.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired differences of two finished evaluations; needs no CONFIG")
     verb("check", "Print the resolved config and the resource plan; start nothing.")
     verify = verbs.add_parser(
@@ -183,6 +200,8 @@ def run(options: Any) -> None:
         learner.main(options.tokens)
         return
     if options.verb == "evaluate" and options.compare:
+        if options.config or options.overrides or options.checkpoint or options.out:
+            raise ConfigError("--compare takes two finished evaluations and nothing else")
         compare(*options.compare)
         return
     if options.config is None:

@@ -78,8 +78,10 @@ def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
     text = (found.text or "").strip()
     if not text:
         return Grade(False, NO_ANSWER, None)
-    if len(text) > MAX_CHARS or _CODE.search(text) or any(unicodedata.category(sign)[0] == "C" and not sign.isspace() for sign in text):
+    if len(text) > MAX_CHARS or any(unicodedata.category(sign)[0] == "C" and not sign.isspace() for sign in text):
         return Grade(False, None, text[:MAX_CHARS])  # control characters, surrogates, signs that turn the direction
+    if _CODE.search(text):
+        return Grade(normalise(text) == wanted, None, text)
     if _equal(wanted, normalise(text)) or (found.sentence and _is_words(wanted) and _equal(wanted, normalise(found.sentence[:MAX_CHARS]))):
         return Grade(True, None, text)
     if not _understood(wanted):
@@ -105,7 +107,7 @@ _BETWEEN_BOXES = re.compile(
 )
 _PERCENT = re.compile(r"[\s$]*(?:\\?%|percent\b|pct\b)")
 _MARKER = re.compile(
-    r"####|^\s*A(?:nswer)?\s*:|\u7b54\u6848[\u662f\u4e3a:\uff1a]+"
+    r"####|^[ \t]*A(?:nswer)?[ \t]*:|\u7b54\u6848[\u662f\u4e3a:\uff1a]+"
     r"|\b(?:final\s+answer|answer|option|choice|solution)\b(?:[^\n.:=$]{0,60}?(?:\bis\b|\bare\b|:|=)|\*\*:?)\s*:?",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -118,7 +120,7 @@ _MATH = re.compile(
 )
 _UNFINISHED_MATH = re.compile(r"\$(?!\s?\d)|\\(?:\[|\(|begin|end|frac|cdot|times|\\)")
 _CONNECTOR = re.compile(r"\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*")
-_CODE = re.compile(r"__[a-z]+__|\w\(\s*[bfr]?[\"']|\b(?:lambda|import|exec|eval)\b\s*[\w(:]|(?<![\w\\])[a-z_]\w*\.[a-z_]\w*\(")
+_CODE = re.compile(r"__[a-z]+__|\w\(\s*[bfr]?[\"']|(?<!\\)\b(?:lambda|import|exec|eval)\b\s*[\w(:]|(?<![\w\\])[a-z_]\w*\.[a-z_]\w*\(")
 _LABELS = re.compile(r"[A-Za-z]+ ?\d*:")
 _SENTENCE_END = re.compile(r"\.(?=\s+[A-Z\"*\[]|\s*$|\*\*)|\n\s*\n|\n(?=\s*(?:\*\*|#|[A-Z][a-z]+\b))")
 _NUMBER_IN_TEXT = re.compile(
@@ -266,7 +268,8 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<!\\)\\[!,;:> ]|\\hspace\{[^{}]*\}|~", " "),
     # Synonyms.
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-    (r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\}|[A-Za-z\d])\s*([A-Za-z\d])", r"\\frac\1{\2}"),
+    (r"\\frac\s*([A-Za-z\d]|\\[a-z]+)\s*(?=[\\{A-Za-z\d])", r"\\frac{\1}"),
+    (r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\})\s*([A-Za-z\d]|\\[a-z]+)", r"\\frac\1{\2}"),
     (r"\\(?:le|leqq|leqslant)(?![a-z])|<=", r"\\leq "),
     (r"\\(?:ge|geqq|geqslant)(?![a-z])|>=", r"\\geq "),
     (r"\\ne(?![a-z])|!=", r"\\neq "),
@@ -552,7 +555,7 @@ def _right_side(text: str) -> str:
 _NUMERALS = {word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
 _STOP_WORDS = frozenset(["the", "a", "an", "is", "are", "it", "be", "will", "of", "that", "this", "so", "answer", "therefore", "thus"])
 _OPTION = re.compile(
-    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*(?:\)\s*(?:\}?\s*.*)?|\}?|\}?\s*[.:)]\s+\S.*)", re.DOTALL
+    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*(?:\)\s*\}?(?:\s.*)?|\}?|\}?\s*[.:)]\s+\S.*)", re.DOTALL
 )
 
 
@@ -651,7 +654,7 @@ def _close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> bo
 def _parts(text: str) -> tuple[str, str, bool, bool]:
     """(value, unit, is a percentage, is in degrees)."""
     unit = ""
-    while (match := _UNIT.search(text)) and match.start() > 0 and not re.search(r"\\[a-z]*$", text[: match.start()]):
+    while (match := _UNIT.search(text)) and match.start() > 0:
         if match[2] and len(match[2]) < 4 and _number(text[: match.start()].strip()) is None:
             break  # 3n + 2m
         unit = f"{match[1] or match[2]} {unit}"
@@ -700,6 +703,8 @@ _EXPLOSIVE = re.compile(
 )
 _UNREADABLE = re.compile(r"['\"]|__|\d\s+\d|(?<![A-Za-z\\{])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})")
 """The grammar drops quotes (f' is not f), adds numbers that stand side by side, and multiplies the letters of words."""
+_INDEXED = {"e": r"\varepsilon ", "E": r"\Xi ", "i": r"\iota ", "I": r"\Lambda "}
+"""With an index these are names, no constants; the grammar takes no index on a constant."""
 _POINTS = ("0.7390851332151607", "1.3247179572447460", "2.6220575542921198", "-0.5671432904097838", "-1.7632228343518968")
 
 
@@ -714,6 +719,7 @@ def _parse(text: str) -> Any:
     # 10(26) and (10)(26), which the grammar adds like a mixed number.
     text = re.sub(r"(?<![\w.^_}\\])(\d[\d.]*)\s*\(", r"\1 \\cdot (", text)
     text = re.sub(r"\)\s*(?=[\d(])", r") \\cdot ", text)
+    text = re.sub(r"(?<![A-Za-z\\])[eEiI](?=_)", lambda m: _INDEXED[m[0]], text)
     config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
     try:
         latex = normalize_latex(text, config)
@@ -727,7 +733,7 @@ def _parse(text: str) -> Any:
 def _understood(gold: str) -> bool:
     """Whether a gold answer can be told from a wrong one."""
     items = _items(gold)
-    if len(items) > 1 or _number(gold) is not None or _option(gold) or _is_words(gold):
+    if len(items) > 1 or _number(gold) is not None or _option(gold) or _is_words(_right_side(items[0])):
         return True
     return _bracketed(_interval(items[0])) is not None or _parse(_parts(_right_side(items[0]))[0]) is not None
 
@@ -742,6 +748,10 @@ def _sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees:
 
     math_verify.grader.TIMEOUT_WARNING_SHOWN = True  # there is none on purpose
     try:
+        if all(getattr(side, "is_Equality", False) for side in (left, right)):
+            differences = [side.lhs - side.rhs for side in (left, right)]
+            if (same := _same_up_to_a_factor(*differences)) is not None:
+                return same
         if any(not isinstance(side, Expr) or getattr(side, "is_Matrix", False) for side in (left, right)):
             return bool(math_verify.verify(left, right, timeout_seconds=None))
         if gold_degrees and not pred_degrees and right.has(pi):  # radians
@@ -777,6 +787,27 @@ def _equal_equations(gold: str, pred: str) -> bool:
         raise
     except Exception:  # as above
         return False
+
+
+def _same_up_to_a_factor(gold: Any, pred: Any) -> bool | None:
+    """Whether two equations, as what they set to zero, are one but for a factor: 2y - 4x - 2 and y - 2x - 1.
+
+    None: sympy has to look, as at (x - 1)^2 and x - 1. It would solve equations that are no polynomials for minutes: those differ.
+    """
+    from sympy import Float
+
+    symbols = sorted(gold.free_symbols, key=str)
+    if set(symbols) != pred.free_symbols or not symbols:
+        return None
+    ratios = []
+    for shift in range(len(_POINTS)):
+        values = {symbol: Float(_POINTS[(i * 2 + shift) % len(_POINTS)], 30) + i for i, symbol in enumerate(symbols)}
+        a, b = (side.subs(values).evalf(30) for side in (gold, pred))
+        if a.is_number and b.is_number and a.is_finite and b.is_finite and a != 0 and b != 0:
+            ratios.append(a / b)
+    if len(ratios) >= 2 and all(abs(ratio - ratios[0]) <= 1e-12 * abs(ratios[0]) for ratio in ratios):
+        return True
+    return None if gold.is_polynomial(*symbols) and pred.is_polynomial(*symbols) else False
 
 
 def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -275,6 +276,13 @@ class EvaluationConfig(Section):
     every_limit: int | None = Field(default=None, ge=1)
     """Prompts per set for the evaluations inside training; the first and the last always use the whole set."""
 
+    @field_validator("sets")
+    @classmethod
+    def _names(cls, value: dict[str, EvaluationSet]) -> dict[str, EvaluationSet]:
+        for name in value:
+            if not re.fullmatch(r"[\w@+-][\w@+.-]*", name):
+                raise ValueError(f"the name {name!r} becomes a folder's: letters, digits and any of . _ - + @ (not . at its start)")
+        return value
 
     def of(self, name: str) -> tuple[int, float, int | None]:
         """(num_samples, temperature, max_tokens) of a set; max_tokens None: as in sampling."""
@@ -388,7 +396,7 @@ class GVPOConfig(Section):
     def from_file(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None, for_evaluation: bool = False) -> GVPOConfig:
         """Read a YAML file and apply overrides: `["learner.num_workers=1", …]` or `{"learner.num_workers": 1}`.
 
-        for_evaluation: a file without `prompts` and `num_steps`, which only training needs, will do.
+        for_evaluation: a file with evaluation.sets but neither `prompts` nor `num_steps`, which only training needs, will do.
 
         Raises:
             ConfigError: one line that names the key.
@@ -405,9 +413,10 @@ class GVPOConfig(Section):
             raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path}: expected keys and values, found {'nothing' if data is None else type(data).__name__}")
-        if for_evaluation and isinstance(data.get("evaluation"), dict) and isinstance(data["evaluation"].get("sets"), dict):
-            data.setdefault("num_steps", 1)
-            data.setdefault("prompts", {"path": NO_PROMPTS})
+        own = data.get("evaluation")
+        has_sets = (isinstance(own, dict) and bool(own.get("sets"))) or any(key.startswith("evaluation.sets") for key in overrides or ())
+        if for_evaluation and has_sets and "prompts" not in data and "num_steps" not in data:  # with one of them it is a run that lacks the other
+            data |= {"num_steps": 1, "prompts": {"path": NO_PROMPTS}}
         return cls.from_dict(data, overrides, where=str(path))
 
     @classmethod

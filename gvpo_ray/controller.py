@@ -50,7 +50,7 @@ from gvpo_ray.config import (
     is_local,
 )
 from gvpo_ray.engines import Engine
-from gvpo_ray.evaluate import EvaluationDir
+from gvpo_ray.evaluate import EvaluationDir, prompt_seed
 from gvpo_ray.learner import Settings, learn
 from gvpo_ray.metrics import MetricsLog, evaluation_metrics
 from gvpo_ray.policy import Policy, latest_checkpoint
@@ -323,8 +323,8 @@ GROW_AT = 2
 IDLE_S = 30.0
 """A verifier beyond verifiers.num that has had nothing to do for so long is ended."""
 
-MAX_VERIFIER_DEATHS = 16
-"""Deaths of its verifier that a group survives: more are not bad luck but the reward function."""
+MAX_VERIFIER_DEATHS = 1000
+"""Deaths of its verifier that a group survives, those while it waits for its turn included: more are not bad luck but the reward function."""
 
 
 class _VerifierActor(Verifier):
@@ -867,7 +867,7 @@ async def run_through(
 
     async def slot(engine: Any) -> None:
         for i in rows:
-            own_seed = None if seed is None else seed * 1_000_003 + prompts["group_id"][i].as_py()
+            own_seed = None if seed is None else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
             sampled, is_sampled = engine.sample.remote(prompts.slice(i, 1), sampling, min_version, own_seed)
             await is_sampled
             done[i] = await (await verifiers.score(sampled))
@@ -893,10 +893,10 @@ def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None 
 
     Args:
         checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; default: model.path.
-        out: default: run_dir/eval/<name of the model's folder>.
+        out: default: run_dir/eval/<name of the model's folder>, with its run's name before it where that is another run.
 
     Returns:
-        What eval.json holds (evaluate.py).
+        What eval.json holds (evaluate.py), its folder, and num_sampled: prompts that were not there before.
 
     Raises:
         ConfigError: before any actor starts.
@@ -915,7 +915,7 @@ def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None 
     sets = read_evaluation_sets(config, max_length, tokenizer)
     validate_rewards(config.verifiers, reward)
     model = config.model.path
-    folder = Path(out) if out is not None else Path(config.run_dir) / "eval" / Path(model).name
+    folder = Path(out) if out is not None else Path(config.run_dir) / "eval" / _evaluation_name(Path(model), Path(config.run_dir))
     with EvaluationDir(folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}) as kept:
         missing = {name: kept.missing(name, prompts.all()) for name, prompts in sets.items()}
         if any(map(len, missing.values())):
@@ -940,7 +940,14 @@ def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None 
                 raise RunError(cause_of(_first(error))) from error
             finally:
                 session.stop()
-        return kept.finish(config, model)
+        left_out = {name: prompts.num_too_long for name, prompts in sets.items()}
+        return {"num_sampled": sum(map(len, missing.values())), **kept.finish(config, model, left_out)}
+
+
+def _evaluation_name(model: Path, run_dir: Path) -> str:
+    """step-80, or quickstart-step-80 of another run's checkpoint: one config may evaluate several runs."""
+    is_others = model.parent.name == "checkpoints" and model.parent.parent != run_dir
+    return f"{model.parent.parent.name}-{model.name}" if is_others else model.name
 
 
 def _checkpoint_folder(path: str) -> str:

@@ -21,7 +21,7 @@
     prompts/quarantined              prompts on which every check hit its limit: not sampled again (quarantine.jsonl)
     eval/<name>/pass@1               share of right completions, mean over the held-out prompts; pass@k beside it where there are k samples
     eval/<name>/stderr               of pass@1, over prompts
-    eval/<name>/extracted            share of completions in which an answer was found
+    eval/<name>/extracted            share of completions in which an answer was found (1 where no reward function looks for one)
     eval/<name>/length_mean, truncated, unverifiable, num_prompts
 """
 

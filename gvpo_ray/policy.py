@@ -168,8 +168,6 @@ class DeepSpeedBackend:
     def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
         import deepspeed
 
-        # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._config = config
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=_adamw(module, config), config=deepspeed_config(config, dtype), dist_init_required=False
@@ -276,6 +274,11 @@ class Policy:
         self._path = Path(path)  # not to be read later: a checkpoint is pruned when newer ones are there
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         dtype = getattr(torch, model.dtype)
+        if config.backend == "deepspeed":
+            import deepspeed
+
+            # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         shard_on_load = None
         if config.backend == "deepspeed" and config.zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig

@@ -121,7 +121,7 @@ class Sandbox:
         self._lock.close()
 
     def _begin(self, request: Mapping[str, Any]) -> tuple[_Child, str]:
-        """The child that has taken up a check, and the check's number. One that died before (idle, or as the request was on its way) is replaced: only
+        """The child that has taken up a check, and the check's number. One that died before (idle, or as it was asked) is replaced: only
         from here on is a child's death the completion's fault."""
         for _ in range(3):
             child = self._living_child()

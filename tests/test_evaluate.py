@@ -19,7 +19,7 @@ from gvpo_ray.__main__ import main
 from gvpo_ray.answers import NO_ANSWER
 from gvpo_ray.config import ConfigError, GVPOConfig
 from gvpo_ray.controller import evaluate, evaluation_sampling
-from gvpo_ray.evaluate import EvaluationDir, compare
+from gvpo_ray.evaluate import EvaluationDir, compare, prompt_seed
 from gvpo_ray.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 
 
@@ -142,10 +142,12 @@ def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_ever
     ("change", "complaint"),
     [
         ({"seed": 1}, "holds an evaluation with another seed"),
-        ({"evaluation.num_samples": 8}, "holds an evaluation with another sets"),
-        ({"verifiers.rewards.math": 2}, "holds an evaluation with another verifiers"),
-        ("weights", "holds an evaluation with another model_digest"),
-        ("prompts", "holds an evaluation with another prompts"),
+        ({"evaluation.num_samples": 8}, r"with another evaluation\.sets\.easy\.num_samples \(4 there, 8 here\)"),
+        ({"evaluation.sets.easy.template": "Q: {prompt}"}, r"with another evaluation\.sets\.easy\.template \(None there"),
+        ({"engines.vllm": {"quantization": "fp8"}}, r"with another engines\.vllm; use another folder"),
+        ({"verifiers.rewards.math": 2}, r"with another verifiers\.rewards; use another folder"),
+        ("weights", r"with another model\.path \(what is in it differs\)"),
+        ("prompts", r"with another evaluation\.sets\.easy\.path \(what is in it differs\)"),
     ],
 )
 def test_results_of_another_model_or_config_are_not_mixed_in(tmp_path: Path, change: Any, complaint: str) -> None:
@@ -204,3 +206,98 @@ def test_bad_input_of_evaluate_is_one_line_and_status_2(tmp_path: Path, capsys: 
         evaluate(config, checkpoint=str(tmp_path))
     with pytest.raises(ConfigError, match=r"model\.path: no folder"):
         evaluate(config)
+    assert main(["evaluate", "some.yaml", "--compare", a, c]) == 2
+    assert "--compare takes two finished evaluations and nothing else" in capsys.readouterr().err
+    (tmp_path / "c" / "generations.parquet").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match=r"--compare: the evaluation in .* cannot be read: "):
+        compare(a, c)
+    with pytest.raises(ConfigError, match=r"evaluation\.sets: the name '\.\./up' becomes a folder's"):
+        _config(tmp_path, sets={"../up": {"path": "easy.parquet"}})
+
+
+def test_no_two_samples_of_an_evaluation_share_their_random_numbers() -> None:
+    # vLLM's sample i of a prompt has the seed of the prompt plus i; torch's generator on CPU looks at 32 bits.
+    seeds = sorted(prompt_seed(seed, name, i) % 2**32 for seed in (0, 1) for name in ("aime24", "amc") for i in range(100))
+    assert min(b - a for a, b in itertools.pairwise(seeds)) > 64
+    assert prompt_seed(0, "amc", 7) == prompt_seed(0, "amc", 7) < 2**48  # the same in every process
+
+
+def test_a_set_may_be_added_to_an_evaluation_but_not_taken_away(tmp_path: Path) -> None:
+    _model(tmp_path)
+    sets = {"easy": {"path": "easy.parquet"}}
+    group = groups.table([_group(0, [1.0] * 4)])
+    with _open(tmp_path, _config(tmp_path, sets=sets)) as kept:
+        kept.add("easy", group)
+    both = _config(tmp_path, sets={**sets, "hard": {"path": "hard.parquet"}})
+    with EvaluationDir(tmp_path / "out", both, str(tmp_path / "model"), {"easy": "d", "hard": "e"}) as kept:
+        prompts = group.select(list(groups.PROMPT_COLUMNS))
+        assert (len(kept.missing("easy", prompts)), len(kept.missing("hard", prompts))) == (0, 1)
+    with pytest.raises(ConfigError, match=r"holds an evaluation that also has evaluation\.sets\.hard"):
+        _open(tmp_path, _config(tmp_path, sets=sets))
+
+
+def test_a_model_folder_that_has_moved_is_the_same_model(tmp_path: Path) -> None:
+    _model(tmp_path)
+    config = _config(tmp_path)
+    with _open(tmp_path, config):
+        pass
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = GVPOConfig.from_dict(config.model_dump(mode="json"), {"model.path": str(tmp_path / "moved")})
+    with EvaluationDir(tmp_path / "out", moved, moved.model.path, {"easy": "d"}) as kept:
+        assert kept.rows("easy") == []
+
+
+def test_another_version_of_a_reward_function_is_not_mixed_in(tmp_path: Path) -> None:
+    _model(tmp_path)
+    (tmp_path / "mine.py").write_text("def short(prompts, completions, **columns): return [1.0 for text in completions]\n")
+    config = GVPOConfig.from_dict(_config(tmp_path).model_dump(mode="json"), {"verifiers.rewards": {f"{tmp_path}/mine.py:short": 1.0}})
+    with _open(tmp_path, config):
+        pass
+    (tmp_path / "mine.py").write_text("def short(prompts, completions, **columns): return [0.0 for text in completions]\n")
+    with pytest.raises(ConfigError, match=r"with another verifiers\.rewards\..*mine\.py:short \(what is in it differs\)"):
+        _open(tmp_path, config)
+
+
+def test_a_folder_whose_evaluation_yaml_is_no_evaluations_is_refused(tmp_path: Path) -> None:
+    _model(tmp_path)
+    (tmp_path / "out").mkdir()
+    for text in ("", "a: [", "settings: 3"):
+        (tmp_path / "out" / "evaluation.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"has an evaluation\.yaml that is not an evaluation's"):
+            _open(tmp_path, _config(tmp_path))
+
+
+def test_prompts_that_are_too_long_are_counted_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _model(tmp_path)
+    config = _config(tmp_path)
+    with _open(tmp_path, config) as kept:
+        kept.add("easy", groups.table([_group(0, [1.0, 0.0, 0.0, None])]))
+        assert kept.finish(config, "m", {"easy": 3})["sets"]["easy"]["left_out"] == 3
+    verdicts = pq.read_table(tmp_path / "out" / "generations.parquet")["verdict"].to_pylist()
+    assert verdicts == ["correct", "incorrect", "incorrect", "unverifiable"]
+
+
+def test_a_comparison_says_what_else_differs_and_which_sets_have_no_partner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = _finished(tmp_path / "a", {"p": [True]}), _finished(tmp_path / "b", {"p": [False]})
+    for folder, num_samples in ((a, 1), (b, 8)):
+        (Path(folder) / "eval.json").write_text(json.dumps({"sets": {"easy": {"num_samples": num_samples}}}))
+    easy = pq.read_table(Path(b) / "generations.parquet")
+    hard = pa.Table.from_pylist([{**easy.to_pylist()[0], "dataset": "hard"}])
+    pq.write_table(pa.concat_tables([easy, hard]), Path(b) / "generations.parquet")
+    result = compare(a, b)
+    assert result["easy"]["difference"] == {"value": -1.0, "low": -1.0, "high": -1.0}
+    assert result["easy"]["notes"] == ["num_samples is 1 in A, 8 in B"] and result["hard"]["notes"] == ["no prompt in common"]
+    assert main(["evaluate", "--compare", a, b]) == 0
+    printed = capsys.readouterr().out
+    assert "easy: num_samples is 1 in A, 8 in B" in printed and "hard: no prompt in common" in printed
+
+
+def test_a_run_that_lacks_a_key_is_not_taken_for_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    data = {"run_dir": "r", "model": {"path": "m/m"}, "prompts": {"path": "p/p"}, "evaluation": {"sets": {"easy": {"path": "e/e"}}}}
+    file.write_text(yaml.safe_dump(data))
+    assert main(["check", str(file)]) == 2
+    assert "num_steps: required" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump({"run_dir": "r", "model": {"path": "m/m"}}))
+    assert main(["check", str(file), "evaluation.sets.easy.path=e/e"]) == 0
+    assert main(["check", str(file)]) == 2

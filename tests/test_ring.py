@@ -19,6 +19,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import yaml
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
@@ -257,8 +258,8 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
         assert algo.step == 1
         assert algo.train()["step"] == 2
         algo.evaluate()  # the engine is up: step 2 may have come from the log alone
-        (core,) = [child for child in psutil.Process().children(recursive=True) if child.name() == "VLLM::EngineCore"]
-        core.kill()
+        (core,) = tiny.descendants("VLLM::EngineCore")
+        os.kill(core, signal.SIGKILL)
         with pytest.raises(RunError, match="EngineDeadError"):
             algo.evaluate()
 
@@ -267,18 +268,19 @@ def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_ki
     (config_file.parent / "mine.py").write_text(
         "from collections import Counter\n"
         "def says_seven(prompts, completions, **columns):\n"
+        "    while prompts[0] == '12=': pass\n"
         "    return [min(1, Counter(text)['7']) for text in completions]\n"
     )
     run_dir, rewards = config_file.parent / "mine", {f"{config_file.parent}/mine.py:says_seven": 4.0}
-    overrides = {"run_dir": str(run_dir), "num_steps": 8, "verifiers.rewards": rewards, "learner.num_workers": 1, "evaluation.every": 0}
+    overrides = {"run_dir": str(run_dir), "num_steps": 8, "verifiers.rewards": rewards, "learner.num_workers": 1, "evaluation.every": 0,
+                 "prompts.limit": 20, "verifiers.timeout_s": 0.3}  # fmt: skip
     ended, killed = threading.Event(), []
 
     def kill_verifiers() -> None:
         rng = random.Random(0)
-        while not ended.wait(rng.uniform(1, 4)):
-            found = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::_VerifierActor")]
-            if found:
-                killed.append(rng.choice(found).pid)
+        while not ended.wait(rng.uniform(2, 6)):
+            if found := tiny.descendants("ray::_VerifierActor"):
+                killed.append(rng.choice(found))
                 os.kill(killed[-1], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_verifiers)
@@ -291,9 +293,15 @@ def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_ki
             killer.join()
     assert len(killed) > 2
     log = groups.load(run_dir / "groups")
-    assert sorted(log["group_id"].to_pylist()) == list(range(8 * GROUPS_PER_STEP))
+    endless = [row for row in groups.rows(log) if row["prompt"] == "12="]
+    assert 0 < len(endless) < 4  # of more than six rounds through the 20 prompts: quarantined after the first
+    assert all(row["rewards"] == [None] * 8 and row["reward_reasons"][0].startswith("timeout: ") for row in endless)
+    assert [entry["prompt"] for entry in algo.quarantine.entries()] == ["12="] and lines[-1]["prompts/quarantined"] == 1
+    ids = log["group_id"].to_pylist()
+    assert len(set(ids)) == len(ids) == 8 * GROUPS_PER_STEP
     for row in groups.rows(log):
-        assert row["rewards"] == [4.0 * ("7" in text) for text in row["completions"]]
+        if row["prompt"] != "12=":  # a check that a verifier was killed in is made again
+            assert row["rewards"] == [4.0 * ("7" in text) for text in row["completions"]]
     assert lines[-1]["reward/mean"] > 2 * lines[0]["reward/mean"]
 
 
