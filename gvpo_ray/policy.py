@@ -43,7 +43,7 @@ class CompletionLogprobs(nn.Module):
         """
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
         head = self.model.get_output_embeddings()
-        size = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
+        size = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.config.vocab_size)
         if len(hidden) <= size:
             return _head_logprobs(head, hidden, targets)
         # The logits of a chunk are computed again in the backward pass: [tokens, vocabulary] never exists as a whole.
@@ -51,8 +51,8 @@ class CompletionLogprobs(nn.Module):
         return torch.cat([checkpoint(_head_logprobs, head, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-HEAD_ELEMENTS = 1 << 24
-"""Logits at a time: 64 MB in float32."""
+HEAD_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits at a time: 64 MB in float32; 1 GB on a GPU, where small products waste it and ZeRO-3 may gather the head for each."""
 
 
 def _head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

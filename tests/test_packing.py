@@ -108,7 +108,7 @@ def test_the_head_in_chunks_gives_the_same_and_keeps_no_logits(monkeypatch: pyte
     inputs, _ = padded_inputs(_groups(), "cpu")
     results = []
     for elements in (1 << 24, 64 * 5):  # all at once, and 5 tokens at a time
-        monkeypatch.setattr(policy, "HEAD_ELEMENTS", elements)
+        monkeypatch.setattr(policy, "HEAD_ELEMENTS", {"cpu": elements})
         saved: list[int] = []
 
 
