@@ -74,13 +74,22 @@ def test_statistics_of_these_two_groups_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, 1.0])
     _, sums = gvpo_loss(logprobs, reference, rewards, torch.tensor([1, 0, 0, 1, 0, 2]), 0.5)
     assert all(value.dtype == torch.float64 and value.ndim == 0 and not value.requires_grad for value in sums.values())
-    assert finish(sums) == pytest.approx(
+    metrics = finish(sums)
+    histogram = {key.rpartition("/")[2]: metrics.pop(key) for key in list(metrics) if "histogram" in key}
+    # w = R' - beta D': group 1 (0.5, -0.5); group 0 R' = (-1, -1, 2), beta D' = (1, 0, -1), so (-2, -1, 3)
+    assert {edge: share for edge, share in histogram.items() if share} == {"-2.0": 0.2, "-1.0": 0.2, "-0.5": 0.2, "0.5": 0.2, "inf": 0.2}
+    assert metrics == pytest.approx(
         {
             "loss": 1.875,
             "gvpo/residual_var": 3.75,  # = 1.75 - 2 * (-0.75) + 0.5
             "gvpo/reward_var": 1.75,
             "gvpo/implicit_reward_var": 0.5,
             "gvpo/reward_correlation": -1.5 / math.sqrt(3.5 * 1.0),
+            # log pi' = (1, -1) and, of (-1, -4, -6), (8, -1, -7)/3; log pi_ref' = (1, -1) and, of (-3, -4, -4), (2, -1, -1)/3
+            "gvpo/term_reward": (1.0 + (-8 + 1 - 14) / 3 / 2) / 2,
+            "gvpo/term_reference": 0.5 * (2 + (16 + 1 + 7) / 9 / 2) / 2,
+            "gvpo/term_variance": -0.25 * (2 + (64 + 1 + 49) / 9 / 2) / 2,
+            "gvpo/binding": 2 / 5,  # beta D' = 1 and -1 beside R' = -1 and 2
             "policy/kl_ref": 0.0,  # D = (0, 0) and (2, 0, -2)
             "policy/log_ratio_rms": math.sqrt(8 / 5),
             "gvpo/num_groups": 2.0,

@@ -24,6 +24,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+RESIDUAL_EDGES = (-2.0, -1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0, 2.0)
+"""Between the bins of gvpo/residual_histogram, in reward units; the first and the last bin are open."""
+
 
 def gvpo_loss(
     logprobs: Tensor,
@@ -32,6 +35,7 @@ def gvpo_loss(
     group_ids: Tensor,
     beta: float,
     num_groups: float | None = None,
+    residual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The value of the squared form with the gradient of the weighted form.
 
@@ -42,6 +46,9 @@ def gvpo_loss(
         group_ids: [N] integers, equal for the completions of one prompt; nothing else is read from them.
         beta: reward units per nat.
         num_groups: |D|, the groups with m >= 2 in the whole update; default: those in this call. A group of one counts for nothing.
+        residual_clip: Huber's loss of the residual w_i in place of its half square: linear where |w_i| exceeds this, in reward units. Its
+            gradient weighs with clip(w_i), centred in the group. Bias: single rewards count for less where it clips, so that with noisy
+            rewards the optimum is no longer that of their mean; it is unchanged where every residual vanishes.
 
     Returns:
         The loss, a float64 scalar, and float64 scalars for `finish`: sums that do not depend on `num_groups`, have the same keys in the
@@ -59,24 +66,39 @@ def gvpo_loss(
     trained = sizes >= 2
 
     scale = trained.double() / (sizes - 1).clamp(min=1)  # 1/(m - 1), and 0 for a group of one
-    value = (scale * weights.square()).sum() / 2
-    surrogate = -beta * (scale * weights * logprobs.double()).sum() / denominator
+    pulls, penalties = weights, weights.square() / 2
+    if residual_clip is not None:
+        clipped = weights.clamp(-residual_clip, residual_clip)
+        pulls, penalties = _centre(clipped, index, counts), clipped * (weights - clipped / 2)
+    value = (scale * penalties).sum()
+    surrogate = -beta * (scale * pulls * logprobs.double()).sum() / denominator
     loss = value / denominator + (surrogate - surrogate.detach())  # the bracket is exactly 0 and carries the gradient
 
-    # The value has three terms, the variances within the group: Var(beta D - R) = Var(R) - 2 Cov(beta D, R) + Var(beta D).
+    # Half the residual's variance is Var(R)/2 - Cov(beta D, R) + Var(beta D)/2; and with D = log pi - log pi_ref its gradient is that of
+    # -beta [ Cov(R, log pi) + beta Cov(log pi_ref, log pi) - beta/2 Var(log pi) ], the paper's three terms: reward, reference, spread.
     reward = _centre(rewards.detach().double(), index, counts)
     implicit_reward = reward - weights  # beta (D_i - mean D)
+    own = _centre(logprobs.detach().double(), index, counts)
+    reference = _centre(reference_logprobs.detach().double(), index, counts)
     log_ratio = trained * (logprobs.detach().double() - reference_logprobs.detach().double())
+    bins = torch.bucketize(weights[trained], torch.tensor(RESIDUAL_EDGES, dtype=torch.float64, device=weights.device))
+    histogram = torch.bincount(bins, minlength=len(RESIDUAL_EDGES) + 1).double()
     stats = {
         "num_groups": num_trained,
         "num_singletons": (counts == 1).sum().double(),
         "num_completions": trained.sum().double(),
         "loss": value,
+        "residual_var": (scale * weights.square()).sum(),
         "reward_var": (scale * reward.square()).sum(),
         "implicit_reward_var": (scale * implicit_reward.square()).sum(),
         "covariance": (scale * implicit_reward * reward).sum(),
+        "term_reward": (scale * reward * own).sum(),
+        "term_reference": beta * (scale * reference * own).sum(),
+        "term_variance": -beta / 2 * (scale * own.square()).sum(),
         "log_ratio": log_ratio.sum(),
         "log_ratio_square": log_ratio.square().sum(),
+        "binding": (trained & (implicit_reward.abs() > 0.1 * reward.abs())).sum().double(),
+        **{f"bin_{i}": count for i, count in enumerate(histogram)},
     }
     return loss, stats
 
@@ -130,11 +152,16 @@ def gvpo_loss_squared(
 def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Metric values from the (added up) sums of `gvpo_loss`.
 
-    loss                     mean over groups; half of gvpo/residual_var
+    loss                     mean over groups; half of gvpo/residual_var, where the residual is not clipped
     gvpo/residual_var        Var(beta D - R) within the group: what the implicit reward does not explain yet; 0 at the optimum
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
     gvpo/implicit_reward_var Var(beta D)
     gvpo/reward_correlation  of beta D with R, from the pooled variances; 0.0 where one of them is 0
+    gvpo/term_reward         1/(m-1) sum_i (R_i - mean R) log pi(y_i|x), mean over groups: the group-relative reward term, nats times reward.
+    gvpo/term_reference      beta Cov(log pi, log pi_ref): pulls the policy's order of the completions towards the reference's
+    gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the three's sum has the loss's gradient.
+    gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES, then inf)
+    gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|: near 0 beta binds nothing
     policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on completions that pi_ref sampled, as
                              those of the default `behaviour` reference are. Single batches may be below 0. On completions that pi
                              itself sampled (an older reference) it estimates -KL(pi || pi_ref).
@@ -146,10 +173,13 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
     return {
         "loss": s["loss"] / groups,
-        "gvpo/residual_var": 2 * s["loss"] / groups,
+        "gvpo/residual_var": s["residual_var"] / groups,
         "gvpo/reward_var": s["reward_var"] / groups,
         "gvpo/implicit_reward_var": s["implicit_reward_var"] / groups,
         "gvpo/reward_correlation": s["covariance"] / spread if spread > 0 else 0.0,
+        **{f"gvpo/{name}": s[name] / groups for name in ("term_reward", "term_reference", "term_variance")},
+        "gvpo/binding": s["binding"] / completions,
+        **{f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))},
         "policy/kl_ref": -s["log_ratio"] / completions + 0.0,  # + 0.0: never -0.0
         "policy/log_ratio_rms": (s["log_ratio_square"] / completions) ** 0.5,
         "gvpo/num_groups": s["num_groups"],
