@@ -25,6 +25,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """Train a low-rank adapter (peft) and leave the model as it is: the reference is the model without it, and engines receive it alone."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's product is scaled by alpha / rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get one; `all-linear`: all but the head."""
+
+
 class ModelConfig(Section):
     path: str
     """A Hugging Face model folder or hub name; its tokenizer is beside it."""
@@ -34,6 +44,8 @@ class ModelConfig(Section):
     """Longest prompt + completion in tokens; default: what the model's config.json says."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""
+    lora: LoraConfig | None = None
+    """Train an adapter in place of all weights. `{}`: with the defaults."""
 
 
 class PromptsConfig(Section):
@@ -94,8 +106,31 @@ class SamplingConfig(Section):
 
 
 class LossConfig(Section):
+    objective: Literal["gvpo", "grpo", "dr_grpo", "rloo", "reinforce"] = "gvpo"
+    """`gvpo`; the others are for comparison, on the same data and in the same ring."""
     beta: float = Field(default=0.1, gt=0)
-    """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so 1/beta nats are worth one unit of reward."""
+    """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so 1/beta nats are worth one unit of reward. It is the
+    trust region: gvpo/binding says how often it binds, and a run in which it hardly ever does says so."""
+    beta_end: float | None = Field(default=None, gt=0)
+    """Move beta linearly from its first value to this one at the last step. Bias: each step then has an optimum of its own, the last one
+    that of beta_end."""
+    residual_clip: float | None = Field(default=None, gt=0)
+    """Clip the residual beta (D - mean D) - (R - mean R) at so many reward units: Huber's loss in place of the square. Bias: where it
+    clips, the optimum stays but the pull towards it is weaker; with noisy rewards it is no longer that of their mean."""
+    drop_equal_rewards: bool = False
+    """Leave out groups whose rewards are all equal. Bias: they are what pulls the policy back to the reference once D differs from 0;
+    without them the optimum holds only on prompts that are sometimes right and sometimes wrong."""
+    length_normalised: bool = False
+    """Divide each completion's log-ratio by its length in tokens. Bias: the optimum is then pi_ref exp(|y| (R / beta - c(x))): a token, not a
+    completion, is worth 1/beta nats, and long right answers gain most."""
+    clip_low: float = Field(default=0.2, gt=0)
+    """grpo, dr_grpo: the probability ratio is clipped at 1 - clip_low …"""
+    clip_high: float = Field(default=0.2, gt=0)
+    """… and at 1 + clip_high."""
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """All but gvpo: weight of the KL divergence from the reference, which `reference` names."""
+    baseline: float = 0.0
+    """reinforce: subtracted from every reward."""
     reference: str = "behaviour"
     """Which policy is pi_ref: `behaviour` (the one that sampled the completion), `previous` (the policy at the start of the step),
     `initial` (frozen), or `every: N` (refreshed every N steps)."""
@@ -111,6 +146,25 @@ class LossConfig(Section):
         if value in ("behaviour", "previous", "initial"):
             return str(value)
         raise ValueError("must be behaviour, previous, initial or every: N")
+
+    @model_validator(mode="after")
+    def _of_the_objective(self) -> LossConfig:
+        options = {
+            "gvpo": {"beta", "beta_end", "residual_clip", "drop_equal_rewards", "length_normalised", "reference"},
+            "grpo": {"clip_low", "clip_high", "kl_coefficient", "reference"},
+            "dr_grpo": {"clip_low", "clip_high", "kl_coefficient", "reference"},
+            "rloo": {"kl_coefficient", "reference"},
+            "reinforce": {"kl_coefficient", "baseline", "reference"},
+        }
+        for name in sorted(self.model_fields_set - {"objective"} - options[self.objective]):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not an option of {self.objective}; it has {', '.join(sorted(options[self.objective]))}")
+        return self
+
+    def beta_at(self, version: int, num_steps: int) -> float:
+        """beta of the step that starts from weights of `version`."""
+        end = self.beta if self.beta_end is None else self.beta_end
+        return self.beta + (end - self.beta) * min(1.0, version / max(1, num_steps - 1))
 
     @property
     def reference_every(self) -> int | None:
@@ -230,9 +284,12 @@ class LearnerConfig(Section):
     """CPUs that one worker asks Ray for."""
     num_threads: int = Field(default=1, ge=1)
     """Torch threads of one worker (CPU only matters)."""
-    backend: Literal["deepspeed", "ddp"] = "deepspeed"
+    backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    """`deepspeed`, or torch's own: `ddp` replicates everything, `fsdp` (FSDP2) shards everything."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What ZeRO keeps in the CPU's memory: the optimizer (stages 1 to 3), or the parameters too (stage 3)."""
     learning_rate: float = Field(default=1e-6, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate after the warm-up, to zero at the last step."""
@@ -246,7 +303,9 @@ class LearnerConfig(Section):
     packing: bool = True
     """A group is one sequence, its prompt computed once (packing.py), where the model allows it; else completions are padded."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one forward pass; a larger group is a pass of its own."""
+    """Tokens of one forward pass. A larger group takes several, and one more without gradients."""
+    max_skipped_updates: int = Field(default=3, ge=0)
+    """An update whose gradient is not a number is skipped and counted; one more than so many in a row stop the run."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
 
@@ -388,6 +447,11 @@ class GVPOConfig(Section):
             raise ValueError(f"engines.num_gpus ({gpus:g}) must equal engines.tensor_parallel_size ({shards})")
         if learner.zero_stage and learner.backend != "deepspeed":
             raise ValueError(f"learner.zero_stage ({learner.zero_stage}) needs learner.backend: deepspeed, not {learner.backend}")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[learner.offload]
+        if learner.zero_stage < least:
+            raise ValueError(f"learner.offload: {learner.offload} needs learner.zero_stage of at least {least}, not {learner.zero_stage}")
+        if model.lora is not None and engines.weight_transfer == "nccl":
+            raise ValueError("model.lora sends adapters, which engines.weight_transfer: nccl cannot; use objects")
         if self.evaluation.every and not self.evaluation.sets:
             raise ValueError("evaluation.every is set but evaluation.sets is empty")
         return self

@@ -225,6 +225,21 @@ def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: 
     return batches
 
 
+def split_group(row: Mapping[str, Any], max_tokens: int, packed: bool = True) -> list[dict[str, Any]]:
+    """Cut one group into parts of at most `max_tokens` tokens, each with the prompt and some of the completions (one at least)."""
+    prompt, lengths = len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]
+    parts: list[list[int]] = []
+    for i in range(len(lengths)):
+        if parts:
+            sizes = [lengths[j] for j in (*parts[-1], i)]
+            if (prompt + sum(sizes) if packed else (prompt + max(sizes)) * len(sizes)) <= max_tokens:
+                parts[-1].append(i)
+                continue
+        parts.append([i])
+    names = [name for name in PER_COMPLETION_COLUMNS if row.get(name) is not None]
+    return [{**row, **{name: [row[name][i] for i in part] for name in names}} for part in parts]
+
+
 def save(groups: pa.Table, path: str | Path) -> None:
     """Write one Arrow IPC file."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, groups.schema) as writer:

@@ -8,7 +8,6 @@ The algorithm is `train_step`; the loop around it waits for the buffer and is wo
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch.distributed as dist
 
 from gvpo_ray import groups
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig
-from gvpo_ray.losses.gvpo import finish, gvpo_loss
+from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss
 from gvpo_ray.metrics import batch_metrics, mean
 from gvpo_ray.policy import Policy, Row, prune_checkpoints, sequence_sums
 
@@ -30,7 +29,7 @@ NUM_PROBES, PROBE_TOKENS = 4, 256
 
 
 class NonFiniteGradient(RuntimeError):
-    """The gradient of a step is not a number: the first cause is in that step's batch or in the learning rate."""
+    """The gradient is not a number, time and again: the first cause is in those groups or in the learning rate."""
 
 
 class Buffer(Protocol):
@@ -76,7 +75,7 @@ def learn(
     Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished groups); only rank 0 talks
     back. `on_checkpoint(metrics)` is called on every rank after each checkpoint that was due.
     """
-    if settings.loss.reference == "initial" and policy.reference is None:
+    if settings.loss.reference == "initial" and not policy.has_reference:
         policy.load_reference(settings.model_path)
     rows: list[Row] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None)
@@ -101,44 +100,57 @@ def learn(
             on_checkpoint({"step": policy.step, **metrics})
 
 
-def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, float]:
-    """One GVPO step (Algorithm 1): fix the reference, then one update per mini-batch. Every rank has the whole batch."""
-    version = policy.step
-    every = settings.loss.reference_every
-    if every and (version % every == 0 or policy.reference is None):
+def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, Any]:
+    """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch. Every rank has the whole batch."""
+    version, loss = policy.step, settings.loss
+    every = loss.reference_every
+    if every and (version % every == 0 or not policy.has_reference):
         policy.refresh_reference()
     rows = [row for row in map(groups.trainable, batch) if row is not None]
+    if loss.drop_equal_rewards:
+        rows = [row for row in rows if len(set(row["rewards"])) > 1]
     mini_batches = [part for part in _cut(rows, settings.learner.num_mini_batches) if part]
     plans = [_plan(policy, mini_batch, settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
-    references = _reference_pass(policy, mini_batches, plans, version, settings.loss.reference)
-    sums: dict[str, torch.Tensor] = {}
-    norms = []
+    references = _reference_passes(policy, mini_batches, plans, loss)
+    objective = _Objective(loss, loss.beta_at(version, settings.num_steps))
+    sums: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), _Fixed.of_nothing(policy), [], num_groups=1)[1]
+    norms, num_skipped = [], 0
     learning_rate = _learning_rate(settings.learner, version, settings.num_steps)
-    for mini_batch, plan, reference in zip(mini_batches, plans, references, strict=True):
-        for i, (micro, given) in enumerate(zip(plan, reference, strict=True)):
-            is_last = i == len(plan) - 1
-            logprobs = policy.logprobs(micro or [_NOTHING], is_last)
-            if not micro:  # this rank has fewer groups than another: it takes part in the collectives, and adds nothing
-                policy.backward(logprobs.sum() * 0, is_last)
-                continue
-            fixed = torch.where(given.isnan(), logprobs.detach(), given)
-            rewards = torch.tensor([reward for row in micro for reward in row["rewards"]], dtype=torch.float64, device=policy.device)
-            ids = torch.tensor([j for j, row in enumerate(micro) for _ in row["rewards"]], device=policy.device)
-            loss, stats = gvpo_loss(logprobs, fixed, rewards, ids, settings.loss.beta, num_groups=len(mini_batch))
-            policy.backward(loss, is_last)
-            sums = {name: sums.get(name, 0) + value for name, value in stats.items()}
+    for mini_batch, plan, fixed in zip(mini_batches, plans, references, strict=True):
+        pulls, parts_sums = _pulls(policy, plan, fixed, objective, len(mini_batch))
+        added = [*parts_sums]
+        for i, micro in enumerate(plan.passes):
+            is_last = i == len(plan.passes) - 1
+            logprobs, _ = policy.forward(micro or [_NOTHING], is_last)
+            if not micro:  # this rank has fewer passes than another: it takes part in the collectives, and adds nothing
+                value = logprobs.sum() * 0
+            elif i in pulls:  # a part of a group
+                value = (pulls[i] * logprobs).sum()
+            else:
+                value, stats = objective(logprobs, fixed[i], micro, num_groups=len(mini_batch))
+                added.append(stats)
+            policy.backward(value, is_last)
         norm = policy.update(learning_rate)
-        if not norm < float("inf"):
-            raise NonFiniteGradient(f"step {version + 1}: the gradient's norm is {norm} (groups {[row['group_id'] for row in mini_batch]})")
-        norms.append(norm)
+        if norm < float("inf"):
+            norms.append(norm)
+            sums = {name: value + sum(stats[name] for stats in added) for name, value in sums.items()}
+            continue
+        num_skipped += 1
+        if policy.num_skipped > settings.learner.max_skipped_updates:
+            raise NonFiniteGradient(
+                f"step {version + 1}: the gradient's norm is {norm}, for the {policy.num_skipped}. time in a row "
+                f"(groups {[row['group_id'] for row in mini_batch]})"
+            )
     policy.step += 1
     return {
         **batch_metrics(batch, version),
-        **finish(_sum_over_ranks(sums, policy)),
+        **objective.finish(_sum_over_ranks(sums, policy)),
         "tokens/trained": float(sum(len(ids) for row in rows for ids in row["completion_ids"])),
         "grad_norm": mean(norms),
         "learning_rate": learning_rate,
         "updates": float(policy.num_updates),
+        "updates/skipped": float(num_skipped),
+        "gvpo/beta": objective.beta,
     }
 
 
@@ -151,59 +163,168 @@ def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
     return [list(rows[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def _plan(policy: Policy, mini_batch: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """This rank's micro-batches. Every rank knows the whole batch, so they agree on the number without a word; short ones get empty ones."""
-    plans = []
-    for part in groups.split_by_tokens(mini_batch, policy.world_size):
-        mine = [mini_batch[i] for i in part]
-        plans.append([[mine[i] for i in micro] for micro in groups.micro_batches(mine, max_tokens, policy.packs)])
-    longest = max(map(len, plans))
-    mine = plans[policy.rank]
-    return mine + [[] for _ in range(longest - len(mine))]
+# --- the objective of a pass ---------------------------------------------------------------------------------------------
 
 
-def _own_references(row: Row, version: int, reference: str) -> list[float | None]:
-    """The reference that each completion brings along; None: the policy at the start of the step.
+@dataclass
+class _Fixed:
+    """What a pass measures its token log-probs against, [T] each; nan: against themselves, as they are before the update."""
 
-    Under `behaviour` a completion wholly sampled by that very policy takes the learner's own pass (log-ratio exactly 0); an older or
-    mixed one its engine's log-probs, exact also when weights changed in mid-completion; a foreign one the policy it meets.
+    old: torch.Tensor
+    """Of the policy that sampled."""
+    reference: torch.Tensor
+
+    @classmethod
+    def of_nothing(cls, policy: Policy) -> _Fixed:
+        return cls(torch.zeros(0, device=policy.device), torch.zeros(0, device=policy.device))
+
+
+class _Objective:
+    """loss.objective on the groups of one pass. What gvpo reports is reported of every objective, on the same data."""
+
+    def __init__(self, config: LossConfig, beta: float) -> None:
+        self._config, self.beta = config, beta
+
+    def __call__(
+        self, logprobs: torch.Tensor, fixed: _Fixed, rows: Sequence[Row], num_groups: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of these groups as a share of an update of `num_groups`, and sums for `finish`."""
+        config, device = self._config, logprobs.device
+        lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+        rewards = torch.tensor([reward for row in rows for reward in row["rewards"]], dtype=torch.float64, device=device)
+        ids = torch.tensor([j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device)
+        old, reference = (torch.where(given.isnan(), logprobs.detach().double(), given) for given in (fixed.old, fixed.reference))
+        totals, reference_totals = sequence_sums(logprobs, lengths), sequence_sums(reference, lengths)
+        if config.length_normalised:
+            sizes = torch.tensor(lengths, device=device)
+            totals, reference_totals = totals / sizes, reference_totals / sizes
+        loss, stats = gvpo_loss(totals, reference_totals, rewards, ids, self.beta, num_groups, config.residual_clip)
+        stats["num_tokens"] = stats["clipped_tokens"] = torch.zeros((), dtype=torch.float64, device=device)
+        if config.objective != "gvpo":
+            owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)).to(device)
+            function, options = OBJECTIVES[config.objective]
+            given = {name: getattr(config, name) for name in options}
+            loss, own = function(logprobs, old, reference, owners, rewards, ids, num_groups, **given)
+            stats |= {"loss": own["objective"], "num_tokens": own["num_tokens"], "clipped_tokens": own["clipped_tokens"]}
+        return loss, stats
+
+    def finish(self, sums: dict[str, float]) -> dict[str, Any]:
+        clipped = sums["clipped_tokens"] / max(1.0, sums["num_tokens"])
+        return {**finish(sums), **({} if self._config.objective == "gvpo" else {"policy/clipped": clipped})}
+
+
+def _pulls(
+    policy: Policy, plan: _Plan, fixed: Sequence[_Fixed], objective: _Objective, num_groups: int
+) -> tuple[dict[int, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """For passes that hold a part of a group: d loss / d log-probs of their tokens, and the sums of those groups.
+
+    A weight depends on the whole group, but only through one number per completion: so a group that does not fit into a pass has one
+    pass of each part without gradients first, and then one with them, whose loss is linear in the log-probs.
     """
-    own: list[float | None] = []
-    for oldest, newest, logprobs in zip(row["version_min"], row["version_max"], row["sampling_logprobs"], strict=True):
-        is_older = oldest is not None and logprobs is not None and not oldest == newest == version
-        own.append(math.fsum(logprobs) if reference == "behaviour" and is_older else None)
-    return own
+    seen = []
+    for i in range(plan.num_part_passes):
+        parts = [part for group in plan.parts for part in group]
+        seen.append(torch.cat(policy.token_logprobs(plan.passes[parts[i]] if i < len(parts) else [_NOTHING])))
+    pulls: dict[int, torch.Tensor] = {}
+    sums = []
+    for group in plan.parts:
+        tokens = [seen.pop(0) for _ in group]
+        rows = [plan.passes[i][0] for i in group]
+        whole = {**rows[0], **{name: [x for row in rows for x in row[name]] for name in ("completion_ids", "rewards")}}
+        logprobs = torch.cat(tokens).requires_grad_()
+        known = _Fixed(torch.cat([fixed[i].old for i in group]), torch.cat([fixed[i].reference for i in group]))
+        loss, stats = objective(logprobs, known, [whole], num_groups)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        pulls |= dict(zip(group, gradient.split([len(t) for t in tokens]), strict=True))
+        sums.append(stats)
+    return pulls, sums
 
 
-def _reference_pass(
-    policy: Policy, mini_batches: Sequence[Sequence[Row]], plans: Sequence[Sequence[Sequence[Row]]], version: int, reference: str
-) -> list[list[torch.Tensor]]:
-    """Reference log-probs of every micro-batch of a step, float64 [completions], once per completion and reference version.
+# --- passes --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    """This rank's passes through a mini-batch. With sharded parameters a pass is a collective: every rank makes as many."""
+
+    passes: list[list[Row]]
+    """Each some whole groups, or a part of one; [] where only another rank has something to do."""
+    parts: list[list[int]]
+    """Passes of each group that is larger than the token budget."""
+    num_part_passes: int
+    """The most that any rank has."""
+
+
+def _plan(policy: Policy, mini_batch: Sequence[Row], max_tokens: int) -> _Plan:
+    """Every rank knows the whole batch, so they agree on the number of passes without a word."""
+    plans = []
+    for share in groups.split_by_tokens(mini_batch, policy.world_size):
+        mine = [mini_batch[i] for i in share]
+        passes: list[list[Row]] = []
+        parts: list[list[int]] = []
+        for micro in groups.micro_batches(mine, max_tokens, policy.packs):
+            pieces = groups.split_group(mine[micro[0]], max_tokens, policy.packs) if len(micro) == 1 else []
+            if len(pieces) > 1:
+                parts.append(list(range(len(passes), len(passes) + len(pieces))))
+                passes += [[piece] for piece in pieces]
+            else:
+                passes.append([mine[i] for i in micro])
+        plans.append(_Plan(passes, parts, sum(map(len, parts))))
+    mine_plan = plans[policy.rank]
+    mine_plan.passes += [[] for _ in range(max(len(plan.passes) for plan in plans) - len(mine_plan.passes))]
+    mine_plan.num_part_passes = max(plan.num_part_passes for plan in plans)
+    return mine_plan
+
+
+def _sampled(row: Row, version: int) -> list[list[float] | None]:
+    """Log-probs of a completion's tokens by the policy that sampled it; None: by the policy at the start of the step.
+
+    A completion wholly sampled by that very policy takes the learner's own pass (log-ratio exactly 0); an older or mixed one its
+    engine's log-probs, exact also when weights changed in mid-completion; a foreign one the policy it meets.
+    """
+    return [
+        logprobs if oldest is not None and logprobs is not None and not oldest == newest == version else None
+        for oldest, newest, logprobs in zip(row["version_min"], row["version_max"], row["sampling_logprobs"], strict=True)
+    ]
+
+
+def _reference_passes(
+    policy: Policy, mini_batches: Sequence[Sequence[Row]], plans: Sequence[_Plan], loss: LossConfig
+) -> list[list[_Fixed]]:
+    """What each pass of a step measures against, once per completion and reference version, before the first update.
 
     nan: the policy at the start of the step, and no pass is needed for it, because that is the policy of the completion's own forward
-    pass, whose log-probs become the reference (so the log-ratio there is exactly 0). That holds in the first mini-batch, before any
-    update; the others need a pass of their own, unless every completion, on every rank, brings its reference along.
+    pass, whose log-probs become the reference (so the log-ratio there is exactly 0). That holds in the first mini-batch; the others
+    need a pass of their own, unless every completion, on every rank, brings its log-probs along. A reference model of its own needs one.
     """
-    if reference not in ("behaviour", "previous"):  # a model of its own
-        return [[_pass(policy, micro, reference=True) if micro else torch.empty(0) for micro in plan] for plan in plans]
-    references = []
+    version, result = policy.step, []
+    own_model = loss.reference not in ("behaviour", "previous")
     for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
-        is_needed = i > 0 and any(value is None for row in mini_batch for value in _own_references(row, version, reference))
-        given = []
-        for micro in plan:
-            known = [value for row in micro for value in _own_references(row, version, reference)]
-            values = torch.tensor([float("nan") if v is None else v for v in known], dtype=torch.float64, device=policy.device)
-            if is_needed:  # with sharded parameters a pass is a collective: a rank with nothing to ask takes part
-                passed = _pass(policy, micro or [_NOTHING])
-                values = torch.where(values.isnan(), passed, values) if micro else values
-            given.append(values)
-        references.append(given)
-    return references
+        asks_start = loss.reference == "previous" or (
+            (loss.reference == "behaviour" or loss.objective != "gvpo") and any(None in _sampled(row, version) for row in mini_batch)
+        )
+        fixed = []
+        for micro in plan.passes:  # a rank with nothing to ask takes part
+            brought = [
+                [float("nan")] * len(ids) if logprobs is None else logprobs
+                for row in micro
+                for ids, logprobs in zip(row["completion_ids"], _sampled(row, version), strict=True)
+            ]
+            old = torch.tensor(list(itertools.chain(*brought)), dtype=torch.float64, device=policy.device)
+            start = torch.full_like(old, float("nan"))
+            if i > 0 and asks_start:
+                start = _pass(policy, micro)
+                old = torch.where(old.isnan(), start, old)
+            reference = _pass(policy, micro, reference=True) if own_model else start if loss.reference == "previous" else old
+            fixed.append(_Fixed(old, reference))
+        result.append(fixed)
+    return result
 
 
 def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> torch.Tensor:
-    tokens = policy.token_logprobs(rows, reference)
-    return sequence_sums(torch.cat(tokens), [len(t) for t in tokens])
+    """Token log-probs of a pass, float64 [T]."""
+    tokens = torch.cat(policy.token_logprobs(rows or [_NOTHING], reference)).double()
+    return tokens if rows else tokens[:0]
 
 
 def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float:
@@ -216,12 +337,11 @@ def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float
 
 
 def _sum_over_ranks(sums: dict[str, torch.Tensor], policy: Policy) -> dict[str, float]:
-    """The one scalar reduction of a step. A rank without a group has no sums of its own."""
-    _, zeros = gvpo_loss(*(torch.zeros(0) for _ in range(3)), torch.zeros(0, dtype=torch.long), beta=1.0, num_groups=1)
-    values = torch.stack([sums.get(name, zero.to(policy.device)).double() for name, zero in zeros.items()])
+    """The one scalar reduction of a step."""
+    values = torch.stack([value.double() for value in sums.values()])
     if policy.world_size > 1:
         dist.all_reduce(values)
-    return dict(zip(zeros, values.tolist(), strict=True))
+    return dict(zip(sums, values.tolist(), strict=True))
 
 
 def publish(
@@ -250,7 +370,8 @@ def publish(
             "time/publish": now - started,
             "weights/bytes": float(weights["bytes"]),
         }
-    buffer.published(policy.step, {**(weights or {}), "probe": probe}, metrics)
+    adapter = {} if policy.adapter is None else {"adapter": policy.adapter}
+    buffer.published(policy.step, {**(weights or {}), **adapter, "probe": probe}, metrics)
 
 
 def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:

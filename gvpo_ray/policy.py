@@ -1,6 +1,6 @@
-"""The model that is trained: load, forward to sequence log-probs, update, checkpoint. One instance per learner worker.
+"""The model that is trained: load, forward to log-probs, update, reference, checkpoint. One instance per learner worker.
 
-Two back-ends behind one small seam, DistributedDataParallel and DeepSpeed ZeRO 0 to 3; the rest of the project sees `Policy`.
+How it is spread over the ranks is backends.py's; the rest of the project sees `Policy`.
 It imports neither ray nor vllm: torch.distributed is set up by whoever calls (Ray Train; a test; nobody, for one process).
 """
 
@@ -11,19 +11,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import packing
-from gvpo_ray.config import LearnerConfig, ModelConfig
+from gvpo_ray.backends import deepspeed_config, make_backend
+from gvpo_ray.config import LearnerConfig, LoraConfig, ModelConfig
 from gvpo_ray.weights import shards
 
 Row = Mapping[str, Any]
@@ -80,184 +82,34 @@ def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict
 
 
 def sequence_sums(token_logprobs: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sum token log-probs [sum of lengths] over each completion, in float64. Returns [number of completions]."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(token_logprobs.device)
-    return torch.zeros(len(lengths), dtype=torch.float64, device=owner.device).index_add(0, owner, token_logprobs.double())
+    """Sum token log-probs [sum of lengths] over each completion, in float64. Returns [number of completions].
 
-
-class Backend(Protocol):
-    """How parameters, gradients and the optimizer are spread over the ranks.
-
-    Every rank makes the same number of forward and backward passes per update: with sharded parameters they are collectives.
-    Both average gradients over the ranks, so a loss that is a share of a global sum is multiplied by the number of ranks.
+    Bitwise the same for the same tokens (atomic additions on a GPU would not be): a log-ratio of 0 is 0.
     """
-
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor: ...  # with gradients; is_last: of this update
-    def backward(self, loss: Tensor, is_last: bool) -> None: ...
-    def step(self, learning_rate: float) -> float: ...  # update; returns the gradient's norm before clipping
-    def full(self, parameter: nn.Parameter) -> Tensor: ...  # the whole parameter, on every rank
-    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...  # exp_avg, exp_avg_sq, master: whole, float32
-    def init_state(self, num_updates: int) -> None: ...  # make the state that set_state then fills
-    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None: ...
+    sizes = torch.tensor(lengths, dtype=torch.long, device=token_logprobs.device)
+    return torch.segment_reduce(token_logprobs.double(), "sum", lengths=sizes, unsafe=True)  # unsafe: unchecked lengths, none of them too
 
 
-def _adamw(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
+def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) that changes nothing yet into the model; returns peft's adapter_config.json."""
+    import peft
+
+    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same on every rank, and in every start of a run
+        peft.inject_adapter_in_model(lora, model)
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    return {**lora.to_dict(), "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
 
 
-def _fill_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], num_updates: int) -> None:
-    """AdamW makes its state at its first step; one that is restored must be there before."""
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(num_updates)),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+class _Tensors:
+    """Names and tensors that are gathered one at a time, as often as they are gone through."""
 
-
-class DDPBackend:
-    """torch's DistributedDataParallel: replicated float32 parameters and optimizer; bfloat16 by autocast."""
-
-    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._config = config
-        self._autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        self._optimizer = _adamw(module, config)
-        self._module: nn.Module = module
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._module = nn.parallel.DistributedDataParallel(module)
-
-    def _no_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        ddp = isinstance(self._module, nn.parallel.DistributedDataParallel)
-        return self._module.no_sync() if ddp and not is_last else contextlib.nullcontext()
-
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
-        with self._no_sync(is_last), self._autocast():
-            return self._module(**inputs)
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        with self._no_sync(is_last):
-            loss.backward()
-
-    def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._config.max_grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return float(norm)
-
-    def full(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
-
-    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self._optimizer.state[parameter]
-        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else {}
-
-    def init_state(self, num_updates: int) -> None:
-        _fill_state(self._optimizer, self._module.parameters(), num_updates)
-
-    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            (parameter.data if name == "master" else self._optimizer.state[parameter][name]).copy_(value)
-
-
-class DeepSpeedBackend:
-    """DeepSpeed ZeRO 0 to 3 over the process group that is there, with torch's AdamW (no op is built)."""
-
-    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
-        import deepspeed
-
-        self._config = config
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=_adamw(module, config), config=deepspeed_config(config, dtype), dist_init_required=False
-        )
-        self._is_zero = config.zero_stage > 0
-
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        return self._engine(**inputs)
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
-
-    def step(self, learning_rate: float) -> float:
-        norm = None
-        if not self._is_zero:  # DeepSpeed clips plain gradients too, but does not say what their norm was
-            norm = nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
-
-    def full(self, parameter: nn.Parameter) -> Tensor:
-        if not hasattr(parameter, "ds_id"):
-            return parameter.detach()
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-
-    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if not self._base.state:
-            return {}
-        if not self._is_zero:
-            return {name: self._base.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
-        state = {name: safe_get_full_optimizer_state(parameter, name) for name in ("exp_avg", "exp_avg_sq")}
-        return {**state, "master": safe_get_full_fp32_param(parameter)}
-
-    def init_state(self, num_updates: int) -> None:
-        # ZeRO-3 shows AdamW its flat shards only while it steps.
-        stage = self._config.zero_stage
-        flat = self._optimizer.fp32_partitioned_groups_flat if stage == 3 else [p for g in self._base.param_groups for p in g["params"]]
-        _fill_state(self._base, flat, num_updates)
-        if stage in (1, 2):
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-
-    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        for name, value in state.items():
-            if not self._is_zero:
-                (parameter.data if name == "master" else self._base.state[parameter][name]).copy_(value)
-            elif name == "master":
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, name)
-
-    @property
-    def _base(self) -> torch.optim.Optimizer:
-        """torch's AdamW below DeepSpeed's sharding."""
-        return self._optimizer.optimizer if self._is_zero else self._optimizer
-
-
-def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in number.
-
-    bfloat16 without ZeRO is autocast over float32 parameters, as for DDP: DeepSpeed's own wrapper there hides optimizer and master weights.
-    """
-    is_half = dtype == torch.bfloat16
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
-        "bf16": {"enabled": is_half and config.zero_stage > 0},
-        "torch_autocast": {"enabled": is_half and config.zero_stage == 0, "dtype": "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-
-
-class _Weights:
-    def __init__(self, model: nn.Module, backend: Backend) -> None:
-        self._model, self._backend = model, backend
+    def __init__(self, gather: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        self._gather = gather
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            yield name, self._backend.full(parameter)
+        return self._gather()
 
 
 class Policy:
@@ -284,28 +136,39 @@ class Policy:
             from transformers.integrations import HfDeepSpeedConfig
 
             shard_on_load = HfDeepSpeedConfig(deepspeed_config(config, dtype))  # must live while from_pretrained runs
-        is_zero = config.backend == "deepspeed" and config.zero_stage > 0  # its master weights are apart; others compute by autocast
-        self._module = CompletionLogprobs(self._load(path, dtype if is_zero else torch.float32))
+        # ZeRO has master weights beside its parameters; elsewhere the parameters are those, and bfloat16 is how they are computed with.
+        is_zero = config.backend == "deepspeed" and config.zero_stage > 0
+        self._dtype = torch.float32 if dtype == torch.bfloat16 and not is_zero else dtype
+        whole = self._load(path if model.lora is None else model.path)
+        self.adapter: dict[str, Any] | None = None
+        """adapter_config.json, where an adapter is what is trained."""
+        if model.lora is not None:
+            self.adapter = add_adapter(whole, model.lora) | {"base_model_name_or_path": str(model.path)}
+            if (self._path / "adapter").is_dir():
+                values = load_file(self._path / "adapter" / "adapter_model.safetensors")
+                for name, parameter in _trained(whole):
+                    parameter.data.copy_(values[_adapter_name(name)])
+        # FSDP moves one layer after the other, as it shards them.
+        self._module = CompletionLogprobs(whole if config.backend == "fsdp" else whole.to(self.device))
         del shard_on_load
         if config.gradient_checkpointing:
             self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in self._module.modules():  # the layers recompute in training mode only; elsewhere it would switch dropout on
                 module.training = getattr(module, "gradient_checkpointing", False)
-        backend = DeepSpeedBackend if config.backend == "deepspeed" else DDPBackend
-        self._backend: Backend = backend(self._module, config, dtype, self.device)
-        self._autocast_dtype = torch.float32 if is_zero else dtype
+        self._backend = make_backend(self._module, config, dtype, self.device)
         self.vocab_size: int = self._module.model.config.vocab_size
         self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
-        self.reference: nn.Module | None = None
+        self._reference: list[Tensor] | Literal["without adapter"] | None = None
+        self._keep_reference = False
         self.packs = config.packing and self._can_pack()
-        self.step = self.num_updates = 0
+        self.step = self.num_updates = self.num_skipped = 0
         if (self._path / "state.json").exists():
             self._resume()
 
-    def _load(self, path: str | Path, dtype: torch.dtype) -> nn.Module:
+    def _load(self, path: str | Path) -> nn.Module:
         trust = self._model_config.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust, attention_dropout=0.0)
-        return model.to(self.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0)
+        return model.eval()
 
     def _can_pack(self) -> bool:
         """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank. Leaves the model ready for what it says."""
@@ -329,57 +192,128 @@ class Policy:
 
     # --- forward and update --------------------------------------------------------------------------------------------
 
-    def _inputs(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[int]]:
-        return packing.pack(rows, self.device) if self.packs else padded_inputs(rows, self.device)
+    def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
+        """Log-probs of all completions' tokens, [T], and the completions' lengths. Every rank. is_last: of this update's passes."""
+        inputs, lengths = packing.pack(rows, self.device) if self.packs else padded_inputs(rows, self.device)
+        return self._backend.forward(inputs, is_last), lengths
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
-        """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank. is_last: of this update's micro-batches."""
-        inputs, lengths = self._inputs(rows)
-        return sequence_sums(self._backend.forward(inputs, is_last), lengths)
+        """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank."""
+        return sequence_sums(*self.forward(rows, is_last))
 
     @torch.no_grad()
     def token_logprobs(self, rows: Sequence[Row], reference: bool = False) -> list[Tensor]:
-        """Token log-probs per completion, without gradients, of the policy (every rank) or of the reference model."""
-        inputs, lengths = self._inputs(rows)
-        module = self.reference if reference else self._module
-        assert module is not None
-        enabled = not reference and self._autocast_dtype != torch.float32
-        with torch.autocast(self.device.type, self._autocast_dtype, enabled=enabled):
-            return list(module(**inputs).split(lengths))
+        """Token log-probs per completion, without gradients, of the policy or of the reference model. Every rank."""
+        with self._as_reference() if reference else contextlib.nullcontext():
+            tokens, lengths = self.forward(rows)
+        return list(tokens.split(lengths))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of this rank's share of a global sum. Every rank."""
         self._backend.backward(loss * self.world_size, is_last)
 
     def update(self, learning_rate: float) -> float:
-        """One optimizer step; returns the norm of the gradient before clipping. Every rank."""
-        self.num_updates += 1
-        return self._backend.step(learning_rate)
+        """One optimizer step; returns the norm of the gradient before clipping. Every rank.
+
+        Where that norm is not finite the gradient is dropped and nothing changes; num_skipped counts how often in a row.
+        """
+        norm = self._backend.step(learning_rate)
+        if norm < float("inf"):
+            self.num_updates += 1
+            self.num_skipped = 0
+        else:
+            self.num_skipped += 1
+        return norm
 
     # --- reference -----------------------------------------------------------------------------------------------------
 
+    # A reference of its own is a copy of the trained parameters, each rank's part of them, which changes places with the
+    # parameters for a pass. So it is spread as they are, computes as they do (a log-ratio of 0 is exactly 0), and needs no second model.
+
+    @property
+    def has_reference(self) -> bool:
+        return self._reference is not None
+
     def load_reference(self, path: str | Path) -> None:
-        """Hold a frozen copy of another model as the reference."""
-        self.reference = CompletionLogprobs(self._load(path, getattr(torch, self._model_config.dtype))).requires_grad_(False)
-        self.reference.model.set_attn_implementation(self._module.model.config._attn_implementation)
+        """Take another model as the reference, for good; with an adapter it is the model without it. Every rank."""
+        if self.adapter is not None:
+            self._reference = "without adapter"
+            return
+        self._fill_reference(dict(self._load(path).named_parameters()))
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is now. Every rank."""
-        if self.reference is None:
-            self.load_reference(self._model_config.path)  # for its shape; the weights follow
-        assert self.reference is not None
-        target = dict(self.reference.model.named_parameters(remove_duplicate=False))
-        for name, tensor in self.named_tensors():
-            target[name].data.copy_(tensor)
+        self._reference = [part.clone() for part in self._parts()]
+        self._keep_reference = True
+
+    @torch.no_grad()
+    def _fill_reference(self, values: Mapping[str, Tensor]) -> None:
+        self._reference = [part.clone() for part in self._parts()]
+        for name, parameter in _trained(self._module.model):
+            self._backend.fill(parameter, values[name].to(self.device))
+        self._change_places()
+
+    def _parts(self) -> list[Tensor]:
+        return [part for _, parameter in _trained(self._module.model) for part in self._backend.local(parameter)]
+
+    @torch.no_grad()
+    def _change_places(self) -> None:
+        for part, other in zip(self._parts(), self._reference, strict=True):
+            kept = part.clone()
+            part.copy_(other)
+            other.copy_(kept)
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """The model is the reference meanwhile."""
+        if self._reference is None:
+            raise RuntimeError("the policy has no reference")
+        if self._reference == "without adapter":
+            self._switch_adapter(False)
+        else:
+            self._change_places()
+        try:
+            yield
+        finally:
+            if self._reference == "without adapter":
+                self._switch_adapter(True)
+            else:
+                self._change_places()
+
+    def _switch_adapter(self, on: bool) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self._module.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._disable_adapters = not on  # enable_adapters() would also change what is trained
 
     # --- whole weights and checkpoints -----------------------------------------------------------------------------------
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """The whole weights under their Hugging Face names, one at a time, tied ones under each name. Every rank, to the end.
+        """What is trained, whole, one tensor at a time. Every rank, to the end.
 
+        All weights under their Hugging Face names, tied ones under each name; or the adapter's alone, under peft's.
         It can be gone through more than once: vLLM's NCCL broadcast asks for the shapes first.
         """
-        return _Weights(self._module.model, self._backend)
+        return _Tensors(self._model_tensors if self.adapter is None else self._adapter_tensors)
+
+    def _adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in _trained(self._module.model):
+            yield _adapter_name(name), self._backend.full(parameter)
+
+    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole model, an adapter merged into it."""
+        adapters = dict(_trained(self._module.model)) if self.adapter is not None else {}
+        for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
+            if name in adapters:
+                continue
+            value = self._backend.full(parameter)
+            layer, is_adapted, _ = name.partition(".base_layer.")
+            if is_adapted and name.endswith(".weight"):
+                a, b = (self._backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
+                scale = self.adapter["lora_alpha"] / self.adapter["r"]
+                value = (value.float() + scale * b.float() @ a.float()).to(value.dtype)
+            yield name.replace(".base_layer.", "."), value
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint: Hugging Face model and tokenizer, optimizer and random state beside them. Every rank.
@@ -392,20 +326,16 @@ class Policy:
         if writes:
             shutil.rmtree(part, ignore_errors=True)
             (part / "optimizer").mkdir(parents=True)  # in a folder of its own: vLLM takes every *.safetensors beside config.json for weights
-        weights = {name: tensor.cpu() if writes else None for name, tensor in self.named_tensors()}
-        if writes:
-            model = self._module.model
-            for tied in model.all_tied_weights_keys if model.config.tie_word_embeddings else ():
-                weights.pop(tied, None)
-            model.save_pretrained(part, state_dict=weights)
-            self._tokenizer.save_pretrained(part)
-        del weights
+        self._save_model(part)
+        self._save_adapter(part / "adapter")
+        if self._keep_reference:
+            with self._as_reference():
+                self._save_model(part / "reference") if self.adapter is None else self._save_adapter(part / "reference")
         for i, data in enumerate(shards(self._optimizer_tensors(), torch.float32)):
             if writes:
                 (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
         if writes:
-            if self.reference is not None:
-                self.reference.model.save_pretrained(part / "reference")
+            self._tokenizer.save_pretrained(part)
             (part / "state.json").write_text(json.dumps({"step": self.step, "num_updates": self.num_updates}))
             for file in part.rglob("*"):
                 if file.is_file():
@@ -416,25 +346,59 @@ class Policy:
         if self.world_size > 1:
             dist.barrier()
 
+    def _save_model(self, folder: Path) -> None:
+        weights = {name: tensor.cpu() if self.rank == 0 else None for name, tensor in self._model_tensors()}
+        if self.rank == 0:
+            model = self._module.model
+            for tied in model.all_tied_weights_keys if model.config.tie_word_embeddings else ():
+                weights.pop(tied, None)
+            model.save_pretrained(folder, state_dict=weights)
+
+    def _save_adapter(self, folder: Path) -> None:
+        """In peft's format."""
+        if self.adapter is None:
+            return
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_tensors()}
+        if self.rank == 0:
+            folder.mkdir()
+            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            (folder / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2, default=list))
+
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._module.model.named_parameters():
+        for name, parameter in _trained(self._module.model):
             for key, value in self._backend.get_state(parameter).items():
                 yield f"{key}.{name}", value
         yield "torch_rng", torch.get_rng_state()
 
+    @torch.no_grad()
     def _resume(self) -> None:
         state = json.loads((self._path / "state.json").read_text())
         self.step, self.num_updates = state["step"], state["num_updates"]
         files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
-        torch.set_rng_state(where["torch_rng"].get_tensor("torch_rng"))
         if self.num_updates:
             self._backend.init_state(self.num_updates)
-        for name, parameter in self._module.model.named_parameters():
+        for name, parameter in _trained(self._module.model):
             keys = [key for key in ("exp_avg", "exp_avg_sq", "master") if f"{key}.{name}" in where]
             self._backend.set_state(parameter, {key: where[f"{key}.{name}"].get_tensor(f"{key}.{name}").to(self.device) for key in keys})
         if (self._path / "reference").is_dir():
-            self.load_reference(self._path / "reference")
+            if self.adapter is None:
+                self.load_reference(self._path / "reference")
+            else:
+                values = load_file(self._path / "reference" / "adapter_model.safetensors")
+                self._fill_reference({name: values[_adapter_name(name)] for name, _ in _trained(self._module.model)})
+            self._keep_reference = True
+        torch.set_rng_state(where["torch_rng"].get_tensor("torch_rng"))
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that the optimizer moves: all of the model's, or the adapter's."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _adapter_name(name: str) -> str:
+    """A parameter of an adapter as peft's files call it."""
+    return "base_model.model." + name.replace(".default.", ".")
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:

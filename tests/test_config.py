@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gvpo_ray.config import ConfigError, GVPOConfig, RewardConfig, SamplingConfig, check_resources, cluster_address, resource_plan
+from gvpo_ray.config import ConfigError, GVPOConfig, LossConfig, RewardConfig, SamplingConfig, check_resources, cluster_address, resource_plan
 
 SMALL: dict[str, Any] = {"run_dir": "runs/x", "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}}
 SETS = {"heldout": {"path": "data/y.jsonl"}}
@@ -101,6 +101,16 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
     assert GVPOConfig.from_file(str(tmp_path / "a.yaml"), {"loss.beta": 0.4}).loss.beta == 0.4
 
 
+def test_beta_moves_from_its_first_value_to_its_last():
+    assert [LossConfig(beta=0.5).beta_at(version, 5) for version in (0, 4, 9)] == [0.5] * 3
+    assert [LossConfig(beta=0.5, beta_end=0.1).beta_at(version, 5) for version in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    assert LossConfig(beta=0.5, beta_end=0.1).beta_at(0, 1) == 0.5
+
+
+def test_options_of_another_objective_may_be_written_out_with_their_defaults():
+    assert LossConfig(**LossConfig(objective="rloo").model_dump()).objective == "rloo"  # as a run's config.yaml has them
+
+
 # ----------------------------------------------------------------------------------------------------------------- what is wrong
 
 
@@ -116,7 +126,7 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
         ("warm_start.vocabsize", "did you mean warm_start.vocab_size?"),
         ("beta", "did you mean loss.beta?"),  # right word, wrong place
         ("learner.beta", "did you mean loss.beta?"),
-        ("loss.zzz", "known here: beta, reference"),
+        ("ray.zzz", "known here: address, num_cpus, object_store_gib, dashboard"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
@@ -160,7 +170,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("verifiers.max_num=1", "verifiers", "max_num (1) is less than num (2)"),
         ("verifiers.timeout_s=0", "verifiers.timeout_s", "greater than 0"),
         ("learner.num_workers=0", "learner.num_workers", "greater than or equal to 1"),
-        ("learner.backend=fsdp", "learner.backend", "'deepspeed' or 'ddp'"),
+        ("learner.backend=zero", "learner.backend", "'deepspeed', 'ddp' or 'fsdp'"),
         ("learner.zero_stage=4", "learner.zero_stage", "less than or equal to 3"),
         ("learner.learning_rate=0", "learner.learning_rate", "greater than 0"),
         ("learner.adam_betas=[0.9, 1.0]", "learner.adam_betas.1", "less than 1 (got 1.0)"),
@@ -188,6 +198,10 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("engines.num_gpus=2", "engines.num_gpus (2)", "must equal engines.tensor_parallel_size (1)"),
         ("engines={num_gpus: 0.5, tensor_parallel_size: 2}", "engines.num_gpus (0.5)", "must equal engines.tensor_parallel_size (2)"),
         ("learner={backend: ddp, zero_stage: 2}", "learner.zero_stage (2)", "needs learner.backend: deepspeed, not ddp"),
+        ("learner={zero_stage: 2, offload: parameters}", "learner.offload: parameters", "needs learner.zero_stage of at least 3, not 2"),
+        ("learner.offload=optimizer", "learner.offload: optimizer", "needs learner.zero_stage of at least 1, not 0"),
+        ("loss={objective: grpo, beta: 0.5}", "loss: beta is not an option of grpo", "it has clip_high, clip_low, kl_coefficient, reference"),
+        ("loss.kl_coefficient=0.1", "loss: kl_coefficient is not an option of gvpo", "it has beta,"),
     ],
     ids=str,
 )
@@ -224,8 +238,8 @@ def test_of_several_mistakes_the_unknown_key_comes_first_and_others_are_counted(
         ("engines.vllm={a: [1", "override engines.vllm: '{a: [1' is not a YAML value"),
         ("num_steps.more=1", "override num_steps.more: num_steps is not a section"),
         ("model.path.more=1", "override model.path.more: path is not a section"),
-        ("loss..beta=1", "config: unknown key loss.; known here: beta, reference"),
-        ("loss.=1", "config: unknown key loss.; known here: beta, reference"),
+        ("ray..address=1", "config: unknown key ray.; known here: address, num_cpus, object_store_gib, dashboard"),
+        ("ray.=1", "config: unknown key ray.; known here: address, num_cpus, object_store_gib, dashboard"),
     ],
 )
 def test_a_bad_override_is_named(override, says):

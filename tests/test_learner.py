@@ -22,7 +22,7 @@ from gvpo_ray.losses import gvpo_loss_squared
 from gvpo_ray.policy import Policy, latest_checkpoint
 from gvpo_ray.weights import ObjectPublisher
 
-BACKENDS = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 LEARNING_RATE = 1e-3
 
 
@@ -54,6 +54,11 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 # ------------------------------------------------------------------------------------ one step, and what must not change it
@@ -129,7 +134,7 @@ def two_steps(folder: Path, backend: str, zero_stage: int, micro_batch_tokens: i
 
 def few_groups(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
     """One group for all ranks, then none that can be trained on, then one again, then one that is not a number."""
-    given = settings(folder, backend=backend, zero_stage=zero_stage, num_mini_batches=4, micro_batch_tokens=1)
+    given = settings(folder, backend=backend, zero_stage=zero_stage, num_mini_batches=4, micro_batch_tokens=1, max_skipped_updates=1)
     policy = load(shared_model(folder), given)
     train_step(policy, [make_group(1)], given)
     before = weights(policy)
@@ -137,8 +142,15 @@ def few_groups(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
     unchanged = same(weights(policy), before)
     train_step(policy, [make_group(4, version=2), make_group(5, (None, None))], given)
     result = {"weights": weights(policy), "unchanged": unchanged, "counts": (policy.step, policy.num_updates), "metrics": metrics}
+    bad = make_group(77, (math.inf, 0.0))
+    result["skipped"] = [train_step(policy, [bad], given), same(weights(policy), result["weights"]), policy.num_updates]
+    train_step(policy, [make_group(6, version=None), bad], given)  # in a row is what counts
+    other = load(folder / "model", given)
+    for group in (1, 4, 6):  # what was trained on, without what was skipped
+        train_step(other, [make_group(group, version=None)], given)
+    result["as if it had not been"] = difference(weights(policy), weights(other))
     try:
-        train_step(policy, [make_group(6), make_group(77, (math.inf, 0.0))], given)
+        train_step(policy, [bad], given)
     except NonFiniteGradient as error:
         return {**result, "error": str(error)}
     return {**result, "error": "none was raised"}
@@ -242,9 +254,13 @@ def test_ranks_without_a_group_take_part_and_a_batch_without_one_is_a_step_witho
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("backend, zero_stage", BACKENDS)
-def test_a_gradient_that_is_not_a_number_stops_the_run_and_names_the_step(on_ranks, world_size, backend, zero_stage):
+def test_an_update_whose_gradient_is_not_a_number_is_skipped_and_too_many_in_a_row_stop_the_run(on_ranks, world_size, backend, zero_stage):
     for result in on_ranks(world_size, f"few groups {backend} {zero_stage}"):
-        assert "step 4" in result["error"] and "77" in result["error"]
+        metrics, unchanged, num_updates = result["skipped"]
+        assert unchanged and num_updates == 2 and metrics["updates/skipped"] == 1
+        assert all(math.isfinite(value) for name, value in metrics.items() if not name.startswith("reward/")), metrics
+        assert result["as if it had not been"] < 5e-6
+        assert "step 6" in result["error"] and "77" in result["error"]
 
 
 def test_all_ranks_learn_and_rank_0_speaks(on_ranks):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import float64, make_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -38,18 +38,6 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 }
 
 
-def _float64(model: nn.Module) -> nn.Module:
-    """Norms compute in float32 whatever the model is in: replaced, so that everything is in float64."""
-
-    def norm(self: Any, hidden: Tensor) -> Tensor:
-        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = norm.__get__(module)
-    return model.double().eval()
-
-
 def _groups() -> list[dict[str, Any]]:
     rng = random.Random(0)
 
@@ -68,7 +56,7 @@ def _logprobs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_groups_have_the_logprobs_and_gradients_of_each_completion_by_itself(name: str) -> None:
     torch.manual_seed(0)
-    model = _float64(AutoModelForCausalLM.from_config(ARCHITECTURES[name]))
+    model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES[name]))
     rows = _groups()
     alone = [{"prompt_ids": row["prompt_ids"], "completion_ids": [ids]} for row in rows for ids in row["completion_ids"]]
     want = torch.cat([_logprobs(model, padded_inputs([row], "cpu")[0]) for row in alone])
@@ -104,7 +92,7 @@ def test_a_completion_does_not_see_its_neighbours() -> None:
 
 def test_the_head_in_chunks_gives_the_same_and_keeps_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = _float64(AutoModelForCausalLM.from_config(ARCHITECTURES["qwen2"]))
+    model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES["qwen2"]))
     inputs, _ = padded_inputs(_groups(), "cpu")
     results = []
     for elements in (1 << 24, 64 * 5):  # all at once, and 5 tokens at a time

@@ -20,7 +20,7 @@ from gvpo_ray import policy as policy_module
 from gvpo_ray.config import LearnerConfig, ModelConfig
 from gvpo_ray.policy import Policy, latest_checkpoint, padded_inputs, prune_checkpoints, sequence_sums
 
-BACKENDS = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 
 
 def load(path, dtype="float32", **learner: Any) -> Policy:
@@ -160,7 +160,7 @@ def test_a_fresh_model_starts_at_step_zero_and_a_checkpoint_where_it_was(tmp_pat
         update(policy, step)
     policy.save(tmp_path / "step-2")
     again = load(tmp_path / "step-2")
-    assert (again.step, again.num_updates) == (2, 2) and again.reference is None
+    assert (again.step, again.num_updates) == (2, 2) and not again.has_reference
 
 
 def test_random_state_is_resumed(tmp_path):

@@ -51,6 +51,18 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
     return Path(folder)
 
 
+def float64(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms compute in float32 whatever the model is in: replaced, so that everything is in float64."""
+
+    def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = norm.__get__(module)
+    return model.double().eval()
+
+
 def make_group(
     group_id: int, rewards: tuple[float | None, ...] = (1.0, 0.0, 0.5), version: int | None = 0, **columns: Any
 ) -> dict[str, Any]:
