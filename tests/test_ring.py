@@ -26,7 +26,7 @@ from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.buffer import GroupLog
 from gvpo_ray.warm_start import warm_start
 
-NUM_STEPS, GROUPS_PER_STEP = 16, 16
+NUM_STEPS, GROUPS_PER_STEP = 40, 16
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "loss": {"beta": 0.5},
         "engines": {"num_threads": 1, "parity_every": 4},
         "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
-        "evaluation": {"every": 8, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
+        "evaluation": {"every": 20, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
         "checkpoint": {"every": 2},
         "warm_start": {
             "data": {**prompts, "path": str(folder / "worked.parquet")},
@@ -191,13 +191,14 @@ def test_metrics_hold_each_step_once_with_the_names_of_the_contract(interrupted_
     names = {"reward/mean", "loss", "policy/kl_ref", "gvpo/residual_var", "grad_norm", "staleness/mean", "groups/size_mean",
              "tokens/trained", "time/step", "time/wait_for_groups"}  # fmt: skip
     assert all(names <= set(line) for line in trained)
-    assert [line["step"] for line in lines if "eval/test/pass@1" in line] == [0, 8, 16]
+    assert [line["step"] for line in lines if "eval/test/pass@1" in line] == [0, 20, 40]
 
 
 def test_the_policy_learns(interrupted_run: dict[str, Any]) -> None:
     lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/mean"] for line in lines if "loss" in line]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1, rewards
+    # A step's mean is that of 16 prompts and so swings by 0.07; of ten steps by 0.02. They gain some 0.3.
+    assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1, rewards
 
 
 def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: Path, interrupted_run: dict[str, Any]) -> None:
