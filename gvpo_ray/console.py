@@ -17,7 +17,7 @@ from rich.table import Table
 from gvpo_ray import groups
 from gvpo_ray.buffer import Quarantine
 from gvpo_ray.config import NO_PROMPTS, GVPOConfig, resource_plan
-from gvpo_ray.metrics import MetricsLog, evaluation_metrics
+from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, beta_hint, evaluation_metrics
 
 
 class RunConsole:
@@ -28,6 +28,8 @@ class RunConsole:
         self._num_steps = num_steps
         self._ends = deque([(done, time.monotonic())], maxlen=32)  # of the last steps, for the time left
         self._passes: dict[str, float] = {}
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
+        self._hints_at_beta = config.loss.objective == "gvpo"
         self._progress = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
             BarColumn(),
@@ -67,7 +69,13 @@ class RunConsole:
             f"{line['time/step']:.1f} s",
             f"left {duration(left)}",
         ]
+        if line.get("updates/skipped"):
+            parts.append(f"{line['updates/skipped']:.0f} updates skipped: their gradient was not a number")
         self.say(" · ".join(parts))
+        self._lines.append(line)
+        if self._hints_at_beta and (hint := beta_hint(list(self._lines))):
+            self.say(hint)
+            self._hints_at_beta = False  # once is enough
         self._progress.update(self._bar, completed=step, description=f"left {duration(left)}")
 
     def evaluated(self, line: Mapping[str, Any]) -> None:

@@ -13,6 +13,9 @@
     loss, gvpo/*, policy/*           losses/gvpo.py, over all mini-batches of the step
     grad_norm                        before clipping, mean over the step's updates
     learning_rate, updates           of the step; optimizer updates since the run began
+    updates/skipped                  of the step's updates, those whose gradient was not a number (not in loss, gvpo/*, policy/*)
+    gvpo/beta                        of the step (loss.beta_end moves it)
+    policy/clipped                   share of tokens whose gradient clipping set to zero (objectives other than gvpo)
     time/step                        seconds from the learner's asking for the batch to its weights being published
     time/wait_for_groups             of these, seconds the learner had no batch
     time/train, time/publish         of these, passes and updates; gathering and publishing weights
@@ -75,6 +78,25 @@ def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
                 kind = str(reason).partition(":")[0]
                 counts[kind if kind in counts else "other"] += 1
     return counts
+
+
+BINDING_STEPS, BINDING_SHARE = 20, 0.01
+
+
+def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to say of training lines in the last BINDING_STEPS of which beta bound next to nothing; None: nothing."""
+    recent = lines[-BINDING_STEPS:]
+    if len(recent) < BINDING_STEPS or any(line["gvpo/binding"] >= BINDING_SHARE for line in recent):
+        return None
+    beta = recent[-1]["gvpo/beta"]
+    rewards, implied = (mean([line[f"gvpo/{name}"] for line in recent]) for name in ("reward_var", "implicit_reward_var"))
+    if rewards == 0:
+        return None  # no signal at all: nothing that beta could be compared with
+    start = f"in {BINDING_STEPS} steps beta ({beta:g}) bound hardly any completion (gvpo/binding {recent[-1]['gvpo/binding']:.3f})"
+    if implied == 0:
+        return f"{start}: every log-ratio is 0, as with one mini-batch per step of fresh data; use learner.num_mini_batches of 2 or more"
+    fitting = beta * math.sqrt(0.01 * rewards / implied)
+    return f"{start}: nothing holds the policy near its reference; loss.beta of some {fitting:.2g} would, at this learning rate"
 
 
 def is_correct(row: Row) -> list[bool]:

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pyarrow as pa
 import pytest
+from tiny import make_group
 
 from gvpo_ray import groups
 
@@ -300,3 +301,19 @@ def test_micro_batches_by_hand():
     assert groups.micro_batches(table, 34) == [[0, 1, 2], [3, 4]]
     assert groups.micro_batches(table, 33) == [[0, 1, 2], [3], [4]]
     assert groups.micro_batches([], 28) == []
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_group_larger_than_a_pass_is_cut_into_parts_that_fit_or_are_one_completion(packed):
+    row = make_group(1, tuple(float(i) for i in range(8)))
+    for max_tokens in (1, 15, 24, 60, 1000):
+        parts = groups.split_group(row, max_tokens, packed)
+        for name in ("completion_ids", "rewards", "sampling_logprobs", "version_min"):
+            assert [x for part in parts for x in part[name]] == row[name]
+        assert all(part["prompt_ids"] == row["prompt_ids"] and part["group_id"] == 1 for part in parts)
+        for part in parts:
+            lengths = [len(ids) for ids in part["completion_ids"]]
+            prompt = len(row["prompt_ids"])
+            tokens = prompt + sum(lengths) if packed else (prompt + max(lengths)) * len(lengths)
+            assert tokens <= max_tokens or len(lengths) == 1
+    assert len(groups.split_group(row, 1, packed)) == 8 and len(groups.split_group(row, 1000, packed)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -359,6 +360,71 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_after_the_last_step():
     assert rates("constant", 0) == [1.0] * 7
     assert rates("linear", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0])
     assert rates("cosine", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0], abs=1e-6)
+
+
+def with_loss(given: Settings, **loss: Any) -> Settings:
+    return dataclasses.replace(given, loss=LossConfig(**loss))
+
+
+def test_groups_with_equal_rewards_can_be_left_out(tmp_path):
+    make_model(tmp_path / "model")
+    given = settings(tmp_path)
+    rows = [make_group(1, (1.0, 1.0), 0), make_group(2, (1.0, 0.0), 0), make_group(3, (0.5, None, 0.5), 0)]
+    all_three, one, dropped = load(given.model_path, given), load(given.model_path, given), load(given.model_path, given)
+    for policy in (all_three, one, dropped):
+        policy.step = 1  # one step old: at a log-ratio other than 0 equal rewards pull
+    train_step(all_three, rows, given)
+    train_step(one, rows[1:2], given)
+    metrics = train_step(dropped, rows, with_loss(given, beta=0.1, drop_equal_rewards=True))
+    assert same(weights(dropped), weights(one)) and not same(weights(dropped), weights(all_three))
+    assert metrics["gvpo/num_groups"] == 1 and metrics["groups/size_mean"] == pytest.approx(2.0)
+
+
+def test_beta_moves_over_the_run(tmp_path, policy):
+    given = with_loss(settings(tmp_path, num_steps=3), beta=0.4, beta_end=0.2)
+    assert [train_step(policy, [make_group(i, version=None)], given)["gvpo/beta"] for i in range(3)] == pytest.approx([0.4, 0.3, 0.2])
+
+
+def test_log_ratios_can_be_divided_by_the_lengths(tmp_path, policy):
+    rows = [make_group(1, version=0)]
+    lengths = [len(ids) for ids in rows[0]["completion_ids"]]
+    policy.step = 1
+    log_ratio = policy.logprobs(rows).detach() - torch.tensor([sum(values) for values in rows[0]["sampling_logprobs"]])
+    want = (log_ratio / torch.tensor(lengths)).square().mean().sqrt()
+    assert len(set(lengths)) > 1
+    metrics = train_step(policy, rows, with_loss(settings(tmp_path, num_steps=9), length_normalised=True))
+    assert metrics["policy/log_ratio_rms"] == pytest.approx(float(want), rel=1e-9)
+
+
+def test_a_clipped_residual_reaches_the_learner(tmp_path, policy):
+    rows = [make_group(1, version=0)]
+    policy.step = 1
+    metrics = train_step(policy, rows, with_loss(settings(tmp_path, num_steps=9), residual_clip=0.01))
+    assert 0 < metrics["loss"] < metrics["gvpo/residual_var"] / 2
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo"])
+def test_clipping_is_counted_and_what_gvpo_reports_is_there_for_every_objective(tmp_path, policy, objective):
+    rows = [make_group(1, version=0)]
+    policy.step = 1  # by log-probs that the engine gave: ratios far from 1
+    metrics = train_step(policy, rows, with_loss(settings(tmp_path, num_steps=9), objective=objective))
+    assert 0 < metrics["policy/clipped"] < 1 and metrics["gvpo/residual_var"] > 0 and metrics["policy/kl_ref"] != 0
+
+
+def test_a_group_that_is_larger_than_a_pass_costs_one_pass_more_for_each_part(tmp_path, policy):
+    given = settings(tmp_path, micro_batch_tokens=20)
+    row = make_group(1, tuple(float(i % 2) for i in range(8)))
+    passes = {True: 0, False: 0}
+
+    def count(*_: Any) -> None:
+        passes[torch.is_grad_enabled()] += 1
+
+    policy._module.register_forward_pre_hook(count)
+    num_parts = len(groups.split_group(row, 20))
+    train_step(policy, [row], given)
+    assert num_parts > 1 and passes == {True: num_parts, False: num_parts}
+    train_step(policy, [make_group(2, version=1)], dataclasses.replace(given, learner=LearnerConfig(backend="ddp", num_mini_batches=1)))
+    assert passes == {True: num_parts + 1, False: num_parts}  # a group that fits: one pass
 
 
 # ---------------------------------------------------------------------------------------------------------------- the loop

@@ -343,3 +343,55 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     arguments["group_ids"] = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         gvpo_loss(**{**arguments, **change})
+
+
+# ------------------------------------------------------------------------------------------------------- readings and options
+
+
+def test_the_three_terms_have_the_gradient_of_the_loss():
+    logprobs, reference, rewards, ids = batch(MIXED)
+    beta, num_groups = 0.3, len(set(ids.tolist()))
+    _, want = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, beta)
+    variable = logprobs.double().clone().requires_grad_()
+    terms = {"term_reward": 0.0, "term_reference": 0.0, "term_variance": 0.0}
+    for group in set(ids.tolist()):
+        own, ref, reward = (x.double()[ids == group] for x in (variable, reference, rewards))
+        m = len(own)
+        if m < 2:
+            num_groups -= 1
+            continue
+        own, ref, reward = (x - x.mean() for x in (own, ref, reward))
+        terms["term_reward"] += (reward * own).sum() / (m - 1)
+        terms["term_reference"] += beta * (ref * own).sum() / (m - 1)
+        terms["term_variance"] += -beta / 2 * own.square().sum() / (m - 1)
+    (gradient,) = torch.autograd.grad(-beta * sum(terms.values()) / num_groups, variable)
+    torch.testing.assert_close(gradient, want.double(), rtol=1e-6, atol=1e-9)
+    metrics = finish(gvpo_loss(logprobs, reference, rewards, ids, beta)[1])
+    for name, value in terms.items():
+        assert metrics[f"gvpo/{name}"] == pytest.approx(value.item() / num_groups, rel=1e-9)
+
+
+def test_the_histogram_counts_every_residual_once():
+    metrics = finish(gvpo_loss(*batch(MIXED), 0.3)[1])
+    assert sum(value for key, value in metrics.items() if "residual_histogram" in key) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.4, 1e6])
+def test_a_clipped_residual_is_hubers_loss_differentiated_through_everything(clip):
+    logprobs, reference, rewards, ids = batch(MIXED)
+    variable = logprobs.double().clone().requires_grad_()
+    beta, terms = 0.3, []
+    for group in sorted(set(ids.tolist())):
+        log_ratio, reward = (variable - reference.double())[ids == group], rewards.double()[ids == group]
+        if len(reward) > 1:
+            residual = beta * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
+            terms.append(torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="sum", delta=clip) / (len(reward) - 1))
+    want = torch.stack(terms).mean()
+    (want_gradient,) = torch.autograd.grad(want, variable)
+    again = logprobs.double().clone().requires_grad_()
+    loss, _ = gvpo_loss(again, reference, rewards, ids, beta, residual_clip=clip)
+    (gradient,) = torch.autograd.grad(loss, again)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-10, atol=1e-13)
+    unclipped = loss_and_grad(gvpo_loss, logprobs.double(), reference, rewards, ids, beta)[1]
+    assert torch.allclose(gradient, unclipped, rtol=0, atol=1e-12) == (clip == 1e6)

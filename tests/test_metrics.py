@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gvpo_ray.metrics import MetricsLog, batch_metrics, evaluation_metrics, mean
+from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, batch_metrics, beta_hint, evaluation_metrics, mean
 
 BATCH = [
     {
@@ -109,3 +109,25 @@ def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
         path.write_text('{"step": 1, "loss": 0.5}\n' + torn)
         MetricsLog(path, resume_step=5).write(2, {"loss": 0.25})
         assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+
+
+def training_lines(binding, implied=0.0004, reward=0.25, beta=0.1):
+    return [
+        {"gvpo/binding": binding, "gvpo/implicit_reward_var": implied, "gvpo/reward_var": reward, "gvpo/beta": beta}
+        for _ in range(BINDING_STEPS)
+    ]
+
+
+def test_a_beta_that_binds_nothing_for_long_is_said_with_one_that_would():
+    lines = training_lines(binding=0.0)
+    # sd(beta D) = 0.02 and a tenth of sd(R) is 0.05: 2.5 times as much
+    assert "loss.beta of some 0.25 would" in beta_hint(lines)
+    assert "num_mini_batches of 2 or more" in beta_hint(training_lines(binding=0.0, implied=0.0))
+
+
+def test_a_beta_that_binds_now_and_then_or_has_had_little_time_or_no_signal_is_not():
+    lines = training_lines(binding=0.0)
+    assert beta_hint(lines[1:]) is None and beta_hint([]) is None
+    assert beta_hint([*lines[:5], *training_lines(binding=0.02)[:1], *lines[6:]]) is None
+    assert beta_hint([*training_lines(binding=0.5), *lines]) is not None  # it is the last that count
+    assert beta_hint(training_lines(binding=0.0, reward=0.0)) is None
