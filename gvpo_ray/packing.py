@@ -5,8 +5,9 @@
     sees         causal  | x + y | x + z    |
 
 Everything token-wise (embedding, projections, MLP, norms) runs on these tokens, so a prompt costs once and not m times; gradients
-flow into it from all of its completions. Attention alone is computed on padded blocks: prompts [G, P], completions [M, C] against
-[their prompt, themselves]. It is registered through transformers' attention interface; the model's code stays as it is.
+flow into it from all of its completions. Attention alone is different: on a GPU FlexAttention runs with a block mask of the above; elsewhere
+(and where that fails) it is computed on padded blocks: prompts [G, P], completions [M, C] against [their prompt, themselves].
+It is registered through transformers' attention interface; the model's code stays as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -41,10 +43,30 @@ class Layout:
     """[M] group of each completion."""
     place: Tensor
     """[T] where a token's output is: g P + i in a prompt, G P + n C + i in a completion."""
+    owners: Tensor
+    """[3, T] of each token its group, its completion (-1: the prompt) and its position."""
+    block_masks: dict[int | None, Any] | None
+    """FlexAttention's, by sliding window, made when the first layer asks; None: padded blocks."""
+
+    def block_mask(self, window: int | None) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        assert self.block_masks is not None
+        if window not in self.block_masks:
+            group, completion, position = self.owners
+
+            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                mine = (group[q] == group[k]) & ((completion[k] == -1) | (completion[k] == completion[q])) & (q >= k)
+                return mine if window is None else mine & (position[q] - position[k] < window)
+
+            size = self.owners.shape[1]
+            on_gpu = self.owners.is_cuda  # compiled, it never holds the [T, T] mask
+            self.block_masks[window] = create_block_mask(sees, None, None, size, size, device=self.owners.device, _compile=on_gpu)
+        return self.block_masks[window]
 
 
-def pack(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Any], list[int]]:
-    """Lay out groups in a row. Returns the arguments of CompletionLogprobs and the completions' lengths.
+def pack(rows: Sequence[Row], device: torch.device | str, flex: bool = False) -> tuple[dict[str, Any], list[int]]:
+    """Lay out groups in a row. Returns the arguments of CompletionLogprobs and the completions' lengths. flex: for FlexAttention.
 
     input_ids, position_ids [1, T]; token targets[i] is predicted at [0, positions[i]].
     """
@@ -56,6 +78,7 @@ def pack(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Any
     tokens: list[int] = []
     positions: list[int] = []
     place: list[int] = []
+    owners: list[tuple[int, int]] = []
     sources: list[int] = []
     targets: list[int] = []
     group: list[int] = []
@@ -66,11 +89,13 @@ def pack(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Any
         tokens += prompt
         positions += range(len(prompt))
         place += range(g * longest_prompt, g * longest_prompt + len(prompt))
+        owners += [(g, -1)] * len(prompt)
         for ids in row["completion_ids"]:
             first, size = len(tokens), len(ids) - 1
             completions[len(group), :size] = torch.arange(first, first + size)
             place += range(prompts.numel() + len(group) * longest, prompts.numel() + len(group) * longest + size)
             tokens += ids[:-1]
+            owners += [(g, len(group))] * size
             positions += range(len(prompt), len(prompt) + size)
             sources += [start + len(prompt) - 1, *range(first, first + size)]
             targets += ids
@@ -82,6 +107,8 @@ def pack(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Any
         completions=completions.to(device),
         group=torch.tensor(group, device=device),
         place=torch.tensor(place, device=device),
+        owners=torch.tensor([*zip(*owners, strict=True), positions], device=device),
+        block_masks={} if flex else None,
     )
     inputs = {
         "input_ids": torch.tensor([tokens], device=device),
@@ -114,6 +141,9 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
+    if layout.block_masks is not None:
+        mask = layout.block_mask(sliding_window)
+        return flex_attention_forward(module, query, key, value, mask, scaling=scaling)[0], None
     longest_prompt = layout.prompts.shape[1]
     num_completions, longest = layout.completions.shape
 

@@ -174,27 +174,31 @@ class Policy:
         """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank. Leaves the model ready for what it says."""
         model, ids = self._module.model, [i % self.vocab_size for i in range(13)]
         rows = [{"prompt_ids": ids[:4], "completion_ids": [ids[4:7], ids[7:8], ids[8:]]}]
-        self.packs = False
+        self.packs = self._flex = False
         padded = torch.cat(self.token_logprobs(rows))
         usual = model.config._attn_implementation
-        try:
-            model.set_attn_implementation(packing.NAME)
-            self.packs = True
-            difference = float((torch.cat(self.token_logprobs(rows)) - padded).abs().max())
-            why = f"its log-probs differ by {difference:.2g} nats"
-            if difference < (1e-3 if self._model_config.dtype == "float32" else 0.1):
-                return True
-        except (TypeError, ValueError, RuntimeError) as error:
-            why = str(error).splitlines()[0]
+        for self._flex in (True, False) if self.device.type == "cuda" else (False,):
+            try:
+                model.set_attn_implementation(packing.NAME)
+                self.packs = True
+                difference = float((torch.cat(self.token_logprobs(rows)) - padded).abs().max())
+                why = f"its log-probs differ by {difference:.2g} nats"
+                if difference < (0.1 if self._model_config.dtype == "bfloat16" else 1e-3):
+                    return True
+            except (TypeError, ValueError, RuntimeError) as error:
+                why = str(error).splitlines()[0]
+            how = "FlexAttention cannot run it packed by groups" if self._flex else "it cannot be packed by groups"
+            then = "padded blocks do" if self._flex else "its sequences are padded"
+            logging.getLogger(__name__).warning("%s: %s (%s): %s", type(model).__name__, how, why, then)
+        self.packs = False
         model.set_attn_implementation(usual)
-        logging.getLogger(__name__).warning("%s cannot be packed by groups (%s): its sequences are padded", type(model).__name__, why)
         return False
 
     # --- forward and update --------------------------------------------------------------------------------------------
 
     def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
         """Log-probs of all completions' tokens, [T], and the completions' lengths. Every rank. is_last: of this update's passes."""
-        inputs, lengths = packing.pack(rows, self.device) if self.packs else padded_inputs(rows, self.device)
+        inputs, lengths = packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
         return self._backend.forward(inputs, is_last), lengths
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:

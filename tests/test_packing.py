@@ -77,6 +77,25 @@ def test_packed_groups_have_the_logprobs_and_gradients_of_each_completion_by_its
         torch.testing.assert_close(parameter.grad, gradients[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_block_mask_of_flex_attention_says_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, without gradients: what a CPU can run of it."""
+    from torch.nn.attention import flex_attention
+    from transformers.integrations import flex_attention as integration
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", lambda *a, training, **k: flex_attention.flex_attention(*a, **k))
+    torch.manual_seed(0)
+    model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES[name])).requires_grad_(False)
+    model.set_attn_implementation(packing.NAME)
+    rows = _groups()
+    inputs, _ = packing.pack(rows, "cpu", flex=True)
+    got, want = _logprobs(model, inputs), _logprobs(model, packing.pack(rows, "cpu")[0])
+    windows = {window for window in inputs["layout"].block_masks}
+    assert windows and (windows != {None}) == ("window" in name)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
 def test_a_completion_does_not_see_its_neighbours() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES["qwen2"]).eval()
