@@ -400,6 +400,9 @@ class _LearnersBuffer:
     def batch(self, step: int) -> pa.Table | None:
         return ray.get(self._actor.batch.remote(step))
 
+    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None:
+        ray.get(self._actor.referenced.remote(version, logprobs))
+
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         ray.get(self._actor.published.remote(version, weights, metrics))
 
@@ -429,7 +432,9 @@ def train_loop(settings: dict[str, Any]) -> None:
         address = ray.util.get_node_ip_address()
         publisher = NcclPublisher(call, len(engines), config.engines.tensor_parallel_size, rank, address, _free_port(address))
     else:
-        publisher = ObjectPublisher(ray.put, getattr(torch, config.model.dtype), is_sender=rank == 0)
+        # Engines merge an adapter into the model from what the checkpoint's merge starts from too: float32, and it is small.
+        dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
+        publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
     learn(
         policy,
         _LearnersBuffer(settings["buffer"]),

@@ -31,6 +31,9 @@ class Engine:
     With `load_weights=False` it starts with dummy weights and is of no use until its first update: the learner is the only
     source of weights in training. A model with tied embeddings is then run untied, because vLLM's layerwise reload leaves a tied
     head at its old values without an error; the learner sends the head under its own name.
+
+    With model.lora the learner sends an adapter, and updates leave embeddings and head as they are: the model starts with its own
+    weights, its embeddings tied as they are, but is of no use before its first update either.
     """
 
     def __init__(self, model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool = False) -> None:
@@ -74,7 +77,7 @@ class Engine:
         }
         if on_gpu:
             arguments["gpu_memory_utilization"] = config.memory_fraction
-        if not self._load_weights:
+        if not self._load_weights and self._model.lora is None:
             arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         started = time.perf_counter()
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.vllm)))
@@ -162,7 +165,8 @@ class Engine:
         """Fetch and swap in newer weights. Completions in flight are frozen meanwhile and go on with the new ones.
 
         Args:
-            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes), `bytes`.
+            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes), `bytes`, and `adapter`
+                (peft's adapter_config.json) where they are an adapter's.
             probe: sequences with the learner's log-probs of them, to compare with this engine's.
 
         Returns:
@@ -175,10 +179,12 @@ class Engine:
             if self._config.weight_transfer == "nccl":  # the learner's broadcast has been here already
                 return {"copy_s": 0.0, "pause_s": 0.0, **(await self._check(probe) if probe else {})}
             started = time.perf_counter()
+            adapter = weights.get("adapter")
+            update_info = {} if adapter is None else {"adapter_scale": adapter["lora_alpha"] / adapter["r"]}
             arrays = [await shard if isinstance(shard, Awaitable) else shard for shard in weights["shards"]]
             with await asyncio.to_thread(SharedMemory, arrays) as memory:
                 copied = time.perf_counter()
-                await self._unless_dead(self._swap(version, {"paths": memory.paths}))
+                await self._unless_dead(self._swap(version, {"paths": memory.paths, **update_info}))
             done = time.perf_counter()
             parity = await self._check(probe) if probe else {}
             return {"copy_s": copied - started, "pause_s": done - copied, **parity}

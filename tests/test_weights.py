@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load as from_bytes
 
-from gvpo_ray.weights import NcclPublisher, ObjectPublisher, SharedMemory, shards
+from gvpo_ray.weights import NcclPublisher, ObjectPublisher, SharedMemory, merge, shards
 
 # ------------------------------------------------------------------------------------------------------------------ shards
 
@@ -117,6 +117,45 @@ def test_shared_memory_is_gone_also_after_an_error_inside_and_while_it_is_filled
     with pytest.raises(OSError, match="No space"):
         SharedMemory([array, Full()])
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter(layer: str, inputs: int, outputs: int, rank: int = 2) -> dict[str, torch.Tensor]:
+    sizes = {"A": (rank, inputs), "B": (outputs, rank)}
+    return {f"base_model.model.{layer}.lora_{x}.weight": torch.randn(size, dtype=torch.bfloat16) for x, size in sizes.items()}
+
+
+def test_an_adapter_is_added_to_its_layers_in_float32_and_rounded_once():
+    base = {"q.weight": torch.randn(4, 6), "q.bias": torch.randn(4), "k.weight": torch.randn(2, 6)}
+    base = {name: tensor.bfloat16() for name, tensor in base.items()}
+    before = {name: tensor.clone() for name, tensor in base.items()}
+    tensors = adapter("q", 6, 4)
+    a, b = (tensors[f"base_model.model.q.lora_{x}.weight"].double() for x in "AB")
+    for dtype in (torch.float32, torch.bfloat16):
+        merged = dict(merge(base.items(), tensors, 1.5, dtype, torch.device("cpu")))
+        want = base["q.weight"].double() + 1.5 * b @ a
+        assert merged["q.weight"].dtype == dtype
+        assert torch.allclose(merged["q.weight"].double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        assert merged["q.bias"] is base["q.bias"] and merged["k.weight"] is base["k.weight"] and list(merged) == list(base)
+    assert all(torch.equal(base[name], before[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error"),
+    [
+        (adapter("q", 6, 5), r"q\.weight is \[4, 6\], but .*q\.lora_B\.weight': \[5, 2\]"),
+        (adapter("q", 7, 4), r"q\.weight is \[4, 6\], but .*q\.lora_A\.weight': \[2, 7\]"),
+        (adapter("q", 6, 1), r"q\.weight is \[4, 6\], but .*q\.lora_B\.weight': \[1, 2\]"),  # it would have been broadcast
+        (adapter("q", 6, 4) | adapter("x.1.q", 6, 4), r"no layer for base_model\.model\.x\.1\.q\.lora_A\.weight, .* \(2 in all\)"),
+        (dict(list(adapter("q", 6, 4).items())[:1]), r"has base_model\.model\.q\.lora_A\.weight or .* alone"),
+        ({"base_model.model.q.lora_magnitude_vector": torch.ones(4)}, r"no layer for base_model\.model\.q\.lora_magnitude_vector"),
+    ],
+)
+def test_a_tensor_of_an_adapter_that_does_not_fit_is_named(tensors, error):
+    with pytest.raises(ValueError, match=error):
+        dict(merge([("q.weight", torch.zeros(4, 6)), ("q.bias", torch.zeros(4))], tensors, 1.0, torch.float32, torch.device("cpu")))
 
 
 # -------------------------------------------------------------------------------------------------------------------- NCCL
