@@ -149,6 +149,7 @@ class GroupBuffer:
         self._skipped: set[int] = set()
         self._next_id = 0
         self._waiting: dict[int, pa.Table] = {}  # rows of the log, in memory until their step is trained
+        self._references: dict[int, tuple[int, list[float | None]]] = {}  # of groups that may be asked for again
         self._weights: Any = None
         self._metrics: dict[int, dict[str, Any]] = {}
         self._orders: dict[tuple[int, bool], str] = {}
@@ -256,8 +257,22 @@ class GroupBuffer:
         for row in [row for row in self._waiting if row < begin]:
             del self._waiting[row]  # trained: from now on the log alone has it
         if all(row in self._waiting for row in range(begin, end)):
-            return pa.concat_tables([self._waiting[row] for row in range(begin, end)])
-        return self.log.read(begin, end)
+            return self._with_references(pa.concat_tables([self._waiting[row] for row in range(begin, end)]))
+        return self._with_references(self.log.read(begin, end))
+
+    async def referenced(self, version: int, logprobs: Mapping[int, list[float | None]]) -> None:
+        """The learner has passed these groups (id -> one number per completion) through the reference model of `version`."""
+        self._references |= {group_id: (version, values) for group_id, values in logprobs.items()}
+
+    def _with_references(self, batch: pa.Table) -> pa.Table:
+        known = [self._references.get(group_id) for group_id in batch.column("group_id").to_pylist()]
+        if not any(known):
+            return batch
+        return groups.with_columns(
+            batch,
+            reference_logprobs=[entry and entry[1] for entry in known],
+            reference_versions=[entry and [None if value is None else entry[0] for value in entry[1]] for entry in known],
+        )
 
     async def published(self, version: int, weights: Any, metrics: dict[str, Any] | None = None) -> None:
         """The learner has made `version`: opens the dial, tells the engines where the weights are and the driver how it went."""
@@ -273,6 +288,8 @@ class GroupBuffer:
         async with self._new_order:
             self._saved_step = step
             self._new_order.notify_all()
+        over = set(self.log.group_ids[: self.log.assigned.get(step, (0, 0))[1]])  # a learner that dies comes back to the steps after this one
+        self._references = {group_id: entry for group_id, entry in self._references.items() if group_id not in over}
 
     # --- engines ---------------------------------------------------------------------------------------------------
 

@@ -167,6 +167,11 @@ class LossConfig(Section):
         return self.beta + (end - self.beta) * min(1.0, version / max(1, num_steps - 1))
 
     @property
+    def has_reference_model(self) -> bool:
+        """Whether the reference has weights of its own."""
+        return self.reference not in ("behaviour", "previous")
+
+    @property
     def reference_every(self) -> int | None:
         """N of `every: N`."""
         return int(self.reference.partition(":")[2]) if self.reference.startswith("every") else None

@@ -19,6 +19,7 @@ accumulate. One real row, as it reaches the learner (m = 2):
     reward_parts        {"math": [1.0, 0.0]}                     verifiers.py (before weighting)
     reward_reasons      [null, null]                             verifiers.py (why a reward is null, or what the verifier noticed)
     reference_logprobs  [-0.4, -0.9]                             learner.py   (float64 sum over the completion's tokens)
+    reference_versions  [0, 0]                                   learner.py   (of the weights that they are by; null: not trained on)
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ SCHEMA = pa.schema(
         ("reward_parts", pa.map_(pa.string(), pa.list_(pa.float32()))),
         ("reward_reasons", pa.list_(pa.string())),
         ("reference_logprobs", pa.list_(pa.float64())),
+        ("reference_versions", pa.list_(pa.int32())),
     ]
 )
 
@@ -63,7 +65,9 @@ COMPLETION_COLUMNS = (
     "sampling_logprobs",
 )
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
-PER_COMPLETION_COLUMNS = (*COMPLETION_COLUMNS, "rewards", "reward_reasons", "reference_logprobs")
+REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
+"""Of a reference model of its own: they follow a group, so that one that is trained on again costs no pass of it."""
+PER_COMPLETION_COLUMNS = (*COMPLETION_COLUMNS, "rewards", "reward_reasons", *REFERENCE_COLUMNS)
 """Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
 """What the buffer writes to the durable log: everything but the reference, which is the learner's to compute."""
@@ -170,12 +174,17 @@ def num_tokens(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + sum(len(ids) for ids in row["completion_ids"])
 
 
+def trainable_completions(row: Mapping[str, Any]) -> list[int]:
+    """Which of a group's completions have a reward, and a token."""
+    return [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
+
+
 def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The row without its unverifiable completions (reward null); None when fewer than two are left.
 
     A group of one carries no signal: its only weight, R - mean R, is zero.
     """
-    keep = [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
+    keep = trainable_completions(row)
     if len(keep) < 2:
         return None
     kept: dict[str, Any] = {name: [row[name][i] for i in keep] for name in PER_COMPLETION_COLUMNS if row.get(name) is not None}

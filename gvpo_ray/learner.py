@@ -37,6 +37,7 @@ class Buffer(Protocol):
 
     def order(self, step: int, saved: bool) -> str: ...
     def batch(self, step: int) -> pa.Table | None: ...
+    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None: ...
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None: ...
     def saved(self, step: int) -> None: ...
 
@@ -93,6 +94,8 @@ def learn(
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         metrics = train_step(policy, rows, settings)
         trained = time.perf_counter()
+        if passed := {row["group_id"]: row["reference_logprobs"] for row in rows if row.get("reference_logprobs")}:
+            buffer.referenced(policy.reference_version, passed)
         publish(policy, buffer, publisher, settings, rows, metrics, times={"wait": got - asked, "train": trained - got, "since": asked})
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
         if saved:
@@ -101,16 +104,26 @@ def learn(
 
 
 def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch. Every rank has the whole batch."""
+    """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch. Every rank has the whole batch.
+
+    A reference model of its own writes its log-probs into the rows of the batch that this rank trained.
+    """
     version, loss = policy.step, settings.loss
     every = loss.reference_every
     if every and (version % every == 0 or not policy.has_reference):
         policy.refresh_reference()
-    rows = [row for row in map(groups.trainable, batch) if row is not None]
+    pairs = [(row, trained) for row in batch if (trained := groups.trainable(row)) is not None]
     if loss.drop_equal_rewards:
-        rows = [row for row in rows if len(set(row["rewards"])) > 1]
+        pairs = [(row, trained) for row, trained in pairs if len(set(trained["rewards"])) > 1]
+    rows = [trained for _, trained in pairs]
     mini_batches = [part for part in _cut(rows, settings.learner.num_mini_batches) if part]
-    plans = [_plan(policy, mini_batch, settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
+    if loss.has_reference_model:
+        for mini_batch in mini_batches:
+            _pass_reference_model(policy, mini_batch, settings.learner.micro_batch_tokens)
+        for row, trained in pairs:
+            values = dict(zip(groups.trainable_completions(row), trained.get("reference_logprobs") or (), strict=False))
+            row["reference_logprobs"] = [values.get(i) for i in range(len(row["rewards"]))] if values else None
+    plans = [_plan(policy, _shares(policy, mini_batch), settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
     references = _reference_passes(policy, mini_batches, plans, loss)
     objective = _Objective(loss, loss.beta_at(version, settings.num_steps))
     sums: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), _Fixed.of_nothing(policy), [], num_groups=1)[1]
@@ -195,6 +208,9 @@ class _Objective:
         ids = torch.tensor([j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device)
         old, reference = (torch.where(given.isnan(), logprobs.detach().double(), given) for given in (fixed.old, fixed.reference))
         totals, reference_totals = sequence_sums(logprobs, lengths), sequence_sums(reference, lengths)
+        if config.has_reference_model:
+            known = [value for row in rows for value in row["reference_logprobs"]]
+            reference_totals = torch.tensor(known, dtype=torch.float64, device=device)
         if config.length_normalised:
             sizes = torch.tensor(lengths, device=device)
             totals, reference_totals = totals / sizes, reference_totals / sizes
@@ -230,7 +246,7 @@ def _pulls(
     for group in plan.parts:
         tokens = [seen.pop(0) for _ in group]
         rows = [plan.passes[i][0] for i in group]
-        whole = {**rows[0], **{name: [x for row in rows for x in row[name]] for name in ("completion_ids", "rewards")}}
+        whole = {name: [x for row in rows for x in row[name]] for name in groups.PER_COMPLETION_COLUMNS if rows[0].get(name) is not None}
         logprobs = torch.cat(tokens).requires_grad_()
         known = _Fixed(torch.cat([fixed[i].old for i in group]), torch.cat([fixed[i].reference for i in group]))
         loss, stats = objective(logprobs, known, [whole], num_groups)
@@ -255,25 +271,29 @@ class _Plan:
     """The most that any rank has."""
 
 
-def _plan(policy: Policy, mini_batch: Sequence[Row], max_tokens: int) -> _Plan:
-    """Every rank knows the whole batch, so they agree on the number of passes without a word."""
+def _plan(policy: Policy, shares: Sequence[Sequence[Row]], max_tokens: int) -> _Plan:
+    """Every rank knows the shares of all, so they agree on the number of passes without a word."""
     plans = []
-    for share in groups.split_by_tokens(mini_batch, policy.world_size):
-        mine = [mini_batch[i] for i in share]
+    for share in shares:
         passes: list[list[Row]] = []
         parts: list[list[int]] = []
-        for micro in groups.micro_batches(mine, max_tokens, policy.packs):
-            pieces = groups.split_group(mine[micro[0]], max_tokens, policy.packs) if len(micro) == 1 else []
+        for micro in groups.micro_batches(share, max_tokens, policy.packs):
+            pieces = groups.split_group(share[micro[0]], max_tokens, policy.packs) if len(micro) == 1 else []
             if len(pieces) > 1:
                 parts.append(list(range(len(passes), len(passes) + len(pieces))))
                 passes += [[piece] for piece in pieces]
             else:
-                passes.append([mine[i] for i in micro])
+                passes.append([share[i] for i in micro])
         plans.append(_Plan(passes, parts, sum(map(len, parts))))
-    mine_plan = plans[policy.rank]
-    mine_plan.passes += [[] for _ in range(max(len(plan.passes) for plan in plans) - len(mine_plan.passes))]
-    mine_plan.num_part_passes = max(plan.num_part_passes for plan in plans)
-    return mine_plan
+    mine = plans[policy.rank]
+    mine.passes += [[] for _ in range(max(len(plan.passes) for plan in plans) - len(mine.passes))]
+    mine.num_part_passes = max(plan.num_part_passes for plan in plans)
+    return mine
+
+
+def _shares(policy: Policy, rows: Sequence[Any]) -> list[list[Any]]:
+    """The groups of each rank."""
+    return [[rows[i] for i in share] for share in groups.split_by_tokens(rows, policy.world_size)]
 
 
 def _sampled(row: Row, version: int) -> list[list[float] | None]:
@@ -295,10 +315,10 @@ def _reference_passes(
 
     nan: the policy at the start of the step, and no pass is needed for it, because that is the policy of the completion's own forward
     pass, whose log-probs become the reference (so the log-ratio there is exactly 0). That holds in the first mini-batch; the others
-    need a pass of their own, unless every completion, on every rank, brings its log-probs along. A reference model of its own needs one.
+    need a pass of their own, unless every completion, on every rank, brings its log-probs along.
     """
     version, result = policy.step, []
-    own_model = loss.reference not in ("behaviour", "previous")
+    by_token = loss.has_reference_model and loss.kl_coefficient > 0  # else _pass_reference_model has been there
     for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
         asks_start = loss.reference == "previous" or (
             (loss.reference == "behaviour" or loss.objective != "gvpo") and any(None in _sampled(row, version) for row in mini_batch)
@@ -315,10 +335,24 @@ def _reference_passes(
             if i > 0 and asks_start:
                 start = _pass(policy, micro)
                 old = torch.where(old.isnan(), start, old)
-            reference = _pass(policy, micro, reference=True) if own_model else start if loss.reference == "previous" else old
+            reference = _pass(policy, micro, reference=True) if by_token else start if loss.reference == "previous" else old
             fixed.append(_Fixed(old, reference))
         result.append(fixed)
     return result
+
+
+def _pass_reference_model(policy: Policy, mini_batch: Sequence[dict[str, Any]], max_tokens: int) -> None:
+    """Write the reference model's log-probs into the rows that this rank trains; one that brings them along costs nothing."""
+    version = policy.reference_version
+    shares = [[row for row in share if set(row.get("reference_versions") or ()) != {version}] for share in _shares(policy, mini_batch)]
+    sums: list[float] = []
+    for micro in _plan(policy, shares, max_tokens).passes:
+        tokens = policy.token_logprobs(micro or [_NOTHING], reference=True)
+        sums += sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist() if micro else []
+    for row in shares[policy.rank]:
+        m = len(row["rewards"])
+        row["reference_logprobs"], sums = sums[:m], sums[m:]
+        row["reference_versions"] = [version] * m
 
 
 def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> torch.Tensor:

@@ -160,6 +160,8 @@ class Policy:
         self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
         self._reference: list[Tensor] | Literal["without adapter"] | None = None
         self._keep_reference = False
+        self.reference_version = 0
+        """Of the weights that the reference is."""
         self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = self.num_skipped = 0
         if (self._path / "state.json").exists():
@@ -177,7 +179,8 @@ class Policy:
         self.packs = self._flex = False
         padded = torch.cat(self.token_logprobs(rows))
         usual = model.config._attn_implementation
-        for self._flex in (True, False) if self.device.type == "cuda" else (False,):
+        for flex in (True, False) if self.device.type == "cuda" else (False,):
+            self._flex = flex
             try:
                 model.set_attn_implementation(packing.NAME)
                 self.packs = True
@@ -187,8 +190,8 @@ class Policy:
                     return True
             except (TypeError, ValueError, RuntimeError) as error:
                 why = str(error).splitlines()[0]
-            how = "FlexAttention cannot run it packed by groups" if self._flex else "it cannot be packed by groups"
-            then = "padded blocks do" if self._flex else "its sequences are padded"
+            how = "FlexAttention cannot run it packed by groups" if flex else "it cannot be packed by groups"
+            then = "padded blocks do" if flex else "its sequences are padded"
             logging.getLogger(__name__).warning("%s: %s (%s): %s", type(model).__name__, how, why, then)
         self.packs = False
         model.set_attn_implementation(usual)
@@ -248,7 +251,7 @@ class Policy:
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is now. Every rank."""
         self._reference = [part.clone() for part in self._parts()]
-        self._keep_reference = True
+        self._keep_reference, self.reference_version = True, self.step
 
     @torch.no_grad()
     def _fill_reference(self, values: Mapping[str, Tensor]) -> None:
@@ -340,7 +343,8 @@ class Policy:
                 (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
         if writes:
             self._tokenizer.save_pretrained(part)
-            (part / "state.json").write_text(json.dumps({"step": self.step, "num_updates": self.num_updates}))
+            counts = {"step": self.step, "num_updates": self.num_updates, "reference_version": self.reference_version}
+            (part / "state.json").write_text(json.dumps(counts))
             for file in part.rglob("*"):
                 if file.is_file():
                     with open(file, "rb") as written:
@@ -377,7 +381,7 @@ class Policy:
     @torch.no_grad()
     def _resume(self) -> None:
         state = json.loads((self._path / "state.json").read_text())
-        self.step, self.num_updates = state["step"], state["num_updates"]
+        self.step, self.num_updates, self.reference_version = state["step"], state["num_updates"], state["reference_version"]
         files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
         if self.num_updates:

@@ -77,6 +77,27 @@ def run(main: Callable[[], Awaitable]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- batches
 
 
+def test_what_a_reference_model_said_of_a_group_comes_with_it_when_it_is_asked_for_again_until_a_checkpoint_is_past_it(tmp_path):
+    async def main():
+        buffer = make(tmp_path)
+        await put(buffer, 4, 0, 2, 3)
+        first = await answer(buffer.batch(1))
+        assert "reference_logprobs" not in first.column_names
+        await buffer.referenced(0, {0: [-1.5, None, -0.25]})  # one rank's; group 4 is another's
+        await answer(buffer.batch(2))
+        again = await answer(buffer.batch(1))
+        assert ids(again) == [4, 0]
+        assert again["reference_logprobs"].to_pylist() == [None, [-1.5, None, -0.25]]
+        assert again["reference_versions"].to_pylist() == [None, [0, None, 0]]
+        assert groups.validate(again, groups.LOGGED_COLUMNS).drop_columns(list(groups.REFERENCE_COLUMNS)) == first
+        await buffer.referenced(0, {2: [-1.0, -2.0, -3.0]})
+        await buffer.saved(1)
+        assert (await answer(buffer.batch(1))).column_names == first.column_names
+        assert (await answer(buffer.batch(2)))["reference_logprobs"].to_pylist() == [[-1.0, -2.0, -3.0], None]
+
+    run(main)
+
+
 def test_batches_are_in_order_of_arrival_and_the_same_for_whoever_asks_again(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=3)

@@ -25,6 +25,7 @@ ROW = {
     "reward_parts": {"math": [1.0, 0.0, None], "style": [0.5, 0.25, 0.125]},
     "reward_reasons": [None, None, "timeout"],
     "reference_logprobs": [-0.75, -3.0, -40.123456789012345],  # float64: would not survive float32
+    "reference_versions": [0, 2, None],
 }
 
 
@@ -157,7 +158,7 @@ def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
 
 
 def test_a_good_table_is_valid_and_comes_back():
-    table = groups.table([ROW, row(1) | {"reference_logprobs": [0.0, 0.0]}])
+    table = groups.table([ROW, row(1) | {"reference_logprobs": [0.0, 0.0], "reference_versions": [0, 0]}])
     assert groups.validate(table, groups.SCHEMA.names) is table
 
 
@@ -226,6 +227,7 @@ def test_trainable_leaves_out_completions_without_reward_in_every_column():
         "reward_parts": {"math": [1.0, 0.0], "style": [0.5, 0.25]},
         "reward_reasons": [None, None],
         "reference_logprobs": [-0.75, -3.0],
+        "reference_versions": [0, 2],
     }
     assert len(ROW["rewards"]) == 3  # and the row itself stays
     groups.validate(groups.table([left]), groups.SCHEMA.names)

@@ -182,6 +182,9 @@ class Recorder:
     def batch(self, step: int) -> Any:
         return table(*mixed_batch(step))
 
+    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None:
+        self.told.append(("referenced", version, logprobs))
+
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         self.told.append(("published", version, sorted(weights["probe"] or []) if weights else None, metrics is not None))
 
@@ -336,6 +339,36 @@ def test_every_n_refreshes_every_n_steps_also_across_a_resume(tmp_path, policy):
     assert at_zero == [True, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("reference", ["initial", "every: 3"])
+def test_a_reference_models_logprobs_follow_a_completion_while_that_model_is_current(tmp_path, policy, reference):
+    given = settings(tmp_path, reference, num_steps=9, num_mini_batches=2, micro_batch_tokens=60)
+    if reference == "initial":
+        policy.load_reference(given.model_path)
+    first = [make_group(1, (1.0, None, 0.5, 0.0)), make_group(2)]
+    train_step(policy, first, given)
+    assert [value is None for value in first[0]["reference_logprobs"]] == [False, True, False, False]
+    with policy._as_reference():
+        want = sum(float(tokens.double().sum()) for tokens in policy.token_logprobs([make_group(2)]))
+    assert sum(first[1]["reference_logprobs"]) == pytest.approx(want, rel=1e-6)
+    passes = []
+    usual = policy.token_logprobs
+    policy.token_logprobs = lambda rows, reference=False: passes.append(len(rows)) or usual(rows, reference)
+    again = [{**row, "reference_versions": [None if v is None else 0 for v in row["reference_logprobs"]]} for row in first]
+    other = load(given.model_path, given)
+    if reference == "initial":
+        other.load_reference(given.model_path)
+    metrics = train_step(policy, again, given)
+    assert passes == []  # a completion that comes again costs nothing
+    train_step(other, [make_group(1, (1.0, None, 0.5, 0.0)), make_group(2)], given)
+    want_metrics = train_step(other, [make_group(1, (1.0, None, 0.5, 0.0)), make_group(2)], given)
+    assert metrics == want_metrics and same(weights(policy), weights(other))
+    train_step(policy, [make_group(3), *again], given)
+    assert passes == [1]  # that of the group that is new
+    if reference == "every: 3":
+        train_step(policy, again, given)  # by now the reference is another one
+        assert len(passes) > 1 and again[0]["reference_logprobs"] != first[0]["reference_logprobs"]
+
+
 def test_equal_rewards_weigh_nothing_at_the_reference_and_pull_towards_it_elsewhere(tmp_path, policy):
     before = weights(policy)
     given = settings(tmp_path, "behaviour", num_steps=9)
@@ -456,6 +489,9 @@ class SyncBuffer:
 
     def batch(self, step: int) -> Any:
         return self._now(self.real.batch(step))
+
+    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None:
+        self._now(self.real.referenced(version, logprobs))
 
     def published(self, version: int, weights: Any, metrics: Any) -> None:
         self.told.append(("published", version))
