@@ -146,8 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     verifiers = benches.add_parser("verifiers", help="checks per second beside plain math-verify on the same rows, and what poisonous rows cost")
     verifiers.add_argument("input", metavar="INPUT", help="a .jsonl file with response and gold in each row")
     verifiers.add_argument("--rows", type=int, default=2000, metavar="N", help="rows, spread evenly over the file (default: 2000)")
-    learner = benches.add_parser("learner", help="an update beside a plain padded transformers loop: tokens per second, share of peak, memory")
-    learner.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of one update, a shared prompt once (default: 4096)")
+    learner = benches.add_parser("learner", help="a step beside a padded transformers loop and TRL's log-probs: speed, share of peak, memory")
+    learner.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of one step, a shared prompt once (default: 4096)")
     for sub in (verifiers, learner):
         sub.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes the run", file=sys.stderr)
+        resumes = options.verb in ("train", "learn", "evaluate", "verify")
+        print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

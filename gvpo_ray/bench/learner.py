@@ -1,35 +1,42 @@
-"""`gvpo-ray bench learner`: a learner's update beside what a plain trainer does, same model, same groups, in one run.
+"""`gvpo-ray bench learner`: a learner's step beside what plain trainers do, same model, same groups, in one run.
 
-    ours      group-packed forward, chunked head, GVPO loss, backward, AdamW (policy.py, as train_step uses it)
-    padded    every completion with its prompt, right-padded, logits of all positions, log-softmax, the same loss
+    ours      learner.train_step: group-packed forward, chunked head, GVPO loss, backward, clipping, AdamW, metrics
+    padded    every completion with its prompt, right-padded, logits of all positions, log-softmax; the same loss, clipping and AdamW
+    trl       the same with the per-token log-probs of TRL's trainers (its fused head), if trl is installed (the `bench` extra)
 
 Every figure comes from a process of its own: its peak memory is its own too. float32 on CPU, bfloat16 on a GPU.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from gvpo_ray.config import LearnerConfig, ModelConfig
+from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
 from gvpo_ray.losses.gvpo import gvpo_loss
 
 SHAPES = [(prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)]
 """Tokens of the prompt, of each completion, completions."""
 
-CPU_MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-GPU_MODEL = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
-"""Qwen2.5-1.5B's."""
+CPU_MODELS = {"small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}}
+GPU_MODELS = {
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+}
+"""In the shape of Qwen2.5's, with random weights."""
 
 BIG_VOCABULARY = 151_936
 
@@ -40,30 +47,47 @@ def main(tokens_per_step: int = 4096) -> None:
     on_gpu = torch.cuda.is_available()
     vocab_size = BIG_VOCABULARY if on_gpu else 8192
     console = Console(highlight=False)
+    console.width = max(console.width, 150)
     peak = _in_process(_matmul_peak)
-    table = Table(title=f"bench learner: {'GPU' if on_gpu else 'CPU'}, vocabulary {vocab_size:,}", title_justify="left")
-    for column in ("prompt/completion", "k", "ours tokens/s", "padded tokens/s", "ratio", "ours of peak", "padded of peak", "ours GiB", "padded GiB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
-        for vocabulary in sorted({vocab_size, BIG_VOCABULARY}):
-            make_model(Path(folder) / str(vocabulary), vocabulary, GPU_MODEL if on_gpu else CPU_MODEL)
-        cases = [(vocab_size, *shape) for shape in SHAPES] + ([(BIG_VOCABULARY, 64, 64, 8)] if not on_gpu else [])
-        for vocabulary, prompt, completion, k in cases:
-            num_groups = max(1, tokens_per_step // (prompt + k * completion))
-            rows = groups(num_groups, prompt, completion, k, vocabulary)
-            results = [_in_process(work, str(Path(folder) / str(vocabulary)), rows) for work in (ours, padded)]
-            # A token counts once, whoever computes it how often: the prompt's, and the completions'.
-            tokens = num_groups * (prompt + k * completion)
-            rates = [tokens / seconds for seconds, _ in results]
-            flops = num_groups * useful_flops(GPU_MODEL if on_gpu else CPU_MODEL, vocabulary, prompt, completion, k)
-            shares = [flops / seconds / peak for seconds, _ in results]
-            name = f"{prompt}/{completion}" + ("" if vocabulary == vocab_size else f", {vocabulary:,} words")
-            table.add_row(
-                name, str(k), *(f"{rate:,.0f}" for rate in rates), f"{rates[0] / rates[1]:.2f}",
-                *(f"{100 * share:.0f} %" for share in shares), *(f"{memory / 2**30:.2f}" for _, memory in results),
-            )  # fmt: skip
-    console.print(table)
-    console.print(f"peak of a matrix product here: {peak / 1e9:,.0f} GFLOP/s; memory beyond the model and its optimizer's, at most")
+    ways: dict[str, Callable[..., Any]] = {"ours": ours, "padded": padded}
+    if importlib.util.find_spec("trl"):
+        ways["trl"] = partial(padded, with_trl=True)
+    others = [name for name in ways if name != "ours"]
+    for size, shape in (GPU_MODELS if on_gpu else CPU_MODELS).items():
+        table = Table(title=f"bench learner: {size} model on {'GPU' if on_gpu else 'CPU'}, vocabulary {vocab_size:,}", title_justify="left")
+        headings = ["prompt/completion, k", *(f"{name} tokens/s" for name in ways), *(f"ours / {name}" for name in others)]
+        headings += [*(f"{name} of peak" for name in ways), *(f"{name} GiB" for name in ways), "own code"]
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
+            cases = [(vocab_size, *case) for case in SHAPES] + ([(BIG_VOCABULARY, 64, 64, 8)] if not on_gpu else [])
+            for vocabulary in sorted({vocabulary for vocabulary, *_ in cases}):
+                make_model(Path(folder) / str(vocabulary), vocabulary, shape)
+            for vocabulary, prompt, completion, k in track(cases, description=f"{size} model", console=console, transient=True):
+                num_groups = max(1, tokens_per_step // (prompt + k * completion))
+                rows = groups(num_groups, prompt, completion, k, vocabulary)
+                results = {name: _in_process(work, str(Path(folder) / str(vocabulary)), rows) for name, work in ways.items()}
+                # A token counts once, whoever computes it how often: the prompt's, and the completions'.
+                tokens = num_groups * (prompt + k * completion)
+                flops = num_groups * useful_flops(shape, vocabulary, prompt, completion, k)
+
+                def cells(write: Callable[[Any], str], names: Sequence[str] = tuple(ways), results: dict[str, Any] = results) -> list[str]:
+                    return [write(results[name]) if results[name] else "no memory" for name in names]
+
+                mine = results["ours"] or (float("nan"), 0.0, 0.0)
+                table.add_row(
+                    f"{prompt}/{completion}, {k}" + ("" if vocabulary == vocab_size else f"; {vocabulary:,} words"),
+                    *cells(lambda result, tokens=tokens: f"{tokens / result[0]:,.0f}"),
+                    *cells(lambda result, mine=mine: f"{result[0] / mine[0]:.2f}", others),
+                    *cells(lambda result, flops=flops: f"{100 * flops / result[0] / peak:.0f} %"),
+                    *cells(lambda result: f"{result[1] / 2**30:.2f}"),
+                    *cells(lambda result: f"{100 * result[2]:.1f} %", ["ours"]),
+                )
+        console.print(table)
+    console.print(
+        f"peak: {peak / 1e9:,.0f} GFLOP/s of a large matrix product here · GiB: at most, beyond the model's and its optimizer's\n"
+        "own code: of a step, what is neither the model's forward and backward nor the optimizer"
+    )
 
 
 def useful_flops(model: Mapping[str, int], vocab_size: int, prompt: int, completion: int, k: int) -> float:
@@ -94,9 +118,17 @@ def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> l
     def tokens(size: int) -> list[int]:
         return torch.randint(2, vocab_size, (size,), generator=generator).tolist()
 
+    nothing = {name: [None] * k for name in ("version_min", "version_max", "sampling_logprobs", "reward_reasons")}
     return [
-        {"prompt_ids": tokens(prompt), "completion_ids": [tokens(completion) for _ in range(k)], "rewards": [float(i % 2) for i in range(k)]}
-        for _ in range(num)
+        {
+            "group_id": i,
+            "prompt_ids": tokens(prompt),
+            "completion_ids": [tokens(completion) for _ in range(k)],
+            "rewards": [float(j % 2) for j in range(k)],
+            "finish_reasons": ["stop"] * k,
+            **nothing,
+        }
+        for i in range(num)
     ]
 
 
@@ -106,27 +138,44 @@ def _loss(logprobs: Tensor, rows: Sequence[Row]) -> Tensor:
     return gvpo_loss(logprobs, logprobs.detach(), rewards, ids, beta=0.1)[0]
 
 
-def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float]:
-    """Seconds of an update, and the peak of its memory beyond the model's, in bytes."""
+def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
+    """Seconds of a step, the peak of its memory beyond the model's in bytes, and the share of our own code; None: no memory."""
+    from gvpo_ray.learner import Settings, train_step
     from gvpo_ray.policy import Policy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ModelConfig(path=folder, dtype="bfloat16" if device == "cuda" else "float32")
-    policy = Policy(model, LearnerConfig(backend="ddp", learning_rate=1e-6), folder, device)
+    learner = LearnerConfig(backend="ddp", learning_rate=1e-6, num_mini_batches=1, micro_batch_tokens=10**9)
+    settings = Settings(folder, 10**9, 10**9, LossConfig(), learner, CheckpointConfig(), folder, parity_every=0)
+    in_library = 0.0
 
-    def step() -> None:
-        policy.backward(_loss(policy.logprobs(rows), rows), is_last=True)
-        policy.update(1e-6)
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal in_library
+            begin = _now()
+            result = function(*arguments, **options)
+            in_library += _now() - begin
+            return result
 
-    return _measure(step)
+        return call
+
+    def work() -> tuple[float, float, float]:
+        policy = Policy(model, learner, folder, device)
+        usual = {name: getattr(policy._backend, name) for name in ("forward", "backward", "step")}
+        seconds, memory = _measure(lambda: train_step(policy, rows, settings))
+        for name, function in usual.items():
+            setattr(policy._backend, name, timed(function))
+        begin = _now()
+        train_step(policy, rows, settings)
+        return seconds, memory, 1 - in_library / (_now() - begin)
+
+    return _unless_out_of_memory(work)
 
 
-def padded(folder: str, rows: Sequence[Row]) -> tuple[float, float]:
+def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[float, float] | None:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     texts = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
     starts = [len(row["prompt_ids"]) for row in rows for _ in row["completion_ids"]]
     width = max(map(len, texts))
@@ -137,16 +186,43 @@ def padded(folder: str, rows: Sequence[Row]) -> tuple[float, float]:
     lengths, begins = (torch.tensor(values, device=device)[:, None] for values in ([len(text) for text in texts], starts))
     mask, is_completion = (places < lengths).long(), (places >= begins) & (places < lengths)
 
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        tokens = torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        _loss((tokens * is_completion[:, 1:]).double().sum(1), rows).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def work() -> tuple[float, float]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        if with_trl:
+            from trl.trainer.utils import add_fused_lm_head
 
-    return _measure(step)
+            add_fused_lm_head(model)
+
+        def step() -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                if with_trl:
+                    labels = ids.masked_fill(~is_completion, -100)
+                    tokens = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+                else:
+                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+                    tokens = torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+            _loss((tokens * is_completion[:, 1:]).double().sum(1), rows).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return _measure(step)
+
+    return _unless_out_of_memory(work)
+
+
+def _unless_out_of_memory(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
@@ -158,11 +234,9 @@ def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = _now()
         step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(_now() - begin)
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return min(seconds), float(peak - before)
 
