@@ -47,7 +47,7 @@ def main(tokens_per_step: int = 4096) -> None:
     on_gpu = torch.cuda.is_available()
     vocab_size = BIG_VOCABULARY if on_gpu else 8192
     console = Console(highlight=False)
-    console.width = max(console.width, 150)
+    console.width = max(console.width, 170)
     peak = _in_process(_matmul_peak)
     ways: dict[str, Callable[..., Any]] = {"ours": ours, "padded": padded}
     if importlib.util.find_spec("trl"):
@@ -58,7 +58,7 @@ def main(tokens_per_step: int = 4096) -> None:
         headings = ["prompt/completion, k", *(f"{name} tokens/s" for name in ways), *(f"ours / {name}" for name in others)]
         headings += [*(f"{name} of peak" for name in ways), *(f"{name} GiB" for name in ways), "own code"]
         for heading in headings:
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=heading == headings[0])
         with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
             cases = [(vocab_size, *case) for case in SHAPES] + ([(BIG_VOCABULARY, 64, 64, 8)] if not on_gpu else [])
             for vocabulary in sorted({vocabulary for vocabulary, *_ in cases}):
@@ -76,7 +76,7 @@ def main(tokens_per_step: int = 4096) -> None:
 
                 mine = results["ours"] or (float("nan"), 0.0, 0.0)
                 table.add_row(
-                    f"{prompt}/{completion}, {k}" + ("" if vocabulary == vocab_size else f"; {vocabulary:,} words"),
+                    f"{prompt}/{completion}, {k}" + ("" if vocabulary == vocab_size else f", V={vocabulary:,}"),
                     *cells(lambda result, tokens=tokens: f"{tokens / result[0]:,.0f}"),
                     *cells(lambda result, mine=mine: f"{result[0] / mine[0]:.2f}", others),
                     *cells(lambda result, flops=flops: f"{100 * flops / result[0] / peak:.0f} %"),
