@@ -172,6 +172,11 @@ class LossConfig(Section):
         return self.reference not in ("behaviour", "previous")
 
     @property
+    def asks_reference_model_for_sums(self) -> bool:
+        """Whether one number per completion is all that is asked of it; a KL term asks for every token."""
+        return self.has_reference_model and self.kl_coefficient == 0
+
+    @property
     def reference_every(self) -> int | None:
         """N of `every: N`."""
         return int(self.reference.partition(":")[2]) if self.reference.startswith("every") else None

@@ -94,7 +94,8 @@ def learn(
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         metrics = train_step(policy, rows, settings)
         trained = time.perf_counter()
-        if passed := {row["group_id"]: row["reference_logprobs"] for row in rows if row.get("reference_logprobs")}:
+        current = {None, policy.reference_version}
+        if passed := {row["group_id"]: row["reference_logprobs"] for row in rows if {*(row.get("reference_versions") or [-1])} <= current}:
             buffer.referenced(policy.reference_version, passed)
         publish(policy, buffer, publisher, settings, rows, metrics, times={"wait": got - asked, "train": trained - got, "since": asked})
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
@@ -117,12 +118,13 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
         pairs = [(row, trained) for row, trained in pairs if len(set(trained["rewards"])) > 1]
     rows = [trained for _, trained in pairs]
     mini_batches = [part for part in _cut(rows, settings.learner.num_mini_batches) if part]
-    if loss.has_reference_model:
+    if loss.asks_reference_model_for_sums:
         for mini_batch in mini_batches:
             _pass_reference_model(policy, mini_batch, settings.learner.micro_batch_tokens)
         for row, trained in pairs:
-            values = dict(zip(groups.trainable_completions(row), trained.get("reference_logprobs") or (), strict=False))
-            row["reference_logprobs"] = [values.get(i) for i in range(len(row["rewards"]))] if values else None
+            for name in groups.REFERENCE_COLUMNS:
+                values = dict(zip(groups.trainable_completions(row), trained.get(name) or (), strict=False))
+                row[name] = [values.get(i) for i in range(len(row["rewards"]))] if values else None
     plans = [_plan(policy, _shares(policy, mini_batch), settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
     references = _reference_passes(policy, mini_batches, plans, loss)
     objective = _Objective(loss, loss.beta_at(version, settings.num_steps))
@@ -208,7 +210,7 @@ class _Objective:
         ids = torch.tensor([j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device)
         old, reference = (torch.where(given.isnan(), logprobs.detach().double(), given) for given in (fixed.old, fixed.reference))
         totals, reference_totals = sequence_sums(logprobs, lengths), sequence_sums(reference, lengths)
-        if config.has_reference_model:
+        if config.asks_reference_model_for_sums:
             known = [value for row in rows for value in row["reference_logprobs"]]
             reference_totals = torch.tensor(known, dtype=torch.float64, device=device)
         if config.length_normalised:
@@ -318,7 +320,7 @@ def _reference_passes(
     need a pass of their own, unless every completion, on every rank, brings its log-probs along.
     """
     version, result = policy.step, []
-    by_token = loss.has_reference_model and loss.kl_coefficient > 0  # else _pass_reference_model has been there
+    by_token = loss.has_reference_model and not loss.asks_reference_model_for_sums
     for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
         asks_start = loss.reference == "previous" or (
             (loss.reference == "behaviour" or loss.objective != "gvpo") and any(None in _sampled(row, version) for row in mini_batch)

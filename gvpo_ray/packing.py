@@ -182,6 +182,18 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, layout.place)[None], None
 
 
+def try_gradient(config: Any, layout: Layout, dtype: torch.dtype) -> None:
+    """Attention and its backward pass once, on heads like the model's: a kernel may have the one and fail at the other."""
+    heads = config.num_attention_heads
+    shapes = [(1, number, len(layout.place), getattr(config, "head_dim", None) or config.hidden_size // heads)
+              for number in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)]  # fmt: skip
+    states = [torch.full(shape, 0.5, dtype=dtype, device=layout.place.device, requires_grad=True) for shape in shapes]
+    with torch.enable_grad():
+        packed_attention(nn.Module().eval(), *states, None, layout=layout)[0].float().square().sum().backward()
+    if not all(bool(state.grad.isfinite().all()) for state in states):
+        raise RuntimeError("its attention's gradient is not finite")
+
+
 def _ages(queries: Tensor, keys: Tensor) -> Tensor:
     """[1, queries, keys] how far a key is behind a query."""
     return (queries[:, None] - keys[None, :])[None]

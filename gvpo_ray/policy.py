@@ -187,8 +187,10 @@ class Policy:
                 difference = float((torch.cat(self.token_logprobs(rows)) - padded).abs().max())
                 why = f"its log-probs differ by {difference:.2g} nats"
                 if difference < (0.1 if self._model_config.dtype == "bfloat16" else 1e-3):
+                    dtype = torch.bfloat16 if self._model_config.dtype == "bfloat16" else torch.float32
+                    packing.try_gradient(model.config, packing.pack(rows, self.device, flex)[0]["layout"], dtype)
                     return True
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
                 why = str(error).splitlines()[0]
             how = "FlexAttention cannot run it packed by groups" if flex else "it cannot be packed by groups"
             then = "padded blocks do" if flex else "its sequences are padded"

@@ -353,7 +353,8 @@ def test_a_reference_models_logprobs_follow_a_completion_while_that_model_is_cur
     passes = []
     usual = policy.token_logprobs
     policy.token_logprobs = lambda rows, reference=False: passes.append(len(rows)) or usual(rows, reference)
-    again = [{**row, "reference_versions": [None if v is None else 0 for v in row["reference_logprobs"]]} for row in first]
+    assert first[0]["reference_versions"] == [0, None, 0, 0]
+    again = [dict(row) for row in first]
     other = load(given.model_path, given)
     if reference == "initial":
         other.load_reference(given.model_path)
@@ -434,6 +435,16 @@ def test_a_clipped_residual_reaches_the_learner(tmp_path, policy):
     policy.step = 1
     metrics = train_step(policy, rows, with_loss(settings(tmp_path, num_steps=9), residual_clip=0.01))
     assert 0 < metrics["loss"] < metrics["gvpo/residual_var"] / 2
+
+
+def test_a_kl_term_asks_the_reference_model_once_for_every_token(tmp_path, policy):
+    given = with_loss(settings(tmp_path, num_steps=9), objective="grpo", kl_coefficient=0.1, reference="every: 9")
+    train_step(policy, [make_group(1, version=None)], given)
+    passes = []
+    usual = policy.token_logprobs
+    policy.token_logprobs = lambda rows, reference=False: passes.append(reference) or usual(rows, reference)
+    metrics = train_step(policy, [make_group(1, version=None)], given)
+    assert passes == [True] and metrics["policy/kl_ref"] != 0
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo"])
@@ -567,6 +578,24 @@ def test_the_same_log_gives_bitwise_the_same_weights_again_and_from_any_checkpoi
         assert buffer.told[:2] == [("published", checkpoint or 0), ("train", (checkpoint or 0) + 1)]
         assert policy.step == 5 and same(weights(policy), want)
     assert [i for i, _ in enumerate(buffer.real.log.assigned)] == [0, 1, 2, 3, 4]
+
+
+def test_learn_tells_the_buffer_what_the_current_reference_model_said_and_nothing_else(tmp_path, policy):
+    class Attached(Recorder):
+        """Another rank's group comes with what an older reference model said of it."""
+
+        def batch(self, step: int) -> Any:
+            rows = [make_group(1, version=None), make_group(2, version=None)]
+            both = table(*rows)
+            old = [None, [-7.0] * 3] if step > 1 else [None, None]
+            return groups.with_columns(both, reference_logprobs=old, reference_versions=[None, [0] * 3 if step > 1 else None])
+
+    buffer = Attached(2)
+    given = settings(tmp_path, "every: 1", num_steps=2)
+    learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
+    told = [entry[1:] for entry in buffer.told if entry[0] == "referenced"]
+    assert [(version, sorted(values)) for version, values in told] == [(0, [1, 2]), (1, [1, 2])]
+    assert told[1][1][2] != [-7.0] * 3  # asked anew: it is this rank's group
 
 
 def test_learn_ends_when_the_run_is_closed_while_it_waits_for_a_batch(tmp_path, policy):

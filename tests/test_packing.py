@@ -135,6 +135,19 @@ def test_the_head_in_chunks_gives_the_same_and_keeps_no_logits(monkeypatch: pyte
     assert chunked_saved < whole_saved == len(whole) * 64
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_gradient_is_tried_on_heads_like_the_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = packing.pack(_groups(), "cpu")[0]["layout"]
+    seen = []
+    usual = packing.scaled_dot_product_attention
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape) or usual(q, *a, **k))
+    packing.try_gradient(ARCHITECTURES[name], layout, torch.float32)
+    assert {(shape[1], shape[3]) for shape in seen} == {(4, 16 if name == "qwen3" else 8)}
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", lambda q, *a, **k: usual(q, *a, **k) * float("inf"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        packing.try_gradient(ARCHITECTURES[name], layout, torch.float32)
+
+
 def _policy(folder: Path, **learner: Any) -> Policy:
     return Policy(ModelConfig(path=str(folder)), LearnerConfig(**{"backend": "ddp", **learner}), folder)
 
