@@ -23,6 +23,7 @@ import signal
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -205,6 +206,11 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
 # --- groups of actors ---------------------------------------------------------------------------------------------------
 
 
+def _name(text: str) -> str:
+    """An actor's name on the dashboard. Ray wants each once: the one of a run that was stopped just now may still be there."""
+    return f"{text}-{uuid.uuid4().hex[:6]}"
+
+
 class EngineGroup:
     """The engine actors. Asynchronous methods run on the session's loop."""
 
@@ -213,7 +219,7 @@ class EngineGroup:
         actor = ray.remote(_EngineActor)
         self.actors = [
             actor.options(
-                name=f"engine-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=10_000
+                name=_name(f"engine-{i}"), num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=10_000
             ).remote(model, config, seed + i, load_weights)
             for i in range(config.num)
         ]
@@ -257,6 +263,7 @@ class VerifierGroup:
         self._model_rewards = {name: self._reward_model(name, reward) for name, reward in config.rewards.items() if reward.model}
         self._in_hand: dict[Any, int] = {}
         self._idle_since: dict[Any, float] = {}
+        self._endings: set[asyncio.Future[None]] = set()
         self._num_started = 0
         for _ in range(config.num):
             self._grow()
@@ -282,7 +289,7 @@ class VerifierGroup:
     def _grow(self) -> None:
         # A group's table may arrive late (from another node): a later one must not wait for it.
         actor = ray.remote(_VerifierActor).options(
-            name=f"verifier-{self._num_started}", num_cpus=self.config.num_cpus, max_concurrency=1, allow_out_of_order_execution=True,
+            name=_name(f"verifier-{self._num_started}"), num_cpus=self.config.num_cpus, max_concurrency=1, allow_out_of_order_execution=True,
             scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
         ).remote(self.config, self._rewards, self._model_rewards)  # fmt: skip
         self._num_started += 1
@@ -299,13 +306,21 @@ class VerifierGroup:
         for actor, since in list(self._idle_since.items()):
             if len(self._in_hand) > self.config.num and now - since > IDLE_S:
                 del self._in_hand[actor], self._idle_since[actor]
-                actor.__ray_terminate__.remote()  # its sandbox goes down with it
+                ending = asyncio.ensure_future(self._end(actor))
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, actor: Any) -> None:
+        """For good: an actor that ends by itself is started again, and so would be its ending."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            await actor.close.remote()  # its sandbox
+        ray.kill(actor, no_restart=True)
 
     def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
         actor = ray.remote(RewardModel)
         actors = [
             actor.options(
-                name=f"reward-model-{name}-{i}", num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=1,
+                name=_name(f"reward-model-{name}-{i}"), num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=1,
                 max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
             ).remote(config.model, config.batch_size, config.num_gpus > 0)
             for i in range(config.num)
@@ -314,7 +329,7 @@ class VerifierGroup:
         return _RemoteReward(actors)
 
     async def close(self) -> None:
-        await asyncio.gather(*(verifier.close.remote() for verifier in self._in_hand), return_exceptions=True)
+        await asyncio.gather(*(verifier.close.remote() for verifier in self._in_hand), *self._endings, return_exceptions=True)
 
 
 GROW_AT = 2
@@ -658,7 +673,7 @@ class GVPO:
         self._open.callback(session.stop)
         self._buffer = (
             ray.remote(GroupBuffer)
-            .options(name="buffer", num_cpus=0.1, max_concurrency=100_000)
+            .options(name=_name("buffer"), num_cpus=0.1, max_concurrency=100_000)
             .remote(self.run_dir / "groups", config.groups_per_step, self.num_steps, config.max_staleness, self.step)
         )
         engines: list[Any] = []

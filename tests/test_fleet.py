@@ -59,6 +59,14 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
     session.call(_score_all(verifiers, tables[:1]))
     session.call(_score_all(verifiers, tables[:1]))
     assert len(verifiers.actors) == 1
+    session.call(asyncio.wait(list(verifiers._endings)) if verifiers._endings else asyncio.sleep(0))
+    while len(tiny.descendants("ray::_VerifierActor")) > 1:
+        time.sleep(0.1)
+    left = set()
+    for _ in range(30):  # an actor that Ray starts again whenever it ends would come back for ever, as another process
+        left |= set(tiny.descendants("ray::_VerifierActor"))
+        time.sleep(0.1)
+    assert len(left) == 1
     session.call(verifiers.close())
 
 
@@ -79,3 +87,13 @@ def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: 
         assert table["rewards"][0].as_py() == pytest.approx([1 + 2 * first, None, 2 * third], abs=1e-5)
         assert "41 tokens do not fit into the reward model" in table["reward_reasons"][0].as_py()[1]
     session.call(verifiers.close())
+
+
+def test_a_fleet_starts_while_another_of_the_same_ray_is_still_there(session: Session) -> None:
+    """As in a notebook, where a run that was stopped just now may still be going down."""
+    fleets = [VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1), None) for _ in range(2)]
+    for fleet in fleets:
+        (scored,) = session.call(_score_all(fleet, [_sampled(0, ["\\boxed{7}"])]))
+        assert scored["rewards"][0].as_py() == [1.0]
+    for fleet in fleets:
+        session.call(fleet.close())
