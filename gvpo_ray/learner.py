@@ -73,8 +73,9 @@ def learn(
 ) -> None:
     """Train until the buffer says stop.
 
-    Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished groups); only rank 0 talks
-    back. `on_checkpoint(metrics)` is called on every rank after each checkpoint that was due.
+    Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished groups). Rank 0 talks back for all,
+    but for what a reference model said: that each rank tells of its own groups. `on_checkpoint(metrics)` is called on every rank after
+    each checkpoint that was due.
     """
     if settings.loss.reference == "initial" and not policy.has_reference:
         policy.load_reference(settings.model_path)

@@ -108,8 +108,8 @@ def gvpo_weights(
 ) -> tuple[Tensor, Tensor]:
     """w_i = (R_i - mean R) - beta (D_i - mean D), and the size m of the group that completion i belongs to.
 
-    A learner that holds all the log-probs of a group but runs the backward pass in parts uses them directly: d loss / d log pi(y_i|x) is
-    -beta w_i / ((m - 1) |D|).
+    d loss / d log pi(y_i|x) is -beta w_i / ((m - 1) |D|): one number per completion is all that the rest of its group tells it, so a group may
+    be passed through a model in parts.
 
     Returns:
         [N] float64 without gradient, with sum 0 in each group (so 0 in a group of one); [N] int64.
