@@ -182,16 +182,28 @@ class LossConfig(Section):
         return int(self.reference.partition(":")[2]) if self.reference.startswith("every") else None
 
 
-class EnginesConfig(Section):
-    num: int = Field(default=1, ge=1)
-    """Engine actors."""
+class PoolConfig(Section):
+    """One pool of engines alike. Pools may differ in everything here: GVPO's optimum does not depend on who samples."""
+
+    num: int = Field(default=1, ge=0)
+    """Engine actors that are started at once, and replaced when they die. 0 in all pools: train on offline sources alone."""
+    max_num: int | None = Field(default=None, ge=1)
+    """So many join as the cluster finds room for them; the run does not wait for those beyond num. Default: num."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one engine (= tensor_parallel_size on GPU); 0: vLLM's CPU build."""
-    num_cpus: float = Field(default=1, gt=0)
+    num_cpus: float = Field(default=1, ge=0)
     """CPUs that one engine asks Ray for."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPU that one engine needs, such as H100 or L4."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources of one engine, such as {spot: 0.001}."""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the engines of this pool compute in; default: model.dtype."""
+    quantization: str | None = None
+    """vLLM's online quantisation of the weights, such as fp8 (GPU only)."""
     max_groups: int = Field(default=64, ge=1)
-    """Groups in flight per engine: its free slots pull the next prompt."""
+    """Groups in flight per engine: whoever has room gets the next prompt."""
     memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (GPU only)."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
@@ -200,15 +212,101 @@ class EnginesConfig(Section):
     """No CUDA graphs and no compilation: starts sooner, decodes slower on GPU."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
-    weight_transfer: Literal["objects", "nccl"] = "objects"
-    """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`: vLLM's broadcast from
-    learner rank 0 to a fixed fleet of GPU engines."""
-    parity_every: int = Field(default=20, ge=0)
-    """Compare engine and learner log-probs after the first weight transfer and then every so many; 0: only the first."""
     parity_tolerance: float | None = Field(default=None, gt=0)
-    """Largest mean difference in nats per token; default 1e-3 in float32, 0.1 in bfloat16."""
+    """Largest mean difference from the learner's log-probs, in nats per token; default 1e-3 in float32, 0.1 in other precisions."""
     vllm: dict[str, Any] = {}
     """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
+    url: str | None = None
+    """Of a server with an OpenAI-compatible API that is not ours, up to and with /v1: it gets no weights, and its completions are foreign
+    data (source offline:<pool>). max_groups bounds the requests in flight."""
+    url_model: str | None = None
+    """Its model's name; default: the first one that it lists."""
+    url_key_variable: str | None = None
+    """Environment variable of the driver that holds its API key."""
+    max_restarts_per_hour: int = Field(default=20, ge=0)
+    """Deaths of this pool's engines within an hour beyond which none of them is replaced until an hour is over; when no engine of any
+    pool is left then, the run stops."""
+
+    @model_validator(mode="after")
+    def _of_one_engine(self) -> PoolConfig:
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https:// (got {self.url!r})")
+        if self.url is None and (self.url_model or self.url_key_variable):
+            raise ValueError("url_model and url_key_variable need a url")
+        if self.max_num is not None and self.max_num < self.num:
+            raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
+        if self.num_gpus and max(self.num_gpus, 1) != self.tensor_parallel_size:  # a part of a GPU holds one shard
+            raise ValueError(f"num_gpus ({self.num_gpus:g}) must equal tensor_parallel_size ({self.tensor_parallel_size})")
+        if self.quantization and not self.num_gpus and not self.url:
+            raise ValueError(f"quantization: {self.quantization} needs GPUs (num_gpus)")
+        return self
+
+
+class EnginesConfig(PoolConfig):
+    """One pool, or the defaults of those in `pools`."""
+
+    pools: dict[str, PoolConfig] = {}
+    """Pools by name; what one does not say is as in this section. Default: one pool, `engines`, of what this section says."""
+    weight_transfer: Literal["objects", "nccl"] = "objects"
+    """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`: vLLM's broadcast from
+    learner rank 0 to a fixed fleet of GPU engines: the death of one ends the run, and the same command resumes it."""
+    parity_every: int = Field(default=20, ge=0)
+    """Compare engine and learner log-probs after the first weight transfer and then every so many; 0: only the first."""
+    hang_s: float = Field(default=300.0, gt=0)
+    """An engine with groups in flight that has written no token for so many seconds, or does not answer at all, is replaced."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long an engine whose node is about to leave (SIGTERM, Ray's drain notice) goes on with what it has in flight, if the notice
+    does not say; the rest is handed over to other engines as far as it is written."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_pools(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("pools"), dict):
+            return value
+        own = {key: given for key, given in value.items() if key in PoolConfig.model_fields}
+        return value | {"pools": {name: own | pool if isinstance(pool, dict) else pool for name, pool in value["pools"].items()}}
+
+    @field_validator("pools")
+    @classmethod
+    def _names(cls, value: dict[str, PoolConfig]) -> dict[str, PoolConfig]:
+        for name in value:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"the name {name!r} becomes part of a metric's: letters, digits and any of _ -")
+        return value
+
+    def all_pools(self) -> dict[str, PoolConfig]:
+        """Every pool with all of its settings, by name."""
+        return self.pools or {"engines": PoolConfig.model_validate({key: getattr(self, key) for key in PoolConfig.model_fields})}
+
+
+class ReplayConfig(Section):
+    """Completions of the same prompt that the policy wrote earlier, in place of new ones (paper, Figure 4: historical to current from 0:8
+    to 4:4). They are in the log with their log-probs, and so are data like any other."""
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """Of each group's completions, as far as the log has that many."""
+    policy: Literal["newest", "uniform", "residual"] = "newest"
+    """`newest`, `uniform` (at random), or `residual`: the largest |residual| when last trained on."""
+    window: int | None = Field(default=None, ge=1)
+    """Only completions of the last so many steps; default: of the whole run."""
+
+
+class SourceConfig(PromptsConfig):
+    """Completions from elsewhere: Parquet or JSONL of (prompt, completion, and reward or answer), from people, other models or logs."""
+
+    completion_column: str = "completion"
+    reward_column: str | None = None
+    """A number per row; without it the completions are verified, for which answer_column must be there."""
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """Of each group's completions, where the file has some for that prompt."""
+    group_share: float = Field(default=0.0, ge=0, le=1)
+    """Of all groups: so many consist of one prompt of the file with its completions alone."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SourceConfig:
+        if (self.share > 0) == (self.group_share > 0):
+            raise ValueError("say either share (of each group's completions) or group_share (of all groups)")
+        return self
 
 
 class RewardConfig(Section):
@@ -288,6 +386,10 @@ class VerifiersConfig(Section):
 class LearnerConfig(Section):
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers; whole groups go to each."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Elastic: Ray Train goes on with as many workers as the cluster has room for, from num_workers to so many. Default: num_workers."""
+    max_restarts: int = Field(default=20, ge=0)
+    """Deaths of workers after which the run goes on from its last checkpoint. Three in a row without a step between them end it."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs per worker; 0: gloo on CPU."""
     num_cpus: float = Field(default=0.25, gt=0)
@@ -430,6 +532,9 @@ class GVPOConfig(Section):
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
+    replay: ReplayConfig = ReplayConfig()
+    sources: dict[str, SourceConfig] = {}
+    """Offline sources by name; what one does not say about its prompts' template is as in prompts."""
     loss: LossConfig = LossConfig()
     engines: EnginesConfig = EnginesConfig()
     verifiers: VerifiersConfig = VerifiersConfig()
@@ -437,7 +542,17 @@ class GVPOConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()
+    watchdog_s: float = Field(default=300.0, gt=0)
+    """When no group finishes or no step ends for so many seconds, say who waits for whom; and again after as many."""
     warm_start: WarmStartConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offline_only(cls, value: Any) -> Any:
+        """Without engines there is nobody to ask: no prompts are needed."""
+        if isinstance(value, dict) and "prompts" not in value and isinstance(value.get("engines"), dict) and value["engines"].get("num") == 0:
+            return value | {"prompts": {"path": NO_PROMPTS}}
+        return value
 
     @model_validator(mode="after")
     def _across(self) -> GVPOConfig:
@@ -450,11 +565,15 @@ class GVPOConfig(Section):
         for key, max_tokens in lengths:
             if model.max_length is not None and max_tokens is not None and max_tokens >= model.max_length:
                 raise ValueError(f"{key} ({max_tokens}) leaves no room for a prompt in model.max_length ({model.max_length})")
-        if engines.weight_transfer == "nccl" and not (engines.num_gpus and learner.num_gpus):
-            raise ValueError("engines.weight_transfer: nccl needs GPUs in engines.num_gpus and learner.num_gpus; use objects")
-        gpus, shards = engines.num_gpus, engines.tensor_parallel_size
-        if gpus and max(gpus, 1) != shards:  # a part of a GPU holds one shard
-            raise ValueError(f"engines.num_gpus ({gpus:g}) must equal engines.tensor_parallel_size ({shards})")
+        pools = engines.all_pools()
+        if engines.weight_transfer == "nccl":
+            if not (all(pool.num_gpus for pool in pools.values()) and learner.num_gpus):
+                raise ValueError("engines.weight_transfer: nccl needs GPUs in engines.num_gpus and learner.num_gpus; use objects")
+            if len(pools) > 1 or any(pool.max_num not in (None, pool.num) for pool in pools.values()):
+                raise ValueError("engines.weight_transfer: nccl needs a fixed fleet of one pool; use objects")
+        self._across_sources(pools)
+        if learner.max_workers is not None and learner.max_workers < learner.num_workers:
+            raise ValueError(f"learner.max_workers ({learner.max_workers}) is less than learner.num_workers ({learner.num_workers})")
         if learner.zero_stage and learner.backend != "deepspeed":
             raise ValueError(f"learner.zero_stage ({learner.zero_stage}) needs learner.backend: deepspeed, not {learner.backend}")
         least = {"none": 0, "optimizer": 1, "parameters": 3}[learner.offload]
@@ -465,6 +584,21 @@ class GVPOConfig(Section):
         if self.evaluation.every and not self.evaluation.sets:
             raise ValueError("evaluation.every is set but evaluation.sets is empty")
         return self
+
+    def _across_sources(self, pools: dict[str, PoolConfig]) -> None:
+        if both := sorted(set(self.sources) & set(pools)):
+            raise ValueError(f"sources.{both[0]}: a pool has that name too")
+        shares = sum(source.group_share for source in self.sources.values())
+        if shares > 1:
+            raise ValueError(f"sources: the group_share of all of them is {shares:g}, more than 1")
+        has_engines = any(pool.num or pool.max_num for pool in pools.values())
+        if not has_engines and shares < 1:
+            raise ValueError(f"engines.num is 0, and the group_share of sources is {shares:g}: without engines it must be 1")
+        if not has_engines and self.evaluation.every:
+            raise ValueError("evaluation.every needs engines, and engines.num is 0")
+        mixed = self.replay.share + sum(source.share for source in self.sources.values())
+        if mixed >= 1:
+            raise ValueError(f"replay.share and the share of sources are {mixed:g} in all: no completion of a group would be new")
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None, for_evaluation: bool = False) -> GVPOConfig:
@@ -526,6 +660,7 @@ class GVPOConfig(Section):
                 "run_dir": str(Path(self.run_dir).expanduser().absolute()),
                 "model": self.model.model_copy(update={"path": path(self.model.path)}),
                 "prompts": prompts(self.prompts),
+                "sources": {name: prompts(section) for name, section in self.sources.items()},
                 "verifiers": self.verifiers.model_copy(update={"rewards": rewards}),
                 "evaluation": self.evaluation.model_copy(update={"sets": sets}),
                 "warm_start": self.warm_start and self.warm_start.model_copy(update={"data": prompts(self.warm_start.data)}),
@@ -557,8 +692,8 @@ def verifiers_config(overrides: list[str]) -> VerifiersConfig:
     return GVPOConfig.from_dict({**needed, "verifiers": data}, where="overrides").absolute().verifiers
 
 
-NO_PROMPTS = "(none: evaluation only)"
-"""prompts.path of a file without `prompts`."""
+NO_PROMPTS = "(none)"
+"""prompts.path of a file without `prompts`: for evaluations, and where offline sources are all there is."""
 
 
 def is_local(path: str) -> bool:
@@ -637,9 +772,11 @@ def _all_keys(model: type[Section] = GVPOConfig, prefix: str = "") -> list[str]:
 
 def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
     """What the run asks Ray for: (who, how many, CPUs each, GPUs each)."""
+    pools = config.engines.all_pools()
+    engines = {name: "engine" if len(pools) == 1 else f"engine of {name}" for name in pools}
     return [
         ("learner worker", config.learner.num_workers, config.learner.num_cpus, config.learner.num_gpus),
-        ("engine", config.engines.num, config.engines.num_cpus, config.engines.num_gpus),
+        *((engines[name], pool.num, pool.num_cpus, pool.num_gpus) for name, pool in pools.items()),
         ("verifier", config.verifiers.num, config.verifiers.num_cpus, 0.0),
         *((f"reward model {name}", r.num, r.num_cpus, r.num_gpus) for name, r in config.verifiers.rewards.items() if r.model),
         ("buffer", 1, 0.1, 0.0),

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import yaml
 
-from gvpo_ray.config import ConfigError, GVPOConfig, LossConfig, RewardConfig, SamplingConfig, check_resources, cluster_address, resource_plan
+from gvpo_ray.config import (
+    NO_PROMPTS,
+    ConfigError,
+    GVPOConfig,
+    LossConfig,
+    PoolConfig,
+    RewardConfig,
+    SamplingConfig,
+    check_resources,
+    cluster_address,
+    resource_plan,
+)
 
 SMALL: dict[str, Any] = {"run_dir": "runs/x", "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}}
 SETS = {"heldout": {"path": "data/y.jsonl"}}
@@ -158,7 +169,18 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("model.dtype=float16", "model.dtype", "'float32' or 'bfloat16' (got 'float16')"),
         ("prompts.shuffle=maybe", "prompts.shuffle", "valid boolean"),
         ("prompts.template=no placeholder", "prompts.template", "must contain {prompt} (got 'no placeholder')"),
-        ("engines.num=0", "engines.num", "greater than or equal to 1"),
+        ("engines.num=0", "engines.num is 0", "without engines it must be 1"),
+        ("engines.max_num=0", "engines.max_num", "greater than or equal to 1"),
+        ("engines={num: 3, max_num: 2}", "engines: max_num (2)", "less than num (3)"),
+        ("engines.url=localhost:8000", "engines: url", "http:// or https://"),
+        ("engines.quantization=fp8", "engines: quantization: fp8", "needs GPUs"),
+        ("engines.pools={a b: {}}", "engines.pools", "becomes part of a metric's"),
+        ("engines.pools={a: {num_gpus: 2}}", "engines.pools.a: num_gpus (2)", "must equal tensor_parallel_size (1)"),
+        ("sources={people: {path: a.jsonl}}", "sources.people", "either share"),
+        ("sources={engines: {path: a.jsonl, share: 0.5}}", "sources.engines", "a pool has that name"),
+        ("sources={a: {path: a, group_share: 0.7}, b: {path: b, group_share: 0.7}}", "sources: the group_share", "1.4, more than 1"),
+        ("replay.share=1", "replay.share", "less than 1"),
+        ("learner={num_workers: 2, max_workers: 1}", "learner.max_workers (1)", "less than learner.num_workers (2)"),
         ("engines.num_gpus=-1", "engines.num_gpus", "greater than or equal to 0"),
         ("engines.memory_fraction=1.1", "engines.memory_fraction", "less than or equal to 1"),
         ("engines.weight_transfer=ftp", "engines.weight_transfer", "'objects' or 'nccl'"),
@@ -195,8 +217,8 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("model.max_length=256", "sampling.max_tokens (256)", "leaves no room for a prompt in model.max_length (256)"),
         ("engines.weight_transfer=nccl", "engines.weight_transfer", "nccl needs GPUs in engines.num_gpus and learner.num_gpus"),
         ("evaluation.every=5", "evaluation.every is set", "evaluation.sets is empty"),
-        ("engines.num_gpus=2", "engines.num_gpus (2)", "must equal engines.tensor_parallel_size (1)"),
-        ("engines={num_gpus: 0.5, tensor_parallel_size: 2}", "engines.num_gpus (0.5)", "must equal engines.tensor_parallel_size (2)"),
+        ("engines.num_gpus=2", "engines: num_gpus (2)", "must equal tensor_parallel_size (1)"),
+        ("engines={num_gpus: 0.5, tensor_parallel_size: 2}", "engines: num_gpus (0.5)", "must equal tensor_parallel_size (2)"),
         ("learner={backend: ddp, zero_stage: 2}", "learner.zero_stage (2)", "needs learner.backend: deepspeed, not ddp"),
         ("learner={zero_stage: 2, offload: parameters}", "learner.offload: parameters", "needs learner.zero_stage of at least 3, not 2"),
         ("learner.offload=optimizer", "learner.offload: optimizer", "needs learner.zero_stage of at least 1, not 0"),
@@ -330,3 +352,21 @@ def test_the_address_of_the_config_comes_before_the_environments(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert cluster_address(config().ray) == "10.0.0.1:6379"
     assert cluster_address(config(ray__address="10.0.0.2:6379").ray) == "10.0.0.2:6379"
+
+
+def test_a_pool_has_what_it_says_and_for_the_rest_what_the_section_says():
+    pools = {"slow": {"dtype": "bfloat16"}, "fast": {"num": 3, "num_threads": 2}}
+    config = GVPOConfig.from_dict(SMALL | {"engines": {"num_threads": 1, "hang_s": 9, "pools": pools}})
+    slow, fast = config.engines.all_pools().values()
+    assert (slow.num, slow.num_threads, slow.dtype) == (1, 1, "bfloat16") and (fast.num, fast.num_threads, fast.dtype) == (3, 2, None)
+    assert GVPOConfig.from_dict(config.model_dump(mode="json")) == config
+    (only,) = GVPOConfig.from_dict(SMALL | {"engines": {"num": 2, "dtype": "float16"}}).engines.all_pools().items()
+    assert only == ("engines", PoolConfig(num=2, dtype="float16"))
+
+
+def test_a_run_on_offline_sources_alone_needs_no_prompts():
+    offline = {key: value for key, value in SMALL.items() if key != "prompts"} | {"engines": {"num": 0}}
+    config = GVPOConfig.from_dict(offline | {"sources": {"people": {"path": "worked.jsonl", "group_share": 1.0}}})
+    assert config.prompts.path == NO_PROMPTS
+    with pytest.raises(ConfigError, match="prompts: required"):
+        GVPOConfig.from_dict({key: value for key, value in SMALL.items() if key != "prompts"})
