@@ -19,6 +19,7 @@ def train(config: GVPOConfig, groups_file: str | None = None) -> None:
 
     with GVPO(config, groups_file=groups_file) as algo:
         with RunConsole(config, algo.step, algo.num_steps) as console:
+            algo.say = console.say
             for text in algo.story():
                 console.say(text)
             console.evaluated({key: value for line in algo.metrics.lines for key, value in line.items()})
@@ -72,7 +73,7 @@ def check(config: GVPOConfig) -> None:
     from rich.console import Console
 
     from gvpo_ray.console import plan_table
-    from gvpo_ray.controller import check_paths, machine_resources
+    from gvpo_ray.inputs import check_paths, machine_resources
 
     print(config.dump())
     console = Console(highlight=False)
@@ -123,6 +124,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     evaluate.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired differences of two finished evaluations; needs no CONFIG")
     verb("check", "Print the resolved config and the resource plan; start nothing.")
+    for name, text in (
+        ("status", "Print what every stage of a run does or waits for now, and where the oldest prompt is; of one that stopped, what it last said."),
+        ("report", "Write RUN_DIR/report.html: curves, recoveries, completions and the config of a run on one page that needs no network."),
+    ):
+        sub = verbs.add_parser(name, help=text, description=text, epilog=f"example: gvpo-ray {name} runs/quickstart")
+        sub.add_argument("run_dir", metavar="RUN_DIR", help="run_dir of the run")
+        sub.set_defaults(overrides=[])
     verify = verbs.add_parser(
         "verify",
         help="Score a file of responses, as the verifiers of a run would, and compare with labels.",
@@ -148,7 +156,15 @@ def main(arguments: list[str] | None = None) -> int:
     verifiers.add_argument("--rows", type=int, default=2000, metavar="N", help="rows, spread evenly over the file (default: 2000)")
     learner = benches.add_parser("learner", help="a step beside a padded transformers loop and TRL's log-probs: speed, share of peak, memory")
     learner.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of one step, a shared prompt once (default: 4096)")
-    for sub in (verifiers, learner):
+    chaos = benches.add_parser("chaos", help="a real run whose processes are killed at random moments; checks that nothing was lost or done twice")
+    chaos.add_argument("config", metavar="CONFIG")
+    chaos.add_argument("overrides", metavar="key=value", nargs="*")
+    chaos.add_argument("--kills", type=int, default=12, metavar="N", help="processes to kill, each kind in turn (default: 12)")
+    chaos.add_argument("--seed", type=int, default=0, metavar="N", help="of the schedule (default: 0)")
+    scale = benches.add_parser("scale", help="the ring with fake engines, from 1 to 256 of them: groups per second, driver CPU, recovery times")
+    scale.add_argument("--engines", type=int, nargs="+", default=[1, 8, 32, 128, 256], metavar="N", help="sizes of fleets (default: 1 8 32 128 256)")
+    scale.add_argument("--seconds", type=float, default=30.0, metavar="S", help="measured for each (default: 30)")
+    for sub in (verifiers, learner, scale):
         sub.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
     if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
@@ -183,6 +199,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: Any) -> None:
     """One verb, one call."""
+    if options.verb == "status":
+        from gvpo_ray.status import read_status
+
+        print("\n".join(read_status(options.run_dir)))
+        return
+    if options.verb == "report":
+        from gvpo_ray import report
+
+        print(f"wrote {report.write(options.run_dir)}")
+        return
     if options.verb == "verify":
         from gvpo_ray import verify
 
@@ -199,6 +225,18 @@ def run(options: Any) -> None:
         from gvpo_ray.bench import learner
 
         learner.main(options.tokens)
+        return
+    if options.verb == "bench" and options.name == "scale":
+        from gvpo_ray.bench import scale
+
+        scale.main(options.engines, options.seconds)
+        return
+    if options.verb == "bench" and options.name == "chaos":
+        from gvpo_ray.bench import chaos
+        from gvpo_ray.controller import RunError
+
+        if wrong := chaos.main(options.config, options.overrides, options.kills, options.seed):
+            raise RunError(f"{wrong} things went wrong")
         return
     if options.verb == "evaluate" and options.compare:
         if options.config or options.overrides or options.checkpoint or options.out:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 import re
 import warnings
@@ -588,7 +589,7 @@ class GVPOConfig(Section):
     def _across_sources(self, pools: dict[str, PoolConfig]) -> None:
         if both := sorted(set(self.sources) & set(pools)):
             raise ValueError(f"sources.{both[0]}: a pool has that name too")
-        shares = sum(source.group_share for source in self.sources.values())
+        shares = math.fsum(source.group_share for source in self.sources.values())  # 0.6 + 0.3 + 0.1 is 1
         if shares > 1:
             raise ValueError(f"sources: the group_share of all of them is {shares:g}, more than 1")
         has_engines = any(pool.num or pool.max_num for pool in pools.values())
@@ -596,6 +597,10 @@ class GVPOConfig(Section):
             raise ValueError(f"engines.num is 0, and the group_share of sources is {shares:g}: without engines it must be 1")
         if not has_engines and self.evaluation.every:
             raise ValueError("evaluation.every needs engines, and engines.num is 0")
+        shares_of_groups = {"replay.share": self.replay.share, **{f"sources.{name}.share": source.share for name, source in self.sources.items()}}
+        for key, share in shares_of_groups.items():
+            if share and round(share * self.sampling.num_completions) < 1:
+                raise ValueError(f"{key} ({share:g}) is less than one of sampling.num_completions ({self.sampling.num_completions})")
         mixed = self.replay.share + sum(source.share for source in self.sources.values())
         if mixed >= 1:
             raise ValueError(f"replay.share and the share of sources are {mixed:g} in all: no completion of a group would be new")

@@ -135,7 +135,7 @@ def plan_table(config: GVPOConfig) -> Table:
     for column in ("actor", "number", "CPUs each", "GPUs each", "CPUs", "GPUs"):
         table.add_column(column, justify="left" if column == "actor" else "right")
     cpus = gpus = 0.0
-    only_evaluates = config.prompts.path == NO_PROMPTS
+    only_evaluates = config.prompts.path == NO_PROMPTS and not config.sources
     plan = [row for row in resource_plan(config) if not (only_evaluates and row[0] in ("learner worker", "buffer"))]
     for who, number, cpu, gpu in plan:
         cpus, gpus = cpus + number * cpu, gpus + number * gpu

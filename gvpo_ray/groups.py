@@ -70,7 +70,9 @@ REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
 PER_COMPLETION_COLUMNS = (*COMPLETION_COLUMNS, "rewards", "reward_reasons", *REFERENCE_COLUMNS)
 """Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
-"""What the buffer writes to the durable log: everything but the reference, which is the learner's to compute."""
+"""What a group must have to be logged: everything but the reference, which is the learner's to compute."""
+LOG_COLUMNS = LOGGED_COLUMNS + REFERENCE_COLUMNS
+"""What the durable log holds. A reference is null where nobody has computed it; replayed completions bring theirs along."""
 
 
 class GroupError(ValueError):
@@ -105,6 +107,14 @@ def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
         field, index = SCHEMA.field(name), groups.schema.get_field_index(name)
         groups = groups.append_column(field, array) if index < 0 else groups.set_column(index, field, array)
     return groups
+
+
+def log_columns(groups: pa.Table) -> pa.Table:
+    """The groups with LOG_COLUMNS alone; references that they come without, as new groups and older logs do, are null."""
+    if groups.schema.equals(SCHEMA):
+        return groups
+    missing = [name for name in REFERENCE_COLUMNS if name not in groups.schema.names]
+    return with_columns(groups, **{name: [None] * len(groups) for name in missing}).select(list(LOG_COLUMNS)).cast(SCHEMA)
 
 
 LIMITS = ("timeout:", "memory:", "crash:")
@@ -174,6 +184,11 @@ def num_tokens(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + sum(len(ids) for ids in row["completion_ids"])
 
 
+def num_completion_tokens(groups: pa.Table) -> int:
+    """Tokens of all completions of a table."""
+    return pc.sum(pc.list_value_length(pc.list_flatten(groups["completion_ids"]))).as_py() or 0
+
+
 def trainable_completions(row: Mapping[str, Any]) -> list[int]:
     """Which of a group's completions have a reward, and a token."""
     return [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
@@ -187,10 +202,16 @@ def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
     keep = trainable_completions(row)
     if len(keep) < 2:
         return None
-    kept: dict[str, Any] = {name: [row[name][i] for i in keep] for name in PER_COMPLETION_COLUMNS if row.get(name) is not None}
+    kept = only(row, keep)
     if row.get("reward_parts") is not None:
         kept["reward_parts"] = {name: [part[i] for i in keep] for name, part in dict(row["reward_parts"]).items()}
-    return {**row, **kept}
+    return kept
+
+
+def only(row: Mapping[str, Any], completions: Sequence[int]) -> dict[str, Any]:
+    """The row with these of its completions; reward_parts, which passes do not look at, as they are."""
+    names = [name for name in PER_COMPLETION_COLUMNS if row.get(name) is not None]
+    return {**row, **{name: [row[name][i] for i in completions] for name in names}}
 
 
 def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list[list[int]]:
@@ -245,8 +266,72 @@ def split_group(row: Mapping[str, Any], max_tokens: int, packed: bool = True) ->
                 parts[-1].append(i)
                 continue
         parts.append([i])
-    names = [name for name in PER_COMPLETION_COLUMNS if row.get(name) is not None]
-    return [{**row, **{name: [row[name][i] for i in part] for name in names}} for part in parts]
+    return [only(row, part) for part in parts]
+
+
+def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
+    """The group of one prompt that has the completions of the one-row `parts`, one after the other.
+
+    It has rewards, or references, if some part has them; those of the other parts are null.
+    """
+    group = prompt.select(list(PROMPT_COLUMNS))
+    for name in (*COMPLETION_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
+        if name in COMPLETION_COLUMNS or any(_has(part, name) for part in parts):
+            group = group.append_column(SCHEMA.field(name), _joined_reward_parts(parts) if name == "reward_parts" else _joined(parts, name))
+    return group
+
+
+def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
+    """The one-row group with these of its completions, in this order."""
+    for name in (name for name in PER_COMPLETION_COLUMNS if _has(group, name)):
+        index = group.schema.get_field_index(name)
+        group = group.set_column(index, SCHEMA.field(name), _one_list(name, [_entries(group, name).take(pa.array(completions, pa.int64()))]))
+    if _has(group, "reward_parts"):
+        parts = {name: [values[i] for i in completions] for name, values in group["reward_parts"][0].as_py()}
+        group = with_columns(group, reward_parts=[parts])
+    return group
+
+
+def replayable(group: pa.Table) -> dict[int, tuple[int, float]]:
+    """Which completions of a one-row group a later group of its prompt may have again: index -> (version_max, R - mean R).
+
+    The policy's own that were trained on, or will be: with a reward, a token, and what the sampler said of them.
+    """
+    num_tokens = pc.list_value_length(_entries(group, "completion_ids")).to_pylist()
+    has_logprobs = pc.is_valid(_entries(group, "sampling_logprobs")).to_pylist()
+    rewards, sources, versions = (_entries(group, name).to_pylist() for name in ("rewards", "sources", "version_max"))
+    trained = [i for i, reward in enumerate(rewards) if reward is not None and num_tokens[i]]
+    mean = sum(rewards[i] for i in trained) / max(1, len(trained))
+    own = [i for i in trained if sources[i] == "policy" and has_logprobs[i] and versions[i] is not None]
+    return {i: (versions[i], rewards[i] - mean) for i in own}
+
+
+def _has(group: pa.Table, name: str) -> bool:
+    return name in group.schema.names and group[name].null_count == 0
+
+
+def _entries(group: pa.Table, name: str) -> pa.Array:
+    """One per completion of a one-row group; all null where it has none."""
+    if _has(group, name):
+        return group[name].combine_chunks().flatten()
+    return pa.nulls(len(group["completions"][0]), SCHEMA.field(name).type.value_type)
+
+
+def _one_list(name: str, entries: Sequence[pa.Array]) -> pa.Array:
+    flat = pa.concat_arrays([pa.nulls(0, SCHEMA.field(name).type.value_type), *entries])
+    return pa.ListArray.from_arrays(pa.array([0, len(flat)], pa.int32()), flat)
+
+
+def _joined(parts: Sequence[pa.Table], name: str) -> pa.Array:
+    return _one_list(name, [_entries(part, name) for part in parts])
+
+
+def _joined_reward_parts(parts: Sequence[pa.Table]) -> pa.Array:
+    nothing = [[None] * len(part["completions"][0]) for part in parts]
+    by_part = [dict(part["reward_parts"][0].as_py()) if _has(part, "reward_parts") else {} for part in parts]
+    names = dict.fromkeys(name for values in by_part for name in values)  # a set has no order
+    pairs = list(zip(by_part, nothing, strict=True))
+    return _array("reward_parts", [{name: [x for values, none in pairs for x in values.get(name, none)] for name in names}])
 
 
 def save(groups: pa.Table, path: str | Path) -> None:
@@ -265,9 +350,12 @@ def load(path: str | Path) -> pa.Table:
     files = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
     if not files or not all(f.is_file() for f in files):
         raise GroupError(f"no Arrow file at {path}")
-    batches = [batch for file in files for batch in read_batches(file, is_log=path.is_dir())]
+    batches = [read_batches(file, is_log=path.is_dir()) for file in files]
+    tables = [pa.Table.from_batches(of_file) for of_file in batches if of_file]
+    if path.is_dir():  # a run that an older version began has no references in its first segments
+        tables = [log_columns(table) if set(LOGGED_COLUMNS) <= {*table.schema.names} else table for table in tables]
     try:
-        return pa.Table.from_batches(batches) if batches else empty()
+        return pa.concat_tables(tables) if tables else empty()
     except pa.ArrowInvalid as error:
         raise GroupError(f"the files at {path} have different columns: {' '.join(str(error).split())}") from error
 

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from gvpo_ray import groups
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig
 from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss
-from gvpo_ray.metrics import batch_metrics, mean
+from gvpo_ray.losses.gvpo import gvpo_weights
+from gvpo_ray.metrics import STALENESS_EDGES, age_bucket, batch_metrics, mean
 from gvpo_ray.policy import Policy, Row, prune_checkpoints, sequence_sums
 
 NUM_PROBES, PROBE_TOKENS = 4, 256
@@ -35,9 +36,10 @@ class NonFiniteGradient(RuntimeError):
 class Buffer(Protocol):
     """GroupBuffer as the learner sees it: calls that wait."""
 
+    def learner_started(self, step: int) -> None: ...
     def order(self, step: int, saved: bool) -> str: ...
     def batch(self, step: int) -> pa.Table | None: ...
-    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None: ...
+    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None: ...
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None: ...
     def saved(self, step: int) -> None: ...
 
@@ -62,6 +64,8 @@ class Settings:
     checkpoint: CheckpointConfig
     model_path: str
     parity_every: int
+    reports_residuals: bool = False
+    """Whether somebody replays completions and chooses them by what a step learned of them."""
 
 
 def learn(
@@ -74,9 +78,11 @@ def learn(
     """Train until the buffer says stop.
 
     Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished groups). Rank 0 talks back for all,
-    but for what a reference model said: that each rank tells of its own groups. `on_checkpoint(metrics)` is called on every rank after
-    each checkpoint that was due.
+    but for what was learned of single completions: that each rank tells of its own groups. `on_checkpoint(metrics)` is called on every rank
+    after each checkpoint that was due.
     """
+    if policy.rank == 0:
+        buffer.learner_started(policy.step)
     if settings.loss.reference == "initial" and not policy.has_reference:
         policy.load_reference(settings.model_path)
     rows: list[Row] = []
@@ -95,9 +101,10 @@ def learn(
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         metrics = train_step(policy, rows, settings)
         trained = time.perf_counter()
-        current = {None, policy.reference_version}
-        if passed := {row["group_id"]: row["reference_logprobs"] for row in rows if {*(row.get("reference_versions") or [-1])} <= current}:
-            buffer.referenced(policy.reference_version, passed)
+        if settings.reports_residuals:
+            own = [row for row in rows if "residuals" in row]
+            references = {row["group_id"]: row["reference_logprobs"] for row in own if settings.loss.asks_reference_model_for_sums}
+            buffer.learned(policy.reference_version, references, {row["group_id"]: row["residuals"] for row in own})
         publish(policy, buffer, publisher, settings, rows, metrics, times={"wait": got - asked, "train": trained - got, "since": asked})
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
         if saved:
@@ -108,7 +115,8 @@ def learn(
 def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, Any]:
     """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch. Every rank has the whole batch.
 
-    A reference model of its own writes its log-probs into the rows of the batch that this rank trained.
+    The rows that this rank trained get `residuals`, and where the reference is a model of its own `reference_logprobs`: per completion, None
+    for one that was left out.
     """
     version, loss = policy.step, settings.loss
     every = loss.reference_every
@@ -122,13 +130,9 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
     if loss.asks_reference_model_for_sums:
         for mini_batch in mini_batches:
             _pass_reference_model(policy, mini_batch, settings.learner.micro_batch_tokens)
-        for row, trained in pairs:
-            for name in groups.REFERENCE_COLUMNS:
-                values = dict(zip(groups.trainable_completions(row), trained.get(name) or (), strict=False))
-                row[name] = [values.get(i) for i in range(len(row["rewards"]))] if values else None
     plans = [_plan(policy, _shares(policy, mini_batch), settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
     references = _reference_passes(policy, mini_batches, plans, loss)
-    objective = _Objective(loss, loss.beta_at(version, settings.num_steps))
+    objective = _Objective(loss, loss.beta_at(version, settings.num_steps), version)
     sums: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), _Fixed.of_nothing(policy), [], num_groups=1)[1]
     norms, num_skipped = [], 0
     learning_rate = _learning_rate(settings.learner, version, settings.num_steps)
@@ -152,12 +156,23 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
             sums = {name: value + sum(stats[name] for stats in added) for name, value in sums.items()}
             continue
         num_skipped += 1
+        for row in mini_batch:  # which may not be numbers, and were not trained on
+            objective.residuals.pop(row["group_id"], None)
         if policy.num_skipped > settings.learner.max_skipped_updates:
             raise NonFiniteGradient(
                 f"step {version + 1}: the gradient's norm is {norm}, for the {policy.num_skipped}. time in a row "
                 f"(groups {[row['group_id'] for row in mini_batch]})"
             )
     policy.step += 1
+    for row, trained in pairs:
+        which = groups.trainable_completions(row)
+        learned = {"residuals": objective.residuals.get(row["group_id"])}
+        if loss.asks_reference_model_for_sums:
+            learned |= {name: trained.get(name) for name in groups.REFERENCE_COLUMNS}
+        for name, values in learned.items():
+            if values is not None and row["group_id"] in objective.residuals:
+                known = dict(zip(which, values, strict=True))
+                row[name] = [known.get(i) for i in range(len(row["rewards"]))]
     return {
         **batch_metrics(batch, version),
         **objective.finish(_sum_over_ranks(sums, policy)),
@@ -198,8 +213,10 @@ class _Fixed:
 class _Objective:
     """loss.objective on the groups of one pass. What gvpo reports is reported of every objective, on the same data."""
 
-    def __init__(self, config: LossConfig, beta: float) -> None:
-        self._config, self.beta = config, beta
+    def __init__(self, config: LossConfig, beta: float, version: int) -> None:
+        self._config, self.beta, self._version = config, beta, version
+        self.residuals: dict[int, list[float]] = {}
+        """(R - mean R) - beta (D - mean D) of the completions of each group so far, by group id."""
 
     def __call__(
         self, logprobs: torch.Tensor, fixed: _Fixed, rows: Sequence[Row], num_groups: int
@@ -218,6 +235,10 @@ class _Objective:
             sizes = torch.tensor(lengths, device=device)
             totals, reference_totals = totals / sizes, reference_totals / sizes
         loss, stats = gvpo_loss(totals, reference_totals, rewards, ids, self.beta, num_groups, config.residual_clip)
+        residuals = gvpo_weights(totals, reference_totals, rewards, ids, self.beta)[0]
+        stats |= residuals_by_age(residuals, [oldest for row in rows for oldest in row["version_min"]], self._version)
+        for row, own in zip(rows, residuals.split([len(row["rewards"]) for row in rows]), strict=True):
+            self.residuals[row["group_id"]] = own.tolist()
         stats["num_tokens"] = stats["clipped_tokens"] = torch.zeros((), dtype=torch.float64, device=device)
         if config.objective != "gvpo":
             owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)).to(device)
@@ -229,7 +250,24 @@ class _Objective:
 
     def finish(self, sums: dict[str, float]) -> dict[str, Any]:
         clipped = sums["clipped_tokens"] / max(1.0, sums["num_tokens"])
-        return {**finish(sums), **({} if self._config.objective == "gvpo" else {"policy/clipped": clipped})}
+        return {**finish(sums), **finish_by_age(sums), **({} if self._config.objective == "gvpo" else {"policy/clipped": clipped})}
+
+
+AGES = (*map(str, STALENESS_EDGES), "inf", "foreign")
+
+
+def residuals_by_age(residuals: torch.Tensor, version_mins: Sequence[int | None], version: int) -> dict[str, torch.Tensor]:
+    """Sums for `finish_by_age`: squared residuals, and completions, by their staleness (metrics.age_bucket)."""
+    ages = torch.tensor([age_bucket(oldest, version) for oldest in version_mins], dtype=torch.long, device=residuals.device)
+    squares = torch.zeros(len(AGES), dtype=torch.float64, device=residuals.device).index_add(0, ages, residuals.square())
+    counts = torch.bincount(ages, minlength=len(AGES)).double()
+    return {**{f"age_square_{i}": x for i, x in enumerate(squares)}, **{f"age_count_{i}": x for i, x in enumerate(counts)}}
+
+
+def finish_by_age(sums: dict[str, float]) -> dict[str, float]:
+    """gvpo/residual_var/<edge>: mean squared residual of the completions of that staleness, each counted once; only where there are some."""
+    counts = {age: (sums[f"age_square_{i}"], sums[f"age_count_{i}"]) for i, age in enumerate(AGES)}
+    return {f"gvpo/residual_var/{age}": square / count for age, (square, count) in counts.items() if count}
 
 
 def _pulls(
@@ -249,7 +287,8 @@ def _pulls(
     for group in plan.parts:
         tokens = [seen.pop(0) for _ in group]
         rows = [plan.passes[i][0] for i in group]
-        whole = {name: [x for row in rows for x in row[name]] for name in groups.PER_COMPLETION_COLUMNS if rows[0].get(name) is not None}
+        lists = {name: [x for row in rows for x in row[name]] for name in groups.PER_COMPLETION_COLUMNS if rows[0].get(name) is not None}
+        whole = {**rows[0], **lists}
         logprobs = torch.cat(tokens).requires_grad_()
         known = _Fixed(torch.cat([fixed[i].old for i in group]), torch.cat([fixed[i].reference for i in group]))
         loss, stats = objective(logprobs, known, [whole], num_groups)
@@ -345,17 +384,25 @@ def _reference_passes(
 
 
 def _pass_reference_model(policy: Policy, mini_batch: Sequence[dict[str, Any]], max_tokens: int) -> None:
-    """Write the reference model's log-probs into the rows that this rank trains; one that brings them along costs nothing."""
+    """Write the reference model's log-probs into the rows that this rank trains; a completion that brings them along costs nothing."""
     version = policy.reference_version
-    shares = [[row for row in share if set(row.get("reference_versions") or ()) != {version}] for share in _shares(policy, mini_batch)]
+    shares = _shares(policy, mini_batch)
+    asked = [[(row, which) for row in share if (which := _unknown(row, version))] for share in shares]
     sums: list[float] = []
-    for micro in _plan(policy, shares, max_tokens).passes:
+    for micro in _plan(policy, [[groups.only(row, which) for row, which in share] for share in asked], max_tokens).passes:
         tokens = policy.token_logprobs(micro or [_NOTHING], reference=True)
         sums += sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist() if micro else []
-    for row in shares[policy.rank]:
-        m = len(row["rewards"])
-        row["reference_logprobs"], sums = sums[:m], sums[m:]
-        row["reference_versions"] = [version] * m
+    for row, which in asked[policy.rank]:
+        new, sums = dict(zip(which, sums, strict=False)), sums[len(which) :]
+        known = row.get("reference_logprobs") or [None] * len(row["rewards"])
+        row["reference_logprobs"] = [new.get(i, value) for i, value in enumerate(known)]
+        row["reference_versions"] = [version] * len(known)
+
+
+def _unknown(row: Row, version: int) -> list[int]:
+    """Completions of which the reference of this version has said nothing yet."""
+    versions = row.get("reference_versions") or [None] * len(row["rewards"])
+    return [i for i, known in enumerate(versions) if known != version]
 
 
 def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> torch.Tensor:

@@ -8,6 +8,11 @@
     unverifiable/other               no gold answer, or a reward function that failed or gave None
     completions/length_mean          tokens
     completions/truncated            share that reached max_tokens
+    sources/policy, /replay, /offline    share of the completions by where they are from; sources/offline:<name> of each
+    groups/size_histogram/EDGE       share of the groups with so many completions with a reward: from the edge before to this one
+    staleness/histogram/EDGE         share of our own completions by staleness: from the edge before to this one (STALENESS_EDGES, then inf)
+    gvpo/residual_var/EDGE           mean squared residual of the trained completions of that staleness, each counted once (gvpo/residual_var
+                                     weighs groups alike); gvpo/residual_var/foreign: of completions that no version of ours wrote
     staleness/mean, staleness/max    steps between the oldest weights that wrote a completion and the step's start
     tokens/trained                   completion tokens of the trained groups
     loss, gvpo/*, policy/*           losses/gvpo.py, over all mini-batches of the step
@@ -20,6 +25,9 @@
     time/wait_for_groups             of these, seconds the learner had no batch
     time/train, time/publish         of these, passes and updates; gathering and publishing weights
     weights/bytes                    of one version
+    tokens/generated, tokens/generated_per_s    by all engines since the step before, evaluations included
+    pools/<name>/engines, /tokens_per_s, /token_share    running engines of a pool; what they wrote, and their share of what all wrote
+    recoveries/engine, /verifier, /learner, /buffer, /driver    deaths that the run has survived so far (events.jsonl says which and why)
     verifiers/num                    verifier actors
     prompts/quarantined              prompts on which every check hit its limit: not sampled again (quarantine.jsonl)
     eval/<name>/pass@1               share of right completions, mean over the held-out prompts; pass@k beside it where there are k samples
@@ -30,8 +38,10 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +65,8 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
     sizes = [sum(reward is not None for reward in row["rewards"]) for row in rows]
     ages = [version - oldest for row in rows for oldest in row["version_min"] if oldest is not None]
     average = mean(rewards)
+    sources = Counter(source for row in rows for source in row.get("sources") or ())
+    offline = sum(number for source, number in sources.items() if source.startswith("offline:"))
     return {
         "reward/mean": average,
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
@@ -66,7 +78,25 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "completions/truncated": mean([reason == "length" for row in rows for reason in row["finish_reasons"]]),
         "staleness/mean": mean(ages),
         "staleness/max": float(max(ages, default=0)),
+        **_histogram("staleness/histogram", ages),
+        **_histogram("groups/size_histogram", sizes),
+        **{f"sources/{name}": sources[name] / max(1, total) for name in ("policy", "replay", *sorted(set(sources) - {"policy", "replay"}))},
+        "sources/offline": offline / max(1, total),
     }
+
+
+STALENESS_EDGES = (0, 1, 2, 4, 8, 16, 32, 64)
+"""The largest of each bucket; one more is open."""
+
+
+def age_bucket(version_min: int | None, version: int) -> int:
+    """Index of the staleness bucket of a completion; the last, after the open one, is for those that no version of ours wrote."""
+    return len(STALENESS_EDGES) + 1 if version_min is None else bisect.bisect_left(STALENESS_EDGES, version - version_min)
+
+
+def _histogram(name: str, values: Sequence[int]) -> dict[str, float]:
+    counts = Counter(bisect.bisect_left(STALENESS_EDGES, value) for value in values)
+    return {f"{name}/{edge}": counts[i] / max(1, len(values)) for i, edge in enumerate((*STALENESS_EDGES, "inf"))}
 
 
 def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:

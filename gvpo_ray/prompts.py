@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class PromptSet:
         key: str = "prompts",
     ) -> None:
         rows = load_rows(config, {"prompt": config.prompt_column, "answer": config.answer_column}, key)
-        prompt_ids = _tokenise(rows["prompt"].to_pylist(), config, tokenizer, key)
+        prompt_ids = tokenise(rows["prompt"].to_pylist(), config, tokenizer, key)
         lengths = np.array([len(ids) for ids in prompt_ids])
         if not lengths.all():
             raise ConfigError(f"{key}.path: {config.path}: row {int(np.argmin(lengths))}: the prompt has no tokens")
@@ -86,9 +86,7 @@ class PromptSet:
                 zip(keep, rows["prompt"].take(keep).to_pylist(), rows["answer"].take(keep).to_pylist(), strict=True)
             )
         )
-        self._shuffle = config.shuffle
-        self._seed = seed
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = Order(len(self), seed, config.shuffle)
 
     def __len__(self) -> int:
         """Prompts in one epoch."""
@@ -99,9 +97,7 @@ class PromptSet:
 
         Ids count through the epochs: id // N is the epoch, id % N the place in that epoch's order.
         """
-        epoch, place = divmod(group_id, len(self))
-        row = int(self._order(epoch)[place]) if self._shuffle else place
-        return groups.with_columns(self._table.slice(row, 1), group_id=[group_id])
+        return groups.with_columns(self._table.slice(self._order.row(group_id), 1), group_id=[group_id])
 
     def all(self, limit: int | None = None) -> pa.Table:
         """The first `limit` prompts (default: all) in the file's order, group_id 0, 1, 2, …"""
@@ -114,12 +110,25 @@ class PromptSet:
             content.update(json.dumps([prompt, answer]).encode())
         return content.hexdigest()
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """Rows in the order of this epoch, int64[N]. The last two are kept: ids near a border alternate between epochs."""
-        if epoch not in self._orders:
-            self._orders = dict(list(self._orders.items())[-1:])
-            self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(len(self))
-        return self._orders[epoch]
+
+class Order:
+    """Whose turn it is: every epoch has each of `num` rows once, shuffled in an order of its own or as they come."""
+
+    def __init__(self, num: int, seed: int, shuffle: bool) -> None:
+        self._num = num
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def row(self, number: int) -> int:
+        """The row of this number, a pure function of it and the seed. Numbers count through the epochs."""
+        epoch, place = divmod(number, self._num)
+        if not self._shuffle:
+            return place
+        if epoch not in self._epochs:  # the last two are kept: numbers near a border alternate between epochs
+            self._epochs = dict(list(self._epochs.items())[-1:])
+            self._epochs[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._num)
+        return int(self._epochs[epoch][place])
 
 
 def load_rows(config: PromptsConfig, columns: Mapping[str, str], key: str) -> pa.Table:
@@ -136,25 +145,32 @@ def load_rows(config: PromptsConfig, columns: Mapping[str, str], key: str) -> pa
     Raises:
         ConfigError: no such file or data set, not readable, no rows, no such column, or an entry that is not text or a number.
     """
+    data = load_columns(config, columns, key)
+    texts = {
+        name: [as_text(value, f"{key}.path: {config.path}: row {i}: {columns[name]}") for i, value in enumerate(values)]
+        for name, values in data.items()
+    }
+    return pa.table(texts, schema=pa.schema([(name, pa.string()) for name in columns]))
+
+
+def load_columns(config: PromptsConfig, columns: Mapping[str, str], key: str, optional: Collection[str] = ()) -> dict[str, list[Any]]:
+    """As load_rows, with the values as they are. The result lacks the columns of `optional` that the data lacks."""
     data = _read(config, key)
     if not data or not len(next(iter(data.values()))):
         raise ConfigError(f"{key}.path: {config.path} has no rows")
+    columns = {name: column for name, column in columns.items() if column in data or name not in optional}
     for name, column in columns.items():
         if column not in data:
             near = difflib.get_close_matches(column, data, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            # A column that is not the prompts section's own (the solution of a warm start) is named by its role.
-            field = f"{key}.{name}_column" if f"{name}_column" in PromptsConfig.model_fields else f"{key} ({name})"
+            # A column that is not the section's own (the solution of a warm start) is named by its role.
+            field = f"{key}.{name}_column" if f"{name}_column" in type(config).model_fields else f"{key} ({name})"
             raise ConfigError(f"{field}: {config.path} has no column {column!r}; it has {', '.join(data)}{hint}")
-    texts = {}
-    for name, column in columns.items():
-        values = data[column][: config.limit]
-        values = values.to_pylist() if isinstance(values, pa.ChunkedArray) else values
-        texts[name] = [_text(value, f"{key}.path: {config.path}: row {i}: {column}") for i, value in enumerate(values)]
-    return pa.table(texts, schema=pa.schema([(name, pa.string()) for name in columns]))
+    cut = {name: data[column][: config.limit] for name, column in columns.items()}
+    return {name: values.to_pylist() if isinstance(values, pa.ChunkedArray) else values for name, values in cut.items()}
 
 
-def _text(value: Any, where: str) -> str:
+def as_text(value: Any, where: str) -> str:
     """A text or number as text; `where` starts the message of what is neither."""
     if isinstance(value, str):
         try:
@@ -220,11 +236,11 @@ def _read_hub(config: PromptsConfig, key: str) -> Columns:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _tokenise(prompts: list[str], config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[list[int]]:
+def tokenise(prompts: list[str], config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[list[int]]:
     """Template and tokenise; the template decides about special tokens in a chat, the tokenizer elsewhere."""
     if config.template is not None:
         # str.replace: problems are full of braces that str.format would read as fields.
-        return _ids(tokenizer, [config.template.replace("{prompt}", prompt) for prompt in prompts], add_special_tokens=True)
+        return token_ids(tokenizer, [config.template.replace("{prompt}", prompt) for prompt in prompts], add_special_tokens=True)
     if not tokenizer.chat_template:
         raise ConfigError(
             f'{key}.template: required, because the tokenizer has no chat template; for example "Question: {{prompt}}\\nAnswer:"'
@@ -232,10 +248,10 @@ def _tokenise(prompts: list[str], config: PromptsConfig, tokenizer: PreTrainedTo
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
     chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return _ids(tokenizer, texts, add_special_tokens=False)
+    return token_ids(tokenizer, texts, add_special_tokens=False)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
     return ids
 

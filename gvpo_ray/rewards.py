@@ -37,6 +37,9 @@ Score = float | None | tuple[float | None, str]
 RewardFunction = Callable[..., Any]
 """`reward(prompts, completions, **columns) -> one Score per completion`, or a coroutine function; columns are lists of that length."""
 
+Rewards = Mapping[str, RewardFunction]
+"""Reward functions passed as callables, by the name they have in verifiers.rewards."""
+
 MAX_ANSWER_CHARS = 1000
 """No answer is longer; regular expressions below are quadratic at worst."""
 

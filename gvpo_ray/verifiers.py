@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,20 +110,18 @@ class Verifier:
     def score(self, groups: pa.Table) -> pa.Table:
         """Add rewards, reward_parts and reward_reasons to a table with prompts and completions.
 
+        Completions that have a reward (replayed ones, and offline ones of a file with rewards) keep it and are not checked again.
+
         Raises:
             RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
         """
-        names = [name for name in ("prompt", "completions", *COLUMNS) if name in groups.column_names]
+        names = [name for name in ("prompt", "completions", *COLUMNS, *group_tables.REWARD_COLUMNS) if name in groups.column_names]
         rewards, all_parts, all_reasons = [], [], []
-        for row in groups.select(names).to_pylist():
-            completions = row["completions"]
-            # Columns about the prompt hold one entry per group, columns about completions one per completion.
-            columns = {
-                name: row[name] if name in group_tables.COMPLETION_COLUMNS and row[name] is not None else [row[name]] * len(completions)
-                for name in COLUMNS
-                if name in row
-            }
-            checks = self.check([row["prompt"]] * len(completions), completions, columns)
+        for row in group_tables.rows(groups.select(names)):
+            given = _given(row, self._rewards)
+            to_check = [i for i, check in enumerate(given) if check is None]
+            new = iter(self._check_row(row, to_check) if to_check else ())
+            checks = [check or next(new) for check in given]
             rewards.append([check.reward for check in checks])
             all_parts.append([(name, [check.parts[name] for check in checks]) for name in self._rewards])
             all_reasons.append([check.reason for check in checks])
@@ -159,6 +157,18 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_row(self, row: Mapping[str, Any], which: list[int]) -> list[Check]:
+        """Check these completions of one group."""
+        # Columns about the prompt hold one entry per group, columns about completions one per completion.
+        columns = {
+            name: [row[name][i] for i in which]
+            if name in group_tables.COMPLETION_COLUMNS and row[name] is not None
+            else [row[name]] * len(which)
+            for name in COLUMNS
+            if name in row
+        }
+        return self.check([row["prompt"]] * len(which), [row["completions"][i] for i in which], columns)
+
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         reasons = [part.reason for part in parts.values() if part.reason]
         known = [self._rewards[name].weight * part.value for name, part in parts.items() if part.value is not None]
@@ -178,6 +188,16 @@ class Verifier:
                     raise RewardError(f"verifiers.rewards.{name} fails on every row ({self._faults[name]} so far), last on {where}: {part.reason}")
             elif part.value is not None:
                 self._worked.add(name)
+
+
+def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
+    """One entry per completion of a group: the reward that it came with, or None. What it has no part of is null."""
+    none = [None] * len(row["completions"])
+    reasons, parts = row.get("reward_reasons") or none, row.get("reward_parts") or {}
+    return [
+        None if reward is None else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
+        for i, reward in enumerate(row.get("rewards") or none)
+    ]
 
 
 def _load_trusted(name: str, source: Mapping[str, Any]) -> RewardFunction:

@@ -25,7 +25,7 @@ from tiny import make_group, make_model, table
 from gvpo_ray import groups
 from gvpo_ray.__main__ import main
 from gvpo_ray.config import GVPOConfig, check_resources
-from gvpo_ray.controller import open_run_dir
+from gvpo_ray.inputs import open_run_dir
 
 JOBS = Path(__file__).parent.parent / "jobs"
 PROBLEMS = [{"prompt": f"{a} + {b}?", "answer": str(a + b)} for a in range(2) for b in range(3)]

@@ -87,7 +87,7 @@ def test_metrics_of_a_set_by_hand() -> None:
 def test_a_set_may_have_its_own_samples_temperature_and_length(tmp_path: Path) -> None:
     sets = {"easy": {"path": "a"}, "aime": {"path": "b", "num_samples": 32, "temperature": 0.6, "max_completion_tokens": 99}}
     config = _config(tmp_path, sets=sets, num_samples=1, temperature=0)
-    (easy, _), (aime, _) = evaluation_sampling(config, "easy"), evaluation_sampling(config, "aime")
+    easy, aime = evaluation_sampling(config, "easy"), evaluation_sampling(config, "aime")
     assert (easy.num_completions, easy.temperature, easy.max_tokens) == (1, 0, 256)
     assert (aime.num_completions, aime.temperature, aime.max_tokens) == (32, 0.6, 99)
 

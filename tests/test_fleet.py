@@ -16,9 +16,10 @@ import tiny
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from gvpo_ray import controller, groups
+from gvpo_ray import fleet, groups
 from gvpo_ray.config import RayConfig, VerifiersConfig
-from gvpo_ray.controller import Session, VerifierGroup
+from gvpo_ray.controller import Session
+from gvpo_ray.fleet import VerifierGroup
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
     assert [table["group_id"][0].as_py() for table in scored] == list(range(60))
     assert [table["rewards"][0].as_py() for table in scored] == [[float(i % 5), 2.0] for i in range(60)]
     assert len(verifiers.actors) == 3
-    monkeypatch.setattr(controller, "IDLE_S", 0.0)
+    monkeypatch.setattr(fleet, "IDLE_S", 0.0)
     session.call(_score_all(verifiers, tables[:1]))
     session.call(_score_all(verifiers, tables[:1]))
     assert len(verifiers.actors) == 1
@@ -91,9 +92,9 @@ def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: 
 
 def test_a_fleet_starts_while_another_of_the_same_ray_is_still_there(session: Session) -> None:
     """As in a notebook, where a run that was stopped just now may still be going down."""
-    fleets = [VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1), None) for _ in range(2)]
-    for fleet in fleets:
-        (scored,) = session.call(_score_all(fleet, [_sampled(0, ["\\boxed{7}"])]))
+    both = [VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1), None) for _ in range(2)]
+    for verifiers in both:
+        (scored,) = session.call(_score_all(verifiers, [_sampled(0, ["\\boxed{7}"])]))
         assert scored["rewards"][0].as_py() == [1.0]
-    for fleet in fleets:
-        session.call(fleet.close())
+    for verifiers in both:
+        session.call(verifiers.close())

@@ -114,7 +114,8 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
     for end in [*range(0, len(whole), 50), len(whole)]:
         (log / "00000.arrow").write_bytes(whole[:end])
         loaded = groups.load(log)
-        assert list(groups.rows(loaded)) == [row(i, num_completions=2 + i) for i in range(len(loaded))], end
+        nothing = dict.fromkeys(groups.REFERENCE_COLUMNS)
+        assert list(groups.rows(loaded)) == [row(i, num_completions=2 + i) | nothing for i in range(len(loaded))], end
         counts.append(len(loaded))
     assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3, 4}
 
@@ -125,6 +126,16 @@ def test_a_cut_segment_does_not_hide_the_next_one(tmp_path):
     (tmp_path / "00001.arrow").write_bytes(b"")
     write_stream(tmp_path / "00002.arrow", [groups.table([row(2)])])
     assert groups.load(tmp_path).column("group_id").to_pylist() == [0, 2]
+
+
+def test_a_log_that_an_older_version_began_is_read_with_what_came_after(tmp_path):
+    write_stream(tmp_path / "00000.arrow", [groups.table([row(0)])])
+    write_stream(tmp_path / "00001.arrow", [groups.table([ROW])])
+    loaded = groups.load(tmp_path)
+    assert loaded.schema == groups.SCHEMA
+    assert loaded["reference_logprobs"].to_pylist() == [None, ROW["reference_logprobs"]]
+    groups.save(groups.table([row(0)]), tmp_path / "recorded.arrow")  # a single file is as it is
+    assert groups.load(tmp_path / "recorded.arrow").schema.names == list(groups.LOGGED_COLUMNS)
 
 
 def test_a_single_stream_without_its_end_is_read_too(tmp_path):
@@ -319,3 +330,83 @@ def test_a_group_larger_than_a_pass_is_cut_into_parts_that_fit_or_are_one_comple
             tokens = prompt + sum(lengths) if packed else (prompt + max(lengths)) * len(lengths)
             assert tokens <= max_tokens or len(lengths) == 1
     assert len(groups.split_group(row, 1, packed)) == 8 and len(groups.split_group(row, 1000, packed)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ put together
+
+
+def test_the_log_holds_every_column_and_nothing_where_nobody_has_computed_it():
+    assert list(groups.LOG_COLUMNS) == groups.SCHEMA.names
+    bare = groups.table([row(0), row(1)])
+    completed = groups.log_columns(bare)
+    assert completed.schema == groups.SCHEMA and completed.select(bare.schema.names) == bare
+    assert completed["reference_logprobs"].to_pylist() == completed["reference_versions"].to_pylist() == [None, None]
+    whole = groups.table([ROW])
+    assert groups.log_columns(whole).equals(whole)
+    assert groups.log_columns(bare.append_column("colour", [["red", "blue"]])).equals(completed)
+
+
+def test_the_parts_of_a_group_are_joined_in_their_order():
+    prompt = groups.table([{**{name: ROW[name] for name in groups.PROMPT_COLUMNS}, "group_id": 99}])
+    referenced = groups.table([ROW])
+    rewarded = groups.table([row(5, num_completions=1) | {"reward_parts": {"style": [0.75]}, "reward_reasons": ["short"]}])
+    sampled = groups.table([row(6)]).drop_columns(list(groups.REWARD_COLUMNS))
+    joined = groups.join(prompt, rewarded, sampled, referenced)
+    assert joined.schema == groups.SCHEMA
+    (group,) = groups.rows(groups.validate(joined, groups.SCHEMA.names))
+    assert {name: group[name] for name in groups.PROMPT_COLUMNS} == next(groups.rows(prompt))
+    assert group["completions"] == ["text", "text", "text", *ROW["completions"]]
+    assert group["completion_ids"] == [[2] * 4] * 3 + ROW["completion_ids"]
+    assert group["sources"] == ["policy"] * 3 + ROW["sources"]
+    assert group["version_max"] == [0, 0, 0, 3, 4, None]
+    assert group["sampling_logprobs"] == [[-5.0] * 4, [-6.0] * 4, [-6.0] * 4, *ROW["sampling_logprobs"]]
+    assert group["rewards"] == [0.0, None, None, 1.0, 0.0, None]
+    assert group["reward_parts"] == {
+        "style": [0.75, None, None, 0.5, 0.25, 0.125],
+        "math": [None, None, None, 1.0, 0.0, None],
+    }
+    assert group["reward_reasons"] == ["short", None, None, None, None, "timeout"]
+    assert group["reference_logprobs"] == [None, None, None, *ROW["reference_logprobs"]]
+    assert group["reference_versions"] == [None, None, None, 0, 2, None]
+
+
+def test_a_joined_group_has_the_rewards_and_references_that_some_part_has():
+    prompt = groups.table([row(1)]).select(list(groups.PROMPT_COLUMNS))
+    sampled = groups.table([row(6)]).drop_columns(list(groups.REWARD_COLUMNS))
+    assert groups.join(prompt, sampled, sampled).schema.names == [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
+    logged = groups.log_columns(groups.table([row(6)]))  # its references are null: it has none
+    assert groups.join(prompt, sampled, logged).schema.names == list(groups.LOGGED_COLUMNS)
+    nothing = groups.join(prompt)
+    assert nothing["completions"].to_pylist() == nothing["sampling_logprobs"].to_pylist() == [[]]
+    assert groups.join(prompt, nothing, sampled, nothing) == groups.join(prompt, sampled)
+    groups.validate(nothing, [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS])
+
+
+def test_a_group_is_joined_from_its_slice_of_a_larger_table():
+    table = groups.table([row(0)]).append_column("colour", [["red"]])
+    large = pa.concat_tables([groups.log_columns(groups.table([row(i, num_completions=1 + i)])) for i in range(3)])
+    joined = groups.join(table, large.slice(2, 1), large.slice(0, 1))
+    assert joined["sampling_logprobs"].to_pylist() == [[[-2.0] * 4] * 3 + [[0.0] * 4]]
+
+
+def test_some_completions_of_a_group_are_taken_with_all_that_belongs_to_them():
+    taken = groups.take(groups.table([ROW]), [2, 0])
+    assert taken.schema == groups.SCHEMA
+    (group,) = groups.rows(groups.validate(taken, groups.SCHEMA.names))
+    assert group["completion_ids"] == [[3, 3, 3, 1], [4, 7, 1]] and group["sampling_logprobs"] == [None, [-0.5, -0.25, 0.0]]
+    assert group["reward_parts"] == {"math": [None, 1.0], "style": [0.125, 0.5]}
+    assert group["reference_logprobs"] == [-40.123456789012345, -0.75] and group["reference_versions"] == [None, 0]
+    assert group["prompt_ids"] == ROW["prompt_ids"]
+    assert groups.take(groups.log_columns(groups.table([row(1)])), [])["reference_logprobs"].to_pylist() == [None]
+
+
+def test_replayable_are_the_policys_own_completions_with_reward_token_and_log_probs():
+    # rewards 1, 0 and 4 are trained on: mean 5/3; the third is somebody else's, the fourth empty, the fifth without a reward
+    group = row(1, num_completions=5) | {
+        "sources": ["policy", "policy", "replay", "policy", "policy"],
+        "completion_ids": [[2], [2], [2], [], [2]],
+        "rewards": [1.0, 0.0, 4.0, 9.0, None],
+        "version_max": [3, 4, 4, 4, 4],
+    }
+    assert groups.replayable(groups.table([group])) == {0: (3, pytest.approx(-2 / 3)), 1: (4, pytest.approx(-5 / 3))}
+    assert groups.replayable(groups.table([group | {"sampling_logprobs": [None] * 5}])) == {}

@@ -182,8 +182,11 @@ class Recorder:
     def batch(self, step: int) -> Any:
         return table(*mixed_batch(step))
 
-    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None:
-        self.told.append(("referenced", version, logprobs))
+    def learner_started(self, step: int) -> None:
+        self.told.append(("started", step))
+
+    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
+        self.told.append(("learned", version, references, residuals))
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         self.told.append(("published", version, sorted(weights["probe"] or []) if weights else None, metrics is not None))
@@ -202,6 +205,107 @@ def learn_on_ranks(folder: Path) -> dict[str, Any]:
     return {"told": buffer.told, "sent": len(sent), "stepped": stepped, "weights": weights(policy), "checkpoint": latest_checkpoint(folder)}
 
 
+def aged_batch() -> list[dict[str, Any]]:
+    """Of the step from version 7: fresh, stale, mixed and foreign completions, one left out, and a group that cannot be trained on."""
+    return [
+        make_group(1, (1.0, 0.0, 0.5), 7),
+        make_group(2, (0.0, 1.0), 4),
+        make_group(3, (0.25, None, 1.0, 0.0, 0.5), 7, version_min=[0, 0, 6, 7, 3]),
+        make_group(4, (1.0, 1.0, 0.0, 0.0), None),
+        make_group(5, (None, 1.0), 7),
+        make_group(6, (0.0, 0.75), 6, version_min=[6, None], version_max=[6, None]),
+    ]
+
+
+def residuals_by_hand(path: Path, beta: float = 0.1) -> dict[int, list[float | None]]:
+    """(R - mean R) - beta (D - mean D) of aged_batch before any update, with nothing but transformers; `behaviour` reference."""
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), {}
+    for row in aged_batch():
+        kept = [i for i, reward in enumerate(row["rewards"]) if reward is not None]
+        if len(kept) < 2:
+            continue
+        log_ratios, rewards = [], [row["rewards"][i] for i in kept]
+        for i in kept:
+            prompt, ids = row["prompt_ids"], row["completion_ids"][i]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            own = float(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).double().sum())
+            is_own = row["version_min"][i] is None or row["version_min"][i] == row["version_max"][i] == 7
+            log_ratios.append(0.0 if is_own else own - sum(row["sampling_logprobs"][i]))
+        residuals = iter(
+            (reward - sum(rewards) / len(kept)) - beta * (log_ratio - sum(log_ratios) / len(kept))
+            for reward, log_ratio in zip(rewards, log_ratios, strict=True)
+        )
+        found[row["group_id"]] = [None if reward is None else next(residuals) for reward in row["rewards"]]
+    return found
+
+
+class Aged(Recorder):
+    def batch(self, step: int) -> Any:
+        return table(*aged_batch())
+
+
+def told(folder: Path, micro_batch_tokens: int, packing: bool = True) -> dict[str, Any]:
+    given = settings(folder, num_steps=8, micro_batch_tokens=micro_batch_tokens, packing=packing)
+    policy = load(shared_model(folder), given)
+    policy.step, buffer, lines = 7, Aged(8), []
+    learn(
+        policy,
+        buffer,
+        ObjectPublisher(bytes, torch.float32, is_sender=policy.rank == 0),
+        dataclasses.replace(given, reports_residuals=True),
+        lines.append,
+    )
+    return {"learned": [entry[1:] for entry in buffer.told if entry[0] == "learned"], "first": buffer.told[:1], "metrics": lines[0]}
+
+
+def told_of_a_model(folder: Path) -> list[tuple[Any, ...]]:
+    class Fewer(Recorder):
+        """In the second step one group can be trained on: with two ranks one of them has nothing to tell."""
+
+        def batch(self, step: int) -> Any:
+            return table(*(aged_batch() if step == 1 else [make_group(31), make_group(32, (None, 1.0))]))
+
+    given = dataclasses.replace(settings(folder, "initial", num_steps=2, micro_batch_tokens=40), reports_residuals=True)
+    policy, buffer = load(shared_model(folder), given), Fewer(2)
+    learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=policy.rank == 0), given)
+    return buffer.told
+
+
+def replayed_batch(known: dict[int, list[float]]) -> list[dict[str, Any]]:
+    """Every other completion comes again, with what the reference model said of it; one group is wholly known and one has no columns."""
+    rows = [make_group(i, (1.0, 0.0, 0.5, None, 0.25), version=0) for i in range(3)] + [make_group(3, (1.0, 0.0))]
+    for row in rows[:3]:
+        i = row["group_id"]
+        row["reference_logprobs"] = [x if j % 2 == 0 or i == 2 else None for j, x in enumerate(known.get(i, [None] * 5))]
+        row["reference_versions"] = [None if x is None else 0 for x in row["reference_logprobs"]]
+    return rows
+
+
+def asked_of_the_reference(folder: Path, micro_batch_tokens: int) -> dict[str, Any]:
+    """Completions and passes of the reference model on this rank, and the result, of a step in which some come again and of one with none."""
+    given = settings(folder, "initial", num_steps=9, num_mini_batches=2, micro_batch_tokens=micro_batch_tokens)
+    path, result = shared_model(folder), {}
+    start = load(path, given)
+    with torch.no_grad():
+        known = {i: [float(x) for x in start.logprobs([make_group(i, (1.0,) * 5)])] for i in range(3)}
+    for name, brought in (("some", known), ("none", {}), ("some again", known)):
+        policy, asked = load(path, given), []
+        policy.load_reference(path)
+        train_step(policy, [make_group(9), make_group(10)], given)  # away from the reference
+        usual = policy.token_logprobs
+
+        def count(rows: Any, reference: bool = False, usual: Any = usual, asked: list[Any] = asked) -> Any:
+            if reference:
+                asked.append([ids for row in rows for ids in row["completion_ids"] if row["prompt_ids"] != [0]])
+            return usual(rows, reference)
+
+        policy.token_logprobs = count
+        metrics = train_step(policy, replayed_batch(brought), given)
+        result[name] = {"asked": asked, "metrics": metrics, "weights": weights(policy)}
+    return result
+
+
 CASES = {
     f"two steps {backend} {stage} 40": functools.partial(two_steps, backend=backend, zero_stage=stage, micro_batch_tokens=40)
     for backend, stage in BACKENDS
@@ -212,6 +316,10 @@ CASES |= {
 }
 CASES |= {f"few groups {backend} {stage}": functools.partial(few_groups, backend=backend, zero_stage=stage) for backend, stage in BACKENDS}
 CASES |= {"learn": learn_on_ranks}
+CASES |= {f"told {tokens}": functools.partial(told, micro_batch_tokens=tokens) for tokens in (1, 20, 100_000)}
+CASES |= {"told padded": functools.partial(told, micro_batch_tokens=60, packing=False)}
+CASES |= {"told of a model": told_of_a_model}
+CASES |= {f"asked {tokens}": functools.partial(asked_of_the_reference, micro_batch_tokens=tokens) for tokens in (1, 40)}
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +377,7 @@ def test_an_update_whose_gradient_is_not_a_number_is_skipped_and_too_many_in_a_r
 
 def test_all_ranks_learn_and_rank_0_speaks(on_ranks):
     first, second = on_ranks(2, "learn")
-    assert [entry[:2] for entry in first["told"]] == [("published", 0), ("published", 1), ("published", 2), ("saved", 2)]
+    assert [entry[:2] for entry in first["told"]] == [("started", 0), ("published", 0), ("published", 1), ("published", 2), ("saved", 2)]
     assert first["sent"] > 0 and second["told"] == [] and second["sent"] == 0
     assert first["stepped"] == second["stepped"] == [2]
     assert same(first["weights"], second["weights"]) and first["checkpoint"][0] == 2
@@ -471,6 +579,183 @@ def test_a_group_that_is_larger_than_a_pass_costs_one_pass_more_for_each_part(tm
     assert passes == {True: num_parts + 1, False: num_parts}  # a group that fits: one pass
 
 
+# ----------------------------------------------------------------------------------------- what is learned of completions
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", ["told 1", "told 20", "told 100000", "told padded"])
+def test_the_residuals_that_the_buffer_is_told_are_those_redone_by_hand(on_ranks, tmp_path, world_size, case):
+    want = residuals_by_hand(make_model(tmp_path / "model"))
+    results = on_ranks(world_size, case)
+    assert results[0]["first"] == [("started", 7)] and all(result["first"][0][0] == "learned" for result in results[1:])
+    by_rank = []
+    for result in results:
+        ((version, references, residuals),) = result["learned"]  # once, also by a rank without a group
+        assert version == 0 and references == {}
+        by_rank.append(residuals)
+    assert sorted(group_id for residuals in by_rank for group_id in residuals) == sorted(want)  # each by one rank
+    got = {group_id: values for residuals in by_rank for group_id, values in residuals.items()}
+    for group_id, values in want.items():
+        assert got[group_id] == [None if value is None else pytest.approx(value, abs=1e-6) for value in values]
+    assert any(abs(value) > 0.5 for values in want.values() for value in values if value is not None)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_variance_of_residuals_by_staleness_is_the_mean_of_their_squares_on_any_number_of_ranks(on_ranks, tmp_path, world_size):
+    # by (group, completion) of aged_batch, at version 7; what has no reward or is in a group without another one is in none
+    members = {
+        "0": [(1, 0), (1, 1), (1, 2), (3, 3)],
+        "1": [(3, 2), (6, 0)],
+        "4": [(2, 0), (2, 1), (3, 4)],
+        "8": [(3, 0)],
+        "foreign": [(4, 0), (4, 1), (4, 2), (4, 3), (6, 1)],
+    }
+    by_hand = residuals_by_hand(make_model(tmp_path / "model"))
+    want = {f"gvpo/residual_var/{age}": sum(by_hand[g][i] ** 2 for g, i in which) / len(which) for age, which in members.items()}
+    alone = on_ranks(1, "told 1")[0]["metrics"]  # a completion a pass: the same passes on every number of ranks
+    for result in on_ranks(world_size, "told 1"):
+        got = {name: value for name, value in result["metrics"].items() if name.startswith("gvpo/residual_var/")}
+        assert got == pytest.approx(want, rel=1e-5)
+        assert got == pytest.approx({name: alone[name] for name in got}, rel=1e-9)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", ["asked 1", "asked 40"])
+def test_a_completion_that_comes_with_what_the_reference_said_costs_no_pass_of_it(on_ranks, world_size, case):
+    # of groups 0 and 1 the completions 0, 2 and 4 are known (3 has no reward): 1 is asked; of group 2 none; of group 3 both
+    results = on_ranks(world_size, case)
+    first, second, _, whole = replayed_batch({})
+    want = sorted([first["completion_ids"][1], second["completion_ids"][1], *whole["completion_ids"]])
+    assert sorted(ids for result in results for micro in result["some"]["asked"] for ids in micro) == want
+    assert sum(len(micro) for result in results for micro in result["none"]["asked"]) == 14
+    assert len({len(result["some"]["asked"]) for result in results}) == 1  # every rank makes as many passes
+    for result in results:
+        some, none, again = (result[name] for name in ("some", "none", "some again"))
+        assert some["metrics"]["policy/log_ratio_rms"] > 0
+        assert some["metrics"]["loss"] == pytest.approx(none["metrics"]["loss"], rel=1e-6)
+        assert again["metrics"] == some["metrics"] and same(again["weights"], some["weights"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_rank_tells_once_a_step_what_it_and_the_reference_model_know_of_its_own_groups(on_ranks, world_size):
+    results = on_ranks(world_size, "told of a model")
+    assert [entry[0] for entry in results[0]] == ["started", "published", "learned", "published", "learned", "published", "saved"]
+    assert all([entry[0] for entry in told] == ["learned", "learned"] for told in results[1:])
+    first, second = zip(*([entry[1:] for entry in told if entry[0] == "learned"] for told in results), strict=True)
+    alone = [entry[1:] for entry in on_ranks(1, "told of a model")[0] if entry[0] == "learned"]
+    wanted = [{row["group_id"]: row["rewards"] for row in aged_batch() if groups.trainable(row)}, {31: [1.0, 0.0, 0.5]}]
+    for by_rank, want, one in zip((first, second), wanted, alone, strict=True):
+        assert sorted(i for _, _, residuals in by_rank for i in residuals) == sorted(want)  # each group by one rank
+        for version, references, residuals in by_rank:
+            assert version == 0 and references.keys() == residuals.keys()
+            for i in references:
+                assert [x is None for x in references[i]] == [x is None for x in residuals[i]] == [reward is None for reward in want[i]]
+                for got, of_one in ((references[i], one[1][i]), (residuals[i], one[2][i])):
+                    assert got == [None if x is None else pytest.approx(x, rel=1e-6, abs=1e-6) for x in of_one]
+    assert sorted(len(residuals) for _, _, residuals in second) == [0, 1][2 - world_size :]
+    assert alone[1][2][31] != pytest.approx([0.5, -0.5, 0.0], abs=1e-3)  # away from the reference by now
+
+
+def another_reference(folder: Path, **options: Any) -> tuple[Settings, Policy]:
+    """The reference is a model of its own, so that no log-ratio is 0."""
+    given = settings(folder, "initial", num_steps=9, **options)
+    policy = load(make_model(folder / "model"), given)
+    policy.load_reference(make_model(folder / "reference", seed=1))
+    return given, policy
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 20}, {"packing": False, "micro_batch_tokens": 60}], ids=str)
+def test_residuals_against_a_reference_model_by_hand_and_none_where_there_is_no_reward_or_no_token(tmp_path, options):
+    given, policy = another_reference(tmp_path, **options)
+    row = make_group(1, (1.0, None, 0.0, 0.5, 0.25), version=0)
+    row["completion_ids"][3] = row["sampling_logprobs"][3] = []
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval() for name in ("model", "reference")]
+
+    def logprob(model: Any, i: int) -> float:
+        prompt, ids = row["prompt_ids"], row["completion_ids"][i]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).double().sum())
+
+    log_ratios = {i: logprob(models[0], i) - logprob(models[1], i) for i in (0, 2, 4)}
+    mean = sum(log_ratios.values()) / 3
+    want = [(row["rewards"][i] - 1.25 / 3) - 0.1 * (log_ratios[i] - mean) for i in (0, 2, 4)]
+    references = [logprob(models[1], i) for i in (0, 2, 4)]
+    metrics = train_step(policy, [row], given)
+    assert [row["residuals"][i] for i in (0, 2, 4)] == pytest.approx(want, abs=1e-6) and row["residuals"][1] is row["residuals"][3] is None
+    assert [row["reference_logprobs"][i] for i in (0, 2, 4)] == pytest.approx(references, rel=1e-6)
+    assert row["reference_logprobs"][1] is row["reference_logprobs"][3] is None and row["reference_versions"] == [0, None, 0, None, 0]
+    assert metrics["gvpo/residual_var"] == pytest.approx(sum(x * x for x in want) / 2, rel=1e-5)  # 1/(m - 1), in each group
+    assert metrics["gvpo/residual_var/0"] == pytest.approx(sum(x * x for x in want) / 3, rel=1e-5)  # 1/number of completions
+    assert [name for name in metrics if name.startswith("gvpo/residual_var/")] == ["gvpo/residual_var/0"]
+    assert max(abs(0.1 * (x - mean)) for x in log_ratios.values()) > 0.1
+
+
+def tokens_asked_of_the_reference(policy: Policy) -> list[int]:
+    """Filled by the passes to come: lengths of the completions."""
+    asked: list[int] = []
+    usual = policy.token_logprobs
+
+    def count(rows: Any, reference: bool = False) -> Any:
+        asked.extend(len(ids) for row in rows for ids in row["completion_ids"] if reference)
+        return usual(rows, reference)
+
+    policy.token_logprobs = count
+    return asked
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 1}, {"packing": False, "micro_batch_tokens": 60}], ids=str)
+def test_what_an_older_reference_said_is_asked_anew_and_what_the_current_one_said_is_taken(tmp_path, options):
+    losses, asked = {}, {}
+    for name in ("all computed", "older and unknown ones computed", "one that is wrong"):
+        given, policy = another_reference(tmp_path / name, **options)
+        policy.reference_version = 3
+        row, other = make_group(1, (1.0, 0.0, 0.5, 0.25, None), version=0), make_group(2)
+        if name != "all computed":
+            right = [tokens.double().sum().item() for tokens in policy.token_logprobs([row], reference=True)]
+            if name == "one that is wrong":
+                right[0] -= 1
+            row["sources"] = ["replay"] * 4 + ["policy"]
+            row["reference_logprobs"], row["reference_versions"] = [right[0], -7.0, None, right[3], None], [3, 2, None, 3, None]
+        asked[name] = tokens_asked_of_the_reference(policy)
+        losses[name] = train_step(policy, [row, other], given)["loss"]
+        assert row["reference_versions"] == [3, 3, 3, 3, None] and row["reference_logprobs"][1] != -7.0
+    lengths, others = [len(ids) for ids in row["completion_ids"]], [len(ids) for ids in other["completion_ids"]]
+    assert sum(asked["all computed"]) == sum(lengths[:4]) + sum(others)
+    assert sum(asked["older and unknown ones computed"]) == lengths[1] + lengths[2] + sum(others)
+    assert losses["older and unknown ones computed"] == pytest.approx(losses["all computed"], rel=1e-6)
+    assert abs(losses["one that is wrong"] / losses["all computed"] - 1) > 1e-3  # it is taken as it came
+
+
+def test_a_learner_that_comes_back_says_from_which_step(tmp_path):
+    given = settings(tmp_path, num_steps=3, every=2)
+    run_learn(tmp_path, given, make_model(tmp_path / "model"), last_step=3)
+    buffer = Recorder(2)
+    learn(load(tmp_path / "checkpoints" / "step-2", given), buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
+    assert [entry[:2] for entry in buffer.told] == [("started", 2), ("published", 2)]
+
+
+def test_an_update_that_was_skipped_tells_nothing_of_its_groups(tmp_path):
+    given = settings(tmp_path, "initial", num_mini_batches=2, max_skipped_updates=3)
+    policy = load(make_model(tmp_path / "model"), given)
+    policy.load_reference(given.model_path)
+    rows = [make_group(1), make_group(2, (math.inf, 0.0))]
+    train_step(policy, rows, given)
+    assert len(rows[0]["residuals"]) == 3 and rows[1].get("residuals") is None
+
+
+@pytest.mark.parametrize("values", ["absent", None, [None] * 3], ids=str)
+def test_columns_without_a_reference_are_as_none_at_all(tmp_path, values):
+    given = settings(tmp_path, "initial")
+    policy = load(make_model(tmp_path / "model"), given)
+    policy.load_reference(given.model_path)
+    columns = {} if values == "absent" else dict.fromkeys(groups.REFERENCE_COLUMNS, values)
+    row = make_group(1, (1.0, None, 0.0), **columns)
+    assert train_step(policy, [row], given)["policy/log_ratio_rms"] == 0
+    assert [value is None for value in row["reference_logprobs"]] == [False, True, False]
+    assert row["reference_versions"] == [0, None, 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -501,8 +786,11 @@ class SyncBuffer:
     def batch(self, step: int) -> Any:
         return self._now(self.real.batch(step))
 
-    def referenced(self, version: int, logprobs: dict[int, list[float | None]]) -> None:
-        self._now(self.real.referenced(version, logprobs))
+    def learner_started(self, step: int) -> None:
+        self._now(self.real.learner_started(step))
+
+    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
+        self._now(self.real.learned(version, references, residuals))
 
     def published(self, version: int, weights: Any, metrics: Any) -> None:
         self.told.append(("published", version))
@@ -521,6 +809,7 @@ def run_learn(
     buffer, lines = SyncBuffer(folder, last_step, version=policy.step, **options), []
     buffer.fill(10)  # after the first time: all of them are there already
     learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given, lines.append)
+    buffer.real.release()
     return policy, buffer, lines
 
 
@@ -582,7 +871,7 @@ def test_the_same_log_gives_bitwise_the_same_weights_again_and_from_any_checkpoi
 
 def test_learn_tells_the_buffer_what_the_current_reference_model_said_and_nothing_else(tmp_path, policy):
     class Attached(Recorder):
-        """Another rank's group comes with what an older reference model said of it."""
+        """A group comes with what an older reference model said of it."""
 
         def batch(self, step: int) -> Any:
             rows = [make_group(1, version=None), make_group(2, version=None)]
@@ -591,11 +880,11 @@ def test_learn_tells_the_buffer_what_the_current_reference_model_said_and_nothin
             return groups.with_columns(both, reference_logprobs=old, reference_versions=[None, [0] * 3 if step > 1 else None])
 
     buffer = Attached(2)
-    given = settings(tmp_path, "every: 1", num_steps=2)
+    given = dataclasses.replace(settings(tmp_path, "every: 1", num_steps=2), reports_residuals=True)
     learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
-    told = [entry[1:] for entry in buffer.told if entry[0] == "referenced"]
-    assert [(version, sorted(values)) for version, values in told] == [(0, [1, 2]), (1, [1, 2])]
-    assert told[1][1][2] != [-7.0] * 3  # asked anew: it is this rank's group
+    told = [entry[1:] for entry in buffer.told if entry[0] == "learned"]
+    assert [(version, sorted(references), sorted(residuals)) for version, references, residuals in told] == [(0, [1, 2], [1, 2]), (1, [1, 2], [1, 2])]
+    assert -7.0 not in told[1][1][2]  # asked anew
 
 
 def test_learn_ends_when_the_run_is_closed_while_it_waits_for_a_batch(tmp_path, policy):
@@ -605,7 +894,7 @@ def test_learn_ends_when_the_run_is_closed_while_it_waits_for_a_batch(tmp_path, 
 
     buffer = Closed(5)
     learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), settings(tmp_path))
-    assert policy.step == 0 and [entry[:2] for entry in buffer.told] == [("published", 0)]
+    assert policy.step == 0 and [entry[:2] for entry in buffer.told] == [("started", 0), ("published", 0)]
 
 
 def test_learn_refuses_a_table_that_is_not_one_of_groups(tmp_path, policy):

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.config import EnginesConfig, LearnerConfig, LoraConfig, ModelConfig, SamplingConfig
+from gvpo_ray.config import LearnerConfig, LoraConfig, ModelConfig, PoolConfig, SamplingConfig
 from gvpo_ray.engines import Engine
 from gvpo_ray.policy import Policy
 from gvpo_ray.weights import ObjectPublisher, WeightMismatch
@@ -86,7 +86,7 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         model = ModelConfig(path=str(folder), lora=LoraConfig(rank=RANK, alpha=ALPHA))
-        self.engine = Engine(model, EnginesConfig(kv_cache_gib=1, num_threads=1), seed=0)
+        self.engine = Engine(model, PoolConfig(kv_cache_gib=1, num_threads=1), "objects", seed=0)
         self.runner = asyncio.Runner()
         self.runner.run(self.engine.start())
         self._version = 0
@@ -166,7 +166,7 @@ def test_completions_in_flight_go_on_with_the_new_adapter(running: Running, fold
         assert not completions.done()
         return await completions, await engine.generate(prompt, SamplingConfig(num_completions=2, max_tokens=2))
 
-    over, after = (next(iter(groups.rows(table))) for table in running.runner.run(swap_while_it_samples()))
+    over, after = (next(iter(groups.rows(table))) for table, _ in running.runner.run(swap_while_it_samples()))
     running._version += 1
     start = len(PROBE[0]) - 1
     for ids, sampled in zip(over["completion_ids"], over["sampling_logprobs"], strict=True):

@@ -5,18 +5,26 @@ import math
 
 import pytest
 
-from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, batch_metrics, beta_hint, evaluation_metrics, mean
+from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, age_bucket, batch_metrics, beta_hint, evaluation_metrics, mean
 
 BATCH = [
     {
         "rewards": [1.0, 0.0, None],
         "completion_ids": [[4, 5, 1], [4], [4, 5, 6, 7]],
         "finish_reasons": ["stop", "stop", "length"],
+        "sources": ["policy", "replay", "offline:people"],
         "version_min": [7, 5, None],
         "reward_reasons": [None, "math: no answer found in the completion", "timeout: math took more than 10 s"],
     },
-    {"rewards": [0.5, None], "completion_ids": [[4, 1], [4, 1]], "finish_reasons": ["stop", "length"], "version_min": [6, 6]},
+    {
+        "rewards": [0.5, None],
+        "completion_ids": [[4, 1], [4, 1]],
+        "finish_reasons": ["stop", "length"],
+        "version_min": [6, 6],
+        "sources": ["policy", "offline:a:b"],
+    },
 ]
+EDGES = ("0", "1", "2", "4", "8", "16", "32", "64", "inf")
 
 
 def test_batch_metrics_by_hand():
@@ -36,17 +44,45 @@ def test_batch_metrics_by_hand():
             "completions/truncated": 2 / 5,
             "staleness/mean": 1.0,
             "staleness/max": 2.0,
+            **dict.fromkeys((f"staleness/histogram/{edge}" for edge in EDGES), 0),
+            "staleness/histogram/0": 1 / 4,
+            "staleness/histogram/1": 2 / 4,
+            "staleness/histogram/2": 1 / 4,
+            **dict.fromkeys((f"groups/size_histogram/{edge}" for edge in EDGES), 0),
+            "groups/size_histogram/1": 1 / 2,
+            "groups/size_histogram/2": 1 / 2,
+            "sources/policy": 2 / 5,
+            "sources/replay": 1 / 5,
+            "sources/offline": 2 / 5,
+            "sources/offline:people": 1 / 5,
+            "sources/offline:a:b": 1 / 5,
         }
     )
 
 
+def test_a_bucket_ends_with_its_edge_and_the_last_has_no_end():
+    ages = [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 1000, None]
+    metrics = batch_metrics([{**BATCH[0], "version_min": [None if age is None else 2000 - age for age in ages]}], version=2000)
+    counts = {edge: round(15 * metrics[f"staleness/histogram/{edge}"], 9) for edge in EDGES}
+    assert counts == {"0": 1, "1": 1, "2": 1, "4": 2, "8": 2, "16": 2, "32": 2, "64": 2, "inf": 2}
+    assert [age_bucket(oldest, 2000) for oldest in (2001, 2000, 1997, 0, None)] == [0, 0, 3, 8, 9]  # the last: by no version of ours
+    sizes = [0, 3, 5, 64, 65]
+    rows = [{**BATCH[1], "rewards": [1.0] * size} for size in sizes]
+    metrics = batch_metrics(rows, version=6)
+    shares = {edge: metrics[f"groups/size_histogram/{edge}"] for edge in EDGES if metrics[f"groups/size_histogram/{edge}"]}
+    assert shares == {"0": 0.2, "4": 0.2, "8": 0.2, "64": 0.2, "inf": 0.2}
+
+
 def test_batch_metrics_of_foreign_and_unverifiable_data_and_of_nothing_are_numbers():
-    row = {"rewards": [None], "completion_ids": [[1]], "finish_reasons": ["stop"], "version_min": [None]}
+    row = {"rewards": [None], "completion_ids": [[1]], "finish_reasons": ["stop"], "version_min": [None], "sources": ["offline:people"]}
     for rows in ([row], []):
         metrics = batch_metrics(rows, version=3)
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["reward/mean"] == metrics["staleness/mean"] == metrics["staleness/max"] == 0
-    assert batch_metrics([row], version=3)["completions/unverifiable"] == 1
+        assert {metrics[f"staleness/histogram/{edge}"] for edge in EDGES} == {0}
+    assert batch_metrics([row], version=3)["completions/unverifiable"] == batch_metrics([row], version=3)["sources/offline"] == 1
+    nothing = batch_metrics([], version=3)
+    assert nothing["sources/policy"] == nothing["sources/replay"] == nothing["sources/offline"] == 0
 
 
 def test_evaluation_is_the_mean_over_prompts_and_an_unverifiable_completion_is_wrong():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -23,7 +24,9 @@ import tiny
 import yaml
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
+from gvpo_ray.bench import chaos
 from gvpo_ray.buffer import GroupLog
+from gvpo_ray.ring import EventLog
 from gvpo_ray.warm_start import warm_start
 
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
@@ -115,77 +118,99 @@ class Command:
         return self.wait()
 
     def left_behind(self) -> list[str]:
-        """What it started and did not end, after a while for those that notice by themselves."""
-        for _ in range(240):
-            left = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get("GVPO_TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                        left.append(" ".join(process.cmdline())[:100])
-                except psutil.Error:
-                    continue
-            if not left:
-                return []
-            time.sleep(0.5)
-        return left
+        return left_behind(self.mark)
+
+
+def left_behind(mark: str) -> list[str]:
+    """What carries the mark and has not ended, after a while for those that notice by themselves."""
+    for _ in range(240):
+        left = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("GVPO_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(" ".join(process.cmdline())[:100])
+            except psutil.Error:
+                continue
+        if not left:
+            return []
+        time.sleep(0.5)
+    return left
 
 
 @pytest.fixture(scope="module")
-def interrupted_run(config_file: Path) -> dict[str, Any]:
-    """The run, interrupted once, killed five times at random moments, and then left to finish."""
-    rng = random.Random(7)
+def killed_run(config_file: Path) -> dict[str, Any]:
+    """One run: interrupted, killed while it starts, and then left to finish while one process of each kind is killed, the driver too."""
     run_dir = config_file.parent / "run"
-    facts: dict[str, Any] = {"run_dir": run_dir, "logs": [], "left": [], "outputs": []}
-    for number in (signal.SIGINT, *(signal.SIGKILL,) * 5):
+    facts: dict[str, Any] = {"run_dir": run_dir, "logs": [], "left": []}
+    for number, seconds in ((signal.SIGINT, 0.5), (signal.SIGKILL, 15.0)):
         command = Command("train", str(config_file))
-        steps = rng.choice([0, 1, 2, 3]) if number == signal.SIGKILL else 2
-        command.wait_for_steps(steps)
-        time.sleep(rng.uniform(5, 40) if steps == 0 else rng.uniform(0, 1))  # any moment: of the start, or of a step
+        command.wait_for_steps(2 if number == signal.SIGINT else 0)
+        time.sleep(seconds)
         status = command.end(number)
         if number == signal.SIGINT:
             facts["interrupt"] = (status, command.output)
         facts["left"] += command.left_behind()
-        facts["outputs"].append(command.output)
         facts["logs"].append(list(GroupLog(run_dir / "groups").group_ids))
-    last = Command("train", str(config_file))
-    facts["status"], facts["output"] = last.wait(), last.output
-    facts["left"] += last.left_behind()
+    mark = os.environ["GVPO_TEST_MARK"] = uuid.uuid4().hex
+    try:
+        facts["outcome"] = chaos.run(str(config_file), [], run_dir, num_kills=len(chaos.KINDS), seed=1)
+    finally:
+        del os.environ["GVPO_TEST_MARK"]
+    facts["left"] += left_behind(mark)
     return facts
 
 
-def test_ctrl_c_ends_a_run_cleanly_and_says_that_it_can_be_resumed(interrupted_run: dict[str, Any]) -> None:
-    status, output = interrupted_run["interrupt"]
+def test_ctrl_c_ends_a_run_cleanly_and_says_that_it_can_be_resumed(killed_run: dict[str, Any]) -> None:
+    status, output = killed_run["interrupt"]
     assert status == 130, output
     assert "the same command resumes the run" in output
     assert "Traceback" not in output
 
 
-def test_a_killed_run_is_finished_by_the_same_command_and_says_what_it_resumed_from(interrupted_run: dict[str, Any]) -> None:
-    assert interrupted_run["status"] == 0, interrupted_run["output"]
-    assert "resuming" in interrupted_run["output"]
-    assert f"step {NUM_STEPS}/{NUM_STEPS}" in interrupted_run["output"]
+def test_a_run_survives_the_death_of_a_process_of_each_kind_and_every_group_is_trained_exactly_once(killed_run: dict[str, Any]) -> None:
+    outcome: chaos.Outcome = killed_run["outcome"]
+    assert outcome.problems == []
+    assert {kill.kind for kill in outcome.kills if kill.at} == set(chaos.KINDS)
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in outcome.output
+    assert "resuming" in outcome.output  # after the driver's death, from the same command
 
 
-def test_nothing_that_a_run_started_outlives_it(interrupted_run: dict[str, Any]) -> None:
-    assert interrupted_run["left"] == []
+def test_every_recovery_is_a_line_an_event_and_a_number(killed_run: dict[str, Any]) -> None:
+    events = EventLog(killed_run["run_dir"] / "events.jsonl")
+    counts = events.counts()
+    # At least: an engine that is killed while another is being replaced makes one more, and a learner's worker may fall with its controller.
+    assert counts["engine"] >= 2 and counts["driver"] == 2 and counts["buffer"] == 1 and counts["verifier"] >= 1 and counts["learner"] >= 1
+    lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "loss" in line)
+    assert {who: last[f"recoveries/{who}"] for who in counts} == counts
+    assert killed_run["outcome"].output.count("recovery at step") >= sum(counts.values()) - 1  # the first was of the process before
 
 
-def test_no_finished_group_is_lost_and_none_is_there_twice(interrupted_run: dict[str, Any]) -> None:
-    final = GroupLog(interrupted_run["run_dir"] / "groups").group_ids
-    for earlier in interrupted_run["logs"]:
+def test_a_run_says_what_it_last_did_and_its_report_marks_the_recoveries(killed_run: dict[str, Any]) -> None:
+    status = Command("status", str(killed_run["run_dir"]))
+    assert status.wait() == 0
+    assert f"driver: step {NUM_STEPS} of {NUM_STEPS}, complete" in status.output and "recoveries so far: " in status.output
+    report = Command("report", str(killed_run["run_dir"]))
+    assert report.wait() == 0, report.output
+    page = (killed_run["run_dir"] / "report.html").read_text()
+    for event in EventLog(killed_run["run_dir"] / "events.jsonl").entries:
+        assert html.escape(event["why"]) in page
+    assert "<script" not in page
+
+
+def test_nothing_that_a_run_started_outlives_it(killed_run: dict[str, Any]) -> None:
+    assert killed_run["left"] == []
+
+
+def test_no_finished_group_is_lost_and_none_is_there_twice(killed_run: dict[str, Any]) -> None:
+    final = GroupLog(killed_run["run_dir"] / "groups").group_ids
+    for earlier in killed_run["logs"]:
         assert final[: len(earlier)] == earlier
     assert sorted(final) == list(range(NUM_STEPS * GROUPS_PER_STEP))
 
 
-def test_every_group_is_trained_exactly_once(interrupted_run: dict[str, Any]) -> None:
-    assigned = GroupLog(interrupted_run["run_dir"] / "groups").assigned
-    assert sorted(assigned) == list(range(1, NUM_STEPS + 1))
-    rows = [row for step in sorted(assigned) for row in range(*assigned[step])]
-    assert rows == list(range(NUM_STEPS * GROUPS_PER_STEP))
-
-
-def test_metrics_hold_each_step_once_with_the_names_of_the_contract(interrupted_run: dict[str, Any]) -> None:
-    lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+def test_metrics_hold_each_step_once_with_the_names_of_the_contract(killed_run: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == list(range(1, NUM_STEPS + 1))
     names = {"reward/mean", "loss", "policy/kl_ref", "gvpo/residual_var", "grad_norm", "staleness/mean", "groups/size_mean",
@@ -194,50 +219,44 @@ def test_metrics_hold_each_step_once_with_the_names_of_the_contract(interrupted_
     assert [line["step"] for line in lines if "eval/test/pass@1" in line] == [0, 20, 40]
 
 
-def test_the_policy_learns(interrupted_run: dict[str, Any]) -> None:
-    lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+def test_the_policy_learns(killed_run: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward/mean"] for line in lines if "loss" in line]
     # A step's mean is that of 16 prompts and so swings by 0.07; of ten steps by 0.02. They gain some 0.3.
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1, rewards
 
 
-def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: Path, interrupted_run: dict[str, Any]) -> None:
-    run_dir, replay = interrupted_run["run_dir"], config_file.parent / "replay"
-    command = Command("learn", str(config_file), "--groups", str(run_dir / "groups"), f"run_dir={replay}")
-    assert command.wait() == 0, command.output
-    last = f"checkpoints/step-{NUM_STEPS}"
-    files = [str(path.relative_to(run_dir / last)) for path in (run_dir / last).rglob("*.safetensors")]
-    assert len(files) >= 2  # the model and the optimizer
-    for name in files:
-        assert (replay / last / name).read_bytes() == (run_dir / last / name).read_bytes(), name
+def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: Path, killed_run: dict[str, Any]) -> None:
+    config = GVPOConfig.from_file(config_file)
+    assert chaos.replays_bit_for_bit(str(config_file), [], killed_run["outcome"], config, config_file.parent / "replay") == []
 
 
-def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(config_file: Path, interrupted_run: dict[str, Any]) -> None:
+def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(config_file: Path, killed_run: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     command = Command("train", str(config_file))
     assert command.wait() == 0
     assert "complete" in command.output
-    folder = interrupted_run["run_dir"] / "checkpoints" / f"step-{NUM_STEPS}"
+    folder = killed_run["run_dir"] / "checkpoints" / f"step-{NUM_STEPS}"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = AutoModelForCausalLM.from_pretrained(folder).generate(**tokenizer("22=", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert r"\boxed{" in tokenizer.decode(ids[0])
 
 
 def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_its_interval(
-    config_file: Path, interrupted_run: dict[str, Any]
+    config_file: Path, killed_run: dict[str, Any]
 ) -> None:
     out = config_file.parent / "evaluation"
-    command = Command("evaluate", str(config_file), "--checkpoint", str(interrupted_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
+    command = Command("evaluate", str(config_file), "--checkpoint", str(killed_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
     assert command.wait() == 0, command.output
     result = json.loads((out / "eval.json").read_text())["sets"]["test"]
-    lines = [json.loads(line) for line in (interrupted_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     own = next(line for line in reversed(lines) if "eval/test/pass@1" in line)
     # Ours has 8 samples of each of the 18 prompts, training's own has one: its interval holds the truth, give or take.
     margin = 2.5 * own["eval/test/stderr"] + 0.05
     assert abs(result["pass@1"]["value"] - own["eval/test/pass@1"]) <= margin
     assert result["num_prompts"] == 18 and pq.read_table(out / "generations.parquet").num_rows == 18 * 8
-    again = Command("evaluate", str(config_file), "--checkpoint", str(interrupted_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
+    again = Command("evaluate", str(config_file), "--checkpoint", str(killed_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
     assert again.wait() == 0 and "evaluating" not in again.output  # everything is there: no actor starts
 
 
@@ -248,7 +267,7 @@ def starts_with_a_digit(prompts: list[str], completions: list[str], **columns: A
 def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died(config_file: Path) -> None:
     run_dir = config_file.parent / "python"
     overrides = {"run_dir": str(run_dir), "num_steps": 4, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0,
-                 "evaluation.every": 0, "checkpoint.every": 100}  # fmt: skip
+                 "evaluation.every": 0, "checkpoint.every": 100, "engines.max_restarts_per_hour": 0}  # fmt: skip
     with GVPOConfig.from_file(config_file, overrides).build(reward=starts_with_a_digit) as algo:
         assert algo.train()["step"] == 1
         assert algo.save() == run_dir / "checkpoints" / "step-1"
@@ -261,7 +280,7 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
         algo.evaluate()  # the engine is up: step 2 may have come from the log alone
         (core,) = tiny.descendants("VLLM::EngineCore")
         os.kill(core, signal.SIGKILL)
-        with pytest.raises(RunError, match="EngineDeadError"):
+        with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
             algo.evaluate()
 
 
@@ -315,3 +334,51 @@ def test_rollout_and_learn_run_each_half_alone_on_a_recorded_file(config_file: P
     learning = Command("learn", str(config_file), "--groups", str(out), f"run_dir={run_dir}", "learner.zero_stage=3")
     assert learning.wait() == 0, learning.output
     assert (run_dir / "checkpoints" / "step-2" / "model.safetensors").is_file()
+
+
+def test_two_pools_of_different_precision_replay_and_an_offline_source_train_together(config_file: Path) -> None:
+    folder = config_file.parent
+    right = [{"prompt": f"{a}=", "completion": rf"\boxed{{{a // 10}}}", "answer": str(a // 10)} for a in range(10, 100)]
+    (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
+    overrides = {
+        "run_dir": str(folder / "mixed"), "num_steps": 14, "evaluation.every": 0, "learner.num_workers": 1, "prompts.limit": 40,
+        "engines.num_cpus": 0.5, "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
+        "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}}, "replay.share": 0.125,
+    }  # fmt: skip
+    with GVPOConfig.from_file(config_file, overrides).build() as algo:
+        lines = [algo.train() for _ in range(14)]
+    rows = list(groups.rows(groups.load(folder / "mixed" / "groups")))
+    assert all(row["sources"].count("offline:people") == 1 and len(row["sources"]) == 8 for row in rows)
+    for row in rows:
+        at = row["sources"].index("offline:people")
+        assert row["completions"][at] == rf"\boxed{{{row['answer']}}}" and row["rewards"][at] == 1.0  # verified: it came without a reward
+        assert row["version_min"][at] is None and row["sampling_logprobs"][at] is None
+    written = [(row["prompt"], ids, p) for row in rows for ids, p, of in zip(*(row[x] for x in ("completion_ids", "sampling_logprobs", "sources")),
+               strict=True) if of == "policy"]  # fmt: skip
+    replayed = [(row["prompt"], ids, p) for row in rows for ids, p, of in zip(*(row[x] for x in ("completion_ids", "sampling_logprobs", "sources")),
+                strict=True) if of == "replay"]  # fmt: skip
+    assert len(replayed) > 50 and all(copy in written for copy in replayed)  # of the rounds after the first through the 40 prompts
+    assert lines[-1]["sources/offline:people"] == 0.125 and lines[-1]["sources/replay"] > 0
+    for pool in ("full", "half"):
+        assert sum(line[f"pools/{pool}/token_share"] for line in lines) > 0.5
+    assert all(line["weights/parity_mean"] < 0.1 for line in lines if "weights/parity_mean" in line)
+
+
+def test_a_run_on_offline_sources_alone_needs_no_engine(config_file: Path) -> None:
+    folder = config_file.parent
+    rng = random.Random(0)
+    graded = [(a, rng.randrange(1, 10)) for a in range(10, 100) for _ in range(4)]
+    rows = [{"prompt": f"{a}=", "completion": rf"\boxed{{{x}}}", "score": float(x == a // 10)} for a, x in graded]
+    (folder / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load(config_file.read_text())
+    del config["prompts"], config["evaluation"], config["warm_start"]
+    source = {"path": str(folder / "graded.jsonl"), "reward_column": "score", "group_share": 1.0, "template": "{prompt}"}
+    config |= {"run_dir": str(folder / "offline"), "num_steps": 4, "engines": {"num": 0}, "sources": {"graded": source}}
+    (folder / "offline.yaml").write_text(yaml.safe_dump(config))
+    command = Command("train", str(folder / "offline.yaml"))
+    assert command.wait() == 0, command.output
+    log = list(groups.rows(groups.load(folder / "offline" / "groups")))
+    assert len(log) == 4 * GROUPS_PER_STEP and {source for row in log for source in row["sources"]} == {"offline:graded"}
+    known = {(row["prompt"], row["completion"]): row["score"] for row in rows}
+    assert all(known[row["prompt"], text] == reward for row in log for text, reward in zip(row["completions"], row["rewards"], strict=True))
+    assert (folder / "offline" / "checkpoints" / "step-4" / "model.safetensors").is_file()

@@ -492,3 +492,43 @@ def test_a_coroutine_function_is_a_reward_function() -> None:
         return [float(len(completions[0]))]
 
     assert _rewards(_score_with(waits, ["a", "bb"])) == [1.0, 2.0]
+
+
+def test_completions_that_have_a_reward_keep_it_and_only_the_others_are_checked() -> None:
+    def seen(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
+        import json
+
+        return [(0.5, json.dumps([prompts, completions, columns["finish_reasons"], columns["group_id"]]))] * len(completions)
+
+    more = {
+        "finish_reasons": ["stop", "length", "stop", "length"],
+        "rewards": [2.0, None, 0.0, None],
+        "reward_parts": {"math": [1.0, None, 0.0, 1.0], "gone": [1.0, None, 1.0, 1.0]},
+        "reward_reasons": ["as it was", "timeout: math took more than 1 s", None, None],
+    }
+    config = VerifiersConfig(rewards={"math": {"trusted": True}, "new": {"trusted": True}})
+    with Verifier(config, {"math": seen, "new": seen}) as verifier:
+        scored = verifier.score(_group("85", ["a", "b", "c", "d"], **more))
+    # b and d alone, by both: 0.5 + 0.5 = 1
+    assert _rewards(scored) == [2.0, 1.0, 0.0, 1.0]
+    assert next(groups.rows(scored))["reward_parts"] == {"math": [1.0, 0.5, 0.0, 0.5], "new": [None, 0.5, None, 0.5]}
+    call = json.dumps([["What?", "What?"], ["b", "d"], ["length", "length"], [7, 7]])
+    assert _reasons(scored) == ["as it was", f"{call}; {call}", None, f"{call}; {call}"]
+
+
+def test_a_group_that_has_all_of_its_rewards_goes_to_no_reward_function(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def fails(prompts, completions, **columns): raise AssertionError\n")
+    name = f"{tmp_path}/mine.py:fails"
+    offline = _group("85", ["a", "b"], rewards=[0.25, 1.0])
+    for config in (VerifiersConfig(rewards={name: {"trusted": True}}), VerifiersConfig(rewards={name: 1.0})):
+        with Verifier(config) as verifier:
+            scored = verifier.score(offline)
+            assert _rewards(verifier.score(_group("85", ["a", "b"], rewards=[None, 1.0]))) == [None, 1.0]
+        groups.validate(scored, groups.REWARD_COLUMNS)
+        assert _rewards(scored) == [0.25, 1.0] and _reasons(scored) == [None, None]
+        assert next(groups.rows(scored))["reward_parts"] == {name: [None, None]}
+
+
+def test_a_row_of_several_whose_rewards_are_null_is_checked_like_any_other(verifier: Verifier) -> None:
+    two = pa.concat_tables([_group("1", ["\\boxed{1}", "none"], rewards=rewards) for rewards in (None, [0.5, None])])
+    assert verifier.score(two)["rewards"].to_pylist() == [[1.0, 0.0], [0.5, 0.0]]

@@ -1,0 +1,230 @@
+"""`gvpo-ray bench chaos CONFIG`: one real run whose processes are killed, each kind of them, at random moments fixed by a seed.
+
+The run is the command `gvpo-ray train CONFIG` in a process of its own, started again whenever it is the driver that is killed. At the end the
+log has to hold every group once, every step has to have trained its own, and learning from that log without any engine and undisturbed has to
+end in the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from gvpo_ray.buffer import GroupLog
+from gvpo_ray.config import GVPOConfig
+
+TITLES = {
+    "engine": "ray::_EngineActor",
+    "engine core": "VLLM::EngineCore",
+    "verifier": "ray::_VerifierActor",
+    "buffer": "ray::_BufferActor",
+    "learner worker": "ray::RayTrainWorker",
+    "learner controller": "ray::TrainController",
+}
+"""How the processes of each kind are called; the driver is the command itself."""
+
+KINDS = (*TITLES, "driver")
+
+
+@dataclass
+class Kill:
+    kind: str
+    step: int
+    """Steps trained when it was due."""
+    seconds: float
+    """After that step."""
+    at: float = 0.0
+    """When it was done; 0: the run was over before."""
+    until_step: float = 0.0
+    """Seconds from it to the end of the next step."""
+
+
+@dataclass
+class Outcome:
+    kills: list[Kill]
+    status: int
+    output: str
+    run_dir: Path
+    seconds: float
+    problems: list[str] = field(default_factory=list)
+
+
+def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
+    """Kinds in turn, each round in a new order; steps at random, none of the last tenth: there must be something left to recover for."""
+    rng = random.Random(seed)
+    kinds: list[str] = []
+    while len(kinds) < num_kills:
+        kinds += rng.sample(KINDS, len(KINDS))
+    last = max(1, round(0.9 * num_steps))
+    # One kill per stretch of the run, so that they do not all meet the same start.
+    steps = [round((i + rng.random()) * last / num_kills) for i in range(num_kills)]
+    return [Kill(kind, step, rng.uniform(0, 3)) for kind, step in zip(kinds, steps, strict=False)]
+
+
+def descendants(pid: int, title: str) -> list[int]:
+    """Processes below `pid` whose title begins so."""
+    found = []
+    try:
+        for process in psutil.Process(pid).children(recursive=True):
+            try:
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append(process.pid)
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        pass
+    return sorted(found)
+
+
+class Command:
+    """`gvpo-ray …` as a process, whose output is read as it comes."""
+
+    def __init__(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gvpo_ray", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        self._on_line = on_line
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._on_line(line)
+
+    def wait(self) -> int:
+        status = self.process.wait()
+        self._thread.join(timeout=30)
+        return status
+
+
+def run(config_file: str, overrides: Sequence[str], run_dir: Path, num_kills: int, seed: int, say: Callable[[str], None] = print) -> Outcome:
+    """Train under fire, and check what came of it."""
+    config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={run_dir}"])
+    kills, rng = schedule(num_kills, config.num_steps, seed), random.Random(seed + 1)
+    lines: list[str] = []
+    steps: list[tuple[float, int]] = [(time.time(), 0)]
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if line.startswith("step "):
+            steps.append((time.time(), int(line[5:].split("/")[0])))
+        if line.startswith(("step ", "recovery", "watchdog", "resuming", "error")):
+            say(line.rstrip())
+
+    began = time.time()
+    arguments = ["train", config_file, *overrides, f"run_dir={run_dir}"]
+    command = Command(arguments, on_line)
+    for kill in kills:
+        if not _wait(lambda kill=kill: max(step for _, step in steps) >= kill.step, command):
+            break
+        time.sleep(kill.seconds)
+        while command.process.poll() is None:
+            found = [command.process.pid] if kill.kind == "driver" else descendants(command.process.pid, TITLES[kill.kind])
+            if found:
+                break
+            time.sleep(0.2)  # one that was killed just now is not back yet
+        if command.process.poll() is not None:
+            break
+        victim, kill.at = rng.choice(found), time.time()
+        say(f"chaos: kill -9 {kill.kind} ({victim}) after step {steps[-1][1]}")
+        os.kill(victim, signal.SIGKILL)
+        if kill.kind == "driver":
+            command.wait()
+            command = Command(arguments, on_line)
+    status = command.wait()
+    for kill in kills:
+        kill.until_step = next((at - kill.at for at, _ in steps if at > kill.at), 0.0) if kill.at else 0.0
+    outcome = Outcome(kills, status, "".join(lines), run_dir, time.time() - began)
+    outcome.problems = list(problems(outcome, config))
+    return outcome
+
+
+def _wait(condition: Callable[[], bool], command: Command) -> bool:
+    """Whether it came to hold while the command ran."""
+    while not condition():
+        if command.process.poll() is not None:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
+    """What should not be."""
+    found = []
+    if outcome.status != 0:
+        return [f"the command ended with status {outcome.status}: {outcome.output[-2000:]}"]
+    log = GroupLog(outcome.run_dir / "groups")
+    if twice := [group_id for group_id, number in Counter(log.group_ids).items() if number > 1]:
+        found.append(f"groups that are in the log twice: {twice[:10]}")
+    rows = [row for step in sorted(log.assigned) for row in range(*log.assigned[step])]
+    if sorted(log.assigned) != list(range(1, config.num_steps + 1)) or rows != list(range(config.num_steps * config.groups_per_step)):
+        found.append(f"not every step has trained its own groups: {log.assigned}")
+    lines = [json.loads(line) for line in (outcome.run_dir / "metrics.jsonl").read_text().splitlines()]
+    if [line["step"] for line in lines if "loss" in line] != list(range(1, config.num_steps + 1)):
+        found.append("metrics.jsonl does not hold each step once")
+    return found
+
+
+def replays_bit_for_bit(config_file: str, overrides: Sequence[str], outcome: Outcome, config: GVPOConfig, folder: Path) -> list[str]:
+    """Learn from the run's log in another folder; the files of the last checkpoint that differ."""
+    arguments = ["learn", config_file, "--groups", str(outcome.run_dir / "groups"), *overrides, f"run_dir={folder}"]
+    output: list[str] = []
+    if (status := Command(arguments, output.append).wait()) != 0:
+        return [f"learn ended with status {status}: {''.join(output)[-2000:]}"]
+    last = f"checkpoints/step-{config.num_steps}"
+    files = sorted(str(path.relative_to(outcome.run_dir / last)) for path in (outcome.run_dir / last).rglob("*.safetensors"))
+    assert len(files) >= 2  # the model and the optimizer
+    return [name for name in files if (folder / last / name).read_bytes() != (outcome.run_dir / last / name).read_bytes()]
+
+
+def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) -> int:
+    """Returns how many things went wrong."""
+    with tempfile.TemporaryDirectory(prefix="gvpo_chaos_") as folder:
+        config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={folder}/run"])
+        outcome = run(config_file, overrides, Path(folder) / "run", num_kills, seed)
+        different = [] if outcome.problems else replays_bit_for_bit(config_file, overrides, outcome, config, Path(folder) / "replay")
+        table = Table(title=f"bench chaos: seed {seed}, {config.num_steps} steps in {outcome.seconds / 60:.1f} min", title_justify="left")
+        for column in ("killed", "after step", "next step ended after"):
+            table.add_column(column, justify="left" if column == "killed" else "right")
+        for kill in outcome.kills:
+            table.add_row(kill.kind, str(kill.step), f"{kill.until_step:.1f} s" if kill.at else "the run was over")
+        console = Console(highlight=False)
+        console.print(table)
+        lines = _lines(outcome.run_dir / "metrics.jsonl")
+        evaluations = {name: [line[name] for line in lines if name in line] for line in lines for name in line if name.endswith("/pass@1")}
+        for name, values in evaluations.items():
+            print(f"{name}: {values[0]:.3f} → {values[-1]:.3f}")
+        trained = [line for line in lines if "loss" in line]
+        if trained:
+            counts = {key.split("/")[1]: value for key, value in trained[-1].items() if key.startswith("recoveries/")}
+            print("recoveries: " + ", ".join(f"{who} {number:.0f}" for who, number in counts.items()))
+        for text in outcome.problems:
+            print(f"WRONG: {text}")
+        if different:
+            print(f"WRONG: learning from the log gives other weights: {different}")
+        elif not outcome.problems:
+            print("every group is in the log once, every step has trained its own, and learning from the log gives the same weights bit for bit")
+        return len(outcome.problems) + len(different)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,219 @@
+"""`gvpo-ray bench scale`: the ring with everything real but the models, from 1 to 256 engines on one machine.
+
+Fake engines (real Ray actors; random tokens, the latency of a heavy-tailed number of them), real verifiers with a reward that costs
+nothing, the real buffer with its log, and a learner that sleeps. What is measured is the driver and the ring, not a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from gvpo_ray import groups
+from gvpo_ray.config import EnginesConfig, PoolConfig, RayConfig, ReplayConfig, RewardConfig, SamplingConfig, VerifiersConfig
+from gvpo_ray.engines import FakeEngine
+from gvpo_ray.fleet import Buffer, EngineGroup, LearnersBuffer, MakeEngine, Remote, RunError, VerifierGroup, actor_name, cause_of
+
+SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
+
+
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text) % 2) for text in completions]
+
+
+class _Learner:
+    """Takes every batch, sleeps, and publishes nothing as new weights."""
+
+    def __init__(self, buffer: Any, num_steps: int, step_s: float) -> None:
+        self._buffer, self._num_steps = LearnersBuffer(buffer), num_steps
+        self.pace(step_s)
+
+    def pace(self, step_s: float) -> None:
+        """Seconds of a step from now on; what `waited` tells begins anew."""
+        self._step_s, self._waited, self._began = step_s, 0.0, time.perf_counter()
+
+    def waited(self) -> float:
+        """Share of the time since `pace` that it had no batch."""
+        return self._waited / (time.perf_counter() - self._began)
+
+    def run(self) -> None:
+        self._buffer.published(0, {"probe": None}, None)
+        for step in range(1, self._num_steps + 1):
+            asked = time.perf_counter()
+            if self._buffer.batch(step) is None:
+                return
+            self._waited += time.perf_counter() - max(asked, self._began)
+            time.sleep(self._step_s)
+            self._buffer.published(step, {"probe": None}, {})
+
+
+class Prompts:
+    """`num` prompts again and again; 2^40 of them are as good as endless."""
+
+    def __init__(self, num: int = 1 << 40) -> None:
+        self._num = num
+
+    def __len__(self) -> int:
+        return self._num
+
+    def group(self, group_id: int) -> pa.Table:
+        prompt = f"prompt {group_id % self._num}"
+        row = {"group_id": group_id, "prompt": prompt, "answer": "7", "dataset": "fake", "prompt_ids": [1, 2, 3, 4, 5, 6, 7, 8]}
+        return groups.table([row])
+
+
+class FakeRun:
+    """The ring of a run without a model. Tests of failures use it too.
+
+    Args:
+        make: engines other than FakeEngine (`maker`).
+        num_prompts: after which they come again.
+        reward: `module:function` or `path.py:function`.
+        address: of the cluster to join.
+    """
+
+    def __init__(
+        self, folder: Path, engines: EnginesConfig, *, groups_per_step: int, num_steps: int, step_s: float = 0.0, max_staleness: int | None = None,
+        sampling: SamplingConfig = SAMPLING, make: MakeEngine | None = None, num_verifiers: int = 2, watchdog_s: float = 300.0,
+        replay: ReplayConfig | None = None, num_prompts: int = 1 << 40, reward: str = f"{__name__}:reward", address: str | None = None,
+    ) -> None:  # fmt: skip
+        # Here and not above: these import torch, and this file is imported by every fake engine.
+        from gvpo_ray.buffer import Quarantine
+        from gvpo_ray.controller import Session
+        from gvpo_ray.inputs import Inputs
+        from gvpo_ray.ring import EventLog, Ring
+        from gvpo_ray.sources import Mixture
+
+        self.said: list[str] = []
+        self.session = Session(RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address))
+        self.events = EventLog(folder / "events.jsonl")
+        replay = replay or ReplayConfig()
+        self.buffer = Buffer(self._for_a_new_buffer, self._note, folder / "groups", groups_per_step, num_steps, max_staleness, 0, replay, 0)
+        rewards = {"reward": RewardConfig(function=reward, trusted=True)}
+        verifiers = VerifierGroup(VerifiersConfig(num=num_verifiers, num_cpus=0.1, rewards=rewards), None, self._note)
+        self.engines = EngineGroup(
+            engines, sampling.num_completions, make or maker(), lambda version: self.buffer.call("weights", version), self._note
+        )
+        inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, Mixture({}), {})  # type: ignore[arg-type]
+        self.ring = Ring(
+            inputs, self.engines, verifiers, self.buffer, Quarantine(folder / "quarantine.jsonl"), sampling, replay, watchdog_s, folder,
+            lambda: {"step": 0, "num_steps": num_steps, "doing": "training", "recoveries": {}}, self._note, self.said.append,
+        )  # fmt: skip
+        self.session.spawn(self.ring.run(), self._fail)
+        learner = ray.remote(_Learner).options(num_cpus=0.1, name=actor_name("learner"), max_concurrency=2)
+        self.learner = learner.remote(self.buffer.actor, num_steps, step_s)
+        self.done = self.learner.run.remote()
+
+    def _note(self, who: str, name: str, why: str) -> None:
+        self.events.add(0, who, name, why)
+
+    def _for_a_new_buffer(self) -> tuple[list[int], int, bool, str | None]:
+        return list(self.ring.running), 0, False, None
+
+    async def _fail(self, error: BaseException) -> None:
+        await self.buffer.call("close", cause_of(error))
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = self.session.call(self.ring.status())
+        return status
+
+    def num_finished(self) -> int:
+        return int(self.session.call(self.buffer.call("status"))["num_finished"])
+
+    def check(self) -> None:
+        """Raises what has gone wrong meanwhile, as a run's end does."""
+        if self.session.cause is not None:
+            raise RunError(cause_of(self.session.cause)) from self.session.cause
+
+    def close(self) -> None:
+        self.session.stop()
+
+
+def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
+    """Makes FakeEngines, or what is derived from them, with the arguments in pool.vllm."""
+
+    class Actor(Remote, engine):  # type: ignore[misc,valid-type]
+        pass
+
+    Actor.__name__ = f"_{engine.__name__}Actor"
+
+    def make(name: str, pool: PoolConfig, number: int) -> Any:
+        options = {"name": actor_name(f"{name}-{number}"), "num_cpus": pool.num_cpus, "resources": pool.resources, "max_concurrency": 10_000}
+        return ray.remote(Actor).options(**options).remote(seed=number, **pool.vllm)
+
+    return make
+
+
+def main(sizes: list[int], seconds: float) -> None:
+    title = f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions} in flight per engine, {os.cpu_count()} CPUs"
+    table = Table(title=title, title_justify="left")
+    for column in ("engines", "groups/s", "driver CPU per group", "learner waits at 1/1.2 of that", "a dead engine: noticed", "replaced", "busy"):
+        table.add_column(column, justify="right")
+    for size in sizes:
+        row = measure(size, seconds)
+        table.add_row(
+            str(size), f"{row['rate']:,.0f}", f"{1000 * row['cpu']:.2f} ms", f"{100 * row['waited']:.1f} %",
+            *(f"{row[name]:.2f} s" for name in ("noticed", "replaced", "busy")),
+        )  # fmt: skip
+        print(f"{size} engines: {row['rate']:,.0f} groups/s", flush=True)
+    Console(highlight=False, width=140).print(table)
+    print("noticed: since the kill -9 of its process; replaced: since then, until a new one runs; busy: since then, until it has its first group")
+
+
+MAX_GROUPS, GROUPS_PER_STEP = 16, 64
+LATENCY = {"seconds_per_token": 0.01, "median_tokens": 40.0, "sigma": 1.0}
+
+
+def measure(size: int, seconds: float) -> dict[str, float]:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory(prefix="gvpo_scale_") as folder:
+        config = EnginesConfig(num=size, num_cpus=0.1, max_groups=MAX_GROUPS, vllm=LATENCY)
+        run = FakeRun(Path(folder), config, groups_per_step=GROUPS_PER_STEP, num_steps=1 << 30)
+        try:
+            while any(seat.state != "running" for seat in run.engines.seats):
+                run.check()
+                time.sleep(0.2)
+            time.sleep(5)
+            rate, cpu = _rate(run, seconds)
+            ray.get(run.learner.pace.remote(GROUPS_PER_STEP * 1.2 / rate))
+            time.sleep(seconds)
+            waited = ray.get(run.learner.waited.remote())
+            return {"rate": rate, "cpu": cpu, "waited": waited, **_kill_one(run)}
+        finally:
+            run.close()
+
+
+def _rate(run: FakeRun, seconds: float) -> tuple[float, float]:
+    """Groups per second that reach the log, and the driver's CPU seconds for each."""
+    me = psutil.Process()
+    before, cpu, began = run.num_finished(), sum(me.cpu_times()[:2]), time.perf_counter()
+    time.sleep(seconds)
+    groups_done, wall = run.num_finished() - before, time.perf_counter() - began
+    return groups_done / wall, (sum(me.cpu_times()[:2]) - cpu) / groups_done
+
+
+def _kill_one(run: FakeRun) -> dict[str, float]:
+    seat = run.engines.seats[0]
+    killed = time.perf_counter()
+    os.kill(seat.status["pid"], signal.SIGKILL)
+    times = {}
+    for name, reached in (
+        ("noticed", lambda: seat.state != "running"),
+        ("replaced", lambda: seat.state == "running"),
+        ("busy", lambda: bool(seat.in_flight)),
+    ):
+        while not reached():
+            run.check()
+            time.sleep(0.005)
+        times[name] = time.perf_counter() - killed
+    return times
