@@ -1,0 +1,420 @@
+"""Processes of the ring are killed, stopped and told to go, and nodes leave, under real Ray actors with engines that are fake: what is
+finished is kept, each group is logged once, and each step trains its own groups.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+import ray
+import tiny
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+from gvpo_ray import fleet, groups
+from gvpo_ray.bench.scale import FakeRun, maker
+from gvpo_ray.buffer import GroupLog
+from gvpo_ray.config import EnginesConfig, ReplayConfig, SamplingConfig
+from gvpo_ray.engines import BaseEngine, FakeEngine
+from gvpo_ray.fleet import RunError
+from gvpo_ray.status import read_status, status_lines
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that engines need not import this file, and torch with it
+
+K = 8
+SLOW = {"seconds_per_token": 0.01, "median_tokens": 100.0, "sigma": 1.0}
+"""A completion of 1 s in a group of, mostly, 3 to 4 s: what is finished first waits for the others."""
+
+QUICK = {"seconds_per_token": 0.01, "median_tokens": 30.0, "sigma": 0.2}
+
+
+class Signed(FakeEngine):
+    """Its completions say which process has written them."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._texts = [f"pid {os.getpid()}"] * 10
+
+
+class Mute(Signed):
+    """The first one writes no token, and says so; those that come after it do."""
+
+    def __init__(self, mark: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._is_mute = not os.path.exists(mark)
+        if self._is_mute:
+            open(mark, "w").close()
+            self._seconds_per_token = 1e6
+
+    async def status(self) -> dict[str, Any]:
+        return await (BaseEngine if self._is_mute else FakeEngine).status(self)
+
+
+class Recording(FakeEngine):
+    """Appends the lengths of what it has sampled to a file of its own."""
+
+    def __init__(self, folder: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._folder = folder
+
+    async def generate(self, group: pa.Table, *arguments: Any) -> tuple[pa.Table, int]:
+        table, missing = await super().generate(group, *arguments)
+        with open(f"{self._folder}/{os.getpid()}", "a") as file:
+            file.writelines(f"{len(ids)}\n" for ids in table["completion_ids"][0].as_py())
+        return table, missing
+
+
+class Broken(FakeEngine):
+    """Does not start, and keeps count."""
+
+    def __init__(self, error: str, file: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._error, self._file = error, file
+
+    async def start(self) -> dict[str, Any]:
+        with open(self._file, "a") as file:
+            file.write("x")
+        raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[self._error]("no such model: tiny")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = tempfile.mkdtemp(prefix="gvpo", dir="/tmp")  # short, because sockets are in it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)  # Cluster notes its address there, for whoever asks for any Ray of this machine
+        patch.delenv("RAY_ADDRESS", raising=False)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False, "object_store_memory": 400 << 20})
+        yield cluster
+        cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+Start = Callable[..., FakeRun]
+
+
+@pytest.fixture
+def start(cluster: Cluster, tmp_path: Path) -> Iterator[Start]:
+    """Starts a run in tmp_path; the test's end ends it."""
+    runs: list[FakeRun] = []
+
+    def start(engines: dict[str, Any], engine: type[FakeEngine] = FakeEngine, max_tokens: int = 400, **arguments: Any) -> FakeRun:
+        sampling = SamplingConfig(num_completions=K, max_tokens=max_tokens)
+        config = EnginesConfig.model_validate({"num_cpus": 0.1, "max_groups": 8, **engines})
+        defaults = {"make": maker(engine), "sampling": sampling, "num_verifiers": 1, "groups_per_step": 4, "address": cluster.address}
+        runs.append(FakeRun(tmp_path, config, **{**defaults, **arguments}))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
+
+
+def until(run: FakeRun, condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """What the condition says once that is true."""
+    end = time.monotonic() + seconds
+    while not (answer := condition()):
+        run.check()
+        assert time.monotonic() < end, "\n".join(status_lines(run.status()))
+        time.sleep(0.02)
+    return answer
+
+
+def seat_of(run: FakeRun, name: str) -> Any:
+    (seat,) = [seat for seat in run.engines.seats if seat.name == name]
+    return seat
+
+
+def is_new(seat: Any, pid: int) -> bool:
+    """Whether the seat is filled again."""
+    return seat.state == "running" and seat.status.get("pid", pid) != pid
+
+
+def recoveries(run: FakeRun) -> list[tuple[str, str, str]]:
+    return [(entry["who"], entry["name"], entry["why"]) for entry in run.events.entries]
+
+
+def finish(run: FakeRun, folder: Path, num_steps: int, groups_per_step: int = 4) -> list[dict[str, Any]]:
+    """The log's rows at the end of the run: each group is there once, and each step has its own, one after the other."""
+    until(run, lambda: ray.wait([run.done], timeout=0)[0])
+    ray.get(run.done)
+    run.check()
+    rows = list(groups.rows(groups.load(folder / "groups")))
+    assert sorted(row["group_id"] for row in rows) == list(range(num_steps * groups_per_step))
+    assert all(len(row[name]) == K for row in rows for name in ("completions", "completion_ids", "rewards"))
+    assigned = [json.loads(line) for line in (folder / "groups" / "assignments.jsonl").read_text().splitlines()]
+    begins = range(0, num_steps * groups_per_step, groups_per_step)
+    assert assigned == [{"step": step, "begin": begin, "end": begin + groups_per_step} for step, begin in enumerate(begins, 1)]
+    return rows
+
+
+def writers(row: dict[str, Any]) -> set[int]:
+    """Processes that have written a group."""
+    return {int(text.split()[1]) for text in row["completions"]}
+
+
+def is_there(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+# --- engines -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_finish_them(start: Start, tmp_path: Path) -> None:
+    run = start({"num": 2, "vllm": SLOW}, Signed, num_steps=8)
+    seat = seat_of(run, "engines-0")
+    until(run, lambda: sum(bool(group.kept) for group in list(seat.in_flight.values())) >= 2)
+    pid = seat.status["pid"]
+    kept = {group_id: list(group.kept) for group_id, group in list(seat.in_flight.items())}
+    os.kill(pid, signal.SIGKILL)
+    until(run, lambda: is_new(seat, pid))
+    assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
+    rows = {row["group_id"]: row for row in finish(run, tmp_path, 8)}
+    assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
+    handed_over = {
+        group_id: [ids for table in map(ray.get, refs) for row in groups.rows(table) if row["group_id"] == group_id for ids in row["completion_ids"]]
+        for group_id, refs in kept.items()
+    }
+    assert sum(bool(completions) for completions in handed_over.values()) >= 2
+    for group_id, completions in handed_over.items():
+        row = rows[group_id]
+        assert Counter(row["completions"])[f"pid {pid}"] >= len(completions)
+        assert all(ids in row["completion_ids"] for ids in completions)
+        assert writers(row) - {pid}, "it was not finished when its engine died"
+        assert bool(completions) <= (len(writers(row)) >= 2)
+    assert seat.status["pid"] in {writer for row in rows.values() for writer in writers(row)}  # the new one works
+
+
+def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(start: Start, tmp_path: Path) -> None:
+    make, make_mute = maker(Signed), maker(Mute)
+    run = start(
+        {"hang_s": 5.0, "max_restarts_per_hour": 1000, "vllm": QUICK, "pools": {"stopped": {}, "mute": {"vllm": {**QUICK, "mark": f"{tmp_path}/m"}}}},
+        num_steps=40, make=lambda name, pool, number: (make_mute if name == "mute" else make)(name, pool, number),
+    )  # fmt: skip
+    seats = stopped, mute = seat_of(run, "stopped-0"), seat_of(run, "mute-0")
+    until(run, lambda: stopped.in_flight and mute.in_flight and stopped.status and mute.status)
+    pids = [seat.status["pid"] for seat in seats]
+    os.kill(pids[0], signal.SIGSTOP)  # from now on nothing moves
+    until(run, lambda: is_new(stopped, pids[0]) and is_new(mute, pids[1]))
+    successors = {seat.status["pid"] for seat in seats}
+    why = {name: text for _, name, text in reversed(recoveries(run))}  # the first of each
+    assert why["stopped-0"] == "Hang: no answer for 5 s"
+    assert re.fullmatch(r"Hang: no token for \d+ s with \d+ completions in flight", why["mute-0"])
+    written = {writer for row in finish(run, tmp_path, 40) for writer in writers(row)}
+    assert successors <= written and pids[1] not in written
+    until(run, lambda: not any(map(is_there, pids)))  # they hold no GPU any more
+
+
+def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new(start: Start, tmp_path: Path) -> None:
+    run = start({"num": 2, "vllm": {**SLOW, "drain_s": 100.0}}, Signed, max_tokens=200, num_steps=16)
+    seat = seat_of(run, "engines-0")
+    until(run, lambda: len(seat.in_flight) == 8 and seat.status)
+    pid, had = seat.status["pid"], set(seat.in_flight)
+    os.kill(pid, signal.SIGTERM)
+    until(run, lambda: seat.state == "leaving")
+    begun = max(run.ring.running)
+    until(run, lambda: is_new(seat, pid))
+    assert [(who, name) for who, name, _ in recoveries(run)] == [("engine", "engines-0")]
+    assert recoveries(run)[0][2].startswith("left: ")
+    rows = {row["group_id"]: row for row in finish(run, tmp_path, 16)}
+    assert all(writers(rows[group_id]) == {pid} for group_id in had)
+    assert not any(pid in writers(row) for group_id, row in rows.items() if group_id > begun)
+    assert any(seat.status["pid"] in writers(row) for row in rows.values())
+
+
+def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_when_another_node_joins(
+    start: Start, cluster: Cluster, tmp_path: Path
+) -> None:
+    def join() -> Any:
+        return cluster.add_node(num_cpus=0, resources={"spot": 1})
+
+    def waits() -> bool:
+        lines = status_lines(run.status())
+        return seat.state == "wanted" and "no engine is running: the run waits for the first that comes back" in lines
+
+    node = join()
+    run = start({"num_cpus": 0, "resources": {"spot": 1}, "vllm": SLOW}, Signed, num_steps=6)
+    seat = seat_of(run, "engines-0")
+    until(run, lambda: seat.in_flight and seat.status)
+    pids, node_id = [seat.status["pid"]], seat.node
+    accepted, why_not = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", int(1000 * (time.time() + 7))
+    )
+    assert accepted, why_not
+    until(run, waits)
+    assert recoveries(run) == [("engine", "engines-0", f"left: node {node_id[:8]} is about to go")]
+    cluster.remove_node(node)
+    node = join()
+    # One table may be what the first engine was cut off at; the next is what the second has finished.
+    until(run, lambda: is_new(seat, pids[0]) and any(len(group.kept) >= 2 for group in list(seat.in_flight.values())))
+    assert seat.node != node_id
+    pids.append(seat.status["pid"])
+    cluster.remove_node(node)  # without a word
+    until(run, waits)
+    assert recoveries(run)[1:] == [("engine", "engines-0", "its process or its node died")]
+    assert run.num_finished() < 24
+    node = join()
+    written = {writer for row in finish(run, tmp_path, 6) for writer in writers(row)}
+    assert written == {*pids, seat.status["pid"]} and len(written) == 3
+    run.close()
+    cluster.remove_node(node)
+
+
+def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: Start, tmp_path: Path) -> None:
+    run = start({"max_restarts_per_hour": 1, "vllm": SLOW}, num_steps=1000)
+    seat, pid = seat_of(run, "engines-0"), 0
+    for _ in range(2):
+        until(run, lambda pid=pid: is_new(seat, pid))
+        pid = seat.status["pid"]
+        os.kill(pid, signal.SIGKILL)
+    cause = r"engines of pool engines died 2 times within an hour \(max_restarts_per_hour: 1\), last: its process or its node died"
+    with pytest.raises(RunError, match=cause):
+        until(run, lambda: False)
+    assert ray.get(run.done, timeout=60) is None  # the learner was told
+    assert re.search(cause, run.session.call(run.buffer.call("status"))["error"])
+
+
+@pytest.mark.parametrize(("error", "num_tries"), [("ValueError", 1), ("RuntimeError", fleet.MAX_FAILED_STARTS)])
+def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
+    start: Start, tmp_path: Path, error: str, num_tries: int
+) -> None:
+    run = start({"vllm": {"error": error, "file": f"{tmp_path}/starts"}}, Broken, num_steps=1)
+    with pytest.raises(RunError, match=f"^{error}: no such model: tiny$"):
+        until(run, lambda: False)
+    assert (tmp_path / "starts").read_text() == "x" * num_tries
+    assert recoveries(run) == [("engine", "engines-0", f"{error}: no such model: tiny")] * (num_tries if error == "RuntimeError" else 0)
+
+
+# --- the buffer ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_buffer_that_is_killed_loses_no_group_and_no_step_and_repeats_none(start: Start, tmp_path: Path) -> None:
+    run = start({"num": 2, "vllm": QUICK}, num_steps=30, max_staleness=2)
+    for number in (1, 2):
+        until(run, lambda number=number: run.num_finished() > 30 * number and run.ring.running)
+        (pid,) = tiny.descendants("ray::_BufferActor")
+        os.kill(pid, signal.SIGKILL)
+        until(run, lambda number=number: len(recoveries(run)) == number)
+    num_tokens = sum(len(ids) for row in finish(run, tmp_path, 30) for ids in row["completion_ids"])
+    until(run, lambda: sum(seat.num_tokens for seat in run.engines.seats) >= num_tokens)
+    assert sum(seat.num_tokens for seat in run.engines.seats) == num_tokens  # what was in flight was not begun again
+    assert [(who, name) for who, name, _ in recoveries(run)] == [("buffer", "buffer")] * 2
+    assert all("it is rebuilt from its log" in why for _, _, why in recoveries(run))
+    assert run.status()["buffer"]["num_finished"] == 120 and not run.ring.running
+
+
+def test_a_buffer_does_not_grow_with_the_groups_that_wait_for_a_slow_learner(start: Start, tmp_path: Path) -> None:
+    run = start({"vllm": {"seconds_per_token": 1e-5}}, num_steps=1 << 30, max_tokens=8000)
+    folder, mib = tmp_path / "groups", 1 << 20
+
+    def logged() -> int:
+        return sum(segment.stat().st_size for segment in folder.glob("*.arrow"))
+
+    def rate() -> float:
+        before, began = run.num_finished(), time.monotonic()
+        until(run, lambda: run.num_finished() >= before + 40)
+        return (run.num_finished() - before) / (time.monotonic() - began)
+
+    until(run, lambda: len(GroupLog(folder).assigned) >= 2 if folder.exists() else False)
+    ray.get(run.learner.pace.remote(4 * 10 / rate()))
+    (pid,) = tiny.descendants("ray::_BufferActor")
+    bytes_before, memory_before, steps_before = logged(), psutil.Process(pid).memory_full_info().uss, len(GroupLog(folder).assigned)
+    until(run, lambda: logged() > bytes_before + 40 * mib)
+    status = run.status()["buffer"]
+    assert psutil.Process(pid).memory_full_info().uss < memory_before + 10 * mib
+    assert status["num_waiting"] > 0.5 * (status["num_finished"] - 4 * steps_before)  # the learner is behind indeed
+    run.close()
+    shutil.rmtree(folder)
+
+
+# --- what is slow, or does not come --------------------------------------------------------------------------------------
+
+
+def test_long_completions_are_all_trained_on_while_a_pool_without_a_place_stays_wanted(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "lengths").mkdir()
+    tail = {"seconds_per_token": 0.0005, "median_tokens": 50.0, "sigma": 1.5, "folder": f"{tmp_path}/lengths"}
+    pools = {"here": {"num": 2}, "nowhere": {"resources": {"no node has this": 1}}}
+    run = start({"vllm": tail, "pools": pools}, Recording, num_steps=30, groups_per_step=10, max_staleness=2, max_tokens=4000)
+    rows = finish(run, tmp_path, 30, 10)
+    lengths = sorted(len(ids) for row in rows for ids in row["completion_ids"])
+    sampled = sorted(int(line) for file in (tmp_path / "lengths").iterdir() for line in file.read_text().splitlines())
+    assert lengths == sampled and len(lengths) == 300 * K
+    assert lengths[-1] > 20 * lengths[len(lengths) // 2]  # there is a tail
+    assert [row["group_id"] for row in rows] != list(range(300))  # overtaken, not left out
+    until(run, lambda: sum(seat.num_tokens for seat in run.engines.seats) == sum(lengths))
+    nowhere = seat_of(run, "nowhere-0")
+    assert nowhere.state == "wanted" and not nowhere.num_tokens and not recoveries(run)
+    lines = status_lines(run.status())
+    assert "engines of nowhere: 1 wanted; 0 groups in flight" in lines and "engines of here: 2 running; 0 groups in flight" in lines
+    assert any(line.startswith("  nowhere-0: wanted {'CPU': 0.1, 'no node has this': 1.0}, since ") for line in lines)
+
+
+def test_the_watchdog_and_the_status_command_say_who_waits_for_whom(start: Start, tmp_path: Path) -> None:
+    began = time.time()
+    run = start({"max_groups": 3, "vllm": {"seconds_per_token": 1e6}}, num_steps=9, watchdog_s=2.0, replay=ReplayConfig(share=0.5))
+    seat = seat_of(run, "engines-0")
+    until(run, lambda: seat.state == "running" and len(seat.in_flight) == 3)
+    before = len(run.said)
+    until(run, lambda: len(run.said) >= before + 3)
+    assert len(run.said) <= (time.time() - began) / 2.0
+    lines = run.said[-1].splitlines()
+    assert re.fullmatch(r"watchdog: no group has finished for \d+ s and no step has ended for \d+ s", lines[0])
+    stages = [
+        "driver: step 0 of 9, training",
+        r"learner: waits for groups: step 1 has 0 of 4, since .* ago",
+        "buffer: version 0, 0 groups finished, 0 of them wait for the learner, 3 on their way; the dial is open",
+        "engines of engines: 1 running; 3 groups in flight",
+        "verifiers: verifier-0 has 0 groups",
+        r"oldest group on its way: 0, begun .* ago, now at engines-0: 'prompt 0'",
+        "free resources: CPU .*",
+    ]
+    for said, stage in zip(lines[1:], stages, strict=True):
+        assert re.fullmatch(f"  {stage}", said)
+    (tmp_path / "config.yaml").write_text("")
+    head, *written = read_status(tmp_path)
+    assert str(tmp_path) in head
+    for line, stage in zip(written, stages, strict=True):
+        assert re.fullmatch(stage, line)
+
+
+# --- replay --------------------------------------------------------------------------------------------------------------
+
+
+def test_half_of_a_later_groups_completions_are_logged_ones_of_its_prompt_with_their_rewards(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "count.py").write_text(
+        "import itertools\nnumber = itertools.count()\n"
+        "def reward(prompts, completions, **columns):\n    return [float(next(number)) for _ in prompts]\n"
+    )
+    run = start(
+        {"num": 2, "vllm": {"seconds_per_token": 0.001}}, max_tokens=100, num_steps=8, max_staleness=0, num_prompts=4,
+        replay=ReplayConfig(share=0.5, policy="uniform"), reward=f"{tmp_path}/count.py:reward",
+    )  # fmt: skip
+    rows = sorted(finish(run, tmp_path, 8), key=lambda row: row["group_id"])
+    new: dict[float, tuple[Any, ...]] = {}  # by its reward, which no check gives twice
+    for row in rows:
+        is_replayed = [source == "replay" for source in row["sources"]]
+        assert sum(is_replayed) == (0 if row["group_id"] < 4 else 4)
+        replayed = [column for column, again in zip(columns(row), is_replayed, strict=True) if again]
+        assert len({entry[0] for entry in replayed}) == len(replayed)
+        assert all(new[entry[0]] == entry for entry in replayed)
+        new.update({entry[0]: entry for entry, again in zip(columns(row), is_replayed, strict=True) if not again})
+    assert len(new) == 4 * K + 28 * K // 2
+
+
+def columns(row: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Of each completion: its reward, its prompt, and what its engine said of it."""
+    names = ("rewards", "completion_ids", "sampling_logprobs", "completions", "version_min", "version_max", "finish_reasons")
+    return [(values[0], row["prompt"], *values[1:]) for values in zip(*(row[name] for name in names), strict=True)]
