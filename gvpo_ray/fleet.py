@@ -40,7 +40,7 @@ from ray.exceptions import (
 from gvpo_ray.buffer import GroupBuffer
 from gvpo_ray.config import EnginesConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
 from gvpo_ray.engines import Draining, Engine
-from gvpo_ray.groups import num_completion_tokens
+from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 from gvpo_ray.reward_model import RewardModel
 from gvpo_ray.rewards import Rewards
 from gvpo_ray.server import ServerEngine
@@ -122,25 +122,26 @@ def is_lost(error: BaseException) -> bool:
 
 
 class Remote:
-    """What turns an engine into an actor."""
+    """What turns an engine into an actor. Tables travel as groups.to_wire makes them."""
 
     async def start_here(self) -> dict[str, Any]:
         return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
 
     @ray.method(num_returns=2)
     async def sample(
-        self, group: pa.Table, sampling: SamplingConfig, min_version: int, seed: int | None, *kept: pa.Table
-    ) -> tuple[pa.Table, tuple[int, int]]:
+        self, prompt: pa.Buffer, sampling: SamplingConfig, min_version: int, seed: int | None, *kept: pa.Buffer
+    ) -> tuple[pa.Buffer, tuple[int, int]]:
         """The sampled group; and how many of its completions are missing, and how many tokens were written: what the driver awaits."""
-        group_id = group["group_id"][0]
-        own = [part for table in kept if len(part := table.filter(pc.equal(table["group_id"], group_id)))]
+        group = from_wire(prompt)
+        tables = [from_wire(part) for part in kept]
+        own = [part for table in tables if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))]
         sampled, missing = await self.generate(group, sampling, min_version, seed, *own)  # type: ignore[attr-defined]
-        return sampled, (missing, num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)))
+        return to_wire(sampled), (missing, num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)))
 
     @ray.method(num_returns=2)
-    async def hand_over(self) -> tuple[pa.Table, list[int]]:
+    async def hand_over(self) -> tuple[pa.Buffer, list[int]]:
         group_ids, table = await self.finished()  # type: ignore[attr-defined]
-        return table, group_ids
+        return to_wire(table), group_ids
 
 
 class _EngineActor(Remote, Engine):
@@ -287,11 +288,12 @@ class EngineGroup:
         """Ref of the sampled group: by the engine with the most room, and where that dies by others, which begin with what it had finished.
 
         Args:
-            kept: refs or tables of completions that are there already.
+            kept: completions that are there already, on the wire or refs of that.
             is_new: a new group of the training: everything else goes first.
             only_ours: not by a server that has other weights.
         """
         group_id, size, since = prompt["group_id"][0].as_py(), sampling.num_completions, time.time()
+        on_wire = to_wire(prompt)
         while True:
             seat = await self._seat(size, 2 if is_new else 1, only_ours)
             if seat.state != "running":  # since it was given to us
@@ -301,7 +303,7 @@ class EngineGroup:
             engine, failed = seat.engine, seat.failed
             seat.in_flight[group_id] = in_flight = _InFlight(since, list(kept))
             try:
-                sampled, numbers = engine.sample.remote(prompt, sampling, min_version, seed, *kept)
+                sampled, numbers = engine.sample.remote(on_wire, sampling, min_version, seed, *kept)
                 missing, num_tokens = await numbers
                 seat.num_tokens += num_tokens
                 if not missing:
@@ -622,9 +624,9 @@ MAX_VERIFIER_DEATHS = 1000
 
 class _VerifierActor(Verifier):
     @ray.method(num_returns=2)
-    def score_group(self, sampled: pa.Table) -> tuple[pa.Table, int]:
+    def score_group(self, sampled: pa.Buffer) -> tuple[pa.Buffer, int]:
         """The scored group, and this process's number: what the driver awaits, so that the table does not come to it."""
-        return self.score(sampled), os.getpid()
+        return to_wire(self.score(from_wire(sampled))), os.getpid()
 
 
 class _RemoteReward:
@@ -643,10 +645,22 @@ class _RemoteReward:
 
 
 class _BufferActor(GroupBuffer):
+    async def put_all(self, *scored: pa.Buffer) -> list[bool]:
+        """`put` of each."""
+        return [await self.put(from_wire(group)) for group in scored]
+
+    async def batch_on_wire(self, step: int) -> pa.Buffer | None:
+        batch = await self.batch(step)
+        return None if batch is None else to_wire(batch)
+
     @ray.method(num_returns=2)
-    async def replayed(self, prompt: pa.Table, num: int) -> tuple[pa.Table, None]:
+    async def replayed(self, prompt: pa.Buffer, num: int) -> tuple[pa.Buffer, None]:
         """Historical completions, and nothing: what the driver awaits, so that the table does not come to it."""
-        return await self.history(prompt, num), None
+        return to_wire(await self.history(from_wire(prompt), num)), None
+
+
+MAX_PUTS = 64
+"""Groups that go to the buffer in one call."""
 
 
 class Buffer:
@@ -667,6 +681,28 @@ class Buffer:
         )
         self._state, self._note = state, note
         self._lives, self._lock = 0, asyncio.Lock()
+        self._to_put: list[tuple[Any, asyncio.Future[bool]]] = []
+        self._putting: asyncio.Future[None] | None = None
+
+    async def put(self, scored: Any) -> bool:
+        """GroupBuffer.put of a scored group, by ref. Those that come while a call is under way go together in the next."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._to_put.append((scored, future))
+        if self._putting is None or self._putting.done():
+            self._putting = asyncio.ensure_future(self._put_waiting())
+        return await future
+
+    async def _put_waiting(self) -> None:
+        while self._to_put:
+            batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
+            try:
+                answers = await self.call("put_all", *(ref for ref, _ in batch))
+            except Exception as error:  # each of those who wait has to hear of it
+                for _, future in batch:
+                    future.set_exception(error)
+            else:
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    future.set_result(answer)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """The method's answer; of one with two returns, the ref of the first once the second is there."""
@@ -717,7 +753,8 @@ class LearnersBuffer:
         return answer
 
     def batch(self, step: int) -> pa.Table | None:
-        return self._call("batch", step)
+        batch = self._call("batch_on_wire", step)
+        return None if batch is None else from_wire(batch)
 
     def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
         self._call("learned", version, references, residuals)

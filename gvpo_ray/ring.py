@@ -131,12 +131,12 @@ class Ring:
             while True:
                 self.running[group_id] = since, "prompts"
                 try:
-                    sampled = ray.put(prompt) if is_whole else await self._sample(prompt, min_version)
+                    sampled = ray.put(groups.to_wire(prompt)) if is_whole else await self._sample(prompt, min_version)
                     self.running[group_id] = since, "verifiers"
                     self._engines.room.set()
                     scored = await self._verifiers.score(sampled)
                     self.running[group_id] = since, "buffer"
-                    hit_limits = await self._buffer.call("put", scored)
+                    hit_limits = await self._buffer.put(scored)
                     break
                 except RayError as error:
                     if not is_lost(error):
@@ -151,9 +151,9 @@ class Ring:
     async def _sample(self, prompt: pa.Table, min_version: int) -> Any:
         """The prompt's completions: some replayed, some from offline sources, the rest new."""
         assert self._inputs is not None
-        kept: list[Any] = self._inputs.offline(prompt)
+        kept: list[Any] = [groups.to_wire(completions) for completions in self._inputs.offline(prompt)]
         if self._num_replayed:  # first: the buffer knows its own by their places
-            kept.insert(0, await self._buffer.call("replayed", prompt, self._num_replayed))
+            kept.insert(0, await self._buffer.call("replayed", groups.to_wire(prompt), self._num_replayed))
         group_id = prompt["group_id"][0].as_py()
         self.running[group_id] = self.running[group_id][0], "engines"
         return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
@@ -245,7 +245,7 @@ async def run_through(
         while True:
             try:
                 sampled = await engines.sample(prompt, sampling, min_version, own_seed, only_ours=True)
-                scored = await (await verifiers.score(sampled))
+                scored = groups.from_wire(await (await verifiers.score(sampled)))
                 break
             except RayError as error:
                 if not is_lost(error):

@@ -34,7 +34,8 @@ def _sampled(number: int, completions: list[str]) -> Any:
 
 
 async def _score_all(verifiers: VerifierGroup, tables: list[Any]) -> list[Any]:
-    return [await ref for ref in await asyncio.gather(*(verifiers.score(ray.put(table)) for table in tables))]
+    refs = await asyncio.gather(*(verifiers.score(ray.put(groups.to_wire(table))) for table in tables))
+    return [groups.from_wire(await ref) for ref in refs]
 
 
 def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_idle(
