@@ -437,7 +437,10 @@ class EngineGroup:
         """Hold what is finished of groups that are not, so that it outlives the engine."""
         while True:
             table, group_ids = engine.hand_over.remote()
-            for group_id in await group_ids:
+            found = await group_ids
+            if not found:
+                return  # the engine is closed
+            for group_id in found:
                 if group_id in seat.in_flight:
                     seat.in_flight[group_id].kept.append(table)
 

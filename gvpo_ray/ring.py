@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 
 from gvpo_ray import groups
 from gvpo_ray.buffer import Quarantine
-from gvpo_ray.config import ReplayConfig, SamplingConfig
+from gvpo_ray.config import ConfigError, ReplayConfig, SamplingConfig
 from gvpo_ray.evaluate import prompt_seed
 from gvpo_ray.fleet import Buffer, EngineGroup, Note, RunError, VerifierGroup, is_lost
 from gvpo_ray.inputs import Inputs
@@ -86,6 +86,8 @@ class Ring:
         self._watchdog_s, self._run_dir, self._state, self._note, self._say = watchdog_s, run_dir, state, note, say
         self.running: dict[int, tuple[float, str]] = {}
         """Groups on their way: id -> (since when, where)."""
+        self._at: Counter[str] = Counter()
+        """How many of them are where."""
         self._last: dict[str, Any] = {}
         self._tokens_before: dict[str, int] = {}
         self._then = time.perf_counter()
@@ -108,17 +110,24 @@ class Ring:
             if started is None:
                 return
             for group_id, min_version in started:
-                self.running[group_id] = time.time(), "prompts"
+                self._goes_to(group_id, time.time(), "prompts")
                 tasks.create_task(self._roll_out(group_id, min_version))
 
     def _room(self) -> int:
         """Groups that may begin: there is a slot of an engine, and the verifiers are not too far behind."""
-        at = Counter(where for _, where in self.running.values())
-        later = at["verifiers"] + at["buffer"]
+        later = self._at["verifiers"] + self._at["buffer"]
         if not self._engines.seats:
             return MAX_UNVERIFIED - len(self.running)
-        free = self._engines.num_free() - at["prompts"]  # these are about to ask for a slot
+        free = self._engines.num_free() - self._at["prompts"]  # these are about to ask for a slot
         return min(free, max(MAX_UNVERIFIED, 2 * self._engines.num_slots) - later)
+
+    def _goes_to(self, group_id: int, since: float, where: str | None) -> None:
+        """None: it has arrived."""
+        if group_id in self.running:
+            self._at[self.running.pop(group_id)[1]] -= 1
+        if where is not None:
+            self.running[group_id] = since, where
+            self._at[where] += 1
 
     async def _roll_out(self, group_id: int, min_version: int) -> None:
         """The path of one group: sampled, verified, logged. The driver sees refs alone."""
@@ -129,13 +138,13 @@ class Ring:
             await self._buffer.call("skip", group_id)
         else:
             while True:
-                self.running[group_id] = since, "prompts"
+                self._goes_to(group_id, since, "prompts")
                 try:
                     sampled = ray.put(groups.to_wire(prompt)) if is_whole else await self._sample(prompt, min_version)
-                    self.running[group_id] = since, "verifiers"
+                    self._goes_to(group_id, since, "verifiers")
                     self._engines.room.set()
                     scored = await self._verifiers.score(sampled)
-                    self.running[group_id] = since, "buffer"
+                    self._goes_to(group_id, since, "buffer")
                     hit_limits = await self._buffer.put(scored)
                     break
                 except RayError as error:
@@ -145,7 +154,7 @@ class Ring:
                 self._quarantine.add(prompt)
                 if len(self._quarantine) >= len(self._inputs.prompts or ()) > 0:
                     raise RunError(f"every prompt is in {self._quarantine.path}: no check ends within the limits of the verifiers section")
-        del self.running[group_id]
+        self._goes_to(group_id, since, None)
         self._engines.room.set()
 
     async def _sample(self, prompt: pa.Table, min_version: int) -> Any:
@@ -155,7 +164,7 @@ class Ring:
         if self._num_replayed:  # first: the buffer knows its own by their places
             kept.insert(0, await self._buffer.call("replayed", groups.to_wire(prompt), self._num_replayed))
         group_id = prompt["group_id"][0].as_py()
-        self.running[group_id] = self.running[group_id][0], "engines"
+        self._goes_to(group_id, self.running[group_id][0], "engines")
         return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
 
     # --- what it says of itself ----------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ class Ring:
             "engines": self._engines.status(),
             "verifiers": self._verifiers.status() if self._verifiers else {},
             "buffer": of_buffer,
-            "running": Counter(where for _, where in self.running.values()),
+            "running": dict(self._at),
             "oldest": oldest and {
                 "group_id": oldest[1], "since": oldest[0], "where": self._engines.who_has(oldest[1]) or oldest[2],
                 "prompt": self._inputs and self._inputs.group(oldest[1])[0]["prompt"][0].as_py()[:80],
@@ -237,6 +246,9 @@ async def run_through(
 
     seed: gives every group one of its own. on_done: called with each scored group as it comes.
     """
+
+    if all(seat.config.url for seat in engines.seats):
+        raise ConfigError("engines.num: no engine of our own is there to sample with")
 
     async def one(i: int) -> pa.Table:
         own_seed = None if seed is None else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
