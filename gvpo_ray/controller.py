@@ -68,6 +68,8 @@ class Session:
                 "include_dashboard": config.dashboard,
             }
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            # A call to an engine that died has two answers, of which the driver takes one: the other's error is no news.
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             handler = signal.getsignal(signal.SIGTERM)
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else embedded))
             if threading.current_thread() is threading.main_thread():

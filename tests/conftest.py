@@ -16,14 +16,16 @@ _results: dict[tuple[int, str], dict[str, list[Any]]] = {}
 def on_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[Any]]:
     """`on_ranks(world_size, case)`: what that entry of the test file's CASES returned on each rank.
 
-    The first call starts the ranks and runs the whole list; what a case raised is raised by the test that asks for it.
+    The first call starts the ranks and runs the whole list (CASES_ON_N, where the file has another one for N ranks); what a case raised is
+    raised by the test that asks for it.
     """
 
     def ask(world_size: int, case: str) -> list[Any]:
         key = (world_size, request.module.__name__)
         if key not in _results:
             folder: Path = tmp_path_factory.mktemp(f"ranks-{world_size}")
-            _results[key] = tiny.run_on_ranks(world_size, request.module.CASES, folder)
+            cases = getattr(request.module, f"CASES_ON_{world_size}", request.module.CASES)
+            _results[key] = tiny.run_on_ranks(world_size, cases, folder)
         results = _results[key][case]
         for rank, result in enumerate(results):
             assert not isinstance(result, str), f"rank {rank} of {world_size}: {result}"

@@ -56,7 +56,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "engines": {"num_threads": 1, "parity_every": 4},
         "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
         "evaluation": {"every": 20, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 4},
         "warm_start": {
             "data": {**prompts, "path": str(folder / "worked.parquet")},
             "vocab_size": 300,
@@ -139,18 +139,15 @@ def left_behind(mark: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def killed_run(config_file: Path) -> dict[str, Any]:
-    """One run: interrupted, killed while it starts, and then left to finish while one process of each kind is killed, the driver too."""
+    """One run: interrupted, and then left to finish while one process of each kind is killed, the driver too."""
     run_dir = config_file.parent / "run"
     facts: dict[str, Any] = {"run_dir": run_dir, "logs": [], "left": []}
-    for number, seconds in ((signal.SIGINT, 0.5), (signal.SIGKILL, 15.0)):
-        command = Command("train", str(config_file))
-        command.wait_for_steps(2 if number == signal.SIGINT else 0)
-        time.sleep(seconds)
-        status = command.end(number)
-        if number == signal.SIGINT:
-            facts["interrupt"] = (status, command.output)
-        facts["left"] += command.left_behind()
-        facts["logs"].append(list(GroupLog(run_dir / "groups").group_ids))
+    command = Command("train", str(config_file))
+    command.wait_for_steps(2)
+    time.sleep(0.5)
+    facts["interrupt"] = (command.end(signal.SIGINT), command.output)
+    facts["left"] += command.left_behind()
+    facts["logs"].append(list(GroupLog(run_dir / "groups").group_ids))
     mark = os.environ["GVPO_TEST_MARK"] = uuid.uuid4().hex
     try:
         facts["outcome"] = chaos.run(str(config_file), [], run_dir, num_kills=len(chaos.KINDS), seed=1)
@@ -179,11 +176,11 @@ def test_every_recovery_is_a_line_an_event_and_a_number(killed_run: dict[str, An
     events = EventLog(killed_run["run_dir"] / "events.jsonl")
     counts = events.counts()
     # At least: an engine that is killed while another is being replaced makes one more, and a learner's worker may fall with its controller.
-    assert counts["engine"] >= 2 and counts["driver"] == 2 and counts["buffer"] == 1 and counts["verifier"] >= 1 and counts["learner"] >= 1
+    assert counts["engine"] >= 2 and counts["driver"] == 1 and counts["buffer"] == 1 and counts["verifier"] >= 1 and counts["learner"] >= 1
     lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "loss" in line)
     assert {who: last[f"recoveries/{who}"] for who in counts} == counts
-    assert killed_run["outcome"].output.count("recovery at step") >= sum(counts.values()) - 1  # the first was of the process before
+    assert killed_run["outcome"].output.count("recovery at step") == sum(counts.values())
 
 
 def test_a_run_says_what_it_last_did_and_its_report_marks_the_recoveries(killed_run: dict[str, Any]) -> None:
@@ -228,7 +225,7 @@ def test_the_policy_learns(killed_run: dict[str, Any]) -> None:
 
 def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: Path, killed_run: dict[str, Any]) -> None:
     config = GVPOConfig.from_file(config_file)
-    assert chaos.replays_bit_for_bit(str(config_file), [], killed_run["outcome"], config, config_file.parent / "replay") == []
+    assert chaos.replays_bit_for_bit(str(config_file), ["checkpoint.every=40"], killed_run["outcome"], config, config_file.parent / "replay") == []
 
 
 def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(config_file: Path, killed_run: dict[str, Any]) -> None:
@@ -272,16 +269,15 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
         assert algo.train()["step"] == 1
         assert algo.save() == run_dir / "checkpoints" / "step-1"
         assert 0 <= algo.evaluate()["eval/test/pass@1"] <= 1
+        (core,) = tiny.descendants("VLLM::EngineCore")
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
+            algo.evaluate()
     row = next(groups.rows(groups.load(run_dir / "groups")))
     assert row["rewards"] == starts_with_a_digit([], row["completions"]) == row["reward_parts"]["starts_with_a_digit"]
     with GVPO.from_run_dir(run_dir, reward=starts_with_a_digit) as algo:
         assert algo.step == 1
         assert algo.train()["step"] == 2
-        algo.evaluate()  # the engine is up: step 2 may have come from the log alone
-        (core,) = tiny.descendants("VLLM::EngineCore")
-        os.kill(core, signal.SIGKILL)
-        with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
-            algo.evaluate()
 
 
 def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_killed_at_random(config_file: Path) -> None:
@@ -331,7 +327,8 @@ def test_rollout_and_learn_run_each_half_alone_on_a_recorded_file(config_file: P
     assert sampling.wait() == 0, sampling.output
     recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
-    learning = Command("learn", str(config_file), "--groups", str(out), f"run_dir={run_dir}", "learner.zero_stage=3")
+    learner = "learner={num_workers: 1, backend: ddp, num_mini_batches: 2}"
+    learning = Command("learn", str(config_file), "--groups", str(out), f"run_dir={run_dir}", learner)
     assert learning.wait() == 0, learning.output
     assert (run_dir / "checkpoints" / "step-2" / "model.safetensors").is_file()
 
@@ -374,6 +371,7 @@ def test_a_run_on_offline_sources_alone_needs_no_engine(config_file: Path) -> No
     del config["prompts"], config["evaluation"], config["warm_start"]
     source = {"path": str(folder / "graded.jsonl"), "reward_column": "score", "group_share": 1.0, "template": "{prompt}"}
     config |= {"run_dir": str(folder / "offline"), "num_steps": 4, "engines": {"num": 0}, "sources": {"graded": source}}
+    config["learner"] = {"backend": "ddp", "num_mini_batches": 2}
     (folder / "offline.yaml").write_text(yaml.safe_dump(config))
     command = Command("train", str(folder / "offline.yaml"))
     assert command.wait() == 0, command.output
