@@ -26,6 +26,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Resources = dict[str, Annotated[float, Field(gt=0)]]
+"""Of one actor, beside its CPUs and GPUs: names that the cluster's nodes were started with."""
+
+
 class LoraConfig(Section):
     """Train a low-rank adapter (peft) and leave the model as it is: the reference is the model without it, and engines receive it alone."""
 
@@ -196,7 +200,7 @@ class PoolConfig(Section):
     """CPUs that one engine asks Ray for."""
     accelerator_type: str | None = None
     """Ray's name of the GPU that one engine needs, such as H100 or L4."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: Resources = {}
     """Custom Ray resources of one engine, such as {spot: 0.001}."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -353,6 +357,8 @@ class VerifiersConfig(Section):
     max_num: int | None = Field(default=None, ge=1)
     """Grow to so many while every verifier has groups waiting, and shrink again; default: num."""
     num_cpus: float = Field(default=0.1, ge=0)
+    resources: Resources = {}
+    """Custom Ray resources of one verifier."""
     rewards: dict[str, RewardConfig] = {"math": RewardConfig()}
     """Reward functions: `name: weight`, or a section. The name is `math`, `exact_match`, `numeric`, `format`, `length`, `module:function`,
     `path.py:function`, that of a callable passed from Python, or free where the section says what it is. The reward is the weighted
@@ -395,6 +401,10 @@ class LearnerConfig(Section):
     """GPUs per worker; 0: gloo on CPU."""
     num_cpus: float = Field(default=0.25, gt=0)
     """CPUs that one worker asks Ray for."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPU that a worker needs, such as H100."""
+    resources: Resources = {}
+    """Custom Ray resources of one worker."""
     num_threads: int = Field(default=1, ge=1)
     """Torch threads of one worker (CPU only matters)."""
     backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"

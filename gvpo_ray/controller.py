@@ -410,11 +410,10 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
     """What no node of the cluster, as it is now, has room for even when it is empty: it waits for the autoscaler, or for ever."""
-    learner = config.learner
-    wanted = {"learner worker": {"CPU": learner.num_cpus, "GPU": learner.num_gpus}}
+    wanted = {"learner worker": resources_of(config.learner)}
     if engines:
         wanted |= {f"engine of pool {name}": resources_of(pool) for name, pool in config.engines.all_pools().items() if pool.num or pool.max_num}
-        wanted["verifier"] = {"CPU": config.verifiers.num_cpus}
+        wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for who, resources in wanted.items():
         if not any(all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes):

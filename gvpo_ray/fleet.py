@@ -38,7 +38,7 @@ from ray.exceptions import (
 )
 
 from gvpo_ray.buffer import GroupBuffer
-from gvpo_ray.config import EnginesConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
+from gvpo_ray.config import EnginesConfig, LearnerConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
 from gvpo_ray.engines import Draining, Engine
 from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 from gvpo_ray.reward_model import RewardModel
@@ -166,10 +166,10 @@ def engine_maker(model: ModelConfig, config: EnginesConfig, seed: int, load_weig
     return make
 
 
-def resources_of(pool: PoolConfig) -> dict[str, float]:
-    """Of one engine, under Ray's names."""
-    accelerator = {f"accelerator_type:{pool.accelerator_type}": 0.001} if pool.accelerator_type else {}
-    own = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources, **accelerator}
+def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
+    """Of one engine or learner worker, under Ray's names."""
+    accelerator = {f"accelerator_type:{actor.accelerator_type}": 0.001} if actor.accelerator_type else {}
+    own = {"CPU": actor.num_cpus, "GPU": actor.num_gpus, **actor.resources, **accelerator}
     return {name: number for name, number in own.items() if number}
 
 
@@ -571,8 +571,8 @@ class VerifierGroup:
     def _grow(self) -> None:
         # A group's table may arrive late (from another node): a later one must not wait for it.
         actor = ray.remote(_VerifierActor).options(
-            name=actor_name(f"verifier-{self._num_started}"), num_cpus=self.config.num_cpus, max_concurrency=1, allow_out_of_order_execution=True,
-            scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
+            name=actor_name(f"verifier-{self._num_started}"), num_cpus=self.config.num_cpus, resources=self.config.resources,
+            max_concurrency=1, allow_out_of_order_execution=True, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
         ).remote(self.config, self._rewards, self._model_rewards)  # fmt: skip
         self._num_started += 1
         self._in_hand[actor] = 0

@@ -23,7 +23,7 @@ from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
 from gvpo_ray.config import GVPOConfig
-from gvpo_ray.fleet import LearnersBuffer, cause_of, innermost
+from gvpo_ray.fleet import LearnersBuffer, cause_of, innermost, resources_of
 from gvpo_ray.learner import NonFiniteGradient, Settings, learn
 from gvpo_ray.policy import Policy, latest_checkpoint
 from gvpo_ray.weights import NcclPublisher, ObjectPublisher
@@ -49,7 +49,6 @@ class LearnerGroup:
         for left in run_dir.glob(".ray_train_*"):  # of a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)  # Ray Train's own notes, where every node can write
-        cpus_and_gpus = {"CPU": learner.num_cpus, "GPU": learner.num_gpus} if learner.num_gpus else {"CPU": learner.num_cpus}
         self._trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config, "run_dir": str(run_dir), "buffer": buffer, "engines": engines, "last_step": last_step},
@@ -57,7 +56,7 @@ class LearnerGroup:
             scaling_config=ScalingConfig(
                 num_workers=(learner.num_workers, learner.max_workers) if learner.max_workers else learner.num_workers,
                 use_gpu=learner.num_gpus > 0,
-                resources_per_worker=cpus_and_gpus,
+                resources_per_worker=resources_of(learner),
             ),
             run_config=RunConfig(
                 name="learner", storage_path=self._scratch, failure_config=FailureConfig(max_failures=learner.max_restarts),
