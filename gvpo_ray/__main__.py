@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub = verbs.add_parser(name, help=text, description=text, epilog=f"example: gvpo-ray {name} runs/quickstart")
         sub.add_argument("run_dir", metavar="RUN_DIR", help="run_dir of the run")
         sub.set_defaults(overrides=[])
+    sub.add_argument("--compare", metavar="OTHER_RUN_DIR", help="two runs in the same charts, and where their configs differ: RUN_DIR/compare.html")
     verify = verbs.add_parser(
         "verify",
         help="Score a file of responses, as the verifiers of a run would, and compare with labels.",
@@ -207,7 +208,7 @@ def run(options: Any) -> None:
     if options.verb == "report":
         from gvpo_ray import report
 
-        print(f"wrote {report.write(options.run_dir)}")
+        print(f"wrote {report.write(options.run_dir, options.compare)}")
         return
     if options.verb == "verify":
         from gvpo_ray import verify
