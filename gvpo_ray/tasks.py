@@ -1,6 +1,6 @@
-"""Write the quickstart's problems: two-digit addition, as text with answers in \\boxed{}.
+"""Tasks that a CPU can afford, made from nothing but a seed: what `warm_start.task` names.
 
-    python jobs/make_arithmetic.py runs/quickstart/data [--seed 0]
+`arithmetic`, the quickstart's: two-digit addition, as text with answers in \\boxed{}.
 
     train.parquet     prompt, answer              what GVPO trains on
     heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here)
@@ -13,8 +13,9 @@ GVPO to find out.
 
 from __future__ import annotations
 
-import argparse
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,24 +52,26 @@ def solution(a: int, b: int, rng: random.Random) -> str:
     return rf"Ones {ones}, tens {tens}. \boxed{{{10 * tens + ones % 10}}}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(options.seed + 1)
-    train, held_out = problems(options.seed)
+def arithmetic(folder: Path, seed: int) -> None:
+    """Write the three files."""
+    rng = random.Random(seed + 1)
+    train, held_out = problems(seed)
     worked = [rng.choice(train) for _ in range(NUM_WORKED)]
     for name, pairs in (("train", train), ("heldout", held_out), ("worked", worked)):
         rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
         if name == "worked":
             rows = [{**row, "solution": solution(a, b, rng)} for row, (a, b) in zip(rows, pairs, strict=True)]
-        part = options.folder / f".{name}.parquet.part"
-        pq.write_table(pa.Table.from_pylist(rows), part)
-        part.replace(options.folder / f"{name}.parquet")
-        print(f"{options.folder / name}.parquet: {len(rows)} rows")
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
 
 
-if __name__ == "__main__":
-    main()
+TASKS: dict[str, Callable[[Path, int], None]] = {"arithmetic": arithmetic}
+
+
+def make(task: str, folder: Path, seed: int = 0) -> None:
+    """The files of a task, in a folder that is there only once they are complete."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    TASKS[task](part, seed)
+    part.rename(folder)
+    print(f"{folder}: " + ", ".join(f"{file.name} {pq.read_metadata(file).num_rows:,} rows" for file in sorted(folder.glob("*.parquet"))), flush=True)

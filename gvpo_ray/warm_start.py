@@ -19,18 +19,25 @@ import torch
 from gvpo_ray.config import ConfigError, GVPOConfig, WarmStartConfig
 from gvpo_ray.policy import CompletionLogprobs, padded_inputs
 from gvpo_ray.prompts import load_rows
+from gvpo_ray.tasks import make
 
 END = "<|endoftext|>"
 
 
 def warm_start(config: GVPOConfig) -> Path:
-    """Write model.path, as config.warm_start says; nothing is done when it is there. Returns the folder.
+    """Make the task's data and then model.path, as config.warm_start says; what is there stays. Returns model.path.
 
     Raises:
         ConfigError: no warm_start section, its data cannot be read, or model.path cannot be written: before anything is trained.
     """
     if config.warm_start is None:
         raise ConfigError("warm_start: this config has no such section")
+    data = Path(config.warm_start.data.path).expanduser().parent
+    if config.warm_start.task and not data.exists():
+        try:
+            make(config.warm_start.task, data)
+        except OSError as error:
+            raise ConfigError(f"warm_start.data.path: cannot write {data}: {error.strerror}") from error
     folder = Path(config.model.path).expanduser()
     if (folder / "config.json").exists():
         print(f"{folder} is there: nothing to do")

@@ -29,13 +29,4 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./jobs/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-
-data=runs/quickstart/data
-if [ ! -e $data ]; then # under another name until it is complete: an interrupted run leaves no half of it behind
-    rm -rf $data.unfinished
-    mkdir -p runs/quickstart
-    python jobs/make_arithmetic.py $data.unfinished
-    mv $data.unfinished $data
-fi
-python jobs/warm_start.py jobs/quickstart.yaml "$@"
-exec gvpo-ray train jobs/quickstart.yaml "$@"
+exec python jobs/train.py jobs/quickstart.yaml "$@"

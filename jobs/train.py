@@ -1,4 +1,4 @@
-"""`gvpo-ray train` as an entry point for `ray job submit`:
+"""`gvpo-ray train` as an entry point for `ray job submit`, which makes the model first where the config has a `warm_start` section:
 
     ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml run_dir=/shared/runs/quickstart
 """
@@ -6,6 +6,22 @@
 import sys
 
 from gvpo_ray.__main__ import main
+from gvpo_ray.config import ConfigError, GVPOConfig
+
+
+def train(arguments: list[str]) -> int:
+    if arguments and not arguments[0].startswith("-"):
+        try:
+            config = GVPOConfig.from_file(arguments[0], arguments[1:])
+            if config.warm_start is not None:
+                from gvpo_ray.warm_start import warm_start  # torch: not for a message about the config
+
+                warm_start(config)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return main(["train", *arguments])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(train(sys.argv[1:]))
