@@ -47,8 +47,8 @@ class Kill:
     kind: str
     step: int
     """Steps trained when it was due."""
-    seconds: float
-    """After that step."""
+    part: float
+    """Of a step's time, after that step."""
     at: float = 0.0
     """When it was done; 0: the run was over before."""
     until_step: float = 0.0
@@ -74,7 +74,7 @@ def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
     last = max(1, round(0.9 * num_steps))
     # One kill per stretch of the run, so that they do not all meet the same start.
     steps = [round((i + rng.random()) * last / num_kills) for i in range(num_kills)]
-    return [Kill(kind, step, rng.uniform(0, 3)) for kind, step in zip(kinds, steps, strict=False)]
+    return [Kill(kind, step, rng.random()) for kind, step in zip(kinds, steps, strict=False)]
 
 
 def descendants(pid: int, title: str) -> list[int]:
@@ -136,7 +136,7 @@ def run(config_file: str, overrides: Sequence[str], run_dir: Path, num_kills: in
     for kill in kills:
         if not _wait(lambda kill=kill: max(step for _, step in steps) >= kill.step, command):
             break
-        time.sleep(kill.seconds)
+        time.sleep(kill.part * min(3.0, steps[-1][0] - steps[-2][0] if len(steps) > 1 else 3.0))
         while command.process.poll() is None:
             found = [command.process.pid] if kill.kind == "driver" else descendants(command.process.pid, TITLES[kill.kind])
             if found:
