@@ -371,6 +371,8 @@ class GroupBuffer:
         self._learner_restarts: list[dict[str, Any]] = []
         self._last_group_at: float | None = None
         self._last_step_at: float | None = None
+        self._waits = {"learner": _Waits(), "dial": _Waits(), "driver": _Waits()}
+        self._learner_is_up = False
         # One condition per kind of news: with hundreds of free slots waiting to start, a finished group must not wake them all.
         self._new_version, self._new_group, self._new_order = (asyncio.Condition() for _ in range(3))
 
@@ -399,7 +401,8 @@ class GroupBuffer:
             come: no group asks for more than `version`, and a learner that is behind it needs no new group to get there.
         """
         async with self._new_version:
-            await self._new_version.wait_for(lambda: self._closed or self._may_start())
+            with self._waits["dial"]:
+                await self._new_version.wait_for(lambda: self._closed or self._may_start())
             if self._closed:
                 return None
             started: list[tuple[int, int]] = []
@@ -470,7 +473,7 @@ class GroupBuffer:
 
     async def learner_failed(self, cause: str) -> None:
         """It died, and is about to be started again."""
-        self._learner_cause = cause
+        self._learner_cause, self._learner_is_up = cause, False
         self._learner_is(f"died and is started again: {cause}")
 
     async def order(self, step: int, saved: bool = False) -> str:
@@ -486,7 +489,8 @@ class GroupBuffer:
                 self._new_order.notify_all()
             if not self._has_order(step, saved):
                 self._learner_is("waits for the driver")
-                await self._new_order.wait_for(lambda: self._has_order(step, saved))
+                with self._waits["driver"]:
+                    await self._new_order.wait_for(lambda: self._has_order(step, saved))
             if key not in self._orders:
                 if self._closed:
                     self._learner_is("was told to stop")
@@ -506,12 +510,14 @@ class GroupBuffer:
         The assignment is in the log before it is answered. None: the run was closed.
         """
         async with self._new_group:
+            self._learner_is_up = True
             if step not in self.log.assigned:
                 begin = self.log.end
                 end = begin + self.groups_per_step
                 if len(self.log) < end:
                     self._learner_is("waits for groups", step)
-                await self._new_group.wait_for(lambda: self._closed or step in self.log.assigned or len(self.log) >= end)
+                with self._waits["learner"]:
+                    await self._new_group.wait_for(lambda: self._closed or step in self.log.assigned or len(self.log) >= end)
                 if step not in self.log.assigned:
                     if self._closed:
                         self._learner_is("was told to stop")
@@ -596,6 +602,13 @@ class GroupBuffer:
             async with condition:
                 condition.notify_all()
 
+    async def waits(self) -> dict[str, float] | None:
+        """Seconds, since this buffer is there, of waiting: "learner" for groups, engines with room for the "dial", the learner for the "driver".
+
+        None: there is no learner, or it has just come back.
+        """
+        return {who: waits.seconds for who, waits in self._waits.items()} if self._learner_is_up else None
+
     async def reconnect(self, running: list[int], allowed: int, closed: bool, error: str | None) -> None:
         """What a buffer that takes the place of a dead one cannot know from the log: the groups in flight, and how far the run goes."""
         async with self._new_version:
@@ -632,6 +645,27 @@ class GroupBuffer:
         if self._num_started >= self.num_steps * self.groups_per_step:
             return "all groups are started"
         return f"closed: {self._num_started} groups started, version {self.version} allows no more"
+
+
+class _Waits:
+    """Seconds in which at least one waited: `with waits: await …`."""
+
+    def __init__(self) -> None:
+        self._num, self._since, self._before = 0, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        if self._num == 0:
+            self._since = time.monotonic()
+        self._num += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._num -= 1
+        if self._num == 0:
+            self._before += time.monotonic() - self._since
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.monotonic() - self._since if self._num else 0.0)
 
 
 def _lock(folder: Path) -> Any:

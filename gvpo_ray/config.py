@@ -193,7 +193,8 @@ class PoolConfig(Section):
     num: int = Field(default=1, ge=0)
     """Engine actors that are started at once, and replaced when they die. 0 in all pools: train on offline sources alone."""
     max_num: int | None = Field(default=None, ge=1)
-    """So many join as the cluster finds room for them; the run does not wait for those beyond num. Default: num."""
+    """Elastic: while the learner waits for groups one more is asked for, up to so many, and the run goes on meanwhile; while the buffer stays
+    full one is let go, down to num. Default: num."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one engine (= tensor_parallel_size on GPU); 0: vLLM's CPU build."""
     num_cpus: float = Field(default=1, ge=0)
@@ -251,7 +252,10 @@ class EnginesConfig(PoolConfig):
     """One pool, or the defaults of those in `pools`."""
 
     pools: dict[str, PoolConfig] = {}
-    """Pools by name; what one does not say is as in this section. Default: one pool, `engines`, of what this section says."""
+    """Pools by name, the cheapest first: it grows first and shrinks last. What one does not say is as in this section. Default: one pool,
+    `engines`, of what this section says."""
+    scale_window_s: float = Field(default=60.0, gt=0)
+    """How long an elastic pool looks on before it asks for one engine more, or lets one go."""
     weight_transfer: Literal["objects", "nccl"] = "objects"
     """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`: vLLM's broadcast from
     learner rank 0 to a fixed fleet of GPU engines: the death of one ends the run, and the same command resumes it."""
@@ -711,10 +715,10 @@ NO_PROMPTS = "(none)"
 """prompts.path of a file without `prompts`: for evaluations, and where offline sources are all there is."""
 
 
-def is_local(path: str) -> bool:
+def is_local(path: str, root: Path = Path()) -> bool:
     """Whether a path is of this machine. Hub names are `name` or `owner/name`, without the suffix of a file, and nothing is there."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (".parquet", ".jsonl", ".json", ".py")
-    return looks_local or Path(path).exists()
+    return looks_local or (root / path).exists()
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -794,7 +798,6 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
         *((engines[name], pool.num, pool.num_cpus, pool.num_gpus) for name, pool in pools.items()),
         ("verifier", config.verifiers.num, config.verifiers.num_cpus, 0.0),
         *((f"reward model {name}", r.num, r.num_cpus, r.num_gpus) for name, r in config.verifiers.rewards.items() if r.model),
-        ("buffer", 1, 0.1, 0.0),
     ]
 
 

@@ -136,7 +136,7 @@ def plan_table(config: GVPOConfig) -> Table:
         table.add_column(column, justify="left" if column == "actor" else "right")
     cpus = gpus = 0.0
     only_evaluates = config.prompts.path == NO_PROMPTS and not config.sources
-    plan = [row for row in resource_plan(config) if not (only_evaluates and row[0] in ("learner worker", "buffer"))]
+    plan = [row for row in resource_plan(config) if not (only_evaluates and row[0] == "learner worker")]
     for who, number, cpu, gpu in plan:
         cpus, gpus = cpus + number * cpu, gpus + number * gpu
         table.add_row(who, str(number), f"{cpu:g}", f"{gpu:g}", f"{number * cpu:g}", f"{number * gpu:g}")

@@ -272,7 +272,10 @@ class GVPO:
             self.verifiers = VerifierGroup(config.verifiers, self._rewards, self._note)
             session.on_stop(self.verifiers.close)
         make = engine_maker(model, engines, config.seed, False, config.prompts.system_prompt)
-        self.engines = EngineGroup(engines, config.sampling.num_completions, make, lambda version: self._buffer.call("weights", version), self._note)
+        self.engines = EngineGroup(
+            engines, config.sampling.num_completions, make, lambda version: self._buffer.call("weights", version), self._note,
+            lambda: self._buffer.call("waits"), self._learners_placed if cluster_address(config.ray) else None,
+        )  # fmt: skip
         session.on_stop(self.engines.close)
         for text in placement_notes(config, engines=not self.replays):
             self.say(text)
@@ -303,6 +306,11 @@ class GVPO:
         assert self._session is not None
         cause = self._session.cause
         return list(self._ring.running), self._allowed, cause is not None, cause_of(cause) if cause else None
+
+    async def _learners_placed(self) -> None:
+        """Engines of a cluster come after the learners, which need all of their places at once and would wait for ever for the last one."""
+        while not await asyncio.to_thread(self.learners.has_places):
+            await asyncio.sleep(0.5)
 
     async def _learners_ended(self, ended: Future[None]) -> None:
         ended.result()

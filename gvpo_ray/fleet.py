@@ -36,9 +36,11 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gvpo_ray.buffer import GroupBuffer
 from gvpo_ray.config import EnginesConfig, LearnerConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
+from gvpo_ray.elastic import one_less, one_more
 from gvpo_ray.engines import Draining, Engine
 from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 from gvpo_ray.reward_model import RewardModel
@@ -196,8 +198,11 @@ class _Seat:
     load: int = 0
     engine: Any = None
     node: str = ""
+    is_asked: bool = True
+    """Whether there should be an engine; of an elastic pool's seats beyond num, elastic.py decides."""
+    asked_at: float = field(default_factory=time.time)
     state: str = "wanted"
-    """wanted (asked Ray for a place), starting, waits for weights, running, leaving, dead (waits for its next try)."""
+    """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving, dead (waits for its next try)."""
     since: float = field(default_factory=time.time)
     status: dict[str, Any] = field(default_factory=dict)
     """What the engine said of itself last."""
@@ -215,6 +220,10 @@ class _Seat:
     @property
     def has_room(self) -> bool:
         return self.state == "running" and self.load < self.capacity
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.number >= self.config.num
 
     @property
     def wants(self) -> dict[str, float]:
@@ -238,6 +247,8 @@ class EngineGroup:
         weights: where newer weights come from: `await weights(newer_than)` -> (version, where) or None at the end; None: the engines
             load model.path themselves.
         note: told of every recovery.
+        waits: GroupBuffer.waits, by which elastic pools grow and shrink. None: they have max_num engines from the beginning.
+        placed: what to wait for before the first engine takes its place in the cluster.
     """
 
     def __init__(
@@ -247,13 +258,19 @@ class EngineGroup:
         make: MakeEngine,
         weights: Callable[[int], Awaitable[tuple[int, Any] | None]] | None,
         note: Note,
+        waits: Callable[[], Awaitable[dict[str, float] | None]] | None = None,
+        placed: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.config, self._make, self._weights, self._note = config, make, weights, note
+        self.config, self._make, self._weights, self._note, self._waits, self._placed = config, make, weights, note, waits, placed
         self.seats = [
             _Seat(name, pool, number, pool.max_groups * num_completions)
             for name, pool in config.all_pools().items()
             for number in range(max(pool.num, pool.max_num or 0))
         ]
+        if waits is not None:
+            for seat in self.seats[not any(pool.num for pool in config.all_pools().values()) :]:  # one at least
+                if seat.is_elastic:
+                    seat.is_asked, seat.state = False, "off"
         self._num_completions = num_completions
         self._is_fixed = config.weight_transfer == "nccl"
         if self._is_fixed:  # the learner has to know them all
@@ -349,23 +366,61 @@ class EngineGroup:
     # --- supervision ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep every seat filled until the weights end. Raises what is nobody's death."""
-        nodes = asyncio.ensure_future(self._watch_nodes())
+        """Keep every seat that is asked for filled until the weights end. Raises what is nobody's death."""
+        if self._placed is not None:
+            await self._placed()
+        beside = [asyncio.ensure_future(task) for task in (self._watch_nodes(), self._scale())]
         try:
             async with asyncio.TaskGroup() as tasks:
                 for seat in self.seats:
                     tasks.create_task(self._keep(seat))
         finally:
-            nodes.cancel()
+            for task in beside:
+                task.cancel()
+
+    async def _scale(self) -> None:
+        """Elastic pools (elastic.py): ask for one engine more, or let one go."""
+        if self._waits is None or not any(seat.is_elastic for seat in self.seats):
+            return
+        before, then = await self._waits(), time.monotonic()
+        while True:
+            await asyncio.sleep(self.config.scale_window_s)
+            waits, now = await self._waits(), time.monotonic()
+            if before is not None and waits is not None:
+                share = {who: (seconds - before[who]) / (now - then) for who, seconds in waits.items()}
+                if share["driver"] == 0 and min(share.values()) >= 0:  # it did not evaluate meanwhile, and the buffer is the same
+                    self._grow_or_shrink(share["learner"], share["dial"])
+            before, then = waits, now
+
+    def _grow_or_shrink(self, waited: float, closed: float) -> None:
+        if seat := one_more(self.seats, waited):
+            seat.is_asked, seat.asked_at = True, time.time()
+            why = f"the learner waited for groups {100 * waited:.0f} % of the time"
+            self._note("pool", seat.pool, f"grows to {self._num_asked(seat.pool)} engines: {why}")
+        elif seat := one_less(self.seats, waited, closed):
+            seat.is_asked = False
+            if seat.state != "running" and seat.engine is not None:  # it has no place yet: take the request back
+                ray.kill(seat.engine, no_restart=True)
+            self._note("pool", seat.pool, f"shrinks to {self._num_asked(seat.pool)} engines: the dial was closed {100 * closed:.0f} % of the time")
+
+    def _num_asked(self, pool: str) -> int:
+        return sum(seat.is_asked for seat in self.seats if seat.pool == pool)
 
     async def _keep(self, seat: _Seat) -> None:
-        """One engine after the other in one seat."""
+        """One engine after the other in one seat, while it is asked for."""
         failed_starts = 0
         while True:
+            while not seat.is_asked:
+                if seat.state != "off":
+                    seat.becomes("off")
+                await asyncio.sleep(SCALE_CHECK_S)
             try:
                 await self._one(seat)
                 return
             except (RayError, Hang, Draining) as error:
+                if not seat.is_asked:  # let go
+                    self._clear(seat)
+                    continue
                 cause, was_starting = innermost(error), seat.state in ("wanted", "starting")
                 is_leaving = isinstance(cause, Draining)
                 if not is_death(error) and not (was_starting and isinstance(cause, (RuntimeError, OSError))):
@@ -374,13 +429,16 @@ class EngineGroup:
                 failed_starts = failed_starts + 1 if was_starting else 0
                 if self._is_fixed or (failed_starts >= MAX_FAILED_STARTS and seat.pool not in self._has_started):
                     raise
-                seat.status = {}
-                seat.becomes("dead")
-                if seat.engine is not None:
-                    ray.kill(seat.engine, no_restart=True)
-                    seat.engine = None
+                self._clear(seat)
                 if not is_leaving:
                     await self._may_restart(seat, cause_of(error))
+
+    def _clear(self, seat: _Seat) -> None:
+        seat.status = {}
+        seat.becomes("dead")
+        if seat.engine is not None:
+            ray.kill(seat.engine, no_restart=True)
+            seat.engine = None
 
     async def _one(self, seat: _Seat) -> None:
         """The life of one engine; returns when the weights end."""
@@ -460,7 +518,7 @@ class EngineGroup:
             silent = time.time() - seat.status["last_token_at"]
             if seat.status["num_completions"] and silent > hang_s:
                 raise Hang(f"no token for {silent:.0f} s with {seat.status['num_completions']} completions in flight")
-            if seat.node in self._draining or seat.status.get("leaving"):
+            if seat.node in self._draining or seat.status.get("leaving") or not seat.is_asked:
                 notice = self._draining.get(seat.node, 0) - time.time()
                 # What is left when the notice is over has to travel yet.
                 seconds = self.config.drain_s if notice <= 0 else max(0.0, min(self.config.drain_s, notice - HAND_OVER_MARGIN_S))
@@ -468,7 +526,7 @@ class EngineGroup:
                 await engine.drain.remote(seconds)
                 while seat.load:
                     await asyncio.sleep(0.05)
-                raise Draining(f"node {seat.node[:8]} is about to go")
+                raise Draining(f"node {seat.node[:8]} is about to go" if seat.is_asked else "its pool shrinks")
             await asyncio.sleep(1 + len(self.seats) / 64)
 
     async def _watch_nodes(self) -> None:
@@ -490,7 +548,7 @@ class EngineGroup:
                 deaths.popleft()
             if len(deaths) <= most:
                 return
-            if all(other.state == "dead" for other in self.seats):
+            if all(other.state in ("dead", "off") for other in self.seats):
                 raise RunError(f"engines of pool {seat.pool} died {len(deaths)} times within an hour (max_restarts_per_hour: {most}), last: {cause}")
             await asyncio.sleep(1.0)
 
@@ -510,6 +568,8 @@ class EngineGroup:
         engines = [seat.engine for seat in self.seats if seat.engine is not None]
         await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)
 
+
+SCALE_CHECK_S = 0.5
 
 HAND_OVER_MARGIN_S = 5.0
 """Of a node's notice, kept for handing over."""
@@ -677,9 +737,10 @@ class Buffer:
     """
 
     def __init__(self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any) -> None:
+        beside_the_driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # not on a node that may go
         self.actor = (
             ray.remote(_BufferActor)
-            .options(name=actor_name("buffer"), num_cpus=0.1, max_concurrency=100_000, max_restarts=-1)
+            .options(name=actor_name("buffer"), num_cpus=0, max_concurrency=100_000, max_restarts=-1, scheduling_strategy=beside_the_driver)
             .remote(*arguments)
         )
         self._state, self._note = state, note

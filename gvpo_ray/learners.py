@@ -88,6 +88,10 @@ class LearnerGroup:
         self._thread = threading.Thread(target=fit, name="learner", daemon=True)
         self._thread.start()
 
+    def has_places(self) -> bool:
+        """Whether all of the workers have their place in the cluster: they get them together."""
+        return any(group["state"] == "CREATED" for _, group in _placement_groups())
+
     def join(self, timeout_s: float) -> bool:
         """Wait for the workers to end; False when they did not in time."""
         if self._thread is not None:
@@ -98,10 +102,15 @@ class LearnerGroup:
 
 def _remove_placement_groups() -> None:
     """Of this job: a dead controller's, and with it the workers in it. Ray Train's own cleaner needs the dashboard to see that it is dead."""
-    job = ray.get_runtime_context().get_job_id()
-    for number, group in ray.util.placement_group_table().items():
-        if number.endswith(job) and group["state"] != "REMOVED":
+    for number, group in _placement_groups():
+        if group["state"] != "REMOVED":
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
+
+
+def _placement_groups() -> list[tuple[str, dict[str, Any]]]:
+    """Of this job: the learner's alone."""
+    job = ray.get_runtime_context().get_job_id()
+    return [(number, group) for number, group in ray.util.placement_group_table().items() if number.endswith(job)]
 
 
 class _Deaths(UserCallback):  # type: ignore[misc]

@@ -40,7 +40,8 @@ Say = Callable[[str], None]
 class EventLog:
     """events.jsonl: every recovery of a run, and when its processes began and ended. One JSON object per line.
 
-    {"time": unix seconds, "step", "who": engine | verifier | learner | buffer | driver | run, "name", "why"}; `run` is started or stopped.
+    {"time": unix seconds, "step", "who": engine | verifier | learner | buffer | driver | pool | run, "name", "why"}; `run` is started or
+    stopped, a `pool` grows or shrinks.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,7 +60,7 @@ class EventLog:
 
     def counts(self) -> dict[str, int]:
         """Recoveries since the run began, by who."""
-        return Counter(entry["who"] for entry in self.entries if entry["who"] != "run")
+        return Counter(entry["who"] for entry in self.entries if entry["who"] not in ("run", "pool"))
 
     @property
     def was_cut_off(self) -> bool:

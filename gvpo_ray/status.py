@@ -81,7 +81,7 @@ def status_lines(status: Status) -> list[str]:
         counts = ", ".join(f"{number} {state}" for state, number in states.items())
         lines.append(f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight")
         for engine in engines:
-            if engine["state"] != "running":
+            if engine["state"] not in ("running", "off"):
                 wants = f" {engine['wants']}" if engine["state"] == "wanted" else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
     if status["engines"] and not any(engine["state"] == "running" for engine in status["engines"]):

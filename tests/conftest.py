@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `browser` are deselected where there is no Chromium."""
     if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):

@@ -318,15 +318,15 @@ def test_truncated_support_can_be_accepted_and_then_warns():
 
 def test_the_plan_is_what_the_config_asks_for():
     plan = resource_plan(config(learner__num_workers=2, learner__num_gpus=1, engines__num=3, engines__num_cpus=2, verifiers__num=4))
-    assert plan == [("learner worker", 2, 0.25, 1.0), ("engine", 3, 2.0, 0.0), ("verifier", 4, 0.1, 0.0), ("buffer", 1, 0.1, 0.0)]
+    assert plan == [("learner worker", 2, 0.25, 1.0), ("engine", 3, 2.0, 0.0), ("verifier", 4, 0.1, 0.0)]
 
 
 @pytest.mark.parametrize(
     ("overrides", "num_cpus", "num_gpus", "says"),
     [
-        # the defaults ask for 0.25 + 1 + 2 * 0.1 + 0.1 = 1.55 CPUs
-        ({}, 1.55, 0, None),
-        ({}, 1.5, 0, "the run asks for 1.55 CPUs in all (see `gvpo-ray check`), this machine has 1.5: lower engines.num"),
+        # the defaults ask for 0.25 + 1 + 2 * 0.1 = 1.45 CPUs
+        ({}, 1.45, 0, None),
+        ({}, 1.4, 0, "the run asks for 1.45 CPUs in all (see `gvpo-ray check`), this machine has 1.4: lower engines.num"),
         ({"engines.num": 3}, 2, 0, "engines.num: 3 x 1 CPUs are more than the 2 CPUs of this machine"),
         ({"learner.num_workers": 9}, 2, 0, "learner.num_workers: 9 x 0.25 CPUs are more than the 2 CPUs of this machine"),
         ({"verifiers.num": 30}, 2, 0, "verifiers.num: 30 x 0.1 CPUs are more than the 2 CPUs of this machine"),

@@ -86,6 +86,7 @@ class FakeRun:
         self, folder: Path, engines: EnginesConfig, *, groups_per_step: int, num_steps: int, step_s: float = 0.0, max_staleness: int | None = None,
         sampling: SamplingConfig = SAMPLING, make: MakeEngine | None = None, num_verifiers: int = 2, watchdog_s: float = 300.0,
         replay: ReplayConfig | None = None, num_prompts: int = 1 << 40, reward: str = f"{__name__}:reward", address: str | None = None,
+        verifier_resources: dict[str, float] | None = None, learner_resources: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         # Here and not above: these import torch, and this file is imported by every fake engine.
         from gvpo_ray.buffer import Quarantine
@@ -100,17 +101,20 @@ class FakeRun:
         replay = replay or ReplayConfig()
         self.buffer = Buffer(self._for_a_new_buffer, self._note, folder / "groups", groups_per_step, num_steps, max_staleness, 0, replay, 0)
         rewards = {"reward": RewardConfig(function=reward, trusted=True)}
-        verifiers = VerifierGroup(VerifiersConfig(num=num_verifiers, num_cpus=0.1, rewards=rewards), None, self._note)
-        self.engines = EngineGroup(
-            engines, sampling.num_completions, make or maker(), lambda version: self.buffer.call("weights", version), self._note
+        verifiers = VerifierGroup(
+            VerifiersConfig(num=num_verifiers, num_cpus=0.1, rewards=rewards, resources=verifier_resources or {}), None, self._note
         )
+        self.engines = EngineGroup(
+            engines, sampling.num_completions, make or maker(), lambda version: self.buffer.call("weights", version), self._note,
+            lambda: self.buffer.call("waits"),
+        )  # fmt: skip
         inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, Mixture({}), {})  # type: ignore[arg-type]
         self.ring = Ring(
             inputs, self.engines, verifiers, self.buffer, Quarantine(folder / "quarantine.jsonl"), sampling, replay, watchdog_s, folder,
             lambda: {"step": 0, "num_steps": num_steps, "doing": "training", "recoveries": {}}, self._note, self.said.append,
         )  # fmt: skip
         self.session.spawn(self.ring.run(), self._fail)
-        learner = ray.remote(_Learner).options(num_cpus=0.1, name=actor_name("learner"), max_concurrency=2)
+        learner = ray.remote(_Learner).options(num_cpus=0.1, resources=learner_resources, name=actor_name("learner"), max_concurrency=2)
         self.learner = learner.remote(self.buffer.actor, num_steps, step_s)
         self.done = self.learner.run.remote()
 
