@@ -506,11 +506,32 @@ class RayConfig(Section):
     """Dashboard of the embedded Ray."""
 
 
+class MLflowConfig(Section):
+    tracking_uri: str | None = None
+    """Of a tracking server or a database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""
+    experiment: str = "gvpo"
+    run_name: str | None = None
+    """Default: the name of run_dir."""
+    tags: dict[str, str] = {}
+
+
+class TrackingConfig(Section):
+    """Who gets every line of metrics.jsonl beside it; a run that is resumed goes on in the same place. `{}`: with the defaults."""
+
+    tensorboard: dict[str, Any] | None = None
+    """Into run_dir/tensorboard: arguments of tensorboardX's SummaryWriter."""
+    wandb: dict[str, Any] | None = None
+    """Weights & Biases: arguments of wandb.init, such as {project: gvpo, mode: offline}; its files are in run_dir/wandb."""
+    mlflow: MLflowConfig | None = None
+
+
 class WarmStartConfig(Section):
-    """Make a small model from scratch and teach it by supervised learning (jobs/warm_start.py); writes model.path."""
+    """Make a small model from scratch and teach it by supervised learning (jobs/train.py, jobs/warm_start.py); writes model.path."""
 
     data: PromptsConfig
     """Worked problems."""
+    task: Literal["arithmetic"] | None = None
+    """Make the data of one of gvpo_ray/tasks.py first, in the folder of data.path, if that is not there."""
     solution_column: str = "solution"
     """Column of the worked solution; `column.key` looks into a column of JSON text."""
     remove: str | None = None
@@ -536,6 +557,8 @@ Prompts = TypeVar("Prompts", bound=PromptsConfig)
 class GVPOConfig(Section):
     run_dir: str
     """Folder of the run: config.yaml, metrics.jsonl, groups/, checkpoints/. Running `train` on it again resumes it."""
+    root: str | None = None
+    """Folder that relative paths begin at; default: the current one. On a cluster: of a file system that every node sees."""
     seed: int = 0
     num_steps: int = Field(ge=1)
     """Training steps; one step trains one batch of groups."""
@@ -557,6 +580,7 @@ class GVPOConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
     watchdog_s: float = Field(default=300.0, gt=0)
     """When no group finishes or no step ends for so many seconds, say who waits for whom; and again after as many."""
     warm_start: WarmStartConfig | None = None
@@ -654,15 +678,18 @@ class GVPOConfig(Section):
         for key, value in items:
             _set(data, key, value)
         try:
-            return cls.model_validate(data)
+            config = cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(f"{where}: {_one_line(error)}") from error
+        return config.absolute() if config.root else config
 
     def absolute(self) -> GVPOConfig:
         """With local paths made absolute: actors do not run in this folder, and a run may be taken up from another one."""
 
+        root = Path(self.root or "").expanduser()
+
         def path(text: str) -> str:
-            return str(Path(text).expanduser().absolute()) if is_local(text) else text
+            return str((root / Path(text).expanduser()).absolute()) if is_local(text, root) else text
 
         def reward(name: str, section: RewardConfig) -> RewardConfig:
             file, colon, function = (section.function or name).rpartition(":")
@@ -676,7 +703,7 @@ class GVPOConfig(Section):
         rewards = {name: reward(name, section) for name, section in self.verifiers.rewards.items()}
         return self.model_copy(
             update={
-                "run_dir": str(Path(self.run_dir).expanduser().absolute()),
+                "run_dir": str((root / Path(self.run_dir).expanduser()).absolute()),
                 "model": self.model.model_copy(update={"path": path(self.model.path)}),
                 "prompts": prompts(self.prompts),
                 "sources": {name: prompts(section) for name, section in self.sources.items()},
@@ -808,7 +835,7 @@ def check_resources(config: GVPOConfig, num_cpus: float, num_gpus: float, engine
         ConfigError: names the key to lower.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
-    absent = (*(() if engines else ("engine", "verifier", "reward model")), *(() if learner else ("learner worker", "buffer")))
+    absent = (*(() if engines else ("engine", "verifier", "reward model")), *(() if learner else ("learner worker",)))
     plan = [row for row in resource_plan(config) if not row[0].startswith(absent)]
     for column, unit, available in ((0, "CPUs", num_cpus), (1, "GPUs", num_gpus)):
         total = 0.0

@@ -48,6 +48,7 @@ from gvpo_ray.metrics import MetricsLog, evaluation_metrics
 from gvpo_ray.policy import latest_checkpoint
 from gvpo_ray.rewards import Rewards
 from gvpo_ray.ring import EventLog, Ring, Say, run_through
+from gvpo_ray.tracking import Tracking, check_trackers
 from gvpo_ray.verifiers import validate_rewards
 
 
@@ -187,6 +188,7 @@ class GVPO:
         config = config.absolute()
         self.config, self._rewards, self.run_dir, self.say = config, rewards, Path(config.run_dir), say
         self.replays = groups_file is not None
+        check_trackers(config.tracking)
         if cluster_address(config.ray) is None and not ray.is_initialized():
             check_resources(config, *machine_resources(config), engines=not self.replays)
         if self.replays:
@@ -251,6 +253,9 @@ class GVPO:
         if self._session is not None:
             return self
         config = self.config
+        tracking = Tracking(config, self.metrics.lines, self.say)
+        self._open.callback(tracking.close)
+        self.metrics.on_line = tracking.line
         session = self._session = Session(config.ray)
         self._open.callback(session.stop)
         if self.events.was_cut_off:
@@ -288,15 +293,16 @@ class GVPO:
             None if self.replays else self.inputs, self.engines, self.verifiers, self._buffer, self.quarantine, config.sampling, config.replay,
             config.watchdog_s, self.run_dir, self._state, self._note, self.say,
         )  # fmt: skip
+        self._ring.show = tracking.status
         session.spawn(self._ring.watch() if self.replays else self._ring.run(), self._fail)
         return self
 
     # --- supervision -----------------------------------------------------------------------------------------------------
 
     def _note(self, who: str, name: str, why: str) -> None:
-        """A recovery: in the log, in events.jsonl, and so in the metrics and the report."""
+        """A recovery, or a pool that changes its size: in events.jsonl, and so in the metrics and the report."""
         self.events.add(self.step, who, name, why)
-        self.say(f"recovery at step {self.step}: {name}: {why}")
+        self.say(f"pool {name} {why}" if who == "pool" else f"recovery at step {self.step}: {name}: {why}")
 
     def _state(self) -> dict[str, Any]:
         return {"step": self.step, "num_steps": self.num_steps, "doing": self._doing, "recoveries": dict(self.events.counts())}

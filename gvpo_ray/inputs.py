@@ -159,7 +159,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
 
 RESUMABLE = (
     "num_steps", "max_staleness", "engines", "verifiers", "learner", "evaluation", "checkpoint", "ray", "warm_start", "run_dir", "loss", "replay",
-    "watchdog_s",
+    "watchdog_s", "tracking", "root",
 )  # fmt: skip
 """Keys that may change when a run is resumed. The others say what its log and its checkpoints mean."""
 

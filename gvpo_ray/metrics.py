@@ -3,6 +3,7 @@
     reward/mean, reward/std          over the verifiable completions of the step's batch
     groups/size_mean                 completions with a reward, per group
     groups/untrainable               groups with fewer than two of them (counted, not trained on)
+    completions/correct              share of completions that are right: by the first reward function, more than 0
     completions/unverifiable         share of completions without a reward; why, as shares of all completions, in
     unverifiable/timeout, /memory, /crash   a limit of the verifier's child was hit, or it died
     unverifiable/other               no gold answer, or a reward function that failed or gave None
@@ -25,6 +26,8 @@
     time/wait_for_groups             of these, seconds the learner had no batch
     time/train, time/publish         of these, passes and updates; gathering and publishing weights
     weights/bytes                    of one version
+    weights/copy_s, weights/pause_s  seconds of an engine's newest weight update: while it generated on, and while it did not
+    weights/parity_mean, /parity_max difference of its log-probs from the learner's in nats per token, where that update was checked
     tokens/generated, tokens/generated_per_s    by all engines since the step before, evaluations included
     pools/<name>/engines, /tokens_per_s, /token_share    running engines of a pool; what they wrote, and their share of what all wrote
     recoveries/engine, /verifier, /learner, /buffer, /driver    deaths that the run has survived so far (events.jsonl says which and why)
@@ -42,7 +45,7 @@ import bisect
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,7 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
         "groups/size_mean": mean(sizes),
         "groups/untrainable": float(sum(size < 2 for size in sizes)),
+        "completions/correct": sum(sum(is_correct(row)) for row in rows) / max(1, total),
         "completions/unverifiable": 1 - len(rewards) / max(1, total),
         **{f"unverifiable/{kind}": count / max(1, total) for kind, count in _unverifiable(rows).items()},
         "completions/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
@@ -178,11 +182,15 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes from are written anew."""
+    """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes from are written anew.
+
+    `on_line` is told of every new one.
+    """
 
     def __init__(self, path: str | Path, resume_step: int) -> None:
         self.path = Path(path)
         self.lines: list[dict[str, Any]] = []
+        self.on_line: Callable[[dict[str, Any]], None] = lambda line: None
         if self.path.exists():
             for text in self.path.read_text().splitlines():
                 try:
@@ -200,6 +208,7 @@ class MetricsLog:
         self.lines.append(line)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.on_line(line)
         return line
 
     def last(self, name: str, default: Any = None) -> Any:

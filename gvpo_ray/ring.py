@@ -89,6 +89,8 @@ class Ring:
         """Groups on their way: id -> (since when, where)."""
         self._at: Counter[str] = Counter()
         """How many of them are where."""
+        self.show: Callable[[dict[str, Any]], None] = lambda status: None
+        """Told of every status, beside status.json."""
         self._last: dict[str, Any] = {}
         self._tokens_before: dict[str, int] = {}
         self._then = time.perf_counter()
@@ -219,6 +221,7 @@ class Ring:
         while True:
             self._last = status = await self.status()
             write_status(self._run_dir, status)
+            self.show(status)
             of_buffer = status["buffer"] or {}
             restarts = of_buffer.get("learner_restarts", [])
             for restart in restarts[min(num_restarts, len(restarts)) :]:

@@ -138,6 +138,8 @@ def test_options_of_another_objective_may_be_written_out_with_their_defaults():
         ("beta", "did you mean loss.beta?"),  # right word, wrong place
         ("learner.beta", "did you mean loss.beta?"),
         ("ray.zzz", "known here: address, num_cpus, object_store_gib, dashboard"),
+        ("tracking.tensorbord", "did you mean tracking.tensorboard?"),
+        ("tracking.mlflow.experment", "did you mean tracking.mlflow.experiment?"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
@@ -370,3 +372,16 @@ def test_a_run_on_offline_sources_alone_needs_no_prompts():
     assert config.prompts.path == NO_PROMPTS
     with pytest.raises(ConfigError, match="prompts: required"):
         GVPOConfig.from_dict({key: value for key, value in SMALL.items() if key != "prompts"})
+
+
+def test_relative_paths_begin_at_the_root(tmp_path):
+    (tmp_path / "here").mkdir()
+    values = {"root": str(tmp_path), "run_dir": "runs/x", "model.path": "here", "prompts.path": "data/train.parquet"}
+    values |= {"verifiers.rewards": {"mine.py:f": 1.0}}
+    config = GVPOConfig.from_dict(SMALL, values)
+    paths = (config.run_dir, config.model.path, config.prompts.path)
+    assert paths == (f"{tmp_path}/runs/x", f"{tmp_path}/here", f"{tmp_path}/data/train.parquet")
+    assert config.verifiers.rewards["mine.py:f"].function == f"{tmp_path}/mine.py:f"
+    elsewhere = GVPOConfig.from_dict(SMALL, values | {"run_dir": "/there", "model.path": "Qwen/Qwen2.5-Math-7B"})
+    assert (elsewhere.run_dir, elsewhere.model.path) == ("/there", "Qwen/Qwen2.5-Math-7B")  # neither is relative
+    assert GVPOConfig.from_dict(yaml.safe_load(elsewhere.dump())) == elsewhere

@@ -35,6 +35,7 @@ def test_batch_metrics_by_hand():
             "reward/std": math.sqrt(0.5 / 3),
             "groups/size_mean": 1.5,
             "groups/untrainable": 1,
+            "completions/correct": 2 / 5,
             "completions/unverifiable": 2 / 5,
             "unverifiable/timeout": 1 / 5,
             "unverifiable/memory": 0,
@@ -58,6 +59,11 @@ def test_batch_metrics_by_hand():
             "sources/offline:a:b": 1 / 5,
         }
     )
+
+
+def test_right_is_what_the_first_reward_function_says_and_not_the_sum():
+    row = {**BATCH[0], "rewards": [0.1, 1.0, None], "reward_parts": {"math": [0.0, 1.0, None], "format": [1.0, 0.0, 1.0]}}
+    assert batch_metrics([row], version=7)["completions/correct"] == 1 / 3
 
 
 def test_a_bucket_ends_with_its_edge_and_the_last_has_no_end():
@@ -137,6 +143,14 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_writes_the_other
         (4, 9.0),
     ]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_whoever_listens_is_told_of_every_new_line(tmp_path):
+    log, told = MetricsLog(tmp_path / "metrics.jsonl", resume_step=0), []
+    log.write(1, {"loss": 0.5})
+    log.on_line = told.append
+    log.write(2, {"loss": 0.25})
+    assert told == [{"step": 2, "loss": 0.25}]
 
 
 def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
