@@ -1,6 +1,6 @@
 """`gvpo-ray train` as an entry point for `ray job submit`, which makes the model first where the config has a `warm_start` section:
 
-    ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml run_dir=/shared/runs/quickstart
+    ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root=/shared
 """
 
 import sys

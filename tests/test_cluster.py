@@ -1,0 +1,536 @@
+"""cluster/: the manifests are what KubeRay, Kubernetes and Ray accept, and ask for what the job file's actors ask for.
+
+Schemas: KubeRay 1.7's own, with unknown fields refused at every level. Their parts of Kubernetes (volume claims, network policy rules) check
+shared.yaml too; kustomization.yaml and what surrounds those parts are compared by hand. Rules that the CRDs write in CEL are not evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray._private import ray_constants
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.kuberay.utils import parse_quantity
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
+from ray.scripts.scripts import start as ray_start
+
+from gvpo_ray.config import GVPOConfig, VerifiersConfig
+from gvpo_ray.fleet import HAND_OVER_MARGIN_S, resources_of
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCHEMAS = json.loads((ROOT / "tests/data/kuberay/schemas.json").read_text())
+IN_IMAGE = "/opt/gvpo-ray"
+UP_FILES = ["ray_up_aws.yaml", "ray_up_gcp.yaml"]
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
+
+
+(JOB,) = documents("rayjob.yaml")
+(STANDING,) = documents("raycluster.yaml")
+SPEC = JOB["spec"]["rayClusterSpec"]
+HEAD = SPEC["headGroupSpec"]
+GROUPS = {group["groupName"]: group for group in SPEC["workerGroupSpecs"]}
+PODS = {
+    "submitter": JOB["spec"]["submitterPodTemplate"]["spec"],
+    "head": HEAD["template"]["spec"],
+    **{name: group["template"]["spec"] for name, group in GROUPS.items()},
+}
+WORKERS = {name: pod for name, pod in PODS.items() if name in GROUPS}
+CONTAINERS = {name: pod["containers"][0] for name, pod in PODS.items()}
+ENTRYPOINT = shlex.split(JOB["spec"]["entrypoint"])
+JOB_FILE = ROOT / ENTRYPOINT[2].removeprefix(IN_IMAGE + "/")
+CONFIG = GVPOConfig.from_file(JOB_FILE, ENTRYPOINT[3:])
+
+
+def environment(name: str) -> dict[str, Any]:
+    """Of a pod's container: name -> value, or where it comes from."""
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in CONTAINERS[name].get("env", [])}
+
+
+def mount_of(path: str, name: str) -> str:
+    """Name of the volume that a path is on, in a pod's container; the longest mount path wins."""
+    mounts = [mount for mount in CONTAINERS[name]["volumeMounts"] if Path(path).is_relative_to(mount["mountPath"])]
+    return max(mounts, key=lambda mount: len(mount["mountPath"]), default={"name": "nowhere"})["name"]
+
+
+# --------------------------------------------------------------------------------------------------------------------- the schemas
+
+METADATA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, **{key: {"additionalProperties": {"type": "string"}} for key in ("labels", "annotations")}},
+    "required": ["name"],
+}
+
+
+def closed(schema: Any) -> Any:
+    """As an API server reads it under strict validation: an object has the properties that are listed, and no others."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: {name: closed(part) for name, part in value.items()} if key in ("properties", "$defs") else closed(value)
+              for key, value in schema.items()}  # fmt: skip
+    is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+    return schema if is_open or "properties" not in schema else schema | {"additionalProperties": False}
+
+
+DEFS = closed(SCHEMAS["$defs"])
+
+
+def part(path: str, kind: str = "RayCluster") -> dict[str, Any]:
+    """A part of a kind's schema, such as "spec/headGroupSpec/template/spec/volumes/[]"."""
+    schema = SCHEMAS["kinds"][kind]
+    for name in path.split("/") if path else ():
+        schema = schema["items"] if name == "[]" else schema["properties"][name]
+        while "$ref" in schema:
+            schema = SCHEMAS["$defs"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def problems(document: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    """What a schema refuses, each with its place."""
+    found = jsonschema.Draft202012Validator(closed(schema) | {"$defs": DEFS}).iter_errors(document)
+    return [f"{'/'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+
+
+def problems_of(document: dict[str, Any]) -> list[str]:
+    """Of a whole RayJob or RayCluster."""
+    kind = document.get("kind", "")
+    if document.get("apiVersion") != "ray.io/v1" or kind not in SCHEMAS["kinds"]:
+        return [f"kind: {document.get('apiVersion')} {kind} is not one of KubeRay's"]
+    schema = SCHEMAS["kinds"][kind]
+    return problems(document, schema | {"properties": schema["properties"] | {"metadata": METADATA}})
+
+
+@pytest.mark.parametrize("document", [JOB, STANDING], ids=lambda document: document["kind"])
+def test_manifests_are_what_kuberays_schemas_accept_without_unknown_fields(document):
+    assert problems_of(document) == []
+
+
+def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        *parents, last = [int(name) if name.isdigit() else name for name in path.split("/")]
+        for name in parents:
+            document = document[name]  # type: ignore[index]
+        document[last] = value  # type: ignore[index]
+
+    return change
+
+
+_HEAD = "spec/rayClusterSpec/headGroupSpec/template/spec"
+_LEARNER = "spec/rayClusterSpec/workerGroupSpecs/0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("status_", {}),
+        ("metadata/lables", {}),
+        ("spec/entryPoint", "python"),
+        ("spec/backoffLimit", "3"),
+        ("spec/rayClusterSpec/authOptions/mode", "tokens"),
+        ("spec/rayClusterSpec/autoscalerOptions/version", "v3"),
+        ("spec/rayClusterSpec/autoscalerOptions/idleTimeout", 60),
+        (f"{_HEAD}/containers/0/livenessProbe/httpGet/adress", "x"),
+        (f"{_HEAD}/containers/0/livenessProbe/httpGet/port", [1]),
+        (f"{_HEAD}/containers/0/resources/requests", {"cpu": "four"}),
+        (f"{_HEAD}/containers/0/securityContext/readOnlyRootFileSystem", True),
+        (f"{_HEAD}/volumes/0/emptydir", {}),
+        (f"{_LEARNER}/minReplica", 1),
+        (f"{_LEARNER}/template/spec/tolerations/0/efect", "NoSchedule"),
+        (f"{_LEARNER}/template/spec/containers/0/lifecycle/preStop/exec/command", "ray stop"),
+        (f"{_LEARNER}/resources", {"GPU": 4}),
+        ("spec/rayClusterSpec/headGroupSpec", {"rayStartParams": {}}),
+        ("kind", "RayService"),
+    ],
+)
+def test_the_check_refuses_a_manifest_that_is_broken_on_purpose(path, value):
+    broken = copy.deepcopy(JOB)
+    _set(path, value)(broken)
+    (first, *_) = problems_of(broken)
+    assert set(path.split("/")) & set(re.split(r"\W+", first)), f"{first} does not say where it is"
+
+
+def test_the_volume_claim_and_the_network_policies_are_what_kubernetes_accepts():
+    claim, *policies = documents("shared.yaml")
+    assert (claim["apiVersion"], claim["kind"], set(claim)) == ("v1", "PersistentVolumeClaim", {"apiVersion", "kind", "metadata", "spec"})
+    assert problems(claim["spec"], part("spec/headGroupSpec/template/spec/volumes/[]/ephemeral/volumeClaimTemplate/spec")) == []
+    selector = part("spec/headGroupSpec/template/spec/affinity/podAffinity/requiredDuringSchedulingIgnoredDuringExecution/[]/labelSelector")
+    for policy in policies:
+        spec = policy["spec"]
+        assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+        assert set(policy) == {"apiVersion", "kind", "metadata", "spec"} and set(spec) == {"podSelector", "policyTypes", "ingress", "egress"}
+        assert problems(policy["metadata"], METADATA) == [] and spec["policyTypes"] == ["Ingress", "Egress"]
+        assert problems(spec["podSelector"], selector) == []
+        for way in ("ingress", "egress"):
+            rules = part(f"spec/networkPolicy/head/{way}Rules")
+            assert problems(spec[way], rules) == []
+            assert problems([{"form": []}], rules) != []
+
+
+def test_one_short_file_is_all_that_a_user_edits_and_it_fits_the_others():
+    (kustomization,) = documents("kustomization.yaml")
+    assert set(kustomization) == {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
+    assert kustomization["resources"] == ["shared.yaml", "rayjob.yaml"]
+    assert all(set(image) == {"name", "newName", "newTag"} and image["newTag"] == PROJECT["version"] for image in kustomization["images"])
+    assert {container["image"].split(":")[0] for container in CONTAINERS.values()} == {image["name"] for image in kustomization["images"]}
+    for patch in kustomization["patches"]:
+        (target,) = [document for document in [JOB, *documents("shared.yaml")] if document["kind"] == patch["target"]["kind"]]
+        assert target["metadata"]["name"] == patch["target"]["name"]
+        for step in yaml.safe_load(patch["patch"]):
+            old: Any = target
+            for name in step["path"].split("/")[1:]:
+                old = old[name]  # "replace" fails where nothing is
+            assert step["op"] == "replace" and old == step["value"]  # what is tested here is what a user begins with
+
+
+def test_the_standing_cluster_is_the_jobs_cluster():
+    assert STANDING["spec"] == SPEC and STANDING["metadata"] == {"name": "gvpo-ray"}
+
+
+# ------------------------------------------------------------------------------------------------------- who sits where, and how many
+
+Resources = dict[str, float]
+
+
+def asks(config: GVPOConfig) -> dict[str, tuple[Resources, int, int]]:
+    """What the run's actors ask Ray for: who -> (resources of one, fewest, most)."""
+    verifiers: VerifiersConfig = config.verifiers
+    return {
+        "learner": (resources_of(config.learner), config.learner.num_workers, config.learner.max_workers or config.learner.num_workers),
+        **{f"engine-{name}": (resources_of(pool), pool.num, pool.max_num or pool.num) for name, pool in config.engines.all_pools().items()},
+        "verifier": ({"CPU": verifiers.num_cpus, **verifiers.resources}, verifiers.num, verifiers.max_num or verifiers.num),
+    }
+
+
+def places(actor: Resources, node: dict[str, float]) -> int:
+    """How many such actors one node has room for."""
+    return min(math.floor(node.get(name, 0) / number) for name, number in actor.items())
+
+
+def autoscaler_config(spec: dict[str, Any]) -> dict[str, Any]:
+    """As Ray's autoscaler reads it from the cluster's own description."""
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "gvpo-ray", "namespace": "gvpo-ray"}, "spec": spec})
+    return config
+
+
+NODES = {name: kind["resources"] for name, kind in autoscaler_config(SPEC)["available_node_types"].items()}
+"""What the autoscaler takes a node of each group for."""
+
+
+@pytest.mark.parametrize("who", asks(CONFIG))
+def test_each_kind_of_actor_has_a_group_of_its_own_that_offers_exactly_what_its_actors_ask_for(who):
+    actor, fewest, most = asks(CONFIG)[who]
+    assert [name for name, node in NODES.items() if places(actor, node)] == [who]
+    group, each = GROUPS[who], places(actor, NODES[who])
+    assert {name: number for name, number in NODES[who].items() if name != "memory"} == {name: each * number for name, number in actor.items()}
+    assert group["minReplicas"] == group["replicas"] == math.ceil(fewest / each)
+    assert group["maxReplicas"] == math.ceil(most / each)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_pod_asks_kubernetes_for_what_ray_gives_away_in_it(name):
+    resources, node = CONTAINERS[name]["resources"], NODES[name]
+    assert parse_quantity(resources["requests"]["cpu"]) == node["CPU"]
+    assert int(resources["requests"].get("nvidia.com/gpu", 0)) == node.get("GPU", 0)
+    for unit in ("memory", "nvidia.com/gpu"):
+        assert resources["requests"].get(unit) == resources["limits"].get(unit)
+    assert 2 * int(GROUPS[name]["rayStartParams"]["object-store-memory"]) < parse_quantity(resources["requests"]["memory"])
+
+
+def test_the_head_has_room_for_the_driver_and_the_buffer_and_for_nothing_that_trains():
+    assert not any(number for name, number in NODES["headgroup"].items() if name != "memory")
+    assert not any(places(actor, NODES["headgroup"]) for actor, _, _ in asks(CONFIG).values())
+    assert parse_quantity(CONTAINERS["head"]["resources"]["requests"]["cpu"]) > 1
+
+
+def test_the_learner_is_a_gang_and_spot_engines_of_another_gpu_are_a_bonus():
+    learner, spot, steady = GROUPS["learner"], GROUPS["engine-l4-spot"], GROUPS["engine-a100"]
+    assert learner["minReplicas"] == learner["maxReplicas"] == learner["replicas"]
+    assert (spot["minReplicas"], spot["replicas"]) == (0, 0) and steady["minReplicas"] >= 1
+    assert next(iter(CONFIG.engines.pools)) == "l4-spot"  # the cheapest is grown first
+
+
+@pytest.mark.parametrize("name", [name for name, node in NODES.items() if node.get("GPU")])
+def test_gpu_pods_go_to_their_own_nodes_and_tolerate_their_taints(name):
+    pod = PODS[name]
+    assert pod["nodeSelector"] == {"gvpo-ray/pool": name}
+    tolerated = [(taint["key"], taint.get("value")) for taint in pod["tolerations"]]
+    assert ("gvpo-ray/pool", name) in tolerated and ("nvidia.com/gpu", None) in tolerated
+    assert f"{name}" in (CLUSTER / "kustomization.yaml").read_text()  # which says how the nodes are made
+
+
+def test_the_autoscaler_is_on_and_knows_when_each_group_is_idle():
+    assert SPEC["enableInTreeAutoscaling"] is True and SPEC["autoscalerOptions"]["version"] == "v2"
+    config = autoscaler_config(SPEC)
+    assert config["idle_timeout_minutes"] * 60 == SPEC["autoscalerOptions"]["idleTimeoutSeconds"] == 120
+    idle = {name: kind.get("idle_timeout_s", 120) for name, kind in config["available_node_types"].items()}
+    assert idle["engine-a100"] > idle["engine-l4-spot"] > idle["verifier"]
+
+
+# --------------------------------------------------------------------------------------------------------------- what runs in the pods
+
+
+def test_the_entry_point_is_in_the_image_and_its_config_is_right():
+    assert ENTRYPOINT[0] == "python" and ENTRYPOINT[1] == f"{IN_IMAGE}/jobs/train.py" and (ROOT / "jobs/train.py").is_file()
+    assert JOB_FILE.is_file() and any(argument.startswith("run_dir=") for argument in ENTRYPOINT[3:])
+    for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / "raycluster.yaml").read_text()):
+        assert list(submit) == ENTRYPOINT[1:3]
+
+
+@pytest.mark.parametrize("name", [name for name in PODS if name != "submitter"])
+def test_run_dir_and_the_hugging_face_cache_are_on_the_shared_volume_of_every_node(name):
+    claim = documents("shared.yaml")[0]
+    (shared,) = [volume for volume in PODS[name]["volumes"] if volume["name"] == "shared"]
+    assert shared["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"] and claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert mount_of(CONFIG.run_dir, name) == mount_of(environment(name)["HF_HOME"], name) == "shared"
+    assert mount_of(environment(name)["HOME"], name) == mount_of("/tmp/ray", name) == "tmp"
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_every_mount_has_its_volume_and_every_pod_its_probes_and_metrics(name):
+    mounted = {mount["name"] for mount in CONTAINERS[name]["volumeMounts"]}
+    if name == "head":
+        mounted |= {mount["name"] for mount in SPEC["autoscalerOptions"]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in PODS[name]["volumes"]}
+    if name != "submitter":
+        assert {"name": "metrics", "containerPort": 8080} in CONTAINERS[name]["ports"]
+        for probe in ("livenessProbe", "readinessProbe"):
+            get = CONTAINERS[name][probe]["httpGet"]
+            assert get["path"] in PUBLIC_EXACT_PATHS and get["port"] == ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+
+
+def flags_of(start: str) -> set[str]:
+    return {word.partition("=")[0] for word in start.split() if word.startswith("--")}
+
+
+KNOWN_FLAGS = {flag for parameter in ray_start.params for flag in parameter.opts}
+
+
+def test_ray_start_knows_every_parameter():
+    for group in [HEAD, *GROUPS.values()]:
+        assert {f"--{name}" for name in group["rayStartParams"]} <= KNOWN_FLAGS
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_the_notice_is_as_long_as_engines_need_and_the_pods_grace_is_longer(name):
+    variable = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, variable)
+    notice = float(environment(name)[variable])
+    assert notice >= CONFIG.engines.drain_s + HAND_OVER_MARGIN_S + 4  # the driver asks Ray and its engines about once a second each
+    assert notice + 5 <= PODS[name]["terminationGracePeriodSeconds"] <= 30  # no cloud's spot machines stay longer
+
+
+FAKE_RAY = """
+import signal, sys, time
+def leave(*_):
+    time.sleep(1.0)
+    open(sys.argv[-1], "w").close()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, leave)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("after", ["", " && true"], ids=["ray_is_the_first_process", "bash_is"])
+def test_the_pre_stop_hook_tells_ray_itself_and_returns_when_it_has_left(tmp_path, after):
+    (tmp_path / "ray").write_text(FAKE_RAY)
+    command = f"ulimit -n 1024; {sys.executable} {tmp_path}/ray start --block --test {tmp_path}/left{after}"
+    first = subprocess.Popen(["bash", "-c", "--", command], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == b"started\n"
+        shell, option, hook = WORKERS["learner"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook.count("[^ ]*/ray start ") == 1
+        hook = hook.replace("[^ ]*/ray start ", f"{tmp_path}/ray start ")  # ours alone: a pod has no other
+        threading.Thread(target=first.wait, daemon=True).start()  # as Kubernetes does: what has ended is gone
+        began = time.monotonic()
+        assert subprocess.run([shell, option, hook], timeout=30).returncode == 0
+        assert (tmp_path / "left").exists() and time.monotonic() - began >= 1.0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
+def test_every_worker_has_the_pre_stop_hook():
+    hooks = [container["lifecycle"] for name, container in CONTAINERS.items() if name in WORKERS]
+    assert len(hooks) == len(GROUPS) and all(hook == hooks[0] for hook in hooks)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- security
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_no_pod_is_root_writes_to_its_root_file_system_or_has_kubernetes_token(name):
+    pod, container = PODS[name], CONTAINERS[name]
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    strict = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    assert container["securityContext"] == SPEC["autoscalerOptions"]["securityContext"] == strict
+    assert pod["automountServiceAccountToken"] is False and len(pod["containers"]) == 1
+    assert not any("serviceaccount" in mount["mountPath"] for mount in container["volumeMounts"])  # the autoscaler's alone
+    assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & set(pod)
+    assert not any("hostPath" in volume for volume in pod["volumes"])
+
+
+def test_the_autoscaler_alone_has_a_token_where_it_looks_for_one():
+    from ray.autoscaler._private.kuberay import node_provider
+
+    (mount,) = [mount for mount in SPEC["autoscalerOptions"]["volumeMounts"] if mount["name"] == "kubernetes-token"]
+    (volume,) = [volume for volume in PODS["head"]["volumes"] if volume["name"] == "kubernetes-token"]
+    token, authority, _ = volume["projected"]["sources"]
+    assert f"{mount['mountPath']}/{token['serviceAccountToken']['path']}" == node_provider.IN_CLUSTER_TOKEN_PATH
+    assert f"{mount['mountPath']}/{authority['configMap']['items'][0]['path']}" == node_provider.IN_CLUSTER_CA_CERT_PATH
+
+
+def test_ray_wants_a_token_and_nothing_of_it_is_open_to_the_world():
+    assert SPEC["authOptions"] == {"mode": "token"}
+    assert HEAD["serviceType"] == "ClusterIP" and not {"enableIngress", "ingressOptions"} & set(HEAD)
+    _, policy, submitter = documents("shared.yaml")
+    sources = [source for rule in policy["spec"]["ingress"] for source in rule["from"]]
+    assert all("podSelector" in source for source in sources) and submitter["spec"]["ingress"] == []
+    opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert opened == {8265, 8080}
+    (world,) = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule.get("to", []) if "ipBlock" in peer]
+    assert "169.254.0.0/16" in world["except"]
+
+
+def test_the_hugging_face_token_is_a_secret_and_not_where_completions_are_run():
+    secret = {"secretKeyRef": {"name": "hugging-face", "key": "token", "optional": True}}
+    assert {name for name in PODS if "HF_TOKEN" in environment(name)} == {"head", "learner", "engine-a100", "engine-l4-spot"}
+    assert all(environment(name)["HF_TOKEN"] == secret for name in PODS if "HF_TOKEN" in environment(name))
+    assert "create secret generic hugging-face --from-literal=token=" in (CLUSTER / "kustomization.yaml").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the images
+
+
+def pin(package: str) -> str:
+    """Version of a pin in pyproject.toml."""
+    extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
+    (found,) = [text for text in [*PROJECT["dependencies"], *extras] if re.match(rf"{package}(\[.*\])?==", text)]
+    return found.partition("==")[2]
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_images_are_this_versions_and_the_gpu_build_is_where_gpus_are(name):
+    build = "cuda" if NODES.get(name, {}).get("GPU") else "cpu"
+    assert CONTAINERS[name]["image"] == f"gvpo-ray-{build}:{PROJECT['version']}"
+
+
+def test_ray_is_one_version_everywhere():
+    assert SPEC["rayVersion"] == pin("ray")
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """(instruction, arguments) of each, comments left out and lines joined."""
+    lines = [line for line in (CLUSTER / "Dockerfile").read_text().splitlines() if line.strip() and not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines())]
+
+
+def test_the_dockerfile_has_a_target_for_each_build_from_pinned_bases():
+    stages = [re.fullmatch(r"(\S+) AS (\S+)", rest) for word, rest in dockerfile() if word == "FROM"]
+    bases = {stage[2]: stage[1] for stage in stages if stage}
+    assert len(bases) == len(stages) and set(bases) == {"cpu-system", "cuda-system", "cpu", "cuda"}
+    for target in ("cpu", "cuda"):
+        assert bases[target] == f"{target}-system"
+        assert re.search(r":\d+\.\d+", bases[f"{target}-system"]) and "latest" not in bases[f"{target}-system"]
+        assert ("RUN", f"PIP_NO_CACHE_DIR=1 jobs/setup.sh {target}") in dockerfile()
+    assert f"torch {pin('torch')}" in (CLUSTER / "Dockerfile").read_text()  # whose CUDA the base has
+
+
+def test_the_dockerfile_puts_the_code_where_the_manifests_look_for_it_and_ends_unprivileged():
+    instructions = dockerfile()
+    assert [rest for word, rest in instructions if word == "WORKDIR"] == [IN_IMAGE] * 2
+    assert [rest for word, rest in instructions if word == "USER"] == ["1000:1000"] * 2
+    for sources in (rest.split()[:-1] for word, rest in instructions if word == "COPY"):
+        assert all((ROOT / source).exists() for source in sources)
+    assert ("COPY", "jobs jobs") in instructions and ("COPY", "gvpo_ray gvpo_ray") in instructions
+    assert ("ENV", f"PATH={IN_IMAGE}/.venv/bin:$PATH") in instructions
+    for install in (rest for word, rest in instructions if word == "RUN" and "apt-get" in rest):
+        assert {"g++", "procps", "rsync", "python3.12", "python3.12-dev", "python3.12-venv"} <= set(install.split())  # pgrep: the preStop hook
+    assert PROJECT["requires-python"] == ">=3.11,<3.13"
+
+
+# -------------------------------------------------------------------------------------------------------------------------- `ray up`
+
+
+def up(name: str) -> dict[str, Any]:
+    (config,) = documents(name)
+    prepared: dict[str, Any] = prepare_config(config)
+    return prepared
+
+
+@pytest.mark.parametrize("name", UP_FILES)
+def test_ray_up_files_are_what_rays_own_schema_accepts(name):
+    config = up(name)
+    validate_config(config)
+    for broken in ({"max_worker": 3}, {"head_node_type": "haed"}, {"max_workers": 0}, {"idle_timeout_minutes": "5"}):
+        with pytest.raises((ValueError, jsonschema.ValidationError)):
+            validate_config({**config, **broken})
+
+
+@pytest.mark.parametrize("name", UP_FILES)
+def test_machines_of_ray_up_offer_what_the_job_files_actors_ask_for(name):
+    config = up(name)
+    kinds = config["available_node_types"]
+    assert config["max_workers"] == sum(kind["max_workers"] for kind in kinds.values())
+    left = {kind: dict(kinds[kind]["resources"]) for kind in kinds}
+    for who, (actor, fewest, most) in asks(CONFIG).items():
+        (home,) = [kind for kind in kinds if places(actor, kinds[kind]["resources"])]
+        each = places({key: value for key, value in actor.items() if key not in ("CPU", "GPU")}, kinds[home]["resources"])
+        assert kinds[home]["min_workers"] * each >= fewest and kinds[home]["max_workers"] * each >= most, who
+        for resource, number in actor.items():
+            left[home][resource] -= each * number
+    assert not any(number for rest in left.values() for number in rest.values())
+
+
+@pytest.mark.parametrize("name", UP_FILES)
+def test_ray_up_starts_spot_machines_for_the_spot_pool_alone(name):
+    kinds = up(name)["available_node_types"]
+    spot = {kind for kind in kinds if "spot" in json.dumps(kinds[kind]["node_config"]).lower()}
+    assert spot == {"engine-l4-spot"} and kinds["engine-l4-spot"]["min_workers"] == 0
+
+
+@pytest.mark.parametrize("name", UP_FILES)
+def test_ray_up_has_the_images_mounts_and_commands_of_the_rest(name):
+    config = up(name)
+    docker, version = config["docker"], PROJECT["version"]
+    for kind, node in config["available_node_types"].items():
+        own = node.get("docker", {}).get("worker_image", docker["worker_image"])
+        image = docker["head_image"] if kind == config["head_node_type"] else own
+        assert image.endswith(f"/gvpo-ray-{'cuda' if node['resources'].get('GPU') else 'cpu'}:{version}")
+    options = " ".join(docker["run_options"])
+    assert "-v /shared:/shared" in options and "RAY_AUTH_MODE=token" in options and Path(CONFIG.run_dir).is_relative_to("/shared")
+    assert f"HF_HOME={environment('head')['HF_HOME']}" in options and "~/.ray/auth_token" in config["file_mounts"]
+    starts = [command for key in ("head", "worker") for command in config[f"{key}_start_ray_commands"] if "ray start" in command]
+    assert len(starts) == 2 and all(flags_of(start) <= KNOWN_FLAGS and f"{IN_IMAGE}/.venv/bin/ray start" in start for start in starts)
+    assert not any("--dashboard-host" in start for start in starts)  # localhost
+    for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / name).read_text()):
+        assert list(submit) == ENTRYPOINT[1:3]
