@@ -23,6 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 command -v ray > /dev/null || { echo "local: error: there is no ray here: run jobs/setup.sh first" >&2; exit 2; }
 
+shown=${GVPO_LOCAL_CLUSTER:-runs/cluster} # where the file to source is
 folder=$(mktemp -d "${TMPDIR:-/tmp}/gvpo_ray_XXXXXX") # short: Ray's sockets lie in it, and their paths must be
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$folder/token"
 chmod 600 "$folder/token"
@@ -47,7 +48,7 @@ end() {
     trap - EXIT INT TERM
     kill "$cluster" 2> /dev/null && echo "local: the cluster ends" || true
     wait "$cluster" 2> /dev/null || true
-    rm -rf runs/cluster "$folder"
+    rm -rf "$shown" "$folder"
 }
 trap end EXIT
 trap 'exit 130' INT
@@ -59,14 +60,14 @@ for _ in $(seq 120); do
     sleep 0.5
 done
 
-mkdir -p runs/cluster
-cat > runs/cluster/env <<EOF
+mkdir -p "$shown"
+cat > "$shown/env" <<EOF
 export RAY_ADDRESS=http://127.0.0.1:$dashboard RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token PATH="$(dirname "$(command -v ray)"):\$PATH"
 EOF
 cat <<EOF
 dashboard: http://127.0.0.1:$dashboard (it asks for the token in $folder/token)
 submit, in another terminal:
-  source runs/cluster/env
+  source $shown/env
   ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root=$PWD
 Ctrl-C ends this cluster and nothing else.
 EOF

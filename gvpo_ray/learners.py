@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import socket
 import tempfile
@@ -22,7 +23,7 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
-from gvpo_ray.config import GVPOConfig
+from gvpo_ray.config import GVPOConfig, cluster_address
 from gvpo_ray.fleet import LearnersBuffer, cause_of, innermost, resources_of
 from gvpo_ray.learner import NonFiniteGradient, Settings, learn
 from gvpo_ray.policy import Policy, latest_checkpoint
@@ -48,6 +49,8 @@ class LearnerGroup:
         learner = config.learner
         for left in run_dir.glob(".ray_train_*"):  # of a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
+        if cluster_address(config.ray) or config.ray.dashboard:
+            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run and what its workers do
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)  # Ray Train's own notes, where every node can write
         self._trainer = TorchTrainer(
             train_loop,
@@ -59,7 +62,7 @@ class LearnerGroup:
                 resources_per_worker=resources_of(learner),
             ),
             run_config=RunConfig(
-                name="learner", storage_path=self._scratch, failure_config=FailureConfig(max_failures=learner.max_restarts),
+                name=run_dir.name, storage_path=self._scratch, failure_config=FailureConfig(max_failures=learner.max_restarts),
                 callbacks=[_Deaths(buffer)],
             ),
         )  # fmt: skip

@@ -43,8 +43,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 10.0,
         "provider": {"type": "fake_multinode", "gcs_address": address, "disable_node_updaters": True, "disable_launch_config_check": True},
-        "available_node_types": {**types, "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}},
-        "head_node_type": "head",
+        "available_node_types": {**types, "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}},
+        "head_node_type": "ray.head.default",
         # What Ray's own files say by default.
         **{key: {} for key in ("auth", "file_mounts")}, "file_mounts_sync_continuously": False,
         **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")},
@@ -55,7 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     file.write_text(json.dumps(config))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
-        "GVPO_TEST_MARK": mark, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5",
+        "GVPO_TEST_MARK": mark, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
         "RAY_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
     }  # fmt: skip
     with open(said, "w") as log:

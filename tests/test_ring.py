@@ -29,6 +29,7 @@ from gvpo_ray.buffer import GroupLog
 from gvpo_ray.ring import EventLog
 from gvpo_ray.warm_start import warm_start
 
+PROJECT = Path(__file__).parents[1]
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
 
 KILLED = {*chaos.KINDS} - {"learner controller", "engine"}
@@ -280,7 +281,6 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
     assert row["rewards"] == starts_with_a_digit([], row["completions"]) == row["reward_parts"]["starts_with_a_digit"]
     with GVPO.from_run_dir(run_dir, reward=starts_with_a_digit) as algo:
         assert algo.step == 1
-        assert algo.train()["step"] == 2
 
 
 def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_killed_at_random(config_file: Path) -> None:
@@ -360,22 +360,96 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     assert all(line["weights/parity_mean"] < 0.1 for line in lines if "weights/parity_mean" in line)
 
 
-def test_a_run_on_offline_sources_alone_needs_no_engine(config_file: Path) -> None:
+@pytest.fixture
+def local_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """cluster/local.sh: the environment in which `ray job …` speaks to it."""
+    mark = uuid.uuid4().hex
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    plain |= {"PATH": f"{Path(sys.executable).parent}:{plain['PATH']}", "GVPO_TEST_MARK": mark, "GVPO_LOCAL_CLUSTER": str(tmp_path / "cluster")}
+    script = subprocess.Popen(
+        [PROJECT / "cluster" / "local.sh", "--num-cpus=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain,
+        start_new_session=True,
+    )  # fmt: skip
+    assert script.stdout is not None
+    lines: list[str] = []
+    for line in script.stdout:
+        lines.append(line)
+        if "Ctrl-C" in line:
+            break
+    assert (tmp_path / "cluster" / "env").is_file(), lines
+    sourced = subprocess.run(["bash", "-c", f"source {tmp_path}/cluster/env && env -0"], env=plain, check=True, capture_output=True, text=True)
+    yield dict(line.split("=", 1) for line in sourced.stdout.split("\0") if "=" in line)
+    script.send_signal(signal.SIGINT)
+    assert script.wait() == 130
+    assert left_behind(mark) == []
+
+
+def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no_engine_for_offline_data(
+    config_file: Path, local_cluster: dict[str, str]
+) -> None:
     folder = config_file.parent
     rng = random.Random(0)
     graded = [(a, rng.randrange(1, 10)) for a in range(10, 100) for _ in range(4)]
     rows = [{"prompt": f"{a}=", "completion": rf"\boxed{{{x}}}", "score": float(x == a // 10)} for a, x in graded]
     (folder / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = yaml.safe_load(config_file.read_text())
-    del config["prompts"], config["evaluation"], config["warm_start"]
-    source = {"path": str(folder / "graded.jsonl"), "reward_column": "score", "group_share": 1.0, "template": "{prompt}"}
-    config |= {"run_dir": str(folder / "offline"), "num_steps": 4, "engines": {"num": 0}, "sources": {"graded": source}}
+    del config["prompts"], config["evaluation"]
+    source = {"path": "graded.jsonl", "reward_column": "score", "group_share": 1.0, "template": "{prompt}"}
+    config |= {"run_dir": "offline", "model": {"path": "model"}, "num_steps": 1000, "engines": {"num": 0}, "sources": {"graded": source}}
     config["learner"] = {"backend": "ddp", "num_mini_batches": 2}
+    config["checkpoint"] = {"every": 2}
     (folder / "offline.yaml").write_text(yaml.safe_dump(config))
-    command = Command("train", str(folder / "offline.yaml"))
-    assert command.wait() == 0, command.output
+    metrics = folder / "offline" / "metrics.jsonl"
+
+    def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ray", "job", *arguments], cwd=PROJECT, env=local_cluster, capture_output=True, text=True)
+
+    def submit(name: str, *arguments: str, wait: bool = False) -> subprocess.CompletedProcess[str]:
+        command = ["python", "jobs/train.py", str(folder / "offline.yaml"), f"root={folder}", *arguments]
+        return job("submit", "--submission-id", name, *([] if wait else ["--no-wait"]), "--working-dir", ".", "--", *command)
+
+    def num_trained() -> int:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def until_more_steps(more: int) -> None:
+        wanted = num_trained() + more
+        while num_trained() < wanted:
+            time.sleep(0.1)
+
+    assert submit("killed").returncode == 0
+    until_more_steps(3)
+    (driver,) = drivers(local_cluster)
+    os.kill(driver, signal.SIGKILL)
+    while "FAILED" not in job("status", "killed").stderr + job("status", "killed").stdout:
+        time.sleep(0.5)
+
+    assert submit("stopped").returncode == 0  # what the first one left in the cluster may still be going down
+    until_more_steps(3)
+    assert job("stop", "stopped").returncode == 0
+    said = job("logs", "stopped")
+    assert "recovery at step" in said.stdout and "the same command resumes the run" in said.stdout, said
+
+    finished = submit("finished", f"num_steps={num_trained() + 10}", wait=True)
+    assert finished.returncode == 0 and "complete" not in finished.stdout, finished
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    wrong = submit("wrong", "lerner.num_workers=1", wait=True)
+    assert wrong.returncode != 0 and "error: " in wrong.stdout and "did you mean learner" in wrong.stdout
+
     log = list(groups.rows(groups.load(folder / "offline" / "groups")))
-    assert len(log) == 4 * GROUPS_PER_STEP and {source for row in log for source in row["sources"]} == {"offline:graded"}
+    assert len(log) >= len(lines) * GROUPS_PER_STEP and {source for row in log for source in row["sources"]} == {"offline:graded"}
     known = {(row["prompt"], row["completion"]): row["score"] for row in rows}
     assert all(known[row["prompt"], text] == reward for row in log for text, reward in zip(row["completions"], row["rewards"], strict=True))
-    assert (folder / "offline" / "checkpoints" / "step-4" / "model.safetensors").is_file()
+    assert (folder / "offline" / "checkpoints" / f"step-{len(lines)}" / "model.safetensors").is_file()
+
+
+def drivers(environment: dict[str, str]) -> list[int]:
+    """Processes of a cluster's jobs that run jobs/train.py."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("GVPO_TEST_MARK") == environment["GVPO_TEST_MARK"] and process.cmdline()[1:2] == ["jobs/train.py"]:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
