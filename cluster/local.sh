@@ -56,9 +56,10 @@ trap 'exit 143' TERM
 
 for _ in $(seq 120); do
     kill -0 "$cluster" 2> /dev/null || { cat "$folder/log" >&2; exit 1; }
-    python -c "import socket; socket.create_connection(('127.0.0.1', $dashboard), 1)" 2> /dev/null && break
+    python -c "import socket; [socket.create_connection(('127.0.0.1', port), 1) for port in ($dashboard, $agent)]" 2> /dev/null && break
     sleep 0.5
 done
+sleep 2 # the node's agent, which starts jobs, makes itself known
 
 mkdir -p "$shown"
 cat > "$shown/env" <<EOF
