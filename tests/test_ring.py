@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -413,15 +413,13 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
 
     def until_more_steps(more: int) -> None:
         wanted = num_trained() + more
-        while num_trained() < wanted:
-            time.sleep(0.1)
+        until(lambda: num_trained() >= wanted)
 
     assert submit("killed").returncode == 0
     until_more_steps(3)
     (driver,) = drivers(local_cluster)
     os.kill(driver, signal.SIGKILL)
-    while "FAILED" not in job("status", "killed").stderr + job("status", "killed").stdout:
-        time.sleep(0.5)
+    until(lambda: "FAILED" in job("list").stderr)
 
     assert submit("stopped").returncode == 0  # what the first one left in the cluster may still be going down
     until_more_steps(3)
@@ -441,6 +439,13 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
     known = {(row["prompt"], row["completion"]): row["score"] for row in rows}
     assert all(known[row["prompt"], text] == reward for row in log for text, reward in zip(row["completions"], row["rewards"], strict=True))
     assert (folder / "offline" / "checkpoints" / f"step-{len(lines)}" / "model.safetensors").is_file()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def drivers(environment: dict[str, str]) -> list[int]:
