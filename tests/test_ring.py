@@ -402,7 +402,8 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
     metrics = folder / "offline" / "metrics.jsonl"
 
     def job(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["ray", "job", *arguments], cwd=PROJECT, env=local_cluster, capture_output=True, text=True)
+        command = ["ray", "job", *arguments]
+        return subprocess.run(command, cwd=PROJECT, env=local_cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def submit(name: str, *arguments: str, wait: bool = False) -> subprocess.CompletedProcess[str]:
         command = ["python", "jobs/train.py", str(folder / "offline.yaml"), f"root={folder}", *arguments]
@@ -419,7 +420,7 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
     until_more_steps(3)
     (driver,) = drivers(local_cluster)
     os.kill(driver, signal.SIGKILL)
-    until(lambda: "FAILED" in job("list").stderr)
+    until(lambda: "FAILED" in job("list").stdout)
 
     assert submit("stopped").returncode == 0  # what the first one left in the cluster may still be going down
     until_more_steps(3)
