@@ -401,6 +401,8 @@ class GVPO:
     def stop(self) -> None:
         """End everything that was started. The run directory can be taken up again."""
         if self._session is not None:
+            if self.done and self._session.cause is None:
+                self.learners.join(LEARNERS_END_S)  # by themselves: a thread that asks Ray something while Ray goes down would crash
             self.events.add(self.step, "run", "stopped")
             self._doing = "complete" if self.done else "stopped"
             self._ring.last_words()
@@ -413,6 +415,9 @@ class GVPO:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+
+LEARNERS_END_S = 60.0
+"""How long a run that is complete waits for Ray Train to end."""
 
 RECOVERIES = ("engine", "verifier", "learner", "buffer", "driver")
 """Whose deaths are counted, as recoveries/<who>."""
