@@ -42,7 +42,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         "max_workers": sum(NODE_TYPES.values()),
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 10.0,
-        "provider": {"type": "fake_multinode", "gcs_address": address, "disable_node_updaters": True, "disable_launch_config_check": True},
+        "provider": {
+            "type": "fake_multinode", "gcs_address": address, "use_node_id_as_ip": True,  # all of them have the same IP address
+            "disable_node_updaters": True, "disable_launch_config_check": True,
+        },
         "available_node_types": {**types, "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}},
         "head_node_type": "ray.head.default",
         # What Ray's own files say by default.

@@ -379,8 +379,8 @@ def local_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     assert (tmp_path / "cluster" / "env").is_file(), lines
     sourced = subprocess.run(["bash", "-c", f"source {tmp_path}/cluster/env && env -0"], env=plain, check=True, capture_output=True, text=True)
     yield dict(line.split("=", 1) for line in sourced.stdout.split("\0") if "=" in line)
-    script.send_signal(signal.SIGINT)
-    assert script.wait() == 130
+    script.terminate()
+    assert script.wait() == 143
     assert left_behind(mark) == []
 
 
