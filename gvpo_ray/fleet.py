@@ -387,7 +387,7 @@ class EngineGroup:
             await asyncio.sleep(self.config.scale_window_s)
             waits, now = await self._waits(), time.monotonic()
             if before is not None and waits is not None:
-                share = {who: (seconds - before[who]) / (now - then) for who, seconds in waits.items()}
+                share = {who: min(1.0, (seconds - before[who]) / (now - then)) for who, seconds in waits.items()}
                 if share["driver"] == 0 and min(share.values()) >= 0:  # it did not evaluate meanwhile, and the buffer is the same
                     self._grow_or_shrink(share["learner"], share["dial"])
             before, then = waits, now

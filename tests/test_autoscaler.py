@@ -118,11 +118,11 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
         (raylet, *_) = (
             process for process in _processes(mark, RAY_NODE_TYPE_NAME="engine") if process.name() == "raylet"
         )
-        lost = run.engines.status()
+        before_that = {seat.node for seat in run.engines.seats}
         raylet.kill()
         _until(lambda: running() == 2, "its engine is missed")
         _until(lambda: running() == 3 and nodes()["engine"] == 3, "another node takes its place, and another engine the seat")
-        assert {each["node"] for each in run.engines.status()} != {each["node"] for each in lost}
+        assert {seat.node for seat in run.engines.seats} != before_that
         before = run.num_finished()
         _until(lambda: run.num_finished() > before + 16, "groups come in")
         ray.get(run.learner.pace.remote(1e6))  # from now on it is busy for ever
