@@ -34,6 +34,7 @@ print(*(each.getsockname()[1] for each in sockets))
 EOF
 )"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token" RAY_USAGE_STATS_ENABLED=0
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # there is no other node to hand anything to
 # A job that is stopped (`ray job stop`) has so many seconds to end by itself; by default 3, which is less than a run takes.
 export RAY_JOB_STOP_WAIT_TIME_S=30
 unset RAY_ADDRESS
