@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -442,16 +442,6 @@ def _processes(folder: Path) -> set[int]:
     return found - {os.getpid()}
 
 
-def _num_descriptors(at_most: int = 0) -> int:
-    """Of this process: the least of some time, or the first that is not more than `at_most`. Earlier tests' threads open and close some."""
-    gc.collect()
-    counts: list[int] = []
-    while len(counts) < 20 and not (counts and counts[-1] <= at_most):
-        counts.append(psutil.Process().num_fds())
-        time.sleep(0.05)
-    return min(counts)
-
-
 class World:
     """A folder for temporary files, a working directory and listeners of our own, and what there is in and of them."""
 
@@ -468,12 +458,12 @@ class World:
             listener.setblocking(False)
         self.traps = Traps(root / "outside" / "canary", precious, port)
 
-    def count(self, before: dict[str, Any] | None = None) -> dict[str, Any]:
-        """`before`: an earlier count that this one should equal."""
+    def count(self) -> dict[str, Any]:
+        gc.collect()
         return {
             "processes": _processes(self.root / "temporary"),
             "files": sorted((str(path), path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in self.root.rglob("*")),
-            "descriptors": _num_descriptors() if before is None else max(before["descriptors"], _num_descriptors(before["descriptors"])),
+            "descriptors": psutil.Process().num_fds(),
             "sockets": sorted((c.family, c.type, c.status) for c in psutil.Process().net_connections("all")),
         }
 
@@ -493,10 +483,6 @@ class World:
         except BlockingIOError:
             return num
 
-    def close(self) -> None:
-        self._tcp.close()
-        self._udp.close()
-
 
 class Report(NamedTuple):
     """What there is when a kind has been scored, all verifiers closed."""
@@ -509,14 +495,25 @@ class Report(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("world"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(world.root / "temporary"))
-        patch.setattr(tempfile, "tempdir", None)
-        patch.chdir(world.root / "working")
-        yield world
-    world.close()
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """`apart(check, …)`: a function of this file, called with a World in a process of its own, in which nobody else opens or closes anything."""
+    root = tmp_path_factory.mktemp("world")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (root,)) as process:
+        yield lambda check, *arguments: process.submit(_call, check, arguments).result()
+
+
+_world: World
+
+
+def _begin(root: Path) -> None:
+    global _world
+    _world = World(root)
+    os.environ["TMPDIR"], tempfile.tempdir = str(root / "temporary"), None
+    os.chdir(root / "working")
+
+
+def _call(check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    check(_world, *arguments)
 
 
 def _report(world: World, kind: Kind, config: VerifiersConfig, functions: dict[str, Callable[..., Any]] | None = None, **honest: Any) -> Report:
@@ -529,7 +526,7 @@ def _report(world: World, kind: Kind, config: VerifiersConfig, functions: dict[s
         most = len(_processes(world.root / "temporary") - before["processes"])
     finally:
         fleet.close()
-    return Report(scored, before, world.count(before), world.num_visitors(), most)
+    return Report(scored, before, world.count(), world.num_visitors(), most)
 
 
 def _assert_harmless(report: Report) -> None:
@@ -544,11 +541,19 @@ def _assert_harmless(report: Report) -> None:
 
 
 @pytest.mark.parametrize("kind", TEXT)
-def test_hostile_text_is_harmless_to_math(world: World, kind: str) -> None:
+def test_hostile_text_is_harmless_to_math(apart: Callable[..., None], kind: str) -> None:
+    apart(_text_to_math, kind)
+
+
+def _text_to_math(world: World, kind: str) -> None:
     _assert_harmless(_report(world, TEXT[kind], VerifiersConfig(**MATH_LIMITS)))
 
 
-def test_hostile_text_is_harmless_to_the_other_reward_functions_and_meets_no_limit(world: World) -> None:
+def test_hostile_text_is_harmless_to_the_other_reward_functions_and_meets_no_limit(apart: Callable[..., None]) -> None:
+    apart(_text_to_others)
+
+
+def _text_to_others(world: World) -> None:
     def all_kinds(rng: random.Random, traps: Traps) -> list[str]:
         return [text for kind in TEXT.values() for text in kind(rng, traps)[::4]]
 
@@ -560,7 +565,11 @@ def test_hostile_text_is_harmless_to_the_other_reward_functions_and_meets_no_lim
 
 
 @pytest.mark.parametrize("kind", CODE)
-def test_hostile_code_in_a_users_function_is_harmless(world: World, kind: str) -> None:
+def test_hostile_code_in_a_users_function_is_harmless(apart: Callable[..., None], kind: str) -> None:
+    apart(_code, kind)
+
+
+def _code(world: World, kind: str) -> None:
     def obeys(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
         if not completions[0].isdigit():
             exec(completions[0], {})
@@ -574,8 +583,12 @@ def test_hostile_code_in_a_users_function_is_harmless(world: World, kind: str) -
     assert [reason for reason in reasons if not (reason or "").removeprefix("math raised ").startswith(endings)] == []
 
 
-def test_the_traps_work(world: World) -> None:
+def test_the_traps_work(apart: Callable[..., None]) -> None:
     """Without confinement the same programs leave what the tests above look for."""
+    apart(_traps)
+
+
+def _traps(world: World) -> None:
     traps = world.traps._replace(canary=world.traps.canary.with_name("control"))
     before = world.count()["files"]
     for program in (files(random.Random(0), traps)[0], network(random.Random(0), traps)[0]):
@@ -594,8 +607,12 @@ def test_a_table_does_not_take_half_a_surrogate_pair() -> None:
         groups.table([{"prompt": "What?", "answer": GOLD, "completions": ["\\boxed{4\ud8002}"]}])
 
 
-def test_rows_of_a_file_with_half_surrogate_pairs_and_invalid_utf8_cost_only_themselves(world: World) -> None:
+def test_rows_of_a_file_with_half_surrogate_pairs_and_invalid_utf8_cost_only_themselves(apart: Callable[..., None]) -> None:
     """JSON can escape half a pair; a line that is not UTF-8 is malformed."""
+    apart(_file)
+
+
+def _file(world: World) -> None:
     rng = random.Random("surrogates")
     halves = [chr(rng.randint(0xD800, 0xDFFF)) for _ in range(NUM)]
     hostile = [form.replace("43", f"4{half}3") for half, form in zip(halves, _in_forms(["43"] * NUM), strict=True)]
@@ -615,4 +632,4 @@ def test_rows_of_a_file_with_half_surrogate_pairs_and_invalid_utf8_cost_only_the
     assert [row["verdict"] for row in scored] == expected
     assert summary["malformed"] == NUM
     assert [row["response"] for row in scored[::4]] == hostile
-    assert world.count(before) == before
+    assert world.count() == before
