@@ -219,6 +219,7 @@ class GVPO:
             self._open.close()
             raise
         self._session: Session | None = None
+        self.learners: LearnerGroup | None = None
         self._doing = "starting"
 
     @classmethod
@@ -400,14 +401,18 @@ class GVPO:
 
     def stop(self) -> None:
         """End everything that was started. The run directory can be taken up again."""
-        if self._session is not None:
-            if self.done and self._session.cause is None:
-                self.learners.join(LEARNERS_END_S)  # by themselves: a thread that asks Ray something while Ray goes down would crash
-            self.events.add(self.step, "run", "stopped")
-            self._doing = "complete" if self.done else "stopped"
-            self._ring.last_words()
-        self._open.close()
-        self._session = None
+        try:
+            if self._session is not None:
+                self.events.add(self.step, "run", "stopped")
+                self._doing = "complete" if self.done else "stopped"
+                if self.learners is not None:
+                    self._ring.last_words()
+                    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                        self._session.call(self._buffer.actor.close.remote(), 5.0)
+                    self.learners.join(LEARNERS_END_S)  # a thread that asks Ray something while Ray goes down crashes, or asks for ever
+        finally:
+            self._open.close()
+            self._session = None
 
     def __enter__(self) -> GVPO:
         return self
@@ -416,8 +421,8 @@ class GVPO:
         self.stop()
 
 
-LEARNERS_END_S = 60.0
-"""How long a run that is complete waits for Ray Train to end."""
+LEARNERS_END_S = 20.0
+"""How long the end of a run waits for Ray Train to end: seconds, or the step that it is in."""
 
 RECOVERIES = ("engine", "verifier", "learner", "buffer", "driver")
 """Whose deaths are counted, as recoveries/<who>."""

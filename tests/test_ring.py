@@ -277,6 +277,7 @@ def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died
         os.kill(core, signal.SIGKILL)
         with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
             algo.evaluate()
+    assert "learner" not in [thread.name for thread in threading.enumerate()]  # it would ask a Ray that has gone, for ever
     row = next(groups.rows(groups.load(run_dir / "groups")))
     assert row["rewards"] == starts_with_a_digit([], row["completions"]) == row["reward_parts"]["starts_with_a_digit"]
     with GVPO.from_run_dir(run_dir, reward=starts_with_a_digit) as algo:
