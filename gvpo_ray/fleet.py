@@ -36,8 +36,6 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from gvpo_ray.buffer import GroupBuffer
 from gvpo_ray.config import EnginesConfig, LearnerConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
 from gvpo_ray.elastic import one_less, one_more
@@ -737,10 +735,10 @@ class Buffer:
     """
 
     def __init__(self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any) -> None:
-        beside_the_driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # not on a node that may go
+        on_the_head = {"node:__internal_head__": 0.001}  # other nodes may go
         self.actor = (
             ray.remote(_BufferActor)
-            .options(name=actor_name("buffer"), num_cpus=0, max_concurrency=100_000, max_restarts=-1, scheduling_strategy=beside_the_driver)
+            .options(name=actor_name("buffer"), num_cpus=0, resources=on_the_head, max_concurrency=100_000, max_restarts=-1)
             .remote(*arguments)
         )
         self._state, self._note = state, note
