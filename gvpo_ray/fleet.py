@@ -36,6 +36,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+
 from gvpo_ray.buffer import GroupBuffer
 from gvpo_ray.config import EnginesConfig, LearnerConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
 from gvpo_ray.elastic import one_less, one_more
