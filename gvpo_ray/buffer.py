@@ -36,6 +36,9 @@ from gvpo_ray.config import ReplayConfig
 LOCK_WAIT_S = 60.0
 """How long a new buffer waits for the one before it, whose process may still be going down."""
 
+STEPS = "steps.jsonl"
+"""Beside the log: each step's metrics, for a driver that was killed before it could write them."""
+
 ORDERS = "orders.jsonl"
 """In the log's folder: what this process of the driver has ordered so far. The driver begins a new one."""
 
@@ -185,6 +188,11 @@ class Quarantine:
             self._keys.add(_key(row))
             with open(self.path, "a") as file:
                 file.write(json.dumps({name: row[name] for name in _KEY_COLUMNS}) + "\n")
+
+
+def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    """Step -> its metrics, as the learner told them last."""
+    return {entry["step"]: entry["metrics"] for entry in _whole_lines(folder / STEPS)}
 
 
 def _whole_lines(path: Path) -> list[Any]:
@@ -545,6 +553,8 @@ class GroupBuffer:
             self._weights = (version, weights)
             if metrics is not None:
                 self._metrics[version] = metrics
+                with open(self._orders_path.with_name(STEPS), "a") as file:
+                    file.write(json.dumps({"step": version, "metrics": metrics}) + "\n")
                 self._last_step_at = time.time()
             self._new_version.notify_all()
         if self._learner_from is None:  # it started before this buffer took the place of a dead one

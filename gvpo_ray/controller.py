@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import ORDERS, GroupLog, Quarantine
+from gvpo_ray.buffer import ORDERS, GroupLog, Quarantine, steps_metrics
 from gvpo_ray.config import (
     ConfigError,
     GVPOConfig,
@@ -210,6 +210,10 @@ class GVPO:
             self.log_size = len(GroupLog(self.run_dir / "groups"))
             """Groups that were in the log when this process took the run up."""
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
+            written = {line["step"] for line in self.metrics.lines if "loss" in line}
+            for step, metrics in sorted(steps_metrics(self.run_dir / "groups").items()):
+                if max(written, default=0) < step <= self.step:  # the driver was killed before it wrote them
+                    self.metrics.write(step, metrics)
             self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl")
             self.events = EventLog(self.run_dir / "events.jsonl")
         except OSError as error:
