@@ -338,12 +338,14 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     right = [{"prompt": f"{a}=", "completion": rf"\boxed{{{a // 10}}}", "answer": str(a // 10)} for a in range(10, 100)]
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
     overrides = {
-        "run_dir": str(folder / "mixed"), "num_steps": 14, "evaluation.every": 0, "learner.num_workers": 1, "prompts.limit": 40,
+        "run_dir": str(folder / "mixed"), "num_steps": 500, "evaluation.every": 0, "learner.num_workers": 1, "prompts.limit": 40,
         "engines.num_cpus": 0.5, "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
         "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}}, "replay.share": 0.125,
     }  # fmt: skip
     with GVPOConfig.from_file(config_file, overrides).build() as algo:
         lines = [algo.train() for _ in range(14)]
+        while any(sum(line[f"pools/{pool}/token_share"] for line in lines) <= 0.5 for pool in ("full", "half")):
+            lines.append(algo.train())  # a run does not wait for its second engine, which may come late: up to num_steps
     rows = list(groups.rows(groups.load(folder / "mixed" / "groups")))
     assert all(row["sources"].count("offline:people") == 1 and len(row["sources"]) == 8 for row in rows)
     for row in rows:
@@ -356,8 +358,6 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
                 strict=True) if of == "replay"]  # fmt: skip
     assert len(replayed) > 50 and all(copy in written for copy in replayed)  # of the rounds after the first through the 40 prompts
     assert lines[-1]["sources/offline:people"] == 0.125 and lines[-1]["sources/replay"] > 0
-    for pool in ("full", "half"):
-        assert sum(line[f"pools/{pool}/token_share"] for line in lines) > 0.5
     assert all(line["weights/parity_mean"] < 0.1 for line in lines if "weights/parity_mean" in line)
 
 
