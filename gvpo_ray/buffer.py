@@ -32,6 +32,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.config import ReplayConfig
+from gvpo_ray.metrics import append_line, read_lines
 
 LOCK_WAIT_S = 60.0
 """How long a new buffer waits for the one before it, whose process may still be going down."""
@@ -177,7 +178,7 @@ class Quarantine:
 
     def entries(self) -> list[dict[str, str]]:
         """{"dataset", "prompt", "answer"} of each, in the order in which they came."""
-        return _whole_lines(self.path)
+        return read_lines(self.path)
 
     def holds(self, prompt: pa.Table) -> bool:
         return bool(self._keys) and _key_of(prompt) in self._keys
@@ -186,19 +187,12 @@ class Quarantine:
         row = next(groups.rows(prompt))
         if _key(row) not in self._keys:
             self._keys.add(_key(row))
-            with open(self.path, "a") as file:
-                file.write(json.dumps({name: row[name] for name in _KEY_COLUMNS}) + "\n")
+            append_line(self.path, {name: row[name] for name in _KEY_COLUMNS})
 
 
 def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
     """Step -> its metrics, as the learner told them last."""
-    return {entry["step"]: entry["metrics"] for entry in _whole_lines(folder / STEPS)}
-
-
-def _whole_lines(path: Path) -> list[Any]:
-    """The objects of a file of JSON lines, as far as it is there: a killed writer may leave a torn last line."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {entry["step"]: entry["metrics"] for entry in read_lines(folder / STEPS)}
 
 
 _KEY_COLUMNS = ("dataset", "prompt", "answer")
@@ -364,7 +358,7 @@ class GroupBuffer:
         self._learner_version = version  # behind `version` while a learner that came back repeats steps
         self._metrics: dict[int, dict[str, Any]] = {}
         self._orders_path = Path(folder) / ORDERS
-        self._orders = {(entry["step"], entry["saved"]): entry["order"] for entry in _whole_lines(self._orders_path)}
+        self._orders = {(entry["step"], entry["saved"]): entry["order"] for entry in read_lines(self._orders_path)}
         self._allowed = 0
         self._saved_step = version if version > 0 else -1  # a run that is taken up starts from a checkpoint
         self._save_wanted = -1  # version of which, or of a newer one, save() waits for a checkpoint
@@ -504,8 +498,8 @@ class GroupBuffer:
                     self._learner_is("was told to stop")
                     return "stop"
                 self._orders[key] = "save" if self._must_save(step) and not saved else "train"
-                with open(self._orders_path, "a") as file:  # the other ranks may ask the buffer that comes after this one
-                    file.write(json.dumps({"step": step, "saved": saved, "order": self._orders[key]}) + "\n")
+                # On disk: the other ranks may ask the buffer that comes after this one.
+                append_line(self._orders_path, {"step": step, "saved": saved, "order": self._orders[key]})
             self._learner_is(f"trains step {step}" if self._orders[key] == "train" else f"saves step {step - 1}")
             return self._orders[key]
 
@@ -553,8 +547,7 @@ class GroupBuffer:
             self._weights = (version, weights)
             if metrics is not None:
                 self._metrics[version] = metrics
-                with open(self._orders_path.with_name(STEPS), "a") as file:
-                    file.write(json.dumps({"step": version, "metrics": metrics}) + "\n")
+                append_line(self._orders_path.with_name(STEPS), {"step": version, "metrics": metrics})
                 self._last_step_at = time.time()
             self._new_version.notify_all()
         if self._learner_from is None:  # it started before this buffer took the place of a dead one

@@ -181,6 +181,23 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
     }
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The objects of a file of JSON lines, as far as it is there: a killed writer may leave a torn last line."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def append_line(path: Path, entry: Any) -> None:
+    """One more line, in place of a torn one: it must not run into that."""
+    with open(path, "ab+") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(entry).encode() + b"\n")
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes from are written anew.
 
@@ -206,8 +223,7 @@ class MetricsLog:
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         line = {"step": step, **metrics}
         self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, line)
         self.on_line(line)
         return line
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import re
 import socket
@@ -32,6 +31,7 @@ from gvpo_ray.config import ConfigError, ReplayConfig, SamplingConfig
 from gvpo_ray.evaluate import prompt_seed
 from gvpo_ray.fleet import Buffer, EngineGroup, Note, RunError, VerifierGroup, is_lost
 from gvpo_ray.inputs import Inputs
+from gvpo_ray.metrics import append_line, read_lines
 from gvpo_ray.status import status_lines, write_status
 
 Say = Callable[[str], None]
@@ -46,17 +46,12 @@ class EventLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.entries: list[dict[str, Any]] = []
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):  # a killed writer may leave a torn one
-                    self.entries.append(json.loads(line))
+        self.entries: list[dict[str, Any]] = read_lines(self.path)
 
     def add(self, step: int, who: str, name: str, why: str = "") -> None:
         entry = {"time": round(time.time(), 3), "step": step, "who": who, "name": name, "why": why}
         self.entries.append(entry)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.path, entry)
 
     def counts(self) -> dict[str, int]:
         """Recoveries since the run began, by who."""

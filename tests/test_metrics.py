@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, age_bucket, batch_metrics, beta_hint, evaluation_metrics, mean
+from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, age_bucket, append_line, batch_metrics, beta_hint, evaluation_metrics, mean, read_lines
 
 BATCH = [
     {
@@ -151,6 +151,18 @@ def test_whoever_listens_is_told_of_every_new_line(tmp_path):
     log.on_line = told.append
     log.write(2, {"loss": 0.25})
     assert told == [{"step": 2, "loss": 0.25}]
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 2, "lo', '{"why": "é'.encode()[:-1]])
+@pytest.mark.parametrize("whole", [[], [{"step": 1}], [{"step": 1}, {"why": "é\n"}]])
+def test_a_line_takes_the_place_of_a_torn_one(tmp_path, whole, torn):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"".join(json.dumps(entry).encode() + b"\n" for entry in whole) + torn)
+    assert read_lines(path) == whole
+    append_line(path, {"step": 3})
+    append_line(path, {"step": 4})
+    assert read_lines(path) == [*whole, {"step": 3}, {"step": 4}]
+    assert path.read_bytes().endswith(b'\n{"step": 4}\n')
 
 
 def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
