@@ -29,7 +29,8 @@ from gvpo_ray import groups
 from gvpo_ray.config import ModelConfig, PoolConfig, SamplingConfig
 
 HAND_OVER_S = 1.0
-"""A completion that has been finished for so long while its group is not is handed over: it then outlives the engine."""
+"""A completion that has been finished for so long while its group is not is handed over: it then outlives the engine. What is due
+goes together, as often: one by one would cost short groups more than to sample them."""
 
 CORPSE_S = 10.0
 """An engine whose vLLM core is dead ends its own process after so long, if nobody else did: retries must not hit a corpse (ray#60088)."""
@@ -84,6 +85,7 @@ class BaseEngine:
         """
         columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
         while not self._is_closed:
+            await asyncio.sleep(HAND_OVER_S)
             due = time.time() - HAND_OVER_S
             found = []
             for running in self._in_flight:
@@ -95,7 +97,6 @@ class BaseEngine:
             if found:
                 table = pa.concat_tables(found)
                 return table["group_id"].to_pylist(), table
-            await asyncio.sleep(HAND_OVER_S / 4)
         return [], groups.empty(columns)
 
     async def drain(self, seconds: float) -> None:

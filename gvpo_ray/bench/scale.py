@@ -6,9 +6,11 @@ nothing, the real buffer with its log, and a learner that sleeps. What is measur
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,15 +34,18 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 
 class _Learner:
-    """Takes every batch, sleeps, and publishes nothing as new weights."""
+    """Takes every batch, sleeps, and publishes nothing as new weights. Without a `step_s` it takes none before it is given a pace."""
 
-    def __init__(self, buffer: Any, num_steps: int, step_s: float) -> None:
+    def __init__(self, buffer: Any, num_steps: int, step_s: float | None) -> None:
         self._buffer, self._num_steps = LearnersBuffer(buffer), num_steps
-        self.pace(step_s)
+        self._has_pace = threading.Event()
+        if step_s is not None:
+            self.pace(step_s)
 
     def pace(self, step_s: float) -> None:
         """Seconds of a step from now on; what `waited` tells begins anew."""
         self._step_s, self._waited, self._began = step_s, 0.0, time.perf_counter()
+        self._has_pace.set()
 
     def waited(self) -> float:
         """Share of the time since `pace` that it had no batch."""
@@ -48,6 +53,7 @@ class _Learner:
 
     def run(self) -> None:
         self._buffer.published(0, {"probe": None}, None)
+        self._has_pace.wait()
         for step in range(1, self._num_steps + 1):
             asked = time.perf_counter()
             if self._buffer.batch(step) is None:
@@ -83,9 +89,10 @@ class FakeRun:
     """
 
     def __init__(
-        self, folder: Path, engines: EnginesConfig, *, groups_per_step: int, num_steps: int, step_s: float = 0.0, max_staleness: int | None = None,
-        sampling: SamplingConfig = SAMPLING, make: MakeEngine | None = None, num_verifiers: int = 2, watchdog_s: float = 300.0,
-        replay: ReplayConfig | None = None, num_prompts: int = 1 << 40, reward: str = f"{__name__}:reward", address: str | None = None,
+        self, folder: Path, engines: EnginesConfig, *, groups_per_step: int, num_steps: int, step_s: float | None = 0.0,
+        max_staleness: int | None = None, sampling: SamplingConfig = SAMPLING, make: MakeEngine | None = None, num_verifiers: int = 2,
+        watchdog_s: float = 300.0, replay: ReplayConfig | None = None, num_prompts: int = 1 << 40, reward: str = f"{__name__}:reward",
+        address: str | None = None,
         verifier_resources: dict[str, float] | None = None, learner_resources: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         # Here and not above: these import torch, and this file is imported by every fake engine.
@@ -161,20 +168,22 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
 def main(sizes: list[int], seconds: float) -> None:
     title = f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions} in flight per engine, {os.cpu_count()} CPUs"
     table = Table(title=title, title_justify="left")
-    for column in ("engines", "groups/s", "driver CPU per group", "learner waits at 1/1.2 of that", "a dead engine: noticed", "replaced", "busy"):
+    columns = ("engines", "groups/s", "CPU per group: driver", "all", "learner waits at 1/1.2 of that", "a dead engine: noticed", "replaced", "busy")
+    for column in columns:
         table.add_column(column, justify="right")
     for size in sizes:
         row = measure(size, seconds)
-        table.add_row(
-            str(size), f"{row['rate']:,.0f}", f"{1000 * row['cpu']:.2f} ms", f"{100 * row['waited']:.1f} %",
+        cells = [
+            str(size), f"{row['rate']:,.0f}", f"{1000 * row['cpu']:.2f} ms", f"{1000 * row['total']:.1f} ms", f"{100 * row['waited']:.1f} %",
             *(f"{row[name]:.2f} s" for name in ("noticed", "replaced", "busy")),
-        )  # fmt: skip
-        print(f"{size} engines: {row['rate']:,.0f} groups/s", flush=True)
+        ]  # fmt: skip
+        table.add_row(*cells)
+        print("; ".join(f"{column} {cell}" for column, cell in zip(columns, cells, strict=True)), flush=True)
     Console(highlight=False, width=140).print(table)
     print("noticed: since the kill -9 of its process; replaced: since then, until a new one runs; busy: since then, until it has its first group")
 
 
-MAX_GROUPS, GROUPS_PER_STEP = 16, 64
+MAX_GROUPS, GROUPS_PER_STEP, MAX_STALENESS = 16, 64, 16
 LATENCY = {"seconds_per_token": 0.01, "median_tokens": 40.0, "sigma": 1.0}
 
 
@@ -182,28 +191,41 @@ def measure(size: int, seconds: float) -> dict[str, float]:
     """One row of the table."""
     with tempfile.TemporaryDirectory(prefix="gvpo_scale_") as folder:
         config = EnginesConfig(num=size, num_cpus=0.1, max_groups=MAX_GROUPS, vllm=LATENCY)
-        run = FakeRun(Path(folder), config, groups_per_step=GROUPS_PER_STEP, num_steps=1 << 30)
+        # The dial holds the fleet until all of it is there: on a busy machine the last ones would never start.
+        run = FakeRun(
+            Path(folder), config, groups_per_step=GROUPS_PER_STEP, num_steps=1 << 30, step_s=None, max_staleness=MAX_STALENESS
+        )  # fmt: skip
         try:
             while any(seat.state != "running" for seat in run.engines.seats):
                 run.check()
                 time.sleep(0.2)
+            ray.get(run.learner.pace.remote(0.0))
             time.sleep(5)
-            rate, cpu = _rate(run, seconds)
+            rate, cpu, total = _rate(run, seconds)
             ray.get(run.learner.pace.remote(GROUPS_PER_STEP * 1.2 / rate))
             time.sleep(seconds)
             waited = ray.get(run.learner.waited.remote())
-            return {"rate": rate, "cpu": cpu, "waited": waited, **_kill_one(run)}
+            return {"rate": rate, "cpu": cpu, "total": total, "waited": waited, **_kill_one(run)}
         finally:
             run.close()
 
 
-def _rate(run: FakeRun, seconds: float) -> tuple[float, float]:
-    """Groups per second that reach the log, and the driver's CPU seconds for each."""
+def _rate(run: FakeRun, seconds: float) -> tuple[float, float, float]:
+    """Groups per second that reach the log, and the CPU seconds of the driver and of all processes for each."""
+
+    def used() -> dict[int, float]:
+        times = {}
+        for process in [me, *me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times[process.pid] = sum(process.cpu_times()[:2])
+        return times
+
     me = psutil.Process()
-    before, cpu, began = run.num_finished(), sum(me.cpu_times()[:2]), time.perf_counter()
+    before, cpu, began = run.num_finished(), used(), time.perf_counter()
     time.sleep(seconds)
-    groups_done, wall = run.num_finished() - before, time.perf_counter() - began
-    return groups_done / wall, (sum(me.cpu_times()[:2]) - cpu) / groups_done
+    groups_done, wall, after = run.num_finished() - before, time.perf_counter() - began, used()
+    spent = {pid: after[pid] - cpu[pid] for pid in after if pid in cpu}
+    return groups_done / wall, spent[me.pid] / groups_done, sum(spent.values()) / groups_done
 
 
 def _kill_one(run: FakeRun) -> dict[str, float]:
