@@ -261,36 +261,9 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     assert again.wait() == 0 and "evaluating" not in again.output  # everything is there: no actor starts
 
 
-def starts_with_a_digit(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    return [float(completion[:1].isdigit()) for completion in completions]
-
-
-def test_python_users_train_with_a_callable_save_resume_and_learn_why_a_run_died(config_file: Path) -> None:
-    run_dir = config_file.parent / "python"
-    overrides = {"run_dir": str(run_dir), "num_steps": 4, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0,
-                 "evaluation.every": 0, "checkpoint.every": 100, "engines.max_restarts_per_hour": 0}  # fmt: skip
-    with GVPOConfig.from_file(config_file, overrides).build(reward=starts_with_a_digit) as algo:
-        assert algo.train()["step"] == 1
-        assert algo.save() == run_dir / "checkpoints" / "step-1"
-        assert 0 <= algo.evaluate()["eval/test/pass@1"] <= 1
-        (core,) = tiny.descendants("VLLM::EngineCore")
-        os.kill(core, signal.SIGKILL)
-        with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
-            algo.evaluate()
-    assert "learner" not in [thread.name for thread in threading.enumerate()]  # it would ask a Ray that has gone, for ever
-    row = next(groups.rows(groups.load(run_dir / "groups")))
-    assert row["rewards"] == starts_with_a_digit([], row["completions"]) == row["reward_parts"]["starts_with_a_digit"]
-    written = (run_dir / "metrics.jsonl").read_text().splitlines()
-    (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in written if "loss" not in json.loads(line)))
-    with (run_dir / "groups" / "steps.jsonl").open("a") as file:
-        file.write('{"step": 1, "metr')  # as of a buffer that was killed while it wrote
-    for _ in range(2):  # a driver that was killed before it wrote the step's line: there from now on, once
-        with GVPO.from_run_dir(run_dir, reward=starts_with_a_digit) as algo:
-            assert algo.step == 1
-        assert sorted((run_dir / "metrics.jsonl").read_text().splitlines()) == sorted(written)
-
-
-def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_killed_at_random(config_file: Path) -> None:
+def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_killed_at_random_and_learn_why_a_run_died(
+    config_file: Path,
+) -> None:
     (config_file.parent / "mine.py").write_text(
         "from collections import Counter\n"
         "def says_seven(prompts, completions, **columns):\n"
@@ -299,7 +272,8 @@ def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_ki
     )
     run_dir, rewards = config_file.parent / "mine", {f"{config_file.parent}/mine.py:says_seven": 4.0}
     overrides = {"run_dir": str(run_dir), "num_steps": 8, "verifiers.rewards": rewards, "learner.num_workers": 1, "evaluation.every": 0,
-                 "prompts.limit": 20, "verifiers.timeout_s": 0.3}  # fmt: skip
+                 "prompts.limit": 20, "verifiers.timeout_s": 0.3, "learner.backend": "ddp", "learner.zero_stage": 0,
+                 "checkpoint.every": 100, "engines.max_restarts_per_hour": 0}  # fmt: skip
     ended, killed = threading.Event(), []
 
     def kill_verifiers() -> None:
@@ -313,11 +287,20 @@ def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_ki
     with GVPOConfig.from_file(config_file, overrides).build() as algo:
         killer.start()
         try:
-            lines = [algo.train() for _ in range(8)]
+            lines = [algo.train()]
+            assert lines[0]["step"] == 1 and algo.save() == run_dir / "checkpoints" / "step-1"
+            lines += [algo.train() for _ in range(7)]
+            while len(killed) < 3:
+                time.sleep(0.1)
         finally:
             ended.set()
             killer.join()
-    assert len(killed) > 2
+        assert 0 <= algo.evaluate()["eval/test/pass@1"] <= 1
+        (core,) = tiny.descendants("VLLM::EngineCore")
+        os.kill(core, signal.SIGKILL)
+        with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
+            algo.evaluate()
+    assert "learner" not in [thread.name for thread in threading.enumerate()]  # it would ask a Ray that has gone, for ever
     log = groups.load(run_dir / "groups")
     endless = [row for row in groups.rows(log) if row["prompt"] == "12="]
     assert 0 < len(endless) < 4  # of more than six rounds through the 20 prompts: quarantined after the first
@@ -330,6 +313,16 @@ def test_a_users_reward_function_from_a_file_drives_a_run_whose_verifiers_are_ki
             assert row["rewards"] == [4.0 * ("7" in text) for text in row["completions"]]
     assert lines[-1]["reward/mean"] > 2 * lines[0]["reward/mean"]
 
+    written = (run_dir / "metrics.jsonl").read_text().splitlines()
+    (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in written if json.loads(line)["step"] < 7))
+    with (run_dir / "groups" / "steps.jsonl").open("a") as file:
+        file.write('{"step": 8, "metr')  # as of a buffer that was killed while it wrote
+    told = [line for line in written if "loss" in json.loads(line)]
+    for _ in range(2):  # a driver that was killed before it wrote the lines of steps: there from now on, once
+        with GVPO.from_run_dir(run_dir) as algo:
+            assert algo.step == 8
+        assert [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)] == told
+
 
 def test_rollout_samples_and_verifies_alone(config_file: Path) -> None:
     out = config_file.parent / "groups.arrow"
@@ -339,7 +332,11 @@ def test_rollout_samples_and_verifies_alone(config_file: Path) -> None:
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
 
 
-def test_two_pools_of_different_precision_replay_and_an_offline_source_train_together(config_file: Path) -> None:
+def says_the_tens(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(rf"\boxed{{{prompt[0]}}}" in text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def test_two_pools_of_different_precision_replay_and_an_offline_source_train_together_on_a_callable(config_file: Path) -> None:
     folder = config_file.parent
     right = [{"prompt": f"{a}=", "completion": rf"\boxed{{{a // 10}}}", "answer": str(a // 10)} for a in range(10, 100)]
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
@@ -348,7 +345,7 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         "engines.num_cpus": 0.5, "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
         "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}}, "replay.share": 0.125,
     }  # fmt: skip
-    with GVPOConfig.from_file(config_file, overrides).build() as algo:
+    with GVPOConfig.from_file(config_file, overrides).build(reward=says_the_tens) as algo:
         lines = [algo.train() for _ in range(14)]
         while any(sum(line[f"pools/{pool}/token_share"] for line in lines) <= 0.5 for pool in ("full", "half")):
             lines.append(algo.train())  # a run does not wait for its second engine, which may come late: up to num_steps
@@ -358,6 +355,7 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         at = row["sources"].index("offline:people")
         assert row["completions"][at] == rf"\boxed{{{row['answer']}}}" and row["rewards"][at] == 1.0  # verified: it came without a reward
         assert row["version_min"][at] is None and row["sampling_logprobs"][at] is None
+        assert row["rewards"] == says_the_tens([row["prompt"]] * 8, row["completions"]) == row["reward_parts"]["says_the_tens"]
     written = [(row["prompt"], ids, p) for row in rows for ids, p, of in zip(*(row[x] for x in ("completion_ids", "sampling_logprobs", "sources")),
                strict=True) if of == "policy"]  # fmt: skip
     replayed = [(row["prompt"], ids, p) for row in rows for ids, p, of in zip(*(row[x] for x in ("completion_ids", "sampling_logprobs", "sources")),
@@ -365,6 +363,8 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     assert len(replayed) > 50 and all(copy in written for copy in replayed)  # of the rounds after the first through the 40 prompts
     assert lines[-1]["sources/offline:people"] == 0.125 and lines[-1]["sources/replay"] > 0
     assert all(line["weights/parity_mean"] < 0.1 for line in lines if "weights/parity_mean" in line)
+    with GVPO.from_run_dir(folder / "mixed", reward=says_the_tens) as algo:
+        assert algo.step == algo.resumed_from > 8
 
 
 @pytest.fixture
