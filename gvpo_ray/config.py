@@ -132,6 +132,9 @@ class LossConfig(Section):
     """grpo, dr_grpo: the probability ratio is clipped at 1 - clip_low …"""
     clip_high: float = Field(default=0.2, gt=0)
     """… and at 1 + clip_high."""
+    old_policy: Literal["behaviour", "previous"] = "behaviour"
+    """grpo, dr_grpo: what the ratio is taken to: the policy that sampled the token, or the one at the start of the step, as if that had
+    sampled it. Bias: older data then counts as if it were new."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """All but gvpo: weight of the KL divergence from the reference, which `reference` names."""
     baseline: float = 0.0
@@ -156,8 +159,8 @@ class LossConfig(Section):
     def _of_the_objective(self) -> LossConfig:
         options = {
             "gvpo": {"beta", "beta_end", "residual_clip", "drop_equal_rewards", "length_normalised", "reference"},
-            "grpo": {"clip_low", "clip_high", "kl_coefficient", "reference"},
-            "dr_grpo": {"clip_low", "clip_high", "kl_coefficient", "reference"},
+            "grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
+            "dr_grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
             "rloo": {"kl_coefficient", "reference"},
             "reinforce": {"kl_coefficient", "baseline", "reference"},
         }
@@ -530,7 +533,7 @@ class WarmStartConfig(Section):
 
     data: PromptsConfig
     """Worked problems."""
-    task: Literal["arithmetic"] | None = None
+    task: Literal["arithmetic", "chain", "sort"] | None = None
     """Make the data of one of gvpo_ray/tasks.py first, in the folder of data.path, if that is not there."""
     solution_column: str = "solution"
     """Column of the worked solution; `column.key` looks into a column of JSON text."""
@@ -672,8 +675,8 @@ class GVPOConfig(Section):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], overrides: list[str] | dict[str, Any] | None = None, where: str = "config") -> GVPOConfig:
-        """As from_file, from a dictionary, which stays as it is."""
-        data = copy.deepcopy(data)
+        """As from_file, from a dictionary. It and the overrides stay as they are."""
+        data, overrides = copy.deepcopy((data, overrides))
         items = overrides.items() if isinstance(overrides, dict) else [_parse_override(text) for text in overrides or []]
         for key, value in items:
             _set(data, key, value)

@@ -362,7 +362,7 @@ def _reference_passes(
     version, result = policy.step, []
     by_token = loss.has_reference_model and not loss.asks_reference_model_for_sums
     for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
-        asks_start = loss.reference == "previous" or (
+        asks_start = "previous" in (loss.reference, loss.old_policy) or (
             (loss.reference == "behaviour" or loss.objective != "gvpo") and any(None in _sampled(row, version) for row in mini_batch)
         )
         fixed = []
@@ -372,13 +372,13 @@ def _reference_passes(
                 for row in micro
                 for ids, logprobs in zip(row["completion_ids"], _sampled(row, version), strict=True)
             ]
-            old = torch.tensor(list(itertools.chain(*brought)), dtype=torch.float64, device=policy.device)
-            start = torch.full_like(old, float("nan"))
+            sampled = torch.tensor(list(itertools.chain(*brought)), dtype=torch.float64, device=policy.device)
+            start = torch.full_like(sampled, float("nan"))
             if i > 0 and asks_start:
                 start = _pass(policy, micro)
-                old = torch.where(old.isnan(), start, old)
-            reference = _pass(policy, micro, reference=True) if by_token else start if loss.reference == "previous" else old
-            fixed.append(_Fixed(old, reference))
+                sampled = torch.where(sampled.isnan(), start, sampled)
+            reference = _pass(policy, micro, reference=True) if by_token else start if loss.reference == "previous" else sampled
+            fixed.append(_Fixed(start if loss.old_policy == "previous" else sampled, reference))
         result.append(fixed)
     return result
 

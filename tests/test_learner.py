@@ -563,6 +563,20 @@ def test_clipping_is_counted_and_what_gvpo_reports_is_there_for_every_objective(
     assert 0 < metrics["policy/clipped"] < 1 and metrics["gvpo/residual_var"] > 0 and metrics["policy/kl_ref"] != 0
 
 
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo"])
+def test_old_data_can_be_taken_for_new(tmp_path, objective):
+    make_model(tmp_path / "model")
+    given = with_loss(settings(tmp_path, num_steps=9), objective=objective, old_policy="previous")
+    as_new, new, corrected = (load(given.model_path, given) for _ in range(3))
+    for policy in (as_new, new, corrected):
+        policy.step = 1
+    metrics = train_step(as_new, [make_group(i, version=0) for i in range(3)], given)
+    assert metrics["policy/kl_ref"] != 0  # what gvpo reports is of the policy that sampled
+    train_step(new, [make_group(i, version=1) for i in range(3)], given)
+    train_step(corrected, [make_group(i, version=0) for i in range(3)], with_loss(given, objective=objective))
+    assert same(weights(as_new), weights(new)) and not same(weights(as_new), weights(corrected))
+
+
 def test_a_group_that_is_larger_than_a_pass_costs_one_pass_more_for_each_part(tmp_path, policy):
     given = settings(tmp_path, micro_batch_tokens=20)
     row = make_group(1, tuple(float(i % 2) for i in range(8)))
