@@ -1,13 +1,16 @@
 """Tasks that a CPU can afford, made from nothing but a seed: what `warm_start.task` names.
 
-`arithmetic`, the quickstart's: two-digit addition, as text with answers in \\boxed{}.
+    arithmetic   two-digit addition with some working: answers of a dozen tokens (the quickstart's)
+    chain        ten to sixteen additions and subtractions, each written out: answers of 60 to 110 tokens
+    sort         the digits of a number in order: each digit in its place is worth its share (`in_place`)
+
+Text with answers in \\boxed{}, in three files:
 
     train.parquet     prompt, answer              what GVPO trains on
-    heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here)
+    heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here, nor a number's digits in another order)
     worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people write them
 
-A worked solution adds the ones and the tens. Each is a little off now and then, a carry is forgotten more often than not, and some
-show no working at all, only a rough guess: a model that imitates them well is right about one time in four. What is right is for
+A hurried person slips now and then, so that a model that imitates them well is right about one time in four. What is right is for
 GVPO to find out.
 """
 
@@ -16,31 +19,41 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SLIP, GUESS, FORGET = 0.25, 0.25, 0.6
-"""How often a sum is a little off, a solution is only a guess, a carry is forgotten."""
-NUM_HELD_OUT_PAIRS, NUM_WORKED = 500, 102_400
 
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a task; those with the same `key` are on the same side of the split."""
 
-def problems(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(a, b) for training and held out. A pair and its mirror are always on the same side."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
-    rng = random.Random(seed)
-    rng.shuffle(pairs)
-    held_out, train = pairs[:NUM_HELD_OUT_PAIRS], pairs[NUM_HELD_OUT_PAIRS:]
-    both = [sorted({ordered for a, b in side for ordered in ((a, b), (b, a))}) for side in (train, held_out)]
-    for side in both:
-        rng.shuffle(side)
-    return both[0], both[1]
-
-
-def solution(a: int, b: int, rng: random.Random) -> str:
+    prompt: str
+    answer: str
+    key: Any
+    solve: Callable[[random.Random], str]
     """One worked solution of a hurried person."""
 
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------------
+
+SLIP, GUESS, FORGET = 0.25, 0.25, 0.6
+"""How often a sum is a little off, a solution is only a guess, a carry is forgotten."""
+
+
+def arithmetic(rng: random.Random) -> list[Problem]:
+    """Every sum of two two-digit numbers. A worked solution adds the ones and the tens, or shows no working at all."""
+    return [
+        Problem(f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), lambda rng, a=a, b=b: _add(a, b, rng))  # type: ignore[misc]
+        for a in range(10, 100)
+        for b in range(10, 100)
+    ]
+
+
+def _add(a: int, b: int, rng: random.Random) -> str:
     def off(x: int) -> int:
         return max(0, x + rng.choice((-2, -1, 1, 2))) if rng.random() < SLIP else x
 
@@ -52,19 +65,86 @@ def solution(a: int, b: int, rng: random.Random) -> str:
     return rf"Ones {ones}, tens {tens}. \boxed{{{10 * tens + ones % 10}}}"
 
 
-def arithmetic(folder: Path, seed: int) -> None:
-    """Write the three files."""
-    rng = random.Random(seed + 1)
-    train, held_out = problems(seed)
-    worked = [rng.choice(train) for _ in range(NUM_WORKED)]
-    for name, pairs in (("train", train), ("heldout", held_out), ("worked", worked)):
-        rows = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in pairs]
-        if name == "worked":
-            rows = [{**row, "solution": solution(a, b, rng)} for row, (a, b) in zip(rows, pairs, strict=True)]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+# --- chain ---------------------------------------------------------------------------------------------------------------
+
+LINKS = (10, 16)
+"""Fewest and most operations of a chain."""
+MISCOUNT, MISREAD = 0.06, 0.03
+"""How often one link of a chain is a little off, or takes a wrong operand."""
 
 
-TASKS: dict[str, Callable[[Path, int], None]] = {"arithmetic": arithmetic}
+def chain(rng: random.Random) -> list[Problem]:
+    """Start from a two-digit number and add or take away a digit, time and again, within 10 to 99. Each link has a letter."""
+    problems = []
+    for _ in range(6000):
+        total = start = rng.randint(20, 80)
+        steps = []
+        for _ in range(rng.randint(*LINKS)):
+            step = rng.choice([digit for digit in range(-9, 10) if digit and 10 <= total + digit <= 99])
+            steps.append(step)
+            total += step
+        prompt = f"{start}" + "".join(f" {_letter(i)}{step:+d}" for i, step in enumerate(steps))
+        problems.append(Problem(prompt, str(total), prompt, lambda rng, start=start, steps=steps: _follow(start, steps, rng)))  # type: ignore[misc]
+    return problems
+
+
+def _letter(i: int) -> str:
+    return chr(ord("a") + i)
+
+
+def _follow(total: int, steps: list[int], rng: random.Random) -> str:
+    written = []
+    for i, step in enumerate(steps):
+        if rng.random() < MISREAD:
+            step = rng.choice((-1, 1)) * rng.randint(1, 9)
+        off = rng.choice((-2, -1, 1, 2)) if rng.random() < MISCOUNT else 0
+        total = min(99, max(10, total + step + off))
+        written.append(f"{_letter(i)}{step:+d}={total}")
+    return " ".join(written) + rf" \boxed{{{total}}}"
+
+
+# --- sort ----------------------------------------------------------------------------------------------------------------
+
+DIGITS = (6, 10)
+"""Fewest and most digits of a number."""
+SWAP, CHANGE = 0.12, 0.04
+"""How often neighbours are the wrong way round, and a digit is another one."""
+
+
+def sort(rng: random.Random) -> list[Problem]:
+    """The digits of a number from the lowest to the highest."""
+    problems = []
+    for _ in range(6000):
+        number = "".join(rng.choice("0123456789") for _ in range(rng.randint(*DIGITS)))
+        answer = "".join(sorted(number))
+        problems.append(Problem(f"Sort {number}", answer, answer, lambda rng, answer=answer: _arrange(answer, rng)))  # type: ignore[misc]
+    return problems
+
+
+def _arrange(answer: str, rng: random.Random) -> str:
+    digits = [rng.choice("0123456789") if rng.random() < CHANGE else digit for digit in answer]
+    for i in range(len(digits) - 1):
+        if rng.random() < SWAP:
+            digits[i], digits[i + 1] = digits[i + 1], digits[i]
+    return rf"\boxed{{{''.join(digits)}}}"
+
+
+def in_place(prompts: list[str], completions: list[str], *, answer: list[str], **_: Any) -> list[float]:
+    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both texts."""
+    from gvpo_ray.answers import extract
+
+    found = [extract(completion).text or "" for completion in completions]
+    return [sum(x == y for x, y in zip(text, gold, strict=False)) / max(len(text), len(gold)) for text, gold in zip(found, answer, strict=True)]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+TASKS: dict[str, tuple[Callable[[random.Random], list[Problem]], int]] = {
+    "arithmetic": (arithmetic, 102_400), "chain": (chain, 48_000), "sort": (sort, 64_000),
+}  # fmt: skip
+"""The problems of a task, and how many worked ones there are."""
+NUM_HELD_OUT = 1000
+"""At least: problems with the same key go together."""
 
 
 def make(task: str, folder: Path, seed: int = 0) -> None:
@@ -72,6 +152,29 @@ def make(task: str, folder: Path, seed: int = 0) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     part.mkdir(parents=True)
-    TASKS[task](part, seed)
+    problems, num_worked = TASKS[task]
+    train, held_out = split(problems(random.Random(seed)), random.Random(seed))
+    rng = random.Random(seed + 1)
+    worked = [rng.choice(train) for _ in range(num_worked)]
+    for name, rows in (("train", train), ("heldout", held_out), ("worked", worked)):
+        columns = {"prompt": [row.prompt for row in rows], "answer": [row.answer for row in rows]}
+        solutions = {"solution": [row.solve(rng) for row in rows]} if name == "worked" else {}
+        pq.write_table(pa.table(columns | solutions), part / f"{name}.parquet")
     part.rename(folder)
     print(f"{folder}: " + ", ".join(f"{file.name} {pq.read_metadata(file).num_rows:,} rows" for file in sorted(folder.glob("*.parquet"))), flush=True)
+
+
+def split(problems: list[Problem], rng: random.Random) -> tuple[list[Problem], list[Problem]]:
+    """(training, held out), each in a random order."""
+    problems = list({problem.prompt: problem for problem in problems}.values())
+    rng.shuffle(problems)
+    by_key: dict[Any, list[Problem]] = {}
+    for problem in problems:
+        by_key.setdefault(problem.key, []).append(problem)
+    held_out: list[Problem] = []
+    for alike in by_key.values():
+        if len(held_out) < NUM_HELD_OUT:
+            held_out += alike
+    keys = {problem.key for problem in held_out}
+    rng.shuffle(held_out)
+    return [problem for problem in problems if problem.key not in keys], held_out

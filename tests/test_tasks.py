@@ -1,0 +1,60 @@
+"""Tasks made from a seed: the split, the worked solutions, the partial credit."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pyarrow.parquet as pq
+import pytest
+
+from gvpo_ray.answers import extract
+from gvpo_ray.config import WarmStartConfig
+from gvpo_ray.tasks import LINKS, NUM_HELD_OUT, TASKS, in_place, make, split
+
+
+def test_the_config_knows_every_task():
+    assert set(WarmStartConfig.model_fields["task"].annotation.__args__[0].__args__) == set(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_the_seed(task, tmp_path):
+    problems, num_worked = TASKS[task]
+    train, held_out = split(problems(random.Random(3)), random.Random(3))
+    assert NUM_HELD_OUT <= len(held_out) < NUM_HELD_OUT + 50 and len(train) > 4 * len(held_out) > 0
+    assert not {problem.key for problem in train} & {problem.key for problem in held_out}
+    assert len({problem.prompt for problem in train + held_out}) == len(train) + len(held_out)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        make(task, folder, 3)
+    for name, number in (("train", len(train)), ("heldout", len(held_out)), ("worked", num_worked)):
+        one, two = (pq.read_table(tmp_path / folder / f"{name}.parquet") for folder in ("one", "two"))
+        assert one.equals(two) and one.num_rows == number
+    assert pq.read_table(tmp_path / "one" / "train.parquet")["prompt"].to_pylist() == [problem.prompt for problem in train]
+    worked = pq.read_table(tmp_path / "one" / "worked.parquet").slice(0, 3000).to_pylist()
+    assert {row["prompt"] for row in worked} <= {problem.prompt for problem in train}
+    right = sum(extract(row["solution"]).text == row["answer"] for row in worked) / len(worked)
+    assert 0.2 < right < 0.5
+
+
+def test_the_answer_of_a_sum_is_the_sum_and_that_of_a_chain_is_where_it_ends():
+    for task in ("arithmetic", "chain"):
+        for problem in TASKS[task][0](random.Random(0))[:2000]:
+            numbers = [int(number) for number in re.findall(r"[+-]?\d+", problem.prompt.replace("+ ", "+"))]
+            assert sum(numbers) == int(problem.answer)
+            assert task == "arithmetic" or LINKS[0] <= len(numbers) - 1 <= LINKS[1]
+
+
+def test_a_hurried_person_who_never_slips_is_right(monkeypatch):
+    for name in ("SLIP", "GUESS", "FORGET", "MISCOUNT", "MISREAD", "SWAP", "CHANGE"):
+        monkeypatch.setattr(f"gvpo_ray.tasks.{name}", 0.0)
+    for problems, _ in TASKS.values():
+        for problem in problems(random.Random(0))[:500]:
+            assert extract(problem.solve(random.Random(1))).text == problem.answer
+
+
+@pytest.mark.parametrize(
+    "completion, want",
+    [(r"\boxed{0123}", 1), (r"\boxed{0132}", 0.5), (r"\boxed{012}", 0.75), (r"\boxed{01234567}", 0.5), (r"\boxed{}", 0), ("nothing", 0), ("", 0)],
+)
+def test_each_digit_in_its_place_is_worth_its_share(completion, want):
+    assert in_place(["Sort 3210"], [completion], answer=["0123"]) == [want]
