@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config import ConfigError, GVPOConfig, cluster_address, verifiers_config
@@ -165,7 +166,13 @@ def main(arguments: list[str] | None = None) -> int:
     scale = benches.add_parser("scale", help="the ring with fake engines, from 1 to 256 of them: groups per second, driver CPU, recovery times")
     scale.add_argument("--engines", type=int, nargs="+", default=[1, 8, 32, 128, 256], metavar="N", help="sizes of fleets (default: 1 8 32 128 256)")
     scale.add_argument("--seconds", type=float, default=30.0, metavar="S", help="measured for each (default: 30)")
-    for sub in (verifiers, learner, scale):
+    paper = benches.add_parser("paper", help="the paper's table and figures in miniature: methods, beta, k, history (hours; resumes)")
+    staleness = benches.add_parser("staleness", help="what each objective learns from data of a given age (hours; resumes)")
+    for sub in (paper, staleness):
+        sub.add_argument("--tasks", nargs="+", default=["arithmetic", "chain", "sort"], metavar="TASK", help="arithmetic, chain, sort (default: all)")
+        sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each cell (default: 3)")
+        sub.add_argument("--out", metavar="DIR", help="runs, results.parquet, tables and pictures (default: runs/bench/NAME)")
+    for sub in (verifiers, learner, scale, paper, staleness):
         sub.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
     if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
@@ -231,6 +238,13 @@ def run(options: Any) -> None:
         from gvpo_ray.bench import scale
 
         scale.main(options.engines, options.seconds)
+        return
+    if options.verb == "bench" and options.name in ("paper", "staleness"):
+        from gvpo_ray.bench import paper, staleness
+
+        {"paper": paper, "staleness": staleness}[options.name].main(
+            options.tasks, options.seeds, Path(options.out or f"runs/bench/{options.name}").absolute()
+        )
         return
     if options.verb == "bench" and options.name == "chaos":
         from gvpo_ray.bench import chaos

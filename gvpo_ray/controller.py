@@ -397,6 +397,12 @@ class GVPO:
         assert self.verifiers is not None
         return await run_through(prompts, self.engines, self.verifiers, evaluation_sampling(self.config, name), self.step)
 
+    def num_finished(self) -> int:
+        """Groups in the log so far: those that are trained, and those that wait for the learner."""
+        self.start()
+        assert self._session is not None
+        return int(self._session.call(self._buffer.call("status"))["num_finished"])
+
     def save(self) -> Path:
         """A checkpoint of the last trained step, written now if there is none; its folder."""
         self.start()

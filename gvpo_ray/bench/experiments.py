@@ -1,0 +1,202 @@
+"""Experiments on the real ring: what `gvpo-ray bench paper` and `gvpo-ray bench staleness` share.
+
+A cell is one training run: a task, what of its config differs, a seed. Cells run one after the other, each in a folder of its own, where a
+killed one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from gvpo_ray import groups
+from gvpo_ray.config import GVPOConfig
+from gvpo_ray.controller import GVPO
+from gvpo_ray.policy import CompletionLogprobs, padded_inputs, sequence_sums
+from gvpo_ray.warm_start import warm_start
+
+JOBS = Path(__file__).parents[2] / "jobs"
+TASKS = {
+    "arithmetic": ("quickstart.yaml", {"groups_per_step": 32, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0}),
+    "chain": ("chain_cpu.yaml", {}),
+    "sort": ("sort_cpu.yaml", {}),
+}
+"""The config of each task, and what of it is otherwise here."""
+EVERY, EVERY_LIMIT = 20, 256
+"""Steps between evaluations on so many held-out prompts; the first and the last take all of them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    `age`: every batch is trained so many steps after it was sampled (as far as there are so many): the learner waits until all that the dial
+    allows is sampled.
+    """
+
+    task: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    age: int = 0
+
+    @property
+    def key(self) -> str:
+        what = [self.task, sorted((name, str(value)) for name, value in self.overrides.items()), self.seed, self.age]
+        return f"{self.task}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
+
+
+Row = dict[str, Any]
+
+
+class Results:
+    """results.parquet in a folder: a row per finished cell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "results.parquet"
+        self.rows: dict[str, Row] = {}
+        if self.path.exists():
+            self.rows = {row["cell"]: row for row in pq.read_table(self.path).to_pylist()}
+
+    def add(self, row: Row) -> None:
+        self.rows[row["cell"]] = row
+        part = self.path.with_suffix(".part")
+        pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part)
+        part.replace(self.path)
+
+    def of(self, cells: Iterable[Cell]) -> list[Row]:
+        """Of those that are finished."""
+        return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
+
+
+def run_all(cells: Sequence[Cell], results: Results) -> None:
+    """Run what has no row yet."""
+    todo = list({cell.key: cell for cell in cells if cell.key not in results.rows}.values())
+    began = time.monotonic()
+    for i, cell in enumerate(todo):
+        left = f", {(time.monotonic() - began) / i * (len(todo) - i) / 60:.0f} min left" if i else ""
+        changes = " ".join(f"{name}={value}" for name, value in cell.overrides.items())
+        print(f"[{i + 1}/{len(todo)}{left}] {cell.task} seed={cell.seed} age={cell.age} {changes}", flush=True)
+        row = run(cell, results.folder)
+        print(f"    pass@1 {row['start']:.3f} to {row['pass@1']:.3f}, greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
+        results.add(row)
+        for name in ("groups", "checkpoints", "evaluations"):
+            shutil.rmtree(results.folder / "cells" / cell.key / name, ignore_errors=True)
+
+
+def config_of(cell: Cell, folder: Path) -> GVPOConfig:
+    file, changes = TASKS[cell.task]
+    task = folder / "tasks" / cell.task
+    sets = {"path": str(task / "data" / "heldout.parquet"), "template": "{prompt}\n"}
+    paths = {
+        "run_dir": str(folder / "cells" / cell.key), "model.path": str(task / "model"), "prompts.path": str(task / "data" / "train.parquet"),
+        "warm_start.data.path": str(task / "data" / "worked.parquet"),
+        "evaluation": {"every": EVERY, "every_limit": EVERY_LIMIT, "sets": {"heldout": sets, "greedy": {**sets, "temperature": 0}}},
+    }  # fmt: skip
+    here = {"seed": cell.seed, "max_staleness": cell.age, "checkpoint.every": 1000, "engines.parity_every": 0}
+    return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
+
+
+def run(cell: Cell, folder: Path) -> Row:
+    """Train one cell, or go on with it."""
+    config = config_of(cell, folder)
+    warm_start(config.model_copy(update={"seed": 0}))  # all cells of a task start from the same model
+    began = time.monotonic()
+    with GVPO(config, say=lambda line: None) as algo:
+        while not algo.done:
+            if cell.age:
+                wanted = min(algo.step + cell.age + 1, config.num_steps) * config.groups_per_step
+                while algo.num_finished() < wanted:
+                    time.sleep(0.05)
+            algo.train()
+        lines = list(algo.metrics.lines)
+    run_dir = Path(config.run_dir)
+    trained = [line for line in lines if "loss" in line]
+    curve = [{"step": line["step"], "pass@1": line["eval/heldout/pass@1"]} for line in lines if "eval/heldout/pass@1" in line]
+    for point in curve:
+        point["kl"] = divergence(config.model.path, run_dir / "evaluations" / f"heldout-step-{point['step']:06d}.arrow")
+    last = [line["reward/mean"] for line in trained[-10:]]
+    return {
+        "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
+        "start": curve[0]["pass@1"], "pass@1": curve[-1]["pass@1"], "kl": curve[-1]["kl"],
+        "greedy": next(line["eval/greedy/pass@1"] for line in reversed(lines) if "eval/greedy/pass@1" in line),
+        "reward": statistics.mean(last), "curve": curve,
+        "staleness": statistics.mean(line["staleness/mean"] for line in trained),
+        "binding": statistics.mean(line["gvpo/binding"] for line in trained),
+        "steps": json.dumps([[line.get(name) for name in STEP_METRICS] for line in trained]),
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+STEP_METRICS = (
+    "reward/mean", "gvpo/residual_var", "gvpo/reward_var", "gvpo/implicit_reward_var", "gvpo/reward_correlation", "gvpo/binding", "gvpo/beta",
+    "policy/log_ratio_rms", "policy/kl_ref", "grad_norm", "completions/length_mean", "staleness/mean",
+)  # fmt: skip
+"""Of every step, in a row's `steps`."""
+
+
+@torch.inference_mode()
+def divergence(model_path: str, evaluation: Path) -> float:
+    """KL(pi || pi_0) in nats per completion: mean of log pi - log pi_0 over the completions of an evaluation, which pi sampled."""
+    from transformers import AutoModelForCausalLM
+
+    start = CompletionLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
+    rows = list(groups.rows(groups.load(evaluation)))
+    differences = []
+    for first in range(0, len(rows), 64):
+        batch = rows[first : first + 64]
+        inputs, lengths = padded_inputs(batch, "cpu")
+        sampled = [sum(logprobs) for row in batch for logprobs in row["sampling_logprobs"]]
+        differences += [a - b for a, b in zip(sampled, sequence_sums(start(**inputs), lengths).tolist(), strict=True)]
+    return statistics.mean(differences)
+
+
+# --- tables and pictures -------------------------------------------------------------------------------------------------
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+"""97.5 % quantile of Student's t, by the number of seeds."""
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval over seeds (nan for one)."""
+    if len(values) < 2:
+        return statistics.mean(values), math.nan
+    return statistics.mean(values), STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def percent(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean, interval = mean_and_interval(values)
+    return f"{100 * mean:.1f}" + ("" if math.isnan(interval) else f" ± {100 * interval:.1f}")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def picture(path: Path, lines: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, title: str, log: bool = False) -> None:
+    """Write a PNG with a line of (x, y) for each name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y, title=title, xscale="log" if log else "linear")
+    for name, points in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    if any(lines.values()):
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)

@@ -1,0 +1,134 @@
+"""`gvpo-ray bench paper`: the paper's table and figures (arXiv 2504.19599) in miniature, on tasks that a CPU can afford.
+
+    Table 1    base, GRPO, Dr. GRPO, RLOO, REINFORCE and GVPO at equal samples
+    beta       pass@1 against beta, at two learning rates, for short and long answers (the paper: flat from 0.01 to 0.5)
+    k          completions per prompt from 2 to 32, at equal completions
+    history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
+    frontier   pass@1 against the distance from the start, along the runs of Table 1
+
+Each method is tuned first with the same budget: TRIALS runs on a seed of their own, chosen by the reward on the training prompts at the end,
+so that nobody has seen the held-out ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gvpo_ray.bench.experiments import Cell, Results, Row, markdown, percent, picture, run_all
+
+RATES = (2e-4, 4e-4, 8e-4)
+METHODS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any]]] = {
+    "GRPO": ({"loss.objective": "grpo"}, "loss.clip", (0.2, 0.4)),
+    "Dr. GRPO": ({"loss.objective": "dr_grpo"}, "loss.clip", (0.2, 0.4)),
+    "RLOO": ({"loss.objective": "rloo", "loss.reference": "initial"}, "loss.kl_coefficient", (0.0, 0.02)),
+    "REINFORCE": ({"loss.objective": "reinforce", "loss.reference": "initial", "loss.baseline": 0.5}, "loss.kl_coefficient", (0.0, 0.02)),
+    "GVPO": ({}, "loss.beta", (0.1, 0.5)),
+}
+"""What of a config makes each method, and the option that is tuned beside the learning rate with two values: six trials for each."""
+TUNING_SEED = 1000
+BETAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+SIZES = (2, 4, 8, 16, 32)
+SHARES = (0.0, 0.125, 0.25, 0.375, 0.5)
+
+
+def of_method(method: str, rate: float, value: Any) -> dict[str, Any]:
+    """Overrides. GVPO has no clip and the others no beta: tasks set one in their files."""
+    own, option, _ = METHODS[method]
+    options = {"loss.clip_low": value, "loss.clip_high": value} if option == "loss.clip" else {option: value}
+    loss = {"loss": {}} if method != "GVPO" else {}
+    return {**loss, **own, **options, "learner.learning_rate": rate}
+
+
+def trials(task: str, method: str) -> list[Cell]:
+    return [Cell(task, of_method(method, *trial), TUNING_SEED) for trial in itertools.product(RATES, METHODS[method][2])]
+
+
+def best(task: str, method: str, results: Results) -> dict[str, Any] | None:
+    """The trial with the highest reward at the end, once all of them are there."""
+    cells = trials(task, method)
+    rows = results.of(cells)
+    if len(rows) < len(cells):
+        return None
+    return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["reward"])[0].overrides)
+
+
+def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    results, seeds = Results(folder), range(num_seeds)
+    run_all([cell for task in tasks for method in METHODS for cell in trials(task, method)], results)
+    cells = {task: cells_of(task, results, seeds) for task in tasks}
+    for name in ("methods", "beta", "k", "history"):  # the table first, for all tasks
+        run_all([cell for task in tasks for alike in cells[task][name].values() for cell in alike], results)
+        write(tasks, results, seeds)
+
+
+Tables = dict[str, dict[Any, list[Cell]]]
+
+
+def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
+    """The cells of each table by what its rows are about, once the methods are tuned."""
+    tuned = {method: best(task, method, results) for method in METHODS}
+    gvpo = tuned["GVPO"]
+    tables: Tables = {
+        "methods": {method: [Cell(task, options, seed) for seed in seeds] for method, options in tuned.items() if options is not None},
+        "beta": {}, "k": {}, "history": {},
+    }  # fmt: skip
+    if gvpo is None:
+        return tables
+    rate = gvpo["learner.learning_rate"]
+    for value, times in itertools.product(BETAS, (1.0, 0.5)):
+        overrides = {**gvpo, "loss.beta": value, "learner.learning_rate": rate * times}  # one of them is the cell of Table 1
+        tables["beta"][value, times] = [Cell(task, overrides, seed) for seed in seeds]
+    for method, k in itertools.product(("GVPO", "GRPO"), SIZES):
+        if (options := tuned[method]) is not None:
+            num_groups = {"arithmetic": 256, "sort": 256, "chain": 128}[task] // k
+            overrides = {**options, **({} if k == 8 else {"sampling.num_completions": k, "groups_per_step": num_groups})}
+            tables["k"][method, k] = [Cell(task, overrides, seed) for seed in seeds]
+    for share in SHARES:
+        tables["history"][share] = [Cell(task, {**gvpo, **({"replay.share": share} if share else {})}, seed) for seed in seeds]
+    return tables
+
+
+def write(tasks: Sequence[str], results: Results, seeds: Sequence[int]) -> None:
+    """paper.md and the pictures, from what is there."""
+    text = ["# The paper in miniature", "", f"pass@1 in % at temperature 1 on held-out prompts; ± 95 % over {len(seeds)} seeds.", ""]
+    tables = {task: cells_of(task, results, seeds) for task in tasks}
+
+    def value(rows: list[Row], name: str = "pass@1") -> str:
+        return percent([row[name] for row in rows])
+
+    head = ["", *(f"{task}{what}" for task in tasks for what in ("", ", greedy"))]
+    body = [["base", *itertools.chain(*([value(_all(tables[task]["methods"], results), "start"), ""] for task in tasks))]]
+    for method in METHODS:
+        rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in tasks}
+        body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in tasks))])
+    text += ["## Table 1: methods at equal samples", "", markdown(head, body)]
+    titles = {"beta": "beta, share of the tuned learning rate", "k": "method, completions per prompt", "history": "historical share"}
+    for name, title in titles.items():
+        keys = list({key: None for task in tasks for key in tables[task][name]})
+        body = [[_shown(key), *(value(results.of(tables[task][name].get(key, []))) for task in tasks)] for key in keys]
+        text += [f"## {title}", "", markdown([title, *tasks], body)]
+    (results.folder / "paper.md").write_text("\n".join(text))
+    for task in tasks:
+        lines = {}
+        for method, cells in tables[task]["methods"].items():
+            rows = results.of(cells)
+            points = list(zip(*(row["curve"] for row in rows), strict=True)) if rows else []
+            lines[method] = [tuple(sum(point[name] for point in alike) / len(alike) for name in ("kl", "pass@1")) for alike in points]
+        picture(results.folder / f"frontier-{task}.png", lines, "KL from the start, nats per completion", "pass@1", task)
+        lines = {}
+        for (beta, times), cells in tables[task]["beta"].items():
+            if rows := results.of(cells):
+                lines.setdefault(f"{times:g} x the tuned rate", []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
+        picture(results.folder / f"beta-{task}.png", lines, "beta", "pass@1", task, log=True)
+
+
+def _all(table: dict[Any, list[Cell]], results: Results) -> list[Row]:
+    return [row for cells in table.values() for row in results.of(cells)]
+
+
+def _shown(key: Any) -> str:
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else f"{key:g}"

@@ -1,0 +1,85 @@
+"""bench paper and bench staleness without their runs: which cells there are, what is run again, what the tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gvpo_ray.bench import experiments, paper, staleness
+from gvpo_ray.bench.experiments import Cell, Results, mean_and_interval, percent, run_all
+from gvpo_ray.config import GVPOConfig
+
+
+def row(cell: Cell, **values: Any) -> dict[str, Any]:
+    curve = [{"step": 0, "pass@1": 0.25, "kl": 0.0}, {"step": 100, "pass@1": 0.5, "kl": 2.0}]
+    return {
+        "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)), "start": 0.25,
+        "pass@1": 0.5, "kl": 2.0, "greedy": 0.6, "reward": 0.5, "curve": curve, "staleness": 0.0, "binding": 0.5, "steps": "[]", "seconds": 1.0,
+        **values,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """Cells that were run, in order; the higher the learning rate, the higher the reward."""
+    cells: list[Cell] = []
+
+    def run(cell: Cell, folder: Path) -> dict[str, Any]:
+        config = experiments.config_of(cell, folder)  # a config that is not valid would show here
+        cells.append(cell)
+        return row(cell, reward=config.learner.learning_rate)
+
+    monkeypatch.setattr(experiments, "run", run)
+    return cells
+
+
+def test_a_finished_cell_is_not_run_again_and_a_killed_bench_goes_on(tmp_path: Path, ran: list[Cell]) -> None:
+    cells = [Cell("sort", {"loss.beta": beta}, seed) for beta in (0.1, 0.5) for seed in (0, 1)]
+    (tmp_path / "cells" / cells[0].key / "groups").mkdir(parents=True)
+    run_all(cells[:3], Results(tmp_path))
+    assert not (tmp_path / "cells" / cells[0].key / "groups").exists()
+    again = Results(tmp_path)
+    run_all([*cells, cells[0]], again)
+    assert ran == cells and len({cell.key for cell in cells}) == 4
+    assert [row["seed"] for row in Results(tmp_path).of(cells)] == [0, 1, 0, 1]
+
+
+def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_tables(tmp_path: Path, ran: list[Cell]) -> None:
+    paper.main(["sort"], 3, tmp_path)
+    trials = [cell for cell in ran if cell.seed == paper.TUNING_SEED]
+    assert len(trials) == 6 * len(paper.METHODS) == len({cell.key for cell in trials})
+    assert {cell.overrides["learner.learning_rate"] for cell in ran if "replay.share" in cell.overrides} == {max(paper.RATES)}
+    text = (tmp_path / "paper.md").read_text()
+    for line in ("| base | 25.0 ± 0.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01, 1.0 | 50.0", "| GRPO, 32 | 50.0", "| 0.375 | 50.0"):
+        assert line in text
+    assert (tmp_path / "frontier-sort.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "beta-sort.png").exists()
+    count = len(ran)
+    paper.main(["sort"], 3, tmp_path)
+    assert len(ran) == count
+
+
+def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: list[Cell]) -> None:
+    staleness.main(["chain"], 2, tmp_path)
+    assert len(ran) == 2 * len(staleness.METHODS) * len(staleness.AGES)
+    assert [cell.seed for cell in ran] == sorted(cell.seed for cell in ran)  # a whole table early
+    text = (tmp_path / "staleness.md").read_text()
+    assert "| age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text and text.count("50.0 ± 0.0") == len(ran) / 2
+    assert (tmp_path / "staleness-chain.png").exists()
+
+
+@pytest.mark.parametrize("task", experiments.TASKS)
+def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_dial(task: str, tmp_path: Path) -> None:
+    configs = [experiments.config_of(Cell(task, {"loss.beta": 0.3}, seed, age), tmp_path) for seed in (0, 1) for age in (0, 16)]
+    assert len({config.model.path for config in configs}) == 1 and len({config.run_dir for config in configs}) == 4
+    assert [config.max_staleness for config in configs] == [0, 16, 0, 16] and {config.loss.beta for config in configs} == {0.3}
+    assert all(isinstance(config, GVPOConfig) and config.evaluation.of("greedy")[1] == 0 for config in configs)
+
+
+def test_intervals_over_seeds_are_students() -> None:
+    mean, half = mean_and_interval([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2) and half == pytest.approx(4.30 * 0.1 / math.sqrt(3))
+    assert percent([0.5]) == "50.0" and percent([]) == "" and percent([0.5, 0.5]) == "50.0 ± 0.0"
