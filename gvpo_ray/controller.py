@@ -21,6 +21,7 @@ import ray
 
 from gvpo_ray import groups
 from gvpo_ray.buffer import ORDERS, GroupLog, Quarantine, steps_metrics
+from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import (
     ConfigError,
     GVPOConfig,
@@ -45,7 +46,6 @@ from gvpo_ray.inputs import (
 )
 from gvpo_ray.learners import LearnerGroup
 from gvpo_ray.metrics import MetricsLog, evaluation_metrics
-from gvpo_ray.policy import latest_checkpoint
 from gvpo_ray.rewards import Rewards
 from gvpo_ray.ring import EventLog, Ring, Say, run_through
 from gvpo_ray.tracking import Tracking, check_trackers

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.buffer import GroupLog, read_assignments
+from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import NO_PROMPTS, ConfigError, GVPOConfig, is_local
-from gvpo_ray.policy import latest_checkpoint
 from gvpo_ray.prompts import PromptSet
 from gvpo_ray.rewards import Rewards
 from gvpo_ray.sources import Mixture, OfflineSource

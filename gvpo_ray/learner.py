@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from gvpo_ray import groups
+from gvpo_ray.checkpoints import prune_checkpoints
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig
 from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss
 from gvpo_ray.losses.gvpo import gvpo_weights
 from gvpo_ray.metrics import STALENESS_EDGES, age_bucket, batch_metrics, mean
-from gvpo_ray.policy import Policy, Row, prune_checkpoints, sequence_sums
+from gvpo_ray.policy import Policy, Row, sequence_sums
 
 NUM_PROBES, PROBE_TOKENS = 4, 256
 """Sequences, and tokens of each, on which engines compare their log-probs with the learner's."""

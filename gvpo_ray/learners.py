@@ -23,13 +23,11 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
+from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import GVPOConfig, cluster_address
 from gvpo_ray.fleet import LearnersBuffer, cause_of, innermost, resources_of
-from gvpo_ray.learner import NonFiniteGradient, Settings, learn
-from gvpo_ray.policy import Policy, latest_checkpoint
-from gvpo_ray.weights import NcclPublisher, ObjectPublisher
 
-WRONG = (NonFiniteGradient, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
+WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
 """Errors of code or data: they would come again. What else a worker raises may be another one's death seen from here."""
 
 
@@ -130,11 +128,14 @@ class _Deaths(UserCallback):  # type: ignore[misc]
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each learner worker."""
+    # Here and in _train: the driver and Ray Train's controller, which read this file, need not wait for the learner's libraries.
+    from gvpo_ray.learner import NonFiniteGradient
+
     buffer = LearnersBuffer(settings["buffer"])
     try:
         with _alone(Path(settings["run_dir"])):
             _train(settings, buffer)
-    except WRONG as error:
+    except (NonFiniteGradient, *WRONG) as error:
         buffer.close(cause_of(error))  # and no restart will find anything to do
         raise
 
@@ -143,6 +144,10 @@ def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
     import ray.train
     import torch
     from ray.train.torch import get_device
+
+    from gvpo_ray.learner import Settings, learn
+    from gvpo_ray.policy import Policy
+    from gvpo_ray.weights import NcclPublisher, ObjectPublisher
 
     config: GVPOConfig = settings["config"]
     torch.set_num_threads(config.learner.num_threads)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import packing
 from gvpo_ray.backends import deepspeed_config, make_backend
+from gvpo_ray.checkpoints import remove_checkpoint
 from gvpo_ray.config import LearnerConfig, LoraConfig, ModelConfig
 from gvpo_ray.weights import shards
 
@@ -351,7 +352,7 @@ class Policy:
                 if file.is_file():
                     with open(file, "rb") as written:
                         os.fsync(written.fileno())
-            _remove(folder)
+            remove_checkpoint(folder)
             part.rename(folder)
         if self.world_size > 1:
             dist.barrier()
@@ -409,23 +410,3 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _adapter_name(name: str) -> str:
     """A parameter of an adapter as peft's files call it."""
     return "base_model.model." + name.replace(".default.", ".")
-
-
-def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest whole checkpoint of a run."""
-    found = [(int(path.parent.name.removeprefix("step-")), path.parent) for path in Path(run_dir).glob("checkpoints/step-*/state.json")]
-    return max(found, default=None)
-
-
-def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted save or removal left."""
-    folder = Path(run_dir) / "checkpoints"
-    whole = sorted((path.parent for path in folder.glob("step-*/state.json")), key=lambda path: int(path.name.removeprefix("step-")))
-    for path in {*folder.glob("step-*"), *folder.glob(".step-*.part")}.difference(whole[-keep:]):
-        _remove(path)
-
-
-def _remove(checkpoint: Path) -> None:
-    """state.json goes first: what an interrupted removal leaves is no checkpoint."""
-    (checkpoint / "state.json").unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)

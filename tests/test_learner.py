@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
 from gvpo_ray.buffer import GroupBuffer
+from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
 from gvpo_ray.learner import NonFiniteGradient, Settings, _learning_rate, learn, train_step
 from gvpo_ray.losses import gvpo_loss_squared
-from gvpo_ray.policy import Policy, latest_checkpoint
+from gvpo_ray.policy import Policy
 from gvpo_ray.weights import ObjectPublisher
 
 BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]

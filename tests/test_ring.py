@@ -22,15 +22,18 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
+from test_tracking import shows_on_ray, tensorboard_of
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.bench import chaos
 from gvpo_ray.buffer import GroupLog
 from gvpo_ray.ring import EventLog
+from gvpo_ray.tracking import place
 from gvpo_ray.warm_start import warm_start
 
 PROJECT = Path(__file__).parents[1]
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
+IN_THE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 KILLED = {*chaos.KINDS} - {"learner controller", "engine"}
 """By the seed below; `gvpo-ray bench chaos` has time for all kinds, more than once."""
@@ -57,7 +60,8 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts": prompts,
         "sampling": {"num_completions": 8, "max_tokens": 12},
         "loss": {"beta": 0.5},
-        "engines": {"num_threads": 1, "parity_every": 4},
+        # As on a GPU, in the core's own process: a third of an engine's start on a CPU is the process that vLLM would have beside it.
+        "engines": {"num_threads": 1, "parity_every": 4, "vllm": {"distributed_executor_backend": IN_THE_CORE}},
         "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
         "evaluation": {"every": 20, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
         "checkpoint": {"every": 4},
@@ -341,14 +345,18 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     right = [{"prompt": f"{a}=", "completion": rf"\boxed{{{a // 10}}}", "answer": str(a // 10)} for a in range(10, 100)]
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
     overrides = {
-        "run_dir": str(folder / "mixed"), "num_steps": 500, "evaluation.every": 0, "learner.num_workers": 1, "prompts.limit": 40,
+        "run_dir": str(folder / "mixed"), "num_steps": 500, "evaluation.every": 1000, "learner.num_workers": 1, "prompts.limit": 40,
         "engines.num_cpus": 0.5, "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
-        "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}}, "replay.share": 0.125,
+        "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}}, "replay.share": 0.125, "tracking": {"tensorboard": {}},
     }  # fmt: skip
     with GVPOConfig.from_file(config_file, overrides).build(reward=says_the_tens) as algo:
         lines = [algo.train() for _ in range(14)]
         while any(sum(line[f"pools/{pool}/token_share"] for line in lines) <= 0.5 for pool in ("full", "half")):
             lines.append(algo.train())  # a run does not wait for its second engine, which may come late: up to num_steps
+        shows_on_ray(algo, lines[-1])
+    scalars = tensorboard_of(folder / "mixed" / "tensorboard")
+    assert [step for name, step, _ in scalars if name == "loss"] == [line["step"] for line in lines]
+    assert [step for name, step, _ in scalars if name == "eval/test/pass_at_1"] == [0] and place(algo.metrics.lines[0]) == 1
     rows = list(groups.rows(groups.load(folder / "mixed" / "groups")))
     assert all(row["sources"].count("offline:people") == 1 and len(row["sources"]) == 8 for row in rows)
     for row in rows:

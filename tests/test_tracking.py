@@ -1,4 +1,4 @@
-"""Tracking: what metrics are called on Ray, and that a real run shows there all that the dashboard asks for; trackers, by their own libraries."""
+"""Tracking: what metrics are called on Ray, and what the dashboard asks for; trackers, by their own libraries."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from typing import Any, ClassVar
 
 import pytest
 import ray
-import tiny
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import BATCH
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from gvpo_ray import GVPOConfig, tracking
+from gvpo_ray import GVPO, GVPOConfig, tracking
 from gvpo_ray.config import ConfigError
 from gvpo_ray.learner import AGES
 from gvpo_ray.losses.gvpo import RESIDUAL_EDGES
@@ -448,44 +445,25 @@ def test_the_dashboard_has_a_panel_for_each_theme_with_a_unit_and_a_legend() -> 
         assert theme in titles
 
 
-def test_a_real_run_shows_on_ray_every_series_of_the_dashboard_and_every_metric_of_its_lines(tmp_path: Path) -> None:
-    folder = tiny.make_model(tmp_path / "model")
-    torch.manual_seed(0)
-    architecture = Qwen2Config(  # of heads that vLLM has on a CPU
-        vocab_size=tiny.VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tiny.EOS, pad_token_id=0,
-    )  # fmt: skip
-    Qwen2ForCausalLM(architecture).save_pretrained(folder)
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1)}) + "\n" for a in range(8)))
-    prompts = {"path": str(tmp_path / "sums.jsonl"), "template": "{prompt}"}
-    data = {
-        "run_dir": str(tmp_path / "sums"), "num_steps": 3, "groups_per_step": 4, "model": {"path": str(folder)}, "prompts": prompts,
-        "sampling": {"num_completions": 2, "max_tokens": 8}, "engines": {"num_threads": 1}, "verifiers": {"num": 1}, "learner": {"backend": "ddp"},
-        "evaluation": {"every": 10, "sets": {"held-out": prompts}}, "tracking": {"tensorboard": {}}, "ray": {"num_cpus": 4},
-    }  # fmt: skip
-    with GVPOConfig.from_dict(data).build() as algo:
-        lines = [algo.train(), algo.train()]
-        last = {**algo.metrics.lines[0], **lines[-1]}
-        # A node's agent is told every 10 s.
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and (absent := missing(samples := scrape())):
-            time.sleep(1)
-        assert not absent
-        without = missing({name: entries for name, entries in samples.items() if name != "ray_gvpo_loss"})
-        assert any(entry.startswith("ray_gvpo_loss{") for entry in without)  # it would be seen
-        own = {name: entries for name, entries in samples.items() if name.startswith("ray_gvpo_")}
-        assert {labels["run"] for entries in own.values() for labels, _ in entries} == {"sums"}
-        assert sum(map(len, own.values())) < 250
-        shown = {(name, *sorted(labels.items())): value for name, entries in own.items() for labels, value in entries}
-        ray_labels = {label for (name, *labels) in shown for label, _ in labels} - {"run"}
-        for name in last:
-            ours, labels = series_of(name)
-            values = [
-                value for (shown_name, *pairs), value in shown.items()
-                if shown_name == f"ray_{ours}" and labels.items() <= dict(pairs).items()
-            ]  # fmt: skip
-            assert values == [pytest.approx(last[name])], (name, ray_labels)
-    scalars = tensorboard_of(tmp_path / "sums" / "tensorboard")
-    assert [step for name, step, _ in scalars if name == "loss"] == [1, 2]
-    assert [step for name, step, _ in scalars if name == "eval/held-out/pass_at_1"] == [0]
-    assert place(algo.metrics.lines[0]) == 1
+def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:
+    """A real run (test_ring.py) shows there every series of the dashboard, and every metric of its lines."""
+    last = {**algo.metrics.lines[0], **line}
+    # A node's agent is told every 10 s.
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (absent := missing(samples := scrape())):
+        time.sleep(1)
+    assert not absent
+    without = missing({name: entries for name, entries in samples.items() if name != "ray_gvpo_loss"})
+    assert any(entry.startswith("ray_gvpo_loss{") for entry in without)  # it would be seen
+    own = {name: entries for name, entries in samples.items() if name.startswith("ray_gvpo_")}
+    assert {labels["run"] for entries in own.values() for labels, _ in entries} == {algo.run_dir.name}
+    assert sum(map(len, own.values())) < 250
+    shown = {(name, *sorted(labels.items())): value for name, entries in own.items() for labels, value in entries}
+    ray_labels = {label for (name, *labels) in shown for label, _ in labels} - {"run"}
+    for name in last:
+        ours, labels = series_of(name)
+        values = [
+            value for (shown_name, *pairs), value in shown.items()
+            if shown_name == f"ray_{ours}" and labels.items() <= dict(pairs).items()
+        ]  # fmt: skip
+        assert values == [pytest.approx(last[name])], (name, ray_labels)
