@@ -23,7 +23,7 @@ from gvpo_ray.config import ConfigError
 from gvpo_ray.learner import AGES
 from gvpo_ray.losses.gvpo import RESIDUAL_EDGES
 from gvpo_ray.metrics import MetricsLog, batch_metrics, evaluation_metrics
-from gvpo_ray.tracking import Gauges, Tracking, check_trackers, of_line, of_status, parameters_of, place, series_of
+from gvpo_ray.tracking import Gauges, Tracking, check_trackers, of_line, of_status, parameters_of, series_of
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana" / "gvpo.json"
 
