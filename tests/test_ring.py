@@ -321,11 +321,13 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
     (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in written if json.loads(line)["step"] < 7))
     with (run_dir / "groups" / "steps.jsonl").open("a") as file:
         file.write('{"step": 8, "metr')  # as of a buffer that was killed while it wrote
-    told = [line for line in written if "loss" in json.loads(line)]
-    for _ in range(2):  # a driver that was killed before it wrote the lines of steps: there from now on, once
+    for _ in range(2):  # a driver that was killed before it wrote the lines of steps: there from now on, once, with what the learner said
         with GVPO.from_run_dir(run_dir) as algo:
             assert algo.step == 8
-        assert [line for line in (run_dir / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)] == told
+        there = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in there] == list(range(1, 9)) and there[:6] == lines[:6]
+        for line, whole in zip(there[6:], lines[6:], strict=True):
+            assert "loss" in line and "time/step" in line and line.items() <= whole.items()
 
 
 def test_rollout_samples_and_verifies_alone(config_file: Path) -> None:
