@@ -450,7 +450,9 @@ def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:
     last = {**algo.metrics.lines[0], **line}
     # A node's agent is told every 10 s.
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (absent := missing(samples := scrape())):
+    while time.monotonic() < deadline and (
+        (absent := missing(samples := scrape())) or [value for _, value in samples["ray_gvpo_step"]] != [line["step"]]
+    ):
         time.sleep(1)
     assert not absent
     without = missing({name: entries for name, entries in samples.items() if name != "ray_gvpo_loss"})
