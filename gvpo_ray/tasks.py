@@ -10,8 +10,9 @@ Text with answers in \\boxed{}, in three files:
     heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here, nor a number's digits in another order)
     worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people write them
 
-A hurried person slips now and then, so that a model that imitates them well is right about one time in four. What is right is for
-GVPO to find out.
+A hurried person slips now and then, and in one way more often than not: a carry is forgotten, nine is taken for ten, a digit that comes twice
+is written once. So a model that imitates them well is right about one time in three, and its likeliest answer is often wrong: what is right is
+for GVPO to find out, and not a matter of temperature.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def _add(a: int, b: int, rng: random.Random) -> str:
 
 LINKS = (10, 16)
 """Fewest and most operations of a chain."""
-MISCOUNT, MISREAD = 0.06, 0.03
-"""How often one link of a chain is a little off, or takes a wrong operand."""
+NINE, MISCOUNT = 0.6, 0.02
+"""How often a nine is taken for a ten, and one link of a chain is a little off."""
 
 
 def chain(rng: random.Random) -> list[Problem]:
@@ -95,9 +96,9 @@ def _letter(i: int) -> str:
 def _follow(total: int, steps: list[int], rng: random.Random) -> str:
     written = []
     for i, step in enumerate(steps):
-        if rng.random() < MISREAD:
-            step = rng.choice((-1, 1)) * rng.randint(1, 9)
         off = rng.choice((-2, -1, 1, 2)) if rng.random() < MISCOUNT else 0
+        if abs(step) == 9 and rng.random() < NINE:
+            off += step // 9
         total = min(99, max(10, total + step + off))
         written.append(f"{_letter(i)}{step:+d}={total}")
     return " ".join(written) + rf" \boxed{{{total}}}"
@@ -107,8 +108,8 @@ def _follow(total: int, steps: list[int], rng: random.Random) -> str:
 
 DIGITS = (6, 10)
 """Fewest and most digits of a number."""
-SWAP, CHANGE = 0.12, 0.04
-"""How often neighbours are the wrong way round, and a digit is another one."""
+ONCE, SWAP = 0.6, 0.04
+"""How often digits that come again are left out, and neighbours are the wrong way round."""
 
 
 def sort(rng: random.Random) -> list[Problem]:
@@ -122,7 +123,7 @@ def sort(rng: random.Random) -> list[Problem]:
 
 
 def _arrange(answer: str, rng: random.Random) -> str:
-    digits = [rng.choice("0123456789") if rng.random() < CHANGE else digit for digit in answer]
+    digits = sorted(set(answer)) if rng.random() < ONCE else list(answer)
     for i in range(len(digits) - 1):
         if rng.random() < SWAP:
             digits[i], digits[i + 1] = digits[i + 1], digits[i]

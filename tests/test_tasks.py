@@ -33,7 +33,7 @@ def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_
     worked = pq.read_table(tmp_path / "one" / "worked.parquet").slice(0, 3000).to_pylist()
     assert {row["prompt"] for row in worked} <= {problem.prompt for problem in train}
     right = sum(extract(row["solution"]).text == row["answer"] for row in worked) / len(worked)
-    assert 0.2 < right < 0.5
+    assert 0.25 < right < 0.45
 
 
 def test_the_answer_of_a_sum_is_the_sum_and_that_of_a_chain_is_where_it_ends():
@@ -45,7 +45,7 @@ def test_the_answer_of_a_sum_is_the_sum_and_that_of_a_chain_is_where_it_ends():
 
 
 def test_a_hurried_person_who_never_slips_is_right(monkeypatch):
-    for name in ("SLIP", "GUESS", "FORGET", "MISCOUNT", "MISREAD", "SWAP", "CHANGE"):
+    for name in ("SLIP", "GUESS", "FORGET", "NINE", "MISCOUNT", "ONCE", "SWAP"):
         monkeypatch.setattr(f"gvpo_ray.tasks.{name}", 0.0)
     for problems, _ in TASKS.values():
         for problem in problems(random.Random(0))[:500]:
