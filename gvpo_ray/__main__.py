@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = options.verb in ("train", "learn", "evaluate", "verify")
+        resumes = options.verb in ("train", "learn", "evaluate", "verify") or (options.verb == "bench" and options.name in ("paper", "staleness"))
         print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
     except OSError as error:
