@@ -375,8 +375,8 @@ class GVPO:
             self.save()  # the learner does by itself: this waits for it
         return line
 
-    def evaluate(self) -> dict[str, float]:
-        """pass@1 on the held-out sets, by the same engines and verifiers, with the weights of the last trained step."""
+    def evaluate(self, *names: str) -> dict[str, float]:
+        """pass@1 on the held-out sets (those named, or all), by the same engines and verifiers, with the weights of the last trained step."""
         self.start()
         assert self._session is not None
         config = self.config.evaluation
@@ -385,7 +385,8 @@ class GVPO:
         folder = self.run_dir / "evaluations"
         folder.mkdir(exist_ok=True)
         self._doing = "evaluating"
-        for name, prompts in self.inputs.evaluation.items():
+        for name in names or self.inputs.evaluation:
+            prompts = self.inputs.evaluation[name]
             table = self._session.guard(self._evaluate(name, prompts.all(None if whole else config.every_limit)))
             groups.save(table, folder / f"{name}-step-{self.step:06d}.arrow")
             results |= evaluation_metrics(name, list(groups.rows(table)), config.pass_k)

@@ -23,7 +23,7 @@ import torch
 
 from gvpo_ray import groups
 from gvpo_ray.config import GVPOConfig
-from gvpo_ray.controller import GVPO
+from gvpo_ray.controller import GVPO, evaluate
 from gvpo_ray.policy import CompletionLogprobs, padded_inputs, sequence_sums
 from gvpo_ray.warm_start import warm_start
 
@@ -35,7 +35,7 @@ TASKS = {
 }
 """The config of each task, and what of it is otherwise here."""
 EVERY, EVERY_LIMIT = 20, 256
-"""Steps between evaluations on so many held-out prompts; the first and the last take all of them."""
+"""Steps between evaluations on so many held-out prompts; the last one takes all of them, and decodes greedily, too."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
     paths = {
         "run_dir": str(folder / "cells" / cell.key), "model.path": str(task / "model"), "prompts.path": str(task / "data" / "train.parquet"),
         "warm_start.data.path": str(task / "data" / "worked.parquet"),
-        "evaluation": {"every": EVERY, "every_limit": EVERY_LIMIT, "sets": {"heldout": sets, "greedy": {**sets, "temperature": 0}}},
+        "evaluation": {"every": 0, "every_limit": EVERY_LIMIT, "sets": {"heldout": sets, "greedy": {**sets, "temperature": 0}}},
     }  # fmt: skip
     here = {"seed": cell.seed, "max_staleness": cell.age, "checkpoint.every": 1000, "engines.parity_every": 0}
     return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
@@ -111,7 +111,9 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
 def run(cell: Cell, folder: Path) -> Row:
     """Train one cell, or go on with it."""
     config = config_of(cell, folder)
-    warm_start(config.model_copy(update={"seed": 0}))  # all cells of a task start from the same model
+    first = config.model_copy(update={"seed": 0})  # all cells of a task start from the same model
+    warm_start(first)
+    start = evaluate(first, out=str(folder / "tasks" / cell.task / "start"))["sets"]
     began = time.monotonic()
     with GVPO(config, say=lambda line: None) as algo:
         while not algo.done:
@@ -120,16 +122,22 @@ def run(cell: Cell, folder: Path) -> Row:
                 while algo.num_finished() < wanted:
                     time.sleep(0.05)
             algo.train()
+            if algo.step % EVERY == 0 and not algo.done:
+                algo.evaluate("heldout")
+        if not any("eval/greedy/pass@1" in line for line in algo.metrics.lines):
+            algo.evaluate()
         lines = list(algo.metrics.lines)
     run_dir = Path(config.run_dir)
     trained = [line for line in lines if "loss" in line]
-    curve = [{"step": line["step"], "pass@1": line["eval/heldout/pass@1"]} for line in lines if "eval/heldout/pass@1" in line]
-    for point in curve:
-        point["kl"] = divergence(config.model.path, run_dir / "evaluations" / f"heldout-step-{point['step']:06d}.arrow")
+    curve = [{"step": 0, "pass@1": start["heldout"]["pass@1"]["value"], "kl": 0.0}]
+    for line in lines:
+        if "eval/heldout/pass@1" in line:
+            kl = divergence(config.model.path, run_dir / "evaluations" / f"heldout-step-{line['step']:06d}.arrow")
+            curve.append({"step": line["step"], "pass@1": line["eval/heldout/pass@1"], "kl": kl})
     last = [line["reward/mean"] for line in trained[-10:]]
     return {
         "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
-        "start": curve[0]["pass@1"], "pass@1": curve[-1]["pass@1"], "kl": curve[-1]["kl"],
+        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": curve[-1]["pass@1"], "kl": curve[-1]["kl"],
         "greedy": next(line["eval/greedy/pass@1"] for line in reversed(lines) if "eval/greedy/pass@1" in line),
         "reward": statistics.mean(last), "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),

@@ -101,7 +101,8 @@ def write(tasks: Sequence[str], results: Results, seeds: Sequence[int]) -> None:
         return percent([row[name] for row in rows])
 
     head = ["", *(f"{task}{what}" for task in tasks for what in ("", ", greedy"))]
-    body = [["base", *itertools.chain(*([value(_all(tables[task]["methods"], results), "start"), ""] for task in tasks))]]
+    starts = {task: _all(tables[task]["methods"], results) for task in tasks}
+    body = [["base", *itertools.chain(*([value(starts[task][:1], name) for name in ("start", "start_greedy")] for task in tasks))]]
     for method in METHODS:
         rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in tasks}
         body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in tasks))])
