@@ -124,10 +124,10 @@ def test_siblings_of_a_long_group_are_handed_over_once_and_those_of_short_groups
         engine = await ready(FakeEngine(seconds_per_token=0.01, median_tokens=400, sigma=0))
         # 0.1 s and 0.8 s: over before the first one would be handed over
         short = asyncio.ensure_future(engine.generate(prompt(1), sampling(2, 80), 0, None, part([6] * 70, reason="abort")))
-        almost = part([3] * 380, [4] * 300, reason="abort")  # of 400: 0.2 s, 1 s, and 4 s for the new ones
+        almost = part([3] * 380, [4] * 240, reason="abort")  # of 400: 0.2 s, 1.6 s, and 4 s for the new ones
         long = asyncio.ensure_future(engine.generate(prompt(2), sampling(4, 400), 0, None, part([5]), almost))
         began = time.time()
-        for first, seconds in ((3, 1.2), (4, 2.0)):
+        for first, seconds in ((3, 2 * HAND_OVER_S), (4, 3 * HAND_OVER_S)):  # looked for as often as they have to be old
             ids, table = await engine.finished()
             assert ids == [2] and seconds - 0.3 < time.time() - began < seconds + 1
             (tokens,) = row_of(table)["completion_ids"]
