@@ -169,7 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     paper = benches.add_parser("paper", help="the paper's table and figures in miniature: methods, beta, k, history (hours; resumes)")
     staleness = benches.add_parser("staleness", help="what each objective learns from data of a given age (hours; resumes)")
     for sub in (paper, staleness):
-        sub.add_argument("--tasks", nargs="+", default=["arithmetic", "chain", "sort"], metavar="TASK", help="arithmetic, chain, sort (default: all)")
+        tasks = ["arithmetic", "chain", "sort"]
+        sub.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"{', '.join(tasks)} (default: all)")
         sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each cell (default: 3)")
         sub.add_argument("--out", metavar="DIR", help="runs, results.parquet, tables and pictures (default: runs/bench/NAME)")
     for sub in (verifiers, learner, scale, paper, staleness):
@@ -240,6 +241,8 @@ def run(options: Any) -> None:
         scale.main(options.engines, options.seconds)
         return
     if options.verb == "bench" and options.name in ("paper", "staleness"):
+        if options.seeds < 1:
+            raise ConfigError(f"--seeds: {options.seeds}: must be at least 1")
         from gvpo_ray.bench import paper, staleness
 
         {"paper": paper, "staleness": staleness}[options.name].main(

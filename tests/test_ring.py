@@ -33,7 +33,8 @@ from gvpo_ray.warm_start import warm_start
 
 PROJECT = Path(__file__).parents[1]
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
-IN_THE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+IN_THE_CORE = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+"""As on a GPU, the model in the core's own process: it starts sooner. The run that is killed keeps the process that vLLM has beside it on a CPU."""
 
 KILLED = {*chaos.KINDS} - {"learner controller", "engine"}
 """By the seed below; `gvpo-ray bench chaos` has time for all kinds, more than once."""
@@ -60,8 +61,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts": prompts,
         "sampling": {"num_completions": 8, "max_tokens": 12},
         "loss": {"beta": 0.5},
-        # As on a GPU, in the core's own process: a third of an engine's start on a CPU is the process that vLLM would have beside it.
-        "engines": {"num_threads": 1, "parity_every": 4, "vllm": {"distributed_executor_backend": IN_THE_CORE}},
+        "engines": {"num_threads": 1, "parity_every": 4},
         "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
         "evaluation": {"every": 20, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
         "checkpoint": {"every": 4},
@@ -277,7 +277,7 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
     run_dir, rewards = config_file.parent / "mine", {f"{config_file.parent}/mine.py:says_seven": 4.0}
     overrides = {"run_dir": str(run_dir), "num_steps": 12, "verifiers.rewards": rewards, "learner.num_workers": 1, "evaluation.every": 0,
                  "prompts.limit": 20, "verifiers.timeout_s": 0.3, "learner.backend": "ddp", "learner.zero_stage": 0,
-                 "checkpoint.every": 100, "engines.max_restarts_per_hour": 0}  # fmt: skip
+                 "checkpoint.every": 100, "engines.max_restarts_per_hour": 0, "engines.vllm": IN_THE_CORE}  # fmt: skip
     ended, killed = threading.Event(), []
 
     def kill_verifiers() -> None:
@@ -351,7 +351,7 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
     overrides = {
         "run_dir": str(folder / "mixed"), "num_steps": 500, "evaluation.every": 1000, "learner.num_workers": 1, "prompts.limit": 40,
-        "engines.num_cpus": 0.5, "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
+        "engines.num_cpus": 0.5, "engines.vllm": IN_THE_CORE, "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
         "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}}, "replay.share": 0.125, "tracking": {"tensorboard": {}},
     }  # fmt: skip
     with GVPOConfig.from_file(config_file, overrides).build(reward=says_the_tens) as algo:

@@ -6,7 +6,7 @@
     history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
     frontier   pass@1 against the distance from the start, along the runs of Table 1
 
-Each method is tuned first with the same budget: TRIALS runs on a seed of their own, chosen by the reward on the training prompts at the end,
+Each method is tuned first with the same budget: six runs on a seed of their own, chosen by the reward on the training prompts at the end,
 so that nobody has seen the held-out ones.
 """
 
