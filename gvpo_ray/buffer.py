@@ -43,6 +43,9 @@ STEPS = "steps.jsonl"
 ORDERS = "orders.jsonl"
 """In the log's folder: what this process of the driver has ordered so far. The driver begins a new one."""
 
+RESTARTS = "learner_restarts.jsonl"
+"""In the log's folder: each time that the learner was started again, from which step and why."""
+
 MAX_LEARNER_DEATHS = 3
 """In a row, without a step between them: the next attempt would end like them."""
 
@@ -370,7 +373,8 @@ class GroupBuffer:
         self._learner_from: int | None = None  # version that it started from last
         self._learner_deaths = 0  # in a row
         self._learner_cause = "no cause is known"
-        self._learner_restarts: list[dict[str, Any]] = []
+        self._restarts_path = Path(folder) / RESTARTS
+        self._learner_restarts: list[dict[str, Any]] = read_lines(self._restarts_path)
         self._last_group_at: float | None = None
         self._last_step_at: float | None = None
         self._waits = {"learner": _Waits(), "dial": _Waits(), "driver": _Waits()}
@@ -467,6 +471,7 @@ class GroupBuffer:
         """It is here, with the weights of `step`: for the first time, or again after it failed."""
         if self._learner_from is not None:
             self._learner_restarts.append({"time": time.time(), "step": step, "cause": self._learner_cause})
+            append_line(self._restarts_path, self._learner_restarts[-1])  # the driver may die before it hears of it
             self._learner_deaths += 1
             if self._learner_deaths >= MAX_LEARNER_DEATHS:
                 await self.close(f"the learner died {self._learner_deaths} times in a row without a step between: {self._learner_cause}")

@@ -209,19 +209,25 @@ class Ring:
         if self._last:
             write_status(self._run_dir, {**self._last, **self._state(), "time": time.time()})
 
+    async def note_learner(self) -> None:
+        """Note the restarts of the learner that were not noted yet."""
+        self._note_learner(await self._buffer.call("status"))
+
+    def _note_learner(self, of_buffer: dict[str, Any]) -> None:
+        # The buffer keeps them all on disk: those of a driver that died before it heard of them are among these.
+        for restart in of_buffer.get("learner_restarts", [])[self._state()["recoveries"].get("learner", 0) :]:
+            self._note("learner", "learner", f"{restart['cause']}; goes on from the checkpoint of step {restart['step']}")
+
     async def watch(self) -> None:
         """Write status.json, note the learner's deaths, and say who waits for whom when nothing moves."""
-        said, num_restarts = 0.0, 0
+        said = 0.0
         moved = dict.fromkeys(("group has finished", "step has ended"), time.time())
         while True:
             self._last = status = await self.status()
             write_status(self._run_dir, status)
             self.show(status)
             of_buffer = status["buffer"] or {}
-            restarts = of_buffer.get("learner_restarts", [])
-            for restart in restarts[min(num_restarts, len(restarts)) :]:
-                self._note("learner", "learner", f"{restart['cause']}; goes on from the checkpoint of step {restart['step']}")
-            num_restarts = len(restarts)
+            self._note_learner(of_buffer)
             for what, at in zip(moved, (of_buffer.get("last_group_at"), of_buffer.get("last_step_at")), strict=True):
                 moved[what] = max(moved[what], at or 0.0)  # a buffer that was rebuilt knows of none before it
             silent = {what: time.time() - at for what, at in moved.items()}

@@ -650,6 +650,10 @@ def test_deaths_with_a_step_between_do_not_end_the_run_even_one_that_was_trained
         await buffer.learner_failed("preempted")
         await buffer.learner_started(5)
         assert buffer._closed
+        buffer.release()
+        again = make(tmp_path)  # of a driver that died before it had heard of them
+        await again.learner_started(5)
+        assert [entry["cause"] for entry in await status(again, "learner_restarts")] == ["preempted"] * 13
 
     run(main)
 

@@ -35,6 +35,7 @@ PROJECT = Path(__file__).parents[1]
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
 IN_THE_CORE = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 """As on a GPU, the model in the core's own process: it starts sooner. The run that is killed keeps the process that vLLM has beside it on a CPU."""
+IN_THIS_CORE = f"engines.vllm={json.dumps(IN_THE_CORE)}"
 
 KILLED = {*chaos.KINDS} - {"learner controller", "engine"}
 """By the seed below; `gvpo-ray bench chaos` has time for all kinds, more than once."""
@@ -150,7 +151,7 @@ def killed_run(config_file: Path) -> dict[str, Any]:
     """One run: interrupted, and then left to finish while one process of each kind is killed, the driver too."""
     run_dir = config_file.parent / "run"
     facts: dict[str, Any] = {"run_dir": run_dir, "logs": [], "left": []}
-    command = Command("train", str(config_file))
+    command = Command("train", str(config_file), IN_THIS_CORE)
     command.wait_for_steps(2)
     time.sleep(0.5)
     facts["interrupt"] = (command.end(signal.SIGINT), command.output)
@@ -252,7 +253,8 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     config_file: Path, killed_run: dict[str, Any]
 ) -> None:
     out = config_file.parent / "evaluation"
-    command = Command("evaluate", str(config_file), "--checkpoint", str(killed_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
+    arguments = ["--checkpoint", str(killed_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8", IN_THIS_CORE]
+    command = Command("evaluate", str(config_file), *arguments)
     assert command.wait() == 0, command.output
     result = json.loads((out / "eval.json").read_text())["sets"]["test"]
     lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
@@ -261,7 +263,7 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     margin = 2.5 * own["eval/test/stderr"] + 0.05
     assert abs(result["pass@1"]["value"] - own["eval/test/pass@1"]) <= margin
     assert result["num_prompts"] == 18 and pq.read_table(out / "generations.parquet").num_rows == 18 * 8
-    again = Command("evaluate", str(config_file), "--checkpoint", str(killed_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8")
+    again = Command("evaluate", str(config_file), *arguments)
     assert again.wait() == 0 and "evaluating" not in again.output  # everything is there: no actor starts
 
 
@@ -335,7 +337,7 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
 
 def test_rollout_samples_and_verifies_alone(config_file: Path) -> None:
     out = config_file.parent / "groups.arrow"
-    sampling = Command("rollout", str(config_file), "--out", str(out), "--groups", str(2 * GROUPS_PER_STEP))
+    sampling = Command("rollout", str(config_file), "--out", str(out), "--groups", str(2 * GROUPS_PER_STEP), IN_THIS_CORE)
     assert sampling.wait() == 0, sampling.output
     recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
