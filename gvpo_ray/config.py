@@ -122,6 +122,10 @@ class LossConfig(Section):
     residual_clip: float | None = Field(default=None, gt=0)
     """Clip the residual beta (D - mean D) - (R - mean R) at so many reward units: Huber's loss in place of the square. Bias: where it
     clips, the optimum stays but the pull towards it is weaker; with noisy rewards it is no longer that of their mean."""
+    importance_cap: float | None = Field(default=1.0, gt=0)
+    """A completion counts min(importance_cap, pi / pi_sampled), relative to its group: what the policy would not write any more counts less. No
+    bias: GVPO's optimum is the same for every sampler, and this is to choose one. null: all alike, as in the paper; the same thing where a
+    step trains what was sampled at its start. Old data is then followed where the policy no longer goes (README: data of any age)."""
     drop_equal_rewards: bool = False
     """Leave out groups whose rewards are all equal. Bias: they are what pulls the policy back to the reference once D differs from 0;
     without them the optimum holds only on prompts that are sometimes right and sometimes wrong."""
@@ -158,7 +162,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _of_the_objective(self) -> LossConfig:
         options = {
-            "gvpo": {"beta", "beta_end", "residual_clip", "drop_equal_rewards", "length_normalised", "reference"},
+            "gvpo": {"beta", "beta_end", "residual_clip", "importance_cap", "drop_equal_rewards", "length_normalised", "reference"},
             "grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
             "dr_grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
             "rloo": {"kl_coefficient", "reference"},

@@ -21,8 +21,7 @@ import torch.distributed as dist
 from gvpo_ray import groups
 from gvpo_ray.checkpoints import prune_checkpoints
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig
-from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss
-from gvpo_ray.losses.gvpo import gvpo_weights
+from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss, gvpo_weights, importance_weights
 from gvpo_ray.metrics import STALENESS_EDGES, age_bucket, batch_metrics, mean
 from gvpo_ray.policy import Policy, Row, sequence_sums
 
@@ -229,14 +228,17 @@ class _Objective:
         ids = torch.tensor([j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device)
         old, reference = (torch.where(given.isnan(), logprobs.detach().double(), given) for given in (fixed.old, fixed.reference))
         totals, reference_totals = sequence_sums(logprobs, lengths), sequence_sums(reference, lengths)
+        importance = None
+        if config.objective == "gvpo" and config.importance_cap is not None:
+            importance = importance_weights(totals, sequence_sums(old, lengths), ids, config.importance_cap)
         if config.asks_reference_model_for_sums:
             known = [value for row in rows for value in row["reference_logprobs"]]
             reference_totals = torch.tensor(known, dtype=torch.float64, device=device)
         if config.length_normalised:
             sizes = torch.tensor(lengths, device=device)
             totals, reference_totals = totals / sizes, reference_totals / sizes
-        loss, stats = gvpo_loss(totals, reference_totals, rewards, ids, self.beta, num_groups, config.residual_clip)
-        residuals = gvpo_weights(totals, reference_totals, rewards, ids, self.beta)[0]
+        loss, stats = gvpo_loss(totals, reference_totals, rewards, ids, self.beta, num_groups, config.residual_clip, importance)
+        residuals = gvpo_weights(totals, reference_totals, rewards, ids, self.beta, importance)[0]
         stats |= residuals_by_age(residuals, [oldest for row in rows for oldest in row["version_min"]], self._version)
         for row, own in zip(rows, residuals.split([len(row["rewards"]) for row in rows]), strict=True):
             self.residuals[row["group_id"]] = own.tolist()

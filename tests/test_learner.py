@@ -101,6 +101,12 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
                 return logprob(row, i)
         return torch.tensor(row["sampling_logprobs"][i], dtype=torch.float64).sum()
 
+    def importance(logprobs, flat):
+        """min(1, pi/mu) of mean 1 in each group; the reference is mu here."""
+        ratios = [min(1.0, math.exp(float(own) - float(old))) for own, (*_, old, _) in zip(logprobs, flat, strict=True)]
+        groups_of = [[r for r, (g, *_) in zip(ratios, flat, strict=True) if g == group] for group in range(3)]
+        return torch.tensor([r * len(groups_of[g]) / sum(groups_of[g]) for r, (g, *_) in zip(ratios, flat, strict=True)])
+
     norms = []
     for step in (1, 2):
         samples = []  # per group: [(row, i, reference, reward)]
@@ -112,12 +118,14 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
         total = 0.0
         for group in (samples[:3], samples[3:]):
             flat = [(g, *sample) for g, part in enumerate(group) for sample in part]
+            logprobs = torch.stack([logprob(row, i) for _, row, i, _, _ in flat])
             loss = gvpo_loss_squared(
-                torch.stack([logprob(row, i) for _, row, i, _, _ in flat]),
+                logprobs,
                 torch.stack([ref for *_, ref, _ in flat]),
                 torch.tensor([reward for *_, reward in flat]),
                 torch.tensor([g for g, *_ in flat]),
                 beta=0.1,
+                importance=importance(logprobs, flat),
             )
             optimizer.zero_grad()
             loss.backward()
@@ -219,7 +227,7 @@ def aged_batch() -> list[dict[str, Any]]:
 
 
 def residuals_by_hand(path: Path, beta: float = 0.1) -> dict[int, list[float | None]]:
-    """(R - mean R) - beta (D - mean D) of aged_batch before any update, with nothing but transformers; `behaviour` reference."""
+    """(R - mean_s R) - beta (D - mean_s D) of aged_batch before any update, with nothing but transformers; `behaviour` reference."""
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), {}
     for row in aged_batch():
         kept = [i for i, reward in enumerate(row["rewards"]) if reward is not None]
@@ -233,9 +241,13 @@ def residuals_by_hand(path: Path, beta: float = 0.1) -> dict[int, list[float | N
             own = float(torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).double().sum())
             is_own = row["version_min"][i] is None or row["version_min"][i] == row["version_max"][i] == 7
             log_ratios.append(0.0 if is_own else own - sum(row["sampling_logprobs"][i]))
+        ratios = [min(1.0, math.exp(log_ratio)) for log_ratio in log_ratios]
+
+        def mean(values: list[float], ratios: list[float] = ratios) -> float:
+            return sum(ratio * value for ratio, value in zip(ratios, values, strict=True)) / sum(ratios)
+
         residuals = iter(
-            (reward - sum(rewards) / len(kept)) - beta * (log_ratio - sum(log_ratios) / len(kept))
-            for reward, log_ratio in zip(rewards, log_ratios, strict=True)
+            (reward - mean(rewards)) - beta * (log_ratio - mean(log_ratios)) for reward, log_ratio in zip(rewards, log_ratios, strict=True)
         )
         found[row["group_id"]] = [None if reward is None else next(residuals) for reward in row["rewards"]]
     return found

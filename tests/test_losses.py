@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gvpo_ray.losses import finish, gvpo_loss, gvpo_loss_squared, gvpo_weights
+from gvpo_ray.losses import finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -89,6 +89,7 @@ def test_statistics_of_these_two_groups_by_hand():
             "gvpo/term_reward": (1.0 + (-8 + 1 - 14) / 3 / 2) / 2,
             "gvpo/term_reference": 0.5 * (2 + (16 + 1 + 7) / 9 / 2) / 2,
             "gvpo/term_variance": -0.25 * (2 + (64 + 1 + 49) / 9 / 2) / 2,
+            "gvpo/effective_share": 1.0,
             "gvpo/binding": 2 / 5,  # beta D' = 1 and -1 beside R' = -1 and 2
             "policy/kl_ref": 0.0,  # D = (0, 0) and (2, 0, -2)
             "policy/log_ratio_rms": math.sqrt(8 / 5),
@@ -142,6 +143,64 @@ def test_gradient_reaches_the_parameters_behind_the_log_probabilities():
     (fast,) = torch.autograd.grad(gvpo_loss(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1)[0], theta)
     (plain,) = torch.autograd.grad(gvpo_loss_squared(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1), theta)
     assert_same(fast, plain, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- importance
+
+
+def test_importance_by_hand():
+    # pi/mu = (1/4, 4, 1) is cut to (1/4, 1, 1); with mean 1: (1, 4, 4)/3. R = (1, 0, 3): mean_s R = (1 + 0 + 12)/9 = 13/9; D = 0
+    # w = (-4, -13, 14)/9: s w = (-4, -52, 56)/27 and adds up to 0; loss = 1/2 * (16 + 4 * 169 + 4 * 196)/(3 * 81)/2 = 1476/972
+    sampling = torch.zeros(3, dtype=torch.float64)
+    logprobs, ids = torch.tensor([-math.log(4), math.log(4), 0.0], dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    importance = importance_weights(logprobs, sampling, ids)
+    assert importance.tolist() == pytest.approx([1 / 3, 4 / 3, 4 / 3], rel=1e-15)
+    assert importance_weights(logprobs, sampling, ids, cap=8.0).tolist() == pytest.approx([1 / 7, 16 / 7, 4 / 7], rel=1e-15)
+    rewards = torch.tensor([1.0, 0.0, 3.0])
+    loss, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, importance=importance)
+    assert loss.item() == pytest.approx(1476 / 972, rel=1e-15)
+    assert gradient.tolist() == pytest.approx([0.5 / 2 * 4 / 27, 0.5 / 2 * 52 / 27, -0.5 / 2 * 56 / 27], rel=1e-14)
+    metrics = finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, importance=importance)[1])
+    assert metrics["gvpo/effective_share"] == pytest.approx(81 / 33 / 3) and metrics["loss"] == pytest.approx(1476 / 972)
+
+
+def important(sizes: list[int], scale: float = 5.0, cap: float = 1.0) -> tuple[Batch, torch.Tensor]:
+    data = batch(sizes, scale=scale)
+    return data, importance_weights(data[0], data[1] + 3 * torch.randn(len(data[0]), generator=torch.Generator().manual_seed(9)), data[3], cap)
+
+
+@pytest.mark.parametrize("sizes", [[2], [3], [2, 2, 2], MIXED, [1, 4, 1, 2]], ids=str)
+@pytest.mark.parametrize("cap", [0.1, 1.0, 30.0])
+def test_with_importance_too_both_forms_are_one(sizes, cap):
+    (logprobs, reference, rewards, ids), importance = important(sizes, cap=cap)
+    value, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, importance=importance)
+    want_value, want_gradient = loss_and_grad(gvpo_loss_squared, logprobs, reference, rewards, ids, 0.1, importance=importance)
+    assert_same(value, want_value)
+    assert_same(gradient, want_gradient)
+    weights, counts = gvpo_weights(logprobs, reference, rewards, ids, 0.1, importance)
+    num_groups = sum(size > 1 for size in sizes)
+    assert_same(gradient, -0.1 * importance * weights / ((counts - 1).clamp(min=1) * num_groups))
+    metrics = finish(gvpo_loss(logprobs, reference, rewards, ids, 0.1, importance=importance)[1])
+    assert metrics["loss"] == pytest.approx(metrics["gvpo/residual_var"] / 2) and 0 < metrics["gvpo/effective_share"] < 1
+
+
+def test_importance_is_a_mean_of_one_in_each_group_whatever_the_ratios_are_and_exactly_one_where_there_is_nothing_to_weigh():
+    (logprobs, _, _, ids), importance = important(MIXED, scale=500.0)
+    assert importance.dtype == torch.float64 and importance.isfinite().all()
+    for group in ids.unique():
+        assert importance[ids == group].mean().item() == pytest.approx(1.0, rel=1e-14)
+    assert torch.equal(importance_weights(logprobs, logprobs, ids), torch.ones_like(logprobs))
+    assert torch.equal(importance_weights(logprobs.float(), logprobs.float(), ids), torch.ones_like(logprobs))
+    far = importance_weights(torch.tensor([-9000.0, -9000.0, -1.0]), torch.zeros(3), torch.tensor([0, 0, 1]))
+    assert far.tolist() == [1.0, 1.0, 1.0]  # of one likelihood in their group
+    assert importance_weights(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_residuals_that_vanish_stay_zero_whatever_counts():
+    _, reference, rewards, ids = batch(MIXED)
+    optimum = reference + rewards / 0.1
+    _, gradient = loss_and_grad(gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1])
+    assert gradient.abs().max() < 1e-12
 
 
 # -------------------------------------------------------------------------------------------------- what must change nothing

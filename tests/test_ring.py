@@ -176,7 +176,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_that_it_can_be_resumed(killed_run: d
 def test_a_run_survives_the_death_of_a_process_of_each_kind_and_every_group_is_trained_exactly_once(killed_run: dict[str, Any]) -> None:
     outcome: chaos.Outcome = killed_run["outcome"]
     assert outcome.problems == []
-    assert {kill.kind for kill in outcome.kills if kill.at} == KILLED
+    assert {kill.kind for kill in outcome.kills if kill.at} == KILLED, (outcome.kills, outcome.output)
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in outcome.output
     assert "resuming" in outcome.output  # after the driver's death, from the same command
 

@@ -171,12 +171,16 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
         middle = round(len(rows) / 2)
         for part in (rows[:middle], rows[middle:]):
             if part:
+                logprobs = torch.stack([logprob(row, i) for row, kept, _ in part for i in kept])
+                references = torch.cat([reference for *_, reference in part])
+                ratios = (logprobs.detach() - references).exp().clamp(max=1.0).split([len(kept) for _, kept, _ in part])  # mu is the reference here
                 loss = gvpo_loss_squared(
-                    torch.stack([logprob(row, i) for row, kept, _ in part for i in kept]),
-                    torch.cat([reference for *_, reference in part]),
+                    logprobs,
+                    references,
                     torch.tensor([row["rewards"][i] for row, kept, _ in part for i in kept]),
                     torch.tensor([g for g, (_, kept, _) in enumerate(part) for _ in kept]),
                     BETA,
+                    importance=torch.cat([ratio / ratio.mean() for ratio in ratios]),
                 )
                 optimizer.zero_grad()
                 loss.backward()

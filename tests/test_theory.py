@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses import gvpo_loss, gvpo_loss_squared
+from gvpo_ray.losses import gvpo_loss, gvpo_loss_squared, importance_weights
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
 from gvpo_ray.losses.reinforce import reinforce_loss
@@ -123,6 +123,19 @@ def test_policy_gradient_with_a_mean_baseline_misses_the_optimum(sampler):
 
     problem = Problem(0)
     assert problem.distance(train(problem, sampler, reinforce)) > 0.1
+
+
+@pytest.mark.parametrize("cap", [1.0, 0.2, 5.0])
+@pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign, mixed])
+def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
+    """min(cap, pi/mu), which changes with the policy, is one more way to choose the sampler."""
+
+    def gvpo_with_importance(logprobs: Tensor, old: Tensor, reference: Tensor, _: Tensor, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor]:
+        importance = importance_weights(logprobs, old, group_ids, cap)
+        return (gvpo_loss(logprobs, reference, rewards, group_ids, BETA, importance=importance)[0],)
+
+    problem = Problem(1)
+    assert problem.distance(train_policy_gradient(problem, sampler, gvpo_with_importance)) < 1e-6
 
 
 # -------------------------------------------------------------------------------------------------- the optimum, in expectation

@@ -13,12 +13,20 @@ The unique minimum is pi(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) for every sa
 Corollary 3.2) and for every m >= 2, also mixed (Corollary 3.5); 1/(m - 1) keeps the estimator unbiased (Theorem 3.4).
 |D| is the number of groups in the whole update, so micro-batches and ranks only add up.
 
+Which sampler is ours to choose, also afterwards: completions of mu that count s_i > 0 each are those of a sampler mu s. With means of weight s,
+
+    loss = 1/|D| sum_x 1/(m_x - 1) sum_i s_i 1/2 [ beta (D_i - mean_s D) - (R_i - mean_s R) ]^2                importance
+
+has the same minimum, and the gradient -beta s_i w_i / ((m - 1) |D|). `importance_weights` takes s = min(1, pi/mu): what both write, the policy
+that sampled and the one of today. Old completions that it would not write any more no longer tell it where to go; s = 1 is the paper's.
+
 Below, N is the number of completions; groups have any size and any order, and their completions may lie anywhere in the tensors.
 Sums are in float64: sequence log-probabilities are hundreds of nats, and it is their differences that count.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -36,6 +44,7 @@ def gvpo_loss(
     beta: float,
     num_groups: float | None = None,
     residual_clip: float | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The value of the squared form with the gradient of the weighted form.
 
@@ -49,6 +58,7 @@ def gvpo_loss(
         residual_clip: Huber's loss of the residual w_i in place of its half square: linear where |w_i| exceeds this, in reward units. Its
             gradient weighs with clip(w_i), centred in the group. Bias: single rewards count for less where it clips, so that with noisy
             rewards the optimum is no longer that of their mean; it is unchanged where every residual vanishes.
+        importance: [N] s_i, with mean 1 in each group (`importance_weights`); takes no gradient. Default: 1.
 
     Returns:
         The loss, a float64 scalar, and float64 scalars for `finish`: sums that do not depend on `num_groups`, have the same keys in the
@@ -57,32 +67,34 @@ def gvpo_loss(
     Raises:
         ValueError: the shapes differ, or beta or num_groups is not positive.
     """
-    weights, sizes = gvpo_weights(logprobs, reference_logprobs, rewards, group_ids, beta)
+    weights, sizes = gvpo_weights(logprobs, reference_logprobs, rewards, group_ids, beta, importance)
     if num_groups is not None and not num_groups > 0:
         raise ValueError(f"num_groups must be positive, not {num_groups}")
     index, counts = _partition(group_ids)
+    shares = torch.ones_like(weights) if importance is None else importance.detach().double()
     num_trained = (counts >= 2).sum().double()
     denominator = num_trained.clamp(min=1) if num_groups is None else num_groups
     trained = sizes >= 2
 
-    scale = trained.double() / (sizes - 1).clamp(min=1)  # 1/(m - 1), and 0 for a group of one
+    scale = trained * shares / (sizes - 1).clamp(min=1)  # s/(m - 1), and 0 for a group of one
     pulls, penalties = weights, weights.square() / 2
     if residual_clip is not None:
         clipped = weights.clamp(-residual_clip, residual_clip)
-        pulls, penalties = _centre(clipped, index, counts), clipped * (weights - clipped / 2)
+        pulls, penalties = _centre(clipped, index, counts, shares), clipped * (weights - clipped / 2)
     value = (scale * penalties).sum()
     surrogate = -beta * (scale * pulls * logprobs.double()).sum() / denominator
     loss = value / denominator + (surrogate - surrogate.detach())  # the bracket is exactly 0 and carries the gradient
 
     # Half the residual's variance is Var(R)/2 - Cov(beta D, R) + Var(beta D)/2; and with D = log pi - log pi_ref its gradient is that of
     # -beta [ Cov(R, log pi) + beta Cov(log pi_ref, log pi) - beta/2 Var(log pi) ], the paper's three terms: reward, reference, spread.
-    reward = _centre(rewards.detach().double(), index, counts)
+    reward = _centre(rewards.detach().double(), index, counts, shares)
     implicit_reward = reward - weights  # beta (D_i - mean D)
-    own = _centre(logprobs.detach().double(), index, counts)
-    reference = _centre(reference_logprobs.detach().double(), index, counts)
+    own = _centre(logprobs.detach().double(), index, counts, shares)
+    reference = _centre(reference_logprobs.detach().double(), index, counts, shares)
     log_ratio = trained * (logprobs.detach().double() - reference_logprobs.detach().double())
     bins = torch.bucketize(weights[trained], torch.tensor(RESIDUAL_EDGES, dtype=torch.float64, device=weights.device))
     histogram = torch.bincount(bins, minlength=len(RESIDUAL_EDGES) + 1).double()
+    squares = shares.new_zeros(len(counts)).index_add(0, index, shares.square())
     stats = {
         "num_groups": num_trained,
         "num_singletons": (counts == 1).sum().double(),
@@ -97,22 +109,40 @@ def gvpo_loss(
         "term_variance": -beta / 2 * (scale * own.square()).sum(),
         "log_ratio": log_ratio.sum(),
         "log_ratio_square": log_ratio.square().sum(),
+        "effective": ((counts >= 2) * counts / squares).sum(),
         "binding": (trained & (implicit_reward.abs() > 0.1 * reward.abs())).sum().double(),
         **{f"bin_{i}": count for i, count in enumerate(histogram)},
     }
     return loss, stats
 
 
+def importance_weights(logprobs: Tensor, sampling_logprobs: Tensor, group_ids: Tensor, cap: float = 1.0) -> Tensor:
+    """s_i = min(cap, pi(y_i|x) / mu(y_i|x)), scaled to mean 1 in each group.
+
+    Args:
+        logprobs, sampling_logprobs: [N] log pi(y_i|x), and log mu(y_i|x) of whoever sampled it.
+        cap: above which a ratio counts no more; what is scarce now is not made scarcer, and what mu wrote too seldom not guessed at.
+
+    Returns:
+        [N] float64 without gradient; exactly 1 where pi is mu.
+    """
+    index, counts = _partition(group_ids)
+    ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=math.log(cap))
+    highest = ratios.new_full((len(counts),), -math.inf).scatter_reduce(0, index, ratios, "amax")
+    shares = (ratios - highest[index]).exp()  # a sequence's ratio may be e^-1000: only what is relative to the group's counts
+    return shares * (counts / shares.new_zeros(len(counts)).index_add(0, index, shares))[index]
+
+
 def gvpo_weights(
-    logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float
+    logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """w_i = (R_i - mean R) - beta (D_i - mean D), and the size m of the group that completion i belongs to.
 
-    d loss / d log pi(y_i|x) is -beta w_i / ((m - 1) |D|): one number per completion is all that the rest of its group tells it, so a group may
-    be passed through a model in parts.
+    d loss / d log pi(y_i|x) is -beta s_i w_i / ((m - 1) |D|): one number per completion is all that the rest of its group tells it, so a group
+    may be passed through a model in parts.
 
     Returns:
-        [N] float64 without gradient, with sum 0 in each group (so 0 in a group of one); [N] int64.
+        [N] float64 without gradient, with sum_i s_i w_i = 0 in each group (so 0 in a group of one); [N] int64.
     """
     if logprobs.ndim != 1 or not logprobs.shape == reference_logprobs.shape == rewards.shape == group_ids.shape:
         shapes = [tuple(t.shape) for t in (logprobs, reference_logprobs, rewards, group_ids)]
@@ -121,7 +151,9 @@ def gvpo_weights(
         raise ValueError(f"beta must be positive, not {beta}")
     log_ratio = logprobs.detach().double() - reference_logprobs.detach().double()
     index, counts = _partition(group_ids)
-    weights = _centre(rewards.detach().double(), index, counts) - beta * _centre(log_ratio, index, counts)
+    shares = torch.ones_like(log_ratio) if importance is None else importance.detach().double()
+    reward = _centre(rewards.detach().double(), index, counts, shares)
+    weights = reward - beta * _centre(log_ratio, index, counts, shares)
     return weights, counts[index]
 
 
@@ -132,6 +164,7 @@ def gvpo_loss_squared(
     group_ids: Tensor,
     beta: float,
     num_groups: float | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """The definition, one group after the other, differentiated through everything. What `gvpo_loss` is tested against."""
     terms = []
@@ -142,8 +175,10 @@ def gvpo_loss_squared(
             continue
         log_ratio = logprobs[member].double() - reference_logprobs[member].double()
         reward = rewards[member].double()
-        residual = beta * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
-        terms.append((residual.square() / 2).sum() / (m - 1))
+        share = torch.ones_like(reward) if importance is None else importance[member].double()
+        mean_log_ratio, mean_reward = (share * log_ratio).sum() / share.sum(), (share * reward).sum() / share.sum()
+        residual = beta * (log_ratio - mean_log_ratio) - (reward - mean_reward)
+        terms.append((share * residual.square() / 2).sum() / (m - 1))
     if not terms:
         return logprobs.double().sum() * 0
     return torch.stack(terms).sum() / (len(terms) if num_groups is None else num_groups)
@@ -153,7 +188,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Metric values from the (added up) sums of `gvpo_loss`.
 
     loss                     mean over groups; half of gvpo/residual_var, where the residual is not clipped
-    gvpo/residual_var        Var(beta D - R) within the group: what the implicit reward does not explain yet; 0 at the optimum
+    gvpo/residual_var        Var(beta D - R) within the group, of weight s here and below: what the implicit reward does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
     gvpo/implicit_reward_var Var(beta D)
     gvpo/reward_correlation  of beta D with R, from the pooled variances; 0.0 where one of them is 0
@@ -161,6 +196,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     gvpo/term_reference      beta Cov(log pi, log pi_ref): pulls the policy's order of the completions towards the reference's
     gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the three's sum has the loss's gradient.
     gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES, then inf)
+    gvpo/effective_share     of the completions that count: (sum s)^2 / (m sum s^2), mean over groups; 1 where all count alike
     gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|: near 0 beta binds nothing
     policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on completions that pi_ref sampled, as
                              those of the default `behaviour` reference are. Single batches may be below 0. On completions that pi
@@ -178,6 +214,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "gvpo/implicit_reward_var": s["implicit_reward_var"] / groups,
         "gvpo/reward_correlation": s["covariance"] / spread if spread > 0 else 0.0,
         **{f"gvpo/{name}": s[name] / groups for name in ("term_reward", "term_reference", "term_variance")},
+        "gvpo/effective_share": s["effective"] / groups,
         "gvpo/binding": s["binding"] / completions,
         **{f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))},
         "policy/kl_ref": -s["log_ratio"] / completions + 0.0,  # + 0.0: never -0.0
@@ -193,7 +230,7 @@ def _partition(group_ids: Tensor) -> tuple[Tensor, Tensor]:
     return index, counts
 
 
-def _centre(values: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-    """values - their mean in the group; [N] -> [N]."""
-    sums = values.new_zeros(len(counts)).index_add(0, index, values)
+def _centre(values: Tensor, index: Tensor, counts: Tensor, shares: Tensor | float = 1.0) -> Tensor:
+    """values - their mean in the group, of weight `shares`, which are 1 in the mean; [N] -> [N]."""
+    sums = values.new_zeros(len(counts)).index_add(0, index, shares * values)
     return values - (sums / counts)[index]
