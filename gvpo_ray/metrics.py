@@ -118,14 +118,22 @@ BINDING_STEPS, BINDING_SHARE = 20, 0.01
 
 
 def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to say of training lines in the last BINDING_STEPS of which beta bound next to nothing; None: nothing."""
+    """What to say of training lines in the last BINDING_STEPS of which beta bound next to nothing, or all that there was; None: nothing."""
     recent = lines[-BINDING_STEPS:]
-    if len(recent) < BINDING_STEPS or any(line["gvpo/binding"] >= BINDING_SHARE for line in recent):
-        return None
-    beta = recent[-1]["gvpo/beta"]
-    rewards, implied = (mean([line[f"gvpo/{name}"] for line in recent]) for name in ("reward_var", "implicit_reward_var"))
-    if rewards == 0:
+    rewards, implied, fit = (mean([line[f"gvpo/{name}"] for line in recent]) for name in ("reward_var", "implicit_reward_var", "reward_correlation"))
+    if len(recent) < BINDING_STEPS or rewards == 0:
         return None  # no signal at all: nothing that beta could be compared with
+    beta = recent[-1]["gvpo/beta"]
+    if implied > rewards and fit < 0.5:
+        # What D says besides the rewards is where the policy went for no reason, or for those of other prompts, and beta wants all of it undone.
+        fitting = beta * math.sqrt(rewards / implied) / 2
+        return (
+            f"in {BINDING_STEPS} steps the policy went further than the rewards sent it: beta ({beta:g}) times its log-ratios varies "
+            f"{math.sqrt(implied / rewards):.1f} times as much as they do, with a correlation of {fit:.2f}, so most of what is learned is to go "
+            f"back; a smaller learner.learning_rate keeps it nearer, or loss.beta of some {fitting:.2g} lets it go"
+        )
+    if any(line["gvpo/binding"] >= BINDING_SHARE for line in recent):
+        return None
     start = f"in {BINDING_STEPS} steps beta ({beta:g}) bound hardly any completion (gvpo/binding {recent[-1]['gvpo/binding']:.3f})"
     if implied == 0:
         return f"{start}: every log-ratio is 0, as with one mini-batch per step of fresh data; use learner.num_mini_batches of 2 or more"

@@ -173,11 +173,12 @@ def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
         assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
 
 
-def training_lines(binding, implied=0.0004, reward=0.25, beta=0.1):
+def training_lines(binding, implied=0.0004, reward=0.25, beta=0.1, correlation=0.3):
     return [
-        {"gvpo/binding": binding, "gvpo/implicit_reward_var": implied, "gvpo/reward_var": reward, "gvpo/beta": beta}
+        {"gvpo/binding": binding, "gvpo/implicit_reward_var": implied, "gvpo/reward_var": reward, "gvpo/beta": beta,
+         "gvpo/reward_correlation": correlation}
         for _ in range(BINDING_STEPS)
-    ]
+    ]  # fmt: skip
 
 
 def test_a_beta_that_binds_nothing_for_long_is_said_with_one_that_would():
@@ -193,3 +194,11 @@ def test_a_beta_that_binds_now_and_then_or_has_had_little_time_or_no_signal_is_n
     assert beta_hint([*lines[:5], *training_lines(binding=0.02)[:1], *lines[6:]]) is None
     assert beta_hint([*training_lines(binding=0.5), *lines]) is not None  # it is the last that count
     assert beta_hint(training_lines(binding=0.0, reward=0.0)) is None
+
+
+def test_a_policy_that_beta_only_calls_back_is_said_with_what_would_let_it_go():
+    hint = beta_hint(training_lines(binding=1.0, implied=1.0))
+    assert "varies 2.0 times as much as they do, with a correlation of 0.30" in hint and "loss.beta of some 0.025 lets it go" in hint
+    assert beta_hint(training_lines(binding=1.0, implied=1.0, correlation=0.9)) is None  # it went where it was sent
+    assert beta_hint(training_lines(binding=1.0, implied=0.2)) is None
+    assert beta_hint(training_lines(binding=1.0, implied=1.0)[1:]) is None
