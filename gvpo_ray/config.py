@@ -126,6 +126,10 @@ class LossConfig(Section):
     """A completion counts min(importance_cap, pi / pi_sampled), relative to its group: what the policy would not write any more counts less. No
     bias: GVPO's optimum is the same for every sampler, and this is to choose one. null: all alike, as in the paper; the same thing where a
     step trains what was sampled at its start. Old data is then followed where the policy no longer goes (README: data of any age)."""
+    damped: bool = True
+    """With the `behaviour` reference, multiply the learning rate of an update by the squared correlation of its residuals with its rewards
+    (gvpo/damping): what is left of a residual beside the reward is where the policy has gone since the completion was sampled, and a step of full
+    length after it overshoots. 1 for what was sampled at the start of the step. false: the schedule's learning rate as it is."""
     drop_equal_rewards: bool = False
     """Leave out groups whose rewards are all equal. Bias: they are what pulls the policy back to the reference once D differs from 0;
     without them the optimum holds only on prompts that are sometimes right and sometimes wrong."""
@@ -162,7 +166,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _of_the_objective(self) -> LossConfig:
         options = {
-            "gvpo": {"beta", "beta_end", "residual_clip", "importance_cap", "drop_equal_rewards", "length_normalised", "reference"},
+            "gvpo": {"beta", "beta_end", "residual_clip", "importance_cap", "damped", "drop_equal_rewards", "length_normalised", "reference"},
             "grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
             "dr_grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
             "rloo": {"kl_coefficient", "reference"},
@@ -177,6 +181,11 @@ class LossConfig(Section):
         """beta of the step that starts from weights of `version`."""
         end = self.beta if self.beta_end is None else self.beta_end
         return self.beta + (end - self.beta) * min(1.0, version / max(1, num_steps - 1))
+
+    @property
+    def is_damped(self) -> bool:
+        """An older reference is where to go back to, and not only where the policy was."""
+        return self.objective == "gvpo" and self.damped and self.reference == "behaviour"
 
     @property
     def has_reference_model(self) -> bool:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from gvpo_ray import groups
 from gvpo_ray.checkpoints import prune_checkpoints
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig
-from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss, gvpo_weights, importance_weights
+from gvpo_ray.losses import OBJECTIVES, damping, finish, gvpo_loss, gvpo_weights, importance_weights
 from gvpo_ray.metrics import STALENESS_EDGES, age_bucket, batch_metrics, mean
 from gvpo_ray.policy import Policy, Row, sequence_sums
 
@@ -133,8 +133,9 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
     plans = [_plan(policy, _shares(policy, mini_batch), settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
     references = _reference_passes(policy, mini_batches, plans, loss)
     objective = _Objective(loss, loss.beta_at(version, settings.num_steps), version)
-    sums: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), _Fixed.of_nothing(policy), [], num_groups=1)[1]
-    norms, num_skipped = [], 0
+    nothing: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), _Fixed.of_nothing(policy), [], num_groups=1)[1]
+    sums = nothing
+    norms, dampings, num_skipped = [], [], 0
     learning_rate = _learning_rate(settings.learner, version, settings.num_steps)
     for mini_batch, plan, fixed in zip(mini_batches, plans, references, strict=True):
         pulls, parts_sums = _pulls(policy, plan, fixed, objective, len(mini_batch))
@@ -150,10 +151,13 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
                 value, stats = objective(logprobs, fixed[i], micro, num_groups=len(mini_batch))
                 added.append(stats)
             policy.backward(value, is_last)
-        norm = policy.update(learning_rate)
+        own = {name: value + sum(stats[name] for stats in added) for name, value in nothing.items()}
+        damped = damping(_sum_over_ranks({name: own[name] for name in DAMPING}, policy)) if loss.is_damped else 1.0
+        norm = policy.update(learning_rate * damped)
         if norm < float("inf"):
             norms.append(norm)
-            sums = {name: value + sum(stats[name] for stats in added) for name, value in sums.items()}
+            dampings.append(damped)
+            sums = {name: value + own[name] for name, value in sums.items()}
             continue
         num_skipped += 1
         for row in mini_batch:  # which may not be numbers, and were not trained on
@@ -182,8 +186,12 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
         "updates": float(policy.num_updates),
         "updates/skipped": float(num_skipped),
         "gvpo/beta": objective.beta,
+        "gvpo/damping": mean(dampings),
     }
 
+
+DAMPING = ("reward_var", "residual_var", "covariance")
+"""The sums that `damping` asks for."""
 
 _NOTHING: Row = {"prompt_ids": [0], "completion_ids": [[0]]}
 
@@ -424,7 +432,7 @@ def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float
 
 
 def _sum_over_ranks(sums: dict[str, torch.Tensor], policy: Policy) -> dict[str, float]:
-    """The one scalar reduction of a step."""
+    """A reduction of scalars: once per step, and before each update that is damped."""
     values = torch.stack([value.double() for value in sums.values()])
     if policy.world_size > 1:
         dist.all_reduce(values)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import make_group, make_model, table
+from tiny import counted_and_damped, make_group, make_model, table
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
@@ -101,12 +101,6 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
                 return logprob(row, i)
         return torch.tensor(row["sampling_logprobs"][i], dtype=torch.float64).sum()
 
-    def importance(logprobs, flat):
-        """min(1, pi/mu) of mean 1 in each group; the reference is mu here."""
-        ratios = [min(1.0, math.exp(float(own) - float(old))) for own, (*_, old, _) in zip(logprobs, flat, strict=True)]
-        groups_of = [[r for r, (g, *_) in zip(ratios, flat, strict=True) if g == group] for group in range(3)]
-        return torch.tensor([r * len(groups_of[g]) / sum(groups_of[g]) for r, (g, *_) in zip(ratios, flat, strict=True)])
-
     norms = []
     for step in (1, 2):
         samples = []  # per group: [(row, i, reference, reward)]
@@ -119,17 +113,21 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
         for group in (samples[:3], samples[3:]):
             flat = [(g, *sample) for g, part in enumerate(group) for sample in part]
             logprobs = torch.stack([logprob(row, i) for _, row, i, _, _ in flat])
+            log_ratios = iter((logprobs.detach() - torch.stack([ref for *_, ref, _ in flat])).tolist())
+            of_groups = [([reward for *_, reward in part], [next(log_ratios) for _ in part]) for part in group]
+            counts, damped = counted_and_damped(of_groups, beta=0.1)
             loss = gvpo_loss_squared(
                 logprobs,
                 torch.stack([ref for *_, ref, _ in flat]),
                 torch.tensor([reward for *_, reward in flat]),
                 torch.tensor([g for g, *_ in flat]),
                 beta=0.1,
-                importance=importance(logprobs, flat),
+                importance=torch.tensor(counts, dtype=torch.float64),
             )
             optimizer.zero_grad()
             loss.backward()
             total += float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * damped
             optimizer.step()
         norms.append(total / 2)
     return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}, norms
@@ -496,8 +494,36 @@ def test_equal_rewards_weigh_nothing_at_the_reference_and_pull_towards_it_elsewh
     given = settings(tmp_path, "behaviour", num_steps=9)
     metrics = train_step(policy, [make_group(1, (1.0, 1.0, 1.0))], given)
     assert metrics["grad_norm"] == 0.0 and metrics["gvpo/num_groups"] == 1 and same(weights(policy), before)
-    metrics = train_step(policy, [make_group(1, (1.0, 1.0, 1.0), version=0)], given)  # now one version old: the engine's log-probs
+    old = make_group(1, (1.0, 1.0, 1.0), version=0)  # now one version old: the engine's log-probs
+    metrics = train_step(policy, [old], given)
+    assert metrics["grad_norm"] > 0 and metrics["gvpo/damping"] == 0 and same(weights(policy), before)  # alone they say not where to go
+    free = dataclasses.replace(given, loss=LossConfig(beta=0.1, damped=False))
+    metrics = train_step(policy, [old], free)
     assert metrics["grad_norm"] > 0 and not same(weights(policy), before) and metrics["gvpo/reward_var"] == 0
+
+
+@pytest.mark.parametrize("reference", ["behaviour", "initial"])
+def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals_unless_the_reference_is_a_place_to_go_to(tmp_path, reference):
+    """The first update of Adam is the learning rate's length, whatever the gradient is."""
+    given = settings(tmp_path, reference, num_steps=9)
+    make_model(tmp_path / "model")
+
+    def first_update(row: dict[str, Any], given: Settings) -> tuple[dict[str, Any], float]:
+        policy = load(given.model_path, given)
+        if reference == "initial":
+            policy.load_reference(given.model_path)
+        before, policy.step = weights(policy), 3
+        metrics = train_step(policy, [row], given)
+        return metrics, max(float((after - before[name]).abs().max()) for name, after in weights(policy).items())
+
+    fresh, old = (make_group(1, (1.0, 0.0, 0.0, 1.0), version=version) for version in (3, 0))
+    metrics, length = first_update(fresh, given)
+    assert metrics["gvpo/damping"] == 1.0 and length == pytest.approx(LEARNING_RATE, rel=0.01)
+    metrics, length = first_update(old, given)
+    assert (0.01 < metrics["gvpo/damping"] < 0.99) == (reference == "behaviour")
+    assert length == pytest.approx(LEARNING_RATE * metrics["gvpo/damping"], rel=0.01)
+    free = dataclasses.replace(given, loss=LossConfig(beta=0.1, reference=reference, damped=False))
+    assert first_update(old, free)[1] == pytest.approx(LEARNING_RATE, rel=0.01)
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_before(tmp_path):

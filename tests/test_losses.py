@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from tiny import counted_and_damped
 
-from gvpo_ray.losses import finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
+from gvpo_ray.losses import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -201,6 +202,33 @@ def test_residuals_that_vanish_stay_zero_whatever_counts():
     optimum = reference + rewards / 0.1
     _, gradient = loss_and_grad(gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1])
     assert gradient.abs().max() < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------------- damping
+
+
+def test_damping_by_hand_and_in_plain_python():
+    # R' = (0.5, -0.5), beta D' = (0.3, -0.3) and then (-0.3, 0.3) in another group: w = (0.2, -0.2), (0.8, -0.8): of both together
+    # Var(R) 1, Var(w) 0.08 + 1.28 = 1.36, Cov(w, R) 0.2 + 0.8 = 1: squared correlation 1/1.36
+    logprobs, rewards = torch.tensor([3.0, -3.0, -3.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    sums = gvpo_loss(logprobs, torch.zeros(4), rewards, torch.tensor([0, 0, 1, 1]), 0.1)[1]
+    assert damping(sums) == pytest.approx(1 / 1.36, rel=1e-14)
+    (logprobs, reference, rewards, ids), _ = important(MIXED, scale=0.5)
+    importance = importance_weights(logprobs, reference, ids)
+    of_groups = [(rewards[ids == g].tolist(), (logprobs - reference)[ids == g].tolist()) for g in ids.unique()]
+    counts, want = counted_and_damped(of_groups, 0.3)
+    sums = gvpo_loss(logprobs, reference, rewards, ids, 0.3, importance=importance)[1]
+    assert damping(sums) == pytest.approx(want, rel=1e-12) and 0 < want < 1
+    assert torch.cat([importance[ids == g] for g in ids.unique()]).tolist() == pytest.approx(counts, rel=1e-12)
+
+
+def test_damping_is_exactly_one_at_the_reference_and_nothing_where_the_rewards_say_nothing_or_the_contrary():
+    logprobs, _, rewards, ids = batch(MIXED)
+    assert damping(gvpo_loss(logprobs, logprobs, rewards, ids, 0.1)[1]) == 1.0
+    assert damping(gvpo_loss(logprobs, logprobs, torch.ones_like(rewards), ids, 0.1)[1]) == 0.0
+    assert damping(gvpo_loss(logprobs, torch.zeros_like(logprobs), torch.ones_like(rewards), ids, 0.1)[1]) == 0.0
+    assert damping(gvpo_loss(20 * rewards, torch.zeros_like(rewards), rewards, ids, 0.1)[1]) == 0.0  # twice as far as they send it
+    assert math.isfinite(damping(gvpo_loss(10 * rewards, torch.zeros_like(rewards), rewards, ids, 0.1)[1]))  # at the optimum: rounding
 
 
 # -------------------------------------------------------------------------------------------------- what must change nothing

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,24 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
         dist.barrier()
     torch.save(results, folder / f"result-{rank}.pt")
     dist.destroy_process_group()
+
+
+def counted_and_damped(groups: Sequence[tuple[Sequence[float], Sequence[float]]], beta: float) -> tuple[list[float], float]:
+    """What each completion counts, and what to multiply the learning rate by, redone in plain Python.
+
+    Args:
+        groups: of each, (rewards, log pi - log mu of the completions), where mu is the reference, too.
+    """
+    counts, around_rewards, around_residuals, together = [], 0.0, 0.0, 0.0
+    for rewards, log_ratios in groups:
+        ratios = [min(1.0, math.exp(log_ratio)) for log_ratio in log_ratios]
+        shares = [ratio * len(ratios) / sum(ratios) for ratio in ratios]
+        mean_reward, mean_log_ratio = (sum(s * x for s, x in zip(shares, xs, strict=True)) / len(shares) for xs in (rewards, log_ratios))
+        for share, reward, log_ratio in zip(shares, rewards, log_ratios, strict=True):
+            advantage = reward - mean_reward
+            residual = advantage - beta * (log_ratio - mean_log_ratio)
+            around_rewards += share * advantage**2 / (len(shares) - 1)
+            around_residuals += share * residual**2 / (len(shares) - 1)
+            together += share * advantage * residual / (len(shares) - 1)
+        counts += shares
+    return counts, max(0.0, together) ** 2 / (around_rewards * around_residuals)

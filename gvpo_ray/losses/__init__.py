@@ -5,7 +5,7 @@ from typing import Any
 
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
-from gvpo_ray.losses.gvpo import finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
+from gvpo_ray.losses.gvpo import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
 from gvpo_ray.losses.reinforce import reinforce_loss
 from gvpo_ray.losses.rloo import rloo_loss
 
@@ -18,6 +18,6 @@ OBJECTIVES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 """What gvpo is compared with, on the same inputs, and the options of each (config.py's LossConfig)."""
 
 __all__ = [
-    "OBJECTIVES", "dr_grpo_loss", "finish", "grpo_loss", "gvpo_loss", "gvpo_loss_squared", "gvpo_weights", "importance_weights", "reinforce_loss",
-    "rloo_loss",
+    "OBJECTIVES", "damping", "dr_grpo_loss", "finish", "grpo_loss", "gvpo_loss", "gvpo_loss_squared", "gvpo_weights", "importance_weights",
+    "reinforce_loss", "rloo_loss",
 ]  # fmt: skip

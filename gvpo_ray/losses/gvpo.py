@@ -184,6 +184,20 @@ def gvpo_loss_squared(
     return torch.stack(terms).sum() / (len(terms) if num_groups is None else num_groups)
 
 
+def damping(sums: Mapping[str, Tensor | float]) -> float:
+    """Squared correlation of the residuals with the rewards of an update, from its (added up) sums of `gvpo_loss`: what to multiply its step by.
+
+    The residual is R - beta D: where D comes of these rewards the two go together, and elsewhere D is where the policy has gone since for other
+    reasons, as far as this update knows. Adam makes steps of one length out of both. This is the share of the residuals' variance that the
+    rewards explain, which is how much of a noisy estimate to follow (Wiener). Exactly 1 where pi is pi_ref, 0 where the rewards do not differ or
+    the residuals go against them.
+    """
+    rewards, residuals, covariance = (float(sums[name]) for name in ("reward_var", "residual_var", "covariance"))
+    if rewards * residuals <= 0:
+        return 0.0
+    return min(1.0, max(0.0, (rewards - covariance) / math.sqrt(rewards * residuals))) ** 2
+
+
 def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Metric values from the (added up) sums of `gvpo_loss`.
 
