@@ -232,6 +232,18 @@ def test_the_policy_learns(killed_run: dict[str, Any]) -> None:
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1, rewards
 
 
+@pytest.fixture(scope="module")
+def at_once(config_file: Path, killed_run: dict[str, Any]) -> dict[str, Command]:
+    """What people do beside a finished run, begun together: most of each is the start of an engine, on one core."""
+    evaluation = ["--checkpoint", str(killed_run["run_dir"]), "--out", str(config_file.parent / "evaluation"), "evaluation.num_samples=8"]
+    rollout = ["--out", str(config_file.parent / "groups.arrow"), "--groups", str(2 * GROUPS_PER_STEP)]
+    return {
+        "evaluate": Command("evaluate", str(config_file), *evaluation, IN_THIS_CORE),
+        "rollout": Command("rollout", str(config_file), *rollout, IN_THIS_CORE),
+    }
+
+
+@pytest.mark.usefixtures("at_once")
 def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(config_file: Path, killed_run: dict[str, Any]) -> None:
     config = GVPOConfig.from_file(config_file)
     assert chaos.replays_bit_for_bit(str(config_file), ["checkpoint.every=40"], killed_run["outcome"], config, config_file.parent / "replay") == []
@@ -250,11 +262,9 @@ def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(c
 
 
 def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_its_interval(
-    config_file: Path, killed_run: dict[str, Any]
+    config_file: Path, killed_run: dict[str, Any], at_once: dict[str, Command]
 ) -> None:
-    out = config_file.parent / "evaluation"
-    arguments = ["--checkpoint", str(killed_run["run_dir"]), "--out", str(out), "evaluation.num_samples=8", IN_THIS_CORE]
-    command = Command("evaluate", str(config_file), *arguments)
+    out, command = config_file.parent / "evaluation", at_once["evaluate"]
     assert command.wait() == 0, command.output
     result = json.loads((out / "eval.json").read_text())["sets"]["test"]
     lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
@@ -263,8 +273,14 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     margin = 2.5 * own["eval/test/stderr"] + 0.05
     assert abs(result["pass@1"]["value"] - own["eval/test/pass@1"]) <= margin
     assert result["num_prompts"] == 18 and pq.read_table(out / "generations.parquet").num_rows == 18 * 8
-    again = Command("evaluate", str(config_file), *arguments)
+    again = Command(*command.process.args[3:])
     assert again.wait() == 0 and "evaluating" not in again.output  # everything is there: no actor starts
+
+
+def test_rollout_samples_and_verifies_alone(config_file: Path, at_once: dict[str, Command]) -> None:
+    assert at_once["rollout"].wait() == 0, at_once["rollout"].output
+    recorded = groups.validate(groups.load(config_file.parent / "groups.arrow"), groups.LOGGED_COLUMNS)
+    assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
 
 
 def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_killed_at_random_and_learn_why_a_run_died(
@@ -333,14 +349,6 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
         assert [line["step"] for line in there] == list(range(1, 13)) and there[:10] == lines[:10]
         for line, whole in zip(there[10:], lines[10:], strict=True):
             assert "loss" in line and "time/step" in line and line.items() <= whole.items()
-
-
-def test_rollout_samples_and_verifies_alone(config_file: Path) -> None:
-    out = config_file.parent / "groups.arrow"
-    sampling = Command("rollout", str(config_file), "--out", str(out), "--groups", str(2 * GROUPS_PER_STEP), IN_THIS_CORE)
-    assert sampling.wait() == 0, sampling.output
-    recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
-    assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
 
 
 def says_the_tens(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
