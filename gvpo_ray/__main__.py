@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         tasks = ["arithmetic", "chain", "sort"]
         sub.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"{', '.join(tasks)} (default: all)")
         sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each cell (default: 3)")
-        sub.add_argument("--out", metavar="DIR", help="runs, results.parquet, tables and pictures (default: runs/bench/NAME)")
+        sub.add_argument("--out", metavar="DIR", help="runs, results.parquet, tables and pictures, of both benches (default: runs/bench)")
     for sub in (verifiers, learner, scale, paper, staleness):
         sub.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
@@ -246,7 +246,7 @@ def run(options: Any) -> None:
         from gvpo_ray.bench import paper, staleness
 
         {"paper": paper, "staleness": staleness}[options.name].main(
-            options.tasks, options.seeds, Path(options.out or f"runs/bench/{options.name}").absolute()
+            options.tasks, options.seeds, Path(options.out or "runs/bench").absolute()
         )
         return
     if options.verb == "bench" and options.name == "chaos":

@@ -18,20 +18,20 @@ def row(cell: Cell, **values: Any) -> dict[str, Any]:
     curve = [{"step": 0, "pass@1": 0.25, "kl": 0.0}, {"step": 100, "pass@1": 0.5, "kl": 2.0}]
     return {
         "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)), "start": 0.25,
-        "start_greedy": 0.2, "pass@1": 0.5, "kl": 2.0, "greedy": 0.6, "reward": 0.5, "curve": curve, "staleness": 0.0, "binding": 0.5,
+        "start_greedy": 0.2, "pass@1": 0.5, "kl": 2.0, "greedy": 0.6, "train": 0.5, "reward": 0.5, "curve": curve, "staleness": 0.0, "binding": 0.5,
         "steps": "[]", "seconds": 1.0, **values,
     }  # fmt: skip
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    """Cells that were run, in order; the higher the learning rate, the higher the reward."""
+    """Cells that were run, in order; the higher learning rate, beta and clip, the better."""
     cells: list[Cell] = []
 
     def run(cell: Cell, folder: Path) -> dict[str, Any]:
         config = experiments.config_of(cell, folder)  # a config that is not valid would show here
         cells.append(cell)
-        return row(cell, reward=config.learner.learning_rate)
+        return row(cell, train=config.learner.learning_rate + config.loss.beta + config.loss.clip_low)
 
     monkeypatch.setattr(experiments, "run", run)
     return cells
@@ -50,11 +50,14 @@ def test_a_finished_cell_is_not_run_again_and_a_killed_bench_goes_on(tmp_path: P
 
 def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_tables(tmp_path: Path, ran: list[Cell]) -> None:
     paper.main(["sort"], 3, tmp_path)
-    trials = [cell for cell in ran if cell.seed == paper.TUNING_SEED]
-    assert len(trials) == 6 * len(paper.METHODS) == len({cell.key for cell in trials})
-    assert {cell.overrides["learner.learning_rate"] for cell in ran if "replay.share" in cell.overrides} == {max(paper.RATES)}
+    trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
+    assert len(trials) == 5 * len(paper.METHODS) == len({cell.key for cell in trials})
+    for name, best in (("replay.share", 0.5), ("sampling.num_completions", None)):
+        (rate,) = {cell.overrides["learner.learning_rate"] for cell in ran if name in cell.overrides}
+        assert rate == max(experiments.RATES) and best in (None, *(cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides))
     text = (tmp_path / "paper.md").read_text()
-    for line in ("| base | 25.0 | 20.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01, 1.0 | 50.0", "| GRPO, 32 | 50.0", "| 0.375 | 50.0"):
+    for line in ("| base | 25.0 | 20.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01, 1.0 | 50.0", "| GRPO, 32 | 50.0", "| 0.375 | 50.0",
+                 "| GRPO | loss.clip | 0.0008, 0.4 |", "| GVPO | loss.beta | 0.0008, 0.5 |"):  # fmt: skip
         assert line in text
     assert (tmp_path / "frontier-sort.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "beta-sort.png").exists()
     count = len(ran)
@@ -64,10 +67,13 @@ def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_t
 
 def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: list[Cell]) -> None:
     staleness.main(["chain"], 2, tmp_path)
-    assert len(ran) == 2 * len(staleness.METHODS) * len(staleness.AGES)
-    assert [cell.seed for cell in ran] == sorted(cell.seed for cell in ran)  # a whole table early
+    trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
+    assert len(trials) == 5 * len(staleness.METHODS) and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
+    cells = ran[len(trials) :]
+    assert len(cells) == 2 * len(staleness.METHODS) * len(staleness.AGES)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # a whole table early
     text = (tmp_path / "staleness.md").read_text()
-    assert "| age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text and text.count("50.0 ± 0.0") == len(ran) / 2
+    assert "| age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text and text.count("50.0 ± 0.0") == len(cells) / 2
     assert (tmp_path / "staleness-chain.png").exists()
 
 

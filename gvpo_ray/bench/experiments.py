@@ -1,7 +1,7 @@
 """Experiments on the real ring: what `gvpo-ray bench paper` and `gvpo-ray bench staleness` share.
 
-A cell is one training run: a task, what of its config differs, a seed. Cells run one after the other, each in a folder of its own, where a
-killed one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows.
+A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a folder of its own, where a killed
+one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TASKS = {
 }
 """The config of each task, and what of it is otherwise here."""
 EVERY, EVERY_LIMIT = 20, 256
-"""Steps between evaluations on so many held-out prompts; the last one takes all of them, and decodes greedily, too."""
+"""Steps between evaluations on so many held-out prompts. The last one takes all of them, greedily, too, and as many training prompts."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,49 @@ class Results:
         return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
 
 
+@dataclass(frozen=True)
+class Method:
+    """An objective and its options as they usually are, and the option that is tuned beside the learning rate, its usual value first."""
+
+    overrides: Mapping[str, Any]
+    option: str
+    values: tuple[float, ...]
+
+    def at(self, rate: float, value: float) -> dict[str, Any]:
+        options = {"loss.clip_low": value, "loss.clip_high": value} if self.option == "loss.clip" else {self.option: value}
+        return {**self.overrides, **options, "learner.learning_rate": rate}
+
+
+RATES, TUNING_SEED = (2e-4, 4e-4, 8e-4), 1000
+NUM_TRIALS = len(RATES) + 2
+"""The budget of each method: the learning rates with the usual value of its own option, and that option's two other values at the best rate."""
+
+
+def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> None:
+    """Run the trials of all methods, on a seed of their own."""
+    for _ in range(2):  # the second half is known when the first has ended
+        run_all([cell for task in tasks for method in methods.values() for cell in trials(task, method, age, results)], results)
+
+
+def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
+    """As far as they are known."""
+    usual = method.values[0]
+    first = [Cell(task, method.at(rate, usual), TUNING_SEED, age) for rate in RATES]
+    if len(found := results.of(first)) < len(first):
+        return first
+    rate = RATES[max(range(len(first)), key=lambda i: found[i]["train"])]
+    return first + [Cell(task, method.at(rate, value), TUNING_SEED, age) for value in method.values[1:]]
+
+
+def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
+    """Overrides of the trial that was right most often on training prompts; None until all of them are there. Nobody has seen the held-out ones."""
+    cells = trials(task, method, age, results)
+    rows = results.of(cells)
+    if len(rows) < NUM_TRIALS:
+        return None
+    return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["train"])[0].overrides)
+
+
 def run_all(cells: Sequence[Cell], results: Results) -> None:
     """Run what has no row yet."""
     todo = list({cell.key: cell for cell in cells if cell.key not in results.rows}.values())
@@ -95,14 +138,23 @@ def run_all(cells: Sequence[Cell], results: Results) -> None:
             shutil.rmtree(results.folder / "cells" / cell.key / name, ignore_errors=True)
 
 
+def prepare(task: str, folder: Path) -> dict[str, Any]:
+    """The task's files, the model that all of its cells start from, and what that is worth: its evaluation."""
+    first = config_of(Cell(task), folder)
+    warm_start(first)
+    result: dict[str, Any] = evaluate(first, out=str(folder / "tasks" / task / "start"))["sets"]
+    return result
+
+
 def config_of(cell: Cell, folder: Path) -> GVPOConfig:
     file, changes = TASKS[cell.task]
     task = folder / "tasks" / cell.task
-    sets = {"path": str(task / "data" / "heldout.parquet"), "template": "{prompt}\n"}
+    held_out, train = ({"path": str(task / "data" / f"{name}.parquet"), "template": "{prompt}\n"} for name in ("heldout", "train"))
+    sets = {"heldout": held_out, "greedy": {**held_out, "temperature": 0}, "train": {**train, "limit": EVERY_LIMIT}}
     paths = {
         "run_dir": str(folder / "cells" / cell.key), "model.path": str(task / "model"), "prompts.path": str(task / "data" / "train.parquet"),
         "warm_start.data.path": str(task / "data" / "worked.parquet"),
-        "evaluation": {"every": 0, "every_limit": EVERY_LIMIT, "sets": {"heldout": sets, "greedy": {**sets, "temperature": 0}}},
+        "evaluation": {"every": 0, "every_limit": EVERY_LIMIT, "sets": sets},
     }  # fmt: skip
     here = {"seed": cell.seed, "max_staleness": cell.age, "checkpoint.every": 1000, "engines.parity_every": 0}
     return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
@@ -110,11 +162,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
 
 def run(cell: Cell, folder: Path) -> Row:
     """Train one cell, or go on with it."""
-    config = config_of(cell, folder)
-    first = config.model_copy(update={"seed": 0})  # all cells of a task start from the same model
-    warm_start(first)
-    start = evaluate(first, out=str(folder / "tasks" / cell.task / "start"))["sets"]
-    began = time.monotonic()
+    config, start, began = config_of(cell, folder), prepare(cell.task, folder), time.monotonic()
     with GVPO(config, say=lambda line: None) as algo:
         while not algo.done:
             if cell.age:
@@ -138,7 +186,7 @@ def run(cell: Cell, folder: Path) -> Row:
     return {
         "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
         "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": curve[-1]["pass@1"], "kl": curve[-1]["kl"],
-        "greedy": next(line["eval/greedy/pass@1"] for line in reversed(lines) if "eval/greedy/pass@1" in line),
+        **{name: next(line[f"eval/{name}/pass@1"] for line in reversed(lines) if f"eval/{name}/pass@1" in line) for name in ("greedy", "train")},
         "reward": statistics.mean(last), "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),
         "binding": statistics.mean(line["gvpo/binding"] for line in trained),
@@ -148,8 +196,8 @@ def run(cell: Cell, folder: Path) -> Row:
 
 
 STEP_METRICS = (
-    "reward/mean", "gvpo/residual_var", "gvpo/reward_var", "gvpo/implicit_reward_var", "gvpo/reward_correlation", "gvpo/binding", "gvpo/beta",
-    "policy/log_ratio_rms", "policy/kl_ref", "grad_norm", "completions/length_mean", "staleness/mean",
+    "reward/mean", "gvpo/residual_var", "gvpo/reward_var", "gvpo/implicit_reward_var", "gvpo/reward_correlation", "gvpo/binding",
+    "gvpo/effective_share", "policy/log_ratio_rms", "policy/kl_ref", "grad_norm", "completions/length_mean", "staleness/mean",
 )  # fmt: skip
 """Of every step, in a row's `steps`."""
 
@@ -193,6 +241,17 @@ def percent(values: Sequence[float]) -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> list[str]:
+    """Lines that say what each method was tuned to."""
+    body = []
+    for name, method in methods.items():
+        found = [tuned(task, method, age, results) for task in tasks]
+        option = "loss.clip_low" if method.option == "loss.clip" else method.option
+        body.append([name, method.option, *(f"{best['learner.learning_rate']:g}, {best[option]:g}" if best else "" for best in found)])
+    text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
+    return [f"{text}.", "", markdown(["", "option", *tasks], body)]
 
 
 def picture(path: Path, lines: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, title: str, log: bool = False) -> None:

@@ -6,8 +6,8 @@
     history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
     frontier   pass@1 against the distance from the start, along the runs of Table 1
 
-Each method is tuned first with the same budget: six runs on a seed of their own, chosen by the reward on the training prompts at the end,
-so that nobody has seen the held-out ones.
+Each method is tuned first with the same budget of five runs (experiments.py: `tune`), on a seed of their own and by training prompts, so that
+nobody has seen the held-out ones.
 """
 
 from __future__ import annotations
@@ -17,48 +17,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.bench.experiments import Cell, Results, Row, markdown, percent, picture, run_all
+from gvpo_ray.bench.experiments import Cell, Method, Results, Row, markdown, percent, picture, run_all, tune, tuned, tuned_options
 
-RATES = (2e-4, 4e-4, 8e-4)
-METHODS: dict[str, tuple[dict[str, Any], str, tuple[Any, Any]]] = {
-    "GRPO": ({"loss.objective": "grpo"}, "loss.clip", (0.2, 0.4)),
-    "Dr. GRPO": ({"loss.objective": "dr_grpo"}, "loss.clip", (0.2, 0.4)),
-    "RLOO": ({"loss.objective": "rloo", "loss.reference": "initial"}, "loss.kl_coefficient", (0.0, 0.02)),
-    "REINFORCE": ({"loss.objective": "reinforce", "loss.reference": "initial", "loss.baseline": 0.5}, "loss.kl_coefficient", (0.0, 0.02)),
-    "GVPO": ({}, "loss.beta", (0.1, 0.5)),
+METHODS = {
+    "GRPO": Method({"loss": {}, "loss.objective": "grpo"}, "loss.clip", (0.2, 0.1, 0.4)),
+    "Dr. GRPO": Method({"loss": {}, "loss.objective": "dr_grpo"}, "loss.clip", (0.2, 0.1, 0.4)),
+    "RLOO": Method({"loss": {}, "loss.objective": "rloo", "loss.reference": "initial"}, "loss.kl_coefficient", (0.0, 0.01, 0.05)),
+    "REINFORCE": Method(
+        {"loss": {}, "loss.objective": "reinforce", "loss.reference": "initial", "loss.baseline": 0.5}, "loss.kl_coefficient", (0.0, 0.01, 0.05)
+    ),
+    "GVPO": Method({}, "loss.beta", (0.1, 0.2, 0.5)),
 }
-"""What of a config makes each method, and the option that is tuned beside the learning rate with two values: six trials for each."""
-TUNING_SEED = 1000
 BETAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SIZES = (2, 4, 8, 16, 32)
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5)
 
 
-def of_method(method: str, rate: float, value: Any) -> dict[str, Any]:
-    """Overrides. GVPO has no clip and the others no beta: tasks set one in their files."""
-    own, option, _ = METHODS[method]
-    options = {"loss.clip_low": value, "loss.clip_high": value} if option == "loss.clip" else {option: value}
-    loss = {"loss": {}} if method != "GVPO" else {}
-    return {**loss, **own, **options, "learner.learning_rate": rate}
-
-
-def trials(task: str, method: str) -> list[Cell]:
-    return [Cell(task, of_method(method, *trial), TUNING_SEED) for trial in itertools.product(RATES, METHODS[method][2])]
-
-
-def best(task: str, method: str, results: Results) -> dict[str, Any] | None:
-    """The trial with the highest reward at the end, once all of them are there."""
-    cells = trials(task, method)
-    rows = results.of(cells)
-    if len(rows) < len(cells):
-        return None
-    return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["reward"])[0].overrides)
-
-
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results, seeds = Results(folder), range(num_seeds)
-    run_all([cell for task in tasks for method in METHODS for cell in trials(task, method)], results)
+    tune(tasks, METHODS, 0, results)
     cells = {task: cells_of(task, results, seeds) for task in tasks}
     for name in ("methods", "beta", "k", "history"):  # the table first, for all tasks
         run_all([cell for task in tasks for alike in cells[task][name].values() for cell in alike], results)
@@ -70,10 +48,10 @@ Tables = dict[str, dict[Any, list[Cell]]]
 
 def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
     """The cells of each table by what its rows are about, once the methods are tuned."""
-    tuned = {method: best(task, method, results) for method in METHODS}
-    gvpo = tuned["GVPO"]
+    best = {name: tuned(task, method, 0, results) for name, method in METHODS.items()}
+    gvpo = best["GVPO"]
     tables: Tables = {
-        "methods": {method: [Cell(task, options, seed) for seed in seeds] for method, options in tuned.items() if options is not None},
+        "methods": {method: [Cell(task, options, seed) for seed in seeds] for method, options in best.items() if options is not None},
         "beta": {}, "k": {}, "history": {},
     }  # fmt: skip
     if gvpo is None:
@@ -83,7 +61,7 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
         overrides = {**gvpo, "loss.beta": value, "learner.learning_rate": rate * times}  # one of them is the cell of Table 1
         tables["beta"][value, times] = [Cell(task, overrides, seed) for seed in seeds]
     for method, k in itertools.product(("GVPO", "GRPO"), SIZES):
-        if (options := tuned[method]) is not None:
+        if (options := best[method]) is not None:
             num_groups = {"arithmetic": 256, "sort": 256, "chain": 128}[task] // k
             overrides = {**options, **({} if k == 8 else {"sampling.num_completions": k, "groups_per_step": num_groups})}
             tables["k"][method, k] = [Cell(task, overrides, seed) for seed in seeds]
@@ -106,7 +84,7 @@ def write(tasks: Sequence[str], results: Results, seeds: Sequence[int]) -> None:
     for method in METHODS:
         rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in tasks}
         body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in tasks))])
-    text += ["## Table 1: methods at equal samples", "", markdown(head, body)]
+    text += ["## Table 1: methods at equal samples", "", markdown(head, body), *tuned_options(tasks, METHODS, 0, results)]
     titles = {"beta": "beta, share of the tuned learning rate", "k": "method, completions per prompt", "history": "historical share"}
     for name, title in titles.items():
         keys = list({key: None for task in tasks for key in tables[task][name]})
