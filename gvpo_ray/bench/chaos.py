@@ -49,6 +49,8 @@ class Kill:
     """Steps trained when it was due."""
     part: float
     """Of a step's time, after that step."""
+    due: float = 0.0
+    """When its step was seen; 0: the run was over before."""
     at: float = 0.0
     """When it was done; 0: the run was over before."""
     until_step: float = 0.0
@@ -136,6 +138,7 @@ def run(config_file: str, overrides: Sequence[str], run_dir: Path, num_kills: in
     for kill in kills:
         if not _wait(lambda kill=kill: max(step for _, step in steps) >= kill.step, command):
             break
+        kill.due = time.time()
         time.sleep(kill.part * min(3.0, steps[-1][0] - steps[-2][0] if len(steps) > 1 else 3.0))
         while command.process.poll() is None:
             found = [command.process.pid] if kill.kind == "driver" else descendants(command.process.pid, TITLES[kill.kind])
