@@ -110,12 +110,17 @@ class SamplingConfig(Section):
         return self
 
 
+START_BETA = 0.1
+"""Of loss.beta: auto."""
+
+
 class LossConfig(Section):
     objective: Literal["gvpo", "grpo", "dr_grpo", "rloo", "reinforce"] = "gvpo"
     """`gvpo`; the others are for comparison, on the same data and in the same ring."""
-    beta: float = Field(default=0.1, gt=0)
+    beta: float | Literal["auto"] = "auto"
     """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so 1/beta nats are worth one unit of reward. It is the
-    trust region: gvpo/binding says how often it binds, and a run in which it hardly ever does says so."""
+    trust region: gvpo/binding says how often it binds, and a run in which it hardly ever does says so. auto: 0.1, the paper's, and with the
+    `behaviour` reference moved from there after each step until beta D varies half as much as the rewards do."""
     beta_end: float | None = Field(default=None, gt=0)
     """Move beta linearly from its first value to this one at the last step. Bias: each step then has an optimum of its own, the last one
     that of beta_end."""
@@ -151,6 +156,21 @@ class LossConfig(Section):
     """Which policy is pi_ref: `behaviour` (the one that sampled the completion), `previous` (the policy at the start of the step),
     `initial` (frozen), or `every: N` (refreshed every N steps)."""
 
+    @field_validator("beta", mode="plain")
+    @classmethod
+    def _beta(cls, value: Any) -> float | str:
+        if value == "auto":
+            return "auto"
+        try:
+            number = float(math.nan if isinstance(value, bool) else value)  # YAML takes 1e-2 for text
+        except (TypeError, ValueError):
+            raise ValueError("should be auto or a valid number") from None
+        if not math.isfinite(number):
+            raise ValueError("should be auto or a finite number")
+        if number <= 0:
+            raise ValueError("should be auto or greater than 0")
+        return number
+
     @field_validator("reference", mode="before")
     @classmethod
     def _reference(cls, value: Any) -> str:
@@ -165,6 +185,8 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _of_the_objective(self) -> LossConfig:
+        if self.beta == "auto" and self.beta_end is not None:
+            raise ValueError("beta_end needs a number for beta to start from")
         options = {
             "gvpo": {"beta", "beta_end", "residual_clip", "importance_cap", "damped", "drop_equal_rewards", "length_normalised", "reference"},
             "grpo": {"clip_low", "clip_high", "old_policy", "kl_coefficient", "reference"},
@@ -178,9 +200,15 @@ class LossConfig(Section):
         return self
 
     def beta_at(self, version: int, num_steps: int) -> float:
-        """beta of the step that starts from weights of `version`."""
-        end = self.beta if self.beta_end is None else self.beta_end
-        return self.beta + (end - self.beta) * min(1.0, version / max(1, num_steps - 1))
+        """beta of the step that starts from weights of `version`; of the first one, where it is steered."""
+        beta = START_BETA if self.beta == "auto" else self.beta
+        end = beta if self.beta_end is None else self.beta_end
+        return beta + (end - beta) * min(1.0, version / max(1, num_steps - 1))
+
+    @property
+    def steers_beta(self) -> bool:
+        """An older reference is what beta is about, and not only where the policy was."""
+        return self.objective == "gvpo" and self.beta == "auto" and self.reference == "behaviour"
 
     @property
     def is_damped(self) -> bool:

@@ -8,6 +8,7 @@ The algorithm is `train_step`; the loop around it waits for the buffer and is wo
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
             _pass_reference_model(policy, mini_batch, settings.learner.micro_batch_tokens)
     plans = [_plan(policy, _shares(policy, mini_batch), settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
     references = _reference_passes(policy, mini_batches, plans, loss)
-    objective = _Objective(loss, loss.beta_at(version, settings.num_steps), version)
+    beta = policy.beta if loss.steers_beta and policy.beta is not None else loss.beta_at(version, settings.num_steps)
+    objective = _Objective(loss, beta, version)
     nothing: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), _Fixed.of_nothing(policy), [], num_groups=1)[1]
     sums = nothing
     norms, dampings, num_skipped = [], [], 0
@@ -168,6 +170,9 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
                 f"(groups {[row['group_id'] for row in mini_batch]})"
             )
     policy.step += 1
+    learned_of_all = objective.finish(_sum_over_ranks(sums, policy))
+    if loss.steers_beta:
+        policy.beta = steered(beta, learned_of_all["gvpo/reward_var"], learned_of_all["gvpo/implicit_reward_var"])
     for row, trained in pairs:
         which = groups.trainable_completions(row)
         learned = {"residuals": objective.residuals.get(row["group_id"])}
@@ -179,7 +184,7 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
                 row[name] = [known.get(i) for i in range(len(row["rewards"]))]
     return {
         **batch_metrics(batch, version),
-        **objective.finish(_sum_over_ranks(sums, policy)),
+        **learned_of_all,
         "tokens/trained": float(sum(len(ids) for row in rows for ids in row["completion_ids"])),
         "grad_norm": mean(norms),
         "learning_rate": learning_rate,
@@ -192,6 +197,22 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
 
 DAMPING = ("reward_var", "residual_var", "covariance")
 """The sums that `damping` asks for."""
+
+WANTED_SPREAD, STEER_BY, BETAS = 0.5, 0.1, (0.01, 1.0)
+
+
+def steered(beta: float, reward_var: float, implicit_reward_var: float) -> float:
+    """loss.beta: auto. beta of the next step, from what the last one saw.
+
+    At the optimum of a generation of data beta D is R. While beta D varies half as much, the rewards still lead, and a policy that has gone
+    elsewhere is called back. Where it varies more, most of what is learned is to go back, and beta falls; where less, as on fresh data,
+    nothing holds the policy, and beta grows. By a tenth a step, so that it is slower than the data is old.
+    """
+    if reward_var <= 0 or implicit_reward_var <= 0:
+        return beta  # nothing that it could be compared with
+    missing = 1 - math.sqrt(implicit_reward_var / reward_var) / WANTED_SPREAD
+    return min(BETAS[1], max(BETAS[0], beta * math.exp(STEER_BY * max(-2.0, missing))))
+
 
 _NOTHING: Row = {"prompt_ids": [0], "completion_ids": [[0]]}
 

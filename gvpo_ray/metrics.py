@@ -132,8 +132,8 @@ def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
             f"{math.sqrt(implied / rewards):.1f} times as much as they do, with a correlation of {fit:.2f}, so most of what is learned is to go "
             f"back; a smaller learner.learning_rate keeps it nearer, or loss.beta of some {fitting:.2g} lets it go"
         )
-    if any(line["gvpo/binding"] >= BINDING_SHARE for line in recent):
-        return None
+    if any(line["gvpo/binding"] >= BINDING_SHARE for line in recent) or beta != recent[0]["gvpo/beta"]:
+        return None  # one that is steered gets there by itself
     start = f"in {BINDING_STEPS} steps beta ({beta:g}) bound hardly any completion (gvpo/binding {recent[-1]['gvpo/binding']:.3f})"
     if implied == 0:
         return f"{start}: every log-ratio is 0, as with one mini-batch per step of fresh data; use learner.num_mini_batches of 2 or more"

@@ -165,6 +165,8 @@ class Policy:
         """Of the weights that the reference is."""
         self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = self.num_skipped = 0
+        self.beta: float | None = None
+        """Of the next step, where the learner steers it."""
         if (self._path / "state.json").exists():
             self._resume()
 
@@ -346,8 +348,8 @@ class Policy:
                 (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
         if writes:
             self._tokenizer.save_pretrained(part)
-            counts = {"step": self.step, "num_updates": self.num_updates, "reference_version": self.reference_version}
-            (part / "state.json").write_text(json.dumps(counts))
+            state = {"step": self.step, "num_updates": self.num_updates, "reference_version": self.reference_version, "beta": self.beta}
+            (part / "state.json").write_text(json.dumps(state))
             for file in part.rglob("*"):
                 if file.is_file():
                     with open(file, "rb") as written:
@@ -385,6 +387,7 @@ class Policy:
     def _resume(self) -> None:
         state = json.loads((self._path / "state.json").read_text())
         self.step, self.num_updates, self.reference_version = state["step"], state["num_updates"], state["reference_version"]
+        self.beta = state["beta"]
         files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
         if self.num_updates:

@@ -41,7 +41,7 @@ def refusal(overrides: list[str] | dict[str, Any]) -> str:
 
 def test_the_smallest_config_has_the_papers_loss_and_a_full_support_sampler():
     small = config()
-    assert (small.loss.beta, small.loss.reference, small.loss.reference_every) == (0.1, "behaviour", None)
+    assert (small.loss.beta, small.loss.beta_at(0, 9), small.loss.reference, small.loss.reference_every) == ("auto", 0.1, "behaviour", None)
     assert (small.sampling.temperature, small.sampling.top_p, small.sampling.top_k, small.sampling.min_p) == (1.0, 1.0, 0, 0.0)
     assert small.max_staleness == 0 and small.learner.num_mini_batches > 1 and small.learner.learning_rate == 1e-6
 
@@ -121,6 +121,9 @@ def test_beta_moves_from_its_first_value_to_its_last():
     assert [LossConfig(beta=0.5).beta_at(version, 5) for version in (0, 4, 9)] == [0.5] * 3
     assert [LossConfig(beta=0.5, beta_end=0.1).beta_at(version, 5) for version in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
     assert LossConfig(beta=0.5, beta_end=0.1).beta_at(0, 1) == 0.5
+    assert (LossConfig(beta="1e-2").beta, LossConfig(beta=1).beta) == (0.01, 1.0)
+    assert LossConfig().beta_at(3, 5) == 0.1 and LossConfig().steers_beta
+    assert not any(LossConfig(**other).steers_beta for other in ({"beta": 0.1}, {"reference": "initial"}, {"objective": "grpo"}))
 
 
 def test_options_of_another_objective_may_be_written_out_with_their_defaults():
@@ -229,6 +232,8 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("learner={backend: ddp, zero_stage: 2}", "learner.zero_stage (2)", "needs learner.backend: deepspeed, not ddp"),
         ("learner={zero_stage: 2, offload: parameters}", "learner.offload: parameters", "needs learner.zero_stage of at least 3, not 2"),
         ("learner.offload=optimizer", "learner.offload: optimizer", "needs learner.zero_stage of at least 1, not 0"),
+        ("loss.beta_end=0.5", "loss: beta_end needs a number for beta to start from", ""),
+        ("loss.beta=automatic", "loss.beta", "auto or a valid number"),
         ("loss={objective: grpo, beta: 0.5}", "loss: beta is not an option of grpo", "it has clip_high, clip_low, kl_coefficient, old_policy,"),
         ("loss.kl_coefficient=0.1", "loss: kl_coefficient is not an option of gvpo", "it has beta,"),
     ],

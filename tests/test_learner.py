@@ -19,7 +19,7 @@ from gvpo_ray import groups
 from gvpo_ray.buffer import GroupBuffer
 from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
-from gvpo_ray.learner import NonFiniteGradient, Settings, _learning_rate, learn, train_step
+from gvpo_ray.learner import NonFiniteGradient, Settings, _learning_rate, learn, steered, train_step
 from gvpo_ray.losses import gvpo_loss_squared
 from gvpo_ray.policy import Policy
 from gvpo_ray.weights import ObjectPublisher
@@ -524,6 +524,36 @@ def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals
     assert length == pytest.approx(LEARNING_RATE * metrics["gvpo/damping"], rel=0.01)
     free = dataclasses.replace(given, loss=LossConfig(beta=0.1, reference=reference, damped=False))
     assert first_update(old, free)[1] == pytest.approx(LEARNING_RATE, rel=0.01)
+
+
+def test_beta_is_steered_to_half_the_rewards_spread_and_no_further():
+    assert steered(0.1, 0.25, 0.0625) == 0.1  # sd(beta D) is half of sd(R)
+    assert steered(0.1, 0.25, 1e-12) == pytest.approx(0.1 * math.exp(0.1), rel=1e-4)
+    assert steered(0.1, 0.25, 0.25) == pytest.approx(0.1 * math.exp(-0.1))  # twice as much as wanted
+    assert steered(0.1, 0.25, 100.0) == pytest.approx(0.1 * math.exp(-0.2))
+    assert (steered(1.0, 0.25, 1e-12), steered(0.01, 0.25, 1.0)) == (1.0, 0.01)
+    assert (steered(0.1, 0.0, 1.0), steered(0.1, 0.25, 0.0)) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize("reference", ["behaviour", "initial"])
+def test_a_steered_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_path, reference):
+    given = dataclasses.replace(settings(tmp_path, reference, num_mini_batches=2), loss=LossConfig(reference=reference))
+    make_model(tmp_path / "model")
+    policy = load(given.model_path, given)
+    if reference == "initial":
+        policy.load_reference(given.model_path)
+    first, second = (train_step(policy, [make_group(i), make_group(9 + i)], given) for i in (1, 2))
+    assert first["gvpo/beta"] == 0.1
+    if reference == "initial":
+        assert second["gvpo/beta"] == 0.1 and policy.beta is None
+        return
+    assert second["gvpo/beta"] == steered(0.1, first["gvpo/reward_var"], first["gvpo/implicit_reward_var"]) != 0.1
+    policy.save(tmp_path / "checkpoints" / "step-2")
+    again = load(tmp_path / "checkpoints" / "step-2", given)
+    assert again.beta == policy.beta != second["gvpo/beta"]
+    third = [train_step(one, [make_group(3, version=0)], given) for one in (policy, again)]
+    assert third[0] == third[1]
+    assert same(weights(policy), weights(again))
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_before(tmp_path):
