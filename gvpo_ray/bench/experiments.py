@@ -86,9 +86,9 @@ class Method:
 
     overrides: Mapping[str, Any]
     option: str
-    values: tuple[float, float]
+    values: tuple[Any, Any]
 
-    def at(self, rate: float, value: float) -> dict[str, Any]:
+    def at(self, rate: float, value: Any) -> dict[str, Any]:
         options = {"loss.clip_low": value, "loss.clip_high": value} if self.option == "loss.clip" else {self.option: value}
         return {**self.overrides, **options, "learner.learning_rate": rate}
 
@@ -251,7 +251,7 @@ def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int,
     for name, method in methods.items():
         found = [tuned(task, method, age, results) for task in tasks]
         option = "loss.clip_low" if method.option == "loss.clip" else method.option
-        body.append([name, method.option, *(f"{best['learner.learning_rate']:g}, {best[option]:g}" if best else "" for best in found)])
+        body.append([name, method.option, *(f"{best['learner.learning_rate']:g}, {best[option]}" if best else "" for best in found)])
     text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
     return [f"{text}.", "", markdown(["", "option", *tasks], body)]
 

@@ -26,7 +26,7 @@ METHODS = {
     "REINFORCE": Method(
         {"loss": {}, "loss.objective": "reinforce", "loss.reference": "initial", "loss.baseline": 0.5}, "loss.kl_coefficient", (0.0, 0.02)
     ),
-    "GVPO": Method({}, "loss.beta", (0.1, 0.3)),
+    "GVPO": Method({}, "loss.beta", ("auto", 0.1)),
 }
 BETAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 SIZES = (2, 4, 8, 16, 32)

@@ -18,8 +18,8 @@ AGES = (0, 1, 4, 16, 64, 100)
 TUNED_AT = 16
 BETAS, CLIPS = (0.1, 0.3), (0.2, 0.4)
 METHODS = {
-    "gvpo (default: behaviour)": Method({}, "loss.beta", BETAS),
-    "gvpo, all count alike": Method({"loss.importance_cap": None}, "loss.beta", BETAS),
+    "gvpo (default)": Method({}, "loss.beta", ("auto", 0.1)),
+    "gvpo, behaviour alone": Method({"loss.importance_cap": None, "loss.damped": False}, "loss.beta", BETAS),
     "gvpo, previous": Method({"loss.reference": "previous"}, "loss.beta", BETAS),
     "gvpo, every: 16": Method({"loss.reference": "every: 16"}, "loss.beta", BETAS),
     "gvpo, initial": Method({"loss.reference": "initial"}, "loss.beta", BETAS),
