@@ -53,6 +53,7 @@ TERMS = {
     "gvpo/*_var": "In the group: what there is to explain (reward), what the policy says (implicit_reward, beta D), what is left (residual).",
     "gvpo/reward_correlation": "of the implicit reward beta D with the reward: 1 is the optimum",
     "gvpo/binding": "share of the residuals in which beta counts: near 0 nothing holds the policy near its reference",
+    "gvpo/beta": "reward units per nat of log-ratio; loss.beta: auto steers it to where beta D varies half as much as the rewards do",
     "gvpo/effective_share": "of the completions: those that the policy would still write, as it would today",
     "gvpo/damping": "what the learning rate is multiplied by: the share of the residuals that the rewards explain",
 }
