@@ -125,7 +125,7 @@ def test_policy_gradient_with_a_mean_baseline_misses_the_optimum(sampler):
     assert problem.distance(train(problem, sampler, reinforce)) > 0.1
 
 
-@pytest.mark.parametrize("cap", [1.0, 0.2, 5.0])
+@pytest.mark.parametrize("cap", [1.0, 5.0])
 @pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign, mixed])
 def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
     """min(cap, pi/mu), which changes with the policy, is one more way to choose the sampler."""
