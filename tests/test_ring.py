@@ -61,7 +61,6 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(folder / "model")},
         "prompts": prompts,
         "sampling": {"num_completions": 8, "max_tokens": 12},
-        "loss": {"beta": 0.5},
         "engines": {"num_threads": 1, "parity_every": 4},
         "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
         "evaluation": {"every": 20, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},

@@ -54,6 +54,7 @@ def five_steps(
     ranks: str = "by tokens",
     dtype: str = "float64",
     lora: bool = False,
+    beta: float | str = BETA,
     **learner: Any,
 ) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -65,7 +66,7 @@ def five_steps(
         run_dir=str(folder),
         num_steps=NUM_STEPS,
         last_step=NUM_STEPS,
-        loss=LossConfig(objective=objective, reference=reference, **({"beta": BETA} if objective == "gvpo" else {})),
+        loss=LossConfig(objective=objective, reference=reference, **({"beta": beta} if objective == "gvpo" else {})),
         learner=LearnerConfig(**options),
         checkpoint=CheckpointConfig(),
         model_path=str(folder / "model"),
@@ -115,6 +116,7 @@ ZERO: dict[str, dict[str, Any]] = {
 ZERO |= {f"lora, zero {stage}": {"backend": "deepspeed", "zero_stage": stage, "dtype": "float32", "lora": True} for stage in (0, 2, 3)}
 OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in ("grpo", "dr_grpo", "rloo", "reinforce")}
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
+OTHERS |= {"beta steered": {"beta": "auto"}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE = {"ddp": {"micro_batch_tokens": 40}, "fsdp": {"backend": "fsdp", "micro_batch_tokens": 70}}
