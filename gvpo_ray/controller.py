@@ -367,7 +367,8 @@ class GVPO:
         self._session.call(self._buffer.call("allow", self._allowed))
         metrics = self._ask("trained", self.step + 1)
         self.step += 1
-        self._session.call(self._ring.note_learner())
+        with contextlib.suppress(ray.exceptions.RayError):  # whatever it is, the next question to the buffer says so
+            self._session.call(self._ring.note_learner())
         recoveries = {f"recoveries/{who}": float(self.events.counts()[who]) for who in RECOVERIES}
         line = self.metrics.write(self.step, {**metrics, **self._ring.rates(), **recoveries})
         if self.evaluation_due:
