@@ -30,7 +30,7 @@ METHODS = {
 
 
 def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Results) -> list[Cell]:
-    """None before the method is tuned."""
+    """None of them before the method is tuned: its options are not known."""
     options = tuned(task, METHODS[method], TUNED_AT, results)
     return [] if options is None else [Cell(task, options, seed, age) for seed in seeds]
 
