@@ -1,11 +1,11 @@
-"""The group buffer: where finished groups wait for the learner. The staleness dial, the durable log and replay live here.
+"""The group buffer: where finished groups wait for the learner. The staleness dial lives here, the durable log in group_log.py, replay in history.py.
 
     rollout loop   start(num) ── may the next groups start? ──► history(prompt, num) ──► put(group) ── to the log
     learner        order(step) ── train, save or stop? ──► batch(step) ──► published(version, weights, metrics) · learned(…)
     engines        weights(newer_than)
     driver         allow(step) · trained(step) · save() · reconnect(…) · status() · close(error)
 
-A plain class with async methods on one event loop; controller.py makes it an actor. Steps count from 1: step s trains the
+A plain class with async methods on one event loop; buffer_actor.py makes it an actor. Steps count from 1: step s trains the
 s-th batch and makes version s of the weights; version 0 is what the run started from.
 
 Groups are in the log alone, and the page cache is the memory: however many wait, the buffer does not grow with their tokens.
@@ -16,22 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
-import math
-import os
 import time
-from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.config import ReplayConfig
+from gvpo_ray.group_log import GroupLog
+from gvpo_ray.history import History, replayed
 from gvpo_ray.metrics import append_line, read_lines
 
 LOCK_WAIT_S = 60.0
@@ -50,281 +45,9 @@ MAX_LEARNER_DEATHS = 3
 """In a row, without a step between them: the next attempt would end like them."""
 
 
-def read_assignments(path: Path) -> tuple[dict[int, tuple[int, int]], int]:
-    """Rows [begin, end) of each step in an assignments.jsonl, and the bytes of its whole lines: a killed writer may leave a torn one."""
-    assigned, num_bytes = {}, 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            entry = json.loads(line)
-            assigned[entry["step"]] = (entry["begin"], entry["end"])
-            num_bytes += len(line)
-    return assigned, num_bytes
-
-
-class GroupLog:
-    """Durable record of a run's groups, in order of arrival, and of which step trains which of them.
-
-    `NNNNN.arrow`: Arrow IPC streams, one record batch per group, a new segment per process (a stream cannot be reopened).
-    `assignments.jsonl`: `{"step": s, "begin": a, "end": b}`, rows [a, b) of the log are the batch of step s.
-    In memory is where each row begins, so that any row is read without those before it.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.group_ids: list[int] = []
-        self._segments: list[tuple[Path, pa.Schema]] = []
-        self._places = array("q"), array("q")  # of each row: its segment, and the byte of it at which the row begins
-        for segment in sorted(self.folder.glob("*.arrow")):
-            self._scan(segment)
-        self._assignments = self.folder / "assignments.jsonl"
-        self.assigned: dict[int, tuple[int, int]] = {}
-        if self._assignments.exists():
-            self.assigned, num_bytes = read_assignments(self._assignments)
-            os.truncate(self._assignments, num_bytes)  # a torn last line was never answered, and the next one must not run into it
-        self._file: Any = None
-
-    def __len__(self) -> int:
-        return len(self.group_ids)
-
-    @property
-    def end(self) -> int:
-        """First row that no step has been given."""
-        return max((end for _, end in self.assigned.values()), default=0)
-
-    def _scan(self, segment: Path) -> None:
-        """Find the rows of a segment, up to the last whole one: a killed writer leaves a torn one, or not even a head."""
-        if segment.stat().st_size == 0:
-            return
-        with pa.memory_map(str(segment)) as source:
-            try:
-                schema = pa.ipc.read_schema(source)
-                self._segments.append((segment, schema))
-                while True:
-                    begin = source.tell()
-                    batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
-                    self._add(begin, batch.column("group_id")[0].as_py())
-            except (pa.ArrowInvalid, OSError, EOFError):
-                pass
-
-    def _add(self, begin: int, group_id: int) -> None:
-        for column, value in zip(self._places, (len(self._segments) - 1, begin), strict=True):
-            column.append(value)
-        self.group_ids.append(group_id)
-
-    def append(self, group: pa.Table) -> None:
-        """Write one group. It survives the death of this process; of the machine, from the next assign() on."""
-        batch = groups.log_columns(group).combine_chunks().to_batches()[0]
-        if self._file is None:
-            number = int(max((p.stem for p in self.folder.glob("*.arrow")), default="-1")) + 1
-            segment = self.folder / f"{number:05d}.arrow"
-            self._file = open(segment, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
-            self._segments.append((segment, groups.SCHEMA))
-            self._write(groups.SCHEMA.serialize())
-        begin = self._file.tell()
-        self._write(batch.serialize())
-        self._add(begin, batch.column("group_id")[0].as_py())
-
-    def _write(self, message: pa.Buffer) -> None:
-        left = memoryview(message)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:
-            self._file = None  # half a group may be in this segment (disk full): what comes after it could not be read
-            raise
-
-    def assign(self, step: int, begin: int, end: int) -> None:
-        """Give rows [begin, end) to a step, on disk before it returns."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-        with open(self._assignments, "a") as file:
-            file.write(json.dumps({"step": step, "begin": begin, "end": end}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.assigned[step] = (begin, end)
-
-    def read(self, begin: int, end: int) -> pa.Table:
-        """Rows [begin, end) from disk."""
-        return self.rows(range(begin, end))
-
-    def rows(self, indices: Sequence[int]) -> pa.Table:
-        """These rows from disk, in this order."""
-        numbers, begins = self._places
-        sources = {number: pa.memory_map(str(self._segments[number][0])) for number in {numbers[row] for row in indices}}
-        tables = []
-        for row in indices:
-            source = sources[numbers[row]]
-            source.seek(begins[row])
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), self._segments[numbers[row]][1])
-            tables.append(groups.log_columns(pa.Table.from_batches([batch])))
-        return pa.concat_tables(tables) if tables else groups.empty(groups.LOG_COLUMNS)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-class Quarantine:
-    """Prompts on which every check hit its limit: sampled once, and never again. One JSON object per line, so that a person can look.
-
-    Their groups are in the log too, without a reward and with the reasons.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._keys = {_key(entry) for entry in self.entries()}
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def entries(self) -> list[dict[str, str]]:
-        """{"dataset", "prompt", "answer"} of each, in the order in which they came."""
-        return read_lines(self.path)
-
-    def holds(self, prompt: pa.Table) -> bool:
-        return bool(self._keys) and _key_of(prompt) in self._keys
-
-    def add(self, prompt: pa.Table) -> None:
-        row = next(groups.rows(prompt))
-        if _key(row) not in self._keys:
-            self._keys.add(_key(row))
-            append_line(self.path, {name: row[name] for name in _KEY_COLUMNS})
-
-
 def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
     """Step -> its metrics, as the learner told them last."""
     return {entry["step"]: entry["metrics"] for entry in read_lines(folder / STEPS)}
-
-
-_KEY_COLUMNS = ("dataset", "prompt", "answer")
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(row[name] for name in _KEY_COLUMNS)
-
-
-def _key_of(group: pa.Table) -> tuple[str, ...]:
-    return _key(next(groups.rows(group.select(list(_KEY_COLUMNS)))))
-
-
-@dataclass(slots=True)
-class _Logged:
-    """A row of the log, and what the learner said of its completions last (nan: not trained on)."""
-
-    row: int
-    key: int
-    version: int | None = None  # of the references
-    references: array[float] | None = None
-    residuals: array[float] | None = None
-
-
-class History:
-    """Which rows of the log have completions of a prompt that may be replayed; the completions themselves are in the log alone."""
-
-    def __init__(self, log: GroupLog, replay: ReplayConfig, seed: int, version: int) -> None:
-        self._log, self._replay, self._seed = log, replay, seed
-        self._rows: dict[int, _Logged] = {}  # by group id, in order of arrival
-        self._copies: dict[int, list[tuple[int, int]]] = {}  # group id -> (group id, index) of the completions that it begins with
-        self._by_prompt: dict[int, list[int]] = {}  # hash of the prompt's key -> group ids
-        for begin in range(self._first_row(version), len(log), 1000):
-            self.add(begin, log.read(begin, min(begin + 1000, len(log))))
-
-    def _first_row(self, version: int) -> int:
-        """No row before it is in the window: what step s trains was written before version s."""
-        return self._log.assigned.get(version - self._replay.window, (0, 0))[1] if self._replay.window else 0
-
-    def add(self, begin: int, logged: pa.Table) -> None:
-        """Take up the rows of the log from `begin` on."""
-        for row, prompt in enumerate(groups.rows(logged.select(["group_id", *_KEY_COLUMNS])), begin):
-            key = hash(_key(prompt))
-            self._rows[prompt["group_id"]] = _Logged(row, key)
-            self._by_prompt.setdefault(key, []).append(prompt["group_id"])
-
-    def forget(self, version: int) -> None:
-        """Drop what has fallen out of the window of `version`."""
-        first = self._first_row(version)
-        for group_id in list(takewhile(lambda group_id: self._rows[group_id].row < first, self._rows)):
-            key = self._rows.pop(group_id).key
-            self._by_prompt[key].remove(group_id)
-            if not self._by_prompt[key]:
-                del self._by_prompt[key]
-
-    def learned(self, version: int, references: Mapping[int, list[float | None]], residuals: Mapping[int, list[float | None]]) -> None:
-        for group_id, values in residuals.items():  # what is now known of a copy holds for what it is a copy of
-            for (original, index), value in zip(self._copies.pop(group_id, ()), values, strict=False):
-                if value is not None and (entry := self._rows.get(original)) is not None and entry.residuals is not None:
-                    entry.residuals[index] = value
-        for group_id in (*references, *residuals):
-            if (entry := self._rows.get(group_id)) is not None:
-                if group_id in references:
-                    entry.version, entry.references = version, _packed(references[group_id])
-                if group_id in residuals:
-                    entry.residuals = _packed(residuals[group_id])
-
-    def pick(self, prompt: pa.Table, num: int, version: int) -> pa.Table:
-        """See GroupBuffer.history."""
-        key, oldest = _key_of(prompt), version - self._replay.window if self._replay.window else 0
-        entries = [self._rows[group_id] for group_id in self._by_prompt.get(hash(key), ())]
-        logged = self._log.rows([entry.row for entry in entries])
-        pairs = [(entry, logged.slice(i, 1)) for i, entry in enumerate(entries)]
-        candidates = [
-            _Candidate(newest, residual if math.isnan(told := _at(entry.residuals, i)) else told, i, entry, group)
-            for entry, group in pairs
-            if _key_of(group) == key  # not another prompt with the same hash
-            for i, (newest, residual) in groups.replayable(group).items()
-            if newest >= oldest
-        ]
-        num = min(num, len(candidates))
-        if self._replay.policy == "uniform":
-            random = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()])
-            picked = [candidates[i] for i in random.choice(len(candidates), num, replace=False)] if num else []
-        else:
-            candidates.sort(key=_Candidate.newest_first)
-            if self._replay.policy == "residual":
-                candidates.sort(key=lambda candidate: -abs(candidate.residual))  # a stable sort: the newest of equals
-            picked = candidates[:num]
-        if self._replay.policy == "residual":
-            originals = [(self._log.group_ids[candidate.entry.row], candidate.index) for candidate in picked]
-            self._copies[prompt["group_id"][0].as_py()] = originals
-        return _replayed(prompt, picked)
-
-
-@dataclass(slots=True)
-class _Candidate:
-    newest: int
-    residual: float
-    index: int
-    entry: _Logged
-    group: pa.Table
-
-    def newest_first(self) -> tuple[int, int, int]:
-        return -self.newest, -self.entry.row, self.index
-
-
-def _replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
-    if not picked:
-        return groups.log_columns(groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]]))
-    group = groups.join(prompt, *(groups.take(candidate.group, [candidate.index]) for candidate in picked))
-    told = [(candidate.entry.version, _at(candidate.entry.references, candidate.index)) for candidate in picked]
-    known = any(not math.isnan(value) for _, value in told)
-    return groups.log_columns(
-        groups.with_columns(
-            group,
-            sources=[["replay"] * len(picked)],
-            reference_logprobs=[[None if math.isnan(value) else value for _, value in told] if known else None],
-            reference_versions=[[None if math.isnan(value) else version for version, value in told] if known else None],
-        )
-    )
-
-
-def _packed(values: Sequence[float | None]) -> array[float]:
-    return array("d", [math.nan if value is None else value for value in values])
-
-
-def _at(values: array[float] | None, index: int) -> float:
-    return math.nan if values is None else values[index]
 
 
 class GroupBuffer:
@@ -427,7 +150,7 @@ class GroupBuffer:
         They come with rewards and sampling log-probs as logged, and with the references that the learner told of. None of them
         is in a group twice, but it may be in several; there are none unless replay is configured.
         """
-        return _replayed(prompt, []) if self._history is None else self._history.pick(prompt, num, self.version)
+        return replayed(prompt, []) if self._history is None else self._history.pick(prompt, num, self.version)
 
     async def skip(self, group_id: int) -> None:
         """A started group that will not be sampled: another one starts in its place."""

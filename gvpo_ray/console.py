@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import Quarantine
 from gvpo_ray.config import NO_PROMPTS, GVPOConfig, resource_plan
+from gvpo_ray.group_log import Quarantine
 from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, beta_hint, evaluation_metrics
 
 

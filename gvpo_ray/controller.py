@@ -20,7 +20,9 @@ import pyarrow as pa
 import ray
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import ORDERS, GroupLog, Quarantine, steps_metrics
+from gvpo_ray.actors import resources_of
+from gvpo_ray.buffer import ORDERS, steps_metrics
+from gvpo_ray.buffer_actor import Buffer
 from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import (
     ConfigError,
@@ -31,8 +33,10 @@ from gvpo_ray.config import (
     check_resources,
     cluster_address,
 )
+from gvpo_ray.engine_group import EngineGroup, engine_maker
 from gvpo_ray.evaluate import EvaluationDir
-from gvpo_ray.fleet import Buffer, EngineGroup, RunError, VerifierGroup, cause_of, engine_maker, first_of, resources_of
+from gvpo_ray.failures import RunError, cause_of, first_of
+from gvpo_ray.group_log import GroupLog, Quarantine
 from gvpo_ray.inputs import (
     checkpoint_folder,
     evaluation_name,
@@ -49,6 +53,7 @@ from gvpo_ray.metrics import MetricsLog, evaluation_metrics
 from gvpo_ray.rewards import Rewards
 from gvpo_ray.ring import EventLog, Ring, Say, run_through
 from gvpo_ray.tracking import Tracking, check_trackers
+from gvpo_ray.verifier_group import VerifierGroup
 from gvpo_ray.verifiers import validate_rewards
 
 

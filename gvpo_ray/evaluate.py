@@ -23,8 +23,8 @@ import yaml
 from rich.table import Table
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import GroupLog
 from gvpo_ray.config import ConfigError, GVPOConfig
+from gvpo_ray.group_log import GroupLog
 from gvpo_ray.metrics import Row, bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 
 Number = dict[str, float]

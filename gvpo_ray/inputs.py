@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import GroupLog, read_assignments
 from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import NO_PROMPTS, ConfigError, GVPOConfig, is_local
+from gvpo_ray.group_log import GroupLog, read_assignments
 from gvpo_ray.prompts import PromptSet
 from gvpo_ray.rewards import Rewards
 from gvpo_ray.sources import Mixture, OfflineSource

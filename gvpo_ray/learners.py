@@ -23,9 +23,11 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
+from gvpo_ray.actors import resources_of
+from gvpo_ray.buffer_actor import LearnersBuffer
 from gvpo_ray.checkpoints import latest_checkpoint
 from gvpo_ray.config import GVPOConfig, cluster_address
-from gvpo_ray.fleet import LearnersBuffer, cause_of, innermost, resources_of
+from gvpo_ray.failures import cause_of, innermost
 
 WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
 """Errors of code or data: they would come again. What else a worker raises may be another one's death seen from here."""

@@ -26,13 +26,16 @@ import ray
 from ray.exceptions import RayError
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import Quarantine
+from gvpo_ray.buffer_actor import Buffer
 from gvpo_ray.config import ConfigError, ReplayConfig, SamplingConfig
+from gvpo_ray.engine_group import EngineGroup
 from gvpo_ray.evaluate import prompt_seed
-from gvpo_ray.fleet import Buffer, EngineGroup, Note, RunError, VerifierGroup, is_lost
+from gvpo_ray.failures import Note, RunError, is_lost
+from gvpo_ray.group_log import Quarantine
 from gvpo_ray.inputs import Inputs
 from gvpo_ray.metrics import append_line, read_lines
 from gvpo_ray.status import status_lines, write_status
+from gvpo_ray.verifier_group import VerifierGroup
 
 Say = Callable[[str], None]
 

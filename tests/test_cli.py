@@ -375,7 +375,7 @@ def test_what_a_verb_does_not_start_need_not_fit_the_machine(refused: Callable[.
 
 
 def test_learn_does_not_mix_two_logs(refused: Callable[..., str], folder: Path) -> None:
-    from gvpo_ray.buffer import GroupLog
+    from gvpo_ray.group_log import GroupLog
 
     _save("g.arrow", *map(make_group, range(4)))(folder)
     with open_run_dir(_config(folder)) as run_dir:

@@ -33,8 +33,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.scripts.scripts import start as ray_start
 
+from gvpo_ray.actors import resources_of
 from gvpo_ray.config import GVPOConfig, VerifiersConfig
-from gvpo_ray.fleet import HAND_OVER_MARGIN_S, resources_of
+from gvpo_ray.engine_group import HAND_OVER_MARGIN_S
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

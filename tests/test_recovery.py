@@ -25,12 +25,12 @@ import tiny
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from gvpo_ray import fleet, groups
+from gvpo_ray import engine_group, groups
 from gvpo_ray.bench.scale import FakeRun, maker
-from gvpo_ray.buffer import GroupLog
 from gvpo_ray.config import EnginesConfig, ReplayConfig, SamplingConfig
 from gvpo_ray.engines import BaseEngine, FakeEngine
-from gvpo_ray.fleet import RunError
+from gvpo_ray.failures import RunError
+from gvpo_ray.group_log import GroupLog
 from gvpo_ray.status import read_status, status_lines
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that engines need not import this file, and torch with it
@@ -290,7 +290,7 @@ def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: St
     assert re.search(cause, run.session.call(run.buffer.call("status"))["error"])
 
 
-@pytest.mark.parametrize(("error", "num_tries"), [("ValueError", 1), ("RuntimeError", fleet.MAX_FAILED_STARTS)])
+@pytest.mark.parametrize(("error", "num_tries"), [("ValueError", 1), ("RuntimeError", engine_group.MAX_FAILED_STARTS)])
 def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
     start: Start, tmp_path: Path, error: str, num_tries: int
 ) -> None:

@@ -26,7 +26,7 @@ from test_tracking import shows_on_ray, tensorboard_of
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.bench import chaos
-from gvpo_ray.buffer import GroupLog
+from gvpo_ray.group_log import GroupLog
 from gvpo_ray.ring import EventLog
 from gvpo_ray.tracking import place
 from gvpo_ray.warm_start import warm_start

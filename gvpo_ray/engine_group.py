@@ -1,7 +1,7 @@
-"""The actors: engines in pools, verifiers, reward models, the buffer. The only file that makes them.
+"""The engines as actors, in pools, and their supervision.
 
 An engine that dies costs its unfinished completions: `EngineGroup` replaces it, and what it had in flight goes on elsewhere with the
-siblings that were finished. A verifier that dies is started again by Ray, and so is the buffer, which rebuilds itself from its log.
+siblings that were finished.
 
 Actors import this file: it imports neither torch nor vLLM.
 """
@@ -11,13 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
-import inspect
 import itertools
 import os
 import random
-import re
 import time
-import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -26,100 +23,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError
 
-from gvpo_ray.buffer import GroupBuffer
-from gvpo_ray.config import EnginesConfig, LearnerConfig, ModelConfig, PoolConfig, RewardConfig, SamplingConfig, VerifiersConfig
+from gvpo_ray.actors import actor_name, resources_of
+from gvpo_ray.config import EnginesConfig, ModelConfig, PoolConfig, SamplingConfig
 from gvpo_ray.elastic import one_less, one_more
 from gvpo_ray.engines import Draining, Engine
+from gvpo_ray.failures import Hang, Note, RunError, cause_of, innermost, is_death, is_lost
 from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
-from gvpo_ray.reward_model import RewardModel
-from gvpo_ray.rewards import Rewards
 from gvpo_ray.server import ServerEngine
-from gvpo_ray.verifiers import Verifier
-
-
-class RunError(RuntimeError):
-    """The run has stopped; the message is the first cause."""
-
-
-class Hang(RuntimeError):
-    """An engine writes no token, or does not answer."""
-
-
-Note = Callable[[str, str, str], None]
-"""note(who, name, why): somebody died and was replaced, such as ("engine", "engines-0", "EngineDeadError: …")."""
-
-
-def actor_name(text: str) -> str:
-    """An actor's name on the dashboard. Ray wants each once: the one of a run that was stopped just now may still be there."""
-    return f"{text}-{uuid.uuid4().hex[:6]}"
-
-
-# --- what an error means -------------------------------------------------------------------------------------------------
-
-
-def first_of(error: BaseException) -> BaseException:
-    """The first of a task group's errors."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def innermost(error: BaseException) -> BaseException:
-    """The error that Ray, or Ray Train, carried here."""
-    seen: set[int] = set()
-    error = first_of(error)
-    while id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-            error = error.cause
-        elif failures := getattr(error, "worker_failures", None):  # Ray Train: rank -> exception
-            error = failures[min(failures)]
-    return error
-
-
-def cause_of(error: BaseException) -> str:
-    """One line for what a user should know first: the innermost cause, without its tracebacks."""
-    error = innermost(error)
-    if isinstance(error, RayActorError) and "creation task" not in str(error):
-        return "its process or its node died"  # Ray's text says no more
-    if _is_dead_core(error):
-        return "vLLM's core process died (EngineDeadError)"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if isinstance(error, RayError):  # its text is a traceback: the error that it ends with says more than its head
-        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line)]
-        if named:
-            return named[-1]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-
-
-def is_death(error: BaseException) -> bool:
-    """Whether somebody died or was not to be reached, rather than did something wrong: worth another try elsewhere."""
-    error = innermost(error)
-    died = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError, Hang, Draining, ConnectionError, TimeoutError)
-    return isinstance(error, died) or _is_dead_core(error)
-
-
-def _is_dead_core(error: BaseException) -> bool:
-    return type(error).__name__ == "EngineDeadError"  # vLLM's: importing it would take seconds
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether what was asked for has gone with the process or node that held it."""
-    return isinstance(innermost(error), ObjectLostError)
-
-
-# --- engines -------------------------------------------------------------------------------------------------------------
 
 
 class Remote:
@@ -165,13 +77,6 @@ def engine_maker(model: ModelConfig, config: EnginesConfig, seed: int, load_weig
         return ray.remote(_EngineActor).options(**options).remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s)
 
     return make
-
-
-def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
-    """Of one engine or learner worker, under Ray's names."""
-    accelerator = {f"accelerator_type:{actor.accelerator_type}": 0.001} if actor.accelerator_type else {}
-    own = {"CPU": actor.num_cpus, "GPU": actor.num_gpus, **actor.resources, **accelerator}
-    return {name: number for name, number in own.items() if number}
 
 
 MakeEngine = Callable[[str, PoolConfig, int], Any]
@@ -572,262 +477,3 @@ SCALE_CHECK_S = 0.5
 
 HAND_OVER_MARGIN_S = 5.0
 """Of a node's notice, kept for handing over."""
-
-
-# --- verifiers -----------------------------------------------------------------------------------------------------------
-
-
-class VerifierGroup:
-    """The verifier actors; a group goes to the one with the fewest in hand.
-
-    A verifier that dies, alone or with its node, is started again by Ray, and what it had in hand is checked again: a check has no
-    effect but its answer. With `max_num` the group grows while every verifier has groups waiting, and shrinks when one is idle.
-    """
-
-    def __init__(self, config: VerifiersConfig, rewards: Rewards | None, note: Note = lambda *_: None) -> None:
-        for function in (rewards or {}).values():
-            # Functions of the user's own files travel by value: the actors' machines need not have the files.
-            module = inspect.getmodule(function)
-            if module is not None and module.__name__ != "__main__" and "site-packages" not in (module.__file__ or "site-packages"):
-                ray.cloudpickle.register_pickle_by_value(module)
-        self.config, self._rewards, self._note = config, dict(rewards or {}), note
-        self._processes: dict[Any, int] = {}
-        self._models: list[Any] = []
-        self._model_rewards = {name: self._reward_model(name, reward) for name, reward in config.rewards.items() if reward.model}
-        self._in_hand: dict[Any, int] = {}
-        self._idle_since: dict[Any, float] = {}
-        self._endings: set[asyncio.Future[None]] = set()
-        self._num_started = 0
-        for _ in range(config.num):
-            self._grow()
-
-    @property
-    def actors(self) -> list[Any]:
-        return list(self._in_hand)
-
-    def status(self) -> dict[str, int]:
-        """Groups in hand of each."""
-        return {f"verifier-{i}": number for i, number in enumerate(self._in_hand.values())}
-
-    async def score(self, sampled: Any) -> Any:
-        """Object ref of a sampled group -> ref of the group with its rewards; returns when that is there."""
-        if len(self._in_hand) < (self.config.max_num or 0) and min(self._in_hand.values()) >= GROW_AT:
-            self._grow()
-        verifier = min(self._in_hand, key=lambda actor: self._in_hand[actor])
-        self._in_hand[verifier] += 1
-        try:
-            scored, process = verifier.score_group.remote(sampled)
-            process = await process
-            if self._processes.setdefault(verifier, process) != process:
-                self._processes[verifier] = process
-                number = list(self._in_hand).index(verifier)
-                self._note("verifier", f"verifier-{number}", "its process or its node died; what it had in hand was checked again")
-            return scored
-        finally:
-            self._in_hand[verifier] -= 1
-            self._shrink(verifier)
-
-    def _grow(self) -> None:
-        # A group's table may arrive late (from another node): a later one must not wait for it.
-        actor = ray.remote(_VerifierActor).options(
-            name=actor_name(f"verifier-{self._num_started}"), num_cpus=self.config.num_cpus, resources=self.config.resources,
-            max_concurrency=1, allow_out_of_order_execution=True, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
-        ).remote(self.config, self._rewards, self._model_rewards)  # fmt: skip
-        self._num_started += 1
-        self._in_hand[actor] = 0
-
-    def _shrink(self, verifier: Any) -> None:
-        """End a verifier beyond `num` that stays idle while others are, too."""
-        now = time.monotonic()
-        for actor, in_hand in self._in_hand.items():
-            if in_hand:
-                self._idle_since.pop(actor, None)
-            else:
-                self._idle_since.setdefault(actor, now)
-        for actor, since in list(self._idle_since.items()):
-            if len(self._in_hand) > self.config.num and now - since > IDLE_S:
-                del self._in_hand[actor], self._idle_since[actor]
-                self._processes.pop(actor, None)
-                ending = asyncio.ensure_future(self._end(actor))
-                self._endings.add(ending)
-                ending.add_done_callback(self._endings.discard)
-
-    async def _end(self, actor: Any) -> None:
-        """For good: an actor that ends by itself is started again, and so would be its ending."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            await actor.close.remote()  # its sandbox
-        ray.kill(actor, no_restart=True)
-
-    def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
-        actor = ray.remote(RewardModel)
-        actors = [
-            actor.options(
-                name=actor_name(f"reward-model-{name}-{i}"), num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=1,
-                max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
-            ).remote(config.model, config.batch_size, config.num_gpus > 0)
-            for i in range(config.num)
-        ]  # fmt: skip
-        self._models += actors
-        return _RemoteReward(actors)
-
-    async def close(self) -> None:
-        await asyncio.gather(*(verifier.close.remote() for verifier in self._in_hand), *self._endings, return_exceptions=True)
-
-
-GROW_AT = 2
-"""Groups in hand of every verifier at which one more is started."""
-
-IDLE_S = 30.0
-"""A verifier beyond verifiers.num that has had nothing to do for so long is ended."""
-
-MAX_VERIFIER_DEATHS = 1000
-"""Deaths of its verifier that a group survives, those while it waits for its turn included: more are not bad luck but the reward function."""
-
-
-class _VerifierActor(Verifier):
-    @ray.method(num_returns=2)
-    def score_group(self, sampled: pa.Buffer) -> tuple[pa.Buffer, int]:
-        """The scored group, and this process's number: what the driver awaits, so that the table does not come to it."""
-        return to_wire(self.score(from_wire(sampled))), os.getpid()
-
-
-class _RemoteReward:
-    """A reward model's actors as a reward function, called in the verifiers; each verifier goes round."""
-
-    def __init__(self, actors: list[Any]) -> None:
-        self._actors = actors
-        self._next = random.randrange(len(actors))
-
-    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        self._next += 1
-        return ray.get(self._actors[self._next % len(self._actors)].score.remote(prompts, completions))
-
-
-# --- the buffer ----------------------------------------------------------------------------------------------------------
-
-
-class _BufferActor(GroupBuffer):
-    async def put_all(self, *scored: pa.Buffer) -> list[bool]:
-        """`put` of each."""
-        return [await self.put(from_wire(group)) for group in scored]
-
-    async def batch_on_wire(self, step: int) -> pa.Buffer | None:
-        batch = await self.batch(step)
-        return None if batch is None else to_wire(batch)
-
-    @ray.method(num_returns=2)
-    async def replayed(self, prompt: pa.Buffer, num: int) -> tuple[pa.Buffer, None]:
-        """Historical completions, and nothing: what the driver awaits, so that the table does not come to it."""
-        return to_wire(await self.history(from_wire(prompt), num)), None
-
-
-MAX_PUTS = 64
-"""Groups that go to the buffer in one call."""
-
-
-class Buffer:
-    """The buffer actor as the driver sees it: `await buffer.call(method, …)`.
-
-    When the actor dies Ray starts it again on its log, and the driver tells it what the log does not hold.
-
-    Args:
-        state: what to tell: (ids of the groups in flight, step up to which may be trained, whether the run is over, its first error).
-        arguments: of GroupBuffer.
-    """
-
-    def __init__(self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any) -> None:
-        on_the_head = {"node:__internal_head__": 0.001}  # other nodes may go
-        self.actor = (
-            ray.remote(_BufferActor)
-            .options(name=actor_name("buffer"), num_cpus=0, resources=on_the_head, max_concurrency=100_000, max_restarts=-1)
-            .remote(*arguments)
-        )
-        self._state, self._note = state, note
-        self._lives, self._lock = 0, asyncio.Lock()
-        self._to_put: list[tuple[Any, asyncio.Future[bool]]] = []
-        self._putting: asyncio.Future[None] | None = None
-
-    async def put(self, scored: Any) -> bool:
-        """GroupBuffer.put of a scored group, by ref. Those that come while a call is under way go together in the next."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._to_put.append((scored, future))
-        if self._putting is None or self._putting.done():
-            self._putting = asyncio.ensure_future(self._put_waiting())
-        return await future
-
-    async def _put_waiting(self) -> None:
-        while self._to_put:
-            batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
-            try:
-                answers = await self.call("put_all", *(ref for ref, _ in batch))
-            except Exception as error:  # each of those who wait has to hear of it
-                for _, future in batch:
-                    future.set_exception(error)
-            else:
-                for (_, future), answer in zip(batch, answers, strict=True):
-                    future.set_result(answer)
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """The method's answer; of one with two returns, the ref of the first once the second is there."""
-        while True:
-            async with self._lock:  # not before a new one knows what is in flight
-                life = self._lives
-            try:
-                answer = getattr(self.actor, method).remote(*arguments)
-                if isinstance(answer, list):
-                    await answer[1]
-                    return answer[0]
-                return await answer
-            except ActorUnavailableError as error:
-                await self._again(life, error)
-
-    async def _again(self, life: int, error: RayError) -> None:
-        async with self._lock:  # hundreds of calls fail at once
-            while life == self._lives:
-                try:
-                    await self.actor.reconnect.remote(*self._state())
-                    self._lives += 1
-                    self._note("buffer", "buffer", f"{cause_of(error)}; it is rebuilt from its log")
-                except ActorUnavailableError:
-                    await asyncio.sleep(0.2)
-
-
-class LearnersBuffer:
-    """The buffer actor as the learner sees it: calls that wait. One that died is asked again once it is back."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-        self._published: tuple[int, Any, dict[str, Any] | None] | None = None
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        while True:
-            try:
-                return ray.get(getattr(self._actor, method).remote(*arguments))
-            except ActorUnavailableError:
-                time.sleep(0.2)
-                if self._published is not None and method != "published":  # where the newest weights are, only the learner knows
-                    self._call("published", *self._published)
-
-    def learner_started(self, step: int) -> None:
-        self._call("learner_started", step)
-
-    def order(self, step: int, saved: bool) -> str:
-        answer: str = self._call("order", step, saved)
-        return answer
-
-    def batch(self, step: int) -> pa.Table | None:
-        batch = self._call("batch_on_wire", step)
-        return None if batch is None else from_wire(batch)
-
-    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
-        self._call("learned", version, references, residuals)
-
-    def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
-        self._published = (version, weights, metrics)
-        self._call("published", version, weights, metrics)
-
-    def saved(self, step: int) -> None:
-        self._call("saved", step)
-
-    def close(self, error: str) -> None:
-        self._call("close", error)

@@ -16,10 +16,10 @@ import tiny
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from gvpo_ray import fleet, groups
+from gvpo_ray import groups, verifier_group
 from gvpo_ray.config import RayConfig, VerifiersConfig
 from gvpo_ray.controller import Session
-from gvpo_ray.fleet import VerifierGroup
+from gvpo_ray.verifier_group import VerifierGroup
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
     assert [table["group_id"][0].as_py() for table in scored] == list(range(60))
     assert [table["rewards"][0].as_py() for table in scored] == [[float(i % 5), 2.0] for i in range(60)]
     assert len(verifiers.actors) == 3
-    monkeypatch.setattr(fleet, "IDLE_S", 0.0)
+    monkeypatch.setattr(verifier_group, "IDLE_S", 0.0)
     session.call(_score_all(verifiers, tables[:1]))
     session.call(_score_all(verifiers, tables[:1]))
     assert len(verifiers.actors) == 1

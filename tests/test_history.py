@@ -1,0 +1,195 @@
+"""Replay: which completions of a prompt there are, in which order they are picked, and what is known of them."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from buffers import answer, make, make_again, run, texts
+from tiny import make_group, table
+
+from gvpo_ray import groups
+from gvpo_ray import history as history_module
+from gvpo_ray.buffer import GroupBuffer
+from gvpo_ray.config import ReplayConfig
+
+
+def one_prompt(group_id: int, *versions: int, **columns) -> pa.Table:
+    """A group of the one prompt that all of these tests ask for; a completion per version."""
+    m = len(versions)
+    row = {**make_group(group_id, tuple(float(i) for i in range(m))), "prompt": "p", "answer": "7", "dataset": "d"}
+    texts = [f"{group_id}.{i}" for i in range(m)]
+    return table({**row, "completions": texts, "version_min": [0] * m, "version_max": [*versions], **columns})
+
+
+PROMPT = one_prompt(1000).select(list(groups.PROMPT_COLUMNS))
+
+
+def replaying(folder, policy="newest", window=None, **arguments) -> GroupBuffer:
+    return make(folder, replay=ReplayConfig(share=0.5, policy=policy, window=window), **arguments)
+
+
+def test_the_newest_completions_of_a_prompt_come_first_with_everything_that_is_known_of_them(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path)
+        first, second = one_prompt(0, 1, 3, 3), one_prompt(1, 3, 2)
+        for group in (first, second, table(make_group(2, version=9))):  # the last is another prompt's
+            await buffer.put(group)
+        history = await buffer.history(PROMPT, 4)
+        # version 3: the later row, then by index; then version 2
+        assert texts(history) == ["1.0", "0.1", "0.2", "1.1"]
+        assert groups.validate(history, groups.LOGGED_COLUMNS).schema == groups.SCHEMA
+        row, logged = next(groups.rows(history)), [next(groups.rows(group)) for group in (first, second)]
+        picked = [(logged[1], 0), (logged[0], 1), (logged[0], 2), (logged[1], 1)]
+        for name in ("completion_ids", "finish_reasons", "version_min", "version_max", "sampling_logprobs", "rewards", "reward_reasons"):
+            assert row[name] == [group[name][i] for group, i in picked], name
+        assert row["reward_parts"] == {"math": [0.0, 1.0, 2.0, 1.0]}
+        assert row["sources"] == ["replay"] * 4
+        assert row["reference_logprobs"] is None and row["reference_versions"] is None
+        assert {name: row[name] for name in groups.PROMPT_COLUMNS} == next(groups.rows(PROMPT))
+        assert texts(await buffer.history(PROMPT, 9)) == ["1.0", "0.1", "0.2", "1.1", "0.0"]
+        assert texts(await buffer.history(PROMPT, 2)) == ["1.0", "0.1"]  # once more: for another group
+
+    run(main)
+
+
+def test_there_is_no_history_of_a_new_prompt_and_none_without_replay(tmp_path):
+    async def main():
+        with_replay, without = replaying(tmp_path / "with"), make(tmp_path / "without", replay=ReplayConfig())
+        for buffer in (with_replay, without):
+            await buffer.put(one_prompt(0, 1, 2))
+        for buffer, prompt in ((with_replay, groups.with_columns(PROMPT, answer=["8"])), (without, PROMPT)):
+            history = await buffer.history(prompt, 4)
+            assert groups.validate(history, groups.LOGGED_COLUMNS).schema == groups.SCHEMA and texts(history) == []
+        assert texts(await with_replay.history(PROMPT, 0)) == []
+
+    run(main)
+
+
+def test_prompts_whose_hashes_are_equal_do_not_get_each_others_completions(tmp_path, monkeypatch):
+    monkeypatch.setattr(history_module, "hash", lambda key: 0, raising=False)
+
+    async def main():
+        buffer = replaying(tmp_path)
+        await buffer.put(one_prompt(0, 1))
+        await buffer.put(one_prompt(1, 1, answer="8"))
+        assert texts(await buffer.history(PROMPT, 9)) == ["0.0"]
+
+    run(main)
+
+
+def test_only_the_policys_own_completions_that_can_be_trained_on_are_replayed(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path)
+        columns = {
+            "sources": ["policy", "replay", "offline:people", "policy", "policy", "policy"],
+            "rewards": [1.0, 1.0, 1.0, None, 1.0, 1.0],
+            "completion_ids": [[3, 1]] * 4 + [[], [3, 1]],
+            "sampling_logprobs": [[-1.0, -1.0]] * 4 + [[], None],
+        }
+        await buffer.put(one_prompt(0, *[1] * 6, **columns))
+        assert texts(await buffer.history(PROMPT, 9)) == ["0.0"]
+
+    run(main)
+
+
+def test_uniform_replay_is_a_sample_that_the_seed_and_the_group_fix(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path, "uniform", seed=5)
+        await buffer.put(one_prompt(0, *range(20)))
+        await buffer.put(one_prompt(1, *range(20)))
+        everything = [f"{group_id}.{i}" for group_id in (0, 1) for i in range(20)]
+        picked = texts(await buffer.history(PROMPT, 6))
+        assert picked == [everything[i] for i in np.random.default_rng([5, 1000]).choice(40, 6, replace=False)]
+        assert picked == texts(await buffer.history(PROMPT, 6)) and len(set(picked)) == 6
+        assert picked != texts(await buffer.history(groups.with_columns(PROMPT, group_id=[1001]), 6))
+        assert sorted(texts(await buffer.history(PROMPT, 99))) == sorted(everything)
+
+    run(main)
+
+
+def test_residual_replay_picks_what_is_farthest_from_its_optimum(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path, "residual")
+        # |R - mean R|: 1, 0, 1 of the first; of the second, whose mean is over the two that are trained on, 2.5, - and 2.5
+        await buffer.put(one_prompt(0, 1, 1, 1))
+        await buffer.put(one_prompt(1, 1, 1, 1, rewards=[0.0, None, 5.0]))
+        assert texts(await buffer.history(PROMPT, 9)) == ["1.0", "1.2", "0.0", "0.2", "0.1"]
+        await buffer.learned(0, {}, {0: [-0.25, 2.75, 0.5], 1: [-2.5, None, None]})
+        assert texts(await buffer.history(PROMPT, 9)) == ["0.1", "1.0", "1.2", "0.2", "0.0"]  # 2.75, 2.5, 2.5 (not told), 0.5, 0.25
+        await buffer.learned(1, {}, {0: [9.0, 0.0, 0.0]})  # trained on again
+        assert texts(await buffer.history(PROMPT, 2)) == ["0.0", "1.0"]
+        # Group 1000 begins with these two: what is known of them now is 0.25 and 0.125, and 4.0 of a completion of its own.
+        await buffer.learned(2, {}, {1000: [0.25, -0.125, 4.0]})
+        assert texts(await buffer.history(PROMPT, 9))[:2] == ["1.2", "0.0"]  # 2.5 (not told), 0.25; 1.0 has 0.125 now
+
+    run(main)
+
+
+def test_only_completions_of_the_last_steps_are_replayed_and_what_fell_out_is_forgotten(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path, window=2, groups_per_step=1)
+        for step, group in enumerate([one_prompt(0, 0, 0), one_prompt(1, 0, 1), one_prompt(2, 2, 1), one_prompt(3, 3, 3)], start=1):
+            await buffer.put(group)
+            await answer(buffer.batch(step))
+            await buffer.published(step, {})
+        # version 4: from 4 - 2 on
+        assert texts(await buffer.history(PROMPT, 9)) == ["3.0", "3.1", "2.0"]
+        assert list(buffer._history._rows) == [2, 3]  # steps 1 and 2 were written before version 2
+        again = make_again(buffer, replay=ReplayConfig(share=0.5, window=2), version=4)
+        assert texts(await again.history(PROMPT, 9)) == ["3.0", "3.1", "2.0"]
+        assert list(again._history._rows) == [2, 3]
+        await again.learned(0, {0: [-1.0, -1.0]}, {0: [-1.0, -1.0]})
+        assert list(again._history._rows) == [2, 3]
+        await again.published(6, {})
+        await again.put(table(make_group(9)))
+        assert texts(await again.history(PROMPT, 9)) == []
+        assert list(again._history._rows) == [9] and sum(map(len, again._history._by_prompt.values())) == 1
+
+    run(main)
+
+
+def test_what_a_reference_model_said_of_a_completion_comes_with_it_when_it_is_replayed(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path)
+        for group_id in (0, 1, 2):
+            await buffer.put(one_prompt(group_id, group_id, group_id))
+        precise = -40.123456789012345
+        await buffer.learned(4, {0: [precise, None]}, {0: [0.0, None]})  # one rank's; group 2 is another's
+        await buffer.learned(7, {2: [-3.0, -4.0]}, {})
+        history = next(groups.rows(await buffer.history(PROMPT, 9)))
+        assert history["completions"] == ["2.0", "2.1", "1.0", "1.1", "0.0", "0.1"]
+        assert history["reference_logprobs"] == [-3.0, -4.0, None, None, precise, None]
+        assert history["reference_versions"] == [7, 7, None, None, 4, None]
+        await buffer.learned(9, {2: [-5.0, None]}, {})
+        assert next(groups.rows(await buffer.history(PROMPT, 2)))["reference_versions"] == [9, None]
+
+    run(main)
+
+
+def test_a_group_with_replayed_completions_is_logged_with_their_references(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path)
+        await buffer.put(one_prompt(0, 1, 2))
+        await buffer.learned(0, {0: [-1.5, -2.5]}, {})
+        new = one_prompt(1000, 3)
+        await buffer.put(groups.join(PROMPT, await buffer.history(PROMPT, 1), new))
+        _, logged = groups.rows(await answer(buffer.batch(1)))
+        assert logged["completions"] == ["0.1", "1000.0"] and logged["sources"] == ["replay", "policy"]
+        assert logged["reference_logprobs"] == [-2.5, None] and logged["reference_versions"] == [0, None]
+        assert texts(await buffer.history(PROMPT, 9)) == ["1000.0", "0.1", "0.0"]  # the copy is not history of its own
+        with pytest.raises(groups.GroupError, match="reference_logprobs has 1 entries, completions has 2"):
+            await buffer.put(groups.with_columns(one_prompt(7, 1, 2), reference_logprobs=[[-1.0]]))
+
+    run(main)
+
+
+def test_the_history_is_that_of_the_log_whoever_reads_it(tmp_path):
+    async def main():
+        buffer = replaying(tmp_path, "uniform")
+        for group_id in range(7):
+            await buffer.put(one_prompt(group_id, 1, 2, 3))
+        again = make_again(buffer, replay=ReplayConfig(share=0.5, policy="uniform"))
+        await again.put(one_prompt(7, 4))
+        histories = [texts(await b.history(PROMPT, 5)) for b in (again, make_again(again, replay=ReplayConfig(share=0.5, policy="uniform")))]
+        assert histories[0] == histories[1] and len(histories[0]) == 5
+
+    run(main)
