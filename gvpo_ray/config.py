@@ -153,8 +153,8 @@ class LossConfig(Section):
     baseline: float = 0.0
     """reinforce: subtracted from every reward."""
     reference: str = "behaviour"
-    """Which policy is pi_ref: `behaviour` (the one that sampled the completion), `previous` (the policy at the start of the step),
-    `initial` (frozen), or `every: N` (refreshed every N steps)."""
+    """Which policy is pi_ref: `behaviour` (the one that sampled the completion; of one from elsewhere the one that the run began with),
+    `previous` (the policy at the start of the step), `initial` (frozen), or `every: N` (refreshed every N steps)."""
 
     @field_validator("beta", mode="plain")
     @classmethod
@@ -582,7 +582,7 @@ class WarmStartConfig(Section):
     """Regular expression of what to leave out of the solutions, such as GSM8K's "<<48/2=24>>"."""
     completion: str = "{solution}"
     """What the model learns to write, such as "{solution}\\n\\\\boxed{{answer}}"."""
-    vocab_size: int = Field(default=4096, ge=300)
+    vocab_size: int = Field(default=4096, ge=257)
     """Of the byte-level BPE tokenizer trained on the texts; digits are tokens of their own."""
     architecture: dict[str, Any] = {}
     """Arguments of transformers' Qwen2Config."""

@@ -86,10 +86,10 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
 
     Returns the weights and each step's mean gradient norm.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, first = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
-    def logprob(row, i):
+    def logprob(row, i, model=model):
         prompt, ids = row["prompt_ids"], row["completion_ids"][i]
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).double().sum()
@@ -98,7 +98,7 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
         oldest, newest = row["version_min"][i], row["version_max"][i]
         if oldest is None or oldest == newest == version:
             with torch.no_grad():
-                return logprob(row, i)
+                return logprob(row, i, first if oldest is None else model)
         return torch.tensor(row["sampling_logprobs"][i], dtype=torch.float64).sum()
 
     norms = []
@@ -152,10 +152,10 @@ def few_groups(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
     result = {"weights": weights(policy), "unchanged": unchanged, "counts": (policy.step, policy.num_updates), "metrics": metrics}
     bad = make_group(77, (math.inf, 0.0))
     result["skipped"] = [train_step(policy, [bad], given), same(weights(policy), result["weights"]), policy.num_updates]
-    train_step(policy, [make_group(6, version=None), bad], given)  # in a row is what counts
+    train_step(policy, [make_group(6, version=policy.step), bad], given)  # in a row is what counts
     other = load(folder / "model", given)
     for group in (1, 4, 6):  # what was trained on, without what was skipped
-        train_step(other, [make_group(group, version=None)], given)
+        train_step(other, [make_group(group, version=other.step)], given)
     result["as if it had not been"] = difference(weights(policy), weights(other))
     try:
         train_step(policy, [bad], given)
@@ -206,9 +206,7 @@ def learn_on_ranks(folder: Path) -> dict[str, Any]:
     given = settings(folder, backend="deepspeed", zero_stage=3, num_mini_batches=3, num_steps=2)
     policy = load(shared_model(folder), given)
     buffer, sent, stepped = Recorder(2), [], []
-    learn(
-        policy, buffer, ObjectPublisher(sent.append, torch.float32, is_sender=policy.rank == 0), given, lambda m: stepped.append(m["step"])
-    )
+    learn(policy, buffer, ObjectPublisher(sent.append, torch.float32, is_sender=policy.rank == 0), given, lambda m: stepped.append(m["step"]))
     return {"told": buffer.told, "sent": len(sent), "stepped": stepped, "weights": weights(policy), "checkpoint": latest_checkpoint(folder)}
 
 
@@ -322,8 +320,7 @@ CASES = {
     for backend, stage in BACKENDS
 }
 CASES |= {
-    f"two steps ddp 0 {tokens}": functools.partial(two_steps, backend="ddp", zero_stage=0, micro_batch_tokens=tokens)
-    for tokens in (1, 100_000)
+    f"two steps ddp 0 {tokens}": functools.partial(two_steps, backend="ddp", zero_stage=0, micro_batch_tokens=tokens) for tokens in (1, 100_000)
 }
 CASES |= {f"few groups {backend} {stage}": functools.partial(few_groups, backend=backend, zero_stage=stage) for backend, stage in BACKENDS}
 CASES |= {"learn": learn_on_ranks}
@@ -424,17 +421,23 @@ def test_previous_is_the_start_of_the_step_whatever_the_age_of_the_data(tmp_path
     assert train_step(policy, rows, settings(tmp_path, "previous", num_steps=20))["policy/log_ratio_rms"] == 0.0
 
 
-def test_behaviour_takes_the_engines_logprobs_of_older_and_mixed_completions_and_the_policy_for_fresh_and_foreign_ones(tmp_path, policy):
+def test_behaviour_takes_the_engines_logprobs_of_older_and_mixed_completions_the_policy_for_fresh_ones_and_the_first_for_foreign_ones(
+    tmp_path, policy
+):
+    first = load(tmp_path / "model", settings(tmp_path))
+    train_step(policy, [make_group(9)], settings(tmp_path))
+    assert not policy.has_reference  # a second copy of the weights, which only foreign data asks for
     policy.step = 3
     row = make_group(5, (1.0, 0.0, 0.5, 0.25), version_min=[3, 2, 1, None], version_max=[3, 3, 1, None])
     row["sampling_logprobs"][3] = None
-    own = policy.logprobs([row]).detach()
-    engine = [sum(values) for values in row["sampling_logprobs"][:3]]
-    expected = math.sqrt(((own[1] - engine[1]) ** 2 + (own[2] - engine[2]) ** 2) / 4)
+    own, foreign = policy.logprobs([row]).detach(), first.logprobs([row]).detach()[3]
+    references = [own[0], *(sum(values) for values in row["sampling_logprobs"][1:3]), foreign]
+    ratios = [float(a - b) for a, b in zip(own, references, strict=True)]
+    assert ratios[0] == 0 != ratios[3]
     metrics = train_step(policy, [row], settings(tmp_path, "behaviour", num_steps=9))
-    assert metrics["policy/log_ratio_rms"] == pytest.approx(expected, rel=1e-12)
-    assert metrics["policy/kl_ref"] == pytest.approx(-float(own[1] - engine[1] + own[2] - engine[2]) / 4, rel=1e-12)
-    assert metrics["staleness/max"] == 2 and metrics["staleness/mean"] == pytest.approx((0 + 1 + 2) / 3)
+    assert metrics["policy/log_ratio_rms"] == pytest.approx(math.sqrt(sum(ratio**2 for ratio in ratios) / 4), rel=1e-6)
+    assert metrics["policy/kl_ref"] == pytest.approx(-sum(ratios) / 4, rel=1e-6)
+    assert metrics["staleness/max"] == 2 and metrics["staleness/mean"] == pytest.approx((0 + 1 + 2) / 3) and policy.has_reference
 
 
 def test_initial_stays_where_it_was(tmp_path, policy):
@@ -885,9 +888,7 @@ class SyncBuffer:
         self._now(self.real.saved(step))
 
 
-def run_learn(
-    folder: Path, given: Settings, path: Path | str, last_step: int, **options: Any
-) -> tuple[Policy, SyncBuffer, list[dict[str, Any]]]:
+def run_learn(folder: Path, given: Settings, path: Path | str, last_step: int, **options: Any) -> tuple[Policy, SyncBuffer, list[dict[str, Any]]]:
     policy = load(path, given)
     buffer, lines = SyncBuffer(folder, last_step, version=policy.step, **options), []
     buffer.fill(10)  # after the first time: all of them are there already

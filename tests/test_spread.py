@@ -29,20 +29,20 @@ class Float64Policy(Policy):
 def batch(step: int) -> list[dict[str, Any]]:
     """Ragged: groups of 2 beside one of 32, completions of one token, unverifiable and equal rewards, fresh, stale and foreign data."""
     if step == NUM_STEPS:
-        return [make_group(91, (1.0, 0.0), None)]  # fewer groups than ranks
+        return [make_group(91, (1.0, 0.0), step - 1)]  # fewer groups than ranks
     first = 10 * step
     one_token = make_group(first + 6, (0.0, 1.0, 0.5), None)
     one_token["completion_ids"] = [[EOS], [EOS + 1], [EOS + 2]]
     return [
-        make_group(first, (1.0, 0.0), None),
+        make_group(first, (1.0, 0.0), step - 1),
         make_group(first + 1, tuple(float(i % 3) for i in range(32)), None),
         make_group(first + 2, (0.0, 1.0, None, 0.5), 0),  # stale from the second step on: its reference is the engine's
         make_group(first + 3, (None, None), None),
         make_group(first + 4, (1.0, 1.0, 1.0), 0),
-        make_group(first + 5, (0.25, 0.75, 1.0), None),
+        make_group(first + 5, (0.25, 0.75, 1.0), step - 1),
         one_token,
         make_group(first + 7, (None, 1.0), None),
-        make_group(first + 8, (1.0, 0.0, 0.0, 0.0, 0.0), None),
+        make_group(first + 8, (1.0, 0.0, 0.0, 0.0, 0.0), step - 1),
     ]
 
 
@@ -151,11 +151,11 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
     """transformers, autograd, clipping and AdamW, one completion at a time; the definition of the loss."""
     from transformers import AutoModelForCausalLM
 
-    model = float64(AutoModelForCausalLM.from_pretrained(make_model(tmp_path), dtype=torch.float64))
+    model, first = (float64(AutoModelForCausalLM.from_pretrained(make_model(tmp_path), dtype=torch.float64)) for _ in range(2))
     start = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
-    def logprob(row: dict[str, Any], i: int) -> torch.Tensor:
+    def logprob(row: dict[str, Any], i: int, model: torch.nn.Module = model) -> torch.Tensor:
         prompt, ids = row["prompt_ids"], row["completion_ids"][i]
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).sum()
@@ -166,9 +166,12 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
             kept = [i for i, reward in enumerate(row["rewards"]) if reward is not None]
             if len(kept) < 2:
                 continue
-            with torch.no_grad():  # the engine's log-probs of what an older policy sampled, else the policy at the start of the step
-                is_old = row["version_min"][0] is not None and step > 1
-                references = [torch.tensor(row["sampling_logprobs"][i]).double().sum() if is_old else logprob(row, i) for i in kept]
+            version = row["version_min"][0]
+            with torch.no_grad():  # the engine's log-probs of what an older policy sampled, else the policy at the start of the step or of the run
+                if version is not None and version < step - 1:
+                    references = [torch.tensor(row["sampling_logprobs"][i]).double().sum() for i in kept]
+                else:
+                    references = [logprob(row, i, first if version is None else model) for i in kept]
             rows.append((row, kept, torch.stack(references)))
         middle = round(len(rows) / 2)
         for part in (rows[:middle], rows[middle:]):

@@ -20,9 +20,9 @@ from test_metrics import BATCH
 
 from gvpo_ray import GVPO, GVPOConfig, tracking
 from gvpo_ray.config import ConfigError
-from gvpo_ray.learner import AGES
 from gvpo_ray.losses.gvpo import RESIDUAL_EDGES
 from gvpo_ray.metrics import MetricsLog, batch_metrics, evaluation_metrics
+from gvpo_ray.objective import AGES
 from gvpo_ray.tracking import Gauges, Tracking, check_trackers, of_line, of_status, parameters_of, series_of
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana" / "gvpo.json"
@@ -136,7 +136,7 @@ def test_every_word_of_the_buffer_for_what_the_learner_does_is_a_state() -> None
 
 
 def test_every_state_of_an_engine_is_counted() -> None:
-    states = set(re.findall(r"becomes\(\"([^\"]+)\"\)", (Path(tracking.__file__).parent / "fleet.py").read_text()))
+    states = set(re.findall(r"becomes\(\"([^\"]+)\"\)", (Path(tracking.__file__).parent / "engine_group.py").read_text()))
     assert len(states) > 5 and states <= set(tracking.ENGINE_STATES)
 
 
