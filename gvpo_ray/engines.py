@@ -5,7 +5,7 @@
     update(version, weights, probe)                       swap in newer weights while completions are in flight
     drain(seconds) / status() / close()
 
-Plain classes; fleet.py makes them actors, one event loop each, many groups in flight. Importing this imports neither torch nor vLLM.
+Plain classes; engine_group.py makes them actors, one event loop each, many groups in flight. Importing this imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -272,6 +272,9 @@ class Engine(BaseEngine):
             arguments["quantization"] = pool.quantization
         if on_gpu:
             arguments["gpu_memory_utilization"] = pool.memory_fraction
+        else:
+            # After a part of a prompt vLLM winds the generator of a request with a seed back, which those of a CPU cannot: its core would die.
+            arguments["enable_chunked_prefill"] = False
         if self._drain_s is not None:  # a node that goes sends SIGTERM to vLLM's core too
             arguments["shutdown_timeout"] = math.ceil(self._drain_s)
         if not self._load_weights and self._model.lora is None:

@@ -501,6 +501,18 @@ def test_vllm_samples_only_what_is_missing_of_a_group(running: Running) -> None:
     assert status["num_tokens"] - before == sum(len(ids) for row in rows for ids in row) and status["num_completions"] == 0
 
 
+def test_what_a_seed_samples_is_the_same_alone_and_among_more_prompts_than_vllm_takes_at_a_time(running: Running) -> None:
+    ids = [5 + i % 11 for i in range(60)]  # 60 of them are more tokens than vLLM computes in a step
+    long = [groups.with_columns(prompt(i), prompt_ids=[[*ids, 5 + i % 7]]) for i in range(60)]
+
+    async def run() -> None:
+        (alone, _), (again, _) = [await running.engine.generate(long[59], sampling(2, 8), 0, seed) for seed in (59, 60)]
+        many = await asyncio.gather(*(running.engine.generate(group, sampling(2, 8), 0, i) for i, group in enumerate(long)))
+        assert row_of(many[59][0])["completion_ids"] == row_of(alone)["completion_ids"] != row_of(again)["completion_ids"]
+
+    running.run(run())
+
+
 def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engine_was_cut_off(running: Running) -> None:
     engine = running.engine
 
