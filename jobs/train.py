@@ -20,6 +20,9 @@ def train(arguments: list[str]) -> int:
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted; the same command begins the warm start again", file=sys.stderr)
+            return 130
     return main(["train", *arguments])
 
 

@@ -19,3 +19,6 @@ if __name__ == "__main__":
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command begins the warm start again", file=sys.stderr)
+        sys.exit(130)
