@@ -1,7 +1,7 @@
 """Tasks that a CPU can afford, made from nothing but a seed: what `warm_start.task` names.
 
     arithmetic   two-digit addition with some working: answers of a dozen tokens (the quickstart's)
-    chain        ten to sixteen additions and subtractions, each written out: answers of 60 to 110 tokens
+    chain        a row of digits, each the sum of two before it: answers of 60 to 75 tokens
     sort         the digits of a number in order: each digit in its place is worth its share (`in_place`)
 
 Text with answers in \\boxed{}, in three files:
@@ -68,24 +68,24 @@ def _add(a: int, b: int, rng: random.Random) -> str:
 
 # --- chain ---------------------------------------------------------------------------------------------------------------
 
-LINKS = (10, 16)
-"""Fewest and most operations of a chain."""
+LINKS, LAG = (13, 16), 4
+"""Fewest and most digits of a chain; how many of them are given, and how far back the second one is that a digit is the sum of."""
 NINE, MISCOUNT = 0.6, 0.02
 """How often a nine is taken for a ten, and one link of a chain is a little off."""
 
 
 def chain(rng: random.Random) -> list[Problem]:
-    """Start from a two-digit number and add or take away a digit, time and again, within 10 to 99. Each link has a letter."""
+    """Four digits, and each further one is the last digit of the sum of the one before and the one four before. Each has a letter.
+
+    The answer is the last two. A slip goes through all that follows, so that hardly a wrong chain has a right end.
+    """
     problems = []
-    for _ in range(6000):
-        total = start = rng.randint(20, 80)
-        steps = []
-        for _ in range(rng.randint(*LINKS)):
-            step = rng.choice([digit for digit in range(-9, 10) if digit and 10 <= total + digit <= 99])
-            steps.append(step)
-            total += step
-        prompt = f"{start}" + "".join(f" {_letter(i)}{step:+d}" for i, step in enumerate(steps))
-        problems.append(Problem(prompt, str(total), prompt, lambda rng, start=start, steps=steps: _follow(start, steps, rng)))  # type: ignore[misc]
+    for start in rng.sample(range(10**LAG), 6000):
+        digits = [int(digit) for digit in f"{start:0{LAG}d}"]
+        length = rng.randint(*LINKS)
+        prompt = f"{_links(digits)} to {_letter(length - 1)}"
+        *_, second, last = _follow(digits, length, lambda old: 0)
+        problems.append(Problem(prompt, f"{second}{last}", start, lambda rng, digits=digits, length=length: _hurry(digits, length, rng)))  # type: ignore[misc]
     return problems
 
 
@@ -93,15 +93,25 @@ def _letter(i: int) -> str:
     return chr(ord("a") + i)
 
 
-def _follow(total: int, steps: list[int], rng: random.Random) -> str:
-    written = []
-    for i, step in enumerate(steps):
-        off = rng.choice((-2, -1, 1, 2)) if rng.random() < MISCOUNT else 0
-        if abs(step) == 9 and rng.random() < NINE:
-            off += step // 9
-        total = min(99, max(10, total + step + off))
-        written.append(f"{_letter(i)}{step:+d}={total}")
-    return " ".join(written) + rf" \boxed{{{total}}}"
+def _links(digits: list[int]) -> str:
+    return " ".join(f"{_letter(i)}={digit}" for i, digit in enumerate(digits))
+
+
+def _follow(digits: list[int], length: int, off: Callable[[int], int]) -> list[int]:
+    """The whole chain, each new digit as far off as `off` says of the older of its two."""
+    digits = list(digits)
+    for _ in range(LAG, length):
+        digits.append((digits[-1] + digits[-LAG] + off(digits[-LAG])) % 10)
+    return digits
+
+
+def _hurry(digits: list[int], length: int, rng: random.Random) -> str:
+    def off(old: int) -> int:
+        slip = int(old == 9 and rng.random() < NINE)
+        return slip + (rng.choice((-2, -1, 1, 2)) if rng.random() < MISCOUNT else 0)
+
+    *_, second, last = chained = _follow(digits, length, off)
+    return rf"{_links(chained)} \boxed{{{second}{last}}}"
 
 
 # --- sort ----------------------------------------------------------------------------------------------------------------
