@@ -50,32 +50,37 @@ def test_a_finished_cell_is_not_run_again_and_a_killed_bench_goes_on(tmp_path: P
 
 
 def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_tables(tmp_path: Path, ran: list[Cell]) -> None:
-    paper.main(["sort"], 3, tmp_path)
+    paper.main(["arithmetic"], 3, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
-    assert len(trials) == 4 * len(paper.METHODS) == len({cell.key for cell in trials})
-    for name, best in (("replay.share", 0.1), ("sampling.num_completions", None)):
+    assert len(trials) == 4 * len(paper.METHODS) - 1 == len({cell.key for cell in trials})  # a steered beta is not tuned
+    for name, best in (("replay.share", "auto"), ("sampling.num_completions", None)):
         (rate,) = {cell.overrides["learner.learning_rate"] for cell in ran if name in cell.overrides}
-        assert rate == max(experiments.RATES) and best in (None, *(cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides))
+        betas = {cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides}
+        assert rate == max(experiments.RATES["arithmetic"]) and best in (None, *betas)
     text = (tmp_path / "paper.md").read_text()
     for line in ("| base | 25.0 | 20.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01, 1.0 | 50.0", "| GRPO, 32 | 50.0", "| 0.375 | 50.0",
-                 "| GRPO | loss.clip | 0.0008, 0.4 |", "| GVPO | loss.beta | 0.0008, 0.1 |"):  # fmt: skip
+                 "| GRPO | loss.clip | 0.0008, 0.4 |", "| GVPO |  | 0.0008 |"):  # fmt: skip
         assert line in text
-    assert (tmp_path / "frontier-sort.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "beta-sort.png").exists()
+    assert (tmp_path / "frontier-arithmetic.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "beta-arithmetic.png").exists()
     count = len(ran)
-    paper.main(["sort"], 3, tmp_path)
+    paper.main(["arithmetic"], 3, tmp_path)
     assert len(ran) == count
 
 
 def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: list[Cell]) -> None:
-    staleness.main(["chain"], 2, tmp_path)
+    staleness.main(["arithmetic"], 2, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
-    assert len(trials) == 4 * len(staleness.METHODS) and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
-    cells = ran[len(trials) :]
+    assert len(trials) == 4 * len(staleness.METHODS) - 1 and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
+    cells, foreign = ran[len(trials) : -4], ran[-4:]
     assert len(cells) == 2 * len(staleness.METHODS) * len(staleness.AGES)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # a whole table early
+    assert [cell.overrides["sources.people.group_share"] for cell in foreign] == [0.5, 0.5, 1.0, 1.0] and {cell.age for cell in foreign} == {0}
     text = (tmp_path / "staleness.md").read_text()
-    assert "| age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text and text.count("50.0 ± 0.0") == len(cells) / 2
-    assert (tmp_path / "staleness-chain.png").exists()
+    assert "| age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text and text.count("50.0 ± 0.0") == len(cells) / 2 + 3
+    assert (tmp_path / "staleness-arithmetic.png").exists()
+    staleness.main(["sort"], 2, tmp_path)
+    assert len([cell for cell in ran if cell.task == "sort"]) == 3 * 4 - 1 + 2 * 3 * 3
+    assert "| age in steps | 0 | 16 | unbounded |" in (text := (tmp_path / "staleness.md").read_text()) and "| 64 |" in text  # both tasks
 
 
 @pytest.mark.parametrize("task", experiments.TASKS)

@@ -1,11 +1,13 @@
 """Experiments on the real ring: what `gvpo-ray bench paper` and `gvpo-ray bench staleness` share.
 
 A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a folder of its own, where a killed
-one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows.
+one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows. Commands
+on different tasks can run side by side in one folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -65,15 +67,22 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.parquet"
-        self.rows: dict[str, Row] = {}
-        if self.path.exists():
-            self.rows = {row["cell"]: row for row in pq.read_table(self.path).to_pylist()}
+        self.rows: dict[str, Row] = self._read()
+
+    def _read(self) -> dict[str, Row]:
+        return {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
 
     def add(self, row: Row) -> None:
-        self.rows[row["cell"]] = row
-        part = self.path.with_suffix(".part")
-        pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part)
-        part.replace(self.path)
+        with open(self.path.with_suffix(".lock"), "w") as lock:  # another process may run other cells
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.rows = {**self._read(), row["cell"]: row}
+            part = self.path.with_suffix(".part")
+            pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
+            part.replace(self.path)
+
+    def tasks(self, names: Iterable[str]) -> list[str]:
+        """Those with a row."""
+        return [name for name in names if any(row["task"] == name for row in self.rows.values())]
 
     def of(self, cells: Iterable[Cell]) -> list[Row]:
         """Of those that are finished."""
@@ -82,43 +91,57 @@ class Results:
 
 @dataclass(frozen=True)
 class Method:
-    """An objective and its options as they usually are, and the option that is tuned beside the learning rate, its usual value first."""
+    """An objective and its options as they usually are, and the option that is tuned beside the learning rate, its usual value first.
+
+    Without an option the learning rate is all there is to tune.
+    """
 
     overrides: Mapping[str, Any]
-    option: str
-    values: tuple[Any, Any]
+    option: str | None = None
+    values: tuple[Any, Any] = (None, None)
 
     def at(self, rate: float, value: Any) -> dict[str, Any]:
+        if self.option is None:
+            return {**self.overrides, "learner.learning_rate": rate}
         options = {"loss.clip_low": value, "loss.clip_high": value} if self.option == "loss.clip" else {self.option: value}
         return {**self.overrides, **options, "learner.learning_rate": rate}
 
 
-RATES, TUNING_SEED = (2e-4, 4e-4, 8e-4), 1000
-NUM_TRIALS = len(RATES) + 1
-"""The budget of each method: the learning rates with the usual value of its own option, and that option's other value at the best rate."""
+RATES, TUNING_SEED = {"arithmetic": (1e-4, 2e-4, 4e-4, 8e-4), "chain": (2.5e-5, 5e-5, 1e-4, 2e-4), "sort": (1e-4, 2e-4, 4e-4, 8e-4)}, 1000
+NUM_TRIALS = 4
+"""The budget of each method, at most: the two learning rates in the middle with the usual value of its own option, the one beyond the better of them,
+and the option's other value at the best of the three."""
 
 
 def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> None:
     """Run the trials of all methods, on a seed of their own."""
-    for _ in range(2):  # the second half is known when the first has ended
+    for _ in range(3):  # a trial is known when those before it have ended
         run_all([cell for task in tasks for method in methods.values() for cell in trials(task, method, age, results)], results)
 
 
 def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
     """As far as they are known."""
     usual, other = method.values
-    first = [Cell(task, method.at(rate, usual), TUNING_SEED, age) for rate in RATES]
-    if len(found := results.of(first)) < len(first):
-        return first
-    rate = RATES[max(range(len(first)), key=lambda i: found[i]["train"])]
-    return [*first, Cell(task, method.at(rate, other), TUNING_SEED, age)]
+
+    def best(cells: list[Cell]) -> int:
+        return max(range(len(cells)), key=lambda i: results.rows[cells[i].key]["train"])
+
+    least, *middle, most = RATES[task]
+    cells = [Cell(task, method.at(rate, usual), TUNING_SEED, age) for rate in middle]
+    if len(results.of(cells)) < 2:
+        return cells
+    rates = [*middle, most if best(cells) else least]
+    cells.append(Cell(task, method.at(rates[2], usual), TUNING_SEED, age))
+    if method.option is None or len(results.of(cells)) < 3:
+        return cells
+    return [*cells, Cell(task, method.at(rates[best(cells)], other), TUNING_SEED, age)]
 
 
 def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
     """Overrides of the trial that was right most often on training prompts; None until all of them are there. Nobody has seen the held-out ones."""
     cells = trials(task, method, age, results)
     rows = results.of(cells)
-    if len(rows) < NUM_TRIALS:
+    if len(rows) < NUM_TRIALS - (method.option is None):
         return None
     return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["train"])[0].overrides)
 
@@ -159,6 +182,8 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
     # In its core's own process, as on a GPU, vLLM starts sooner and leaves more of two cores to others than with a process beside it.
     in_the_core = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
     here = {"seed": cell.seed, "max_staleness": cell.age, "checkpoint.every": 1000, "engines.parity_every": 0, "engines.vllm": in_the_core}
+    if any(name.startswith("sources.people.") for name in cell.overrides):  # those whose solutions the warm start imitates
+        paths |= {"sources.people.path": paths["warm_start.data.path"], "sources.people.completion_column": "solution"}
     return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
 
 
@@ -170,7 +195,7 @@ def run(cell: Cell, folder: Path) -> Row:
             if cell.age:
                 wanted = min(algo.step + cell.age + 1, config.num_steps) * config.groups_per_step
                 while algo.num_finished() < wanted:
-                    time.sleep(0.1)
+                    time.sleep(0.02)
             algo.train()
             if algo.step % EVERY == 0 and not algo.done:
                 algo.evaluate("heldout")
@@ -192,7 +217,7 @@ def run(cell: Cell, folder: Path) -> Row:
         "reward": statistics.mean(last), "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),
         "binding": statistics.mean(line["gvpo/binding"] for line in trained),
-        "steps": json.dumps([[line.get(name) for name in STEP_METRICS] for line in trained]),
+        "steps": json.dumps([[None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS] for line in trained]),
         "seconds": time.monotonic() - began,
     }  # fmt: skip
 
@@ -250,9 +275,9 @@ def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int,
     body = []
     for name, method in methods.items():
         found = [tuned(task, method, age, results) for task in tasks]
-        option = "loss.clip_low" if method.option == "loss.clip" else method.option
-        body.append([name, method.option, *(f"{best['learner.learning_rate']:g}, {best[option]}" if best else "" for best in found)])
-    text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
+        keys = ["learner.learning_rate", *(["loss.clip_low" if method.option == "loss.clip" else method.option] if method.option else [])]
+        body.append([name, method.option or "", *(", ".join(str(best[key]) for key in keys) if best else "" for best in found)])
+    text = f"Tuned with at most {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
     return [f"{text}.", "", markdown(["", "option", *tasks], body)]
 
 

@@ -3,7 +3,7 @@
 Age a: each batch is trained a steps after it was sampled, which is what a fleet that is always ahead by the dial's whole width gives
 (`max_staleness: a`). Unbounded: everything is sampled from the first policy, before the first step. Nothing is discarded at any age.
 
-Each method is tuned once with the same budget of four runs (experiments.py: `tune`), at age 16, and keeps what was best there at every age.
+Each method is tuned once with the same budget of at most four runs (experiments.py: `tune`), at age 16, and keeps what was best there at every age.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ AGES = (0, 1, 4, 16, 64, 100)
 TUNED_AT = 16
 BETAS, CLIPS = (0.1, 0.3), (0.2, 0.4)
 METHODS = {
-    "gvpo (default)": Method({}, "loss.beta", ("auto", 0.1)),
+    "gvpo (default)": Method({"loss.beta": "auto"}),
+    "gvpo, beta a number": Method({}, "loss.beta", BETAS),
     "gvpo, behaviour alone": Method({"loss.importance_cap": None, "loss.damped": False}, "loss.beta", BETAS),
     "gvpo, previous": Method({"loss.reference": "previous"}, "loss.beta", BETAS),
     "gvpo, every: 16": Method({"loss.reference": "every: 16"}, "loss.beta", BETAS),
@@ -27,6 +28,13 @@ METHODS = {
     "grpo, without": Method({"loss": {}, "loss.objective": "grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS),
     "dr_grpo, without": Method({"loss": {}, "loss.objective": "dr_grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS),
 }
+
+FEW = (("gvpo (default)", "grpo, with the ratio", "grpo, without"), (0, 16, 100))
+GRIDS = {"arithmetic": (tuple(METHODS), AGES), "chain": FEW, "sort": FEW}
+"""Methods and ages of each task: the whole table of one, the outlines of the others."""
+
+FOREIGN = {"none": {}, "half": {"sources.people.group_share": 0.5}, "all": {"sources.people.group_share": 1.0}}
+"""Of all groups, those of people's completions: the rest is the policy's own, of age 0."""
 
 
 def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Results) -> list[Cell]:
@@ -38,24 +46,39 @@ def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Re
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
-    tune(tasks, METHODS, TUNED_AT, results)
-    for num in range(1, num_seeds + 1):  # a whole table early, a better one later
-        for age in AGES:
-            run_all([cell for task in tasks for method in METHODS for cell in cells_of(task, method, age, range(num), results)], results)
-            write(tasks, results, range(num))
+    for task in tasks:
+        methods, ages = GRIDS[task]
+        tune([task], {name: METHODS[name] for name in methods}, TUNED_AT, results)
+        for num in range(1, num_seeds + 1):  # a whole table early, a better one later
+            for age in ages:
+                run_all([cell for method in methods for cell in cells_of(task, method, age, range(num), results)], results)
+                write(results, range(num))
+    if "arithmetic" in tasks:
+        run_all([cell for cells in foreign_cells(range(num_seeds), results).values() for cell in cells], results)
+        write(results, range(num_seeds))
 
 
-def write(tasks: Sequence[str], results: Results, seeds: Sequence[int]) -> None:
+def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell]]:
+    options = tuned("arithmetic", METHODS["gvpo (default)"], TUNED_AT, results)
+    return {} if options is None else {share: [Cell("arithmetic", {**options, **more}, seed) for seed in seeds] for share, more in FOREIGN.items()}
+
+
+def write(results: Results, seeds: Sequence[int]) -> None:
     """staleness.md and a picture for each task, from what is there."""
+    tasks = results.tasks(GRIDS)
     text = ["# Data age", "", f"pass@1 in % at temperature 1 on held-out prompts after 100 steps; ± 95 % over {len(seeds)} seeds.", ""]
     for task in tasks:
-        rows = {(method, age): results.of(cells_of(task, method, age, seeds, results)) for method in METHODS for age in AGES}
-        body = [[method, *(percent([row["pass@1"] for row in rows[method, age]]) for age in AGES)] for method in METHODS]
-        text += [f"## {task}", "", markdown(["age in steps", *map(str, AGES[:-1]), "unbounded"], body)]
+        methods, ages = GRIDS[task]
+        rows = {(method, age): results.of(cells_of(task, method, age, seeds, results)) for method in methods for age in ages}
+        body = [[method, *(percent([row["pass@1"] for row in rows[method, age]]) for age in ages)] for method in methods]
+        text += [f"## {task}", "", markdown(["age in steps", *map(str, ages[:-1]), "unbounded"], body)]
         lines = {
-            method: [(age + 0.5, sum(row["pass@1"] for row in found) / len(found)) for age in AGES if (found := rows[method, age])]
-            for method in METHODS
+            method: [(age + 0.5, sum(row["pass@1"] for row in found) / len(found)) for age in ages if (found := rows[method, age])]
+            for method in methods
         }
         picture(results.folder / f"staleness-{task}.png", lines, "age in steps + 1/2", "pass@1", task, log=True)
+    foreign = {share: results.of(cells) for share, cells in foreign_cells(seeds, results).items()}
+    body = [["gvpo (default)", *(percent([row["pass@1"] for row in rows]) for rows in foreign.values())]]
+    text += ["## People's completions, of all groups (arithmetic)", "", markdown(["", *foreign], body)] if any(foreign.values()) else []
     text += tuned_options(tasks, METHODS, TUNED_AT, results)
     (results.folder / "staleness.md").write_text("\n".join(text))
