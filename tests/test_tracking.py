@@ -347,7 +347,10 @@ def wandb_records(folder: Path) -> Iterator[Any]:
 
 
 def test_wandb_offline_has_every_line_once_in_one_run_with_steps_that_grow(tmp_path: Path) -> None:
+    import wandb
+
     two_processes(tmp_path / "math", wandb={"project": "adding", "mode": "offline"})
+    wandb.teardown()  # finish() does not wait until W&B's service has closed its file, the end of a process does
     histories, runs = [], []
     for folder in sorted((tmp_path / "math" / "wandb").glob("offline-run-*")):
         for record in wandb_records(folder):
