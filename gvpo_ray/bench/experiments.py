@@ -2,42 +2,51 @@
 
 A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a folder of its own, where a killed
 one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows. Commands
-on different tasks can run side by side in one folder.
+can run side by side in one folder: each takes cells that nobody else is at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import torch
 
 from gvpo_ray import groups
 from gvpo_ray.config import GVPOConfig
-from gvpo_ray.controller import GVPO, evaluate
+from gvpo_ray.controller import GVPO, Session, evaluate
 from gvpo_ray.policy import CompletionLogprobs, padded_inputs, sequence_sums
 from gvpo_ray.warm_start import warm_start
 
 JOBS = Path(__file__).parents[2] / "jobs"
 TASKS = {
-    "arithmetic": ("quickstart.yaml", {"groups_per_step": 16, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0}),
+    "arithmetic": (
+        "quickstart.yaml",
+        {
+            "groups_per_step": 16, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0,
+            "verifiers.num": 1, "verifiers.rewards": {"exact_match": 1.0},  # says the same as math of whole numbers in a box
+        },
+    ),
     "chain": ("chain_cpu.yaml", {}),
     "sort": ("sort_cpu.yaml", {"groups_per_step": 16}),
-}
+}  # fmt: skip
 """The config of each task, and what of it is otherwise here."""
-EVERY, EVERY_LIMIT = 20, 256
-"""Steps between evaluations on so many held-out prompts. The last one takes all of them, greedily, too, and as many training prompts."""
+EVERY, TRAIN_LIMIT = 20, 256
+"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts that the last one takes beside all held-out ones."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +76,17 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.parquet"
-        self.rows: dict[str, Row] = self._read()
+        self.rows: dict[str, Row] = {}
+        self.read()
 
-    def _read(self) -> dict[str, Row]:
-        return {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
+    def read(self) -> None:
+        """What others have added, too."""
+        self.rows = {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
 
     def add(self, row: Row) -> None:
-        with open(self.path.with_suffix(".lock"), "w") as lock:  # another process may run other cells
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self.rows = {**self._read(), row["cell"]: row}
+        with locked(self.path.with_suffix(".lock")):
+            self.read()
+            self.rows[row["cell"]] = row
             part = self.path.with_suffix(".part")
             pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
             part.replace(self.path)
@@ -87,6 +98,19 @@ class Results:
     def of(self, cells: Iterable[Cell]) -> list[Row]:
         """Of those that are finished."""
         return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among processes; False: another has it, and this one does not `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 @dataclass(frozen=True)
@@ -146,26 +170,38 @@ def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, An
     return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["train"])[0].overrides)
 
 
-def run_all(cells: Sequence[Cell], results: Results) -> None:
-    """Run what has no row yet."""
-    todo = list({cell.key: cell for cell in cells if cell.key not in results.rows}.values())
-    began = time.monotonic()
-    for i, cell in enumerate(todo):
-        left = f", {(time.monotonic() - began) / i * (len(todo) - i) / 60:.0f} min left" if i else ""
-        changes = " ".join(f"{name}={value}" for name, value in cell.overrides.items())
-        print(f"[{i + 1}/{len(todo)}{left}] {cell.task} seed={cell.seed} age={cell.age} {changes}", flush=True)
-        row = run(cell, results.folder)
-        print(f"    pass@1 {row['start']:.3f} to {row['pass@1']:.3f}, greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
-        results.add(row)
-        for name in ("groups", "checkpoints", "evaluations"):
-            shutil.rmtree(results.folder / "cells" / cell.key / name, ignore_errors=True)
+def run_all(cells: Iterable[Cell], results: Results) -> None:
+    """Run what has no row yet, and wait for what others run."""
+    todo = {cell.key: cell for cell in cells if cell.key not in results.rows}
+    num, began = len(todo), time.monotonic()
+    while todo:
+        for cell in list(todo.values()):
+            with locked(results.folder / "cells" / f"{cell.key}.lock", wait=False) as mine:
+                results.read()
+                if mine and cell.key not in results.rows:
+                    done = num - sum(key not in results.rows for key in todo)
+                    left = f", {(time.monotonic() - began) / done * (num - done) / 60:.0f} min left" if done else ""
+                    _run_and_say(cell, results, f"{done + 1}/{num}{left}")
+        todo = {key: cell for key, cell in todo.items() if key not in results.rows}
+        time.sleep(1 if todo else 0)
+
+
+def _run_and_say(cell: Cell, results: Results, place: str) -> None:
+    changes = " ".join(f"{name}={value}" for name, value in cell.overrides.items())
+    print(f"[{place}] {cell.task} seed={cell.seed} age={cell.age} {changes}", flush=True)
+    row = run(cell, results.folder)
+    print(f"    pass@1 {row['start']:.3f} to {row['pass@1']:.3f}, greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
+    results.add(row)
+    for name in ("groups", "checkpoints", "evaluations"):
+        shutil.rmtree(results.folder / "cells" / cell.key / name, ignore_errors=True)
 
 
 def prepare(task: str, folder: Path) -> dict[str, Any]:
     """The task's files, the model that all of its cells start from, and what that is worth: its evaluation."""
     first = config_of(Cell(task), folder)
-    warm_start(first)
-    result: dict[str, Any] = evaluate(first, out=str(folder / "tasks" / task / "start"))["sets"]
+    with locked(folder / "tasks" / f"{task}.lock"):
+        warm_start(first)
+        result: dict[str, Any] = evaluate(first, out=str(folder / "tasks" / task / "start"))["sets"]
     return result
 
 
@@ -173,11 +209,12 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
     file, changes = TASKS[cell.task]
     task = folder / "tasks" / cell.task
     held_out, train = ({"path": str(task / "data" / f"{name}.parquet"), "template": "{prompt}\n"} for name in ("heldout", "train"))
-    sets = {"heldout": held_out, "greedy": {**held_out, "temperature": 0}, "train": {**train, "limit": EVERY_LIMIT}}
+    curve = {**held_out, "limit": 64, "num_samples": 4}
+    sets = {"heldout": held_out, "greedy": {**held_out, "temperature": 0}, "train": {**train, "limit": TRAIN_LIMIT}, "curve": curve}
     paths = {
         "run_dir": str(folder / "cells" / cell.key), "model.path": str(task / "model"), "prompts.path": str(task / "data" / "train.parquet"),
         "warm_start.data.path": str(task / "data" / "worked.parquet"),
-        "evaluation": {"every": 0, "every_limit": EVERY_LIMIT, "sets": sets},
+        "evaluation": {"every": 0, "sets": sets},
     }  # fmt: skip
     # In its core's own process, as on a GPU, vLLM starts sooner and leaves more of two cores to others than with a process beside it.
     in_the_core = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
@@ -189,7 +226,10 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
 
 def run(cell: Cell, folder: Path) -> Row:
     """Train one cell, or go on with it."""
-    config, start, began = config_of(cell, folder), prepare(cell.task, folder), time.monotonic()
+    config = config_of(cell, folder)
+    if not ray.is_initialized():
+        Session(config.ray)  # one Ray for all cells: it ends with this process
+    start, began = prepare(cell.task, folder), time.monotonic()
     with GVPO(config, say=lambda line: None) as algo:
         while not algo.done:
             if cell.age:
@@ -198,17 +238,17 @@ def run(cell: Cell, folder: Path) -> Row:
                     time.sleep(0.02)
             algo.train()
             if algo.step % EVERY == 0 and not algo.done:
-                algo.evaluate("heldout")
+                algo.evaluate("curve")
         if not any("eval/greedy/pass@1" in line for line in algo.metrics.lines):
-            algo.evaluate()
+            algo.evaluate("heldout", "greedy", "train")
         lines = list(algo.metrics.lines)
     run_dir = Path(config.run_dir)
     trained = [line for line in lines if "loss" in line]
     curve = [{"step": 0, "pass@1": start["heldout"]["pass@1"]["value"], "kl": 0.0}]
-    for line in lines:
-        if "eval/heldout/pass@1" in line:
-            kl = divergence(config.model.path, run_dir / "evaluations" / f"heldout-step-{line['step']:06d}.arrow")
-            curve.append({"step": line["step"], "pass@1": line["eval/heldout/pass@1"], "kl": kl})
+    for line, name in itertools.product(lines, ("curve", "heldout")):
+        if f"eval/{name}/pass@1" in line:
+            kl = divergence(config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow")
+            curve.append({"step": line["step"], "pass@1": line[f"eval/{name}/pass@1"], "kl": kl})
     last = [line["reward/mean"] for line in trained[-10:]]
     return {
         "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),

@@ -29,9 +29,11 @@ METHODS = {
     "dr_grpo, without": Method({"loss": {}, "loss.objective": "dr_grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS),
 }
 
-FEW = (("gvpo (default)", "grpo, with the ratio", "grpo, without"), (0, 16, 100))
-GRIDS = {"arithmetic": (tuple(METHODS), AGES), "chain": FEW, "sort": FEW}
-"""Methods and ages of each task: the whole table of one, the outlines of the others."""
+FEW = (0, 16, 100)
+OUTLINE = dict.fromkeys(("gvpo (default)", "grpo, with the ratio", "grpo, without"), FEW)
+WHOLE = {name: FEW if name in ("gvpo, beta a number", "gvpo, behaviour alone") else AGES for name in METHODS}
+GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
+"""Ages of each method: the whole table of one task, the outlines of the others."""
 
 FOREIGN = {"none": {}, "half": {"sources.people.group_share": 0.5}, "all": {"sources.people.group_share": 1.0}}
 """Of all groups, those of people's completions: the rest is the policy's own, of age 0."""
@@ -47,11 +49,11 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
     for task in tasks:
-        methods, ages = GRIDS[task]
-        tune([task], {name: METHODS[name] for name in methods}, TUNED_AT, results)
+        grid = GRIDS[task]
+        tune([task], {name: METHODS[name] for name in grid}, TUNED_AT, results)
         for num in range(1, num_seeds + 1):  # a whole table early, a better one later
-            for age in ages:
-                run_all([cell for method in methods for cell in cells_of(task, method, age, range(num), results)], results)
+            for age in AGES:
+                run_all([cell for method in grid if age in grid[method] for cell in cells_of(task, method, age, range(num), results)], results)
                 write(results, range(num))
     if "arithmetic" in tasks:
         run_all([cell for cells in foreign_cells(range(num_seeds), results).values() for cell in cells], results)
@@ -68,7 +70,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
     tasks = results.tasks(GRIDS)
     text = ["# Data age", "", f"pass@1 in % at temperature 1 on held-out prompts after 100 steps; ± 95 % over {len(seeds)} seeds.", ""]
     for task in tasks:
-        methods, ages = GRIDS[task]
+        methods, ages = GRIDS[task], [age for age in AGES if any(age in some for some in GRIDS[task].values())]
         rows = {(method, age): results.of(cells_of(task, method, age, seeds, results)) for method in methods for age in ages}
         body = [[method, *(percent([row["pass@1"] for row in rows[method, age]]) for age in ages)] for method in methods]
         text += [f"## {task}", "", markdown(["age in steps", *map(str, ages[:-1]), "unbounded"], body)]
