@@ -338,6 +338,7 @@ class GVPO:
     async def _close_buffer(self) -> None:
         await self._buffer.actor.close.remote()
         await asyncio.to_thread(self.learners.join, 4.0)
+        ray.kill(self._buffer.actor, no_restart=True)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """An answer of the buffer; None means that the run was closed under us: raise why."""

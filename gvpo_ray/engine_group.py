@@ -469,8 +469,13 @@ class EngineGroup:
         ]  # fmt: skip
 
     async def close(self) -> None:
+        """End the engines, and their actors: in a Ray that goes on these would keep their GPUs as long as anybody has their handles."""
         engines = [seat.engine for seat in self.seats if seat.engine is not None]
-        await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)
+        try:
+            await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)
+        finally:
+            for engine in engines:
+                ray.kill(engine, no_restart=True)
 
 
 SCALE_CHECK_S = 0.5

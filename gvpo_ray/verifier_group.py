@@ -103,9 +103,11 @@ class VerifierGroup:
 
     async def _end(self, actor: Any) -> None:
         """For good: an actor that ends by itself is started again, and so would be its ending."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            await actor.close.remote()  # its sandbox
-        ray.kill(actor, no_restart=True)
+        try:
+            with contextlib.suppress(ray.exceptions.RayError):
+                await actor.close.remote()  # its sandbox
+        finally:
+            ray.kill(actor, no_restart=True)
 
     def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
         actor = ray.remote(RewardModel)
@@ -120,7 +122,9 @@ class VerifierGroup:
         return _RemoteReward(actors)
 
     async def close(self) -> None:
-        await asyncio.gather(*(verifier.close.remote() for verifier in self._in_hand), *self._endings, return_exceptions=True)
+        for model in self._models:
+            ray.kill(model, no_restart=True)
+        await asyncio.gather(*map(self._end, self._in_hand), *self._endings, return_exceptions=True)
 
 
 GROW_AT = 2

@@ -199,6 +199,15 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
     assert seat.status["pid"] in {writer for row in rows.values() for writer in writers(row)}  # the new one works
 
 
+def test_the_engines_of_a_stopped_run_go_in_a_ray_that_goes_on(start: Start, tmp_path: Path) -> None:
+    run = start({"num": 2}, num_steps=2)
+    pids = [until(run, lambda name=name: seat_of(run, name).status.get("pid")) for name in ("engines-0", "engines-1")]
+    finish(run, tmp_path, 2)
+    run.close()
+    while any(map(is_there, pids)):  # `run` still has their handles
+        time.sleep(0.1)
+
+
 def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(start: Start, tmp_path: Path) -> None:
     make, make_mute = maker(Signed), maker(Mute)
     run = start(

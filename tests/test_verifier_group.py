@@ -70,6 +70,8 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
         time.sleep(0.1)
     assert len(left) == 1
     session.call(verifiers.close())
+    while tiny.descendants("ray::_VerifierActor"):  # `verifiers` still has its handle
+        time.sleep(0.1)
 
 
 def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: Path) -> None:
