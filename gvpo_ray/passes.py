@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,20 +68,20 @@ class Fixed:
         return cls(torch.zeros(0, device=policy.device), torch.zeros(0, device=policy.device))
 
 
-def is_foreign(row: Row) -> list[bool]:
-    """Of each completion: whether no policy of this run wrote it."""
-    return [oldest is None or logprobs is None for oldest, logprobs in zip(row["version_min"], row["sampling_logprobs"], strict=True)]
+START, FOREIGN = "start", "foreign"
 
 
-def _sampled(row: Row, version: int) -> list[list[float] | None]:
-    """Log-probs of a completion's tokens by the policy that sampled it; None: it was the policy at the start of the step, or it is foreign.
+def _sampled(row: Row, version: int) -> list[list[float] | str]:
+    """Of each completion the log-probs of its tokens by the policy that sampled it; START: that was the policy at the start of the step;
+    FOREIGN: it was no policy of this run.
 
     A completion wholly sampled by that very policy takes the learner's own pass (log-ratio exactly 0); an older or mixed one its
     engine's log-probs, exact also when weights changed in mid-completion.
     """
+    columns = (row[name] for name in ("version_min", "version_max", "sampling_logprobs"))
     return [
-        logprobs if oldest is not None and logprobs is not None and not oldest == newest == version else None
-        for oldest, newest, logprobs in zip(row["version_min"], row["version_max"], row["sampling_logprobs"], strict=True)
+        FOREIGN if oldest is None or logprobs is None else START if oldest == newest == version else logprobs
+        for oldest, newest, logprobs in zip(*columns, strict=True)
     ]
 
 
@@ -101,28 +100,28 @@ def reference_passes(
     version, result = policy.step, []
     by_token = loss.has_reference_model and not loss.asks_reference_model_for_sums
     takes_for_first = loss.reference == "behaviour" and loss.objective == "gvpo"
+    asks_sampler = loss.reference == "behaviour" or loss.objective != "gvpo" or loss.importance_cap is not None
     for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
-        unknown = {yes for row in mini_batch for yes, known in zip(is_foreign(row), _sampled(row, version), strict=True) if known is None}
-        asks_first = takes_for_first and True in unknown
-        asks_start = "previous" in (loss.reference, loss.old_policy) or (
-            (loss.reference == "behaviour" or loss.objective != "gvpo") and (False in unknown or (True in unknown and not takes_for_first))
-        )
-        if asks_first and not policy.has_reference:
-            policy.load_reference(model_path)
+        unknown = {known for row in mini_batch for known in _sampled(row, version) if isinstance(known, str)}
+        asks_first = takes_for_first and FOREIGN in unknown
+        if asks_first:
+            unknown.remove(FOREIGN)
+            if not policy.has_reference:
+                policy.load_reference(model_path)
+        asks_start = i > 0 and ("previous" in (loss.reference, loss.old_policy) or (asks_sampler and bool(unknown)))
         fixed = []
         for micro in plan.passes:  # a rank with nothing to ask takes part
-            brought = [
-                [float("nan")] * len(ids) if logprobs is None else logprobs
-                for row in micro
-                for ids, logprobs in zip(row["completion_ids"], _sampled(row, version), strict=True)
-            ]
-            sampled = torch.tensor(list(itertools.chain(*brought)), dtype=torch.float64, device=policy.device)
+            brought, foreign = [], []
+            for row in micro:
+                for ids, known in zip(row["completion_ids"], _sampled(row, version), strict=True):
+                    brought += [float("nan")] * len(ids) if isinstance(known, str) else known
+                    foreign += [known == FOREIGN] * len(ids)
+            sampled = torch.tensor(brought, dtype=torch.float64, device=policy.device)
             if asks_first:
-                foreign = [yes for row in micro for ids, yes in zip(row["completion_ids"], is_foreign(row), strict=True) for _ in ids]
                 first = _pass(policy, micro, reference=True)
                 sampled = torch.where(torch.tensor(foreign, dtype=torch.bool, device=policy.device), first, sampled)
             start = torch.full_like(sampled, float("nan"))
-            if i > 0 and asks_start:
+            if asks_start:
                 start = _pass(policy, micro)
                 sampled = torch.where(sampled.isnan(), start, sampled)
             reference = _pass(policy, micro, reference=True) if by_token else start if loss.reference == "previous" else sampled

@@ -415,6 +415,17 @@ def test_later_mini_batches_are_measured_against_the_start_of_the_step(tmp_path,
     assert metrics["policy/log_ratio_rms"] == pytest.approx(math.sqrt(expected / 12), rel=1e-4) and expected > 0
 
 
+def test_what_a_fresh_completion_counts_in_later_mini_batches_is_its_ratio_to_the_start_of_the_step_whatever_the_reference(tmp_path):
+    make_model(tmp_path / "model")
+    rows, share = [make_group(i) for i in range(4)], {}
+    for reference in ("behaviour", "previous", "initial", "every: 3"):
+        given = settings(tmp_path, reference, num_mini_batches=2)
+        policy = load(given.model_path, given)
+        policy.load_reference(given.model_path) if reference == "initial" else None
+        share[reference] = train_step(policy, rows, given)["gvpo/effective_share"]
+    assert share["behaviour"] < 1 and set(share.values()) == {share["behaviour"]}
+
+
 def test_previous_is_the_start_of_the_step_whatever_the_age_of_the_data(tmp_path, policy):
     policy.step = 9
     rows = [make_group(1, version=0), make_group(2, version=None), make_group(3, version=9)]
