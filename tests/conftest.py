@@ -20,6 +20,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in without]
 
 
+@pytest.fixture
+def policy(tmp_path: Path) -> Any:
+    """A learner's, at its start, of the model in tmp_path/model."""
+    import learners
+
+    return learners.load(tiny.make_model(tmp_path / "model"), learners.settings(tmp_path))
+
+
 _results: dict[tuple[int, str], dict[str, list[Any]]] = {}
 
 
