@@ -235,7 +235,7 @@ def run(cell: Cell, folder: Path) -> Row:
             if cell.age:
                 wanted = min(algo.step + cell.age + 1, config.num_steps) * config.groups_per_step
                 while algo.num_finished() < wanted:
-                    time.sleep(0.02)
+                    time.sleep(0.1)
             algo.train()
             if algo.step % EVERY == 0 and not algo.done:
                 algo.evaluate("curve")
