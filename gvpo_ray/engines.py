@@ -392,6 +392,7 @@ class Engine(BaseEngine):
         while not self._llm.errored:
             await asyncio.sleep(1.0)
         self._death.set_exception(self._llm.dead_error)
+        self._death.exception()  # nobody has to be waiting for it
         await asyncio.sleep(CORPSE_S)
         os._exit(1)
 

@@ -102,6 +102,8 @@ def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: 
     staleness.main(["sort"], 2, tmp_path)
     assert len([cell for cell in ran if cell.task == "sort"]) == 3 * 4 - 1 + 2 * 3 * 3
     assert "| age in steps | 0 | 16 | unbounded |" in (text := (tmp_path / "staleness.md").read_text()) and "| 64 |" in text  # both tasks
+    paper.write(Results(tmp_path), range(2))
+    assert not any(task in (tmp_path / "paper.md").read_text() for task in experiments.TASKS)  # nothing of its own was run
 
 
 @pytest.mark.parametrize("task", experiments.TASKS)

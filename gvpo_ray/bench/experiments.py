@@ -91,10 +91,6 @@ class Results:
             pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
             part.replace(self.path)
 
-    def tasks(self, names: Iterable[str]) -> list[str]:
-        """Those with a row."""
-        return [name for name in names if any(row["task"] == name for row in self.rows.values())]
-
     def of(self, cells: Iterable[Cell]) -> list[Row]:
         """Of those that are finished."""
         return [self.rows[cell.key] for cell in cells if cell.key in self.rows]

@@ -74,9 +74,9 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
 
 def write(results: Results, seeds: Sequence[int]) -> None:
     """paper.md and the pictures, from what is there."""
-    tasks = results.tasks(TABLES)
     text = ["# The paper in miniature", "", f"pass@1 in % at temperature 1 on held-out prompts; ± 95 % over {len(seeds)} seeds.", ""]
-    tables = {task: cells_of(task, results, seeds) for task in tasks}
+    tables = {task: cells_of(task, results, seeds) for task in TABLES}
+    tasks = [task for task in TABLES if any(_all(table, results) for table in tables[task].values())]
 
     def value(rows: list[Row], name: str = "pass@1") -> str:
         return percent([row[name] for row in rows])
