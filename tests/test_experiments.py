@@ -73,7 +73,7 @@ def test_two_benches_in_one_folder_share_their_cells(tmp_path: Path, ran: list[C
 def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_tables(tmp_path: Path, ran: list[Cell]) -> None:
     paper.main(["arithmetic"], 3, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
-    assert len(trials) == 4 * len(paper.METHODS) - 1 == len({cell.key for cell in trials})  # a steered beta is not tuned
+    assert len(trials) == 4 * len(paper.METHODS) == len({cell.key for cell in trials})
     for name, best in (("replay.share", "auto"), ("sampling.num_completions", None)):
         (rate,) = {cell.overrides["learner.learning_rate"] for cell in ran if name in cell.overrides}
         betas = {cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides}
@@ -91,7 +91,7 @@ def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_t
 def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: list[Cell]) -> None:
     staleness.main(["arithmetic"], 2, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
-    assert len(trials) == 4 * len(staleness.METHODS) - 1 and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
+    assert len(trials) == 4 * len(staleness.METHODS) and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
     cells, foreign = ran[len(trials) : -4], ran[-4:]
     assert len(cells) == 2 * (7 * len(staleness.AGES) + 2 * len(staleness.FEW)) and len(staleness.METHODS) == 9
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # a whole table early
@@ -100,10 +100,23 @@ def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: 
     assert "| age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text and text.count("50.0 ± 0.0") == len(cells) / 2 + 3
     assert (tmp_path / "staleness-arithmetic.png").exists()
     staleness.main(["sort"], 2, tmp_path)
-    assert len([cell for cell in ran if cell.task == "sort"]) == 3 * 4 - 1 + 2 * 3 * 3
+    assert len([cell for cell in ran if cell.task == "sort"]) == 3 * 4 + 2 * 3 * 3
     assert "| age in steps | 0 | 16 | unbounded |" in (text := (tmp_path / "staleness.md").read_text()) and "| 64 |" in text  # both tasks
     paper.write(Results(tmp_path), range(2))
     assert not any(task in (tmp_path / "paper.md").read_text() for task in experiments.TASKS)  # nothing of its own was run
+
+
+@pytest.mark.parametrize(("scores", "rates"), [
+    ({2e-4: 0.8, 4e-4: 0.7, 1e-4: 0.75}, [1e-4, 2e-4, 4e-4, 1.4e-4]), ({2e-4: 0.8, 4e-4: 0.7, 1e-4: 0.6}, [1e-4, 2e-4, 4e-4, 2.8e-4]),
+    ({2e-4: 0.8, 4e-4: 0.81, 8e-4: 0.9}, [2e-4, 4e-4, 8e-4, 5.7e-4]),
+])  # fmt: skip
+def test_without_an_option_the_last_trial_is_the_rate_beside_the_best(scores: dict[float, float], rates: list[float], tmp_path: Path) -> None:
+    method, results = staleness.METHODS["gvpo (default)"], Results(tmp_path)
+    for _ in range(3):
+        cells = experiments.trials("arithmetic", method, 16, results)
+        for cell in cells:
+            results.rows[cell.key] = row(cell, train=scores.get(cell.overrides["learner.learning_rate"], 0.5))
+    assert [cell.overrides["learner.learning_rate"] for cell in cells] == rates
 
 
 @pytest.mark.parametrize("task", experiments.TASKS)

@@ -113,7 +113,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 class Method:
     """An objective and its options as they usually are, and the option that is tuned beside the learning rate, its usual value first.
 
-    Without an option the learning rate is all there is to tune.
+    Without an option the learning rate is all there is to tune, and gets all trials.
     """
 
     overrides: Mapping[str, Any]
@@ -129,8 +129,8 @@ class Method:
 
 RATES, TUNING_SEED = {"arithmetic": (1e-4, 2e-4, 4e-4, 8e-4), "chain": (2.5e-5, 5e-5, 1e-4, 2e-4), "sort": (1e-4, 2e-4, 4e-4, 8e-4)}, 1000
 NUM_TRIALS = 4
-"""The budget of each method, at most: the two learning rates in the middle with the usual value of its own option, the one beyond the better of them,
-and the option's other value at the best of the three."""
+"""The budget of each method: the two learning rates in the middle with the usual value of its own option, the one beyond the better of them, and
+the option's other value at the best of the three; without an option, the rate between that one and the better of its neighbours."""
 
 
 def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> None:
@@ -143,25 +143,32 @@ def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
     """As far as they are known."""
     usual, other = method.values
 
-    def best(cells: list[Cell]) -> int:
-        return max(range(len(cells)), key=lambda i: results.rows[cells[i].key]["train"])
+    def at(rate: float, value: Any) -> Cell:
+        return Cell(task, method.at(rate, value), TUNING_SEED, age)
 
-    least, *middle, most = RATES[task]
-    cells = [Cell(task, method.at(rate, usual), TUNING_SEED, age) for rate in middle]
+    def score(rate: float) -> float:
+        return float(results.rows[at(rate, usual).key]["train"])
+
+    least, *rates, most = RATES[task]
+    cells = [at(rate, usual) for rate in rates]
     if len(results.of(cells)) < 2:
         return cells
-    rates = [*middle, most if best(cells) else least]
-    cells.append(Cell(task, method.at(rates[2], usual), TUNING_SEED, age))
-    if method.option is None or len(results.of(cells)) < 3:
+    rates = [least, *rates] if score(rates[0]) >= score(rates[1]) else [*rates, most]
+    cells = [at(rate, usual) for rate in rates]
+    if len(results.of(cells)) < 3:
         return cells
-    return [*cells, Cell(task, method.at(rates[best(cells)], other), TUNING_SEED, age)]
+    best = max(range(3), key=lambda i: score(rates[i]))
+    if method.option is not None:
+        return [*cells, at(rates[best], other)]
+    beside = max((i for i in (best - 1, best + 1) if 0 <= i < 3), key=lambda i: score(rates[i]))
+    return [*cells, at(float(f"{math.sqrt(rates[best] * rates[beside]):.2g}"), usual)]
 
 
 def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
     """Overrides of the trial that was right most often on training prompts; None until all of them are there. Nobody has seen the held-out ones."""
     cells = trials(task, method, age, results)
     rows = results.of(cells)
-    if len(rows) < NUM_TRIALS - (method.option is None):
+    if len(rows) < NUM_TRIALS:
         return None
     return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["train"])[0].overrides)
 
@@ -313,7 +320,7 @@ def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int,
         found = [tuned(task, method, age, results) for task in tasks]
         keys = ["learner.learning_rate", *(["loss.clip_low" if method.option == "loss.clip" else method.option] if method.option else [])]
         body.append([name, method.option or "", *(", ".join(str(best[key]) for key in keys) if best else "" for best in found)])
-    text = f"Tuned with at most {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
+    text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
     return [f"{text}.", "", markdown(["", "option", *tasks], body)]
 
 

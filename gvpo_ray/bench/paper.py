@@ -6,7 +6,7 @@
     history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
     frontier   pass@1 against the distance from the start, along the runs of Table 1
 
-Each method is tuned first with the same budget of at most four runs (experiments.py: `tune`), on a seed of their own and by training prompts, so that
+Each method is tuned first with the same budget of four runs (experiments.py: `tune`), on a seed of their own and by training prompts, so that
 nobody has seen the held-out ones.
 """
 

@@ -3,7 +3,7 @@
 Age a: each batch is trained a steps after it was sampled, which is what a fleet that is always ahead by the dial's whole width gives
 (`max_staleness: a`). Unbounded: everything is sampled from the first policy, before the first step. Nothing is discarded at any age.
 
-Each method is tuned once with the same budget of at most four runs (experiments.py: `tune`), at age 16, and keeps what was best there at every age.
+Each method is tuned once with the same budget of four runs (experiments.py: `tune`), at age 16, and keeps what was best there at every age.
 """
 
 from __future__ import annotations
