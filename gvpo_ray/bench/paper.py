@@ -28,10 +28,10 @@ METHODS = {
     ),
     "GVPO": Method({"loss.beta": "auto"}),
 }
-TABLES = {"arithmetic": ("methods", "beta", "k", "history"), "chain": ("methods", "beta"), "sort": ("methods",)}
+TABLES = {"arithmetic": ("methods", "beta", "k", "history"), "chain": ("beta",), "sort": ("methods",)}
 """Of each task."""
 BETAS = (0.01, 0.1, 0.5, 1.0, 5.0)
-SIZES = (2, 4, 8, 16, 32)
+SIZES = {"GVPO": (2, 4, 8, 16, 32), "GRPO": (2, 8, 32)}
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5)
 
 
@@ -39,7 +39,7 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results, seeds = Results(folder), range(num_seeds)
     for task in tasks:
-        tune([task], METHODS, 0, results)
+        tune([task], METHODS if "methods" in TABLES[task] else {"GVPO": METHODS["GVPO"]}, 0, results)
         for name in TABLES[task]:
             run_all([cell for alike in cells_of(task, results, seeds)[name].values() for cell in alike], results)
             write(results, seeds)
@@ -59,10 +59,10 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
     if gvpo is None:
         return tables
     rate = gvpo["learner.learning_rate"]
-    for value, times in itertools.product(BETAS, (1.0, 0.5)):
-        overrides = {**gvpo, "loss.beta": value, "learner.learning_rate": rate * times}  # one of them is the cell of Table 1
+    for value, times in [("auto", 1.0), *itertools.product(BETAS, (1.0, 0.5))]:
+        overrides = {**gvpo, "loss.beta": value, "learner.learning_rate": rate * times}
         tables["beta"][value, times] = [Cell(task, overrides, seed) for seed in seeds]
-    for method, k in itertools.product(("GVPO", "GRPO"), SIZES):
+    for method, k in ((method, k) for method, sizes in SIZES.items() for k in sizes):
         if (options := best[method]) is not None:
             num_groups = 128 // k
             overrides = {**options, **({} if k == 8 else {"sampling.num_completions": k, "groups_per_step": num_groups})}
@@ -81,12 +81,13 @@ def write(results: Results, seeds: Sequence[int]) -> None:
     def value(rows: list[Row], name: str = "pass@1") -> str:
         return percent([row[name] for row in rows])
 
-    head = ["", *(f"{task}{what}" for task in tasks for what in ("", ", greedy"))]
-    starts = {task: _all(tables[task]["methods"], results) for task in tasks}
-    body = [["base", *itertools.chain(*([value(starts[task][:1], name) for name in ("start", "start_greedy")] for task in tasks))]]
+    compared = [task for task in tasks if "methods" in TABLES[task]]
+    head = ["", *(f"{task}{what}" for task in compared for what in ("", ", greedy"))]
+    starts = {task: _all(tables[task]["methods"], results) for task in compared}
+    body = [["base", *itertools.chain(*([value(starts[task][:1], name) for name in ("start", "start_greedy")] for task in compared))]]
     for method in METHODS:
-        rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in tasks}
-        body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in tasks))])
+        rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in compared}
+        body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in compared))])
     text += ["## Table 1: methods at equal samples", "", markdown(head, body), *tuned_options(tasks, METHODS, 0, results)]
     titles = {"beta": "beta, share of the tuned learning rate", "k": "method, completions per prompt", "history": "historical share"}
     for name, title in titles.items():
@@ -95,18 +96,19 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         body = [[_shown(key), *(value(results.of(tables[task][name].get(key, []))) for task in shown)] for key in keys]
         text += [f"## {title}", "", markdown([title, *shown], body)]
     (results.folder / "paper.md").write_text("\n".join(text))
-    for task in tasks:
+    for task in compared:
         lines = {}
         for method, cells in tables[task]["methods"].items():
             rows = results.of(cells)
             points = list(zip(*(row["curve"] for row in rows), strict=True)) if rows else []
             lines[method] = [tuple(sum(point[name] for point in alike) / len(alike) for name in ("kl", "pass@1")) for alike in points]
         picture(results.folder / f"frontier-{task}.png", lines, "KL from the start, nats per completion", "pass@1", task)
+    for task in tasks:
         if "beta" not in TABLES[task]:
             continue
         lines = {}
         for (beta, times), cells in tables[task]["beta"].items():
-            if rows := results.of(cells):
+            if beta != "auto" and (rows := results.of(cells)):
                 lines.setdefault(f"{times:g} x the tuned rate", []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
         picture(results.folder / f"beta-{task}.png", lines, "beta", "pass@1", task, log=True)
 

@@ -30,7 +30,7 @@ METHODS = {
 }
 
 FEW = (0, 16, 100)
-OUTLINE = dict.fromkeys(("gvpo (default)", "grpo, with the ratio", "grpo, without"), FEW)
+OUTLINE = dict.fromkeys(("gvpo (default)", "grpo, with the ratio"), FEW)
 WHOLE = {name: FEW if name in ("gvpo, beta a number", "gvpo, behaviour alone") else AGES for name in METHODS}
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 """Ages of each method: the whole table of one task, the outlines of the others."""
