@@ -16,7 +16,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,10 +173,14 @@ def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, An
     return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["train"])[0].overrides)
 
 
-def run_all(cells: Iterable[Cell], results: Results) -> None:
-    """Run what has no row yet, and wait for what others run."""
+WRITE_EVERY_S = 60.0
+
+
+def run_all(cells: Iterable[Cell], results: Results, write: Callable[[], None] = lambda: None) -> None:
+    """Run what has no row yet, and wait for what others run; `write` the tables now and then, and at the end."""
     todo = {cell.key: cell for cell in cells if cell.key not in results.rows}
     num, began = len(todo), time.monotonic()
+    written = began
     while todo:
         for cell in list(todo.values()):
             with locked(results.folder / "cells" / f"{cell.key}.lock", wait=False) as mine:
@@ -185,8 +189,12 @@ def run_all(cells: Iterable[Cell], results: Results) -> None:
                     done = num - sum(key not in results.rows for key in todo)
                     left = f", {(time.monotonic() - began) / done * (num - done) / 60:.0f} min left" if done else ""
                     _run_and_say(cell, results, f"{done + 1}/{num}{left}")
+            if time.monotonic() - written > WRITE_EVERY_S:
+                write()
+                written = time.monotonic()
         todo = {key: cell for key, cell in todo.items() if key not in results.rows}
         time.sleep(1 if todo else 0)
+    write()
 
 
 def _run_and_say(cell: Cell, results: Results, place: str) -> None:

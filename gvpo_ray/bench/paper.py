@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     results, seeds = Results(folder), range(num_seeds)
     for task in tasks:
         tune([task], METHODS if "methods" in TABLES[task] else {"GVPO": METHODS["GVPO"]}, 0, results)
-        for name in TABLES[task]:
-            run_all([cell for alike in cells_of(task, results, seeds)[name].values() for cell in alike], results)
-            write(results, seeds)
+        tables = cells_of(task, results, seeds)
+        cells = [cell for name in TABLES[task] for alike in tables[name].values() for cell in alike]
+        run_all(cells, results, partial(write, results, seeds))
 
 
 Tables = dict[str, dict[Any, list[Cell]]]

@@ -9,6 +9,7 @@ Each method is tuned once with the same budget of four runs (experiments.py: `tu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from gvpo_ray.bench.experiments import Cell, Method, Results, markdown, percent, picture, run_all, tune, tuned, tuned_options
@@ -52,12 +53,12 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
         grid = GRIDS[task]
         tune([task], {name: METHODS[name] for name in grid}, TUNED_AT, results)
         for num in range(1, num_seeds + 1):  # a whole table early, a better one later
-            for age in AGES:
-                run_all([cell for method in grid if age in grid[method] for cell in cells_of(task, method, age, range(num), results)], results)
-                write(results, range(num))
+            places = [(method, age) for age in AGES for method in grid if age in grid[method]]
+            cells = [cell for method, age in places for cell in cells_of(task, method, age, range(num), results)]
+            run_all(cells, results, partial(write, results, range(num)))
     if "arithmetic" in tasks:
-        run_all([cell for cells in foreign_cells(range(num_seeds), results).values() for cell in cells], results)
-        write(results, range(num_seeds))
+        cells = [cell for alike in foreign_cells(range(num_seeds), results).values() for cell in alike]
+        run_all(cells, results, partial(write, results, range(num_seeds)))
 
 
 def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell]]:
