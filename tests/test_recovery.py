@@ -178,6 +178,8 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
     seat = seat_of(run, "engines-0")
     until(run, lambda: sum(bool(group.kept) for group in list(seat.in_flight.values())) >= 2)
     pid = seat.status["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1)  # for what it has sent: a group may be wholly there
     kept = {group_id: list(group.kept) for group_id, group in list(seat.in_flight.items())}
     os.kill(pid, signal.SIGKILL)
     until(run, lambda: is_new(seat, pid))
