@@ -174,7 +174,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_finish_them(start: Start, tmp_path: Path) -> None:
-    run = start({"num": 2, "vllm": SLOW}, Signed, num_steps=8)
+    run = start({"num": 2, "vllm": SLOW}, Signed, num_steps=24)  # so that the new engine, too, has something to do
     seat = seat_of(run, "engines-0")
     until(run, lambda: sum(bool(group.kept) for group in list(seat.in_flight.values())) >= 2)
     pid = seat.status["pid"]
@@ -184,7 +184,7 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
     os.kill(pid, signal.SIGKILL)
     until(run, lambda: is_new(seat, pid))
     assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
-    rows = {row["group_id"]: row for row in finish(run, tmp_path, 8)}
+    rows = {row["group_id"]: row for row in finish(run, tmp_path, 24)}
     assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
     handed_over: dict[int, list[Any]] = {group_id: [] for group_id in kept}
     for group_id, refs in kept.items():
