@@ -172,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         tasks = ["arithmetic", "chain", "sort"]
         sub.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"{', '.join(tasks)} (default: all)")
         sub.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each cell (default: 3)")
-        sub.add_argument("--out", metavar="DIR", help="runs, results.parquet, tables and pictures, of both benches (default: runs/bench)")
+        where = "runs, results.parquet, tables and pictures, of both benches; processes that share it share the work (default: runs/bench)"
+        sub.add_argument("--out", metavar="DIR", help=where)
     for sub in (verifiers, learner, scale, paper, staleness):
         sub.set_defaults(overrides=[])
     options, rest = parser.parse_known_args(arguments)
