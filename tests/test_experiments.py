@@ -74,6 +74,8 @@ def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_t
     paper.main(["arithmetic"], 3, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
     assert len(trials) == 4 * len(paper.METHODS) == len({cell.key for cell in trials})
+    others = [cell.seed for cell in ran[len(trials) :]]
+    assert others == sorted(others) and [others.count(seed) for seed in range(3)] == [len(others) // 3] * 3  # whole tables early
     for name, best in (("replay.share", "auto"), ("sampling.num_completions", None)):
         (rate,) = {cell.overrides["learner.learning_rate"] for cell in ran if name in cell.overrides}
         betas = {cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides}

@@ -1,7 +1,7 @@
 """`gvpo-ray bench paper`: the paper's table and figures (arXiv 2504.19599) in miniature, on tasks that a CPU can afford.
 
     Table 1    base, GRPO, Dr. GRPO, RLOO, REINFORCE and GVPO at equal samples
-    beta       pass@1 against beta, at two learning rates, for short and long answers (the paper: flat from 0.01 to 0.5)
+    beta       pass@1 against beta, for short answers (at two learning rates) and long ones (the paper: flat from 0.01 to 0.5)
     k          completions per prompt from 2 to 32, at equal completions
     history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
     frontier   pass@1 against the distance from the start, along the runs of Table 1
@@ -32,18 +32,21 @@ METHODS = {
 TABLES = {"arithmetic": ("methods", "beta", "k", "history"), "chain": ("beta",), "sort": ("methods",)}
 """Of each task."""
 BETAS = (0.01, 0.1, 0.5, 1.0, 5.0)
+SHARES_OF_THE_RATE = {"arithmetic": (1.0, 0.5), "chain": (1.0,), "sort": (1.0,)}
+"""Learning rates of the beta table, of the tuned one: what rate and beta do together is seen on short answers, what length does at the tuned one."""
 SIZES = {"GVPO": (2, 4, 8, 16, 32), "GRPO": (2, 8, 32)}
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5)
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    results, seeds = Results(folder), range(num_seeds)
+    results = Results(folder)
     for task in tasks:
         tune([task], METHODS if "methods" in TABLES[task] else {"GVPO": METHODS["GVPO"]}, 0, results)
-        tables = cells_of(task, results, seeds)
-        cells = [cell for name in TABLES[task] for alike in tables[name].values() for cell in alike]
-        run_all(cells, results, partial(write, results, seeds))
+        for num in range(1, num_seeds + 1):  # whole tables early, better ones later
+            tables = cells_of(task, results, range(num))
+            cells = [cell for name in TABLES[task] for alike in tables[name].values() for cell in alike]
+            run_all(cells, results, partial(write, results, range(num)))
 
 
 Tables = dict[str, dict[Any, list[Cell]]]
@@ -60,7 +63,7 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
     if gvpo is None:
         return tables
     rate = gvpo["learner.learning_rate"]
-    for value, times in [("auto", 1.0), *itertools.product(BETAS, (1.0, 0.5))]:
+    for value, times in [("auto", 1.0), *itertools.product(BETAS, SHARES_OF_THE_RATE[task])]:
         overrides = {**gvpo, "loss.beta": value, "learner.learning_rate": rate * times}
         tables["beta"][value, times] = [Cell(task, overrides, seed) for seed in seeds]
     for method, k in ((method, k) for method, sizes in SIZES.items() for k in sizes):
