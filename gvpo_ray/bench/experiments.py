@@ -332,16 +332,40 @@ def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int,
     return [f"{text}.", "", markdown(["", "option", *tasks], body)]
 
 
-def picture(path: Path, lines: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, title: str, log: bool = False) -> None:
-    """Write a PNG with a line of (x, y) for each name."""
+Lines = Mapping[str, Sequence[tuple[float, ...]]]
+"""Points (x, y) by the name of their line."""
+
+
+def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, log: bool = False, ticks: Sequence[str] = ()) -> None:
+    """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`: names of x = 0, 1, …"""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel=x, ylabel=y, title=title, xscale="log" if log else "linear")
-    for name, points in lines.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    if any(lines.values()):
-        axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(6, 4) if columns == 1 else (4 * columns, 3.2 * rows), dpi=120, layout="constrained")
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name, points in lines.items() if points))}
+    drawn: dict[str, Any] = {}
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        axes.set(title=title, xlabel=x, ylabel=y, xscale="log" if log else "linear")
+        axes.label_outer()
+        axes.grid(alpha=0.3)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+        for name, points in lines.items():
+            if points:
+                (drawn[name],) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours[name])
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    if drawn and columns == 1:
+        grid[0].legend(drawn.values(), drawn, fontsize=8)
+    elif drawn:
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path)
+
+
+def mean_curve(rows: Sequence[Row], x: str) -> list[tuple[float, ...]]:
+    """(x, pass@1) along runs of other seeds, as means over them; `x` is `step` or `kl`."""
+    places = zip(*(row["curve"] for row in rows), strict=True)
+    return [tuple(statistics.mean(point[name] for point in alike) for name in (x, "pass@1")) for alike in places]

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.bench.experiments import Cell, Method, Results, Row, markdown, percent, picture, run_all, tune, tuned, tuned_options
+from gvpo_ray.bench.experiments import Cell, Method, Results, Row, markdown, mean_curve, percent, picture, run_all, tune, tuned, tuned_options
 
 METHODS = {
     "GRPO": Method({"loss": {}, "loss.objective": "grpo"}, "loss.clip", (0.2, 0.4)),
@@ -101,12 +101,8 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         text += [f"## {title}", "", markdown([title, *shown], body)]
     (results.folder / "paper.md").write_text("\n".join(text))
     for task in compared:
-        lines = {}
-        for method, cells in tables[task]["methods"].items():
-            rows = results.of(cells)
-            points = list(zip(*(row["curve"] for row in rows), strict=True)) if rows else []
-            lines[method] = [tuple(sum(point[name] for point in alike) / len(alike) for name in ("kl", "pass@1")) for alike in points]
-        picture(results.folder / f"frontier-{task}.png", lines, "KL from the start, nats per completion", "pass@1", task)
+        lines = {method: mean_curve(results.of(cells), "kl") for method, cells in tables[task]["methods"].items()}
+        picture(results.folder / f"frontier-{task}.png", {task: lines}, "KL from the start, nats per completion", "pass@1")
     for task in tasks:
         if "beta" not in TABLES[task]:
             continue
@@ -114,7 +110,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         for (beta, times), cells in tables[task]["beta"].items():
             if beta != "auto" and (rows := results.of(cells)):
                 lines.setdefault(f"{times:g} x the tuned rate", []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
-        picture(results.folder / f"beta-{task}.png", lines, "beta", "pass@1", task, log=True)
+        picture(results.folder / f"beta-{task}.png", {task: lines}, "beta", "pass@1", log=True)
 
 
 def _all(table: dict[Any, list[Cell]], results: Results) -> list[Row]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from gvpo_ray.bench.experiments import Cell, Method, Results, markdown, percent, picture, run_all, tune, tuned, tuned_options
+from gvpo_ray.bench.experiments import Cell, Method, Results, markdown, mean_curve, percent, picture, run_all, tune, tuned, tuned_options
 
 AGES = (0, 1, 4, 16, 64, 100)
 """In steps; the last is the number of steps: unbounded."""
@@ -67,7 +67,7 @@ def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell
 
 
 def write(results: Results, seeds: Sequence[int]) -> None:
-    """staleness.md and a picture for each task, from what is there."""
+    """staleness.md and for each task a picture of the ends and one of the whole curves, from what is there."""
     tasks = []
     text = ["# Data age", "", f"pass@1 in % at temperature 1 on held-out prompts after 100 steps; ± 95 % over {len(seeds)} seeds.", ""]
     for task in GRIDS:
@@ -77,14 +77,20 @@ def write(results: Results, seeds: Sequence[int]) -> None:
             continue
         tasks.append(task)
         body = [[method, *(percent([row["pass@1"] for row in rows[method, age]]) for age in ages)] for method in methods]
-        text += [f"## {task}", "", markdown(["age in steps", *map(str, ages[:-1]), "unbounded"], body)]
+        text += [f"## {task}", "", markdown(["age in steps", *map(_named, ages)], body)]
         lines = {
-            method: [(age + 0.5, sum(row["pass@1"] for row in found) / len(found)) for age in ages if (found := rows[method, age])]
+            method: [(i, sum(row["pass@1"] for row in found) / len(found)) for i, age in enumerate(ages) if (found := rows[method, age])]
             for method in methods
         }
-        picture(results.folder / f"staleness-{task}.png", lines, "age in steps + 1/2", "pass@1", task, log=True)
+        picture(results.folder / f"staleness-{task}.png", {task: lines}, "age in steps", "pass@1", ticks=[*map(_named, ages)])
+        curves = {f"age {_named(age)}": {method: mean_curve(rows[method, age], "step") for method in methods} for age in ages}
+        picture(results.folder / f"curves-{task}.png", curves, "steps", "pass@1")
     foreign = {share: results.of(cells) for share, cells in foreign_cells(seeds, results).items()}
     body = [["gvpo (default)", *(percent([row["pass@1"] for row in rows]) for rows in foreign.values())]]
     text += ["## People's completions, of all groups (arithmetic)", "", markdown(["", *foreign], body)] if any(foreign.values()) else []
     text += tuned_options(tasks, METHODS, TUNED_AT, results)
     (results.folder / "staleness.md").write_text("\n".join(text))
+
+
+def _named(age: int) -> str:
+    return "unbounded" if age == AGES[-1] else f"{age}"
