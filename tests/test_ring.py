@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -458,11 +459,13 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
     assert "recovery at step" in said.stdout and "the same command resumes the run" in said.stdout, said
 
     num_steps = num_trained() + 10
-    finished = submit("finished", f"num_steps={num_steps}", wait=True)
+    with ThreadPoolExecutor() as threads:
+        beside = threads.submit(submit, "wrong", "lerner.num_workers=1", wait=True)
+        finished = submit("finished", f"num_steps={num_steps}", wait=True)
     assert finished.returncode == 0 and "complete" not in finished.stdout, finished
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
-    wrong = submit("wrong", "lerner.num_workers=1", wait=True)
+    wrong = beside.result()
     assert wrong.returncode != 0 and "error: " in wrong.stdout and "did you mean learner" in wrong.stdout
 
     log = list(groups.rows(groups.load(folder / "offline" / "groups")))
