@@ -93,12 +93,14 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in compared}
         body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in compared))])
     text += ["## Table 1: methods at equal samples", "", markdown(head, body), *tuned_options(tasks, METHODS, 0, results)]
+    text += [f"![frontier](frontier-{task}.png)\n" for task in compared]
     titles = {"beta": "beta, share of the tuned learning rate", "k": "method, completions per prompt", "history": "historical share"}
     for name, title in titles.items():
         shown = [task for task in tasks if name in TABLES[task]]
         keys = list({key: None for task in shown for key in tables[task][name]})
         body = [[_shown(key), *(value(results.of(tables[task][name].get(key, []))) for task in shown)] for key in keys]
         text += [f"## {title}", "", markdown([title, *shown], body)]
+        text += [f"![beta](beta-{task}.png)\n" for task in shown if name == "beta"]
     (results.folder / "paper.md").write_text("\n".join(text))
     for task in compared:
         lines = {method: mean_curve(results.of(cells), "kl") for method, cells in tables[task]["methods"].items()}

@@ -78,6 +78,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         tasks.append(task)
         body = [[method, *(percent([row["pass@1"] for row in rows[method, age]]) for age in ages)] for method in methods]
         text += [f"## {task}", "", markdown(["age in steps", *map(_named, ages)], body)]
+        text += [f"![pass@1 against age](staleness-{task}.png)", "", f"![whole curves](curves-{task}.png)", ""]
         lines = {
             method: [(i, sum(row["pass@1"] for row in found) / len(found)) for i, age in enumerate(ages) if (found := rows[method, age])]
             for method in methods
