@@ -150,24 +150,29 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="example: gvpo-ray bench ring jobs/quickstart.yaml · gvpo-ray bench verifiers answers.jsonl · gvpo-ray bench learner",
     )  # fmt: skip
     benches = bench.add_subparsers(dest="name", required=True, metavar="NAME")
-    ring = benches.add_parser("ring", help="how fast the parts of one run are, from its command to its last step")
-    ring.add_argument("config", metavar="CONFIG")
-    ring.add_argument("overrides", metavar="key=value", nargs="*")
-    verifiers = benches.add_parser("verifiers", help="checks per second beside plain math-verify on the same rows, and what poisonous rows cost")
+
+    def benchmark(name: str, text: str, example: str = "") -> argparse.ArgumentParser:
+        description = f"{text[0].upper()}{text[1:]}."
+        return benches.add_parser(name, help=text, description=description, epilog=f"example: gvpo-ray bench {name} {example}".rstrip())
+
+    ring = benchmark("ring", "how fast the parts of one run are, from its command to its last step", "jobs/quickstart.yaml num_steps=20")
+    verifiers = benchmark("verifiers", "checks per second beside plain math-verify on the same rows, and what poisonous rows cost", "answers.jsonl")
     verifiers.add_argument("input", metavar="INPUT", help="a .jsonl file with response and gold in each row")
     verifiers.add_argument("--rows", type=int, default=2000, metavar="N", help="rows, spread evenly over the file (default: 2000)")
-    learner = benches.add_parser("learner", help="a step beside a padded transformers loop and TRL's log-probs: speed, share of peak, memory")
+    learner = benchmark("learner", "a step beside a padded transformers loop and TRL's log-probs: speed, share of peak, memory")
     learner.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of one step, a shared prompt once (default: 4096)")
-    chaos = benches.add_parser("chaos", help="a real run whose processes are killed at random moments; checks that nothing was lost or done twice")
-    chaos.add_argument("config", metavar="CONFIG")
-    chaos.add_argument("overrides", metavar="key=value", nargs="*")
+    what = "a real run whose processes are killed at random moments; checks that nothing was lost or done twice"
+    chaos = benchmark("chaos", what, "jobs/quickstart.yaml --kills 7")
+    for sub in (ring, chaos):
+        sub.add_argument("config", metavar="CONFIG", help="YAML file of the run; it goes to a folder of its own")
+        sub.add_argument("overrides", metavar="key=value", nargs="*", help="override a key of the config, e.g. num_steps=20")
     chaos.add_argument("--kills", type=int, default=12, metavar="N", help="processes to kill, each kind in turn (default: 12)")
     chaos.add_argument("--seed", type=int, default=0, metavar="N", help="of the schedule (default: 0)")
-    scale = benches.add_parser("scale", help="the ring with fake engines, from 1 to 256 of them: groups per second, driver CPU, recovery times")
+    scale = benchmark("scale", "the ring with fake engines, from 1 to 256 of them: groups per second, driver CPU, recovery times", "--engines 8 64")
     scale.add_argument("--engines", type=int, nargs="+", default=[1, 8, 32, 128, 256], metavar="N", help="sizes of fleets (default: 1 8 32 128 256)")
     scale.add_argument("--seconds", type=float, default=30.0, metavar="S", help="measured for each (default: 30)")
-    paper = benches.add_parser("paper", help="the paper's table and figures in miniature: methods, beta, k, history (hours; resumes)")
-    staleness = benches.add_parser("staleness", help="what each objective learns from data of a given age (hours; resumes)")
+    paper = benchmark("paper", "the paper's table and figures in miniature: methods, beta, k, history (hours; resumes)", "--tasks arithmetic")
+    staleness = benchmark("staleness", "what each objective learns from data of a given age (hours; resumes)", "--tasks arithmetic --seeds 1")
     for sub in (paper, staleness):
         tasks = ["arithmetic", "chain", "sort"]
         sub.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK", help=f"{', '.join(tasks)} (default: all)")
