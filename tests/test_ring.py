@@ -146,6 +146,20 @@ def left_behind(mark: str) -> list[str]:
     return left
 
 
+def test_the_killer_finds_processes_while_the_clock_is_adjusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**9, 0, -1))
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: float(next(clock)))  # each process seems to be older than the one asked before it
+    parent = subprocess.Popen(["sh", "-c", "sleep 4711 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    try:
+        until(lambda: chaos.descendants(os.getpid(), "sleep 4711") == [pid])  # it is sh for a moment
+        assert chaos.descendants(parent.pid, "sleep") == [pid] and chaos.descendants(pid, "sleep") == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        parent.wait()
+
+
 @pytest.fixture(scope="module")
 def killed_run(config_file: Path) -> dict[str, Any]:
     """One run: interrupted, and then left to finish while one process of each kind is killed, the driver too."""
@@ -176,7 +190,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_says_that_it_can_be_resumed(killed_run: d
 def test_a_run_survives_the_death_of_a_process_of_each_kind_and_every_group_is_trained_exactly_once(killed_run: dict[str, Any]) -> None:
     outcome: chaos.Outcome = killed_run["outcome"]
     assert outcome.problems == []
-    assert {kill.kind for kill in outcome.kills if kill.at} == KILLED, (outcome.kills, outcome.output)
+    assert {kill.kind for kill in outcome.kills if kill.at} == KILLED, f"{outcome.kills}\n{outcome.output}"
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in outcome.output
     assert "resuming" in outcome.output  # after the driver's death, from the same command
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from gvpo_ray import groups
+from gvpo_ray.bench import chaos
 
 EOS = 1
 ALPHABET = " 0123456789+=?.abcdefghijklmnopqrstuvwxyz\\{}"
@@ -103,23 +104,8 @@ def table(*rows: dict[str, Any]) -> pa.Table:
 
 
 def descendants(title: str) -> list[int]:
-    """Numbers of the processes below this one whose title begins so. (psutil leaves some out when the clock is adjusted meanwhile.)"""
-    parents, titles = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue  # it has ended
-
-    def is_below(pid: int) -> bool:
-        while pid in parents:
-            pid = parents[pid]
-            if pid == os.getpid():
-                return True
-        return False
-
-    return [pid for pid, text in titles.items() if text.startswith(title) and is_below(pid)]
+    """Numbers of the processes below this one whose title begins so."""
+    return chaos.descendants(os.getpid(), title)
 
 
 def run_on_ranks(world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,17 +80,16 @@ def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
 
 
 def descendants(pid: int, title: str) -> list[int]:
-    """Processes below `pid` whose title begins so."""
-    found = []
-    try:
-        for process in psutil.Process(pid).children(recursive=True):
-            try:
-                if " ".join(process.cmdline()).startswith(title):
-                    found.append(process.pid)
-            except psutil.Error:
-                continue
-    except psutil.Error:
-        pass
+    """Processes below `pid` whose title begins so. (Process.children() goes by the clock, and leaves some out when that is adjusted meanwhile.)"""
+    children = defaultdict(list)
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        children[process.info["ppid"]].append(process)
+    found, above = [], [pid]
+    while above:
+        for process in children.pop(above.pop(), []):
+            above.append(process.pid)
+            if " ".join(process.info["cmdline"] or []).startswith(title):
+                found.append(process.pid)
     return sorted(found)
 
 
@@ -140,11 +139,14 @@ def run(config_file: str, overrides: Sequence[str], run_dir: Path, num_kills: in
             break
         kill.due = time.time()
         time.sleep(kill.part * min(3.0, steps[-1][0] - steps[-2][0] if len(steps) > 1 else 3.0))
+        began_to_look = time.monotonic()
         while command.process.poll() is None:
             found = [command.process.pid] if kill.kind == "driver" else descendants(command.process.pid, TITLES[kill.kind])
             if found:
                 break
             time.sleep(0.2)  # one that was killed just now is not back yet
+        if (waited := time.monotonic() - began_to_look) > 5:
+            say(f"chaos: no {kill.kind} was there for {waited:.0f} s")
         if command.process.poll() is not None:
             break
         victim, kill.at = rng.choice(found), time.time()
