@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.bench import experiments, paper, staleness
 from gvpo_ray.bench.experiments import Cell, Results, mean_and_interval, percent, run_all
@@ -127,6 +128,9 @@ def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_dial(task
     assert len({config.model.path for config in configs}) == 1 and len({config.run_dir for config in configs}) == 4
     assert [config.max_staleness for config in configs] == [0, 16, 0, 16] and {config.loss.beta for config in configs} == {0.3}
     assert all(isinstance(config, GVPOConfig) and config.evaluation.of("greedy")[1] == 0 for config in configs)
+    model = AutoModelForCausalLM.from_pretrained(configs[0].model.path)
+    assert configs[0].warm_start is not None and configs[0].warm_start.architecture.items() <= model.config.to_dict().items()  # as its YAML makes it
+    assert len(AutoTokenizer.from_pretrained(configs[0].model.path)) == model.config.vocab_size
 
 
 def test_intervals_over_seeds_are_students() -> None:
