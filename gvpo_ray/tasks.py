@@ -11,7 +11,7 @@ Text with answers in \\boxed{}, in three files:
     worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people write them
 
 A hurried person slips now and then, and in one way more often than not: a carry is forgotten, nine is taken for ten, a digit that comes twice
-is written once. So a model that imitates them well is right about one time in three, and its likeliest answer is often wrong: what is right is
+is written once. So a model that imitates them well is right one time in four to one in two, and its likeliest answer is often wrong: what is right is
 for GVPO to find out, and not a matter of temperature.
 """
 
