@@ -129,8 +129,9 @@ class LossConfig(Section):
     clips, the optimum stays but the pull towards it is weaker; with noisy rewards it is no longer that of their mean."""
     importance_cap: float | None = Field(default=1.0, gt=0)
     """A completion counts min(importance_cap, pi / pi_sampled), relative to its group: what the policy would not write any more counts less. No
-    bias: GVPO's optimum is the same for every sampler, and this is to choose one. null: all alike, as in the paper; the same thing where a
-    step trains what was sampled at its start. Old data is then followed where the policy no longer goes (README: data of any age)."""
+    bias: GVPO's optimum is the same for every sampler, and this is to choose one. And where what is right has become less likely since it was
+    sampled, less is pushed down (gvpo/kept); no bias either: at the optimum nothing is. null: all alike, as in the paper; the same thing where
+    an update trains what was sampled just before. Old data is then followed where the policy no longer goes (README: data of any age)."""
     damped: bool = True
     """With the `behaviour` reference, multiply the learning rate of an update by the squared correlation of its residuals with its rewards
     (gvpo/damping): what is left of a residual beside the reward is where the policy has gone since the completion was sampled, and a step of full

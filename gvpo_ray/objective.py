@@ -9,7 +9,7 @@ import torch
 
 from gvpo_ray import groups
 from gvpo_ray.config import LossConfig
-from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss, gvpo_weights, importance_weights
+from gvpo_ray.losses import OBJECTIVES, finish, gvpo_loss, gvpo_weights, importance_weights, kept_likelihood
 from gvpo_ray.metrics import STALENESS_EDGES, age_bucket
 from gvpo_ray.passes import NOTHING, Fixed, Plan
 from gvpo_ray.policy import Policy, Row, sequence_sums
@@ -31,16 +31,18 @@ class Objective:
         ids = torch.tensor([j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device)
         old, reference = (torch.where(given.isnan(), logprobs.detach().double(), given) for given in (fixed.old, fixed.reference))
         totals, reference_totals = sequence_sums(logprobs, lengths), sequence_sums(reference, lengths)
-        importance = None
+        importance = kept = None
         if config.objective == "gvpo" and config.importance_cap is not None:
-            importance = importance_weights(totals, sequence_sums(old, lengths), ids, config.importance_cap)
+            old_totals = sequence_sums(old, lengths)
+            importance = importance_weights(totals, old_totals, ids, config.importance_cap)
+            kept = kept_likelihood(totals, old_totals, rewards, ids)
         if config.asks_reference_model_for_sums:
             known = [value for row in rows for value in row["reference_logprobs"]]
             reference_totals = torch.tensor(known, dtype=torch.float64, device=device)
         if config.length_normalised:
             sizes = torch.tensor(lengths, device=device)
             totals, reference_totals = totals / sizes, reference_totals / sizes
-        loss, stats = gvpo_loss(totals, reference_totals, rewards, ids, self.beta, num_groups, config.residual_clip, importance)
+        loss, stats = gvpo_loss(totals, reference_totals, rewards, ids, self.beta, num_groups, config.residual_clip, importance, kept)
         residuals = gvpo_weights(totals, reference_totals, rewards, ids, self.beta, importance)[0]
         stats |= residuals_by_age(residuals, [oldest for row in rows for oldest in row["version_min"]], self._version)
         for row, own in zip(rows, residuals.split([len(row["rewards"]) for row in rows]), strict=True):

@@ -55,6 +55,7 @@ TERMS = {
     "gvpo/binding": "share of the residuals in which beta counts: near 0 nothing holds the policy near its reference",
     "gvpo/beta": "reward units per nat of log-ratio; loss.beta: auto steers it to where beta D varies half as much as the rewards do",
     "gvpo/effective_share": "of the completions: those that the policy would still write, as it would today",
+    "gvpo/kept": "of the likelihood of what is right: below 1 it has got less likely since it was sampled, and less is pushed down",
     "gvpo/damping": "what the learning rate is multiplied by: the share of the residuals that the rewards explain",
 }
 TERMS_TEXT = {

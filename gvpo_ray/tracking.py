@@ -65,7 +65,7 @@ NAMES = tuple(
         (r"recoveries/(?P<who>.+)", "recoveries"),
         (r"gvpo/residual_var/(?P<staleness>.+)", "residual_var_by_staleness"),
         (r"(?:gvpo/)?(.+histogram)/(?P<edge>.+)", r"\1_ratio"),
-        (r"(?:gvpo/)?(completions/(?:correct|truncated|unverifiable)|policy/clipped|binding|effective_share|damping)", r"\1_ratio"),
+        (r"(?:gvpo/)?(completions/(?:correct|truncated|unverifiable)|policy/clipped|binding|effective_share|kept|damping)", r"\1_ratio"),
         (r"(policy/(?:kl_ref|log_ratio_rms)|weights/parity_\w+)", r"\1_nats"),
         (r"(staleness/\w+)", r"\1_steps"),
         (r"(completions/length_mean)", r"\1_tokens"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import counted_and_damped
 
-from gvpo_ray.losses import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
+from gvpo_ray.losses import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights, kept_likelihood
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -91,6 +91,7 @@ def test_statistics_of_these_two_groups_by_hand():
             "gvpo/term_reference": 0.5 * (2 + (16 + 1 + 7) / 9 / 2) / 2,
             "gvpo/term_variance": -0.25 * (2 + (64 + 1 + 49) / 9 / 2) / 2,
             "gvpo/effective_share": 1.0,
+            "gvpo/kept": 1.0,
             "gvpo/binding": 2 / 5,  # beta D' = 1 and -1 beside R' = -1 and 2
             "policy/kl_ref": 0.0,  # D = (0, 0) and (2, 0, -2)
             "policy/log_ratio_rms": math.sqrt(8 / 5),
@@ -200,8 +201,42 @@ def test_importance_is_a_mean_of_one_in_each_group_whatever_the_ratios_are_and_e
 def test_residuals_that_vanish_stay_zero_whatever_counts():
     _, reference, rewards, ids = batch(MIXED)
     optimum = reference + rewards / 0.1
-    _, gradient = loss_and_grad(gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1])
+    kept = torch.full_like(rewards, 0.5)
+    _, gradient = loss_and_grad(gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1], kept=kept)
     assert gradient.abs().max() < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------------------- kept
+
+
+def test_what_pushes_a_group_down_whose_best_has_got_less_likely_is_multiplied_by_what_is_left_of_that_by_hand():
+    # R = (1, 0), (0, 1), (1, 1); pi/mu = (1/8, 1), (1/4, 4), (1/8, 1/8): k = 1/8, 1 and, of equal rewards, 1
+    # D = 0: w = (1/2, -1/2), (-1/2, 1/2), (0, 0); gradient -0.5/3 w, times k where w < 0
+    sampling = torch.zeros(6, dtype=torch.float64)
+    logprobs = torch.tensor([1 / 8, 1, 1 / 4, 4, 1 / 8, 1 / 8], dtype=torch.float64).log()
+    rewards, ids = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    kept = kept_likelihood(logprobs, sampling, rewards, ids)
+    assert kept.dtype == torch.float64 and kept.tolist() == pytest.approx([1 / 8, 1 / 8, 1.0, 1.0, 1.0, 1.0], rel=1e-15)
+    loss, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, kept=kept)
+    assert loss.item() == pytest.approx(1 / 6) and gradient.tolist() == pytest.approx([-1 / 12, 1 / 96, 1 / 12, -1 / 12, 0, 0], rel=1e-15)
+    assert finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, kept=kept)[1])["gvpo/kept"] == pytest.approx(17 / 24)
+    assert torch.equal(kept_likelihood(logprobs.float(), logprobs.float(), rewards, ids), torch.ones_like(logprobs))
+    far = torch.tensor([-9000.0, -1.0, -9000.0, -9000.0])
+    far = kept_likelihood(far, torch.zeros(4), torch.tensor([1.0, 0.0, 0.1, 0.1]), torch.tensor([0, 0, 1, 1]))
+    assert far.tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert kept_likelihood(*[torch.zeros(0)] * 3, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("residual_clip", [None, 0.5])
+def test_with_less_kept_what_goes_up_is_the_gradient_of_the_loss_and_what_goes_down_a_share_of_it(residual_clip):
+    (logprobs, reference, rewards, ids), importance = important(MIXED)
+    kept = kept_likelihood(logprobs, logprobs + torch.rand(len(logprobs), generator=torch.Generator().manual_seed(3)), rewards, ids)
+    options = {"residual_clip": residual_clip, "importance": importance}
+    value, want = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, **options)
+    got_value, got = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, kept=kept, **options)
+    assert torch.equal(got_value, value) and torch.equal(got[want <= 0], want[want <= 0])
+    assert_same(got[want > 0], (kept * want)[want > 0])
+    assert (kept < 1)[want > 0].any() and (want < 0).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------- damping
@@ -216,10 +251,12 @@ def test_damping_by_hand_and_in_plain_python():
     (logprobs, reference, rewards, ids), _ = important(MIXED, scale=0.5)
     importance = importance_weights(logprobs, reference, ids)
     of_groups = [(rewards[ids == g].tolist(), (logprobs - reference)[ids == g].tolist()) for g in ids.unique()]
-    counts, want = counted_and_damped(of_groups, 0.3)
+    counts, kept, want = counted_and_damped(of_groups, 0.3)
     sums = gvpo_loss(logprobs, reference, rewards, ids, 0.3, importance=importance)[1]
     assert damping(sums) == pytest.approx(want, rel=1e-12) and 0 < want < 1
-    assert torch.cat([importance[ids == g] for g in ids.unique()]).tolist() == pytest.approx(counts, rel=1e-12)
+    assert torch.cat([importance[ids == g] for g in ids.unique()]).tolist() == pytest.approx(counts.tolist(), rel=1e-12)
+    ours = kept_likelihood(logprobs, reference, rewards, ids)
+    assert torch.cat([ours[ids == g] for g in ids.unique()]).tolist() == pytest.approx(kept.tolist(), rel=1e-12)
 
 
 def test_damping_is_exactly_one_at_the_reference_and_nothing_where_the_rewards_say_nothing_or_the_contrary():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import EOS, counted_and_damped, float64, make_group, make_model
+from tiny import EOS, counted_and_damped, float64, make_group, make_model, pushed
 
 from gvpo_ray import groups
 from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
@@ -180,17 +180,17 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
                 references = torch.cat([reference for *_, reference in part])
                 log_ratios = (logprobs.detach() - references).split([len(kept) for _, kept, _ in part])
                 rewards = [[row["rewards"][i] for i in kept] for row, kept, _ in part]
-                counts, damped = counted_and_damped(list(zip(rewards, [own.tolist() for own in log_ratios], strict=True)), BETA)
+                counts, of_likelihood, damped = counted_and_damped(list(zip(rewards, [own.tolist() for own in log_ratios], strict=True)), BETA)
                 loss = gvpo_loss_squared(
                     logprobs,
                     references,
                     torch.tensor([row["rewards"][i] for row, kept, _ in part for i in kept]),
                     torch.tensor([g for g, (_, kept, _) in enumerate(part) for _ in kept]),
                     BETA,
-                    importance=torch.tensor(counts, dtype=torch.float64),
+                    importance=counts,
                 )
                 optimizer.zero_grad()
-                loss.backward()
+                pushed(loss, logprobs, of_likelihood).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * damped
                 optimizer.step()

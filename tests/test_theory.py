@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses import gvpo_loss, gvpo_loss_squared, importance_weights
+from gvpo_ray.losses import gvpo_loss, gvpo_loss_squared, importance_weights, kept_likelihood
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
 from gvpo_ray.losses.reinforce import reinforce_loss
@@ -132,7 +132,8 @@ def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
 
     def gvpo_with_importance(logprobs: Tensor, old: Tensor, reference: Tensor, _: Tensor, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor]:
         importance = importance_weights(logprobs, old, group_ids, cap)
-        return (gvpo_loss(logprobs, reference, rewards, group_ids, BETA, importance=importance)[0],)
+        kept = kept_likelihood(logprobs, old, rewards, group_ids)
+        return (gvpo_loss(logprobs, reference, rewards, group_ids, BETA, importance=importance, kept=kept)[0],)
 
     problem = Problem(1)
     assert problem.distance(train_policy_gradient(problem, sampler, gvpo_with_importance)) < 1e-6

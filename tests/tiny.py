@@ -141,13 +141,15 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
     dist.destroy_process_group()
 
 
-def counted_and_damped(groups: Sequence[tuple[Sequence[float], Sequence[float]]], beta: float) -> tuple[list[float], float]:
-    """What each completion counts, and what to multiply the learning rate by, redone in plain Python.
+def counted_and_damped(
+    groups: Sequence[tuple[Sequence[float], Sequence[float]]], beta: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """What each completion counts, and how much of what pushes it down; and what to multiply the learning rate by. Redone in plain Python.
 
     Args:
         groups: of each, (rewards, log pi - log mu of the completions), where mu is the reference, too.
     """
-    counts, around_rewards, around_residuals, together = [], 0.0, 0.0, 0.0
+    counts, kept, around_rewards, around_residuals, together = [], [], 0.0, 0.0, 0.0
     for rewards, log_ratios in groups:
         ratios = [min(1.0, math.exp(log_ratio)) for log_ratio in log_ratios]
         shares = [ratio * len(ratios) / sum(ratios) for ratio in ratios]
@@ -159,4 +161,13 @@ def counted_and_damped(groups: Sequence[tuple[Sequence[float], Sequence[float]]]
             around_residuals += share * residual**2 / (len(shares) - 1)
             together += share * advantage * residual / (len(shares) - 1)
         counts += shares
-    return counts, max(0.0, together) ** 2 / (around_rewards * around_residuals)
+        better = [ratio for ratio, reward in zip(ratios, rewards, strict=True) if reward > sum(rewards) / len(rewards)]
+        kept += [max(better, default=1.0)] * len(ratios)
+    numbers = (torch.tensor(values, dtype=torch.float64) for values in (counts, kept))
+    return *numbers, max(0.0, together) ** 2 / (around_rewards * around_residuals)
+
+
+def pushed(loss: torch.Tensor, logprobs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """What has the loss's gradient, but `kept` times what pushes a completion down."""
+    (gradient,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
+    return (torch.where(gradient > 0, kept * gradient, gradient) * logprobs).sum()

@@ -5,7 +5,7 @@ from typing import Any
 
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
-from gvpo_ray.losses.gvpo import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights
+from gvpo_ray.losses.gvpo import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights, kept_likelihood
 from gvpo_ray.losses.reinforce import reinforce_loss
 from gvpo_ray.losses.rloo import rloo_loss
 
@@ -19,5 +19,5 @@ OBJECTIVES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 
 __all__ = [
     "OBJECTIVES", "damping", "dr_grpo_loss", "finish", "grpo_loss", "gvpo_loss", "gvpo_loss_squared", "gvpo_weights", "importance_weights",
-    "reinforce_loss", "rloo_loss",
+    "kept_likelihood", "reinforce_loss", "rloo_loss",
 ]  # fmt: skip

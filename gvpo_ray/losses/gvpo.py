@@ -20,6 +20,12 @@ Which sampler is ours to choose, also afterwards: completions of mu that count s
 has the same minimum, and the gradient -beta s_i w_i / ((m - 1) |D|). `importance_weights` takes s = min(1, pi/mu): what both write, the policy
 that sampled and the one of today. Old completions that it would not write any more no longer tell it where to go; s = 1 is the paper's.
 
+The form sees differences within a group alone: that all of a group gets less likely, and what nobody sampled more, costs nothing. But
+D = (R - beta log Z) / beta at the minimum, and log Z <= max R / beta: what is best does not get less likely. So `kept_likelihood`,
+k = min(1, max pi/mu of the completions better than their group's mean), multiplies what pushes completions of the group down (w_i < 0): where
+what is right has got less likely, more goes up than down, until it is back. Where residuals vanish nothing pushes, so the minimum stays; where
+k = 1, as in groups of equal rewards, the gradient is the loss's.
+
 Below, N is the number of completions; groups have any size and any order, and their completions may lie anywhere in the tensors.
 Sums are in float64: sequence log-probabilities are hundreds of nats, and it is their differences that count.
 """
@@ -45,6 +51,7 @@ def gvpo_loss(
     num_groups: float | None = None,
     residual_clip: float | None = None,
     importance: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The value of the squared form with the gradient of the weighted form.
 
@@ -59,6 +66,7 @@ def gvpo_loss(
             gradient weighs with clip(w_i), centred in the group. Bias: single rewards count for less where it clips, so that with noisy
             rewards the optimum is no longer that of their mean; it is unchanged where every residual vanishes.
         importance: [N] s_i, with mean 1 in each group (`importance_weights`); takes no gradient. Default: 1.
+        kept: [N] k of the group that completion i belongs to (`kept_likelihood`): the gradient is multiplied by it where w_i < 0. Default: 1.
 
     Returns:
         The loss, a float64 scalar, and float64 scalars for `finish`: sums that do not depend on `num_groups`, have the same keys in the
@@ -81,6 +89,8 @@ def gvpo_loss(
     if residual_clip is not None:
         clipped = weights.clamp(-residual_clip, residual_clip)
         pulls, penalties = _centre(clipped, index, counts, shares), clipped * (weights - clipped / 2)
+    kept = torch.ones_like(weights) if kept is None else kept.detach().double()
+    pulls = torch.where(pulls < 0, kept * pulls, pulls)
     value = (scale * penalties).sum()
     surrogate = -beta * (scale * pulls * logprobs.double()).sum() / denominator
     loss = value / denominator + (surrogate - surrogate.detach())  # the bracket is exactly 0 and carries the gradient
@@ -110,6 +120,7 @@ def gvpo_loss(
         "log_ratio": log_ratio.sum(),
         "log_ratio_square": log_ratio.square().sum(),
         "effective": ((counts >= 2) * counts / squares).sum(),
+        "kept": (trained * kept / sizes).sum(),
         "binding": (trained & (implicit_reward.abs() > 0.1 * reward.abs())).sum().double(),
         **{f"bin_{i}": count for i, count in enumerate(histogram)},
     }
@@ -131,6 +142,24 @@ def importance_weights(logprobs: Tensor, sampling_logprobs: Tensor, group_ids: T
     highest = ratios.new_full((len(counts),), -math.inf).scatter_reduce(0, index, ratios, "amax")
     shares = (ratios - highest[index]).exp()  # a sequence's ratio may be e^-1000: only what is relative to the group's counts
     return shares * (counts / shares.new_zeros(len(counts)).index_add(0, index, shares))[index]
+
+
+def kept_likelihood(logprobs: Tensor, sampling_logprobs: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """k = min(1, max_i pi(y_i|x) / mu(y_i|x)) over the completions of a group with R_i > mean R; 1 where all rewards are equal.
+
+    Returns:
+        [N] float64 without gradient, the same for all of a group; exactly 1 where pi is mu.
+    """
+    index, counts = _partition(group_ids)
+    rewards = rewards.detach().double()
+    ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=0)
+
+    def of_group(how: str, values: Tensor) -> Tensor:
+        return values.new_zeros(len(counts)).scatter_reduce(0, index, values, how, include_self=False)[index]
+
+    differ = of_group("amax", rewards) > of_group("amin", rewards)
+    better = differ & (_centre(rewards, index, counts) > 0)
+    return torch.where(differ, of_group("amax", ratios.where(better, -math.inf)).exp(), 1.0)
 
 
 def gvpo_weights(
@@ -211,6 +240,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the three's sum has the loss's gradient.
     gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES, then inf)
     gvpo/effective_share     of the completions that count: (sum s)^2 / (m sum s^2), mean over groups; 1 where all count alike
+    gvpo/kept                k, mean over groups: below 1, what is right has got less likely than it was when it was sampled
     gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|: near 0 beta binds nothing
     policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on completions that pi_ref sampled, as
                              those of the default `behaviour` reference are. Single batches may be below 0. On completions that pi
@@ -229,6 +259,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "gvpo/reward_correlation": s["covariance"] / spread if spread > 0 else 0.0,
         **{f"gvpo/{name}": s[name] / groups for name in ("term_reward", "term_reference", "term_variance")},
         "gvpo/effective_share": s["effective"] / groups,
+        "gvpo/kept": s["kept"] / groups,
         "gvpo/binding": s["binding"] / completions,
         **{f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))},
         "policy/kl_ref": -s["log_ratio"] / completions + 0.0,  # + 0.0: never -0.0
