@@ -96,7 +96,7 @@ def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: 
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
     assert len(trials) == 4 * len(staleness.METHODS) and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
     cells, foreign = ran[len(trials) : -4], ran[-4:]
-    assert len(cells) == 2 * (7 * len(staleness.AGES) + 2 * len(staleness.FEW)) and len(staleness.METHODS) == 9
+    assert len(cells) == 2 * (7 * len(staleness.AGES) + len(staleness.FEW)) and len(staleness.METHODS) == 8
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # a whole table early
     assert [cell.overrides["sources.people.group_share"] for cell in foreign] == [0.5, 0.5, 1.0, 1.0] and {cell.age for cell in foreign} == {0}
     text = (tmp_path / "staleness.md").read_text()

@@ -131,7 +131,7 @@ class Method:
         return {**self.overrides, **options, "learner.learning_rate": rate}
 
 
-RATES, TUNING_SEED = {"arithmetic": (1e-4, 2e-4, 4e-4, 8e-4), "chain": (2.5e-5, 5e-5, 1e-4, 2e-4), "sort": (1e-4, 2e-4, 4e-4, 8e-4)}, 1000
+RATES, TUNING_SEED = {"arithmetic": (1e-4, 2e-4, 4e-4, 8e-4), "chain": (5e-5, 1e-4, 2e-4, 4e-4), "sort": (1e-4, 2e-4, 4e-4, 8e-4)}, 1000
 NUM_TRIALS = 4
 """The budget of each method: the two learning rates in the middle with the usual value of its own option, the one beyond the better of them, and
 the option's other value at the best of the three; without an option, the rate between that one and the better of its neighbours."""
@@ -280,6 +280,7 @@ def run(cell: Cell, folder: Path) -> Row:
 STEP_METRICS = (
     "reward/mean", "gvpo/residual_var", "gvpo/reward_var", "gvpo/implicit_reward_var", "gvpo/reward_correlation", "gvpo/binding",
     "gvpo/effective_share", "policy/log_ratio_rms", "policy/kl_ref", "grad_norm", "completions/length_mean", "staleness/mean",
+    "gvpo/kept", "gvpo/damping", "gvpo/beta",
 )  # fmt: skip
 """Of every step, in a row's `steps`."""
 

@@ -20,7 +20,6 @@ TUNED_AT = 16
 BETAS, CLIPS = (0.1, 0.3), (0.2, 0.4)
 METHODS = {
     "gvpo (default)": Method({"loss.beta": "auto"}),
-    "gvpo, beta a number": Method({}, "loss.beta", BETAS),
     "gvpo, behaviour alone": Method({"loss.importance_cap": None, "loss.damped": False}, "loss.beta", BETAS),
     "gvpo, previous": Method({"loss.reference": "previous"}, "loss.beta", BETAS),
     "gvpo, every: 16": Method({"loss.reference": "every: 16"}, "loss.beta", BETAS),
@@ -32,7 +31,7 @@ METHODS = {
 
 FEW = (0, 16, 100)
 OUTLINE = dict.fromkeys(("gvpo (default)", "grpo, with the ratio"), FEW)
-WHOLE = {name: FEW if name in ("gvpo, beta a number", "gvpo, behaviour alone") else AGES for name in METHODS}
+WHOLE = {name: FEW if name == "gvpo, behaviour alone" else AGES for name in METHODS}
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 """Ages of each method: the whole table of one task, the outlines of the others."""
 
