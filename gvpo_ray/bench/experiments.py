@@ -289,7 +289,9 @@ STEP_METRICS = (
 def divergence(model_path: str, evaluation: Path) -> float:
     """KL(pi || pi_0) in nats per completion: mean of log pi - log pi_0 over the completions of an evaluation, which pi sampled."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one for each point of a curve, among the lines that say what the cells gave
     start = CompletionLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
     rows = list(groups.rows(groups.load(evaluation)))
     differences = []
