@@ -130,8 +130,9 @@ class LossConfig(Section):
     importance_cap: float | None = Field(default=1.0, gt=0)
     """A completion counts min(importance_cap, pi / pi_sampled), relative to its group: what the policy would not write any more counts less. No
     bias: GVPO's optimum is the same for every sampler, and this is to choose one. And where what is right has become less likely since it was
-    sampled, less is pushed down (gvpo/kept); no bias either: at the optimum nothing is. null: all alike, as in the paper; the same thing where
-    an update trains what was sampled just before. Old data is then followed where the policy no longer goes (README: data of any age)."""
+    sampled, less is pushed down (gvpo/kept): no bias where residuals can vanish; where rewards are noisy, completions gain whose rewards vary
+    most. null: all alike, as in the paper; the same thing where an update trains what was sampled just before. Old data is then followed where
+    the policy no longer goes (README: data of any age)."""
     damped: bool = True
     """With the `behaviour` reference, multiply the learning rate of an update by the squared correlation of its residuals with its rewards
     (gvpo/damping): what is left of a residual beside the reward is where the policy has gone since the completion was sampled, and a step of full

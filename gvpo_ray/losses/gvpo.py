@@ -24,7 +24,8 @@ The form sees differences within a group alone: that all of a group gets less li
 D = (R - beta log Z) / beta at the minimum, and log Z <= max R / beta: what is best does not get less likely. So `kept_likelihood`,
 k = min(1, max pi/mu of the completions better than their group's mean), multiplies what pushes completions of the group down (w_i < 0): where
 what is right has got less likely, more goes up than down, until it is back. Where residuals vanish nothing pushes, so the minimum stays; where
-k = 1, as in groups of equal rewards, the gradient is the loss's.
+k = 1, as in groups of equal rewards, the gradient is the loss's. Bias: k sees the rewards, so where residuals cannot vanish (a completion's reward
+is noisy, or no weights of the model give the minimum) and k < 1, completions gain whose residuals vary most.
 
 Below, N is the number of completions; groups have any size and any order, and their completions may lie anywhere in the tensors.
 Sums are in float64: sequence log-probabilities are hundreds of nats, and it is their differences that count.
