@@ -203,6 +203,28 @@ def test_the_exact_objective_is_zero_at_the_optimum_and_nowhere_near_it(sampling
             assert exact_objective(nudged.log_softmax(0), *arguments) > 1e-6
 
 
+def expected_gradient_of_logits_where_a_reward_is_noisy(kept: float) -> Tensor:
+    """At the optimum of the mean rewards, over every group of three and every toss of what completion 2 gets: 0.4 more or 0.4 less."""
+    problem = Problem(4)
+    logits = problem.target[0].clone().requires_grad_()
+    logprobs, probabilities = logits.log_softmax(0), problem.target[0].exp()
+    total = torch.zeros(()).double()
+    for drawn, tosses in product(product(range(NUM_COMPLETIONS), repeat=3), product((-0.4, 0.4), repeat=3)):
+        y = torch.tensor(drawn)
+        rewards = problem.rewards[0][y] + torch.tensor(tosses).double() * (y == 2)
+        arguments = logprobs[y], problem.reference[0][y], rewards, torch.zeros(3, dtype=torch.long), BETA
+        total = total + probabilities[y].prod() / 8 * gvpo_loss(*arguments, kept=torch.full((3,), kept))[0]
+    return torch.autograd.grad(total, logits)[0]
+
+
+def test_noisy_rewards_move_the_optimum_only_where_what_pushes_down_counts_less():
+    """To the completions whose rewards vary most: their good luck counts more than their bad luck. Without noise k leaves it where it is (above)."""
+    assert expected_gradient_of_logits_where_a_reward_is_noisy(1.0).abs().max() < 1e-12
+    gradient = expected_gradient_of_logits_where_a_reward_is_noisy(0.5)
+    assert gradient[2] < -1e-4
+    assert all(gradient[y] > 1e-6 for y in range(NUM_COMPLETIONS) if y != 2)
+
+
 # ------------------------------------------------------------------------------------ where the other objectives end up instead
 
 
