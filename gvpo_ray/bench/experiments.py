@@ -50,8 +50,10 @@ MODELS has what its warm start made (`python jobs/warm_start.py CONFIG`), for an
 right 11 times in 100, and 32), and rows of two such models are not to be compared.
 """
 EVERY, TRAIN_LIMIT = 20, 1000
-"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts that the last one takes beside all held-out ones. By
-these trials are compared: with 256 of them the standard error would be two points, which is as far as trials lie apart."""
+"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts by which trials are compared: with 256 of them the
+standard error would be two points, which is as far as trials lie apart."""
+EVALUATED = ("heldout", "greedy", "train")
+"""At the end: of trials the last alone, so that no choice is made by what the tables report; of all other cells the first two."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
 
 
 def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
-    """Overrides of the trial that was right most often on training prompts; None until all of them are there. Nobody has seen the held-out ones."""
+    """Overrides of the trial that was right most often on training prompts; None until all of them are there."""
     cells = trials(task, method, age, results)
     rows = results.of(cells)
     if len(rows) < NUM_TRIALS:
@@ -206,7 +208,8 @@ def _run_and_say(cell: Cell, results: Results, place: str) -> None:
     changes = " ".join(f"{name}={value}" for name, value in cell.overrides.items())
     print(f"[{place}] {cell.task} seed={cell.seed} age={cell.age} {changes}", flush=True)
     row = run(cell, results.folder)
-    print(f"    pass@1 {row['start']:.3f} to {row['pass@1']:.3f}, greedy {row['greedy']:.3f}, {row['seconds']:.0f} s", flush=True)
+    ends = ", ".join(f"{name} {row[name]:.3f}" for name in ("pass@1", "greedy", "train") if row[name] is not None)
+    print(f"    {ends}; pass@1 began at {row['start']:.3f}, {row['seconds']:.0f} s", flush=True)
     results.add(row)
     for name in ("groups", "checkpoints", "evaluations"):
         shutil.rmtree(results.folder / "cells" / cell.key / name, ignore_errors=True)
@@ -243,6 +246,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
 def run(cell: Cell, folder: Path) -> Row:
     """Train one cell, or go on with it."""
     config = config_of(cell, folder)
+    final = EVALUATED[2:] if cell.seed == TUNING_SEED else EVALUATED[:2]
     if not ray.is_initialized():
         Session(config.ray)  # one Ray for all cells: it ends with this process
     start, began = prepare(cell.task, folder), time.monotonic()
@@ -255,8 +259,8 @@ def run(cell: Cell, folder: Path) -> Row:
             algo.train()
             if algo.step % EVERY == 0 and not algo.done:
                 algo.evaluate("curve")
-        if not any("eval/greedy/pass@1" in line for line in algo.metrics.lines):
-            algo.evaluate("heldout", "greedy", "train")
+        if not any(f"eval/{final[-1]}/pass@1" in line for line in algo.metrics.lines):
+            algo.evaluate(*final)
         lines = list(algo.metrics.lines)
     run_dir = Path(config.run_dir)
     trained = [line for line in lines if "loss" in line]
@@ -265,12 +269,12 @@ def run(cell: Cell, folder: Path) -> Row:
         if f"eval/{name}/pass@1" in line:
             kl = divergence(config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow")
             curve.append({"step": line["step"], "pass@1": line[f"eval/{name}/pass@1"], "kl": kl})
+    ends = {name: next((line[f"eval/{name}/pass@1"] for line in reversed(lines) if f"eval/{name}/pass@1" in line), None) for name in EVALUATED}
     last = [line["reward/mean"] for line in trained[-10:]]
     return {
         "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
-        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": curve[-1]["pass@1"], "kl": curve[-1]["kl"],
-        **{name: next(line[f"eval/{name}/pass@1"] for line in reversed(lines) if f"eval/{name}/pass@1" in line) for name in ("greedy", "train")},
-        "reward": statistics.mean(last), "curve": curve,
+        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": ends["heldout"], "greedy": ends["greedy"],
+        "train": ends["train"], "kl": curve[-1]["kl"], "reward": statistics.mean(last), "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),
         "binding": statistics.mean(line["gvpo/binding"] for line in trained),
         "steps": json.dumps([[None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS] for line in trained]),
