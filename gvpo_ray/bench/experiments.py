@@ -52,8 +52,8 @@ right 11 times in 100, and 32), and rows of two such models are not to be compar
 EVERY, TRAIN_LIMIT = 20, 1000
 """Steps between evaluations of 64 held-out prompts, four completions each; training prompts by which trials are compared: with 256 of them the
 standard error would be two points, which is as far as trials lie apart."""
-EVALUATED = ("heldout", "greedy", "train")
-"""At the end: of trials the last alone, so that no choice is made by what the tables report; of all other cells the first two."""
+MEASURED, COMPARED = ("heldout", "greedy"), ("train",)
+"""Evaluated at the end: of trials the second alone, so that no choice is made by what the tables report; of all other cells the first."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
 def run(cell: Cell, folder: Path) -> Row:
     """Train one cell, or go on with it."""
     config = config_of(cell, folder)
-    final = EVALUATED[2:] if cell.seed == TUNING_SEED else EVALUATED[:2]
+    final = COMPARED if cell.seed == TUNING_SEED else MEASURED
     if not ray.is_initialized():
         Session(config.ray)  # one Ray for all cells: it ends with this process
     start, began = prepare(cell.task, folder), time.monotonic()
@@ -269,12 +269,12 @@ def run(cell: Cell, folder: Path) -> Row:
         if f"eval/{name}/pass@1" in line:
             kl = divergence(config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow")
             curve.append({"step": line["step"], "pass@1": line[f"eval/{name}/pass@1"], "kl": kl})
-    ends = {name: next((line[f"eval/{name}/pass@1"] for line in reversed(lines) if f"eval/{name}/pass@1" in line), None) for name in EVALUATED}
+    ends = {name: line[f"eval/{name}/pass@1"] for line in lines for name in final if f"eval/{name}/pass@1" in line}  # of the newest line
     last = [line["reward/mean"] for line in trained[-10:]]
     return {
         "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
-        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": ends["heldout"], "greedy": ends["greedy"],
-        "train": ends["train"], "kl": curve[-1]["kl"], "reward": statistics.mean(last), "curve": curve,
+        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": ends.get("heldout"), "greedy": ends.get("greedy"),
+        "train": ends.get("train"), "kl": curve[-1]["kl"], "reward": statistics.mean(last), "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),
         "binding": statistics.mean(line["gvpo/binding"] for line in trained),
         "steps": json.dumps([[None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS] for line in trained]),

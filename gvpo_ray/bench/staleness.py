@@ -37,6 +37,7 @@ GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 
 FOREIGN = {"none": {}, "half": {"sources.people.group_share": 0.5}, "all": {"sources.people.group_share": 1.0}}
 """Of all groups, those of people's completions: the rest is the policy's own, of age 0."""
+MEASURES = {"pass@1": "at temperature 1", "greedy": "greedy"}
 
 
 def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Results) -> list[Cell]:
@@ -68,15 +69,17 @@ def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell
 def write(results: Results, seeds: Sequence[int]) -> None:
     """staleness.md and for each task a picture of the ends and one of the whole curves, from what is there."""
     tasks = []
-    text = ["# Data age", "", f"pass@1 in % at temperature 1 on held-out prompts after 100 steps; ± 95 % over {len(seeds)} seeds.", ""]
+    text = ["# Data age", "", f"pass@1 in % on held-out prompts after 100 steps; ± 95 % over {len(seeds)} seeds.", ""]
     for task in GRIDS:
         methods, ages = GRIDS[task], [age for age in AGES if any(age in some for some in GRIDS[task].values())]
         rows = {(method, age): results.of(cells_of(task, method, age, seeds, results)) for method in methods for age in ages}
         if not any(rows.values()):
             continue
         tasks.append(task)
-        body = [[method, *(percent([row["pass@1"] for row in rows[method, age]]) for age in ages)] for method in methods]
-        text += [f"## {task}", "", markdown(["age in steps", *map(_named, ages)], body)]
+        text += [f"## {task}", ""]
+        for name, title in MEASURES.items():
+            body = [[method, *(percent([row[name] for row in rows[method, age]]) for age in ages)] for method in methods]
+            text += [markdown([f"{title}, age in steps", *map(_named, ages)], body)]
         text += [f"![pass@1 against age](staleness-{task}.png)", "", f"![whole curves](curves-{task}.png)", ""]
         lines = {
             method: [(i, sum(row["pass@1"] for row in found) / len(found)) for i, age in enumerate(ages) if (found := rows[method, age])]
@@ -86,7 +89,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         curves = {f"age {_named(age)}": {method: mean_curve(rows[method, age], "step") for method in methods} for age in ages}
         picture(results.folder / f"curves-{task}.png", curves, "steps", "pass@1")
     foreign = {share: results.of(cells) for share, cells in foreign_cells(seeds, results).items()}
-    body = [["gvpo (default)", *(percent([row["pass@1"] for row in rows]) for rows in foreign.values())]]
+    body = [[title, *(percent([row[name] for row in rows]) for rows in foreign.values())] for name, title in MEASURES.items()]
     text += ["## People's completions, of all groups (arithmetic)", "", markdown(["", *foreign], body)] if any(foreign.values()) else []
     text += tuned_options(tasks, METHODS, TUNED_AT, results)
     (results.folder / "staleness.md").write_text("\n".join(text))
