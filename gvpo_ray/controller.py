@@ -425,8 +425,8 @@ class GVPO:
                 self.events.add(self.step, "run", "stopped")
                 self._doing = "complete" if self.done else "stopped"
                 if self.learners is not None:
-                    self._ring.last_words()
                     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                        self._session.call(self._ring.last_words(), 5.0)
                         self._session.call(self._buffer.actor.close.remote(), 5.0)
                     self.learners.join(LEARNERS_END_S)  # a thread that asks Ray something while Ray goes down crashes, or asks for ever
         finally:

@@ -207,8 +207,8 @@ class Ring:
             "resources": {name: [available.get(name, 0.0), number] for name, number in sorted(total.items()) if not re.search("node:|_group_", name)},
         }  # fmt: skip
 
-    def last_words(self) -> None:
-        """What `gvpo-ray status` shows of a run that has ended."""
+    async def last_words(self) -> None:
+        """What `gvpo-ray status` shows of a run that has ended. On the loop of `watch`: two threads would take each other's file away."""
         if self._last:
             write_status(self._run_dir, {**self._last, **self._state(), "time": time.time()})
 

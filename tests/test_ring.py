@@ -29,6 +29,7 @@ from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.bench import chaos
 from gvpo_ray.group_log import GroupLog
 from gvpo_ray.ring import EventLog
+from gvpo_ray.status import write_status
 from gvpo_ray.tracking import place
 from gvpo_ray.warm_start import warm_start
 
@@ -298,7 +299,7 @@ def test_rollout_samples_and_verifies_alone(config_file: Path, at_once: dict[str
 
 
 def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_killed_at_random_and_learn_why_a_run_died(
-    config_file: Path,
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (config_file.parent / "mine.py").write_text(
         "from collections import Counter\n"
@@ -319,6 +320,12 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
                 killed.append(rng.choice(found))
                 os.kill(killed[-1], signal.SIGKILL)
 
+    def write(*args: Any) -> None:
+        written_by.add(threading.current_thread().name)
+        write_status(*args)
+
+    written_by: set[str] = set()
+    monkeypatch.setattr("gvpo_ray.ring.write_status", write)
     killer = threading.Thread(target=kill_verifiers)
     with GVPOConfig.from_file(config_file, overrides).build() as algo:
         killer.start()
@@ -336,6 +343,7 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
         os.kill(core, signal.SIGKILL)
         with pytest.raises(RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"):
             algo.evaluate()
+    assert written_by == {"ring"}  # two threads would take each other's file away
     assert "learner" not in [thread.name for thread in threading.enumerate()]  # it would ask a Ray that has gone, for ever
     log = groups.load(run_dir / "groups")
     endless = [row for row in groups.rows(log) if row["prompt"] == "12="]
