@@ -53,7 +53,7 @@ class InFlight:
     group: pa.Table
     size: int
     """Completions that are being sampled: without the kept ones that were finished before."""
-    since: float = field(default_factory=time.time)
+    since: float = field(default_factory=lambda: time.time())
     finished_at: dict[int, float] = field(default_factory=dict)
     """By index. FakeEngine knows them beforehand."""
     handed_over: set[int] = field(default_factory=set)
