@@ -82,7 +82,8 @@ def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_t
         betas = {cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides}
         assert rate == max(experiments.RATES["arithmetic"]) and best in (None, *betas)
     text = (tmp_path / "paper.md").read_text()
-    for line in ("| base | 25.0 | 20.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01, 1.0 | 50.0", "| GRPO, 32 | 50.0", "| 0.375 | 50.0",
+    for line in ("| base | 25.0 | 20.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01 | 50.0 ± 0.0 | 50.0 ± 0.0 |", "| 16 | 50.0 ± 0.0 |  |",
+                 "| 32 | 50.0 ± 0.0 | 50.0 ± 0.0 |", "| 3:5 | 50.0 ± 0.0 |",
                  "| GRPO | loss.clip | 0.0008, 0.4 |", "| GVPO |  | 0.0008 |"):  # fmt: skip
         assert line in text
     assert (tmp_path / "frontier-arithmetic.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "beta-arithmetic.png").exists()

@@ -35,7 +35,8 @@ BETAS = (0.01, 0.1, 0.5, 1.0, 5.0)
 SHARES_OF_THE_RATE = {"arithmetic": (1.0, 0.5), "chain": (1.0,), "sort": (1.0,)}
 """Learning rates of the beta table, of the tuned one: what rate and beta do together is seen on short answers, what length does at the tuned one."""
 SIZES = {"GVPO": (2, 4, 8, 16, 32), "GRPO": (2, 8, 32)}
-SHARES = (0.0, 0.125, 0.25, 0.375, 0.5)
+HISTORICAL = (0, 1, 2, 3, 4)
+"""Of 8 completions."""
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
@@ -49,15 +50,16 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
             run_all(cells, results, partial(write, results, range(num)))
 
 
-Tables = dict[str, dict[Any, list[Cell]]]
+Tables = dict[str, dict[tuple[Any, str], list[Cell]]]
+"""By name; the cells of each by row and column."""
 
 
 def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
-    """The cells of each table by what its rows are about, once the methods are tuned."""
+    """What there is to run, once the methods are tuned."""
     best = {name: tuned(task, method, 0, results) for name, method in METHODS.items()}
     gvpo = best["GVPO"]
     tables: Tables = {
-        "methods": {method: [Cell(task, options, seed) for seed in seeds] for method, options in best.items() if options is not None},
+        "methods": {(method, ""): [Cell(task, options, seed) for seed in seeds] for method, options in best.items() if options is not None},
         "beta": {}, "k": {}, "history": {},
     }  # fmt: skip
     if gvpo is None:
@@ -65,20 +67,22 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
     rate = gvpo["learner.learning_rate"]
     for value, times in [("auto", 1.0), *itertools.product(BETAS, SHARES_OF_THE_RATE[task])]:
         overrides = {**gvpo, "loss.beta": value, "learner.learning_rate": rate * times}
-        tables["beta"][value, times] = [Cell(task, overrides, seed) for seed in seeds]
+        tables["beta"][value, f"{times:g} x the tuned rate"] = [Cell(task, overrides, seed) for seed in seeds]
     for method, k in ((method, k) for method, sizes in SIZES.items() for k in sizes):
         if (options := best[method]) is not None:
             num_groups = 128 // k
             overrides = {**options, **({} if k == 8 else {"sampling.num_completions": k, "groups_per_step": num_groups})}
-            tables["k"][method, k] = [Cell(task, overrides, seed) for seed in seeds]
-    for share in SHARES:
-        tables["history"][share] = [Cell(task, {**gvpo, **({"replay.share": share} if share else {})}, seed) for seed in seeds]
+            tables["k"][k, method] = [Cell(task, overrides, seed) for seed in seeds]
+    for n in HISTORICAL:
+        overrides = {**gvpo, **({"replay.share": n / 8} if n else {})}
+        tables["history"][f"{n}:{8 - n}", ""] = [Cell(task, overrides, seed) for seed in seeds]
     return tables
 
 
 def write(results: Results, seeds: Sequence[int]) -> None:
     """paper.md and the pictures, from what is there."""
-    text = ["# The paper in miniature", "", f"pass@1 in % at temperature 1 on held-out prompts; ± 95 % over {len(seeds)} seeds.", ""]
+    intervals = f"± 95 % over up to {len(seeds)} seeds, without it one run"
+    text = ["# The paper in miniature", "", f"pass@1 in % at temperature 1 on held-out prompts; {intervals}.", ""]
     tables = {task: cells_of(task, results, seeds) for task in TABLES}
     tasks = [task for task in TABLES if any(_all(table, results) for table in tables[task].values())]
 
@@ -90,34 +94,31 @@ def write(results: Results, seeds: Sequence[int]) -> None:
     starts = {task: _all(tables[task]["methods"], results) for task in compared}
     body = [["base", *itertools.chain(*([value(starts[task][:1], name) for name in ("start", "start_greedy")] for task in compared))]]
     for method in METHODS:
-        rows = {task: results.of(tables[task]["methods"].get(method, [])) for task in compared}
+        rows = {task: results.of(tables[task]["methods"].get((method, ""), [])) for task in compared}
         body.append([method, *itertools.chain(*([value(rows[task]), value(rows[task], "greedy")] for task in compared))])
     text += ["## Table 1: methods at equal samples", "", markdown(head, body), *tuned_options(tasks, METHODS, 0, results)]
     text += [f"![frontier](frontier-{task}.png)\n" for task in compared]
-    titles = {"beta": "beta, share of the tuned learning rate", "k": "method, completions per prompt", "history": "historical share"}
+    titles = {"beta": "beta", "k": "completions per prompt, of 128 in a step", "history": "historical : current completions of a group"}
     for name, title in titles.items():
         shown = [task for task in tasks if name in TABLES[task]]
-        keys = list({key: None for task in shown for key in tables[task][name]})
-        body = [[_shown(key), *(value(results.of(tables[task][name].get(key, []))) for task in shown)] for key in keys]
-        text += [f"## {title}", "", markdown([title, *shown], body)]
+        columns = list({(task, column): None for task in shown for _, column in tables[task][name]})
+        keys = list({row: None for task in shown for row, _ in tables[task][name]})
+        body = [[row, *(value(results.of(tables[task][name].get((row, column), []))) for task, column in columns)] for row in keys]
+        text += [f"## {title}", "", markdown(["", *(", ".join(filter(None, column)) for column in columns)], body)]
         text += [f"![beta](beta-{task}.png)\n" for task in shown if name == "beta"]
     (results.folder / "paper.md").write_text("\n".join(text))
     for task in compared:
-        lines = {method: mean_curve(results.of(cells), "kl") for method, cells in tables[task]["methods"].items()}
+        lines = {method: mean_curve(results.of(cells), "kl") for (method, _), cells in tables[task]["methods"].items()}
         picture(results.folder / f"frontier-{task}.png", {task: lines}, "KL from the start, nats per completion", "pass@1")
     for task in tasks:
         if "beta" not in TABLES[task]:
             continue
         lines = {}
-        for (beta, times), cells in tables[task]["beta"].items():
+        for (beta, rate), cells in tables[task]["beta"].items():
             if beta != "auto" and (rows := results.of(cells)):
-                lines.setdefault(f"{times:g} x the tuned rate", []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
+                lines.setdefault(rate, []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
         picture(results.folder / f"beta-{task}.png", {task: lines}, "beta", "pass@1", log=True)
 
 
-def _all(table: dict[Any, list[Cell]], results: Results) -> list[Row]:
+def _all(table: dict[tuple[Any, str], list[Cell]], results: Results) -> list[Row]:
     return [row for cells in table.values() for row in results.of(cells)]
-
-
-def _shown(key: Any) -> str:
-    return ", ".join(map(str, key)) if isinstance(key, tuple) else f"{key:g}"

@@ -69,7 +69,8 @@ def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell
 def write(results: Results, seeds: Sequence[int]) -> None:
     """staleness.md and for each task a picture of the ends and one of the whole curves, from what is there."""
     tasks = []
-    text = ["# Data age", "", f"pass@1 in % on held-out prompts after 100 steps; ± 95 % over {len(seeds)} seeds.", ""]
+    intervals = f"± 95 % over up to {len(seeds)} seeds, without it one run"
+    text = ["# Data age", "", f"pass@1 in % on held-out prompts after 100 steps; {intervals}.", ""]
     for task in GRIDS:
         methods, ages = GRIDS[task], [age for age in AGES if any(age in some for some in GRIDS[task].values())]
         rows = {(method, age): results.of(cells_of(task, method, age, seeds, results)) for method in methods for age in ages}
