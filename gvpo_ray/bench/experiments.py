@@ -348,7 +348,7 @@ Lines = Mapping[str, Sequence[tuple[float, ...]]]
 """Points (x, y) by the name of their line."""
 
 
-def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, log: bool = False, ticks: Sequence[str] = ()) -> None:
+def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()) -> None:
     """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`: names of x = 0, 1, …"""
     from matplotlib.figure import Figure
 
@@ -360,7 +360,7 @@ def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, log: bool =
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name, points in lines.items() if points))}
     drawn: dict[str, Any] = {}
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
-        axes.set(title=title, xlabel=x, ylabel=y, xscale="log" if log else "linear")
+        axes.set(title=title, xlabel=x, ylabel=y, xscale=scale)
         axes.label_outer()
         axes.grid(alpha=0.3)
         if ticks:

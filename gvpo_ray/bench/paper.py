@@ -109,7 +109,8 @@ def write(results: Results, seeds: Sequence[int]) -> None:
     (results.folder / "paper.md").write_text("\n".join(text))
     for task in compared:
         lines = {method: mean_curve(results.of(cells), "kl") for (method, _), cells in tables[task]["methods"].items()}
-        picture(results.folder / f"frontier-{task}.png", {task: lines}, "KL from the start, nats per completion", "pass@1")
+        # Linear up to 2 nats, where most runs stay, logarithmic where one of them went to dozens.
+        picture(results.folder / f"frontier-{task}.png", {task: lines}, "KL from the start, nats per completion", "pass@1", "symlog")
     for task in tasks:
         if "beta" not in TABLES[task]:
             continue
@@ -117,7 +118,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         for (beta, rate), cells in tables[task]["beta"].items():
             if beta != "auto" and (rows := results.of(cells)):
                 lines.setdefault(rate, []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
-        picture(results.folder / f"beta-{task}.png", {task: lines}, "beta", "pass@1", log=True)
+        picture(results.folder / f"beta-{task}.png", {task: lines}, "beta", "pass@1", "log")
 
 
 def _all(table: dict[tuple[Any, str], list[Cell]], results: Results) -> list[Row]:
