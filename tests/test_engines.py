@@ -623,8 +623,12 @@ def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(running
     monkeypatch.setattr(engines.os, "_exit", ended.append)
 
     async def run() -> None:
-        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(4, 900))) for i in range(3)]
-        await asyncio.sleep(0.3)
+        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]  # some of 12 are long
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_groups"] == 3)
+
+        await until(has_begun)
         (core,) = tiny.descendants("VLLM::EngineCore")
         os.kill(core, signal.SIGKILL)
         errors = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), timeout=60)
