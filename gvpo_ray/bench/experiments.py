@@ -345,7 +345,7 @@ def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int,
 
 
 Lines = Mapping[str, Sequence[tuple[float, ...]]]
-"""Points (x, y) by the name of their line."""
+"""Points (x, y), or (x, y, from, to) with a range to draw, by the name of their line."""
 
 
 def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()) -> None:
@@ -367,7 +367,10 @@ def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str 
             axes.set_xticks(range(len(ticks)), ticks)
         for name, points in lines.items():
             if points:
-                (drawn[name],) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours[name])
+                at, values, *ranges = zip(*points, strict=True)
+                (drawn[name],) = axes.plot(at, values, marker="o", markersize=4, color=colours[name])
+                if ranges:
+                    axes.vlines(at, *ranges, color=colours[name], alpha=0.5)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     if drawn and columns == 1:

@@ -13,6 +13,7 @@ nobody has seen the held-out ones.
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,9 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         lines = {}
         for (beta, rate), cells in tables[task]["beta"].items():
             if beta != "auto" and (rows := results.of(cells)):
-                lines.setdefault(rate, []).append((beta, sum(row["pass@1"] for row in rows) / len(rows)))
-        picture(results.folder / f"beta-{task}.png", {task: lines}, "beta", "pass@1", "log")
+                ends = [row["pass@1"] for row in rows]
+                lines.setdefault(rate, []).append((beta, statistics.mean(ends), min(ends), max(ends)))
+        picture(results.folder / f"beta-{task}.png", {f"{task}: mean, least and greatest run": lines}, "beta", "pass@1", "log")
 
 
 def _all(table: dict[tuple[Any, str], list[Cell]], results: Results) -> list[Row]:
