@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gvpo_ray.config import ConfigError, GVPOConfig
+from gvpo_ray.config.run import ConfigError, GVPOConfig
 
 if TYPE_CHECKING:
-    from gvpo_ray.controller import GVPO, EngineGroup, LearnerGroup, RunError, VerifierGroup
+    from gvpo_ray.engines.pools import EngineGroup
+    from gvpo_ray.failures import RunError
+    from gvpo_ray.learner.workers import LearnerGroup
     from gvpo_ray.losses.gvpo import gvpo_loss
+    from gvpo_ray.run.algorithm import GVPO
+    from gvpo_ray.verifiers.pool import VerifierGroup
 
 __version__ = "0.1.0"
 __all__ = ["GVPO", "ConfigError", "EngineGroup", "GVPOConfig", "LearnerGroup", "RunError", "VerifierGroup", "gvpo_loss"]
@@ -21,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return gvpo_loss
     if name in __all__:
-        from gvpo_ray import controller
+        from gvpo_ray.run import algorithm as controller
 
         return getattr(controller, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 
-from gvpo_ray.config import LearnerConfig, PoolConfig
+from gvpo_ray.config.run import LearnerConfig, PoolConfig
 
 
 def actor_name(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
-from gvpo_ray.engines import Draining
+from gvpo_ray.engines.vllm_engine import Draining
 
 
 class RunError(RuntimeError):

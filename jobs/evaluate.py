@@ -5,7 +5,7 @@
 
 import sys
 
-from gvpo_ray.__main__ import main
+from gvpo_ray.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -5,8 +5,8 @@
 
 import sys
 
-from gvpo_ray.__main__ import main
-from gvpo_ray.config import ConfigError, GVPOConfig
+from gvpo_ray.cli import main
+from gvpo_ray.config.run import ConfigError, GVPOConfig
 
 
 def train(arguments: list[str]) -> int:
@@ -14,7 +14,7 @@ def train(arguments: list[str]) -> int:
         try:
             config = GVPOConfig.from_file(arguments[0], arguments[1:])
             if config.warm_start is not None:
-                from gvpo_ray.warm_start import warm_start  # torch: not for a message about the config
+                from gvpo_ray.learner.warm_start import warm_start  # torch: not for a message about the config
 
                 warm_start(config)
         except ConfigError as error:

@@ -7,8 +7,8 @@ Does nothing when model.path is there.
 
 import sys
 
-from gvpo_ray.config import ConfigError, GVPOConfig
-from gvpo_ray.warm_start import warm_start
+from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.learner.warm_start import warm_start
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):

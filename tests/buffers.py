@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pyarrow as pa
 from tiny import make_group, table
 
-from gvpo_ray.buffer import GroupBuffer
+from gvpo_ray.buffer.buffer import GroupBuffer
 
 
 def make(folder, groups_per_step=2, num_steps=100, max_staleness=None, version=0, replay=None, seed=0) -> GroupBuffer:

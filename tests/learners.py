@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from tiny import make_group, make_model, table
 
-from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
-from gvpo_ray.learner import Settings
-from gvpo_ray.policy import Policy
+from gvpo_ray.config.run import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import Settings
 
 BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gvpo_ray.answers import NO_ANSWER, extract, grade
+from gvpo_ray.verifiers.math.compare import NO_ANSWER, extract, grade
 
 PRINCIPLES = {
     "percent as the gold implies": (
@@ -220,7 +220,7 @@ def test_memory_errors_come_through(monkeypatch):
 
 
 def test_equal_text_and_plain_numbers_need_no_sympy(monkeypatch):
-    monkeypatch.setattr("gvpo_ray.answers._parse", None)
+    monkeypatch.setattr("gvpo_ray.verifiers.math.compare._parse", None)
     assert grade(r"\boxed{\frac{2}{4}}", "0.5").correct
     assert grade(r"\boxed{x + 1}", "x+1").correct
     assert grade("The answer is 1,234.", "1235").correct is False

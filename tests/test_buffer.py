@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from buffers import answer, ids, make, make_again, put, run, settle, start_all, waits
 
-from gvpo_ray import buffer as buffer_module
-from gvpo_ray import group_log
-from gvpo_ray.buffer import GroupBuffer
-from gvpo_ray.config import ReplayConfig
-from gvpo_ray.group_log import GroupLog
+from gvpo_ray.buffer import buffer as buffer_module
+from gvpo_ray.buffer import log as group_log
+from gvpo_ray.buffer.buffer import GroupBuffer
+from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.config.run import ReplayConfig
 
 
 def status(buffer: GroupBuffer, *names: str) -> Awaitable:

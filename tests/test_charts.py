@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gvpo_ray import charts
+from gvpo_ray.observe.report import charts
 
 
 def picture(figure):

@@ -23,9 +23,9 @@ import yaml
 from tiny import make_group, make_model, table
 
 from gvpo_ray import groups
-from gvpo_ray.__main__ import main
-from gvpo_ray.config import GVPOConfig, check_resources
-from gvpo_ray.inputs import open_run_dir
+from gvpo_ray.cli import main
+from gvpo_ray.config.run import GVPOConfig, check_resources
+from gvpo_ray.run.inputs import open_run_dir
 
 JOBS = Path(__file__).parent.parent / "jobs"
 PROBLEMS = [{"prompt": f"{a} + {b}?", "answer": str(a + b)} for a in range(2) for b in range(3)]
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No cluster in the environment, no Ray from here on, and the signal handler that `main` sets put back."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("gvpo_ray.controller.Session", lambda *_: pytest.fail("Ray is started"))
+    monkeypatch.setattr("gvpo_ray.run.algorithm.Session", lambda *_: pytest.fail("Ray is started"))
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -375,7 +375,7 @@ def test_what_a_verb_does_not_start_need_not_fit_the_machine(refused: Callable[.
 
 
 def test_learn_does_not_mix_two_logs(refused: Callable[..., str], folder: Path) -> None:
-    from gvpo_ray.group_log import GroupLog
+    from gvpo_ray.buffer.log import GroupLog
 
     _save("g.arrow", *map(make_group, range(4)))(folder)
     with open_run_dir(_config(folder)) as run_dir:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gvpo_ray.config import (
+from gvpo_ray.config.run import (
     NO_PROMPTS,
     ConfigError,
     GVPOConfig,

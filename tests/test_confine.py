@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gvpo_ray import confine
+from gvpo_ray.sandbox import confine
 
 PREAMBLE = """
 import ctypes, os, resource, signal, socket, sys, threading

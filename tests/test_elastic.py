@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gvpo_ray.elastic import PATIENCE_S, one_less, one_more
+from gvpo_ray.engines.autoscale import PATIENCE_S, one_less, one_more
 
 
 @dataclass

@@ -26,10 +26,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from gvpo_ray import engines, groups
-from gvpo_ray.config import ModelConfig, PoolConfig, SamplingConfig
-from gvpo_ray.engines import HAND_OVER_S, BaseEngine, Draining, Engine, FakeEngine, sort_out
-from gvpo_ray.server import ServerEngine
+from gvpo_ray import groups
+from gvpo_ray.config.run import ModelConfig, PoolConfig, SamplingConfig
+from gvpo_ray.engines import vllm_engine as engines
+from gvpo_ray.engines.openai_engine import ServerEngine
+from gvpo_ray.engines.vllm_engine import HAND_OVER_S, BaseEngine, Draining, Engine, FakeEngine, sort_out
 
 PROMPT_IDS = [2 + (7 * i) % (tiny.VOCAB_SIZE - 2) for i in range(24)]
 
@@ -238,7 +239,7 @@ def test_the_status_says_what_is_in_flight_and_since_when(without_waiting: Calla
 
 
 def test_a_process_for_a_fake_engine_imports_neither_torch_nor_vllm() -> None:
-    code = "import sys, gvpo_ray.engines; sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
+    code = "import sys, gvpo_ray.engines.vllm_engine; sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

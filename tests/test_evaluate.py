@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from gvpo_ray import groups
-from gvpo_ray.__main__ import main
-from gvpo_ray.answers import NO_ANSWER
-from gvpo_ray.config import ConfigError, GVPOConfig
-from gvpo_ray.controller import evaluate, evaluation_sampling
-from gvpo_ray.evaluate import EvaluationDir, compare, prompt_seed
-from gvpo_ray.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+from gvpo_ray.cli import main
+from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.evaluation.folder import EvaluationDir, compare, prompt_seed
+from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+from gvpo_ray.run.algorithm import evaluate, evaluation_sampling
+from gvpo_ray.verifiers.math.compare import NO_ANSWER
 
 
 def _config(folder: Path, **evaluation: Any) -> GVPOConfig:

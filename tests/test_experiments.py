@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo_ray.bench import experiments, paper, staleness
-from gvpo_ray.bench.experiments import Cell, Results, mean_and_interval, percent, run_all
-from gvpo_ray.config import GVPOConfig
+from gvpo_ray.bench.experiments import cells as experiments
+from gvpo_ray.bench.experiments import paper, staleness
+from gvpo_ray.bench.experiments.cells import Cell, Results, mean_and_interval, percent, run_all
+from gvpo_ray.config.run import GVPOConfig
 
 
 def row(cell: Cell, **values: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from buffers import answer, ids, make, make_again, put, run, start_all, texts
 from tiny import make_group, table
 
 from gvpo_ray import groups
-from gvpo_ray.config import ReplayConfig
-from gvpo_ray.group_log import GroupLog, Quarantine
+from gvpo_ray.buffer.log import GroupLog, Quarantine
+from gvpo_ray.config.run import ReplayConfig
 
 # --------------------------------------------------------------------------------------------------------------------- log
 
@@ -172,7 +172,7 @@ WRITER = textwrap.dedent(
     """
     import asyncio, os, sys
     from tiny import make_group, table
-    from gvpo_ray.buffer import GroupBuffer
+    from gvpo_ray.buffer.buffer import GroupBuffer
 
     async def write(folder):
         buffer = GroupBuffer(folder, groups_per_step=3, num_steps=10**6, max_staleness=None)

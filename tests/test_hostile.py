@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from gvpo_ray import groups, verify
-from gvpo_ray.config import VerifiersConfig
-from gvpo_ray.verifiers import Verifier
+from gvpo_ray import groups
+from gvpo_ray.config.run import VerifiersConfig
+from gvpo_ray.verifiers import score_file as verify
+from gvpo_ray.verifiers.verifier import Verifier
 
 NUM = 60
 """Of every kind."""

@@ -16,13 +16,13 @@ from tiny import counted_and_damped, make_group, make_model, pushed, table
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.buffer import GroupBuffer
-from gvpo_ray.checkpoints import latest_checkpoint
-from gvpo_ray.config import LearnerConfig, LossConfig
-from gvpo_ray.learner import NonFiniteGradient, Settings, _learning_rate, learn, steered, train_step
-from gvpo_ray.losses import gvpo_loss_squared
-from gvpo_ray.policy import Policy
-from gvpo_ray.weights import ObjectPublisher
+from gvpo_ray.buffer.buffer import GroupBuffer
+from gvpo_ray.config.run import LearnerConfig, LossConfig
+from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import NonFiniteGradient, Settings, _learning_rate, learn, steered, train_step
+from gvpo_ray.losses.gvpo import gvpo_loss_squared
+from gvpo_ray.weights.transfer import ObjectPublisher
 
 # --------------------------------------------------------------------------------- one step, and what must not change it
 

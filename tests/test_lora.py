@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.config import LearnerConfig, LoraConfig, ModelConfig, PoolConfig, SamplingConfig
-from gvpo_ray.engines import Engine
-from gvpo_ray.policy import Policy
-from gvpo_ray.weights import ObjectPublisher, WeightMismatch
+from gvpo_ray.config.run import LearnerConfig, LoraConfig, ModelConfig, PoolConfig, SamplingConfig
+from gvpo_ray.engines.vllm_engine import Engine
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.weights.transfer import ObjectPublisher, WeightMismatch
 
 PROBE = [[2 + (7 * i + 5 * j) % (tiny.VOCAB_SIZE - 2) for i in range(24)] for j in range(2)]
 RANK, ALPHA = 4, 6.0

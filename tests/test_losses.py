@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import counted_and_damped
 
-from gvpo_ray.losses import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights, kept_likelihood
+from gvpo_ray.losses.gvpo import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights, kept_likelihood
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -5,7 +5,17 @@ import math
 
 import pytest
 
-from gvpo_ray.metrics import BINDING_STEPS, MetricsLog, age_bucket, append_line, batch_metrics, beta_hint, evaluation_metrics, mean, read_lines
+from gvpo_ray.observe.metrics import (
+    BINDING_STEPS,
+    MetricsLog,
+    age_bucket,
+    append_line,
+    batch_metrics,
+    beta_hint,
+    evaluation_metrics,
+    mean,
+    read_lines,
+)
 
 BATCH = [
     {

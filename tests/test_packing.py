@@ -21,9 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from gvpo_ray import packing, policy
-from gvpo_ray.config import LearnerConfig, ModelConfig
-from gvpo_ray.policy import CompletionLogprobs, Policy, padded_inputs
+from gvpo_ray.config.run import LearnerConfig, ModelConfig
+from gvpo_ray.learner import packing, policy
+from gvpo_ray.learner.policy import CompletionLogprobs, Policy, padded_inputs
 
 SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                          "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip

@@ -15,10 +15,10 @@ from tiny import make_group, make_model, table
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.config import LearnerConfig, LossConfig
-from gvpo_ray.learner import Settings, learn, train_step
-from gvpo_ray.policy import Policy
-from gvpo_ray.weights import ObjectPublisher
+from gvpo_ray.config.run import LearnerConfig, LossConfig
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import Settings, learn, train_step
+from gvpo_ray.weights.transfer import ObjectPublisher
 
 
 def aged_batch() -> list[dict[str, Any]]:

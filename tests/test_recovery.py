@@ -25,13 +25,14 @@ import tiny
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from gvpo_ray import engine_group, groups
+from gvpo_ray import groups
 from gvpo_ray.bench.scale import FakeRun, maker
-from gvpo_ray.config import EnginesConfig, ReplayConfig, SamplingConfig
-from gvpo_ray.engines import BaseEngine, FakeEngine
+from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.config.run import EnginesConfig, ReplayConfig, SamplingConfig
+from gvpo_ray.engines import pools as engine_group
+from gvpo_ray.engines.vllm_engine import BaseEngine, FakeEngine
 from gvpo_ray.failures import RunError
-from gvpo_ray.group_log import GroupLog
-from gvpo_ray.status import read_status, status_lines
+from gvpo_ray.observe.status import read_status, status_lines
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that engines need not import this file, and torch with it
 

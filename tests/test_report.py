@@ -15,8 +15,9 @@ from xml.etree import ElementTree
 import pytest
 from tiny import make_group
 
-from gvpo_ray import groups, report
-from gvpo_ray.config import ConfigError
+from gvpo_ray import groups
+from gvpo_ray.config.run import ConfigError
+from gvpo_ray.observe.report import page as report
 
 LINE = {
     "reward/mean": 0.5, "loss": 0.125, "gvpo/residual_var": 0.25, "policy/kl_ref": 0.0, "staleness/mean": 1.0, "tokens/trained": 3000.0,

@@ -10,11 +10,12 @@ import tiny
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from gvpo_ray import groups, rewards
-from gvpo_ray.config import RewardConfig, VerifiersConfig
-from gvpo_ray.reward_model import RewardModel
-from gvpo_ray.rewards import HttpReward, Part, call, exact_match, format_reward, length_reward, numeric
-from gvpo_ray.verifiers import Verifier
+from gvpo_ray import groups
+from gvpo_ray.config.run import RewardConfig, VerifiersConfig
+from gvpo_ray.verifiers import rewards
+from gvpo_ray.verifiers.reward_model import RewardModel
+from gvpo_ray.verifiers.rewards import HttpReward, Part, call, exact_match, format_reward, length_reward, numeric
+from gvpo_ray.verifiers.verifier import Verifier
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ from test_tracking import shows_on_ray, tensorboard_of
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.bench import chaos
-from gvpo_ray.group_log import GroupLog
-from gvpo_ray.ring import EventLog
-from gvpo_ray.status import write_status
-from gvpo_ray.tracking import place
-from gvpo_ray.warm_start import warm_start
+from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.learner.warm_start import warm_start
+from gvpo_ray.observe.status import write_status
+from gvpo_ray.observe.trackers import place
+from gvpo_ray.run.rollouts import EventLog
 
 PROJECT = Path(__file__).parents[1]
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
@@ -325,7 +325,7 @@ def test_python_users_train_with_a_function_from_a_file_whose_verifiers_are_kill
         write_status(*args)
 
     written_by: set[str] = set()
-    monkeypatch.setattr("gvpo_ray.ring.write_status", write)
+    monkeypatch.setattr("gvpo_ray.run.rollouts.write_status", write)
     killer = threading.Thread(target=kill_verifiers)
     with GVPOConfig.from_file(config_file, overrides).build() as algo:
         killer.start()

@@ -10,10 +10,10 @@ from tiny import EOS, make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gvpo_ray import groups
-from gvpo_ray.config import ConfigError, PromptsConfig, SourceConfig, VerifiersConfig
-from gvpo_ray.prompts import PromptSet
-from gvpo_ray.sources import Mixture, OfflineSource
-from gvpo_ray.verifiers import Verifier
+from gvpo_ray.config.run import ConfigError, PromptsConfig, SourceConfig, VerifiersConfig
+from gvpo_ray.data.offline import Mixture, OfflineSource
+from gvpo_ray.data.prompts import PromptSet
+from gvpo_ray.verifiers.verifier import Verifier
 
 IDS = {"0": 3, "1": 4, "2": 5, "3": 6, "+": 13, "=": 14, "q": 33}
 """Of tiny's tokenizer: one token per character."""

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from tiny import EOS, counted_and_damped, float64, make_group, make_model, pushed
 
 from gvpo_ray import groups
-from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
-from gvpo_ray.learner import Settings, train_step
-from gvpo_ray.losses import gvpo_loss_squared
-from gvpo_ray.policy import Policy
+from gvpo_ray.config.run import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import Settings, train_step
+from gvpo_ray.losses.gvpo import gvpo_loss_squared
 
 NUM_STEPS, LEARNING_RATE, BETA = 5, 1e-3, 0.1
 LONG = 10_000

@@ -8,9 +8,9 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from gvpo_ray.answers import extract
-from gvpo_ray.config import WarmStartConfig
-from gvpo_ray.tasks import LAG, LINKS, NUM_HELD_OUT, TASKS, in_place, make, split
+from gvpo_ray.config.run import WarmStartConfig
+from gvpo_ray.data.tasks import LAG, LINKS, NUM_HELD_OUT, TASKS, in_place, make, split
+from gvpo_ray.verifiers.math.compare import extract
 
 
 def test_the_config_knows_every_task():
@@ -50,7 +50,7 @@ def test_the_answer_of_a_sum_is_the_sum_and_that_of_a_chain_its_last_two_digits(
 
 def test_a_hurried_person_who_never_slips_is_right(monkeypatch):
     for name in ("SLIP", "GUESS", "FORGET", "NINE", "MISCOUNT", "ONCE", "SWAP"):
-        monkeypatch.setattr(f"gvpo_ray.tasks.{name}", 0.0)
+        monkeypatch.setattr(f"gvpo_ray.data.tasks.{name}", 0.0)
     for problems, _ in TASKS.values():
         for problem in problems(random.Random(0))[:500]:
             assert extract(problem.solve(random.Random(1))).text == problem.answer

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses import gvpo_loss, gvpo_loss_squared, importance_weights, kept_likelihood
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
+from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared, importance_weights, kept_likelihood
 from gvpo_ray.losses.reinforce import reinforce_loss
 from gvpo_ray.losses.rloo import rloo_loss
 

@@ -18,13 +18,15 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import BATCH
 
-from gvpo_ray import GVPO, GVPOConfig, tracking
-from gvpo_ray.config import ConfigError
+from gvpo_ray import GVPO, GVPOConfig
+from gvpo_ray.config.run import ConfigError
+from gvpo_ray.learner.objective import AGES
 from gvpo_ray.losses.gvpo import RESIDUAL_EDGES
-from gvpo_ray.metrics import MetricsLog, batch_metrics, evaluation_metrics
-from gvpo_ray.objective import AGES
-from gvpo_ray.tracking import Gauges, Tracking, check_trackers, of_line, of_status, parameters_of, series_of
+from gvpo_ray.observe import trackers as tracking
+from gvpo_ray.observe.metrics import MetricsLog, batch_metrics, evaluation_metrics
+from gvpo_ray.observe.trackers import Gauges, Tracking, check_trackers, of_line, of_status, parameters_of, series_of
 
+PACKAGE = Path(__file__).parent.parent / "gvpo_ray"
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana" / "gvpo.json"
 
 
@@ -127,7 +129,7 @@ def test_a_buffer_that_does_not_answer_and_a_run_with_nothing_on_its_way_have_se
 
 
 def test_every_word_of_the_buffer_for_what_the_learner_does_is_a_state() -> None:
-    source = (Path(tracking.__file__).parent / "buffer.py").read_text()
+    source = (PACKAGE / "buffer" / "buffer.py").read_text()
     words = re.findall(r"_learner_is\(f?\"([^\"{]+)", source) + re.findall(r"self\._learner: .*= \(\"([^\"]+)", source)
     assert len(words) > 8
     for word in (*words, "saves step 3"):
@@ -136,7 +138,7 @@ def test_every_word_of_the_buffer_for_what_the_learner_does_is_a_state() -> None
 
 
 def test_every_state_of_an_engine_is_counted() -> None:
-    states = set(re.findall(r"becomes\(\"([^\"]+)\"\)", (Path(tracking.__file__).parent / "engine_group.py").read_text()))
+    states = set(re.findall(r"becomes\(\"([^\"]+)\"\)", (PACKAGE / "engines" / "pools.py").read_text()))
     assert len(states) > 5 and states <= set(tracking.ENGINE_STATES)
 
 

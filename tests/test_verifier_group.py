@@ -16,10 +16,11 @@ import tiny
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from gvpo_ray import groups, verifier_group
-from gvpo_ray.config import RayConfig, VerifiersConfig
-from gvpo_ray.controller import Session
-from gvpo_ray.verifier_group import VerifierGroup
+from gvpo_ray import groups
+from gvpo_ray.config.run import RayConfig, VerifiersConfig
+from gvpo_ray.run.algorithm import Session
+from gvpo_ray.verifiers import pool as verifier_group
+from gvpo_ray.verifiers.pool import VerifierGroup
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: 
     rewards: dict[str, Any] = {"exact_match": 1.0, "rm": {"model": str(tmp_path / "rm"), "weight": 2.0, "num": 2, "num_cpus": 0.1}}
     verifiers = VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1, rewards=rewards), None)
     scored = session.call(_score_all(verifiers, [_sampled(i, ["7", "7" * 40, "8"]) for i in range(3)]))
-    from gvpo_ray.reward_model import RewardModel
+    from gvpo_ray.verifiers.reward_model import RewardModel
 
     first, _, third = RewardModel(str(tmp_path / "rm"), batch_size=4).score(["p"] * 3, ["7", "7" * 40, "8"])
     for table in scored:

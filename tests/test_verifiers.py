@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo_ray import groups
-from gvpo_ray.config import ConfigError, VerifiersConfig
-from gvpo_ray.rewards import math_reward
-from gvpo_ray.verifiers import RewardError, Verifier, validate_rewards
+from gvpo_ray.config.run import ConfigError, VerifiersConfig
+from gvpo_ray.verifiers.rewards import math_reward
+from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"
 LIMIT_S = 2.0
@@ -195,7 +195,7 @@ def test_a_function_may_write_into_its_scratch_folder_which_goes_with_it() -> No
 
 def test_the_scratch_folder_of_a_killed_verifier_is_removed_by_the_next_one() -> None:
     program = (
-        "import os, signal; from gvpo_ray.config import VerifiersConfig; from gvpo_ray.verifiers import Verifier\n"
+        "import os, signal; from gvpo_ray.config.run import VerifiersConfig; from gvpo_ray.verifiers.verifier import Verifier\n"
         "verifier = Verifier(VerifiersConfig(rewards={'format': 1}))\n"
         "print(verifier._sandbox._scratch, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -219,8 +219,8 @@ def test_a_memory_bomb_is_a_crash_and_its_neighbours_keep_their_rewards() -> Non
 
 def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error() -> None:
     def swallows(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
-        from gvpo_ray import answers
-        from gvpo_ray.rewards import math_reward
+        from gvpo_ray.verifiers.math import compare as answers
+        from gvpo_ray.verifiers.rewards import math_reward
 
         def equal(*_: Any) -> bool:
             try:
@@ -393,7 +393,7 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
         "    while True: pass\n"
     )
     program = (
-        "from gvpo_ray import groups; from gvpo_ray.config import VerifiersConfig; from gvpo_ray.verifiers import Verifier\n"
+        "from gvpo_ray import groups; from gvpo_ray.config.run import VerifiersConfig; from gvpo_ray.verifiers.verifier import Verifier\n"
         f"verifier = Verifier(VerifiersConfig(timeout_s=600, cpu_s=600, rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
         "print(verifier._sandbox._child.pid, verifier._sandbox._template._process.pid, flush=True)\n"
         "verifier.score(groups.table([{'prompt': 'p', 'answer': '1', 'completions': ['a']}]))\n"

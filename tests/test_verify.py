@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gvpo_ray.__main__ import main
-from gvpo_ray.verify import _as_table
+from gvpo_ray.cli import main
+from gvpo_ray.verifiers.score_file import _as_table
 
 ROWS: list[dict[str, Any]] = [
     {"response": "so \\boxed{5}", "gold": "5", "label_correct": True, "id": "a"},

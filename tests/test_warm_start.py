@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo_ray import warm_start as module
-from gvpo_ray.config import ConfigError, GVPOConfig
-from gvpo_ray.policy import CompletionLogprobs, padded_inputs
-from gvpo_ray.prompts import PromptSet
-from gvpo_ray.warm_start import END, _batches, new_model, read_examples, train_tokenizer, warm_start
+from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.data.prompts import PromptSet
+from gvpo_ray.learner import warm_start as module
+from gvpo_ray.learner.policy import CompletionLogprobs, padded_inputs
+from gvpo_ray.learner.warm_start import END, _batches, new_model, read_examples, train_tokenizer, warm_start
 
 JOBS = Path(__file__).parent.parent / "jobs"
 NATALIA = {  # the first problem of GSM8K (MIT, see data/LICENSE.md)

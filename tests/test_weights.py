@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load as from_bytes
 
-from gvpo_ray.weights import NcclPublisher, ObjectPublisher, SharedMemory, merge, shards
+from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher, SharedMemory, merge, shards
 
 # ------------------------------------------------------------------------------------------------------------------ shards
 
@@ -100,8 +100,8 @@ def test_shared_memory_is_there_inside_the_with_and_gone_after_it():
 
 
 def test_shared_memory_is_gone_also_after_an_error_inside_and_while_it_is_filled(tmp_path, monkeypatch):
-    monkeypatch.setattr("gvpo_ray.weights.tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("gvpo_ray.weights.shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))  # /dev/shm is full: a folder
+    monkeypatch.setattr("gvpo_ray.weights.transfer.tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("gvpo_ray.weights.transfer.shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))  # /dev/shm is full: a folder
     array = np.arange(4, dtype=np.uint8)
     with pytest.raises(ZeroDivisionError), SharedMemory([array]) as memory:
         assert Path(memory.paths[0]).parent.parent == tmp_path
@@ -267,8 +267,8 @@ def test_each_version_is_broadcast_whole_the_first_one_too(vllm):
 def test_what_the_policy_publishes_can_be_broadcast(vllm, tmp_path):
     from tiny import make_model
 
-    from gvpo_ray.config import LearnerConfig, ModelConfig
-    from gvpo_ray.policy import Policy
+    from gvpo_ray.config.run import LearnerConfig, ModelConfig
+    from gvpo_ray.learner.policy import Policy
 
     path = make_model(tmp_path)
     policy = Policy(ModelConfig(path=str(path)), LearnerConfig(backend="ddp"), path)

@@ -26,8 +26,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from gvpo_ray.config import GVPOConfig
-from gvpo_ray.group_log import GroupLog
+from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.config.run import GVPOConfig
 
 TITLES = {
     "engine": "ray::_EngineActor",

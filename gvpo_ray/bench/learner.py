@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from gvpo_ray.config import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
+from gvpo_ray.config.run import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
 from gvpo_ray.losses.gvpo import gvpo_loss
 
 SHAPES = [(prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)]
@@ -140,8 +140,8 @@ def _loss(logprobs: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
     """Seconds of a step, the peak of its memory beyond the model's in bytes, and the share of our own code; None: no memory."""
-    from gvpo_ray.learner import Settings, train_step
-    from gvpo_ray.policy import Policy
+    from gvpo_ray.learner.policy import Policy
+    from gvpo_ray.learner.step import Settings, train_step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ModelConfig(path=folder, dtype="bfloat16" if device == "cuda" else "float32")

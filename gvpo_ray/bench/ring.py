@@ -12,9 +12,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from gvpo_ray.config import GVPOConfig
-from gvpo_ray.controller import GVPO
-from gvpo_ray.metrics import mean
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.observe.metrics import mean
+from gvpo_ray.run.algorithm import GVPO
 
 MAX_STEPS, WARM_STEPS = 24, 4
 """Steps of the run, and how many of them are not counted: the first generations are slower."""

@@ -23,12 +23,12 @@ from rich.table import Table
 
 from gvpo_ray import groups
 from gvpo_ray.actors import actor_name
-from gvpo_ray.buffer_actor import Buffer, LearnersBuffer
-from gvpo_ray.config import EnginesConfig, PoolConfig, RayConfig, ReplayConfig, RewardConfig, SamplingConfig, VerifiersConfig
-from gvpo_ray.engine_group import EngineGroup, MakeEngine, Remote
-from gvpo_ray.engines import FakeEngine
+from gvpo_ray.buffer.actor import Buffer, LearnersBuffer
+from gvpo_ray.config.run import EnginesConfig, PoolConfig, RayConfig, ReplayConfig, RewardConfig, SamplingConfig, VerifiersConfig
+from gvpo_ray.engines.pools import EngineGroup, MakeEngine, Remote
+from gvpo_ray.engines.vllm_engine import FakeEngine
 from gvpo_ray.failures import RunError, cause_of
-from gvpo_ray.verifier_group import VerifierGroup
+from gvpo_ray.verifiers.pool import VerifierGroup
 
 SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
 
@@ -100,11 +100,11 @@ class FakeRun:
         verifier_resources: dict[str, float] | None = None, learner_resources: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         # Here and not above: these import torch, and this file is imported by every fake engine.
-        from gvpo_ray.controller import Session
-        from gvpo_ray.group_log import Quarantine
-        from gvpo_ray.inputs import Inputs
-        from gvpo_ray.ring import EventLog, Ring
-        from gvpo_ray.sources import Mixture
+        from gvpo_ray.buffer.log import Quarantine
+        from gvpo_ray.data.offline import Mixture
+        from gvpo_ray.run.algorithm import Session
+        from gvpo_ray.run.inputs import Inputs
+        from gvpo_ray.run.rollouts import EventLog, Ring
 
         self.said: list[str] = []
         self.session = Session(RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address))

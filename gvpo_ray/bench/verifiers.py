@@ -20,9 +20,9 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from gvpo_ray.config import ConfigError, RewardConfig, VerifiersConfig
-from gvpo_ray.verifiers import Verifier
-from gvpo_ray.verify import GOLD, RESPONSE
+from gvpo_ray.config.run import ConfigError, RewardConfig, VerifiersConfig
+from gvpo_ray.verifiers.score_file import GOLD, RESPONSE
+from gvpo_ray.verifiers.verifier import Verifier
 
 POISON_SHARE = 0.01
 
@@ -107,7 +107,7 @@ def _plain(rows: Rows) -> None:
 
 
 def _in_process(rows: Rows) -> None:
-    from gvpo_ray.answers import grade
+    from gvpo_ray.verifiers.math.compare import grade
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
 

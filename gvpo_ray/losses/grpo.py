@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses.common import Batch
+from gvpo_ray.losses.token_losses import Batch
 
 
 def grpo_loss(

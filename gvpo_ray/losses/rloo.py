@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gvpo_ray.losses.common import Batch
+from gvpo_ray.losses.token_losses import Batch
 
 
 def rloo_loss(

@@ -1,0 +1,387 @@
+"""Experiments on the real ring: what `gvpo-ray bench paper` and `gvpo-ray bench staleness` share.
+
+A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a folder of its own, where a killed
+one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows. Commands
+can run side by side in one folder: each takes cells that nobody else is at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from gvpo_ray import groups
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.data.tasks import make
+from gvpo_ray.learner.policy import CompletionLogprobs, padded_inputs, sequence_sums
+from gvpo_ray.run.algorithm import GVPO, Session, evaluate
+
+CHECKOUT = Path(__file__).parents[3]
+JOBS, MODELS = CHECKOUT / "jobs", CHECKOUT / "docs" / "results" / "models"
+TASKS = {
+    "arithmetic": (
+        "quickstart.yaml",
+        {
+            "groups_per_step": 16, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0,
+            "verifiers.num": 1, "verifiers.rewards": {"exact_match": 1.0},  # says the same as math of whole numbers in a box
+        },
+    ),
+    "chain": ("chain_cpu.yaml", {}),
+    "sort": ("sort_cpu.yaml", {"groups_per_step": 16}),
+}  # fmt: skip
+"""The config of each task, and what of it is otherwise here.
+
+MODELS has what its warm start made (`python jobs/warm_start.py CONFIG`), for another machine's arithmetic would end in another model (chains:
+right 11 times in 100, and 32), and rows of two such models are not to be compared.
+"""
+EVERY, TRAIN_LIMIT = 20, 1000
+"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts by which trials are compared: with 256 of them the
+standard error would be two points, which is as far as trials lie apart."""
+MEASURED, COMPARED = ("heldout", "greedy"), ("train",)
+"""Evaluated at the end: of trials the second alone, so that no choice is made by what the tables report; of all other cells the first."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    `age`: every batch is trained so many steps after it was sampled (as far as there are so many): the learner waits until all that the dial
+    allows is sampled.
+    """
+
+    task: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    age: int = 0
+
+    @property
+    def key(self) -> str:
+        what = [self.task, sorted((name, str(value)) for name, value in self.overrides.items()), self.seed, self.age]
+        return f"{self.task}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
+
+
+Row = dict[str, Any]
+
+
+class Results:
+    """results.parquet in a folder: a row per finished cell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "results.parquet"
+        self.rows: dict[str, Row] = {}
+        self.read()
+
+    def read(self) -> None:
+        """What others have added, too."""
+        self.rows = {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
+
+    def add(self, row: Row) -> None:
+        with locked(self.path.with_suffix(".lock")):
+            self.read()
+            self.rows[row["cell"]] = row
+            part = self.path.with_suffix(".part")
+            pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
+            part.replace(self.path)
+
+    def of(self, cells: Iterable[Cell]) -> list[Row]:
+        """Of those that are finished."""
+        return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock among processes; False: another has it, and this one does not `wait`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@dataclass(frozen=True)
+class Method:
+    """An objective and its options as they usually are, and the option that is tuned beside the learning rate, its usual value first.
+
+    Without an option the learning rate is all there is to tune, and gets all trials.
+    """
+
+    overrides: Mapping[str, Any]
+    option: str | None = None
+    values: tuple[Any, Any] = (None, None)
+
+    def at(self, rate: float, value: Any) -> dict[str, Any]:
+        if self.option is None:
+            return {**self.overrides, "learner.learning_rate": rate}
+        options = {"loss.clip_low": value, "loss.clip_high": value} if self.option == "loss.clip" else {self.option: value}
+        return {**self.overrides, **options, "learner.learning_rate": rate}
+
+
+RATES, TUNING_SEED = {"arithmetic": (1e-4, 2e-4, 4e-4, 8e-4), "chain": (5e-5, 1e-4, 2e-4, 4e-4), "sort": (1e-4, 2e-4, 4e-4, 8e-4)}, 1000
+NUM_TRIALS = 4
+"""The budget of each method: the two learning rates in the middle with the usual value of its own option, the one beyond the better of them, and
+the option's other value at the best of the three; without an option, the rate between that one and the better of its neighbours."""
+
+
+def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> None:
+    """Run the trials of all methods, on a seed of their own."""
+    for _ in range(3):  # a trial is known when those before it have ended
+        run_all([cell for task in tasks for method in methods.values() for cell in trials(task, method, age, results)], results)
+
+
+def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
+    """As far as they are known."""
+    usual, other = method.values
+
+    def at(rate: float, value: Any) -> Cell:
+        return Cell(task, method.at(rate, value), TUNING_SEED, age)
+
+    def score(rate: float) -> float:
+        return float(results.rows[at(rate, usual).key]["train"])
+
+    least, *rates, most = RATES[task]
+    cells = [at(rate, usual) for rate in rates]
+    if len(results.of(cells)) < 2:
+        return cells
+    rates = [least, *rates] if score(rates[0]) >= score(rates[1]) else [*rates, most]
+    cells = [at(rate, usual) for rate in rates]
+    if len(results.of(cells)) < 3:
+        return cells
+    best = max(range(3), key=lambda i: score(rates[i]))
+    if method.option is not None:
+        return [*cells, at(rates[best], other)]
+    beside = max((i for i in (best - 1, best + 1) if 0 <= i < 3), key=lambda i: score(rates[i]))
+    return [*cells, at(float(f"{math.sqrt(rates[best] * rates[beside]):.2g}"), usual)]
+
+
+def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
+    """Overrides of the trial that was right most often on training prompts; None until all of them are there."""
+    cells = trials(task, method, age, results)
+    rows = results.of(cells)
+    if len(rows) < NUM_TRIALS:
+        return None
+    return dict(max(zip(cells, rows, strict=True), key=lambda pair: pair[1]["train"])[0].overrides)
+
+
+WRITE_EVERY_S = 60.0
+
+
+def run_all(cells: Iterable[Cell], results: Results, write: Callable[[], None] = lambda: None) -> None:
+    """Run what has no row yet, and wait for what others run; `write` the tables now and then, and at the end."""
+    todo = {cell.key: cell for cell in cells if cell.key not in results.rows}
+    num, began = len(todo), time.monotonic()
+    written = began
+    while todo:
+        for cell in list(todo.values()):
+            with locked(results.folder / "cells" / f"{cell.key}.lock", wait=False) as mine:
+                results.read()
+                if mine and cell.key not in results.rows:
+                    done = num - sum(key not in results.rows for key in todo)
+                    left = f", {(time.monotonic() - began) / done * (num - done) / 60:.0f} min left" if done else ""
+                    _run_and_say(cell, results, f"{done + 1}/{num}{left}")
+            if time.monotonic() - written > WRITE_EVERY_S:
+                write()
+                written = time.monotonic()
+        todo = {key: cell for key, cell in todo.items() if key not in results.rows}
+        time.sleep(1 if todo else 0)
+    write()
+
+
+def _run_and_say(cell: Cell, results: Results, place: str) -> None:
+    changes = " ".join(f"{name}={value}" for name, value in cell.overrides.items())
+    print(f"[{place}] {cell.task} seed={cell.seed} age={cell.age} {changes}", flush=True)
+    row = run(cell, results.folder)
+    ends = ", ".join(f"{name} {row[name]:.3f}" for name in ("pass@1", "greedy", "train") if row[name] is not None)
+    print(f"    {ends}; pass@1 began at {row['start']:.3f}, {row['seconds']:.0f} s", flush=True)
+    results.add(row)
+    for name in ("groups", "checkpoints", "evaluations"):
+        shutil.rmtree(results.folder / "cells" / cell.key / name, ignore_errors=True)
+
+
+def prepare(task: str, folder: Path) -> dict[str, Any]:
+    """The task's files, and what the model is worth that all of its cells start from: its evaluation."""
+    with locked(folder / "tasks" / f"{task}.lock"):
+        if not (data := folder / "tasks" / task / "data").exists():
+            make(task, data)
+        result: dict[str, Any] = evaluate(config_of(Cell(task), folder), out=str(folder / "tasks" / task / "start"))["sets"]
+    return result
+
+
+def config_of(cell: Cell, folder: Path) -> GVPOConfig:
+    file, changes = TASKS[cell.task]
+    task = folder / "tasks" / cell.task
+    held_out, train = ({"path": str(task / "data" / f"{name}.parquet"), "template": "{prompt}\n"} for name in ("heldout", "train"))
+    curve = {**held_out, "limit": 64, "num_samples": 4}
+    sets = {"heldout": held_out, "greedy": {**held_out, "temperature": 0}, "train": {**train, "limit": TRAIN_LIMIT}, "curve": curve}
+    paths = {
+        "run_dir": str(folder / "cells" / cell.key), "model.path": str(MODELS / cell.task), "prompts.path": str(task / "data" / "train.parquet"),
+        "warm_start.data.path": str(task / "data" / "worked.parquet"),
+        "evaluation": {"every": 0, "sets": sets},
+    }  # fmt: skip
+    # In its core's own process, as on a GPU, vLLM starts sooner and leaves more of two cores to others than with a process beside it.
+    in_the_core = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
+    here = {"seed": cell.seed, "max_staleness": cell.age, "checkpoint.every": 1000, "engines.parity_every": 0, "engines.vllm": in_the_core}
+    if any(name.startswith("sources.people.") for name in cell.overrides):  # those whose solutions the warm start imitates
+        paths |= {"sources.people.path": paths["warm_start.data.path"], "sources.people.completion_column": "solution"}
+    return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
+
+
+def run(cell: Cell, folder: Path) -> Row:
+    """Train one cell, or go on with it."""
+    config = config_of(cell, folder)
+    final = COMPARED if cell.seed == TUNING_SEED else MEASURED
+    if not ray.is_initialized():
+        Session(config.ray)  # one Ray for all cells: it ends with this process
+    start, began = prepare(cell.task, folder), time.monotonic()
+    with GVPO(config, say=lambda line: None) as algo:
+        while not algo.done:
+            if cell.age:
+                wanted = min(algo.step + cell.age + 1, config.num_steps) * config.groups_per_step
+                while algo.num_finished() < wanted:
+                    time.sleep(0.1)
+            algo.train()
+            if algo.step % EVERY == 0 and not algo.done:
+                algo.evaluate("curve")
+        if not any(f"eval/{final[-1]}/pass@1" in line for line in algo.metrics.lines):
+            algo.evaluate(*final)
+        lines = list(algo.metrics.lines)
+    run_dir = Path(config.run_dir)
+    trained = [line for line in lines if "loss" in line]
+    curve = [{"step": 0, "pass@1": start["heldout"]["pass@1"]["value"], "kl": 0.0}]
+    for line, name in itertools.product(lines, ("curve", "heldout")):
+        if f"eval/{name}/pass@1" in line:
+            kl = divergence(config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow")
+            curve.append({"step": line["step"], "pass@1": line[f"eval/{name}/pass@1"], "kl": kl})
+    ends = {name: line[f"eval/{name}/pass@1"] for line in lines for name in final if f"eval/{name}/pass@1" in line}  # of the newest line
+    last = [line["reward/mean"] for line in trained[-10:]]
+    return {
+        "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
+        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": ends.get("heldout"), "greedy": ends.get("greedy"),
+        "train": ends.get("train"), "kl": curve[-1]["kl"], "reward": statistics.mean(last), "curve": curve,
+        "staleness": statistics.mean(line["staleness/mean"] for line in trained),
+        "binding": statistics.mean(line["gvpo/binding"] for line in trained),
+        "steps": json.dumps([[None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS] for line in trained]),
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+STEP_METRICS = (
+    "reward/mean", "gvpo/residual_var", "gvpo/reward_var", "gvpo/implicit_reward_var", "gvpo/reward_correlation", "gvpo/binding",
+    "gvpo/effective_share", "policy/log_ratio_rms", "policy/kl_ref", "grad_norm", "completions/length_mean", "staleness/mean",
+    "gvpo/kept", "gvpo/damping", "gvpo/beta",
+)  # fmt: skip
+"""Of every step, in a row's `steps`."""
+
+
+@torch.inference_mode()
+def divergence(model_path: str, evaluation: Path) -> float:
+    """KL(pi || pi_0) in nats per completion: mean of log pi - log pi_0 over the completions of an evaluation, which pi sampled."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one for each point of a curve, among the lines that say what the cells gave
+    start = CompletionLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
+    rows = list(groups.rows(groups.load(evaluation)))
+    differences = []
+    for first in range(0, len(rows), 64):
+        batch = rows[first : first + 64]
+        inputs, lengths = padded_inputs(batch, "cpu")
+        sampled = [sum(logprobs) for row in batch for logprobs in row["sampling_logprobs"]]
+        differences += [a - b for a, b in zip(sampled, sequence_sums(start(**inputs), lengths).tolist(), strict=True)]
+    return statistics.mean(differences)
+
+
+# --- tables and pictures -------------------------------------------------------------------------------------------------
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+"""97.5 % quantile of Student's t, by the number of seeds."""
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval over seeds (nan for one)."""
+    if len(values) < 2:
+        return statistics.mean(values), math.nan
+    return statistics.mean(values), STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def percent(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean, interval = mean_and_interval(values)
+    return f"{100 * mean:.1f}" + ("" if math.isnan(interval) else f" ± {100 * interval:.1f}")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> list[str]:
+    """Lines that say what each method was tuned to."""
+    body = []
+    for name, method in methods.items():
+        found = [tuned(task, method, age, results) for task in tasks]
+        keys = ["learner.learning_rate", *(["loss.clip_low" if method.option == "loss.clip" else method.option] if method.option else [])]
+        body.append([name, method.option or "", *(", ".join(str(best[key]) for key in keys) if best else "" for best in found)])
+    text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
+    return [f"{text}.", "", markdown(["", "option", *tasks], body)]
+
+
+Lines = Mapping[str, Sequence[tuple[float, ...]]]
+"""Points (x, y), or (x, y, from, to) with a range to draw, by the name of their line."""
+
+
+def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()) -> None:
+    """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`: names of x = 0, 1, …"""
+    from matplotlib.figure import Figure
+
+    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(6, 4) if columns == 1 else (4 * columns, 3.2 * rows), dpi=120, layout="constrained")
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name, points in lines.items() if points))}
+    drawn: dict[str, Any] = {}
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        axes.set(title=title, xlabel=x, ylabel=y, xscale=scale)
+        axes.label_outer()
+        axes.grid(alpha=0.3)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
+        for name, points in lines.items():
+            if points:
+                at, values, *ranges = zip(*points, strict=True)
+                (drawn[name],) = axes.plot(at, values, marker="o", markersize=4, color=colours[name])
+                if ranges:
+                    axes.vlines(at, *ranges, color=colours[name], alpha=0.5)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    if drawn and columns == 1:
+        grid[0].legend(drawn.values(), drawn, fontsize=8)
+    elif drawn:
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path)
+
+
+def mean_curve(rows: Sequence[Row], x: str) -> list[tuple[float, ...]]:
+    """(x, pass@1) along runs of other seeds, as means over them; `x` is `step` or `kl`."""
+    places = zip(*(row["curve"] for row in rows), strict=True)
+    return [tuple(statistics.mean(point[name] for point in alike) for name in (x, "pass@1")) for alike in places]

@@ -1,0 +1,134 @@
+"""Replay: which completions of a prompt are in the log, and which of them another group of that prompt begins with."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import pyarrow as pa
+
+from gvpo_ray import groups
+from gvpo_ray.buffer.log import KEY_COLUMNS, GroupLog, prompt_key, prompt_key_of
+from gvpo_ray.config.run import ReplayConfig
+
+
+@dataclass(slots=True)
+class _Logged:
+    """A row of the log, and what the learner said of its completions last (nan: not trained on)."""
+
+    row: int
+    key: int
+    version: int | None = None  # of the references
+    references: array[float] | None = None
+    residuals: array[float] | None = None
+
+
+class History:
+    """Which rows of the log have completions of a prompt that may be replayed; the completions themselves are in the log alone."""
+
+    def __init__(self, log: GroupLog, replay: ReplayConfig, seed: int, version: int) -> None:
+        self._log, self._replay, self._seed = log, replay, seed
+        self._rows: dict[int, _Logged] = {}  # by group id, in order of arrival
+        self._copies: dict[int, list[tuple[int, int]]] = {}  # group id -> (group id, index) of the completions that it begins with
+        self._by_prompt: dict[int, list[int]] = {}  # hash of the prompt's key -> group ids
+        for begin in range(self._first_row(version), len(log), 1000):
+            self.add(begin, log.read(begin, min(begin + 1000, len(log))))
+
+    def _first_row(self, version: int) -> int:
+        """No row before it is in the window: what step s trains was written before version s."""
+        return self._log.assigned.get(version - self._replay.window, (0, 0))[1] if self._replay.window else 0
+
+    def add(self, begin: int, logged: pa.Table) -> None:
+        """Take up the rows of the log from `begin` on."""
+        for row, prompt in enumerate(groups.rows(logged.select(["group_id", *KEY_COLUMNS])), begin):
+            key = hash(prompt_key(prompt))
+            self._rows[prompt["group_id"]] = _Logged(row, key)
+            self._by_prompt.setdefault(key, []).append(prompt["group_id"])
+
+    def forget(self, version: int) -> None:
+        """Drop what has fallen out of the window of `version`."""
+        first = self._first_row(version)
+        for group_id in list(takewhile(lambda group_id: self._rows[group_id].row < first, self._rows)):
+            key = self._rows.pop(group_id).key
+            self._by_prompt[key].remove(group_id)
+            if not self._by_prompt[key]:
+                del self._by_prompt[key]
+
+    def learned(self, version: int, references: Mapping[int, list[float | None]], residuals: Mapping[int, list[float | None]]) -> None:
+        for group_id, values in residuals.items():  # what is now known of a copy holds for what it is a copy of
+            for (original, index), value in zip(self._copies.pop(group_id, ()), values, strict=False):
+                if value is not None and (entry := self._rows.get(original)) is not None and entry.residuals is not None:
+                    entry.residuals[index] = value
+        for group_id in (*references, *residuals):
+            if (entry := self._rows.get(group_id)) is not None:
+                if group_id in references:
+                    entry.version, entry.references = version, _packed(references[group_id])
+                if group_id in residuals:
+                    entry.residuals = _packed(residuals[group_id])
+
+    def pick(self, prompt: pa.Table, num: int, version: int) -> pa.Table:
+        """See GroupBuffer.history."""
+        key, oldest = prompt_key_of(prompt), version - self._replay.window if self._replay.window else 0
+        entries = [self._rows[group_id] for group_id in self._by_prompt.get(hash(key), ())]
+        logged = self._log.rows([entry.row for entry in entries])
+        pairs = [(entry, logged.slice(i, 1)) for i, entry in enumerate(entries)]
+        candidates = [
+            _Candidate(newest, residual if math.isnan(told := _at(entry.residuals, i)) else told, i, entry, group)
+            for entry, group in pairs
+            if prompt_key_of(group) == key  # not another prompt with the same hash
+            for i, (newest, residual) in groups.replayable(group).items()
+            if newest >= oldest
+        ]
+        num = min(num, len(candidates))
+        if self._replay.policy == "uniform":
+            random = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()])
+            picked = [candidates[i] for i in random.choice(len(candidates), num, replace=False)] if num else []
+        else:
+            candidates.sort(key=_Candidate.newest_first)
+            if self._replay.policy == "residual":
+                candidates.sort(key=lambda candidate: -abs(candidate.residual))  # a stable sort: the newest of equals
+            picked = candidates[:num]
+        if self._replay.policy == "residual":
+            originals = [(self._log.group_ids[candidate.entry.row], candidate.index) for candidate in picked]
+            self._copies[prompt["group_id"][0].as_py()] = originals
+        return replayed(prompt, picked)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    newest: int
+    residual: float
+    index: int
+    entry: _Logged
+    group: pa.Table
+
+    def newest_first(self) -> tuple[int, int, int]:
+        return -self.newest, -self.entry.row, self.index
+
+
+def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
+    if not picked:
+        return groups.log_columns(groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]]))
+    group = groups.join(prompt, *(groups.take(candidate.group, [candidate.index]) for candidate in picked))
+    told = [(candidate.entry.version, _at(candidate.entry.references, candidate.index)) for candidate in picked]
+    known = any(not math.isnan(value) for _, value in told)
+    return groups.log_columns(
+        groups.with_columns(
+            group,
+            sources=[["replay"] * len(picked)],
+            reference_logprobs=[[None if math.isnan(value) else value for _, value in told] if known else None],
+            reference_versions=[[None if math.isnan(value) else version for version, value in told] if known else None],
+        )
+    )
+
+
+def _packed(values: Sequence[float | None]) -> array[float]:
+    return array("d", [math.nan if value is None else value for value in values])
+
+
+def _at(values: array[float] | None, index: int) -> float:
+    return math.nan if values is None else values[index]

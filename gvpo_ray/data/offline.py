@@ -1,0 +1,260 @@
+"""Completions from elsewhere (people, other models, logs) -> group rows like those of our engines, but without sampling log-probs.
+
+GVPO's optimum does not depend on who wrote a completion, so they join groups of the policy's own (`share`) or are groups by themselves
+(`group_share`). A source is fixed when it is made, and what it hands out is a pure function of the seed and a number: nothing to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+from array import array
+from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from gvpo_ray import groups
+from gvpo_ray.config.run import ConfigError, SourceConfig
+from gvpo_ray.data.prompts import Order, as_text, load_columns, token_ids, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_REWARD = float(np.finfo(np.float32).max)
+"""Rewards are float32."""
+
+
+class OfflineSource:
+    """The completions of one file, by prompt.
+
+    Args:
+        config: the section `sources.<name>`; `config.limit` cuts before anything else does.
+        tokenizer: of the model.
+        name: of the source; completions say "offline:<name>".
+        template, system_prompt: of the run's prompts, for a source that does not say its own.
+        max_tokens: longest prompt; the smaller of it and `config.max_tokens` holds.
+        max_length: longest prompt + completion, with the end-of-sequence token.
+        num_completions: k, most completions of a whole group.
+        seed: of the order of each epoch and of which completions join a group.
+
+    Attributes:
+        num_rows: rows read.
+        num_too_long: rows left out because they are longer than a limit (never cut).
+        num_single: prompts whose only completion makes no whole group; 0 for a source with `share`.
+
+    Raises:
+        ConfigError: one line that names the key, and the row where there is one.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        template: str | None,
+        system_prompt: str | None,
+        max_tokens: int | None,
+        max_length: int,
+        num_completions: int,
+        seed: int = 0,
+    ) -> None:
+        key, self.source = f"sources.{name}", f"offline:{name}"
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end with one")
+        self._rows = _read(config, key)
+        self._has_rewards = config.reward_column is not None
+        prompts = self._rows["prompt"].to_pylist()
+        given = {"template": template, "system_prompt": system_prompt}
+        templated = config.model_copy(update={name: text for name, text in given.items() if getattr(config, name) is None})
+        distinct = list(dict.fromkeys(prompts))
+        prompt_ids = dict(zip(distinct, tokenise(distinct, templated, tokenizer, key), strict=True))
+        if empty := [prompt for prompt in distinct if not prompt_ids[prompt]]:
+            raise ConfigError(f"{key}.path: {config.path}: row {prompts.index(empty[0])}: the prompt has no tokens")
+        completion_ids = _with_end(token_ids(tokenizer, self._rows["completions"].to_pylist(), add_special_tokens=False), tokenizer.eos_token_id)
+        self._rows = self._rows.append_column("completion_ids", pa.array(completion_ids, pa.list_(pa.int32())))
+        self._num_tokens = [len(ids) for ids in completion_ids]
+        self._max_length = max_length
+
+        longest_prompt = min(n for n in (config.max_tokens, max_tokens, max_length) if n is not None)
+        fits = [
+            len(prompt_ids[prompt]) <= longest_prompt and len(prompt_ids[prompt]) + tokens <= max_length
+            for prompt, tokens in zip(prompts, self._num_tokens, strict=True)
+        ]
+        self.num_rows, self.num_too_long = len(fits), fits.count(False)
+        if not any(fits):
+            raise ConfigError(
+                f"{key}.path: {config.path}: all {len(fits)} rows are too long: a prompt may have {longest_prompt} tokens, "
+                f"and {max_length} with its completion"
+            )
+        by_prompt: dict[tuple[str, str], list[int]] = {}
+        for row, (prompt, answer) in enumerate(zip(prompts, self._rows["answer"].to_pylist(), strict=True)):
+            if fits[row]:
+                by_prompt.setdefault((prompt, answer), []).append(row)
+        self.num_single = 0
+        if config.group_share:
+            several = {problem: rows for problem, rows in by_prompt.items() if len(rows) > 1}
+            self.num_single = len(by_prompt) - len(several)
+            if not several:
+                raise ConfigError(
+                    f"{key}.path: {config.path}: no prompt has two completions, as a group must "
+                    f"({self.num_single} have one, {self.num_too_long} of {self.num_rows} rows are too long)"
+                )
+            by_prompt = several
+        self._prompts = groups.table(
+            {"group_id": 0, "prompt": prompt, "answer": answer, "dataset": name, "prompt_ids": prompt_ids[prompt]} for prompt, answer in by_prompt
+        )
+        self._groups = [(i, part) for i, rows in enumerate(by_prompt.values()) for part in _parts(rows, num_completions)]
+        self._by_text: dict[str, list[int]] = {}
+        for (prompt, _), rows in by_prompt.items():
+            self._by_text.setdefault(prompt, []).extend(rows)
+        self._order = Order(len(self), seed, config.shuffle)
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """Whole groups in one epoch."""
+        return len(self._groups)
+
+    def group(self, group_id: int, number: int) -> pa.Table:
+        """The whole group of this number, one row. Numbers count through the epochs: each has every completion once, in an order of its own.
+
+        Returns:
+            groups.PROMPT_COLUMNS and COMPLETION_COLUMNS; if the file has rewards also `rewards` (null: to be verified) and `reward_reasons`.
+        """
+        prompt, rows = self._groups[self._order.row(number)]
+        return self._row(groups.with_columns(self._prompts.slice(prompt, 1), group_id=[group_id]), rows)
+
+    def completions(self, prompt: pa.Table, num: int) -> pa.Table | None:
+        """At most `num` of the file's completions of this prompt (one row of groups.PROMPT_COLUMNS), by its text; None if there are none.
+
+        Which ones is drawn by the seed and the group's id, so that in the long run all get their turn. The answer stays the given row's.
+        """
+        room = self._max_length - len(prompt["prompt_ids"][0])  # the run's own template may be longer than this source's
+        rows = [row for row in self._by_text.get(prompt["prompt"][0].as_py(), ()) if self._num_tokens[row] <= room]
+        if not rows or num < 1:
+            return None
+        drawn = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()]).permutation(len(rows))[:num]
+        return self._row(prompt.select(list(groups.PROMPT_COLUMNS)), [rows[i] for i in drawn])
+
+    def digest(self) -> str:
+        """SHA-256 of the problems, completions and rewards that are in use, in the file's order: other data, other digest."""
+        content = hashlib.sha256()
+        in_use = sorted(row for rows in self._by_text.values() for row in rows)
+        for row in self._rows.select(["prompt", "answer", "completions", "rewards"]).take(in_use).to_pylist():
+            content.update(json.dumps(list(row.values())).encode())
+        return content.hexdigest()
+
+    def _row(self, prompt: pa.Table, rows: list[int]) -> pa.Table:
+        taken, none = self._rows.take(rows), [[None] * len(rows)]
+        rewards = {"rewards": [taken["rewards"].to_pylist()], "reward_reasons": none} if self._has_rewards else {}
+        return groups.with_columns(
+            prompt,
+            completions=[taken["completions"].to_pylist()],
+            completion_ids=[taken["completion_ids"].to_pylist()],
+            finish_reasons=[["stop"] * len(rows)],
+            sources=[[self.source] * len(rows)],
+            version_min=none,
+            version_max=none,
+            sampling_logprobs=none,
+            **rewards,
+        )
+
+
+class Mixture:
+    """Which groups are whole groups of an offline source, and the how-many-eth of that source: a pure function of the group's id.
+
+    Tijdeman's schedule (The chairman assignment problem, Discrete Mathematics 32, 1980), with the ordinary prompts as one more source. A
+    source's i-th group (from 0) may come no earlier than its share allows, at floor(i / share), and must come before ceil((i + 1) / share); each id
+    goes to the one that must come first among those that may. So after any n ids every source has had n * share, rounded down or up.
+    It repeats after as many ids as the shares' common denominator: one period is planned, up to the last id asked for, and looked up.
+    """
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        # Sums are taken as written (0.1 is 1/10), to a millionth: three times 0.3333333333333333 is 1.
+        ends = [end.limit_denominator(10**6) for end in accumulate(Fraction(str(share)) for share in shares.values())]
+        self._names: list[str | None] = [*shares, None]
+        self._period = math.lcm(*(end.denominator for end in ends))
+        self._sizes = [int((end - begin) * self._period) for begin, end in pairwise((Fraction(0), *ends, Fraction(1)))]
+        self._counts = [0] * len(self._sizes)
+        self._owners, self._numbers, self._num_ordinary = array("i"), array("q"), array("q")
+
+    def of(self, group_id: int) -> tuple[str, int] | None:
+        """The source whose whole group this is and its number there (0, 1, …), or None: an ordinary prompt. O(1) once planned."""
+        round_, place = self._place(group_id)
+        owner = self._owners[place]
+        name = self._names[owner]
+        return None if name is None else (name, round_ * self._sizes[owner] + self._numbers[place])
+
+    def ordinary(self, group_id: int) -> int:
+        """How many ordinary prompts come before this id: what to ask PromptSet.group for, so that it is asked without gaps."""
+        round_, place = self._place(group_id)
+        return round_ * self._sizes[-1] + self._num_ordinary[place]
+
+    def _place(self, group_id: int) -> tuple[int, int]:
+        round_, place = divmod(group_id, self._period)
+        while len(self._owners) <= place:
+            self._plan_next()
+        return round_, place
+
+    def _plan_next(self) -> None:
+        id_, period, counts = len(self._owners), self._period, self._counts
+        may_come = [i for i, size in enumerate(self._sizes) if size and counts[i] * period < (id_ + 1) * size]
+        owner = min(may_come, key=lambda i: -(-(counts[i] + 1) * period // self._sizes[i]))
+        self._owners.append(owner)
+        self._numbers.append(counts[owner])
+        self._num_ordinary.append(counts[-1])
+        counts[owner] += 1
+
+
+def _read(config: SourceConfig, key: str) -> pa.Table:
+    """prompt, answer, completions: text, and rewards: float32 (null: to be verified), in the file's order."""
+    columns = {"prompt": config.prompt_column, "completion": config.completion_column, "answer": config.answer_column}
+    if config.reward_column is not None:
+        columns["reward"] = config.reward_column
+    # One that is not the default's was asked for: it must be there.
+    is_optional = config.reward_column is not None and config.answer_column == SourceConfig.model_fields["answer_column"].default
+    data = load_columns(config, columns, key, optional=("answer",) if is_optional else ())
+    num_rows = len(data["prompt"])
+    answers, rewards = data.get("answer", [None] * num_rows), data.get("reward", [None] * num_rows)
+    rows: dict[str, list[Any]] = {"prompt": [], "answer": [], "completions": [], "rewards": []}
+    for i in range(num_rows):
+        where = f"{key}.path: {config.path}: row {i}"
+        rows["prompt"].append(as_text(data["prompt"][i], f"{where}: {columns['prompt']}"))
+        rows["completions"].append(as_text(data["completion"][i], f"{where}: {columns['completion']}"))
+        rows["rewards"].append(None if rewards[i] is None else _number(rewards[i], f"{where}: {config.reward_column}"))
+        if answers[i] is None and rewards[i] is not None:
+            rows["answer"].append("")
+        elif "answer" in data:
+            rows["answer"].append(as_text(answers[i], f"{where}: {columns['answer']}"))
+        else:
+            raise ConfigError(f"{where}: {config.reward_column} is empty (null), and there is no column {config.answer_column!r} to verify by")
+    texts = pa.schema([(name, pa.string()) for name in ("prompt", "answer", "completions")])
+    return pa.table(rows, schema=texts.append(pa.field("rewards", pa.float32())))
+
+
+def _number(value: Any, where: str) -> float:
+    is_number = isinstance(value, (numbers.Real, Decimal))
+    if not is_number or not abs(value) <= MAX_REWARD:  # written so that NaN is refused
+        raise ConfigError(f"{where} is {str(value)[:60]!r}, not a finite number")
+    return float(value)
+
+
+def _with_end(completions: list[list[int]], end: int) -> list[list[int]]:
+    """Every completion ends with `end`, once: logs may have it in their text."""
+    return [ids if ids[-1:] == [end] else [*ids, end] for ids in completions]
+
+
+def _parts(rows: list[int], size: int) -> list[list[int]]:
+    """Near equal parts of at most `size` rows and at least two (so with size 2, one of an odd number has three).
+
+    Dealt like cards: of a file sorted by reward, every part still has good and bad ones.
+    """
+    num_parts = max(1, min(math.ceil(len(rows) / size), len(rows) // 2))
+    return [rows[i::num_parts] for i in range(num_parts)]

@@ -1,0 +1,191 @@
+"""Tasks that a CPU can afford, made from nothing but a seed: what `warm_start.task` names.
+
+    arithmetic   two-digit addition with some working: answers of a dozen tokens (the quickstart's)
+    chain        a row of digits, each the sum of two before it: answers of 60 to 75 tokens
+    sort         the digits of a number in order: each digit in its place is worth its share (`in_place`)
+
+Text with answers in \\boxed{}, in three files:
+
+    train.parquet     prompt, answer              what GVPO trains on
+    heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here, nor a number's digits in another order)
+    worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people write them
+
+A hurried person slips now and then, and in one way more often than not: a carry is forgotten, nine is taken for ten, a digit that comes twice
+is written once. So a model that imitates them well is right one time in four to one in two, and its likeliest answer is often wrong: what is right is
+for GVPO to find out, and not a matter of temperature.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a task; those with the same `key` are on the same side of the split."""
+
+    prompt: str
+    answer: str
+    key: Any
+    solve: Callable[[random.Random], str]
+    """One worked solution of a hurried person."""
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------------
+
+SLIP, GUESS, FORGET = 0.25, 0.25, 0.6
+"""How often a sum is a little off, a solution is only a guess, a carry is forgotten."""
+
+
+def arithmetic(rng: random.Random) -> list[Problem]:
+    """Every sum of two two-digit numbers. A worked solution adds the ones and the tens, or shows no working at all."""
+    return [
+        Problem(f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), lambda rng, a=a, b=b: _add(a, b, rng))  # type: ignore[misc]
+        for a in range(10, 100)
+        for b in range(10, 100)
+    ]
+
+
+def _add(a: int, b: int, rng: random.Random) -> str:
+    def off(x: int) -> int:
+        return max(0, x + rng.choice((-2, -1, 1, 2))) if rng.random() < SLIP else x
+
+    if rng.random() < GUESS:
+        return rf"\boxed{{{a + b + rng.randint(-9, 9)}}}"
+    ones = off(a % 10 + b % 10)
+    carry = ones // 10 if rng.random() >= FORGET else 0
+    tens = off(a // 10 + b // 10 + carry)
+    return rf"Ones {ones}, tens {tens}. \boxed{{{10 * tens + ones % 10}}}"
+
+
+# --- chain ---------------------------------------------------------------------------------------------------------------
+
+LINKS, LAG = (13, 16), 4
+"""Fewest and most digits of a chain; how many of them are given, and how far back the second one is that a digit is the sum of."""
+NINE, MISCOUNT = 0.6, 0.02
+"""How often a nine is taken for a ten, and one link of a chain is a little off."""
+
+
+def chain(rng: random.Random) -> list[Problem]:
+    """Four digits, and each further one is the last digit of the sum of the one before and the one four before. Each has a letter.
+
+    The answer is the last two. A slip goes through all that follows, so that hardly a wrong chain has a right end.
+    """
+    problems = []
+    for start in rng.sample(range(10**LAG), 6000):
+        digits = [int(digit) for digit in f"{start:0{LAG}d}"]
+        length = rng.randint(*LINKS)
+        prompt = f"{_links(digits)} to {_letter(length - 1)}"
+        *_, second, last = _follow(digits, length, lambda old: 0)
+        problems.append(Problem(prompt, f"{second}{last}", start, lambda rng, digits=digits, length=length: _hurry(digits, length, rng)))  # type: ignore[misc]
+    return problems
+
+
+def _letter(i: int) -> str:
+    return chr(ord("a") + i)
+
+
+def _links(digits: list[int]) -> str:
+    return " ".join(f"{_letter(i)}={digit}" for i, digit in enumerate(digits))
+
+
+def _follow(digits: list[int], length: int, off: Callable[[int], int]) -> list[int]:
+    """The whole chain, each new digit as far off as `off` says of the older of its two."""
+    digits = list(digits)
+    for _ in range(LAG, length):
+        digits.append((digits[-1] + digits[-LAG] + off(digits[-LAG])) % 10)
+    return digits
+
+
+def _hurry(digits: list[int], length: int, rng: random.Random) -> str:
+    def off(old: int) -> int:
+        slip = int(old == 9 and rng.random() < NINE)
+        return slip + (rng.choice((-2, -1, 1, 2)) if rng.random() < MISCOUNT else 0)
+
+    *_, second, last = chained = _follow(digits, length, off)
+    return rf"{_links(chained)} \boxed{{{second}{last}}}"
+
+
+# --- sort ----------------------------------------------------------------------------------------------------------------
+
+DIGITS = (6, 10)
+"""Fewest and most digits of a number."""
+ONCE, SWAP = 0.6, 0.04
+"""How often digits that come again are left out, and neighbours are the wrong way round."""
+
+
+def sort(rng: random.Random) -> list[Problem]:
+    """The digits of a number from the lowest to the highest."""
+    problems = []
+    for _ in range(6000):
+        number = "".join(rng.choice("0123456789") for _ in range(rng.randint(*DIGITS)))
+        answer = "".join(sorted(number))
+        problems.append(Problem(f"Sort {number}", answer, answer, lambda rng, answer=answer: _arrange(answer, rng)))  # type: ignore[misc]
+    return problems
+
+
+def _arrange(answer: str, rng: random.Random) -> str:
+    digits = sorted(set(answer)) if rng.random() < ONCE else list(answer)
+    for i in range(len(digits) - 1):
+        if rng.random() < SWAP:
+            digits[i], digits[i + 1] = digits[i + 1], digits[i]
+    return rf"\boxed{{{''.join(digits)}}}"
+
+
+def in_place(prompts: list[str], completions: list[str], *, answer: list[str], **_: Any) -> list[float]:
+    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both texts."""
+    from gvpo_ray.verifiers.math.compare import extract
+
+    found = [extract(completion).text or "" for completion in completions]
+    return [sum(x == y for x, y in zip(text, gold, strict=False)) / max(len(text), len(gold)) for text, gold in zip(found, answer, strict=True)]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+TASKS: dict[str, tuple[Callable[[random.Random], list[Problem]], int]] = {
+    "arithmetic": (arithmetic, 102_400), "chain": (chain, 48_000), "sort": (sort, 64_000),
+}  # fmt: skip
+"""The problems of a task, and how many worked ones there are."""
+NUM_HELD_OUT = 1000
+"""At least: problems with the same key go together."""
+
+
+def make(task: str, folder: Path, seed: int = 0) -> None:
+    """The files of a task, in a folder that is there only once they are complete."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(parents=True)
+    problems, num_worked = TASKS[task]
+    train, held_out = split(problems(random.Random(seed)), random.Random(seed))
+    rng = random.Random(seed + 1)
+    worked = [rng.choice(train) for _ in range(num_worked)]
+    for name, rows in (("train", train), ("heldout", held_out), ("worked", worked)):
+        columns = {"prompt": [row.prompt for row in rows], "answer": [row.answer for row in rows]}
+        solutions = {"solution": [row.solve(rng) for row in rows]} if name == "worked" else {}
+        pq.write_table(pa.table(columns | solutions), part / f"{name}.parquet")
+    part.rename(folder)
+    print(f"{folder}: " + ", ".join(f"{file.name} {pq.read_metadata(file).num_rows:,} rows" for file in sorted(folder.glob("*.parquet"))), flush=True)
+
+
+def split(problems: list[Problem], rng: random.Random) -> tuple[list[Problem], list[Problem]]:
+    """(training, held out), each in a random order."""
+    problems = list({problem.prompt: problem for problem in problems}.values())
+    rng.shuffle(problems)
+    by_key: dict[Any, list[Problem]] = {}
+    for problem in problems:
+        by_key.setdefault(problem.key, []).append(problem)
+    held_out: list[Problem] = []
+    for alike in by_key.values():
+        if len(held_out) < NUM_HELD_OUT:
+            held_out += alike
+    keys = {problem.key for problem in held_out}
+    rng.shuffle(held_out)
+    return [problem for problem in problems if problem.key not in keys], held_out

@@ -1,0 +1,484 @@
+"""The engines as actors, in pools, and their supervision.
+
+An engine that dies costs its unfinished completions: `EngineGroup` replaces it, and what it had in flight goes on elsewhere with the
+siblings that were finished.
+
+Actors import this file: it imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import os
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.exceptions import RayError
+
+from gvpo_ray.actors import actor_name, resources_of
+from gvpo_ray.config.run import EnginesConfig, ModelConfig, PoolConfig, SamplingConfig
+from gvpo_ray.engines.autoscale import one_less, one_more
+from gvpo_ray.engines.openai_engine import ServerEngine
+from gvpo_ray.engines.vllm_engine import Draining, Engine
+from gvpo_ray.failures import Hang, Note, RunError, cause_of, innermost, is_death, is_lost
+from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
+
+
+class Remote:
+    """What turns an engine into an actor. Tables travel as groups.to_wire makes them."""
+
+    async def start_here(self) -> dict[str, Any]:
+        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
+
+    @ray.method(num_returns=2)
+    async def sample(
+        self, prompt: pa.Buffer, sampling: SamplingConfig, min_version: int, seed: int | None, *kept: pa.Buffer
+    ) -> tuple[pa.Buffer, tuple[int, int]]:
+        """The sampled group; and how many of its completions are missing, and how many tokens were written: what the driver awaits."""
+        group = from_wire(prompt)
+        tables = [from_wire(part) for part in kept]
+        own = [part for table in tables if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))]
+        sampled, missing = await self.generate(group, sampling, min_version, seed, *own)  # type: ignore[attr-defined]
+        return to_wire(sampled), (missing, num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)))
+
+    @ray.method(num_returns=2)
+    async def hand_over(self) -> tuple[pa.Buffer, list[int]]:
+        group_ids, table = await self.finished()  # type: ignore[attr-defined]
+        return to_wire(table), group_ids
+
+
+class _EngineActor(Remote, Engine):
+    pass
+
+
+class _ServerActor(Remote, ServerEngine):
+    pass
+
+
+def engine_maker(model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool, system_prompt: str | None) -> MakeEngine:
+    """How the engines of a run are made: vLLM, or the client of a pool's server."""
+
+    def make(name: str, pool: PoolConfig, number: int) -> Any:
+        resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources, "accelerator_type": pool.accelerator_type}
+        options = {"name": actor_name(f"{name}-{number}"), "max_concurrency": 10_000, "max_restarts": 0, **resources}
+        if pool.url is not None:
+            key = os.environ.get(pool.url_key_variable) if pool.url_key_variable else None
+            return ray.remote(_ServerActor).options(**options).remote(name, model, pool, system_prompt, key, config.drain_s)
+        return ray.remote(_EngineActor).options(**options).remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s)
+
+    return make
+
+
+MakeEngine = Callable[[str, PoolConfig, int], Any]
+"""(pool's name, pool, number) -> handle of a new actor with Engine's methods, `sample` and `hand_over`."""
+
+
+@dataclass
+class _InFlight:
+    since: float
+    kept: list[Any]
+    """Refs of the group's completions that are safe outside the engine."""
+
+
+@dataclass(eq=False)
+class _Seat:
+    """The place of one engine in its pool: when an engine dies, another takes its seat."""
+
+    pool: str
+    config: PoolConfig
+    number: int
+    capacity: int
+    """Completions in flight, at most."""
+    load: int = 0
+    engine: Any = None
+    node: str = ""
+    is_asked: bool = True
+    """Whether there should be an engine; of an elastic pool's seats beyond num, elastic.py decides."""
+    asked_at: float = field(default_factory=time.time)
+    state: str = "wanted"
+    """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving, dead (waits for its next try)."""
+    since: float = field(default_factory=time.time)
+    status: dict[str, Any] = field(default_factory=dict)
+    """What the engine said of itself last."""
+    num_tokens: int = 0
+    """Written here so far, in groups that came back."""
+    in_flight: dict[int, _InFlight] = field(default_factory=dict)
+    """By group id."""
+    failed: asyncio.Future[None] | None = None
+    """Gets the error of the first call that found the engine dead."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.pool}-{self.number}"
+
+    @property
+    def has_room(self) -> bool:
+        return self.state == "running" and self.load < self.capacity
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.number >= self.config.num
+
+    @property
+    def wants(self) -> dict[str, float]:
+        """What it asks Ray for."""
+        return resources_of(self.config)
+
+    def becomes(self, state: str) -> None:
+        self.state, self.since = state, time.time()
+
+
+MAX_FAILED_STARTS = 3
+"""Tries to start the first engine of a pool: what fails as often is the config, not bad luck."""
+
+
+class EngineGroup:
+    """The engine pools. `sample` gives a group to the engine with the most room; `run` keeps every seat filled.
+
+    Methods run on the session's loop.
+
+    Args:
+        weights: where newer weights come from: `await weights(newer_than)` -> (version, where) or None at the end; None: the engines
+            load model.path themselves.
+        note: told of every recovery.
+        waits: GroupBuffer.waits, by which elastic pools grow and shrink. None: they have max_num engines from the beginning.
+        placed: what to wait for before the first engine takes its place in the cluster.
+    """
+
+    def __init__(
+        self,
+        config: EnginesConfig,
+        num_completions: int,
+        make: MakeEngine,
+        weights: Callable[[int], Awaitable[tuple[int, Any] | None]] | None,
+        note: Note,
+        waits: Callable[[], Awaitable[dict[str, float] | None]] | None = None,
+        placed: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.config, self._make, self._weights, self._note, self._waits, self._placed = config, make, weights, note, waits, placed
+        self.seats = [
+            _Seat(name, pool, number, pool.max_groups * num_completions)
+            for name, pool in config.all_pools().items()
+            for number in range(max(pool.num, pool.max_num or 0))
+        ]
+        if waits is not None:
+            for seat in self.seats[not any(pool.num for pool in config.all_pools().values()) :]:  # one at least
+                if seat.is_elastic:
+                    seat.is_asked, seat.state = False, "off"
+        self._num_completions = num_completions
+        self._is_fixed = config.weight_transfer == "nccl"
+        if self._is_fixed:  # the learner has to know them all
+            for seat in self.seats:
+                seat.engine = make(seat.pool, seat.config, seat.number)
+        self._deaths: dict[str, deque[float]] = {seat.pool: deque() for seat in self.seats}
+        self._has_started: set[str] = set()
+        self._waiting: list[tuple[int, int, int, bool, asyncio.Future[_Seat]]] = []
+        self._order = itertools.count()
+        self._draining: dict[str, float] = {}
+        self.room = asyncio.Event()
+        """Set whenever an engine may have got room."""
+        self.times: dict[str, float] = {}
+        """Of the newest weight update."""
+
+    # --- sampling ------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_slots(self) -> int:
+        """Groups in flight, at most."""
+        return sum(seat.capacity for seat in self.seats if seat.state == "running") // self._num_completions
+
+    def num_free(self) -> int:
+        """Groups that could begin at once."""
+        free = sum(seat.capacity - seat.load for seat in self.seats if seat.has_room)
+        return free // self._num_completions - len(self._waiting)
+
+    async def sample(
+        self, prompt: pa.Table, sampling: SamplingConfig, min_version: int, seed: int | None = None, kept: tuple[Any, ...] = (),
+        is_new: bool = False, only_ours: bool = False,
+    ) -> Any:  # fmt: skip
+        """Ref of the sampled group: by the engine with the most room, and where that dies by others, which begin with what it had finished.
+
+        Args:
+            kept: completions that are there already, on the wire or refs of that.
+            is_new: a new group of the training: everything else goes first.
+            only_ours: not by a server that has other weights.
+        """
+        group_id, size, since = prompt["group_id"][0].as_py(), sampling.num_completions, time.time()
+        on_wire = to_wire(prompt)
+        while True:
+            seat = await self._seat(size, 2 if is_new else 1, only_ours)
+            if seat.state != "running":  # since it was given to us
+                seat.load -= size
+                self._changed()
+                continue
+            engine, failed = seat.engine, seat.failed
+            seat.in_flight[group_id] = in_flight = _InFlight(since, list(kept))
+            try:
+                sampled, numbers = engine.sample.remote(on_wire, sampling, min_version, seed, *kept)
+                missing, num_tokens = await numbers
+                seat.num_tokens += num_tokens
+                if not missing:
+                    return sampled
+                kept = (sampled,)  # the engine is leaving
+            except RayError as error:
+                if is_lost(error):
+                    kept = ()  # what was kept is gone with its node
+                elif isinstance(innermost(error), Draining):  # whoever watches it will see it off
+                    seat.becomes("leaving")
+                elif is_death(error):
+                    kept = tuple(in_flight.kept)
+                    if failed is not None and not failed.done():
+                        failed.set_exception(error)
+                        seat.becomes("dead")
+                else:
+                    raise
+            finally:
+                del seat.in_flight[group_id]
+                seat.load -= size
+                self._changed()
+
+    async def _seat(self, size: int, priority: int, only_ours: bool) -> _Seat:
+        future: asyncio.Future[_Seat] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, next(self._order), size, only_ours, future))
+        self._changed()
+        return await future
+
+    def _changed(self) -> None:
+        """Give what waits to who has room."""
+        while self._waiting:
+            _, _, size, only_ours, future = self._waiting[0]
+            free = [seat for seat in self.seats if seat.has_room and not (only_ours and seat.config.url)]
+            if not free and not future.cancelled():
+                break
+            heapq.heappop(self._waiting)
+            if not future.cancelled():
+                seat = min(free, key=lambda seat: seat.load / seat.capacity)
+                seat.load += size
+                future.set_result(seat)
+        self.room.set()
+
+    # --- supervision ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep every seat that is asked for filled until the weights end. Raises what is nobody's death."""
+        if self._placed is not None:
+            await self._placed()
+        beside = [asyncio.ensure_future(task) for task in (self._watch_nodes(), self._scale())]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for seat in self.seats:
+                    tasks.create_task(self._keep(seat))
+        finally:
+            for task in beside:
+                task.cancel()
+
+    async def _scale(self) -> None:
+        """Elastic pools (elastic.py): ask for one engine more, or let one go."""
+        if self._waits is None or not any(seat.is_elastic for seat in self.seats):
+            return
+        before, then = await self._waits(), time.monotonic()
+        while True:
+            await asyncio.sleep(self.config.scale_window_s)
+            waits, now = await self._waits(), time.monotonic()
+            if before is not None and waits is not None:
+                share = {who: min(1.0, (seconds - before[who]) / (now - then)) for who, seconds in waits.items()}
+                if share["driver"] == 0 and min(share.values()) >= 0:  # it did not evaluate meanwhile, and the buffer is the same
+                    self._grow_or_shrink(share["learner"], share["dial"])
+            before, then = waits, now
+
+    def _grow_or_shrink(self, waited: float, closed: float) -> None:
+        if seat := one_more(self.seats, waited):
+            seat.is_asked, seat.asked_at = True, time.time()
+            why = f"the learner waited for groups {100 * waited:.0f} % of the time"
+            self._note("pool", seat.pool, f"grows to {self._num_asked(seat.pool)} engines: {why}")
+        elif seat := one_less(self.seats, waited, closed):
+            seat.is_asked = False
+            if seat.state != "running" and seat.engine is not None:  # it has no place yet: take the request back
+                ray.kill(seat.engine, no_restart=True)
+            self._note("pool", seat.pool, f"shrinks to {self._num_asked(seat.pool)} engines: the dial was closed {100 * closed:.0f} % of the time")
+
+    def _num_asked(self, pool: str) -> int:
+        return sum(seat.is_asked for seat in self.seats if seat.pool == pool)
+
+    async def _keep(self, seat: _Seat) -> None:
+        """One engine after the other in one seat, while it is asked for."""
+        failed_starts = 0
+        while True:
+            while not seat.is_asked:
+                if seat.state != "off":
+                    seat.becomes("off")
+                await asyncio.sleep(SCALE_CHECK_S)
+            try:
+                await self._one(seat)
+                return
+            except (RayError, Hang, Draining) as error:
+                if not seat.is_asked:  # let go
+                    self._clear(seat)
+                    continue
+                cause, was_starting = innermost(error), seat.state in ("wanted", "starting")
+                is_leaving = isinstance(cause, Draining)
+                if not is_death(error) and not (was_starting and isinstance(cause, (RuntimeError, OSError))):
+                    raise
+                self._note("engine", seat.name, f"left: {cause}" if is_leaving else cause_of(error))
+                failed_starts = failed_starts + 1 if was_starting else 0
+                if self._is_fixed or (failed_starts >= MAX_FAILED_STARTS and seat.pool not in self._has_started):
+                    raise
+                self._clear(seat)
+                if not is_leaving:
+                    await self._may_restart(seat, cause_of(error))
+
+    def _clear(self, seat: _Seat) -> None:
+        seat.status = {}
+        seat.becomes("dead")
+        if seat.engine is not None:
+            ray.kill(seat.engine, no_restart=True)
+            seat.engine = None
+
+    async def _one(self, seat: _Seat) -> None:
+        """The life of one engine; returns when the weights end."""
+        if seat.engine is None:
+            seat.becomes("wanted")
+            seat.engine = self._make(seat.pool, seat.config, seat.number)
+        engine = seat.engine
+        await engine.__ray_ready__.remote()
+        seat.becomes("starting")
+        report = await engine.start_here.remote()
+        seat.node = report["node"]
+        self._has_started.add(seat.pool)
+        seat.failed = asyncio.get_running_loop().create_future()
+        lives = [self._follow(seat, engine), self._watch(seat, engine), self._collect(seat, engine)]
+        tasks = [seat.failed, *map(asyncio.ensure_future, lives)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, seat: _Seat, engine: Any) -> None:
+        """Keep the engine's weights new. Waits for a version newer than the engine's (woken by the learner's publish)."""
+        if self._weights is None or seat.config.url:
+            seat.becomes("running")
+            self._changed()
+            await asyncio.Event().wait() if self._weights is None else await self._until_the_end()
+            return
+        seat.becomes("waits for weights")
+        version = -1
+        while (news := await self._weights(version)) is not None:
+            try:
+                self.times = await engine.update.remote(news[0], news[1], news[1]["probe"])
+            except RayError as error:
+                if not is_lost(error):  # the learner died, and its weights with it: it will be back with newer ones
+                    raise
+                await asyncio.sleep(0.5)
+                continue
+            version = news[0]
+            if seat.state == "waits for weights":
+                seat.becomes("running")
+                self._changed()
+
+    async def _until_the_end(self) -> None:
+        assert self._weights is not None
+        while await self._weights(1 << 60) is not None:
+            pass
+
+    async def _collect(self, seat: _Seat, engine: Any) -> None:
+        """Hold what is finished of groups that are not, so that it outlives the engine."""
+        while True:
+            table, group_ids = engine.hand_over.remote()
+            found = await group_ids
+            if not found:
+                return  # the engine is closed
+            for group_id in found:
+                if group_id in seat.in_flight:
+                    seat.in_flight[group_id].kept.append(table)
+
+    async def _watch(self, seat: _Seat, engine: Any) -> None:
+        """Notice an engine that hangs, and one that is about to leave.
+
+        Raises:
+            Hang: it writes no token, or does not answer.
+            Draining: it has left: nothing of it is in flight.
+        """
+        hang_s = self.config.hang_s
+        while True:
+            try:
+                seat.status = await asyncio.wait_for(engine.status.remote(), hang_s)
+            except TimeoutError:
+                raise Hang(f"no answer for {hang_s:g} s") from None
+            silent = time.time() - seat.status["last_token_at"]
+            if seat.status["num_completions"] and silent > hang_s:
+                raise Hang(f"no token for {silent:.0f} s with {seat.status['num_completions']} completions in flight")
+            if seat.node in self._draining or seat.status.get("leaving") or not seat.is_asked:
+                notice = self._draining.get(seat.node, 0) - time.time()
+                # What is left when the notice is over has to travel yet.
+                seconds = self.config.drain_s if notice <= 0 else max(0.0, min(self.config.drain_s, notice - HAND_OVER_MARGIN_S))
+                seat.becomes("leaving")
+                await engine.drain.remote(seconds)
+                while seat.load:
+                    await asyncio.sleep(0.05)
+                raise Draining(f"node {seat.node[:8]} is about to go" if seat.is_asked else "its pool shrinks")
+            await asyncio.sleep(1 + len(self.seats) / 64)
+
+    async def _watch_nodes(self) -> None:
+        """Ray's drain notices: node -> when it goes (0: nobody said), as Ray Train and Serve read them."""
+        while True:
+            with contextlib.suppress(RayError):  # the cluster's head is away: ask again
+                draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
+                self._draining = {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
+            await asyncio.sleep(1.0)
+
+    async def _may_restart(self, seat: _Seat, cause: str) -> None:
+        """Back off, and keep to the pool's budget."""
+        deaths, most = self._deaths[seat.pool], seat.config.max_restarts_per_hour
+        deaths.append(time.monotonic())
+        recent = sum(time.monotonic() - death < 600 for death in deaths)
+        await asyncio.sleep(min(60.0, 0.5 * 2 ** min(recent, 10)) * random.uniform(0.5, 1))
+        while True:
+            while deaths and time.monotonic() - deaths[0] > 3600:
+                deaths.popleft()
+            if len(deaths) <= most:
+                return
+            if all(other.state in ("dead", "off") for other in self.seats):
+                raise RunError(f"engines of pool {seat.pool} died {len(deaths)} times within an hour (max_restarts_per_hour: {most}), last: {cause}")
+            await asyncio.sleep(1.0)
+
+    def who_has(self, group_id: int) -> str | None:
+        """Name of the engine that a group is in."""
+        return next((seat.name for seat in self.seats if group_id in seat.in_flight), None)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Of every seat."""
+        return [
+            {"name": seat.name, "pool": seat.pool, "state": seat.state, "since": seat.since, "node": seat.node[:8], "wants": seat.wants,
+             "version": seat.status.get("version"), "num_groups": len(seat.in_flight), "num_tokens": seat.num_tokens}
+            for seat in self.seats
+        ]  # fmt: skip
+
+    async def close(self) -> None:
+        """End the engines, and their actors: in a Ray that goes on these would keep their GPUs as long as anybody has their handles."""
+        engines = [seat.engine for seat in self.seats if seat.engine is not None]
+        try:
+            await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)
+        finally:
+            for engine in engines:
+                ray.kill(engine, no_restart=True)
+
+
+SCALE_CHECK_S = 0.5
+
+HAND_OVER_MARGIN_S = 5.0
+"""Of a node's notice, kept for handing over."""

@@ -1,0 +1,647 @@
+"""Engines sample completions: Engine (vLLM's AsyncLLM), FakeEngine and server.py's ServerEngine behind the same few methods.
+
+    generate(group, sampling, min_version, seed, *kept)   group table -> (group table with its completions, how many it lacks)
+    finished()                                            what is finished of groups that are not, to be kept safe elsewhere
+    update(version, weights, probe)                       swap in newer weights while completions are in flight
+    drain(seconds) / status() / close()
+
+Plain classes; engine_group.py makes them actors, one event loop each, many groups in flight. Importing this imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import math
+import os
+import signal
+import time
+import uuid
+from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gvpo_ray import groups
+from gvpo_ray.config.run import ModelConfig, PoolConfig, SamplingConfig
+
+HAND_OVER_S = 1.0
+"""A completion that has been finished for so long while its group is not is handed over: it then outlives the engine. What is due
+goes together, as often: one by one would cost short groups more than to sample them."""
+
+CORPSE_S = 10.0
+"""An engine whose vLLM core is dead ends its own process after so long, if nobody else did: retries must not hit a corpse (ray#60088)."""
+
+LAST_WORDS_S = 2.0
+"""Between the end of a drain after SIGTERM and the end of the process: what the last calls returned is still on its way."""
+
+ABORTED = "abort"
+"""finish_reason of a completion that was cut off by a drain: another engine goes on with its tokens."""
+
+
+class Draining(RuntimeError):
+    """The engine is about to leave and takes no new work."""
+
+
+@dataclass(eq=False)
+class InFlight:
+    """One group that an engine is at."""
+
+    group: pa.Table
+    size: int
+    """Completions that are being sampled: without the kept ones that were finished before."""
+    since: float = field(default_factory=lambda: time.time())
+    finished_at: dict[int, float] = field(default_factory=dict)
+    """By index. FakeEngine knows them beforehand."""
+    handed_over: set[int] = field(default_factory=set)
+
+    def finished(self, before: float) -> list[int]:
+        return [i for i, at in self.finished_at.items() if at <= before]
+
+
+class BaseEngine:
+    """What engines have in common: which groups are in flight, what of them is handed over, and how they leave.
+
+    Args:
+        drain_s: where given, SIGTERM (a node that is about to go) makes the engine drain for so long and then ends the process.
+    """
+
+    def __init__(self, drain_s: float | None = None) -> None:
+        self._drain_s = drain_s
+        self.version = -1
+        self._is_leaving = self._is_draining = self._is_closed = self._is_updating = False
+        self._begin = asyncio.Condition()  # notified when groups that wait may begin, or have to go elsewhere
+        self._in_flight: dict[InFlight, None] = {}  # the oldest first
+        self._num_tokens = 0
+        self._last_token_at = time.time()
+
+    async def finished(self) -> tuple[list[int], pa.Table]:
+        """Completions that were finished HAND_OVER_S ago, of groups that are not, each once: their group ids, and a row for each.
+
+        Waits until there are some; none come after close().
+        """
+        columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
+        while not self._is_closed:
+            await asyncio.sleep(HAND_OVER_S)
+            due = time.time() - HAND_OVER_S
+            found = []
+            for running in self._in_flight:
+                if running.since > due:  # and so are the rest
+                    break
+                if new := [i for i in running.finished(due) if i not in running.handed_over]:
+                    running.handed_over.update(new)
+                    found.append(self._table(running, new).select(columns))
+            if found:
+                table = pa.concat_tables(found)
+                return table["group_id"].to_pylist(), table
+        return [], groups.empty(columns)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new work, go on for `seconds` with what is in flight and then cut it off; returns when nothing is in flight."""
+        self._is_draining = True
+        async with self._begin:
+            self._begin.notify_all()
+        end = time.monotonic() + seconds
+        while self._in_flight:
+            if (left := end - time.monotonic()) <= 0:
+                await self._cut_off()  # again and again: a request may be on its way to vLLM
+            await asyncio.sleep(min(0.05, max(left, 0.01)))
+
+    async def status(self) -> dict[str, Any]:
+        """What it is at; `last_token_at` is also when it last had nothing to do, or got new weights."""
+        now = time.time()
+        num_completions = sum(running.size - len(running.finished(now)) for running in self._in_flight)
+        oldest = next(iter(self._in_flight), None)
+        return {
+            "version": self.version,
+            "num_groups": len(self._in_flight),
+            "num_completions": num_completions,
+            "num_tokens": self._num_tokens,
+            "last_token_at": self._last_token_at if num_completions else now,
+            "oldest": oldest and {"group_id": oldest.group["group_id"][0].as_py(), "since": oldest.since},
+            "updating": self._is_updating,
+            "leaving": self._is_leaving,
+            "pid": os.getpid(),
+        }
+
+    async def close(self) -> None:
+        self._is_closed = True
+
+    async def _may_begin(self, min_version: int = -1) -> None:
+        async with self._begin:
+            await self._begin.wait_for(lambda: self.version >= min_version or self._is_draining)
+        if self._is_draining:
+            raise Draining("this engine is about to leave and takes no new work")
+
+    async def _has_version(self, version: int) -> None:
+        async with self._begin:
+            self.version, self._last_token_at = version, time.time()
+            self._begin.notify_all()
+
+    @contextlib.contextmanager
+    def _at_work(self, running: InFlight) -> Iterator[None]:
+        if not self._in_flight:
+            self._last_token_at = running.since
+        self._in_flight[running] = None
+        try:
+            yield
+        finally:
+            del self._in_flight[running]
+
+    def _leave_on_sigterm(self) -> None:
+        """To be called on the engine's loop.
+
+        Python runs its signal handlers in the main thread alone, and lets nobody else set one up. In an async Ray actor no method, the
+        constructor included, runs there, and the thread itself waits in C++. faulthandler's handler is C, for whoever sets it up, and
+        writes to a file: here a pipe that the loop reads.
+        """
+        if self._drain_s is not None:
+            reader, writer = os.pipe()
+            asyncio.get_running_loop().add_reader(reader, self._leave, reader)
+            faulthandler.register(signal.SIGTERM, file=writer, all_threads=False)
+
+    def _leave(self, reader: int) -> None:
+        os.read(reader, 65536)
+        if not self._is_leaving:
+            self._is_leaving = True
+            self._leaving = asyncio.ensure_future(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        assert self._drain_s is not None
+        await self.drain(self._drain_s)
+        await asyncio.sleep(LAST_WORDS_S)
+        await self.close()
+        os._exit(0)
+
+    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
+        """The group with these of its new completions, in this order."""
+        raise NotImplementedError
+
+    async def _cut_off(self) -> None:
+        """Make what is in flight return with what it has."""
+        raise NotImplementedError
+
+
+def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
+    """One-row tables with completions of a group of `size` -> (those that are finished, those to go on with, how many there are to sample)."""
+    done: list[pa.Table] = []
+    begun: list[dict[str, Any]] = []
+    for part in kept:
+        reasons = part["finish_reasons"][0].as_py()
+        finished = [i for i, reason in enumerate(reasons) if reason != ABORTED]
+        if begun:  # a later part may have one whole that an earlier one has the beginning of
+            for ids in groups.take(part, finished)["completion_ids"][0].as_py():
+                of_it = [row for row in begun if ids[: len(row["completion_ids"])] == row["completion_ids"]]
+                if of_it:
+                    begun.remove(max(of_it, key=lambda row: len(row["completion_ids"])))
+        if finished:
+            done.append(part if len(finished) == len(reasons) else groups.take(part, finished))
+        if len(finished) < len(reasons):
+            (row,) = groups.rows(part)
+            begun += [{name: row[name][i] for name in groups.COMPLETION_COLUMNS} for i, reason in enumerate(reasons) if reason == ABORTED]
+    num_new = max(0, size - sum(len(part["completions"][0]) for part in done))
+    return done, begun[:num_new], num_new
+
+
+def seed_beside(kept: Sequence[pa.Table], sampling: SamplingConfig, seed: int | None) -> int | None:
+    """A group's seed beside what is kept of it: with the seeds that this was drawn with (seed, seed + 1, …) it would come again."""
+    if seed is None or not kept:
+        return seed
+    return seed + sampling.num_completions * sum(len(ids) for part in kept for ids in part["completion_ids"][0].as_py())
+
+
+class Engine(BaseEngine):
+    """vLLM in one actor.
+
+    With `load_weights=False` it starts with dummy weights and is of no use until its first update: the learner is the only
+    source of weights in training. A model with tied embeddings is then run untied, because vLLM's layerwise reload leaves a tied
+    head at its old values without an error; the learner sends the head under its own name.
+
+    With model.lora the learner sends an adapter, and updates leave embeddings and head as they are: the model starts with its own
+    weights, its embeddings tied as they are, but is of no use before its first update either.
+
+    Args:
+        transfer: engines.weight_transfer.
+    """
+
+    def __init__(
+        self, model: ModelConfig, pool: PoolConfig, transfer: str, seed: int, load_weights: bool = False, drain_s: float | None = None
+    ) -> None:
+        super().__init__(drain_s)
+        self._model, self._pool, self._transfer, self._seed, self._load_weights = model, pool, transfer, seed, load_weights
+        self._dtype = pool.dtype or model.dtype
+        self._llm: Any = None
+        self.version = 0 if load_weights else -1
+        self._updating = asyncio.Lock()
+        self._num_finished_tokens = 0
+
+    async def start(self) -> dict[str, Any]:
+        """Start vLLM (20 s and more)."""
+        pool, on_gpu = self._pool, self._pool.num_gpus > 0
+        os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
+        if not on_gpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib)))
+            # vLLM would compile one small kernel for log-probs, for 4 to 9 s of the first generation.
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+            # Pinning cores would set engine and learner on the same ones: let the kernel spread the threads.
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            os.environ["OMP_NUM_THREADS"] = str(pool.num_threads or len(os.sched_getaffinity(0)))
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments: dict[str, Any] = {
+            "model": self._model.path,
+            "dtype": self._dtype,
+            "max_model_len": self._model.max_length,
+            "trust_remote_code": self._model.trust_remote_code,
+            "seed": self._seed,
+            "enforce_eager": pool.enforce_eager,
+            "tensor_parallel_size": pool.tensor_parallel_size,
+            "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
+            "logprobs_mode": "raw_logprobs",  # of the policy itself, at temperature 1: what the learner computes too
+            "disable_log_stats": True,
+            "worker_extension_cls": "gvpo_ray.weights.vllm_worker.WorkerExtension",
+            "weight_transfer_config": {"backend": self._transfer},
+            # vLLM must not take sampling defaults from the model folder: they often cut the support (top_p, top_k).
+            "generation_config": "vllm",
+        }
+        if pool.quantization is not None:
+            arguments["quantization"] = pool.quantization
+        if on_gpu:
+            arguments["gpu_memory_utilization"] = pool.memory_fraction
+        else:
+            # After a part of a prompt vLLM winds the generator of a request with a seed back, which those of a CPU cannot: its core would die.
+            arguments["enable_chunked_prefill"] = False
+        if self._drain_s is not None:  # a node that goes sends SIGTERM to vLLM's core too
+            arguments["shutdown_timeout"] = math.ceil(self._drain_s)
+        if not self._load_weights and self._model.lora is None:
+            arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
+        started = time.perf_counter()
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
+        self._death = asyncio.get_running_loop().create_future()
+        self._watcher = asyncio.create_task(self._watch())
+        await self._llm.update_weight_version(str(self.version))
+        if self._transfer == "objects":
+            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        self._leave_on_sigterm()
+        return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
+
+    async def generate(
+        self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None, *kept: pa.Table
+    ) -> tuple[pa.Table, int]:
+        """Sample the completions of one group (one row), starting with weights of at least `min_version`.
+
+        Args:
+            seed: of this group alone, so that its samples do not depend on what else is sampled; costs speed.
+            kept: one-row tables with completions that the group has already. They come first, and only the rest is sampled; those that
+                an engine was cut off at ("abort") are gone on with.
+
+        Returns:
+            The group, and how many of its completions are missing or cut off: 0, unless the engine was drained meanwhile.
+
+        Raises:
+            Draining: go elsewhere.
+        """
+        await self._may_begin(min_version)
+        done, begun, num_new = sort_out(kept, sampling.num_completions)
+        running = _Requests(group, num_new)
+        seed = seed_beside(kept, sampling, seed)
+        with self._at_work(running):
+            requests = [
+                asyncio.create_task(self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)) for i in range(num_new)
+            ]
+            try:
+                await self._unless_dead(asyncio.gather(*requests))
+            finally:
+                for request in requests:
+                    request.cancel()
+        table = self._table(running, sorted(running.completions))
+        return groups.join(group, *done, table) if kept else table, num_new - len(running.finished_at)
+
+    async def _complete(self, running: _Requests, index: int, sampling: SamplingConfig, seed: int | None, begun: dict[str, Any] | None) -> None:
+        """Sample one completion, or the rest of one, as a request of its own: siblings in one request are there only when all are."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids: list[int] = begun["completion_ids"] if begun else []
+        most = min(sampling.max_tokens, self._llm.model_config.max_model_len - len(running.prompt_ids))
+        if begun and len(ids) >= most:
+            running.completions[index], running.finished_at[index] = {**begun, "finish_reasons": "length"}, time.time()
+            return
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=max(0, sampling.top_k),
+            min_p=sampling.min_p,
+            max_tokens=most - len(ids),
+            logprobs=0,  # the sampled token's own
+            flat_logprobs=True,
+            detokenize=False,  # token by token it costs this process twice what all the rest of a completion does
+            seed=None if seed is None else seed + index,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # nobody else has them
+        )
+        (new,) = (await self._final(running.prompt_ids + ids, params, f"{running.name}-{index}")).outputs
+        self._num_finished_tokens += len(new.token_ids)
+        if not new.token_ids:  # cut off before its first token
+            if begun:
+                running.completions[index] = begun
+            return
+        versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
+        if begun:
+            versions.append(begun["version_min"])
+        ids = ids + list(new.token_ids)
+        running.completions[index] = {
+            "completions": self._llm.get_tokenizer().decode(ids[: -1 if new.finish_reason == "stop" else None], skip_special_tokens=True),
+            "completion_ids": ids,
+            "finish_reasons": new.finish_reason,
+            "sources": "policy",
+            "version_min": min(versions),
+            "version_max": max(versions),
+            "sampling_logprobs": (begun["sampling_logprobs"] if begun else []) + list(new.logprobs.logprobs),
+        }
+        if new.finish_reason != ABORTED:
+            running.finished_at[index] = time.time()
+
+    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
+        assert isinstance(running, _Requests)
+        rows = [running.completions[i] for i in which]
+        return groups.with_columns(running.group, **{name: [[row[name] for row in rows]] for name in groups.COMPLETION_COLUMNS})
+
+    async def _cut_off(self) -> None:
+        # vLLM gives what is there of an aborted request, without asking its core, which may hang.
+        names = [f"{running.name}-{i}" for running in self._in_flight if isinstance(running, _Requests) for i in range(running.size)]
+        if not self._llm.errored:
+            await self._llm.abort(names)
+
+    async def _final(self, prompt_ids: list[int], params: Any, request_id: str) -> Any:
+        from vllm.inputs import tokens_input
+
+        final = None
+        async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id=request_id):
+            final = output
+        return final
+
+    async def _watch(self) -> None:
+        """vLLM does not wake those who wait for a core that was killed (SIGKILL, out of memory): look once a second."""
+        while not self._llm.errored:
+            await asyncio.sleep(1.0)
+        self._death.set_exception(self._llm.dead_error)
+        self._death.exception()  # nobody has to be waiting for it
+        await asyncio.sleep(CORPSE_S)
+        os._exit(1)
+
+    async def _unless_dead(self, work: Awaitable[Any]) -> Any:
+        """The result of `work`; raises vLLM's EngineDeadError as soon as its core is dead."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks for it
+            task.cancel()
+            self._death.result()
+        return task.result()
+
+    # --- weights -------------------------------------------------------------------------------------------------------
+
+    async def update(self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None) -> dict[str, float]:
+        """Fetch and swap in newer weights. Completions in flight are frozen meanwhile and go on with the new ones.
+
+        Args:
+            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes), `bytes`, and `adapter`
+                (peft's adapter_config.json) where they are an adapter's.
+            probe: sequences with the learner's log-probs of them, to compare with this engine's.
+
+        Returns:
+            Seconds of the copy (generation went on) and of the pause (it did not).
+
+        Raises:
+            WeightMismatch: names the worst token of the probe.
+        """
+        from gvpo_ray.weights.transfer import SharedMemory
+
+        async with self._updating:
+            if self._transfer == "nccl":  # the learner's broadcast has been here already
+                return {"copy_s": 0.0, "pause_s": 0.0, **(await self._check(probe) if probe else {})}
+            started = time.perf_counter()
+            adapter = weights.get("adapter")
+            update_info = {} if adapter is None else {"adapter_scale": adapter["lora_alpha"] / adapter["r"]}
+            arrays = [await shard if isinstance(shard, Awaitable) else shard for shard in weights["shards"]]
+            with await asyncio.to_thread(SharedMemory, arrays) as memory:
+                copied = time.perf_counter()
+                await self._unless_dead(self._swap(version, {"paths": memory.paths, **update_info}))
+            done = time.perf_counter()
+            parity = await self._check(probe) if probe else {}
+            return {"copy_s": copied - started, "pause_s": done - copied, **parity}
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """NCCL only: join the learner's broadcast group."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def _swap(self, version: int, update_info: dict[str, Any]) -> None:
+        await self.begin_update()
+        await self.receive(update_info)
+        await self.finish_update(version)
+
+    async def begin_update(self) -> None:
+        self._is_updating, self._last_token_at = True, time.time()
+        # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is never stale and what
+        # follows the swap is exactly the new policy given the tokens so far.
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.start_weight_update()
+
+    async def receive(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_update(self, version: int) -> None:
+        await self._llm.finish_weight_update(str(version))
+        await self._llm.resume_generation()
+        self._is_updating = False
+        await self._has_version(version)
+
+    async def _check(self, probe: dict[str, Any]) -> dict[str, float]:
+        """Compare log-probs token by token with the learner's."""
+        from vllm import SamplingParams
+
+        from gvpo_ray.weights.transfer import WeightMismatch
+
+        worst, worst_text, total, count = 0.0, "", 0.0, 0
+        for sequence, (ids, expected) in enumerate(zip(probe["ids"], probe["logprobs"], strict=True)):
+            output = await self._unless_dead(self._final(ids, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0), uuid.uuid4().hex))
+            for position in range(1, len(ids)):
+                got = output.prompt_logprobs[position][ids[position]].logprob
+                difference = abs(got - expected[position - 1])
+                total, count = total + difference, count + 1
+                if not difference <= worst:  # also true for nan
+                    worst = difference
+                    worst_text = (
+                        f"token {ids[position]} at position {position} of probe {sequence}: engine {got:.4f}, learner {expected[position - 1]:.4f}"
+                    )
+        mean = total / max(1, count)
+        tolerance = self._pool.parity_tolerance or (1e-3 if self._dtype == "float32" else 0.1)
+        if not mean <= tolerance:
+            raise WeightMismatch(
+                f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average "
+                f"(allowed {tolerance:g}); worst is {worst_text}"
+            )
+        return {"parity_mean": mean, "parity_max": worst}
+
+    async def status(self) -> dict[str, Any]:
+        if self._llm is not None:
+            # vLLM's own count (its stat loggers) costs a quarter more per token in this process. What is on its way from a request to
+            # its completion is in neither sum for a moment.
+            states = self._llm.output_processor.request_states.values()
+            num_tokens = self._num_finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
+            if num_tokens > self._num_tokens:
+                self._num_tokens, self._last_token_at = num_tokens, time.time()
+        return await super().status()
+
+    async def close(self) -> None:
+        """End vLLM's core process."""
+        await super().close()
+        if self._llm is not None:
+            self._watcher.cancel()
+            self._llm.shutdown()
+            self._llm = None
+
+
+@dataclass(eq=False)
+class _Requests(InFlight):
+    """A group at vLLM: its requests are `name`-0, `name`-1, …"""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    completions: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids: list[int] = self.group["prompt_ids"][0].as_py()
+
+
+class FakeEngine(BaseEngine):
+    """An engine without a model, for unit and scale tests: random tokens, `\\boxed{digit}` texts, lengths with a heavy tail.
+
+    Its weights are its version; everything else about a group table is as from Engine.
+
+    Args:
+        seconds_per_token: of one completion; all that are in flight are written at the same time.
+        median_tokens, sigma: of the lognormal length of a completion, cut at sampling.max_tokens; default: a median of a quarter of that.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab_size: int = 16,
+        seconds_per_token: float = 0.0,
+        median_tokens: float | None = None,
+        sigma: float = 1.0,
+        drain_s: float | None = None,
+    ) -> None:
+        super().__init__(drain_s)
+        self._random = np.random.default_rng(seed)
+        self._vocab_size, self._seconds_per_token, self._median_tokens, self._sigma = vocab_size, seconds_per_token, median_tokens, sigma
+        self._texts = [f"\\boxed{{{digit}}}" for digit in range(10)]
+
+    async def start(self) -> dict[str, Any]:
+        self._leave_on_sigterm()
+        return {"seconds": 0.0, "pid": os.getpid()}
+
+    async def generate(
+        self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None, *kept: pa.Table
+    ) -> tuple[pa.Table, int]:
+        await self._may_begin(min_version)
+        done, begun, num_new = sort_out(kept, sampling.num_completions)
+        seed = seed_beside(kept, sampling, seed)
+        random = self._random if seed is None else np.random.default_rng(seed)
+        room = np.full(num_new, sampling.max_tokens)
+        room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)
+        lengths = (self._median_tokens or sampling.max_tokens / 4) * np.exp(self._sigma * random.standard_normal(num_new))
+        new = np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
+        tokens = np.split(random.integers(self._vocab_size, size=int(new.sum()), dtype=np.int32), np.cumsum(new)[:-1]) if num_new else []
+        running = _Tokens(group, num_new, version=self.version, begun=begun, tokens=tokens, is_full=new == room)
+        running.finished_at = dict(enumerate((running.since + self._seconds_per_token * new).tolist()))
+        with self._at_work(running):
+            if seconds := self._seconds_per_token * int(new.max(initial=0)):
+                timer = asyncio.get_running_loop().call_later(seconds, running.end)
+                try:
+                    await running.over
+                finally:
+                    timer.cancel()
+            table = self._table(running, range(num_new))
+        written = self._written(running)
+        self._num_tokens += sum(written)
+        missing = sum(n < len(ids) for n, ids in zip(written, running.tokens, strict=True))
+        return groups.join(group, *done, table) if kept else table, missing
+
+    def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:
+        """New tokens of each completion."""
+        seconds = min(now, running.cut_at) - running.since
+        lengths = [len(ids) for ids in running.tokens]
+        return lengths if seconds == math.inf else [min(n, int(seconds / self._seconds_per_token)) for n in lengths]
+
+    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
+        assert isinstance(running, _Tokens)
+        ids, logprobs, reasons, oldest = [], [], [], []
+        written = self._written(running)
+        uniform = np.full(max(written, default=0), -math.log(self._vocab_size), np.float32)
+        for i in which:
+            new = running.tokens[i][: written[i]]
+            old = running.begun[i] if i < len(running.begun) else None
+            if old is None and not len(new):
+                continue
+            of_new = uniform[: len(new)]
+            ids.append(new if old is None else np.concatenate([np.array(old["completion_ids"], np.int32), new]))
+            logprobs.append(of_new if old is None else np.concatenate([np.array(old["sampling_logprobs"], np.float32), of_new]))
+            reasons.append(ABORTED if len(new) < len(running.tokens[i]) else "length" if running.is_full[i] else "stop")
+            oldest.append(running.version if old is None else min(old["version_min"], running.version))
+        return groups.with_columns(
+            running.group,
+            completions=[[self._texts[int(tokens[-1]) % 10] for tokens in ids]],
+            completion_ids=[ids],
+            finish_reasons=[reasons],
+            sources=[["policy"] * len(ids)],
+            version_min=[oldest],
+            version_max=[[self.version] * len(ids)],
+            sampling_logprobs=[logprobs],
+        )
+
+    async def _cut_off(self) -> None:
+        for running in self._in_flight:
+            assert isinstance(running, _Tokens)
+            if not running.over.done():
+                running.cut_at = time.time()
+                running.end()
+
+    async def update(self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None) -> dict[str, float]:
+        await self._has_version(version)
+        return {"copy_s": 0.0, "pause_s": 0.0}
+
+    async def status(self) -> dict[str, Any]:
+        now = time.time()
+        live = sum(sum(self._written(running, now)) for running in self._in_flight if isinstance(running, _Tokens))
+        return {**await super().status(), "num_tokens": self._num_tokens + live, "last_token_at": now}
+
+
+@dataclass(eq=False, kw_only=True)
+class _Tokens(InFlight):
+    """A group at a FakeEngine: how it ends is known from the beginning."""
+
+    version: int
+    begun: list[dict[str, Any]]
+    """What the first ones go on with."""
+    tokens: list[np.ndarray]
+    """New ones, of each."""
+    is_full: np.ndarray
+    """Which end at sampling.max_tokens."""
+    cut_at: float = math.inf
+    over: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def end(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)

@@ -1,0 +1,301 @@
+"""Evaluation of a model on benchmark files: what is kept on disk, the numbers, and the comparison of two evaluations.
+
+    OUT/evaluation.yaml       what was evaluated and how; nothing else is mixed in
+    OUT/<set>/groups/         finished groups, one prompt with its samples each (the same log as a run's)
+    OUT/eval.json             the numbers
+    OUT/generations.parquet   one row per sample
+
+Sampling and verifying is the ring's (controller.evaluate). Stopped, the same command goes on with the prompts that are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from rich.table import Table
+
+from gvpo_ray import groups
+from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.observe.metrics import Row, bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+
+Number = dict[str, float]
+"""{"value", "low", "high"}: a mean over prompts and its 95 % bootstrap interval."""
+
+
+class EvaluationDir:
+    """The folder of one evaluation, this process's alone as long as it is open.
+
+    Raises:
+        ConfigError: another model's or another config's evaluation is there, or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, config: GVPOConfig, model: str, digests: Mapping[str, str]) -> None:
+        self.path = path
+        now = {"model": model, "settings": _settings(config), "contents": _contents(config, model, digests)}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "a")  # noqa: SIM115 - held as long as the evaluation
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"--out: another process is evaluating into {path}") from error
+            kept = path / "evaluation.yaml"
+            if kept.exists() and (difference := _difference(kept, now)):
+                raise ConfigError(f"--out: {path} {difference}; use another folder")
+            part = path / ".evaluation.yaml.part"
+            part.write_text(yaml.safe_dump(now, sort_keys=False))  # anew: sets may have been added
+            part.replace(kept)
+            self._logs = {name: GroupLog(path / name / "groups") for name in digests}
+        except OSError as error:
+            raise ConfigError(f"--out: cannot write {path}: {error.strerror}") from error
+
+    def __enter__(self) -> EvaluationDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def missing(self, name: str, prompts: pa.Table) -> pa.Table:
+        """The prompts of a set that have no samples yet."""
+        done = set(self._logs[name].group_ids)
+        return prompts.filter(pa.array([group_id not in done for group_id in prompts["group_id"].to_pylist()], type=pa.bool_()))
+
+    def add(self, name: str, group: pa.Table) -> None:
+        self._logs[name].append(group.select(list(groups.LOGGED_COLUMNS)))
+
+    def rows(self, name: str) -> list[Row]:
+        """The finished groups of a set, in the order of its file."""
+        log = self._logs[name]
+        return sorted(groups.rows(log.read(0, len(log))), key=lambda row: row["group_id"])
+
+    def finish(self, config: GVPOConfig, model: str, left_out: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Write eval.json and generations.parquet; returns what eval.json holds. `left_out`: prompts of each set that are too long."""
+        by_set = {name: self.rows(name) for name in self._logs}
+        sets = {name: {**summary(rows, config, name), "left_out": (left_out or {}).get(name, 0)} for name, rows in by_set.items()}
+        result = {"model": model, "sets": sets}
+        pq.write_table(_generations(by_set), self.path / ".generations.part")
+        (self.path / ".generations.part").replace(self.path / "generations.parquet")
+        (self.path / ".eval.part").write_text(json.dumps(result, indent=2) + "\n")
+        (self.path / ".eval.part").replace(self.path / "eval.json")
+        return {"folder": str(self.path), **result}
+
+
+def _settings(config: GVPOConfig) -> dict[str, Any]:
+    """The keys that the numbers depend on; rewards as a list, because the first of them says what is right."""
+    dump = config.model_dump(mode="json")
+    settings: dict[str, Any] = {"seed": config.seed, "engines.vllm": dump["engines"]["vllm"]}
+    settings |= {f"model.{key}": dump["model"][key] for key in ("dtype", "max_length")}
+    settings |= {f"sampling.{key}": dump["sampling"][key] for key in ("top_p", "top_k", "min_p")}
+    settings |= {f"verifiers.{key}": dump["verifiers"][key] for key in ("timeout_s", "cpu_s", "memory_gib")}
+    settings["verifiers.rewards"] = [{"name": name, **section} for name, section in dump["verifiers"]["rewards"].items()]
+    for name, section in config.evaluation.sets.items():
+        num_samples, temperature, max_tokens = config.evaluation.of(name)
+        own = {"num_samples": num_samples, "temperature": temperature, "max_completion_tokens": max_tokens or config.sampling.max_tokens}
+        own |= {"template": section.template, "system_prompt": section.system_prompt}
+        settings |= {f"evaluation.sets.{name}.{key}": value for key, value in own.items()}
+    return settings
+
+
+def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """Digests of what the paths in the config hold, by key: the paths themselves may change."""
+    contents = {"model.path": model_digest(model), **{f"evaluation.sets.{name}.path": digest for name, digest in digests.items()}}
+    for name, reward in config.verifiers.rewards.items():
+        file = Path((reward.function or name).rpartition(":")[0])
+        if file.suffix == ".py" and file.is_file():
+            contents[f"verifiers.rewards.{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return contents
+
+
+def _difference(kept: Path, now: Mapping[str, Any]) -> str:
+    """What an evaluation.yaml has otherwise than `now`, which may have more (a set that was added); empty: nothing."""
+    try:
+        before = yaml.safe_load(kept.read_text())
+        pairs = [(part, key, value) for part in ("settings", "contents") for key, value in before[part].items()]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
+        return "has an evaluation.yaml that is not an evaluation's"
+    for part, key, value in pairs:
+        if key not in now[part]:
+            return f"holds an evaluation that also has {key}"
+        if value != now[part][key]:
+            if part == "contents":
+                return f"holds an evaluation with another {key} (what is in it differs)"
+            is_short = not isinstance(value, (dict, list))
+            return f"holds an evaluation with another {key}" + (f" ({value!r} there, {now[part][key]!r} here)" if is_short else "")
+    return ""
+
+
+def model_digest(path: str) -> str:
+    """Tells one model folder from another without reading all of its weights: 64 pieces of each file; of a hub name, the name."""
+    if not Path(path).is_dir():
+        return path
+    content = hashlib.sha256()
+    for file in sorted(file for pattern in ("*.safetensors", "*.json", "*.jinja") for file in Path(path).glob(pattern)):
+        size = file.stat().st_size
+        content.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for i in range(64):
+                opened.seek(i * size // 64)
+                content.update(opened.read(1 << 16))
+    return content.hexdigest()
+
+
+def prompt_seed(seed: int, dataset: str, group_id: int) -> int:
+    """The seed of one prompt's samples, in 48 bits.
+
+    vLLM gives sample i of a request the seed + i: seeds of neighbouring prompts must lie far apart, or their samples are the same random
+    numbers and not independent. The same prompt of the same set has the same seed for every model, which narrows paired differences.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, dataset, group_id]).encode()).digest()[:6], "big")
+
+
+def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any]:
+    """The numbers of one set: pass@k and mean@n as means over prompts with 95 % bootstrap intervals, and rates over samples."""
+    num_samples, temperature, max_tokens = config.evaluation.of(name)
+    correct = [is_correct(row) for row in rows]
+
+    def number(values: Sequence[float]) -> Number:
+        low, high = bootstrap_interval(values, seed=config.seed)
+        return {"value": mean(values), "low": low, "high": high}
+
+    metrics = evaluation_metrics(name, rows)
+    return {
+        "num_prompts": len(rows),
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "max_tokens": max_tokens or config.sampling.max_tokens,
+        f"mean@{num_samples}": number([mean(row) for row in correct]),
+        **{
+            f"pass@{k}": number([pass_at_k(len(row), sum(row), k) for row in correct])
+            for k in sorted({1, *config.evaluation.pass_k})
+            if k <= num_samples
+        },
+        **{key: metrics[f"eval/{name}/{key}"] for key in ("extracted", "length_mean", "truncated", "unverifiable")},
+    }
+
+
+GENERATIONS = pa.schema([
+    ("dataset", pa.string()), ("prompt_id", pa.int64()), ("prompt", pa.string()), ("answer", pa.string()), ("sample", pa.int64()),
+    ("completion", pa.string()), ("correct", pa.bool_()), ("verdict", pa.string()), ("reward", pa.float64()), ("reason", pa.string()),
+    ("num_tokens", pa.int64()), ("finish_reason", pa.string()),
+])  # fmt: skip
+"""One row per sample; verdict is correct, incorrect or unverifiable (reward null, and why in reason)."""
+
+
+def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "dataset": name, "prompt_id": row["group_id"], "prompt": row["prompt"], "answer": row["answer"], "sample": i,
+                "completion": row["completions"][i], "correct": correct,
+                "verdict": "correct" if correct else "unverifiable" if row["rewards"][i] is None else "incorrect",
+                "reward": row["rewards"][i], "reason": row["reward_reasons"][i],
+                "num_tokens": len(row["completion_ids"][i]), "finish_reason": row["finish_reasons"][i],
+            }
+            for name, rows in by_set.items()
+            for row in rows
+            for i, correct in enumerate(is_correct(row))
+        ],
+        schema=GENERATIONS,
+    )  # fmt: skip
+
+
+def results_table(result: Mapping[str, Any]) -> Table:
+    """What a person sees of eval.json: a column per set."""
+    table = Table()
+    table.add_column("")
+    for name in result["sets"]:
+        table.add_column(name, justify="right")
+    sets = list(result["sets"].values())
+    for key in dict.fromkeys(key for values in sets for key in values):
+        cells = []
+        for values in sets:
+            value = values.get(key)
+            if isinstance(value, Mapping):
+                cells.append(f"{100 * value['value']:.2f} % [{100 * value['low']:.2f}, {100 * value['high']:.2f}]")
+            elif key in ("extracted", "truncated", "unverifiable"):
+                cells.append(f"{100 * value:.2f} %")
+            else:
+                cells.append("" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}")
+        table.add_row(key, *cells)
+    return table
+
+
+def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Paired differences of two evaluations: per set the mean over shared prompts of b's share of right samples less a's.
+
+    Returns:
+        By set: num_prompts (shared), unmatched, a, b, difference {"value", "low", "high"}, and notes: what else differs, as text.
+
+    Raises:
+        ConfigError: no finished evaluation there, or no prompt in common.
+    """
+    (how_one, one), (how_two, two) = _finished(a), _finished(b)
+    result: dict[str, dict[str, Any]] = {}
+    for name in one:
+        shared = [key for key in one[name] if key in two.get(name, {})]
+        if not shared:
+            continue
+        before, after = ([shares[name][key] for key in shared] for shares in (one, two))
+        differences = [y - x for x, y in zip(before, after, strict=True)]
+        low, high = bootstrap_interval(differences, seed=seed)
+        ways = [(how_one.get(name, {}).get(key), how_two.get(name, {}).get(key)) for key in HOW]
+        result[name] = {
+            "num_prompts": len(shared), "unmatched": len(one[name]) + len(two[name]) - 2 * len(shared),
+            "a": mean(before), "b": mean(after), "difference": {"value": mean(differences), "low": low, "high": high},
+            "notes": [f"{key} is {x} in A, {y} in B" for key, (x, y) in zip(HOW, ways, strict=True) if x != y],
+        }  # fmt: skip
+    if not result:
+        raise ConfigError(f"--compare: {a} and {b} have no prompt in common")
+    for name in sorted({*one, *two} - {*result}):
+        result[name] = {"num_prompts": 0, "unmatched": len(one.get(name, {})) + len(two.get(name, {})), "notes": ["no prompt in common"]}
+    return result
+
+
+HOW = ("num_samples", "temperature", "max_tokens")
+"""Of a set in eval.json: what two evaluations should have in common."""
+
+
+def _finished(place: str) -> tuple[Mapping[str, Mapping[str, Any]], dict[str, dict[tuple[str, str, int], float]]]:
+    """The sets of eval.json, and set -> (prompt, answer, which of several alike) -> share of right samples."""
+    path = Path(place).parent if Path(place).name == "eval.json" else Path(place)
+    file = path / "generations.parquet"
+    if not (path / "eval.json").is_file() or not file.is_file():
+        raise ConfigError(f"--compare: no finished evaluation in {place} (eval.json, generations.parquet)")
+    try:
+        sets = json.loads((path / "eval.json").read_text()).get("sets", {})
+        rows = pq.read_table(file, columns=["dataset", "prompt_id", "prompt", "answer", "correct"]).to_pylist()
+    except (ValueError, AttributeError, OSError, pa.ArrowException) as error:
+        raise ConfigError(f"--compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}") from error
+    samples: dict[str, dict[tuple[str, str, int], list[bool]]] = {}
+    numbers: dict[tuple[str, str, str], list[int]] = {}
+    for row in rows:
+        alike = numbers.setdefault((row["dataset"], row["prompt"], row["answer"]), [])
+        if row["prompt_id"] not in alike:
+            alike.append(row["prompt_id"])
+        key = row["prompt"], row["answer"], alike.index(row["prompt_id"])
+        samples.setdefault(row["dataset"], {}).setdefault(key, []).append(row["correct"])
+    return sets, {name: {key: mean(values) for key, values in prompts.items()} for name, prompts in samples.items()}
+
+
+def comparison_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per set."""
+    table = Table("set")
+    for column in ("prompts", "A", "B", "B - A, 95 % interval"):
+        table.add_column(column, justify="right")
+    for name, values in result.items():
+        cells = [f"{values['num_prompts']}" + (f" ({values['unmatched']} without a partner)" if values["unmatched"] else "")]
+        if values["num_prompts"]:
+            difference = values["difference"]
+            interval = f"{100 * difference['value']:+.2f} % [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+            cells += [f"{100 * values['a']:.2f} %", f"{100 * values['b']:.2f} %", interval]
+        table.add_row(name, *cells)
+    return table

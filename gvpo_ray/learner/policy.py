@@ -1,0 +1,415 @@
+"""The model that is trained: load, forward to log-probs, update, reference, checkpoint. One instance per learner worker.
+
+How it is spread over the ranks is backends.py's; the rest of the project sees `Policy`.
+It imports neither ray nor vllm: torch.distributed is set up by whoever calls (Ray Train; a test; nobody, for one process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gvpo_ray.config.run import LearnerConfig, LoraConfig, ModelConfig
+from gvpo_ray.learner import packing
+from gvpo_ray.learner.backends.deepspeed import deepspeed_config, make_backend
+from gvpo_ray.learner.checkpoints import remove_checkpoint
+from gvpo_ray.weights.transfer import shards
+
+Row = Mapping[str, Any]
+
+
+class CompletionLogprobs(nn.Module):
+    """log pi(y_t | x, y_<t) for every token of every completion of a micro-batch. Prompt tokens never meet the head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """Token targets[i] is predicted at [rows[i], positions[i]] of what `inputs` (padded_inputs, packing.pack) lay out. Returns [N].
+
+        In float32, or in the model's precision if that is higher.
+        """
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
+        head = self.model.get_output_embeddings()
+        size = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.config.vocab_size)
+        if len(hidden) <= size:
+            return _head_logprobs(head, hidden, targets)
+        # The logits of a chunk are computed again in the backward pass: [tokens, vocabulary] never exists as a whole.
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(_head_logprobs, head, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+HEAD_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits at a time: 64 MB in float32; 1 GB on a GPU, where small products waste it and ZeRO-3 may gather the head for each."""
+
+
+def _head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(head(hidden))[targets], [N, hidden] and [N] -> [N], without a second matrix of the logits' size."""
+    logits = head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(1, targets[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+
+
+def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Tensor], list[int]]:
+    """Lay out every completion with its prompt, right-padded. Returns the arguments of CompletionLogprobs and the completions' lengths."""
+    sequences = [(row["prompt_ids"], ids) for row in rows for ids in row["completion_ids"]]
+    width = max(len(prompt) + len(ids) for prompt, ids in sequences)
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    index: list[tuple[int, int, int]] = []
+    for i, (prompt, ids) in enumerate(sequences):
+        end = len(prompt) + len(ids)
+        input_ids[i, :end] = torch.tensor([*prompt, *ids])
+        mask[i, :end] = 1
+        index += [(i, len(prompt) + t - 1, token) for t, token in enumerate(ids)]
+    where = torch.tensor(index)
+    tensors = {"input_ids": input_ids, "attention_mask": mask, "rows": where[:, 0], "positions": where[:, 1], "targets": where[:, 2]}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, [len(ids) for _, ids in sequences]
+
+
+def sequence_sums(token_logprobs: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum token log-probs [sum of lengths] over each completion, in float64. Returns [number of completions].
+
+    Bitwise the same for the same tokens (atomic additions on a GPU would not be): a log-ratio of 0 is 0.
+    """
+    sizes = torch.tensor(lengths, dtype=torch.long, device=token_logprobs.device)
+    return torch.segment_reduce(token_logprobs.double(), "sum", lengths=sizes, unsafe=True)  # unsafe: unchecked lengths, none of them too
+
+
+def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) that changes nothing yet into the model; returns peft's adapter_config.json."""
+    import peft
+
+    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same on every rank, and in every start of a run
+        peft.inject_adapter_in_model(lora, model)
+    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    return {**lora.to_dict(), "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
+
+
+class _Tensors:
+    """Names and tensors that are gathered one at a time, as often as they are gone through."""
+
+    def __init__(self, gather: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        self._gather = gather
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._gather()
+
+
+class Policy:
+    """One rank's part of the policy. `path`: a Hugging Face folder; with `state.json` in it, a checkpoint, which is resumed.
+
+    Methods that say "every rank" are collectives.
+    """
+
+    def __init__(self, model: ModelConfig, config: LearnerConfig, path: str | Path, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._model_config = model
+        self._path = Path(path)  # not to be read later: a checkpoint is pruned when newer ones are there
+        self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        dtype = getattr(torch, model.dtype)
+        if config.backend == "deepspeed":
+            import deepspeed
+
+            # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        shard_on_load = None
+        if config.backend == "deepspeed" and config.zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            shard_on_load = HfDeepSpeedConfig(deepspeed_config(config, dtype))  # must live while from_pretrained runs
+        # ZeRO has master weights beside its parameters; elsewhere the parameters are those, and bfloat16 is how they are computed with.
+        is_zero = config.backend == "deepspeed" and config.zero_stage > 0
+        self._dtype = torch.float32 if dtype == torch.bfloat16 and not is_zero else dtype
+        whole = self._load(path if model.lora is None else model.path)
+        self.adapter: dict[str, Any] | None = None
+        """adapter_config.json, where an adapter is what is trained."""
+        if model.lora is not None:
+            self.adapter = add_adapter(whole, model.lora) | {"base_model_name_or_path": str(model.path)}
+            if (self._path / "adapter").is_dir():
+                values = load_file(self._path / "adapter" / "adapter_model.safetensors")
+                for name, parameter in _trained(whole):
+                    parameter.data.copy_(values[_adapter_name(name)])
+        # FSDP moves one layer after the other, as it shards them.
+        self._module = CompletionLogprobs(whole if config.backend == "fsdp" else whole.to(self.device))
+        del shard_on_load
+        if config.gradient_checkpointing:
+            self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in self._module.modules():  # the layers recompute in training mode only; elsewhere it would switch dropout on
+                module.training = getattr(module, "gradient_checkpointing", False)
+        self._backend = make_backend(self._module, config, dtype, self.device)
+        self.vocab_size: int = self._module.model.config.vocab_size
+        self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
+        self._reference: list[Tensor] | Literal["without adapter"] | None = None
+        self._keep_reference = False
+        self.reference_version = 0
+        """Of the weights that the reference is."""
+        self.packs = config.packing and self._can_pack()
+        self.step = self.num_updates = self.num_skipped = 0
+        self.beta: float | None = None
+        """Of the next step, where the learner steers it."""
+        if (self._path / "state.json").exists():
+            self._resume()
+
+    def _load(self, path: str | Path) -> nn.Module:
+        trust = self._model_config.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0)
+        return model.eval()
+
+    def _can_pack(self) -> bool:
+        """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank. Leaves the model ready for what it says."""
+        model, ids = self._module.model, [i % self.vocab_size for i in range(13)]
+        rows = [{"prompt_ids": ids[:4], "completion_ids": [ids[4:7], ids[7:8], ids[8:]]}]
+        self.packs = self._flex = False
+        padded = torch.cat(self.token_logprobs(rows))
+        usual = model.config._attn_implementation
+        for flex in (True, False) if self.device.type == "cuda" else (False,):
+            self._flex = flex
+            try:
+                model.set_attn_implementation(packing.NAME)
+                self.packs = True
+                difference = float((torch.cat(self.token_logprobs(rows)) - padded).abs().max())
+                why = f"its log-probs differ by {difference:.2g} nats"
+                if difference < (0.1 if self._model_config.dtype == "bfloat16" else 1e-3):
+                    dtype = torch.bfloat16 if self._model_config.dtype == "bfloat16" else torch.float32
+                    packing.try_gradient(model.config, packing.pack(rows, self.device, flex)[0]["layout"], dtype)
+                    return True
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                why = str(error).splitlines()[0]
+            how = "FlexAttention cannot run it packed by groups" if flex else "it cannot be packed by groups"
+            then = "padded blocks do" if flex else "its sequences are padded"
+            logging.getLogger(__name__).warning("%s: %s (%s): %s", type(model).__name__, how, why, then)
+        self.packs = False
+        model.set_attn_implementation(usual)
+        return False
+
+    # --- forward and update --------------------------------------------------------------------------------------------
+
+    def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
+        """Log-probs of all completions' tokens, [T], and the completions' lengths. Every rank. is_last: of this update's passes."""
+        inputs, lengths = packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
+        return self._backend.forward(inputs, is_last), lengths
+
+    def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
+        """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank."""
+        return sequence_sums(*self.forward(rows, is_last))
+
+    @torch.no_grad()
+    def token_logprobs(self, rows: Sequence[Row], reference: bool = False) -> list[Tensor]:
+        """Token log-probs per completion, without gradients, of the policy or of the reference model. Every rank."""
+        with self._as_reference() if reference else contextlib.nullcontext():
+            tokens, lengths = self.forward(rows)
+        return list(tokens.split(lengths))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of this rank's share of a global sum. Every rank."""
+        self._backend.backward(loss * self.world_size, is_last)
+
+    def update(self, learning_rate: float) -> float:
+        """One optimizer step; returns the norm of the gradient before clipping. Every rank.
+
+        Where that norm is not finite the gradient is dropped and nothing changes; num_skipped counts how often in a row.
+        """
+        norm = self._backend.step(learning_rate)
+        if norm < float("inf"):
+            self.num_updates += 1
+            self.num_skipped = 0
+        else:
+            self.num_skipped += 1
+        return norm
+
+    # --- reference -----------------------------------------------------------------------------------------------------
+
+    # A reference of its own is a copy of the trained parameters, each rank's part of them, which changes places with the
+    # parameters for a pass. So it is spread as they are, computes as they do (a log-ratio of 0 is exactly 0), and needs no second model.
+
+    @property
+    def has_reference(self) -> bool:
+        return self._reference is not None
+
+    def load_reference(self, path: str | Path) -> None:
+        """Take another model as the reference, for good; with an adapter it is the model without it. Every rank."""
+        if self.adapter is not None:
+            self._reference = "without adapter"
+            return
+        self._fill_reference(dict(self._load(path).named_parameters()))
+
+    def refresh_reference(self) -> None:
+        """Make the reference a copy of the policy as it is now. Every rank."""
+        self._reference = [part.clone() for part in self._parts()]
+        self._keep_reference, self.reference_version = True, self.step
+
+    @torch.no_grad()
+    def _fill_reference(self, values: Mapping[str, Tensor]) -> None:
+        self._reference = [part.clone() for part in self._parts()]
+        for name, parameter in _trained(self._module.model):
+            self._backend.fill(parameter, values[name].to(self.device))
+        self._change_places()
+
+    def _parts(self) -> list[Tensor]:
+        return [part for _, parameter in _trained(self._module.model) for part in self._backend.local(parameter)]
+
+    @torch.no_grad()
+    def _change_places(self) -> None:
+        for part, other in zip(self._parts(), self._reference, strict=True):
+            kept = part.clone()
+            part.copy_(other)
+            other.copy_(kept)
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """The model is the reference meanwhile."""
+        if self._reference is None:
+            raise RuntimeError("the policy has no reference")
+        if self._reference == "without adapter":
+            self._switch_adapter(False)
+        else:
+            self._change_places()
+        try:
+            yield
+        finally:
+            if self._reference == "without adapter":
+                self._switch_adapter(True)
+            else:
+                self._change_places()
+
+    def _switch_adapter(self, on: bool) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self._module.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._disable_adapters = not on  # enable_adapters() would also change what is trained
+
+    # --- whole weights and checkpoints -----------------------------------------------------------------------------------
+
+    def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """What is trained, whole, one tensor at a time. Every rank, to the end.
+
+        All weights under their Hugging Face names, tied ones under each name; or the adapter's alone, under peft's.
+        It can be gone through more than once: vLLM's NCCL broadcast asks for the shapes first.
+        """
+        return _Tensors(self._model_tensors if self.adapter is None else self._adapter_tensors)
+
+    def _adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in _trained(self._module.model):
+            yield _adapter_name(name), self._backend.full(parameter)
+
+    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole model, an adapter merged into it."""
+        adapters = dict(_trained(self._module.model)) if self.adapter is not None else {}
+        for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
+            if name in adapters:
+                continue
+            value = self._backend.full(parameter)
+            layer, is_adapted, _ = name.partition(".base_layer.")
+            if is_adapted and name.endswith(".weight"):
+                a, b = (self._backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
+                scale = self.adapter["lora_alpha"] / self.adapter["r"]
+                value = (value.float() + scale * b.float() @ a.float()).to(value.dtype)
+            yield name.replace(".base_layer.", "."), value
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint: Hugging Face model and tokenizer, optimizer and random state beside them. Every rank.
+
+        Written beside its name and then renamed: under its name there is a whole checkpoint or none.
+        """
+        folder = Path(folder)
+        part = folder.with_name(f".{folder.name}.part")
+        writes = self.rank == 0
+        if writes:
+            shutil.rmtree(part, ignore_errors=True)
+            (part / "optimizer").mkdir(parents=True)  # in a folder of its own: vLLM takes every *.safetensors beside config.json for weights
+        self._save_model(part)
+        self._save_adapter(part / "adapter")
+        if self._keep_reference:
+            with self._as_reference():
+                self._save_model(part / "reference") if self.adapter is None else self._save_adapter(part / "reference")
+        for i, data in enumerate(shards(self._optimizer_tensors(), torch.float32)):
+            if writes:
+                (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
+        if writes:
+            self._tokenizer.save_pretrained(part)
+            state = {"step": self.step, "num_updates": self.num_updates, "reference_version": self.reference_version, "beta": self.beta}
+            (part / "state.json").write_text(json.dumps(state))
+            for file in part.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            remove_checkpoint(folder)
+            part.rename(folder)
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _save_model(self, folder: Path) -> None:
+        weights = {name: tensor.cpu() if self.rank == 0 else None for name, tensor in self._model_tensors()}
+        if self.rank == 0:
+            model = self._module.model
+            for tied in model.all_tied_weights_keys if model.config.tie_word_embeddings else ():
+                weights.pop(tied, None)
+            model.save_pretrained(folder, state_dict=weights)
+
+    def _save_adapter(self, folder: Path) -> None:
+        """In peft's format."""
+        if self.adapter is None:
+            return
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_tensors()}
+        if self.rank == 0:
+            folder.mkdir()
+            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            (folder / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2, default=list))
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in _trained(self._module.model):
+            for key, value in self._backend.get_state(parameter).items():
+                yield f"{key}.{name}", value
+        yield "torch_rng", torch.get_rng_state()
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        state = json.loads((self._path / "state.json").read_text())
+        self.step, self.num_updates, self.reference_version = state["step"], state["num_updates"], state["reference_version"]
+        self.beta = state["beta"]
+        files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
+        if self.num_updates:
+            self._backend.init_state(self.num_updates)
+        for name, parameter in _trained(self._module.model):
+            keys = [key for key in ("exp_avg", "exp_avg_sq", "master") if f"{key}.{name}" in where]
+            self._backend.set_state(parameter, {key: where[f"{key}.{name}"].get_tensor(f"{key}.{name}").to(self.device) for key in keys})
+        if (self._path / "reference").is_dir():
+            if self.adapter is None:
+                self.load_reference(self._path / "reference")
+            else:
+                values = load_file(self._path / "reference" / "adapter_model.safetensors")
+                self._fill_reference({name: values[_adapter_name(name)] for name, _ in _trained(self._module.model)})
+            self._keep_reference = True
+        torch.set_rng_state(where["torch_rng"].get_tensor("torch_rng"))
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that the optimizer moves: all of the model's, or the adapter's."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _adapter_name(name: str) -> str:
+    """A parameter of an adapter as peft's files call it."""
+    return "base_model.model." + name.replace(".default.", ".")

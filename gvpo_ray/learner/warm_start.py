@@ -1,0 +1,189 @@
+"""A small model from nothing: tokenizer, Qwen2 weights, and supervised learning on worked problems. One process, any device.
+
+What GVPO starts from when there is no pretrained model at hand (the quickstart; tests); with one, leave it out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gvpo_ray.config.run import ConfigError, GVPOConfig, WarmStartConfig
+from gvpo_ray.data.prompts import load_rows
+from gvpo_ray.data.tasks import make
+from gvpo_ray.learner.policy import CompletionLogprobs, padded_inputs
+
+END = "<|endoftext|>"
+
+
+def warm_start(config: GVPOConfig) -> Path:
+    """Make the task's data and then model.path, as config.warm_start says; what is there stays. Returns model.path.
+
+    Raises:
+        ConfigError: no warm_start section, its data cannot be read, or model.path cannot be written: before anything is trained.
+    """
+    if config.warm_start is None:
+        raise ConfigError("warm_start: this config has no such section")
+    data = Path(config.warm_start.data.path).expanduser().parent
+    if config.warm_start.task and not data.exists():
+        try:
+            make(config.warm_start.task, data)
+        except OSError as error:
+            raise ConfigError(f"warm_start.data.path: cannot write {data}: {error.strerror}") from error
+    folder = Path(config.model.path).expanduser()
+    if (folder / "config.json").exists():
+        print(f"{folder} is there: nothing to do")
+        return folder
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"model.path: {folder} is there and is no model: choose another")
+    section = config.warm_start
+    torch.manual_seed(config.seed)
+    if section.num_threads:
+        torch.set_num_threads(section.num_threads)
+    examples = read_examples(section)
+    tokenizer = train_tokenizer([prompt + completion for prompt, completion in examples], section.vocab_size)
+    model = new_model(len(tokenizer), tokenizer, section.architecture)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"warm start: {len(examples):,} worked problems, {len(tokenizer)} tokens, {size / 1e6:.2f} M parameters, on {device}", flush=True)
+    prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
+    completions = tokenizer([completion for _, completion in examples], add_special_tokens=False).input_ids
+    rows = [{"prompt_ids": x, "completion_ids": [[*y, tokenizer.eos_token_id]]} for x, y in zip(prompts, completions, strict=True)]
+    context = model.config.max_position_embeddings
+    fitting = [row for row in rows if len(row["prompt_ids"]) + len(row["completion_ids"][0]) <= context]
+    if len(fitting) < len(rows):
+        print(f"{len(rows) - len(fitting)} worked problems are longer than the context of {context} tokens: left out")
+    if not fitting:
+        raise ConfigError(f"warm_start.data: no worked problem fits into the context of {context} tokens")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
+    try:
+        imitate(model.to(device), fitting, section)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    print(f"wrote {folder}")
+    return folder
+
+
+def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
+    """(templated prompt, completion) of every worked problem.
+
+    Raises:
+        ConfigError: the data cannot be read, has no such solution in some row, or `remove` is no regular expression.
+    """
+    try:
+        remove = re.compile(section.remove or r"(?!)")  # without one: what matches nowhere
+    except re.error as error:
+        raise ConfigError(f"warm_start.remove: {section.remove!r} is not a regular expression: {error}") from error
+    column, _, inside = section.solution_column.partition(".")
+    data = section.data
+    table = load_rows(data, {"prompt": data.prompt_column, "answer": data.answer_column, "solution": column}, "warm_start.data")
+    examples = []
+    for i, row in enumerate(table.to_pylist()):
+        solution = row["solution"]
+        if inside:
+            try:
+                solution = json.loads(solution)[inside]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"warm_start.solution_column: row {i}: {column} is not JSON with a key {inside!r}") from error
+            if not isinstance(solution, str):
+                raise ConfigError(f"warm_start.solution_column: row {i}: {inside!r} in {column} is {type(solution).__name__}, not text")
+        parts = {"{solution}": remove.sub("", solution).strip(), "{answer}": row["answer"]}
+        # Split, not replaced one after the other: solutions have braces too.
+        completion = "".join(parts.get(part, part) for part in re.split(r"(\{solution\}|\{answer\})", section.completion))
+        examples.append(((data.template or "{prompt}").replace("{prompt}", row["prompt"]), completion))
+    return examples
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    """Byte-level BPE with single digits; end of sequence and padding are the same token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False)
+
+
+def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> Any:
+    """A randomly initialised Qwen2 model.
+
+    Raises:
+        ConfigError: an argument that Qwen2Config does not take, or values that do not fit together.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    if unknown := [name for name in architecture if name not in Qwen2Config().to_dict()]:
+        raise ConfigError(f"warm_start.architecture: Qwen2Config has no {unknown[0]}")
+    end = tokenizer.eos_token_id
+    arguments = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end, "pad_token_id": end, **architecture}
+    try:
+        model = Qwen2ForCausalLM(Qwen2Config(**arguments))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[vocab_size - 1, 0]]))  # some misfits show only when it computes
+    except (ValueError, RuntimeError, LookupError, StrictDataclassError) as error:
+        raise ConfigError(f"warm_start.architecture: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    return model
+
+
+def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) -> None:
+    """Supervised learning: raise the mean log-prob of the completions' tokens. AdamW, gradient norm clipped at 1."""
+    module = CompletionLogprobs(model.train())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    num_updates = max(1, round(section.num_epochs * len(rows) / section.batch_size))
+    began = said = time.monotonic()
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
+    for update, batch in enumerate(itertools.islice(_batches(lengths, section.batch_size), num_updates), start=1):
+        rate = min(1.0, 20 * update / num_updates) * (1 - 0.95 * (update - 1) / num_updates)
+        for group in optimizer.param_groups:
+            group["lr"] = section.learning_rate * rate
+        inputs, _ = padded_inputs([rows[i] for i in batch], model.device)
+        loss = -module(**inputs).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (now := time.monotonic()) - said > 5 or update == num_updates:
+            left = (now - began) / update * (num_updates - update)
+            print(f"warm start: update {update}/{num_updates} · loss {loss.item():.3f} nats per token · {left:.0f} s left", flush=True)
+            said = now
+    model.eval()
+
+
+POOL, LIKE = 16, 64
+"""Batches that are cut together, and tokens within which lengths count as alike."""
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Indices of a batch, without end: a new order each epoch, in which rows of like length share a batch (half the padding)."""
+    order: list[int] = []
+    while True:
+        while len(order) < POOL * size:
+            order += torch.randperm(len(lengths)).tolist()
+        pool, order = sorted(order[: POOL * size], key=lambda i: lengths[i] // LIKE), order[POOL * size :]
+        for i in torch.randperm(POOL).tolist():
+            yield pool[i * size : (i + 1) * size]

@@ -1,0 +1,213 @@
+"""The learner group: Ray Train workers, what they run, and the buffer as they see it.
+
+A worker that dies, or its node, costs the steps since the last checkpoint: Ray Train starts the group again, which takes those steps' batches
+from the log once more and ends in the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+from ray.util.placement_group import PlacementGroup
+
+from gvpo_ray.actors import resources_of
+from gvpo_ray.buffer.actor import LearnersBuffer
+from gvpo_ray.config.run import GVPOConfig, cluster_address
+from gvpo_ray.failures import cause_of, innermost
+from gvpo_ray.learner.checkpoints import latest_checkpoint
+
+WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
+"""Errors of code or data: they would come again. What else a worker raises may be another one's death seen from here."""
+
+
+class LearnerGroup:
+    """The Ray Train workers, run from a thread: TorchTrainer.fit blocks until the buffer tells the learner to stop.
+
+    Args:
+        buffer: the buffer's actor.
+        engines: handles, where the weights' transport needs them (nccl).
+        last_step: after which there is nothing left to train.
+    """
+
+    def __init__(self, config: GVPOConfig, run_dir: Path, buffer: Any, engines: list[Any], last_step: int) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        learner = config.learner
+        for left in run_dir.glob(".ray_train_*"):  # of a driver that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if cluster_address(config.ray) or config.ray.dashboard:
+            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run and what its workers do
+        self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)  # Ray Train's own notes, where every node can write
+        self._trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"config": config, "run_dir": str(run_dir), "buffer": buffer, "engines": engines, "last_step": last_step},
+            torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=(learner.num_workers, learner.max_workers) if learner.max_workers else learner.num_workers,
+                use_gpu=learner.num_gpus > 0,
+                resources_per_worker=resources_of(learner),
+            ),
+            run_config=RunConfig(
+                name=run_dir.name, storage_path=self._scratch, failure_config=FailureConfig(max_failures=learner.max_restarts),
+                callbacks=[_Deaths(buffer)],
+            ),
+        )  # fmt: skip
+        self._buffer, self._num_left = buffer, learner.max_restarts
+        self._thread: threading.Thread | None = None
+        self.ended: Future[None] = Future()
+
+    def start(self) -> None:
+        def fit() -> None:
+            while True:
+                try:
+                    self._trainer.fit()
+                    self.ended.set_result(None)
+                    return
+                except RayActorError as error:  # of Ray Train's own controller
+                    self._num_left -= 1
+                    if self._num_left < 0:
+                        self.ended.set_exception(error)
+                        return
+                    self._buffer.learner_failed.remote(cause_of(error))
+                    _remove_placement_groups()
+                except BaseException as error:  # carried to the session, which reports it as the cause
+                    self.ended.set_exception(error)
+                    return
+
+        self._thread = threading.Thread(target=fit, name="learner", daemon=True)
+        self._thread.start()
+
+    def has_places(self) -> bool:
+        """Whether all of the workers have their place in the cluster: they get them together."""
+        return any(group["state"] == "CREATED" for _, group in _placement_groups())
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the workers to end; False when they did not in time."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        return self._thread is None or not self._thread.is_alive()
+
+
+def _remove_placement_groups() -> None:
+    """Of this job: a dead controller's, and with it the workers in it. Ray Train's own cleaner needs the dashboard to see that it is dead."""
+    for number, group in _placement_groups():
+        if group["state"] != "REMOVED":
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
+
+
+def _placement_groups() -> list[tuple[str, dict[str, Any]]]:
+    """Of this job: the learner's alone."""
+    job = ray.get_runtime_context().get_job_id()
+    return [(number, group) for number, group in ray.util.placement_group_table().items() if number.endswith(job)]
+
+
+class _Deaths(UserCallback):  # type: ignore[misc]
+    """Runs in Ray Train's controller: tells the buffer why the workers are started again."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        # Who lost a connection says less than who died.
+        died = [error for error in worker_exceptions.values() if isinstance(innermost(error), RayActorError)]
+        self._buffer.learner_failed.remote(cause_of((died or list(worker_exceptions.values()))[0]))
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each learner worker."""
+    # Here and in _train: the driver and Ray Train's controller, which read this file, need not wait for the learner's libraries.
+    from gvpo_ray.learner.step import NonFiniteGradient
+
+    buffer = LearnersBuffer(settings["buffer"])
+    try:
+        with _alone(Path(settings["run_dir"])):
+            _train(settings, buffer)
+    except (NonFiniteGradient, *WRONG) as error:
+        buffer.close(cause_of(error))  # and no restart will find anything to do
+        raise
+
+
+def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from gvpo_ray.learner.policy import Policy
+    from gvpo_ray.learner.step import Settings, learn
+    from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher
+
+    config: GVPOConfig = settings["config"]
+    torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.seed)
+    rank = ray.train.get_context().get_world_rank()
+    newest = [latest_checkpoint(settings["run_dir"])]
+    if torch.distributed.is_initialized():  # rank 0 may have waited for the last checkpoint of a group that was going down
+        torch.distributed.broadcast_object_list(newest, src=0)
+    (checkpoint,) = newest
+    policy = Policy(config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device())
+    engines = settings["engines"]
+    publisher: NcclPublisher | ObjectPublisher
+    if config.engines.weight_transfer == "nccl" and engines:
+
+        def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
+            ray.get([getattr(engine, method).remote(*args) for engine, args in zip(engines, arguments, strict=True)])
+
+        address = ray.util.get_node_ip_address()
+        (pool,) = config.engines.all_pools().values()
+        publisher = NcclPublisher(call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address))
+    else:
+        # Engines merge an adapter into the model from what the checkpoint's merge starts from too: float32, and it is small.
+        dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
+        publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
+    learn(
+        policy,
+        buffer,
+        publisher,
+        Settings(
+            run_dir=settings["run_dir"],
+            num_steps=config.num_steps,
+            last_step=settings["last_step"],
+            loss=config.loss,
+            learner=config.learner,
+            checkpoint=config.checkpoint,
+            model_path=config.model.path,
+            parity_every=config.engines.parity_every,
+            reports_residuals=config.replay.share > 0,
+        ),
+        on_checkpoint=ray.train.report,
+    )
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """One learner group at a time writes checkpoints: that of a driver that was killed may still be going down."""
+    import ray.train
+
+    if ray.train.get_context().get_world_rank() != 0:
+        yield
+        return
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    with open(run_dir / "checkpoints" / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return int(free.getsockname()[1])

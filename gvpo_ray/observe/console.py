@@ -1,0 +1,156 @@
+"""What a person sees of a run: one line per step, a progress bar on a terminal, a table and completions at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gvpo_ray import groups
+from gvpo_ray.buffer.log import Quarantine
+from gvpo_ray.config.run import NO_PROMPTS, GVPOConfig, resource_plan
+from gvpo_ray.observe.metrics import BINDING_STEPS, MetricsLog, beta_hint, evaluation_metrics
+
+
+class RunConsole:
+    """The story of a run, at the driver. Logs are one plain line per step where there is no terminal."""
+
+    def __init__(self, config: GVPOConfig, done: int, num_steps: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._num_steps = num_steps
+        self._ends = deque([(done, time.monotonic())], maxlen=32)  # of the last steps, for the time left
+        self._passes: dict[str, float] = {}
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
+        self._hints_at_beta = config.loss.objective == "gvpo"
+        self._progress = Progress(
+            TextColumn("[bold]step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
+        )
+        self._bar = self._progress.add_task("starting", total=num_steps, completed=done)
+
+    def __enter__(self) -> RunConsole:
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """One trained step, with the evaluation that came with it."""
+        self.evaluated(line)
+        step = line["step"]
+        self._ends.append((step, time.monotonic()))
+        (first, began), (last, now) = self._ends[min(1, len(self._ends) - 2)], self._ends[-1]  # not the first: it had the start in it
+        left = (now - began) / max(1, last - first) * (self._num_steps - step)
+        parts = [
+            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
+            f"reward {line['reward/mean']:.3f}",
+            *(f"pass@1 {name} {value:.3f}" for name, value in self._passes.items()),
+            f"loss {line['loss']:.4f}",
+            f"kl_ref {line['policy/kl_ref']:.3f}",
+            f"{line['tokens/trained'] / max(1e-9, line['time/step']):,.0f} tokens/s",
+            f"staleness {line['staleness/mean']:.1f}",
+            f"waited {100 * line['time/wait_for_groups'] / max(1e-9, line['time/step']):.0f}%",
+            f"{line['time/step']:.1f} s",
+            f"left {duration(left)}",
+        ]
+        if line.get("updates/skipped"):
+            parts.append(f"{line['updates/skipped']:.0f} updates skipped: their gradient was not a number")
+        self.say(" · ".join(parts))
+        self._lines.append(line)
+        if self._hints_at_beta and (hint := beta_hint(list(self._lines))):
+            self.say(hint)
+            self._hints_at_beta = False  # once is enough
+        self._progress.update(self._bar, completed=step, description=f"left {duration(left)}")
+
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        for key, value in line.items():
+            if key.startswith("eval/") and key.endswith("/pass@1"):
+                self._passes[key.split("/")[1]] = value
+
+    def summary(self, run_dir: Path, metrics: MetricsLog, num_examples: int = 3) -> None:
+        """Before and after, some completions of both, and where everything is."""
+        table = Table(title="before and after", title_justify="left")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        examples: list[str] = []
+        for name in sorted({path.name.rsplit("-step-", 1)[0] for path in (run_dir / "evaluations").glob("*-step-*.arrow")}):
+            files = sorted((run_dir / "evaluations").glob(f"{name}-step-*.arrow"))
+            before, after = (list(groups.rows(groups.load(file))) for file in (files[0], files[-1]))
+            values = [evaluation_metrics(name, rows) for rows in (before, after)]
+            steps = [int(file.stem.rsplit("-", 1)[1]) for file in (files[0], files[-1])]
+            table.add_row(f"{name}: step", *(str(step) for step in steps))
+            for key, label in (("pass@1", "pass@1"), ("stderr", "± standard error"), ("length_mean", "mean length"), ("truncated", "truncated")):
+                table.add_row(f"  {label}", *(f"{value[f'eval/{name}/{key}']:.3f}" for value in values))
+            for old, new in list(zip(before, after, strict=False))[:num_examples]:
+                examples.append(f"{one_line(old['prompt'])}  (answer {old['answer']})")
+                for when, row in (("before", old), ("after ", new)):
+                    examples.append(f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}")
+        trained = [line for line in metrics.lines if "loss" in line]
+        if trained:
+            table.add_row("reward/mean of a step", f"{trained[0]['reward/mean']:.3f}", f"{trained[-1]['reward/mean']:.3f}")
+        self.console.print(table)
+        for text in examples:
+            self.say(text)
+        unverifiable = sum(line["completions/unverifiable"] > 0 for line in trained)
+        if unverifiable:
+            self.say(f"{unverifiable} steps had completions that could not be verified: they were left out (completions/unverifiable)")
+        if quarantined := Quarantine(run_dir / "quarantine.jsonl").entries():
+            self.say(f"{len(quarantined)} prompts are quarantined: every check of their completions hit a limit ({run_dir / 'quarantine.jsonl'})")
+            for entry in quarantined[:num_examples]:
+                self.say(f"  {one_line(entry['prompt'])}  (answer {entry['answer']})")
+        self.say(f"run directory: {run_dir}")
+
+
+@contextlib.contextmanager
+def evaluation_progress(sets: Mapping[str, tuple[int, int]]) -> Iterator[Callable[[str], None]]:
+    """Progress bars of an evaluation, set -> (prompts, of which missing); yields a function that counts one prompt of a set."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.print("evaluating " + ", ".join(f"{name}: {missing} of {total} prompts" for name, (total, missing) in sets.items()))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = {name: progress.add_task(name, total=total, completed=total - missing) for name, (total, missing) in sets.items()}
+        yield lambda name: progress.advance(bars[name])
+
+
+def plan_table(config: GVPOConfig) -> Table:
+    """The resource plan as `check` prints it."""
+    table = Table(title="resource plan", title_justify="left")
+    for column in ("actor", "number", "CPUs each", "GPUs each", "CPUs", "GPUs"):
+        table.add_column(column, justify="left" if column == "actor" else "right")
+    cpus = gpus = 0.0
+    only_evaluates = config.prompts.path == NO_PROMPTS and not config.sources
+    plan = [row for row in resource_plan(config) if not (only_evaluates and row[0] == "learner worker")]
+    for who, number, cpu, gpu in plan:
+        cpus, gpus = cpus + number * cpu, gpus + number * gpu
+        table.add_row(who, str(number), f"{cpu:g}", f"{gpu:g}", f"{number * cpu:g}", f"{number * gpu:g}")
+    table.add_section()
+    table.add_row("in all", "", "", "", f"{cpus:g}", f"{gpus:g}")
+    return table
+
+
+def one_line(text: str, width: int = 110) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

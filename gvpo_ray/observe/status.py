@@ -1,0 +1,97 @@
+"""What a run says of itself at any moment: status.json, kept new by the ring, read by `gvpo-ray status` and by the watchdog's lines."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gvpo_ray.config.run import ConfigError
+
+Status = Mapping[str, Any]
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    part = run_dir / ".status.json.part"
+    part.write_text(json.dumps(status))
+    part.replace(run_dir / "status.json")
+
+
+def read_status(run_dir: str | Path) -> list[str]:
+    """What `gvpo-ray status` prints.
+
+    Raises:
+        ConfigError: not the directory of a run.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: no config.yaml: not the directory of a run")
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        status = None
+    runs = _is_locked(folder / ".lock")
+    if status is None:
+        return [f"{run_dir}: {'is starting' if runs else 'has not run yet'}"]
+    age = _ago(status["time"])
+    if runs:
+        head = f"{run_dir}: runs on {status['host']}, process {status['pid']}; this is from {age}"
+    else:
+        is_done = status["step"] >= status["num_steps"]
+        state = "complete" if is_done else "not running; the same command goes on from its newest checkpoint"
+        head = f"{run_dir}: {state}. What it last said, {age}:"
+    return [head, *status_lines(status)]
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _ago(then: float) -> str:
+    seconds = max(0.0, time.time() - then)
+    return f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.0f} h ago"
+
+
+def status_lines(status: Status) -> list[str]:
+    """One line per stage: what it does or waits for, and since when."""
+    buffer = status["buffer"]
+    lines = [f"driver: step {status['step']} of {status['num_steps']}, {status['doing']}"]
+    if buffer is None:
+        lines.append("buffer: does not answer")
+    else:
+        since = f", since {_ago(buffer['learner_since'])}" if buffer["learner_since"] else ""
+        lines.append(f"learner: {buffer['learner']}{since}")
+        lines.append(
+            f"buffer: version {buffer['version']}, {buffer['num_finished']} groups finished, {buffer['num_waiting']} of them wait for the learner, "
+            f"{buffer['num_running']} on their way; the dial is {buffer['dial']}"
+        )
+    for pool in dict.fromkeys(engine["pool"] for engine in status["engines"]):
+        engines = [engine for engine in status["engines"] if engine["pool"] == pool]
+        states = {state: sum(engine["state"] == state for engine in engines) for state in dict.fromkeys(e["state"] for e in engines)}
+        counts = ", ".join(f"{number} {state}" for state, number in states.items())
+        lines.append(f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight")
+        for engine in engines:
+            if engine["state"] not in ("running", "off"):
+                wants = f" {engine['wants']}" if engine["state"] == "wanted" else ""
+                lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
+    if status["engines"] and not any(engine["state"] == "running" for engine in status["engines"]):
+        lines.append("no engine is running: the run waits for the first that comes back")
+    if status["verifiers"]:
+        lines.append("verifiers: " + ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items()))
+    if oldest := status["oldest"]:
+        lines.append(f"oldest group on its way: {oldest['group_id']}, begun {_ago(oldest['since'])}, now at {oldest['where']}: {oldest['prompt']!r}")
+    shown = {name: values for name, values in status["resources"].items() if name not in ("memory", "object_store_memory")}
+    lines.append("free resources: " + ", ".join(f"{name} {free:g} of {total:g}" for name, (free, total) in shown.items()))
+    if status["recoveries"]:
+        lines.append("recoveries so far: " + ", ".join(f"{who} {number}" for who, number in status["recoveries"].items()))
+    return lines

@@ -1,0 +1,290 @@
+"""The ring: what goes round, who keeps it going, and what it says of itself.
+
+    prompts ──► engines ──► verifiers ──► buffer ──► learner ──► weights ─┐
+      ▲                                                       (pulled by  │
+      └── a group may start while started // n <= version + max_staleness ◄┘ engines)
+
+Everything asynchronous runs on one event loop of the driver, which holds object refs only; tables go from actor to actor.
+`Ring._roll_out` is the path of one group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
+from gvpo_ray import groups
+from gvpo_ray.buffer.actor import Buffer
+from gvpo_ray.buffer.log import Quarantine
+from gvpo_ray.config.run import ConfigError, ReplayConfig, SamplingConfig
+from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.evaluation.folder import prompt_seed
+from gvpo_ray.failures import Note, RunError, is_lost
+from gvpo_ray.observe.metrics import append_line, read_lines
+from gvpo_ray.observe.status import status_lines, write_status
+from gvpo_ray.run.inputs import Inputs
+from gvpo_ray.verifiers.pool import VerifierGroup
+
+Say = Callable[[str], None]
+
+
+class EventLog:
+    """events.jsonl: every recovery of a run, and when its processes began and ended. One JSON object per line.
+
+    {"time": unix seconds, "step", "who": engine | verifier | learner | buffer | driver | pool | run, "name", "why"}; `run` is started or
+    stopped, a `pool` grows or shrinks.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.entries: list[dict[str, Any]] = read_lines(self.path)
+
+    def add(self, step: int, who: str, name: str, why: str = "") -> None:
+        entry = {"time": round(time.time(), 3), "step": step, "who": who, "name": name, "why": why}
+        self.entries.append(entry)
+        append_line(self.path, entry)
+
+    def counts(self) -> dict[str, int]:
+        """Recoveries since the run began, by who."""
+        return Counter(entry["who"] for entry in self.entries if entry["who"] not in ("run", "pool"))
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the process before this one ended without a word."""
+        return bool(self.entries) and next((e["name"] for e in reversed(self.entries) if e["who"] == "run"), "stopped") == "started"
+
+
+class Ring:
+    """The rollout loop of a run.
+
+    Args:
+        inputs, verifiers: None where recorded groups are all there is; then `watch` is all that there is to do.
+        state: of the run, by the driver: its step and num_steps, for the status.
+        note: told of every recovery.
+        say: prints a line of the run's story.
+    """
+
+    def __init__(
+        self, inputs: Inputs | None, engines: EngineGroup, verifiers: VerifierGroup | None, buffer: Buffer, quarantine: Quarantine,
+        sampling: SamplingConfig, replay: ReplayConfig, watchdog_s: float, run_dir: Path, state: Callable[[], dict[str, Any]], note: Note, say: Say,
+    ) -> None:  # fmt: skip
+        self._inputs, self._engines, self._verifiers, self._buffer, self._quarantine = inputs, engines, verifiers, buffer, quarantine
+        self._sampling, self._num_replayed = sampling, round(replay.share * sampling.num_completions)
+        self._watchdog_s, self._run_dir, self._state, self._note, self._say = watchdog_s, run_dir, state, note, say
+        self.running: dict[int, tuple[float, str]] = {}
+        """Groups on their way: id -> (since when, where)."""
+        self._at: Counter[str] = Counter()
+        """How many of them are where."""
+        self.show: Callable[[dict[str, Any]], None] = lambda status: None
+        """Told of every status, beside status.json."""
+        self._last: dict[str, Any] = {}
+        self._tokens_before: dict[str, int] = {}
+        self._then = time.perf_counter()
+
+    async def run(self) -> None:
+        """Sample until the buffer is closed. The first error of anyone ends it."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._engines.run())
+            watching = tasks.create_task(self.watch())
+            await self._start_groups(tasks)
+            watching.cancel()
+
+    async def _start_groups(self, tasks: asyncio.TaskGroup) -> None:
+        """Ask for as many groups as there is room for. Waits for room (woken by an engine's slot), then for the dial."""
+        while True:
+            while (room := self._room()) < 1:
+                self._engines.room.clear()
+                await self._engines.room.wait()
+            started = await self._buffer.call("start", min(room, MAX_STARTS))
+            if started is None:
+                return
+            for group_id, min_version in started:
+                self._goes_to(group_id, time.time(), "prompts")
+                tasks.create_task(self._roll_out(group_id, min_version))
+
+    def _room(self) -> int:
+        """Groups that may begin: there is a slot of an engine, and the verifiers are not too far behind."""
+        later = self._at["verifiers"] + self._at["buffer"]
+        if not self._engines.seats:
+            return MAX_UNVERIFIED - len(self.running)
+        free = self._engines.num_free() - self._at["prompts"]  # these are about to ask for a slot
+        return min(free, max(MAX_UNVERIFIED, 2 * self._engines.num_slots) - later)
+
+    def _goes_to(self, group_id: int, since: float, where: str | None) -> None:
+        """None: it has arrived."""
+        if group_id in self.running:
+            self._at[self.running.pop(group_id)[1]] -= 1
+        if where is not None:
+            self.running[group_id] = since, where
+            self._at[where] += 1
+
+    async def _roll_out(self, group_id: int, min_version: int) -> None:
+        """The path of one group: sampled, verified, logged. The driver sees refs alone."""
+        assert self._inputs is not None and self._verifiers is not None
+        prompt, is_whole = self._inputs.group(group_id)
+        since = time.time()
+        if self._quarantine.holds(prompt):
+            await self._buffer.call("skip", group_id)
+        else:
+            while True:
+                self._goes_to(group_id, since, "prompts")
+                try:
+                    sampled = ray.put(groups.to_wire(prompt)) if is_whole else await self._sample(prompt, min_version)
+                    self._goes_to(group_id, since, "verifiers")
+                    self._engines.room.set()
+                    scored = await self._verifiers.score(sampled)
+                    self._goes_to(group_id, since, "buffer")
+                    hit_limits = await self._buffer.put(scored)
+                    break
+                except RayError as error:
+                    if not is_lost(error):
+                        raise
+            if hit_limits:
+                self._quarantine.add(prompt)
+                if len(self._quarantine) >= len(self._inputs.prompts or ()) > 0:
+                    raise RunError(f"every prompt is in {self._quarantine.path}: no check ends within the limits of the verifiers section")
+        self._goes_to(group_id, since, None)
+        self._engines.room.set()
+
+    async def _sample(self, prompt: pa.Table, min_version: int) -> Any:
+        """The prompt's completions: some replayed, some from offline sources, the rest new."""
+        assert self._inputs is not None
+        kept: list[Any] = [groups.to_wire(completions) for completions in self._inputs.offline(prompt)]
+        if self._num_replayed:  # first: the buffer knows its own by their places
+            kept.insert(0, await self._buffer.call("replayed", groups.to_wire(prompt), self._num_replayed))
+        group_id = prompt["group_id"][0].as_py()
+        self._goes_to(group_id, self.running[group_id][0], "engines")
+        return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
+
+    # --- what it says of itself ----------------------------------------------------------------------------------------
+
+    def rates(self) -> dict[str, float]:
+        """What the fleet did since the last call, as metrics."""
+        now, pools = time.perf_counter(), sorted({seat.pool for seat in self._engines.seats})
+        seconds, self._then = now - self._then, now
+        tokens = {pool: sum(seat.num_tokens for seat in self._engines.seats if seat.pool == pool) for pool in pools}
+        new = {pool: tokens[pool] - self._tokens_before.get(pool, 0) for pool in pools}
+        self._tokens_before, total = tokens, sum(new.values())
+        metrics = {"tokens/generated": float(total), "tokens/generated_per_s": total / seconds}
+        for pool in pools:
+            metrics[f"pools/{pool}/engines"] = float(sum(seat.pool == pool and seat.state == "running" for seat in self._engines.seats))
+            metrics[f"pools/{pool}/tokens_per_s"] = new[pool] / seconds
+            metrics[f"pools/{pool}/token_share"] = new[pool] / total if total else 0.0
+        metrics |= {f"weights/{name}": value for name, value in self._engines.times.items()}
+        num_verifiers = len(self._verifiers.actors) if self._verifiers else 0
+        return metrics | {"verifiers/num": float(num_verifiers), "prompts/quarantined": float(len(self._quarantine))}
+
+    async def status(self) -> dict[str, Any]:
+        """Each stage's state (status.py says it in words)."""
+        oldest = min(((since, group_id, where) for group_id, (since, where) in self.running.items()), default=None)
+        available, total = await asyncio.to_thread(lambda: (ray.available_resources(), ray.cluster_resources()))
+        try:
+            of_buffer = await asyncio.wait_for(self._buffer.call("status"), BUFFER_ANSWERS_S)
+        except TimeoutError:
+            of_buffer = None
+        return {
+            "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **self._state(),
+            "engines": self._engines.status(),
+            "verifiers": self._verifiers.status() if self._verifiers else {},
+            "buffer": of_buffer,
+            "running": dict(self._at),
+            "oldest": oldest and {
+                "group_id": oldest[1], "since": oldest[0], "where": self._engines.who_has(oldest[1]) or oldest[2],
+                "prompt": self._inputs and self._inputs.group(oldest[1])[0]["prompt"][0].as_py()[:80],
+            },
+            "resources": {name: [available.get(name, 0.0), number] for name, number in sorted(total.items()) if not re.search("node:|_group_", name)},
+        }  # fmt: skip
+
+    async def last_words(self) -> None:
+        """What `gvpo-ray status` shows of a run that has ended. On the loop of `watch`: two threads would take each other's file away."""
+        if self._last:
+            write_status(self._run_dir, {**self._last, **self._state(), "time": time.time()})
+
+    async def note_learner(self) -> None:
+        """Note the restarts of the learner that were not noted yet."""
+        self._note_learner(await self._buffer.call("status"))
+
+    def _note_learner(self, of_buffer: dict[str, Any]) -> None:
+        # The buffer keeps them all on disk: those of a driver that died before it heard of them are among these.
+        for restart in of_buffer.get("learner_restarts", [])[self._state()["recoveries"].get("learner", 0) :]:
+            self._note("learner", "learner", f"{restart['cause']}; goes on from the checkpoint of step {restart['step']}")
+
+    async def watch(self) -> None:
+        """Write status.json, note the learner's deaths, and say who waits for whom when nothing moves."""
+        said = 0.0
+        moved = dict.fromkeys(("group has finished", "step has ended"), time.time())
+        while True:
+            self._last = status = await self.status()
+            write_status(self._run_dir, status)
+            self.show(status)
+            of_buffer = status["buffer"] or {}
+            self._note_learner(of_buffer)
+            for what, at in zip(moved, (of_buffer.get("last_group_at"), of_buffer.get("last_step_at")), strict=True):
+                moved[what] = max(moved[what], at or 0.0)  # a buffer that was rebuilt knows of none before it
+            silent = {what: time.time() - at for what, at in moved.items()}
+            late = [f"no {what} for {seconds:.0f} s" for what, seconds in silent.items() if seconds > self._watchdog_s]
+            if late and time.time() - said > self._watchdog_s:
+                said = time.time()
+                self._say("\n".join([f"watchdog: {' and '.join(late)}", *(f"  {line}" for line in status_lines(status))]))
+            await asyncio.sleep(min(STATUS_EVERY_S, self._watchdog_s))
+
+
+async def run_through(
+    prompts: pa.Table,
+    engines: EngineGroup,
+    verifiers: VerifierGroup,
+    sampling: SamplingConfig,
+    min_version: int,
+    seed: int | None = None,
+    on_done: Callable[[pa.Table], None] = lambda group: None,
+) -> pa.Table:
+    """Sample and verify every row once; the rows come back in their order. Beside a training, which waits for it.
+
+    seed: gives every group one of its own. on_done: called with each scored group as it comes.
+    """
+
+    if all(seat.config.url for seat in engines.seats):
+        raise ConfigError("engines.num: no engine of our own is there to sample with")
+
+    async def one(i: int) -> pa.Table:
+        own_seed = None if seed is None else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
+        # On their way they are told from the groups of a training by their numbers.
+        prompt = groups.with_columns(prompts.slice(i, 1), group_id=[-1 - next(_numbers)])
+        while True:
+            try:
+                sampled = await engines.sample(prompt, sampling, min_version, own_seed, only_ours=True)
+                scored = groups.from_wire(await (await verifiers.score(sampled)))
+                break
+            except RayError as error:
+                if not is_lost(error):
+                    raise
+        scored = groups.with_columns(scored, group_id=[prompts["group_id"][i].as_py()])
+        on_done(scored)
+        return scored
+
+    async with asyncio.TaskGroup() as tasks:
+        scored = [tasks.create_task(one(i)) for i in range(len(prompts))]
+    return pa.concat_tables([task.result() for task in scored])
+
+
+_numbers = itertools.count()
+
+MAX_STARTS = 256
+"""Groups that are asked for at a time."""
+
+MAX_UNVERIFIED = 64
+"""Groups that may wait for the verifiers, however few slots there are: beyond, engines wait for them."""
+
+STATUS_EVERY_S, BUFFER_ANSWERS_S = 5.0, 10.0

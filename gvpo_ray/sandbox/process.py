@@ -1,0 +1,430 @@
+"""Where reward functions run: a child process under hard limits, and the process that it is forked from.
+
+A completion is hostile text: sympy evaluates what a model wrote, and a user's function may do anything with it. So a check runs
+in a child that can only compute: wall-clock, CPU-time and memory limits, no network, no processes, no files but in a scratch
+folder, none of the environment's secrets (confine.py). Whatever goes wrong costs that one check.
+
+    Sandbox (in the verifier) ── spawn, wait ──► template: reward functions loaded, never runs a check, can fork
+        │                                            │ fork: 10 ms instead of a second of imports
+        └─ {"prompt", "completion", columns} ──► child: reward functions, one after the other, over and over
+        ◄─ {"begun"}, {"part", "reason"}, ... ───── or silence: killed at its limit, and forked anew
+
+Frames are lines of ASCII JSON over a socket pair. JSON, because the child's answers are untrusted and pickle would run them.
+Nobody but the template reaps the child, and only when it is asked: a process number that is killed is never somebody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import json
+import logging
+import os
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gvpo_ray.config.run import ConfigError
+from gvpo_ray.verifiers.rewards import Part, RewardFunction, call, describe, fits_float32, load
+
+START_TIMEOUT_S = 120.0
+"""For a template to import the reward functions, on a busy machine."""
+
+KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
+"""All that a child inherits: tokens and keys live in the environment too."""
+
+SCRATCH_PREFIX = "gvpo-verifier-"
+MAX_FRAME_BYTES = 1 << 20
+MAX_SCRATCH_FILE_BYTES = 64 << 20
+MAX_OPEN_FILES = 256
+OUT_OF_MEMORY = 86
+"""Exit status of a child whose reward function ran into its memory limit."""
+
+
+class SandboxError(RuntimeError):
+    """The processes do not start."""
+
+
+class _GoneError(Exception):
+    """The other end is gone (no message: its exit status tells), or it wrote what none of ours writes."""
+
+
+class Sandbox:
+    """Runs checks. Use it from one thread; it starts at once, so that a bad function fails here.
+
+    Args:
+        functions: name -> rewards.source_of(...), in the order in which they run.
+        timeout_s, cpu_s: of one check (all functions together), in seconds of the clock and of CPU time.
+        memory_gib: what a child may allocate beside the loaded functions.
+        max_checks: a child is replaced after so many.
+
+    Raises:
+        ConfigError: a reward function cannot be loaded; names verifiers.rewards.<name>.
+        SandboxError: the processes do not start.
+    """
+
+    def __init__(self, functions: Mapping[str, Mapping[str, Any]], *, timeout_s: float, cpu_s: int, memory_gib: float, max_checks: int) -> None:
+        self._names = list(functions)
+        self._timeout_s, self._cpu_s, self._memory_gib, self._max_checks = timeout_s, cpu_s, memory_gib, max_checks
+        self._scratch, self._lock = _new_scratch()
+        self._setup = {"functions": dict(functions), "memory_bytes": int(memory_gib * 2**30), "scratch": str(self._scratch)}
+        self._template: _Template | None = None
+        self._child: _Child | None = None
+        try:
+            self._living_child()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> dict[str, Part]:
+        """Every function's part for one completion. A function that did not get to answer has a reason that starts with its
+        limit ("timeout", "memory") or with "crash"; those after it have none."""
+        parts: dict[str, Part] = dict.fromkeys(self._names, Part(None))
+        child, number = self._begin({"prompt": prompt, "completion": completion, "columns": dict(columns)})
+        deadline = time.monotonic() + self._timeout_s
+        child.limit_cpu(self._cpu_s)
+        name = self._names[0]
+        try:
+            for name in parts:
+                parts[name] = _parse_part(child.channel.receive(deadline), number)
+            child.num_checks += 1
+            if child.num_checks >= self._max_checks:
+                self._end_child()
+        except TimeoutError:
+            self._end_child()
+            parts[name] = Part(None, f"timeout: {name} took more than {self._timeout_s:g} s")
+        except _GoneError as error:
+            status = self._end_child()
+            parts[name] = Part(None, f"crash: {name}: {error}" if str(error) else self._ending(name, status))
+        return parts
+
+    def close(self) -> None:
+        """Kill both processes and remove the scratch folder."""
+        if self._child is not None:
+            self._end_child()  # waits for its end
+        if self._template is not None:
+            self._template.kill()
+        self._template = self._child = None
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
+
+    def _begin(self, request: Mapping[str, Any]) -> tuple[_Child, str]:
+        """The child that has taken up a check, and the check's number. One that died before (idle, or as it was asked) is replaced: only
+        from here on is a child's death the completion's fault."""
+        for _ in range(3):
+            child = self._living_child()
+            deadline = time.monotonic() + START_TIMEOUT_S
+            # What an earlier check has left in the channel, forged answers included, does not know this number.
+            number = secrets.token_hex(8)
+            with contextlib.suppress(_GoneError, TimeoutError):
+                child.channel.send({**request, "number": number}, deadline)
+                if child.channel.receive(deadline) == {"begun": number}:
+                    return child, number
+            self._end_child()
+        raise SandboxError("the verifier's child process dies before it takes up a check")
+
+    def _living_child(self) -> _Child:
+        if self._child is None:
+            if self._template is None or not self._template.is_alive():
+                if self._template is not None:
+                    self._template.kill()
+                self._template = _Template(self._setup)
+            self._child = self._template.spawn()
+        return self._child
+
+    def _end_child(self) -> int:
+        """Kill the child; its exit status (minus the signal's number)."""
+        assert self._template is not None and self._child is not None
+        child, self._child = self._child, None
+        try:
+            status = self._template.end(child)
+        except _GoneError:  # the template died too, and the child with it
+            self._template.kill()
+            self._template, status = None, -signal.SIGKILL
+        for entry in self._scratch.iterdir():
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+        return status
+
+    def _ending(self, name: str, status: int) -> str:
+        if status == OUT_OF_MEMORY:
+            return f"memory: {name} needed more than {self._memory_gib:g} GiB"
+        if status == -signal.SIGXCPU:
+            return f"timeout: {name} used more than {self._cpu_s} s of CPU time"
+        return f"crash: {name}: {_ending(status)}"
+
+
+def _new_scratch() -> tuple[Path, Any]:
+    """A scratch folder and the lock that shows it is in use; removes those whose owner was killed."""
+    for old in Path(tempfile.gettempdir()).glob(SCRATCH_PREFIX + "*.lock"):
+        with contextlib.suppress(OSError), open(old) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+            old.unlink()
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=SCRATCH_PREFIX, suffix=".lock")
+        os.close(descriptor)
+        lock = open(name, "a")  # noqa: SIM115 - held as long as the folder is in use
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            break
+        lock.close()  # somebody who removes old ones came between these lines
+    folder = Path(name).with_suffix("")
+    folder.mkdir(mode=0o700)
+    return folder, lock
+
+
+class _Channel:
+    """Frames out, frames in, each with a deadline (of time.monotonic). Everything but a timeout is a _GoneError."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self._received = b""
+
+    def send(self, frame: Mapping[str, Any], deadline: float) -> None:
+        self.socket.settimeout(_remaining(deadline))
+        try:
+            self.socket.sendall(_frame(frame))
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise _GoneError from error
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._received:
+            if len(self._received) > MAX_FRAME_BYTES:
+                raise _GoneError("an answer without end")
+            self.socket.settimeout(_remaining(deadline))
+            try:
+                data = self.socket.recv(1 << 16)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise _GoneError from error
+            if not data:
+                raise _GoneError
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _GoneError("an answer that is not JSON") from error
+        if not isinstance(answer, dict):
+            raise _GoneError("an answer that is not an object")
+        return answer
+
+
+class _Child:
+    """A forked child, as the verifier sees it."""
+
+    def __init__(self, pid: int, channel: _Channel) -> None:
+        self.pid, self.channel, self.num_checks = pid, channel, 0
+
+    def limit_cpu(self, seconds: int) -> None:
+        """So many seconds from now on. Set from here, because the child may not touch its limits."""
+        cpu_clock = (~self.pid << 3) | 2  # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) makes it
+        with contextlib.suppress(OSError):  # it is gone: the channel tells
+            used = time.clock_gettime(cpu_clock)
+            hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
+            resource.prlimit(self.pid, resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
+
+
+class _Template:
+    """The process that has loaded the reward functions, as the verifier sees it."""
+
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        control, theirs = socket.socketpair()
+        self._control = _Channel(control)
+        scratch = setup["scratch"]
+        environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+        environment |= {
+            "HOME": scratch,
+            "TMPDIR": scratch,
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),  # users' modules import as they do here
+            "PYTHONHASHSEED": "0",  # sympy orders terms by hash: the same check, the same answer
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "gvpo_ray.sandbox.process", str(os.getpid())],
+                stdin=theirs.fileno(),
+                stdout=2,  # what user code prints goes to the log; the protocol has descriptors of its own
+                env=environment,
+                start_new_session=True,  # a process group of its own: killed with all that it started
+            )
+        try:
+            answer = self._ask(setup)
+        except _GoneError as error:
+            raise SandboxError(f"the verifier's child process did not start ({str(error) or _ending(self.kill())})") from error
+        except TimeoutError as error:
+            self.kill()
+            raise SandboxError(f"the verifier's child process was not ready after {START_TIMEOUT_S:g} s") from error
+        if "error" in answer:
+            self.kill()
+            raise ConfigError(f"verifiers.rewards.{answer['name']}: {answer['error']}" if "name" in answer else str(answer["error"]))
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def spawn(self) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._control.socket.settimeout(START_TIMEOUT_S)
+                socket.send_fds(self._control.socket, [_frame({"do": "spawn"})], [theirs.fileno()])
+                child = _Child(self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"], _Channel(ours))
+            except (_GoneError, OSError) as error:
+                raise SandboxError(f"the verifier's template process is gone ({_ending(self.kill())})") from error
+        return child
+
+    def end(self, child: _Child) -> int:
+        """Kill a child if it lives, and its exit status. Its number stays its own until the template has reaped it here."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+        child.channel.socket.close()
+        try:
+            return int(self._ask({"do": "wait", "pid": child.pid})["status"])
+        except TimeoutError as error:
+            raise _GoneError from error
+
+    def kill(self) -> int:
+        """End the template, its child and whatever importing the functions started."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._control.socket.close()
+        return self._process.wait()
+
+    def _ask(self, frame: Mapping[str, Any]) -> dict[str, Any]:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        self._control.send(frame, deadline)
+        return self._control.receive(deadline)
+
+
+def _ending(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+
+
+def _frame(message: Mapping[str, Any]) -> bytes:
+    """One line of ASCII: whatever a completion holds (NUL, newlines, half a surrogate pair) is escaped."""
+    return json.dumps(message, default=str).encode("ascii") + b"\n"
+
+
+def _remaining(deadline: float) -> float:
+    """Seconds to the deadline; raises TimeoutError when there are none (a socket would take 0 for "do not wait")."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    return remaining
+
+
+def _parse_part(answer: Mapping[str, Any], number: str) -> Part:
+    """A frame that may come from a child that a completion has taken over."""
+    if answer.get("number") != number:
+        raise _GoneError("an answer to another question")
+    value, reason = answer.get("part"), answer.get("reason")
+    if not (value is None or (type(value) in (int, float) and fits_float32(value))) or not (reason is None or isinstance(reason, str)):
+        raise _GoneError("an answer that is not a reward")
+    # Arrow holds valid Unicode only.
+    return Part(value, (reason.encode("utf-8", "replace").decode() if reason else None), answer.get("fault") is True)
+
+
+# --- the template and its children ----------------------------------------------------------------------------------------
+
+
+def _main() -> None:
+    """Load the functions, then fork children until the verifier closes the channel."""
+    _die_with_parent(int(sys.argv[1]))
+    # The channel moves away from descriptor 0 (dup is not inherited by what user code starts): reading stdin finds nothing.
+    control = _Channel(socket.socket(fileno=os.dup(0)))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    setup = json.loads(_read_line(control.socket))
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
+    functions: dict[str, RewardFunction] = {}
+    for name, source in setup["functions"].items():
+        try:
+            functions[name] = load(source)
+        except BaseException as error:  # importing a user's module may raise anything; the verifier turns it into one line
+            control.socket.sendall(_frame({"name": name, "error": describe(error)}))
+            return
+    gc.freeze()  # the children share these pages as long as nobody writes into them
+    control.socket.sendall(_frame({"ready": True}))
+    while True:
+        line, descriptors, _, _ = socket.recv_fds(control.socket, 4096, 1)
+        if not line:
+            return
+        command = json.loads(line)
+        if command["do"] == "wait":
+            _, status = os.waitpid(command["pid"], 0)
+            control.socket.sendall(_frame({"status": os.waitstatus_to_exitcode(status)}))
+            continue
+        template = os.getpid()
+        if (pid := os.fork()) == 0:
+            control.socket.close()
+            try:
+                _serve(socket.socket(fileno=descriptors[0]), functions, setup, template)
+            finally:
+                os._exit(0)
+        os.close(descriptors[0])
+        control.socket.sendall(_frame({"pid": pid}))
+
+
+def _read_line(channel: socket.socket) -> bytes:
+    """One line, and nothing after it is there yet: the verifier waits for the answer."""
+    received = b""
+    while not received.endswith(b"\n"):
+        data = channel.recv(1 << 20)
+        if not data:
+            os._exit(0)
+        received += data
+    return received
+
+
+def _serve(channel: socket.socket, functions: Mapping[str, RewardFunction], setup: Mapping[str, Any], template: int) -> None:
+    """The child: confine itself, then answer one check after the other until the verifier closes the channel."""
+    from gvpo_ray.sandbox import confine
+
+    _die_with_parent(template)
+    confine.limit_resources(_address_space() + setup["memory_bytes"], MAX_SCRATCH_FILE_BYTES, MAX_OPEN_FILES)
+    confine.restrict_calls(files=not confine.restrict_writes(setup["scratch"]))
+    for line in channel.makefile("rb"):
+        check = json.loads(line)
+        channel.sendall(_frame({"begun": check["number"]}))
+        columns = {key: [value] for key, value in check["columns"].items()}
+        for name, function in functions.items():
+            try:
+                (part,) = call(name, function, [check["prompt"]], [check["completion"]], columns, catch=BaseException)
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)  # what the function left behind still fills the address space: only a new process is clean
+            channel.sendall(_frame({"number": check["number"], "part": part.value, "reason": part.reason, "fault": part.is_fault}))
+
+
+def _address_space() -> int:
+    """Of this process, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+    return pages * resource.getpagesize()
+
+
+def _die_with_parent(parent: int) -> None:
+    """The kernel kills this process when the parent's thread ends: end of file alone does not reach a check that never returns."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,316 @@
+"""`gvpo-ray verify`: score a file of responses with the verifiers of a run, several at a time, and compare with labels.
+
+Every row of INPUT gives one row of OUT, in its order, with reward, verdict, reason and seconds beside its own columns. The
+rows so far are in OUT.part; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gvpo_ray.config.run import ConfigError, VerifiersConfig
+from gvpo_ray.groups import LIMITS
+from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
+
+RESPONSE, GOLD = ("response", "prediction"), ("gold", "answer")
+"""Columns that are read; the first that a row has."""
+
+LABELS = ("expected", "label_correct")
+ADDED = ("reward", "verdict", "reason", "seconds")
+PARQUET_ROWS = 1024
+"""Rows of one row group."""
+
+Row = dict[str, Any]
+
+
+class MalformedRow(ValueError):
+    """A row that cannot be scored; the message says why, with its line."""
+
+
+def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None = None) -> Counter[str]:
+    """Score every row of `source` (.jsonl or .parquet) into `out` (.jsonl or .parquet); prints progress and a summary.
+
+    Args:
+        num_workers: checks at a time; default: the CPUs of this machine.
+
+    Returns:
+        Counts: rows, malformed, correct, incorrect, unverifiable, and labelled, agree, false_negative, false_positive.
+
+    Raises:
+        ConfigError: a file that cannot be read or written, OUT.part is of another input or other settings, or no row can be scored.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if unfit := [name for name, reward in config.rewards.items() if reward.model]:
+        raise ConfigError(f"verifiers.rewards.{unfit[0]}: a reward model needs a cluster; verify runs functions and URLs")
+    validate_rewards(config)
+    num_rows = _count(source)
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    work = _Work(Path(out), {"input": digest, "verifiers": config.model_dump(mode="json")})
+    summary: Counter[str] = Counter()
+    limits: deque[int] = deque(maxlen=10)  # rows that hit a limit
+    columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with work, _Pool(config, num_workers or len(os.sched_getaffinity(0))) as pool, Progress(*columns, console=console) as progress:
+        if work.num_done:
+            console.print(f"going on after the {work.num_done} rows of {escape(str(work.part))}")
+        bar = progress.add_task("", total=num_rows)
+
+        def count(line: int, row: Row) -> None:
+            summary.update(_counts(row))
+            if str(row["reason"]).startswith(LIMITS):
+                limits.append(line)
+            passed = summary["correct"] / max(1, summary["rows"])
+            progress.update(bar, advance=1, description=f"correct {passed:.3f}, unverifiable {summary['unverifiable']}")
+
+        for line, row in work.done():
+            count(line, row)
+        for line, row, error in pool.score(_skip(_rows(source), work.num_done)):
+            if error:
+                console.print(f"[yellow]malformed:[/] {escape(error)}")
+            work.write(line, row)
+            count(line, row)
+        if summary["malformed"] == summary["rows"]:
+            raise ConfigError(f"{source}: no row has one of {' or '.join(RESPONSE)} and one of {' or '.join(GOLD)}")
+        if pool.all_faults and summary["unverifiable"] == summary["rows"]:
+            raise ConfigError(f"a reward function fails on every row: {pool.all_faults}")
+        work.finish()
+    _print(Console(highlight=False, soft_wrap=True), out, summary, limits)
+    return summary
+
+
+class _Pool:
+    """Threads with a Verifier each: the work is done in the verifiers' processes."""
+
+    def __init__(self, config: VerifiersConfig, num_workers: int) -> None:
+        self._config, self._num_workers = config, num_workers
+        self._local = threading.local()
+        self._verifiers: list[Verifier] = []
+        self.all_faults = ""
+        """Reason of a row without a reward that no limit explains."""
+
+    def __enter__(self) -> _Pool:
+        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="verify")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for verifier in self._verifiers:
+            verifier.close()
+
+    def score(self, rows: Iterator[tuple[int, Row | MalformedRow]]) -> Iterator[tuple[int, Row, str | None]]:
+        """(line, row with its verdict, what is malformed about it), in the order of the rows; a few per worker are read ahead."""
+        waiting: deque[tuple[int, Future[tuple[Row, str | None]]]] = deque()
+        for line, row in rows:
+            waiting.append((line, self._threads.submit(self._one, line, row)))
+            if len(waiting) >= 32 * self._num_workers:
+                first, future = waiting.popleft()
+                yield first, *future.result()
+        for line, future in waiting:
+            yield line, *future.result()
+
+    def _one(self, line: int, row: Row | MalformedRow) -> tuple[Row, str | None]:
+        try:
+            if isinstance(row, MalformedRow):
+                raise row
+            response, gold = (_text(row, names, line) for names in (RESPONSE, GOLD))
+        except MalformedRow as error:
+            fields = {} if isinstance(row, MalformedRow) else row
+            return fields | {"reward": None, "verdict": "unverifiable", "reason": f"malformed: {error}", "seconds": 0.0}, str(error)
+        if not hasattr(self._local, "verifier"):
+            self._local.verifier = Verifier(self._config)
+            self._verifiers.append(self._local.verifier)
+        columns = {name: [value] for name, value in row.items() if name not in ("prompt", "prompts", "completions", *RESPONSE, *LABELS)}
+        columns |= {"answer": [gold], "finish_reasons": [row.get("finish_reason")]}
+        (check,) = self._local.verifier.check([str(row.get("prompt") or "")], [response], columns)
+        if check.reward is None and not str(check.reason).startswith(LIMITS):
+            self.all_faults = str(check.reason)
+        added = {"reward": check.reward, "verdict": check.verdict, "reason": check.reason, "seconds": round(check.seconds, 6)}
+        return row | added, None
+
+
+def _text(row: Row, names: tuple[str, str], line: int) -> str:
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        if any(name in row for name in names) and names is GOLD:
+            return ""  # there is a place for the gold answer and nothing in it: the reward functions say that there is no gold
+        raise MalformedRow(f"line {line}: no {' or '.join(names)}")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise MalformedRow(f"line {line}: {name} is {type(value).__name__}, not text")
+    return str(value)
+
+
+class _Work:
+    """OUT.part: JSON lines, first what they are the work of, then [line, row] in order; becomes OUT at the end."""
+
+    def __init__(self, out: Path, header: Row) -> None:
+        if out.suffix not in (".jsonl", ".parquet"):
+            raise ConfigError(f"--out: {out} must end in .jsonl or .parquet")
+        if out.is_dir():
+            raise ConfigError(f"--out: {out} is a folder")
+        self.out, self.part = out, out.with_name(out.name + ".part")
+        self.num_done = 0
+        head = json.dumps(header).encode() + b"\n"
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if self.part.exists() and self.part.stat().st_size:
+                with open(self.part, "rb+") as file:
+                    if file.readline() != head:
+                        raise ConfigError(f"--out: {self.part} is unfinished work on another input or with other settings; remove it first")
+                    while (text := file.readline()).endswith(b"\n"):
+                        self.num_done += 1
+                    file.seek(-len(text), os.SEEK_END)  # a torn last line of a killed process
+                    file.truncate()
+            self._file = open(self.part, "ab")  # noqa: SIM115 - closed by __exit__
+            if not self._file.tell():
+                self._file.write(head)
+                self._file.flush()
+        except OSError as error:
+            raise ConfigError(f"--out: cannot write {self.part}: {error.strerror}") from error
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is not None and issubclass(kind, (ConfigError, RewardError)):
+            self.part.unlink(missing_ok=True)  # what is in it is wrong throughout: nothing to go on from
+
+    def done(self) -> Iterator[tuple[int, Row]]:
+        with open(self.part, "rb") as file:
+            next(file)
+            for text in file:
+                line, row = json.loads(text)
+                yield line, row
+
+    def write(self, line: int, row: Row) -> None:
+        self._file.write(json.dumps([line, row], default=str).encode() + b"\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Everything is in: make OUT of it, whole or not at all."""
+        whole = self.out.with_name(self.out.name + ".whole")
+        if self.out.suffix == ".parquet":
+            pq.write_table(_as_table([row for _, row in self.done()]), whole, row_group_size=PARQUET_ROWS)
+        else:
+            with open(whole, "wb") as file:
+                for _, row in self.done():
+                    file.write(json.dumps(row).encode() + b"\n")
+        whole.replace(self.out)
+        self.part.unlink()
+
+
+def _as_table(rows: list[Row]) -> pa.Table:
+    """Rows of JSON as Arrow; a column of mixed types becomes text, and half a surrogate pair a question mark."""
+
+    def valid(value: Any) -> Any:
+        return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+    arrays = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [valid(row.get(name)) for row in rows]
+        try:
+            arrays[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            arrays[name] = pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
+    return pa.table(arrays)
+
+
+def _rows(source: str) -> Iterator[tuple[int, Row | MalformedRow]]:
+    """(line, counted from 1, row); blank lines are skipped. A row of a Parquet file has no line: its number is given."""
+    if source.endswith(".parquet"):
+        number = 0
+        for batch in pq.ParquetFile(source).iter_batches(PARQUET_ROWS):
+            # As bytes, because a file may hold text that is none; what is not UTF-8 becomes question marks.
+            texts = [pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in batch.schema]
+            columns = [column.cast(pa.large_binary()) if is_text else column for column, is_text in zip(batch.columns, texts, strict=True)]
+            for values in zip(*(column.to_pylist() for column in columns), strict=True):
+                number += 1
+                yield number, dict(zip(batch.schema.names, map(_decoded, values, texts), strict=True))
+        return
+    with open(source, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield number, MalformedRow(f"line {number}: not JSON: {error}")
+                continue
+            yield number, row if isinstance(row, dict) else MalformedRow(f"line {number}: not a JSON object")
+
+
+def _decoded(value: Any, is_text: bool) -> Any:
+    return value.decode("utf-8", "replace") if is_text and value is not None else value
+
+
+def _count(source: str) -> int:
+    """Rows of the input, which must be there and not be empty."""
+    try:
+        if source.endswith(".parquet"):
+            num_rows = int(pq.ParquetFile(source).metadata.num_rows)
+        elif source.endswith(".jsonl"):
+            with open(source, "rb") as file:
+                num_rows = sum(bool(text.strip()) for text in file)
+        else:
+            raise ConfigError(f"INPUT: {source} must end in .jsonl or .parquet")
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"INPUT: {source} is not Parquet: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ConfigError(f"INPUT: {source}: {error.strerror or error}") from error
+    if not num_rows:
+        raise ConfigError(f"INPUT: {source} has no rows")
+    return num_rows
+
+
+def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
+    for _ in range(number):
+        next(rows)
+    return rows
+
+
+def _counts(row: Row) -> Counter[str]:
+    counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
+    label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
+    if label is not None:
+        correct = row["verdict"] == "correct"
+        counts.update({"labelled": 1, "agree": correct == label, "false_negative": label and not correct, "false_positive": correct and not label})
+    return counts
+
+
+def _print(console: Console, out: str, summary: Counter[str], limits: deque[int]) -> None:
+    table = Table(title=f"verify: {summary['rows']} rows", title_justify="left")
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+
+    def add(name: str, key: str, total: str) -> None:
+        table.add_row(name, str(summary[key]), f"{100 * summary[key] / summary[total]:.2f} %")
+
+    for verdict in ("correct", "incorrect", "unverifiable"):
+        add(verdict, verdict, "rows")
+    if summary["malformed"]:
+        add("  of these malformed", "malformed", "rows")
+    if summary["labelled"]:
+        table.add_section()
+        for name, key in (("agree with the label", "agree"), ("false negatives", "false_negative"), ("false positives", "false_positive")):
+            add(name, key, "labelled")
+    console.print(table)
+    if limits:
+        console.print(f"hit a limit (the last ones): lines {', '.join(map(str, limits))}")
+    console.print(f"wrote {escape(out)}")

@@ -1,0 +1,207 @@
+"""Verifiers: group tables with completions in, the same tables with rewards out.
+
+A completion's verdict is correct, incorrect or unverifiable. Unverifiable (a limit, a crash, no gold answer, a reward function
+at fault) is a null reward with a reason, never 0: GVPO then simply has a smaller group. A completion without an answer is incorrect.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from gvpo_ray import groups as group_tables
+from gvpo_ray.config.run import ConfigError, RewardConfig, VerifiersConfig
+from gvpo_ray.sandbox.process import Sandbox
+from gvpo_ray.verifiers.rewards import BUILT_IN, HttpReward, Part, RewardFunction, call, fits_float32, load, source_of
+
+COLUMNS = ("group_id", "answer", "dataset", "completion_ids", "finish_reasons")
+"""What a reward function gets beside prompts and completions, as far as the table has it."""
+
+MAX_FAULTS = 16
+"""A reward function that has failed so often and has never worked stops the run."""
+
+
+class RewardError(RuntimeError):
+    """A reward function fails on every row; the message names it, the row and what it did."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the verifier says of one completion."""
+
+    reward: float | None
+    """Weighted sum of the parts; None (unverifiable) if any of them has none."""
+    parts: Mapping[str, float | None]
+    reason: str | None
+    """Why there is no reward, or what else there is to say."""
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """correct or incorrect by the first reward function, unverifiable without a reward."""
+        first = next(iter(self.parts.values()))
+        return "unverifiable" if self.reward is None or first is None else "correct" if first > 0 else "incorrect"
+
+
+def validate_rewards(config: VerifiersConfig, functions: Mapping[str, RewardFunction] | None = None) -> None:
+    """Load every reward function once, as the verifiers will; a second, and nothing when all are built in.
+
+    Raises:
+        ConfigError: names verifiers.rewards.<name>: no such file, module, function or argument, or its import fails.
+    """
+    for name, reward in config.rewards.items():
+        place = reward.function or name
+        if place not in BUILT_IN and ":" not in place and name not in (functions or {}) and not reward.url and not reward.model:
+            raise ConfigError(
+                f"verifiers.rewards.{name}: unknown reward; built in is {', '.join(BUILT_IN)}, your own is module:function or "
+                "path.py:function, a callable is passed as reward= from Python, and a section says url or model"
+            )
+    plain = all((reward.function or name) in BUILT_IN and not reward.arguments for name, reward in config.rewards.items())
+    if functions or not plain:
+        Verifier(config, functions).close()  # without the reward models: they are loaded where they run
+
+
+class Verifier:
+    """Scores groups. Use it from one thread; its processes start at once, so that a bad function fails here.
+
+    Args:
+        config: the reward functions with their weights, and the limits.
+        functions: callables by name. One with the name of a configured reward takes its place and keeps its section,
+            any other is added with weight 1. They travel to the child with cloudpickle.
+        models: callables behind the rewards that have a `model`, by name (controller.py makes them).
+
+    Raises:
+        ConfigError: a reward function cannot be loaded; names verifiers.rewards.<name>.
+        SandboxError: the processes do not start.
+    """
+
+    def __init__(
+        self,
+        config: VerifiersConfig,
+        functions: Mapping[str, RewardFunction] | None = None,
+        models: Mapping[str, RewardFunction] | None = None,
+    ) -> None:
+        functions = functions or {}
+        self._rewards = {**config.rewards, **{name: RewardConfig() for name in functions if name not in config.rewards}}
+        self._trusted: dict[str, RewardFunction] = dict(models or {})
+        sandboxed = {}
+        for name, reward in self._rewards.items():
+            if reward.url:
+                self._trusted[name] = HttpReward(reward)
+            elif not reward.model:
+                source = source_of(name, reward, functions.get(name))
+                if reward.trusted:
+                    self._trusted[name] = _load_trusted(name, source)
+                else:
+                    sandboxed[name] = source
+        self._sandbox: Sandbox | None = None
+        if sandboxed:
+            self._sandbox = Sandbox(
+                sandboxed, timeout_s=config.timeout_s, cpu_s=config.cpu_s, memory_gib=config.memory_gib, max_checks=config.max_checks
+            )
+        self._worked: set[str] = set()  # reward functions
+        self._faults: Counter[str] = Counter()
+
+    def score(self, groups: pa.Table) -> pa.Table:
+        """Add rewards, reward_parts and reward_reasons to a table with prompts and completions.
+
+        Completions that have a reward (replayed ones, and offline ones of a file with rewards) keep it and are not checked again.
+
+        Raises:
+            RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
+        """
+        names = [name for name in ("prompt", "completions", *COLUMNS, *group_tables.REWARD_COLUMNS) if name in groups.column_names]
+        rewards, all_parts, all_reasons = [], [], []
+        for row in group_tables.rows(groups.select(names)):
+            given = _given(row, self._rewards)
+            to_check = [i for i, check in enumerate(given) if check is None]
+            new = iter(self._check_row(row, to_check) if to_check else ())
+            checks = [check or next(new) for check in given]
+            rewards.append([check.reward for check in checks])
+            all_parts.append([(name, [check.parts[name] for check in checks]) for name in self._rewards])
+            all_reasons.append([check.reason for check in checks])
+        return group_tables.with_columns(groups, rewards=rewards, reward_parts=all_parts, reward_reasons=all_reasons)
+
+    def check(self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> list[Check]:
+        """Score completions, each by itself in the sandbox, and all of them at once by what is trusted."""
+        by_name: dict[str, list[Part]] = {name: [] for name in self._rewards}
+        seconds = []
+        for i, completion in enumerate(completions):
+            begin = time.perf_counter()
+            if self._sandbox is not None:
+                for name, part in self._sandbox.check(prompts[i], completion, {key: values[i] for key, values in columns.items()}).items():
+                    by_name[name].append(part)
+            seconds.append(time.perf_counter() - begin)
+        for name, function in self._trusted.items():
+            begin = time.perf_counter()
+            by_name[name] = call(name, function, prompts, completions, columns)
+            each = (time.perf_counter() - begin) / max(1, len(completions))
+            seconds = [before + each for before in seconds]
+        for name, parts in by_name.items():
+            self._count(name, parts, columns.get("group_id"))
+        return [self._combine({name: parts[i] for name, parts in by_name.items()}, seconds[i]) for i in range(len(completions))]
+
+    def close(self) -> None:
+        """Kill the processes and remove their scratch folder."""
+        if self._sandbox is not None:
+            self._sandbox.close()
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_row(self, row: Mapping[str, Any], which: list[int]) -> list[Check]:
+        """Check these completions of one group."""
+        # Columns about the prompt hold one entry per group, columns about completions one per completion.
+        columns = {
+            name: [row[name][i] for i in which]
+            if name in group_tables.COMPLETION_COLUMNS and row[name] is not None
+            else [row[name]] * len(which)
+            for name in COLUMNS
+            if name in row
+        }
+        return self.check([row["prompt"]] * len(which), [row["completions"][i] for i in which], columns)
+
+    def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
+        reasons = [part.reason for part in parts.values() if part.reason]
+        known = [self._rewards[name].weight * part.value for name, part in parts.items() if part.value is not None]
+        reward = sum(known) if len(known) == len(parts) else None
+        if reward is not None and not fits_float32(reward):
+            reward = None
+            reasons.append("the weighted sum is not a finite float32")
+        return Check(reward, {name: part.value for name, part in parts.items()}, "; ".join(reasons) or None, seconds)
+
+    def _count(self, name: str, parts: list[Part], group_ids: list[int] | None) -> None:
+        """Stop what cannot end well: a function that fails on every row is wrong, not the rows."""
+        for i, part in enumerate(parts):
+            if part.is_fault:
+                self._faults[name] += 1
+                if self._faults[name] >= MAX_FAULTS and name not in self._worked:
+                    where = f"completion {i} of group {group_ids[i]}" if group_ids else f"completion {i}"
+                    raise RewardError(f"verifiers.rewards.{name} fails on every row ({self._faults[name]} so far), last on {where}: {part.reason}")
+            elif part.value is not None:
+                self._worked.add(name)
+
+
+def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
+    """One entry per completion of a group: the reward that it came with, or None. What it has no part of is null."""
+    none = [None] * len(row["completions"])
+    reasons, parts = row.get("reward_reasons") or none, row.get("reward_parts") or {}
+    return [
+        None if reward is None else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
+        for i, reward in enumerate(row.get("rewards") or none)
+    ]
+
+
+def _load_trusted(name: str, source: Mapping[str, Any]) -> RewardFunction:
+    try:
+        return load(source)
+    except Exception as error:  # importing a user's module may raise anything
+        raise ConfigError(f"verifiers.rewards.{name}: {type(error).__name__ + ': ' if not isinstance(error, ConfigError) else ''}{error}") from error
