@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
 
 if TYPE_CHECKING:
+    from gvpo_ray.actors import RunError
     from gvpo_ray.engines.pools import EngineGroup
-    from gvpo_ray.failures import RunError
     from gvpo_ray.learner.workers import LearnerGroup
     from gvpo_ray.losses.gvpo import gvpo_loss
     from gvpo_ray.run.algorithm import GVPO
@@ -17,15 +19,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["GVPO", "ConfigError", "EngineGroup", "GVPOConfig", "LearnerGroup", "RunError", "VerifierGroup", "gvpo_loss"]
 
+_HOMES = {
+    "GVPO": "run.algorithm",
+    "EngineGroup": "engines.pools",
+    "LearnerGroup": "learner.workers",
+    "RunError": "actors",
+    "VerifierGroup": "verifiers.pool",
+    "gvpo_loss": "losses.gvpo",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Ray and torch are imported when they are first asked for: `gvpo-ray --help` and a bad config answer at once."""
-    if name == "gvpo_loss":
-        from gvpo_ray.losses.gvpo import gvpo_loss
-
-        return gvpo_loss
-    if name in __all__:
-        from gvpo_ray.run import algorithm as controller
-
-        return getattr(controller, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"gvpo_ray.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

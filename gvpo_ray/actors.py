@@ -1,10 +1,15 @@
-"""How an actor is asked for: its name, and its resources."""
+"""Ray actors: their names and resources, what the death of one means, and the one line that a user should read of it."""
 
 from __future__ import annotations
 
+import re
 import uuid
+from collections.abc import Callable
 
-from gvpo_ray.config.run import LearnerConfig, PoolConfig
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.learner import LearnerConfig
 
 
 def actor_name(text: str) -> str:
@@ -17,3 +22,70 @@ def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
     accelerator = {f"accelerator_type:{actor.accelerator_type}": 0.001} if actor.accelerator_type else {}
     own = {"CPU": actor.num_cpus, "GPU": actor.num_gpus, **actor.resources, **accelerator}
     return {name: number for name, number in own.items() if number}
+
+
+class Draining(RuntimeError):
+    """The engine is about to leave and takes no new work."""
+
+
+class RunError(RuntimeError):
+    """The run has stopped; the message is the first cause."""
+
+
+class Hang(RuntimeError):
+    """An engine writes no token, or does not answer."""
+
+
+Note = Callable[[str, str, str], None]
+"""note(who, name, why): somebody died and was replaced, such as ("engine", "engines-0", "EngineDeadError: …")."""
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first of a task group's errors."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The error that Ray, or Ray Train, carried here."""
+    seen: set[int] = set()
+    error = first_of(error)
+    while id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+            error = error.cause
+        elif failures := getattr(error, "worker_failures", None):  # Ray Train: rank -> exception
+            error = failures[min(failures)]
+    return error
+
+
+def cause_of(error: BaseException) -> str:
+    """One line for what a user should know first: the innermost cause, without its tracebacks."""
+    error = innermost(error)
+    if isinstance(error, RayActorError) and "creation task" not in str(error):
+        return "its process or its node died"  # Ray's text says no more
+    if _is_dead_core(error):
+        return "vLLM's core process died (EngineDeadError)"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, RayError):  # its text is a traceback: the error that it ends with says more than its head
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line)]
+        if named:
+            return named[-1]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether somebody died or was not to be reached, rather than did something wrong: worth another try elsewhere."""
+    error = innermost(error)
+    died = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError, Hang, Draining, ConnectionError, TimeoutError)
+    return isinstance(error, died) or _is_dead_core(error)
+
+
+def _is_dead_core(error: BaseException) -> bool:
+    return type(error).__name__ == "EngineDeadError"  # vLLM's: importing it would take seconds
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether what was asked for has gone with the process or node that held it."""
+    return isinstance(innermost(error), ObjectLostError)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.config.run import ConfigError, GVPOConfig, cluster_address, verifiers_config
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.plan import cluster_address
+from gvpo_ray.config.run import GVPOConfig, verifiers_config
 
 EXAMPLE = "example: gvpo-ray {} jobs/quickstart.yaml seed=1 learner.num_workers=1"
 
@@ -33,10 +35,10 @@ def train(config: GVPOConfig, groups_file: str | None = None) -> None:
 
 def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None) -> None:
     """Evaluate a model or a checkpoint; go on where the folder stands."""
+    from gvpo_ray.evaluation import run as evaluation
     from gvpo_ray.evaluation.folder import results_table
-    from gvpo_ray.run import algorithm as controller
 
-    result = controller.evaluate(config, checkpoint, out)
+    result = evaluation.evaluate(config, checkpoint, out)
     _print_table(results_table(result), f"evaluation of {result['model']}")
     for name, values in result["sets"].items():
         if values["left_out"]:
@@ -48,8 +50,8 @@ def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None 
 
 def compare(a: str, b: str) -> None:
     """Paired differences of two finished evaluations."""
-    from gvpo_ray.evaluation.folder import compare as paired
-    from gvpo_ray.evaluation.folder import comparison_table
+    from gvpo_ray.evaluation.compare import compare as paired
+    from gvpo_ray.evaluation.compare import comparison_table
 
     result = paired(a, b)
     _print_table(comparison_table(result), f"A = {a}, B = {b}")
@@ -201,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        from gvpo_ray.failures import RunError
+        from gvpo_ray.actors import RunError
         from gvpo_ray.sandbox.process import SandboxError
         from gvpo_ray.verifiers.verifier import RewardError
 
@@ -256,8 +258,8 @@ def run(options: Any) -> None:
         )
         return
     if options.verb == "bench" and options.name == "chaos":
+        from gvpo_ray.actors import RunError
         from gvpo_ray.bench import chaos
-        from gvpo_ray.failures import RunError
 
         if wrong := chaos.main(options.config, options.overrides, options.kills, options.seed):
             raise RunError(f"{wrong} things went wrong")
@@ -280,7 +282,7 @@ def run(options: Any) -> None:
         case "check":
             check(config)
         case "rollout":
-            from gvpo_ray.run.algorithm import rollout
+            from gvpo_ray.run.once import rollout
 
             rollout(config, options.out, options.groups)
             print(f"wrote {options.out}")

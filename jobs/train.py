@@ -6,7 +6,8 @@
 import sys
 
 from gvpo_ray.cli import main
-from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
 
 
 def train(arguments: list[str]) -> int:

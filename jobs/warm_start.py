@@ -7,7 +7,8 @@ Does nothing when model.path is there.
 
 import sys
 
-from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner.warm_start import warm_start
 
 if __name__ == "__main__":

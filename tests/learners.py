@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from tiny import make_group, make_model, table
 
-from gvpo_ray.config.run import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
+from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings
 

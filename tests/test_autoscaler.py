@@ -20,7 +20,7 @@ import pytest
 import ray
 
 from gvpo_ray.bench.scale import FakeRun
-from gvpo_ray.config.run import EnginesConfig
+from gvpo_ray.config.engines import EnginesConfig
 
 NODE_TYPES = {"learner": 1, "engine": 3, "verifier": 1}
 """Most nodes of each type; all begin with none."""

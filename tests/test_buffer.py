@@ -13,7 +13,7 @@ from gvpo_ray.buffer import buffer as buffer_module
 from gvpo_ray.buffer import log as group_log
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.log import GroupLog
-from gvpo_ray.config.run import ReplayConfig
+from gvpo_ray.config.data import ReplayConfig
 
 
 def status(buffer: GroupBuffer, *names: str) -> Awaitable:

@@ -24,8 +24,9 @@ from tiny import make_group, make_model, table
 
 from gvpo_ray import groups
 from gvpo_ray.cli import main
-from gvpo_ray.config.run import GVPOConfig, check_resources
-from gvpo_ray.run.inputs import open_run_dir
+from gvpo_ray.config.plan import check_resources
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.run.run_dir import open_run_dir
 
 JOBS = Path(__file__).parent.parent / "jobs"
 PROBLEMS = [{"prompt": f"{a} + {b}?", "answer": str(a + b)} for a in range(2) for b in range(3)]
@@ -40,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No cluster in the environment, no Ray from here on, and the signal handler that `main` sets put back."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("gvpo_ray.run.algorithm.Session", lambda *_: pytest.fail("Ray is started"))
+    monkeypatch.setattr("gvpo_ray.run.session.Session.__init__", lambda *_: pytest.fail("Ray is started"))
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)

@@ -7,18 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from gvpo_ray.config.run import (
-    NO_PROMPTS,
-    ConfigError,
-    GVPOConfig,
-    LossConfig,
-    PoolConfig,
-    RewardConfig,
-    SamplingConfig,
-    check_resources,
-    cluster_address,
-    resource_plan,
-)
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import NO_PROMPTS
+from gvpo_ray.config.engines import PoolConfig, SamplingConfig
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.plan import check_resources, cluster_address, resource_plan
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import RewardConfig
 
 SMALL: dict[str, Any] = {"run_dir": "runs/x", "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}}
 SETS = {"heldout": {"path": "data/y.jsonl"}}

@@ -27,10 +27,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ModelConfig, PoolConfig, SamplingConfig
-from gvpo_ray.engines import vllm_engine as engines
+from gvpo_ray.actors import Draining
+from gvpo_ray.config.engines import PoolConfig, SamplingConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.engines import base, fake_engine, vllm_engine
+from gvpo_ray.engines.base import HAND_OVER_S, BaseEngine, sort_out
+from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.openai_engine import ServerEngine
-from gvpo_ray.engines.vllm_engine import HAND_OVER_S, BaseEngine, Draining, Engine, FakeEngine, sort_out
+from gvpo_ray.engines.vllm_engine import Engine
 
 PROMPT_IDS = [2 + (7 * i) % (tiny.VOCAB_SIZE - 2) for i in range(24)]
 
@@ -68,7 +72,8 @@ async def ready(engine: FakeEngine) -> FakeEngine:
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any, Any, None]], None]:
     """Runs FakeEngines on a clock that stands still while anyone has work to do and then leaps: how long what takes is exact on any machine."""
     now = 1000.0
-    monkeypatch.setattr(engines, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
+    for module in (base, fake_engine):
+        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
 
     class Selector(selectors.DefaultSelector):
         def select(self, timeout: float | None = None) -> Any:
@@ -620,8 +625,8 @@ def test_a_drained_vllm_returns_what_it_has_and_another_goes_on_with_it(running:
 def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last: there is no engine any more."""
     engine, ended = running.engine, []
-    monkeypatch.setattr(engines, "CORPSE_S", 0.5)
-    monkeypatch.setattr(engines.os, "_exit", ended.append)
+    monkeypatch.setattr(vllm_engine, "CORPSE_S", 0.5)
+    monkeypatch.setattr(vllm_engine.os, "_exit", ended.append)
 
     async def run() -> None:
         work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]  # some of 12 are long
@@ -684,7 +689,7 @@ def test_an_update_is_a_sign_of_life() -> None:
         core = _Core()
         core.output_processor = type("OutputProcessor", (), {"request_states": {}})
         engine._llm, engine._last_token_at = core, 0.0
-        running = engines._Requests(prompt(), 2)
+        running = vllm_engine._Requests(prompt(), 2)
         with engine._at_work(running):
             engine._last_token_at = 0.0
             assert (await engine.status())["last_token_at"] == 0.0

@@ -16,11 +16,14 @@ import yaml
 
 from gvpo_ray import groups
 from gvpo_ray.cli import main
-from gvpo_ray.config.run import ConfigError, GVPOConfig
-from gvpo_ray.evaluation.folder import EvaluationDir, compare, prompt_seed
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.evaluation.compare import compare
+from gvpo_ray.evaluation.folder import EvaluationDir
+from gvpo_ray.evaluation.run import evaluate
+from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
-from gvpo_ray.run.algorithm import evaluate, evaluation_sampling
-from gvpo_ray.verifiers.math.compare import NO_ANSWER
+from gvpo_ray.run.once import evaluation_sampling, prompt_seed
 
 
 def _config(folder: Path, **evaluation: Any) -> GVPOConfig:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.bench.experiments import cells as experiments
 from gvpo_ray.bench.experiments import paper, staleness
-from gvpo_ray.bench.experiments.cells import Cell, Results, mean_and_interval, percent, run_all
+from gvpo_ray.bench.experiments.cells import Cell, Results, run_all
+from gvpo_ray.bench.experiments.tables import mean_and_interval, percent
 from gvpo_ray.config.run import GVPOConfig
 
 

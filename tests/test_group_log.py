@@ -15,7 +15,7 @@ from tiny import make_group, table
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog, Quarantine
-from gvpo_ray.config.run import ReplayConfig
+from gvpo_ray.config.data import ReplayConfig
 
 # --------------------------------------------------------------------------------------------------------------------- log
 

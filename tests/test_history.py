@@ -9,7 +9,7 @@ from tiny import make_group, table
 from gvpo_ray import groups
 from gvpo_ray.buffer import replay as history_module
 from gvpo_ray.buffer.buffer import GroupBuffer
-from gvpo_ray.config.run import ReplayConfig
+from gvpo_ray.config.data import ReplayConfig
 
 
 def one_prompt(group_id: int, *versions: int, **columns) -> pa.Table:

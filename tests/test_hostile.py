@@ -24,7 +24,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import VerifiersConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.verifiers import score_file as verify
 from gvpo_ray.verifiers.verifier import Verifier
 

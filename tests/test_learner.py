@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.buffer import GroupBuffer
-from gvpo_ray.config.run import LearnerConfig, LossConfig
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.loss import LossConfig
 from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.learner.loop import learn
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.step import NonFiniteGradient, Settings, _learning_rate, learn, steered, train_step
+from gvpo_ray.learner.step import NonFiniteGradient, Settings, _learning_rate, train_step
 from gvpo_ray.losses.gvpo import gvpo_loss_squared
+from gvpo_ray.losses.stale_data import steered
 from gvpo_ray.weights.transfer import ObjectPublisher
 
 # --------------------------------------------------------------------------------- one step, and what must not change it

@@ -16,7 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import LearnerConfig, LoraConfig, ModelConfig, PoolConfig, SamplingConfig
+from gvpo_ray.config.engines import PoolConfig, SamplingConfig
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.weights.transfer import ObjectPublisher, WeightMismatch

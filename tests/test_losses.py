@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny import counted_and_damped
 
-from gvpo_ray.losses.gvpo import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights, kept_likelihood
+from gvpo_ray.losses.diagnostics import finish
+from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared, gvpo_weights
+from gvpo_ray.losses.stale_data import damping, importance_weights, kept_likelihood
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

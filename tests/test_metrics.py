@@ -5,17 +5,9 @@ import math
 
 import pytest
 
-from gvpo_ray.observe.metrics import (
-    BINDING_STEPS,
-    MetricsLog,
-    age_bucket,
-    append_line,
-    batch_metrics,
-    beta_hint,
-    evaluation_metrics,
-    mean,
-    read_lines,
-)
+from gvpo_ray.files import append_line, read_lines
+from gvpo_ray.observe.metrics import BINDING_STEPS, age_bucket, batch_metrics, beta_hint, evaluation_metrics, mean
+from gvpo_ray.observe.metrics_log import MetricsLog
 
 BATCH = [
     {

@@ -21,9 +21,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from gvpo_ray.config.run import LearnerConfig, ModelConfig
-from gvpo_ray.learner import packing, policy
-from gvpo_ray.learner.policy import CompletionLogprobs, Policy, padded_inputs
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.learner import logprobs as logprobs_module
+from gvpo_ray.learner import packing
+from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
+from gvpo_ray.learner.policy import Policy
 
 SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                          "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
@@ -115,7 +118,7 @@ def test_the_head_in_chunks_gives_the_same_and_keeps_no_logits(monkeypatch: pyte
     inputs, _ = padded_inputs(_groups(), "cpu")
     results = []
     for elements in (1 << 24, 64 * 5):  # all at once, and 5 tokens at a time
-        monkeypatch.setattr(policy, "HEAD_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr(logprobs_module, "HEAD_ELEMENTS", {"cpu": elements})
         saved: list[int] = []
 
 

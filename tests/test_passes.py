@@ -15,9 +15,11 @@ from tiny import make_group, make_model, table
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import LearnerConfig, LossConfig
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.learner.loop import learn
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.step import Settings, learn, train_step
+from gvpo_ray.learner.step import Settings, train_step
 from gvpo_ray.weights.transfer import ObjectPublisher
 
 

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from tiny import EOS, make_group, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo_ray.config.run import LearnerConfig, ModelConfig
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner import policy as policy_module
 from gvpo_ray.learner.checkpoints import latest_checkpoint, prune_checkpoints
-from gvpo_ray.learner.policy import Policy, padded_inputs, sequence_sums
+from gvpo_ray.learner.logprobs import padded_inputs, sequence_sums
+from gvpo_ray.learner.policy import Policy
 
 BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ConfigError, PromptsConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.prompts import PromptSet, load_rows
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"

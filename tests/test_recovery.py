@@ -26,12 +26,14 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from gvpo_ray import groups
+from gvpo_ray.actors import RunError
 from gvpo_ray.bench.scale import FakeRun, maker
 from gvpo_ray.buffer.log import GroupLog
-from gvpo_ray.config.run import EnginesConfig, ReplayConfig, SamplingConfig
+from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines import pools as engine_group
-from gvpo_ray.engines.vllm_engine import BaseEngine, FakeEngine
-from gvpo_ray.failures import RunError
+from gvpo_ray.engines.base import BaseEngine
+from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.observe.status import read_status, status_lines
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that engines need not import this file, and torch with it

@@ -16,7 +16,7 @@ import pytest
 from tiny import make_group
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ConfigError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.observe.report import page as report
 
 LINE = {

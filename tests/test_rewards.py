@@ -11,10 +11,12 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import RewardConfig, VerifiersConfig
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.sandbox.functions import Part, call
 from gvpo_ray.verifiers import rewards
+from gvpo_ray.verifiers.http_reward import HttpReward
 from gvpo_ray.verifiers.reward_model import RewardModel
-from gvpo_ray.verifiers.rewards import HttpReward, Part, call, exact_match, format_reward, length_reward, numeric
+from gvpo_ray.verifiers.rewards import exact_match, format_reward, length_reward, numeric
 from gvpo_ray.verifiers.verifier import Verifier
 
 

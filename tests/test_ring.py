@@ -29,9 +29,9 @@ from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.bench import chaos
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.learner.warm_start import warm_start
+from gvpo_ray.observe.ray_metrics import place
 from gvpo_ray.observe.status import write_status
-from gvpo_ray.observe.trackers import place
-from gvpo_ray.run.rollouts import EventLog
+from gvpo_ray.run.events import EventLog
 
 PROJECT = Path(__file__).parents[1]
 NUM_STEPS, GROUPS_PER_STEP = 40, 16

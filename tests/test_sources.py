@@ -10,8 +10,11 @@ from tiny import EOS, make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ConfigError, PromptsConfig, SourceConfig, VerifiersConfig
-from gvpo_ray.data.offline import Mixture, OfflineSource
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig, SourceConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.data.mixture import Mixture
+from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.verifiers.verifier import Verifier
 

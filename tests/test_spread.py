@@ -12,7 +12,9 @@ import torch.distributed as dist
 from tiny import EOS, counted_and_damped, float64, make_group, make_model, pushed
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
+from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
 from gvpo_ray.losses.gvpo import gvpo_loss_squared

@@ -8,9 +8,10 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from gvpo_ray.config.run import WarmStartConfig
-from gvpo_ray.data.tasks import LAG, LINKS, NUM_HELD_OUT, TASKS, in_place, make, split
-from gvpo_ray.verifiers.math.compare import extract
+from gvpo_ray.config.model import WarmStartConfig
+from gvpo_ray.data.tasks import LAG, LINKS, NUM_HELD_OUT, TASKS, make, split
+from gvpo_ray.verifiers.math.extract import extract
+from gvpo_ray.verifiers.rewards import in_place
 
 
 def test_the_config_knows_every_task():

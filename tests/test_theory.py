@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
-from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared, importance_weights, kept_likelihood
+from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared
 from gvpo_ray.losses.reinforce import reinforce_loss
 from gvpo_ray.losses.rloo import rloo_loss
+from gvpo_ray.losses.stale_data import importance_weights, kept_likelihood
 
 NUM_PROMPTS, NUM_COMPLETIONS, BETA = 3, 6, 0.25
 GROUPS_PER_UPDATE, NUM_UPDATES, LAG = 8, 1200, 100

@@ -19,12 +19,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import BATCH
 
 from gvpo_ray import GVPO, GVPOConfig
-from gvpo_ray.config.run import ConfigError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.learner.objective import AGES
-from gvpo_ray.losses.gvpo import RESIDUAL_EDGES
+from gvpo_ray.losses.diagnostics import RESIDUAL_EDGES
+from gvpo_ray.observe import ray_metrics
 from gvpo_ray.observe import trackers as tracking
-from gvpo_ray.observe.metrics import MetricsLog, batch_metrics, evaluation_metrics
-from gvpo_ray.observe.trackers import Gauges, Tracking, check_trackers, of_line, of_status, parameters_of, series_of
+from gvpo_ray.observe.metrics import batch_metrics, evaluation_metrics
+from gvpo_ray.observe.metrics_log import MetricsLog
+from gvpo_ray.observe.ray_metrics import Gauges, of_line, of_status, series_of
+from gvpo_ray.observe.trackers import Tracking, check_trackers, parameters_of
 
 PACKAGE = Path(__file__).parent.parent / "gvpo_ray"
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana" / "gvpo.json"
@@ -139,7 +142,7 @@ def test_every_word_of_the_buffer_for_what_the_learner_does_is_a_state() -> None
 
 def test_every_state_of_an_engine_is_counted() -> None:
     states = set(re.findall(r"becomes\(\"([^\"]+)\"\)", (PACKAGE / "engines" / "pools.py").read_text()))
-    assert len(states) > 5 and states <= set(tracking.ENGINE_STATES)
+    assert len(states) > 5 and states <= set(ray_metrics.ENGINE_STATES)
 
 
 class FakeGauge:

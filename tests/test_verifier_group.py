@@ -17,8 +17,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import RayConfig, VerifiersConfig
-from gvpo_ray.run.algorithm import Session
+from gvpo_ray.config.run import RayConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers import pool as verifier_group
 from gvpo_ray.verifiers.pool import VerifierGroup
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ConfigError, VerifiersConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.verifiers.rewards import math_reward
 from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
 
@@ -219,7 +220,7 @@ def test_a_memory_bomb_is_a_crash_and_its_neighbours_keep_their_rewards() -> Non
 
 def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error() -> None:
     def swallows(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
-        from gvpo_ray.verifiers.math import compare as answers
+        from gvpo_ray.verifiers.math import compare
         from gvpo_ray.verifiers.rewards import math_reward
 
         def equal(*_: Any) -> bool:
@@ -228,7 +229,7 @@ def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error
             except MemoryError:
                 return False
 
-        answers._sympy_equal = equal
+        compare.sympy_equal = equal
         return math_reward(prompts, completions, **columns)
 
     scored = _score_with(swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0, timeout_s=START_UP_S)

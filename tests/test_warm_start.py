@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo_ray.config.run import ConfigError, GVPOConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.learner import warm_start as module
-from gvpo_ray.learner.policy import CompletionLogprobs, padded_inputs
+from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 from gvpo_ray.learner.warm_start import END, _batches, new_model, read_examples, train_tokenizer, warm_start
 
 JOBS = Path(__file__).parent.parent / "jobs"

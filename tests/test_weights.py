@@ -267,7 +267,8 @@ def test_each_version_is_broadcast_whole_the_first_one_too(vllm):
 def test_what_the_policy_publishes_can_be_broadcast(vllm, tmp_path):
     from tiny import make_model
 
-    from gvpo_ray.config.run import LearnerConfig, ModelConfig
+    from gvpo_ray.config.learner import LearnerConfig
+    from gvpo_ray.config.model import ModelConfig
     from gvpo_ray.learner.policy import Policy
 
     path = make_model(tmp_path)

@@ -25,7 +25,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from gvpo_ray.config.run import CheckpointConfig, LearnerConfig, LossConfig, ModelConfig
+from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.groups import Row
 from gvpo_ray.losses.gvpo import gvpo_loss
 
 SHAPES = [(prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)]
@@ -39,8 +42,6 @@ GPU_MODELS = {
 """In the shape of Qwen2.5's, with random weights."""
 
 BIG_VOCABULARY = 151_936
-
-Row = Mapping[str, Any]
 
 
 def main(tokens_per_step: int = 4096) -> None:

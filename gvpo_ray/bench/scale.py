@@ -22,12 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from gvpo_ray import groups
-from gvpo_ray.actors import actor_name
+from gvpo_ray.actors import RunError, actor_name, cause_of
 from gvpo_ray.buffer.actor import Buffer, LearnersBuffer
-from gvpo_ray.config.run import EnginesConfig, PoolConfig, RayConfig, ReplayConfig, RewardConfig, SamplingConfig, VerifiersConfig
-from gvpo_ray.engines.pools import EngineGroup, MakeEngine, Remote
-from gvpo_ray.engines.vllm_engine import FakeEngine
-from gvpo_ray.failures import RunError, cause_of
+from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
+from gvpo_ray.config.run import RayConfig
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.engines.actor import MakeEngine, Remote
+from gvpo_ray.engines.fake_engine import FakeEngine
+from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.verifiers.pool import VerifierGroup
 
 SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
@@ -101,10 +104,11 @@ class FakeRun:
     ) -> None:  # fmt: skip
         # Here and not above: these import torch, and this file is imported by every fake engine.
         from gvpo_ray.buffer.log import Quarantine
-        from gvpo_ray.data.offline import Mixture
-        from gvpo_ray.run.algorithm import Session
+        from gvpo_ray.data.mixture import Mixture
+        from gvpo_ray.run.events import EventLog
         from gvpo_ray.run.inputs import Inputs
-        from gvpo_ray.run.rollouts import EventLog, Ring
+        from gvpo_ray.run.rollouts import Ring
+        from gvpo_ray.run.session import Session
 
         self.said: list[str] = []
         self.session = Session(RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address))

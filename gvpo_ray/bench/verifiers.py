@@ -20,7 +20,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from gvpo_ray.config.run import ConfigError, RewardConfig, VerifiersConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.verifiers.score_file import GOLD, RESPONSE
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -107,7 +108,7 @@ def _plain(rows: Rows) -> None:
 
 
 def _in_process(rows: Rows) -> None:
-    from gvpo_ray.verifiers.math.compare import grade
+    from gvpo_ray.verifiers.math.grade import grade
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
 

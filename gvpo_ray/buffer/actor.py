@@ -14,9 +14,8 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from gvpo_ray.actors import actor_name
+from gvpo_ray.actors import Note, actor_name, cause_of
 from gvpo_ray.buffer.buffer import GroupBuffer
-from gvpo_ray.failures import Note, cause_of
 from gvpo_ray.groups import from_wire, to_wire
 
 

@@ -1,11 +1,11 @@
-"""The group buffer: where finished groups wait for the learner. The staleness dial lives here, the durable log in group_log.py, replay in history.py.
+"""The group buffer: where finished groups wait for the learner. The staleness dial lives here, the durable log in log.py, replay in replay.py.
 
     rollout loop   start(num) ── may the next groups start? ──► history(prompt, num) ──► put(group) ── to the log
     learner        order(step) ── train, save or stop? ──► batch(step) ──► published(version, weights, metrics) · learned(…)
     engines        weights(newer_than)
     driver         allow(step) · trained(step) · save() · reconnect(…) · status() · close(error)
 
-A plain class with async methods on one event loop; buffer_actor.py makes it an actor. Steps count from 1: step s trains the
+A plain class with async methods on one event loop; actor.py makes it an actor. Steps count from 1: step s trains the
 s-th batch and makes version s of the weights; version 0 is what the run started from.
 
 Groups are in the log alone, and the page cache is the memory: however many wait, the buffer does not grow with their tokens.
@@ -26,8 +26,8 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.buffer.replay import History, replayed
-from gvpo_ray.config.run import ReplayConfig
-from gvpo_ray.observe.metrics import append_line, read_lines
+from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.files import append_line, read_lines
 
 LOCK_WAIT_S = 60.0
 """How long a new buffer waits for the one before it, whose process may still be going down."""

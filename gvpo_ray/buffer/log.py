@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.observe.metrics import append_line, read_lines
+from gvpo_ray.files import append_line, read_lines
 
 
 def read_assignments(path: Path) -> tuple[dict[int, tuple[int, int]], int]:

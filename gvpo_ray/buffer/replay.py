@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import KEY_COLUMNS, GroupLog, prompt_key, prompt_key_of
-from gvpo_ray.config.run import ReplayConfig
+from gvpo_ray.config.data import ReplayConfig
 
 
 @dataclass(slots=True)

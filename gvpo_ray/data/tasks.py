@@ -39,8 +39,6 @@ class Problem:
     """One worked solution of a hurried person."""
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------------
-
 SLIP, GUESS, FORGET = 0.25, 0.25, 0.6
 """How often a sum is a little off, a solution is only a guess, a carry is forgotten."""
 
@@ -65,8 +63,6 @@ def _add(a: int, b: int, rng: random.Random) -> str:
     tens = off(a // 10 + b // 10 + carry)
     return rf"Ones {ones}, tens {tens}. \boxed{{{10 * tens + ones % 10}}}"
 
-
-# --- chain ---------------------------------------------------------------------------------------------------------------
 
 LINKS, LAG = (13, 16), 4
 """Fewest and most digits of a chain; how many of them are given, and how far back the second one is that a digit is the sum of."""
@@ -114,8 +110,6 @@ def _hurry(digits: list[int], length: int, rng: random.Random) -> str:
     return rf"{_links(chained)} \boxed{{{second}{last}}}"
 
 
-# --- sort ----------------------------------------------------------------------------------------------------------------
-
 DIGITS = (6, 10)
 """Fewest and most digits of a number."""
 ONCE, SWAP = 0.6, 0.04
@@ -139,16 +133,6 @@ def _arrange(answer: str, rng: random.Random) -> str:
             digits[i], digits[i + 1] = digits[i + 1], digits[i]
     return rf"\boxed{{{''.join(digits)}}}"
 
-
-def in_place(prompts: list[str], completions: list[str], *, answer: list[str], **_: Any) -> list[float]:
-    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both texts."""
-    from gvpo_ray.verifiers.math.compare import extract
-
-    found = [extract(completion).text or "" for completion in completions]
-    return [sum(x == y for x, y in zip(text, gold, strict=False)) / max(len(text), len(gold)) for text, gold in zip(found, answer, strict=True)]
-
-
-# --- files ---------------------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, tuple[Callable[[random.Random], list[Problem]], int]] = {
     "arithmetic": (arithmetic, 102_400), "chain": (chain, 48_000), "sort": (sort, 64_000),

@@ -25,7 +25,7 @@ PATIENCE_S = 600.0
 
 
 def one_more(seats: Sequence[Any], waited: float) -> Any | None:
-    """The seat to fill, or None. `seats`: of all pools in their order (engine_group._Seat); `waited`: share of the time that the learner waited."""
+    """The seat to fill, or None. `seats`: of all pools in their order (pools._Seat); `waited`: share of the time that the learner waited."""
     free = [seat for seat in seats if not seat.is_asked]
     if waited <= WAITS or not free:
         return None

@@ -1,4 +1,4 @@
-"""ServerEngine: samples at a server with an OpenAI-compatible API that is not ours, behind the methods of engines.py.
+"""ServerEngine: samples at a server with an OpenAI-compatible API that is not ours, behind the methods of engines/base.py.
 
 Its model is another one than the policy: what it writes is foreign data (source offline:<pool>), without versions and log-probs.
 """
@@ -19,8 +19,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ModelConfig, PoolConfig, SamplingConfig
-from gvpo_ray.engines.vllm_engine import BaseEngine, InFlight, seed_beside, sort_out
+from gvpo_ray.config.engines import PoolConfig, SamplingConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.engines.base import BaseEngine, InFlight, seed_beside, sort_out
 
 NUM_RETRIES = 4
 """Of a request that found no connection, or was answered with 429 or 5xx, each after twice as long (from a second)."""

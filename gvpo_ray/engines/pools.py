@@ -1,4 +1,4 @@
-"""The engines as actors, in pools, and their supervision.
+"""The pools of engine actors, and their supervision.
 
 An engine that dies costs its unfinished completions: `EngineGroup` replaces it, and what it had in flight goes on elsewhere with the
 siblings that were finished.
@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import heapq
 import itertools
-import os
 import random
 import time
 from collections import deque
@@ -21,66 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayError
 
-from gvpo_ray.actors import actor_name, resources_of
-from gvpo_ray.config.run import EnginesConfig, ModelConfig, PoolConfig, SamplingConfig
+from gvpo_ray.actors import Draining, Hang, Note, RunError, cause_of, innermost, is_death, is_lost, resources_of
+from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
+from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import one_less, one_more
-from gvpo_ray.engines.openai_engine import ServerEngine
-from gvpo_ray.engines.vllm_engine import Draining, Engine
-from gvpo_ray.failures import Hang, Note, RunError, cause_of, innermost, is_death, is_lost
-from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
-
-
-class Remote:
-    """What turns an engine into an actor. Tables travel as groups.to_wire makes them."""
-
-    async def start_here(self) -> dict[str, Any]:
-        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
-
-    @ray.method(num_returns=2)
-    async def sample(
-        self, prompt: pa.Buffer, sampling: SamplingConfig, min_version: int, seed: int | None, *kept: pa.Buffer
-    ) -> tuple[pa.Buffer, tuple[int, int]]:
-        """The sampled group; and how many of its completions are missing, and how many tokens were written: what the driver awaits."""
-        group = from_wire(prompt)
-        tables = [from_wire(part) for part in kept]
-        own = [part for table in tables if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))]
-        sampled, missing = await self.generate(group, sampling, min_version, seed, *own)  # type: ignore[attr-defined]
-        return to_wire(sampled), (missing, num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)))
-
-    @ray.method(num_returns=2)
-    async def hand_over(self) -> tuple[pa.Buffer, list[int]]:
-        group_ids, table = await self.finished()  # type: ignore[attr-defined]
-        return to_wire(table), group_ids
-
-
-class _EngineActor(Remote, Engine):
-    pass
-
-
-class _ServerActor(Remote, ServerEngine):
-    pass
-
-
-def engine_maker(model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool, system_prompt: str | None) -> MakeEngine:
-    """How the engines of a run are made: vLLM, or the client of a pool's server."""
-
-    def make(name: str, pool: PoolConfig, number: int) -> Any:
-        resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources, "accelerator_type": pool.accelerator_type}
-        options = {"name": actor_name(f"{name}-{number}"), "max_concurrency": 10_000, "max_restarts": 0, **resources}
-        if pool.url is not None:
-            key = os.environ.get(pool.url_key_variable) if pool.url_key_variable else None
-            return ray.remote(_ServerActor).options(**options).remote(name, model, pool, system_prompt, key, config.drain_s)
-        return ray.remote(_EngineActor).options(**options).remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s)
-
-    return make
-
-
-MakeEngine = Callable[[str, PoolConfig, int], Any]
-"""(pool's name, pool, number) -> handle of a new actor with Engine's methods, `sample` and `hand_over`."""
+from gvpo_ray.groups import to_wire
 
 
 @dataclass
@@ -103,7 +50,7 @@ class _Seat:
     engine: Any = None
     node: str = ""
     is_asked: bool = True
-    """Whether there should be an engine; of an elastic pool's seats beyond num, elastic.py decides."""
+    """Whether there should be an engine; of an elastic pool's seats beyond num, autoscale.py decides."""
     asked_at: float = field(default_factory=time.time)
     state: str = "wanted"
     """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving, dead (waits for its next try)."""
@@ -283,7 +230,7 @@ class EngineGroup:
                 task.cancel()
 
     async def _scale(self) -> None:
-        """Elastic pools (elastic.py): ask for one engine more, or let one go."""
+        """Elastic pools (autoscale.py): ask for one engine more, or let one go."""
         if self._waits is None or not any(seat.is_elastic for seat in self.seats):
             return
         before, then = await self._waits(), time.monotonic()

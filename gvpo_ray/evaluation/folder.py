@@ -1,11 +1,11 @@
-"""Evaluation of a model on benchmark files: what is kept on disk, the numbers, and the comparison of two evaluations.
+"""The folder of an evaluation on benchmark files: what is kept on disk, and the numbers.
 
     OUT/evaluation.yaml       what was evaluated and how; nothing else is mixed in
     OUT/<set>/groups/         finished groups, one prompt with its samples each (the same log as a run's)
     OUT/eval.json             the numbers
     OUT/generations.parquet   one row per sample
 
-Sampling and verifying is the ring's (controller.evaluate). Stopped, the same command goes on with the prompts that are missing.
+Sampling and verifying is run.py's. Stopped, the same command goes on with the prompts that are missing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from rich.table import Table
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog
-from gvpo_ray.config.run import ConfigError, GVPOConfig
-from gvpo_ray.observe.metrics import Row, bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.groups import Row
+from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 
 Number = dict[str, float]
 """{"value", "low", "high"}: a mean over prompts and its 95 % bootstrap interval."""
@@ -148,15 +150,6 @@ def model_digest(path: str) -> str:
     return content.hexdigest()
 
 
-def prompt_seed(seed: int, dataset: str, group_id: int) -> int:
-    """The seed of one prompt's samples, in 48 bits.
-
-    vLLM gives sample i of a request the seed + i: seeds of neighbouring prompts must lie far apart, or their samples are the same random
-    numbers and not independent. The same prompt of the same set has the same seed for every model, which narrows paired differences.
-    """
-    return int.from_bytes(hashlib.sha256(json.dumps([seed, dataset, group_id]).encode()).digest()[:6], "big")
-
-
 def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any]:
     """The numbers of one set: pass@k and mean@n as means over prompts with 95 % bootstrap intervals, and rates over samples."""
     num_samples, temperature, max_tokens = config.evaluation.of(name)
@@ -226,76 +219,4 @@ def results_table(result: Mapping[str, Any]) -> Table:
             else:
                 cells.append("" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}")
         table.add_row(key, *cells)
-    return table
-
-
-def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Paired differences of two evaluations: per set the mean over shared prompts of b's share of right samples less a's.
-
-    Returns:
-        By set: num_prompts (shared), unmatched, a, b, difference {"value", "low", "high"}, and notes: what else differs, as text.
-
-    Raises:
-        ConfigError: no finished evaluation there, or no prompt in common.
-    """
-    (how_one, one), (how_two, two) = _finished(a), _finished(b)
-    result: dict[str, dict[str, Any]] = {}
-    for name in one:
-        shared = [key for key in one[name] if key in two.get(name, {})]
-        if not shared:
-            continue
-        before, after = ([shares[name][key] for key in shared] for shares in (one, two))
-        differences = [y - x for x, y in zip(before, after, strict=True)]
-        low, high = bootstrap_interval(differences, seed=seed)
-        ways = [(how_one.get(name, {}).get(key), how_two.get(name, {}).get(key)) for key in HOW]
-        result[name] = {
-            "num_prompts": len(shared), "unmatched": len(one[name]) + len(two[name]) - 2 * len(shared),
-            "a": mean(before), "b": mean(after), "difference": {"value": mean(differences), "low": low, "high": high},
-            "notes": [f"{key} is {x} in A, {y} in B" for key, (x, y) in zip(HOW, ways, strict=True) if x != y],
-        }  # fmt: skip
-    if not result:
-        raise ConfigError(f"--compare: {a} and {b} have no prompt in common")
-    for name in sorted({*one, *two} - {*result}):
-        result[name] = {"num_prompts": 0, "unmatched": len(one.get(name, {})) + len(two.get(name, {})), "notes": ["no prompt in common"]}
-    return result
-
-
-HOW = ("num_samples", "temperature", "max_tokens")
-"""Of a set in eval.json: what two evaluations should have in common."""
-
-
-def _finished(place: str) -> tuple[Mapping[str, Mapping[str, Any]], dict[str, dict[tuple[str, str, int], float]]]:
-    """The sets of eval.json, and set -> (prompt, answer, which of several alike) -> share of right samples."""
-    path = Path(place).parent if Path(place).name == "eval.json" else Path(place)
-    file = path / "generations.parquet"
-    if not (path / "eval.json").is_file() or not file.is_file():
-        raise ConfigError(f"--compare: no finished evaluation in {place} (eval.json, generations.parquet)")
-    try:
-        sets = json.loads((path / "eval.json").read_text()).get("sets", {})
-        rows = pq.read_table(file, columns=["dataset", "prompt_id", "prompt", "answer", "correct"]).to_pylist()
-    except (ValueError, AttributeError, OSError, pa.ArrowException) as error:
-        raise ConfigError(f"--compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}") from error
-    samples: dict[str, dict[tuple[str, str, int], list[bool]]] = {}
-    numbers: dict[tuple[str, str, str], list[int]] = {}
-    for row in rows:
-        alike = numbers.setdefault((row["dataset"], row["prompt"], row["answer"]), [])
-        if row["prompt_id"] not in alike:
-            alike.append(row["prompt_id"])
-        key = row["prompt"], row["answer"], alike.index(row["prompt_id"])
-        samples.setdefault(row["dataset"], {}).setdefault(key, []).append(row["correct"])
-    return sets, {name: {key: mean(values) for key, values in prompts.items()} for name, prompts in samples.items()}
-
-
-def comparison_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row per set."""
-    table = Table("set")
-    for column in ("prompts", "A", "B", "B - A, 95 % interval"):
-        table.add_column(column, justify="right")
-    for name, values in result.items():
-        cells = [f"{values['num_prompts']}" + (f" ({values['unmatched']} without a partner)" if values["unmatched"] else "")]
-        if values["num_prompts"]:
-            difference = values["difference"]
-            interval = f"{100 * difference['value']:+.2f} % [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
-            cells += [f"{100 * values['a']:.2f} %", f"{100 * values['b']:.2f} %", interval]
-        table.add_row(name, *cells)
     return table

@@ -1,32 +1,31 @@
-"""The group table: one row is one prompt with its m completions. The only file that spells column names.
+"""The group table: one row is one prompt with its m completions. The only room that spells column names.
 
 A group is sampled, verified, logged, packed and normalised as one; every stage is `Table -> Table` and columns only
 accumulate. One real row, as it reaches the learner (m = 2):
 
-    group_id            17                                  who: prompts.py
-    prompt              "What is 3 + 4?"                         prompts.py
-    answer              "7"                                      prompts.py   (the gold answer, always text)
-    dataset             "quickstart"                             prompts.py
-    prompt_ids          [12, 5, 9]                               prompts.py   (templated and tokenised)
-    completions         ["\\boxed{7}", "\\boxed{8}"]             engines.py   (text, special tokens removed)
-    completion_ids      [[4, 7, 1], [4, 8, 1]]                   engines.py   (end-of-sequence token included)
-    finish_reasons      ["stop", "stop"]                         engines.py   ("stop" | "length")
-    sources             ["policy", "policy"]                     engines.py   ("policy" | "replay" | "offline:<name>")
-    version_min         [3, 3]                                   engines.py   (oldest weights that wrote a token; null: not ours)
-    version_max         [3, 4]                                   engines.py   (newest weights that wrote a token)
-    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]              engines.py   (one per completion token, temperature 1; null: foreign)
-    rewards             [1.0, 0.0]                               verifiers.py (null: could not be verified, left out of training)
-    reward_parts        {"math": [1.0, 0.0]}                     verifiers.py (before weighting)
-    reward_reasons      [null, null]                             verifiers.py (why a reward is null, or what the verifier noticed)
-    reference_logprobs  [-0.4, -0.9]                             learner.py   (float64 sum over the completion's tokens)
-    reference_versions  [0, 0]                                   learner.py   (of the weights that they are by; null: not trained on)
+    group_id            17                                  who: data
+    prompt              "What is 3 + 4?"                         data
+    answer              "7"                                      data      (the gold answer, always text)
+    dataset             "quickstart"                             data
+    prompt_ids          [12, 5, 9]                               data      (templated and tokenised)
+    completions         ["\\boxed{7}", "\\boxed{8}"]             engines   (text, special tokens removed)
+    completion_ids      [[4, 7, 1], [4, 8, 1]]                   engines   (end-of-sequence token included)
+    finish_reasons      ["stop", "stop"]                         engines   ("stop" | "length")
+    sources             ["policy", "policy"]                     engines   ("policy" | "replay" | "offline:<name>")
+    version_min         [3, 3]                                   engines   (oldest weights that wrote a token; null: not ours)
+    version_max         [3, 4]                                   engines   (newest weights that wrote a token)
+    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]              engines   (one per completion token, temperature 1; null: foreign)
+    rewards             [1.0, 0.0]                               verifiers (null: could not be verified, left out of training)
+    reward_parts        {"math": [1.0, 0.0]}                     verifiers (before weighting)
+    reward_reasons      [null, null]                             verifiers (why a reward is null, or what the verifier noticed)
+    reference_logprobs  [-0.4, -0.9]                             learner   (float64 sum over the completion's tokens)
+    reference_versions  [0, 0]                                   learner   (of the weights that they are by; null: not trained on)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -75,6 +74,13 @@ LOG_COLUMNS = LOGGED_COLUMNS + REFERENCE_COLUMNS
 """What the durable log holds. A reference is null where nobody has computed it; replayed completions bring theirs along."""
 
 
+Row = Mapping[str, Any]
+"""One group as Python objects, by column: what `rows` gives."""
+
+NO_ANSWER = "no answer found in the completion"
+"""The reason in `reward_reasons` of a completion in which a reward function looked for an answer and found none."""
+
+
 class GroupError(ValueError):
     """A table that is not a table of groups; the message names the column and the row."""
 
@@ -118,7 +124,7 @@ def log_columns(groups: pa.Table) -> pa.Table:
 
 
 LIMITS = ("timeout:", "memory:", "crash:")
-"""How the reason of a check begins that was cut off (verifiers.py)."""
+"""How the reason of a check begins that was cut off (the verifiers)."""
 
 
 def all_cut_off(group: pa.Table) -> bool:
@@ -179,94 +185,9 @@ def rows(groups: pa.Table) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def num_tokens(row: Mapping[str, Any]) -> int:
-    """Tokens that the group costs the learner: its prompt once and its completions."""
-    return len(row["prompt_ids"]) + sum(len(ids) for ids in row["completion_ids"])
-
-
 def num_completion_tokens(groups: pa.Table) -> int:
     """Tokens of all completions of a table."""
     return pc.sum(pc.list_value_length(pc.list_flatten(groups["completion_ids"]))).as_py() or 0
-
-
-def trainable_completions(row: Mapping[str, Any]) -> list[int]:
-    """Which of a group's completions have a reward, and a token."""
-    return [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
-
-
-def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row without its unverifiable completions (reward null); None when fewer than two are left.
-
-    A group of one carries no signal: its only weight, R - mean R, is zero.
-    """
-    keep = trainable_completions(row)
-    if len(keep) < 2:
-        return None
-    kept = only(row, keep)
-    if row.get("reward_parts") is not None:
-        kept["reward_parts"] = {name: [part[i] for i in keep] for name, part in dict(row["reward_parts"]).items()}
-    return kept
-
-
-def only(row: Mapping[str, Any], completions: Sequence[int]) -> dict[str, Any]:
-    """The row with these of its completions; reward_parts, which passes do not look at, as they are."""
-    names = [name for name in PER_COMPLETION_COLUMNS if row.get(name) is not None]
-    return {**row, **{name: [row[name][i] for i in completions] for name in names}}
-
-
-def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list[list[int]]:
-    """Deal whole groups to `num_parts` ranks so that their token counts are near equal (longest first to the emptiest).
-
-    Deterministic; every part keeps arrival order. Returns the indices per part; a part may be empty.
-    """
-    loads = [0] * num_parts
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    for i in sorted(range(len(groups)), key=lambda i: (-num_tokens(groups[i]), i)):
-        part = min(range(num_parts), key=lambda p: (loads[p], p))
-        loads[part] += num_tokens(groups[i])
-        parts[part].append(i)
-    return [sorted(part) for part in parts]
-
-
-def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: bool = True) -> list[list[int]]:
-    """Cut groups, in order, into runs of at most `max_tokens` tokens; a larger group is a run of its own.
-
-    packed: a prompt counts once and nothing is padded; else every completion counts with its prompt, as long as the run's longest.
-    """
-    batches: list[list[int]] = []
-    count = width = 0
-    for i, row in enumerate(groups):
-        if packed:
-            if batches and count + num_tokens(row) <= max_tokens:
-                batches[-1].append(i)
-                count += num_tokens(row)
-            else:
-                batches.append([i])
-                count = num_tokens(row)
-            continue
-        m = len(row["completion_ids"])
-        longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
-        if batches and max(width, longest) * (count + m) <= max_tokens:
-            batches[-1].append(i)
-            count, width = count + m, max(width, longest)
-        else:
-            batches.append([i])
-            count, width = m, longest
-    return batches
-
-
-def split_group(row: Mapping[str, Any], max_tokens: int, packed: bool = True) -> list[dict[str, Any]]:
-    """Cut one group into parts of at most `max_tokens` tokens, each with the prompt and some of the completions (one at least)."""
-    prompt, lengths = len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]
-    parts: list[list[int]] = []
-    for i in range(len(lengths)):
-        if parts:
-            sizes = [lengths[j] for j in (*parts[-1], i)]
-            if (prompt + sum(sizes) if packed else (prompt + max(sizes)) * len(sizes)) <= max_tokens:
-                parts[-1].append(i)
-                continue
-        parts.append([i])
-    return [only(row, part) for part in parts]
 
 
 def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
@@ -332,69 +253,3 @@ def _joined_reward_parts(parts: Sequence[pa.Table]) -> pa.Array:
     names = dict.fromkeys(name for values in by_part for name in values)  # a set has no order
     pairs = list(zip(by_part, nothing, strict=True))
     return _array("reward_parts", [{name: [x for values, none in pairs for x in values.get(name, none)] for name in names}])
-
-
-def to_wire(groups: pa.Table) -> pa.Buffer:
-    """A table on its way between processes, as an Arrow IPC stream. Ray's own pickling takes a nested table apart for milliseconds."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, groups.schema) as writer:
-        writer.write_table(groups)
-    return sink.getvalue()
-
-
-def from_wire(buffer: pa.Buffer) -> pa.Table:
-    """The table again, without a copy of its data."""
-    return pa.ipc.open_stream(buffer).read_all()
-
-
-def save(groups: pa.Table, path: str | Path) -> None:
-    """Write one Arrow IPC file."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, groups.schema) as writer:
-        writer.write_table(groups)
-
-
-def load(path: str | Path) -> pa.Table:
-    """Read an Arrow IPC file, an IPC stream, or a folder of them (a run's `groups/`), in order of their names.
-
-    Raises:
-        GroupError: nothing there, or not Arrow, or files with different columns.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
-    if not files or not all(f.is_file() for f in files):
-        raise GroupError(f"no Arrow file at {path}")
-    batches = [read_batches(file, is_log=path.is_dir()) for file in files]
-    tables = [pa.Table.from_batches(of_file) for of_file in batches if of_file]
-    if path.is_dir():  # a run that an older version began has no references in its first segments
-        tables = [log_columns(table) if set(LOGGED_COLUMNS) <= {*table.schema.names} else table for table in tables]
-    try:
-        return pa.concat_tables(tables) if tables else empty()
-    except pa.ArrowInvalid as error:
-        raise GroupError(f"the files at {path} have different columns: {' '.join(str(error).split())}") from error
-
-
-def read_batches(file: Path, is_log: bool = False) -> list[pa.RecordBatch]:
-    """The record batches of one IPC file or stream, up to the last whole one.
-
-    A writer that was killed leaves a stream whose tail is not a whole message: what came before it is intact. In a log
-    even the head may be missing (killed between creating the segment and writing its schema); elsewhere that is an error.
-    """
-    source = pa.memory_map(str(file)) if file.stat().st_size else pa.BufferReader(b"")
-    try:
-        reader = pa.ipc.open_file(source)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except (pa.ArrowInvalid, OSError):
-        source.seek(0)
-    try:
-        stream = pa.ipc.open_stream(source)
-    except (pa.ArrowInvalid, OSError) as error:
-        if is_log:
-            return []
-        raise GroupError(f"{file} is not an Arrow IPC file: {error}") from error
-    batches: list[pa.RecordBatch] = []
-    try:
-        for batch in stream:
-            batches.append(batch)
-    except (pa.ArrowInvalid, OSError):
-        pass
-    return batches

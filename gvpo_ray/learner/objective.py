@@ -8,11 +8,16 @@ from typing import Any
 import torch
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import LossConfig
-from gvpo_ray.learner.passes import NOTHING, Fixed, Plan
-from gvpo_ray.learner.policy import Policy, Row, sequence_sums
-from gvpo_ray.losses.gvpo import finish, gvpo_loss, gvpo_weights, importance_weights, kept_likelihood
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.groups import Row
+from gvpo_ray.learner.logprobs import sequence_sums
+from gvpo_ray.learner.passes import NOTHING, Plan
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.references import Fixed
+from gvpo_ray.losses.diagnostics import finish
+from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_weights
 from gvpo_ray.losses.registry import OBJECTIVES
+from gvpo_ray.losses.stale_data import importance_weights, kept_likelihood
 from gvpo_ray.observe.metrics import STALENESS_EDGES, age_bucket
 
 

@@ -12,7 +12,7 @@ It is registered through transformers' attention interface; the model's code sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-Row = Mapping[str, Any]
+from gvpo_ray.groups import Row
 
 NAME = "group_packed"
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from gvpo_ray.config.run import ConfigError, GVPOConfig, WarmStartConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.model import WarmStartConfig
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import load_rows
 from gvpo_ray.data.tasks import make
-from gvpo_ray.learner.policy import CompletionLogprobs, padded_inputs
+from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 
 END = "<|endoftext|>"
 

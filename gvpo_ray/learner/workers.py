@@ -23,10 +23,10 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
-from gvpo_ray.actors import resources_of
+from gvpo_ray.actors import cause_of, innermost, resources_of
 from gvpo_ray.buffer.actor import LearnersBuffer
-from gvpo_ray.config.run import GVPOConfig, cluster_address
-from gvpo_ray.failures import cause_of, innermost
+from gvpo_ray.config.plan import cluster_address
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 
 WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
@@ -147,8 +147,9 @@ def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from gvpo_ray.learner.loop import learn
     from gvpo_ray.learner.policy import Policy
-    from gvpo_ray.learner.step import Settings, learn
+    from gvpo_ray.learner.step import Settings
     from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher
 
     config: GVPOConfig = settings["config"]

@@ -9,7 +9,7 @@ It is GRPO without two biases: without 1/|y_i|, long wrong answers are no longer
 on which nearly all answers are right or wrong no longer weigh more. The paper trains with kl_coefficient = 0; k3 is that of GRPO.
 At pi = pi_old the gradient is (m - 1)/m times RLOO's, whose baseline leaves y_i out: m/(m - 1) (R_i - mean R) = R_i - mean_{j != i} R_j.
 
-Arguments and what is returned: gvpo_ray/losses/common.py.
+Arguments and what is returned: gvpo_ray/losses/token_losses.py.
 """
 
 from __future__ import annotations

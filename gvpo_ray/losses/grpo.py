@@ -9,7 +9,7 @@ A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = p
 The paper clips alike on both sides (clip_low = clip_high), and does not say which std: here it is the sample one, with m - 1, as in the
 common implementations. Those add 1e-6 to 1e-4 to it; here nothing is added, and A_i = 0 where all rewards of the group are equal.
 
-Arguments and what is returned: gvpo_ray/losses/common.py.
+Arguments and what is returned: gvpo_ray/losses/token_losses.py.
 """
 
 from __future__ import annotations

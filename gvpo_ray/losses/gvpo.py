@@ -33,14 +33,10 @@ Sums are in float64: sequence log-probabilities are hundreds of nats, and it is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-RESIDUAL_EDGES = (-2.0, -1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0, 2.0)
-"""Between the bins of gvpo/residual_histogram, in reward units; the first and the last bin are open."""
+from gvpo_ray.losses.diagnostics import RESIDUAL_EDGES
 
 
 def gvpo_loss(
@@ -79,7 +75,7 @@ def gvpo_loss(
     weights, sizes = gvpo_weights(logprobs, reference_logprobs, rewards, group_ids, beta, importance)
     if num_groups is not None and not num_groups > 0:
         raise ValueError(f"num_groups must be positive, not {num_groups}")
-    index, counts = _partition(group_ids)
+    index, counts = partition(group_ids)
     shares = torch.ones_like(weights) if importance is None else importance.detach().double()
     num_trained = (counts >= 2).sum().double()
     denominator = num_trained.clamp(min=1) if num_groups is None else num_groups
@@ -89,7 +85,7 @@ def gvpo_loss(
     pulls, penalties = weights, weights.square() / 2
     if residual_clip is not None:
         clipped = weights.clamp(-residual_clip, residual_clip)
-        pulls, penalties = _centre(clipped, index, counts, shares), clipped * (weights - clipped / 2)
+        pulls, penalties = deviations(clipped, index, counts, shares), clipped * (weights - clipped / 2)
     kept = torch.ones_like(weights) if kept is None else kept.detach().double()
     pulls = torch.where(pulls < 0, kept * pulls, pulls)
     value = (scale * penalties).sum()
@@ -98,10 +94,10 @@ def gvpo_loss(
 
     # Half the residual's variance is Var(R)/2 - Cov(beta D, R) + Var(beta D)/2; and with D = log pi - log pi_ref its gradient is that of
     # -beta [ Cov(R, log pi) + beta Cov(log pi_ref, log pi) - beta/2 Var(log pi) ], the paper's three terms: reward, reference, spread.
-    reward = _centre(rewards.detach().double(), index, counts, shares)
+    reward = deviations(rewards.detach().double(), index, counts, shares)
     implicit_reward = reward - weights  # beta (D_i - mean D)
-    own = _centre(logprobs.detach().double(), index, counts, shares)
-    reference = _centre(reference_logprobs.detach().double(), index, counts, shares)
+    own = deviations(logprobs.detach().double(), index, counts, shares)
+    reference = deviations(reference_logprobs.detach().double(), index, counts, shares)
     log_ratio = trained * (logprobs.detach().double() - reference_logprobs.detach().double())
     bins = torch.bucketize(weights[trained], torch.tensor(RESIDUAL_EDGES, dtype=torch.float64, device=weights.device))
     histogram = torch.bincount(bins, minlength=len(RESIDUAL_EDGES) + 1).double()
@@ -128,41 +124,6 @@ def gvpo_loss(
     return loss, stats
 
 
-def importance_weights(logprobs: Tensor, sampling_logprobs: Tensor, group_ids: Tensor, cap: float = 1.0) -> Tensor:
-    """s_i = min(cap, pi(y_i|x) / mu(y_i|x)), scaled to mean 1 in each group.
-
-    Args:
-        logprobs, sampling_logprobs: [N] log pi(y_i|x), and log mu(y_i|x) of whoever sampled it.
-        cap: above which a ratio counts no more; what is scarce now is not made scarcer, and what mu wrote too seldom not guessed at.
-
-    Returns:
-        [N] float64 without gradient; exactly 1 where pi is mu.
-    """
-    index, counts = _partition(group_ids)
-    ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=math.log(cap))
-    highest = ratios.new_full((len(counts),), -math.inf).scatter_reduce(0, index, ratios, "amax")
-    shares = (ratios - highest[index]).exp()  # a sequence's ratio may be e^-1000: only what is relative to the group's counts
-    return shares * (counts / shares.new_zeros(len(counts)).index_add(0, index, shares))[index]
-
-
-def kept_likelihood(logprobs: Tensor, sampling_logprobs: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """k = min(1, max_i pi(y_i|x) / mu(y_i|x)) over the completions of a group with R_i > mean R; 1 where all rewards are equal.
-
-    Returns:
-        [N] float64 without gradient, the same for all of a group; exactly 1 where pi is mu.
-    """
-    index, counts = _partition(group_ids)
-    rewards = rewards.detach().double()
-    ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=0)
-
-    def of_group(how: str, values: Tensor) -> Tensor:
-        return values.new_zeros(len(counts)).scatter_reduce(0, index, values, how, include_self=False)[index]
-
-    differ = of_group("amax", rewards) > of_group("amin", rewards)
-    better = differ & (_centre(rewards, index, counts) > 0)
-    return torch.where(differ, of_group("amax", ratios.where(better, -math.inf)).exp(), 1.0)
-
-
 def gvpo_weights(
     logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -180,10 +141,10 @@ def gvpo_weights(
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
     log_ratio = logprobs.detach().double() - reference_logprobs.detach().double()
-    index, counts = _partition(group_ids)
+    index, counts = partition(group_ids)
     shares = torch.ones_like(log_ratio) if importance is None else importance.detach().double()
-    reward = _centre(rewards.detach().double(), index, counts, shares)
-    weights = reward - beta * _centre(log_ratio, index, counts, shares)
+    reward = deviations(rewards.detach().double(), index, counts, shares)
+    weights = reward - beta * deviations(log_ratio, index, counts, shares)
     return weights, counts[index]
 
 
@@ -214,69 +175,13 @@ def gvpo_loss_squared(
     return torch.stack(terms).sum() / (len(terms) if num_groups is None else num_groups)
 
 
-def damping(sums: Mapping[str, Tensor | float]) -> float:
-    """Squared correlation of the residuals with the rewards of an update, from its (added up) sums of `gvpo_loss`: what to multiply its step by.
-
-    The residual is R - beta D: where D comes of these rewards the two go together, and elsewhere D is where the policy has gone since for other
-    reasons, as far as this update knows. Adam makes steps of one length out of both. This is the share of the residuals' variance that the
-    rewards explain, which is how much of a noisy estimate to follow (Wiener). Exactly 1 where pi is pi_ref, 0 where the rewards do not differ or
-    the residuals go against them.
-    """
-    rewards, residuals, covariance = (float(sums[name]) for name in ("reward_var", "residual_var", "covariance"))
-    if rewards * residuals <= 0:
-        return 0.0
-    return min(1.0, max(0.0, (rewards - covariance) / math.sqrt(rewards * residuals))) ** 2
-
-
-def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Metric values from the (added up) sums of `gvpo_loss`.
-
-    loss                     mean over groups; half of gvpo/residual_var, where the residual is not clipped
-    gvpo/residual_var        Var(beta D - R) within the group, of weight s here and below: what the implicit reward does not explain yet
-    gvpo/reward_var          Var(R): where residual_var starts when D = 0
-    gvpo/implicit_reward_var Var(beta D)
-    gvpo/reward_correlation  of beta D with R, from the pooled variances; 0.0 where one of them is 0
-    gvpo/term_reward         1/(m-1) sum_i (R_i - mean R) log pi(y_i|x), mean over groups: the group-relative reward term, nats times reward.
-    gvpo/term_reference      beta Cov(log pi, log pi_ref): pulls the policy's order of the completions towards the reference's
-    gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the three's sum has the loss's gradient.
-    gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES, then inf)
-    gvpo/effective_share     of the completions that count: (sum s)^2 / (m sum s^2), mean over groups; 1 where all count alike
-    gvpo/kept                k, mean over groups: below 1, what is right has got less likely than it was when it was sampled
-    gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|: near 0 beta binds nothing
-    policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on completions that pi_ref sampled, as
-                             those of the default `behaviour` reference are. Single batches may be below 0. On completions that pi
-                             itself sampled (an older reference) it estimates -KL(pi || pi_ref).
-    policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
-    gvpo/num_groups, gvpo/num_singletons    trained on, and of size one (no signal)
-    """
-    s = {name: float(value) for name, value in sums.items()}
-    groups, completions = max(s["num_groups"], 1.0), max(s["num_completions"], 1.0)
-    spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
-    return {
-        "loss": s["loss"] / groups,
-        "gvpo/residual_var": s["residual_var"] / groups,
-        "gvpo/reward_var": s["reward_var"] / groups,
-        "gvpo/implicit_reward_var": s["implicit_reward_var"] / groups,
-        "gvpo/reward_correlation": s["covariance"] / spread if spread > 0 else 0.0,
-        **{f"gvpo/{name}": s[name] / groups for name in ("term_reward", "term_reference", "term_variance")},
-        "gvpo/effective_share": s["effective"] / groups,
-        "gvpo/kept": s["kept"] / groups,
-        "gvpo/binding": s["binding"] / completions,
-        **{f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))},
-        "policy/kl_ref": -s["log_ratio"] / completions + 0.0,  # + 0.0: never -0.0
-        "policy/log_ratio_rms": (s["log_ratio_square"] / completions) ** 0.5,
-        "gvpo/num_groups": s["num_groups"],
-        "gvpo/num_singletons": s["num_singletons"],
-    }
-
-
-def _partition(group_ids: Tensor) -> tuple[Tensor, Tensor]:
+def partition(group_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Which group each completion is in, [N] in 0..G-1, and the size m of each group, [G]."""
     _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
     return index, counts
 
 
-def _centre(values: Tensor, index: Tensor, counts: Tensor, shares: Tensor | float = 1.0) -> Tensor:
+def deviations(values: Tensor, index: Tensor, counts: Tensor, shares: Tensor | float = 1.0) -> Tensor:
     """values - their mean in the group, of weight `shares`, which are 1 in the mean; [N] -> [N]."""
     sums = values.new_zeros(len(counts)).index_add(0, index, shares * values)
     return values - (sums / counts)[index]

@@ -1,11 +1,10 @@
-"""One page per objective, each as its paper writes it; pure torch."""
+"""The objectives by their names in the config; each is one page, as its paper writes it, in pure torch."""
 
 from collections.abc import Callable
 from typing import Any
 
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
 from gvpo_ray.losses.grpo import grpo_loss
-from gvpo_ray.losses.gvpo import damping, finish, gvpo_loss, gvpo_loss_squared, gvpo_weights, importance_weights, kept_likelihood
 from gvpo_ray.losses.reinforce import reinforce_loss
 from gvpo_ray.losses.rloo import rloo_loss
 
@@ -15,9 +14,4 @@ OBJECTIVES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "rloo": (rloo_loss, ("kl_coefficient",)),
     "reinforce": (reinforce_loss, ("kl_coefficient", "baseline")),
 }
-"""What gvpo is compared with, on the same inputs, and the options of each (config.py's LossConfig)."""
-
-__all__ = [
-    "OBJECTIVES", "damping", "dr_grpo_loss", "finish", "grpo_loss", "gvpo_loss", "gvpo_loss_squared", "gvpo_weights", "importance_weights",
-    "kept_likelihood", "reinforce_loss", "rloo_loss",
-]  # fmt: skip
+"""What gvpo is compared with, on the same inputs, and the options of each (LossConfig)."""

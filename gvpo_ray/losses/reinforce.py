@@ -9,7 +9,7 @@ The loss is the surrogate -1/|D| sum_x 1/m sum_i (R'_i - b) log pi(y_i|x), which
 The completions of a prompt are not compared with each other. Groups of one are left out all the same, so that every objective trains on
 the same completions and |D| means the same. The baseline changes only the noise where pi itself samples, and the result where it does not.
 
-Arguments and what is returned: gvpo_ray/losses/common.py. old_logprobs is not used.
+Arguments and what is returned: gvpo_ray/losses/token_losses.py. old_logprobs is not used.
 """
 
 from __future__ import annotations

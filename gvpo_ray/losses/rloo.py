@@ -11,7 +11,7 @@ No ratio and no clipping: a whole completion is one action. The paper samples fr
 R'; implementations that fix R' when sampling differ once pi has moved on. With R' as here, A_i = m/(m - 1) w_i with GVPO's w_i at
 beta = kl_coefficient, and the gradient is GVPO's divided by beta: two ways to the same update, and the same optimum.
 
-Arguments and what is returned: gvpo_ray/losses/common.py. old_logprobs is not used.
+Arguments and what is returned: gvpo_ray/losses/token_losses.py. old_logprobs is not used.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses.gvpo import _centre, _partition
+from gvpo_ray.losses.gvpo import deviations, partition
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Batch:
         if num_groups is not None and not num_groups > 0:
             raise ValueError(f"num_groups must be positive, not {num_groups}")
         old, reference = old_logprobs.detach().double(), reference_logprobs.detach().double()
-        index, counts = _partition(group_ids)
+        index, counts = partition(group_ids)
         return Batch(logprobs.double(), old, reference, completion_ids, rewards.detach().double(), index, counts, num_groups)
 
     @property
@@ -80,7 +80,7 @@ class Batch:
 
     def centre(self, values: Tensor) -> Tensor:
         """values - their mean in the group; [N] -> [N]."""
-        return _centre(values, self.index, self.counts)
+        return deviations(values, self.index, self.counts)
 
     def centred_rewards(self) -> Tensor:
         """[N] R_i - mean R; exactly 0 where all rewards of the group are equal, which rounding of the mean would spoil."""

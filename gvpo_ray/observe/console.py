@@ -16,8 +16,11 @@ from rich.table import Table
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import Quarantine
-from gvpo_ray.config.run import NO_PROMPTS, GVPOConfig, resource_plan
-from gvpo_ray.observe.metrics import BINDING_STEPS, MetricsLog, beta_hint, evaluation_metrics
+from gvpo_ray.config.data import NO_PROMPTS
+from gvpo_ray.config.plan import resource_plan
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.observe.metrics import BINDING_STEPS, beta_hint, evaluation_metrics
+from gvpo_ray.observe.metrics_log import MetricsLog
 
 
 class RunConsole:

@@ -1,4 +1,4 @@
-"""Metric names, how they are computed from groups, and metrics.jsonl. Every number a run reports is named here or in losses/.
+"""Metric names, and how they are computed from groups. Every number a run reports is named here or in losses/.
 
     reward/mean, reward/std          over the verifiable completions of the step's batch
     groups/size_mean                 completions with a reward, per group
@@ -42,18 +42,14 @@
 from __future__ import annotations
 
 import bisect
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gvpo_ray.verifiers.math.compare import NO_ANSWER
-
-Row = Mapping[str, Any]
+from gvpo_ray.groups import NO_ANSWER, Row
 
 
 def mean(values: Sequence[float]) -> float:
@@ -187,54 +183,3 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
         f"eval/{name}/truncated": mean([reason == "length" for row in rows for reason in row["finish_reasons"]]),
         f"eval/{name}/unverifiable": mean([reward is None for row in rows for reward in row["rewards"]]),
     }
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The objects of a file of JSON lines, as far as it is there: a killed writer may leave a torn last line."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def append_line(path: Path, entry: Any) -> None:
-    """One more line, in place of a torn one: it must not run into that."""
-    with open(path, "ab+") as file:
-        if size := file.tell():
-            file.seek(size - 1)
-            if file.read() != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(entry).encode() + b"\n")
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes from are written anew.
-
-    `on_line` is told of every new one.
-    """
-
-    def __init__(self, path: str | Path, resume_step: int) -> None:
-        self.path = Path(path)
-        self.lines: list[dict[str, Any]] = []
-        self.on_line: Callable[[dict[str, Any]], None] = lambda line: None
-        if self.path.exists():
-            for text in self.path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                if line.get("step", 0) <= resume_step:
-                    self.lines.append(line)
-            part = self.path.with_suffix(".jsonl.part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            part.replace(self.path)
-
-    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        line = {"step": step, **metrics}
-        self.lines.append(line)
-        append_line(self.path, line)
-        self.on_line(line)
-        return line
-
-    def last(self, name: str, default: Any = None) -> Any:
-        """The newest value of a metric."""
-        return next((line[name] for line in reversed(self.lines) if name in line), default)

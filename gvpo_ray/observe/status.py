@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.config.run import ConfigError
+from gvpo_ray.config.base import ConfigError
 
 Status = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""A run: Ray and what is started on it (`Session`), and what users call (`GVPO`, `evaluate`, `rollout`).
+"""The algorithm that users call: `GVPO`, a run that is started, trained step by step, evaluated and stopped.
 
 The first exception anywhere closes the buffer with its cause, and whoever waits is told.
 """
@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,140 +16,29 @@ import pyarrow as pa
 import ray
 
 from gvpo_ray import groups
-from gvpo_ray.actors import resources_of
+from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.buffer.actor import Buffer
 from gvpo_ray.buffer.buffer import ORDERS, steps_metrics
 from gvpo_ray.buffer.log import GroupLog, Quarantine
-from gvpo_ray.config.run import ConfigError, GVPOConfig, RayConfig, RewardConfig, SamplingConfig, check_resources, cluster_address
-from gvpo_ray.engines.pools import EngineGroup, engine_maker
-from gvpo_ray.evaluation.folder import EvaluationDir
-from gvpo_ray.failures import RunError, cause_of, first_of
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.plan import check_resources, cluster_address
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import RewardConfig
+from gvpo_ray.engines.actor import engine_maker
+from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.learner.workers import LearnerGroup
-from gvpo_ray.observe.metrics import MetricsLog, evaluation_metrics
+from gvpo_ray.observe.metrics import evaluation_metrics
+from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.trackers import Tracking, check_trackers
-from gvpo_ray.run.inputs import (
-    checkpoint_folder,
-    evaluation_name,
-    import_groups,
-    machine_resources,
-    open_run_dir,
-    read_evaluation_sets,
-    read_inputs,
-    read_model,
-    read_recorded,
-)
-from gvpo_ray.run.rollouts import EventLog, Ring, Say, run_through
+from gvpo_ray.run.events import EventLog
+from gvpo_ray.run.inputs import machine_resources, read_inputs, read_model
+from gvpo_ray.run.once import evaluation_sampling, run_through
+from gvpo_ray.run.rollouts import Ring, Say
+from gvpo_ray.run.run_dir import import_groups, open_run_dir, read_recorded
+from gvpo_ray.run.session import Session, placement_notes
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.rewards import Rewards
-from gvpo_ray.verifiers.verifier import validate_rewards
-
-
-class Session:
-    """Ray, an event loop in a thread, and what was started on them; `stop` ends all of it, and only that."""
-
-    def __init__(self, config: RayConfig) -> None:
-        self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []
-        """Run together at the end; what does not answer in time goes down with Ray."""
-        self.cause: BaseException | None = None
-        self._stopped = False
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            address = cluster_address(config)
-            embedded: dict[str, Any] = {
-                "num_cpus": config.num_cpus,
-                "object_store_memory": int(config.object_store_gib * 2**30),
-                "include_dashboard": config.dashboard,
-            }
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            # A call to an engine that died has two answers, of which the driver takes one: the other's error is no news.
-            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-            handler = signal.getsignal(signal.SIGTERM)
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else embedded))
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for a handler of its own that prints a stack trace
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
-        self._thread.start()
-
-    def call(self, coroutine: Coroutine[Any, Any, Any] | Any, timeout_s: float | None = None) -> Any:
-        """Run a coroutine (or await an object ref) on the loop and wait for its result."""
-
-        async def run() -> Any:
-            return await coroutine
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(timeout_s)
-
-    def spawn(self, coroutine: Coroutine[Any, Any, Any], on_error: Callable[[BaseException], Coroutine[Any, Any, None]]) -> None:
-        """Run a coroutine in the background; its exception, if it is the first, becomes the cause of the run's end."""
-
-        if self._stopped:
-            coroutine.close()
-            return
-
-        async def run() -> None:
-            try:
-                await coroutine
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # supervision: recorded as the cause and raised in the driver's thread
-                if self.cause is None and not self._stopped:
-                    self.cause = error
-                    await on_error(error)
-
-        asyncio.run_coroutine_threadsafe(run(), self.loop)
-
-    def guard(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine that would wait for ever if something in the background broke meanwhile.
-
-        Raises:
-            RunError: the first cause of either.
-        """
-
-        async def watched() -> Any:
-            work = asyncio.ensure_future(coroutine)
-            while not work.done() and self.cause is None:
-                await asyncio.wait([work], timeout=1.0)
-            if not work.done():
-                work.cancel()
-                return None
-            return work.result()
-
-        try:
-            result = self.call(watched())
-        except (ray.exceptions.RayError, RunError, BaseExceptionGroup) as error:
-            self.cause, result = self.cause or first_of(error), None
-        if result is None:
-            assert self.cause is not None
-            raise RunError(cause_of(self.cause)) from self.cause
-        return result
-
-    def on_stop(self, close: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._closers.append(close)
-
-    def stop(self) -> None:
-        """Close what was started, within seconds, and then Ray, if it is ours."""
-        if self._stopped:
-            return
-        self._stopped = True
-
-        async def close() -> None:
-            await asyncio.wait([asyncio.ensure_future(closer()) for closer in self._closers] or [asyncio.ensure_future(asyncio.sleep(0))], timeout=4)
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.loop.shutdown_default_executor()  # a thread that asks Ray something while Ray goes down would crash
-
-        with contextlib.suppress(TimeoutError):
-            self.call(close(), timeout_s=6)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=3)
-        if self._owns_ray:
-            ray.shutdown()
-
-
-# --- the algorithm ------------------------------------------------------------------------------------------------------
 
 
 class GVPO:
@@ -441,124 +326,3 @@ RECOVERIES = ("engine", "verifier", "learner", "buffer", "driver")
 
 def _name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
-
-
-def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
-    """What no node of the cluster, as it is now, has room for even when it is empty: it waits for the autoscaler, or for ever."""
-    wanted = {"learner worker": resources_of(config.learner)}
-    if engines:
-        wanted |= {f"engine of pool {name}": resources_of(pool) for name, pool in config.engines.all_pools().items() if pool.num or pool.max_num}
-        wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for who, resources in wanted.items():
-        if not any(all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes):
-            text = ", ".join(f"{name}: {number:g}" for name, number in resources.items() if number)
-            yield (
-                f"placement: no node of this cluster has {{{text}}} for a{'n' if who[0] in 'aeiou' else ''} {who}: it waits until the "
-                "autoscaler brings one; if the cluster has no autoscaler, or no such node type, for ever"
-            )
-
-
-def evaluation_sampling(config: GVPOConfig, name: str) -> SamplingConfig:
-    """How a held-out set is sampled."""
-    num_samples, temperature, max_tokens = config.evaluation.of(name)
-    values = {"num_completions": num_samples, "temperature": temperature, "max_tokens": max_tokens or config.sampling.max_tokens}
-    return config.sampling.model_copy(update=values)
-
-
-def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None, reward: Rewards | None = None) -> dict[str, Any]:
-    """Sample and verify evaluation.sets with one model, as far as `out` does not hold them yet, and write the numbers there. No learner.
-
-    Args:
-        checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; default: model.path.
-        out: default: run_dir/eval/<name of the model's folder>, with its run's name before it where that is another run.
-
-    Returns:
-        What eval.json holds (evaluate.py), its folder, and num_sampled: prompts that were not there before.
-
-    Raises:
-        ConfigError: before any actor starts.
-        RunError: with the first cause; what was finished is kept.
-    """
-    from gvpo_ray.observe.console import evaluation_progress
-
-    config = config.absolute()
-    if not config.evaluation.sets:
-        raise ConfigError("evaluation.sets: name at least one prompt file")
-    if checkpoint is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})})
-    if cluster_address(config.ray) is None and not ray.is_initialized():
-        check_resources(config, *machine_resources(config), learner=False)
-    max_length, tokenizer = read_model(config)
-    sets = read_evaluation_sets(config, max_length, tokenizer)
-    validate_rewards(config.verifiers, reward)
-    model = config.model.path
-    folder = Path(out) if out is not None else Path(config.run_dir) / "eval" / evaluation_name(Path(model), Path(config.run_dir))
-    with EvaluationDir(folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}) as kept:
-        missing = {name: kept.missing(name, prompts.all()) for name, prompts in sets.items()}
-        if any(map(len, missing.values())):
-            session = Session(config.ray)
-            try:
-                engines, verifiers = _without_learner(session, config, max_length, reward)
-                with evaluation_progress({name: (len(sets[name]), len(rows)) for name, rows in missing.items()}) as advance:
-                    for name, prompts in missing.items():
-
-                        def on_done(group: pa.Table, name: str = name) -> None:
-                            kept.add(name, group)
-                            advance(name)
-
-                        if len(prompts):
-                            sampling = evaluation_sampling(config, name)
-                            session.guard(run_through(prompts, engines, verifiers, sampling, 0, config.seed, on_done))
-            finally:
-                session.stop()
-        left_out = {name: prompts.num_too_long for name, prompts in sets.items()}
-        return {"num_sampled": sum(map(len, missing.values())), **kept.finish(config, model, left_out)}
-
-
-def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None) -> pa.Table:
-    """Sample and verify groups with the weights of model.path, and write them to one Arrow file. No learner."""
-    config = config.absolute()
-    if cluster_address(config.ray) is None and not ray.is_initialized():
-        check_resources(config, *machine_resources(config), learner=False)
-    if num_groups is not None and num_groups < 1:
-        raise ConfigError(f"--groups: {num_groups}: must be at least 1")
-    inputs = read_inputs(config, reward)
-    part = Path(f"{out}.part")
-    if Path(out).is_dir():
-        raise ConfigError(f"--out: {out} is a folder")
-    try:
-        part.write_bytes(b"")  # rather now than after the sampling
-    except OSError as error:
-        raise ConfigError(f"--out: {out}: {error.strerror}") from error
-    session = Session(config.ray)
-    try:
-        engines, verifiers = _without_learner(session, config, inputs.max_length, reward)
-        if inputs.prompts is None:
-            raise ConfigError("prompts: required, and not given")
-        prompts = pa.concat_tables([inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)])
-        table = session.guard(run_through(prompts, engines, verifiers, config.sampling, 0))
-        groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
-        part.replace(out)
-        return table
-    finally:
-        session.stop()
-        part.unlink(missing_ok=True)
-
-
-def _without_learner(session: Session, config: GVPOConfig, max_length: int, rewards: Rewards | None) -> tuple[EngineGroup, VerifierGroup]:
-    """Engines with the weights of model.path, and verifiers."""
-
-    def note(who: str, name: str, why: str) -> None:
-        print(f"recovery of {name}: {why}", file=sys.stderr)
-
-    async def fail(error: BaseException) -> None:
-        """It is the session's cause already."""
-
-    make = engine_maker(config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None)
-    engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
-    session.on_stop(engines.close)
-    verifiers = VerifierGroup(config.verifiers, rewards, note)
-    session.on_stop(verifiers.close)
-    session.spawn(engines.run(), fail)
-    return engines, verifiers

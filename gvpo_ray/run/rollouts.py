@@ -11,7 +11,6 @@ Everything asynchronous runs on one event loop of the driver, which holds object
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import re
 import socket
@@ -26,44 +25,17 @@ import ray
 from ray.exceptions import RayError
 
 from gvpo_ray import groups
+from gvpo_ray.actors import Note, RunError, is_lost
 from gvpo_ray.buffer.actor import Buffer
 from gvpo_ray.buffer.log import Quarantine
-from gvpo_ray.config.run import ConfigError, ReplayConfig, SamplingConfig
+from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.pools import EngineGroup
-from gvpo_ray.evaluation.folder import prompt_seed
-from gvpo_ray.failures import Note, RunError, is_lost
-from gvpo_ray.observe.metrics import append_line, read_lines
 from gvpo_ray.observe.status import status_lines, write_status
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.verifiers.pool import VerifierGroup
 
 Say = Callable[[str], None]
-
-
-class EventLog:
-    """events.jsonl: every recovery of a run, and when its processes began and ended. One JSON object per line.
-
-    {"time": unix seconds, "step", "who": engine | verifier | learner | buffer | driver | pool | run, "name", "why"}; `run` is started or
-    stopped, a `pool` grows or shrinks.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.entries: list[dict[str, Any]] = read_lines(self.path)
-
-    def add(self, step: int, who: str, name: str, why: str = "") -> None:
-        entry = {"time": round(time.time(), 3), "step": step, "who": who, "name": name, "why": why}
-        self.entries.append(entry)
-        append_line(self.path, entry)
-
-    def counts(self) -> dict[str, int]:
-        """Recoveries since the run began, by who."""
-        return Counter(entry["who"] for entry in self.entries if entry["who"] not in ("run", "pool"))
-
-    @property
-    def was_cut_off(self) -> bool:
-        """Whether the process before this one ended without a word."""
-        return bool(self.entries) and next((e["name"] for e in reversed(self.entries) if e["who"] == "run"), "stopped") == "started"
 
 
 class Ring:
@@ -239,47 +211,6 @@ class Ring:
                 said = time.time()
                 self._say("\n".join([f"watchdog: {' and '.join(late)}", *(f"  {line}" for line in status_lines(status))]))
             await asyncio.sleep(min(STATUS_EVERY_S, self._watchdog_s))
-
-
-async def run_through(
-    prompts: pa.Table,
-    engines: EngineGroup,
-    verifiers: VerifierGroup,
-    sampling: SamplingConfig,
-    min_version: int,
-    seed: int | None = None,
-    on_done: Callable[[pa.Table], None] = lambda group: None,
-) -> pa.Table:
-    """Sample and verify every row once; the rows come back in their order. Beside a training, which waits for it.
-
-    seed: gives every group one of its own. on_done: called with each scored group as it comes.
-    """
-
-    if all(seat.config.url for seat in engines.seats):
-        raise ConfigError("engines.num: no engine of our own is there to sample with")
-
-    async def one(i: int) -> pa.Table:
-        own_seed = None if seed is None else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
-        # On their way they are told from the groups of a training by their numbers.
-        prompt = groups.with_columns(prompts.slice(i, 1), group_id=[-1 - next(_numbers)])
-        while True:
-            try:
-                sampled = await engines.sample(prompt, sampling, min_version, own_seed, only_ours=True)
-                scored = groups.from_wire(await (await verifiers.score(sampled)))
-                break
-            except RayError as error:
-                if not is_lost(error):
-                    raise
-        scored = groups.with_columns(scored, group_id=[prompts["group_id"][i].as_py()])
-        on_done(scored)
-        return scored
-
-    async with asyncio.TaskGroup() as tasks:
-        scored = [tasks.create_task(one(i)) for i in range(len(prompts))]
-    return pa.concat_tables([task.result() for task in scored])
-
-
-_numbers = itertools.count()
 
 MAX_STARTS = 256
 """Groups that are asked for at a time."""

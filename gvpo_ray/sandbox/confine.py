@@ -1,4 +1,4 @@
-"""What a process gives up for good before it runs code that nobody has read (sandbox.py): files, the network, other processes.
+"""What a process gives up for good before it runs code that nobody has read (process.py): files, the network, other processes.
 
 All of it works without privileges, without namespaces and inside containers, and holds for root as well; nothing here can be
 undone by the process itself. Linux on x86-64 and aarch64; standard library only. In this order:

@@ -35,8 +35,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.config.run import ConfigError
-from gvpo_ray.verifiers.rewards import Part, RewardFunction, call, describe, fits_float32, load
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.sandbox.functions import Part, RewardFunction, call, describe, fits_float32, load
 
 START_TIMEOUT_S = 120.0
 """For a template to import the reward functions, on a busy machine."""
@@ -64,7 +64,7 @@ class Sandbox:
     """Runs checks. Use it from one thread; it starts at once, so that a bad function fails here.
 
     Args:
-        functions: name -> rewards.source_of(...), in the order in which they run.
+        functions: name -> verifiers.rewards.source_of(...), in the order in which they run.
         timeout_s, cpu_s: of one check (all functions together), in seconds of the clock and of CPU time.
         memory_gib: what a child may allocate beside the loaded functions.
         max_checks: a child is replaced after so many.

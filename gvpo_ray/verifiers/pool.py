@@ -17,9 +17,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from gvpo_ray.actors import actor_name
-from gvpo_ray.config.run import RewardConfig, VerifiersConfig
-from gvpo_ray.failures import Note
+from gvpo_ray.actors import Note, actor_name
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.groups import from_wire, to_wire
 from gvpo_ray.verifiers.reward_model import RewardModel
 from gvpo_ray.verifiers.rewards import Rewards

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RewardModel:
-    """Scores completions by a model; controller.py makes it an actor.
+    """Scores completions by a model; pool.py makes it an actor.
 
     Args:
         path: model folder or hub name of an `AutoModelForSequenceClassification` with one label, its tokenizer beside it.

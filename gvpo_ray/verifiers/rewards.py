@@ -1,41 +1,30 @@
-"""Reward functions: the built-in ones, how a user's are found, and how what one returns is read.
+"""Reward functions: the built-in ones, and how any of them is named to the process that loads it.
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
 One number per completion, None where it cannot tell. Built in: math, exact_match, numeric, format, length. In the child that
-runs them (sandbox.py) a function sees lists of one; a trusted one (in the verifier itself, as HTTP calls are) whole groups.
+runs them (sandbox/process.py) a function sees lists of one; a trusted one (in the verifier itself, as HTTP calls are) whole groups.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import functools
-import importlib
-import importlib.util
-import inspect
 import itertools
 import math
-import numbers
 import re
 import resource
-import sys
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from gvpo_ray.config.run import ConfigError, RewardConfig
-from gvpo_ray.verifiers.math import compare as answers
-
-Score = float | None | tuple[float | None, str]
-"""Of one completion: the reward, None for "cannot be verified", or either with a remark for `reward_reasons`."""
-
-RewardFunction = Callable[..., Any]
-"""`reward(prompts, completions, **columns) -> one Score per completion`, or a coroutine function; columns are lists of that length."""
+from gvpo_ray.config.verifiers import RewardConfig
+from gvpo_ray.groups import NO_ANSWER
+from gvpo_ray.sandbox.functions import RewardFunction, Score
+from gvpo_ray.verifiers.math.extract import extract
+from gvpo_ray.verifiers.math.grade import grade
 
 Rewards = Mapping[str, RewardFunction]
 """Reward functions passed as callables, by the name they have in verifiers.rewards."""
@@ -47,23 +36,10 @@ MAX_ANSWER_CHARS = 1000
 _STATUS = Path("/proc/self/status")
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one reward function says of one completion."""
-
-    value: float | None
-    reason: str | None = None
-    is_fault: bool = False
-    """The function did not do its work: it raised, or returned what is no reward."""
-
-
-# --- built in -----------------------------------------------------------------------------------------------------------
-
-
 def math_reward(
     prompts: list[str], completions: list[str], *, answer: list[str], finish_reasons: Sequence[str | None] | None = None, **_: Any
 ) -> list[Score]:
-    """1 if the completion's answer equals the gold answer mathematically (answers.py over math-verify), else 0.
+    """1 if the completion's answer equals the gold answer mathematically (math/grade.py over math-verify), else 0.
 
     A completion without an answer is wrong; a gold answer that nobody can read is no ground for either.
     """
@@ -73,16 +49,16 @@ def math_reward(
 
 def _math_score(completion: str, gold: str, finish_reason: str | None) -> Score:
     peak_before = _peak_memory()
-    grade = answers.grade(completion, gold, truncated=finish_reason == "length")
-    if grade.correct:
+    result = grade(completion, gold, truncated=finish_reason == "length")
+    if result.correct:
         return 1.0
     # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no verdict.
     # Three quarters, because one large request fails long before the last page is used.
     limit, loaded = resource.getrlimit(resource.RLIMIT_AS)[0], _memory_when_loaded
     if limit != resource.RLIM_INFINITY and (peak := _peak_memory()) > peak_before and peak > loaded + 0.75 * (limit - loaded):
         raise MemoryError
-    score = None if grade.correct is None else 0.0
-    return score if grade.reason is None else (score, f"math: {grade.reason}")
+    score = None if result.correct is None else 0.0
+    return score if result.reason is None else (score, f"math: {result.reason}")
 
 
 _memory_when_loaded = 0
@@ -107,7 +83,7 @@ def exact_match(prompts: list[str], completions: list[str], *, answer: list[str]
         return text.casefold() if ignore_case else text
 
     return [
-        float(plain(gold) in (plain(answers.extract(completion).text or ""), plain(completion)))
+        float(plain(gold) in (plain(extract(completion).text or ""), plain(completion)))
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
@@ -161,7 +137,7 @@ def numeric(
     only where both have one; `require_unit` refuses an answer without the gold's unit. Nothing is converted.
     """
     return [
-        _numeric_score(answers.extract(completion).text or "", gold, relative_tolerance, absolute_tolerance, require_unit)
+        _numeric_score(extract(completion).text or "", gold, relative_tolerance, absolute_tolerance, require_unit)
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
@@ -171,7 +147,7 @@ def _numeric_score(text: str, gold: str, relative_tolerance: float, absolute_tol
     if wanted is None or not math.isfinite(wanted[0]):
         return None, f"numeric: the gold answer {gold[:100]!r} has no number"
     if found is None:
-        return 0.0, f"numeric: {answers.NO_ANSWER}"
+        return 0.0, f"numeric: {NO_ANSWER}"
     if wanted[1] != found[1] and wanted[1] and (found[1] or require_unit):
         return 0.0
     return float(abs(found[0] - wanted[0]) <= max(relative_tolerance * abs(wanted[0]), absolute_tolerance))
@@ -224,6 +200,12 @@ def length_reward(
     return [-min(1.0, max(0.0, (size - free) / (limit - free))) for size in sizes]
 
 
+def in_place(prompts: list[str], completions: list[str], *, answer: list[str], **_: Any) -> list[float]:
+    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both texts."""
+    found = [extract(completion).text or "" for completion in completions]
+    return [sum(x == y for x, y in zip(text, gold, strict=False)) / max(len(text), len(gold)) for text, gold in zip(found, answer, strict=True)]
+
+
 WARM_UP = [
     ("The answer is $\\frac{1}{2}$.", "0.5"),
     ("I do not know.", "Monday"),
@@ -237,6 +219,16 @@ WARM_UP = [
 ]
 """Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all children."""
 
+def _warm_up_math() -> None:
+    """Grade WARM_UP, and note how much memory that took: the limit of a check is set above it."""
+    global _memory_when_loaded
+    for completion, gold in WARM_UP:
+        math_reward(["1"], [completion], answer=[gold])
+    _memory_when_loaded = _peak_memory()
+
+
+math_reward.warm_up = _warm_up_math  # type: ignore[attr-defined]
+
 BUILT_IN: dict[str, RewardFunction] = {
     "math": math_reward,
     "exact_match": exact_match,
@@ -246,176 +238,12 @@ BUILT_IN: dict[str, RewardFunction] = {
 }
 
 
-# --- over HTTP ----------------------------------------------------------------------------------------------------------
-
-
-class HttpReward:
-    """A reward function served over HTTP; called in the verifier, since the children have no network.
-
-    POST {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}} -> {"rewards": [number or null, ...]}, at most
-    `batch_size` completions in one request. Connection errors and the statuses 429 and 5xx are tried again, each time after
-    twice as long (from half a second).
-    """
-
-    def __init__(self, config: RewardConfig) -> None:
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
-
-        assert config.url is not None
-        self._url, self._timeout_s, self._batch_size, self._arguments = config.url, config.timeout_s, config.batch_size, config.arguments
-        retry = Retry(config.num_retries, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
-        self._session = requests.Session()
-        self._session.mount("http://", HTTPAdapter(max_retries=retry))
-        self._session.mount("https://", HTTPAdapter(max_retries=retry))
-
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
-        rewards: list[Any] = []
-        for begin in range(0, len(completions), self._batch_size):
-            part = slice(begin, begin + self._batch_size)
-            body = {
-                "prompts": prompts[part],
-                "completions": completions[part],
-                "columns": {name: values[part] for name, values in columns.items()},
-                **self._arguments,
-            }
-            response = self._session.post(self._url, json=body, timeout=self._timeout_s)
-            response.raise_for_status()
-            answer = response.json()
-            found = answer.get("rewards") if isinstance(answer, dict) else answer
-            if not isinstance(found, list) or len(found) != len(completions[part]):
-                raise ValueError(f"{self._url} answered {str(answer)[:200]}, not {len(completions[part])} rewards")
-            rewards += found
-        return rewards
-
-
-# --- any of them --------------------------------------------------------------------------------------------------------
-
-
-def call(
-    name: str,
-    function: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
-    columns: Mapping[str, Any],
-    catch: type[BaseException] = Exception,
-) -> list[Part]:
-    """One Part per completion, whatever the function does short of ending the process.
-
-    Args:
-        catch: BaseException where nothing but this call runs: completions make SystemExit, and math-verify's TimeoutException.
-
-    Raises:
-        MemoryError: comes through, because what the function left behind still fills the memory.
-    """
-    try:
-        returned = function(prompts=prompts, completions=completions, **columns)
-        if inspect.isawaitable(returned):
-            returned = asyncio.run(_await(returned))
-    except MemoryError:
-        raise
-    except catch as error:  # untrusted output is scored here
-        return [Part(None, f"{name} raised {describe(error)}", is_fault=True)] * len(completions)
-    returned = returned.tolist() if hasattr(returned, "tolist") else returned  # numpy, torch
-    if not isinstance(returned, (list, tuple)):
-        return [Part(None, f"{name} returned {_shown(returned)}, not a list of rewards", is_fault=True)] * len(completions)
-    if len(returned) != len(completions):
-        count = f"{len(completions)} completion{'s' * (len(completions) > 1)}"
-        return [Part(None, f"{name} returned {len(returned)} rewards for {count}", is_fault=True)] * len(completions)
-    return [_part(name, score) for score in returned]
-
-
-async def _await(awaitable: Any) -> Any:
-    return await awaitable
-
-
-def _part(name: str, score: Any) -> Part:
-    score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
-    remark = None if remark is None else str(remark)[:500]
-    if score is None:
-        return Part(None, remark or f"{name} gave no reward (None)")
-    if not isinstance(score, numbers.Real):
-        return Part(None, f"{name} returned {_shown(score)}, not a number", is_fault=True)
-    if not fits_float32(float(score)):
-        return Part(None, f"{name} returned {float(score)}, not a finite float32", is_fault=True)
-    return Part(float(score), remark)
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
-
-
-def fits_float32(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= 3.4028234e38
-
-
-def describe(error: BaseException) -> str:
-    """One line for an error that somebody else's code raised."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def source_of(name: str, config: RewardConfig, function: RewardFunction | None) -> dict[str, Any]:
     """A reward function as JSON, for the process that loads it: by its place, or a callable by its pickle."""
-    where = {"pickle": base64.b64encode(cloudpickle.dumps(function)).decode()} if function is not None else {"place": config.function or name}
-    return {**where, "arguments": config.arguments}
-
-
-def load(source: Mapping[str, Any]) -> RewardFunction:
-    """The function behind `math`, `module:function`, `path.py:function` or a pickle, with its arguments, ready to be timed.
-
-    Raises:
-        ConfigError: no such file, module, function or argument. Whatever a user's module raises comes through.
-    """
-    function = _callable(cloudpickle.loads(base64.b64decode(source["pickle"])), "it") if "pickle" in source else _find(source["place"])
-    parameters = inspect.signature(function).parameters.values()
-    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    # Our own take any column (**_), so that a misspelt argument would be one; users' may mean it.
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and function not in BUILT_IN.values()
-    for name in source["arguments"]:
-        if name not in named and not takes_any:
-            raise ConfigError(f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}")
-    if function is math_reward:
-        for completion, gold in WARM_UP:
-            math_reward(["1"], [completion], answer=[gold])
-        global _memory_when_loaded
-        _memory_when_loaded = _peak_memory()
-    return functools.partial(function, **source["arguments"]) if source["arguments"] else function
-
-
-def _find(place: str) -> RewardFunction:
-    if place in BUILT_IN:
-        return BUILT_IN[place]
-    place, _, attribute = place.rpartition(":")
-    if place.endswith(".py"):
-        module = _load_file(Path(place).expanduser().resolve())
+    if function is not None:
+        where = {"pickle": base64.b64encode(cloudpickle.dumps(function)).decode()}
     else:
-        try:
-            module = importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (place == error.name or place.startswith(error.name + ".")):
-                raise  # the module is there, and something that it imports is not
-            raise ConfigError(f"no module named {error.name}") from error
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{place} has no function {attribute!r}")
-    return _callable(getattr(module, attribute), attribute)
-
-
-def _load_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"no file {path}")
-    spec = importlib.util.spec_from_file_location(f"gvpo_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    sys.path.append(str(path.parent))  # helpers beside the file; last, so that they shadow nothing
-    spec.loader.exec_module(module)
-    return module
-
-
-def _callable(value: Any, name: str) -> RewardFunction:
-    if not callable(value):
-        raise ConfigError(f"{name} is {type(value).__name__}, not a function")
-    function: RewardFunction = value
-    return function
+        function = BUILT_IN.get(config.function or name)
+        where = {"place": f"{__name__}:{function.__name__}" if function is not None else config.function or name}
+    # Our own take any column (**_), so that a misspelt argument would be one; users' may mean it.
+    return {**where, "arguments": config.arguments, "is_strict": function in BUILT_IN.values()}

@@ -23,7 +23,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gvpo_ray.config.run import ConfigError, VerifiersConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.groups import LIMITS
 from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
 
@@ -35,7 +36,7 @@ ADDED = ("reward", "verdict", "reason", "seconds")
 PARQUET_ROWS = 1024
 """Rows of one row group."""
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 class MalformedRow(ValueError):
@@ -70,7 +71,7 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
             console.print(f"going on after the {work.num_done} rows of {escape(str(work.part))}")
         bar = progress.add_task("", total=num_rows)
 
-        def count(line: int, row: Row) -> None:
+        def count(line: int, row: Record) -> None:
             summary.update(_counts(row))
             if str(row["reason"]).startswith(LIMITS):
                 limits.append(line)
@@ -112,9 +113,9 @@ class _Pool:
         for verifier in self._verifiers:
             verifier.close()
 
-    def score(self, rows: Iterator[tuple[int, Row | MalformedRow]]) -> Iterator[tuple[int, Row, str | None]]:
+    def score(self, rows: Iterator[tuple[int, Record | MalformedRow]]) -> Iterator[tuple[int, Record, str | None]]:
         """(line, row with its verdict, what is malformed about it), in the order of the rows; a few per worker are read ahead."""
-        waiting: deque[tuple[int, Future[tuple[Row, str | None]]]] = deque()
+        waiting: deque[tuple[int, Future[tuple[Record, str | None]]]] = deque()
         for line, row in rows:
             waiting.append((line, self._threads.submit(self._one, line, row)))
             if len(waiting) >= 32 * self._num_workers:
@@ -123,7 +124,7 @@ class _Pool:
         for line, future in waiting:
             yield line, *future.result()
 
-    def _one(self, line: int, row: Row | MalformedRow) -> tuple[Row, str | None]:
+    def _one(self, line: int, row: Record | MalformedRow) -> tuple[Record, str | None]:
         try:
             if isinstance(row, MalformedRow):
                 raise row
@@ -143,7 +144,7 @@ class _Pool:
         return row | added, None
 
 
-def _text(row: Row, names: tuple[str, str], line: int) -> str:
+def _text(row: Record, names: tuple[str, str], line: int) -> str:
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         if any(name in row for name in names) and names is GOLD:
@@ -158,7 +159,7 @@ def _text(row: Row, names: tuple[str, str], line: int) -> str:
 class _Work:
     """OUT.part: JSON lines, first what they are the work of, then [line, row] in order; becomes OUT at the end."""
 
-    def __init__(self, out: Path, header: Row) -> None:
+    def __init__(self, out: Path, header: Record) -> None:
         if out.suffix not in (".jsonl", ".parquet"):
             raise ConfigError(f"--out: {out} must end in .jsonl or .parquet")
         if out.is_dir():
@@ -191,14 +192,14 @@ class _Work:
         if kind is not None and issubclass(kind, (ConfigError, RewardError)):
             self.part.unlink(missing_ok=True)  # what is in it is wrong throughout: nothing to go on from
 
-    def done(self) -> Iterator[tuple[int, Row]]:
+    def done(self) -> Iterator[tuple[int, Record]]:
         with open(self.part, "rb") as file:
             next(file)
             for text in file:
                 line, row = json.loads(text)
                 yield line, row
 
-    def write(self, line: int, row: Row) -> None:
+    def write(self, line: int, row: Record) -> None:
         self._file.write(json.dumps([line, row], default=str).encode() + b"\n")
         self._file.flush()
 
@@ -215,7 +216,7 @@ class _Work:
         self.part.unlink()
 
 
-def _as_table(rows: list[Row]) -> pa.Table:
+def _as_table(rows: list[Record]) -> pa.Table:
     """Rows of JSON as Arrow; a column of mixed types becomes text, and half a surrogate pair a question mark."""
 
     def valid(value: Any) -> Any:
@@ -231,7 +232,7 @@ def _as_table(rows: list[Row]) -> pa.Table:
     return pa.table(arrays)
 
 
-def _rows(source: str) -> Iterator[tuple[int, Row | MalformedRow]]:
+def _rows(source: str) -> Iterator[tuple[int, Record | MalformedRow]]:
     """(line, counted from 1, row); blank lines are skipped. A row of a Parquet file has no line: its number is given."""
     if source.endswith(".parquet"):
         number = 0
@@ -284,7 +285,7 @@ def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
     return rows
 
 
-def _counts(row: Row) -> Counter[str]:
+def _counts(row: Record) -> Counter[str]:
     counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
     label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
     if label is not None:

@@ -15,9 +15,12 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
-from gvpo_ray.config.run import ConfigError, RewardConfig, VerifiersConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.sandbox.functions import Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
-from gvpo_ray.verifiers.rewards import BUILT_IN, HttpReward, Part, RewardFunction, call, fits_float32, load, source_of
+from gvpo_ray.verifiers.http_reward import HttpReward
+from gvpo_ray.verifiers.rewards import BUILT_IN, source_of
 
 COLUMNS = ("group_id", "answer", "dataset", "completion_ids", "finish_reasons")
 """What a reward function gets beside prompts and completions, as far as the table has it."""
@@ -73,7 +76,7 @@ class Verifier:
         config: the reward functions with their weights, and the limits.
         functions: callables by name. One with the name of a configured reward takes its place and keeps its section,
             any other is added with weight 1. They travel to the child with cloudpickle.
-        models: callables behind the rewards that have a `model`, by name (controller.py makes them).
+        models: callables behind the rewards that have a `model`, by name (pool.py makes them).
 
     Raises:
         ConfigError: a reward function cannot be loaded; names verifiers.rewards.<name>.

@@ -1,7 +1,7 @@
 """The engine's end of the `objects` transport, inside vLLM's own processes.
 
 vLLM imports this module through its `worker_extension_cls` argument, before it loads the model; importing it registers the
-transport. Nothing else imports it: it needs vLLM, and weights.py, which the learner imports, must not.
+transport. Nothing else imports it: it needs vLLM, and transfer.py, which the learner imports, must not.
 """
 
 from __future__ import annotations

@@ -27,10 +27,13 @@ import ray
 import torch
 
 from gvpo_ray import groups
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.tasks import make
-from gvpo_ray.learner.policy import CompletionLogprobs, padded_inputs, sequence_sums
-from gvpo_ray.run.algorithm import GVPO, Session, evaluate
+from gvpo_ray.evaluation.run import evaluate
+from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs, sequence_sums
+from gvpo_ray.run.algorithm import GVPO
+from gvpo_ray.run.session import Session
 
 CHECKOUT = Path(__file__).parents[3]
 JOBS, MODELS = CHECKOUT / "jobs", CHECKOUT / "docs" / "results" / "models"
@@ -57,6 +60,17 @@ MEASURED, COMPARED = ("heldout", "greedy"), ("train",)
 """Evaluated at the end: of trials the second alone, so that no choice is made by what the tables report; of all other cells the first."""
 
 
+def require_checkout() -> None:
+    """Refuse to run from a wheel, which holds the package alone: neither the configs nor the models that cells start from.
+
+    Raises:
+        ConfigError: one line that names what is missing.
+    """
+    for folder in (JOBS, MODELS):
+        if not folder.is_dir():
+            raise ConfigError(f"bench paper and bench staleness run from a checkout of the repository: there is no {folder}")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run.
@@ -76,7 +90,7 @@ class Cell:
         return f"{self.task}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
 
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 class Results:
@@ -84,14 +98,14 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.parquet"
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, ResultRow] = {}
         self.read()
 
     def read(self) -> None:
         """What others have added, too."""
         self.rows = {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         with locked(self.path.with_suffix(".lock")):
             self.read()
             self.rows[row["cell"]] = row
@@ -99,7 +113,7 @@ class Results:
             pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
             part.replace(self.path)
 
-    def of(self, cells: Iterable[Cell]) -> list[Row]:
+    def of(self, cells: Iterable[Cell]) -> list[ResultRow]:
         """Of those that are finished."""
         return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
 
@@ -244,7 +258,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
     return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
 
 
-def run(cell: Cell, folder: Path) -> Row:
+def run(cell: Cell, folder: Path) -> ResultRow:
     """Train one cell, or go on with it."""
     config = config_of(cell, folder)
     final = COMPARED if cell.seed == TUNING_SEED else MEASURED
@@ -307,81 +321,3 @@ def divergence(model_path: str, evaluation: Path) -> float:
         sampled = [sum(logprobs) for row in batch for logprobs in row["sampling_logprobs"]]
         differences += [a - b for a, b in zip(sampled, sequence_sums(start(**inputs), lengths).tolist(), strict=True)]
     return statistics.mean(differences)
-
-
-# --- tables and pictures -------------------------------------------------------------------------------------------------
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""97.5 % quantile of Student's t, by the number of seeds."""
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval over seeds (nan for one)."""
-    if len(values) < 2:
-        return statistics.mean(values), math.nan
-    return statistics.mean(values), STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def percent(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean, interval = mean_and_interval(values)
-    return f"{100 * mean:.1f}" + ("" if math.isnan(interval) else f" ± {100 * interval:.1f}")
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> list[str]:
-    """Lines that say what each method was tuned to."""
-    body = []
-    for name, method in methods.items():
-        found = [tuned(task, method, age, results) for task in tasks]
-        keys = ["learner.learning_rate", *(["loss.clip_low" if method.option == "loss.clip" else method.option] if method.option else [])]
-        body.append([name, method.option or "", *(", ".join(str(best[key]) for key in keys) if best else "" for best in found)])
-    text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
-    return [f"{text}.", "", markdown(["", "option", *tasks], body)]
-
-
-Lines = Mapping[str, Sequence[tuple[float, ...]]]
-"""Points (x, y), or (x, y, from, to) with a range to draw, by the name of their line."""
-
-
-def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()) -> None:
-    """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`: names of x = 0, 1, …"""
-    from matplotlib.figure import Figure
-
-    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
-    columns = min(3, max(1, len(panels)))
-    rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(6, 4) if columns == 1 else (4 * columns, 3.2 * rows), dpi=120, layout="constrained")
-    grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name, points in lines.items() if points))}
-    drawn: dict[str, Any] = {}
-    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
-        axes.set(title=title, xlabel=x, ylabel=y, xscale=scale)
-        axes.label_outer()
-        axes.grid(alpha=0.3)
-        if ticks:
-            axes.set_xticks(range(len(ticks)), ticks)
-        for name, points in lines.items():
-            if points:
-                at, values, *ranges = zip(*points, strict=True)
-                (drawn[name],) = axes.plot(at, values, marker="o", markersize=4, color=colours[name])
-                if ranges:
-                    axes.vlines(at, *ranges, color=colours[name], alpha=0.5)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    if drawn and columns == 1:
-        grid[0].legend(drawn.values(), drawn, fontsize=8)
-    elif drawn:
-        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path)
-
-
-def mean_curve(rows: Sequence[Row], x: str) -> list[tuple[float, ...]]:
-    """(x, pass@1) along runs of other seeds, as means over them; `x` is `step` or `kl`."""
-    places = zip(*(row["curve"] for row in rows), strict=True)
-    return [tuple(statistics.mean(point[name] for point in alike) for name in (x, "pass@1")) for alike in places]

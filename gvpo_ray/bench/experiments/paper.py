@@ -6,7 +6,7 @@
     history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
     frontier   pass@1 against the distance from the start, along the runs of Table 1
 
-Each method is tuned first with the same budget of four runs (experiments.py: `tune`), on a seed of their own and by training prompts, so that
+Each method is tuned first with the same budget of four runs (cells.py: `tune`), on a seed of their own and by training prompts, so that
 nobody has seen the held-out ones.
 """
 
@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.bench.experiments.cells import Cell, Method, Results, Row, markdown, mean_curve, percent, picture, run_all, tune, tuned, tuned_options
+from gvpo_ray.bench.experiments.cells import Cell, Method, ResultRow, Results, require_checkout, run_all, tune, tuned
+from gvpo_ray.bench.experiments.tables import markdown, mean_curve, percent, picture, tuned_options
 
 METHODS = {
     "GRPO": Method({"loss": {}, "loss.objective": "grpo"}, "loss.clip", (0.2, 0.4)),
@@ -41,6 +42,7 @@ HISTORICAL = (0, 1, 2, 3, 4)
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
+    require_checkout()
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
     for task in tasks:
@@ -87,7 +89,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
     tables = {task: cells_of(task, results, seeds) for task in TABLES}
     tasks = [task for task in TABLES if any(_all(table, results) for table in tables[task].values())]
 
-    def value(rows: list[Row], name: str = "pass@1") -> str:
+    def value(rows: list[ResultRow], name: str = "pass@1") -> str:
         return percent([row[name] for row in rows])
 
     compared = [task for task in tasks if "methods" in TABLES[task]]
@@ -123,5 +125,5 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         picture(results.folder / f"beta-{task}.png", {f"{task}: mean, least and greatest run": lines}, "beta", "pass@1", "log")
 
 
-def _all(table: dict[tuple[Any, str], list[Cell]], results: Results) -> list[Row]:
+def _all(table: dict[tuple[Any, str], list[Cell]], results: Results) -> list[ResultRow]:
     return [row for cells in table.values() for row in results.of(cells)]

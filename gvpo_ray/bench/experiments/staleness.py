@@ -3,7 +3,7 @@
 Age a: each batch is trained a steps after it was sampled, which is what a fleet that is always ahead by the dial's whole width gives
 (`max_staleness: a`). Unbounded: everything is sampled from the first policy, before the first step. Nothing is discarded at any age.
 
-Each method is tuned once with the same budget of four runs (experiments.py: `tune`), at age 16, and keeps what was best there at every age.
+Each method is tuned once with the same budget of four runs (cells.py: `tune`), at age 16, and keeps what was best there at every age.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from gvpo_ray.bench.experiments.cells import Cell, Method, Results, markdown, mean_curve, percent, picture, run_all, tune, tuned, tuned_options
+from gvpo_ray.bench.experiments.cells import Cell, Method, Results, require_checkout, run_all, tune, tuned
+from gvpo_ray.bench.experiments.tables import markdown, mean_curve, percent, picture, tuned_options
 
 AGES = (0, 1, 4, 16, 64, 100)
 """In steps; the last is the number of steps: unbounded."""
@@ -47,6 +48,7 @@ def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Re
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
+    require_checkout()
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
     for task in tasks:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import yaml
 
 from gvpo_ray import groups
-from gvpo_ray.config.run import ConfigError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.observe.metrics import STALENESS_EDGES
 from gvpo_ray.observe.report import charts
 from gvpo_ray.observe.report.charts import Line, Point, escaped, finite, html_table, shown

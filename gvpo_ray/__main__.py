@@ -1,0 +1,8 @@
+"""`python -m gvpo_ray` is the command line."""
+
+import sys
+
+from gvpo_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The section `evaluation`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from gvpo_ray.config.base import Section
+from gvpo_ray.config.data import PromptsConfig
+
+
+class EvaluationSet(PromptsConfig):
+    """A held-out prompt file; what it does not say is as in the evaluation section."""
+
+    num_samples: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Longest completion (`max_tokens` is the longest prompt)."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(default=0, ge=0)
+    """Evaluate before the first step, every so many steps and after the last; 0: only on request."""
+    sets: dict[str, EvaluationSet] = {}
+    """Held-out prompt files by name; metrics are eval/<name>/pass@1."""
+    num_samples: int = Field(default=1, ge=1)
+    """n: completions per prompt; pass@1 is their mean."""
+    pass_k: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8, 16, 32, 64]
+    """Report the unbiased pass@k for those of them that are at most n."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0: greedy, which is deterministic and so allows one sample only."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Default: as in sampling."""
+    every_limit: int | None = Field(default=None, ge=1)
+    """Prompts per set for the evaluations inside training; the first and the last always use the whole set."""
+
+    @field_validator("sets")
+    @classmethod
+    def _names(cls, value: dict[str, EvaluationSet]) -> dict[str, EvaluationSet]:
+        for name in value:
+            if not re.fullmatch(r"[\w@+-][\w@+.-]*", name):
+                raise ValueError(f"the name {name!r} becomes a folder's: letters, digits and any of . _ - + @ (not . at its start)")
+        return value
+
+    def of(self, name: str) -> tuple[int, float, int | None]:
+        """(num_samples, temperature, max_tokens) of a set; max_tokens None: as in sampling."""
+        own = self.sets[name]
+        return (
+            self.num_samples if own.num_samples is None else own.num_samples,
+            self.temperature if own.temperature is None else own.temperature,
+            self.max_tokens if own.max_completion_tokens is None else own.max_completion_tokens,
+        )
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> EvaluationConfig:
+        for name in self.sets:
+            num_samples, temperature, _ = self.of(name)
+            if temperature == 0 and num_samples > 1:
+                raise ValueError(f"{name} has temperature 0 (greedy): all of its {num_samples} samples would be the same; use num_samples: 1")
+        return self

@@ -1,0 +1,101 @@
+"""From text to a config: YAML, `key=value` overrides, and one line for each mistake, an unknown key with the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from gvpo_ray.config.base import ConfigError, Section
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: one line that names the file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {'nothing' if data is None else type(data).__name__}")
+    return data
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {text!r} is not key=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: {value!r} is not a YAML value") from error
+
+
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        child = data.setdefault(name, {})
+        if child is None:
+            child = data[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {key}: {name} is not a section")
+        data = child
+    data[last] = value
+
+
+def one_line(error: ValidationError, model: type[Section]) -> str:
+    """The first problem, with its key; an unknown key with the nearest right one."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(model, location[:-1])
+        near = [".".join([*location[:-1], name]) for name in difflib.get_close_matches(location[-1], known, n=1)]
+        hints = near or [path for path in _all_keys(model) if path.rsplit(".", 1)[-1] == location[-1]]
+        return f"unknown key {key}; " + (f"did you mean {hints[0]}?" if hints else f"known here: {', '.join(known)}")
+    if first["type"] == "missing":
+        return f"{key}: required, and not given"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f" (got {first['input']!r})" if isinstance(first["input"], (int, float, str, bool)) else ""
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return (f"{key}: " if key else "") + message + shown + more
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _keys_at(root: type[Section], location: list[str]) -> list[str]:
+    model: type[Section] | None = root
+    names = iter(location)
+    for name in names:
+        annotation = model.model_fields[name].annotation if model is not None else None
+        model = _section(annotation)
+        if str(annotation).startswith("dict"):
+            next(names, None)  # the name of an entry in a dictionary of sections: evaluation.sets.<name>
+    return list(model.model_fields) if model else []
+
+
+def _all_keys(model: type[Section], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if (section := _section(field.annotation)) is not None and not str(field.annotation).startswith("dict"):
+            keys += _all_keys(section, prefix + name + ".")
+    return keys

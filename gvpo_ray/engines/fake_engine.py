@@ -1,0 +1,141 @@
+"""An engine without a model, for tests and for `gvpo-ray bench scale`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gvpo_ray import groups
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
+
+
+class FakeEngine(BaseEngine):
+    """An engine without a model, for unit and scale tests: random tokens, `\\boxed{digit}` texts, lengths with a heavy tail.
+
+    Its weights are its version; everything else about a group table is as from Engine.
+
+    Args:
+        seconds_per_token: of one completion; all that are in flight are written at the same time.
+        median_tokens, sigma: of the lognormal length of a completion, cut at sampling.max_tokens; default: a median of a quarter of that.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab_size: int = 16,
+        seconds_per_token: float = 0.0,
+        median_tokens: float | None = None,
+        sigma: float = 1.0,
+        drain_s: float | None = None,
+    ) -> None:
+        super().__init__(drain_s)
+        self._random = np.random.default_rng(seed)
+        self._vocab_size, self._seconds_per_token, self._median_tokens, self._sigma = vocab_size, seconds_per_token, median_tokens, sigma
+        self._texts = [f"\\boxed{{{digit}}}" for digit in range(10)]
+
+    async def start(self) -> dict[str, Any]:
+        self._leave_on_sigterm()
+        return {"seconds": 0.0, "pid": os.getpid()}
+
+    async def generate(
+        self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None, *kept: pa.Table
+    ) -> tuple[pa.Table, int]:
+        await self._may_begin(min_version)
+        done, begun, num_new = sort_out(kept, sampling.num_completions)
+        seed = seed_beside(kept, sampling, seed)
+        random = self._random if seed is None else np.random.default_rng(seed)
+        room = np.full(num_new, sampling.max_tokens)
+        room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)
+        lengths = (self._median_tokens or sampling.max_tokens / 4) * np.exp(self._sigma * random.standard_normal(num_new))
+        new = np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
+        tokens = np.split(random.integers(self._vocab_size, size=int(new.sum()), dtype=np.int32), np.cumsum(new)[:-1]) if num_new else []
+        running = _Tokens(group, num_new, version=self.version, begun=begun, tokens=tokens, is_full=new == room)
+        running.finished_at = dict(enumerate((running.since + self._seconds_per_token * new).tolist()))
+        with self._at_work(running):
+            if seconds := self._seconds_per_token * int(new.max(initial=0)):
+                timer = asyncio.get_running_loop().call_later(seconds, running.end)
+                try:
+                    await running.over
+                finally:
+                    timer.cancel()
+            table = self._table(running, range(num_new))
+        written = self._written(running)
+        self._num_tokens += sum(written)
+        missing = sum(n < len(ids) for n, ids in zip(written, running.tokens, strict=True))
+        return groups.join(group, *done, table) if kept else table, missing
+
+    def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:
+        """New tokens of each completion."""
+        seconds = min(now, running.cut_at) - running.since
+        lengths = [len(ids) for ids in running.tokens]
+        return lengths if seconds == math.inf else [min(n, int(seconds / self._seconds_per_token)) for n in lengths]
+
+    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
+        assert isinstance(running, _Tokens)
+        ids, logprobs, reasons, oldest = [], [], [], []
+        written = self._written(running)
+        uniform = np.full(max(written, default=0), -math.log(self._vocab_size), np.float32)
+        for i in which:
+            new = running.tokens[i][: written[i]]
+            old = running.begun[i] if i < len(running.begun) else None
+            if old is None and not len(new):
+                continue
+            of_new = uniform[: len(new)]
+            ids.append(new if old is None else np.concatenate([np.array(old["completion_ids"], np.int32), new]))
+            logprobs.append(of_new if old is None else np.concatenate([np.array(old["sampling_logprobs"], np.float32), of_new]))
+            reasons.append(ABORTED if len(new) < len(running.tokens[i]) else "length" if running.is_full[i] else "stop")
+            oldest.append(running.version if old is None else min(old["version_min"], running.version))
+        return groups.with_columns(
+            running.group,
+            completions=[[self._texts[int(tokens[-1]) % 10] for tokens in ids]],
+            completion_ids=[ids],
+            finish_reasons=[reasons],
+            sources=[["policy"] * len(ids)],
+            version_min=[oldest],
+            version_max=[[self.version] * len(ids)],
+            sampling_logprobs=[logprobs],
+        )
+
+    async def _cut_off(self) -> None:
+        for running in self._in_flight:
+            assert isinstance(running, _Tokens)
+            if not running.over.done():
+                running.cut_at = time.time()
+                running.end()
+
+    async def update(self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None) -> dict[str, float]:
+        await self._has_version(version)
+        return {"copy_s": 0.0, "pause_s": 0.0}
+
+    async def status(self) -> dict[str, Any]:
+        now = time.time()
+        live = sum(sum(self._written(running, now)) for running in self._in_flight if isinstance(running, _Tokens))
+        return {**await super().status(), "num_tokens": self._num_tokens + live, "last_token_at": now}
+
+
+@dataclass(eq=False, kw_only=True)
+class _Tokens(InFlight):
+    """A group at a FakeEngine: how it ends is known from the beginning."""
+
+    version: int
+    begun: list[dict[str, Any]]
+    """What the first ones go on with."""
+    tokens: list[np.ndarray]
+    """New ones, of each."""
+    is_full: np.ndarray
+    """Which end at sampling.max_tokens."""
+    cut_at: float = math.inf
+    over: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def end(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)

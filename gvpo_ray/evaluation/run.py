@@ -1,0 +1,85 @@
+"""An evaluation: sample and verify the evaluation sets with one model, as far as its folder does not hold them yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.plan import check_resources, cluster_address
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.evaluation.folder import EvaluationDir
+from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.run.inputs import machine_resources, read_evaluation_sets, read_model
+from gvpo_ray.run.once import evaluation_sampling, run_through, without_learner
+from gvpo_ray.run.session import Session
+from gvpo_ray.verifiers.rewards import Rewards
+from gvpo_ray.verifiers.verifier import validate_rewards
+
+
+def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None, reward: Rewards | None = None) -> dict[str, Any]:
+    """Sample and verify evaluation.sets with one model, as far as `out` does not hold them yet, and write the numbers there. No learner.
+
+    Args:
+        checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; default: model.path.
+        out: default: run_dir/eval/<name of the model's folder>, with its run's name before it where that is another run.
+
+    Returns:
+        What eval.json holds (folder.py), its folder, and num_sampled: prompts that were not there before.
+
+    Raises:
+        ConfigError: before any actor starts.
+        RunError: with the first cause; what was finished is kept.
+    """
+    from gvpo_ray.observe.console import evaluation_progress
+
+    config = config.absolute()
+    if not config.evaluation.sets:
+        raise ConfigError("evaluation.sets: name at least one prompt file")
+    if checkpoint is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})})
+    if cluster_address(config.ray) is None and not ray.is_initialized():
+        check_resources(config, *machine_resources(config), learner=False)
+    max_length, tokenizer = read_model(config)
+    sets = read_evaluation_sets(config, max_length, tokenizer)
+    validate_rewards(config.verifiers, reward)
+    model = config.model.path
+    folder = Path(out) if out is not None else Path(config.run_dir) / "eval" / evaluation_name(Path(model), Path(config.run_dir))
+    with EvaluationDir(folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}) as kept:
+        missing = {name: kept.missing(name, prompts.all()) for name, prompts in sets.items()}
+        if any(map(len, missing.values())):
+            session = Session(config.ray)
+            try:
+                engines, verifiers = without_learner(session, config, max_length, reward)
+                with evaluation_progress({name: (len(sets[name]), len(rows)) for name, rows in missing.items()}) as advance:
+                    for name, prompts in missing.items():
+
+                        def on_done(group: pa.Table, name: str = name) -> None:
+                            kept.add(name, group)
+                            advance(name)
+
+                        if len(prompts):
+                            sampling = evaluation_sampling(config, name)
+                            session.guard(run_through(prompts, engines, verifiers, sampling, 0, config.seed, on_done))
+            finally:
+                session.stop()
+        left_out = {name: prompts.num_too_long for name, prompts in sets.items()}
+        return {"num_sampled": sum(map(len, missing.values())), **kept.finish(config, model, left_out)}
+
+
+def evaluation_name(model: Path, run_dir: Path) -> str:
+    """step-80, or quickstart-step-80 of another run's checkpoint: one config may evaluate several runs."""
+    is_others = model.parent.name == "checkpoints" and model.parent.parent != run_dir
+    return f"{model.parent.parent.name}-{model.name}" if is_others else model.name
+
+
+def checkpoint_folder(path: str) -> str:
+    if (Path(path) / "config.json").is_file():
+        return str(Path(path).absolute())
+    newest = latest_checkpoint(path)
+    if newest is None:
+        raise ConfigError(f"--checkpoint: no checkpoint in {path}")
+    return str(newest[1].absolute())

@@ -1,0 +1,68 @@
+"""Torch's DistributedDataParallel: everything is replicated on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state
+
+
+class DDPBackend:
+    """torch's DistributedDataParallel: replicated float32 parameters and optimizer; bfloat16 by autocast."""
+
+    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._config, self._dtype, self._device = config, dtype, device
+        self._optimizer = adamw(module, config)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._module: nn.Module = module
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._module = nn.parallel.DistributedDataParallel(module)
+
+    def _no_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        ddp = isinstance(self._module, nn.parallel.DistributedDataParallel)
+        return self._module.no_sync() if ddp and not is_last else contextlib.nullcontext()
+
+    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+        with self._no_sync(is_last), autocast_to(self._device, self._dtype):
+            return self._module(**inputs)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        with self._no_sync(is_last):
+            loss.backward()
+
+    def _clip(self) -> float:
+        return float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+
+    def step(self, learning_rate: float) -> float:
+        norm = self._clip()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if norm < float("inf"):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
+
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.data.copy_(value)
+
+    def local(self, parameter: nn.Parameter) -> list[Tensor]:
+        return [parameter.data]
+
+    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self._optimizer.state[parameter]
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else {}
+
+    def init_state(self, num_updates: int) -> None:
+        fill_state(self._optimizer, self._parameters, num_updates)
+
+    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            (parameter.data if name == "master" else self._optimizer.state[parameter][name]).copy_(value)

@@ -1,0 +1,19 @@
+"""The backends by their names in the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.learner.backends.base import Backend
+from gvpo_ray.learner.backends.ddp import DDPBackend
+from gvpo_ray.learner.backends.deepspeed import DeepSpeedBackend
+from gvpo_ray.learner.backends.fsdp import FSDPBackend
+
+
+def make_backend(module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+    backends: dict[str, Callable[..., Backend]] = {"ddp": DDPBackend, "fsdp": FSDPBackend, "deepspeed": DeepSpeedBackend}
+    return backends[config.backend](module, config, dtype, device)

@@ -1,0 +1,133 @@
+"""Sampling and verifying without a learner: every row of a table once. Rollouts and evaluations are made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
+from gvpo_ray import groups
+from gvpo_ray.actors import is_lost
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.plan import check_resources, cluster_address
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.engines.actor import engine_maker
+from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.run.inputs import machine_resources, read_inputs
+from gvpo_ray.run.session import Session
+from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.verifiers.rewards import Rewards
+
+
+def evaluation_sampling(config: GVPOConfig, name: str) -> SamplingConfig:
+    """How a held-out set is sampled."""
+    num_samples, temperature, max_tokens = config.evaluation.of(name)
+    values = {"num_completions": num_samples, "temperature": temperature, "max_tokens": max_tokens or config.sampling.max_tokens}
+    return config.sampling.model_copy(update=values)
+
+
+def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None) -> pa.Table:
+    """Sample and verify groups with the weights of model.path, and write them to one Arrow file. No learner."""
+    config = config.absolute()
+    if cluster_address(config.ray) is None and not ray.is_initialized():
+        check_resources(config, *machine_resources(config), learner=False)
+    if num_groups is not None and num_groups < 1:
+        raise ConfigError(f"--groups: {num_groups}: must be at least 1")
+    inputs = read_inputs(config, reward)
+    part = Path(f"{out}.part")
+    if Path(out).is_dir():
+        raise ConfigError(f"--out: {out} is a folder")
+    try:
+        part.write_bytes(b"")  # rather now than after the sampling
+    except OSError as error:
+        raise ConfigError(f"--out: {out}: {error.strerror}") from error
+    session = Session(config.ray)
+    try:
+        engines, verifiers = without_learner(session, config, inputs.max_length, reward)
+        if inputs.prompts is None:
+            raise ConfigError("prompts: required, and not given")
+        prompts = pa.concat_tables([inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)])
+        table = session.guard(run_through(prompts, engines, verifiers, config.sampling, 0))
+        groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
+        part.replace(out)
+        return table
+    finally:
+        session.stop()
+        part.unlink(missing_ok=True)
+
+
+def without_learner(session: Session, config: GVPOConfig, max_length: int, rewards: Rewards | None) -> tuple[EngineGroup, VerifierGroup]:
+    """Engines with the weights of model.path, and verifiers."""
+
+    def note(who: str, name: str, why: str) -> None:
+        print(f"recovery of {name}: {why}", file=sys.stderr)
+
+    async def fail(error: BaseException) -> None:
+        """It is the session's cause already."""
+
+    make = engine_maker(config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None)
+    engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
+    session.on_stop(engines.close)
+    verifiers = VerifierGroup(config.verifiers, rewards, note)
+    session.on_stop(verifiers.close)
+    session.spawn(engines.run(), fail)
+    return engines, verifiers
+
+
+async def run_through(
+    prompts: pa.Table,
+    engines: EngineGroup,
+    verifiers: VerifierGroup,
+    sampling: SamplingConfig,
+    min_version: int,
+    seed: int | None = None,
+    on_done: Callable[[pa.Table], None] = lambda group: None,
+) -> pa.Table:
+    """Sample and verify every row once; the rows come back in their order. Beside a training, which waits for it.
+
+    seed: gives every group one of its own. on_done: called with each scored group as it comes.
+    """
+
+    if all(seat.config.url for seat in engines.seats):
+        raise ConfigError("engines.num: no engine of our own is there to sample with")
+
+    async def one(i: int) -> pa.Table:
+        own_seed = None if seed is None else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
+        # On their way they are told from the groups of a training by their numbers.
+        prompt = groups.with_columns(prompts.slice(i, 1), group_id=[-1 - next(_numbers)])
+        while True:
+            try:
+                sampled = await engines.sample(prompt, sampling, min_version, own_seed, only_ours=True)
+                scored = groups.from_wire(await (await verifiers.score(sampled)))
+                break
+            except RayError as error:
+                if not is_lost(error):
+                    raise
+        scored = groups.with_columns(scored, group_id=[prompts["group_id"][i].as_py()])
+        on_done(scored)
+        return scored
+
+    async with asyncio.TaskGroup() as tasks:
+        scored = [tasks.create_task(one(i)) for i in range(len(prompts))]
+    return pa.concat_tables([task.result() for task in scored])
+
+
+_numbers = itertools.count()
+
+
+def prompt_seed(seed: int, dataset: str, group_id: int) -> int:
+    """The seed of one prompt's samples, in 48 bits.
+
+    vLLM gives sample i of a request the seed + i: seeds of neighbouring prompts must lie far apart, or their samples are the same random
+    numbers and not independent. The same prompt of the same set has the same seed for every model, which narrows paired differences.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, dataset, group_id]).encode()).digest()[:6], "big")

@@ -1,0 +1,98 @@
+"""The run directory: made, taken up or refused; and the recorded groups that a run learns from."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from gvpo_ray import groups
+from gvpo_ray.buffer.log import GroupLog, read_assignments
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.run import GVPOConfig
+
+RESUMABLE = (
+    "num_steps", "max_staleness", "engines", "verifiers", "learner", "evaluation", "checkpoint", "ray", "warm_start", "run_dir", "loss", "replay",
+    "watchdog_s", "tracking", "root",
+)  # fmt: skip
+"""Keys that may change when a run is resumed. The others say what its log and its checkpoints mean."""
+
+
+@contextlib.contextmanager
+def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
+    """Make or take up the run directory, alone: writes config.yaml; refuses one that another process uses or that is another run's.
+
+    Raises:
+        ConfigError: names the key that differs, or run_dir and why it cannot be written.
+    """
+    path = Path(config.run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "a")  # noqa: SIM115 - held as long as the run
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
+    with lock:
+        for attempt in range(10):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if attempt == 9:
+                    raise ConfigError(f"run_dir: another process is running in {path}") from error
+                time.sleep(0.1)  # `gvpo-ray status` looks at the lock, too
+        kept = path / "config.yaml"
+        if kept.exists():
+            try:
+                old, new = GVPOConfig.from_file(kept).model_dump(mode="json"), config.model_dump(mode="json")
+            except ConfigError as error:
+                raise ConfigError(f"run_dir: {kept} is not the config of a run ({error}); use another run_dir") from error
+            changed = [key for key in new if key not in RESUMABLE and old[key] != new[key]]
+            if changed:
+                raise ConfigError(f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use another run_dir")
+        part = path / ".config.yaml.part"
+        try:
+            part.write_text(config.dump())
+        except OSError as error:
+            raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
+        part.replace(kept)
+        yield path
+
+
+def read_recorded(source: Path, groups_per_step: int, folder: Path) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
+    """Recorded groups, their assignment to steps, and how many steps they make. `folder`: the log of the run that is to learn from them.
+
+    The log of a finished run brings its own assignment; a file of groups is cut in its order.
+
+    Raises:
+        ConfigError: no groups there, too few, or the folder's log has others.
+    """
+    try:
+        recorded = groups.validate(groups.load(source), groups.LOGGED_COLUMNS)
+        here = len(groups.load(folder)) if any(folder.glob("*.arrow")) else 0
+    except groups.GroupError as error:
+        raise ConfigError(f"--groups: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--groups: {source} cannot be read: {error.strerror or error}") from error
+    if here not in (0, len(recorded)):
+        raise ConfigError(f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir")
+    assignments = source / "assignments.jsonl"  # only read: the run may still be going on
+    assigned = read_assignments(assignments)[0] if assignments.is_file() else {}
+    end = max((end for _, end in assigned.values()), default=0)
+    steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
+    if steps == 0:
+        raise ConfigError(f"--groups: {source} has {len(recorded)} groups, fewer than groups_per_step ({groups_per_step})")
+    return recorded, assigned, steps
+
+
+def import_groups(recorded: pa.Table, assigned: Mapping[int, tuple[int, int]], folder: Path) -> None:
+    """Make recorded groups the log of a run that only learns; a log that has them already stays."""
+    log = GroupLog(folder)
+    if len(log) == 0:
+        for i in range(len(recorded)):
+            log.append(recorded.slice(i, 1).select(list(groups.LOGGED_COLUMNS)))
+        for step, (begin, end) in assigned.items():
+            log.assign(step, begin, end)

@@ -1,0 +1,137 @@
+"""A session: Ray and an event loop in a thread, what is started on them, and what a cluster has no room for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import ray
+
+from gvpo_ray.actors import RunError, cause_of, first_of, resources_of
+from gvpo_ray.config.plan import cluster_address
+from gvpo_ray.config.run import GVPOConfig, RayConfig
+
+
+class Session:
+    """Ray, an event loop in a thread, and what was started on them; `stop` ends all of it, and only that."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []
+        """Run together at the end; what does not answer in time goes down with Ray."""
+        self.cause: BaseException | None = None
+        self._stopped = False
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            address = cluster_address(config)
+            embedded: dict[str, Any] = {
+                "num_cpus": config.num_cpus,
+                "object_store_memory": int(config.object_store_gib * 2**30),
+                "include_dashboard": config.dashboard,
+            }
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            # A call to an engine that died has two answers, of which the driver takes one: the other's error is no news.
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+            handler = signal.getsignal(signal.SIGTERM)
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else embedded))
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for a handler of its own that prints a stack trace
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, Any] | Any, timeout_s: float | None = None) -> Any:
+        """Run a coroutine (or await an object ref) on the loop and wait for its result."""
+
+        async def run() -> Any:
+            return await coroutine
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(timeout_s)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any], on_error: Callable[[BaseException], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine in the background; its exception, if it is the first, becomes the cause of the run's end."""
+
+        if self._stopped:
+            coroutine.close()
+            return
+
+        async def run() -> None:
+            try:
+                await coroutine
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # supervision: recorded as the cause and raised in the driver's thread
+                if self.cause is None and not self._stopped:
+                    self.cause = error
+                    await on_error(error)
+
+        asyncio.run_coroutine_threadsafe(run(), self.loop)
+
+    def guard(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine that would wait for ever if something in the background broke meanwhile.
+
+        Raises:
+            RunError: the first cause of either.
+        """
+
+        async def watched() -> Any:
+            work = asyncio.ensure_future(coroutine)
+            while not work.done() and self.cause is None:
+                await asyncio.wait([work], timeout=1.0)
+            if not work.done():
+                work.cancel()
+                return None
+            return work.result()
+
+        try:
+            result = self.call(watched())
+        except (ray.exceptions.RayError, RunError, BaseExceptionGroup) as error:
+            self.cause, result = self.cause or first_of(error), None
+        if result is None:
+            assert self.cause is not None
+            raise RunError(cause_of(self.cause)) from self.cause
+        return result
+
+    def on_stop(self, close: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._closers.append(close)
+
+    def stop(self) -> None:
+        """Close what was started, within seconds, and then Ray, if it is ours."""
+        if self._stopped:
+            return
+        self._stopped = True
+
+        async def close() -> None:
+            await asyncio.wait([asyncio.ensure_future(closer()) for closer in self._closers] or [asyncio.ensure_future(asyncio.sleep(0))], timeout=4)
+            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.loop.shutdown_default_executor()  # a thread that asks Ray something while Ray goes down would crash
+
+        with contextlib.suppress(TimeoutError):
+            self.call(close(), timeout_s=6)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=3)
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
+    """What no node of the cluster, as it is now, has room for even when it is empty: it waits for the autoscaler, or for ever."""
+    wanted = {"learner worker": resources_of(config.learner)}
+    if engines:
+        wanted |= {f"engine of pool {name}": resources_of(pool) for name, pool in config.engines.all_pools().items() if pool.num or pool.max_num}
+        wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for who, resources in wanted.items():
+        if not any(all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes):
+            text = ", ".join(f"{name}: {number:g}" for name, number in resources.items() if number)
+            yield (
+                f"placement: no node of this cluster has {{{text}}} for a{'n' if who[0] in 'aeiou' else ''} {who}: it waits until the "
+                "autoscaler brings one; if the cluster has no autoscaler, or no such node type, for ever"
+            )

@@ -1,0 +1,81 @@
+"""Grading of mathematical answers: extraction -> normalisation -> comparison.
+
+`grade` finds the answer in a completion, brings it and the gold answer into one spelling, takes both apart as far as their text
+shows it (lists, tuples, sets, intervals, matrices, equations, units), and asks math-verify's parser and sympy about the leaves
+that equal text and plain arithmetic leave open. The parser is a LaTeX grammar: it evaluates no Python, and nothing here does.
+
+Completions are untrusted. Text work is linear in the completion; what no answer looks like (too long, too deep, towers of
+exponents) is refused before sympy sees it. Whatever still explodes is up to the caller's limits: nothing here sets a signal,
+and MemoryError comes through.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from dataclasses import dataclass
+
+from gvpo_ray.groups import NO_ANSWER
+from gvpo_ray.verifiers.math.compare import equal_answers
+from gvpo_ray.verifiers.math.extract import CODE, MAX_CHARS, extract
+from gvpo_ray.verifiers.math.normalise import normalise
+from gvpo_ray.verifiers.math.numbers import as_number, value_and_unit
+from gvpo_ray.verifiers.math.structure import as_interval, bracketed, items_of, right_side
+from gvpo_ray.verifiers.math.symbolic import parse
+from gvpo_ray.verifiers.math.words import as_option, is_words
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What the grader says of one completion."""
+
+    correct: bool | None
+    """None: cannot be verified, since there is no gold answer, or it cannot be understood and the texts differ."""
+    reason: str | None
+    """Why `correct` is None, or NO_ANSWER; None otherwise."""
+    answer: str | None
+    """The text that was taken for the answer."""
+
+
+def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
+    """Whether a completion's answer equals the gold answer.
+
+    Args:
+        completion: a response, or a bare answer.
+        gold: the right answer, bare or marked in a solution.
+        truncated: the completion was cut at the token limit, so only a complete \\boxed{...} is an answer.
+
+    Raises:
+        MemoryError: sympy needed more than there is. Its other errors mean "not equal".
+    """
+    wanted = _gold_text(gold)
+    if not wanted:
+        return Grade(None, "there is no gold answer", None)
+    found = extract(completion, truncated=truncated)
+    text = (found.text or "").strip()
+    if not text:
+        return Grade(False, NO_ANSWER, None)
+    if len(text) > MAX_CHARS or any(unicodedata.category(sign)[0] == "C" and not sign.isspace() for sign in text):
+        return Grade(False, None, text[:MAX_CHARS])  # control characters, surrogates, signs that turn the direction
+    if CODE.search(text):
+        return Grade(normalise(text) == wanted, None, text)
+    if equal_answers(wanted, normalise(text)) or (found.sentence and is_words(wanted) and equal_answers(wanted, normalise(found.sentence[:MAX_CHARS]))):
+        return Grade(True, None, text)
+    if not _understood(wanted):
+        return Grade(None, f"the gold answer {gold[:100]!r} cannot be understood", text)
+    return Grade(False, None, text)
+
+
+@functools.lru_cache(maxsize=256)
+def _gold_text(gold: str) -> str:
+    """A gold answer, normalised; the part that is marked as the answer if it is a solution."""
+    text = extract(gold).text or gold
+    return normalise(text) if len(text) <= MAX_CHARS else ""
+
+
+def _understood(gold: str) -> bool:
+    """Whether a gold answer can be told from a wrong one."""
+    items = items_of(gold)
+    if len(items) > 1 or as_number(gold) is not None or as_option(gold) or is_words(right_side(items[0])):
+        return True
+    return bracketed(as_interval(items[0])) is not None or parse(value_and_unit(right_side(items[0]))[0]) is not None

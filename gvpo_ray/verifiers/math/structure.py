@@ -1,0 +1,129 @@
+"""The structure of an answer: tokens, brackets, lists, intervals, relations and signs."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from gvpo_ray.verifiers.math.extract import MAX_CHARS
+from gvpo_ray.verifiers.math.normalise import trim
+
+MAX_DEPTH = 40
+"""Nested brackets: the LaTeX parser recurses."""
+
+
+_TOKEN = re.compile(r"\\[{}]|\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+|\\.|[A-Za-z]+|.", re.DOTALL)
+_OPENING = frozenset(["(", "[", "{", r"\{", r"\langle", r"\lceil", r"\lfloor"])
+_CLOSING = frozenset([")", "]", "}", r"\}", r"\rangle", r"\rceil", r"\rfloor"])
+_NAME = r"(?:[A-Za-z]|\\[a-z]+(?![a-z]))(?:_\{?[\w+-]{1,6}\}?)?'*"
+_AND_OR = re.compile(r"(?<![a-zA-Z\\])(?:and|or)(?![a-z])")
+_PLUS_MINUS = re.compile(r"\\pm(?![a-z])")
+_LABEL = re.compile(r"^(?:\\text\{)?\s*[A-Za-z]{3,}[A-Za-z ]*\d*\s*\}?\s*:\s*(?=\S)")
+_DOMAIN = r"(?:\\text\{\s*)?[a-z]\s*\}?\s*\\in\s*\\mathbb\s*\{?[ZNQR]\}?"
+QUALIFIER = re.compile(
+    rf",?\s*(?:\\text\{{)?\s*\b(?:for (?:all|any|every|each|some)|where|with)\b.*$|(?<=\S),?\s*\\forall\b.*$|,\s*{_DOMAIN}.*$", re.DOTALL
+)
+
+
+def _tokens(text: str) -> list[tuple[str, int]]:
+    """(token, depth of brackets around it)."""
+    depth, found = 0, []
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        depth -= token in _CLOSING or token.startswith("\\end")
+        found.append((token, depth))
+        depth += token in _OPENING or token.startswith("\\begin")
+    return found
+
+
+def too_large(text: str) -> bool:
+    """Whether no answer is as long or as nested as this text."""
+    return len(text) > MAX_CHARS or max((depth for _, depth in _tokens(text)), default=0) > MAX_DEPTH or bool(re.search(r"\d{400}", text))
+
+
+def _split(text: str, separators: Sequence[str]) -> list[str]:
+    """Parts of a text between separators outside of all brackets, empty ones left out."""
+    parts = [""]
+    for token, depth in _tokens(text):
+        if depth == 0 and token in separators:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part for part in map(trim, parts) if part]
+
+
+def items_of(text: str) -> list[str]:
+    """What an answer lists, without order: "1, 2 and 3", "x < 1 or x > 2", "1 \\pm 2", a union; one item if it is no list."""
+    text = trim(re.split(r"\\approx|\\simeq", text)[0]) or text  # "\\frac{1}{3} \\approx 0.33"
+    groups = _split(text if ";" in text else _AND_OR.sub(";", text), (";",))
+    sizes = {len(_split(part, (",",))) for part in groups}
+    if len(groups) > 1 and len(sizes) == 1 and sizes != {1} and all("=" in part for part in groups):
+        return [f"({part})" for part in groups]  # "p = 5, q = 2; p = 7, q = 2"
+    parts = _split(_AND_OR.sub(" , ", text), (",", ";", "\\cup"))
+    kept = [trim(_LABEL.sub("", QUALIFIER.sub("", part))) for part in parts if not re.fullmatch(_DOMAIN + r"(?:_\S+)?", part)]
+    return [sign for part in [part for part in kept if part] or [text] for sign in both_signs(part)]
+
+
+def both_signs(text: str) -> list[str]:
+    """The answers that plus-minus signs stand for."""
+    count = len(_PLUS_MINUS.findall(text))
+    if not 0 < count <= 3:
+        return [text]
+    if r"\mp" in text:
+        return [_PLUS_MINUS.sub(a, text).replace(r"\mp", b) for a, b in ("+-", "-+")]
+    pieces = _PLUS_MINUS.split(text)
+    answers = ("".join(itertools.chain(*zip(pieces, (*signs, ""), strict=True))) for signs in itertools.product("+-", repeat=count))
+    return [re.sub(r"(^|[(,=])\s*\+\s*", r"\1", answer) for answer in answers]
+
+
+def bracketed(text: str) -> tuple[str, list[str], str] | None:
+    """(opening, elements, closing) of a tuple, interval, set, vector or matrix; None if the text is none of them."""
+    if text.count("\\begin") == 1 and (match := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}", text, re.DOTALL)):
+        rows = [[trim(entry) for entry in row.split("&")] for row in re.split(r"\\\\(?:\[\w+\])?", match[1]) if row.strip()]
+        if len(rows) == 1 or all(len(row) == 1 for row in rows):  # a vector, which may also be written as a tuple
+            return "(", [entry for row in rows for entry in row], ")"
+        return "matrix", ["(" + ",".join(row) + ")" for row in rows], ""
+    tokens = _tokens(text)
+    if len(tokens) < 3 or any(depth == 0 for _, depth in tokens[1:-1]):
+        return None  # "(1)(2)"
+    first, last = tokens[0][0], tokens[-1][0]
+    opening = {"(": "(", "[": "[", r"\{": r"\{", "{": r"\{", r"\langle": "("}.get(first)
+    closing = {")": ")", "]": "]", r"\}": r"\}", "}": r"\}", r"\rangle": ")"}.get(last)
+    return (opening, _split(text[len(first) : -len(last)], (",", ";")), closing) if opening and closing else None
+
+
+RELATION = re.compile(r"(<|>|\\leq(?![a-z])|\\geq(?![a-z]))")
+_FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
+
+
+def as_interval(text: str) -> str:
+    """Inequalities in one name, and sets given by them, as intervals; any other text as it is."""
+    if match := re.fullmatch(rf"\\?\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?)?\s*[|:]\s*(.*?)\\?\}}", text):
+        text = trim(match[1])
+    text = re.sub(rf"^{_NAME}\s*\\in(?![a-z])\s*", "", text)
+    parts = [part.strip() for part in RELATION.split(text)]
+    if len(parts) == 5 and re.fullmatch(_NAME, parts[2]):
+        left, first, _, second, right = parts
+        if first in (">", r"\geq"):
+            left, first, second, right = right, _FLIP[second], _FLIP[first], left
+        if first in ("<", r"\leq") and second in ("<", r"\leq"):
+            return f"{'(' if first == '<' else '['}{left},{right}{')' if second == '<' else ']'}"
+    if len(parts) == 3:
+        left, relation, right = parts
+        if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME, left):
+            left, relation, right = right, _FLIP[relation], left
+        if re.fullmatch(_NAME, left) and right and "=" not in right:
+            bound = {"<": "(-\\infty,{})", r"\leq": "(-\\infty,{}]", ">": "({},\\infty)", r"\geq": "[{},\\infty)"}[relation]
+            return bound.format(right)
+    return text
+
+
+def right_side(text: str) -> str:
+    """What an equation gives: its last side, if what stands before is a name or the value of something; else the equation."""
+    sides = _split(re.sub(r":=|\\equiv(?![a-z])(?!.*mod)", "=", text), ("=",))
+    if len(sides) < 2 or RELATION.search(text) or r"\neq" in text:
+        return text
+    is_sum = any(depth == 0 and token in "+-" for token, depth in _tokens(sides[0])[1:])
+    has_names = re.search(r"(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+", " ", sides[0]))
+    return text if is_sum and has_names and len(sides) == 2 else sides[-1]

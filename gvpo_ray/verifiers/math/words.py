@@ -1,0 +1,52 @@
+"""Answers in words: numerals, letters of options, names and statements."""
+
+from __future__ import annotations
+
+import re
+
+from gvpo_ray.verifiers.math.extract import FUNCTIONS
+from gvpo_ray.verifiers.math.numbers import value_and_unit
+
+NUMERALS = {word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
+_STOP_WORDS = frozenset(["the", "a", "an", "is", "are", "it", "be", "will", "of", "that", "this", "so", "answer", "therefore", "thus"])
+_OPTION = re.compile(
+    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*(?:\)\s*\}?(?:\s.*)?|\}?|\}?\s*[.:)]\s+\S.*)", re.DOTALL
+)
+
+
+def as_option(text: str) -> str | None:
+    """The letter of a multiple-choice answer: B, (B), \\text{B}, "B. blue", "option B"."""
+    match = _OPTION.fullmatch(text)
+    if match is None or (match[1].islower() and "(" not in text and len(text) > 1):
+        return None
+    if len(text) > 1 and re.match(r"\(?\s*[A-J]\s*\)?\s*[-+*/^=,(]", text):
+        return None  # a product, a tuple
+    return match[1].upper()
+
+
+def _plain_words(text: str) -> str:
+    return re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text))
+
+
+def is_words(text: str) -> bool:
+    """Whether an answer is language: no number or formula carries it."""
+    value = value_and_unit(text)[0]
+    plain = _plain_words(value)
+    words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", plain)]
+    language = any((len(word) >= 4 and word not in FUNCTIONS) or word in ("yes", "no", "odd", "all", "red") for word in words)
+    return language and not re.search(r"[=<>^|]|\d|\\(?:frac|sqrt|pi|leq|geq|in)(?![a-z])", plain + value)
+
+
+def same_words(gold: str, pred: str) -> bool:
+    """The same words, the order of a list aside; yes or no with an explanation; the subject for a gold sentence about it."""
+    wanted, found = ([word for word in words if word not in _STOP_WORDS] or words for words in (
+        re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*|\d+", _plain_words(text).casefold()) for text in (gold, pred)
+    ))  # fmt: skip
+    if not found or wanted == found:
+        return bool(found)
+    several = re.search(r",|\b(?:and|or)\b", gold)
+    if several and sorted(set(wanted) - {"and"}) == sorted(set(found) - {"and"}):
+        return True
+    if len(wanted) == 1 and wanted[0] in ("yes", "no", "true", "false"):
+        return found[0] == wanted[0]
+    return not several and len(wanted) >= 3 * len(found) and wanted[: len(found)] == found
