@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from gvpo_ray.verifiers.pool import VerifierGroup
 
 __version__ = "0.1.0"
-__all__ = ["GVPO", "ConfigError", "EngineGroup", "GVPOConfig", "LearnerGroup", "RunError", "VerifierGroup", "gvpo_loss"]
+__all__ = [
+    "GVPO",
+    "ConfigError",
+    "EngineGroup",
+    "GVPOConfig",
+    "LearnerGroup",
+    "RunError",
+    "VerifierGroup",
+    "gvpo_loss",
+]
 
 _HOMES = {
     "GVPO": "run.algorithm",
@@ -30,7 +39,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Ray and torch are imported when they are first asked for: `gvpo-ray --help` and a bad config answer at once."""
+    """Ray and torch are imported when they are first asked for: `gvpo-ray --help` and a bad config answer at
+    once.
+    """
     if name in _HOMES:
         return getattr(importlib.import_module(f"gvpo_ray.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

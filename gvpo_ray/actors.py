@@ -1,4 +1,6 @@
-"""Ray actors: their names and resources, what the death of one means, and the one line that a user should read of it."""
+"""Ray actors: their names and resources, what the death of one means, and the one line that a user should
+read of it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,24 @@ import re
 import uuid
 from collections.abc import Callable
 
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.learner import LearnerConfig
 
 
 def actor_name(text: str) -> str:
-    """An actor's name on the dashboard. Ray wants each once: the one of a run that was stopped just now may still be there."""
+    """An actor's name on the dashboard. Ray wants each once: the one of a run that was stopped just now may
+    still be there.
+    """
     return f"{text}-{uuid.uuid4().hex[:6]}"
 
 
@@ -37,7 +49,8 @@ class Hang(RuntimeError):
 
 
 Note = Callable[[str, str, str], None]
-"""note(who, name, why): somebody died and was replaced, such as ("engine", "engines-0", "EngineDeadError: …")."""
+"""note(who, name, why): somebody died and was replaced, such as ("engine", "engines-0", "EngineDeadError:
+…")."""
 
 
 def first_of(error: BaseException) -> BaseException:
@@ -68,7 +81,8 @@ def cause_of(error: BaseException) -> str:
     if _is_dead_core(error):
         return "vLLM's core process died (EngineDeadError)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if isinstance(error, RayError):  # its text is a traceback: the error that it ends with says more than its head
+    # its text is a traceback: the error that it ends with says more than its head
+    if isinstance(error, RayError):
         named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line)]
         if named:
             return named[-1]
@@ -76,9 +90,20 @@ def cause_of(error: BaseException) -> str:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether somebody died or was not to be reached, rather than did something wrong: worth another try elsewhere."""
+    """Whether somebody died or was not to be reached, rather than did something wrong: worth another try
+    elsewhere.
+    """
     error = innermost(error)
-    died = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError, Hang, Draining, ConnectionError, TimeoutError)
+    died = (
+        RayActorError,
+        NodeDiedError,
+        OutOfMemoryError,
+        WorkerCrashedError,
+        Hang,
+        Draining,
+        ConnectionError,
+        TimeoutError,
+    )
     return isinstance(error, died) or _is_dead_core(error)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The objects of a file of JSON lines, as far as it is there: a killed writer may leave a torn last line."""
+    """The objects of a file of JSON lines, as far as it is there: a killed writer may leave a torn last
+    line.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 

@@ -1,6 +1,8 @@
-"""Entry point for `ray job submit`: python jobs/evaluate.py CONFIG [key=value …] [--checkpoint PATH] [--out DIR].
+"""Entry point for `ray job submit`: python jobs/evaluate.py CONFIG [key=value …] [--checkpoint PATH] [--out
+DIR].
 
-    ray job submit --working-dir . -- python jobs/evaluate.py jobs/eval_paper.yaml model.path=/shared/model --out /shared/eval
+    ray job submit --working-dir . -- python jobs/evaluate.py jobs/eval_paper.yaml model.path=/shared/model \\
+        --out /shared/eval
 """
 
 import sys

@@ -1,4 +1,5 @@
-"""`gvpo-ray train` as an entry point for `ray job submit`, which makes the model first where the config has a `warm_start` section:
+"""`gvpo-ray train` as an entry point for `ray job submit`, which makes the model first where the config has a
+`warm_start` section:
 
     ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root=/shared
 """
@@ -15,7 +16,8 @@ def train(arguments: list[str]) -> int:
         try:
             config = GVPOConfig.from_file(arguments[0], arguments[1:])
             if config.warm_start is not None:
-                from gvpo_ray.learner.warm_start import warm_start  # torch: not for a message about the config
+                # torch: not for a message about the config
+                from gvpo_ray.learner.warm_start import warm_start
 
                 warm_start(config)
         except ConfigError as error:

@@ -1,4 +1,5 @@
-"""Make model.path from scratch and teach it by supervised learning, as the config's `warm_start` section says:
+"""Make model.path from scratch and teach it by supervised learning, as the config's `warm_start` section
+says:
 
     python jobs/warm_start.py jobs/quickstart.yaml [key=value …]
 

@@ -1,4 +1,6 @@
-"""What the tests of the buffer, of its log and of replay share: buffers, and questions that wait or are answered at once."""
+"""What the tests of the buffer, of its log and of replay share: buffers, and questions that wait or are
+answered at once.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,7 +11,9 @@ from tiny import make_group, table
 from gvpo_ray.buffer.buffer import GroupBuffer
 
 
-def make(folder, groups_per_step=2, num_steps=100, max_staleness=None, version=0, replay=None, seed=0) -> GroupBuffer:
+def make(
+    folder, groups_per_step=2, num_steps=100, max_staleness=None, version=0, replay=None, seed=0
+) -> GroupBuffer:
     return GroupBuffer(folder, groups_per_step, num_steps, max_staleness, version, replay, seed)
 
 

@@ -12,7 +12,9 @@ import tiny
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest file first, for side by side it would end alone. Tests marked `browser` are deselected where there is no Chromium."""
+    """The longest file first, for side by side it would end alone. Tests marked `browser` are deselected
+    where there is no Chromium.
+    """
     items.sort(key=lambda item: item.path.name != "test_ring.py")
     if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         return
@@ -33,11 +35,13 @@ _results: dict[tuple[int, str], dict[str, list[Any]]] = {}
 
 
 @pytest.fixture
-def on_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[Any]]:
+def on_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, str], list[Any]]:
     """`on_ranks(world_size, case)`: what that entry of the test file's CASES returned on each rank.
 
-    The first call starts the ranks and runs the whole list (CASES_ON_N, where the file has another one for N ranks); what a case raised is
-    raised by the test that asks for it.
+    The first call starts the ranks and runs the whole list (CASES_ON_N, where the file has another one for N
+    ranks); what a case raised is raised by the test that asks for it.
     """
 
     def ask(world_size: int, case: str) -> list[Any]:

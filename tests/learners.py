@@ -1,4 +1,6 @@
-"""Learners, batches of every kind, and a buffer that writes down what it is told: for the tests of learner, passes and objective."""
+"""Learners, batches of every kind, and a buffer that writes down what it is told: for the tests of learner,
+passes and objective.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,21 @@ BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deeps
 LEARNING_RATE = 1e-3
 
 
-def settings(run_dir: str | Path = "", reference: str = "behaviour", num_steps: int = 4, every: int = 100, **learner: Any) -> Settings:
+def settings(
+    run_dir: str | Path = "",
+    reference: str = "behaviour",
+    num_steps: int = 4,
+    every: int = 100,
+    **learner: Any,
+) -> Settings:
     return Settings(
         run_dir=str(run_dir),
         num_steps=num_steps,
         last_step=num_steps,
         loss=LossConfig(beta=0.1, reference=reference),
-        learner=LearnerConfig(**{"backend": "ddp", "learning_rate": LEARNING_RATE, "num_mini_batches": 1, **learner}),
+        learner=LearnerConfig(
+            **{"backend": "ddp", "learning_rate": LEARNING_RATE, "num_mini_batches": 1, **learner}
+        ),
         checkpoint=CheckpointConfig(every=every, keep=10),
         model_path=str(Path(run_dir) / "model"),
         parity_every=0,
@@ -53,7 +63,9 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def mixed_batch(step: int) -> list[dict[str, Any]]:
-    """Groups of many kinds: sizes 2 to 5, unverifiable completions, older, mixed and foreign data, and two that cannot be trained on."""
+    """Groups of many kinds: sizes 2 to 5, unverifiable completions, older, mixed and foreign data, and two
+    that cannot be trained on.
+    """
     first, version = 10 * step, step - 1
     return [
         make_group(first, (1.0, 0.0, 0.5), version),
@@ -90,11 +102,18 @@ class Recorder:
     def learner_started(self, step: int) -> None:
         self.told.append(("started", step))
 
-    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
+    def learned(
+        self,
+        version: int,
+        references: dict[int, list[float | None]],
+        residuals: dict[int, list[float | None]],
+    ) -> None:
         self.told.append(("learned", version, references, residuals))
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
-        self.told.append(("published", version, sorted(weights["probe"] or []) if weights else None, metrics is not None))
+        self.told.append(
+            ("published", version, sorted(weights["probe"] or []) if weights else None, metrics is not None)
+        )
 
     def saved(self, step: int) -> None:
         self.told.append(("saved", step))

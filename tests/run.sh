@@ -5,5 +5,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./jobs/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check
+ruff format --check
 mypy
 exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"  # one alone leaves a third of two cores idle

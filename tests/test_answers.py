@@ -11,55 +11,75 @@ from gvpo_ray.verifiers.math.grade import grade
 
 PRINCIPLES = {
     "percent as the gold implies": (
-        [(r"35\%", "35"), ("35", r"35\%"), (r"35\%", "0.35"), (r"12.5\%", r"\frac{1}{8}"), ("28", "28 percent")],
+        [(r"35\%", "35"), ("35", r"35\%"), (r"35\%", "0.35"), (r"12.5\%", r"\frac{1}{8}"),
+         ("28", "28 percent")],
         [(r"35\%", r"36\%"), (r"35\%", "3.5"), (r"35\%", "0.035")],
     ),
     "units may be missing, not different": (
-        [(r"12\text{ cm}", "12"), ("12", "12 apples"), (r"10\text{ cm}^2", r"10\ \text{cm}^2"), ("4 hours", "4 hrs"), ("120", "120 km")],
-        [(r"12\text{ cm}", r"12\text{ m}"), (r"5\text{ cents}", r"5\text{ dollars}"), ("3n", "3n + 2m"), ("100", r"10\text{ units}")],
+        [(r"12\text{ cm}", "12"), ("12", "12 apples"), (r"10\text{ cm}^2", r"10\ \text{cm}^2"),
+         ("4 hours", "4 hrs"), ("120", "120 km")],
+        [(r"12\text{ cm}", r"12\text{ m}"), (r"5\text{ cents}", r"5\text{ dollars}"), ("3n", "3n + 2m"),
+         ("100", r"10\text{ units}")],
     ),
     "money and separators of thousands": (
-        [(r"\$36", "36"), ("36", "$36.00"), ("1234", "1,234"), (r"1{,}234", "1234"), (r"11,\! 111", "11111"), ("2.74", "2,74")],
+        [(r"\$36", "36"), ("36", "$36.00"), ("1234", "1,234"), (r"1{,}234", "1234"), (r"11,\! 111", "11111"),
+         ("2.74", "2,74")],
         [("1234", "1,235"), ("12", "1,2"), ("1,2", "12")],
     ),
     "decimals stand for what they round": (
-        [("0.333333", "1/3"), ("3.14", r"\frac{22}{7}"), (r"41.4\%", r"\sqrt{2}-1"), ("5.0", "5"), ("0.0625", r"\frac{1}{16}")],
-        [(r"\frac{1}{3}", "0.33"), ("5", "5.001"), ("3.15", "3.14159"), ("123456", "123457"), ("2.23", "2.232"), (r"\pi", "3.14")],
+        [("0.333333", "1/3"), ("3.14", r"\frac{22}{7}"), (r"41.4\%", r"\sqrt{2}-1"), ("5.0", "5"),
+         ("0.0625", r"\frac{1}{16}")],
+        [(r"\frac{1}{3}", "0.33"), ("5", "5.001"), ("3.15", "3.14159"), ("123456", "123457"),
+         ("2.23", "2.232"), (r"\pi", "3.14")],
     ),
     "mixed numbers and fractions": (
-        [("3.5", r"3\frac{1}{2}"), ("2.5", "2 1/2"), (r"\frac12", "1/2"), ("3/2", r"\dfrac{6}{4}"), ("0.5", "\u00bd"), ("0.75", r"3:4")],
+        [("3.5", r"3\frac{1}{2}"), ("2.5", "2 1/2"), (r"\frac12", "1/2"), ("3/2", r"\dfrac{6}{4}"),
+         ("0.5", "\u00bd"), ("0.75", r"3:4")],
         [(r"\frac{1}{2}", "12"), (r"\frac{3}{2}", "32"), ("3/4", "4/3")],
     ),
     "products without a sign": (
-        [("2xy", "2 y x"), ("26000", "1000(26)"), ("6", "(2)(3)"), ("x^2+3x+2", "(x+1)(x+2)"), (r"6\pi", r"6 \pi")],
+        [("2xy", "2 y x"), ("26000", "1000(26)"), ("6", "(2)(3)"), ("x^2+3x+2", "(x+1)(x+2)"),
+         (r"6\pi", r"6 \pi")],
         [("26000", "1026"), ("5", "(2)(3)"), ("x^2+3x+2", "(x+1)(x+3)")],
     ),
     "equivalent expressions": (
-        [(r"2\sqrt{3}", r"\sqrt{12}"), (r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt{2}}"), (r"\sin^2 x", r"1-\cos^2 x"), (r"\binom{5}{2}", "10"),
+        [(r"2\sqrt{3}", r"\sqrt{12}"), (r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt{2}}"),
+         (r"\sin^2 x", r"1-\cos^2 x"), (r"\binom{5}{2}", "10"),
          ("e^{2x}", "e^x e^x"), (r"\frac{a+b}{c}", r"\frac{a}{c}+\frac{b}{c}"), (r"\ln 2", r"\log 2"),
-         (r"\lambda k", r"k \lambda"), (r"\frac\pi 2", r"0.5\pi"), (r"\frac{1}{3}E_1+E_2", r"E_{2} + E_{1}/3"), ("x^2", "x\u00b2")],
-        [(r"2\sqrt{3}", r"\sqrt{11}"), ("|x|", "x"), ("x", r"\sqrt{x^2}"), ("x+1", "x+2"), ("2^{10}", "210"), ("-3", "3"), ("f'(x)", "f(x)")],
+         (r"\lambda k", r"k \lambda"), (r"\frac\pi 2", r"0.5\pi"),
+         (r"\frac{1}{3}E_1+E_2", r"E_{2} + E_{1}/3"), ("x^2", "x\u00b2")],
+        [(r"2\sqrt{3}", r"\sqrt{11}"), ("|x|", "x"), ("x", r"\sqrt{x^2}"), ("x+1", "x+2"), ("2^{10}", "210"),
+         ("-3", "3"), ("f'(x)", "f(x)")],
     ),
     "equations": (
-        [("5", "x = 5"), ("x=5", "5"), ("f(x)=2x", "f(x) = 2 x"), ("f(z)=z", "f(x)=x"), ("y=2x+1", "2x+1"), ("y=2x+1", "y-2x=1"),
+        [("5", "x = 5"), ("x=5", "5"), ("f(x)=2x", "f(x) = 2 x"), ("f(z)=z", "f(x)=x"), ("y=2x+1", "2x+1"),
+         ("y=2x+1", "y-2x=1"),
          ("y + 1 = -x^2", "-x^2-1"), ("x = 5 + 5 = 10", "10"), ("2x+3y=6", "4x+6y=12")],
         [("x=5", "x=6"), ("f(x)=2x", "f(x)=x"), ("y=2x+1", "y=2x-1"), ("x^2=4", "2"), ("5x-7y+4=0", "x+y=0")],
     ),
     "intervals and inequalities": (
-        [("[0,1)", r"0 \leq x < 1"), ("x > 3", r"(3, \infty)"), (r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \text{ or } x>1"),
+        [("[0,1)", r"0 \leq x < 1"), ("x > 3", r"(3, \infty)"),
+         (r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \text{ or } x>1"),
          (r"x \in [0,1]", "[0, 1]"), (r"\{x \mid -2<x<3\}", "(-2,3)"), ("x < 1", "-x > -1")],
-        [("[0,1)", "[0,1]"), ("x>3", r"x \ge 3"), ("x>3", "x<3"), (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1)")],
+        [("[0,1)", "[0,1]"), ("x>3", r"x \ge 3"), ("x>3", "x<3"),
+         (r"(-\infty,-1)\cup(1,\infty)", r"(-\infty,-1)")],
     ),
     "sets, lists and tuples": (
-        [(r"\{1,2,3\}", r"\{3,2,1\}"), (r"\{1,2,3\}", "1, 2, 3"), ("1,2", r"2 \text{ and } 1"), (r"x=1 \text{ or } x=2", "1, 2"),
-         ("(1,2)", "x=1, y=2"), ("(1,2)", "(x,y)=(1,2)"), (r"1\pm\sqrt2", r"1-\sqrt2, 1+\sqrt2"), ("(0,1),(1,0)", r"(1,0) \text{ and } (0,1)"),
+        [(r"\{1,2,3\}", r"\{3,2,1\}"), (r"\{1,2,3\}", "1, 2, 3"), ("1,2", r"2 \text{ and } 1"),
+         (r"x=1 \text{ or } x=2", "1, 2"),
+         ("(1,2)", "x=1, y=2"), ("(1,2)", "(x,y)=(1,2)"), (r"1\pm\sqrt2", r"1-\sqrt2, 1+\sqrt2"),
+         ("(0,1),(1,0)", r"(1,0) \text{ and } (0,1)"),
          ("7, 14", "Ann: 14, Bob: 7")],
-        [("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", r"\{1,2\}"), ("1,2,3", "1,2"), ("7", "6 or 7"), (r"\pm 3", "3"), ("3", r"\pm 3"),
+        [("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", r"\{1,2\}"), ("1,2,3", "1,2"), ("7", "6 or 7"),
+         (r"\pm 3", "3"), ("3", r"\pm 3"),
          ("x=1,y=2", "x=2,y=1")],
     ),
     "vectors and matrices": (
-        [(r"\begin{pmatrix}1\\2\end{pmatrix}", "(1, 2)"), (r"\begin{pmatrix} 1/5 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 0.2 \\ 2 \end{bmatrix}"),
-         (r"\begin{pmatrix}6&8\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix} + \begin{pmatrix}5&6\end{pmatrix}")],
+        [(r"\begin{pmatrix}1\\2\end{pmatrix}", "(1, 2)"), (r"\begin{pmatrix} 1/5 \\ 2 "
+                                                           r"\end{pmatrix}", r"\begin{bmatrix} 0.2 \\ 2 "
+                                                                             r"\end{bmatrix}"),
+         (r"\begin{pmatrix}6&8\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix} + "
+                                              r"\begin{pmatrix}5&6\end{pmatrix}")],
         [(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}")],
     ),
     "degrees": (
@@ -73,10 +93,13 @@ PRINCIPLES = {
         [("B", "C"), ("B", "(C) B"), ("A", "A+1"), ("a", "A+1")],
     ),
     "words": (
-        [(r"\text{Evelyn}", "Evelyn"), ("Yes", "yes, because 4 is even"), (r"\text{Alice and Bob}", "Bob and Alice"),
+        [(r"\text{Evelyn}", "Evelyn"), ("Yes", "yes, because 4 is even"),
+         (r"\text{Alice and Bob}", "Bob and Alice"),
          ("Tuesday", r"\textbf{tuesday}."),
-         ("Petya will receive the last token.", "Petya"), ("2", "two"), (r"\text{infinitely many}", r"\infty")],
-        [("Evelyn", "Carla"), ("yes", "no"), ("Alice and Bob", "Alice"), ("Alice", "Alice and Bob"), (r"\text{infinitely many}", "3")],
+         ("Petya will receive the last token.", "Petya"), ("2", "two"),
+         (r"\text{infinitely many}", r"\infty")],
+        [("Evelyn", "Carla"), ("yes", "no"), ("Alice and Bob", "Alice"), ("Alice", "Alice and Bob"),
+         (r"\text{infinitely many}", "3")],
     ),
 }  # fmt: skip
 RIGHT = [(name, gold, answer) for name, (right, _) in PRINCIPLES.items() for gold, answer in right]
@@ -128,7 +151,8 @@ def test_the_answer_is_what_a_completion_ends_with(completion, answer):
     ["", " \n\t ", "\\boxed{42",
      "so \\boxed{\\frac{1}{2}", "<think> it is \\boxed{42}", "<think>\\boxed{42}</think>",
      "The answer is", "the answer is $\\frac{42}{1",
-     "We count the ways one by one. " * 20 + "So it took 42 -", "We count the ways. " * 20 + "\n\\[ x = 42 \\cdot"],
+     "We count the ways one by one. " * 20 + "So it took 42 -",
+     "We count the ways. " * 20 + "\n\\[ x = 42 \\cdot"],
 )  # fmt: skip
 def test_a_completion_without_an_answer_is_incorrect_and_says_so(completion):
     result = grade(completion, "42")
@@ -154,7 +178,12 @@ def test_a_gold_answer_that_cannot_be_understood_verifies_only_its_own_text():
 
 
 def test_the_sample_of_other_projects_cases_is_graded_as_they_expect():
-    rows = [json.loads(line) for line in (Path(__file__).parent / "data" / "grader_cases_sample.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (Path(__file__).parent / "data" / "grader_cases_sample.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
     verdicts = [(bool(grade(row["prediction"], row["gold"]).correct), row["expected"]) for row in rows]
     assert sum(verdict == expected for verdict, expected in verdicts) >= 58
     assert sum(verdict and not expected for verdict, expected in verdicts) == 0
@@ -199,7 +228,8 @@ def test_what_no_answer_looks_like_is_refused(completion, gold):
     "code",
     ["__import__('pathlib').Path({!r}).touch()",
      "exec(\"open({!r}, 'w')\")", "open({!r}, 'w')", "f\"{{open({!r}, 'w')}}\"", "eval(\"open({!r}, 'w')\")",
-     "().__class__.__bases__[0].__subclasses__() or open({!r}, 'w')", "(lambda: open({!r}, 'w'))()", "[open({!r}, 'w') for _ in [1]]"],
+     "().__class__.__bases__[0].__subclasses__() or open({!r}, "
+     "'w')", "(lambda: open({!r}, 'w'))()", "[open({!r}, 'w') for _ in [1]]"],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["{}", "\\boxed{{{}}}", "The answer is {}", "${}$", "{} = 1"])
 def test_python_is_never_evaluated(code, form, tmp_path):

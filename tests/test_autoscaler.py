@@ -1,4 +1,6 @@
-"""An elastic run on Ray's real autoscaler: nodes of three types on this machine, whose resources stand for kinds of machines."""
+"""An elastic run on Ray's real autoscaler: nodes of three types on this machine, whose resources stand for
+kinds of machines.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
     address = f"{ray.util.get_node_ip_address()}:{port}"
     mark = uuid.uuid4().hex
     types = {
-        name: {"resources": {"CPU": 1, name: 1, "object_store_memory": 1 << 28}, "node_config": {}, "min_workers": 0, "max_workers": number}
+        name: {
+            "resources": {"CPU": 1, name: 1, "object_store_memory": 1 << 28},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": number,
+        }
         for name, number in NODE_TYPES.items()
     }
     config = {
@@ -43,33 +50,73 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 10.0,
         "provider": {
-            "type": "fake_multinode", "gcs_address": address, "use_node_id_as_ip": True,  # all of them have the same IP address
-            "disable_node_updaters": True, "disable_launch_config_check": True,
+            # all of them have the same IP address
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
-        "available_node_types": {**types, "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}},
+        "available_node_types": {
+            **types,
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        },
         "head_node_type": "ray.head.default",
         # What Ray's own files say by default.
-        **{key: {} for key in ("auth", "file_mounts")}, "file_mounts_sync_continuously": False,
-        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")},
-        **{f"{who}_{what}": [] for who in ("head", "worker") for what in ("setup_commands", "start_ray_commands")},
-    }  # fmt: skip
+        **{key: {} for key in ("auth", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+        **{
+            key: []
+            for key in (
+                "cluster_synced_files",
+                "rsync_exclude",
+                "rsync_filter",
+                "initialization_commands",
+                "setup_commands",
+            )
+        },
+        **{
+            f"{who}_{what}": []
+            for who in ("head", "worker")
+            for what in ("setup_commands", "start_ray_commands")
+        },
+    }
     file = tmp_path_factory.mktemp("autoscaler") / "cluster.json"
     said = file.with_name("log")
     file.write_text(json.dumps(config))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
-        "GVPO_TEST_MARK": mark, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
-        "RAY_enable_autoscaler_v2": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
-    }  # fmt: skip
+        "GVPO_TEST_MARK": mark,
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
+        "RAY_enable_autoscaler_v2": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+    }
     with open(said, "w") as log:
         head = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}",
-             "--num-cpus=1", "--object-store-memory=268435456", f"--autoscaling-config={file}", "--include-dashboard=false",
-             f"--ray-client-server-port={clients_port}"],
-            env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [
+                Path(sys.executable).with_name("ray"),
+                "start",
+                "--head",
+                "--block",
+                f"--port={port}",
+                "--num-cpus=1",
+                "--object-store-memory=268435456",
+                f"--autoscaling-config={file}",
+                "--include-dashboard=false",
+                f"--ray-client-server-port={clients_port}",
+            ],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        _until(lambda: "Ray runtime started" in said.read_text() or head.poll() is not None, "the cluster is up")
+        _until(
+            lambda: "Ray runtime started" in said.read_text() or head.poll() is not None, "the cluster is up"
+        )
         assert head.poll() is None, said.read_text()
         yield address, mark
     finally:
@@ -97,16 +144,34 @@ def _until(holds: Callable[[], Any], what: str, timeout_s: float = 240) -> None:
         time.sleep(0.2)
 
 
-def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_during_one_run(cluster: tuple[str, str], tmp_path: Path) -> None:
+def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_during_one_run(
+    cluster: tuple[str, str], tmp_path: Path
+) -> None:
     address, mark = cluster
-    pool = {"num": 0, "max_num": 3, "num_cpus": 0.5, "resources": {"engine": 1}, "max_groups": 4, "vllm": {"seconds_per_token": 0.02}}
+    pool = {
+        "num": 0,
+        "max_num": 3,
+        "num_cpus": 0.5,
+        "resources": {"engine": 1},
+        "max_groups": 4,
+        "vllm": {"seconds_per_token": 0.02},
+    }
     run = FakeRun(
-        tmp_path, EnginesConfig(scale_window_s=2.0, pools={"spot": pool}), groups_per_step=8, num_steps=1 << 20, max_staleness=1, address=address,
-        num_verifiers=1, verifier_resources={"verifier": 0.5}, learner_resources={"learner": 1.0},
-    )  # fmt: skip
+        tmp_path,
+        EnginesConfig(scale_window_s=2.0, pools={"spot": pool}),
+        groups_per_step=8,
+        num_steps=1 << 20,
+        max_staleness=1,
+        address=address,
+        num_verifiers=1,
+        verifier_resources={"verifier": 0.5},
+        learner_resources={"learner": 1.0},
+    )
 
     def nodes() -> Counter[str]:
-        return Counter(name for node in ray.nodes() if node["Alive"] for name in NODE_TYPES if name in node["Resources"])
+        return Counter(
+            name for node in ray.nodes() if node["Alive"] for name in NODE_TYPES if name in node["Resources"]
+        )
 
     def running() -> int:
         run.check()
@@ -121,17 +186,26 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
         before_that = {seat.node for seat in run.engines.seats}
         raylet.kill()
         _until(lambda: running() == 2, "its engine is missed")
-        _until(lambda: running() == 3 and nodes()["engine"] == 3, "another node takes its place, and another engine the seat")
+        _until(
+            lambda: running() == 3 and nodes()["engine"] == 3,
+            "another node takes its place, and another engine the seat",
+        )
         assert {seat.node for seat in run.engines.seats} != before_that
         before = run.num_finished()
         _until(lambda: run.num_finished() > before + 16, "groups come in")
         ray.get(run.learner.pace.remote(1e6))  # from now on it is busy for ever
-        _until(lambda: all(seat.state == "off" for seat in run.engines.seats), "a full buffer has the pool shrink")
+        _until(
+            lambda: all(seat.state == "off" for seat in run.engines.seats),
+            "a full buffer has the pool shrink",
+        )
         _until(lambda: nodes() == {"learner": 1, "verifier": 1}, "nodes without an engine leave")
-        grown = [entry["why"].split(" engines: ")[0] for entry in run.events.entries if entry["who"] == "pool"]
+        grown = [
+            entry["why"].split(" engines: ")[0] for entry in run.events.entries if entry["who"] == "pool"
+        ]
         assert grown == ["grows to 2", "grows to 3", "shrinks to 2", "shrinks to 1", "shrinks to 0"]
         assert run.events.counts()["engine"] == 1  # to be let go is no death
         groups = run.buffer.call("status")
-        assert run.session.call(groups)["num_running"] == 0  # what they had in flight was finished or handed over
+        # what they had in flight was finished or handed over
+        assert run.session.call(groups)["num_running"] == 0
     finally:
         run.close()

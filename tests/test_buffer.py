@@ -24,7 +24,7 @@ def status(buffer: GroupBuffer, *names: str) -> Awaitable:
     return of_them()
 
 
-# ----------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 def test_batches_are_in_order_of_arrival_and_the_same_for_whoever_asks_again(tmp_path):
@@ -53,7 +53,8 @@ def test_a_new_buffer_on_the_same_folder_gives_the_same_batches_and_goes_on_behi
         batches = [await answer(buffer.batch(step)) for step in (1, 2)]
         again = make_again(buffer, version=1)
         await put(again, 5)
-        assert (await answer(again.batch(2))).equals(batches[1])  # step 2 first: the run resumes from version 1
+        # step 2 first: the run resumes from version 1
+        assert (await answer(again.batch(2))).equals(batches[1])
         assert (await answer(again.batch(1))).equals(batches[0])
         assert ids(await answer(again.batch(3))) == [7, 5]  # one row from either segment
         third = make_again(again, version=3)
@@ -65,7 +66,9 @@ def test_a_new_buffer_on_the_same_folder_gives_the_same_batches_and_goes_on_behi
 
 def test_the_assignment_is_on_disk_before_the_answer(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(group_log.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
+    monkeypatch.setattr(
+        group_log.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name)
+    )
 
     async def main():
         buffer = make(tmp_path)
@@ -108,13 +111,19 @@ def test_a_group_that_is_there_is_not_stored_twice(tmp_path):
     run(main)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the dial
+# --------------------------------------------------------------------------------------------------- the dial
 
 
 @pytest.mark.parametrize(
     ("max_staleness", "counts"),
-    # groups_per_step 4, 5 steps: with version v published, (v + max_staleness + 1) * 4 groups have started, 20 at most
-    [(0, [4, 8, 12, 16, 20, 20]), (1, [8, 12, 16, 20, 20, 20]), (3, [16, 20, 20, 20, 20, 20]), (None, [20, 20, 20, 20, 20, 20])],
+    # groups_per_step 4, 5 steps: with version v published, (v + max_staleness + 1) * 4 groups have started,
+    # 20 at most
+    [
+        (0, [4, 8, 12, 16, 20, 20]),
+        (1, [8, 12, 16, 20, 20, 20]),
+        (3, [16, 20, 20, 20, 20, 20]),
+        (None, [20, 20, 20, 20, 20, 20]),
+    ],
 )
 def test_the_dial_starts_exactly_so_many_groups_per_version(tmp_path, max_staleness, counts):
     async def main():
@@ -125,9 +134,11 @@ def test_the_dial_starts_exactly_so_many_groups_per_version(tmp_path, max_stalen
             started += await start_all(buffer)
             assert len(started) == count
             if version < len(counts) - 1:
-                await put(buffer, *[group_id for group_id, _ in started[4 * version : 4 * version + 4]])  # finished or not: it counts
+                # finished or not: it counts
+                await put(buffer, *[group_id for group_id, _ in started[4 * version : 4 * version + 4]])
         assert [group_id for group_id, _ in started] == list(range(20))
-        # The dial from the engine's side: the group in the batch after v + max_staleness others asks for version v.
+        # The dial from the engine's side: the group in the batch after v + max_staleness others asks for
+        # version v.
         bound = 99 if max_staleness is None else max_staleness
         assert [oldest for _, oldest in started] == [max(0, i // 4 - bound) for i in range(20)]
 
@@ -237,7 +248,7 @@ def test_a_group_started_behind_the_log_asks_for_a_version_that_the_repeated_ste
     run(main)
 
 
-# ------------------------------------------------------------------------------------------------------------------ orders
+# ----------------------------------------------------------------------------------------------------- orders
 
 
 def test_the_learner_waits_until_the_driver_allows_the_step(tmp_path):
@@ -264,7 +275,8 @@ def test_every_rank_gets_the_same_order_whenever_it_asks(tmp_path):
         assert ranks == ["save", "save"]
         await buffer.saved(1)
         assert await answer(saving) == 1
-        assert await answer(buffer.order(2)) == "save"  # the third rank is late, and must not train while the others save
+        # the third rank is late, and must not train while the others save
+        assert await answer(buffer.order(2)) == "save"
         buffer.release()
         buffer = make(tmp_path)  # it died
         await buffer.allow(9)
@@ -348,7 +360,7 @@ def test_a_learner_that_died_in_its_checkpoint_is_asked_for_it_again(tmp_path):
     run(main)
 
 
-# ------------------------------------------------------------------------------------------------------- driver and engines
+# ----------------------------------------------------------------------------------------- driver and engines
 
 
 def test_the_driver_gets_a_steps_metrics_once_it_is_trained(tmp_path):
@@ -368,7 +380,8 @@ def test_the_driver_gets_a_steps_metrics_once_it_is_trained(tmp_path):
 def test_engines_get_the_newest_weights_once_they_are_newer(tmp_path):
     async def main():
         buffer = make(tmp_path, version=3)
-        first = await waits(buffer.weights(-1))  # a run that is taken up has no weights before the learner is there
+        # a run that is taken up has no weights before the learner is there
+        first = await waits(buffer.weights(-1))
         await buffer.published(3, "three")
         assert await answer(first) == (3, "three")
         next_one = await waits(buffer.weights(3))
@@ -396,7 +409,11 @@ def test_close_wakes_everybody_and_keeps_the_first_error(tmp_path):
         task = await waits(saving.save())
         await saving.close()
         assert await answer(task) is None
-        assert await answer(buffer.start()) is None and await answer(buffer.order(5)) == "stop" and await answer(buffer.batch(5)) is None
+        assert (
+            await answer(buffer.start()) is None
+            and await answer(buffer.order(5)) == "stop"
+            and await answer(buffer.batch(5)) is None
+        )
 
     run(main)
 
@@ -425,7 +442,12 @@ def test_status_counts(tmp_path):
         names = ("version", "num_finished", "num_running", "num_waiting", "oldest_running", "closed", "error")
         assert await status(buffer, *names) == [0, 3, 2, 1, 2, False, None]
         await buffer.published(1, {}, {"loss": 0.5})
-        assert before <= await status(buffer, "last_group_at") <= await status(buffer, "last_step_at") <= time.time()
+        assert (
+            before
+            <= await status(buffer, "last_group_at")
+            <= await status(buffer, "last_step_at")
+            <= time.time()
+        )
         await buffer.close("the disk is full")
         assert await status(buffer, "version", "closed", "error") == [1, True, "the disk is full"]
 
@@ -463,11 +485,17 @@ def test_status_says_what_the_learner_does_and_since_when(tmp_path, monkeypatch)
         assert await answer(order) == "train"
         now = 1002.0
         batch = await waits(buffer.batch(1))
-        assert await status(buffer, "learner", "learner_since") == ["waits for groups: step 1 has 0 of 3", 1002.0]
+        assert await status(buffer, "learner", "learner_since") == [
+            "waits for groups: step 1 has 0 of 3",
+            1002.0,
+        ]
         now = 1003.0
         await put(buffer, 5, 6)
         other_rank = await waits(buffer.batch(1))
-        assert await status(buffer, "learner", "learner_since") == ["waits for groups: step 1 has 2 of 3", 1002.0]
+        assert await status(buffer, "learner", "learner_since") == [
+            "waits for groups: step 1 has 2 of 3",
+            1002.0,
+        ]
         await put(buffer, 7)
         await answer(batch)
         now = 1004.0
@@ -489,7 +517,7 @@ def test_status_says_what_the_learner_does_and_since_when(tmp_path, monkeypatch)
     run(main)
 
 
-# ------------------------------------------------------------------------------------------------------------------ deaths
+# ----------------------------------------------------------------------------------------------------- deaths
 
 
 def test_a_learner_that_comes_back_offers_older_weights_and_the_dial_stays(tmp_path):
@@ -500,7 +528,8 @@ def test_a_learner_that_comes_back_offers_older_weights_and_the_dial_stays(tmp_p
         assert [group_id for group_id, _ in await start_all(buffer)] == [0, 1, 2, 3]
         await buffer.published(1, "weights 1 again")
         assert await status(buffer, "version") == 3
-        assert await answer(buffer.weights(-1)) == (1, "weights 1 again")  # those of version 3 went with the one that made them
+        # those of version 3 went with the one that made them
+        assert await answer(buffer.weights(-1)) == (1, "weights 1 again")
         engine = await waits(buffer.weights(2))
         assert await start_all(buffer) == []
         await buffer.published(2, "weights 2 again")
@@ -536,7 +565,11 @@ def test_save_asks_a_learner_that_came_back_for_nothing_before_it_is_where_it_wa
         await buffer.published(3, {})
         saving = await waits(buffer.save())
         await buffer.published(1, {})  # it died first; step-1 is the last checkpoint
-        assert [await answer(buffer.order(step, saved=step == 2)) for step in (2, 3, 4)] == ["train", "train", "save"]
+        assert [await answer(buffer.order(step, saved=step == 2)) for step in (2, 3, 4)] == [
+            "train",
+            "train",
+            "save",
+        ]
         await buffer.saved(3)
         assert await answer(saving) == 3
 
@@ -554,7 +587,10 @@ def test_a_learner_that_dies_three_times_without_a_step_between_ends_the_run(tmp
         waiting = await waits(buffer.order(1))
         await buffer.learner_started(0)
         assert await answer(waiting) == "stop"
-        assert buffer.error == "the learner died 3 times in a row without a step between: out of memory, attempt 2"
+        assert (
+            buffer.error
+            == "the learner died 3 times in a row without a step between: out of memory, attempt 2"
+        )
         restarts = await status(buffer, "learner_restarts")
         assert [(entry["step"], entry["cause"][-1]) for entry in restarts] == [(0, "0"), (0, "1"), (0, "2")]
         assert restarts[0]["time"] <= restarts[2]["time"] <= time.time()
@@ -595,7 +631,8 @@ def test_a_new_buffer_is_told_what_is_in_flight_and_takes_it_once(tmp_path):
         assert [group_id for group_id, _ in await start_all(buffer)] == [0, 1, 2, 3]
         await put(buffer, 2)
         again = make_again(buffer, groups_per_step=4, num_steps=3, max_staleness=0)
-        await again.reconnect([0, 1, 2, 3], allowed=1, closed=False, error=None)  # that 2 is there the driver has not heard
+        # that 2 is there the driver has not heard
+        await again.reconnect([0, 1, 2, 3], allowed=1, closed=False, error=None)
         assert await status(again, "num_running", "num_finished", "oldest_running") == [3, 1, 0]
         slot = await waits(again.start())
         await put(again, 2, 3, 1, 0, 3)
@@ -615,7 +652,8 @@ def test_a_new_buffer_opens_the_dial_as_far_as_the_log_shows_that_the_learner_wa
             await buffer.published(version, {})
             await put(buffer, version)
             await answer(buffer.batch(version + 1))
-        again = make_again(buffer, groups_per_step=1, max_staleness=1)  # Ray starts it with what the first was started with
+        # Ray starts it with what the first was started with
+        again = make_again(buffer, groups_per_step=1, max_staleness=1)
         assert again.version == 2
         await again.reconnect([], 3, False, None)
         assert await start_all(again) == [(3, 2)]
@@ -626,7 +664,10 @@ def test_a_new_buffer_opens_the_dial_as_far_as_the_log_shows_that_the_learner_wa
 def test_a_new_buffer_of_a_run_that_is_over_says_so(tmp_path):
     async def main():
         buffer = make(tmp_path)
-        questions = [await waits(question) for question in (buffer.order(1), buffer.batch(1), buffer.weights(-1), buffer.trained(1))]
+        questions = [
+            await waits(question)
+            for question in (buffer.order(1), buffer.batch(1), buffer.weights(-1), buffer.trained(1))
+        ]
         await buffer.reconnect([], 0, closed=True, error="the verifiers failed")
         assert [await answer(question) for question in questions] == ["stop", None, None, None]
         assert await answer(buffer.start()) is None and buffer.error == "the verifiers failed"

@@ -1,4 +1,6 @@
-"""The command line: every bad input is one line that names it, exit status 2, nothing started and nothing written over."""
+"""The command line: every bad input is one line that names it, exit status 2, nothing started and nothing
+written over.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No cluster in the environment, no Ray from here on, and the signal handler that `main` sets put back."""
+    """No cluster in the environment, no Ray from here on, and the signal handler that `main` sets put
+    back.
+    """
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("gvpo_ray.run.session.Session.__init__", lambda *_: pytest.fail("Ray is started"))
     handler = signal.getsignal(signal.SIGTERM)
@@ -70,14 +74,19 @@ def folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def tree(folder: Path) -> dict[str, Any]:
     """What is in a folder: any change of a name, a content or a time makes it another."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None)
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+        )
         for path in sorted(folder.rglob("*"))
     }
 
 
 @pytest.fixture
 def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`refused("train", "config.yaml", …)`: the one line on stderr, without the folder, after checking all that a refusal must be."""
+    """`refused("train", "config.yaml", …)`: the one line on stderr, without the folder, after checking all
+    that a refusal must be.
+    """
 
     def run(*arguments: str) -> str:
         before = tree(folder)
@@ -93,7 +102,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
     return run
 
 
-# --- the config ------------------------------------------------------------------------------------------------------------
+# --- the config ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,7 +117,9 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
         ("bad.yaml", "run_dir: runs/x", "num_steps: required"),
     ],
 )
-def test_a_config_that_is_none_is_refused(refused: Callable[..., str], folder: Path, name: str, text: str | None, complaint: str) -> None:
+def test_a_config_that_is_none_is_refused(
+    refused: Callable[..., str], folder: Path, name: str, text: str | None, complaint: str
+) -> None:
     if text is not None:
         (folder / name).write_text(text)
     for verb in ("train", "check"):
@@ -123,7 +134,10 @@ def test_a_config_that_is_none_is_refused(refused: Callable[..., str], folder: P
         ("groups_per_stp=8", "unknown key groups_per_stp; did you mean groups_per_step?"),
         ("learner.learning_rat=1", "unknown key learner.learning_rat; did you mean learner.learning_rate?"),
         ("beta=0.1", "unknown key beta; did you mean loss.beta?"),
-        ("evaluation.sets.x.pth=1", "unknown key evaluation.sets.x.pth; did you mean evaluation.sets.x.path?"),
+        (
+            "evaluation.sets.x.pth=1",
+            "unknown key evaluation.sets.x.pth; did you mean evaluation.sets.x.path?",
+        ),
         ("xyzzy=1", "unknown key xyzzy; known here: run_dir,"),
         # values that GVPO cannot train with
         ("sampling.num_completions=1", "sampling.num_completions: "),
@@ -151,14 +165,20 @@ def test_a_bad_key_or_value_is_named(refused: Callable[..., str], override: str,
 
 
 def test_an_option_that_is_none_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["train", "config.yaml", "--loss.beta=1"], ["train"], ["tarin", "config.yaml"], ["rollout", "config.yaml"], []):
+    for arguments in (
+        ["train", "config.yaml", "--loss.beta=1"],
+        ["train"],
+        ["tarin", "config.yaml"],
+        ["rollout", "config.yaml"],
+        [],
+    ):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
         assert "error: " in capsys.readouterr().err
 
 
-# --- model and data --------------------------------------------------------------------------------------------------------
+# --- model and data -----------------------------------------------------------------------------------------
 
 
 def _remove(*names: str) -> Callable[[Path], None]:
@@ -171,7 +191,10 @@ def _write(name: str, content: str | list[dict[str, Any]]) -> Callable[[Path], N
             (folder / name).write_text(content)
         else:
             pq.write_table(
-                pa.Table.from_pylist(content, schema=pa.schema([("prompt", pa.string()), ("answer", pa.string())])), folder / name
+                pa.Table.from_pylist(
+                    content, schema=pa.schema([("prompt", pa.string()), ("answer", pa.string())])
+                ),
+                folder / name,
             )
 
     return write
@@ -189,27 +212,71 @@ def _nothing(folder: Path) -> None:
         (_nothing, ["model.path=train.jsonl"], "model.path: no folder train.jsonl"),
         (_remove("model/config.json"), [], "model.path: model has no config.json"),
         (_remove("model/*.safetensors"), [], "model.path: model has no weights"),
-        (_remove("model/tokenizer.json", "model/tokenizer_config.json"), [], "model.path: model has no tokenizer"),
+        (
+            _remove("model/tokenizer.json", "model/tokenizer_config.json"),
+            [],
+            "model.path: model has no tokenizer",
+        ),
         (_remove("model/tokenizer.json"), [], "model.path: model has no tokenizer"),
         (_write("model/config.json", "{"), [], "model.path: cannot load model"),
         (_write("model/config.json", '{"model_type": "qwen1000"}'), [], "model.path: cannot load model"),
         (_write("model/tokenizer.json", "{"), [], "model.path: cannot load model"),
         (_nothing, ["model.max_length=256"], "model.max_length: 256 is more than the model's context of 128"),
-        (_nothing, ["sampling.max_tokens=128"], "sampling.max_tokens: 128 tokens leave no room for a prompt in a context of 128"),
+        (
+            _nothing,
+            ["sampling.max_tokens=128"],
+            "sampling.max_tokens: 128 tokens leave no room for a prompt in a context of 128",
+        ),
         # the prompts
         (_nothing, ["prompts.path=nowhere.parquet"], "prompts.path: no file nowhere.parquet"),
         (_nothing, ["prompts.path=config.yaml"], "prompts.path: config.yaml: a data file ends in .parquet"),
-        (_nothing, ["prompts.answer_column=gold"], "prompts.answer_column: train.jsonl has no column 'gold'; it has prompt, answer"),
-        (_nothing, ["prompts.prompt_column=promt"], "no column 'promt'; it has prompt, answer; did you mean prompt?"),
+        (
+            _nothing,
+            ["prompts.answer_column=gold"],
+            "prompts.answer_column: train.jsonl has no column 'gold'; it has prompt, answer",
+        ),
+        (
+            _nothing,
+            ["prompts.prompt_column=promt"],
+            "no column 'promt'; it has prompt, answer; did you mean prompt?",
+        ),
         (_write("train.jsonl", ""), [], "prompts.path: train.jsonl has no rows"),
         (_write("none.parquet", []), ["prompts.path=none.parquet"], "prompts.path: none.parquet has no rows"),
-        (_write("bad.parquet", "x"), ["prompts.path=bad.parquet"], "prompts.path: bad.parquet is not Parquet"),
-        (_write("train.jsonl", '{"prompt": "1", "answer": "2"}\n{"prompt"\n'), [], "prompts.path: train.jsonl: line 2 is not JSON"),
-        (_write("train.jsonl", '{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n'), [], "train.jsonl: row 1: answer is empty (null)"),
-        (_nothing, ["prompts.template=null"], "prompts.template: required, because the tokenizer has no chat template"),
-        (_nothing, ["sampling.max_tokens=124"], "the context leaves 4 tokens for a prompt, and all 6 prompts are longer"),
-        (_nothing, ["prompts.max_tokens=3"], "prompts.max_tokens: 3 tokens are too few: all 6 prompts are longer"),
-        (_nothing, ["evaluation.sets.held.path=nowhere.jsonl"], "evaluation.sets.held.path: no file nowhere.jsonl"),
+        (
+            _write("bad.parquet", "x"),
+            ["prompts.path=bad.parquet"],
+            "prompts.path: bad.parquet is not Parquet",
+        ),
+        (
+            _write("train.jsonl", '{"prompt": "1", "answer": "2"}\n{"prompt"\n'),
+            [],
+            "prompts.path: train.jsonl: line 2 is not JSON",
+        ),
+        (
+            _write("train.jsonl", '{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n'),
+            [],
+            "train.jsonl: row 1: answer is empty (null)",
+        ),
+        (
+            _nothing,
+            ["prompts.template=null"],
+            "prompts.template: required, because the tokenizer has no chat template",
+        ),
+        (
+            _nothing,
+            ["sampling.max_tokens=124"],
+            "the context leaves 4 tokens for a prompt, and all 6 prompts are longer",
+        ),
+        (
+            _nothing,
+            ["prompts.max_tokens=3"],
+            "prompts.max_tokens: 3 tokens are too few: all 6 prompts are longer",
+        ),
+        (
+            _nothing,
+            ["evaluation.sets.held.path=nowhere.jsonl"],
+            "evaluation.sets.held.path: no file nowhere.jsonl",
+        ),
         (
             _nothing,
             ["evaluation.sets.held={path: train.jsonl, template: '{prompt}', answer_column: x}"],
@@ -223,20 +290,38 @@ def _nothing(folder: Path) -> None:
         (_nothing, ["verifiers.rewards={}"], "verifiers.rewards: name at least one reward function"),
         # the machine
         (_nothing, ["engines.num=100000"], "engines.num: 100000 x 0.1 CPUs are more than the "),
-        (_nothing, ["learner.num_workers=100000"], "learner.num_workers: 100000 x 0.1 CPUs are more than the "),
-        (_nothing, ["engines.num=1000", "engines.num_gpus=1", "engines.num_cpus=0.0001"], "engines.num: 1000 x 1 GPUs are more than the "),
-        (_nothing, ["learner.num_workers=1000", "learner.num_gpus=1", "learner.num_cpus=0.0001"], "learner.num_workers: 1000 x 1 GPUs"),
+        (
+            _nothing,
+            ["learner.num_workers=100000"],
+            "learner.num_workers: 100000 x 0.1 CPUs are more than the ",
+        ),
+        (
+            _nothing,
+            ["engines.num=1000", "engines.num_gpus=1", "engines.num_cpus=0.0001"],
+            "engines.num: 1000 x 1 GPUs are more than the ",
+        ),
+        (
+            _nothing,
+            ["learner.num_workers=1000", "learner.num_gpus=1", "learner.num_cpus=0.0001"],
+            "learner.num_workers: 1000 x 1 GPUs",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_nothing_starts(
-    refused: Callable[..., str], folder: Path, spoil: Callable[[Path], None], overrides: list[str], complaint: str
+    refused: Callable[..., str],
+    folder: Path,
+    spoil: Callable[[Path], None],
+    overrides: list[str],
+    complaint: str,
 ) -> None:
     spoil(folder)
     assert complaint in refused("train", "config.yaml", *overrides)
 
 
 def test_rollout_refuses_what_train_refuses(refused: Callable[..., str]) -> None:
-    assert "prompts.path: no file nowhere.jsonl" in refused("rollout", "config.yaml", "--out", "out.arrow", "prompts.path=nowhere.jsonl")
+    assert "prompts.path: no file nowhere.jsonl" in refused(
+        "rollout", "config.yaml", "--out", "out.arrow", "prompts.path=nowhere.jsonl"
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,15 +334,23 @@ def test_rollout_refuses_what_train_refuses(refused: Callable[..., str]) -> None
         (["--out", "out.arrow", "--groups", "-3"], "--groups: -3: must be at least 1"),
     ],
 )
-def test_rollout_refuses_what_it_could_not_write(refused: Callable[..., str], arguments: list[str], complaint: str) -> None:
+def test_rollout_refuses_what_it_could_not_write(
+    refused: Callable[..., str], arguments: list[str], complaint: str
+) -> None:
     assert complaint in refused("rollout", "config.yaml", *arguments)
 
 
 def test_check_names_what_is_not_there(refused: Callable[..., str]) -> None:
-    assert "prompts.path: nothing at nowhere.jsonl" in refused("check", "config.yaml", "prompts.path=nowhere.jsonl")
+    assert "prompts.path: nothing at nowhere.jsonl" in refused(
+        "check", "config.yaml", "prompts.path=nowhere.jsonl"
+    )
     assert "model.path: nothing at ./nowhere" in refused("check", "config.yaml", "model.path=./nowhere")
-    assert "evaluation.sets.x.path: nothing at x.parquet" in refused("check", "config.yaml", "evaluation.sets.x.path=x.parquet")
-    assert "verifiers.rewards.maths: unknown reward" in refused("check", "config.yaml", "verifiers.rewards={maths: 1}")
+    assert "evaluation.sets.x.path: nothing at x.parquet" in refused(
+        "check", "config.yaml", "evaluation.sets.x.path=x.parquet"
+    )
+    assert "verifiers.rewards.maths: unknown reward" in refused(
+        "check", "config.yaml", "verifiers.rewards={maths: 1}"
+    )
 
 
 def test_a_missing_model_says_how_to_make_it_where_the_config_can(refused: Callable[..., str]) -> None:
@@ -266,7 +359,9 @@ def test_a_missing_model_says_how_to_make_it_where_the_config_can(refused: Calla
 
 
 def test_the_real_process_prints_one_line_too(folder: Path) -> None:
-    """What libraries say while they are imported and load things must not be in the way. The last check of all is the one that fails."""
+    """What libraries say while they are imported and load things must not be in the way. The last check of
+    all is the one that fails.
+    """
     environment = {**os.environ, "PYTHONPATH": str(JOBS.parent)}
     command = [sys.executable, "-m", "gvpo_ray", "train", "config.yaml", "prompts.max_tokens=3"]
     before = tree(folder)
@@ -277,7 +372,7 @@ def test_the_real_process_prints_one_line_too(folder: Path) -> None:
     assert tree(folder) == before
 
 
-# --- the run directory -----------------------------------------------------------------------------------------------------
+# --- the run directory --------------------------------------------------------------------------------------
 
 
 def _config(folder: Path, *overrides: str) -> GVPOConfig:
@@ -293,11 +388,15 @@ def _config(folder: Path, *overrides: str) -> GVPOConfig:
         ("/sys/gvpo_ray", "run_dir: cannot write /sys/gvpo_ray: "),  # for root too
     ],
 )
-def test_a_run_dir_that_cannot_be_made_is_refused(refused: Callable[..., str], run_dir: str, complaint: str) -> None:
+def test_a_run_dir_that_cannot_be_made_is_refused(
+    refused: Callable[..., str], run_dir: str, complaint: str
+) -> None:
     assert complaint in refused("train", "config.yaml", f"run_dir={run_dir}")
 
 
-def test_a_full_disk_is_named_and_the_config_that_is_there_stays(refused: Callable[..., str], folder: Path) -> None:
+def test_a_full_disk_is_named_and_the_config_that_is_there_stays(
+    refused: Callable[..., str], folder: Path
+) -> None:
     with open_run_dir(_config(folder)) as run_dir:
         pass
     (run_dir / ".config.yaml.part").symlink_to("/dev/full")
@@ -305,20 +404,33 @@ def test_a_full_disk_is_named_and_the_config_that_is_there_stays(refused: Callab
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=1", "groups_per_step=3", "sampling.temperature=0.5", "prompts.template='{prompt} ='", "model.dtype=bfloat16"]
+    "override",
+    [
+        "seed=1",
+        "groups_per_step=3",
+        "sampling.temperature=0.5",
+        "prompts.template='{prompt} ='",
+        "model.dtype=bfloat16",
+    ],
 )
-def test_the_run_dir_of_another_run_is_refused(refused: Callable[..., str], folder: Path, override: str) -> None:
+def test_the_run_dir_of_another_run_is_refused(
+    refused: Callable[..., str], folder: Path, override: str
+) -> None:
     with open_run_dir(_config(folder)) as run_dir:
         (run_dir / "checkpoints").mkdir()
         (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
     key = re.split(r"[.=]", override)[0]
-    assert refused("train", "config.yaml", override).startswith(f"{key}: run holds a run with other values of it")
+    assert refused("train", "config.yaml", override).startswith(
+        f"{key}: run holds a run with other values of it"
+    )
 
 
 def test_what_may_change_on_resuming_is_not_refused(folder: Path) -> None:
     with open_run_dir(_config(folder)):
         pass
-    with open_run_dir(_config(folder, "num_steps=9", "engines.num=2", "learner.learning_rate=1", "loss.beta=1")) as run_dir:
+    with open_run_dir(
+        _config(folder, "num_steps=9", "engines.num=2", "learner.learning_rate=1", "loss.beta=1")
+    ) as run_dir:
         assert yaml.safe_load((run_dir / "config.yaml").read_text())["num_steps"] == 9
 
 
@@ -331,13 +443,15 @@ def test_a_run_dir_in_use_by_another_process_is_refused(refused: Callable[..., s
 
 
 @pytest.mark.parametrize("text", ["", "run_dir: [", "- x"])
-def test_a_run_dir_whose_config_is_none_is_refused(refused: Callable[..., str], folder: Path, text: str) -> None:
+def test_a_run_dir_whose_config_is_none_is_refused(
+    refused: Callable[..., str], folder: Path, text: str
+) -> None:
     with open_run_dir(_config(folder)) as run_dir:
         (run_dir / "config.yaml").write_text(text)
     assert refused("train", "config.yaml").startswith("run_dir: run/config.yaml is not the config of a run")
 
 
-# --- learn -----------------------------------------------------------------------------------------------------------------
+# --- learn --------------------------------------------------------------------------------------------------
 
 
 def _save(name: str, *rows: dict[str, Any], without: str | None = None) -> Callable[[Path], None]:
@@ -355,11 +469,23 @@ def _save(name: str, *rows: dict[str, Any], without: str | None = None) -> Calla
         (_nothing, "model", "--groups: no Arrow file at model"),
         (_write("none.arrow", ""), "none.arrow", "--groups: none.arrow is not an Arrow IPC file"),
         (_nothing, "train.jsonl", "--groups: train.jsonl is not an Arrow IPC file"),
-        (_save("g.arrow", make_group(0)), "g.arrow", "--groups: g.arrow has 1 groups, fewer than groups_per_step (2)"),
-        (_save("g.arrow", *map(make_group, range(4)), without="rewards"), "g.arrow", "--groups: column 'rewards' is missing"),
-        (_save("g.arrow", make_group(0), {**make_group(1), "rewards": [1.0]}), "g.arrow", "--groups: row 1: rewards has 1 entries"),
+        (
+            _save("g.arrow", make_group(0)),
+            "g.arrow",
+            "--groups: g.arrow has 1 groups, fewer than groups_per_step (2)",
+        ),
+        (
+            _save("g.arrow", *map(make_group, range(4)), without="rewards"),
+            "g.arrow",
+            "--groups: column 'rewards' is missing",
+        ),
+        (
+            _save("g.arrow", make_group(0), {**make_group(1), "rewards": [1.0]}),
+            "g.arrow",
+            "--groups: row 1: rewards has 1 entries",
+        ),
     ],
-)  # fmt: skip
+)
 def test_learn_names_what_is_wrong_with_the_recorded_groups(
     refused: Callable[..., str], folder: Path, spoil: Callable[[Path], None], file: str, complaint: str
 ) -> None:
@@ -368,11 +494,21 @@ def test_learn_names_what_is_wrong_with_the_recorded_groups(
 
 
 def test_what_a_verb_does_not_start_need_not_fit_the_machine(refused: Callable[..., str]) -> None:
-    """Learning starts no engines and sampling no learner: each gets past the machine's check, to its next complaint."""
-    assert "--groups: no Arrow file" in refused("learn", "config.yaml", "--groups", "nowhere.arrow", "engines.num=100000")
-    assert "--out: model is a folder" in refused("rollout", "config.yaml", "--out", "model", "learner.num_workers=100000")
-    assert "learner.num_workers: 100000 x" in refused("learn", "config.yaml", "--groups", "nowhere.arrow", "learner.num_workers=100000")
-    assert "engines.num: 100000 x" in refused("rollout", "config.yaml", "--out", "model", "engines.num=100000")
+    """Learning starts no engines and sampling no learner: each gets past the machine's check, to its next
+    complaint.
+    """
+    assert "--groups: no Arrow file" in refused(
+        "learn", "config.yaml", "--groups", "nowhere.arrow", "engines.num=100000"
+    )
+    assert "--out: model is a folder" in refused(
+        "rollout", "config.yaml", "--out", "model", "learner.num_workers=100000"
+    )
+    assert "learner.num_workers: 100000 x" in refused(
+        "learn", "config.yaml", "--groups", "nowhere.arrow", "learner.num_workers=100000"
+    )
+    assert "engines.num: 100000 x" in refused(
+        "rollout", "config.yaml", "--out", "model", "engines.num=100000"
+    )
 
 
 def test_learn_does_not_mix_two_logs(refused: Callable[..., str], folder: Path) -> None:
@@ -386,7 +522,7 @@ def test_learn_does_not_mix_two_logs(refused: Callable[..., str], folder: Path) 
     )
 
 
-# --- what is shipped -------------------------------------------------------------------------------------------------------
+# --- what is shipped ----------------------------------------------------------------------------------------
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,7 +554,9 @@ def test_check_accepts_the_gpu_jobs_on_a_machine_without_gpus(
     printed = capsys.readouterr().out
     for who, number, gpus in plan:
         assert re.search(rf"{who} +│ +{number} │ +[\d.]+ │ +{gpus} │ +[\d.]+ │ +{number * gpus:g} ", printed)
-    assert "Qwen/Qwen2.5-Math" in printed and "is a Hugging Face name, looked up when the run starts" in printed
+    assert (
+        "Qwen/Qwen2.5-Math" in printed and "is a Hugging Face name, looked up when the run starts" in printed
+    )
     config = GVPOConfig.from_file(JOBS / name)
     check_resources(config, num_cpus=32, num_gpus=8 if "8gpu" in name else 1)
 
@@ -433,7 +571,9 @@ def test_the_papers_job_states_the_papers_settings() -> None:
 
 
 @pytest.mark.parametrize("name", ["quickstart.yaml", "gsm8k_cpu.yaml"])
-def test_check_accepts_the_cpu_jobs_and_they_fit_two_cores(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_check_accepts_the_cpu_jobs_and_they_fit_two_cores(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     config = GVPOConfig.from_file(JOBS / name)
     check_resources(config, num_cpus=2, num_gpus=0)
     here = [

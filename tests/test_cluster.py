@@ -1,7 +1,9 @@
-"""cluster/: the manifests are what KubeRay, Kubernetes and Ray accept, and ask for what the job file's actors ask for.
+"""cluster/: the manifests are what KubeRay, Kubernetes and Ray accept, and ask for what the job file's actors
+ask for.
 
-Schemas: KubeRay 1.7's own, with unknown fields refused at every level. Their parts of Kubernetes (volume claims, network policy rules) check
-shared.yaml too; kustomization.yaml and what surrounds those parts are compared by hand. Rules that the CRDs write in CEL are not evaluated.
+Schemas: KubeRay 1.7's own, with unknown fields refused at every level. Their parts of Kubernetes (volume
+claims, network policy rules) check shared.yaml too; kustomization.yaml and what surrounds those parts are
+compared by hand. Rules that the CRDs write in CEL are not evaluated.
 """
 
 from __future__ import annotations
@@ -69,32 +71,45 @@ CONFIG = GVPOConfig.from_file(JOB_FILE, ENTRYPOINT[3:])
 
 def environment(name: str) -> dict[str, Any]:
     """Of a pod's container: name -> value, or where it comes from."""
-    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in CONTAINERS[name].get("env", [])}
+    return {
+        entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in CONTAINERS[name].get("env", [])
+    }
 
 
 def mount_of(path: str, name: str) -> str:
     """Name of the volume that a path is on, in a pod's container; the longest mount path wins."""
-    mounts = [mount for mount in CONTAINERS[name]["volumeMounts"] if Path(path).is_relative_to(mount["mountPath"])]
+    mounts = [
+        mount for mount in CONTAINERS[name]["volumeMounts"] if Path(path).is_relative_to(mount["mountPath"])
+    ]
     return max(mounts, key=lambda mount: len(mount["mountPath"]), default={"name": "nowhere"})["name"]
 
 
-# --------------------------------------------------------------------------------------------------------------------- the schemas
+# ------------------------------------------------------------------------------------------------ the schemas
 
 METADATA = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, **{key: {"additionalProperties": {"type": "string"}} for key in ("labels", "annotations")}},
+    "properties": {
+        "name": {"type": "string"},
+        **{key: {"additionalProperties": {"type": "string"}} for key in ("labels", "annotations")},
+    },
     "required": ["name"],
 }
 
 
 def closed(schema: Any) -> Any:
-    """As an API server reads it under strict validation: an object has the properties that are listed, and no others."""
+    """As an API server reads it under strict validation: an object has the properties that are listed, and no
+    others.
+    """
     if isinstance(schema, list):
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    schema = {key: {name: closed(part) for name, part in value.items()} if key in ("properties", "$defs") else closed(value)
-              for key, value in schema.items()}  # fmt: skip
+    schema = {
+        key: {name: closed(part) for name, part in value.items()}
+        if key in ("properties", "$defs")
+        else closed(value)
+        for key, value in schema.items()
+    }
     is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
     return schema if is_open or "properties" not in schema else schema | {"additionalProperties": False}
 
@@ -178,13 +193,30 @@ def test_the_check_refuses_a_manifest_that_is_broken_on_purpose(path, value):
 
 def test_the_volume_claim_and_the_network_policies_are_what_kubernetes_accepts():
     claim, *policies = documents("shared.yaml")
-    assert (claim["apiVersion"], claim["kind"], set(claim)) == ("v1", "PersistentVolumeClaim", {"apiVersion", "kind", "metadata", "spec"})
-    assert problems(claim["spec"], part("spec/headGroupSpec/template/spec/volumes/[]/ephemeral/volumeClaimTemplate/spec")) == []
-    selector = part("spec/headGroupSpec/template/spec/affinity/podAffinity/requiredDuringSchedulingIgnoredDuringExecution/[]/labelSelector")
+    assert (claim["apiVersion"], claim["kind"], set(claim)) == (
+        "v1",
+        "PersistentVolumeClaim",
+        {"apiVersion", "kind", "metadata", "spec"},
+    )
+    assert (
+        problems(
+            claim["spec"],
+            part("spec/headGroupSpec/template/spec/volumes/[]/ephemeral/volumeClaimTemplate/spec"),
+        )
+        == []
+    )
+    selector = part(
+        "spec/headGroupSpec/template/spec/affinity/podAffinity/requiredDuringSchedulingIgnoredDuringExecution/[]/labelSelector"
+    )
     for policy in policies:
         spec = policy["spec"]
         assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
-        assert set(policy) == {"apiVersion", "kind", "metadata", "spec"} and set(spec) == {"podSelector", "policyTypes", "ingress", "egress"}
+        assert set(policy) == {"apiVersion", "kind", "metadata", "spec"} and set(spec) == {
+            "podSelector",
+            "policyTypes",
+            "ingress",
+            "egress",
+        }
         assert problems(policy["metadata"], METADATA) == [] and spec["policyTypes"] == ["Ingress", "Egress"]
         assert problems(spec["podSelector"], selector) == []
         for way in ("ingress", "egress"):
@@ -197,23 +229,33 @@ def test_one_short_file_is_all_that_a_user_edits_and_it_fits_the_others():
     (kustomization,) = documents("kustomization.yaml")
     assert set(kustomization) == {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
     assert kustomization["resources"] == ["shared.yaml", "rayjob.yaml"]
-    assert all(set(image) == {"name", "newName", "newTag"} and image["newTag"] == PROJECT["version"] for image in kustomization["images"])
-    assert {container["image"].split(":")[0] for container in CONTAINERS.values()} == {image["name"] for image in kustomization["images"]}
+    assert all(
+        set(image) == {"name", "newName", "newTag"} and image["newTag"] == PROJECT["version"]
+        for image in kustomization["images"]
+    )
+    assert {container["image"].split(":")[0] for container in CONTAINERS.values()} == {
+        image["name"] for image in kustomization["images"]
+    }
     for patch in kustomization["patches"]:
-        (target,) = [document for document in [JOB, *documents("shared.yaml")] if document["kind"] == patch["target"]["kind"]]
+        (target,) = [
+            document
+            for document in [JOB, *documents("shared.yaml")]
+            if document["kind"] == patch["target"]["kind"]
+        ]
         assert target["metadata"]["name"] == patch["target"]["name"]
         for step in yaml.safe_load(patch["patch"]):
             old: Any = target
             for name in step["path"].split("/")[1:]:
                 old = old[name]  # "replace" fails where nothing is
-            assert step["op"] == "replace" and old == step["value"]  # what is tested here is what a user begins with
+            # what is tested here is what a user begins with
+            assert step["op"] == "replace" and old == step["value"]
 
 
 def test_the_standing_cluster_is_the_jobs_cluster():
     assert STANDING["spec"] == SPEC and STANDING["metadata"] == {"name": "gvpo-ray"}
 
 
-# ------------------------------------------------------------------------------------------------------- who sits where, and how many
+# ------------------------------------------------------------------------------- who sits where, and how many
 
 Resources = dict[str, float]
 
@@ -222,9 +264,20 @@ def asks(config: GVPOConfig) -> dict[str, tuple[Resources, int, int]]:
     """What the run's actors ask Ray for: who -> (resources of one, fewest, most)."""
     verifiers: VerifiersConfig = config.verifiers
     return {
-        "learner": (resources_of(config.learner), config.learner.num_workers, config.learner.max_workers or config.learner.num_workers),
-        **{f"engine-{name}": (resources_of(pool), pool.num, pool.max_num or pool.num) for name, pool in config.engines.all_pools().items()},
-        "verifier": ({"CPU": verifiers.num_cpus, **verifiers.resources}, verifiers.num, verifiers.max_num or verifiers.num),
+        "learner": (
+            resources_of(config.learner),
+            config.learner.num_workers,
+            config.learner.max_workers or config.learner.num_workers,
+        ),
+        **{
+            f"engine-{name}": (resources_of(pool), pool.num, pool.max_num or pool.num)
+            for name, pool in config.engines.all_pools().items()
+        },
+        "verifier": (
+            {"CPU": verifiers.num_cpus, **verifiers.resources},
+            verifiers.num,
+            verifiers.max_num or verifiers.num,
+        ),
     }
 
 
@@ -235,7 +288,9 @@ def places(actor: Resources, node: dict[str, float]) -> int:
 
 def autoscaler_config(spec: dict[str, Any]) -> dict[str, Any]:
     """As Ray's autoscaler reads it from the cluster's own description."""
-    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "gvpo-ray", "namespace": "gvpo-ray"}, "spec": spec})
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(
+        {"metadata": {"name": "gvpo-ray", "namespace": "gvpo-ray"}, "spec": spec}
+    )
     return config
 
 
@@ -248,7 +303,9 @@ def test_each_kind_of_actor_has_a_group_of_its_own_that_offers_exactly_what_its_
     actor, fewest, most = asks(CONFIG)[who]
     assert [name for name, node in NODES.items() if places(actor, node)] == [who]
     group, each = GROUPS[who], places(actor, NODES[who])
-    assert {name: number for name, number in NODES[who].items() if name != "memory"} == {name: each * number for name, number in actor.items()}
+    assert {name: number for name, number in NODES[who].items() if name != "memory"} == {
+        name: each * number for name, number in actor.items()
+    }
     assert group["minReplicas"] == group["replicas"] == math.ceil(fewest / each)
     assert group["maxReplicas"] == math.ceil(most / each)
 
@@ -260,7 +317,9 @@ def test_a_pod_asks_kubernetes_for_what_ray_gives_away_in_it(name):
     assert int(resources["requests"].get("nvidia.com/gpu", 0)) == node.get("GPU", 0)
     for unit in ("memory", "nvidia.com/gpu"):
         assert resources["requests"].get(unit) == resources["limits"].get(unit)
-    assert 2 * int(GROUPS[name]["rayStartParams"]["object-store-memory"]) < parse_quantity(resources["requests"]["memory"])
+    assert 2 * int(GROUPS[name]["rayStartParams"]["object-store-memory"]) < parse_quantity(
+        resources["requests"]["memory"]
+    )
 
 
 def test_the_head_has_room_for_the_driver_and_the_buffer_and_for_nothing_that_trains():
@@ -293,11 +352,15 @@ def test_the_autoscaler_is_on_and_knows_when_each_group_is_idle():
     assert idle["engine-a100"] > idle["engine-l4-spot"] > idle["verifier"]
 
 
-# --------------------------------------------------------------------------------------------------------------- what runs in the pods
+# -------------------------------------------------------------------------------------- what runs in the pods
 
 
 def test_the_entry_point_is_in_the_image_and_its_config_is_right():
-    assert ENTRYPOINT[0] == "python" and ENTRYPOINT[1] == f"{IN_IMAGE}/jobs/train.py" and (ROOT / "jobs/train.py").is_file()
+    assert (
+        ENTRYPOINT[0] == "python"
+        and ENTRYPOINT[1] == f"{IN_IMAGE}/jobs/train.py"
+        and (ROOT / "jobs/train.py").is_file()
+    )
     assert JOB_FILE.is_file() and any(argument.startswith("run_dir=") for argument in ENTRYPOINT[3:])
     for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / "raycluster.yaml").read_text()):
         assert list(submit) == ENTRYPOINT[1:3]
@@ -307,7 +370,9 @@ def test_the_entry_point_is_in_the_image_and_its_config_is_right():
 def test_run_dir_and_the_hugging_face_cache_are_on_the_shared_volume_of_every_node(name):
     claim = documents("shared.yaml")[0]
     (shared,) = [volume for volume in PODS[name]["volumes"] if volume["name"] == "shared"]
-    assert shared["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"] and claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert shared["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"] and claim["spec"][
+        "accessModes"
+    ] == ["ReadWriteMany"]
     assert mount_of(CONFIG.run_dir, name) == mount_of(environment(name)["HF_HOME"], name) == "shared"
     assert mount_of(environment(name)["HOME"], name) == mount_of("/tmp/ray", name) == "tmp"
 
@@ -322,7 +387,10 @@ def test_every_mount_has_its_volume_and_every_pod_its_probes_and_metrics(name):
         assert {"name": "metrics", "containerPort": 8080} in CONTAINERS[name]["ports"]
         for probe in ("livenessProbe", "readinessProbe"):
             get = CONTAINERS[name][probe]["httpGet"]
-            assert get["path"] in PUBLIC_EXACT_PATHS and get["port"] == ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+            assert (
+                get["path"] in PUBLIC_EXACT_PATHS
+                and get["port"] == ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+            )
 
 
 def flags_of(start: str) -> set[str]:
@@ -343,8 +411,10 @@ def test_the_notice_is_as_long_as_engines_need_and_the_pods_grace_is_longer(name
     variable = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert hasattr(ray_constants, variable)
     notice = float(environment(name)[variable])
-    assert notice >= CONFIG.engines.drain_s + HAND_OVER_MARGIN_S + 4  # the driver asks Ray and its engines about once a second each
-    assert notice + 5 <= PODS[name]["terminationGracePeriodSeconds"] <= 30  # no cloud's spot machines stay longer
+    # the driver asks Ray and its engines about once a second each
+    assert notice >= CONFIG.engines.drain_s + HAND_OVER_MARGIN_S + 4
+    # no cloud's spot machines stay longer
+    assert notice + 5 <= PODS[name]["terminationGracePeriodSeconds"] <= 30
 
 
 FAKE_RAY = """
@@ -384,7 +454,7 @@ def test_every_worker_has_the_pre_stop_hook():
     assert len(hooks) == len(GROUPS) and all(hook == hooks[0] for hook in hooks)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- security
+# --------------------------------------------------------------------------------------------------- security
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -392,10 +462,15 @@ def test_no_pod_is_root_writes_to_its_root_file_system_or_has_kubernetes_token(n
     pod, container = PODS[name], CONTAINERS[name]
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == 1000
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    strict = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    strict = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
     assert container["securityContext"] == SPEC["autoscalerOptions"]["securityContext"] == strict
     assert pod["automountServiceAccountToken"] is False and len(pod["containers"]) == 1
-    assert not any("serviceaccount" in mount["mountPath"] for mount in container["volumeMounts"])  # the autoscaler's alone
+    # the autoscaler's alone
+    assert not any("serviceaccount" in mount["mountPath"] for mount in container["volumeMounts"])
     assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & set(pod)
     assert not any("hostPath" in volume for volume in pod["volumes"])
 
@@ -403,11 +478,18 @@ def test_no_pod_is_root_writes_to_its_root_file_system_or_has_kubernetes_token(n
 def test_the_autoscaler_alone_has_a_token_where_it_looks_for_one():
     from ray.autoscaler._private.kuberay import node_provider
 
-    (mount,) = [mount for mount in SPEC["autoscalerOptions"]["volumeMounts"] if mount["name"] == "kubernetes-token"]
+    (mount,) = [
+        mount for mount in SPEC["autoscalerOptions"]["volumeMounts"] if mount["name"] == "kubernetes-token"
+    ]
     (volume,) = [volume for volume in PODS["head"]["volumes"] if volume["name"] == "kubernetes-token"]
     token, authority, _ = volume["projected"]["sources"]
-    assert f"{mount['mountPath']}/{token['serviceAccountToken']['path']}" == node_provider.IN_CLUSTER_TOKEN_PATH
-    assert f"{mount['mountPath']}/{authority['configMap']['items'][0]['path']}" == node_provider.IN_CLUSTER_CA_CERT_PATH
+    assert (
+        f"{mount['mountPath']}/{token['serviceAccountToken']['path']}" == node_provider.IN_CLUSTER_TOKEN_PATH
+    )
+    assert (
+        f"{mount['mountPath']}/{authority['configMap']['items'][0]['path']}"
+        == node_provider.IN_CLUSTER_CA_CERT_PATH
+    )
 
 
 def test_ray_wants_a_token_and_nothing_of_it_is_open_to_the_world():
@@ -418,24 +500,39 @@ def test_ray_wants_a_token_and_nothing_of_it_is_open_to_the_world():
     assert all("podSelector" in source for source in sources) and submitter["spec"]["ingress"] == []
     opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
     assert opened == {8265, 8080}
-    (world,) = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule.get("to", []) if "ipBlock" in peer]
+    (world,) = [
+        peer["ipBlock"]
+        for rule in policy["spec"]["egress"]
+        for peer in rule.get("to", [])
+        if "ipBlock" in peer
+    ]
     assert "169.254.0.0/16" in world["except"]
 
 
 def test_the_hugging_face_token_is_a_secret_and_not_where_completions_are_run():
     secret = {"secretKeyRef": {"name": "hugging-face", "key": "token", "optional": True}}
-    assert {name for name in PODS if "HF_TOKEN" in environment(name)} == {"head", "learner", "engine-a100", "engine-l4-spot"}
+    assert {name for name in PODS if "HF_TOKEN" in environment(name)} == {
+        "head",
+        "learner",
+        "engine-a100",
+        "engine-l4-spot",
+    }
     assert all(environment(name)["HF_TOKEN"] == secret for name in PODS if "HF_TOKEN" in environment(name))
-    assert "create secret generic hugging-face --from-literal=token=" in (CLUSTER / "kustomization.yaml").read_text()
+    assert (
+        "create secret generic hugging-face --from-literal=token="
+        in (CLUSTER / "kustomization.yaml").read_text()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the images
+# ------------------------------------------------------------------------------------------------- the images
 
 
 def pin(package: str) -> str:
     """Version of a pin in pyproject.toml."""
     extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
-    (found,) = [text for text in [*PROJECT["dependencies"], *extras] if re.match(rf"{package}(\[.*\])?==", text)]
+    (found,) = [
+        text for text in [*PROJECT["dependencies"], *extras] if re.match(rf"{package}(\[.*\])?==", text)
+    ]
     return found.partition("==")[2]
 
 
@@ -451,7 +548,11 @@ def test_ray_is_one_version_everywhere():
 
 def dockerfile() -> list[tuple[str, str]]:
     """(instruction, arguments) of each, comments left out and lines joined."""
-    lines = [line for line in (CLUSTER / "Dockerfile").read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in (CLUSTER / "Dockerfile").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines())]
 
@@ -462,7 +563,9 @@ def test_the_dockerfile_has_a_target_for_each_build_from_pinned_bases():
     assert len(bases) == len(stages) and set(bases) == {"cpu-system", "cuda-system", "cpu", "cuda"}
     for target in ("cpu", "cuda"):
         assert bases[target] == f"{target}-system"
-        assert re.search(r":\d+\.\d+", bases[f"{target}-system"]) and "latest" not in bases[f"{target}-system"]
+        assert (
+            re.search(r":\d+\.\d+", bases[f"{target}-system"]) and "latest" not in bases[f"{target}-system"]
+        )
         assert ("RUN", f"PIP_NO_CACHE_DIR=1 jobs/setup.sh {target}") in dockerfile()
     assert f"torch {pin('torch')}" in (CLUSTER / "Dockerfile").read_text()  # whose CUDA the base has
 
@@ -476,11 +579,14 @@ def test_the_dockerfile_puts_the_code_where_the_manifests_look_for_it_and_ends_u
     assert ("COPY", "jobs jobs") in instructions and ("COPY", "gvpo_ray gvpo_ray") in instructions
     assert ("ENV", f"PATH={IN_IMAGE}/.venv/bin:$PATH") in instructions
     for install in (rest for word, rest in instructions if word == "RUN" and "apt-get" in rest):
-        assert {"g++", "procps", "rsync", "python3.12", "python3.12-dev", "python3.12-venv"} <= set(install.split())  # pgrep: the preStop hook
+        # pgrep: the preStop hook
+        assert {"g++", "procps", "rsync", "python3.12", "python3.12-dev", "python3.12-venv"} <= set(
+            install.split()
+        )
     assert PROJECT["requires-python"] == ">=3.11,<3.13"
 
 
-# -------------------------------------------------------------------------------------------------------------------------- `ray up`
+# --------------------------------------------------------------------------------------------------- `ray up`
 
 
 def up(name: str) -> dict[str, Any]:
@@ -493,7 +599,12 @@ def up(name: str) -> dict[str, Any]:
 def test_ray_up_files_are_what_rays_own_schema_accepts(name):
     config = up(name)
     validate_config(config)
-    for broken in ({"max_worker": 3}, {"head_node_type": "haed"}, {"max_workers": 0}, {"idle_timeout_minutes": "5"}):
+    for broken in (
+        {"max_worker": 3},
+        {"head_node_type": "haed"},
+        {"max_workers": 0},
+        {"idle_timeout_minutes": "5"},
+    ):
         with pytest.raises((ValueError, jsonschema.ValidationError)):
             validate_config({**config, **broken})
 
@@ -506,7 +617,10 @@ def test_machines_of_ray_up_offer_what_the_job_files_actors_ask_for(name):
     left = {kind: dict(kinds[kind]["resources"]) for kind in kinds}
     for who, (actor, fewest, most) in asks(CONFIG).items():
         (home,) = [kind for kind in kinds if places(actor, kinds[kind]["resources"])]
-        each = places({key: value for key, value in actor.items() if key not in ("CPU", "GPU")}, kinds[home]["resources"])
+        each = places(
+            {key: value for key, value in actor.items() if key not in ("CPU", "GPU")},
+            kinds[home]["resources"],
+        )
         assert kinds[home]["min_workers"] * each >= fewest and kinds[home]["max_workers"] * each >= most, who
         for resource, number in actor.items():
             left[home][resource] -= each * number
@@ -529,10 +643,24 @@ def test_ray_up_has_the_images_mounts_and_commands_of_the_rest(name):
         image = docker["head_image"] if kind == config["head_node_type"] else own
         assert image.endswith(f"/gvpo-ray-{'cuda' if node['resources'].get('GPU') else 'cpu'}:{version}")
     options = " ".join(docker["run_options"])
-    assert "-v /shared:/shared" in options and "RAY_AUTH_MODE=token" in options and Path(CONFIG.run_dir).is_relative_to("/shared")
-    assert f"HF_HOME={environment('head')['HF_HOME']}" in options and "~/.ray/auth_token" in config["file_mounts"]
-    starts = [command for key in ("head", "worker") for command in config[f"{key}_start_ray_commands"] if "ray start" in command]
-    assert len(starts) == 2 and all(flags_of(start) <= KNOWN_FLAGS and f"{IN_IMAGE}/.venv/bin/ray start" in start for start in starts)
+    assert (
+        "-v /shared:/shared" in options
+        and "RAY_AUTH_MODE=token" in options
+        and Path(CONFIG.run_dir).is_relative_to("/shared")
+    )
+    assert (
+        f"HF_HOME={environment('head')['HF_HOME']}" in options
+        and "~/.ray/auth_token" in config["file_mounts"]
+    )
+    starts = [
+        command
+        for key in ("head", "worker")
+        for command in config[f"{key}_start_ray_commands"]
+        if "ray start" in command
+    ]
+    assert len(starts) == 2 and all(
+        flags_of(start) <= KNOWN_FLAGS and f"{IN_IMAGE}/.venv/bin/ray start" in start for start in starts
+    )
     assert not any("--dashboard-host" in start for start in starts)  # localhost
     for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / name).read_text()):
         assert list(submit) == ENTRYPOINT[1:3]

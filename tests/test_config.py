@@ -15,7 +15,12 @@ from gvpo_ray.config.plan import check_resources, cluster_address, resource_plan
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig
 
-SMALL: dict[str, Any] = {"run_dir": "runs/x", "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}}
+SMALL: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "num_steps": 3,
+    "model": {"path": "models/x"},
+    "prompts": {"path": "data/x.jsonl"},
+}
 SETS = {"heldout": {"path": "data/y.jsonl"}}
 
 
@@ -31,24 +36,53 @@ def refusal(overrides: list[str] | dict[str, Any]) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------------------------ what is right
+# ---------------------------------------------------------------------------------------------- what is right
 
 
 def test_the_smallest_config_has_the_papers_loss_and_a_full_support_sampler():
     small = config()
-    assert (small.loss.beta, small.loss.beta_at(0, 9), small.loss.reference, small.loss.reference_every) == ("auto", 0.1, "behaviour", None)
-    assert (small.sampling.temperature, small.sampling.top_p, small.sampling.top_k, small.sampling.min_p) == (1.0, 1.0, 0, 0.0)
-    assert small.max_staleness == 0 and small.learner.num_mini_batches > 1 and small.learner.learning_rate == 1e-6
+    assert (small.loss.beta, small.loss.beta_at(0, 9), small.loss.reference, small.loss.reference_every) == (
+        "auto",
+        0.1,
+        "behaviour",
+        None,
+    )
+    assert (small.sampling.temperature, small.sampling.top_p, small.sampling.top_k, small.sampling.min_p) == (
+        1.0,
+        1.0,
+        0,
+        0.0,
+    )
+    assert (
+        small.max_staleness == 0
+        and small.learner.num_mini_batches > 1
+        and small.learner.learning_rate == 1e-6
+    )
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         {},
-        {"max_staleness": None, "loss.reference": {"every": 3}, "learner.adam_betas": [0.9, 0.95], "learner.learning_rate": 3e-7},
-        {"evaluation.sets": {**SETS, "two": {"path": "z", "template": "Q: {prompt}\nA:"}}, "evaluation.every": 5},
-        {"verifiers.rewards": {"math": 1.0, "my.module:reward": -0.5, "rewards.py:length": 0.1}, "engines.vllm": {"x": [1, None]}},
-        {"warm_start.data.path": "solutions.jsonl", "warm_start.architecture": {"hidden_size": 64}, "warm_start.vocab_size": 400},
+        {
+            "max_staleness": None,
+            "loss.reference": {"every": 3},
+            "learner.adam_betas": [0.9, 0.95],
+            "learner.learning_rate": 3e-7,
+        },
+        {
+            "evaluation.sets": {**SETS, "two": {"path": "z", "template": "Q: {prompt}\nA:"}},
+            "evaluation.every": 5,
+        },
+        {
+            "verifiers.rewards": {"math": 1.0, "my.module:reward": -0.5, "rewards.py:length": 0.1},
+            "engines.vllm": {"x": [1, None]},
+        },
+        {
+            "warm_start.data.path": "solutions.jsonl",
+            "warm_start.architecture": {"hidden_size": 64},
+            "warm_start.vocab_size": 400,
+        },
         {"prompts.system_prompt": "Überlege: 数学 ✓ #no comment", "run_dir": "runs/a: b"},
     ],
     ids=lambda overrides: next(iter(overrides), "defaults"),
@@ -81,12 +115,17 @@ def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
         ("loss.reference=every: 4", lambda c: c.loss.reference_every, 4),
         ("loss.reference=every:4", lambda c: c.loss.reference_every, 4),
         ("loss.reference=initial", lambda c: c.loss.reference_every, None),
-        ("verifiers.rewards={math: 0.5, x.py:f: 2}", lambda c: {k: r.weight for k, r in c.verifiers.rewards.items()}, {"math": 0.5, "x.py:f": 2}),
+        (
+            "verifiers.rewards={math: 0.5, x.py:f: 2}",
+            lambda c: {k: r.weight for k, r in c.verifiers.rewards.items()},
+            {"math": 0.5, "x.py:f": 2},
+        ),
         ("verifiers.rewards.math=3", lambda c: c.verifiers.rewards, {"math": RewardConfig(weight=3)}),
         ("evaluation.sets.heldout.path=y.jsonl", lambda c: c.evaluation.sets["heldout"].path, "y.jsonl"),
         ("warm_start.data.path=z", lambda c: c.warm_start.data.path, "z"),
         ("engines.vllm.max_num_seqs=9", lambda c: c.engines.vllm, {"max_num_seqs": 9}),
-        ("prompts.template=Q={prompt}", lambda c: c.prompts.template, "Q={prompt}"),  # only the first = divides
+        # only the first = divides
+        ("prompts.template=Q={prompt}", lambda c: c.prompts.template, "Q={prompt}"),
         (" num_steps = 7", lambda c: c.num_steps, 7),
         ("sampling.top_k=-1", lambda c: c.sampling.top_k, -1),
     ],
@@ -98,7 +137,10 @@ def test_overrides_reach_their_keys(override, read, value):
 
 def test_an_overrides_section_is_not_written_into():
     overrides = {"loss": {}, "loss.objective": "grpo"}
-    assert GVPOConfig.from_dict(SMALL, overrides).loss.objective == "grpo" and overrides == {"loss": {}, "loss.objective": "grpo"}
+    assert GVPOConfig.from_dict(SMALL, overrides).loss.objective == "grpo" and overrides == {
+        "loss": {},
+        "loss.objective": "grpo",
+    }
 
 
 def test_later_overrides_win_and_stand_above_the_file(tmp_path):
@@ -114,18 +156,24 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
 
 def test_beta_moves_from_its_first_value_to_its_last():
     assert [LossConfig(beta=0.5).beta_at(version, 5) for version in (0, 4, 9)] == [0.5] * 3
-    assert [LossConfig(beta=0.5, beta_end=0.1).beta_at(version, 5) for version in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    assert [LossConfig(beta=0.5, beta_end=0.1).beta_at(version, 5) for version in range(6)] == pytest.approx(
+        [0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
+    )
     assert LossConfig(beta=0.5, beta_end=0.1).beta_at(0, 1) == 0.5
     assert (LossConfig(beta="1e-2").beta, LossConfig(beta=1).beta) == (0.01, 1.0)
     assert LossConfig().beta_at(3, 5) == 0.1 and LossConfig().steers_beta
-    assert not any(LossConfig(**other).steers_beta for other in ({"beta": 0.1}, {"reference": "initial"}, {"objective": "grpo"}))
+    assert not any(
+        LossConfig(**other).steers_beta
+        for other in ({"beta": 0.1}, {"reference": "initial"}, {"objective": "grpo"})
+    )
 
 
 def test_options_of_another_objective_may_be_written_out_with_their_defaults():
-    assert LossConfig(**LossConfig(objective="rloo").model_dump()).objective == "rloo"  # as a run's config.yaml has them
+    # as a run's config.yaml has them
+    assert LossConfig(**LossConfig(objective="rloo").model_dump()).objective == "rloo"
 
 
-# ----------------------------------------------------------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------------------------------------- what is wrong
 
 
 @pytest.mark.parametrize(
@@ -146,7 +194,11 @@ def test_options_of_another_objective_may_be_written_out_with_their_defaults():
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
-    overrides = {"evaluation.sets.path.path": "p", "evaluation.sets.heldout.path": "p", "warm_start.data.path": "p"}
+    overrides = {
+        "evaluation.sets.path.path": "p",
+        "evaluation.sets.heldout.path": "p",
+        "warm_start.data.path": "p",
+    }
     assert refusal({**overrides, key: 1}) == f"config: unknown key {key}; {hint}"
 
 
@@ -173,27 +225,59 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("run_dir=7", "run_dir", "valid string (got 7)"),
         ("model.dtype=float16", "model.dtype", "'float32' or 'bfloat16' (got 'float16')"),
         ("prompts.shuffle=maybe", "prompts.shuffle", "valid boolean"),
-        ("prompts.template=no placeholder", "prompts.template", "must contain {prompt} (got 'no placeholder')"),
+        (
+            "prompts.template=no placeholder",
+            "prompts.template",
+            "must contain {prompt} (got 'no placeholder')",
+        ),
         ("engines.num=0", "engines.num is 0", "without engines it must be 1"),
         ("engines.max_num=0", "engines.max_num", "greater than or equal to 1"),
         ("engines={num: 3, max_num: 2}", "engines: max_num (2)", "less than num (3)"),
         ("engines.url=localhost:8000", "engines: url", "http:// or https://"),
         ("engines.quantization=fp8", "engines: quantization: fp8", "needs GPUs"),
         ("engines.pools={a b: {}}", "engines.pools", "becomes part of a metric's"),
-        ("engines.pools={a: {num_gpus: 2}}", "engines.pools.a: num_gpus (2)", "must equal tensor_parallel_size (1)"),
+        (
+            "engines.pools={a: {num_gpus: 2}}",
+            "engines.pools.a: num_gpus (2)",
+            "must equal tensor_parallel_size (1)",
+        ),
         ("sources={people: {path: a.jsonl}}", "sources.people", "either share"),
         ("sources={engines: {path: a.jsonl, share: 0.5}}", "sources.engines", "a pool has that name"),
-        ("sources={a: {path: a, group_share: 0.7}, b: {path: b, group_share: 0.7}}", "sources: the group_share", "1.4, more than 1"),
+        (
+            "sources={a: {path: a, group_share: 0.7}, b: {path: b, group_share: 0.7}}",
+            "sources: the group_share",
+            "1.4, more than 1",
+        ),
         ("replay.share=1", "replay.share", "less than 1"),
-        ("learner={num_workers: 2, max_workers: 1}", "learner.max_workers (1)", "less than learner.num_workers (2)"),
+        (
+            "learner={num_workers: 2, max_workers: 1}",
+            "learner.max_workers (1)",
+            "less than learner.num_workers (2)",
+        ),
         ("engines.num_gpus=-1", "engines.num_gpus", "greater than or equal to 0"),
         ("engines.memory_fraction=1.1", "engines.memory_fraction", "less than or equal to 1"),
         ("engines.weight_transfer=ftp", "engines.weight_transfer", "'objects' or 'nccl'"),
         ("verifiers.rewards={}", "verifiers.rewards", "name at least one reward function"),
-        ("verifiers.rewards={math: much}", "verifiers.rewards", "math must be a weight or a section (got 'much')"),
-        ("verifiers.rewards={m: {wieght: 1}}", "unknown key verifiers.rewards.m.wieght", "did you mean verifiers.rewards.m.weight?"),
-        ("verifiers.rewards={j: {url: ftp://x}}", "verifiers.rewards.j", "url must start with http:// or https://"),
-        ("verifiers.rewards={j: {url: http://x, model: y}}", "verifiers.rewards.j", "url and model exclude each other"),
+        (
+            "verifiers.rewards={math: much}",
+            "verifiers.rewards",
+            "math must be a weight or a section (got 'much')",
+        ),
+        (
+            "verifiers.rewards={m: {wieght: 1}}",
+            "unknown key verifiers.rewards.m.wieght",
+            "did you mean verifiers.rewards.m.weight?",
+        ),
+        (
+            "verifiers.rewards={j: {url: ftp://x}}",
+            "verifiers.rewards.j",
+            "url must start with http:// or https://",
+        ),
+        (
+            "verifiers.rewards={j: {url: http://x, model: y}}",
+            "verifiers.rewards.j",
+            "url and model exclude each other",
+        ),
         ("verifiers.max_num=1", "verifiers", "max_num (1) is less than num (2)"),
         ("verifiers.timeout_s=0", "verifiers.timeout_s", "greater than 0"),
         ("learner.num_workers=0", "learner.num_workers", "greater than or equal to 1"),
@@ -210,7 +294,18 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         # the reference's forms
         *[
             (f"loss.reference={form}", "loss.reference", "must be behaviour, previous, initial or every: N")
-            for form in ("frozen", "every", "every: 0", "every: -1", "every: x", "'every: 2.5'", "{every: 2, a: 3}", "null", "7", "[x]")
+            for form in (
+                "frozen",
+                "every",
+                "every: 0",
+                "every: -1",
+                "every: x",
+                "'every: 2.5'",
+                "{every: 2, a: 3}",
+                "null",
+                "7",
+                "[x]",
+            )
         ],
         # a sampler that cuts the support
         ("sampling.top_p=0.9", "sampling", "top_p=0.9 cuts the sampler's support"),
@@ -219,17 +314,45 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("sampling={top_p: 0.9, min_p: 0.1}", "sampling", "top_p=0.9, min_p=0.1 cuts the sampler's support"),
         # two keys
         ("groups_per_step=3", "learner.num_mini_batches (4)", "must not exceed groups_per_step (3)"),
-        ("model.max_length=256", "sampling.max_tokens (256)", "leaves no room for a prompt in model.max_length (256)"),
-        ("engines.weight_transfer=nccl", "engines.weight_transfer", "nccl needs GPUs in engines.num_gpus and learner.num_gpus"),
+        (
+            "model.max_length=256",
+            "sampling.max_tokens (256)",
+            "leaves no room for a prompt in model.max_length (256)",
+        ),
+        (
+            "engines.weight_transfer=nccl",
+            "engines.weight_transfer",
+            "nccl needs GPUs in engines.num_gpus and learner.num_gpus",
+        ),
         ("evaluation.every=5", "evaluation.every is set", "evaluation.sets is empty"),
         ("engines.num_gpus=2", "engines: num_gpus (2)", "must equal tensor_parallel_size (1)"),
-        ("engines={num_gpus: 0.5, tensor_parallel_size: 2}", "engines: num_gpus (0.5)", "must equal tensor_parallel_size (2)"),
-        ("learner={backend: ddp, zero_stage: 2}", "learner.zero_stage (2)", "needs learner.backend: deepspeed, not ddp"),
-        ("learner={zero_stage: 2, offload: parameters}", "learner.offload: parameters", "needs learner.zero_stage of at least 3, not 2"),
-        ("learner.offload=optimizer", "learner.offload: optimizer", "needs learner.zero_stage of at least 1, not 0"),
+        (
+            "engines={num_gpus: 0.5, tensor_parallel_size: 2}",
+            "engines: num_gpus (0.5)",
+            "must equal tensor_parallel_size (2)",
+        ),
+        (
+            "learner={backend: ddp, zero_stage: 2}",
+            "learner.zero_stage (2)",
+            "needs learner.backend: deepspeed, not ddp",
+        ),
+        (
+            "learner={zero_stage: 2, offload: parameters}",
+            "learner.offload: parameters",
+            "needs learner.zero_stage of at least 3, not 2",
+        ),
+        (
+            "learner.offload=optimizer",
+            "learner.offload: optimizer",
+            "needs learner.zero_stage of at least 1, not 0",
+        ),
         ("loss.beta_end=0.5", "loss: beta_end needs a number for beta to start from", ""),
         ("loss.beta=automatic", "loss.beta", "auto or a valid number"),
-        ("loss={objective: grpo, beta: 0.5}", "loss: beta is not an option of grpo", "it has clip_high, clip_low, kl_coefficient, old_policy,"),
+        (
+            "loss={objective: grpo, beta: 0.5}",
+            "loss: beta is not an option of grpo",
+            "it has clip_high, clip_low, kl_coefficient, old_policy,",
+        ),
         ("loss.kl_coefficient=0.1", "loss: kl_coefficient is not an option of gvpo", "it has beta,"),
     ],
     ids=str,
@@ -240,7 +363,9 @@ def test_a_bad_value_is_one_line_with_its_key(override, key, says):
 
 
 def test_evaluation_must_leave_room_for_a_prompt_too():
-    assert "evaluation.max_tokens (300) leaves no room" in refusal({"model.max_length": 300, "evaluation.max_tokens": 300})
+    assert "evaluation.max_tokens (300) leaves no room" in refusal(
+        {"model.max_length": 300, "evaluation.max_tokens": 300}
+    )
     assert config(model__max_length=300, evaluation__max_tokens=299).evaluation.max_tokens == 299
 
 
@@ -267,7 +392,10 @@ def test_of_several_mistakes_the_unknown_key_comes_first_and_others_are_counted(
         ("engines.vllm={a: [1", "override engines.vllm: '{a: [1' is not a YAML value"),
         ("num_steps.more=1", "override num_steps.more: num_steps is not a section"),
         ("model.path.more=1", "override model.path.more: path is not a section"),
-        ("ray..address=1", "config: unknown key ray.; known here: address, num_cpus, object_store_gib, dashboard"),
+        (
+            "ray..address=1",
+            "config: unknown key ray.; known here: address, num_cpus, object_store_gib, dashboard",
+        ),
         ("ray.=1", "config: unknown key ray.; known here: address, num_cpus, object_store_gib, dashboard"),
     ],
 )
@@ -311,7 +439,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path):
         GVPOConfig.from_file(tmp_path / "run.yaml")
 
 
-# --------------------------------------------------------------------------------------------------------- the opt-out, the resources
+# --------------------------------------------------------------------------------- the opt-out, the resources
 
 
 def test_truncated_support_can_be_accepted_and_then_warns():
@@ -324,7 +452,11 @@ def test_truncated_support_can_be_accepted_and_then_warns():
 
 
 def test_the_plan_is_what_the_config_asks_for():
-    plan = resource_plan(config(learner__num_workers=2, learner__num_gpus=1, engines__num=3, engines__num_cpus=2, verifiers__num=4))
+    plan = resource_plan(
+        config(
+            learner__num_workers=2, learner__num_gpus=1, engines__num=3, engines__num_cpus=2, verifiers__num=4
+        )
+    )
     assert plan == [("learner worker", 2, 0.25, 1.0), ("engine", 3, 2.0, 0.0), ("verifier", 4, 0.1, 0.0)]
 
 
@@ -333,17 +465,35 @@ def test_the_plan_is_what_the_config_asks_for():
     [
         # the defaults ask for 0.25 + 1 + 2 * 0.1 = 1.45 CPUs
         ({}, 1.45, 0, None),
-        ({}, 1.4, 0, "the run asks for 1.45 CPUs in all (see `gvpo-ray check`), this machine has 1.4: lower engines.num"),
+        (
+            {},
+            1.4,
+            0,
+            "the run asks for 1.45 CPUs in all (see `gvpo-ray check`), this machine has 1.4: lower "
+            "engines.num",
+        ),
         ({"engines.num": 3}, 2, 0, "engines.num: 3 x 1 CPUs are more than the 2 CPUs of this machine"),
-        ({"learner.num_workers": 9}, 2, 0, "learner.num_workers: 9 x 0.25 CPUs are more than the 2 CPUs of this machine"),
-        ({"verifiers.num": 30}, 2, 0, "verifiers.num: 30 x 0.1 CPUs are more than the 2 CPUs of this machine"),
+        (
+            {"learner.num_workers": 9},
+            2,
+            0,
+            "learner.num_workers: 9 x 0.25 CPUs are more than the 2 CPUs of this machine",
+        ),
+        (
+            {"verifiers.num": 30},
+            2,
+            0,
+            "verifiers.num: 30 x 0.1 CPUs are more than the 2 CPUs of this machine",
+        ),
         ({"engines.num_gpus": 1}, 8, 0, "engines.num: 1 x 1 GPUs are more than the 0 GPUs of this machine"),
         ({"engines.num_gpus": 1, "learner.num_gpus": 1}, 8, 1, "the run asks for 2 GPUs in all"),
         ({"engines.num_gpus": 0.5, "learner.num_gpus": 0.5}, 8, 1, None),
         ({"engines.num": 2, "engines.num_gpus": 4, "engines.tensor_parallel_size": 4}, 8, 8, None),
     ],
 )
-def test_a_plan_that_can_never_be_placed_is_refused_with_the_key_to_lower(overrides, num_cpus, num_gpus, says):
+def test_a_plan_that_can_never_be_placed_is_refused_with_the_key_to_lower(
+    overrides, num_cpus, num_gpus, says
+):
     wanted = GVPOConfig.from_dict(SMALL, overrides)
     if says is None:
         check_resources(wanted, num_cpus, num_gpus)
@@ -365,15 +515,23 @@ def test_a_pool_has_what_it_says_and_for_the_rest_what_the_section_says():
     pools = {"slow": {"dtype": "bfloat16"}, "fast": {"num": 3, "num_threads": 2}}
     config = GVPOConfig.from_dict(SMALL | {"engines": {"num_threads": 1, "hang_s": 9, "pools": pools}})
     slow, fast = config.engines.all_pools().values()
-    assert (slow.num, slow.num_threads, slow.dtype) == (1, 1, "bfloat16") and (fast.num, fast.num_threads, fast.dtype) == (3, 2, None)
+    assert (slow.num, slow.num_threads, slow.dtype) == (1, 1, "bfloat16") and (
+        fast.num,
+        fast.num_threads,
+        fast.dtype,
+    ) == (3, 2, None)
     assert GVPOConfig.from_dict(config.model_dump(mode="json")) == config
-    (only,) = GVPOConfig.from_dict(SMALL | {"engines": {"num": 2, "dtype": "float16"}}).engines.all_pools().items()
+    (only,) = (
+        GVPOConfig.from_dict(SMALL | {"engines": {"num": 2, "dtype": "float16"}}).engines.all_pools().items()
+    )
     assert only == ("engines", PoolConfig(num=2, dtype="float16"))
 
 
 def test_a_run_on_offline_sources_alone_needs_no_prompts():
     offline = {key: value for key, value in SMALL.items() if key != "prompts"} | {"engines": {"num": 0}}
-    config = GVPOConfig.from_dict(offline | {"sources": {"people": {"path": "worked.jsonl", "group_share": 1.0}}})
+    config = GVPOConfig.from_dict(
+        offline | {"sources": {"people": {"path": "worked.jsonl", "group_share": 1.0}}}
+    )
     assert config.prompts.path == NO_PROMPTS
     with pytest.raises(ConfigError, match="prompts: required"):
         GVPOConfig.from_dict({key: value for key, value in SMALL.items() if key != "prompts"})
@@ -381,12 +539,20 @@ def test_a_run_on_offline_sources_alone_needs_no_prompts():
 
 def test_relative_paths_begin_at_the_root(tmp_path):
     (tmp_path / "here").mkdir()
-    values = {"root": str(tmp_path), "run_dir": "runs/x", "model.path": "here", "prompts.path": "data/train.parquet"}
+    values = {
+        "root": str(tmp_path),
+        "run_dir": "runs/x",
+        "model.path": "here",
+        "prompts.path": "data/train.parquet",
+    }
     values |= {"verifiers.rewards": {"mine.py:f": 1.0}}
     config = GVPOConfig.from_dict(SMALL, values)
     paths = (config.run_dir, config.model.path, config.prompts.path)
     assert paths == (f"{tmp_path}/runs/x", f"{tmp_path}/here", f"{tmp_path}/data/train.parquet")
     assert config.verifiers.rewards["mine.py:f"].function == f"{tmp_path}/mine.py:f"
-    elsewhere = GVPOConfig.from_dict(SMALL, values | {"run_dir": "/there", "model.path": "Qwen/Qwen2.5-Math-7B"})
-    assert (elsewhere.run_dir, elsewhere.model.path) == ("/there", "Qwen/Qwen2.5-Math-7B")  # neither is relative
+    elsewhere = GVPOConfig.from_dict(
+        SMALL, values | {"run_dir": "/there", "model.path": "Qwen/Qwen2.5-Math-7B"}
+    )
+    # neither is relative
+    assert (elsewhere.run_dir, elsewhere.model.path) == ("/there", "Qwen/Qwen2.5-Math-7B")
     assert GVPOConfig.from_dict(yaml.safe_load(elsewhere.dump())) == elsewhere

@@ -36,16 +36,21 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "scratch", tmp_path / "outside"
 
 
-def _run(folders: tuple[Path, Path], program: str, pass_fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+def _run(
+    folders: tuple[Path, Path], program: str, pass_fds: tuple[int, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PREAMBLE + program, *map(str, folders)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, pass_fds=pass_fds)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, pass_fds=pass_fds
+    )
 
 
 def _try(attempts: dict[str, str]) -> str:
     """A program that prints for each attempt the name of what it raises, or "done"."""
     return "".join(
-        f"try:\n    {attempt.replace(chr(10), chr(10) + '    ')}\nexcept BaseException as error:\n    print({name!r}, type(error).__name__)\n"
+        f"try:\n    {attempt.replace(chr(10), chr(10) + '    ')}\nexcept BaseException as error:\n    "
+        f"print({name!r}, type(error).__name__)\n"
         f"else:\n    print({name!r}, 'done')\n"
         for name, attempt in attempts.items()
     )
@@ -61,11 +66,17 @@ def _outcomes(folders: tuple[Path, Path], before: str, attempts: dict[str, str])
 def _state(folder: Path) -> list[tuple[str, str, int, int]]:
     """Names, contents, modes and times."""
     return sorted(
-        (str(path), path.read_text() if path.is_file() else "", path.lstat().st_mode, path.lstat().st_mtime_ns) for path in folder.rglob("*")
+        (
+            str(path),
+            path.read_text() if path.is_file() else "",
+            path.lstat().st_mode,
+            path.lstat().st_mtime_ns,
+        )
+        for path in folder.rglob("*")
     )
 
 
-# --- calls ----------------------------------------------------------------------------------------------------------------
+# --- calls --------------------------------------------------------------------------------------------------
 
 FORBIDDEN_CALLS = {
     "a TCP socket": "socket.socket()",
@@ -101,7 +112,8 @@ FORBIDDEN_CALLS = {
     "pidfd_getfd": "call(438, 438, 0, 0, 0)",
     "a signal that the kernel sends (F_SETOWN)": "__import__('fcntl').fcntl(channel, 8, os.getppid())",
     "a signal that the kernel sends (F_SETSIG)": "__import__('fcntl').fcntl(channel, 10, 9)",
-    "a signal that the kernel sends (FIOSETOWN)": "__import__('fcntl').ioctl(channel, 0x8901, os.getppid().to_bytes(4, 'little'))",
+    "a signal that the kernel sends "
+    "(FIOSETOWN)": "__import__('fcntl').ioctl(channel, 0x8901, os.getppid().to_bytes(4, 'little'))",
     "keys into a terminal": "__import__('fcntl').ioctl(0, 0x5412, b'x')",
     "a lease": "__import__('fcntl').fcntl(os.open(outside + '/there', os.O_RDONLY), 1024, 0)",
     "ptrace": "call(101, 117, 16, os.getppid(), 0, 0)",
@@ -164,12 +176,18 @@ import fcntl, multiprocessing, subprocess, time
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["calls", "calls and files"])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Of every attempt in FORBIDDEN_CALLS, all made by one process; it alone stays, and what is outside stays as it was."""
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """Of every attempt in FORBIDDEN_CALLS, all made by one process; it alone stays, and what is outside stays
+    as it was.
+    """
     folders = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("outside")
     (folders[1] / "there").write_text("as it was")
     before = _state(folders[1])
-    yield _outcomes(folders, f"{BEFORE_CALLS}\nconfine.restrict_calls(files={request.param})", FORBIDDEN_CALLS)
+    yield _outcomes(
+        folders, f"{BEFORE_CALLS}\nconfine.restrict_calls(files={request.param})", FORBIDDEN_CALLS
+    )
     assert _state(folders[1]) == before
 
 
@@ -178,29 +196,61 @@ def test_a_forbidden_call_is_a_permission_error(outcomes: dict[str, str], name: 
     assert outcomes[name] == "PermissionError"
 
 
-def test_no_attempt_is_refused_without_the_restriction_for_lack_of_rights_alone(folders: tuple[Path, Path]) -> None:
-    """What any process may do, tried in the same words: the table above would not notice an attempt that can never work."""
+def test_no_attempt_is_refused_without_the_restriction_for_lack_of_rights_alone(
+    folders: tuple[Path, Path],
+) -> None:
+    """What any process may do, tried in the same words: the table above would not notice an attempt that can
+    never work.
+    """
     harmless = [
-        "a TCP socket", "a UDP socket", "a UNIX socket", "a netlink socket", "listen", "subprocess", "posix_spawn", "kill the parent",
-        "tkill", "tgkill", "pidfd_open", "a signal that the kernel sends (F_SETSIG)", "setpgid", "outliving the parent", "others' limits",
-        "a file in memory", "personality", "setuid", "setgid", "setresuid", "another mode", "another mode by descriptor",
-        "another owner", "another time", "another size", "another size by opening to read",
-    ]  # fmt: skip
-    assert _outcomes(folders, BEFORE_CALLS, {name: FORBIDDEN_CALLS[name] for name in harmless}) == dict.fromkeys(harmless, "done")
+        "a TCP socket",
+        "a UDP socket",
+        "a UNIX socket",
+        "a netlink socket",
+        "listen",
+        "subprocess",
+        "posix_spawn",
+        "kill the parent",
+        "tkill",
+        "tgkill",
+        "pidfd_open",
+        "a signal that the kernel sends (F_SETSIG)",
+        "setpgid",
+        "outliving the parent",
+        "others' limits",
+        "a file in memory",
+        "personality",
+        "setuid",
+        "setgid",
+        "setresuid",
+        "another mode",
+        "another mode by descriptor",
+        "another owner",
+        "another time",
+        "another size",
+        "another size by opening to read",
+    ]
+    assert _outcomes(
+        folders, BEFORE_CALLS, {name: FORBIDDEN_CALLS[name] for name in harmless}
+    ) == dict.fromkeys(harmless, "done")
 
 
 ALLOWED = {
-    "signals to itself": "signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))\nos.kill(os.getpid(), signal.SIGUSR1)\nassert seen",
+    "signals to itself": "signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))\nos.kill(os.getpid(), "
+    "signal.SIGUSR1)\nassert seen",
     "raise": "seen.clear(); signal.raise_signal(signal.SIGUSR1); assert seen",
     "alarms": "signal.setitimer(signal.ITIMER_REAL, 1000)",
     "threads": "threads = [threading.Thread(target=seen.append, args=[2]) for _ in range(20)]\n"
-    "[thread.start() for thread in threads]; [thread.join() for thread in threads]; assert seen.count(2) == 20",
+    "[thread.start() for thread in threads]; [thread.join() for thread in threads]; assert seen.count(2) "
+    "== 20",
     "reading files": "assert open(outside + '/there').read() == 'as it was'",
     "listing folders": "assert os.listdir(outside) == ['there']",
-    "its own limits and CPUs, to look at": "resource.getrlimit(resource.RLIMIT_AS); os.sched_getaffinity(0); os.sched_setaffinity(0, cpus)",
+    "its own limits and CPUs, to look at": "resource.getrlimit(resource.RLIMIT_AS); os.sched_getaffinity(0); "
+    "os.sched_setaffinity(0, cpus)",
     "pipes": "read, write = os.pipe(); os.write(write, b'x'); assert os.read(read, 1) == b'x'",
     "pairs of sockets": "a, b = socket.socketpair(); a.send(b'x'); assert b.recv(1) == b'x'",
-    "asyncio": "import asyncio\nasync def wait():\n    await asyncio.sleep(0)\n    return await asyncio.to_thread(int, '3')\n"
+    "asyncio": "import asyncio\nasync def wait():\n    await asyncio.sleep(0)\n    return await "
+    "asyncio.to_thread(int, '3')\n"
     "assert asyncio.run(wait()) == 3",
     "time": "import time; time.sleep(0.001); assert time.time() > time.process_time() > 0",
     "random": "import random, secrets; secrets.token_bytes(8); random.random()",
@@ -227,7 +277,8 @@ def test_what_a_check_needs_goes_on_working(folders: tuple[Path, Path], files: b
     thread = threading.Thread(target=peer, daemon=True)
     thread.start()
     before = (
-        f"import numpy, sympy\nseen = []\ninherited = socket.socket(fileno={theirs.fileno()})\ncpus = os.sched_getaffinity(0)\n"
+        f"import numpy, sympy\nseen = []\ninherited = socket.socket(fileno={theirs.fileno()})\ncpus = "
+        "os.sched_getaffinity(0)\n"
         f"confine.restrict_writes(scratch); confine.restrict_calls(files={files})\n"
     )
     with ours, theirs:
@@ -281,22 +332,28 @@ def test_a_fork_bomb_stays_one_process(folders: tuple[Path, Path]) -> None:
 confine.restrict_calls(files=False)
 refused = 0
 for _ in range(200):
-    for attempt in (os.fork, lambda: os.posix_spawn("/bin/true", ["true"], {}), lambda: os.execv("/bin/true", ["true"])):
+    spawn = lambda: os.posix_spawn("/bin/true", ["true"], {})
+    execute = lambda: os.execv("/bin/true", ["true"])
+    for attempt in (os.fork, spawn, execute):
         try:
             attempt()
         except PermissionError:
             refused += 1
-print(refused, len(os.listdir("/proc/self/task")), open("/proc/self/task/%d/children" % os.getpid()).read().split())
+children = open("/proc/self/task/%d/children" % os.getpid()).read().split()
+print(refused, len(os.listdir("/proc/self/task")), children)
 print(os.system("true") != 0)
 """
     assert _run(folders, program).stdout == "600 1 []\nTrue\n"
 
 
-X32, I386 = f"call({0x40000000 | 39}, {0x40000000 | 39})", "run(bytes.fromhex('b814000000cd80c3'))"  # mov eax, 20; int 0x80; ret
+# mov eax, 20; int 0x80; ret
+X32, I386 = f"call({0x40000000 | 39}, {0x40000000 | 39})", "run(bytes.fromhex('b814000000cd80c3'))"
 
 
 @pytest.mark.parametrize("attempt", [X32, I386])
-def test_a_call_by_the_numbers_of_another_architecture_kills_or_does_not_exist(folders: tuple[Path, Path], attempt: str) -> None:
+def test_a_call_by_the_numbers_of_another_architecture_kills_or_does_not_exist(
+    folders: tuple[Path, Path], attempt: str
+) -> None:
     program = f"""
 import mmap
 def run(code):
@@ -314,7 +371,8 @@ except OSError as error:
 """
     ran = _run(folders, program)
     if os.uname().machine == "x86_64":
-        assert ran.stdout == "still\n" and -ran.returncode in (signal.SIGSYS, signal.SIGSEGV)  # the latter from kernels without i386
+        # the latter from kernels without i386
+        assert ran.stdout == "still\n" and -ran.returncode in (signal.SIGSYS, signal.SIGSEGV)
     else:
         assert ran.stdout == f"still\n{errno.ENOSYS}\n"
 
@@ -331,14 +389,16 @@ for number in (435, 437, 463, 500, 5000):  # clone3, openat2, setxattrat, ...
     assert _run(folders, program).stdout.split() == [str(errno.ENOSYS)] * 5
 
 
-# --- the filter as a program: also for the architecture that this machine is not -------------------------------------------
+# --- the filter as a program: also for the architecture that this machine is not ----------------------------
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 ME = 4242
 BIG = 1 << 32
 
 
-def _verdict(machine: str, number: int, *arguments: int, files: bool = False, architecture: int | None = None) -> str:
+def _verdict(
+    machine: str, number: int, *arguments: int, files: bool = False, architecture: int | None = None
+) -> str:
     """Run the filter as the kernel does (net/core/filter.c) on one call."""
     words = [number, MACHINES[machine][1] if architecture is None else architecture, 0, 0]
     for argument in (*arguments, *[0] * (6 - len(arguments))):
@@ -407,7 +467,11 @@ DECISIONS = [
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize(("numbers", "arguments", "with_files", "without"), [row[1:] for row in DECISIONS], ids=[row[0] for row in DECISIONS])
+@pytest.mark.parametrize(
+    ("numbers", "arguments", "with_files", "without"),
+    [row[1:] for row in DECISIONS],
+    ids=[row[0] for row in DECISIONS],
+)
 def test_the_filter_decides_by_call_and_arguments(
     machine: str, numbers: tuple[int, int], arguments: tuple[int, ...], with_files: str, without: str
 ) -> None:
@@ -447,7 +511,7 @@ def test_another_machine_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPat
         confine.restrict_calls(files=False)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 WRITES = {
     "create": "open(at + '/new', 'x')",
@@ -470,7 +534,8 @@ CONFINED = {
     "Landlock and seccomp": "assert confine.restrict_writes(scratch); confine.restrict_calls(files=False)",
     "seccomp": "confine.restrict_calls(files=True)",
 }
-"""Landlock is there on every kernel since 5.13 that was built with it; where it is not, the first two of these fail and say so."""
+"""Landlock is there on every kernel since 5.13 that was built with it; where it is not, the first two of
+these fail and say so."""
 
 
 @pytest.mark.parametrize("how", CONFINED)
@@ -479,7 +544,11 @@ def test_nothing_is_written_outside(folders: tuple[Path, Path], how: str) -> Non
     assert _outcomes(folders, f"at = outside\n{CONFINED[how]}", WRITES) == {
         **dict.fromkeys(WRITES, "PermissionError"),
         # There is nothing of the name: Landlock is asked only about what exists.
-        **({} if how == "seccomp" else {name: "FileNotFoundError" for name in ("remove a folder", "rename back", "replace")}),
+        **(
+            {}
+            if how == "seccomp"
+            else {name: "FileNotFoundError" for name in ("remove a folder", "rename back", "replace")}
+        ),
     }
     assert _state(folders[1]) == before
 
@@ -492,11 +561,14 @@ def test_without_confinement_all_of_it_is_possible(folders: tuple[Path, Path]) -
 def test_the_scratch_folder_is_for_writing(folders: tuple[Path, Path], how: str) -> None:
     more = {
         "between folders": "os.mkdir(at + '/a'); os.rename(at + '/link', at + '/a/link')",
-        "a temporary file": "import tempfile; tempfile.tempdir = at; tempfile.NamedTemporaryFile().write(b'x')",
+        "a temporary file": "import tempfile; tempfile.tempdir = at; "
+        "tempfile.NamedTemporaryFile().write(b'x')",
         "to nowhere": "open('/dev/null', 'w').write('x')",
         "truncate": "file = open(at + '/file', 'w'); file.write('abc'); file.flush(); file.truncate(1)",
     }
-    assert _outcomes(folders, f"at = scratch\n{CONFINED[how]}", WRITES | more) == dict.fromkeys(WRITES | more, "done")
+    assert _outcomes(folders, f"at = scratch\n{CONFINED[how]}", WRITES | more) == dict.fromkeys(
+        WRITES | more, "done"
+    )
     assert (folders[0] / "file").read_text() == "a"
 
 
@@ -517,7 +589,10 @@ def test_there_is_no_way_round_the_scratch_folder(folders: tuple[Path, Path]) ->
         "once more, more widely": "confine.restrict_writes(outside); open(outside + '/there', 'w')",
     }
     before = _state(folders[1])
-    before_ways = "folder, file = os.open(outside, os.O_RDONLY), os.open(outside + '/there', os.O_RDONLY)\n" + CONFINED["Landlock and seccomp"]
+    before_ways = (
+        "folder, file = os.open(outside, os.O_RDONLY), os.open(outside + '/there', os.O_RDONLY)\n"
+        + CONFINED["Landlock and seccomp"]
+    )
     outcomes = _outcomes(folders, before_ways, ways)
     # Landlock says of a link or a move out of reach that it would be to another device (EXDEV).
     assert set(outcomes) == set(ways) and set(outcomes.values()) <= {"PermissionError", "OSError"}
@@ -525,20 +600,30 @@ def test_there_is_no_way_round_the_scratch_folder(folders: tuple[Path, Path]) ->
 
 
 def test_what_it_starts_is_confined_as_well(folders: tuple[Path, Path]) -> None:
-    program = CONFINED["Landlock"] + "\nprint(os.system(f'echo changed > {scratch}/there'), os.system(f'echo changed > {outside}/there') != 0)"
+    program = (
+        CONFINED["Landlock"]
+        + "\nprint(os.system(f'echo changed > {scratch}/there'), os.system(f'echo changed > "
+        "{outside}/there') != 0)"
+    )
     assert _run(folders, program).stdout == "0 True\n"
     assert [(folder / "there").read_text() for folder in folders] == ["changed\n", "as it was"]
 
 
 def test_a_scratch_folder_that_is_not_there_is_an_error(folders: tuple[Path, Path]) -> None:
-    assert _outcomes(folders, "", {"it": "confine.restrict_writes(scratch + '/no')"}) == {"it": "FileNotFoundError"}
+    assert _outcomes(folders, "", {"it": "confine.restrict_writes(scratch + '/no')"}) == {
+        "it": "FileNotFoundError"
+    }
 
 
-def test_a_kernel_without_landlock_is_told_by_false_and_nothing_is_restricted(folders: tuple[Path, Path]) -> None:
-    # The kernel's answer comes from a filter: the program that answers the first of Landlock's calls with ENOSYS.
+def test_a_kernel_without_landlock_is_told_by_false_and_nothing_is_restricted(
+    folders: tuple[Path, Path],
+) -> None:
+    # The kernel's answer comes from a filter: the program that answers the first of Landlock's calls with
+    # ENOSYS.
     program = """
 confine._install([
-    confine._load(0), confine._skip_unless_equal(444, 1), confine._return(confine._ENOSYS), confine._return(confine._ALLOW)])
+    confine._load(0), confine._skip_unless_equal(444, 1),
+    confine._return(confine._ENOSYS), confine._return(confine._ALLOW)])
 print(confine.restrict_writes(scratch))
 open(outside + "/there", "w").close()
 confine.restrict_calls(files=True)
@@ -547,7 +632,9 @@ confine.restrict_calls(files=True)
     assert (ran.stdout, ran.stderr) == ("False\nthen PermissionError\n", "")
 
 
-def test_an_old_landlock_is_asked_only_for_what_it_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_old_landlock_is_asked_only_for_what_it_knows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     handled = {}
     for version in (1, 2, 3, 4, 5, 6, 7):
         rights: list[int] = []
@@ -574,7 +661,7 @@ def test_an_old_landlock_is_asked_only_for_what_it_knows(monkeypatch: pytest.Mon
     assert handled == {1: first, 2: second, 3: third, 4: third, 5: fifth, 6: fifth, 7: fifth}
 
 
-# --- limits ---------------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 def test_limits_hold_and_cannot_be_raised(folders: tuple[Path, Path]) -> None:
@@ -588,11 +675,13 @@ print([resource.getrlimit(kind) for kind in kinds] == [(2**30,) * 2, (2**20,) * 
     attempts = {
         "memory": "bytearray(2**30)",
         "memory by mmap": "mmap.mmap(-1, 2**30)",
-        "a large file": "file = open(scratch + '/large', 'wb', 0); file.write(bytes(2**20)); file.write(b'x')",
+        "a large file": "file = open(scratch + '/large', 'wb', 0); file.write(bytes(2**20)); "
+        "file.write(b'x')",
         "a file with a hole": "open(scratch + '/hole', 'wb').truncate(2**20 + 1)",
         "many files": "files = [open('/dev/null') for _ in range(20)]",
         "raise the soft limit": "files = []; resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))",
-        "raise the hard limit": "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
+        "raise the hard limit": "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, "
+        "resource.RLIM_INFINITY))",
         "by prlimit": "resource.prlimit(0, resource.RLIMIT_AS, (2**40, 2**40))",
         "by prlimit with its number": "resource.prlimit(os.getpid(), resource.RLIMIT_CPU, (2**40, 2**40))",
         "what fits": "bytearray(2**28); open(scratch + '/small', 'wb').write(bytes(2**20))",

@@ -23,8 +23,12 @@ class Seat:
 
 
 def seats(**pools: str) -> list[Seat]:
-    """`cheap="running off"`: states of the pool's seats, in order; one that is not running was asked for just now."""
-    return [Seat(pool, state, asked_at=time.time()) for pool, states in pools.items() for state in states.split()]
+    """`cheap="running off"`: states of the pool's seats, in order; one that is not running was asked for just
+    now.
+    """
+    return [
+        Seat(pool, state, asked_at=time.time()) for pool, states in pools.items() for state in states.split()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def seats(**pools: str) -> list[Seat]:
         (0.5, {"cheap": "dead off", "dear": "running off"}, None),  # one is on its way back
     ],
 )
-def test_a_pool_grows_while_the_learner_waits_for_groups(waited: float, states: dict[str, str], which: int | None) -> None:
+def test_a_pool_grows_while_the_learner_waits_for_groups(
+    waited: float, states: dict[str, str], which: int | None
+) -> None:
     found = seats(**states)
     assert one_more(found, waited) is (None if which is None else found[which])
 

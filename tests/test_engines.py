@@ -1,4 +1,6 @@
-"""Engines: what is kept, handed over, cut off and gone on with, by FakeEngine, one real vLLM on the CPU, Ray, and a server on loopback."""
+"""Engines: what is kept, handed over, cut off and gone on with, by FakeEngine, one real vLLM on the CPU, Ray,
+and a server on loopback.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +42,27 @@ PROMPT_IDS = [2 + (7 * i) % (tiny.VOCAB_SIZE - 2) for i in range(24)]
 
 
 def prompt(group_id: int = 0) -> pa.Table:
-    return groups.table([{"group_id": group_id, "prompt": "1 + 1?", "answer": "2", "dataset": "d", "prompt_ids": PROMPT_IDS}])
+    return groups.table(
+        [{"group_id": group_id, "prompt": "1 + 1?", "answer": "2", "dataset": "d", "prompt_ids": PROMPT_IDS}]
+    )
 
 
-def part(*completions: list[int], reason: str = "stop", source: str = "policy", version: int | None = 0) -> pa.Table:
+def part(
+    *completions: list[int], reason: str = "stop", source: str = "policy", version: int | None = 0
+) -> pa.Table:
     """A row of completions, as they are kept outside an engine."""
     m = len(completions)
     logprobs = [None if version is None else [-1.0] * len(ids) for ids in completions]
     return groups.with_columns(
-        prompt(), completions=[["kept"] * m], completion_ids=[completions], finish_reasons=[[reason] * m], sources=[[source] * m],
-        version_min=[[version] * m], version_max=[[version] * m], sampling_logprobs=[logprobs],
-    )  # fmt: skip
+        prompt(),
+        completions=[["kept"] * m],
+        completion_ids=[completions],
+        finish_reasons=[[reason] * m],
+        sources=[[source] * m],
+        version_min=[[version] * m],
+        version_max=[[version] * m],
+        sampling_logprobs=[logprobs],
+    )
 
 
 def row_of(table: pa.Table) -> dict[str, Any]:
@@ -70,7 +82,9 @@ async def ready(engine: FakeEngine) -> FakeEngine:
 
 @pytest.fixture
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any, Any, None]], None]:
-    """Runs FakeEngines on a clock that stands still while anyone has work to do and then leaps: how long what takes is exact on any machine."""
+    """Runs FakeEngines on a clock that stands still while anyone has work to do and then leaps: how long what
+    takes is exact on any machine.
+    """
     now = 1000.0
     for module in (base, fake_engine):
         monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
@@ -93,7 +107,7 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any,
     return run
 
 
-# --------------------------------------------------------------------------------------------------------- what is kept of a group
+# ------------------------------------------------------------------------------------ what is kept of a group
 
 
 def test_what_was_gone_on_with_and_finished_since_is_not_gone_on_with_again() -> None:
@@ -112,11 +126,16 @@ def test_kept_completions_come_first_and_only_the_rest_is_sampled() -> None:
         foreign, replayed = part([9], version=None, source="offline:people"), part([8], [7])
         table, missing = await engine.generate(prompt(), sampling(5), 0, None, foreign, replayed)
         row = row_of(table)
-        assert missing == 0 and row["completion_ids"][:3] == [[9], [8], [7]] and len(row["completion_ids"]) == 5
+        assert (
+            missing == 0 and row["completion_ids"][:3] == [[9], [8], [7]] and len(row["completion_ids"]) == 5
+        )
         assert row["sources"] == ["offline:people"] + ["policy"] * 4 and row["sampling_logprobs"][0] is None
         assert (await engine.status())["num_tokens"] == sum(map(len, row["completion_ids"][3:]))
-        for kept in ((foreign, replayed, part([1], [2])), (foreign, replayed, part([1], [2], [3]))):  # enough, and more than that
-            assert row_of((await engine.generate(prompt(), sampling(5), 0, None, *kept))[0])["completion_ids"][:4] == [[9], [8], [7], [1]]
+        # enough, and more than that
+        for kept in ((foreign, replayed, part([1], [2])), (foreign, replayed, part([1], [2], [3]))):
+            assert row_of((await engine.generate(prompt(), sampling(5), 0, None, *kept))[0])[
+                "completion_ids"
+            ][:4] == [[9], [8], [7], [1]]
 
     asyncio.run(run())
 
@@ -127,13 +146,15 @@ def test_a_group_with_a_seed_is_a_pure_function_of_it_and_of_what_is_kept() -> N
         one, two = [(await engine.generate(prompt(), sampling(), 0, 7))[0] for engine in (first, second)]
         assert one.equals(two)
         kept = groups.take(one, [0])
-        more = [row_of((await engine.generate(prompt(), sampling(), 0, 7, kept))[0]) for engine in (first, second)]
+        more = [
+            row_of((await engine.generate(prompt(), sampling(), 0, 7, kept))[0]) for engine in (first, second)
+        ]
         assert more[0] == more[1] and more[0]["completion_ids"][1] != more[0]["completion_ids"][0]
 
     asyncio.run(run())
 
 
-# ----------------------------------------------------------------------------------------------------------------- a fake engine
+# ---------------------------------------------------------------------------------------------- a fake engine
 
 
 def test_fake_lengths_have_a_heavy_tail_and_take_their_time(without_waiting: Callable[..., None]) -> None:
@@ -142,7 +163,9 @@ def test_fake_lengths_have_a_heavy_tail_and_take_their_time(without_waiting: Cal
         table, _ = await engine.generate(prompt(), sampling(4000, 1000))
         lengths = np.array([len(ids) for ids in row_of(table)["completion_ids"]])
         assert 90 < np.median(lengths) < 110 and 250 < np.quantile(lengths, 0.84) < 300  # e times the median
-        assert lengths.max() == 1000 and {*np.array(row_of(table)["finish_reasons"])[lengths == 1000]} == {"length"}
+        assert lengths.max() == 1000 and {*np.array(row_of(table)["finish_reasons"])[lengths == 1000]} == {
+            "length"
+        }
         slow = await ready(FakeEngine(seconds_per_token=0.002, median_tokens=100, sigma=0))
         began = (now := asyncio.get_running_loop().time)()
         await asyncio.gather(*(slow.generate(prompt(i), sampling(4, 1000)) for i in range(50)))
@@ -151,22 +174,31 @@ def test_fake_lengths_have_a_heavy_tail_and_take_their_time(without_waiting: Cal
     without_waiting(run())
 
 
-def test_siblings_of_a_long_group_are_handed_over_once_and_those_of_short_groups_never(without_waiting: Callable[..., None]) -> None:
+def test_siblings_of_a_long_group_are_handed_over_once_and_those_of_short_groups_never(
+    without_waiting: Callable[..., None],
+) -> None:
     async def run() -> None:
         engine = await ready(FakeEngine(seconds_per_token=0.01, median_tokens=400, sigma=0))
         # 0.1 s and 0.8 s: over before the first one would be handed over
-        short = asyncio.ensure_future(engine.generate(prompt(1), sampling(2, 80), 0, None, part([6] * 70, reason="abort")))
+        short = asyncio.ensure_future(
+            engine.generate(prompt(1), sampling(2, 80), 0, None, part([6] * 70, reason="abort"))
+        )
         almost = part([3] * 380, [4] * 240, reason="abort")  # of 400: 0.2 s, 1.6 s, and 4 s for the new ones
         long = asyncio.ensure_future(engine.generate(prompt(2), sampling(4, 400), 0, None, part([5]), almost))
         began = (now := asyncio.get_running_loop().time)()
-        for first, seconds in ((3, 2 * HAND_OVER_S), (4, 3 * HAND_OVER_S)):  # looked for as often as they have to be old
+        # looked for as often as they have to be old
+        for first, seconds in ((3, 2 * HAND_OVER_S), (4, 3 * HAND_OVER_S)):
             ids, table = await engine.finished()
             assert ids == [2] and now() - began == pytest.approx(seconds)
             (tokens,) = row_of(table)["completion_ids"]
             assert tokens[0] == first and len(tokens) == 400 and row_of(table)["finish_reasons"] == ["length"]
         assert (await short)[1] == 0
         row = row_of((await long)[0])
-        assert tokens in row["completion_ids"] and row["completion_ids"][0] == [5] and list(map(len, row["completion_ids"])) == [1, 400, 400, 400]
+        assert (
+            tokens in row["completion_ids"]
+            and row["completion_ids"][0] == [5]
+            and list(map(len, row["completion_ids"])) == [1, 400, 400, 400]
+        )
         waiting = asyncio.ensure_future(engine.finished())
         await asyncio.sleep(100 * HAND_OVER_S)
         assert not waiting.done()
@@ -177,7 +209,9 @@ def test_siblings_of_a_long_group_are_handed_over_once_and_those_of_short_groups
     without_waiting(run())
 
 
-def test_a_drained_engine_refuses_new_work_and_returns_what_it_has(without_waiting: Callable[..., None]) -> None:
+def test_a_drained_engine_refuses_new_work_and_returns_what_it_has(
+    without_waiting: Callable[..., None],
+) -> None:
     async def run() -> None:
         engine = await ready(FakeEngine(seconds_per_token=0.01, median_tokens=100, sigma=0))
         short = asyncio.ensure_future(engine.generate(prompt(0), sampling(2, 20)))
@@ -195,7 +229,9 @@ def test_a_drained_engine_refuses_new_work_and_returns_what_it_has(without_waiti
         table, missing = await long
         row = row_of(table)
         assert missing == 2 and row["finish_reasons"] == ["length", "abort", "abort"]
-        assert len(row["completion_ids"][0]) == 100 and all(49 <= len(ids) <= 50 for ids in row["completion_ids"][1:])
+        assert len(row["completion_ids"][0]) == 100 and all(
+            49 <= len(ids) <= 50 for ids in row["completion_ids"][1:]
+        )
         await drained
         assert (await engine.status())["num_groups"] == 0
         other = await ready(FakeEngine(vocab_size=3))
@@ -205,7 +241,10 @@ def test_a_drained_engine_refuses_new_work_and_returns_what_it_has(without_waiti
         assert missing == 0 and "abort" not in after["finish_reasons"]
         for i in range(3):
             assert after["completion_ids"][i][: len(row["completion_ids"][i])] == row["completion_ids"][i]
-            assert after["sampling_logprobs"][i][: len(row["sampling_logprobs"][i])] == row["sampling_logprobs"][i]
+            assert (
+                after["sampling_logprobs"][i][: len(row["sampling_logprobs"][i])]
+                == row["sampling_logprobs"][i]
+            )
         assert after["version_min"] == [0, 0, 0] and after["version_max"] == [0, 1, 1]
 
     without_waiting(run())
@@ -234,7 +273,12 @@ def test_the_status_says_what_is_in_flight_and_since_when(without_waiting: Calla
         status = await engine.status()
         assert status["num_groups"] == 2 and status["num_completions"] == 8 and status["num_tokens"] == 8 * 20
         assert status["oldest"] == {"group_id": 7, "since": began}
-        assert not status["leaving"] and not status["updating"] and status["pid"] == os.getpid() and status["version"] == 0
+        assert (
+            not status["leaving"]
+            and not status["updating"]
+            and status["pid"] == os.getpid()
+            and status["version"] == 0
+        )
         await asyncio.gather(*work)
         assert (await engine.status())["num_tokens"] == 8 * 40
         await engine.update(3, {})
@@ -244,11 +288,14 @@ def test_the_status_says_what_is_in_flight_and_since_when(without_waiting: Calla
 
 
 def test_a_process_for_a_fake_engine_imports_neither_torch_nor_vllm() -> None:
-    code = "import sys, gvpo_ray.engines.vllm_engine; sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
+    code = (
+        "import sys, gvpo_ray.engines.vllm_engine; sys.exit(any(name in sys.modules for name in "
+        "('torch', 'vllm', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- a process that has to go
+# ----------------------------------------------------------------------------------- a process that has to go
 
 
 def test_sigterm_lets_an_actor_finish_its_work_and_ends_it() -> None:
@@ -256,9 +303,16 @@ def test_sigterm_lets_an_actor_finish_its_work_and_ends_it() -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100_000_000)
     try:
         actor = ray.remote(FakeEngine).options(num_cpus=0.1, max_concurrency=100)
-        patient, hurried = (actor.remote(seconds_per_token=0.02, median_tokens=n, sigma=0, drain_s=s) for n, s in ((50, 20.0), (5000, 0.3)))
-        pids = [ray.get([engine.start.remote(), engine.update.remote(0, {})])[0]["pid"] for engine in (patient, hurried)]
-        work = [engine.generate.remote(prompt(), sampling(4, 10_000)) for engine in (patient, hurried)]  # a second, and 100
+        patient, hurried = (
+            actor.remote(seconds_per_token=0.02, median_tokens=n, sigma=0, drain_s=s)
+            for n, s in ((50, 20.0), (5000, 0.3))
+        )
+        pids = [
+            ray.get([engine.start.remote(), engine.update.remote(0, {})])[0]["pid"]
+            for engine in (patient, hurried)
+        ]
+        # a second, and 100
+        work = [engine.generate.remote(prompt(), sampling(4, 10_000)) for engine in (patient, hurried)]
         while not all(ray.get(engine.status.remote())["num_tokens"] for engine in (patient, hurried)):
             time.sleep(0.01)
         for pid, engine in zip(pids, (patient, hurried), strict=True):
@@ -278,13 +332,17 @@ def test_sigterm_lets_an_actor_finish_its_work_and_ends_it() -> None:
         ray.shutdown()
 
 
-# ------------------------------------------------------------------------------------------------------------- a server on loopback
+# --------------------------------------------------------------------------------------- a server on loopback
 
 
 class Server:
     """An OpenAI-compatible server: `answer(body)` says what it answers to POSTs, (status, JSON)."""
 
-    def __init__(self, answer: Callable[[dict[str, Any]], tuple[int, Any]], models: tuple[int, Any] = (200, {"data": [{"id": "m"}]})) -> None:
+    def __init__(
+        self,
+        answer: Callable[[dict[str, Any]], tuple[int, Any]],
+        models: tuple[int, Any] = (200, {"data": [{"id": "m"}]}),
+    ) -> None:
         self.asked: list[dict[str, Any]] = []
         self.headers: list[Any] = []
         server = self
@@ -324,7 +382,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def served(folder: Path, answer: Callable[[dict[str, Any]], tuple[int, Any]], **pool: Any) -> Iterator[tuple[Server, ServerEngine]]:
+def served(
+    folder: Path, answer: Callable[[dict[str, Any]], tuple[int, Any]], **pool: Any
+) -> Iterator[tuple[Server, ServerEngine]]:
     server = Server(answer)
     model, config = ModelConfig(path=str(folder)), PoolConfig(url=server.url + "/", **pool)
     yield server, ServerEngine("big", model, config, system_prompt="Be brief.", api_key="secret")
@@ -339,7 +399,9 @@ def ids_of(text: str) -> list[int]:
     return [2 + tiny.ALPHABET.index(letter) for letter in text]
 
 
-def test_a_server_is_asked_for_what_is_missing_and_its_answers_are_foreign_data(tokenizer_folder: Path) -> None:
+def test_a_server_is_asked_for_what_is_missing_and_its_answers_are_foreign_data(
+    tokenizer_folder: Path,
+) -> None:
     async def run(server: Server, engine: ServerEngine) -> None:
         assert (await engine.start())["pid"] == os.getpid()
         finished = asyncio.ensure_future(engine.finished())
@@ -349,14 +411,21 @@ def test_a_server_is_asked_for_what_is_missing_and_its_answers_are_foreign_data(
         assert missing == 0 and row["completion_ids"] == [[3, 1], [*ids_of("2"), 1], [*ids_of("so3"), 1]]
         assert row["completions"] == ["kept", "2", "so3"] and row["finish_reasons"] == ["stop"] * 3
         assert row["sources"] == ["policy", "offline:big", "offline:big"]
-        assert row["version_min"] == row["version_max"] == [0, None, None] and row["sampling_logprobs"][1:] == [None, None]
+        assert row["version_min"] == row["version_max"] == [0, None, None] and row["sampling_logprobs"][
+            1:
+        ] == [None, None]
         (asked,) = server.asked
         seed = asked.pop("seed")
         assert asked == {
-            "path": "/v1/chat/completions", "model": "m", "n": 2, "temperature": 1.0, "max_tokens": 20,
+            "path": "/v1/chat/completions",
+            "model": "m",
+            "n": 2,
+            "temperature": 1.0,
+            "max_tokens": 20,
             "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}],
-        }  # fmt: skip
-        assert seed != 11 and server.headers[0]["Authorization"] == "Bearer secret"  # the kept one may be of the same model and seed
+        }
+        # the kept one may be of the same model and seed
+        assert seed != 11 and server.headers[0]["Authorization"] == "Bearer secret"
         status = await engine.status()
         assert status["num_tokens"] == 2 + 4 and status["num_groups"] == 0
         await engine.update(5, {})
@@ -373,7 +442,8 @@ def test_a_server_that_ignores_n_is_asked_again_for_the_rest_with_other_seeds(to
         await engine.start()
         for group_id in range(2):
             row = row_of((await engine.generate(prompt(group_id), sampling(4, 3), 0, 100 * group_id))[0])
-            assert row["completions"] == ["123"] * 4 and row["finish_reasons"] == ["length"] * 4  # of four letters there is room for three
+            # of four letters there is room for three
+            assert row["completions"] == ["123"] * 4 and row["finish_reasons"] == ["length"] * 4
             assert row["completion_ids"] == [ids_of("123")] * 4
         assert [asked["n"] for asked in server.asked] == [4, 1, 1, 1] + [1] * 4
         assert sorted(asked["seed"] for asked in server.asked) == [0, 1, 2, 3, 100, 101, 102, 103]
@@ -383,12 +453,21 @@ def test_a_server_that_ignores_n_is_asked_again_for_the_rest_with_other_seeds(to
 
 
 def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_quoted(tokenizer_folder: Path) -> None:
-    answers = [(503, {}), (429, {}), choices("1", "2", reason="length"), (400, {"error": {"message": "no such\nmodel"}})]
+    answers = [
+        (503, {}),
+        (429, {}),
+        choices("1", "2", reason="length"),
+        (400, {"error": {"message": "no such\nmodel"}}),
+    ]
 
     async def run(server: Server, engine: ServerEngine) -> None:
         await engine.start()
         row = row_of((await engine.generate(prompt(), sampling(2)))[0])
-        assert row["finish_reasons"] == ["length"] * 2 and row["completion_ids"] == [ids_of("1"), ids_of("2")] and len(server.asked) == 3
+        assert (
+            row["finish_reasons"] == ["length"] * 2
+            and row["completion_ids"] == [ids_of("1"), ids_of("2")]
+            and len(server.asked) == 3
+        )
         with pytest.raises(RuntimeError, match=r"/v1/chat/completions answered 400: no such model$"):
             await engine.generate(prompt(), sampling(2))
         server.close()
@@ -429,12 +508,20 @@ def test_a_server_engine_that_is_drained_leaves_its_requests_behind(tokenizer_fo
 @pytest.mark.parametrize(
     ("models", "error"),
     [
-        ((401, {"error": "no key"}), r"^engines\.pools\.big\.url: http://\S+/v1/models answered 401: no key$"),
-        ((200, {"data": []}), r"^engines\.pools\.big\.url: http://\S+ lists no model; name one with url_model$"),
+        (
+            (401, {"error": "no key"}),
+            r"^engines\.pools\.big\.url: http://\S+/v1/models answered 401: no key$",
+        ),
+        (
+            (200, {"data": []}),
+            r"^engines\.pools\.big\.url: http://\S+ lists no model; name one with url_model$",
+        ),
         ((200, ["?"]), r"^engines\.pools\.big\.url: http://\S+/v1/models answered 200"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_one_line_that_names_the_key(tokenizer_folder: Path, models: tuple[int, Any], error: str) -> None:
+def test_a_server_that_cannot_be_used_is_one_line_that_names_the_key(
+    tokenizer_folder: Path, models: tuple[int, Any], error: str
+) -> None:
     server = Server(lambda body: choices(), models)
     engine = ServerEngine("big", ModelConfig(path=str(tokenizer_folder)), PoolConfig(url=server.url))
     with pytest.raises(ConnectionError, match=error):
@@ -442,14 +529,20 @@ def test_a_server_that_cannot_be_used_is_one_line_that_names_the_key(tokenizer_f
     server.close()
 
 
-# ------------------------------------------------------------------------------------------------------------------------ vLLM itself
+# ------------------------------------------------------------------------------------------------ vLLM itself
 
 
 class Running:
     """An engine on an event loop of its own, which runs while it is asked something."""
 
     def __init__(self, folder: Path) -> None:
-        self.engine = Engine(ModelConfig(path=str(folder)), PoolConfig(kv_cache_gib=1, num_threads=1), "objects", seed=0, load_weights=True)
+        self.engine = Engine(
+            ModelConfig(path=str(folder)),
+            PoolConfig(kv_cache_gib=1, num_threads=1),
+            "objects",
+            seed=0,
+            load_weights=True,
+        )
         self.runner = asyncio.Runner()
         self.run = self.runner.run
         self.report = self.run(self.engine.start())
@@ -467,12 +560,16 @@ class Running:
                 logits = self.model(torch.tensor([PROMPT_IDS + ids])).logits[0, len(PROMPT_IDS) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
             assert logprobs == pytest.approx(expected, abs=1e-3)
-            assert text == self.tokenizer.decode(ids, skip_special_tokens=True) and (reason == "stop") == (ids[-1] == tiny.EOS)
+            assert text == self.tokenizer.decode(ids, skip_special_tokens=True) and (reason == "stop") == (
+                ids[-1] == tiny.EOS
+            )
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A model that vLLM runs on a CPU (heads of 32). Its completions end by themselves, but seldom within 300 tokens: head of EOS at 0."""
+    """A model that vLLM runs on a CPU (heads of 32). Its completions end by themselves, but seldom within 300
+    tokens: head of EOS at 0.
+    """
     folder = tiny.make_model(tmp_path_factory.mktemp("model"))
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -524,29 +621,52 @@ def test_vllm_samples_only_what_is_missing_of_a_group(running: Running) -> None:
     before = running.run(running.engine.status())["num_tokens"]
     with_kept, one, two, beside = running.run(sample())
     assert with_kept["completion_ids"][:2] == [[9], [8]] and len(with_kept["completion_ids"]) == 5
-    assert with_kept["version_max"] == [None, None, 0, 0, 0] and with_kept["sources"] == ["offline:people"] * 2 + ["policy"] * 3
+    assert (
+        with_kept["version_max"] == [None, None, 0, 0, 0]
+        and with_kept["sources"] == ["offline:people"] * 2 + ["policy"] * 3
+    )
     assert one["completion_ids"] == two["completion_ids"]
     assert len({tuple(ids) for ids in one["completion_ids"] + beside["completion_ids"]}) == 3 + 2
     for row in (with_kept, one, beside):
         running.check(row, 30)
-    rows = [with_kept["completion_ids"][2:], one["completion_ids"], two["completion_ids"], beside["completion_ids"][1:]]
+    rows = [
+        with_kept["completion_ids"][2:],
+        one["completion_ids"],
+        two["completion_ids"],
+        beside["completion_ids"][1:],
+    ]
     status = running.run(running.engine.status())
-    assert status["num_tokens"] - before == sum(len(ids) for row in rows for ids in row) and status["num_completions"] == 0
+    assert (
+        status["num_tokens"] - before == sum(len(ids) for row in rows for ids in row)
+        and status["num_completions"] == 0
+    )
 
 
-def test_what_a_seed_samples_is_the_same_alone_and_among_more_prompts_than_vllm_takes_at_a_time(running: Running) -> None:
+def test_what_a_seed_samples_is_the_same_alone_and_among_more_prompts_than_vllm_takes_at_a_time(
+    running: Running,
+) -> None:
     ids = [5 + i % 11 for i in range(60)]  # 60 of them are more tokens than vLLM computes in a step
     long = [groups.with_columns(prompt(i), prompt_ids=[[*ids, 5 + i % 7]]) for i in range(60)]
 
     async def run() -> None:
-        (alone, _), (again, _) = [await running.engine.generate(long[59], sampling(2, 8), 0, seed) for seed in (59, 60)]
-        many = await asyncio.gather(*(running.engine.generate(group, sampling(2, 8), 0, i) for i, group in enumerate(long)))
-        assert row_of(many[59][0])["completion_ids"] == row_of(alone)["completion_ids"] != row_of(again)["completion_ids"]
+        (alone, _), (again, _) = [
+            await running.engine.generate(long[59], sampling(2, 8), 0, seed) for seed in (59, 60)
+        ]
+        many = await asyncio.gather(
+            *(running.engine.generate(group, sampling(2, 8), 0, i) for i, group in enumerate(long))
+        )
+        assert (
+            row_of(many[59][0])["completion_ids"]
+            == row_of(alone)["completion_ids"]
+            != row_of(again)["completion_ids"]
+        )
 
     running.run(run())
 
 
-def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engine_was_cut_off(running: Running) -> None:
+def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engine_was_cut_off(
+    running: Running,
+) -> None:
     engine = running.engine
 
     async def run() -> None:
@@ -557,7 +677,9 @@ def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engi
         longest = max(range(12), key=lambda i: len(rows["completion_ids"][i]))
         ids, logprobs = rows["completion_ids"][longest][:-3], rows["sampling_logprobs"][longest][:-3]
         almost = groups.take(whole, [longest])
-        almost = groups.with_columns(almost, finish_reasons=[["abort"]], completion_ids=[[ids]], sampling_logprobs=[[logprobs]])
+        almost = groups.with_columns(
+            almost, finish_reasons=[["abort"]], completion_ids=[[ids]], sampling_logprobs=[[logprobs]]
+        )
         long = asyncio.ensure_future(engine.generate(prompt(1), sampling(12, len(ids) + 2), 0, None, almost))
         short = asyncio.ensure_future(engine.generate(prompt(2), sampling(4, 4)))
         tokens, token_at, asked_at = [], [], []
@@ -580,7 +702,10 @@ def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engi
         running.check(row_of(table), len(ids) + 2)
         (row, missing), (_, missing_of_short) = (row_of((await long)[0]), (await long)[1]), await short
         assert missing == missing_of_short == 0 and len(row["completion_ids"]) == 12
-        assert row["completion_ids"][0][: len(ids)] == ids and row["sampling_logprobs"][0][: len(ids)] == logprobs
+        assert (
+            row["completion_ids"][0][: len(ids)] == ids
+            and row["sampling_logprobs"][0][: len(ids)] == logprobs
+        )
         running.check(row, len(ids) + 2)
 
     running.run(run())
@@ -617,19 +742,27 @@ def test_a_drained_vllm_returns_what_it_has_and_another_goes_on_with_it(running:
         # What is as long as it may be needs no engine.
         full = groups.with_columns(groups.take(table, [0]), finish_reasons=[["abort"]])
         size = len(whole["completion_ids"][0])
-        assert row_of((await engine.generate(prompt(), sampling(2, size), 0, None, full))[0])["completion_ids"][0] == whole["completion_ids"][0]
+        assert (
+            row_of((await engine.generate(prompt(), sampling(2, size), 0, None, full))[0])["completion_ids"][
+                0
+            ]
+            == whole["completion_ids"][0]
+        )
 
     running.run(run())
 
 
-def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Last: there is no engine any more."""
     engine, ended = running.engine, []
     monkeypatch.setattr(vllm_engine, "CORPSE_S", 0.5)
     monkeypatch.setattr(vllm_engine.os, "_exit", ended.append)
 
     async def run() -> None:
-        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]  # some of 12 are long
+        # some of 12 are long
+        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]
 
         async def has_begun() -> bool:
             return bool((await engine.status())["num_groups"] == 3)
@@ -651,7 +784,9 @@ def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(running
     running.run(run())
 
 
-def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     given: list[Any] = []
@@ -663,12 +798,25 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(tmp_path:
     monkeypatch.setattr(AsyncLLM, "from_engine_args", refuse)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     model, gpu = ModelConfig(path=str(tmp_path), dtype="bfloat16"), {"num_gpus": 1, "memory_fraction": 0.5}
-    for pool, drain_s in ((PoolConfig(), None), (PoolConfig(dtype="float16", quantization="fp8", vllm={"max_num_seqs": 7}, **gpu), 2.5)):
+    for pool, drain_s in (
+        (PoolConfig(), None),
+        (PoolConfig(dtype="float16", quantization="fp8", vllm={"max_num_seqs": 7}, **gpu), 2.5),
+    ):
         with pytest.raises(InterruptedError):
             asyncio.run(Engine(model, pool, "nccl", 3, drain_s=drain_s).start())
     plain, special = given
-    assert (plain.dtype, plain.quantization, plain.seed, plain.load_format) == ("bfloat16", None, 3, "dummy") and plain.shutdown_timeout == 0
-    assert (special.dtype, special.quantization, special.max_num_seqs, special.gpu_memory_utilization) == ("float16", "fp8", 7, 0.5)
+    assert (plain.dtype, plain.quantization, plain.seed, plain.load_format) == (
+        "bfloat16",
+        None,
+        3,
+        "dummy",
+    ) and plain.shutdown_timeout == 0
+    assert (special.dtype, special.quantization, special.max_num_seqs, special.gpu_memory_utilization) == (
+        "float16",
+        "fp8",
+        7,
+        0.5,
+    )
     assert special.shutdown_timeout == 3  # a core that gets SIGTERM itself goes on with what it has, too
     assert special.weight_transfer_config.backend == "nccl"
 
@@ -700,7 +848,12 @@ def test_an_update_is_a_sign_of_life() -> None:
             began = time.time()
             await engine.finish_update(4)
             status = await engine.status()
-            assert not status["updating"] and status["last_token_at"] > began and status["version"] == 4 and status["num_completions"] == 2
+            assert (
+                not status["updating"]
+                and status["last_token_at"] > began
+                and status["version"] == 4
+                and status["num_completions"] == 2
+            )
         began = time.time()
         assert (await engine.status())["last_token_at"] >= began
 
@@ -709,4 +862,6 @@ def test_an_update_is_a_sign_of_life() -> None:
 
 def test_every_engine_has_the_same_methods() -> None:
     for engine in (Engine, FakeEngine, ServerEngine):
-        assert issubclass(engine, BaseEngine) and all(callable(getattr(engine, name)) for name in ("start", "generate", "update"))
+        assert issubclass(engine, BaseEngine) and all(
+            callable(getattr(engine, name)) for name in ("start", "generate", "update")
+        )

@@ -1,4 +1,6 @@
-"""Evaluation: the estimators against enumeration, the folder that resumes and refuses to mix, and the paired comparison."""
+"""Evaluation: the estimators against enumeration, the folder that resumes and refuses to mix, and the paired
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,36 @@ from gvpo_ray.run.once import evaluation_sampling, prompt_seed
 
 def _config(folder: Path, **evaluation: Any) -> GVPOConfig:
     sets = evaluation.pop("sets", {"easy": {"path": "easy.parquet"}})
-    return GVPOConfig.from_dict({
-        "run_dir": str(folder / "run"), "num_steps": 1, "model": {"path": str(folder / "model")}, "prompts": {"path": "train.parquet"},
-        "evaluation": {"num_samples": 4, "sets": sets, **evaluation},
-    })  # fmt: skip
+    return GVPOConfig.from_dict(
+        {
+            "run_dir": str(folder / "run"),
+            "num_steps": 1,
+            "model": {"path": str(folder / "model")},
+            "prompts": {"path": "train.parquet"},
+            "evaluation": {"num_samples": 4, "sets": sets, **evaluation},
+        }
+    )
 
 
 def _group(group_id: int, rewards: list[float | None], prompt: str | None = None) -> dict[str, Any]:
     m = len(rewards)
     return {
-        "group_id": group_id, "prompt": prompt or f"problem {group_id}", "answer": "7", "dataset": "easy", "prompt_ids": [1, 2],
-        "completions": ["\\boxed{7}"] * m, "completion_ids": [[5] * (i + 1) for i in range(m)], "finish_reasons": ["stop"] * (m - 1) + ["length"],
-        "sources": ["policy"] * m, "version_min": [0] * m, "version_max": [0] * m, "sampling_logprobs": [[-0.5] * (i + 1) for i in range(m)],
-        "rewards": rewards, "reward_parts": [("math", rewards)], "reward_reasons": [None if r else f"math: {NO_ANSWER}" for r in rewards],
-    }  # fmt: skip
+        "group_id": group_id,
+        "prompt": prompt or f"problem {group_id}",
+        "answer": "7",
+        "dataset": "easy",
+        "prompt_ids": [1, 2],
+        "completions": ["\\boxed{7}"] * m,
+        "completion_ids": [[5] * (i + 1) for i in range(m)],
+        "finish_reasons": ["stop"] * (m - 1) + ["length"],
+        "sources": ["policy"] * m,
+        "version_min": [0] * m,
+        "version_max": [0] * m,
+        "sampling_logprobs": [[-0.5] * (i + 1) for i in range(m)],
+        "rewards": rewards,
+        "reward_parts": [("math", rewards)],
+        "reward_reasons": [None if r else f"math: {NO_ANSWER}" for r in rewards],
+    }
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
@@ -50,7 +68,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples: int)
         samples = [i < num_correct for i in range(num_samples)]
         for k in range(1, num_samples + 1):
             subsets = list(itertools.combinations(samples, k))
-            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets)
+            )
 
 
 def test_the_bootstrap_interval_is_that_of_resampled_means() -> None:
@@ -65,7 +85,10 @@ def test_the_bootstrap_interval_is_that_of_resampled_means() -> None:
 
 
 def test_right_is_what_the_first_reward_function_says_whatever_the_others_add() -> None:
-    row = {"rewards": [1.1, 0.1, -0.5, None], "reward_parts": {"math": [1.0, 0.0, 1.0, 1.0], "format": [1.0, 1.0, -15.0, None]}}
+    row = {
+        "rewards": [1.1, 0.1, -0.5, None],
+        "reward_parts": {"math": [1.0, 0.0, 1.0, 1.0], "format": [1.0, 1.0, -15.0, None]},
+    }
     assert is_correct(row) == [True, False, True, False]
 
 
@@ -88,7 +111,10 @@ def test_metrics_of_a_set_by_hand() -> None:
 
 
 def test_a_set_may_have_its_own_samples_temperature_and_length(tmp_path: Path) -> None:
-    sets = {"easy": {"path": "a"}, "aime": {"path": "b", "num_samples": 32, "temperature": 0.6, "max_completion_tokens": 99}}
+    sets = {
+        "easy": {"path": "a"},
+        "aime": {"path": "b", "num_samples": 32, "temperature": 0.6, "max_completion_tokens": 99},
+    }
     config = _config(tmp_path, sets=sets, num_samples=1, temperature=0)
     easy, aime = evaluation_sampling(config, "easy"), evaluation_sampling(config, "aime")
     assert (easy.num_completions, easy.temperature, easy.max_tokens) == (1, 0, 256)
@@ -96,13 +122,22 @@ def test_a_set_may_have_its_own_samples_temperature_and_length(tmp_path: Path) -
 
 
 def test_greedy_samples_more_than_once_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation: easy has temperature 0 \(greedy\): all of its 4 samples would be the same"):
+    with pytest.raises(
+        ConfigError,
+        match=r"evaluation: easy has temperature 0 \(greedy\): all of its 4 samples would be the same",
+    ):
         _config(tmp_path, temperature=0)
 
 
-def test_a_file_for_evaluation_alone_needs_no_training_keys_and_does_not_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_for_evaluation_alone_needs_no_training_keys_and_does_not_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "eval.yaml"
-    file.write_text(yaml.safe_dump({"run_dir": "r", "model": {"path": "m"}, "evaluation": {"sets": {"easy": {"path": "e.parquet"}}}}))
+    file.write_text(
+        yaml.safe_dump(
+            {"run_dir": "r", "model": {"path": "m"}, "evaluation": {"sets": {"easy": {"path": "e.parquet"}}}}
+        )
+    )
     assert GVPOConfig.from_file(file, for_evaluation=True).evaluation.sets["easy"].path == "e.parquet"
     assert main(["train", str(file)]) == 2
     assert "num_steps: required" in capsys.readouterr().err
@@ -118,7 +153,9 @@ def _open(folder: Path, config: GVPOConfig, digest: str = "d") -> EvaluationDir:
     return EvaluationDir(folder / "out", config, str(folder / "model"), {"easy": digest})
 
 
-def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_every_sample(tmp_path: Path) -> None:
+def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_every_sample(
+    tmp_path: Path,
+) -> None:
     _model(tmp_path)
     config = _config(tmp_path)
     everything = groups.table([_group(i, [float(i > 0), 1.0, 0.0, None]) for i in range(3)])
@@ -133,8 +170,15 @@ def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_ever
         assert len(kept.missing("easy", prompts)) == 0
         result = kept.finish(config, "m")["sets"]["easy"]
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["sets"]["easy"] == result
-    assert result["num_prompts"] == 3 and set(result) >= {"mean@4", "pass@1", "pass@2", "pass@4"} and "pass@8" not in result
-    assert result["mean@4"]["value"] == pytest.approx((1 + 2 + 2) / 12) and result["mean@4"]["low"] <= result["mean@4"]["value"]
+    assert (
+        result["num_prompts"] == 3
+        and set(result) >= {"mean@4", "pass@1", "pass@2", "pass@4"}
+        and "pass@8" not in result
+    )
+    assert (
+        result["mean@4"]["value"] == pytest.approx((1 + 2 + 2) / 12)
+        and result["mean@4"]["low"] <= result["mean@4"]["value"]
+    )
     samples = pq.read_table(tmp_path / "out" / "generations.parquet").to_pylist()
     assert [(row["prompt_id"], row["sample"], row["correct"], row["num_tokens"]) for row in samples] == [
         (i, k, (k == 0 and i > 0) or k == 1, k + 1) for i in range(3) for k in range(4)
@@ -145,15 +189,23 @@ def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_ever
     ("change", "complaint"),
     [
         ({"seed": 1}, "holds an evaluation with another seed"),
-        ({"evaluation.num_samples": 8}, r"with another evaluation\.sets\.easy\.num_samples \(4 there, 8 here\)"),
-        ({"evaluation.sets.easy.template": "Q: {prompt}"}, r"with another evaluation\.sets\.easy\.template \(None there"),
+        (
+            {"evaluation.num_samples": 8},
+            r"with another evaluation\.sets\.easy\.num_samples \(4 there, 8 here\)",
+        ),
+        (
+            {"evaluation.sets.easy.template": "Q: {prompt}"},
+            r"with another evaluation\.sets\.easy\.template \(None there",
+        ),
         ({"engines.vllm": {"quantization": "fp8"}}, r"with another engines\.vllm; use another folder"),
         ({"verifiers.rewards.math": 2}, r"with another verifiers\.rewards; use another folder"),
         ("weights", r"with another model\.path \(what is in it differs\)"),
         ("prompts", r"with another evaluation\.sets\.easy\.path \(what is in it differs\)"),
     ],
 )
-def test_results_of_another_model_or_config_are_not_mixed_in(tmp_path: Path, change: Any, complaint: str) -> None:
+def test_results_of_another_model_or_config_are_not_mixed_in(
+    tmp_path: Path, change: Any, complaint: str
+) -> None:
     _model(tmp_path)
     config = _config(tmp_path)
     with _open(tmp_path, config):
@@ -167,32 +219,50 @@ def test_results_of_another_model_or_config_are_not_mixed_in(tmp_path: Path, cha
 
 def test_a_folder_that_another_process_evaluates_into_is_refused(tmp_path: Path) -> None:
     _model(tmp_path)
-    with _open(tmp_path, _config(tmp_path)), pytest.raises(ConfigError, match="another process is evaluating into"):
+    with (
+        _open(tmp_path, _config(tmp_path)),
+        pytest.raises(ConfigError, match="another process is evaluating into"),
+    ):
         _open(tmp_path, _config(tmp_path))
 
 
 def _finished(folder: Path, shares: dict[str, list[bool]]) -> str:
     folder.mkdir()
-    rows = [{"dataset": "easy", "prompt_id": i, "prompt": prompt.rstrip("'"), "answer": "7", "correct": right}
-            for i, (prompt, samples) in enumerate(shares.items()) for right in samples]  # fmt: skip
+    rows = [
+        {"dataset": "easy", "prompt_id": i, "prompt": prompt.rstrip("'"), "answer": "7", "correct": right}
+        for i, (prompt, samples) in enumerate(shares.items())
+        for right in samples
+    ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "generations.parquet")
     (folder / "eval.json").write_text("{}")
     return str(folder)
 
 
-def test_a_comparison_pairs_prompts_by_their_text_and_differences_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = _finished(tmp_path / "a", {"p": [False, False], "q": [True, False], "r": [True], "only a": [True], "p'": [False]})
-    b = _finished(tmp_path / "b", {"r": [True], "q": [True, True], "p": [True, False], "p'": [True]})  # another order; p is there twice
+def test_a_comparison_pairs_prompts_by_their_text_and_differences_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = _finished(
+        tmp_path / "a",
+        {"p": [False, False], "q": [True, False], "r": [True], "only a": [True], "p'": [False]},
+    )
+    # another order; p is there twice
+    b = _finished(tmp_path / "b", {"r": [True], "q": [True, True], "p": [True, False], "p'": [True]})
     result = compare(a, b)["easy"]
     assert (result["num_prompts"], result["unmatched"]) == (4, 1)
-    assert result["a"] == pytest.approx((0 + 0.5 + 1 + 0) / 4) and result["b"] == pytest.approx((0.5 + 1 + 1 + 1) / 4)
+    assert result["a"] == pytest.approx((0 + 0.5 + 1 + 0) / 4) and result["b"] == pytest.approx(
+        (0.5 + 1 + 1 + 1) / 4
+    )
     assert result["difference"]["value"] == pytest.approx(mean([0.5, 0.5, 0, 1]))
-    assert (result["difference"]["low"], result["difference"]["high"]) == pytest.approx(bootstrap_interval([0.5, 0.5, 0.0, 1.0]))
+    assert (result["difference"]["low"], result["difference"]["high"]) == pytest.approx(
+        bootstrap_interval([0.5, 0.5, 0.0, 1.0])
+    )
     assert main(["evaluate", "--compare", a, f"{b}/eval.json"]) == 0
     assert "4 (1 without a partner)" in capsys.readouterr().out
 
 
-def test_bad_input_of_evaluate_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_of_evaluate_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, c = _finished(tmp_path / "a", {"p": [True]}), _finished(tmp_path / "c", {"other": [True]})
     for arguments, complaint in (
         (["--compare", a, str(tmp_path / "no")], "--compare: no finished evaluation in"),
@@ -219,8 +289,14 @@ def test_bad_input_of_evaluate_is_one_line_and_status_2(tmp_path: Path, capsys: 
 
 
 def test_no_two_samples_of_an_evaluation_share_their_random_numbers() -> None:
-    # vLLM's sample i of a prompt has the seed of the prompt plus i; torch's generator on CPU looks at 32 bits.
-    seeds = sorted(prompt_seed(seed, name, i) % 2**32 for seed in (0, 1) for name in ("aime24", "amc") for i in range(100))
+    # vLLM's sample i of a prompt has the seed of the prompt plus i; torch's generator on CPU looks at 32
+    # bits.
+    seeds = sorted(
+        prompt_seed(seed, name, i) % 2**32
+        for seed in (0, 1)
+        for name in ("aime24", "amc")
+        for i in range(100)
+    )
     assert min(b - a for a, b in itertools.pairwise(seeds)) > 64
     assert prompt_seed(0, "amc", 7) == prompt_seed(0, "amc", 7) < 2**48  # the same in every process
 
@@ -252,12 +328,20 @@ def test_a_model_folder_that_has_moved_is_the_same_model(tmp_path: Path) -> None
 
 def test_another_version_of_a_reward_function_is_not_mixed_in(tmp_path: Path) -> None:
     _model(tmp_path)
-    (tmp_path / "mine.py").write_text("def short(prompts, completions, **columns): return [1.0 for text in completions]\n")
-    config = GVPOConfig.from_dict(_config(tmp_path).model_dump(mode="json"), {"verifiers.rewards": {f"{tmp_path}/mine.py:short": 1.0}})
+    (tmp_path / "mine.py").write_text(
+        "def short(prompts, completions, **columns): return [1.0 for text in completions]\n"
+    )
+    config = GVPOConfig.from_dict(
+        _config(tmp_path).model_dump(mode="json"), {"verifiers.rewards": {f"{tmp_path}/mine.py:short": 1.0}}
+    )
     with _open(tmp_path, config):
         pass
-    (tmp_path / "mine.py").write_text("def short(prompts, completions, **columns): return [0.0 for text in completions]\n")
-    with pytest.raises(ConfigError, match=r"with another verifiers\.rewards\..*mine\.py:short \(what is in it differs\)"):
+    (tmp_path / "mine.py").write_text(
+        "def short(prompts, completions, **columns): return [0.0 for text in completions]\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"with another verifiers\.rewards\..*mine\.py:short \(what is in it differs\)"
+    ):
         _open(tmp_path, config)
 
 
@@ -270,7 +354,9 @@ def test_a_folder_whose_evaluation_yaml_is_no_evaluations_is_refused(tmp_path: P
             _open(tmp_path, _config(tmp_path))
 
 
-def test_prompts_that_are_too_long_are_counted_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_that_are_too_long_are_counted_in_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _model(tmp_path)
     config = _config(tmp_path)
     with _open(tmp_path, config) as kept:
@@ -280,7 +366,9 @@ def test_prompts_that_are_too_long_are_counted_in_the_result(tmp_path: Path, cap
     assert verdicts == ["correct", "incorrect", "incorrect", "unverifiable"]
 
 
-def test_a_comparison_says_what_else_differs_and_which_sets_have_no_partner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_says_what_else_differs_and_which_sets_have_no_partner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = _finished(tmp_path / "a", {"p": [True]}), _finished(tmp_path / "b", {"p": [False]})
     for folder, num_samples in ((a, 1), (b, 8)):
         (Path(folder) / "eval.json").write_text(json.dumps({"sets": {"easy": {"num_samples": num_samples}}}))
@@ -289,15 +377,24 @@ def test_a_comparison_says_what_else_differs_and_which_sets_have_no_partner(tmp_
     pq.write_table(pa.concat_tables([easy, hard]), Path(b) / "generations.parquet")
     result = compare(a, b)
     assert result["easy"]["difference"] == {"value": -1.0, "low": -1.0, "high": -1.0}
-    assert result["easy"]["notes"] == ["num_samples is 1 in A, 8 in B"] and result["hard"]["notes"] == ["no prompt in common"]
+    assert result["easy"]["notes"] == ["num_samples is 1 in A, 8 in B"] and result["hard"]["notes"] == [
+        "no prompt in common"
+    ]
     assert main(["evaluate", "--compare", a, b]) == 0
     printed = capsys.readouterr().out
     assert "easy: num_samples is 1 in A, 8 in B" in printed and "hard: no prompt in common" in printed
 
 
-def test_a_run_that_lacks_a_key_is_not_taken_for_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_lacks_a_key_is_not_taken_for_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "run.yaml"
-    data = {"run_dir": "r", "model": {"path": "m/m"}, "prompts": {"path": "p/p"}, "evaluation": {"sets": {"easy": {"path": "e/e"}}}}
+    data = {
+        "run_dir": "r",
+        "model": {"path": "m/m"},
+        "prompts": {"path": "p/p"},
+        "evaluation": {"sets": {"easy": {"path": "e/e"}}},
+    }
     file.write_text(yaml.safe_dump(data))
     assert main(["check", str(file)]) == 2
     assert "num_steps: required" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""bench paper and bench staleness without their runs: which cells there are, what is run again, what the tables say."""
+"""bench paper and bench staleness without their runs: which cells there are, what is run again, what the
+tables say.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,25 @@ from gvpo_ray.config.run import GVPOConfig
 def row(cell: Cell, **values: Any) -> dict[str, Any]:
     curve = [{"step": 0, "pass@1": 0.25, "kl": 0.0}, {"step": 100, "pass@1": 0.5, "kl": 2.0}]
     return {
-        "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)), "start": 0.25,
-        "start_greedy": 0.2, "pass@1": 0.5, "kl": 2.0, "greedy": 0.6, "train": 0.5, "reward": 0.5, "curve": curve, "staleness": 0.0, "binding": 0.5,
-        "steps": "[]", "seconds": 1.0, **values,
-    }  # fmt: skip
+        "cell": cell.key,
+        "task": cell.task,
+        "seed": cell.seed,
+        "age": cell.age,
+        "overrides": json.dumps(dict(cell.overrides)),
+        "start": 0.25,
+        "start_greedy": 0.2,
+        "pass@1": 0.5,
+        "kl": 2.0,
+        "greedy": 0.6,
+        "train": 0.5,
+        "reward": 0.5,
+        "curve": curve,
+        "staleness": 0.0,
+        "binding": 0.5,
+        "steps": "[]",
+        "seconds": 1.0,
+        **values,
+    }
 
 
 @pytest.fixture
@@ -55,7 +72,11 @@ def test_a_finished_cell_is_not_run_again_and_a_killed_bench_goes_on(tmp_path: P
 
 
 def test_two_benches_in_one_folder_share_their_cells(tmp_path: Path, ran: list[Cell]) -> None:
-    cells, taken, results = [Cell("sort", {}, seed) for seed in range(3)], threading.Event(), Results(tmp_path)
+    cells, taken, results = (
+        [Cell("sort", {}, seed) for seed in range(3)],
+        threading.Event(),
+        Results(tmp_path),
+    )
 
     def another_bench() -> None:
         """Is at one cell until it has its row, and adds another's meanwhile."""
@@ -73,22 +94,34 @@ def test_two_benches_in_one_folder_share_their_cells(tmp_path: Path, ran: list[C
     assert ran == cells[2:] and len(results.rows) == 3
 
 
-def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_tables(tmp_path: Path, ran: list[Cell]) -> None:
+def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_tables(
+    tmp_path: Path, ran: list[Cell]
+) -> None:
     paper.main(["arithmetic"], 3, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
     assert len(trials) == 4 * len(paper.METHODS) == len({cell.key for cell in trials})
     others = [cell.seed for cell in ran[len(trials) :]]
-    assert others == sorted(others) and [others.count(seed) for seed in range(3)] == [len(others) // 3] * 3  # whole tables early
+    # whole tables early
+    assert others == sorted(others) and [others.count(seed) for seed in range(3)] == [len(others) // 3] * 3
     for name, best in (("replay.share", "auto"), ("sampling.num_completions", None)):
         (rate,) = {cell.overrides["learner.learning_rate"] for cell in ran if name in cell.overrides}
         betas = {cell.overrides.get("loss.beta") for cell in ran if name in cell.overrides}
         assert rate == max(experiments.RATES["arithmetic"]) and best in (None, *betas)
     text = (tmp_path / "paper.md").read_text()
-    for line in ("| base | 25.0 | 20.0 |", "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |", "| 0.01 | 50.0 ± 0.0 | 50.0 ± 0.0 |", "| 16 | 50.0 ± 0.0 |  |",
-                 "| 32 | 50.0 ± 0.0 | 50.0 ± 0.0 |", "| 3:5 | 50.0 ± 0.0 |",
-                 "| GRPO | loss.clip | 0.0008, 0.4 |", "| GVPO |  | 0.0008 |"):  # fmt: skip
+    for line in (
+        "| base | 25.0 | 20.0 |",
+        "| GVPO | 50.0 ± 0.0 | 60.0 ± 0.0 |",
+        "| 0.01 | 50.0 ± 0.0 | 50.0 ± 0.0 |",
+        "| 16 | 50.0 ± 0.0 |  |",
+        "| 32 | 50.0 ± 0.0 | 50.0 ± 0.0 |",
+        "| 3:5 | 50.0 ± 0.0 |",
+        "| GRPO | loss.clip | 0.0008, 0.4 |",
+        "| GVPO |  | 0.0008 |",
+    ):
         assert line in text
-    assert (tmp_path / "frontier-arithmetic.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "beta-arithmetic.png").exists()
+    assert (tmp_path / "frontier-arithmetic.png").read_bytes().startswith(b"\x89PNG") and (
+        tmp_path / "beta-arithmetic.png"
+    ).exists()
     count = len(ran)
     paper.main(["arithmetic"], 3, tmp_path)
     assert len(ran) == count
@@ -97,27 +130,51 @@ def test_the_paper_bench_tunes_each_method_with_the_same_budget_and_writes_its_t
 def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: list[Cell]) -> None:
     staleness.main(["arithmetic"], 2, tmp_path)
     trials = [cell for cell in ran if cell.seed == experiments.TUNING_SEED]
-    assert len(trials) == 4 * len(staleness.METHODS) and ran[: len(trials)] == trials and {cell.age for cell in trials} == {16}
+    assert (
+        len(trials) == 4 * len(staleness.METHODS)
+        and ran[: len(trials)] == trials
+        and {cell.age for cell in trials} == {16}
+    )
     cells, foreign = ran[len(trials) : -4], ran[-4:]
     assert len(cells) == 2 * (7 * len(staleness.AGES) + len(staleness.FEW)) and len(staleness.METHODS) == 8
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # a whole table early
-    assert [cell.overrides["sources.people.group_share"] for cell in foreign] == [0.5, 0.5, 1.0, 1.0] and {cell.age for cell in foreign} == {0}
+    assert [cell.overrides["sources.people.group_share"] for cell in foreign] == [0.5, 0.5, 1.0, 1.0] and {
+        cell.age for cell in foreign
+    } == {0}
     text = (tmp_path / "staleness.md").read_text()
-    assert all(f"| {how}, age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text for how in ("at temperature 1", "greedy"))
-    assert text.count("50.0 ± 0.0") == text.count("60.0 ± 0.0") == len(cells) / 2 + 3  # pass@1 at temperature 1, and greedy
-    assert all((tmp_path / f"{name}-arithmetic.png").read_bytes().startswith(b"\x89PNG") for name in ("staleness", "curves"))
+    assert all(
+        f"| {how}, age in steps | 0 | 1 | 4 | 16 | 64 | unbounded |" in text
+        for how in ("at temperature 1", "greedy")
+    )
+    # pass@1 at temperature 1, and greedy
+    assert text.count("50.0 ± 0.0") == text.count("60.0 ± 0.0") == len(cells) / 2 + 3
+    assert all(
+        (tmp_path / f"{name}-arithmetic.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("staleness", "curves")
+    )
     staleness.main(["sort"], 2, tmp_path)
     assert len([cell for cell in ran if cell.task == "sort"]) == 2 * 4 + 2 * 2 * 3
-    assert "age in steps | 0 | 16 | unbounded |" in (text := (tmp_path / "staleness.md").read_text()) and "| 64 |" in text  # both tasks
+    # both tasks
+    assert (
+        "age in steps | 0 | 16 | unbounded |" in (text := (tmp_path / "staleness.md").read_text())
+        and "| 64 |" in text
+    )
     paper.write(Results(tmp_path), range(2))
-    assert not any(task in (tmp_path / "paper.md").read_text() for task in experiments.TASKS)  # nothing of its own was run
+    # nothing of its own was run
+    assert not any(task in (tmp_path / "paper.md").read_text() for task in experiments.TASKS)
 
 
-@pytest.mark.parametrize(("scores", "rates"), [
-    ({2e-4: 0.8, 4e-4: 0.7, 1e-4: 0.75}, [1e-4, 2e-4, 4e-4, 1.4e-4]), ({2e-4: 0.8, 4e-4: 0.7, 1e-4: 0.6}, [1e-4, 2e-4, 4e-4, 2.8e-4]),
-    ({2e-4: 0.8, 4e-4: 0.81, 8e-4: 0.9}, [2e-4, 4e-4, 8e-4, 5.7e-4]),
-])  # fmt: skip
-def test_without_an_option_the_last_trial_is_the_rate_beside_the_best(scores: dict[float, float], rates: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scores", "rates"),
+    [
+        ({2e-4: 0.8, 4e-4: 0.7, 1e-4: 0.75}, [1e-4, 2e-4, 4e-4, 1.4e-4]),
+        ({2e-4: 0.8, 4e-4: 0.7, 1e-4: 0.6}, [1e-4, 2e-4, 4e-4, 2.8e-4]),
+        ({2e-4: 0.8, 4e-4: 0.81, 8e-4: 0.9}, [2e-4, 4e-4, 8e-4, 5.7e-4]),
+    ],
+)
+def test_without_an_option_the_last_trial_is_the_rate_beside_the_best(
+    scores: dict[float, float], rates: list[float], tmp_path: Path
+) -> None:
     method, results = staleness.METHODS["gvpo (default)"], Results(tmp_path)
     for _ in range(3):
         cells = experiments.trials("arithmetic", method, 16, results)
@@ -127,13 +184,30 @@ def test_without_an_option_the_last_trial_is_the_rate_beside_the_best(scores: di
 
 
 @pytest.mark.parametrize("task", experiments.TASKS)
-def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_dial(task: str, tmp_path: Path) -> None:
-    configs = [experiments.config_of(Cell(task, {"loss.beta": 0.3}, seed, age), tmp_path) for seed in (0, 1) for age in (0, 16)]
-    assert len({config.model.path for config in configs}) == 1 and len({config.run_dir for config in configs}) == 4
-    assert [config.max_staleness for config in configs] == [0, 16, 0, 16] and {config.loss.beta for config in configs} == {0.3}
-    assert all(isinstance(config, GVPOConfig) and config.evaluation.of("greedy")[1] == 0 for config in configs)
+def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_dial(
+    task: str, tmp_path: Path
+) -> None:
+    configs = [
+        experiments.config_of(Cell(task, {"loss.beta": 0.3}, seed, age), tmp_path)
+        for seed in (0, 1)
+        for age in (0, 16)
+    ]
+    assert (
+        len({config.model.path for config in configs}) == 1
+        and len({config.run_dir for config in configs}) == 4
+    )
+    assert [config.max_staleness for config in configs] == [0, 16, 0, 16] and {
+        config.loss.beta for config in configs
+    } == {0.3}
+    assert all(
+        isinstance(config, GVPOConfig) and config.evaluation.of("greedy")[1] == 0 for config in configs
+    )
     model = AutoModelForCausalLM.from_pretrained(configs[0].model.path)
-    assert configs[0].warm_start is not None and configs[0].warm_start.architecture.items() <= model.config.to_dict().items()  # as its YAML makes it
+    # as its YAML makes it
+    assert (
+        configs[0].warm_start is not None
+        and configs[0].warm_start.architecture.items() <= model.config.to_dict().items()
+    )
     assert len(AutoTokenizer.from_pretrained(configs[0].model.path)) == model.config.vocab_size
 
 

@@ -17,7 +17,7 @@ from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.data import ReplayConfig
 
-# --------------------------------------------------------------------------------------------------------------------- log
+# -------------------------------------------------------------------------------------------------------- log
 
 
 def test_a_torn_tail_of_a_segment_costs_only_the_group_it_belongs_to(tmp_path):
@@ -27,7 +27,19 @@ def test_a_torn_tail_of_a_segment_costs_only_the_group_it_belongs_to(tmp_path):
         log.append(table(make_group(group_id)))
         ends.append((tmp_path / "whole" / "00000.arrow").stat().st_size)
     data = (tmp_path / "whole" / "00000.arrow").read_bytes()
-    cuts = [0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[0] + 7, (ends[0] + ends[1]) // 2, ends[1] - 1, ends[1], ends[2] - 8, ends[2]]
+    cuts = [
+        0,
+        1,
+        ends[0] - 1,
+        ends[0],
+        ends[0] + 1,
+        ends[0] + 7,
+        (ends[0] + ends[1]) // 2,
+        ends[1] - 1,
+        ends[1],
+        ends[2] - 8,
+        ends[2],
+    ]
     for cut in cuts:
         folder = tmp_path / f"cut-{cut}"
         folder.mkdir()
@@ -64,7 +76,8 @@ def test_a_torn_line_of_the_assignments_was_never_answered(tmp_path):
 
 
 def test_a_torn_line_is_cut_off_and_the_whole_ones_are_never_written_again(tmp_path, monkeypatch):
-    # Writing the file anew would leave a moment in which kill -9 loses every assignment, and the run trains everything twice.
+    # Writing the file anew would leave a moment in which kill -9 loses every assignment, and the run trains
+    # everything twice.
     file = tmp_path / "assignments.jsonl"
     file.write_bytes(b'{"step": 1, "begin": 0, "end": 2}\n{"st')
     inode = file.stat().st_ino
@@ -104,7 +117,8 @@ def test_any_rows_are_read_in_any_order_across_segments(tmp_path):
         for group_id in range(5 * segment, 5 * segment + 5):
             everything[group_id] = table(make_group(group_id, (1.0,) * (2 + group_id % 3)))
             log.append(everything[group_id])
-    (tmp_path / "00001.arrow").write_bytes((tmp_path / "00001.arrow").read_bytes()[:-20])  # the last row, of group 9, is torn
+    # the last row, of group 9, is torn
+    (tmp_path / "00001.arrow").write_bytes((tmp_path / "00001.arrow").read_bytes()[:-20])
     del everything[9]
     log = GroupLog(tmp_path)
     log.append(everything.setdefault(15, table(make_group(15))))
@@ -130,14 +144,19 @@ def test_a_row_is_read_without_the_rows_before_it(tmp_path):
 def test_a_log_that_an_older_version_wrote_is_read_and_goes_on(tmp_path):
     old = [table(make_group(group_id)) for group_id in (4, 2)]
     assert set(groups.REFERENCE_COLUMNS).isdisjoint(old[0].schema.names)
-    with pa.OSFile(str(tmp_path / "00000.arrow"), "wb") as sink, pa.ipc.new_stream(sink, old[0].schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "00000.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, old[0].schema) as writer,
+    ):
         for group in old:
             writer.write_table(group)
     (tmp_path / "assignments.jsonl").write_text('{"step": 1, "begin": 0, "end": 2}\n')
 
     async def main():
         buffer = make(tmp_path, replay=ReplayConfig(share=0.5))
-        new = groups.with_columns(table(make_group(7)), reference_logprobs=[[-1.0, None, -2.0]], reference_versions=[[3, None, 3]])
+        new = groups.with_columns(
+            table(make_group(7)), reference_logprobs=[[-1.0, None, -2.0]], reference_versions=[[3, None, 3]]
+        )
         await buffer.put(new)
         await buffer.put(table(make_group(8)))
         assert (await answer(buffer.batch(1))).equals(groups.log_columns(pa.concat_tables(old)))
@@ -184,7 +203,8 @@ WRITER = textwrap.dedent(
             while len(buffer.log) >= 3 * (step + 1):
                 step += 1
                 batch = await buffer.batch(step)
-                os.write(1, b"step %d %s\\n" % (step, b",".join(b"%d" % i for i in batch.column("group_id").to_pylist())))
+                group_ids = b",".join(b"%d" % i for i in batch.column("group_id").to_pylist())
+                os.write(1, b"step %d %s\\n" % (step, group_ids))
 
     while sys.stdin.readline():  # one writer per line; it dies by the hand of the test
         pid = os.fork()
@@ -203,7 +223,9 @@ def test_kill_9_loses_no_acknowledged_group_and_stores_none_twice(tmp_path):
     steps: dict[int, list[int]] = {}
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
         for _ in range(10):
             parent.stdin.write("\n")
             parent.stdin.flush()
@@ -218,28 +240,35 @@ def test_kill_9_loses_no_acknowledged_group_and_stores_none_twice(tmp_path):
                     seen += 1
                 else:
                     batch = [int(i) for i in line[2].split(",")]
-                    assert steps.setdefault(int(line[1]), batch) == batch, "a step got other groups after a kill"
+                    assert steps.setdefault(int(line[1]), batch) == batch, (
+                        "a step got other groups after a kill"
+                    )
                 if pid is not None and seen >= num_answers:
-                    os.kill(pid, signal.SIGKILL)  # the writer goes on while we read: this lands anywhere in its loop
+                    # the writer goes on while we read: this lands anywhere in its loop
+                    os.kill(pid, signal.SIGKILL)
                     num_answers = 10**9
             log = GroupLog(tmp_path)
             assert len(set(log.group_ids)) == len(log.group_ids)
-            # A group may be on disk without having been acknowledged; then it must not be started again, which start() proves above.
+            # A group may be on disk without having been acknowledged; then it must not be started again,
+            # which start() proves above.
             assert groups_there <= set(log.group_ids)
             groups_there |= set(log.group_ids)
             anywhere = seed.choices(range(len(log)), k=5)
             assert list(groups.rows(log.rows(anywhere))) == [
-                next(groups.rows(groups.log_columns(table(make_group(log.group_ids[row]))))) for row in anywhere
+                next(groups.rows(groups.log_columns(table(make_group(log.group_ids[row])))))
+                for row in anywhere
             ]
             assert {step: log.group_ids[slice(*log.assigned[step])] for step in steps} == steps
         parent.stdin.close()
     assert len(groups_there) > 50 and len(list(tmp_path.glob("*.arrow"))) == 10
     assert sorted(groups_there) == list(range(len(groups_there)))  # no gap either
-    trained = [group_id for step in sorted(log.assigned) for group_id in log.group_ids[slice(*log.assigned[step])]]
+    trained = [
+        group_id for step in sorted(log.assigned) for group_id in log.group_ids[slice(*log.assigned[step])]
+    ]
     assert len(trained) == len(set(trained))
 
 
-# -------------------------------------------------------------------------------------------------------------- quarantine
+# ------------------------------------------------------------------------------------------------- quarantine
 
 
 def test_put_says_whether_every_check_hit_its_limit(tmp_path):

@@ -56,7 +56,7 @@ def write_stream(path, tables: list[pa.Table]) -> bytes:
     return path.read_bytes()
 
 
-# ----------------------------------------------------------------------------------------------------------- in and out again
+# ------------------------------------------------------------------------------------------- in and out again
 
 
 def test_a_row_survives_the_table():
@@ -102,7 +102,7 @@ def test_with_columns_adds_and_replaces_typed_by_the_schema():
     assert table.column("answer").to_pylist() == ["7", "7"]  # tables are values
 
 
-# ------------------------------------------------------------------------------------------------------------------ cut off
+# ---------------------------------------------------------------------------------------------------- cut off
 
 
 def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
@@ -115,7 +115,9 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
         (log / "00000.arrow").write_bytes(whole[:end])
         loaded = groups.load(log)
         nothing = dict.fromkeys(groups.REFERENCE_COLUMNS)
-        assert list(groups.rows(loaded)) == [row(i, num_completions=2 + i) | nothing for i in range(len(loaded))], end
+        assert list(groups.rows(loaded)) == [
+            row(i, num_completions=2 + i) | nothing for i in range(len(loaded))
+        ], end
         counts.append(len(loaded))
     assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3, 4}
 
@@ -144,7 +146,11 @@ def test_a_single_stream_without_its_end_is_read_too(tmp_path):
     assert groups.load(tmp_path / "a.arrow").column("group_id").to_pylist() == [0]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"id": 1}\n', b"ARROW1\0\0 and no more", b"\xff" * 1000], ids=["empty", "json", "magic", "ff"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"id": 1}\n', b"ARROW1\0\0 and no more", b"\xff" * 1000],
+    ids=["empty", "json", "magic", "ff"],
+)
 def test_a_file_that_is_not_arrow_is_named(tmp_path, content):
     (tmp_path / "data.arrow").write_bytes(content)
     with pytest.raises(groups.GroupError, match=r"data\.arrow is not an Arrow IPC file"):
@@ -165,7 +171,7 @@ def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------- what is refused
 
 
 def test_a_good_table_is_valid_and_comes_back():
@@ -182,7 +188,10 @@ def test_a_good_table_is_valid_and_comes_back():
         ({"reference_logprobs": [0.0]}, "row 1: reference_logprobs has 1 entries, completions has 3"),
         ({"version_min": None}, "row 1: version_min is null"),
         ({"completions": None}, "row 1: completions is null"),
-        ({"sampling_logprobs": [[-0.5, -0.2, 0], [-1], None]}, r"row 1: sampling_logprobs\[1\] has 1 entries, completion_ids\[1\] has 2"),
+        (
+            {"sampling_logprobs": [[-0.5, -0.2, 0], [-1], None]},
+            r"row 1: sampling_logprobs\[1\] has 1 entries, completion_ids\[1\] has 2",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -195,7 +204,11 @@ def test_missing_columns_and_other_types_are_named():
     table = groups.table([ROW])
     with pytest.raises(groups.GroupError, match="column 'rewards' is missing"):
         groups.validate(table.drop_columns(["rewards"]), groups.SCHEMA.names)
-    wrong = table.set_column(table.schema.get_field_index("rewards"), "rewards", pa.array([[1.0, 0.0, 0.0]], pa.list_(pa.float64())))
+    wrong = table.set_column(
+        table.schema.get_field_index("rewards"),
+        "rewards",
+        pa.array([[1.0, 0.0, 0.0]], pa.list_(pa.float64())),
+    )
     with pytest.raises(groups.GroupError, match=r"column 'rewards' is list<.*double>, not list<.*float>"):
         groups.validate(wrong, groups.SCHEMA.names)
     groups.validate(table.drop_columns(["rewards"]), groups.PROMPT_COLUMNS)  # only what is asked for
@@ -220,7 +233,7 @@ def test_with_columns_refuses_other_names_numbers_and_types():
         groups.with_columns(table, rewards=[["right"]])
 
 
-# ------------------------------------------------------------------------------------------------------------- for the learner
+# -------------------------------------------------------------------------------------------- for the learner
 
 
 def test_trainable_leaves_out_completions_without_reward_in_every_column():
@@ -273,12 +286,14 @@ def test_split_by_tokens_deals_each_group_once_in_order_and_balanced(num_parts):
     assert all(part == sorted(part) for part in parts)
     assert parts == groups.split_by_tokens(table, num_parts)
     loads = [sum(groups.num_tokens(table[i]) for i in part) for part in parts]
-    assert max(loads) - min(loads) <= max(map(groups.num_tokens, table))  # what longest-first to the emptiest promises
+    # what longest-first to the emptiest promises
+    assert max(loads) - min(loads) <= max(map(groups.num_tokens, table))
     assert max(loads) <= 1.05 * sum(loads) / num_parts
 
 
 def test_split_by_tokens_by_hand():
-    # tokens 2 * (0 + 8, 6, 4, 2): 16 to part 0; 12 and then 8 to part 1, which is the emptier; 4 to part 0: loads 20 and 20
+    # tokens 2 * (0 + 8, 6, 4, 2): 16 to part 0; 12 and then 8 to part 1, which is the emptier; 4 to part 0:
+    # loads 20 and 20
     table = [row(i, prompt=0, completion=length) for i, length in enumerate([4, 8, 2, 6])]
     assert groups.split_by_tokens(table, 2) == [[1, 2], [0, 3]]
 
@@ -291,7 +306,9 @@ def test_split_by_tokens_leaves_parts_empty_when_there_are_too_few_groups():
 @pytest.mark.parametrize("max_tokens", [1, 60, 200, 1000, 10**9])
 @pytest.mark.parametrize("packed", [True, False])
 def test_micro_batches_keep_the_order_and_the_bound_and_are_not_smaller_than_needed(packed, max_tokens):
-    table = [row(i, num_completions=2 + i % 5, prompt=3 + i % 4, completion=1 + (13 * i) % 29) for i in range(40)]
+    table = [
+        row(i, num_completions=2 + i % 5, prompt=3 + i % 4, completion=1 + (13 * i) % 29) for i in range(40)
+    ]
 
     def padded(run: list[int]) -> int:
         if packed:
@@ -306,7 +323,8 @@ def test_micro_batches_keep_the_order_and_the_bound_and_are_not_smaller_than_nee
 
 
 def test_micro_batches_by_hand():
-    # 2 completions of 3 + 4 tokens: 14 padded tokens each, so 28 hold two of them; then 2 x (3 + 10) = 26, too wide to share
+    # 2 completions of 3 + 4 tokens: 14 padded tokens each, so 28 hold two of them; then 2 x (3 + 10) = 26,
+    # too wide to share
     table = [row(0), row(1), row(2), row(3, completion=10), row(4)]
     assert groups.micro_batches(table, 28, packed=False) == [[0, 1], [2], [3], [4]]
     assert groups.micro_batches(table, 27, packed=False) == [[0], [1], [2], [3], [4]]
@@ -332,7 +350,7 @@ def test_a_group_larger_than_a_pass_is_cut_into_parts_that_fit_or_are_one_comple
     assert len(groups.split_group(row, 1, packed)) == 8 and len(groups.split_group(row, 1000, packed)) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ put together
+# ----------------------------------------------------------------------------------------------- put together
 
 
 def test_the_log_holds_every_column_and_nothing_where_nobody_has_computed_it():
@@ -340,7 +358,11 @@ def test_the_log_holds_every_column_and_nothing_where_nobody_has_computed_it():
     bare = groups.table([row(0), row(1)])
     completed = groups.log_columns(bare)
     assert completed.schema == groups.SCHEMA and completed.select(bare.schema.names) == bare
-    assert completed["reference_logprobs"].to_pylist() == completed["reference_versions"].to_pylist() == [None, None]
+    assert (
+        completed["reference_logprobs"].to_pylist()
+        == completed["reference_versions"].to_pylist()
+        == [None, None]
+    )
     whole = groups.table([ROW])
     assert groups.log_columns(whole).equals(whole)
     assert groups.log_columns(bare.append_column("colour", [["red", "blue"]])).equals(completed)
@@ -349,7 +371,9 @@ def test_the_log_holds_every_column_and_nothing_where_nobody_has_computed_it():
 def test_the_parts_of_a_group_are_joined_in_their_order():
     prompt = groups.table([{**{name: ROW[name] for name in groups.PROMPT_COLUMNS}, "group_id": 99}])
     referenced = groups.table([ROW])
-    rewarded = groups.table([row(5, num_completions=1) | {"reward_parts": {"style": [0.75]}, "reward_reasons": ["short"]}])
+    rewarded = groups.table(
+        [row(5, num_completions=1) | {"reward_parts": {"style": [0.75]}, "reward_reasons": ["short"]}]
+    )
     sampled = groups.table([row(6)]).drop_columns(list(groups.REWARD_COLUMNS))
     joined = groups.join(prompt, rewarded, sampled, referenced)
     assert joined.schema == groups.SCHEMA
@@ -373,7 +397,10 @@ def test_the_parts_of_a_group_are_joined_in_their_order():
 def test_a_joined_group_has_the_rewards_and_references_that_some_part_has():
     prompt = groups.table([row(1)]).select(list(groups.PROMPT_COLUMNS))
     sampled = groups.table([row(6)]).drop_columns(list(groups.REWARD_COLUMNS))
-    assert groups.join(prompt, sampled, sampled).schema.names == [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
+    assert groups.join(prompt, sampled, sampled).schema.names == [
+        *groups.PROMPT_COLUMNS,
+        *groups.COMPLETION_COLUMNS,
+    ]
     logged = groups.log_columns(groups.table([row(6)]))  # its references are null: it has none
     assert groups.join(prompt, sampled, logged).schema.names == list(groups.LOGGED_COLUMNS)
     nothing = groups.join(prompt)
@@ -384,7 +411,9 @@ def test_a_joined_group_has_the_rewards_and_references_that_some_part_has():
 
 def test_a_group_is_joined_from_its_slice_of_a_larger_table():
     table = groups.table([row(0)]).append_column("colour", [["red"]])
-    large = pa.concat_tables([groups.log_columns(groups.table([row(i, num_completions=1 + i)])) for i in range(3)])
+    large = pa.concat_tables(
+        [groups.log_columns(groups.table([row(i, num_completions=1 + i)])) for i in range(3)]
+    )
     joined = groups.join(table, large.slice(2, 1), large.slice(0, 1))
     assert joined["sampling_logprobs"].to_pylist() == [[[-2.0] * 4] * 3 + [[0.0] * 4]]
 
@@ -393,20 +422,32 @@ def test_some_completions_of_a_group_are_taken_with_all_that_belongs_to_them():
     taken = groups.take(groups.table([ROW]), [2, 0])
     assert taken.schema == groups.SCHEMA
     (group,) = groups.rows(groups.validate(taken, groups.SCHEMA.names))
-    assert group["completion_ids"] == [[3, 3, 3, 1], [4, 7, 1]] and group["sampling_logprobs"] == [None, [-0.5, -0.25, 0.0]]
+    assert group["completion_ids"] == [[3, 3, 3, 1], [4, 7, 1]] and group["sampling_logprobs"] == [
+        None,
+        [-0.5, -0.25, 0.0],
+    ]
     assert group["reward_parts"] == {"math": [None, 1.0], "style": [0.125, 0.5]}
-    assert group["reference_logprobs"] == [-40.123456789012345, -0.75] and group["reference_versions"] == [None, 0]
+    assert group["reference_logprobs"] == [-40.123456789012345, -0.75] and group["reference_versions"] == [
+        None,
+        0,
+    ]
     assert group["prompt_ids"] == ROW["prompt_ids"]
-    assert groups.take(groups.log_columns(groups.table([row(1)])), [])["reference_logprobs"].to_pylist() == [None]
+    assert groups.take(groups.log_columns(groups.table([row(1)])), [])["reference_logprobs"].to_pylist() == [
+        None
+    ]
 
 
 def test_replayable_are_the_policys_own_completions_with_reward_token_and_log_probs():
-    # rewards 1, 0 and 4 are trained on: mean 5/3; the third is somebody else's, the fourth empty, the fifth without a reward
+    # rewards 1, 0 and 4 are trained on: mean 5/3; the third is somebody else's, the fourth empty, the fifth
+    # without a reward
     group = row(1, num_completions=5) | {
         "sources": ["policy", "policy", "replay", "policy", "policy"],
         "completion_ids": [[2], [2], [2], [], [2]],
         "rewards": [1.0, 0.0, 4.0, 9.0, None],
         "version_max": [3, 4, 4, 4, 4],
     }
-    assert groups.replayable(groups.table([group])) == {0: (3, pytest.approx(-2 / 3)), 1: (4, pytest.approx(-5 / 3))}
+    assert groups.replayable(groups.table([group])) == {
+        0: (3, pytest.approx(-2 / 3)),
+        1: (4, pytest.approx(-5 / 3)),
+    }
     assert groups.replayable(groups.table([group | {"sampling_logprobs": [None] * 5}])) == {}

@@ -1,4 +1,6 @@
-"""Replay: which completions of a prompt there are, in which order they are picked, and what is known of them."""
+"""Replay: which completions of a prompt there are, in which order they are picked, and what is known of
+them.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,12 @@ from gvpo_ray.config.data import ReplayConfig
 def one_prompt(group_id: int, *versions: int, **columns) -> pa.Table:
     """A group of the one prompt that all of these tests ask for; a completion per version."""
     m = len(versions)
-    row = {**make_group(group_id, tuple(float(i) for i in range(m))), "prompt": "p", "answer": "7", "dataset": "d"}
+    row = {
+        **make_group(group_id, tuple(float(i) for i in range(m))),
+        "prompt": "p",
+        "answer": "7",
+        "dataset": "d",
+    }
     texts = [f"{group_id}.{i}" for i in range(m)]
     return table({**row, "completions": texts, "version_min": [0] * m, "version_max": [*versions], **columns})
 
@@ -39,7 +46,15 @@ def test_the_newest_completions_of_a_prompt_come_first_with_everything_that_is_k
         assert groups.validate(history, groups.LOGGED_COLUMNS).schema == groups.SCHEMA
         row, logged = next(groups.rows(history)), [next(groups.rows(group)) for group in (first, second)]
         picked = [(logged[1], 0), (logged[0], 1), (logged[0], 2), (logged[1], 1)]
-        for name in ("completion_ids", "finish_reasons", "version_min", "version_max", "sampling_logprobs", "rewards", "reward_reasons"):
+        for name in (
+            "completion_ids",
+            "finish_reasons",
+            "version_min",
+            "version_max",
+            "sampling_logprobs",
+            "rewards",
+            "reward_reasons",
+        ):
             assert row[name] == [group[name][i] for group, i in picked], name
         assert row["reward_parts"] == {"math": [0.0, 1.0, 2.0, 1.0]}
         assert row["sources"] == ["replay"] * 4
@@ -58,7 +73,10 @@ def test_there_is_no_history_of_a_new_prompt_and_none_without_replay(tmp_path):
             await buffer.put(one_prompt(0, 1, 2))
         for buffer, prompt in ((with_replay, groups.with_columns(PROMPT, answer=["8"])), (without, PROMPT)):
             history = await buffer.history(prompt, 4)
-            assert groups.validate(history, groups.LOGGED_COLUMNS).schema == groups.SCHEMA and texts(history) == []
+            assert (
+                groups.validate(history, groups.LOGGED_COLUMNS).schema == groups.SCHEMA
+                and texts(history) == []
+            )
         assert texts(await with_replay.history(PROMPT, 0)) == []
 
     run(main)
@@ -98,7 +116,9 @@ def test_uniform_replay_is_a_sample_that_the_seed_and_the_group_fix(tmp_path):
         await buffer.put(one_prompt(1, *range(20)))
         everything = [f"{group_id}.{i}" for group_id in (0, 1) for i in range(20)]
         picked = texts(await buffer.history(PROMPT, 6))
-        assert picked == [everything[i] for i in np.random.default_rng([5, 1000]).choice(40, 6, replace=False)]
+        assert picked == [
+            everything[i] for i in np.random.default_rng([5, 1000]).choice(40, 6, replace=False)
+        ]
         assert picked == texts(await buffer.history(PROMPT, 6)) and len(set(picked)) == 6
         assert picked != texts(await buffer.history(groups.with_columns(PROMPT, group_id=[1001]), 6))
         assert sorted(texts(await buffer.history(PROMPT, 99))) == sorted(everything)
@@ -109,17 +129,21 @@ def test_uniform_replay_is_a_sample_that_the_seed_and_the_group_fix(tmp_path):
 def test_residual_replay_picks_what_is_farthest_from_its_optimum(tmp_path):
     async def main():
         buffer = replaying(tmp_path, "residual")
-        # |R - mean R|: 1, 0, 1 of the first; of the second, whose mean is over the two that are trained on, 2.5, - and 2.5
+        # |R - mean R|: 1, 0, 1 of the first; of the second, whose mean is over the two that are trained on,
+        # 2.5, - and 2.5
         await buffer.put(one_prompt(0, 1, 1, 1))
         await buffer.put(one_prompt(1, 1, 1, 1, rewards=[0.0, None, 5.0]))
         assert texts(await buffer.history(PROMPT, 9)) == ["1.0", "1.2", "0.0", "0.2", "0.1"]
         await buffer.learned(0, {}, {0: [-0.25, 2.75, 0.5], 1: [-2.5, None, None]})
-        assert texts(await buffer.history(PROMPT, 9)) == ["0.1", "1.0", "1.2", "0.2", "0.0"]  # 2.75, 2.5, 2.5 (not told), 0.5, 0.25
+        # 2.75, 2.5, 2.5 (not told), 0.5, 0.25
+        assert texts(await buffer.history(PROMPT, 9)) == ["0.1", "1.0", "1.2", "0.2", "0.0"]
         await buffer.learned(1, {}, {0: [9.0, 0.0, 0.0]})  # trained on again
         assert texts(await buffer.history(PROMPT, 2)) == ["0.0", "1.0"]
-        # Group 1000 begins with these two: what is known of them now is 0.25 and 0.125, and 4.0 of a completion of its own.
+        # Group 1000 begins with these two: what is known of them now is 0.25 and 0.125, and 4.0 of a
+        # completion of its own.
         await buffer.learned(2, {}, {1000: [0.25, -0.125, 4.0]})
-        assert texts(await buffer.history(PROMPT, 9))[:2] == ["1.2", "0.0"]  # 2.5 (not told), 0.25; 1.0 has 0.125 now
+        # 2.5 (not told), 0.25; 1.0 has 0.125 now
+        assert texts(await buffer.history(PROMPT, 9))[:2] == ["1.2", "0.0"]
 
     run(main)
 
@@ -127,7 +151,9 @@ def test_residual_replay_picks_what_is_farthest_from_its_optimum(tmp_path):
 def test_only_completions_of_the_last_steps_are_replayed_and_what_fell_out_is_forgotten(tmp_path):
     async def main():
         buffer = replaying(tmp_path, window=2, groups_per_step=1)
-        for step, group in enumerate([one_prompt(0, 0, 0), one_prompt(1, 0, 1), one_prompt(2, 2, 1), one_prompt(3, 3, 3)], start=1):
+        for step, group in enumerate(
+            [one_prompt(0, 0, 0), one_prompt(1, 0, 1), one_prompt(2, 2, 1), one_prompt(3, 3, 3)], start=1
+        ):
             await buffer.put(group)
             await answer(buffer.batch(step))
             await buffer.published(step, {})
@@ -175,7 +201,8 @@ def test_a_group_with_replayed_completions_is_logged_with_their_references(tmp_p
         _, logged = groups.rows(await answer(buffer.batch(1)))
         assert logged["completions"] == ["0.1", "1000.0"] and logged["sources"] == ["replay", "policy"]
         assert logged["reference_logprobs"] == [-2.5, None] and logged["reference_versions"] == [0, None]
-        assert texts(await buffer.history(PROMPT, 9)) == ["1000.0", "0.1", "0.0"]  # the copy is not history of its own
+        # the copy is not history of its own
+        assert texts(await buffer.history(PROMPT, 9)) == ["1000.0", "0.1", "0.0"]
         with pytest.raises(groups.GroupError, match="reference_logprobs has 1 entries, completions has 2"):
             await buffer.put(groups.with_columns(one_prompt(7, 1, 2), reference_logprobs=[[-1.0]]))
 
@@ -189,7 +216,10 @@ def test_the_history_is_that_of_the_log_whoever_reads_it(tmp_path):
             await buffer.put(one_prompt(group_id, 1, 2, 3))
         again = make_again(buffer, replay=ReplayConfig(share=0.5, policy="uniform"))
         await again.put(one_prompt(7, 4))
-        histories = [texts(await b.history(PROMPT, 5)) for b in (again, make_again(again, replay=ReplayConfig(share=0.5, policy="uniform")))]
+        histories = [
+            texts(await b.history(PROMPT, 5))
+            for b in (again, make_again(again, replay=ReplayConfig(share=0.5, policy="uniform")))
+        ]
         assert histories[0] == histories[1] and len(histories[0]) == 5
 
     run(main)

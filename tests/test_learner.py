@@ -1,4 +1,6 @@
-"""The learner: a GVPO step against a loop anyone can read, the same on every number of ranks; its options; and the loop around it."""
+"""The learner: a GVPO step against a loop anyone can read, the same on every number of ranks; its options;
+and the loop around it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from learners import BACKENDS, LEARNING_RATE, Recorder, difference, load, mixed_batch, same, settings, shared_model, weights, with_loss
+from learners import (
+    BACKENDS,
+    LEARNING_RATE,
+    Recorder,
+    difference,
+    load,
+    mixed_batch,
+    same,
+    settings,
+    shared_model,
+    weights,
+    with_loss,
+)
 from tiny import counted_and_damped, make_group, make_model, pushed, table
 from transformers import AutoModelForCausalLM
 
@@ -27,11 +41,12 @@ from gvpo_ray.losses.gvpo import gvpo_loss_squared
 from gvpo_ray.losses.stale_data import steered
 from gvpo_ray.weights.transfer import ObjectPublisher
 
-# --------------------------------------------------------------------------------- one step, and what must not change it
+# ---------------------------------------------------------------------- one step, and what must not change it
 
 
 def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Two steps of Algorithm 1 with nothing but transformers, the squared loss, autograd, clipping and AdamW; `behaviour` reference.
+    """Two steps of Algorithm 1 with nothing but transformers, the squared loss, autograd, clipping and AdamW;
+    `behaviour` reference.
 
     Returns the weights and each step's mean gradient norm.
     """
@@ -54,7 +69,11 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     for step in (1, 2):
         samples = []  # per group: [(row, i, reference, reward)]
         for row in mixed_batch(step):
-            kept = [(row, i, reference(row, i, step - 1), r) for i, r in enumerate(row["rewards"]) if r is not None]
+            kept = [
+                (row, i, reference(row, i, step - 1), r)
+                for i, r in enumerate(row["rewards"])
+                if r is not None
+            ]
             if len(kept) > 1:
                 samples.append(kept)
         assert len(samples) == 6
@@ -63,7 +82,9 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
             flat = [(g, *sample) for g, part in enumerate(group) for sample in part]
             logprobs = torch.stack([logprob(row, i) for _, row, i, _, _ in flat])
             log_ratios = iter((logprobs.detach() - torch.stack([ref for *_, ref, _ in flat])).tolist())
-            of_groups = [([reward for *_, reward in part], [next(log_ratios) for _ in part]) for part in group]
+            of_groups = [
+                ([reward for *_, reward in part], [next(log_ratios) for _ in part]) for part in group
+            ]
             counts, of_likelihood, damped = counted_and_damped(of_groups, beta=0.1)
             loss = gvpo_loss_squared(
                 logprobs,
@@ -83,24 +104,48 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 
 def two_steps(folder: Path, backend: str, zero_stage: int, micro_batch_tokens: int) -> dict[str, Any]:
-    given = settings(folder, backend=backend, zero_stage=zero_stage, micro_batch_tokens=micro_batch_tokens, num_mini_batches=2)
+    given = settings(
+        folder,
+        backend=backend,
+        zero_stage=zero_stage,
+        micro_batch_tokens=micro_batch_tokens,
+        num_mini_batches=2,
+    )
     policy = load(shared_model(folder), given)
     metrics = [train_step(policy, mixed_batch(step), given) for step in (1, 2)]
     return {"weights": weights(policy), "metrics": metrics, "counts": (policy.step, policy.num_updates)}
 
 
 def few_groups(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
-    """One group for all ranks, then none that can be trained on, then one again, then one that is not a number."""
-    given = settings(folder, backend=backend, zero_stage=zero_stage, num_mini_batches=4, micro_batch_tokens=1, max_skipped_updates=1)
+    """One group for all ranks, then none that can be trained on, then one again, then one that is not a
+    number.
+    """
+    given = settings(
+        folder,
+        backend=backend,
+        zero_stage=zero_stage,
+        num_mini_batches=4,
+        micro_batch_tokens=1,
+        max_skipped_updates=1,
+    )
     policy = load(shared_model(folder), given)
     train_step(policy, [make_group(1)], given)
     before = weights(policy)
     metrics = train_step(policy, [make_group(2, (None, 1.0)), make_group(3, (None, None))], given)
     unchanged = same(weights(policy), before)
     train_step(policy, [make_group(4, version=2), make_group(5, (None, None))], given)
-    result = {"weights": weights(policy), "unchanged": unchanged, "counts": (policy.step, policy.num_updates), "metrics": metrics}
+    result = {
+        "weights": weights(policy),
+        "unchanged": unchanged,
+        "counts": (policy.step, policy.num_updates),
+        "metrics": metrics,
+    }
     bad = make_group(77, (math.inf, 0.0))
-    result["skipped"] = [train_step(policy, [bad], given), same(weights(policy), result["weights"]), policy.num_updates]
+    result["skipped"] = [
+        train_step(policy, [bad], given),
+        same(weights(policy), result["weights"]),
+        policy.num_updates,
+    ]
     train_step(policy, [make_group(6, version=policy.step), bad], given)  # in a row is what counts
     other = load(folder / "model", given)
     for group in (1, 4, 6):  # what was trained on, without what was skipped
@@ -122,18 +167,38 @@ def learn_on_ranks(folder: Path) -> dict[str, Any]:
     given = settings(folder, backend="deepspeed", zero_stage=3, num_mini_batches=3, num_steps=2)
     policy = load(shared_model(folder), given)
     buffer, sent, stepped = Recorder(2), [], []
-    learn(policy, buffer, ObjectPublisher(sent.append, torch.float32, is_sender=policy.rank == 0), given, lambda m: stepped.append(m["step"]))
-    return {"told": buffer.told, "sent": len(sent), "stepped": stepped, "weights": weights(policy), "checkpoint": latest_checkpoint(folder)}
+    learn(
+        policy,
+        buffer,
+        ObjectPublisher(sent.append, torch.float32, is_sender=policy.rank == 0),
+        given,
+        lambda m: stepped.append(m["step"]),
+    )
+    return {
+        "told": buffer.told,
+        "sent": len(sent),
+        "stepped": stepped,
+        "weights": weights(policy),
+        "checkpoint": latest_checkpoint(folder),
+    }
 
 
 CASES = {
-    f"two steps {backend} {stage} 40": functools.partial(two_steps, backend=backend, zero_stage=stage, micro_batch_tokens=40)
+    f"two steps {backend} {stage} 40": functools.partial(
+        two_steps, backend=backend, zero_stage=stage, micro_batch_tokens=40
+    )
     for backend, stage in BACKENDS
 }
 CASES |= {
-    f"two steps ddp 0 {tokens}": functools.partial(two_steps, backend="ddp", zero_stage=0, micro_batch_tokens=tokens) for tokens in (1, 100_000)
+    f"two steps ddp 0 {tokens}": functools.partial(
+        two_steps, backend="ddp", zero_stage=0, micro_batch_tokens=tokens
+    )
+    for tokens in (1, 100_000)
 }
-CASES |= {f"few groups {backend} {stage}": functools.partial(few_groups, backend=backend, zero_stage=stage) for backend, stage in BACKENDS}
+CASES |= {
+    f"few groups {backend} {stage}": functools.partial(few_groups, backend=backend, zero_stage=stage)
+    for backend, stage in BACKENDS
+}
 CASES |= {"learn": learn_on_ranks}
 
 
@@ -145,9 +210,10 @@ def by_hand(tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[float]]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("two steps")])
 def test_a_step_is_the_plain_loop_on_every_rank_backend_and_micro_batch(on_ranks, by_hand, world_size, case):
-    # The gradients differ by float32 rounding, some 1e-7 of them. Adam divides by their size, so where a gradient is itself next to
-    # nothing the rounding may decide up to a whole step of 1e-3 per update; there are four. Measured: below 7e-6 in one weight of
-    # 1536 and below 1e-6 in the others; they moved by 4e-3. Clipping and Adam both hide a wrong denominator: the norm does not.
+    # The gradients differ by float32 rounding, some 1e-7 of them. Adam divides by their size, so where a
+    # gradient is itself next to nothing the rounding may decide up to a whole step of 1e-3 per update; there
+    # are four. Measured: below 7e-6 in one weight of 1536 and below 1e-6 in the others; they moved by 4e-3.
+    # Clipping and Adam both hide a wrong denominator: the norm does not.
     want, norms = by_hand
     for result in on_ranks(world_size, case):
         assert result["counts"] == (2, 4)
@@ -160,8 +226,9 @@ def test_a_step_is_the_plain_loop_on_every_rank_backend_and_micro_batch(on_ranks
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("two steps")])
 def test_metrics_do_not_depend_on_ranks_backend_and_micro_batches(on_ranks, case):
     def added_up(metrics: dict[str, Any]) -> dict[str, Any]:
-        # Log-probabilities are float32, some 1e-6 of them rounding, and D is a tenth of a nat: their correlation knows no more than 1e-5.
-        # So here it is compared as what was added up, a covariance; itself it is in float64, to 1e-8 (test_spread).
+        # Log-probabilities are float32, some 1e-6 of them rounding, and D is a tenth of a nat: their
+        # correlation knows no more than 1e-5. So here it is compared as what was added up, a covariance;
+        # itself it is in float64, to 1e-8 (test_spread).
         spread = math.sqrt(metrics["gvpo/reward_var"] * metrics["gvpo/implicit_reward_var"])
         return {**metrics, "gvpo/reward_correlation": metrics["gvpo/reward_correlation"] * spread}
 
@@ -170,16 +237,27 @@ def test_metrics_do_not_depend_on_ranks_backend_and_micro_batches(on_ranks, case
         for result in on_ranks(world_size, case):  # every rank has them
             for got, want in zip(result["metrics"], reference, strict=True):
                 assert added_up(got) == pytest.approx(added_up(want), rel=1e-4, abs=1e-6)
-    assert reference[0]["gvpo/num_groups"] == 6 and reference[0]["groups/untrainable"] == 2 and reference[1]["policy/log_ratio_rms"] > 1
+    assert (
+        reference[0]["gvpo/num_groups"] == 6
+        and reference[0]["groups/untrainable"] == 2
+        and reference[1]["policy/log_ratio_rms"] > 1
+    )
 
 
 @pytest.mark.parametrize("backend, zero_stage", BACKENDS)
-def test_ranks_without_a_group_take_part_and_a_batch_without_one_is_a_step_without_an_update(on_ranks, backend, zero_stage):
+def test_ranks_without_a_group_take_part_and_a_batch_without_one_is_a_step_without_an_update(
+    on_ranks, backend, zero_stage
+):
     one = on_ranks(1, "few groups ddp 0")[0]
     for result in on_ranks(2, f"few groups {backend} {zero_stage}"):
         assert result["unchanged"] and result["counts"] == (3, 2)
         metrics = result["metrics"]
-        assert (metrics["loss"], metrics["grad_norm"], metrics["tokens/trained"], metrics["gvpo/num_groups"]) == (0, 0, 0, 0)
+        assert (
+            metrics["loss"],
+            metrics["grad_norm"],
+            metrics["tokens/trained"],
+            metrics["gvpo/num_groups"],
+        ) == (0, 0, 0, 0)
         assert metrics["groups/untrainable"] == 2 and metrics["reward/mean"] == 1
         for name, tensor in result["weights"].items():
             torch.testing.assert_close(tensor, one["weights"][name], rtol=0, atol=5e-6)
@@ -187,28 +265,38 @@ def test_ranks_without_a_group_take_part_and_a_batch_without_one_is_a_step_witho
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("backend, zero_stage", BACKENDS)
-def test_an_update_whose_gradient_is_not_a_number_is_skipped_and_too_many_in_a_row_stop_the_run(on_ranks, world_size, backend, zero_stage):
+def test_an_update_whose_gradient_is_not_a_number_is_skipped_and_too_many_in_a_row_stop_the_run(
+    on_ranks, world_size, backend, zero_stage
+):
     for result in on_ranks(world_size, f"few groups {backend} {zero_stage}"):
         metrics, unchanged, num_updates = result["skipped"]
         assert unchanged and num_updates == 2 and metrics["updates/skipped"] == 1
-        assert all(math.isfinite(value) for name, value in metrics.items() if not name.startswith("reward/")), metrics
+        assert all(
+            math.isfinite(value) for name, value in metrics.items() if not name.startswith("reward/")
+        ), metrics
         assert result["as if it had not been"] < 5e-6
         assert "step 6" in result["error"] and "77" in result["error"]
 
 
 def test_all_ranks_learn_and_rank_0_speaks(on_ranks):
     first, second = on_ranks(2, "learn")
-    assert [entry[:2] for entry in first["told"]] == [("started", 0), ("published", 0), ("published", 1), ("published", 2), ("saved", 2)]
+    assert [entry[:2] for entry in first["told"]] == [
+        ("started", 0),
+        ("published", 0),
+        ("published", 1),
+        ("published", 2),
+        ("saved", 2),
+    ]
     assert first["sent"] > 0 and second["told"] == [] and second["sent"] == 0
     assert first["stepped"] == second["stepped"] == [2]
     assert same(first["weights"], second["weights"]) and first["checkpoint"][0] == 2
 
 
-# -------------------------------------------------------------------------------------------- what a step sets by itself
+# --------------------------------------------------------------------------------- what a step sets by itself
 
 
 @pytest.mark.parametrize("reference", ["behaviour", "initial"])
-def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals_unless_the_reference_is_a_place_to_go_to(tmp_path, reference):
+def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals(tmp_path, reference):
     """The first update of Adam is the learning rate's length, whatever the gradient is."""
     given = settings(tmp_path, reference, num_steps=9)
     make_model(tmp_path / "model")
@@ -219,7 +307,9 @@ def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals
             policy.load_reference(given.model_path)
         before, policy.step = weights(policy), 3
         metrics = train_step(policy, [row], given)
-        return metrics, max(float((after - before[name]).abs().max()) for name, after in weights(policy).items())
+        return metrics, max(
+            float((after - before[name]).abs().max()) for name, after in weights(policy).items()
+        )
 
     fresh, old = (make_group(1, (1.0, 0.0, 0.0, 1.0), version=version) for version in (3, 0))
     metrics, length = first_update(fresh, given)
@@ -242,7 +332,9 @@ def test_beta_is_steered_to_half_the_rewards_spread_and_no_further():
 
 @pytest.mark.parametrize("reference", ["behaviour", "initial"])
 def test_a_steered_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_path, reference):
-    given = dataclasses.replace(settings(tmp_path, reference, num_mini_batches=2), loss=LossConfig(reference=reference))
+    given = dataclasses.replace(
+        settings(tmp_path, reference, num_mini_batches=2), loss=LossConfig(reference=reference)
+    )
     make_model(tmp_path / "model")
     policy = load(given.model_path, given)
     if reference == "initial":
@@ -252,7 +344,11 @@ def test_a_steered_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_pat
     if reference == "initial":
         assert second["gvpo/beta"] == 0.1 and policy.beta is None
         return
-    assert second["gvpo/beta"] == steered(0.1, first["gvpo/reward_var"], first["gvpo/implicit_reward_var"]) != 0.1
+    assert (
+        second["gvpo/beta"]
+        == steered(0.1, first["gvpo/reward_var"], first["gvpo/implicit_reward_var"])
+        != 0.1
+    )
     policy.save(tmp_path / "checkpoints" / "step-2")
     again = load(tmp_path / "checkpoints" / "step-2", given)
     assert again.beta == policy.beta != second["gvpo/beta"]
@@ -275,14 +371,20 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_after_the_last_step():
 
     assert rates("constant", 0) == [1.0] * 7
     assert rates("linear", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0])
-    assert rates("cosine", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0], abs=1e-6)
+    assert rates("cosine", 2) == pytest.approx(
+        [1 / 3, 2 / 3, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0], abs=1e-6
+    )
 
 
 def test_groups_with_equal_rewards_can_be_left_out(tmp_path):
     make_model(tmp_path / "model")
     given = settings(tmp_path)
     rows = [make_group(1, (1.0, 1.0), 0), make_group(2, (1.0, 0.0), 0), make_group(3, (0.5, None, 0.5), 0)]
-    all_three, one, dropped = load(given.model_path, given), load(given.model_path, given), load(given.model_path, given)
+    all_three, one, dropped = (
+        load(given.model_path, given),
+        load(given.model_path, given),
+        load(given.model_path, given),
+    )
     for policy in (all_three, one, dropped):
         policy.step = 1  # one step old: at a log-ratio other than 0 equal rewards pull
     train_step(all_three, rows, given)
@@ -294,25 +396,38 @@ def test_groups_with_equal_rewards_can_be_left_out(tmp_path):
 
 def test_beta_moves_over_the_run(tmp_path, policy):
     given = with_loss(settings(tmp_path, num_steps=3), beta=0.4, beta_end=0.2)
-    assert [train_step(policy, [make_group(i, version=None)], given)["gvpo/beta"] for i in range(3)] == pytest.approx([0.4, 0.3, 0.2])
+    assert [
+        train_step(policy, [make_group(i, version=None)], given)["gvpo/beta"] for i in range(3)
+    ] == pytest.approx([0.4, 0.3, 0.2])
 
 
-# -------------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 
 def test_a_learner_that_comes_back_says_from_which_step(tmp_path):
     given = settings(tmp_path, num_steps=3, every=2)
     run_learn(tmp_path, given, make_model(tmp_path / "model"), last_step=3)
     buffer = Recorder(2)
-    learn(load(tmp_path / "checkpoints" / "step-2", given), buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
+    learn(
+        load(tmp_path / "checkpoints" / "step-2", given),
+        buffer,
+        ObjectPublisher(bytes, torch.float32, is_sender=True),
+        given,
+    )
     assert [entry[:2] for entry in buffer.told] == [("started", 2), ("published", 2)]
 
 
 class SyncBuffer:
-    """A real GroupBuffer, asked from one thread: every answer must be there at once. `script` may change the orders."""
+    """A real GroupBuffer, asked from one thread: every answer must be there at once. `script` may change the
+    orders.
+    """
 
-    def __init__(self, folder: Path, last_step: int, version: int = 0, save_before: int | None = None) -> None:
-        self.real = GroupBuffer(folder / "groups", groups_per_step=2, num_steps=100, max_staleness=None, version=version)
+    def __init__(
+        self, folder: Path, last_step: int, version: int = 0, save_before: int | None = None
+    ) -> None:
+        self.real = GroupBuffer(
+            folder / "groups", groups_per_step=2, num_steps=100, max_staleness=None, version=version
+        )
         self._last_step, self._save_before = last_step, save_before
         self.told: list[Any] = []
         self.shards: dict[int, Any] = {}
@@ -338,7 +453,12 @@ class SyncBuffer:
     def learner_started(self, step: int) -> None:
         self._now(self.real.learner_started(step))
 
-    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
+    def learned(
+        self,
+        version: int,
+        references: dict[int, list[float | None]],
+        residuals: dict[int, list[float | None]],
+    ) -> None:
         self._now(self.real.learned(version, references, residuals))
 
     def published(self, version: int, weights: Any, metrics: Any) -> None:
@@ -351,7 +471,9 @@ class SyncBuffer:
         self._now(self.real.saved(step))
 
 
-def run_learn(folder: Path, given: Settings, path: Path | str, last_step: int, **options: Any) -> tuple[Policy, SyncBuffer, list[dict[str, Any]]]:
+def run_learn(
+    folder: Path, given: Settings, path: Path | str, last_step: int, **options: Any
+) -> tuple[Policy, SyncBuffer, list[dict[str, Any]]]:
     policy = load(path, given)
     buffer, lines = SyncBuffer(folder, last_step, version=policy.step, **options), []
     buffer.fill(10)  # after the first time: all of them are there already
@@ -362,7 +484,9 @@ def run_learn(folder: Path, given: Settings, path: Path | str, last_step: int, *
 
 def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
     given = settings(tmp_path, num_steps=5, every=2, num_mini_batches=2)
-    policy, buffer, lines = run_learn(tmp_path, given, make_model(tmp_path / "model"), last_step=5, save_before=4)
+    policy, buffer, lines = run_learn(
+        tmp_path, given, make_model(tmp_path / "model"), last_step=5, save_before=4
+    )
     assert buffer.told == [
         ("published", 0),
         ("train", 1),
@@ -382,12 +506,23 @@ def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
         ("saved", 5),
         ("stop", 6),
     ]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3", "step-4", "step-5"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-2",
+        "step-3",
+        "step-4",
+        "step-5",
+    ]
     assert [line["step"] for line in lines] == [2, 4, 5] and (policy.step, policy.num_updates) == (5, 10)
-    assert [version for version, sent in buffer.shards.items() if sent["probe"]] == [0]  # parity_every 0: the first alone
+    # parity_every 0: the first alone
+    assert [version for version, sent in buffer.shards.items() if sent["probe"]] == [0]
     metrics = asyncio.run(buffer.real.trained(5))
-    names = "loss reward/mean policy/kl_ref gvpo/residual_var grad_norm staleness/mean groups/size_mean tokens/trained"
-    assert {*names.split(), "time/step", "time/wait_for_groups"} <= metrics.keys() and metrics["staleness/mean"] == 4
+    names = (
+        "loss reward/mean policy/kl_ref gvpo/residual_var grad_norm staleness/mean groups/size_mean "
+        "tokens/trained"
+    )
+    assert {*names.split(), "time/step", "time/wait_for_groups"} <= metrics.keys() and metrics[
+        "staleness/mean"
+    ] == 4
 
 
 def test_what_learn_publishes_are_the_weights_and_logprobs_to_check_them_by(tmp_path):
@@ -395,7 +530,9 @@ def test_what_learn_publishes_are_the_weights_and_logprobs_to_check_them_by(tmp_
 
     given = settings(tmp_path, num_steps=2)
     policy, buffer, _ = run_learn(tmp_path, given, make_model(tmp_path / "model"), last_step=2)
-    sent = {name: tensor for shard in buffer.shards[2]["shards"] for name, tensor in from_bytes(shard).items()}
+    sent = {
+        name: tensor for shard in buffer.shards[2]["shards"] for name, tensor in from_bytes(shard).items()
+    }
     assert same(sent, weights(policy))
     probe = buffer.shards[0]["probe"]
     rows = [{"prompt_ids": ids[:1], "completion_ids": [ids[1:]]} for ids in probe["ids"]]
@@ -424,13 +561,18 @@ def test_learn_tells_the_buffer_what_the_current_reference_model_said_and_nothin
             rows = [make_group(1, version=None), make_group(2, version=None)]
             both = table(*rows)
             old = [None, [-7.0] * 3] if step > 1 else [None, None]
-            return groups.with_columns(both, reference_logprobs=old, reference_versions=[None, [0] * 3 if step > 1 else None])
+            return groups.with_columns(
+                both, reference_logprobs=old, reference_versions=[None, [0] * 3 if step > 1 else None]
+            )
 
     buffer = Attached(2)
     given = dataclasses.replace(settings(tmp_path, "every: 1", num_steps=2), reports_residuals=True)
     learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
     told = [entry[1:] for entry in buffer.told if entry[0] == "learned"]
-    assert [(version, sorted(references), sorted(residuals)) for version, references, residuals in told] == [(0, [1, 2], [1, 2]), (1, [1, 2], [1, 2])]
+    assert [(version, sorted(references), sorted(residuals)) for version, references, residuals in told] == [
+        (0, [1, 2], [1, 2]),
+        (1, [1, 2], [1, 2]),
+    ]
     assert -7.0 not in told[1][1][2]  # asked anew
 
 

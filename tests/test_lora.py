@@ -1,4 +1,6 @@
-"""Adapters in a real vLLM engine on the CPU, against peft's own models: what is merged, what a swap leaves, and what is refused."""
+"""Adapters in a real vLLM engine on the CPU, against peft's own models: what is merged, what a swap leaves,
+and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,12 @@ class Adapted:
 
     def __init__(self, folder: Path, seed: int, target_modules: str | list[str] = "all-linear") -> None:
         torch.manual_seed(seed)
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=target_modules, task_type="CAUSAL_LM")
-        self.model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config).eval()
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=target_modules, task_type="CAUSAL_LM"
+        )
+        self.model = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config
+        ).eval()
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -48,7 +54,9 @@ class Adapted:
         return {"ids": PROBE, "logprobs": [self.logprobs(ids) for ids in PROBE]}
 
     def published(self, version: int = 1) -> dict[str, Any]:
-        weights = ObjectPublisher(lambda array: array, torch.float32, is_sender=True).publish(version, self.tensors.items())
+        weights = ObjectPublisher(lambda array: array, torch.float32, is_sender=True).publish(
+            version, self.tensors.items()
+        )
         assert weights is not None
         return {**weights, "adapter": self.model.peft_config["default"].to_dict()}
 
@@ -112,7 +120,9 @@ def running(folder: Path) -> Iterator[Running]:
     running.runner.close()
 
 
-def test_an_engine_with_an_adapter_is_the_learners_model_and_not_the_base(running: Running, folder: Path) -> None:
+def test_an_engine_with_an_adapter_is_the_learners_model_and_not_the_base(
+    running: Running, folder: Path
+) -> None:
     assert running.engine.version == -1  # the base model is loaded, but it is no version of the policy
     adapted = Adapted(folder, 1)
     parity = running.update(adapted, adapted.probe())
@@ -123,9 +133,12 @@ def test_an_engine_with_an_adapter_is_the_learners_model_and_not_the_base(runnin
         running.check(base)
 
 
-def test_an_adapter_replaces_the_one_before_also_in_layers_that_it_leaves_as_they_are(running: Running, folder: Path) -> None:
+def test_an_adapter_replaces_the_one_before_also_in_layers_that_it_leaves_as_they_are(
+    running: Running, folder: Path
+) -> None:
     running.update(Adapted(folder, 2))
-    part = Adapted(folder, 3, ["q_proj", "down_proj"])  # one of the three that vLLM keeps in one matrix, and one that stands alone
+    # one of the three that vLLM keeps in one matrix, and one that stands alone
+    part = Adapted(folder, 3, ["q_proj", "down_proj"])
     assert running.update(part, part.probe())["parity_mean"] < 1e-4
     nothing = Adapted(folder, 4)
     for name, tensor in nothing.tensors.items():
@@ -137,12 +150,18 @@ def test_an_adapter_replaces_the_one_before_also_in_layers_that_it_leaves_as_the
 
 
 def test_what_a_policy_publishes_is_what_the_engine_runs(running: Running, folder: Path) -> None:
-    policy = Policy(ModelConfig(path=str(folder), lora=LoraConfig(rank=RANK, alpha=ALPHA)), LearnerConfig(backend="ddp"), folder)
+    policy = Policy(
+        ModelConfig(path=str(folder), lora=LoraConfig(rank=RANK, alpha=ALPHA)),
+        LearnerConfig(backend="ddp"),
+        folder,
+    )
     torch.manual_seed(5)
     for name, parameter in policy._module.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
-    weights = ObjectPublisher(lambda array: array, torch.float32, is_sender=True).publish(1, policy.named_tensors())
+    weights = ObjectPublisher(lambda array: array, torch.float32, is_sender=True).publish(
+        1, policy.named_tensors()
+    )
     assert weights is not None and weights["bytes"] < (folder / "model.safetensors").stat().st_size / 2
     adapted = Adapted(folder, 0)
     peft.set_peft_model_state_dict(adapted.model, dict(policy.named_tensors()))
@@ -156,7 +175,9 @@ def test_completions_in_flight_go_on_with_the_new_adapter(running: Running, fold
     old, new = Adapted(folder, 6), Adapted(folder, 7)
     running.update(old)
     engine, sampling = running.engine, SamplingConfig(num_completions=4, max_tokens=900)
-    prompt = groups.table([{"group_id": 0, "prompt": "p", "answer": "7", "dataset": "d", "prompt_ids": PROBE[0]}])
+    prompt = groups.table(
+        [{"group_id": 0, "prompt": "p", "answer": "7", "dataset": "d", "prompt_ids": PROBE[0]}]
+    )
 
     async def swap_while_it_samples() -> Any:
         # The prompt's keys and values of the old adapter are in the prefix cache, from here on.
@@ -166,14 +187,20 @@ def test_completions_in_flight_go_on_with_the_new_adapter(running: Running, fold
         assert not completions.done()
         await engine.update(running._version + 1, new.published(), None)
         assert not completions.done()
-        return await completions, await engine.generate(prompt, SamplingConfig(num_completions=2, max_tokens=2))
+        return await completions, await engine.generate(
+            prompt, SamplingConfig(num_completions=2, max_tokens=2)
+        )
 
     over, after = (next(iter(groups.rows(table))) for table, _ in running.runner.run(swap_while_it_samples()))
     running._version += 1
     start = len(PROBE[0]) - 1
     for ids, sampled in zip(over["completion_ids"], over["sampling_logprobs"], strict=True):
-        by_old, by_new = (np.abs(np.array(adapted.logprobs(PROBE[0] + ids)[start:]) - sampled) < 1e-3 for adapted in (old, new))
-        # Beyond the swap, the whole sequence is seen as the new adapter sees it: also what was sampled before it.
+        by_old, by_new = (
+            np.abs(np.array(adapted.logprobs(PROBE[0] + ids)[start:]) - sampled) < 1e-3
+            for adapted in (old, new)
+        )
+        # Beyond the swap, the whole sequence is seen as the new adapter sees it: also what was sampled before
+        # it.
         swapped = int(np.argmin(by_old))
         assert 0 < swapped < len(ids) and by_new[swapped:].all() and not by_new[:swapped].all()
     assert over["version_min"] == [running._version - 1] * 4 and over["version_max"] == [running._version] * 4
@@ -182,10 +209,14 @@ def test_completions_in_flight_go_on_with_the_new_adapter(running: Running, fold
     assert after["version_min"] == [running._version] * 2
 
 
-def test_an_adapter_that_does_not_fit_is_an_error_that_names_the_tensor(running: Running, folder: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_an_error_that_names_the_tensor(
+    running: Running, folder: Path
+) -> None:
     """Last: the run would end here, and vLLM's weights are in pieces."""
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     wrong = Adapted(folder, 8)
     wrong.tensors[name] = wrong.tensors[name][:-1]
-    with pytest.raises(Exception, match=r"layers\.1\.mlp\.up_proj\.weight is \[96, 64\].*lora_B\.weight': \[95, 4\]"):
+    with pytest.raises(
+        Exception, match=r"layers\.1\.mlp\.up_proj\.weight is \[96, 64\].*lora_B\.weight': \[95, 4\]"
+    ):
         running.update(wrong)

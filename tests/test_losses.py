@@ -1,4 +1,6 @@
-"""The objective: numbers redone by hand, squared against weighted form, and everything that must not change it."""
+"""The objective: numbers redone by hand, squared against weighted form, and everything that must not change
+it.
+"""
 
 import math
 
@@ -41,13 +43,18 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-12)
 MIXED = [2, 32, 3, 5, 2, 17, 8]
 
 
-# ---------------------------------------------------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------------------------------------- by hand
 
 
 def test_pair_by_hand():
-    # beta = 0.1; D = (2, 0), mean 1, so beta (D - mean D) = (0.1, -0.1); R - mean R = (0.5, -0.5); bracket = (-0.4, 0.4)
-    # loss = 1/1 * 1/(2-1) * (0.16 + 0.16)/2 = 0.16; w = (0.4, -0.4); gradient = -0.1 * w = (-0.04, 0.04)
-    logprobs, reference, rewards = torch.tensor([-1.0, -3.0]), torch.tensor([-3.0, -3.0]), torch.tensor([1.0, 0.0])
+    # beta = 0.1; D = (2, 0), mean 1, so beta (D - mean D) = (0.1, -0.1); R - mean R = (0.5, -0.5); bracket =
+    # (-0.4, 0.4) loss = 1/1 * 1/(2-1) * (0.16 + 0.16)/2 = 0.16; w = (0.4, -0.4); gradient = -0.1 * w =
+    # (-0.04, 0.04)
+    logprobs, reference, rewards = (
+        torch.tensor([-1.0, -3.0]),
+        torch.tensor([-3.0, -3.0]),
+        torch.tensor([1.0, 0.0]),
+    )
     ids = torch.tensor([4, 4])
     weights, sizes = gvpo_weights(logprobs, reference, rewards, ids, 0.1)
     assert weights.tolist() == pytest.approx([0.4, -0.4], abs=1e-15) and sizes.tolist() == [2, 2]
@@ -57,9 +64,10 @@ def test_pair_by_hand():
 
 
 def test_two_groups_of_different_size_by_hand():
-    # beta = 0.5. Group 1: D = (0, 0), R = (1, 0): w = (0.5, -0.5), term 1/1 * (0.25 + 0.25)/2 = 0.25
-    # Group 0: D = (2, 0, -2), R = (0, 0, 3): R - mean R = (-1, -1, 2), beta D = (1, 0, -1): w = (-2, -1, 3), term 1/2 * (4+1+9)/2 = 3.5
-    # |D| = 2: loss = 3.75/2 = 1.875; gradient = -0.5/2 * w/(m-1) = (-0.125, 0.125) and (0.25, 0.125, -0.375)
+    # beta = 0.5. Group 1: D = (0, 0), R = (1, 0): w = (0.5, -0.5), term 1/1 * (0.25 + 0.25)/2 = 0.25 Group 0:
+    # D = (2, 0, -2), R = (0, 0, 3): R - mean R = (-1, -1, 2), beta D = (1, 0, -1): w = (-2, -1, 3), term 1/2
+    # * (4+1+9)/2 = 3.5 |D| = 2: loss = 3.75/2 = 1.875; gradient = -0.5/2 * w/(m-1) = (-0.125, 0.125) and
+    # (0.25, 0.125, -0.375)
     logprobs = torch.tensor([-5.0, -1.0, -4.0, -7.0, -6.0], dtype=torch.float64)
     reference = torch.tensor([-5.0, -3.0, -4.0, -7.0, -4.0], dtype=torch.float64)
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0])
@@ -71,16 +79,26 @@ def test_two_groups_of_different_size_by_hand():
 
 
 def test_statistics_of_these_two_groups_by_hand():
-    # Group 1: Var R = 0.5, Var(beta D) = 0. Group 0: Var R = (1+1+4)/2 = 3, Var(beta D) = (1+0+1)/2 = 1, covariance (-1+0-2)/2 = -1.5
+    # Group 1: Var R = 0.5, Var(beta D) = 0. Group 0: Var R = (1+1+4)/2 = 3, Var(beta D) = (1+0+1)/2 = 1,
+    # covariance (-1+0-2)/2 = -1.5
     logprobs = torch.tensor([-5.0, -1.0, -4.0, -7.0, -6.0, -9.0], dtype=torch.float64)
     reference = torch.tensor([-5.0, -3.0, -4.0, -7.0, -4.0, -1.0], dtype=torch.float64)
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, 1.0])
     _, sums = gvpo_loss(logprobs, reference, rewards, torch.tensor([1, 0, 0, 1, 0, 2]), 0.5)
-    assert all(value.dtype == torch.float64 and value.ndim == 0 and not value.requires_grad for value in sums.values())
+    assert all(
+        value.dtype == torch.float64 and value.ndim == 0 and not value.requires_grad
+        for value in sums.values()
+    )
     metrics = finish(sums)
     histogram = {key.rpartition("/")[2]: metrics.pop(key) for key in list(metrics) if "histogram" in key}
     # w = R' - beta D': group 1 (0.5, -0.5); group 0 R' = (-1, -1, 2), beta D' = (1, 0, -1), so (-2, -1, 3)
-    assert {edge: share for edge, share in histogram.items() if share} == {"-2.0": 0.2, "-1.0": 0.2, "-0.5": 0.2, "0.5": 0.2, "inf": 0.2}
+    assert {edge: share for edge, share in histogram.items() if share} == {
+        "-2.0": 0.2,
+        "-1.0": 0.2,
+        "-0.5": 0.2,
+        "0.5": 0.2,
+        "inf": 0.2,
+    }
     assert metrics == pytest.approx(
         {
             "loss": 1.875,
@@ -88,7 +106,8 @@ def test_statistics_of_these_two_groups_by_hand():
             "gvpo/reward_var": 1.75,
             "gvpo/implicit_reward_var": 0.5,
             "gvpo/reward_correlation": -1.5 / math.sqrt(3.5 * 1.0),
-            # log pi' = (1, -1) and, of (-1, -4, -6), (8, -1, -7)/3; log pi_ref' = (1, -1) and, of (-3, -4, -4), (2, -1, -1)/3
+            # log pi' = (1, -1) and, of (-1, -4, -6), (8, -1, -7)/3; log pi_ref' = (1, -1) and, of (-3, -4,
+            # -4), (2, -1, -1)/3
             "gvpo/term_reward": (1.0 + (-8 + 1 - 14) / 3 / 2) / 2,
             "gvpo/term_reference": 0.5 * (2 + (16 + 1 + 7) / 9 / 2) / 2,
             "gvpo/term_variance": -0.25 * (2 + (64 + 1 + 49) / 9 / 2) / 2,
@@ -105,14 +124,24 @@ def test_statistics_of_these_two_groups_by_hand():
 
 def test_kl_estimate_is_the_mean_of_minus_the_log_ratio():
     # D = (-1, -2): the policy has left what the reference sampled, by 1.5 nats on average
-    _, sums = gvpo_loss(torch.tensor([-2.0, -4.0]), torch.tensor([-1.0, -2.0]), torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), 0.1)
+    _, sums = gvpo_loss(
+        torch.tensor([-2.0, -4.0]),
+        torch.tensor([-1.0, -2.0]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([0, 0]),
+        0.1,
+    )
     assert finish(sums)["policy/kl_ref"] == 1.5
 
 
-# --------------------------------------------------------------------------------------------------- squared = weighted form
+# ------------------------------------------------------------------------------------ squared = weighted form
 
 
-@pytest.mark.parametrize("sizes", [[2], [3], [32], [2, 2, 2], MIXED, [1, 4, 1, 2], [*range(2, 33)]], ids=lambda sizes: str(sizes)[:24])
+@pytest.mark.parametrize(
+    "sizes",
+    [[2], [3], [32], [2, 2, 2], MIXED, [1, 4, 1, 2], [*range(2, 33)]],
+    ids=lambda sizes: str(sizes)[:24],
+)
 @pytest.mark.parametrize("beta", [0.01, 0.1, 3.0])
 def test_weighted_form_has_value_and_gradient_of_the_squared_form(sizes, beta):
     data = batch(sizes)
@@ -144,33 +173,52 @@ def test_gradient_reaches_the_parameters_behind_the_log_probabilities():
     theta = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
     rewards, ids = torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.long)
     reference = torch.log_softmax(torch.zeros(3), 0)
-    (fast,) = torch.autograd.grad(gvpo_loss(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1)[0], theta)
-    (plain,) = torch.autograd.grad(gvpo_loss_squared(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1), theta)
+    (fast,) = torch.autograd.grad(
+        gvpo_loss(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1)[0], theta
+    )
+    (plain,) = torch.autograd.grad(
+        gvpo_loss_squared(torch.log_softmax(theta, 0), reference, rewards, ids, 0.1), theta
+    )
     assert_same(fast, plain, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------- importance
+# ------------------------------------------------------------------------------------------------- importance
 
 
 def test_importance_by_hand():
-    # pi/mu = (1/4, 4, 1) is cut to (1/4, 1, 1); with mean 1: (1, 4, 4)/3. R = (1, 0, 3): mean_s R = (1 + 0 + 12)/9 = 13/9; D = 0
-    # w = (-4, -13, 14)/9: s w = (-4, -52, 56)/27 and adds up to 0; loss = 1/2 * (16 + 4 * 169 + 4 * 196)/(3 * 81)/2 = 1476/972
+    # pi/mu = (1/4, 4, 1) is cut to (1/4, 1, 1); with mean 1: (1, 4, 4)/3. R = (1, 0, 3): mean_s R = (1 + 0 +
+    # 12)/9 = 13/9; D = 0 w = (-4, -13, 14)/9: s w = (-4, -52, 56)/27 and adds up to 0; loss = 1/2 * (16 + 4 *
+    # 169 + 4 * 196)/(3 * 81)/2 = 1476/972
     sampling = torch.zeros(3, dtype=torch.float64)
-    logprobs, ids = torch.tensor([-math.log(4), math.log(4), 0.0], dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    logprobs, ids = (
+        torch.tensor([-math.log(4), math.log(4), 0.0], dtype=torch.float64),
+        torch.zeros(3, dtype=torch.long),
+    )
     importance = importance_weights(logprobs, sampling, ids)
     assert importance.tolist() == pytest.approx([1 / 3, 4 / 3, 4 / 3], rel=1e-15)
-    assert importance_weights(logprobs, sampling, ids, cap=8.0).tolist() == pytest.approx([1 / 7, 16 / 7, 4 / 7], rel=1e-15)
+    assert importance_weights(logprobs, sampling, ids, cap=8.0).tolist() == pytest.approx(
+        [1 / 7, 16 / 7, 4 / 7], rel=1e-15
+    )
     rewards = torch.tensor([1.0, 0.0, 3.0])
     loss, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, importance=importance)
     assert loss.item() == pytest.approx(1476 / 972, rel=1e-15)
-    assert gradient.tolist() == pytest.approx([0.5 / 2 * 4 / 27, 0.5 / 2 * 52 / 27, -0.5 / 2 * 56 / 27], rel=1e-14)
+    assert gradient.tolist() == pytest.approx(
+        [0.5 / 2 * 4 / 27, 0.5 / 2 * 52 / 27, -0.5 / 2 * 56 / 27], rel=1e-14
+    )
     metrics = finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, importance=importance)[1])
-    assert metrics["gvpo/effective_share"] == pytest.approx(81 / 33 / 3) and metrics["loss"] == pytest.approx(1476 / 972)
+    assert metrics["gvpo/effective_share"] == pytest.approx(81 / 33 / 3) and metrics["loss"] == pytest.approx(
+        1476 / 972
+    )
 
 
 def important(sizes: list[int], scale: float = 5.0, cap: float = 1.0) -> tuple[Batch, torch.Tensor]:
     data = batch(sizes, scale=scale)
-    return data, importance_weights(data[0], data[1] + 3 * torch.randn(len(data[0]), generator=torch.Generator().manual_seed(9)), data[3], cap)
+    return data, importance_weights(
+        data[0],
+        data[1] + 3 * torch.randn(len(data[0]), generator=torch.Generator().manual_seed(9)),
+        data[3],
+        cap,
+    )
 
 
 @pytest.mark.parametrize("sizes", [[2], [3], [2, 2, 2], MIXED, [1, 4, 1, 2]], ids=str)
@@ -178,17 +226,22 @@ def important(sizes: list[int], scale: float = 5.0, cap: float = 1.0) -> tuple[B
 def test_with_importance_too_both_forms_are_one(sizes, cap):
     (logprobs, reference, rewards, ids), importance = important(sizes, cap=cap)
     value, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, importance=importance)
-    want_value, want_gradient = loss_and_grad(gvpo_loss_squared, logprobs, reference, rewards, ids, 0.1, importance=importance)
+    want_value, want_gradient = loss_and_grad(
+        gvpo_loss_squared, logprobs, reference, rewards, ids, 0.1, importance=importance
+    )
     assert_same(value, want_value)
     assert_same(gradient, want_gradient)
     weights, counts = gvpo_weights(logprobs, reference, rewards, ids, 0.1, importance)
     num_groups = sum(size > 1 for size in sizes)
     assert_same(gradient, -0.1 * importance * weights / ((counts - 1).clamp(min=1) * num_groups))
     metrics = finish(gvpo_loss(logprobs, reference, rewards, ids, 0.1, importance=importance)[1])
-    assert metrics["loss"] == pytest.approx(metrics["gvpo/residual_var"] / 2) and 0 < metrics["gvpo/effective_share"] < 1
+    assert (
+        metrics["loss"] == pytest.approx(metrics["gvpo/residual_var"] / 2)
+        and 0 < metrics["gvpo/effective_share"] < 1
+    )
 
 
-def test_importance_is_a_mean_of_one_in_each_group_whatever_the_ratios_are_and_exactly_one_where_there_is_nothing_to_weigh():
+def test_importance_has_mean_one_in_each_group_and_is_exactly_one_where_there_is_nothing_to_weigh():
     (logprobs, _, _, ids), importance = important(MIXED, scale=500.0)
     assert importance.dtype == torch.float64 and importance.isfinite().all()
     for group in ids.unique():
@@ -204,25 +257,35 @@ def test_residuals_that_vanish_stay_zero_whatever_counts():
     _, reference, rewards, ids = batch(MIXED)
     optimum = reference + rewards / 0.1
     kept = torch.full_like(rewards, 0.5)
-    _, gradient = loss_and_grad(gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1], kept=kept)
+    _, gradient = loss_and_grad(
+        gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1], kept=kept
+    )
     assert gradient.abs().max() < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------------- kept
+# ------------------------------------------------------------------------------------------------------- kept
 
 
-def test_what_pushes_a_group_down_whose_best_has_got_less_likely_is_multiplied_by_what_is_left_of_that_by_hand():
+def test_a_group_whose_best_got_less_likely_is_pushed_down_by_what_is_left_of_that_by_hand():
     # R = (1, 0), (0, 1), (1, 1); pi/mu = (1/8, 1), (1/4, 4), (1/8, 1/8): k = 1/8, 1 and, of equal rewards, 1
     # D = 0: w = (1/2, -1/2), (-1/2, 1/2), (0, 0); gradient -0.5/3 w, times k where w < 0
     sampling = torch.zeros(6, dtype=torch.float64)
     logprobs = torch.tensor([1 / 8, 1, 1 / 4, 4, 1 / 8, 1 / 8], dtype=torch.float64).log()
     rewards, ids = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1, 2, 2])
     kept = kept_likelihood(logprobs, sampling, rewards, ids)
-    assert kept.dtype == torch.float64 and kept.tolist() == pytest.approx([1 / 8, 1 / 8, 1.0, 1.0, 1.0, 1.0], rel=1e-15)
+    assert kept.dtype == torch.float64 and kept.tolist() == pytest.approx(
+        [1 / 8, 1 / 8, 1.0, 1.0, 1.0, 1.0], rel=1e-15
+    )
     loss, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, kept=kept)
-    assert loss.item() == pytest.approx(1 / 6) and gradient.tolist() == pytest.approx([-1 / 12, 1 / 96, 1 / 12, -1 / 12, 0, 0], rel=1e-15)
-    assert finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, kept=kept)[1])["gvpo/kept"] == pytest.approx(17 / 24)
-    assert torch.equal(kept_likelihood(logprobs.float(), logprobs.float(), rewards, ids), torch.ones_like(logprobs))
+    assert loss.item() == pytest.approx(1 / 6) and gradient.tolist() == pytest.approx(
+        [-1 / 12, 1 / 96, 1 / 12, -1 / 12, 0, 0], rel=1e-15
+    )
+    assert finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, kept=kept)[1])[
+        "gvpo/kept"
+    ] == pytest.approx(17 / 24)
+    assert torch.equal(
+        kept_likelihood(logprobs.float(), logprobs.float(), rewards, ids), torch.ones_like(logprobs)
+    )
     far = torch.tensor([-9000.0, -1.0, -9000.0, -9000.0])
     far = kept_likelihood(far, torch.zeros(4), torch.tensor([1.0, 0.0, 0.1, 0.1]), torch.tensor([0, 0, 1, 1]))
     assert far.tolist() == [0.0, 0.0, 1.0, 1.0]
@@ -230,9 +293,16 @@ def test_what_pushes_a_group_down_whose_best_has_got_less_likely_is_multiplied_b
 
 
 @pytest.mark.parametrize("residual_clip", [None, 0.5])
-def test_with_less_kept_what_goes_up_is_the_gradient_of_the_loss_and_what_goes_down_a_share_of_it(residual_clip):
+def test_with_less_kept_what_goes_up_is_the_gradient_of_the_loss_and_what_goes_down_a_share_of_it(
+    residual_clip,
+):
     (logprobs, reference, rewards, ids), importance = important(MIXED)
-    kept = kept_likelihood(logprobs, logprobs + torch.rand(len(logprobs), generator=torch.Generator().manual_seed(3)), rewards, ids)
+    kept = kept_likelihood(
+        logprobs,
+        logprobs + torch.rand(len(logprobs), generator=torch.Generator().manual_seed(3)),
+        rewards,
+        ids,
+    )
     options = {"residual_clip": residual_clip, "importance": importance}
     value, want = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, **options)
     got_value, got = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, kept=kept, **options)
@@ -241,36 +311,50 @@ def test_with_less_kept_what_goes_up_is_the_gradient_of_the_loss_and_what_goes_d
     assert (kept < 1)[want > 0].any() and (want < 0).any()
 
 
-# ---------------------------------------------------------------------------------------------------------------- damping
+# ---------------------------------------------------------------------------------------------------- damping
 
 
 def test_damping_by_hand_and_in_plain_python():
-    # R' = (0.5, -0.5), beta D' = (0.3, -0.3) and then (-0.3, 0.3) in another group: w = (0.2, -0.2), (0.8, -0.8): of both together
-    # Var(R) 1, Var(w) 0.08 + 1.28 = 1.36, Cov(w, R) 0.2 + 0.8 = 1: squared correlation 1/1.36
-    logprobs, rewards = torch.tensor([3.0, -3.0, -3.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    # R' = (0.5, -0.5), beta D' = (0.3, -0.3) and then (-0.3, 0.3) in another group: w = (0.2, -0.2), (0.8,
+    # -0.8): of both together Var(R) 1, Var(w) 0.08 + 1.28 = 1.36, Cov(w, R) 0.2 + 0.8 = 1: squared
+    # correlation 1/1.36
+    logprobs, rewards = (
+        torch.tensor([3.0, -3.0, -3.0, 3.0], dtype=torch.float64),
+        torch.tensor([1.0, 0.0, 1.0, 0.0]),
+    )
     sums = gvpo_loss(logprobs, torch.zeros(4), rewards, torch.tensor([0, 0, 1, 1]), 0.1)[1]
     assert damping(sums) == pytest.approx(1 / 1.36, rel=1e-14)
     (logprobs, reference, rewards, ids), _ = important(MIXED, scale=0.5)
     importance = importance_weights(logprobs, reference, ids)
-    of_groups = [(rewards[ids == g].tolist(), (logprobs - reference)[ids == g].tolist()) for g in ids.unique()]
+    of_groups = [
+        (rewards[ids == g].tolist(), (logprobs - reference)[ids == g].tolist()) for g in ids.unique()
+    ]
     counts, kept, want = counted_and_damped(of_groups, 0.3)
     sums = gvpo_loss(logprobs, reference, rewards, ids, 0.3, importance=importance)[1]
     assert damping(sums) == pytest.approx(want, rel=1e-12) and 0 < want < 1
-    assert torch.cat([importance[ids == g] for g in ids.unique()]).tolist() == pytest.approx(counts.tolist(), rel=1e-12)
+    assert torch.cat([importance[ids == g] for g in ids.unique()]).tolist() == pytest.approx(
+        counts.tolist(), rel=1e-12
+    )
     ours = kept_likelihood(logprobs, reference, rewards, ids)
-    assert torch.cat([ours[ids == g] for g in ids.unique()]).tolist() == pytest.approx(kept.tolist(), rel=1e-12)
+    assert torch.cat([ours[ids == g] for g in ids.unique()]).tolist() == pytest.approx(
+        kept.tolist(), rel=1e-12
+    )
 
 
 def test_damping_is_exactly_one_at_the_reference_and_nothing_where_the_rewards_say_nothing_or_the_contrary():
     logprobs, _, rewards, ids = batch(MIXED)
     assert damping(gvpo_loss(logprobs, logprobs, rewards, ids, 0.1)[1]) == 1.0
     assert damping(gvpo_loss(logprobs, logprobs, torch.ones_like(rewards), ids, 0.1)[1]) == 0.0
-    assert damping(gvpo_loss(logprobs, torch.zeros_like(logprobs), torch.ones_like(rewards), ids, 0.1)[1]) == 0.0
-    assert damping(gvpo_loss(20 * rewards, torch.zeros_like(rewards), rewards, ids, 0.1)[1]) == 0.0  # twice as far as they send it
-    assert math.isfinite(damping(gvpo_loss(10 * rewards, torch.zeros_like(rewards), rewards, ids, 0.1)[1]))  # at the optimum: rounding
+    assert (
+        damping(gvpo_loss(logprobs, torch.zeros_like(logprobs), torch.ones_like(rewards), ids, 0.1)[1]) == 0.0
+    )
+    # twice as far as they send it
+    assert damping(gvpo_loss(20 * rewards, torch.zeros_like(rewards), rewards, ids, 0.1)[1]) == 0.0
+    # at the optimum: rounding
+    assert math.isfinite(damping(gvpo_loss(10 * rewards, torch.zeros_like(rewards), rewards, ids, 0.1)[1]))
 
 
-# -------------------------------------------------------------------------------------------------- what must change nothing
+# ----------------------------------------------------------------------------------- what must change nothing
 
 
 def test_order_of_completions_and_of_groups_changes_nothing():
@@ -308,10 +392,16 @@ def test_micro_batches_of_whole_groups_add_up_to_the_whole(num_parts):
     value, gradient = loss_and_grad(gvpo_loss, *data, 0.1)
     sums = gvpo_loss(*data, 0.1)[1]
     names = data[3].unique().tolist()
-    loss, parts_gradient, parts_sums = torch.zeros(()).double(), torch.zeros_like(gradient), dict.fromkeys(sums, 0.0)
+    loss, parts_gradient, parts_sums = (
+        torch.zeros(()).double(),
+        torch.zeros_like(gradient),
+        dict.fromkeys(sums, 0.0),
+    )
     for part in range(num_parts):
         member = torch.isin(data[3], torch.tensor(names[part::num_parts]))
-        part_value, part_gradient = loss_and_grad(gvpo_loss, *(t[member] for t in data), 0.1, num_groups=len(MIXED))
+        part_value, part_gradient = loss_and_grad(
+            gvpo_loss, *(t[member] for t in data), 0.1, num_groups=len(MIXED)
+        )
         part_sums = gvpo_loss(*(t[member] for t in data), 0.1, num_groups=len(MIXED))[1]
         assert list(part_sums) == list(sums)
         loss += part_value
@@ -330,7 +420,7 @@ def test_number_of_groups_is_the_only_denominator():
     assert finish(gvpo_loss(*data, 0.1, num_groups=8)[1]) == finish(gvpo_loss(*data, 0.1)[1])
 
 
-# ------------------------------------------------------------------------------------------------------------------ the edges
+# -------------------------------------------------------------------------------------------------- the edges
 
 
 def test_weights_sum_to_zero_in_each_group():
@@ -358,7 +448,9 @@ def test_nothing_to_train_on_is_a_loss_of_zero(ids):
     logprobs = torch.full((n,), -3.0, requires_grad=True)
     for loss, sums in (
         gvpo_loss(logprobs, torch.zeros(n), torch.ones(n), torch.tensor(ids, dtype=torch.long), 0.1),
-        gvpo_loss(logprobs, torch.zeros(n), torch.ones(n), torch.tensor(ids, dtype=torch.long), 0.1, num_groups=4),
+        gvpo_loss(
+            logprobs, torch.zeros(n), torch.ones(n), torch.tensor(ids, dtype=torch.long), 0.1, num_groups=4
+        ),
     ):
         assert loss.item() == 0.0
         assert all(math.isfinite(value) for value in finish(sums).values())
@@ -375,21 +467,32 @@ def test_policy_equal_to_reference_gives_a_log_ratio_of_exactly_zero(dtype):
     _, sums = gvpo_loss(logprobs, logprobs, rewards, ids, 0.1)
     metrics = finish(sums)
     assert metrics["policy/kl_ref"] == 0.0 and math.copysign(1, metrics["policy/kl_ref"]) == 1
-    assert metrics["policy/log_ratio_rms"] == metrics["gvpo/implicit_reward_var"] == metrics["gvpo/reward_correlation"] == 0.0
-    assert torch.equal(weights, gvpo_weights(logprobs, logprobs, rewards, ids, 55.0)[0])  # beta has nothing to act on
+    assert (
+        metrics["policy/log_ratio_rms"]
+        == metrics["gvpo/implicit_reward_var"]
+        == metrics["gvpo/reward_correlation"]
+        == 0.0
+    )
+    # beta has nothing to act on
+    assert torch.equal(weights, gvpo_weights(logprobs, logprobs, rewards, ids, 55.0)[0])
 
 
 def test_at_log_ratio_zero_the_gradient_is_reinforce_with_a_mean_baseline():
-    # R = (1, 0, 0, 0), mean 0.25: gradient = -beta/(m - 1) (R - mean R) = -0.3/3 * (0.75, -0.25, -0.25, -0.25)
+    # R = (1, 0, 0, 0), mean 0.25: gradient = -beta/(m - 1) (R - mean R) = -0.3/3 * (0.75, -0.25, -0.25,
+    # -0.25)
     logprobs, rewards = torch.full((4,), -2.0, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0, 0.0])
-    _, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs.clone(), rewards, torch.zeros(4, dtype=torch.long), 0.3)
+    _, gradient = loss_and_grad(
+        gvpo_loss, logprobs, logprobs.clone(), rewards, torch.zeros(4, dtype=torch.long), 0.3
+    )
     assert gradient.tolist() == pytest.approx([-0.075, 0.025, 0.025, 0.025], rel=1e-12)
 
 
 def test_equal_rewards_pull_the_policy_back_to_the_reference():
     # D = (3, -1), all right: descent lowers the first, which has risen, and raises the second
     logprobs, reference = torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -4.0])
-    _, gradient = loss_and_grad(gvpo_loss, logprobs, reference, torch.ones(2), torch.zeros(2, dtype=torch.long), 0.5)
+    _, gradient = loss_and_grad(
+        gvpo_loss, logprobs, reference, torch.ones(2), torch.zeros(2, dtype=torch.long), 0.5
+    )
     assert gradient.tolist() == [0.5, -0.5]  # -beta w, w = -beta (D - mean D) = -0.5 * (2, -2)
 
 
@@ -400,7 +503,10 @@ def test_the_optimum_has_loss_and_gradient_of_zero():
     loss, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.25)
     assert loss < 1e-24 and gradient.abs().max() < 1e-12
     metrics = finish(gvpo_loss(logprobs, reference, rewards, ids, 0.25)[1])
-    assert metrics["gvpo/reward_correlation"] == pytest.approx(1.0, abs=1e-12) and metrics["gvpo/residual_var"] < 1e-24
+    assert (
+        metrics["gvpo/reward_correlation"] == pytest.approx(1.0, abs=1e-12)
+        and metrics["gvpo/residual_var"] < 1e-24
+    )
 
 
 def test_beta_scales_the_log_ratio():
@@ -422,16 +528,24 @@ def test_float32_sums_of_long_answers_lose_nothing_more_in_the_loss():
     # -20000.5 nats and neighbours, exact in float32: the means and squares of them are not
     logprobs = torch.tensor([-20000.5, -20001.25, -19999.75, -20000.0], dtype=torch.float32)
     reference = torch.tensor([-20000.0, -20001.25, -20000.0, -20000.25], dtype=torch.float32)
-    # D = (-0.5, 0, 0.25, 0.25), mean 0; R = (1, 0, 0, 0): w = R - mean R - D = (1.25, -0.25, -0.5, -0.5) at beta = 1
-    weights, _ = gvpo_weights(logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0)
+    # D = (-0.5, 0, 0.25, 0.25), mean 0; R = (1, 0, 0, 0): w = R - mean R - D = (1.25, -0.25, -0.5, -0.5) at
+    # beta = 1
+    weights, _ = gvpo_weights(
+        logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0
+    )
     assert weights.tolist() == [1.25, -0.25, -0.5, -0.5]
-    loss, _ = gvpo_loss(logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0)
+    loss, _ = gvpo_loss(
+        logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0
+    )
     assert loss.item() == pytest.approx((1.5625 + 0.0625 + 0.25 + 0.25) / 2 / 3, rel=1e-15)
 
 
 def test_log_ratio_is_taken_in_float64():
-    # D = (-2**24 + 0.5, 0), whose first needs 25 bits, one more than float32 has; beta (D - mean D) = (-, +) 8388607.75 at beta = 1
-    weights, _ = gvpo_weights(torch.tensor([-(2.0**24), 0.0]), torch.tensor([-0.5, 0.0]), torch.zeros(2), torch.zeros(2).long(), 1.0)
+    # D = (-2**24 + 0.5, 0), whose first needs 25 bits, one more than float32 has; beta (D - mean D) = (-, +)
+    # 8388607.75 at beta = 1
+    weights, _ = gvpo_weights(
+        torch.tensor([-(2.0**24), 0.0]), torch.tensor([-0.5, 0.0]), torch.zeros(2), torch.zeros(2).long(), 1.0
+    )
     assert weights.tolist() == [8388607.75, -8388607.75]
 
 
@@ -465,13 +579,18 @@ def test_no_gradient_flows_into_the_reference_or_the_rewards():
     ids=lambda value: str(value)[:30],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
-    arguments = {"logprobs": torch.zeros(2), "reference_logprobs": torch.zeros(2), "rewards": torch.zeros(2), "beta": 0.1}
+    arguments = {
+        "logprobs": torch.zeros(2),
+        "reference_logprobs": torch.zeros(2),
+        "rewards": torch.zeros(2),
+        "beta": 0.1,
+    }
     arguments["group_ids"] = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         gvpo_loss(**{**arguments, **change})
 
 
-# ------------------------------------------------------------------------------------------------------- readings and options
+# --------------------------------------------------------------------------------------- readings and options
 
 
 def test_the_three_terms_have_the_gradient_of_the_loss():
@@ -511,7 +630,12 @@ def test_a_clipped_residual_is_hubers_loss_differentiated_through_everything(cli
         log_ratio, reward = (variable - reference.double())[ids == group], rewards.double()[ids == group]
         if len(reward) > 1:
             residual = beta * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
-            terms.append(torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="sum", delta=clip) / (len(reward) - 1))
+            terms.append(
+                torch.nn.functional.huber_loss(
+                    residual, torch.zeros_like(residual), reduction="sum", delta=clip
+                )
+                / (len(reward) - 1)
+            )
     want = torch.stack(terms).mean()
     (want_gradient,) = torch.autograd.grad(want, variable)
     again = logprobs.double().clone().requires_grad_()

@@ -6,7 +6,14 @@ import math
 import pytest
 
 from gvpo_ray.files import append_line, read_lines
-from gvpo_ray.observe.metrics import BINDING_STEPS, age_bucket, batch_metrics, beta_hint, evaluation_metrics, mean
+from gvpo_ray.observe.metrics import (
+    BINDING_STEPS,
+    age_bucket,
+    batch_metrics,
+    beta_hint,
+    evaluation_metrics,
+    mean,
+)
 from gvpo_ray.observe.metrics_log import MetricsLog
 
 BATCH = [
@@ -16,7 +23,11 @@ BATCH = [
         "finish_reasons": ["stop", "stop", "length"],
         "sources": ["policy", "replay", "offline:people"],
         "version_min": [7, 5, None],
-        "reward_reasons": [None, "math: no answer found in the completion", "timeout: math took more than 10 s"],
+        "reward_reasons": [
+            None,
+            "math: no answer found in the completion",
+            "timeout: math took more than 10 s",
+        ],
     },
     {
         "rewards": [0.5, None],
@@ -64,37 +75,59 @@ def test_batch_metrics_by_hand():
 
 
 def test_right_is_what_the_first_reward_function_says_and_not_the_sum():
-    row = {**BATCH[0], "rewards": [0.1, 1.0, None], "reward_parts": {"math": [0.0, 1.0, None], "format": [1.0, 0.0, 1.0]}}
+    row = {
+        **BATCH[0],
+        "rewards": [0.1, 1.0, None],
+        "reward_parts": {"math": [0.0, 1.0, None], "format": [1.0, 0.0, 1.0]},
+    }
     assert batch_metrics([row], version=7)["completions/correct"] == 1 / 3
 
 
 def test_a_bucket_ends_with_its_edge_and_the_last_has_no_end():
     ages = [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 1000, None]
-    metrics = batch_metrics([{**BATCH[0], "version_min": [None if age is None else 2000 - age for age in ages]}], version=2000)
+    metrics = batch_metrics(
+        [{**BATCH[0], "version_min": [None if age is None else 2000 - age for age in ages]}], version=2000
+    )
     counts = {edge: round(15 * metrics[f"staleness/histogram/{edge}"], 9) for edge in EDGES}
     assert counts == {"0": 1, "1": 1, "2": 1, "4": 2, "8": 2, "16": 2, "32": 2, "64": 2, "inf": 2}
-    assert [age_bucket(oldest, 2000) for oldest in (2001, 2000, 1997, 0, None)] == [0, 0, 3, 8, 9]  # the last: by no version of ours
+    # the last: by no version of ours
+    assert [age_bucket(oldest, 2000) for oldest in (2001, 2000, 1997, 0, None)] == [0, 0, 3, 8, 9]
     sizes = [0, 3, 5, 64, 65]
     rows = [{**BATCH[1], "rewards": [1.0] * size} for size in sizes]
     metrics = batch_metrics(rows, version=6)
-    shares = {edge: metrics[f"groups/size_histogram/{edge}"] for edge in EDGES if metrics[f"groups/size_histogram/{edge}"]}
+    shares = {
+        edge: metrics[f"groups/size_histogram/{edge}"]
+        for edge in EDGES
+        if metrics[f"groups/size_histogram/{edge}"]
+    }
     assert shares == {"0": 0.2, "4": 0.2, "8": 0.2, "64": 0.2, "inf": 0.2}
 
 
 def test_batch_metrics_of_foreign_and_unverifiable_data_and_of_nothing_are_numbers():
-    row = {"rewards": [None], "completion_ids": [[1]], "finish_reasons": ["stop"], "version_min": [None], "sources": ["offline:people"]}
+    row = {
+        "rewards": [None],
+        "completion_ids": [[1]],
+        "finish_reasons": ["stop"],
+        "version_min": [None],
+        "sources": ["offline:people"],
+    }
     for rows in ([row], []):
         metrics = batch_metrics(rows, version=3)
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["reward/mean"] == metrics["staleness/mean"] == metrics["staleness/max"] == 0
         assert {metrics[f"staleness/histogram/{edge}"] for edge in EDGES} == {0}
-    assert batch_metrics([row], version=3)["completions/unverifiable"] == batch_metrics([row], version=3)["sources/offline"] == 1
+    assert (
+        batch_metrics([row], version=3)["completions/unverifiable"]
+        == batch_metrics([row], version=3)["sources/offline"]
+        == 1
+    )
     nothing = batch_metrics([], version=3)
     assert nothing["sources/policy"] == nothing["sources/replay"] == nothing["sources/offline"] == 0
 
 
 def test_evaluation_is_the_mean_over_prompts_and_an_unverifiable_completion_is_wrong():
-    # per prompt: (1 + 0) / 2, 1, (1 + 0 for null) / 2: mean 2/3; variance (1/36 + 1/9 + 1/36) / 2 = 1/12; stderr sqrt(1/36)
+    # per prompt: (1 + 0) / 2, 1, (1 + 0 for null) / 2: mean 2/3; variance (1/36 + 1/9 + 1/36) / 2 = 1/12;
+    # stderr sqrt(1/36)
     rows = [
         {"rewards": [1.0, 0.0], "completion_ids": [[1], [1]], "finish_reasons": ["stop", "stop"]},
         {"rewards": [1.0], "completion_ids": [[1, 2, 3, 4]], "finish_reasons": ["length"]},
@@ -126,7 +159,12 @@ def test_every_line_is_json_with_its_step_and_last_finds_the_newest(tmp_path):
     log.write(2, {"loss": 0.125})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 0, "eval/x/pass@1": 0.25}, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.125}]
-    assert (log.last("loss"), log.last("eval/x/pass@1"), log.last("absent"), log.last("absent", 7)) == (0.125, 0.25, None, 7)
+    assert (log.last("loss"), log.last("eval/x/pass@1"), log.last("absent"), log.last("absent", 7)) == (
+        0.125,
+        0.25,
+        None,
+        7,
+    )
 
 
 def test_a_resumed_run_keeps_the_lines_up_to_its_checkpoint_and_writes_the_others_anew(tmp_path):
@@ -172,15 +210,23 @@ def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
     for torn in ("{", '{"step": 2, "lo', '{"step": 2, "loss": 0.'):
         path.write_text('{"step": 1, "loss": 0.5}\n' + torn)
         MetricsLog(path, resume_step=5).write(2, {"loss": 0.25})
-        assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [
+            {"step": 1, "loss": 0.5},
+            {"step": 2, "loss": 0.25},
+        ]
 
 
 def training_lines(binding, implied=0.0004, reward=0.25, beta=0.1, correlation=0.3):
     return [
-        {"gvpo/binding": binding, "gvpo/implicit_reward_var": implied, "gvpo/reward_var": reward, "gvpo/beta": beta,
-         "gvpo/reward_correlation": correlation}
+        {
+            "gvpo/binding": binding,
+            "gvpo/implicit_reward_var": implied,
+            "gvpo/reward_var": reward,
+            "gvpo/beta": beta,
+            "gvpo/reward_correlation": correlation,
+        }
         for _ in range(BINDING_STEPS)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_beta_that_binds_nothing_for_long_is_said_with_one_that_would():
@@ -200,7 +246,11 @@ def test_a_beta_that_binds_now_and_then_or_has_had_little_time_or_no_signal_is_n
 
 def test_a_policy_that_beta_only_calls_back_is_said_with_what_would_let_it_go():
     hint = beta_hint(training_lines(binding=1.0, implied=1.0))
-    assert "varies 2.0 times as much as they do, with a correlation of 0.30" in hint and "loss.beta of some 0.025 lets it go" in hint
-    assert beta_hint(training_lines(binding=1.0, implied=1.0, correlation=0.9)) is None  # it went where it was sent
+    assert (
+        "varies 2.0 times as much as they do, with a correlation of 0.30" in hint
+        and "loss.beta of some 0.025 lets it go" in hint
+    )
+    # it went where it was sent
+    assert beta_hint(training_lines(binding=1.0, implied=1.0, correlation=0.9)) is None
     assert beta_hint(training_lines(binding=1.0, implied=0.2)) is None
     assert beta_hint(training_lines(binding=1.0, implied=1.0)[1:]) is None

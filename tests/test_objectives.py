@@ -1,4 +1,6 @@
-"""GRPO, Dr. GRPO, RLOO, REINFORCE: numbers redone by hand, each against its formula in plain loops, and what must not change them."""
+"""GRPO, Dr. GRPO, RLOO, REINFORCE: numbers redone by hand, each against its formula in plain loops, and what
+must not change them.
+"""
 
 import math
 from collections.abc import Callable
@@ -22,7 +24,9 @@ def doubles(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def loss_and_grad(loss: Callable, logprobs: Tensor, *rest, **options) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_and_grad(
+    loss: Callable, logprobs: Tensor, *rest, **options
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     logprobs = logprobs.clone().requires_grad_()
     value, stats = loss(logprobs, *rest, **options)
     value.backward()
@@ -35,9 +39,13 @@ def assert_same(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def batch(sizes: list[int], seed: int = 0, spread: float = 0.4) -> tuple[Tensor, ...]:
-    """The six leading arguments for groups with these sizes: completions of 1 to 7 tokens, everything shuffled."""
+    """The six leading arguments for groups with these sizes: completions of 1 to 7 tokens, everything
+    shuffled.
+    """
     random = torch.Generator().manual_seed(seed)
-    group_ids = torch.repeat_interleave(torch.tensor([7 * g - 11 for g in range(len(sizes))]), torch.tensor(sizes))
+    group_ids = torch.repeat_interleave(
+        torch.tensor([7 * g - 11 for g in range(len(sizes))]), torch.tensor(sizes)
+    )
     n = len(group_ids)
     group_ids = group_ids[torch.randperm(n, generator=random)]
     completion_ids = torch.repeat_interleave(torch.arange(n), torch.randint(1, 8, (n,), generator=random))
@@ -53,56 +61,78 @@ def batch(sizes: list[int], seed: int = 0, spread: float = 0.4) -> tuple[Tensor,
 MIXED = [2, 5, 3, 1, 8, 2, 16]
 
 
-# ---------------------------------------------------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------------------------------------- by hand
 
-# Two rewards (1, 0) in group 5, three (0, 1, 2) in group -2, and one completion alone in group 9; 2, 3, 1, 1, 2 and 1 tokens.
-HAND_IDS, HAND_GROUPS, HAND_REWARDS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 4, 4, 5]), torch.tensor([5, 5, -2, -2, -2, 9]), doubles(1, 0, 0, 1, 2, 9)
+# Two rewards (1, 0) in group 5, three (0, 1, 2) in group -2, and one completion alone in group 9; 2, 3, 1, 1,
+# 2 and 1 tokens.
+HAND_IDS, HAND_GROUPS, HAND_REWARDS = (
+    torch.tensor([0, 0, 1, 1, 1, 2, 3, 4, 4, 5]),
+    torch.tensor([5, 5, -2, -2, -2, 9]),
+    doubles(1, 0, 0, 1, 2, 9),
+)
 HAND_LOGPROBS = doubles(-1, -2, -1, -1, -1, -4, -5, -1, -2, -7)  # of the completions: -3, -3, -4, -5, -3, -7
 HAND_RATIOS = doubles(1.5, 0.5, 0.5, 1.5, 1.0, 2.0, 4.0, 1.0, 1.25, 3.0)  # pi/pi_old
-HAND_REFERENCE = HAND_LOGPROBS - doubles(1, 1, 0, 0, 0, 2, 0, -1, -1, 5)  # log pi/pi_ref of the completions: 2, 0, 2, 0, -2, 5
+# log pi/pi_ref of the completions: 2, 0, 2, 0, -2, 5
+HAND_REFERENCE = HAND_LOGPROBS - doubles(1, 1, 0, 0, 0, 2, 0, -1, -1, 5)
 HAND = (HAND_LOGPROBS, HAND_LOGPROBS - HAND_RATIOS.log(), HAND_REFERENCE, HAND_IDS, HAND_REWARDS, HAND_GROUPS)
 
 
 def test_grpo_by_hand():
-    # std of (1, 0) is sqrt(1/2), of (0, 1, 2) it is 1: A = (a, -a) with a = 0.5/sqrt(1/2) = sqrt(1/2), and (-1, 0, 1)
-    # completion 0: ratios 1.5 and 0.5 at A > 0: 1.2 a (clipped) and 0.5 a, mean 0.85 a
-    # completion 1: ratios 0.5, 1.5, 1 at A < 0: -0.8 a (clipped), -1.5 a and -a, mean -1.1 a; group: (0.85 - 1.1) a / 2 = -0.125 a
-    # completion 2: -2. Completion 3: 0. Completion 4: 1 and 1.2 (clipped), mean 1.1; group: (-2 + 0 + 1.1)/3 = -0.3
-    # gradient: -1/2 1/m 1/|y| r A, and 0 where clipped
+    # std of (1, 0) is sqrt(1/2), of (0, 1, 2) it is 1: A = (a, -a) with a = 0.5/sqrt(1/2) = sqrt(1/2), and
+    # (-1, 0, 1) completion 0: ratios 1.5 and 0.5 at A > 0: 1.2 a (clipped) and 0.5 a, mean 0.85 a completion
+    # 1: ratios 0.5, 1.5, 1 at A < 0: -0.8 a (clipped), -1.5 a and -a, mean -1.1 a; group: (0.85 - 1.1) a / 2
+    # = -0.125 a completion 2: -2. Completion 3: 0. Completion 4: 1 and 1.2 (clipped), mean 1.1; group: (-2 +
+    # 0 + 1.1)/3 = -0.3 gradient: -1/2 1/m 1/|y| r A, and 0 where clipped
     a = math.sqrt(0.5)
     loss, gradient, stats = loss_and_grad(grpo_loss, *HAND)
     assert loss.item() == pytest.approx((0.125 * a + 0.3) / 2, rel=1e-14)
-    assert gradient.tolist() == pytest.approx([0, -a / 16, 0, a / 8, a / 12, 1 / 3, 0, -1 / 12, 0, 0], rel=1e-14)
+    assert gradient.tolist() == pytest.approx(
+        [0, -a / 16, 0, a / 8, a / 12, 1 / 3, 0, -1 / 12, 0, 0], rel=1e-14
+    )
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(
         {"objective": 0.125 * a + 0.3, "num_tokens": 9.0, "clipped_tokens": 3.0}, rel=1e-14
     )
 
 
 def test_dr_grpo_by_hand():
-    # A = (0.5, -0.5) and (-1, 0, 1); the same ratios, summed: 0.5 * 1.7 = 0.85 and -0.5 * 3.3 = -1.65, group -0.8/2 = -0.4;
-    # -2, 0 and 2.2, group 0.2/3
+    # A = (0.5, -0.5) and (-1, 0, 1); the same ratios, summed: 0.5 * 1.7 = 0.85 and -0.5 * 3.3 = -1.65, group
+    # -0.8/2 = -0.4; -2, 0 and 2.2, group 0.2/3
     loss, gradient, stats = loss_and_grad(dr_grpo_loss, *HAND)
     assert loss.item() == pytest.approx((0.4 - 0.2 / 3) / 2, rel=1e-14)
-    assert gradient.tolist() == pytest.approx([0, -0.0625, 0, 0.1875, 0.125, 1 / 3, 0, -1 / 6, 0, 0], rel=1e-14)
+    assert gradient.tolist() == pytest.approx(
+        [0, -0.0625, 0, 0.1875, 0.125, 1 / 3, 0, -1 / 6, 0, 0], rel=1e-14
+    )
     assert [value.item() for value in stats.values()] == pytest.approx([0.4 - 0.2 / 3, 9, 3], rel=1e-14)
 
 
 def test_clipping_has_two_sides_of_their_own():
-    # clip_low = 0.6, clip_high = 1.0: of the ratios only 4 at A = 0 is outside, where there is nothing to clip
-    # group 5: 0.5 * (1.5 + 0.5) - 0.5 * (0.5 + 1.5 + 1) = -0.5, halved; group -2: (-2 + 0 + 2.25)/3
+    # clip_low = 0.6, clip_high = 1.0: of the ratios only 4 at A = 0 is outside, where there is nothing to
+    # clip group 5: 0.5 * (1.5 + 0.5) - 0.5 * (0.5 + 1.5 + 1) = -0.5, halved; group -2: (-2 + 0 + 2.25)/3
     loss, _, stats = loss_and_grad(dr_grpo_loss, *HAND, clip_low=0.6, clip_high=1.0)
     assert loss.item() == pytest.approx((0.25 - 0.25 / 3) / 2, rel=1e-14) and stats["clipped_tokens"] == 0
-    assert loss_and_grad(dr_grpo_loss, *HAND, clip_low=0.6, clip_high=0.2)[2]["clipped_tokens"] == 2  # 1.5 and 1.25 at A > 0
-    assert loss_and_grad(dr_grpo_loss, *HAND, clip_low=0.2, clip_high=1.0)[2]["clipped_tokens"] == 1  # 0.5 at A < 0
+    # 1.5 and 1.25 at A > 0
+    assert loss_and_grad(dr_grpo_loss, *HAND, clip_low=0.6, clip_high=0.2)[2]["clipped_tokens"] == 2
+    # 0.5 at A < 0
+    assert loss_and_grad(dr_grpo_loss, *HAND, clip_low=0.2, clip_high=1.0)[2]["clipped_tokens"] == 1
 
 
-@pytest.mark.parametrize(("loss", "value", "second"), [(grpo_loss, 0.75 - math.log(2) / 2, 0.5), (dr_grpo_loss, 0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("loss", "value", "second"), [(grpo_loss, 0.75 - math.log(2) / 2, 0.5), (dr_grpo_loss, 0.5, 1.0)]
+)
 def test_k3_by_hand(loss, value, second):
-    # Rewards are equal, so only the penalty is left, at 0.1. pi_ref/pi = 2 in the one token of completion 0: k3 = 2 - ln 2 - 1 = 1 - ln 2,
-    # slope 1 - 2 = -1. 1/2 and 1 in the two of completion 1: k3 = ln 2 - 1/2 and 0, slopes 1/2 and 0.
-    # GRPO: 0.1/2 (1 - ln 2 + (ln 2 - 1/2)/2); Dr. GRPO: 0.1/2 (1 - ln 2 + ln 2 - 1/2)
+    # Rewards are equal, so only the penalty is left, at 0.1. pi_ref/pi = 2 in the one token of completion 0:
+    # k3 = 2 - ln 2 - 1 = 1 - ln 2, slope 1 - 2 = -1. 1/2 and 1 in the two of completion 1: k3 = ln 2 - 1/2
+    # and 0, slopes 1/2 and 0. GRPO: 0.1/2 (1 - ln 2 + (ln 2 - 1/2)/2); Dr. GRPO: 0.1/2 (1 - ln 2 + ln 2 -
+    # 1/2)
     logprobs = doubles(-1, -1, -1)
-    arguments = (logprobs, logprobs + 1, logprobs + doubles(2, 0.5, 1).log(), torch.tensor([0, 1, 1]), doubles(0.1, 0.1), torch.tensor([3, 3]))
+    arguments = (
+        logprobs,
+        logprobs + 1,
+        logprobs + doubles(2, 0.5, 1).log(),
+        torch.tensor([0, 1, 1]),
+        doubles(0.1, 0.1),
+        torch.tensor([3, 3]),
+    )
     got, gradient, stats = loss_and_grad(loss, *arguments, kl_coefficient=0.1)
     assert got.item() == pytest.approx(0.05 * value, rel=1e-14)
     assert gradient.tolist() == pytest.approx([-0.05, 0.05 * 0.5 * second, 0], abs=1e-16)
@@ -110,25 +140,32 @@ def test_k3_by_hand(loss, value, second):
 
 
 def test_rloo_by_hand():
-    # A = (1 - 0, 0 - 1) and (0 - 1.5, 1 - 1, 2 - 0.5); -1/2 [ 1/2 (-3 + 3) + 1/3 (6 + 0 - 4.5) ] = -0.25; gradient -1/2 1/m A
+    # A = (1 - 0, 0 - 1) and (0 - 1.5, 1 - 1, 2 - 0.5); -1/2 [ 1/2 (-3 + 3) + 1/3 (6 + 0 - 4.5) ] = -0.25;
+    # gradient -1/2 1/m A
     loss, gradient, stats = loss_and_grad(rloo_loss, *HAND)
     assert loss.item() == pytest.approx(-0.25, rel=1e-14)
-    assert gradient.tolist() == pytest.approx([-0.25, -0.25, 0.25, 0.25, 0.25, 0.25, 0, -0.25, -0.25, 0], rel=1e-14)
+    assert gradient.tolist() == pytest.approx(
+        [-0.25, -0.25, 0.25, 0.25, 0.25, 0.25, 0, -0.25, -0.25, 0], rel=1e-14
+    )
     assert [value.item() for value in stats.values()] == pytest.approx([-0.5, 9, 0], rel=1e-14)
 
 
 def test_rloo_with_a_penalty_in_the_reward_by_hand():
-    # R' = R - 0.5 (2, 0 | 2, 0, -2) = (0, 0 | -1, 1, 3); A = (0, 0) and (-1 - 2, 1 - 1, 3 - 0); -1/2 [ 0 + 1/3 (12 - 9) ] = -0.5
+    # R' = R - 0.5 (2, 0 | 2, 0, -2) = (0, 0 | -1, 1, 3); A = (0, 0) and (-1 - 2, 1 - 1, 3 - 0); -1/2 [ 0 +
+    # 1/3 (12 - 9) ] = -0.5
     loss, gradient, _ = loss_and_grad(rloo_loss, *HAND, kl_coefficient=0.5)
     assert loss.item() == pytest.approx(-0.5, rel=1e-14)
     assert gradient.tolist() == pytest.approx([0, 0, 0, 0, 0, 0.5, 0, -0.5, -0.5, 0], rel=1e-14)
 
 
 def test_reinforce_by_hand():
-    # A = R - 0.5 = (0.5, -0.5 | -0.5, 0.5, 1.5); -1/2 [ 1/2 (-1.5 + 1.5) + 1/3 (2 - 2.5 - 4.5) ] = 5/6; gradient -1/2 1/m A
+    # A = R - 0.5 = (0.5, -0.5 | -0.5, 0.5, 1.5); -1/2 [ 1/2 (-1.5 + 1.5) + 1/3 (2 - 2.5 - 4.5) ] = 5/6;
+    # gradient -1/2 1/m A
     loss, gradient, stats = loss_and_grad(reinforce_loss, *HAND, baseline=0.5)
     assert loss.item() == pytest.approx(5 / 6, rel=1e-14)
-    assert gradient.tolist() == pytest.approx([-0.125, -0.125, 0.125, 0.125, 0.125, 1 / 12, -1 / 12, -0.25, -0.25, 0], rel=1e-14)
+    assert gradient.tolist() == pytest.approx(
+        [-0.125, -0.125, 0.125, 0.125, 0.125, 1 / 12, -1 / 12, -0.25, -0.25, 0], rel=1e-14
+    )
     assert [value.item() for value in stats.values()] == pytest.approx([5 / 3, 9, 0], rel=1e-14)
 
 
@@ -139,10 +176,22 @@ def test_reinforce_with_a_penalty_in_the_reward_by_hand():
     assert gradient.tolist() == pytest.approx([0, 0, 0, 0, 0, 1 / 6, -1 / 6, -0.5, -0.5, 0], rel=1e-14)
 
 
-# ------------------------------------------------------------------------------------------- against the formula in plain loops
+# ------------------------------------------------------------------------- against the formula in plain loops
 
 
-def plain(objective: str, logprobs, old, reference, completion_ids, rewards, group_ids, low=0.2, high=0.2, kl=0.0, baseline=0.0) -> Tensor:
+def plain(
+    objective: str,
+    logprobs,
+    old,
+    reference,
+    completion_ids,
+    rewards,
+    group_ids,
+    low=0.2,
+    high=0.2,
+    kl=0.0,
+    baseline=0.0,
+) -> Tensor:
     """The formulas of the four pages, one group, completion and token after the other."""
     groups = [g for g in sorted(set(group_ids.tolist())) if (group_ids == g).sum() >= 2]
     total = torch.zeros((), dtype=torch.float64)
@@ -152,7 +201,9 @@ def plain(objective: str, logprobs, old, reference, completion_ids, rewards, gro
         log_pi = {i: sum(logprobs[t] for t in tokens[i]) for i in members}
         reward = {i: rewards[i].item() for i in members}
         if objective in ("rloo", "reinforce"):
-            reward = {i: reward[i] - kl * (log_pi[i] - sum(reference[t] for t in tokens[i])).item() for i in members}
+            reward = {
+                i: reward[i] - kl * (log_pi[i] - sum(reference[t] for t in tokens[i])).item() for i in members
+            }
         mean = sum(reward.values()) / len(members)
         std = math.sqrt(sum((r - mean) ** 2 for r in reward.values()) / (len(members) - 1))
         for i in members:
@@ -189,7 +240,9 @@ def plain(objective: str, logprobs, old, reference, completion_ids, rewards, gro
 def test_value_and_gradient_are_those_of_the_plain_formula(loss, options, seed):
     arguments = batch(MIXED, seed)
     full_names = {"low": "clip_low", "high": "clip_high", "kl": "kl_coefficient", "baseline": "baseline"}
-    got, gradient, stats = loss_and_grad(loss, *arguments, **{full_names[name]: value for name, value in options.items()})
+    got, gradient, stats = loss_and_grad(
+        loss, *arguments, **{full_names[name]: value for name, value in options.items()}
+    )
     logprobs = arguments[0].clone().requires_grad_()
     want = plain(loss.__name__.removesuffix("_loss"), logprobs, *arguments[1:], **options)
     want.backward()
@@ -199,7 +252,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(loss, options, seed):
     assert (stats["clipped_tokens"] > 10) == (loss in (grpo_loss, dr_grpo_loss))
 
 
-# -------------------------------------------------------------------------------------------------- how they are related
+# --------------------------------------------------------------------------------------- how they are related
 
 
 def at_the_sampling_policy(seed: int = 0) -> tuple[Tensor, ...]:
@@ -225,28 +278,41 @@ def test_dr_grpo_at_the_sampling_policy_is_m_minus_one_over_m_times_rloo():
     arguments = at_the_sampling_policy()
     _, dr_grpo, _ = loss_and_grad(dr_grpo_loss, *arguments)
     _, rloo, _ = loss_and_grad(rloo_loss, *arguments)
-    m = (arguments[5][:, None] == arguments[5]).sum(1).double()[arguments[3]]  # the size of the group that each token belongs to
+    # the size of the group that each token belongs to
+    m = (arguments[5][:, None] == arguments[5]).sum(1).double()[arguments[3]]
     assert_same(dr_grpo, (m - 1) / m * rloo)
     assert rloo.abs().max() > 0.01
 
 
 def test_rloo_with_a_penalty_is_gvpo_over_beta():
     logprobs, old, reference, completion_ids, rewards, group_ids = batch(MIXED)
-    _, gradient, _ = loss_and_grad(rloo_loss, logprobs, old, reference, completion_ids, rewards, group_ids, kl_coefficient=0.3)
+    _, gradient, _ = loss_and_grad(
+        rloo_loss, logprobs, old, reference, completion_ids, rewards, group_ids, kl_coefficient=0.3
+    )
     leaf = logprobs.clone().requires_grad_()
-    sums = [torch.zeros(len(rewards)).double().index_add(0, completion_ids, values) for values in (leaf, reference)]
+    sums = [
+        torch.zeros(len(rewards)).double().index_add(0, completion_ids, values)
+        for values in (leaf, reference)
+    ]
     gvpo_loss(*sums, rewards, group_ids, 0.3)[0].backward()
     assert_same(gradient, leaf.grad / 0.3)
 
 
 def test_reinforce_with_the_mean_reward_as_baseline_is_dr_grpo_at_the_sampling_policy():
     logprobs, old, reference, completion_ids, rewards, _ = at_the_sampling_policy()
-    arguments = (logprobs, old, reference, completion_ids, rewards, torch.zeros(len(rewards), dtype=torch.long))
+    arguments = (
+        logprobs,
+        old,
+        reference,
+        completion_ids,
+        rewards,
+        torch.zeros(len(rewards), dtype=torch.long),
+    )
     _, gradient, _ = loss_and_grad(reinforce_loss, *arguments, baseline=rewards.mean().item())
     assert_same(gradient, loss_and_grad(dr_grpo_loss, *arguments)[1])
 
 
-# -------------------------------------------------------------------------------------------------- what must change nothing
+# ----------------------------------------------------------------------------------- what must change nothing
 
 
 @every_loss
@@ -255,14 +321,23 @@ def test_calls_with_whole_groups_add_up(loss, num_parts):
     arguments = batch(MIXED)
     value, gradient, stats = loss_and_grad(loss, *arguments, kl_coefficient=0.5)
     names = arguments[5].unique().tolist()
-    added_value, added_gradient, added = torch.zeros(()).double(), torch.zeros_like(gradient), dict.fromkeys(STATS, 0.0)
+    added_value, added_gradient, added = (
+        torch.zeros(()).double(),
+        torch.zeros_like(gradient),
+        dict.fromkeys(STATS, 0.0),
+    )
     for part in range(num_parts):
         completion = torch.isin(arguments[5], torch.tensor(names[part::num_parts]))
         token = completion[arguments[3]]
         renumbered = (completion.cumsum(0) - 1)[arguments[3][token]]
         tokens = (*(t[token] for t in arguments[:3]), renumbered)
         part_value, part_gradient, part_stats = loss_and_grad(
-            loss, *tokens, arguments[4][completion], arguments[5][completion], len(MIXED) - 1, kl_coefficient=0.5
+            loss,
+            *tokens,
+            arguments[4][completion],
+            arguments[5][completion],
+            len(MIXED) - 1,
+            kl_coefficient=0.5,
         )
         added_value += part_value
         added_gradient[token] += part_gradient
@@ -270,19 +345,28 @@ def test_calls_with_whole_groups_add_up(loss, num_parts):
     assert_same(added_value, value)
     assert_same(added_gradient, gradient)
     assert_same(torch.stack([*added.values()]), torch.stack([*stats.values()]))
-    assert list(stats) == STATS and all(s.dtype == torch.float64 and s.ndim == 0 and not s.requires_grad for s in stats.values())
+    assert list(stats) == STATS and all(
+        s.dtype == torch.float64 and s.ndim == 0 and not s.requires_grad for s in stats.values()
+    )
     assert_same(stats["objective"], value * (len(MIXED) - 1))
 
 
 @every_loss
 def test_order_of_tokens_and_completions_and_names_of_groups_change_nothing(loss):
     logprobs, old, reference, completion_ids, rewards, group_ids = batch(MIXED)
-    want = loss_and_grad(loss, logprobs, old, reference, completion_ids, rewards, group_ids, kl_coefficient=0.5)
+    want = loss_and_grad(
+        loss, logprobs, old, reference, completion_ids, rewards, group_ids, kl_coefficient=0.5
+    )
     random = torch.Generator().manual_seed(5)
-    token, completion = torch.randperm(len(logprobs), generator=random), torch.randperm(len(rewards), generator=random)
+    token, completion = (
+        torch.randperm(len(logprobs), generator=random),
+        torch.randperm(len(rewards), generator=random),
+    )
     moved_ids = completion.argsort()[completion_ids][token]  # where each completion has gone
     tokens = (logprobs[token], old[token], reference[token], moved_ids)
-    got = loss_and_grad(loss, *tokens, rewards[completion], -(2**40) * group_ids[completion], kl_coefficient=0.5)
+    got = loss_and_grad(
+        loss, *tokens, rewards[completion], -(2**40) * group_ids[completion], kl_coefficient=0.5
+    )
     assert_same(got[0], want[0])
     assert_same(got[1], want[1][token])
     assert_same(got[2]["clipped_tokens"], want[2]["clipped_tokens"])
@@ -299,18 +383,22 @@ def test_a_constant_added_to_the_rewards_of_a_group_changes_nothing(loss):
 
 def test_only_grpo_does_not_see_the_scale_of_the_rewards():
     *tokens, rewards, group_ids = batch(MIXED)
-    assert_same(loss_and_grad(grpo_loss, *tokens, 10 * rewards, group_ids)[1], loss_and_grad(grpo_loss, *tokens, rewards, group_ids)[1])
+    assert_same(
+        loss_and_grad(grpo_loss, *tokens, 10 * rewards, group_ids)[1],
+        loss_and_grad(grpo_loss, *tokens, rewards, group_ids)[1],
+    )
     for loss in (dr_grpo_loss, rloo_loss, reinforce_loss):
         want = loss_and_grad(loss, *tokens, rewards, group_ids)[1]
         assert_same(loss_and_grad(loss, *tokens, 10 * rewards, group_ids)[1], 10 * want)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the edges
+# -------------------------------------------------------------------------------------------------- the edges
 
 
 @pytest.mark.parametrize("loss", [grpo_loss, dr_grpo_loss, rloo_loss])
 def test_equal_rewards_have_no_gradient(loss):
-    # The mean of seven 0.1 is not 0.1 in float64; GRPO must not divide that rounding by itself, nor clipping count it.
+    # The mean of seven 0.1 is not 0.1 in float64; GRPO must not divide that rounding by itself, nor clipping
+    # count it.
     *tokens, rewards, group_ids = batch([7, 3])
     value, gradient, stats = loss_and_grad(loss, *tokens, torch.full_like(rewards, 0.1), group_ids)
     assert value.abs() < 1e-14 and gradient.abs().max() < 1e-15
@@ -320,15 +408,26 @@ def test_equal_rewards_have_no_gradient(loss):
 @every_loss
 def test_a_group_of_one_counts_for_nothing(loss):
     logprobs, old, reference, completion_ids, rewards, group_ids = batch([3, 2])
-    want = loss_and_grad(loss, logprobs, old, reference, completion_ids, rewards, group_ids, kl_coefficient=0.5)
+    want = loss_and_grad(
+        loss, logprobs, old, reference, completion_ids, rewards, group_ids, kl_coefficient=0.5
+    )
     one = doubles(-4)
     tokens = [torch.cat([t, one]) for t in (logprobs, old + 9, reference)]
     tokens[1][:-1] = old
     ids = torch.cat([completion_ids, torch.tensor([5])])
-    got = loss_and_grad(loss, *tokens, ids, torch.cat([rewards, one]), torch.cat([group_ids, torch.tensor([999])]), kl_coefficient=0.5)
+    got = loss_and_grad(
+        loss,
+        *tokens,
+        ids,
+        torch.cat([rewards, one]),
+        torch.cat([group_ids, torch.tensor([999])]),
+        kl_coefficient=0.5,
+    )
     assert_same(got[0], want[0])
     assert_same(got[1], torch.cat([want[1], doubles(0)]))
-    assert [s.item() for s in got[2].values()] == pytest.approx([s.item() for s in want[2].values()], rel=1e-12)
+    assert [s.item() for s in got[2].values()] == pytest.approx(
+        [s.item() for s in want[2].values()], rel=1e-12
+    )
 
 
 @every_loss
@@ -336,7 +435,14 @@ def test_a_group_of_one_counts_for_nothing(loss):
 @pytest.mark.parametrize(("completion_ids", "n"), [([], 0), ([], 2), ([0, 0, 1], 2)])
 def test_nothing_to_train_on_is_a_loss_of_zero(loss, num_groups, completion_ids, n):
     logprobs = torch.full((len(completion_ids),), -1.0)
-    arguments = (logprobs, logprobs - 1, logprobs - 1, torch.tensor(completion_ids, dtype=torch.long), torch.arange(float(n)), torch.arange(n))
+    arguments = (
+        logprobs,
+        logprobs - 1,
+        logprobs - 1,
+        torch.tensor(completion_ids, dtype=torch.long),
+        torch.arange(float(n)),
+        torch.arange(n),
+    )
     value, gradient, stats = loss_and_grad(loss, *arguments, num_groups, kl_coefficient=0.5)
     assert value == 0 and not gradient.any()
     assert list(stats) == STATS and not any(stats.values())
@@ -346,7 +452,14 @@ def test_nothing_to_train_on_is_a_loss_of_zero(loss, num_groups, completion_ids,
 def test_completions_without_tokens_still_are_in_their_group(loss):
     # Group of three, of which the first has no token: its reward is in the mean of the others.
     logprobs = doubles(-1, -2)
-    arguments = (logprobs, logprobs, logprobs, torch.tensor([1, 2]), doubles(0, 1, 2), torch.zeros(3, dtype=torch.long))
+    arguments = (
+        logprobs,
+        logprobs,
+        logprobs,
+        torch.tensor([1, 2]),
+        doubles(0, 1, 2),
+        torch.zeros(3, dtype=torch.long),
+    )
     _, gradient, _ = loss_and_grad(loss, *arguments)
     advantages = {grpo_loss: (0, 1), dr_grpo_loss: (0, 1), rloo_loss: (0, 1.5), reinforce_loss: (1, 2)}[loss]
     assert gradient.tolist() == pytest.approx([-a / 3 for a in advantages], abs=1e-15)
@@ -356,7 +469,15 @@ def test_completions_without_tokens_still_are_in_their_group(loss):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_loss_is_float64_and_the_gradient_has_the_dtype_of_the_log_probabilities(loss, dtype):
     logprobs, old, reference, completion_ids, rewards, group_ids = batch([3, 4])
-    value, gradient, _ = loss_and_grad(loss, logprobs.to(dtype), old.to(dtype), reference.to(dtype), completion_ids, rewards.float(), group_ids)
+    value, gradient, _ = loss_and_grad(
+        loss,
+        logprobs.to(dtype),
+        old.to(dtype),
+        reference.to(dtype),
+        completion_ids,
+        rewards.float(),
+        group_ids,
+    )
     assert value.dtype == torch.float64 and gradient.dtype == dtype
 
 
@@ -403,7 +524,11 @@ def test_the_sampling_policy_is_not_read_by_rloo_and_reinforce(loss):
 )
 def test_arguments_that_do_not_fit_are_refused(loss, change, message):
     arguments = {name: torch.zeros(3) for name in ("logprobs", "old_logprobs", "reference_logprobs")}
-    arguments |= {"completion_ids": torch.tensor([0, 1, 1]), "rewards": torch.zeros(2), "group_ids": torch.zeros(2, dtype=torch.long)}
+    arguments |= {
+        "completion_ids": torch.tensor([0, 1, 1]),
+        "rewards": torch.zeros(2),
+        "group_ids": torch.zeros(2, dtype=torch.long),
+    }
     with pytest.raises(ValueError, match=message):
         loss(**{**arguments, **change})
 

@@ -1,4 +1,6 @@
-"""Group-packed forward against each completion by itself, for several architectures, and what cannot be packed."""
+"""Group-packed forward against each completion by itself, for several architectures, and what cannot be
+packed.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,16 @@ from gvpo_ray.learner import packing
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 from gvpo_ray.learner.policy import Policy
 
-SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                         "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2),
     "qwen2, a window of 4 in the second layer": Qwen2Config(
@@ -48,7 +58,10 @@ def _groups() -> list[dict[str, Any]]:
         return [rng.randrange(64) for _ in range(n)]
 
     shapes = [(5, [3, 1, 7]), (12, [1, 1]), (1, [4] * 6), (9, [20, 2, 2, 8]), (3, [1])]
-    return [{"prompt_ids": tokens(prompt), "completion_ids": [tokens(n) for n in sizes]} for prompt, sizes in shapes]
+    return [
+        {"prompt_ids": tokens(prompt), "completion_ids": [tokens(n) for n in sizes]}
+        for prompt, sizes in shapes
+    ]
 
 
 def _logprobs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -61,7 +74,11 @@ def test_packed_groups_have_the_logprobs_and_gradients_of_each_completion_by_its
     torch.manual_seed(0)
     model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES[name]))
     rows = _groups()
-    alone = [{"prompt_ids": row["prompt_ids"], "completion_ids": [ids]} for row in rows for ids in row["completion_ids"]]
+    alone = [
+        {"prompt_ids": row["prompt_ids"], "completion_ids": [ids]}
+        for row in rows
+        for ids in row["completion_ids"]
+    ]
     want = torch.cat([_logprobs(model, padded_inputs([row], "cpu")[0]) for row in alone])
     seed = torch.randn_like(want)
     (want * seed).sum().backward()
@@ -70,14 +87,19 @@ def test_packed_groups_have_the_logprobs_and_gradients_of_each_completion_by_its
     model.set_attn_implementation(packing.NAME)
     inputs, lengths = packing.pack(rows, "cpu")
     assert lengths == [len(ids) for row in rows for ids in row["completion_ids"]]
-    assert inputs["input_ids"].shape == (1, sum(len(row["prompt_ids"]) + sum(len(ids) - 1 for ids in row["completion_ids"]) for row in rows))
+    assert inputs["input_ids"].shape == (
+        1,
+        sum(len(row["prompt_ids"]) + sum(len(ids) - 1 for ids in row["completion_ids"]) for row in rows),
+    )
     got = _logprobs(model, inputs)
     (got * seed).sum().backward()
     # Rotary angles are in float32 in both, from the same positions: they cancel.
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     assert want.min() < -5
     for key, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -87,7 +109,11 @@ def test_the_block_mask_of_flex_attention_says_the_same(name: str, monkeypatch: 
     from transformers.integrations import flex_attention as integration
 
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(integration, "compile_friendly_flex_attention", lambda *a, training, **k: flex_attention.flex_attention(*a, **k))
+    monkeypatch.setattr(
+        integration,
+        "compile_friendly_flex_attention",
+        lambda *a, training, **k: flex_attention.flex_attention(*a, **k),
+    )
     torch.manual_seed(0)
     model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES[name])).requires_grad_(False)
     model.set_attn_implementation(packing.NAME)
@@ -121,7 +147,6 @@ def test_the_head_in_chunks_gives_the_same_and_keeps_no_logits(monkeypatch: pyte
         monkeypatch.setattr(logprobs_module, "HEAD_ELEMENTS", {"cpu": elements})
         saved: list[int] = []
 
-
         def note(tensor: Tensor, saved: list[int] = saved) -> Tensor:
             saved.append(tensor.numel() if tensor.shape[-1:] == (64,) else 0)
             return tensor
@@ -143,10 +168,14 @@ def test_the_gradient_is_tried_on_heads_like_the_models(name: str, monkeypatch: 
     layout = packing.pack(_groups(), "cpu")[0]["layout"]
     seen = []
     usual = packing.scaled_dot_product_attention
-    monkeypatch.setattr(packing, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape) or usual(q, *a, **k))
+    monkeypatch.setattr(
+        packing, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape) or usual(q, *a, **k)
+    )
     packing.try_gradient(ARCHITECTURES[name], layout, torch.float32)
     assert {(shape[1], shape[3]) for shape in seen} == {(4, 16 if name == "qwen3" else 8)}
-    monkeypatch.setattr(packing, "scaled_dot_product_attention", lambda q, *a, **k: usual(q, *a, **k) * float("inf"))
+    monkeypatch.setattr(
+        packing, "scaled_dot_product_attention", lambda q, *a, **k: usual(q, *a, **k) * float("inf")
+    )
     with pytest.raises(RuntimeError, match="not finite"):
         packing.try_gradient(ARCHITECTURES[name], layout, torch.float32)
 
@@ -157,8 +186,14 @@ def _policy(folder: Path, **learner: Any) -> Policy:
 
 def test_a_policy_packs_what_it_can_and_has_the_same_logprobs_when_told_not_to(tmp_path: Path) -> None:
     make_model(tmp_path)
-    rows = [{**row, "prompt_ids": [i % 40 for i in row["prompt_ids"]], "completion_ids": [[i % 40 for i in ids] for ids in row["completion_ids"]]}
-            for row in _groups()]  # fmt: skip
+    rows = [
+        {
+            **row,
+            "prompt_ids": [i % 40 for i in row["prompt_ids"]],
+            "completion_ids": [[i % 40 for i in ids] for ids in row["completion_ids"]],
+        }
+        for row in _groups()
+    ]
     packed, padded = _policy(tmp_path), _policy(tmp_path, packing=False)
     assert packed.packs and not padded.packs
     torch.testing.assert_close(packed.logprobs(rows), padded.logprobs(rows), rtol=0, atol=1e-5)
@@ -171,7 +206,13 @@ def test_a_policy_packs_what_it_can_and_has_the_same_logprobs_when_told_not_to(t
 @pytest.mark.parametrize(
     "config",
     [
-        Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0, attn_logit_softcapping=0.5),
+        Gemma2Config(
+            **SHAPE,
+            num_key_value_heads=2,
+            head_dim=8,
+            final_logit_softcapping=30.0,
+            attn_logit_softcapping=0.5,
+        ),
         GPTNeoXConfig(**{**SHAPE, "rotary_pct": 0.25}),
     ],
     ids=["gemma2", "gpt_neox"],
@@ -184,4 +225,6 @@ def test_what_cannot_be_packed_says_so_and_is_padded_and_what_can_is_right(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     loaded = _policy(tmp_path)
     assert loaded.packs != ("cannot be packed by groups" in caplog.text)
-    torch.testing.assert_close(loaded.logprobs(_groups()), _policy(tmp_path, packing=False).logprobs(_groups()), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        loaded.logprobs(_groups()), _policy(tmp_path, packing=False).logprobs(_groups()), rtol=0, atol=1e-4
+    )

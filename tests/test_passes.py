@@ -1,4 +1,6 @@
-"""What completions are measured against, and what a step learns of each: by hand, on every number of ranks and size of a pass."""
+"""What completions are measured against, and what a step learns of each: by hand, on every number of ranks
+and size of a pass.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from gvpo_ray.weights.transfer import ObjectPublisher
 
 
 def aged_batch() -> list[dict[str, Any]]:
-    """Of the step from version 7: fresh, stale, mixed and foreign completions, one left out, and a group that cannot be trained on."""
+    """Of the step from version 7: fresh, stale, mixed and foreign completions, one left out, and a group that
+    cannot be trained on.
+    """
     return [
         make_group(1, (1.0, 0.0, 0.5), 7),
         make_group(2, (0.0, 1.0), 4),
@@ -36,7 +40,9 @@ def aged_batch() -> list[dict[str, Any]]:
 
 
 def residuals_by_hand(path: Path, beta: float = 0.1) -> dict[int, list[float | None]]:
-    """(R - mean_s R) - beta (D - mean_s D) of aged_batch before any update, with nothing but transformers; `behaviour` reference."""
+    """(R - mean_s R) - beta (D - mean_s D) of aged_batch before any update, with nothing but transformers;
+    `behaviour` reference.
+    """
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), {}
     for row in aged_batch():
         kept = [i for i, reward in enumerate(row["rewards"]) if reward is not None]
@@ -56,7 +62,8 @@ def residuals_by_hand(path: Path, beta: float = 0.1) -> dict[int, list[float | N
             return sum(ratio * value for ratio, value in zip(ratios, values, strict=True)) / sum(ratios)
 
         residuals = iter(
-            (reward - mean(rewards)) - beta * (log_ratio - mean(log_ratios)) for reward, log_ratio in zip(rewards, log_ratios, strict=True)
+            (reward - mean(rewards)) - beta * (log_ratio - mean(log_ratios))
+            for reward, log_ratio in zip(rewards, log_ratios, strict=True)
         )
         found[row["group_id"]] = [None if reward is None else next(residuals) for reward in row["rewards"]]
     return found
@@ -78,7 +85,11 @@ def told(folder: Path, micro_batch_tokens: int, packing: bool = True) -> dict[st
         dataclasses.replace(given, reports_residuals=True),
         lines.append,
     )
-    return {"learned": [entry[1:] for entry in buffer.told if entry[0] == "learned"], "first": buffer.told[:1], "metrics": lines[0]}
+    return {
+        "learned": [entry[1:] for entry in buffer.told if entry[0] == "learned"],
+        "first": buffer.told[:1],
+        "metrics": lines[0],
+    }
 
 
 def told_of_a_model(folder: Path) -> list[tuple[Any, ...]]:
@@ -88,25 +99,37 @@ def told_of_a_model(folder: Path) -> list[tuple[Any, ...]]:
         def batch(self, step: int) -> Any:
             return table(*(aged_batch() if step == 1 else [make_group(31), make_group(32, (None, 1.0))]))
 
-    given = dataclasses.replace(settings(folder, "initial", num_steps=2, micro_batch_tokens=40), reports_residuals=True)
+    given = dataclasses.replace(
+        settings(folder, "initial", num_steps=2, micro_batch_tokens=40), reports_residuals=True
+    )
     policy, buffer = load(shared_model(folder), given), Fewer(2)
     learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=policy.rank == 0), given)
     return buffer.told
 
 
 def replayed_batch(known: dict[int, list[float]]) -> list[dict[str, Any]]:
-    """Every other completion comes again, with what the reference model said of it; one group is wholly known and one has no columns."""
-    rows = [make_group(i, (1.0, 0.0, 0.5, None, 0.25), version=0) for i in range(3)] + [make_group(3, (1.0, 0.0))]
+    """Every other completion comes again, with what the reference model said of it; one group is wholly known
+    and one has no columns.
+    """
+    rows = [make_group(i, (1.0, 0.0, 0.5, None, 0.25), version=0) for i in range(3)] + [
+        make_group(3, (1.0, 0.0))
+    ]
     for row in rows[:3]:
         i = row["group_id"]
-        row["reference_logprobs"] = [x if j % 2 == 0 or i == 2 else None for j, x in enumerate(known.get(i, [None] * 5))]
+        row["reference_logprobs"] = [
+            x if j % 2 == 0 or i == 2 else None for j, x in enumerate(known.get(i, [None] * 5))
+        ]
         row["reference_versions"] = [None if x is None else 0 for x in row["reference_logprobs"]]
     return rows
 
 
 def asked_of_the_reference(folder: Path, micro_batch_tokens: int) -> dict[str, Any]:
-    """Completions and passes of the reference model on this rank, and the result, of a step in which some come again and of one with none."""
-    given = settings(folder, "initial", num_steps=9, num_mini_batches=2, micro_batch_tokens=micro_batch_tokens)
+    """Completions and passes of the reference model on this rank, and the result, of a step in which some
+    come again and of one with none.
+    """
+    given = settings(
+        folder, "initial", num_steps=9, num_mini_batches=2, micro_batch_tokens=micro_batch_tokens
+    )
     path, result = shared_model(folder), {}
     start = load(path, given)
     with torch.no_grad():
@@ -119,7 +142,9 @@ def asked_of_the_reference(folder: Path, micro_batch_tokens: int) -> dict[str, A
 
         def count(rows: Any, reference: bool = False, usual: Any = usual, asked: list[Any] = asked) -> Any:
             if reference:
-                asked.append([ids for row in rows for ids in row["completion_ids"] if row["prompt_ids"] != [0]])
+                asked.append(
+                    [ids for row in rows for ids in row["completion_ids"] if row["prompt_ids"] != [0]]
+                )
             return usual(rows, reference)
 
         policy.token_logprobs = count
@@ -131,10 +156,13 @@ def asked_of_the_reference(folder: Path, micro_batch_tokens: int) -> dict[str, A
 CASES = {f"told {tokens}": functools.partial(told, micro_batch_tokens=tokens) for tokens in (1, 20, 100_000)}
 CASES |= {"told padded": functools.partial(told, micro_batch_tokens=60, packing=False)}
 CASES |= {"told of a model": told_of_a_model}
-CASES |= {f"asked {tokens}": functools.partial(asked_of_the_reference, micro_batch_tokens=tokens) for tokens in (1, 40)}
+CASES |= {
+    f"asked {tokens}": functools.partial(asked_of_the_reference, micro_batch_tokens=tokens)
+    for tokens in (1, 40)
+}
 
 
-# ------------------------------------------------------------------------------------------------------------ references
+# ------------------------------------------------------------------------------------------------- references
 
 
 @pytest.mark.parametrize("reference", ["previous", "behaviour", "initial", "every: 1", "every: 3"])
@@ -143,7 +171,9 @@ def test_the_log_ratio_of_a_synchronous_first_mini_batch_is_exactly_zero(tmp_pat
     policy.load_reference(given.model_path) if reference == "initial" else None
     metrics = train_step(policy, [make_group(i, version=0) for i in range(5)], given)
     assert metrics["policy/log_ratio_rms"] == 0.0 and metrics["policy/kl_ref"] == 0.0
-    assert metrics["gvpo/residual_var"] == pytest.approx(metrics["gvpo/reward_var"]) and metrics["grad_norm"] > 0
+    assert (
+        metrics["gvpo/residual_var"] == pytest.approx(metrics["gvpo/reward_var"]) and metrics["grad_norm"] > 0
+    )
 
 
 @pytest.mark.parametrize("reference", ["previous", "behaviour"])
@@ -155,10 +185,14 @@ def test_later_mini_batches_are_measured_against_the_start_of_the_step(tmp_path,
     train_step(other, rows[:2], settings(tmp_path, reference))  # the first half, alone
     expected = (other.logprobs(rows[2:]).detach() - start).square().sum()
     metrics = train_step(policy, rows, given)
-    assert metrics["policy/log_ratio_rms"] == pytest.approx(math.sqrt(expected / 12), rel=1e-4) and expected > 0
+    assert (
+        metrics["policy/log_ratio_rms"] == pytest.approx(math.sqrt(expected / 12), rel=1e-4) and expected > 0
+    )
 
 
-def test_what_a_fresh_completion_counts_in_later_mini_batches_is_its_ratio_to_the_start_of_the_step_whatever_the_reference(tmp_path):
+def test_a_fresh_completion_counts_its_ratio_to_the_start_of_the_step_whatever_the_reference(
+    tmp_path,
+):
     make_model(tmp_path / "model")
     rows, share = [make_group(i) for i in range(4)], {}
     for reference in ("behaviour", "previous", "initial", "every: 3"):
@@ -172,10 +206,12 @@ def test_what_a_fresh_completion_counts_in_later_mini_batches_is_its_ratio_to_th
 def test_previous_is_the_start_of_the_step_whatever_the_age_of_the_data(tmp_path, policy):
     policy.step = 9
     rows = [make_group(1, version=0), make_group(2, version=None), make_group(3, version=9)]
-    assert train_step(policy, rows, settings(tmp_path, "previous", num_steps=20))["policy/log_ratio_rms"] == 0.0
+    assert (
+        train_step(policy, rows, settings(tmp_path, "previous", num_steps=20))["policy/log_ratio_rms"] == 0.0
+    )
 
 
-def test_behaviour_takes_the_engines_logprobs_of_older_and_mixed_completions_the_policy_for_fresh_ones_and_the_first_for_foreign_ones(
+def test_behaviour_is_the_engine_for_old_completions_the_policy_for_fresh_and_the_first_for_foreign_ones(
     tmp_path, policy
 ):
     first = load(tmp_path / "model", settings(tmp_path))
@@ -189,9 +225,15 @@ def test_behaviour_takes_the_engines_logprobs_of_older_and_mixed_completions_the
     ratios = [float(a - b) for a, b in zip(own, references, strict=True)]
     assert ratios[0] == 0 != ratios[3]
     metrics = train_step(policy, [row], settings(tmp_path, "behaviour", num_steps=9))
-    assert metrics["policy/log_ratio_rms"] == pytest.approx(math.sqrt(sum(ratio**2 for ratio in ratios) / 4), rel=1e-6)
+    assert metrics["policy/log_ratio_rms"] == pytest.approx(
+        math.sqrt(sum(ratio**2 for ratio in ratios) / 4), rel=1e-6
+    )
     assert metrics["policy/kl_ref"] == pytest.approx(-sum(ratios) / 4, rel=1e-6)
-    assert metrics["staleness/max"] == 2 and metrics["staleness/mean"] == pytest.approx((0 + 1 + 2) / 3) and policy.has_reference
+    assert (
+        metrics["staleness/max"] == 2
+        and metrics["staleness/mean"] == pytest.approx((0 + 1 + 2) / 3)
+        and policy.has_reference
+    )
 
 
 def test_initial_stays_where_it_was(tmp_path, policy):
@@ -201,7 +243,9 @@ def test_initial_stays_where_it_was(tmp_path, policy):
     start = policy.logprobs([row]).detach()
     train_step(policy, [row], given)
     expected = (policy.logprobs([row]).detach() - start).square().mean().sqrt()
-    assert train_step(policy, [row], given)["policy/log_ratio_rms"] == pytest.approx(float(expected), rel=1e-9)
+    assert train_step(policy, [row], given)["policy/log_ratio_rms"] == pytest.approx(
+        float(expected), rel=1e-9
+    )
 
 
 def test_every_n_refreshes_every_n_steps_also_across_a_resume(tmp_path, policy):
@@ -216,7 +260,9 @@ def test_every_n_refreshes_every_n_steps_also_across_a_resume(tmp_path, policy):
 
 
 @pytest.mark.parametrize("reference", ["initial", "every: 3"])
-def test_a_reference_models_logprobs_follow_a_completion_while_that_model_is_current(tmp_path, policy, reference):
+def test_a_reference_models_logprobs_follow_a_completion_while_that_model_is_current(
+    tmp_path, policy, reference
+):
     given = settings(tmp_path, reference, num_steps=9, num_mini_batches=2, micro_batch_tokens=60)
     if reference == "initial":
         policy.load_reference(given.model_path)
@@ -253,20 +299,23 @@ def test_equal_rewards_weigh_nothing_at_the_reference_and_pull_towards_it_elsewh
     assert metrics["grad_norm"] == 0.0 and metrics["gvpo/num_groups"] == 1 and same(weights(policy), before)
     old = make_group(1, (1.0, 1.0, 1.0), version=0)  # now one version old: the engine's log-probs
     metrics = train_step(policy, [old], given)
-    assert metrics["grad_norm"] > 0 and metrics["gvpo/damping"] == 0 and same(weights(policy), before)  # alone they say not where to go
+    # alone they say not where to go
+    assert metrics["grad_norm"] > 0 and metrics["gvpo/damping"] == 0 and same(weights(policy), before)
     free = dataclasses.replace(given, loss=LossConfig(beta=0.1, damped=False))
     metrics = train_step(policy, [old], free)
     assert metrics["grad_norm"] > 0 and not same(weights(policy), before) and metrics["gvpo/reward_var"] == 0
 
 
-# ---------------------------------------------------------------------------------------- what the objective makes of it
+# ----------------------------------------------------------------------------- what the objective makes of it
 
 
 def test_log_ratios_can_be_divided_by_the_lengths(tmp_path, policy):
     rows = [make_group(1, version=0)]
     lengths = [len(ids) for ids in rows[0]["completion_ids"]]
     policy.step = 1
-    log_ratio = policy.logprobs(rows).detach() - torch.tensor([sum(values) for values in rows[0]["sampling_logprobs"]])
+    log_ratio = policy.logprobs(rows).detach() - torch.tensor(
+        [sum(values) for values in rows[0]["sampling_logprobs"]]
+    )
     want = (log_ratio / torch.tensor(lengths)).square().mean().sqrt()
     assert len(set(lengths)) > 1
     metrics = train_step(policy, rows, with_loss(settings(tmp_path, num_steps=9), length_normalised=True))
@@ -281,7 +330,9 @@ def test_a_clipped_residual_reaches_the_learner(tmp_path, policy):
 
 
 def test_a_kl_term_asks_the_reference_model_once_for_every_token(tmp_path, policy):
-    given = with_loss(settings(tmp_path, num_steps=9), objective="grpo", kl_coefficient=0.1, reference="every: 9")
+    given = with_loss(
+        settings(tmp_path, num_steps=9), objective="grpo", kl_coefficient=0.1, reference="every: 9"
+    )
     train_step(policy, [make_group(1, version=None)], given)
     passes = []
     usual = policy.token_logprobs
@@ -295,7 +346,11 @@ def test_clipping_is_counted_and_what_gvpo_reports_is_there_for_every_objective(
     rows = [make_group(1, version=0)]
     policy.step = 1  # by log-probs that the engine gave: ratios far from 1
     metrics = train_step(policy, rows, with_loss(settings(tmp_path, num_steps=9), objective=objective))
-    assert 0 < metrics["policy/clipped"] < 1 and metrics["gvpo/residual_var"] > 0 and metrics["policy/kl_ref"] != 0
+    assert (
+        0 < metrics["policy/clipped"] < 1
+        and metrics["gvpo/residual_var"] > 0
+        and metrics["policy/kl_ref"] != 0
+    )
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dr_grpo"])
@@ -324,11 +379,15 @@ def test_a_group_that_is_larger_than_a_pass_costs_one_pass_more_for_each_part(tm
     num_parts = len(groups.split_group(row, 20))
     train_step(policy, [row], given)
     assert num_parts > 1 and passes == {True: num_parts, False: num_parts}
-    train_step(policy, [make_group(2, version=1)], dataclasses.replace(given, learner=LearnerConfig(backend="ddp", num_mini_batches=1)))
+    train_step(
+        policy,
+        [make_group(2, version=1)],
+        dataclasses.replace(given, learner=LearnerConfig(backend="ddp", num_mini_batches=1)),
+    )
     assert passes == {True: num_parts + 1, False: num_parts}  # a group that fits: one pass
 
 
-# ---------------------------------------------------------------------------------------- what is learned of completions
+# ----------------------------------------------------------------------------- what is learned of completions
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -336,22 +395,30 @@ def test_a_group_that_is_larger_than_a_pass_costs_one_pass_more_for_each_part(tm
 def test_the_residuals_that_the_buffer_is_told_are_those_redone_by_hand(on_ranks, tmp_path, world_size, case):
     want = residuals_by_hand(make_model(tmp_path / "model"))
     results = on_ranks(world_size, case)
-    assert results[0]["first"] == [("started", 7)] and all(result["first"][0][0] == "learned" for result in results[1:])
+    assert results[0]["first"] == [("started", 7)] and all(
+        result["first"][0][0] == "learned" for result in results[1:]
+    )
     by_rank = []
     for result in results:
         ((version, references, residuals),) = result["learned"]  # once, also by a rank without a group
         assert version == 0 and references == {}
         by_rank.append(residuals)
-    assert sorted(group_id for residuals in by_rank for group_id in residuals) == sorted(want)  # each by one rank
+    # each by one rank
+    assert sorted(group_id for residuals in by_rank for group_id in residuals) == sorted(want)
     got = {group_id: values for residuals in by_rank for group_id, values in residuals.items()}
     for group_id, values in want.items():
-        assert got[group_id] == [None if value is None else pytest.approx(value, abs=1e-6) for value in values]
+        assert got[group_id] == [
+            None if value is None else pytest.approx(value, abs=1e-6) for value in values
+        ]
     assert any(abs(value) > 0.5 for values in want.values() for value in values if value is not None)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_variance_of_residuals_by_staleness_is_the_mean_of_their_squares_on_any_number_of_ranks(on_ranks, tmp_path, world_size):
-    # by (group, completion) of aged_batch, at version 7; what has no reward or is in a group without another one is in none
+def test_the_variance_of_residuals_by_staleness_is_the_mean_of_their_squares_on_any_number_of_ranks(
+    on_ranks, tmp_path, world_size
+):
+    # by (group, completion) of aged_batch, at version 7; what has no reward or is in a group without another
+    # one is in none
     members = {
         "0": [(1, 0), (1, 1), (1, 2), (3, 3)],
         "1": [(3, 2), (6, 0)],
@@ -360,10 +427,16 @@ def test_the_variance_of_residuals_by_staleness_is_the_mean_of_their_squares_on_
         "foreign": [(4, 0), (4, 1), (4, 2), (4, 3), (6, 1)],
     }
     by_hand = residuals_by_hand(make_model(tmp_path / "model"))
-    want = {f"gvpo/residual_var/{age}": sum(by_hand[g][i] ** 2 for g, i in which) / len(which) for age, which in members.items()}
-    alone = on_ranks(1, "told 1")[0]["metrics"]  # a completion a pass: the same passes on every number of ranks
+    want = {
+        f"gvpo/residual_var/{age}": sum(by_hand[g][i] ** 2 for g, i in which) / len(which)
+        for age, which in members.items()
+    }
+    # a completion a pass: the same passes on every number of ranks
+    alone = on_ranks(1, "told 1")[0]["metrics"]
     for result in on_ranks(world_size, "told 1"):
-        got = {name: value for name, value in result["metrics"].items() if name.startswith("gvpo/residual_var/")}
+        got = {
+            name: value for name, value in result["metrics"].items() if name.startswith("gvpo/residual_var/")
+        }
         assert got == pytest.approx(want, rel=1e-5)
         assert got == pytest.approx({name: alone[name] for name in got}, rel=1e-9)
 
@@ -371,7 +444,8 @@ def test_the_variance_of_residuals_by_staleness_is_the_mean_of_their_squares_on_
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", ["asked 1", "asked 40"])
 def test_a_completion_that_comes_with_what_the_reference_said_costs_no_pass_of_it(on_ranks, world_size, case):
-    # of groups 0 and 1 the completions 0, 2 and 4 are known (3 has no reward): 1 is asked; of group 2 none; of group 3 both
+    # of groups 0 and 1 the completions 0, 2 and 4 are known (3 has no reward): 1 is asked; of group 2 none;
+    # of group 3 both
     results = on_ranks(world_size, case)
     first, second, _, whole = replayed_batch({})
     want = sorted([first["completion_ids"][1], second["completion_ids"][1], *whole["completion_ids"]])
@@ -386,21 +460,43 @@ def test_a_completion_that_comes_with_what_the_reference_said_costs_no_pass_of_i
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_rank_tells_once_a_step_what_it_and_the_reference_model_know_of_its_own_groups(on_ranks, world_size):
+def test_every_rank_tells_once_a_step_what_it_and_the_reference_model_know_of_its_own_groups(
+    on_ranks, world_size
+):
     results = on_ranks(world_size, "told of a model")
-    assert [entry[0] for entry in results[0]] == ["started", "published", "learned", "published", "learned", "published", "saved"]
+    assert [entry[0] for entry in results[0]] == [
+        "started",
+        "published",
+        "learned",
+        "published",
+        "learned",
+        "published",
+        "saved",
+    ]
     assert all([entry[0] for entry in told] == ["learned", "learned"] for told in results[1:])
-    first, second = zip(*([entry[1:] for entry in told if entry[0] == "learned"] for told in results), strict=True)
+    first, second = zip(
+        *([entry[1:] for entry in told if entry[0] == "learned"] for told in results), strict=True
+    )
     alone = [entry[1:] for entry in on_ranks(1, "told of a model")[0] if entry[0] == "learned"]
-    wanted = [{row["group_id"]: row["rewards"] for row in aged_batch() if groups.trainable(row)}, {31: [1.0, 0.0, 0.5]}]
+    wanted = [
+        {row["group_id"]: row["rewards"] for row in aged_batch() if groups.trainable(row)},
+        {31: [1.0, 0.0, 0.5]},
+    ]
     for by_rank, want, one in zip((first, second), wanted, alone, strict=True):
-        assert sorted(i for _, _, residuals in by_rank for i in residuals) == sorted(want)  # each group by one rank
+        # each group by one rank
+        assert sorted(i for _, _, residuals in by_rank for i in residuals) == sorted(want)
         for version, references, residuals in by_rank:
             assert version == 0 and references.keys() == residuals.keys()
             for i in references:
-                assert [x is None for x in references[i]] == [x is None for x in residuals[i]] == [reward is None for reward in want[i]]
+                assert (
+                    [x is None for x in references[i]]
+                    == [x is None for x in residuals[i]]
+                    == [reward is None for reward in want[i]]
+                )
                 for got, of_one in ((references[i], one[1][i]), (residuals[i], one[2][i])):
-                    assert got == [None if x is None else pytest.approx(x, rel=1e-6, abs=1e-6) for x in of_one]
+                    assert got == [
+                        None if x is None else pytest.approx(x, rel=1e-6, abs=1e-6) for x in of_one
+                    ]
     assert sorted(len(residuals) for _, _, residuals in second) == [0, 1][2 - world_size :]
     assert alone[1][2][31] != pytest.approx([0.5, -0.5, 0.0], abs=1e-3)  # away from the reference by now
 
@@ -413,12 +509,19 @@ def another_reference(folder: Path, **options: Any) -> tuple[Settings, Policy]:
     return given, policy
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 20}, {"packing": False, "micro_batch_tokens": 60}], ids=str)
-def test_residuals_against_a_reference_model_by_hand_and_none_where_there_is_no_reward_or_no_token(tmp_path, options):
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch_tokens": 20}, {"packing": False, "micro_batch_tokens": 60}], ids=str
+)
+def test_residuals_against_a_reference_model_by_hand_and_none_where_there_is_no_reward_or_no_token(
+    tmp_path, options
+):
     given, policy = another_reference(tmp_path, **options)
     row = make_group(1, (1.0, None, 0.0, 0.5, 0.25), version=0)
     row["completion_ids"][3] = row["sampling_logprobs"][3] = []
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval() for name in ("model", "reference")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        for name in ("model", "reference")
+    ]
 
     def logprob(model: Any, i: int) -> float:
         prompt, ids = row["prompt_ids"], row["completion_ids"][i]
@@ -431,11 +534,17 @@ def test_residuals_against_a_reference_model_by_hand_and_none_where_there_is_no_
     want = [(row["rewards"][i] - 1.25 / 3) - 0.1 * (log_ratios[i] - mean) for i in (0, 2, 4)]
     references = [logprob(models[1], i) for i in (0, 2, 4)]
     metrics = train_step(policy, [row], given)
-    assert [row["residuals"][i] for i in (0, 2, 4)] == pytest.approx(want, abs=1e-6) and row["residuals"][1] is row["residuals"][3] is None
+    assert [row["residuals"][i] for i in (0, 2, 4)] == pytest.approx(want, abs=1e-6) and row["residuals"][
+        1
+    ] is row["residuals"][3] is None
     assert [row["reference_logprobs"][i] for i in (0, 2, 4)] == pytest.approx(references, rel=1e-6)
-    assert row["reference_logprobs"][1] is row["reference_logprobs"][3] is None and row["reference_versions"] == [0, None, 0, None, 0]
-    assert metrics["gvpo/residual_var"] == pytest.approx(sum(x * x for x in want) / 2, rel=1e-5)  # 1/(m - 1), in each group
-    assert metrics["gvpo/residual_var/0"] == pytest.approx(sum(x * x for x in want) / 3, rel=1e-5)  # 1/number of completions
+    assert row["reference_logprobs"][1] is row["reference_logprobs"][3] is None and row[
+        "reference_versions"
+    ] == [0, None, 0, None, 0]
+    # 1/(m - 1), in each group
+    assert metrics["gvpo/residual_var"] == pytest.approx(sum(x * x for x in want) / 2, rel=1e-5)
+    # 1/number of completions
+    assert metrics["gvpo/residual_var/0"] == pytest.approx(sum(x * x for x in want) / 3, rel=1e-5)
     assert [name for name in metrics if name.startswith("gvpo/residual_var/")] == ["gvpo/residual_var/0"]
     assert max(abs(0.1 * (x - mean)) for x in log_ratios.values()) > 0.1
 
@@ -453,7 +562,9 @@ def tokens_asked_of_the_reference(policy: Policy) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 1}, {"packing": False, "micro_batch_tokens": 60}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch_tokens": 1}, {"packing": False, "micro_batch_tokens": 60}], ids=str
+)
 def test_what_an_older_reference_said_is_asked_anew_and_what_the_current_one_said_is_taken(tmp_path, options):
     losses, asked = {}, {}
     for name in ("all computed", "older and unknown ones computed", "one that is wrong"):
@@ -465,11 +576,17 @@ def test_what_an_older_reference_said_is_asked_anew_and_what_the_current_one_sai
             if name == "one that is wrong":
                 right[0] -= 1
             row["sources"] = ["replay"] * 4 + ["policy"]
-            row["reference_logprobs"], row["reference_versions"] = [right[0], -7.0, None, right[3], None], [3, 2, None, 3, None]
+            row["reference_logprobs"], row["reference_versions"] = (
+                [right[0], -7.0, None, right[3], None],
+                [3, 2, None, 3, None],
+            )
         asked[name] = tokens_asked_of_the_reference(policy)
         losses[name] = train_step(policy, [row, other], given)["loss"]
         assert row["reference_versions"] == [3, 3, 3, 3, None] and row["reference_logprobs"][1] != -7.0
-    lengths, others = [len(ids) for ids in row["completion_ids"]], [len(ids) for ids in other["completion_ids"]]
+    lengths, others = (
+        [len(ids) for ids in row["completion_ids"]],
+        [len(ids) for ids in other["completion_ids"]],
+    )
     assert sum(asked["all computed"]) == sum(lengths[:4]) + sum(others)
     assert sum(asked["older and unknown ones computed"]) == lengths[1] + lengths[2] + sum(others)
     assert losses["older and unknown ones computed"] == pytest.approx(losses["all computed"], rel=1e-6)

@@ -1,4 +1,6 @@
-"""The policy: log-probs against plain transformers, checkpoints that load and resume bitwise on every back-end, and none by halves."""
+"""The policy: log-probs against plain transformers, checkpoints that load and resume bitwise on every
+back-end, and none by halves.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,15 @@ def update(policy: Policy, step: int) -> float:
     mine = [make_group(10 * step + i) for i in range(4)][policy.rank :: policy.world_size]
     for i, row in enumerate(mine):
         is_last = i == len(mine) - 1
-        policy.backward((policy.logprobs([row], is_last) * torch.tensor([1.0, -0.5, 0.25])).sum() / 4, is_last)
+        policy.backward(
+            (policy.logprobs([row], is_last) * torch.tensor([1.0, -0.5, 0.25])).sum() / 4, is_last
+        )
     norm = policy.update(1e-3)
     policy.step += 1
     return norm
 
 
-# --------------------------------------------------------------------------------------------------------------- log-probs
+# -------------------------------------------------------------------------------------------------- log-probs
 
 
 @torch.no_grad()
@@ -60,7 +64,9 @@ def plain_token_logprobs(model, row) -> list[torch.Tensor]:
     result = []
     for ids in row["completion_ids"]:
         tokens = torch.tensor([row["prompt_ids"] + ids])
-        everywhere = torch.log_softmax(model(tokens).logits[0, :-1], dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+        everywhere = (
+            torch.log_softmax(model(tokens).logits[0, :-1], dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+        )
         result.append(everywhere[len(row["prompt_ids"]) - 1 :])
     return result
 
@@ -79,7 +85,9 @@ def test_logprobs_are_those_of_a_plain_forward_of_each_sequence(tmp_path, kind, 
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     sums = policy.logprobs(rows)
     assert sums.dtype == torch.float64 and sums.requires_grad
-    torch.testing.assert_close(sums.detach(), torch.stack([tokens.double().sum() for tokens in want]), rtol=0, atol=1e-5 * 8)
+    torch.testing.assert_close(
+        sums.detach(), torch.stack([tokens.double().sum() for tokens in want]), rtol=0, atol=1e-5 * 8
+    )
     assert sums.min() < -20, "a model this close to uniform proves nothing"
 
 
@@ -91,7 +99,10 @@ def test_the_end_of_sequence_token_is_counted_and_the_prompt_is_not(tmp_path):
     tokens = policy.token_logprobs([row])
     assert [len(t) for t in tokens] == [len(ids) for ids in row["completion_ids"]]
     torch.testing.assert_close(
-        policy.logprobs([row]) - policy.logprobs([without]), torch.stack([t[-1] for t in tokens]).double(), rtol=0, atol=1e-5
+        policy.logprobs([row]) - policy.logprobs([without]),
+        torch.stack([t[-1] for t in tokens]).double(),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -99,7 +110,9 @@ def test_the_passes_with_and_without_gradients_agree_bitwise(tmp_path):
     policy = load(make_model(tmp_path))
     rows = [make_group(i) for i in range(3)]
     tokens = policy.token_logprobs(rows)
-    assert torch.equal(sequence_sums(torch.cat(tokens), [len(t) for t in tokens]), policy.logprobs(rows).detach())
+    assert torch.equal(
+        sequence_sums(torch.cat(tokens), [len(t) for t in tokens]), policy.logprobs(rows).detach()
+    )
 
 
 def test_padding_is_laid_out_as_said():
@@ -107,7 +120,11 @@ def test_padding_is_laid_out_as_said():
     inputs, lengths = padded_inputs([{"prompt_ids": [5, 6], "completion_ids": [[7, 1], [8]]}], "cpu")
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 1], [5, 6, 8, 0]] and lengths == [2, 1]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert (inputs["rows"].tolist(), inputs["positions"].tolist(), inputs["targets"].tolist()) == ([0, 0, 1], [1, 2, 1], [7, 1, 8])
+    assert (inputs["rows"].tolist(), inputs["positions"].tolist(), inputs["targets"].tolist()) == (
+        [0, 0, 1],
+        [1, 2, 1],
+        [7, 1, 8],
+    )
 
 
 def test_sequence_sums_are_in_float64():
@@ -135,7 +152,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(tmp_path):
     assert passes == [4, 8]  # four micro-batches
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 @pytest.mark.parametrize("kind, tie", [("qwen2", True), ("qwen2", False), ("llama", True)])
@@ -154,7 +171,11 @@ def test_named_tensors_are_every_name_and_can_be_gone_through_again(tmp_path):
     policy = load(make_model(tmp_path, tie=True))
     named = policy.named_tensors()
     once, again = dict(named), dict(named)
-    assert once.keys() == again.keys() == {name for name, _ in policy._module.model.named_parameters(remove_duplicate=False)}
+    assert (
+        once.keys()
+        == again.keys()
+        == {name for name, _ in policy._module.model.named_parameters(remove_duplicate=False)}
+    )
     assert once["lm_head.weight"].data_ptr() == once["model.embed_tokens.weight"].data_ptr()
 
 
@@ -286,10 +307,12 @@ def test_the_reference_survives_a_resume(tmp_path):
     assert all(map(torch.equal, again.token_logprobs(rows, reference=True), now))
 
 
-# ------------------------------------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------------------------------------------ ranks
 
 
-def resume(folder: Path, backend: str, zero_stage: int, dtype: str = "float32", tie: bool = True) -> dict[str, Any]:
+def resume(
+    folder: Path, backend: str, zero_stage: int, dtype: str = "float32", tie: bool = True
+) -> dict[str, Any]:
     """Two updates, save, two more; and from the checkpoint the same two."""
     path = shared_model(folder / "model", tie)
     options = {"backend": backend, "zero_stage": zero_stage, "dtype": dtype}
@@ -332,7 +355,9 @@ def sequence_logprobs(policy: Policy) -> torch.Tensor:
 
 
 def resume_adapter(folder: Path, backend: str, zero_stage: int, dtype: str) -> dict[str, Any]:
-    """As `resume`; and the checkpoint's own model, which is the merged one, beside the adapter on the base."""
+    """As `resume`; and the checkpoint's own model, which is the merged one, beside the adapter on the
+    base.
+    """
     from peft import PeftModel
 
     base = shared_model(folder / "model", tie=False)
@@ -351,8 +376,12 @@ def resume_adapter(folder: Path, backend: str, zero_stage: int, dtype: str) -> d
         update(policy, step)
         update(again, step)
     model = AutoModelForCausalLM.from_pretrained(folder / "step-2", dtype=torch.float32).eval()
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "step-2" / "adapter").eval()
-    plain = [torch.stack([t.double().sum() for t in plain_token_logprobs(m, make_group(0))]) for m in (model, peft)]
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "step-2" / "adapter"
+    ).eval()
+    plain = [
+        torch.stack([t.double().sum() for t in plain_token_logprobs(m, make_group(0))]) for m in (model, peft)
+    ]
     return {
         "names": sorted(saved)[:2],
         "starts as the model": float((start - unadapted).abs().max()),
@@ -389,22 +418,39 @@ def shared_model(path: Path, tie: bool = True) -> Path:
     return path
 
 
-CASES = {f"resume {backend} {stage}": functools.partial(resume, backend=backend, zero_stage=stage) for backend, stage in BACKENDS}
+CASES = {
+    f"resume {backend} {stage}": functools.partial(resume, backend=backend, zero_stage=stage)
+    for backend, stage in BACKENDS
+}
 HALF = [("fsdp", 0), ("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3)]
 CASES |= {
-    f"resume bfloat16 {backend} {stage}": functools.partial(resume, backend=backend, zero_stage=stage, dtype="bfloat16", tie=False)
+    f"resume bfloat16 {backend} {stage}": functools.partial(
+        resume, backend=backend, zero_stage=stage, dtype="bfloat16", tie=False
+    )
     for backend, stage in HALF
 }
-SWITCHES = [(("ddp", 0), ("deepspeed", 2)), (("deepspeed", 3), ("fsdp", 0)), (("deepspeed", 3), ("ddp", 0)), (("deepspeed", 1), ("deepspeed", 0))]
-CASES |= {f"{first} then {then}": functools.partial(other_backend, first=first, then=then) for first, then in SWITCHES}
+SWITCHES = [
+    (("ddp", 0), ("deepspeed", 2)),
+    (("deepspeed", 3), ("fsdp", 0)),
+    (("deepspeed", 3), ("ddp", 0)),
+    (("deepspeed", 1), ("deepspeed", 0)),
+]
+CASES |= {
+    f"{first} then {then}": functools.partial(other_backend, first=first, then=then)
+    for first, then in SWITCHES
+}
 REFERENCES = [("fsdp", 0), ("deepspeed", 2), ("deepspeed", 3)]
 CASES |= {
-    f"reference {backend} {stage}{', adapter' * lora}": functools.partial(refreshed_reference, backend=backend, zero_stage=stage, lora=lora)
+    f"reference {backend} {stage}{', adapter' * lora}": functools.partial(
+        refreshed_reference, backend=backend, zero_stage=stage, lora=lora
+    )
     for backend, stage in REFERENCES
     for lora in (False, True)
 }
 CASES |= {
-    f"adapter {backend} {stage} {dtype}": functools.partial(resume_adapter, backend=backend, zero_stage=stage, dtype=dtype)
+    f"adapter {backend} {stage} {dtype}": functools.partial(
+        resume_adapter, backend=backend, zero_stage=stage, dtype=dtype
+    )
     for backend, stage in BACKENDS
     for dtype in ("float32", "bfloat16")
 }
@@ -419,7 +465,8 @@ def test_to_resume_is_bitwise_as_not_to_have_stopped(on_ranks, case):
 
 
 def test_every_backend_makes_the_same_updates(on_ranks):
-    # In float32, where they differ by the order of sums alone: Adam turns 1e-7 of a gradient into at most some 1e-4 of the step, 1e-3.
+    # In float32, where they differ by the order of sums alone: Adam turns 1e-7 of a gradient into at most
+    # some 1e-4 of the step, 1e-3.
     reference = on_ranks(2, "resume ddp 0")[0]
     for backend, stage in BACKENDS[1:]:
         result = on_ranks(2, f"resume {backend} {stage}")[0]
@@ -445,7 +492,8 @@ def test_an_adapter_starts_as_the_model_resumes_bitwise_and_is_saved_merged_and_
     for result in on_ranks(2, case):
         assert result["names"][0] == "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         assert result["loaded"] and result["bitwise"] and result["moved"] > 0.03
-        near = 1e-5 if "float32" in case else 0.2  # of some -100 nats; in bfloat16 the merged weights are rounded
+        # of some -100 nats; in bfloat16 the merged weights are rounded
+        near = 1e-5 if "float32" in case else 0.2
         assert result["starts as the model"] < near and result["merged"] < near and result["adapter"] < near
 
 

@@ -16,7 +16,8 @@ from gvpo_ray.data.prompts import PromptSet, load_rows
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"
 
 CHAT = (
-    "{% for m in messages %}{{ '<s>' if loop.first else '' }}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    "{% for m in messages %}{{ '<s>' if loop.first else '' }}{{ m['role'][0] }}:{{ m['content'] }};{% "
+    "endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
 
@@ -24,9 +25,16 @@ CHAT = (
 def _tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """One token per byte, its id the byte's place in a fixed list; <s> (id 0) is put before every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.WordLevel({"<s>": 0, **{letter: i for i, letter in enumerate(alphabet, start=1)}}, unk_token="<s>"))
+    backend = Tokenizer(
+        models.WordLevel(
+            {"<s>": 0, **{letter: i for i, letter in enumerate(alphabet, start=1)}}, unk_token="<s>"
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.Split("", "isolated")]
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split("", "isolated"),
+        ]
     )
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
@@ -73,7 +81,9 @@ def test_jsonl_and_parquet_give_the_same_rows_and_numbers_become_text(tmp_path: 
 
 
 def test_blank_lines_are_skipped_and_json_is_read_by_lines(tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text('{"prompt": "a", "answer": "b"}\n\n  \n{"prompt": "c", "answer": 1.5}')
+    (tmp_path / "data.json").write_text(
+        '{"prompt": "a", "answer": "b"}\n\n  \n{"prompt": "c", "answer": 1.5}'
+    )
     assert _set(_config(tmp_path / "data.json")).all()["answer"].to_pylist() == ["b", "1.5"]
 
 
@@ -87,11 +97,15 @@ def test_real_problems_come_through_unchanged() -> None:
     assert len(decoded) == 1 + len(f"Question: {source['prompt'][0]}\nAnswer:".encode())
 
 
-def test_a_folder_of_data_files_loads_as_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_data_files_loads_as_a_hugging_face_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "sums").mkdir()
     for split, answer in (("train", "2"), ("test", "3")):
-        pq.write_table(pa.table({"prompt": ["1+1"], "answer": [answer]}), tmp_path / "sums" / f"{split}.parquet")
+        pq.write_table(
+            pa.table({"prompt": ["1+1"], "answer": [answer]}), tmp_path / "sums" / f"{split}.parquet"
+        )
     assert _set(_config(tmp_path / "sums")).all()["answer"].to_pylist() == ["2"]
     assert _set(_config(tmp_path / "sums", split="test")).all()["answer"].to_pylist() == ["3"]
     assert "split dev" in _error(_config(tmp_path / "sums", split="dev"))
@@ -105,7 +119,9 @@ def test_a_name_goes_to_the_hub_with_its_subset_and_split(monkeypatch: pytest.Mo
         return datasets.Dataset.from_dict({"question": ["1+1", "2+2"], "gold": [2, 4]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = _config("openai/gsm8k", subset="main", split="test", prompt_column="question", answer_column="gold", limit=1)
+    config = _config(
+        "openai/gsm8k", subset="main", split="test", prompt_column="question", answer_column="gold", limit=1
+    )
     assert _set(config).all()["answer"].to_pylist() == ["2"]
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
@@ -116,7 +132,8 @@ def test_a_hub_name_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert _error(_config("no/such")) == (
-        "prompts.path: no/such is no file, and no data set that loads (split train): Dataset 'no/such' doesn't exist"
+        "prompts.path: no/such is no file, and no data set that loads (split train): Dataset 'no/such' "
+        "doesn't exist"
     )
 
 
@@ -139,7 +156,9 @@ def test_a_plain_template_gets_the_tokenizers_special_tokens_and_a_chat_its_own(
     assert chat == tokenizer("<s>s:Be brief.;u:1+1;a:", add_special_tokens=False)["input_ids"]
     assert chat.count(0) == 1
     as_transformers_does = tokenizer.apply_chat_template(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}], add_generation_prompt=True, return_dict=True
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}],
+        add_generation_prompt=True,
+        return_dict=True,
     )
     assert chat == as_transformers_does["input_ids"]
 
@@ -153,7 +172,11 @@ def test_each_epoch_is_a_permutation_of_its_own_that_seed_and_id_determine(tmp_p
     assert epochs[0] != epochs[1] != epochs[2]
     # Another instance, asked backwards: nothing depends on what was asked before.
     again = _set(_config(path), seed=3)
-    assert [again.group(i)["prompt"][0].as_py() for i in reversed(range(60))][::-1] == [*epochs[0], *epochs[1], *epochs[2]]
+    assert [again.group(i)["prompt"][0].as_py() for i in reversed(range(60))][::-1] == [
+        *epochs[0],
+        *epochs[1],
+        *epochs[2],
+    ]
     assert [_set(_config(path), seed=4).group(i)["prompt"][0].as_py() for i in range(20)] != epochs[0]
 
 
@@ -179,7 +202,12 @@ def test_all_keeps_the_files_order_whatever_shuffle_says(tmp_path: Path) -> None
 def test_prompts_that_are_too_long_are_left_out_and_counted_never_cut(tmp_path: Path) -> None:
     # <s> and the letters: 4, 6 and 8 tokens
     path = _jsonl(tmp_path, [{"prompt": text, "answer": "1"} for text in ("abc", "abcde", "abcdefg")])
-    for keys, context in (({"max_tokens": 6}, None), ({"max_tokens": 6}, 100), ({}, 6), ({"max_tokens": 100}, 6)):
+    for keys, context in (
+        ({"max_tokens": 6}, None),
+        ({"max_tokens": 6}, 100),
+        ({}, 6),
+        ({"max_tokens": 100}, 6),
+    ):
         prompts = _set(_config(path, **keys), context)
         assert prompts.all()["prompt"].to_pylist() == ["abc", "abcde"]
         assert (prompts.num_rows, prompts.num_too_long, prompts.longest, len(prompts)) == (3, 1, 8, 2)
@@ -192,11 +220,18 @@ def test_when_no_prompt_fits_the_key_to_change_is_named(tmp_path: Path) -> None:
         "prompts.max_tokens: 3 tokens are too few: all 3 prompts are longer (the shortest has 4 tokens)"
     )
     message = _error(_config(path, max_tokens=50), 3)
-    assert "context leaves 3 tokens" in message and "sampling.max_tokens" in message and "model.max_length" in message
+    assert (
+        "context leaves 3 tokens" in message
+        and "sampling.max_tokens" in message
+        and "model.max_length" in message
+    )
 
 
 def test_limit_takes_the_first_rows_before_it_looks_at_them(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path, [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}, {"prompt": None, "answer": "3"}])
+    path = _jsonl(
+        tmp_path,
+        [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}, {"prompt": None, "answer": "3"}],
+    )
     assert _set(_config(path, limit=2)).all()["prompt"].to_pylist() == ["a", "b"]
 
 
@@ -204,14 +239,24 @@ def test_the_digest_changes_with_the_data_and_with_nothing_else(tmp_path: Path) 
     data = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
     digest = _set(_config(_jsonl(tmp_path, data))).digest()
     assert len(digest) == 64
-    assert _set(_config(_jsonl(tmp_path, data, "copy.jsonl"), template="Q {prompt}"), seed=9).digest() == digest
-    for other in (data[::-1], data[:1], [{"prompt": "a", "answer": "b!"}, data[1]], [{"prompt": "ab", "answer": ""}, data[1]]):
+    assert (
+        _set(_config(_jsonl(tmp_path, data, "copy.jsonl"), template="Q {prompt}"), seed=9).digest() == digest
+    )
+    for other in (
+        data[::-1],
+        data[:1],
+        [{"prompt": "a", "answer": "b!"}, data[1]],
+        [{"prompt": "ab", "answer": ""}, data[1]],
+    ):
         assert _set(_config(_jsonl(tmp_path, other))).digest() != digest
 
 
 def test_a_missing_file_is_named_with_the_key_it_came_from(tmp_path: Path) -> None:
     assert _error(_config(tmp_path / "no.parquet")) == f"prompts.path: no file {tmp_path / 'no.parquet'}"
-    assert _error(_config("no.jsonl"), key="evaluation.sets.heldout") == "evaluation.sets.heldout.path: no file no.jsonl"
+    assert (
+        _error(_config("no.jsonl"), key="evaluation.sets.heldout")
+        == "evaluation.sets.heldout.path: no file no.jsonl"
+    )
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -222,12 +267,22 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_missing_column_is_named_with_those_that_are_there_and_the_nearest(tmp_path: Path) -> None:
     path = _jsonl(tmp_path, [{"question": "a", "answers": "b"}])
     message = _error(_config(path, prompt_column="question"))
-    assert message == f"prompts.answer_column: {path} has no column 'answer'; it has question, answers; did you mean answers?"
-    assert _error(_config(path)) == f"prompts.prompt_column: {path} has no column 'prompt'; it has question, answers"
+    assert (
+        message
+        == f"prompts.answer_column: {path} has no column 'answer'; it has question, answers; did you mean "
+        "answers?"
+    )
+    assert (
+        _error(_config(path))
+        == f"prompts.prompt_column: {path} has no column 'prompt'; it has question, answers"
+    )
 
 
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"prompt": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), tmp_path / "data.parquet")
+    pq.write_table(
+        pa.table({"prompt": pa.array([], pa.string()), "answer": pa.array([], pa.string())}),
+        tmp_path / "data.parquet",
+    )
     for path in (tmp_path / "data.parquet", _jsonl(tmp_path, [])):
         assert _error(_config(path)) == f"prompts.path: {path} has no rows"
 
@@ -240,10 +295,15 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
         ({"prompt": "a", "answer": float("nan")}, "row 1: answer is empty (null)"),
         ({"prompt": ["a"], "answer": "1"}, "row 1: prompt is list, not text or a number"),
         ({"prompt": "a", "answer": True}, "row 1: answer is bool, not text or a number"),
-        ({"prompt": "\ud800", "answer": "1"}, "row 1: prompt is not valid Unicode text (surrogates not allowed)"),
+        (
+            {"prompt": "\ud800", "answer": "1"},
+            "row 1: prompt is not valid Unicode text (surrogates not allowed)",
+        ),
     ],
 )
-def test_an_entry_that_is_not_text_or_a_number_is_named_by_its_row(tmp_path: Path, row: dict[str, object], complaint: str) -> None:
+def test_an_entry_that_is_not_text_or_a_number_is_named_by_its_row(
+    tmp_path: Path, row: dict[str, object], complaint: str
+) -> None:
     path = _jsonl(tmp_path, [{"prompt": "a", "answer": "1"}, row])
     assert _error(_config(path)) == f"prompts.path: {path}: {complaint}"
 
@@ -256,7 +316,11 @@ def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
 def test_what_is_not_json_is_named_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     good = b'{"prompt": "a", "answer": "b"}\n\n'
-    cases = ((b'{"prompt": \n', "is not JSON:"), (b'{"prompt": "\xff"}', "is not JSON:"), (b"[1, 2]\n", "is not a JSON object"))
+    cases = (
+        (b'{"prompt": \n', "is not JSON:"),
+        (b'{"prompt": "\xff"}', "is not JSON:"),
+        (b"[1, 2]\n", "is not a JSON object"),
+    )
     for bad, complaint in cases:
         path.write_bytes(good + bad)
         assert f"{path}: line 3 {complaint}" in _error(_config(path))
@@ -285,5 +349,7 @@ def test_load_rows_reads_any_columns_as_text(tmp_path: Path) -> None:
     path = _jsonl(tmp_path, [{"q": "1+1", "worked": "It is 2.", "n": 2}])
     rows = load_rows(_config(path), {"prompt": "q", "solution": "worked", "number": "n"}, "warm_start.data")
     assert rows.to_pylist() == [{"prompt": "1+1", "solution": "It is 2.", "number": "2"}]
-    with pytest.raises(ConfigError, match=r"warm_start\.data \(solution\): .* has no column 'work'; .* did you mean worked\?"):
+    with pytest.raises(
+        ConfigError, match=r"warm_start\.data \(solution\): .* has no column 'work'; .* did you mean worked\?"
+    ):
         load_rows(_config(path), {"prompt": "q", "solution": "work"}, "warm_start.data")

@@ -1,5 +1,6 @@
-"""Processes of the ring are killed, stopped and told to go, and nodes leave, under real Ray actors with engines that are fake: what is
-finished is kept, each group is logged once, and each step trains its own groups.
+"""Processes of the ring are killed, stopped and told to go, and nodes leave, under real Ray actors with
+engines that are fake: what is finished is kept, each group is logged once, and each step trains its own
+groups.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from gvpo_ray.engines.base import BaseEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.observe.status import read_status, status_lines
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that engines need not import this file, and torch with it
+# so that engines need not import this file, and torch with it
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 K = 8
 SLOW = {"seconds_per_token": 0.01, "median_tokens": 100.0, "sigma": 1.0}
@@ -98,9 +100,13 @@ class Broken(FakeEngine):
 def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="gvpo", dir="/tmp")  # short, because sockets are in it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)  # Cluster notes its address there, for whoever asks for any Ray of this machine
+        # Cluster notes its address there, for whoever asks for any Ray of this machine
+        patch.setenv("RAY_TMPDIR", folder)
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False, "object_store_memory": 400 << 20})
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 4, "include_dashboard": False, "object_store_memory": 400 << 20},
+        )
         yield cluster
         cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
@@ -114,10 +120,21 @@ def start(cluster: Cluster, tmp_path: Path) -> Iterator[Start]:
     """Starts a run in tmp_path; the test's end ends it."""
     runs: list[FakeRun] = []
 
-    def start(engines: dict[str, Any], engine: type[FakeEngine] = FakeEngine, max_tokens: int = 400, **arguments: Any) -> FakeRun:
+    def start(
+        engines: dict[str, Any],
+        engine: type[FakeEngine] = FakeEngine,
+        max_tokens: int = 400,
+        **arguments: Any,
+    ) -> FakeRun:
         sampling = SamplingConfig(num_completions=K, max_tokens=max_tokens)
         config = EnginesConfig.model_validate({"num_cpus": 0.1, "max_groups": 8, **engines})
-        defaults = {"make": maker(engine), "sampling": sampling, "num_verifiers": 1, "groups_per_step": 4, "address": cluster.address}
+        defaults = {
+            "make": maker(engine),
+            "sampling": sampling,
+            "num_verifiers": 1,
+            "groups_per_step": 4,
+            "address": cluster.address,
+        }
         runs.append(FakeRun(tmp_path, config, **{**defaults, **arguments}))
         return runs[-1]
 
@@ -151,16 +168,22 @@ def recoveries(run: FakeRun) -> list[tuple[str, str, str]]:
 
 
 def finish(run: FakeRun, folder: Path, num_steps: int, groups_per_step: int = 4) -> list[dict[str, Any]]:
-    """The log's rows at the end of the run: each group is there once, and each step has its own, one after the other."""
+    """The log's rows at the end of the run: each group is there once, and each step has its own, one after
+    the other.
+    """
     until(run, lambda: ray.wait([run.done], timeout=0)[0])
     ray.get(run.done)
     run.check()
     rows = list(groups.rows(groups.load(folder / "groups")))
     assert sorted(row["group_id"] for row in rows) == list(range(num_steps * groups_per_step))
     assert all(len(row[name]) == K for row in rows for name in ("completions", "completion_ids", "rewards"))
-    assigned = [json.loads(line) for line in (folder / "groups" / "assignments.jsonl").read_text().splitlines()]
+    assigned = [
+        json.loads(line) for line in (folder / "groups" / "assignments.jsonl").read_text().splitlines()
+    ]
     begins = range(0, num_steps * groups_per_step, groups_per_step)
-    assert assigned == [{"step": step, "begin": begin, "end": begin + groups_per_step} for step, begin in enumerate(begins, 1)]
+    assert assigned == [
+        {"step": step, "begin": begin, "end": begin + groups_per_step} for step, begin in enumerate(begins, 1)
+    ]
     return rows
 
 
@@ -173,11 +196,14 @@ def is_there(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-# --- engines -------------------------------------------------------------------------------------------------------------
+# --- engines ------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_finish_them(start: Start, tmp_path: Path) -> None:
-    run = start({"num": 2, "vllm": SLOW}, Signed, num_steps=24)  # so that the new engine, too, has something to do
+def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_finish_them(
+    start: Start, tmp_path: Path
+) -> None:
+    # so that the new engine, too, has something to do
+    run = start({"num": 2, "vllm": SLOW}, Signed, num_steps=24)
     seat = seat_of(run, "engines-0")
     until(run, lambda: sum(bool(group.kept) for group in list(seat.in_flight.values())) >= 2)
     pid = seat.status["pid"]
@@ -201,24 +227,36 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
         assert all(ids in row["completion_ids"] for ids in completions)
         assert writers(row) - {pid}, "it was not finished when its engine died"
         assert bool(completions) <= (len(writers(row)) >= 2)
-    assert seat.status["pid"] in {writer for row in rows.values() for writer in writers(row)}  # the new one works
+    # the new one works
+    assert seat.status["pid"] in {writer for row in rows.values() for writer in writers(row)}
 
 
 def test_the_engines_of_a_stopped_run_go_in_a_ray_that_goes_on(start: Start, tmp_path: Path) -> None:
     run = start({"num": 2}, num_steps=2)
-    pids = [until(run, lambda name=name: seat_of(run, name).status.get("pid")) for name in ("engines-0", "engines-1")]
+    pids = [
+        until(run, lambda name=name: seat_of(run, name).status.get("pid"))
+        for name in ("engines-0", "engines-1")
+    ]
     finish(run, tmp_path, 2)
     run.close()
     while any(map(is_there, pids)):  # `run` still has their handles
         time.sleep(0.1)
 
 
-def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(start: Start, tmp_path: Path) -> None:
+def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(
+    start: Start, tmp_path: Path
+) -> None:
     make, make_mute = maker(Signed), maker(Mute)
     run = start(
-        {"hang_s": 5.0, "max_restarts_per_hour": 1000, "vllm": QUICK, "pools": {"stopped": {}, "mute": {"vllm": {**QUICK, "mark": f"{tmp_path}/m"}}}},
-        num_steps=40, make=lambda name, pool, number: (make_mute if name == "mute" else make)(name, pool, number),
-    )  # fmt: skip
+        {
+            "hang_s": 5.0,
+            "max_restarts_per_hour": 1000,
+            "vllm": QUICK,
+            "pools": {"stopped": {}, "mute": {"vllm": {**QUICK, "mark": f"{tmp_path}/m"}}},
+        },
+        num_steps=40,
+        make=lambda name, pool, number: (make_mute if name == "mute" else make)(name, pool, number),
+    )
     seats = stopped, mute = seat_of(run, "stopped-0"), seat_of(run, "mute-0")
     until(run, lambda: stopped.in_flight and mute.in_flight and stopped.status and mute.status)
     pids = [seat.status["pid"] for seat in seats]
@@ -233,7 +271,9 @@ def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(star
     until(run, lambda: not any(map(is_there, pids)))  # they hold no GPU any more
 
 
-def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new(start: Start, tmp_path: Path) -> None:
+def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new(
+    start: Start, tmp_path: Path
+) -> None:
     run = start({"num": 2, "vllm": {**SLOW, "drain_s": 100.0}}, Signed, max_tokens=200, num_steps=16)
     seat = seat_of(run, "engines-0")
     until(run, lambda: len(seat.in_flight) == 8 and seat.status.get("num_groups") == 8)
@@ -246,7 +286,8 @@ def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new
     assert recoveries(run)[0][2].startswith("left: ")
     rows = {row["group_id"]: row for row in finish(run, tmp_path, 16)}
     finished = [group_id for group_id in had if writers(rows[group_id]) == {pid}]
-    # One that was on its way to the engine when it was told may have been refused: then it is wholly another's.
+    # One that was on its way to the engine when it was told may have been refused: then it is wholly
+    # another's.
     assert len(finished) >= 4 and all(pid not in writers(rows[group_id]) for group_id in had - {*finished})
     assert not any(pid in writers(row) for group_id, row in rows.items() if group_id > begun)
     assert any(seat.status["pid"] in writers(row) for row in rows.values())
@@ -260,7 +301,10 @@ def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_wh
 
     def waits() -> bool:
         lines = status_lines(run.status())
-        return seat.state == "wanted" and "no engine is running: the run waits for the first that comes back" in lines
+        return (
+            seat.state == "wanted"
+            and "no engine is running: the run waits for the first that comes back" in lines
+        )
 
     node = join()
     run = start({"num_cpus": 0, "resources": {"spot": 1}, "vllm": SLOW}, Signed, num_steps=6)
@@ -276,7 +320,12 @@ def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_wh
     cluster.remove_node(node)
     node = join()
     # One table may be what the first engine was cut off at; the next is what the second has finished.
-    until(run, lambda: is_new(seat, pids[0]) and any(len(group.kept) >= 2 for group in list(seat.in_flight.values())))
+    until(
+        run,
+        lambda: (
+            is_new(seat, pids[0]) and any(len(group.kept) >= 2 for group in list(seat.in_flight.values()))
+        ),
+    )
     assert seat.node != node_id
     pids.append(seat.status["pid"])
     cluster.remove_node(node)  # without a word
@@ -297,14 +346,19 @@ def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: St
         until(run, lambda pid=pid: is_new(seat, pid))
         pid = seat.status["pid"]
         os.kill(pid, signal.SIGKILL)
-    cause = r"engines of pool engines died 2 times within an hour \(max_restarts_per_hour: 1\), last: its process or its node died"
+    cause = (
+        r"engines of pool engines died 2 times within an hour \(max_restarts_per_hour: 1\), last: its "
+        r"process or its node died"
+    )
     with pytest.raises(RunError, match=cause):
         until(run, lambda: False)
     assert ray.get(run.done, timeout=60) is None  # the learner was told
     assert re.search(cause, run.session.call(run.buffer.call("status"))["error"])
 
 
-@pytest.mark.parametrize(("error", "num_tries"), [("ValueError", 1), ("RuntimeError", engine_group.MAX_FAILED_STARTS)])
+@pytest.mark.parametrize(
+    ("error", "num_tries"), [("ValueError", 1), ("RuntimeError", engine_group.MAX_FAILED_STARTS)]
+)
 def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
     start: Start, tmp_path: Path, error: str, num_tries: int
 ) -> None:
@@ -312,13 +366,17 @@ def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
     with pytest.raises(RunError, match=f"^{error}: no such model: tiny$"):
         until(run, lambda: False)
     assert (tmp_path / "starts").read_text() == "x" * num_tries
-    assert recoveries(run) == [("engine", "engines-0", f"{error}: no such model: tiny")] * (num_tries if error == "RuntimeError" else 0)
+    assert recoveries(run) == [("engine", "engines-0", f"{error}: no such model: tiny")] * (
+        num_tries if error == "RuntimeError" else 0
+    )
 
 
-# --- the buffer ----------------------------------------------------------------------------------------------------------
+# --- the buffer ---------------------------------------------------------------------------------------------
 
 
-def test_a_buffer_that_is_killed_loses_no_group_and_no_step_and_repeats_none(start: Start, tmp_path: Path) -> None:
+def test_a_buffer_that_is_killed_loses_no_group_and_no_step_and_repeats_none(
+    start: Start, tmp_path: Path
+) -> None:
     run = start({"num": 2, "vllm": QUICK}, num_steps=30, max_staleness=2)
     for number in (1, 2):
         until(run, lambda number=number: run.num_finished() > 30 * number and run.ring.running)
@@ -327,13 +385,16 @@ def test_a_buffer_that_is_killed_loses_no_group_and_no_step_and_repeats_none(sta
         until(run, lambda number=number: len(recoveries(run)) == number)
     num_tokens = sum(len(ids) for row in finish(run, tmp_path, 30) for ids in row["completion_ids"])
     until(run, lambda: sum(seat.num_tokens for seat in run.engines.seats) >= num_tokens)
-    assert sum(seat.num_tokens for seat in run.engines.seats) == num_tokens  # what was in flight was not begun again
+    # what was in flight was not begun again
+    assert sum(seat.num_tokens for seat in run.engines.seats) == num_tokens
     assert [(who, name) for who, name, _ in recoveries(run)] == [("buffer", "buffer")] * 2
     assert all("it is rebuilt from its log" in why for _, _, why in recoveries(run))
     assert run.status()["buffer"]["num_finished"] == 120 and not run.ring.running
 
 
-def test_a_buffer_does_not_grow_with_the_groups_that_wait_for_a_slow_learner(start: Start, tmp_path: Path) -> None:
+def test_a_buffer_does_not_grow_with_the_groups_that_wait_for_a_slow_learner(
+    start: Start, tmp_path: Path
+) -> None:
     run = start({"vllm": {"seconds_per_token": 1e-5}}, num_steps=1 << 30, max_tokens=8000)
     folder, mib = tmp_path / "groups", 1 << 20
 
@@ -348,26 +409,42 @@ def test_a_buffer_does_not_grow_with_the_groups_that_wait_for_a_slow_learner(sta
     until(run, lambda: len(GroupLog(folder).assigned) >= 2 if folder.exists() else False)
     ray.get(run.learner.pace.remote(4 * 10 / rate()))
     (pid,) = tiny.descendants("ray::_BufferActor")
-    bytes_before, memory_before, steps_before = logged(), psutil.Process(pid).memory_full_info().uss, len(GroupLog(folder).assigned)
+    bytes_before, memory_before, steps_before = (
+        logged(),
+        psutil.Process(pid).memory_full_info().uss,
+        len(GroupLog(folder).assigned),
+    )
     until(run, lambda: logged() > bytes_before + 40 * mib)
     status = run.status()["buffer"]
     assert psutil.Process(pid).memory_full_info().uss < memory_before + 10 * mib
-    assert status["num_waiting"] > 0.5 * (status["num_finished"] - 4 * steps_before)  # the learner is behind indeed
+    # the learner is behind indeed
+    assert status["num_waiting"] > 0.5 * (status["num_finished"] - 4 * steps_before)
     run.close()
     shutil.rmtree(folder)
 
 
-# --- what is slow, or does not come --------------------------------------------------------------------------------------
+# --- what is slow, or does not come -------------------------------------------------------------------------
 
 
-def test_long_completions_are_all_trained_on_while_a_pool_without_a_place_stays_wanted(start: Start, tmp_path: Path) -> None:
+def test_long_completions_are_all_trained_on_while_a_pool_without_a_place_stays_wanted(
+    start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "lengths").mkdir()
     tail = {"seconds_per_token": 0.0005, "median_tokens": 50.0, "sigma": 1.5, "folder": f"{tmp_path}/lengths"}
     pools = {"here": {"num": 2}, "nowhere": {"resources": {"no node has this": 1}}}
-    run = start({"vllm": tail, "pools": pools}, Recording, num_steps=30, groups_per_step=10, max_staleness=2, max_tokens=4000)
+    run = start(
+        {"vllm": tail, "pools": pools},
+        Recording,
+        num_steps=30,
+        groups_per_step=10,
+        max_staleness=2,
+        max_tokens=4000,
+    )
     rows = finish(run, tmp_path, 30, 10)
     lengths = sorted(len(ids) for row in rows for ids in row["completion_ids"])
-    sampled = sorted(int(line) for file in (tmp_path / "lengths").iterdir() for line in file.read_text().splitlines())
+    sampled = sorted(
+        int(line) for file in (tmp_path / "lengths").iterdir() for line in file.read_text().splitlines()
+    )
     assert lengths == sampled and len(lengths) == 300 * K
     assert lengths[-1] > 20 * lengths[len(lengths) // 2]  # there is a tail
     assert [row["group_id"] for row in rows] != list(range(300))  # overtaken, not left out
@@ -375,24 +452,37 @@ def test_long_completions_are_all_trained_on_while_a_pool_without_a_place_stays_
     nowhere = seat_of(run, "nowhere-0")
     assert nowhere.state == "wanted" and not nowhere.num_tokens and not recoveries(run)
     lines = status_lines(run.status())
-    assert "engines of nowhere: 1 wanted; 0 groups in flight" in lines and "engines of here: 2 running; 0 groups in flight" in lines
-    assert any(line.startswith("  nowhere-0: wanted {'CPU': 0.1, 'no node has this': 1.0}, since ") for line in lines)
+    assert (
+        "engines of nowhere: 1 wanted; 0 groups in flight" in lines
+        and "engines of here: 2 running; 0 groups in flight" in lines
+    )
+    assert any(
+        line.startswith("  nowhere-0: wanted {'CPU': 0.1, 'no node has this': 1.0}, since ") for line in lines
+    )
 
 
 def test_the_watchdog_and_the_status_command_say_who_waits_for_whom(start: Start, tmp_path: Path) -> None:
     began = time.time()
-    run = start({"max_groups": 3, "vllm": {"seconds_per_token": 1e6}}, num_steps=9, watchdog_s=2.0, replay=ReplayConfig(share=0.5))
+    run = start(
+        {"max_groups": 3, "vllm": {"seconds_per_token": 1e6}},
+        num_steps=9,
+        watchdog_s=2.0,
+        replay=ReplayConfig(share=0.5),
+    )
     seat = seat_of(run, "engines-0")
     until(run, lambda: seat.state == "running" and len(seat.in_flight) == 3)
     before = len(run.said)
     until(run, lambda: len(run.said) >= before + 3)
     assert len(run.said) <= (time.time() - began) / 2.0
     lines = run.said[-1].splitlines()
-    assert re.fullmatch(r"watchdog: no group has finished for \d+ s and no step has ended for \d+ s", lines[0])
+    assert re.fullmatch(
+        r"watchdog: no group has finished for \d+ s and no step has ended for \d+ s", lines[0]
+    )
     stages = [
         "driver: step 0 of 9, training",
         r"learner: waits for groups: step 1 has 0 of 4, since .* ago",
-        "buffer: version 0, 0 groups finished, 0 of them wait for the learner, 3 on their way; the dial is open",
+        "buffer: version 0, 0 groups finished, 0 of them wait for the learner, 3 on their way; the dial is "
+        "open",
         "engines of engines: 1 running; 3 groups in flight",
         "verifiers: verifier-0 has 0 groups",
         r"oldest group on its way: 0, begun .* ago, now at engines-0: 'prompt 0'",
@@ -407,18 +497,25 @@ def test_the_watchdog_and_the_status_command_say_who_waits_for_whom(start: Start
         assert re.fullmatch(stage, line)
 
 
-# --- replay --------------------------------------------------------------------------------------------------------------
+# --- replay -------------------------------------------------------------------------------------------------
 
 
-def test_half_of_a_later_groups_completions_are_logged_ones_of_its_prompt_with_their_rewards(start: Start, tmp_path: Path) -> None:
+def test_half_of_a_later_groups_completions_are_logged_ones_of_its_prompt_with_their_rewards(
+    start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "count.py").write_text(
         "import itertools\nnumber = itertools.count()\n"
         "def reward(prompts, completions, **columns):\n    return [float(next(number)) for _ in prompts]\n"
     )
     run = start(
-        {"num": 2, "vllm": {"seconds_per_token": 0.001}}, max_tokens=100, num_steps=8, max_staleness=0, num_prompts=4,
-        replay=ReplayConfig(share=0.5, policy="uniform"), reward=f"{tmp_path}/count.py:reward",
-    )  # fmt: skip
+        {"num": 2, "vllm": {"seconds_per_token": 0.001}},
+        max_tokens=100,
+        num_steps=8,
+        max_staleness=0,
+        num_prompts=4,
+        replay=ReplayConfig(share=0.5, policy="uniform"),
+        reward=f"{tmp_path}/count.py:reward",
+    )
     rows = sorted(finish(run, tmp_path, 8), key=lambda row: row["group_id"])
     new: dict[float, tuple[Any, ...]] = {}  # by its reward, which no check gives twice
     for row in rows:
@@ -427,11 +524,23 @@ def test_half_of_a_later_groups_completions_are_logged_ones_of_its_prompt_with_t
         replayed = [column for column, again in zip(columns(row), is_replayed, strict=True) if again]
         assert len({entry[0] for entry in replayed}) == len(replayed)
         assert all(new[entry[0]] == entry for entry in replayed)
-        new.update({entry[0]: entry for entry, again in zip(columns(row), is_replayed, strict=True) if not again})
+        new.update(
+            {entry[0]: entry for entry, again in zip(columns(row), is_replayed, strict=True) if not again}
+        )
     assert len(new) == 4 * K + 28 * K // 2
 
 
 def columns(row: dict[str, Any]) -> list[tuple[Any, ...]]:
     """Of each completion: its reward, its prompt, and what its engine said of it."""
-    names = ("rewards", "completion_ids", "sampling_logprobs", "completions", "version_min", "version_max", "finish_reasons")
-    return [(values[0], row["prompt"], *values[1:]) for values in zip(*(row[name] for name in names), strict=True)]
+    names = (
+        "rewards",
+        "completion_ids",
+        "sampling_logprobs",
+        "completions",
+        "version_min",
+        "version_max",
+        "finish_reasons",
+    )
+    return [
+        (values[0], row["prompt"], *values[1:]) for values in zip(*(row[name] for name in names), strict=True)
+    ]

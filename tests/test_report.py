@@ -20,9 +20,15 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.observe.report import page as report
 
 LINE = {
-    "reward/mean": 0.5, "loss": 0.125, "gvpo/residual_var": 0.25, "policy/kl_ref": 0.0, "staleness/mean": 1.0, "tokens/trained": 3000.0,
-    "time/step": 2.0, "time/wait_for_groups": 0.5,
-}  # fmt: skip
+    "reward/mean": 0.5,
+    "loss": 0.125,
+    "gvpo/residual_var": 0.25,
+    "policy/kl_ref": 0.0,
+    "staleness/mean": 1.0,
+    "tokens/trained": 3000.0,
+    "time/step": 2.0,
+    "time/wait_for_groups": 0.5,
+}
 STARTED = {"time": 0, "step": 0, "who": "run", "name": "started", "why": ""}
 DIED = {"time": 86400, "step": 2, "who": "engine", "name": "engine-1", "why": "node lost"}
 VOID = {"meta", "br", "input", "img", "link"}
@@ -89,75 +95,150 @@ def save_evaluation(run_dir, name, *rows):
 
 
 def test_every_metric_is_a_chart_and_first_and_last_are_a_table(tmp_path):
-    lines = [{"step": 0, "eval/x/pass@1": 0.25}, *({"step": step, **LINE, "reward/mean": step / 4} for step in (1, 2, 3))]
+    lines = [
+        {"step": 0, "eval/x/pass@1": 0.25},
+        *({"step": step, **LINE, "reward/mean": step / 4} for step in (1, 2, 3)),
+    ]
     lines.append({"step": 3, "eval/x/pass@1": 0.75})
     got = page(tmp_path / "my-run", lines, config="num_steps: 3\n")
     assert list(got.charts) == [
-        "reward/mean", "eval/x/pass@1", "loss", "gvpo/residual_var", "policy/kl_ref", "time/wait_for_groups / time/step",
-        "tokens/trained / time/step", "staleness/mean", "gvpo/*_var",
-    ]  # fmt: skip
-    assert got.texts["h1"] == got.texts["title"][:1] == ["my-run"] and "3 of 3 steps trained: complete" in got.texts["p"]
-    # Steps 0..3 lie on 58..462, values from 0.25 to 0.75 with a twentieth on both sides on 176..8: the ends are 168 / 22 inside.
+        "reward/mean",
+        "eval/x/pass@1",
+        "loss",
+        "gvpo/residual_var",
+        "policy/kl_ref",
+        "time/wait_for_groups / time/step",
+        "tokens/trained / time/step",
+        "staleness/mean",
+        "gvpo/*_var",
+    ]
+    assert (
+        got.texts["h1"] == got.texts["title"][:1] == ["my-run"]
+        and "3 of 3 steps trained: complete" in got.texts["p"]
+    )
+    # Steps 0..3 lie on 58..462, values from 0.25 to 0.75 with a twentieth on both sides on 176..8: the ends
+    # are 168 / 22 inside.
     assert got.points("reward/mean") == [(192.67, 168.364), (327.33, 92), (462, 15.6364)]
-    assert got.points("eval/x/pass@1") == [(58, 168.364), (462, 15.6364)] and len(list(got.charts["eval/x/pass@1"].iter("circle"))) == 2
+    assert (
+        got.points("eval/x/pass@1") == [(58, 168.364), (462, 15.6364)]
+        and len(list(got.charts["eval/x/pass@1"].iter("circle"))) == 2
+    )
     cells = got.texts["td"]
     assert cells[cells.index("reward/mean") :][:5] == ["reward/mean", "0.25", "1", "0.75", "3"]
-    assert cells[cells.index("tokens/trained / time/step") :][:5] == ["tokens/trained / time/step", "1,500", "1", "1,500", "3"]
-    assert "No evaluation, and no group that was trained on." in got.texts["p"]  # its completions are not there
+    assert cells[cells.index("tokens/trained / time/step") :][:5] == [
+        "tokens/trained / time/step",
+        "1,500",
+        "1",
+        "1,500",
+        "3",
+    ]
+    # its completions are not there
+    assert "No evaluation, and no group that was trained on." in got.texts["p"]
 
 
 def test_what_is_not_drawn_first_is_folded_away_and_what_never_changed_is_in_the_table_alone(tmp_path):
-    got = page(tmp_path, [{"step": step, **LINE, "weights/pause_s": step / 10, "verifiers/num": 2.0, "eval/x/length_mean": step} for step in (1, 2)])
+    got = page(
+        tmp_path,
+        [
+            {
+                "step": step,
+                **LINE,
+                "weights/pause_s": step / 10,
+                "verifiers/num": 2.0,
+                "eval/x/length_mean": step,
+            }
+            for step in (1, 2)
+        ],
+    )
     assert "All other metrics (2)" in got.texts["summary"]
-    assert list(got.charts)[-3:] == ["eval/x/length_mean", "weights/pause_s", "gvpo/*_var"] and "verifiers/num" in got.texts["td"]
-    assert "4 metrics that never changed are in the table of values alone." in got.texts["small"]  # and the parts of the quotients
+    assert (
+        list(got.charts)[-3:] == ["eval/x/length_mean", "weights/pause_s", "gvpo/*_var"]
+        and "verifiers/num" in got.texts["td"]
+    )
+    # and the parts of the quotients
+    assert "4 metrics that never changed are in the table of values alone." in got.texts["small"]
 
 
 def test_the_three_terms_are_lines_of_one_chart_with_a_sentence_for_each(tmp_path):
     terms = {"gvpo/term_reward": 0.5, "gvpo/term_reference": 2.0, "gvpo/term_variance": -1.0}
     got = page(tmp_path, [{"step": step, **terms} for step in (1, 2)])
-    lines = [path.attrib["data-label"] for path in got.charts["gvpo/term_*"].iter("path") if "data-label" in path.attrib]
+    lines = [
+        path.attrib["data-label"]
+        for path in got.charts["gvpo/term_*"].iter("path")
+        if "data-label" in path.attrib
+    ]
     assert lines == ["reference", "reward", "variance"]
-    assert [text for text in got.texts["b"] if text.startswith("term_")] == ["term_reward", "term_reference", "term_variance"]
+    assert [text for text in got.texts["b"] if text.startswith("term_")] == [
+        "term_reward",
+        "term_reference",
+        "term_variance",
+    ]
 
 
 def test_staleness_and_group_sizes_are_histograms_and_pools_are_lines(tmp_path):
-    shares = {"staleness/histogram/0": 0.25, "staleness/histogram/1": 0.75, "staleness/histogram/inf": 0.0, "groups/size_histogram/8": 1.0}
+    shares = {
+        "staleness/histogram/0": 0.25,
+        "staleness/histogram/1": 0.75,
+        "staleness/histogram/inf": 0.0,
+        "groups/size_histogram/8": 1.0,
+    }
     pools = {"pools/a/engines": 2.0, "pools/b/engines": 1.0, "pools/a/tokens_per_s": 10.0}
     ages = {"gvpo/residual_var/4": 0.5, "gvpo/residual_var/foreign": 0.25}
     got = page(tmp_path, [{"step": step, **LINE, **shares, **pools, **ages} for step in (1, 2)])
-    assert {"staleness/histogram", "groups/size_histogram", "pools/*/engines", "pools/*/tokens_per_s"} <= {*got.charts}
+    assert {"staleness/histogram", "groups/size_histogram", "pools/*/engines", "pools/*/tokens_per_s"} <= {
+        *got.charts
+    }
     labels = {
-        name: [path.attrib["data-label"] for path in got.charts[name].iter("path") if "data-label" in path.attrib]
+        name: [
+            path.attrib["data-label"] for path in got.charts[name].iter("path") if "data-label" in path.attrib
+        ]
         for name in ("pools/*/engines", "gvpo/residual_var/*")
     }
     assert labels == {"pools/*/engines": ["a", "b"], "gvpo/residual_var/*": ["3–4", "foreign"]}
     cells = got.texts["td"]
-    assert cells[cells.index("25.0000%") - 1 :][:4] == ["0", "25.0000%", "1", "75.0000%"] and "step 2, exactly" in got.texts["summary"]
+    assert (
+        cells[cells.index("25.0000%") - 1 :][:4] == ["0", "25.0000%", "1", "75.0000%"]
+        and "step 2, exactly" in got.texts["summary"]
+    )
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     assert "0 steps trained: not complete" in page(tmp_path, []).texts["p"]
-    assert "0 of 5 steps trained: running, or killed" in page(tmp_path, [], [STARTED], "num_steps: 5").texts["p"]
+    assert (
+        "0 of 5 steps trained: running, or killed" in page(tmp_path, [], [STARTED], "num_steps: 5").texts["p"]
+    )
     events = [STARTED, {**STARTED, "name": "stopped"}]
     got = page(tmp_path, [{"step": 1, **LINE}], events, "num_steps: 5")
     assert "1 of 5 steps trained: stopped before its end" in got.texts["p"]
     assert got.points("loss") == [(58, 92)] and len(list(got.charts["loss"].iter("circle"))) == 1
-    assert "0 recoveries" in got.texts["p"] and got.texts["td"][:4] == ["1970-01-01 00:00:00 UTC", "0", "run", "started"]
+    assert "0 recoveries" in got.texts["p"] and got.texts["td"][:4] == [
+        "1970-01-01 00:00:00 UTC",
+        "0",
+        "run",
+        "started",
+    ]
 
 
 def test_ten_thousand_steps_are_two_points_in_each_column_and_their_means(tmp_path):
-    got = page(tmp_path, ({"step": step, **LINE, "loss": 1000 if step == 5555 else step % 10} for step in range(1, 10_001)))
+    got = page(
+        tmp_path,
+        ({"step": step, **LINE, "loss": 1000 if step == 5555 else step % 10} for step in range(1, 10_001)),
+    )
     points = got.points("loss")
-    assert len(points) <= 2 * 404 + 2 and min(y for _, y in points) == pytest.approx(8 + 168 / 22, abs=0.01)  # the spike is there
+    # the spike is there
+    assert len(points) <= 2 * 404 + 2 and min(y for _, y in points) == pytest.approx(8 + 168 / 22, abs=0.01)
     bold = next(path for path in got.charts["loss"].iter("path") if "mean" in path.attrib.get("class", ""))
     assert len(bold.attrib["d"].split()) == 50
     # The script turns hundredths of the picture into steps again: each of them.
     assert {round(1 + (x - 58) / 404 * 9999) for x, _ in points} >= {1, 5555, 10_000}
-    assert (tmp_path / "report.html").stat().st_size < 400_000 and got.texts["td"].count("10000") == len(LINE) + 2
+    assert (tmp_path / "report.html").stat().st_size < 400_000 and got.texts["td"].count("10000") == len(
+        LINE
+    ) + 2
 
 
-def test_recoveries_are_marks_in_every_chart_and_counted_by_kind_while_starts_and_pools_are_in_the_time_line_alone(tmp_path):
+def test_recoveries_are_marks_in_every_chart_while_starts_and_pools_are_in_the_time_line_alone(
+    tmp_path,
+):
     verifier = {**DIED, "step": 3, "who": "verifier", "name": "verifier-0", "why": "out of memory"}
     grown = {**DIED, "who": "pool", "name": "spot", "why": "grew"}
     with_events = [STARTED, DIED, grown, verifier, {**verifier, "name": "verifier-1"}, {**DIED, "step": 99}]
@@ -172,21 +253,38 @@ def test_recoveries_are_marks_in_every_chart_and_counted_by_kind_while_starts_an
         ]
     assert len(lanes) == 5 and {"step 0: run started: ", "step 2: pool spot: grew"} <= {*lanes}
     marks = [mark.find("path").attrib["d"] for mark in got.charts["loss"].iter("g")]
-    assert marks == ["M159 176V183", "M260 176V183", "M462 176V183"]  # steps 1..5 on 58..462; what lies beyond is at the edge
+    # steps 1..5 on 58..462; what lies beyond is at the edge
+    assert marks == ["M159 176V183", "M260 176V183", "M462 176V183"]
     cells = got.texts["td"]
-    assert cells[cells.index("1970-01-02 00:00:00 UTC") :][:5] == ["1970-01-02 00:00:00 UTC", "2", "engine", "engine-1", "node lost"]
+    assert cells[cells.index("1970-01-02 00:00:00 UTC") :][:5] == [
+        "1970-01-02 00:00:00 UTC",
+        "2",
+        "engine",
+        "engine-1",
+        "node lost",
+    ]
     assert "started" in cells
 
 
 def test_a_thousand_recoveries_of_one_step_are_one_mark_that_says_how_many(tmp_path):
     got = page(tmp_path, [{"step": 1, **LINE}, {"step": 2, **LINE}], [DIED] * 1000)
-    assert [mark.splitlines()[-1] for mark in got.marks("loss")] == ["and 996 more"] and "1000 recoveries: engine 1000" in got.texts["p"]
-    assert "Of 1000 events, the first and the last 250." in got.texts["p"] and got.texts["td"].count("node lost") == 500
+    assert [mark.splitlines()[-1] for mark in got.marks("loss")] == [
+        "and 996 more"
+    ] and "1000 recoveries: engine 1000" in got.texts["p"]
+    assert (
+        "Of 1000 events, the first and the last 250." in got.texts["p"]
+        and got.texts["td"].count("node lost") == 500
+    )
 
 
 def test_torn_lines_and_what_is_no_number_are_left_out(tmp_path):
     page(tmp_path, [{"step": 1, **LINE}], [STARTED, DIED])
-    strange = ['{"step": 2, "loss": NaN, "reward/mean": Infinity, "grad_norm": "?"}', '{"step": NaN, "loss": 1}', "7", '{"step": 3, "lo']
+    strange = [
+        '{"step": 2, "loss": NaN, "reward/mean": Infinity, "grad_norm": "?"}',
+        '{"step": NaN, "loss": 1}',
+        "7",
+        '{"step": 3, "lo',
+    ]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write("\n".join([json.dumps({"step": 2, **LINE, "time/step": 0.0, "loss": 1e308}), *strange]))
     with open(tmp_path / "events.jsonl", "a") as file:
@@ -194,18 +292,37 @@ def test_torn_lines_and_what_is_no_number_are_left_out(tmp_path):
     text = report.write(tmp_path).read_text()
     got = Page(text)
     assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
-    assert got.points("loss") == got.points("tokens/trained / time/step") == [(58, 92)] and len(got.points("reward/mean")) == 2
+    assert (
+        got.points("loss") == got.points("tokens/trained / time/step") == [(58, 92)]
+        and len(got.points("reward/mean")) == 2
+    )
     assert "2 recoveries: engine 1, node 1" in got.texts["p"] and "grad_norm" not in got.texts["td"]
 
 
-def test_two_runs_are_lines_of_the_same_charts_with_their_names_their_values_and_where_their_configs_differ(tmp_path):
-    one = make_run(tmp_path / "one", [{"step": step, **LINE} for step in (1, 2)], [DIED], "num_steps: 2\nloss: {beta: 0.1, objective: gvpo}\n")
-    other = make_run(tmp_path / "other", [{"step": step, **LINE, "loss": 0.5} for step in (1, 2, 3)], (), "num_steps: 3\nloss: {beta: 0.1}\n")
+def test_two_runs_are_lines_of_the_same_charts_with_their_names_their_values_and_where_their_configs_differ(
+    tmp_path,
+):
+    one = make_run(
+        tmp_path / "one",
+        [{"step": step, **LINE} for step in (1, 2)],
+        [DIED],
+        "num_steps: 2\nloss: {beta: 0.1, objective: gvpo}\n",
+    )
+    other = make_run(
+        tmp_path / "other",
+        [{"step": step, **LINE, "loss": 0.5} for step in (1, 2, 3)],
+        (),
+        "num_steps: 3\nloss: {beta: 0.1}\n",
+    )
     assert report.write(one, other) == one / "compare.html"
     got = Page((one / "compare.html").read_text())
     assert got.texts["h1"] == ["one and other"]
     lines = [path.attrib for path in got.charts["loss"].iter("path") if "data-label" in path.attrib]
-    assert [(line["data-label"], line["class"]) for line in lines] == [("one", "line a c0"), ("other", "line b c1")]  # b is dashed
+    # b is dashed
+    assert [(line["data-label"], line["class"]) for line in lines] == [
+        ("one", "line a c0"),
+        ("other", "line b c1"),
+    ]
     assert got.marks("loss") == ["step 2: engine engine-1: node lost"]
     cells = got.texts["td"]
     assert cells[cells.index("loss") :][:9] == ["loss", "0.125", "1", "0.125", "2", "0.5", "1", "0.5", "3"]
@@ -231,7 +348,9 @@ def test_a_metric_that_never_changes_is_a_level_line(tmp_path, value):
     assert got.points("loss") == [(58, 92), (462, 92)]
 
 
-@pytest.mark.parametrize("values", [(0.0, 1e-20), (-1e299, 1e299), (1.0, 1.0 + 1e-7), (-3.0, 5.0), (0.1, 0.1 + 1e-10)])
+@pytest.mark.parametrize(
+    "values", [(0.0, 1e-20), (-1e299, 1e299), (1.0, 1.0 + 1e-7), (-3.0, 5.0), (0.1, 0.1 + 1e-10)]
+)
 def test_an_axis_has_some_round_numbers_whatever_the_scale(tmp_path, values):
     got = page(tmp_path, [{"step": step, "loss": value} for step, value in enumerate(values)])
     labels = [text.text for text in got.charts["loss"].iter("text") if "class" not in text.attrib]
@@ -239,18 +358,28 @@ def test_an_axis_has_some_round_numbers_whatever_the_scale(tmp_path, values):
     assert all(8 <= y <= 176 for _, y in got.points("loss"))
 
 
-HOSTILE = "</pre></td></style></script><script>alert(1)</script><img src=x onerror='alert(1)'>\"&amp;\x00\x1b\u202e"
+HOSTILE = (
+    "</pre></td></style></script><script>alert(1)</script><img src=x onerror='alert(1)'>\"&amp;\x00\x1b\u202e"
+)
 
 
 def hostile_run(run_dir, hostile):
     """Text of an attacker wherever a run holds text."""
     row = make_group(
-        0, rewards=(1.0, 0.0, None), prompt=hostile, answer=hostile, completions=[hostile] * 3, reward_parts={hostile: [1.0, 0.0, None]},
+        0,
+        rewards=(1.0, 0.0, None),
+        prompt=hostile,
+        answer=hostile,
+        completions=[hostile] * 3,
+        reward_parts={hostile: [1.0, 0.0, None]},
         reward_reasons=[hostile] * 3,
-    )  # fmt: skip
+    )
     save_evaluation(run_dir, "<b>x-step-000001.arrow", row)
     event = {**DIED, "who": hostile, "name": hostile, "why": hostile + "\ud800"}
-    lines = [{"step": step, **LINE, "eval/<img src=y>/pass@1": 0.5, hostile: step, f"pools/{hostile}/engines": 1.0} for step in (1, 2)]
+    lines = [
+        {"step": step, **LINE, "eval/<img src=y>/pass@1": 0.5, hostile: step, f"pools/{hostile}/engines": 1.0}
+        for step in (1, 2)
+    ]
     lines[0] |= {f"staleness/histogram/{hostile}": 0.5, "staleness/histogram/0": 0.5}
     return make_run(run_dir, lines, [event], f"run_dir: {json.dumps(hostile)}\nnum_steps: <i>3</i>\n")
 
@@ -258,22 +387,44 @@ def hostile_run(run_dir, hostile):
 def test_text_of_models_prompts_and_events_is_shown_and_never_obeyed(tmp_path):
     got = Page(report.write(hostile_run(tmp_path / "<script>run", HOSTILE)).read_text())
     tags = [tag for tag, _ in got.tags]
-    assert not {*tags} & {"img", "i", "link", "iframe", "object", "form"} and tags.count("script") == tags.count("style") == 1
-    assert not [name for _, attributes in got.tags for name in attributes if name.startswith("on") or name in ("src", "style")]
+    assert (
+        not {*tags} & {"img", "i", "link", "iframe", "object", "form"}
+        and tags.count("script") == tags.count("style") == 1
+    )
+    assert not [
+        name
+        for _, attributes in got.tags
+        for name in attributes
+        if name.startswith("on") or name in ("src", "style")
+    ]
     assert all(attributes["href"].startswith("#") for tag, attributes in got.tags if tag == "a")
     shown = HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd")
     assert got.texts["pre"].count(shown) == 6  # a prompt and a completion: best, worst and unverifiable
-    assert shown in got.texts["td"] and got.texts["h1"] == ["<script>run"] and "<b>x, step 1" in got.texts["summary"]
+    assert (
+        shown in got.texts["td"]
+        and got.texts["h1"] == ["<script>run"]
+        and "<b>x, step 1" in got.texts["summary"]
+    )
 
 
 def test_the_page_may_load_nothing_and_only_its_own_script_and_style_may_act(tmp_path):
     got = page(tmp_path, [{"step": 1, **LINE}], config="num_steps: 4\nloss:\n  beta: 0.1\n")
     text = (tmp_path / "report.html").read_text()
-    policy = next(attributes["content"] for tag, attributes in got.tags if attributes.get("http-equiv") == "Content-Security-Policy")
-    assert re.fullmatch(
-        r"default-src 'none'; style-src 'sha256-[^ ]+='; script-src 'sha256-[^ ]+='; base-uri 'none'; form-action 'none'", policy
+    policy = next(
+        attributes["content"]
+        for tag, attributes in got.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
     )
-    assert "url(" not in text and "@import" not in text and text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+    assert re.fullmatch(
+        r"default-src 'none'; style-src 'sha256-[^ ]+='; script-src 'sha256-[^ ]+='; base-uri 'none'; "
+        r"form-action 'none'",
+        policy,
+    )
+    assert (
+        "url(" not in text
+        and "@import" not in text
+        and text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+    )
     assert "num_steps: 4\nloss:\n  beta: 0.1\n" in got.texts["pre"] and "config.yaml" in got.texts["summary"]
     assert [file.name for file in tmp_path.glob("*report*")] == ["report.html"]
 
@@ -286,38 +437,76 @@ def heads(got):
 
 def test_the_best_the_worst_and_the_unverifiable_of_an_evaluation_are_shown_one_per_prompt(tmp_path):
     rows = [
-        make_group(0, rewards=(1.0, 0.875, None), completions=["a0", "a1", "a2"], reward_reasons=[None, None, "timeout: 10 s"]),
-        make_group(1, rewards=(0.5, -1.0, 0.25), completions=["b0", "b1", "b2"], version=3, finish_reasons=["stop", "length", "stop"]),
+        make_group(
+            0,
+            rewards=(1.0, 0.875, None),
+            completions=["a0", "a1", "a2"],
+            reward_reasons=[None, None, "timeout: 10 s"],
+        ),
+        make_group(
+            1,
+            rewards=(0.5, -1.0, 0.25),
+            completions=["b0", "b1", "b2"],
+            version=3,
+            finish_reasons=["stop", "length", "stop"],
+        ),
         make_group(2, rewards=(None, None, None), completions=["c0", "c1", "c2"]),
         make_group(3, rewards=(float("nan"), 0.0, 0.75), completions=["d0", "d1", "d" * 5000]),
     ]
     save_evaluation(tmp_path, "x-step-000010.arrow", *rows)
     got = page(tmp_path, [{"step": 10, "eval/x/pass@1": 0.5}])
-    assert got.texts["pre"][1::2] == ["a0", "d" * 4000 + " … (5,000 characters)", "b0", "b1", "d1", "a1", "a2", "c0"]
+    assert got.texts["pre"][1::2] == [
+        "a0",
+        "d" * 4000 + " … (5,000 characters)",
+        "b0",
+        "b1",
+        "d1",
+        "a1",
+        "a2",
+        "c0",
+    ]
     said = heads(got)
     best, worst = (1, 0.75, 0.5), (-1, 0, 0.875)
-    kinds = [*(f"best: reward {value}" for value in best), *(f"worst: reward {value}" for value in worst), "unverifiable", "unverifiable"]
+    kinds = [
+        *(f"best: reward {value}" for value in best),
+        *(f"worst: reward {value}" for value in worst),
+        "unverifiable",
+        "unverifiable",
+    ]
     assert [kind for kind, _ in said] == kinds
-    assert said[3][1] == "math -1 · version 3 · policy · length" and said[6][1] == "math null · version 0 · policy · stop · timeout: 10 s"
+    assert (
+        said[3][1] == "math -1 · version 3 · policy · length"
+        and said[6][1] == "math null · version 0 · policy · stop · timeout: 10 s"
+    )
 
 
-def test_evaluations_are_shown_newest_first_some_of_very_many_and_the_training_from_its_newest_groups(tmp_path):
+def test_evaluations_are_shown_newest_first_some_of_very_many_and_the_training_from_its_newest_groups(
+    tmp_path,
+):
     for step in range(1, 31):
         save_evaluation(tmp_path, f"x-step-{step:06}.arrow", make_group(step, completions=[f"at {step}"] * 3))
     save_evaluation(tmp_path, "y-step-000010.arrow", make_group(2, rewards=(None,), completions=["y"]))
     (tmp_path / "evaluations" / "z-step-000010.arrow").write_bytes(b"ARROW1\0\0 torn")
     (tmp_path / "groups").mkdir()
-    groups.save(groups.table([make_group(1, completions=["of an older file"] * 3)]), tmp_path / "groups" / "00000.arrow")
-    log = [make_group(i, rewards=(float(i), 0.0), completions=[f"trained {i}", "bad"]) for i in range(100, 0, -1)]
+    groups.save(
+        groups.table([make_group(1, completions=["of an older file"] * 3)]),
+        tmp_path / "groups" / "00000.arrow",
+    )
+    log = [
+        make_group(i, rewards=(float(i), 0.0), completions=[f"trained {i}", "bad"]) for i in range(100, 0, -1)
+    ]
     groups.save(groups.table(log), tmp_path / "groups" / "00001.arrow")
     got = page(tmp_path, [{"step": 10, "eval/x/pass@1": 0.5}])
     titles = [text for text in got.texts["summary"] if ", step " in text or "training" in text]
-    assert [text for text in titles if text.startswith("x")] == [f"x, step {step}" for step in (30, 28, 25, 23, 20, 17, 15, 12, 9, 7, 4, 1)]
+    assert [text for text in titles if text.startswith("x")] == [
+        f"x, step {step}" for step in (30, 28, 25, 23, 20, 17, 15, 12, 9, 7, 4, 1)
+    ]
     assert titles[-3:] == ["y, step 10", "z, step 10", "the newest 64 groups of the training"]
     assert "12 of the 30 evaluations of x." in got.texts["small"]
     assert any("z-step-000010.arrow is not an Arrow IPC file" in text for text in got.texts["p"])
     assert "trained 64" in got.texts["pre"] and not {"trained 65", "of an older file"} & {*got.texts["pre"]}
-    assert [("open" in attributes) for tag, attributes in got.tags if tag == "details"].count(True) == 3  # of each set, the newest
+    # of each set, the newest
+    assert [("open" in attributes) for tag, attributes in got.tags if tag == "details"].count(True) == 3
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
@@ -331,11 +520,13 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
         report.write(tmp_path)
 
 
-# --- in a real browser -----------------------------------------------------------------------------------------------------------
+# --- in a real browser --------------------------------------------------------------------------------------
 
 
 def browse(path, *options, fragment="", probe=None, keep_policy=False):
-    """The page after its scripts ran, as a Page, and what the console said. `probe` is a script that runs after them, for which the policy goes."""
+    """The page after its scripts ran, as a Page, and what the console said. `probe` is a script that runs
+    after them, for which the policy goes.
+    """
     if probe is not None:
         text = path.read_text(encoding="utf-8")
         text = text if keep_policy else re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
@@ -344,12 +535,27 @@ def browse(path, *options, fragment="", probe=None, keep_policy=False):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     done = subprocess.run(
         [
-            browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-component-update",
-            "--disable-background-networking", f"--user-data-dir={path.parent / 'profile'}", "--enable-logging=stderr",
-            "--virtual-time-budget=5000", "--window-size=1200,900", *options, "--dump-dom", f"{path.resolve().as_uri()}{fragment}",
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-component-update",
+            "--disable-background-networking",
+            f"--user-data-dir={path.parent / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--window-size=1200,900",
+            *options,
+            "--dump-dom",
+            f"{path.resolve().as_uri()}{fragment}",
         ],
-        capture_output=True, encoding="utf-8", errors="replace", timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+    )
     assert done.returncode == 0 and "</html>" in done.stdout, done.stderr
     return Page(done.stdout), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -361,7 +567,10 @@ def probed(got):
 
 def says(script):
     """A probe that leaves what a JavaScript expression gives."""
-    output = "const output = document.createElement('output'); output.textContent = JSON.stringify(said); document.body.append(output);"
+    output = (
+        "const output = document.createElement('output'); output.textContent = JSON.stringify(said); "
+        "document.body.append(output);"
+    )
     return f"<script>{{ const said = {script}; {output} }}</script>"
 
 
@@ -387,8 +596,10 @@ def server():
 def attack(server):
     url = f"http://127.0.0.1:{server.server_port}"
     return (
-        f"</pre></td></title></style></script><img src={url}/img><script>document.title='attacked';fetch('{url}/fetch')</script>"
-        f"<style>body {{ background: url({url}/style) }}</style><link rel=stylesheet href={url}/link><iframe src={url}/frame></iframe>\"'"
+        "</pre></td></title></style></script><img "
+        f"src={url}/img><script>document.title='attacked';fetch('{url}/fetch')</script>"
+        f"<style>body {{ background: url({url}/style) }}</style><link rel=stylesheet "
+        f"href={url}/link><iframe src={url}/frame></iframe>\"'"
     )
 
 
@@ -406,22 +617,39 @@ def test_in_a_browser_a_hostile_run_is_text_and_nobody_is_asked_for_anything(tmp
 def test_were_a_run_to_get_its_markup_into_the_page_the_policy_would_still_stop_it(tmp_path, server):
     file = report.write(make_run(tmp_path / "run", [{"step": 1, **LINE}]))
     got, console = browse(file, probe=attack(server), keep_policy=True)
-    assert (server.asked, got.texts["title"][0]) == ([], "run") and any("Content Security Policy" in line for line in console)
-    got, _ = browse(file, probe=attack(server))  # so that the test can fail: without the policy it does all that
-    assert {"/img", "/fetch", "/style", "/link", "/frame"} <= {*server.asked} and got.texts["title"][0] == "attacked"
+    assert (server.asked, got.texts["title"][0]) == ([], "run") and any(
+        "Content Security Policy" in line for line in console
+    )
+    # so that the test can fail: without the policy it does all that
+    got, _ = browse(file, probe=attack(server))
+    assert {"/img", "/fetch", "/style", "/link", "/frame"} <= {*server.asked} and got.texts["title"][
+        0
+    ] == "attacked"
 
 
 @pytest.mark.browser
 def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it_is(tmp_path):
     run_dir = tmp_path / "run"
-    save_evaluation(run_dir, "x-step-000001.arrow", make_group(0, rewards=(1.0, 0.0), completions=["Apples are red", "pears"]))
-    save_evaluation(run_dir, "x-step-000002.arrow", make_group(0, rewards=(1.0, 0.0), completions=["red pears", "plums"]))
+    save_evaluation(
+        run_dir,
+        "x-step-000001.arrow",
+        make_group(0, rewards=(1.0, 0.0), completions=["Apples are red", "pears"]),
+    )
+    save_evaluation(
+        run_dir, "x-step-000002.arrow", make_group(0, rewards=(1.0, 0.0), completions=["red pears", "plums"])
+    )
     file = report.write(make_run(run_dir, [{"step": 1, **LINE}]))
 
     def seen(got):
         hidden = ["hidden" in attributes for tag, attributes in got.tags if tag == "article"]
-        folds = [("open" in attributes, "hidden" in attributes) for tag, attributes in got.tags if tag == "details"]
-        return hidden, folds[-2:], next(text for text in got.texts["span"] if "of" in text or "completions" in text)
+        folds = [
+            ("open" in attributes, "hidden" in attributes) for tag, attributes in got.tags if tag == "details"
+        ]
+        return (
+            hidden,
+            folds[-2:],
+            next(text for text in got.texts["span"] if "of" in text or "completions" in text),
+        )
 
     got, console = browse(file)
     assert (seen(got), console) == (([False] * 4, [(True, False), (False, False)], "4 completions"), [])
@@ -429,21 +657,31 @@ def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it
     assert (seen(got), console) == (([True, True, False, True], [(False, True), (True, False)], "1 of 4"), [])
     typed = "(() => { box.value = 'pears'; box.dispatchEvent(new Event('input')); return location.hash })()"
     got, console = browse(file, probe=says(typed))
-    assert (seen(got), console) == (([False, True, True, False], [(True, False), (True, False)], "2 of 4"), []) and probed(got) == "#q=pears"
+    assert (seen(got), console) == (
+        ([False, True, True, False], [(True, False), (True, False)], "2 of 4"),
+        [],
+    ) and probed(got) == "#q=pears"
 
 
 @pytest.mark.browser
-def test_in_a_browser_the_pointer_reads_step_and_value_of_every_line_among_ten_thousand_steps_of_two_runs(tmp_path):
+def test_in_a_browser_the_pointer_reads_step_and_value_of_every_line_among_ten_thousand_steps_of_two_runs(
+    tmp_path,
+):
     for name, factor in (("one", 1), ("other", 2)):
         more = [f"extra/{i}" for i in range(40)]
-        lines = ({"step": step, **LINE, **dict.fromkeys(more, step % 7), "loss": factor * step} for step in range(1, 10_001))
+        lines = (
+            {"step": step, **LINE, **dict.fromkeys(more, step % 7), "loss": factor * step}
+            for step in range(1, 10_001)
+        )
         make_run(tmp_path / name, lines, [{**DIED, "step": step} for step in range(0, 10_000, 10)])
     file = report.write(tmp_path / "one", tmp_path / "other")
     assert file.stat().st_size < 4_000_000
     script = """(() => {
-        const svg = document.querySelector('svg[aria-label="loss"]'), box = svg.getBoundingClientRect(), said = [];
+        const svg = document.querySelector('svg[aria-label="loss"]'), said = [];
+        const box = svg.getBoundingClientRect();
         for (const x of [58, 260, 462, 475]) {
-            svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + x * box.width / 480, clientY: box.top + 50 }));
+            const place = { clientX: box.left + x * box.width / 480, clientY: box.top + 50 };
+            svg.dispatchEvent(new PointerEvent("pointermove", place));
             said.push(tip.hidden ? null : tip.textContent);
         }
         svg.dispatchEvent(new PointerEvent("pointerleave"));
@@ -452,9 +690,14 @@ def test_in_a_browser_the_pointer_reads_step_and_value_of_every_line_among_ten_t
     })()"""
     got, console = browse(file, probe=says(script))
     said, *gone, num_elements, num_rows = probed(got)
-    assert said[0] == "step 1\none: 1\nother: 2" and said[2] == "step 10000\none: 10000\nother: 20000" and said[3] is None
+    assert (
+        said[0] == "step 1\none: 1\nother: 2"
+        and said[2] == "step 10000\none: 10000\nother: 20000"
+        and said[3] is None
+    )
     step, one, other = (int(re.search(r"\d+$", line)[0]) for line in said[1].splitlines())
-    assert 4970 < step < 5030 and one == step and other == 2 * step  # a thousandth of the picture's height is 0.13
+    # a thousandth of the picture's height is 0.13
+    assert 4970 < step < 5030 and one == step and other == 2 * step
     assert gone == [True, True] and num_elements < 20_000 and num_rows < 1500 and console == []
 
 
@@ -470,14 +713,25 @@ def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dar
         };
         const page = light(getComputedStyle(document.body).backgroundColor);
         const stands = (selector, property) => [...document.querySelectorAll(selector)].map((element) => {
-            const own = light(getComputedStyle(element)[property]); return (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05) });
+            const own = light(getComputedStyle(element)[property]);
+            return (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05) });
         document.querySelectorAll("details").forEach((fold) => (fold.open = true));
-        return { page, texts: stands("body, p, small, td, th, a, pre, summary, figcaption span span", "color"), words: stands("svg text", "fill"),
+        const texts = "body, p, small, td, th, a, pre, summary, figcaption span span";
+        return { page, texts: stands(texts, "color"),
+                 words: stands("svg text", "fill"),
                  lines: stands(".line, .mark path:not(.hit)", "stroke"),
                  wide: [document.documentElement.scrollWidth, innerWidth] };
     })()"""
-    got, console = browse(report.write(run_dir), f"--blink-settings=preferredColorScheme={scheme}", "--window-size=500,900", probe=says(script))
+    got, console = browse(
+        report.write(run_dir),
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--window-size=500,900",
+        probe=says(script),
+    )
     found = probed(got)
     assert (found["page"] < 0.05, found["page"] > 0.95) == ((True, False) if scheme == "0" else (False, True))
-    assert min(found["texts"] + found["words"]) >= 4.5 and min(found["lines"]) >= 3 and len(found["lines"]) > 10
-    assert found["wide"][0] <= found["wide"][1] and console == []  # nothing sticks out, on a narrow window too
+    assert (
+        min(found["texts"] + found["words"]) >= 4.5 and min(found["lines"]) >= 3 and len(found["lines"]) > 10
+    )
+    # nothing sticks out, on a narrow window too
+    assert found["wide"][0] <= found["wide"][1] and console == []

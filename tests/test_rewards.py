@@ -36,7 +36,9 @@ def test_exact_match_compares_letters(gold: str, completion: str, expected: floa
 
 
 def test_exact_match_minds_case_where_it_is_told_to() -> None:
-    assert exact_match(["p", "p"], ["\\boxed{paris}", "\\boxed{Paris}"], answer=["Paris"] * 2, ignore_case=False) == [0.0, 1.0]
+    assert exact_match(
+        ["p", "p"], ["\\boxed{paris}", "\\boxed{Paris}"], answer=["Paris"] * 2, ignore_case=False
+    ) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -87,23 +89,40 @@ def test_numeric_compares_numbers_within_a_tolerance_and_their_units(
         ("\\boxed{" * 10_000, 0.0, 0.0),
     ],
 )
-def test_format_wants_one_closed_box_and_thoughts_before_it(completion: str, boxed: float, boxed_after_thoughts: float) -> None:
+def test_format_wants_one_closed_box_and_thoughts_before_it(
+    completion: str, boxed: float, boxed_after_thoughts: float
+) -> None:
     assert format_reward(["p"], [completion]) == [boxed]
     assert format_reward(["p"], [completion], think=True) == [boxed_after_thoughts]
 
 
 def test_length_falls_in_a_line_from_the_free_tokens_to_the_limit() -> None:
     ids = [[0] * 10, [0] * 20, [0] * 25, [0] * 30, [0] * 99]
-    assert length_reward(["p"] * 5, [""] * 5, completion_ids=ids, free=20, limit=30) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert length_reward(["p"] * 5, [""] * 5, completion_ids=ids, free=20, limit=30) == [
+        0.0,
+        0.0,
+        -0.5,
+        -1.0,
+        -1.0,
+    ]
     assert length_reward(["p"], ["five words are in this"], limit=10) == [-0.5]
     with pytest.raises(ValueError, match=r"free \(30\) must be at least 0 and below limit \(30\)"):
         length_reward(["p"], [""], free=30, limit=30)
 
 
 def test_arguments_of_the_config_reach_the_function() -> None:
-    config = VerifiersConfig(rewards={"numeric": {"arguments": {"relative_tolerance": 0.1}}, "length": {"weight": 2, "arguments": {"limit": 4}}})
+    config = VerifiersConfig(
+        rewards={
+            "numeric": {"arguments": {"relative_tolerance": 0.1}},
+            "length": {"weight": 2, "arguments": {"limit": 4}},
+        }
+    )
     with Verifier(config) as verifier:
-        scored = verifier.score(groups.table([{"prompt": "p", "answer": "100", "completions": ["about \\boxed{105}", "\\boxed{120}"]}]))
+        scored = verifier.score(
+            groups.table(
+                [{"prompt": "p", "answer": "100", "completions": ["about \\boxed{105}", "\\boxed{120}"]}]
+            )
+        )
     assert scored["rewards"].to_pylist() == [[1.0 - 2 * 2 / 4, 0.0 - 2 * 1 / 4]]
 
 
@@ -119,7 +138,9 @@ def test_what_a_function_raises_or_returns_in_place_of_rewards_is_a_fault_with_i
         Part(None, "f returned str 'x', not a number", is_fault=True),
         Part(None, "f returned inf, not a finite float32", is_fault=True),
     ]
-    assert call("f", lambda **_: 1 / 0, ["p"], ["a"], {}) == [Part(None, "f raised ZeroDivisionError: division by zero", is_fault=True)]
+    assert call("f", lambda **_: 1 / 0, ["p"], ["a"], {}) == [
+        Part(None, "f raised ZeroDivisionError: division by zero", is_fault=True)
+    ]
 
 
 class _Judge(BaseHTTPRequestHandler):
@@ -132,7 +153,9 @@ class _Judge(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         type(self).requests.append(body)
         status = type(self).failures.pop(0) if type(self).failures else 200
-        answer = json.dumps({"rewards": [len(text) if text != "null" else None for text in body["completions"]]}).encode()
+        answer = json.dumps(
+            {"rewards": [len(text) if text != "null" else None for text in body["completions"]]}
+        ).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -156,12 +179,22 @@ def judge() -> Iterator[str]:
 
 def test_a_reward_over_http_comes_in_batches_and_is_tried_again(judge: str) -> None:
     _Judge.failures = [503, 429]
-    config = VerifiersConfig(rewards={"judge": {"url": judge, "weight": 0.5, "batch_size": 2, "arguments": {"rubric": "short"}}})
+    config = VerifiersConfig(
+        rewards={"judge": {"url": judge, "weight": 0.5, "batch_size": 2, "arguments": {"rubric": "short"}}}
+    )
     with Verifier(config) as verifier:
-        scored = verifier.score(groups.table([{"group_id": 3, "prompt": "p", "answer": "1", "completions": ["a", "null", "ccc"]}]))
+        scored = verifier.score(
+            groups.table([{"group_id": 3, "prompt": "p", "answer": "1", "completions": ["a", "null", "ccc"]}])
+        )
     assert scored["rewards"].to_pylist() == [[0.5, None, 1.5]]
-    assert [len(body["completions"]) for body in _Judge.requests] == [2, 2, 2, 1]  # twice refused, then answered, then the rest
-    assert _Judge.requests[-1] == {"prompts": ["p"], "completions": ["ccc"], "columns": {"group_id": [3], "answer": ["1"]}, "rubric": "short"}
+    # twice refused, then answered, then the rest
+    assert [len(body["completions"]) for body in _Judge.requests] == [2, 2, 2, 1]
+    assert _Judge.requests[-1] == {
+        "prompts": ["p"],
+        "completions": ["ccc"],
+        "columns": {"group_id": [3], "answer": ["1"]},
+        "rubric": "short",
+    }
 
 
 def test_a_reward_over_http_that_fails_leaves_the_completions_out_with_the_reason(judge: str) -> None:
@@ -169,7 +202,9 @@ def test_a_reward_over_http_that_fails_leaves_the_completions_out_with_the_reaso
     with Verifier(VerifiersConfig(rewards={"judge": {"url": judge}})) as verifier:
         scored = verifier.score(groups.table([{"prompt": "p", "answer": "1", "completions": ["a", "b"]}]))
     assert scored["rewards"].to_pylist() == [[None, None]]
-    assert all(reason.startswith("judge raised HTTPError: 404") for reason in scored["reward_reasons"].to_pylist()[0])
+    assert all(
+        reason.startswith("judge raised HTTPError: 404") for reason in scored["reward_reasons"].to_pylist()[0]
+    )
     with pytest.raises(Exception, match="Connection"):
         HttpReward(RewardConfig(url="http://127.0.0.1:9/", num_retries=0))(["p"], ["a"])
 
@@ -179,8 +214,15 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tiny.make_model(tmp_path_factory.mktemp("tokenizer")))
-    config = LlamaConfig(vocab_size=tiny.VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         num_labels=1, max_position_embeddings=32)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        max_position_embeddings=32,
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -189,7 +231,10 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_reward_model_scores_each_completion_as_it_would_alone(classifier: str) -> None:
     prompts, completions = ["1+1="] * 3, ["2", "12 or so", "3"]
     together = RewardModel(classifier, batch_size=2).score(prompts, completions)
-    alone = [RewardModel(classifier, batch_size=1).score([prompt], [text])[0] for prompt, text in zip(prompts, completions, strict=True)]
+    alone = [
+        RewardModel(classifier, batch_size=1).score([prompt], [text])[0]
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
     assert together == pytest.approx(alone, abs=1e-6)
     assert len({round(float(value), 6) for value in together}) == 3
 
@@ -201,13 +246,23 @@ def test_a_text_that_a_reward_model_cannot_read_whole_has_no_reward(classifier: 
 
 def test_a_reward_model_is_called_like_any_other_reward() -> None:
     config = VerifiersConfig(rewards={"format": 0.25, "rm": {"model": "no/such", "weight": 2.0}})
-    with Verifier(config, models={"rm": lambda prompts, completions, **_: [len(text) for text in completions]}) as verifier:
-        scored = verifier.score(groups.table([{"prompt": "p", "answer": "1", "completions": ["\\boxed{1}", "1"]}]))
+    with Verifier(
+        config, models={"rm": lambda prompts, completions, **_: [len(text) for text in completions]}
+    ) as verifier:
+        scored = verifier.score(
+            groups.table([{"prompt": "p", "answer": "1", "completions": ["\\boxed{1}", "1"]}])
+        )
     assert scored["rewards"].to_pylist() == [[18.25, 2.0]]
 
 
 def test_the_built_in_rewards_accept_every_column_and_are_plain_functions() -> None:
-    columns = {"answer": ["1"], "dataset": ["d"], "group_id": [0], "completion_ids": [[1]], "finish_reasons": ["stop"]}
+    columns = {
+        "answer": ["1"],
+        "dataset": ["d"],
+        "group_id": [0],
+        "completion_ids": [[1]],
+        "finish_reasons": ["stop"],
+    }
     for name, function in rewards.BUILT_IN.items():
         assert not asyncio.iscoroutinefunction(function)
         (part,) = call(name, function, ["p"], ["\\boxed{1}"], columns)

@@ -1,4 +1,6 @@
-"""The result of a step does not depend on how it is computed: five steps, in float64, however they are spread, cut, packed and ordered."""
+"""The result of a step does not depend on how it is computed: five steps, in float64, however they are
+spread, cut, packed and ordered.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Float64Policy(Policy):
 
 
 def batch(step: int) -> list[dict[str, Any]]:
-    """Ragged: groups of 2 beside one of 32, completions of one token, unverifiable and equal rewards, fresh, stale and foreign data."""
+    """Ragged: groups of 2 beside one of 32, completions of one token, unverifiable and equal rewards, fresh,
+    stale and foreign data.
+    """
     if step == NUM_STEPS:
         return [make_group(91, (1.0, 0.0), step - 1)]  # fewer groups than ranks
     first = 10 * step
@@ -38,7 +42,8 @@ def batch(step: int) -> list[dict[str, Any]]:
     return [
         make_group(first, (1.0, 0.0), step - 1),
         make_group(first + 1, tuple(float(i % 3) for i in range(32)), None),
-        make_group(first + 2, (0.0, 1.0, None, 0.5), 0),  # stale from the second step on: its reference is the engine's
+        # stale from the second step on: its reference is the engine's
+        make_group(first + 2, (0.0, 1.0, None, 0.5), 0),
         make_group(first + 3, (None, None), None),
         make_group(first + 4, (1.0, 1.0, 1.0), 0),
         make_group(first + 5, (0.25, 0.75, 1.0), step - 1),
@@ -63,18 +68,28 @@ def five_steps(
         make_model(folder / "model")
     if dist.is_initialized():
         dist.barrier()
-    options = {"backend": "ddp", "learning_rate": LEARNING_RATE, "num_mini_batches": 2, "micro_batch_tokens": LONG, **learner}
+    options = {
+        "backend": "ddp",
+        "learning_rate": LEARNING_RATE,
+        "num_mini_batches": 2,
+        "micro_batch_tokens": LONG,
+        **learner,
+    }
     given = Settings(
         run_dir=str(folder),
         num_steps=NUM_STEPS,
         last_step=NUM_STEPS,
-        loss=LossConfig(objective=objective, reference=reference, **({"beta": beta} if objective == "gvpo" else {})),
+        loss=LossConfig(
+            objective=objective, reference=reference, **({"beta": beta} if objective == "gvpo" else {})
+        ),
         learner=LearnerConfig(**options),
         checkpoint=CheckpointConfig(),
         model_path=str(folder / "model"),
         parity_every=0,
     )
-    model = ModelConfig(path=given.model_path, lora={"rank": 4} if lora else None).model_copy(update={"dtype": dtype})
+    model = ModelConfig(path=given.model_path, lora={"rank": 4} if lora else None).model_copy(
+        update={"dtype": dtype}
+    )
     policy = (Float64Policy if dtype == "float64" else Policy)(model, given.learner, given.model_path)
     if reference == "initial":
         policy.load_reference(given.model_path)
@@ -85,10 +100,15 @@ def five_steps(
             groups.split_by_tokens = lambda rows, n: usual(rows, n)[1:] + usual(rows, n)[:1]
         for step in range(1, NUM_STEPS + 1):
             rows = batch(step)
-            if order == "backwards in each mini-batch":  # which is cut after the groups that cannot be trained on are gone
+            # which is cut after the groups that cannot be trained on are gone
+            if order == "backwards in each mini-batch":
                 trained = [row for row in rows if groups.trainable(row)]
                 middle = round(len(trained) / 2)
-                rows = trained[:middle][::-1] + trained[middle:][::-1] + [row for row in rows if not groups.trainable(row)]
+                rows = (
+                    trained[:middle][::-1]
+                    + trained[middle:][::-1]
+                    + [row for row in rows if not groups.trainable(row)]
+                )
             metrics.append(train_step(policy, rows, given))
     finally:
         groups.split_by_tokens = usual
@@ -106,24 +126,49 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ddp, other ranks": {"ranks": "turned", "micro_batch_tokens": 70},
     "fsdp": {"backend": "fsdp"},
     "fsdp, 40 tokens a pass": {"backend": "fsdp", "micro_batch_tokens": 40},
-    "fsdp, padded, other ranks": {"backend": "fsdp", "packing": False, "ranks": "turned", "micro_batch_tokens": 100},
+    "fsdp, padded, other ranks": {
+        "backend": "fsdp",
+        "packing": False,
+        "ranks": "turned",
+        "micro_batch_tokens": 100,
+    },
 }
 ZERO: dict[str, dict[str, Any]] = {
     f"zero {stage}, {offload}, {tokens} tokens a pass": {
-        "backend": "deepspeed", "zero_stage": stage, "offload": offload, "micro_batch_tokens": tokens, "dtype": "float32"
+        "backend": "deepspeed",
+        "zero_stage": stage,
+        "offload": offload,
+        "micro_batch_tokens": tokens,
+        "dtype": "float32",
     }
-    for stage, offload, tokens in [(0, "none", 40), (0, "none", LONG), (1, "none", 40), (2, "none", 40), (3, "none", 40), (3, "none", LONG),
-                                   (1, "optimizer", LONG), (2, "optimizer", LONG), (3, "optimizer", 40), (3, "parameters", 40)]
-}  # fmt: skip
-ZERO |= {f"lora, zero {stage}": {"backend": "deepspeed", "zero_stage": stage, "dtype": "float32", "lora": True} for stage in (0, 2, 3)}
-OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in ("grpo", "dr_grpo", "rloo", "reinforce")}
+    for stage, offload, tokens in [
+        (0, "none", 40),
+        (0, "none", LONG),
+        (1, "none", 40),
+        (2, "none", 40),
+        (3, "none", 40),
+        (3, "none", LONG),
+        (1, "optimizer", LONG),
+        (2, "optimizer", LONG),
+        (3, "optimizer", 40),
+        (3, "parameters", 40),
+    ]
+}
+ZERO |= {
+    f"lora, zero {stage}": {"backend": "deepspeed", "zero_stage": stage, "dtype": "float32", "lora": True}
+    for stage in (0, 2, 3)
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    name: {"objective": name} for name in ("grpo", "dr_grpo", "rloo", "reinforce")
+}
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
 OTHERS |= {"beta steered": {"beta": "auto"}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE = {"ddp": {"micro_batch_tokens": 40}, "fsdp": {"backend": "fsdp", "micro_batch_tokens": 70}}
 CASES = {name: functools.partial(five_steps, **options) for name, options in VARIANTS.items()}
-CASES_ON_3 = dict(CASES)  # what is particular to a number of ranks is there with three already; the rest takes minutes on two cores
+# what is particular to a number of ranks is there with three already; the rest takes minutes on two cores
+CASES_ON_3 = dict(CASES)
 CASES |= {name: functools.partial(five_steps, **options) for name, options in ZERO.items()}
 CASES |= {name: functools.partial(five_steps, **options) for name, options in OTHERS.items()}
 CASES |= {
@@ -149,11 +194,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return five_steps(tmp_path_factory.mktemp("alone"))
 
 
-def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path, alone: dict[str, Any]) -> None:
+def test_it_is_the_squared_loss_differentiated_through_everything(
+    tmp_path: Path, alone: dict[str, Any]
+) -> None:
     """transformers, autograd, clipping and AdamW, one completion at a time; the definition of the loss."""
     from transformers import AutoModelForCausalLM
 
-    model, first = (float64(AutoModelForCausalLM.from_pretrained(make_model(tmp_path), dtype=torch.float64)) for _ in range(2))
+    model, first = (
+        float64(AutoModelForCausalLM.from_pretrained(make_model(tmp_path), dtype=torch.float64))
+        for _ in range(2)
+    )
     start = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -169,7 +219,9 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
             if len(kept) < 2:
                 continue
             version = row["version_min"][0]
-            with torch.no_grad():  # the engine's log-probs of what an older policy sampled, else the policy at the start of the step or of the run
+            # the engine's log-probs of what an older policy sampled, else the policy at the start of the step
+            # or of the run
+            with torch.no_grad():
                 if version is not None and version < step - 1:
                     references = [torch.tensor(row["sampling_logprobs"][i]).double().sum() for i in kept]
                 else:
@@ -182,7 +234,9 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
                 references = torch.cat([reference for *_, reference in part])
                 log_ratios = (logprobs.detach() - references).split([len(kept) for _, kept, _ in part])
                 rewards = [[row["rewards"][i] for i in kept] for row, kept, _ in part]
-                counts, of_likelihood, damped = counted_and_damped(list(zip(rewards, [own.tolist() for own in log_ratios], strict=True)), BETA)
+                counts, of_likelihood, damped = counted_and_damped(
+                    list(zip(rewards, [own.tolist() for own in log_ratios], strict=True)), BETA
+                )
                 loss = gvpo_loss_squared(
                     logprobs,
                     references,
@@ -202,7 +256,9 @@ def test_it_is_the_squared_loss_differentiated_through_everything(tmp_path: Path
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_five_steps_in_float64_are_the_same_wherever_and_however(on_ranks, alone, world_size: int, name: str) -> None:
+def test_five_steps_in_float64_are_the_same_wherever_and_however(
+    on_ranks, alone, world_size: int, name: str
+) -> None:
     for result in on_ranks(world_size, name):
         assert difference(result["weights"], alone["weights"]) < 1e-9
         same_metrics(result["metrics"], alone["metrics"], 1e-8)
@@ -210,9 +266,12 @@ def test_five_steps_in_float64_are_the_same_wherever_and_however(on_ranks, alone
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", ZERO)
-def test_deepspeed_which_computes_in_float32_is_as_near_as_float32_is(on_ranks, alone, world_size: int, name: str) -> None:
-    # DeepSpeed knows no float64. In float32 gradients differ by some 1e-7 of them; Adam divides by their size, so where a gradient is next to
-    # nothing the rounding may decide up to a whole step of 1e-3. Measured: 1.3e-6 at most, in those with adapters 5e-6.
+def test_deepspeed_which_computes_in_float32_is_as_near_as_float32_is(
+    on_ranks, alone, world_size: int, name: str
+) -> None:
+    # DeepSpeed knows no float64. In float32 gradients differ by some 1e-7 of them; Adam divides by their
+    # size, so where a gradient is next to nothing the rounding may decide up to a whole step of 1e-3.
+    # Measured: 1.3e-6 at most, in those with adapters 5e-6.
     want = on_ranks(1, "lora")[0] if "lora" in name else alone
     for result in on_ranks(world_size, name):
         assert difference(result["weights"], want["weights"]) < 1e-5
@@ -221,7 +280,9 @@ def test_deepspeed_which_computes_in_float32_is_as_near_as_float32_is(on_ranks, 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("where", ELSEWHERE)
 @pytest.mark.parametrize("name", OTHERS)
-def test_so_are_those_of_the_other_objectives_references_and_of_adapters(on_ranks, name: str, where: str, world_size: int) -> None:
+def test_so_are_those_of_the_other_objectives_references_and_of_adapters(
+    on_ranks, name: str, where: str, world_size: int
+) -> None:
     want = on_ranks(1, name)[0]
     for result in on_ranks(world_size, f"{name}, {where}"):
         assert difference(result["weights"], want["weights"]) < 1e-9

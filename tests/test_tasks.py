@@ -30,7 +30,9 @@ def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_
     for name, number in (("train", len(train)), ("heldout", len(held_out)), ("worked", num_worked)):
         one, two = (pq.read_table(tmp_path / folder / f"{name}.parquet") for folder in ("one", "two"))
         assert one.equals(two) and one.num_rows == number
-    assert pq.read_table(tmp_path / "one" / "train.parquet")["prompt"].to_pylist() == [problem.prompt for problem in train]
+    assert pq.read_table(tmp_path / "one" / "train.parquet")["prompt"].to_pylist() == [
+        problem.prompt for problem in train
+    ]
     worked = pq.read_table(tmp_path / "one" / "worked.parquet").slice(0, 3000).to_pylist()
     assert {row["prompt"] for row in worked} <= {problem.prompt for problem in train}
     right = sum(extract(row["solution"]).text == row["answer"] for row in worked) / len(worked)
@@ -59,7 +61,15 @@ def test_a_hurried_person_who_never_slips_is_right(monkeypatch):
 
 @pytest.mark.parametrize(
     "completion, want",
-    [(r"\boxed{0123}", 1), (r"\boxed{0132}", 0.5), (r"\boxed{012}", 0.75), (r"\boxed{01234567}", 0.5), (r"\boxed{}", 0), ("nothing", 0), ("", 0)],
+    [
+        (r"\boxed{0123}", 1),
+        (r"\boxed{0132}", 0.5),
+        (r"\boxed{012}", 0.75),
+        (r"\boxed{01234567}", 0.5),
+        (r"\boxed{}", 0),
+        ("nothing", 0),
+        ("", 0),
+    ],
 )
 def test_each_digit_in_its_place_is_worth_its_share(completion, want):
     assert in_place(["Sort 3210"], [completion], answer=["0123"]) == [want]

@@ -1,7 +1,9 @@
-"""What the paper proves, on problems small enough to enumerate: 3 prompts, 6 completions each, a table of logits as policy.
+"""What the paper proves, on problems small enough to enumerate: 3 prompts, 6 completions each, a table of
+logits as policy.
 
-The optimum is pi_ref(y|x) exp(R(x,y)/beta) / Z(x), whoever samples (Theorem 3.1, Corollary 3.2), for groups of any sizes (Corollary 3.5),
-and 1/(m - 1) makes the loss of a group an unbiased estimate of the objective (Theorem 3.4).
+The optimum is pi_ref(y|x) exp(R(x,y)/beta) / Z(x), whoever samples (Theorem 3.1, Corollary 3.2), for groups
+of any sizes (Corollary 3.5), and 1/(m - 1) makes the loss of a group an unbiased estimate of the objective
+(Theorem 3.4).
 """
 
 from collections.abc import Callable
@@ -23,7 +25,9 @@ GROUPS_PER_UPDATE, NUM_UPDATES, LAG = 8, 1200, 100
 
 
 class Problem:
-    """Random rewards, a random reference and a random first policy that is not the reference; log-probabilities [prompt, completion]."""
+    """Random rewards, a random reference and a random first policy that is not the reference;
+    log-probabilities [prompt, completion].
+    """
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
@@ -43,8 +47,10 @@ class Problem:
         return max(forward.max().item(), backward.max().item())
 
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (logprobs, reference, rewards, group ids) -> loss
-Sampler = Callable[[Problem, list[Tensor]], Tensor]  # (problem, every policy so far) -> probabilities [prompt, completion]
+# (logprobs, reference, rewards, group ids) -> loss
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (problem, every policy so far) -> probabilities [prompt, completion]
+Sampler = Callable[[Problem, list[Tensor]], Tensor]
 
 
 def on_policy(problem: Problem, policies: list[Tensor]) -> Tensor:
@@ -74,7 +80,9 @@ def never_the_best(problem: Problem, policies: list[Tensor]) -> Tensor:
 
 
 def train(problem: Problem, sampler: Sampler, objective: Objective) -> Tensor:
-    """The final policy of NUM_UPDATES updates of Adam, each on GROUPS_PER_UPDATE groups of 2 to 32 sampled completions."""
+    """The final policy of NUM_UPDATES updates of Adam, each on GROUPS_PER_UPDATE groups of 2 to 32 sampled
+    completions.
+    """
     logits = problem.first.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, NUM_UPDATES)
@@ -85,7 +93,9 @@ def train(problem: Problem, sampler: Sampler, objective: Objective) -> Tensor:
         group_ids = torch.repeat_interleave(torch.arange(GROUPS_PER_UPDATE), sizes)
         x = prompts[group_ids]
         y = torch.multinomial(sampler(problem, policies)[x], 1, generator=problem.random).squeeze(1)
-        loss = objective(logits.log_softmax(1)[x, y], problem.reference[x, y], problem.rewards[x, y], group_ids)
+        loss = objective(
+            logits.log_softmax(1)[x, y], problem.reference[x, y], problem.rewards[x, y], group_ids
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,15 +108,17 @@ def gvpo(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor
     return gvpo_loss(logprobs, reference, rewards, group_ids, BETA)[0]
 
 
-# ------------------------------------------------------------------------------------------------------- the optimum, sampled
+# --------------------------------------------------------------------------------------- the optimum, sampled
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign, mixed])
 def test_gvpo_reaches_the_optimum_whoever_samples(sampler, seed):
     problem = Problem(seed)
-    assert problem.distance(problem.first) > 0.1 and problem.distance(problem.reference) > 0.1  # there is a way to go
-    assert problem.distance(train(problem, sampler, gvpo)) < 1e-6  # nats; interpolation: no noise is left there
+    # there is a way to go
+    assert problem.distance(problem.first) > 0.1 and problem.distance(problem.reference) > 0.1
+    # nats; interpolation: no noise is left there
+    assert problem.distance(train(problem, sampler, gvpo)) < 1e-6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -131,16 +143,20 @@ def test_policy_gradient_with_a_mean_baseline_misses_the_optimum(sampler):
 def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
     """min(cap, pi/mu), which changes with the policy, is one more way to choose the sampler."""
 
-    def gvpo_with_importance(logprobs: Tensor, old: Tensor, reference: Tensor, _: Tensor, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor]:
+    def gvpo_with_importance(
+        logprobs: Tensor, old: Tensor, reference: Tensor, _: Tensor, rewards: Tensor, group_ids: Tensor
+    ) -> tuple[Tensor]:
         importance = importance_weights(logprobs, old, group_ids, cap)
         kept = kept_likelihood(logprobs, old, rewards, group_ids)
-        return (gvpo_loss(logprobs, reference, rewards, group_ids, BETA, importance=importance, kept=kept)[0],)
+        return (
+            gvpo_loss(logprobs, reference, rewards, group_ids, BETA, importance=importance, kept=kept)[0],
+        )
 
     problem = Problem(1)
     assert problem.distance(train_policy_gradient(problem, sampler, gvpo_with_importance)) < 1e-6
 
 
-# -------------------------------------------------------------------------------------------------- the optimum, in expectation
+# -------------------------------------------------------------------------------- the optimum, in expectation
 
 
 def exact_objective(logprobs: Tensor, reference: Tensor, rewards: Tensor, sampling: Tensor) -> Tensor:
@@ -149,12 +165,16 @@ def exact_objective(logprobs: Tensor, reference: Tensor, rewards: Tensor, sampli
     return (sampling * (residual - (sampling * residual).sum()).square()).sum() / 2
 
 
-def expected_loss(objective: Objective, m: int, logprobs: Tensor, reference: Tensor, rewards: Tensor, sampling: Tensor) -> Tensor:
+def expected_loss(
+    objective: Objective, m: int, logprobs: Tensor, reference: Tensor, rewards: Tensor, sampling: Tensor
+) -> Tensor:
     """The mean of a group's loss over every tuple of m completions, each as often as it is drawn."""
     total = torch.zeros(()).double()
     for drawn in product(range(len(rewards)), repeat=m):
         y = torch.tensor(drawn)
-        total = total + sampling[y].prod() * objective(logprobs[y], reference[y], rewards[y], torch.zeros(m, dtype=torch.long))
+        total = total + sampling[y].prod() * objective(
+            logprobs[y], reference[y], rewards[y], torch.zeros(m, dtype=torch.long)
+        )
     return total
 
 
@@ -177,21 +197,33 @@ def test_the_expected_loss_and_gradient_of_a_group_are_those_of_the_objective_fo
     want = exact_objective(logprobs, reference, rewards, sampling)
     got = expected_loss(objective, m, logprobs, reference, rewards, sampling)
     assert got.item() == pytest.approx(want.item(), rel=1e-12)
-    (want_gradient,), (got_gradient,) = torch.autograd.grad(want, logprobs), torch.autograd.grad(got, logprobs)
+    (want_gradient,), (got_gradient,) = (
+        torch.autograd.grad(want, logprobs),
+        torch.autograd.grad(got, logprobs),
+    )
     assert got_gradient.tolist() == pytest.approx(want_gradient.tolist(), rel=1e-10, abs=1e-13)
 
 
 @pytest.mark.parametrize(("m", "share"), [(2, 1 / 2), (3, 2 / 3)])
 def test_one_over_m_would_be_biased_and_differently_for_each_size(m, share):
     problem = Problem(3)
-    reference, rewards, sampling, logprobs = problem.reference[0], problem.rewards[0], problem.foreign[0].exp(), problem.first[0]
+    reference, rewards, sampling, logprobs = (
+        problem.reference[0],
+        problem.rewards[0],
+        problem.foreign[0].exp(),
+        problem.first[0],
+    )
     want = exact_objective(logprobs, reference, rewards, sampling)
-    assert expected_loss(over_m, m, logprobs, reference, rewards, sampling).item() == pytest.approx(share * want.item(), rel=1e-12)
+    assert expected_loss(over_m, m, logprobs, reference, rewards, sampling).item() == pytest.approx(
+        share * want.item(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("sampling", [on_policy, uniform, foreign])
 def test_the_exact_objective_is_zero_at_the_optimum_and_nowhere_near_it(sampling):
-    """Interpolation: every group's loss is zero at the optimum, so the noise of sampled groups vanishes there."""
+    """Interpolation: every group's loss is zero at the optimum, so the noise of sampled groups vanishes
+    there.
+    """
     problem = Problem(4)
     probabilities = sampling(problem, [problem.target])
     for x in range(NUM_PROMPTS):
@@ -205,7 +237,9 @@ def test_the_exact_objective_is_zero_at_the_optimum_and_nowhere_near_it(sampling
 
 
 def expected_gradient_of_logits_where_a_reward_is_noisy(kept: float) -> Tensor:
-    """At the optimum of the mean rewards, over every group of three and every toss of what completion 2 gets: 0.4 more or 0.4 less."""
+    """At the optimum of the mean rewards, over every group of three and every toss of what completion 2 gets:
+    0.4 more or 0.4 less.
+    """
     problem = Problem(4)
     logits = problem.target[0].clone().requires_grad_()
     logprobs, probabilities = logits.log_softmax(0), problem.target[0].exp()
@@ -219,18 +253,22 @@ def expected_gradient_of_logits_where_a_reward_is_noisy(kept: float) -> Tensor:
 
 
 def test_noisy_rewards_move_the_optimum_only_where_what_pushes_down_counts_less():
-    """To the completions whose rewards vary most: their good luck counts more than their bad luck. Without noise k leaves it where it is (above)."""
+    """To the completions whose rewards vary most: their good luck counts more than their bad luck. Without
+    noise k leaves it where it is (above).
+    """
     assert expected_gradient_of_logits_where_a_reward_is_noisy(1.0).abs().max() < 1e-12
     gradient = expected_gradient_of_logits_where_a_reward_is_noisy(0.5)
     assert gradient[2] < -1e-4
     assert all(gradient[y] > 1e-6 for y in range(NUM_COMPLETIONS) if y != 2)
 
 
-# ------------------------------------------------------------------------------------ where the other objectives end up instead
+# ------------------------------------------------------------------ where the other objectives end up instead
 
 
 def train_policy_gradient(problem: Problem, sampler: Sampler, loss: Callable, **options: float) -> Tensor:
-    """`train` on the same draws, for objectives that also take the log-probabilities of who sampled; a completion is one token."""
+    """`train` on the same draws, for objectives that also take the log-probabilities of who sampled; a
+    completion is one token.
+    """
     sampled = []
 
     def recording(problem: Problem, policies: list[Tensor]) -> Tensor:
@@ -238,7 +276,8 @@ def train_policy_gradient(problem: Problem, sampler: Sampler, loss: Callable, **
         return sampled[-1]
 
     def objective(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        drawn = (rewards[:, None] == problem.rewards.flatten()).nonzero()[:, 1]  # rewards all differ: they tell which completion it is
+        # rewards all differ: they tell which completion it is
+        drawn = (rewards[:, None] == problem.rewards.flatten()).nonzero()[:, 1]
         old = sampled[-1].flatten()[drawn].log()
         return loss(logprobs, old, reference, torch.arange(len(rewards)), rewards, group_ids, **options)[0]
 
@@ -248,15 +287,19 @@ def train_policy_gradient(problem: Problem, sampler: Sampler, loss: Callable, **
 @pytest.mark.parametrize("loss", [grpo_loss, dr_grpo_loss])
 @pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign])
 def test_grpo_and_dr_grpo_with_a_penalty_of_beta_miss_the_optimum(sampler, loss):
-    """GVPO reaches it from each of these samplers (above, below 1e-6). Why these do not, even where the policy itself samples:
+    """GVPO reaches it from each of these samplers (above, below 1e-6). Why these do not, even where the
+    policy itself samples:
 
-    - GRPO divides by the std of the rewards, which makes the penalty of each prompt beta * std in units of its reward.
-    - k3 as it stands has the gradient of KL(pi_ref || pi), not of KL(pi || pi_ref), and so another minimum. That alone is left of it for
-      Dr. GRPO on its own samples, up to (m - 1)/m of the advantage, which differs between sizes of groups.
-    - From another sampler, clipping stops the ratio from correcting, and the penalty is an average under that sampler.
+    - GRPO divides by the std of the rewards, which makes the penalty of each prompt beta * std in units of
+    its reward.
+    - k3 as it stands has the gradient of KL(pi_ref || pi), not of KL(pi || pi_ref), and so another minimum.
+      That alone is left of it for Dr. GRPO on its own samples, up to (m - 1)/m of the advantage, which
+      differs between sizes of groups.
+    - From another sampler, clipping stops the ratio from correcting, and the penalty is an average under that
+    sampler.
 
-    Seen with seed 1: GRPO 1.56, 0.12, 1.24, 0.55 and Dr. GRPO 0.11, 0.15, 0.17, 0.32 nats. How far off depends on the problem: with seed 0
-    Dr. GRPO comes as near as 0.012 on its own samples.
+    Seen with seed 1: GRPO 1.56, 0.12, 1.24, 0.55 and Dr. GRPO 0.11, 0.15, 0.17, 0.32 nats. How far off
+    depends on the problem: with seed 0 Dr. GRPO comes as near as 0.012 on its own samples.
     """
     problem = Problem(1)
     assert problem.distance(train_policy_gradient(problem, sampler, loss, kl_coefficient=BETA)) > 0.05
@@ -271,13 +314,19 @@ def test_grpo_and_dr_grpo_without_a_penalty_miss_the_optimum(sampler, loss):
 
 
 def test_reinforce_with_a_penalty_of_beta_in_the_reward_misses_the_optimum_on_samples_of_another_policy():
-    """At the optimum the penalized reward is beta log Z for every completion: pushed up alike, those that are sampled more rise more."""
+    """At the optimum the penalized reward is beta log Z for every completion: pushed up alike, those that are
+    sampled more rise more.
+    """
     problem = Problem(1)
-    assert problem.distance(train_policy_gradient(problem, foreign, reinforce_loss, kl_coefficient=BETA)) > 0.1
+    assert (
+        problem.distance(train_policy_gradient(problem, foreign, reinforce_loss, kl_coefficient=BETA)) > 0.1
+    )
 
 
 @pytest.mark.parametrize("sampler", [on_policy, foreign])
 def test_rloo_with_the_penalty_of_the_trained_policy_in_the_reward_reaches_the_optimum(sampler):
-    """It is GVPO divided by beta. With the penalty fixed when sampling, as it is often implemented, it would be so on-policy only."""
+    """It is GVPO divided by beta. With the penalty fixed when sampling, as it is often implemented, it would
+    be so on-policy only.
+    """
     problem = Problem(1)
     assert problem.distance(train_policy_gradient(problem, sampler, rloo_loss, kl_coefficient=BETA)) < 1e-6

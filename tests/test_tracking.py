@@ -1,4 +1,6 @@
-"""Tracking: what metrics are called on Ray, and what the dashboard asks for; trackers, by their own libraries."""
+"""Tracking: what metrics are called on Ray, and what the dashboard asks for; trackers, by their own
+libraries.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,17 @@ DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana" / "gvpo.json"
 
 def config(run_dir: Path, **tracking: Any) -> GVPOConfig:
     run_dir.mkdir(exist_ok=True)
-    data = {"run_dir": str(run_dir), "num_steps": 3, "model": {"path": "models/x"}, "prompts": {"path": "data/x.jsonl"}, "tracking": tracking}
+    data = {
+        "run_dir": str(run_dir),
+        "num_steps": 3,
+        "model": {"path": "models/x"},
+        "prompts": {"path": "data/x.jsonl"},
+        "tracking": tracking,
+    }
     return GVPOConfig.from_dict(data)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------------------ names
 
 
 @pytest.mark.parametrize(
@@ -75,13 +83,19 @@ def config(run_dir: Path, **tracking: Any) -> GVPOConfig:
         ("new/thing@2", "gvpo_new_thing_2", {}),  # one that nobody has thought of here
     ],
 )
-def test_a_metrics_name_on_ray_has_its_unit_and_its_free_part_as_a_label(name: str, ours: str, labels: dict[str, str]) -> None:
+def test_a_metrics_name_on_ray_has_its_unit_and_its_free_part_as_a_label(
+    name: str, ours: str, labels: dict[str, str]
+) -> None:
     assert series_of(name) == (ours, labels)
 
 
 def test_no_two_metrics_share_a_series_and_a_name_has_the_same_labels_always() -> None:
     names = {"step", *batch_metrics(BATCH, 7), *evaluation_metrics("a", []), *evaluation_metrics("b", [])}
-    names |= {"gvpo/residual_var", *(f"gvpo/residual_var/{age}" for age in AGES), *(f"gvpo/residual_histogram/{edge}" for edge in RESIDUAL_EDGES)}
+    names |= {
+        "gvpo/residual_var",
+        *(f"gvpo/residual_var/{age}" for age in AGES),
+        *(f"gvpo/residual_histogram/{edge}" for edge in RESIDUAL_EDGES),
+    }
     series = [series_of(name) for name in sorted(names)]
     assert len({json.dumps(entry) for entry in series}) == len(names)
     keys = {(name, *labels) for name, labels in series}
@@ -90,7 +104,14 @@ def test_no_two_metrics_share_a_series_and_a_name_has_the_same_labels_always() -
 
 
 def test_what_is_not_a_number_is_left_out() -> None:
-    line = {"step": 4, "loss": math.nan, "reward/std": math.inf, "gvpo/beta": None, "who": "x", "reward/mean": 1}
+    line = {
+        "step": 4,
+        "loss": math.nan,
+        "reward/std": math.inf,
+        "gvpo/beta": None,
+        "who": "x",
+        "reward/mean": 1,
+    }
     assert of_line(line) == [("gvpo_step", {}, 4.0), ("gvpo_reward_mean", {}, 1.0)]
 
 
@@ -99,45 +120,90 @@ def engine(pool: str, state: str, num_groups: int = 0, version: int | None = Non
 
 
 STATUS: dict[str, Any] = {
-    "time": 1000.0, "num_steps": 9, "doing": "training", "running": {"engines": 3, "buffer": 0}, "oldest": {"since": 940.0},
-    "verifiers": {"verifier-0": 2, "verifier-1": 0, "verifier-2": 1}, "recoveries": {"engine": 2},
-    "engines": [engine("a", "running", 2, 5), engine("a", "running", 1, 4), engine("a", "dead"), engine("b", "wanted")],
+    "time": 1000.0,
+    "num_steps": 9,
+    "doing": "training",
+    "running": {"engines": 3, "buffer": 0},
+    "oldest": {"since": 940.0},
+    "verifiers": {"verifier-0": 2, "verifier-1": 0, "verifier-2": 1},
+    "recoveries": {"engine": 2},
+    "engines": [
+        engine("a", "running", 2, 5),
+        engine("a", "running", 1, 4),
+        engine("a", "dead"),
+        engine("b", "wanted"),
+    ],
     "buffer": {
-        "num_finished": 40, "num_waiting": 8, "num_running": 3, "dial": "open", "learner": "waits for groups: step 6 has 8 of 16",
+        "num_finished": 40,
+        "num_waiting": 8,
+        "num_running": 3,
+        "dial": "open",
+        "learner": "waits for groups: step 6 has 8 of 16",
         "learner_since": 970.0,
     },
-}  # fmt: skip
+}
 
 
 def test_each_stages_state_and_queue_by_hand() -> None:
     values = {(name, *labels.values()): value for name, labels, value in of_status(STATUS)}
     expected = {
-        ("gvpo_num_steps",): 9, ("gvpo_run_state", "training"): 1, ("gvpo_run_state", "evaluating"): 0,
-        ("gvpo_groups", "engines"): 3, ("gvpo_groups", "verifiers"): 0, ("gvpo_oldest_group_seconds",): 60,
-        ("gvpo_engines", "a", "running"): 2, ("gvpo_engines", "a", "dead"): 1, ("gvpo_engines", "a", "leaving"): 0,
+        ("gvpo_num_steps",): 9,
+        ("gvpo_run_state", "training"): 1,
+        ("gvpo_run_state", "evaluating"): 0,
+        ("gvpo_groups", "engines"): 3,
+        ("gvpo_groups", "verifiers"): 0,
+        ("gvpo_oldest_group_seconds",): 60,
+        ("gvpo_engines", "a", "running"): 2,
+        ("gvpo_engines", "a", "dead"): 1,
+        ("gvpo_engines", "a", "leaving"): 0,
         ("gvpo_engines", "b", "wanted"): 1,
-        ("gvpo_engine_groups", "a"): 3, ("gvpo_engine_groups", "b"): 0, ("gvpo_engine_version", "a"): 4,
-        ("gvpo_verifiers", "busy"): 2, ("gvpo_verifiers", "idle"): 1, ("gvpo_recoveries", "engine"): 2,
-        ("gvpo_buffer_groups", "finished"): 40, ("gvpo_buffer_groups", "waiting"): 8, ("gvpo_buffer_groups", "running"): 3, ("gvpo_dial_open",): 1,
-        ("gvpo_learner_state", "waits for groups"): 1, ("gvpo_learner_state", "trains"): 0, ("gvpo_learner_state_seconds",): 30,
-    }  # fmt: skip
+        ("gvpo_engine_groups", "a"): 3,
+        ("gvpo_engine_groups", "b"): 0,
+        ("gvpo_engine_version", "a"): 4,
+        ("gvpo_verifiers", "busy"): 2,
+        ("gvpo_verifiers", "idle"): 1,
+        ("gvpo_recoveries", "engine"): 2,
+        ("gvpo_buffer_groups", "finished"): 40,
+        ("gvpo_buffer_groups", "waiting"): 8,
+        ("gvpo_buffer_groups", "running"): 3,
+        ("gvpo_dial_open",): 1,
+        ("gvpo_learner_state", "waits for groups"): 1,
+        ("gvpo_learner_state", "trains"): 0,
+        ("gvpo_learner_state_seconds",): 30,
+    }
     assert {key: values[key] for key in expected} == expected
     assert ("gvpo_engine_version", "b") not in values
     assert sum(value for (name, *_), value in values.items() if name == "gvpo_learner_state") == 1
 
 
 def test_a_buffer_that_does_not_answer_and_a_run_with_nothing_on_its_way_have_series_too() -> None:
-    names = {name: value for name, _, value in of_status(STATUS | {"buffer": None, "oldest": None, "engines": [], "verifiers": {}})}
-    assert names["gvpo_oldest_group_seconds"] == 0 and not any(name.startswith(("gvpo_learner", "gvpo_buffer", "gvpo_engine")) for name in names)
+    names = {
+        name: value
+        for name, _, value in of_status(
+            STATUS | {"buffer": None, "oldest": None, "engines": [], "verifiers": {}}
+        )
+    }
+    assert names["gvpo_oldest_group_seconds"] == 0 and not any(
+        name.startswith(("gvpo_learner", "gvpo_buffer", "gvpo_engine")) for name in names
+    )
 
 
 def test_every_word_of_the_buffer_for_what_the_learner_does_is_a_state() -> None:
     source = (PACKAGE / "buffer" / "buffer.py").read_text()
-    words = re.findall(r"_learner_is\(f?\"([^\"{]+)", source) + re.findall(r"self\._learner: .*= \(\"([^\"]+)", source)
+    words = re.findall(r"_learner_is\(f?\"([^\"{]+)", source) + re.findall(
+        r"self\._learner: .*= \(\"([^\"]+)", source
+    )
     assert len(words) > 8
     for word in (*words, "saves step 3"):
         learner = STATUS["buffer"] | {"learner": word}
-        assert sum(value for name, _, value in of_status(STATUS | {"buffer": learner}) if name == "gvpo_learner_state") == 1, word
+        assert (
+            sum(
+                value
+                for name, _, value in of_status(STATUS | {"buffer": learner})
+                if name == "gvpo_learner_state"
+            )
+            == 1
+        ), word
 
 
 def test_every_state_of_an_engine_is_counted() -> None:
@@ -157,7 +223,9 @@ class FakeGauge:
         self._values[tuple(tags[key] for key in self._keys)] = value
 
 
-def test_gauges_are_set_again_with_every_status_but_not_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gauges_are_set_again_with_every_status_but_not_those_that_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ray forgets a gauge after 20 s, and a step may take an hour."""
     monkeypatch.setattr("ray.util.metrics.Gauge", FakeGauge)
     monkeypatch.setattr(FakeGauge, "values", {})
@@ -172,7 +240,10 @@ def test_gauges_are_set_again_with_every_status_but_not_those_that_are_gone(monk
     for values in FakeGauge.values.values():
         values.clear()
     gauges.show("status", of_status(STATUS))
-    assert FakeGauge.values["gvpo_loss"] == {("math",): 0.5} and not FakeGauge.values["gvpo_residual_var_by_staleness"]
+    assert (
+        FakeGauge.values["gvpo_loss"] == {("math",): 0.5}
+        and not FakeGauge.values["gvpo_residual_var_by_staleness"]
+    )
 
 
 def test_without_a_ray_nothing_breaks() -> None:
@@ -180,7 +251,7 @@ def test_without_a_ray_nothing_breaks() -> None:
     Gauges("alone").show("training", of_line({"loss": 1.0}))
 
 
-# ---------------------------------------------------------------------------------------------------------- what a tracker is told
+# ------------------------------------------------------------------------------------- what a tracker is told
 
 
 class Recorder:
@@ -222,7 +293,13 @@ def until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def a_run(run_dir: Path, resume_step: int, lines: list[tuple[int, dict[str, Any]]], say: Callable[[str], None] = print, **tracking: Any) -> None:
+def a_run(
+    run_dir: Path,
+    resume_step: int,
+    lines: list[tuple[int, dict[str, Any]]],
+    say: Callable[[str], None] = print,
+    **tracking: Any,
+) -> None:
     """One process of a run that is killed or ends after these lines."""
     log = MetricsLog(run_dir / "metrics.jsonl", resume_step)
     to = Tracking(config(run_dir, **tracking), log.lines, say)
@@ -232,20 +309,38 @@ def a_run(run_dir: Path, resume_step: int, lines: list[tuple[int, dict[str, Any]
     to.close()
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker_and_no_line_comes_twice(made: list[Recorder], tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker_and_no_line_comes_twice(
+    made: list[Recorder], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "math"
     evaluation = {"eval/x/pass@1": 0.5}
-    a_run(run_dir, 0, [(0, evaluation), (1, {"loss": 1.0}), (2, {"loss": 2.0}), (3, {"loss": 3.0})], wandb={"project": "p"})
+    a_run(
+        run_dir,
+        0,
+        [(0, evaluation), (1, {"loss": 1.0}), (2, {"loss": 2.0}), (3, {"loss": 3.0})],
+        wandb={"project": "p"},
+    )
     # killed before step 3 was evaluated, with a checkpoint of step 1; and again, after fewer steps
     a_run(run_dir, 1, [(2, {"loss": 2.0})], wandb={"project": "p"})
-    a_run(run_dir, 1, [(2, {"loss": 2.0}), (3, {"loss": 3.0}), (3, evaluation), (4, {"loss": 4.0, "gvpo/beta": None})], wandb={"project": "p"})
-    assert [[(step, at) for step, at, _ in tracker.told] for tracker in made] == [[(0, 1), (1, 2), (2, 4), (3, 6)], [], [(3, 7), (4, 8)]]
+    a_run(
+        run_dir,
+        1,
+        [(2, {"loss": 2.0}), (3, {"loss": 3.0}), (3, evaluation), (4, {"loss": 4.0, "gvpo/beta": None})],
+        wandb={"project": "p"},
+    )
+    assert [[(step, at) for step, at, _ in tracker.told] for tracker in made] == [
+        [(0, 1), (1, 2), (2, 4), (3, 6)],
+        [],
+        [(3, 7), (4, 8)],
+    ]
     assert made[2].told == [(3, 7, {"eval/x/pass@1": 0.5}), (4, 8, {"loss": 4.0})]
     assert [tracker.run for tracker in made] == ["run-1"] * 3 and made[0].arguments == {"project": "p"}
     assert [tracker.closed for tracker in made] == [1, 1, 1]
 
 
-def test_a_tracker_that_fails_warns_once_the_run_goes_on_and_what_was_missed_is_sent_later(made: list[Recorder], tmp_path: Path) -> None:
+def test_a_tracker_that_fails_warns_once_the_run_goes_on_and_what_was_missed_is_sent_later(
+    made: list[Recorder], tmp_path: Path
+) -> None:
     said: list[str] = []
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     to = Tracking(config(tmp_path / "math", wandb={}, tensorboard={}), log.lines, said.append)
@@ -262,11 +357,18 @@ def test_a_tracker_that_fails_warns_once_the_run_goes_on_and_what_was_missed_is_
     until(lambda: len(tracker.told) == 4)
     to.close()
     assert [step for step, _, _ in tracker.told] == [1, 2, 3, 4]
-    assert said == ["tracking wandb: ConnectionError: nobody answers; the training goes on, and what is missing there is sent again later"]
-    assert [step for name, step, _ in tensorboard_of(tmp_path / "math" / "tensorboard") if name == "loss"] == [1, 2, 3, 4]
+    assert said == [
+        "tracking wandb: ConnectionError: nobody answers; the training goes on, and what is missing there "
+        "is sent again later"
+    ]
+    assert [
+        step for name, step, _ in tensorboard_of(tmp_path / "math" / "tensorboard") if name == "loss"
+    ] == [1, 2, 3, 4]
 
 
-def test_a_tracker_that_comes_to_a_run_late_gets_its_earlier_lines(made: list[Recorder], tmp_path: Path) -> None:
+def test_a_tracker_that_comes_to_a_run_late_gets_its_earlier_lines(
+    made: list[Recorder], tmp_path: Path
+) -> None:
     a_run(tmp_path / "math", 0, [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     a_run(tmp_path / "math", 2, [(3, {"loss": 3.0})], wandb={})
     assert [step for step, _, _ in made[0].told] == [1, 2, 3]
@@ -277,30 +379,49 @@ def test_a_tracker_that_does_not_start_is_a_bad_config(tmp_path: Path) -> None:
         Tracking(config(tmp_path / "math", tensorboard={"logdirr": "x"}), [], print)
 
 
-def test_a_library_that_is_missing_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_is_missing_is_named_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         check_trackers(config(tmp_path, mlflow={}).tracking)
-    assert str(caught.value) == "tracking.mlflow: the package mlflow is not installed; pip install -e '.[tracking]' brings it"
+    assert (
+        str(caught.value)
+        == "tracking.mlflow: the package mlflow is not installed; pip install -e '.[tracking]' brings it"
+    )
     check_trackers(config(tmp_path).tracking)
 
 
 def test_the_parameters_are_the_resolved_config_without_secrets(tmp_path: Path) -> None:
     data = config(tmp_path, wandb={"project": "p", "notes": "hush"}).model_dump(mode="json")
-    reward = {"url": "https://me:hush@judge:8000/score?api_key=hush&k=2", "arguments": {"api_key": "hush", "depth": 3, "auth": {"bearer": "hush"}}}
+    reward = {
+        "url": "https://me:hush@judge:8000/score?api_key=hush&k=2",
+        "arguments": {"api_key": "hush", "depth": 3, "auth": {"bearer": "hush"}},
+    }
     data["verifiers"]["rewards"] = {"judge": reward}
     data["engines"]["vllm"] = {"hf_token": "hush", "max_num_seqs": 4}
     parameters = parameters_of(GVPOConfig.from_dict(data))
     assert "hush" not in json.dumps(parameters)
     assert parameters["verifiers.rewards.judge.url"] == "https://…@judge:8000/score?api_key=…&k=2"
-    assert parameters["verifiers.rewards.judge.arguments.depth"] == 3 and parameters["engines.vllm.max_num_seqs"] == 4
-    assert parameters["num_steps"] == 3 and parameters["sampling.max_tokens"] == 256 and parameters["evaluation.pass_k"].startswith("[1, 2, 4")
+    assert (
+        parameters["verifiers.rewards.judge.arguments.depth"] == 3
+        and parameters["engines.vllm.max_num_seqs"] == 4
+    )
+    assert (
+        parameters["num_steps"] == 3
+        and parameters["sampling.max_tokens"] == 256
+        and parameters["evaluation.pass_k"].startswith("[1, 2, 4")
+    )
     assert {"engines.url_key_variable", "learner.micro_batch_tokens"} <= set(parameters)
 
 
-# ------------------------------------------------------------------------------------------------------------- trackers, for real
+# ----------------------------------------------------------------------------------------- trackers, for real
 
-LINES = [(0, {"eval/x/pass@1": 0.5}), (1, {"loss": 1.0, "gvpo/residual_var": 2.0, "gvpo/residual_var/0": 2.0}), (2, {"loss": 0.5})]
+LINES = [
+    (0, {"eval/x/pass@1": 0.5}),
+    (1, {"loss": 1.0, "gvpo/residual_var": 2.0, "gvpo/residual_var/0": 2.0}),
+    (2, {"loss": 0.5}),
+]
 MORE = [(2, {"loss": 0.5}), (2, {"eval/x/pass@1": 0.75}), (3, {"loss": 0.25})]
 """Of the process that takes the run up from its checkpoint of step 1."""
 
@@ -321,20 +442,35 @@ def tensorboard_of(folder: Path) -> list[tuple[str, int, float]]:
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + length])
             at += 16 + length
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value if value.HasField("simple_value")]
+            found += [
+                (value.tag, event.step, value.simple_value)
+                for value in event.summary.value
+                if value.HasField("simple_value")
+            ]
     return found
 
 
 def test_tensorboard_has_every_line_once_in_files_that_are_read_as_one(tmp_path: Path) -> None:
     two_processes(tmp_path / "math", tensorboard={})
     scalars = tensorboard_of(tmp_path / "math" / "tensorboard")
-    assert [(step, value) for name, step, value in scalars if name == "loss"] == [(1, 1.0), (2, 0.5), (3, 0.25)]
-    assert [(step, value) for name, step, value in scalars if name == "eval/x/pass_at_1"] == [(0, 0.5), (2, 0.75)]
-    assert b"learner.num_workers: 1" in b"".join(file.read_bytes() for file in (tmp_path / "math" / "tensorboard").iterdir())
+    assert [(step, value) for name, step, value in scalars if name == "loss"] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 0.25),
+    ]
+    assert [(step, value) for name, step, value in scalars if name == "eval/x/pass_at_1"] == [
+        (0, 0.5),
+        (2, 0.75),
+    ]
+    assert b"learner.num_workers: 1" in b"".join(
+        file.read_bytes() for file in (tmp_path / "math" / "tensorboard").iterdir()
+    )
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:
-    """Of an offline run's file: seven bytes, then blocks of 32 KiB with records of (checksum, length, whole or first to last part, itself)."""
+    """Of an offline run's file: seven bytes, then blocks of 32 KiB with records of (checksum, length, whole
+    or first to last part, itself).
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("run-*.wandb")
@@ -355,25 +491,40 @@ def test_wandb_offline_has_every_line_once_in_one_run_with_steps_that_grow(tmp_p
     import wandb
 
     two_processes(tmp_path / "math", wandb={"project": "adding", "mode": "offline"})
-    wandb.teardown()  # finish() does not wait until W&B's service has closed its file, the end of a process does
+    # finish() does not wait until W&B's service has closed its file, the end of a process does
+    wandb.teardown()
     histories, runs = [], []
     for folder in sorted((tmp_path / "math" / "wandb").glob("offline-run-*")):
         for record in wandb_records(folder):
             if record.HasField("run"):
                 runs.append(record.run)
             if record.HasField("history"):
-                row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-                histories.append({name: row[name] for name in row if name in ("_step", "step", "loss", "eval/x/pass@1")})
+                row = {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                histories.append(
+                    {name: row[name] for name in row if name in ("_step", "step", "loss", "eval/x/pass@1")}
+                )
     assert histories == [
-        {"_step": 1, "step": 0, "eval/x/pass@1": 0.5}, {"_step": 2, "step": 1, "loss": 1.0}, {"_step": 4, "step": 2, "loss": 0.5},
-        {"_step": 5, "step": 2, "eval/x/pass@1": 0.75}, {"_step": 6, "step": 3, "loss": 0.25},
-    ]  # fmt: skip
-    assert len({run.run_id for run in runs}) == 1 and {run.project for run in runs} == {"adding"} and {run.display_name for run in runs} == {"math"}
+        {"_step": 1, "step": 0, "eval/x/pass@1": 0.5},
+        {"_step": 2, "step": 1, "loss": 1.0},
+        {"_step": 4, "step": 2, "loss": 0.5},
+        {"_step": 5, "step": 2, "eval/x/pass@1": 0.75},
+        {"_step": 6, "step": 3, "loss": 0.25},
+    ]
+    assert (
+        len({run.run_id for run in runs}) == 1
+        and {run.project for run in runs} == {"adding"}
+        and {run.display_name for run in runs} == {"math"}
+    )
     parameters = {item.key or ".".join(item.nested_key): item.value_json for item in runs[0].config.update}
     assert parameters["learner.num_workers"] == "1"
 
 
-def test_mlflow_has_every_line_once_in_one_run_of_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_every_line_once_in_one_run_of_its_own_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -386,10 +537,13 @@ def test_mlflow_has_every_line_once_in_one_run_of_its_own_file(tmp_path: Path, m
     assert run.data.params["learner.num_workers"] == "1"
     losses = client.get_metric_history(run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in losses] == [(1, 1.0), (2, 0.5), (3, 0.25)]
-    assert [metric.value for metric in client.get_metric_history(run.info.run_id, "eval/x/pass_at_1")] == [0.5, 0.75]
+    assert [metric.value for metric in client.get_metric_history(run.info.run_id, "eval/x/pass_at_1")] == [
+        0.5,
+        0.75,
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------- the dashboard and a real run
+# ------------------------------------------------------------------------------- the dashboard and a real run
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 """Name -> (labels, value)."""
@@ -411,7 +565,11 @@ def scrape() -> Samples:
 def expressions(node: Any) -> Iterator[str]:
     """Every query in the dashboard: of panels, and of variables."""
     if isinstance(node, dict):
-        yield from (value for key, value in node.items() if key in ("expr", "definition", "query") and isinstance(value, str) and "(" in value)
+        yield from (
+            value
+            for key, value in node.items()
+            if key in ("expr", "definition", "query") and isinstance(value, str) and "(" in value
+        )
         for value in node.values():
             yield from expressions(value)
     elif isinstance(node, list):
@@ -420,15 +578,24 @@ def expressions(node: Any) -> Iterator[str]:
 
 
 def fits(labels: dict[str, str], matchers: list[tuple[str, str, str]]) -> bool:
-    """Whether a query takes the series: `=~` are the dashboard's variables, which take all that have the label."""
-    return all(label in labels and (sign == "=~" or (labels[label] == value) == (sign == "=")) for label, sign, value in matchers)
+    """Whether a query takes the series: `=~` are the dashboard's variables, which take all that have the
+    label.
+    """
+    return all(
+        label in labels and (sign == "=~" or (labels[label] == value) == (sign == "="))
+        for label, sign, value in matchers
+    )
 
 
 def missing(samples: Samples) -> set[str]:
     """What the dashboard asks for and the samples do not have: metrics, and labels."""
     absent = set()
     for expression in expressions(json.loads(DASHBOARD.read_text())):
-        by = {label for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression) for label in labels.split(", ")}
+        by = {
+            label
+            for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression)
+            for label in labels.split(", ")
+        }
         asked = re.findall(r"\b(ray_\w+)(?:\{([^}]*)\})?", expression)
         assert asked, expression
         for name, matchers in asked:
@@ -448,8 +615,21 @@ def test_the_dashboard_has_a_panel_for_each_theme_with_a_unit_and_a_legend() -> 
         assert panel["fieldConfig"]["defaults"]["unit"] and panel["datasource"]["uid"] == "${datasource}"
         assert panel["targets"] and all("{{run}}" in target["legendFormat"] for target in panel["targets"])
     titles = " ".join(panel["title"].lower() for panel in panels)
-    for theme in ("reward", "pass@1", "loss", "residual", "kl to the reference", "staleness", "group size", "tokens per second by pool",
-                  "what the learner waits for", "verdicts", "limits", "weight-update time", "restarts"):  # fmt: skip
+    for theme in (
+        "reward",
+        "pass@1",
+        "loss",
+        "residual",
+        "kl to the reference",
+        "staleness",
+        "group size",
+        "tokens per second by pool",
+        "what the learner waits for",
+        "verdicts",
+        "limits",
+        "weight-update time",
+        "restarts",
+    ):
         assert theme in titles
 
 
@@ -459,7 +639,8 @@ def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:
     # A node's agent is told every 10 s.
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (
-        (absent := missing(samples := scrape())) or [value for _, value in samples["ray_gvpo_step"]] != [line["step"]]
+        (absent := missing(samples := scrape()))
+        or [value for _, value in samples["ray_gvpo_step"]] != [line["step"]]
     ):
         time.sleep(1)
     assert not absent
@@ -468,12 +649,15 @@ def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:
     own = {name: entries for name, entries in samples.items() if name.startswith("ray_gvpo_")}
     assert {labels["run"] for entries in own.values() for labels, _ in entries} == {algo.run_dir.name}
     assert sum(map(len, own.values())) < 250
-    shown = {(name, *sorted(labels.items())): value for name, entries in own.items() for labels, value in entries}
+    shown = {
+        (name, *sorted(labels.items())): value for name, entries in own.items() for labels, value in entries
+    }
     ray_labels = {label for (name, *labels) in shown for label, _ in labels} - {"run"}
     for name in last:
         ours, labels = series_of(name)
         values = [
-            value for (shown_name, *pairs), value in shown.items()
+            value
+            for (shown_name, *pairs), value in shown.items()
             if shown_name == f"ray_{ours}" and labels.items() <= dict(pairs).items()
-        ]  # fmt: skip
+        ]
         assert values == [pytest.approx(last[name])], (name, ray_labels)

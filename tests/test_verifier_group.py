@@ -1,4 +1,6 @@
-"""Groups of verifier actors on a real, embedded Ray: growing, shrinking, dying, and a reward model beside them."""
+"""Groups of verifier actors on a real, embedded Ray: growing, shrinking, dying, and a reward model beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow.py").write_text(
-        "import time\ndef reward(prompts, completions, **columns):\n    time.sleep(0.1)\n    return [float(len(completions[0]))]\n"
+        "import time\ndef reward(prompts, completions, **columns):\n    time.sleep(0.1)\n    return "
+        "[float(len(completions[0]))]\n"
     )
     config = VerifiersConfig(num=1, max_num=3, num_cpus=0.1, rewards={f"{tmp_path}/slow.py:reward": {}})
     verifiers = VerifierGroup(config, None)
@@ -67,7 +70,8 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
     while len(tiny.descendants("ray::_VerifierActor")) > 1:
         time.sleep(0.1)
     left = set()
-    for _ in range(30):  # an actor that Ray starts again whenever it ends would come back for ever, as another process
+    # an actor that Ray starts again whenever it ends would come back for ever, as another process
+    for _ in range(30):
         left |= set(tiny.descendants("ray::_VerifierActor"))
         time.sleep(0.1)
     assert len(left) == 1
@@ -79,11 +83,21 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
 def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tiny.make_model(tmp_path / "tokenizer"))
-    config = LlamaConfig(vocab_size=tiny.VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         num_labels=1, max_position_embeddings=32)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        max_position_embeddings=32,
+    )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    rewards: dict[str, Any] = {"exact_match": 1.0, "rm": {"model": str(tmp_path / "rm"), "weight": 2.0, "num": 2, "num_cpus": 0.1}}
+    rewards: dict[str, Any] = {
+        "exact_match": 1.0,
+        "rm": {"model": str(tmp_path / "rm"), "weight": 2.0, "num": 2, "num_cpus": 0.1},
+    }
     verifiers = VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1, rewards=rewards), None)
     scored = session.call(_score_all(verifiers, [_sampled(i, ["7", "7" * 40, "8"]) for i in range(3)]))
     from gvpo_ray.verifiers.reward_model import RewardModel

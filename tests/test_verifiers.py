@@ -25,7 +25,18 @@ START_UP_S = 20.0
 
 
 def _group(answer: str, completions: list[str], **more: Any) -> pa.Table:
-    return groups.table([{"group_id": 7, "prompt": "What?", "answer": answer, "dataset": "d", "completions": completions, **more}])
+    return groups.table(
+        [
+            {
+                "group_id": 7,
+                "prompt": "What?",
+                "answer": answer,
+                "dataset": "d",
+                "completions": completions,
+                **more,
+            }
+        ]
+    )
 
 
 def _rewards(scored: pa.Table) -> list[float | None]:
@@ -65,8 +76,16 @@ def verifier() -> Iterator[Verifier]:
 @pytest.mark.parametrize(
     ("answer", "right", "wrong"),
     [
-        ("85", ["\\boxed{85}", "So 80 + 5 = 85. The answer is 85.", "$85.0$"], ["\\boxed{84}", "The answer is 58."]),
-        ("\\frac{1}{2}", ["\\boxed{\\frac12}", "The answer is 0.5", "$\\frac{2}{4}$"], ["\\boxed{2}", "$\\frac{1}{3}$"]),
+        (
+            "85",
+            ["\\boxed{85}", "So 80 + 5 = 85. The answer is 85.", "$85.0$"],
+            ["\\boxed{84}", "The answer is 58."],
+        ),
+        (
+            "\\frac{1}{2}",
+            ["\\boxed{\\frac12}", "The answer is 0.5", "$\\frac{2}{4}$"],
+            ["\\boxed{2}", "$\\frac{1}{3}$"],
+        ),
         ("1,234", ["\\boxed{1234}"], ["\\boxed{1.234}"]),
         ("x^2 - 1", ["$(x - 1)(x + 1)$"], ["$x^2 + 1$"]),
         ("(3, -1)", ["$(3,-1)$"], ["$(-1,3)$"]),
@@ -74,13 +93,17 @@ def verifier() -> Iterator[Verifier]:
         ("$\\sqrt{8}$", ["\\boxed{2\\sqrt{2}}"], ["\\boxed{2}"]),
     ],
 )
-def test_right_answers_get_1_and_wrong_ones_0(verifier: Verifier, answer: str, right: list[str], wrong: list[str]) -> None:
+def test_right_answers_get_1_and_wrong_ones_0(
+    verifier: Verifier, answer: str, right: list[str], wrong: list[str]
+) -> None:
     scored = verifier.score(_group(answer, right + wrong))
     assert _rewards(scored) == [1.0] * len(right) + [0.0] * len(wrong)
     assert _reasons(scored) == [None] * len(right + wrong)
 
 
-def test_every_real_gold_answer_is_right_when_boxed_and_a_neighbours_answer_is_wrong(verifier: Verifier) -> None:
+def test_every_real_gold_answer_is_right_when_boxed_and_a_neighbours_answer_is_wrong(
+    verifier: Verifier,
+) -> None:
     answers = pq.read_table(SAMPLE)["answer"].to_pylist()
     assert len(set(answers)) == 20
     for answer, neighbour in zip(answers, answers[1:] + answers[:1], strict=True):
@@ -100,7 +123,9 @@ def test_what_was_cut_at_the_token_limit_is_not_right_by_luck(verifier: Verifier
     assert _rewards(scored) == [0.0, 1.0]
 
 
-def test_a_gold_answer_that_does_not_parse_is_not_scored_unless_the_text_is_the_same(verifier: Verifier) -> None:
+def test_a_gold_answer_that_does_not_parse_is_not_scored_unless_the_text_is_the_same(
+    verifier: Verifier,
+) -> None:
     scored = verifier.score(_group("\\frac{", ["\\boxed{1}", "\\boxed{2}"]))
     assert _rewards(scored) == [None, None]
     assert _reasons(scored) == ["math: the gold answer '\\\\frac{' cannot be understood"] * 2
@@ -112,13 +137,20 @@ def test_a_scored_table_is_a_valid_group_table_and_keeps_what_it_had(verifier: V
     groups.validate(scored, ("group_id", "answer", "completions", *groups.REWARD_COLUMNS))
     assert scored.select(two.column_names).equals(two)
     assert scored["rewards"].to_pylist() == [[1.0, 0.0, 0.0], [1.0]]
-    assert [row["reward_parts"] for row in groups.rows(scored)] == [{"math": [1.0, 0.0, 0.0]}, {"math": [1.0]}]
+    assert [row["reward_parts"] for row in groups.rows(scored)] == [
+        {"math": [1.0, 0.0, 0.0]},
+        {"math": [1.0]},
+    ]
 
 
 def test_hostile_text_arrives_as_it_is(verifier: Verifier) -> None:
     completions = [
-        "\x00\x00 The answer is $5$.", "\u2028\r\n\x1b[0m \\boxed{5}", "𝔘 is \\boxed{5}",
-        '{"part": 1.0, "reason": null}\n', "\\boxed{" * 200, "(" * 5000,
+        "\x00\x00 The answer is $5$.",
+        "\u2028\r\n\x1b[0m \\boxed{5}",
+        "𝔘 is \\boxed{5}",
+        '{"part": 1.0, "reason": null}\n',
+        "\\boxed{" * 200,
+        "(" * 5000,
     ]
     assert _rewards(verifier.score(_group("5", completions)))[:3] == [1.0, 1.0, 1.0]
     assert 1.0 not in _rewards(verifier.score(_group("5", completions)))[3:]
@@ -135,7 +167,13 @@ def test_a_function_that_never_returns_is_killed_and_its_neighbours_keep_their_r
 
     scored = _score_with(loops, ["a", "loop", "b", "loop", "c"], timeout_s=0.5)
     assert _rewards(scored) == [0.5, None, 0.5, None, 0.5]
-    assert _reasons(scored) == [None, "timeout: math took more than 0.5 s", None, "timeout: math took more than 0.5 s", None]
+    assert _reasons(scored) == [
+        None,
+        "timeout: math took more than 0.5 s",
+        None,
+        "timeout: math took more than 0.5 s",
+        None,
+    ]
 
 
 def test_a_check_that_computes_too_long_is_ended_by_its_cpu_time_whatever_the_clock_says() -> None:
@@ -173,7 +211,9 @@ def test_a_function_can_only_compute(tmp_path: Path, attempt: str) -> None:
         f"    {attempt}\n"
         "    return [1.0]\n"
     )
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards={f"{tmp_path}/mine.py:reward": 1.0})) as verifier:
+    with Verifier(
+        VerifiersConfig(timeout_s=LIMIT_S, rewards={f"{tmp_path}/mine.py:reward": 1.0})
+    ) as verifier:
         scored = verifier.score(_group("1", ["a"]))
     assert _rewards(scored) == [None]
     assert "PermissionError" in (_reasons(scored)[0] or "")
@@ -196,12 +236,16 @@ def test_a_function_may_write_into_its_scratch_folder_which_goes_with_it() -> No
 
 def test_the_scratch_folder_of_a_killed_verifier_is_removed_by_the_next_one() -> None:
     program = (
-        "import os, signal; from gvpo_ray.config.run import VerifiersConfig; from gvpo_ray.verifiers.verifier import Verifier\n"
+        "import os, signal; from gvpo_ray.config.run import VerifiersConfig; from "
+        "gvpo_ray.verifiers.verifier import Verifier\n"
         "verifier = Verifier(VerifiersConfig(rewards={'format': 1}))\n"
         "print(verifier._sandbox._scratch, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
     )
     left = Path(killed.stdout.strip())
     assert killed.returncode == -signal.SIGKILL and left.is_dir()
@@ -225,20 +269,25 @@ def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error
 
         def equal(*_: Any) -> bool:
             try:
-                return len([bytearray(2**20) for _ in range(2**20)]) == 0 if "bomb" in completions[0] else False
+                return (
+                    len([bytearray(2**20) for _ in range(2**20)]) == 0 if "bomb" in completions[0] else False
+                )
             except MemoryError:
                 return False
 
         compare.sympy_equal = equal
         return math_reward(prompts, completions, **columns)
 
-    scored = _score_with(swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0, timeout_s=START_UP_S)
+    scored = _score_with(
+        swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0, timeout_s=START_UP_S
+    )
     assert _rewards(scored) == [0.0, None, 0.0]
     assert _reasons(scored) == [None, "memory: math needed more than 1 GiB", None]
 
 
 @pytest.mark.parametrize(
-    ("how", "ending"), [("exit", "exited with status 3"), ("segfault", "killed by SIGSEGV"), ("kill", "killed by SIGKILL")]
+    ("how", "ending"),
+    [("exit", "exited with status 3"), ("segfault", "killed by SIGSEGV"), ("kill", "killed by SIGKILL")],
 )
 def test_a_crash_costs_one_completion(how: str, ending: str) -> None:
     def crashes(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -274,13 +323,19 @@ def test_a_crash_costs_one_completion(how: str, ending: str) -> None:
         ("exec(r'raise ValueError(\"\\ud800\\n!\")')", "math raised ValueError: ? !"),
     ],
 )
-def test_a_result_that_is_no_reward_leaves_the_completion_out_with_the_reason(result: str, reason: str) -> None:
-    scored = _score_with(lambda prompts, completions, **_: eval(result) if completions == ["bad"] else [1.0], ["a", "bad", "b"])
+def test_a_result_that_is_no_reward_leaves_the_completion_out_with_the_reason(
+    result: str, reason: str
+) -> None:
+    scored = _score_with(
+        lambda prompts, completions, **_: eval(result) if completions == ["bad"] else [1.0], ["a", "bad", "b"]
+    )
     assert _rewards(scored) == [1.0, None, 1.0]
     assert _reasons(scored) == [None, reason, None]
 
 
-@pytest.mark.parametrize(("result", "reward"), [("[True]", 1.0), ("(2,)", 2.0), ("__import__('numpy').array([0.25])", 0.25)])
+@pytest.mark.parametrize(
+    ("result", "reward"), [("[True]", 1.0), ("(2,)", 2.0), ("__import__('numpy').array([0.25])", 0.25)]
+)
 def test_numbers_of_other_kinds_are_rewards(result: str, reward: float) -> None:
     assert _rewards(_score_with(lambda prompts, completions, **_: eval(result), ["a"])) == [reward]
 
@@ -324,16 +379,26 @@ def test_a_callable_is_added_with_weight_1_and_sees_one_completion_with_its_colu
 
         return [(1.0, json.dumps([prompts, completions, columns]))]
 
-    table = _group("85", ["$85$", "\\boxed{5}"], completion_ids=[[1, 2], [3]], finish_reasons=["stop", "length"])
+    table = _group(
+        "85", ["$85$", "\\boxed{5}"], completion_ids=[[1, 2], [3]], finish_reasons=["stop", "length"]
+    )
     with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"columns": columns}) as verifier:
         scored = verifier.score(table)
     assert _rewards(scored) == [2.0, 1.0]
     seen = json.loads(_reasons(scored)[1])
-    expected = {"group_id": [7], "answer": ["85"], "dataset": ["d"], "completion_ids": [[3]], "finish_reasons": ["length"]}
+    expected = {
+        "group_id": [7],
+        "answer": ["85"],
+        "dataset": ["d"],
+        "completion_ids": [[3]],
+        "finish_reasons": ["length"],
+    }
     assert seen == [["What?"], ["\\boxed{5}"], expected]
 
 
-def test_what_a_function_prints_and_reads_does_not_touch_the_protocol(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_function_prints_and_reads_does_not_touch_the_protocol(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         import os
         import sys
@@ -365,7 +430,12 @@ def _pid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 def test_one_child_serves_many_checks_and_none_is_left_after_close() -> None:
     with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        pids = {int(reward) for _ in range(3) for reward in _rewards(verifier.score(_group("1", ["a", "b"]))) if reward}
+        pids = {
+            int(reward)
+            for _ in range(3)
+            for reward in _rewards(verifier.score(_group("1", ["a", "b"])))
+            if reward
+        }
         assert len(pids) == 1 and _is_running(min(pids))
     assert not _is_running(min(pids))
 
@@ -389,18 +459,19 @@ def test_a_template_that_died_is_replaced_without_loss() -> None:
 
 
 def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None:
-    (tmp_path / "loops.py").write_text(
-        "def reward(prompts, completions, **columns):\n"
-        "    while True: pass\n"
-    )
+    (tmp_path / "loops.py").write_text("def reward(prompts, completions, **columns):\n    while True: pass\n")
     program = (
-        "from gvpo_ray import groups; from gvpo_ray.config.run import VerifiersConfig; from gvpo_ray.verifiers.verifier import Verifier\n"
-        f"verifier = Verifier(VerifiersConfig(timeout_s=600, cpu_s=600, rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
+        "from gvpo_ray import groups; from gvpo_ray.config.run import VerifiersConfig; from "
+        "gvpo_ray.verifiers.verifier import Verifier\n"
+        "verifier = Verifier(VerifiersConfig(timeout_s=600, cpu_s=600, "
+        f"rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
         "print(verifier._sandbox._child.pid, verifier._sandbox._template._process.pid, flush=True)\n"
         "verifier.score(groups.table([{'prompt': 'p', 'answer': '1', 'completions': ['a']}]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    parent = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child, template = map(int, parent.stdout.readline().split())
     deadline = time.monotonic() + START_UP_S
@@ -424,7 +495,9 @@ def test_validate_rewards_accepts_what_can_be_loaded(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     validate_rewards(VerifiersConfig(rewards={"module_of_mine:reward": 1.0}))
     monkeypatch.chdir(tmp_path)
-    with Verifier(VerifiersConfig(rewards={"module_of_mine.py:reward": 1.0, "module_of_mine:reward": 1.0})) as verifier:
+    with Verifier(
+        VerifiersConfig(rewards={"module_of_mine.py:reward": 1.0, "module_of_mine:reward": 1.0})
+    ) as verifier:
         assert _rewards(verifier.score(_group("1", ["a"]))) == [1.0]
 
 
@@ -449,16 +522,27 @@ def test_validate_rewards_names_what_cannot_be_loaded(tmp_path: Path, name: str,
 
 
 def test_the_math_reward_is_a_reward_function_like_any_other() -> None:
-    assert math_reward(["p", "p"], ["$0.5$", "$2$"], answer=["\\frac{1}{2}", "3"], dataset=["d", "d"]) == [1.0, 0.0]
+    assert math_reward(["p", "p"], ["$0.5$", "$2$"], answer=["\\frac{1}{2}", "3"], dataset=["d", "d"]) == [
+        1.0,
+        0.0,
+    ]
 
 
-def test_a_reward_name_that_is_neither_built_in_nor_passed_is_a_config_error_before_any_child_starts() -> None:
-    with pytest.raises(ConfigError, match=r"verifiers\.rewards\.brevity: unknown reward; built in is math, exact_match"):
+def test_a_reward_name_that_is_neither_built_in_nor_passed_is_a_config_error_before_any_child_starts() -> (
+    None
+):
+    with pytest.raises(
+        ConfigError, match=r"verifiers\.rewards\.brevity: unknown reward; built in is math, exact_match"
+    ):
         validate_rewards(VerifiersConfig(rewards={"brevity": 1.0}))
 
 
 def test_an_argument_that_a_built_in_function_does_not_have_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"verifiers\.rewards\.numeric: no argument 'tolerance'; it takes absolute_tolerance, answer, relat"):
+    with pytest.raises(
+        ConfigError,
+        match=r"verifiers\.rewards\.numeric: no argument 'tolerance'; it takes absolute_tolerance, answer, "
+        r"relat",
+    ):
         validate_rewards(VerifiersConfig(rewards={"numeric": {"arguments": {"tolerance": 1}}}))
 
 
@@ -466,10 +550,14 @@ def test_a_function_that_fails_on_every_row_stops_the_run_and_one_that_fails_now
     def fails(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [float("nan") if completions[0] == "bad" else 1.0]
 
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": fails}) as verifier, pytest.raises(RewardError) as caught:
+    with (
+        Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": fails}) as verifier,
+        pytest.raises(RewardError) as caught,
+    ):
         verifier.score(_group("1", ["bad"] * 40))
     assert str(caught.value) == (
-        "verifiers.rewards.math fails on every row (16 so far), last on completion 15 of group 7: math returned nan, not a finite float32"
+        "verifiers.rewards.math fails on every row (16 so far), last on completion 15 of group 7: math "
+        "returned nan, not a finite float32"
     )
     assert _rewards(_score_with(fails, ["good"] + ["bad"] * 40)) == [1.0] + [None] * 40
 
@@ -479,10 +567,15 @@ def test_a_trusted_function_sees_whole_groups_and_has_the_network_and_files(tmp_
         "import os, socket\n"
         "async def reward(prompts, completions, answer, **columns):\n"
         "    socket.socket().close()\n"
-        "    return [float(len(completions) + (text == gold) + os.getpid()) for text, gold in zip(completions, answer)]\n"
+        "    return [float(len(completions) + (text == gold) + os.getpid()) for text, gold in "
+        "zip(completions, answer)]\n"
     )
     with Verifier(VerifiersConfig(rewards={f"{tmp_path}/mine.py:reward": {"trusted": True}})) as verifier:
-        assert _rewards(verifier.score(_group("1", ["1", "2", "3"]))) == [4.0 + os.getpid(), 3.0 + os.getpid(), 3.0 + os.getpid()]
+        assert _rewards(verifier.score(_group("1", ["1", "2", "3"]))) == [
+            4.0 + os.getpid(),
+            3.0 + os.getpid(),
+            3.0 + os.getpid(),
+        ]
 
 
 def test_a_coroutine_function_is_a_reward_function() -> None:
@@ -499,7 +592,9 @@ def test_completions_that_have_a_reward_keep_it_and_only_the_others_are_checked(
     def seen(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
         import json
 
-        return [(0.5, json.dumps([prompts, completions, columns["finish_reasons"], columns["group_id"]]))] * len(completions)
+        return [
+            (0.5, json.dumps([prompts, completions, columns["finish_reasons"], columns["group_id"]]))
+        ] * len(completions)
 
     more = {
         "finish_reasons": ["stop", "length", "stop", "length"],
@@ -512,7 +607,10 @@ def test_completions_that_have_a_reward_keep_it_and_only_the_others_are_checked(
         scored = verifier.score(_group("85", ["a", "b", "c", "d"], **more))
     # b and d alone, by both: 0.5 + 0.5 = 1
     assert _rewards(scored) == [2.0, 1.0, 0.0, 1.0]
-    assert next(groups.rows(scored))["reward_parts"] == {"math": [1.0, 0.5, 0.0, 0.5], "new": [None, 0.5, None, 0.5]}
+    assert next(groups.rows(scored))["reward_parts"] == {
+        "math": [1.0, 0.5, 0.0, 0.5],
+        "new": [None, 0.5, None, 0.5],
+    }
     call = json.dumps([["What?", "What?"], ["b", "d"], ["length", "length"], [7, 7]])
     assert _reasons(scored) == ["as it was", f"{call}; {call}", None, f"{call}; {call}"]
 
@@ -531,5 +629,7 @@ def test_a_group_that_has_all_of_its_rewards_goes_to_no_reward_function(tmp_path
 
 
 def test_a_row_of_several_whose_rewards_are_null_is_checked_like_any_other(verifier: Verifier) -> None:
-    two = pa.concat_tables([_group("1", ["\\boxed{1}", "none"], rewards=rewards) for rewards in (None, [0.5, None])])
+    two = pa.concat_tables(
+        [_group("1", ["\\boxed{1}", "none"], rewards=rewards) for rewards in (None, [0.5, None])]
+    )
     assert verifier.score(two)["rewards"].to_pylist() == [[1.0, 0.0], [0.5, 0.0]]

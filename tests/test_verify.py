@@ -17,7 +17,8 @@ from gvpo_ray.verifiers.score_file import _as_table
 ROWS: list[dict[str, Any]] = [
     {"response": "so \\boxed{5}", "gold": "5", "label_correct": True, "id": "a"},
     {"prediction": "4", "answer": "5", "expected": False, "id": 2},
-    {"response": "\\boxed{\\frac12}", "gold": 0.5, "expected": False, "id": None},  # a wrong label: a false positive
+    # a wrong label: a false positive
+    {"response": "\\boxed{\\frac12}", "gold": 0.5, "expected": False, "id": None},
     {"response": "so \\boxed{5", "gold": "5", "expected": True},  # another: a false negative
     {"response": "\\boxed{1}", "gold": ""},
 ]
@@ -36,11 +37,19 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_row_keeps_its_columns_and_place_and_gets_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_row_keeps_its_columns_and_place_and_gets_its_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _verify(_write(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl") == 0
     scored = _read(tmp_path / "out.jsonl")
     assert [{key: row[key] for key in old} for row, old in zip(scored, ROWS, strict=True)] == ROWS
-    assert [row["verdict"] for row in scored] == ["correct", "incorrect", "correct", "incorrect", "unverifiable"]
+    assert [row["verdict"] for row in scored] == [
+        "correct",
+        "incorrect",
+        "correct",
+        "incorrect",
+        "unverifiable",
+    ]
     assert [row["reward"] for row in scored] == [1.0, 0.0, 1.0, 0.0, None]
     assert [row["reason"] is None for row in scored] == [True, True, True, False, False]
     assert all(row["seconds"] > 0 for row in scored)
@@ -51,31 +60,57 @@ def test_every_row_keeps_its_columns_and_place_and_gets_its_verdict(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.jsonl"]
 
 
-def test_a_malformed_row_is_reported_with_its_line_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps(ROWS[0]), "{not json", "", "[1]", json.dumps({"gold": "5"}), json.dumps({"response": "5"}),
-             json.dumps({"response": ["5"], "gold": "5"}), json.dumps(ROWS[1])]  # fmt: skip
+def test_a_malformed_row_is_reported_with_its_line_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        json.dumps(ROWS[0]),
+        "{not json",
+        "",
+        "[1]",
+        json.dumps({"gold": "5"}),
+        json.dumps({"response": "5"}),
+        json.dumps({"response": ["5"], "gold": "5"}),
+        json.dumps(ROWS[1]),
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl") == 0
     scored = _read(tmp_path / "out.jsonl")
     assert [row["verdict"] for row in scored] == ["correct", *["unverifiable"] * 5, "incorrect"]
     printed = " ".join(capsys.readouterr().err.split())
-    for complaint in ("line 2: not JSON", "line 4: not a JSON object", "line 5: no response or prediction", "line 6: no gold or answer",
-                      "line 7: response is list, not text"):  # fmt: skip
+    for complaint in (
+        "line 2: not JSON",
+        "line 4: not a JSON object",
+        "line 5: no response or prediction",
+        "line 6: no gold or answer",
+        "line 7: response is list, not text",
+    ):
         assert complaint in printed
 
 
 def test_parquet_goes_in_and_out(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"response": ["\\boxed{1}", "\\boxed{2}"], "answer": ["1", "1"], "n": [1, 2]}), tmp_path / "in.parquet")
+    pq.write_table(
+        pa.table({"response": ["\\boxed{1}", "\\boxed{2}"], "answer": ["1", "1"], "n": [1, 2]}),
+        tmp_path / "in.parquet",
+    )
     assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.parquet") == 0
     scored = pq.read_table(tmp_path / "out.parquet").to_pydict()
-    assert scored["verdict"] == ["correct", "incorrect"] and scored["n"] == [1, 2] and scored["reward"] == [1.0, 0.0]
+    assert (
+        scored["verdict"] == ["correct", "incorrect"]
+        and scored["n"] == [1, 2]
+        and scored["reward"] == [1.0, 0.0]
+    )
 
 
 def test_a_parquet_text_that_is_not_utf8_costs_nothing(tmp_path: Path) -> None:
     broken = pa.array([b"\xff \\boxed{1}", b"\\boxed{2}", None]).view(pa.string())
     pq.write_table(pa.table({"response": broken, "answer": ["1", "1", "1"]}), tmp_path / "in.parquet")
     assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.jsonl") == 0
-    assert [row["verdict"] for row in _read(tmp_path / "out.jsonl")] == ["correct", "incorrect", "unverifiable"]
+    assert [row["verdict"] for row in _read(tmp_path / "out.jsonl")] == [
+        "correct",
+        "incorrect",
+        "unverifiable",
+    ]
 
 
 def test_columns_of_mixed_types_and_halves_of_surrogate_pairs_become_text_in_parquet() -> None:
@@ -84,7 +119,10 @@ def test_columns_of_mixed_types_and_halves_of_surrogate_pairs_become_text_in_par
 
 
 def test_broken_unicode_in_a_row_is_scored_like_any_text(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"response": "\\ud800 \\\\boxed{5}", "gold": "5"}\n{"response": "\\u0000 \\\\boxed{6}", "gold": "5"}\n')
+    (tmp_path / "in.jsonl").write_text(
+        '{"response": "\\ud800 \\\\boxed{5}", "gold": "5"}\n{"response": "\\u0000 \\\\boxed{6}", "gold": '
+        '"5"}\n'
+    )
     assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl") == 0
     assert [row["reward"] for row in _read(tmp_path / "out.jsonl")] == [1.0, 0.0]
 
@@ -101,8 +139,21 @@ def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path, capsys: pytest.
     (tmp_path / "slow.py").write_text(SLOW)
     source = _write(tmp_path / "in.jsonl", [{"response": "x" * i, "gold": "g", "i": i} for i in range(200)])
     rewards = f"rewards={{'{tmp_path}/slow.py:reward': 1}}"
-    command = [sys.executable, "-m", "gvpo_ray", "verify", source, "--out", str(tmp_path / "out.jsonl"), "--workers", "2", rewards]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "gvpo_ray",
+        "verify",
+        source,
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        "--workers",
+        "2",
+        rewards,
+    ]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stderr=subprocess.DEVNULL
+    )
     part = tmp_path / "out.jsonl.part"
     while not part.exists() or part.read_bytes().count(b"\n") < 20:
         assert process.poll() is None
@@ -115,14 +166,21 @@ def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path, capsys: pytest.
     num_done = part.read_bytes().count(b"\n") - 1
     assert main([*command[3:-1], rewards]) == 0
     assert f"going on after the {num_done} rows" in " ".join(capsys.readouterr().err.split())
-    assert [(row["i"], row["reward"]) for row in _read(tmp_path / "out.jsonl")] == [(i, float(i)) for i in range(200)]
+    assert [(row["i"], row["reward"]) for row in _read(tmp_path / "out.jsonl")] == [
+        (i, float(i)) for i in range(200)
+    ]
 
 
-def test_unfinished_work_on_other_input_or_with_other_settings_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_work_on_other_input_or_with_other_settings_is_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = _write(tmp_path / "in.jsonl", ROWS)
     (tmp_path / "out.jsonl.part").write_text('{"input": "another"}\n')
     assert _verify(source, tmp_path / "out.jsonl") == 2
-    assert "is unfinished work on another input or with other settings; remove it first" in capsys.readouterr().err
+    assert (
+        "is unfinished work on another input or with other settings; remove it first"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "out.jsonl.part").read_text() == '{"input": "another"}\n'
 
 
@@ -131,11 +189,31 @@ def test_unfinished_work_on_other_input_or_with_other_settings_is_not_continued(
     [
         (None, [], "INPUT: {source}: No such file or directory"),
         ("", [], "INPUT: {source} has no rows"),
-        ('{"question": "?"}\n', [], "{source}: no row has one of response or prediction and one of gold or answer"),
-        ('{"response": "1", "gold": "1"}\n', ["timout_s=3"], "overrides: unknown key verifiers.timout_s; did you mean verifiers.timeout_s?"),
-        ('{"response": "1", "gold": "1"}\n', ["rewards={brevity: 1}"], "verifiers.rewards.brevity: unknown reward; built in is math"),
-        ('{"response": "1", "gold": "1"}\n', ["rewards={rm: {model: x}}"], "verifiers.rewards.rm: a reward model needs a cluster"),
-        ('{"response": "1", "gold": "1"}\n', ["rewards={numeric: {arguments: {units: m}}}"], "verifiers.rewards.numeric: no argument 'units'"),
+        (
+            '{"question": "?"}\n',
+            [],
+            "{source}: no row has one of response or prediction and one of gold or answer",
+        ),
+        (
+            '{"response": "1", "gold": "1"}\n',
+            ["timout_s=3"],
+            "overrides: unknown key verifiers.timout_s; did you mean verifiers.timeout_s?",
+        ),
+        (
+            '{"response": "1", "gold": "1"}\n',
+            ["rewards={brevity: 1}"],
+            "verifiers.rewards.brevity: unknown reward; built in is math",
+        ),
+        (
+            '{"response": "1", "gold": "1"}\n',
+            ["rewards={rm: {model: x}}"],
+            "verifiers.rewards.rm: a reward model needs a cluster",
+        ),
+        (
+            '{"response": "1", "gold": "1"}\n',
+            ["rewards={numeric: {arguments: {units: m}}}"],
+            "verifiers.rewards.numeric: no argument 'units'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -150,11 +228,19 @@ def test_bad_input_is_one_line_and_status_2(
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_function_that_fails_on_every_row_is_an_error_that_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bad.py").write_text("def reward(prompts, completions, **columns):\n    return [float('nan')]\n")
+def test_a_function_that_fails_on_every_row_is_an_error_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text(
+        "def reward(prompts, completions, **columns):\n    return [float('nan')]\n"
+    )
     rewards = f"rewards={{'{tmp_path}/bad.py:reward': 1}}"
     for number in (3, 40):
         source = _write(tmp_path / f"in{number}.jsonl", [ROWS[0]] * number)
         assert _verify(source, tmp_path / "out.jsonl", rewards) != 0
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: ") and "bad.py:reward" in error and "returned nan, not a finite float32" in error
+        assert (
+            error.startswith("error: ")
+            and "bad.py:reward" in error
+            and "returned nan, not a finite float32" in error
+        )

@@ -1,4 +1,6 @@
-"""A model from nothing: what it is taught, its tokenizer, and that a folder of model.path is a whole model or not there."""
+"""A model from nothing: what it is taught, its tokenizer, and that a folder of model.path is a whole model or
+not there.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from gvpo_ray.learner.warm_start import END, _batches, new_model, read_examples,
 
 JOBS = Path(__file__).parent.parent / "jobs"
 NATALIA = {  # the first problem of GSM8K (MIT, see data/LICENSE.md)
-    "prompt": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-    "How many clips did Natalia sell altogether in April and May?",
+    "prompt": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+    "May. How many clips did Natalia sell altogether in April and May?",
     "answer": "72",
     "meta": json.dumps(
         {
@@ -35,12 +37,16 @@ NATALIA = {  # the first problem of GSM8K (MIT, see data/LICENSE.md)
         }
     ),
 }
-DIGITS = [{"prompt": f"Say {i % 10}.", "answer": str(i % 10), "solution": f"It is {i % 10}."} for i in range(60)]
+DIGITS = [
+    {"prompt": f"Say {i % 10}.", "answer": str(i % 10), "solution": f"It is {i % 10}."} for i in range(60)
+]
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GVPOConfig]:
-    """`config(**overrides)`: a run of which jobs/warm_start.py makes the model in a second, its data in worked.jsonl; `__` for a dot."""
+    """`config(**overrides)`: a run of which jobs/warm_start.py makes the model in a second, its data in
+    worked.jsonl; `__` for a dot.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "worked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DIGITS))
     small = {
@@ -68,7 +74,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GVP
     }
 
     def make(**overrides: Any) -> GVPOConfig:
-        return GVPOConfig.from_dict(small, {key.replace("__", "."): value for key, value in overrides.items()})
+        return GVPOConfig.from_dict(
+            small, {key.replace("__", "."): value for key, value in overrides.items()}
+        )
 
     return make
 
@@ -78,35 +86,51 @@ def write(name: str, *rows: dict[str, Any]) -> str:
     return name
 
 
-# --- what it is taught -----------------------------------------------------------------------------------------------------
+# --- what it is taught --------------------------------------------------------------------------------------
 
 
-def test_gsm8k_loses_its_calculator_marks_and_its_last_line_and_gets_a_box(config: Callable[..., GVPOConfig]) -> None:
+def test_gsm8k_loses_its_calculator_marks_and_its_last_line_and_gets_a_box(
+    config: Callable[..., GVPOConfig],
+) -> None:
     """With the section of the shipped job, on a real problem."""
-    job = GVPOConfig.from_file(JOBS / "gsm8k_cpu.yaml", {"warm_start.data.path": write("gsm8k.jsonl", NATALIA)})
+    job = GVPOConfig.from_file(
+        JOBS / "gsm8k_cpu.yaml", {"warm_start.data.path": write("gsm8k.jsonl", NATALIA)}
+    )
     assert job.warm_start is not None
     assert read_examples(job.warm_start) == [
         (
             NATALIA["prompt"] + "\n",
-            "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May.\n\\boxed{72}",
+            "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and "
+            "May.\n\\boxed{72}",
         )
     ]
     assert job.prompts.template == job.warm_start.data.template == job.evaluation.sets["gsm8k_test"].template
 
 
 def test_examples_are_templated_and_braces_of_the_texts_stay(config: Callable[..., GVPOConfig]) -> None:
-    path = write("braces.jsonl", {"question": "Is {solution} {x}?", "gold": 7, "working": "By {answer} and {prompt}. "})
+    path = write(
+        "braces.jsonl", {"question": "Is {solution} {x}?", "gold": 7, "working": "By {answer} and {prompt}. "}
+    )
     section = config(
-        warm_start__data={"path": path, "template": "Q: {prompt}\nA:", "prompt_column": "question", "answer_column": "gold"},
+        warm_start__data={
+            "path": path,
+            "template": "Q: {prompt}\nA:",
+            "prompt_column": "question",
+            "answer_column": "gold",
+        },
         warm_start__solution_column="working",
         warm_start__completion=" {solution} So {answer}: \\boxed{{answer}}",
     ).warm_start
     assert section is not None
-    assert read_examples(section) == [("Q: Is {solution} {x}?\nA:", " By {answer} and {prompt}. So 7: \\boxed{7}")]
+    assert read_examples(section) == [
+        ("Q: Is {solution} {x}?\nA:", " By {answer} and {prompt}. So 7: \\boxed{7}")
+    ]
 
 
 def test_without_template_the_prompt_is_itself(config: Callable[..., GVPOConfig]) -> None:
-    section = config(warm_start__data={"path": "worked.jsonl", "limit": 1}, warm_start__completion="{answer}").warm_start
+    section = config(
+        warm_start__data={"path": "worked.jsonl", "limit": 1}, warm_start__completion="{answer}"
+    ).warm_start
     assert section is not None
     assert read_examples(section) == [("Say 0.", "0")]
 
@@ -114,30 +138,67 @@ def test_without_template_the_prompt_is_itself(config: Callable[..., GVPOConfig]
 @pytest.mark.parametrize(
     ("row", "keys", "complaint"),
     [
-        ({"meta": "no JSON"}, {"solution_column": "meta.solution"}, "warm_start.solution_column: row 1: meta is not JSON with"),
-        ({"meta": "{}"}, {"solution_column": "meta.solution"}, "warm_start.solution_column: row 1: meta is not JSON with"),
-        ({"meta": "[1]"}, {"solution_column": "meta.solution"}, "warm_start.solution_column: row 1: meta is not JSON with"),
-        ({"meta": '{"solution": 3}'}, {"solution_column": "meta.solution"}, "row 1: 'solution' in meta is int, not text"),
-        ({"meta": '{"solution": null}'}, {"solution_column": "meta.solution"}, "row 1: 'solution' in meta is NoneType, not text"),
-        ({}, {"solution_column": "solutoin"}, "warm_start.data (solution): x.jsonl has no column 'solutoin'; it has prompt, answer, meta"),
-        ({}, {"solution_column": "answer", "remove": "(<<"}, "warm_start.remove: '(<<' is not a regular expression"),
+        (
+            {"meta": "no JSON"},
+            {"solution_column": "meta.solution"},
+            "warm_start.solution_column: row 1: meta is not JSON with",
+        ),
+        (
+            {"meta": "{}"},
+            {"solution_column": "meta.solution"},
+            "warm_start.solution_column: row 1: meta is not JSON with",
+        ),
+        (
+            {"meta": "[1]"},
+            {"solution_column": "meta.solution"},
+            "warm_start.solution_column: row 1: meta is not JSON with",
+        ),
+        (
+            {"meta": '{"solution": 3}'},
+            {"solution_column": "meta.solution"},
+            "row 1: 'solution' in meta is int, not text",
+        ),
+        (
+            {"meta": '{"solution": null}'},
+            {"solution_column": "meta.solution"},
+            "row 1: 'solution' in meta is NoneType, not text",
+        ),
+        (
+            {},
+            {"solution_column": "solutoin"},
+            "warm_start.data (solution): x.jsonl has no column 'solutoin'; it has prompt, answer, meta",
+        ),
+        (
+            {},
+            {"solution_column": "answer", "remove": "(<<"},
+            "warm_start.remove: '(<<' is not a regular expression",
+        ),
         ({}, {"data.path": "nowhere.parquet"}, "warm_start.data.path: no file nowhere.parquet"),
         ({}, {"data.answer_column": "gold"}, "warm_start.data.answer_column: x.jsonl has no column 'gold'"),
-        ({"answer": None}, {"solution_column": "meta"}, "warm_start.data.path: x.jsonl: row 1: answer is empty (null)"),
+        (
+            {"answer": None},
+            {"solution_column": "meta"},
+            "warm_start.data.path: x.jsonl: row 1: answer is empty (null)",
+        ),
     ],
 )
 def test_bad_data_is_one_line_that_names_the_row(
     config: Callable[..., GVPOConfig], row: dict[str, Any], keys: dict[str, Any], complaint: str
 ) -> None:
     write("x.jsonl", NATALIA, {**NATALIA, **row})
-    section = config(**{"warm_start__data__path": "x.jsonl", **{f"warm_start__{key}": value for key, value in keys.items()}}).warm_start
+    section = config(
+        **{
+            "warm_start__data__path": "x.jsonl",
+            **{f"warm_start__{key}": value for key, value in keys.items()},
+        }
+    ).warm_start
     assert section is not None
     with pytest.raises(ConfigError, match=re.escape(complaint)) as error:
         read_examples(section)
     assert "\n" not in str(error.value)
 
 
-# --- its tokenizer ---------------------------------------------------------------------------------------------------------
+# --- its tokenizer ------------------------------------------------------------------------------------------
 
 TEXTS = ["What is 48 + 24?\n", "Natalia sold 48/2 = 24 clips in May.\n\\boxed{72}", "2024 2024 2024 2024"]
 
@@ -152,7 +213,16 @@ def test_every_digit_is_a_token_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "  two  spaces ", "a\n\n\tb\r\n", "Überlege: 数学 ✓ 🎉", "\\frac{1}{2} $x^{10}$ 3,000.50", "don't 's . , !", "\x00\x7f"],
+    [
+        "",
+        " ",
+        "  two  spaces ",
+        "a\n\n\tb\r\n",
+        "Überlege: 数学 ✓ 🎉",
+        "\\frac{1}{2} $x^{10}$ 3,000.50",
+        "don't 's . , !",
+        "\x00\x7f",
+    ],
 )
 def test_decoding_gives_back_the_text(text: str, tmp_path: Path) -> None:
     """Also after a round through the folder, where engines and learner find it."""
@@ -166,11 +236,18 @@ def test_decoding_gives_back_the_text(text: str, tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_has_the_size_that_was_asked_for_or_what_the_texts_give() -> None:
-    assert len(train_tokenizer([" ".join(f"w{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26))], 300)) == 300
+    assert (
+        len(
+            train_tokenizer(
+                [" ".join(f"w{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26))], 300
+            )
+        )
+        == 300
+    )
     assert len(train_tokenizer(["1 2 3"], 4096)) < 300  # every byte, the end, and no more pairs to merge
 
 
-# --- the model -------------------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +266,13 @@ def test_an_architecture_that_does_not_go_is_refused(architecture: dict[str, Any
         new_model(
             len(tokenizer),
             tokenizer,
-            {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, **architecture},
+            {
+                "num_hidden_layers": 1,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_attention_heads": 2,
+                **architecture,
+            },
         )
     assert "\n" not in str(error.value)
 
@@ -203,7 +286,10 @@ def test_what_it_writes_is_a_model_that_has_learnt_and_that_the_run_can_load(
     assert folder == Path("models/tiny") and "60 worked problems" in printed and "left out" not in printed
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert model.config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids(END)
     prompts = PromptSet(run.prompts, tokenizer, name="worked", max_tokens=40)
     assert len(prompts) == 60
@@ -211,18 +297,25 @@ def test_what_it_writes_is_a_model_that_has_learnt_and_that_the_run_can_load(
     for row in prompts.all(10).to_pylist():
         ids = torch.tensor([row["prompt_ids"]])
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)[0, ids.shape[1] :].tolist()
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False
+            )[0, ids.shape[1] :].tolist()
         right += tokenizer.decode(out) == f"It is {row['answer']}. \\boxed{{{row['answer']}}}{END}"
     assert right >= 9
 
 
-def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_model(config: Callable[..., GVPOConfig], tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_model(
+    config: Callable[..., GVPOConfig], tmp_path: Path
+) -> None:
     def loss(model: Any) -> float:
         tokenizer = AutoTokenizer.from_pretrained("models/a")
         section = config().warm_start
         assert section is not None
         rows = [
-            {"prompt_ids": tokenizer(prompt).input_ids, "completion_ids": [[*tokenizer(completion).input_ids, tokenizer.eos_token_id]]}
+            {
+                "prompt_ids": tokenizer(prompt).input_ids,
+                "completion_ids": [[*tokenizer(completion).input_ids, tokenizer.eos_token_id]],
+            }
             for prompt, completion in read_examples(section)
         ]
         with torch.no_grad():
@@ -232,7 +325,9 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_model(config:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         warm_start(config(model__path=f"models/{name}", seed=seed, **few))
     a, b, c = (AutoModelForCausalLM.from_pretrained(f"models/{name}").eval() for name in "abc")
-    untrained = new_model(a.config.vocab_size, AutoTokenizer.from_pretrained("models/a"), config().warm_start.architecture).eval()  # type: ignore[union-attr]
+    untrained = new_model(
+        a.config.vocab_size, AutoTokenizer.from_pretrained("models/a"), config().warm_start.architecture
+    ).eval()  # type: ignore[union-attr]
     assert loss(untrained) == pytest.approx(math.log(a.config.vocab_size), abs=0.3)  # it knows nothing
     assert loss(a) < 0.5 * loss(untrained)
     same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
@@ -246,7 +341,8 @@ def test_worked_problems_that_are_too_long_are_left_out_and_counted(
     taught: list[Any] = []
     monkeypatch.setattr(module, "imitate", lambda model, rows, section: taught.extend(rows))
     bare = {"warm_start__data__template": "{prompt}", "warm_start__completion": "{solution}"}
-    fits, long = ({"prompt": "7", "answer": "7", "solution": "7" * n} for n in (62, 63))  # 1 + 62 + the end are 64 tokens
+    # 1 + 62 + the end are 64 tokens
+    fits, long = ({"prompt": "7", "answer": "7", "solution": "7" * n} for n in (62, 63))
     write("worked.jsonl", *DIGITS[:5], long, fits, long)
     warm_start(config(**bare))
     assert "2 worked problems are longer than the context of 64 tokens: left out" in capsys.readouterr().out
@@ -255,7 +351,9 @@ def test_worked_problems_that_are_too_long_are_left_out_and_counted(
 
     shutil.rmtree("models")
     write("worked.jsonl", long)
-    with pytest.raises(ConfigError, match=r"warm_start\.data: no worked problem fits into the context of 64 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"warm_start\.data: no worked problem fits into the context of 64 tokens"
+    ):
         warm_start(config(**bare))
     assert not Path("models").exists()
 
@@ -269,13 +367,16 @@ def test_rows_of_like_length_share_a_batch_and_each_is_seen_once_a_round() -> No
         assert sorted(i for batch in round for i in batch) == list(range(64))
         assert all(len({lengths[i] for i in batch}) == 1 for batch in round)
     assert first != second
-    assert [lengths[batch[0]] for batch in first] != sorted(lengths[batch[0]] for batch in first)  # short ones do not come first
+    # short ones do not come first
+    assert [lengths[batch[0]] for batch in first] != sorted(lengths[batch[0]] for batch in first)
 
 
-# --- the folder ------------------------------------------------------------------------------------------------------------
+# --- the folder ---------------------------------------------------------------------------------------------
 
 
-def test_again_it_does_nothing(config: Callable[..., GVPOConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_again_it_does_nothing(
+    config: Callable[..., GVPOConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = warm_start(config(warm_start__num_epochs=1))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.setattr(module, "read_examples", None)  # not even the data is read
@@ -317,7 +418,9 @@ def test_a_folder_that_is_something_else_is_never_replaced(config: Callable[...,
     assert Path("notes/thesis.txt").read_text() == "years of work"
 
 
-def test_a_path_that_cannot_be_written_is_found_before_the_training(config: Callable[..., GVPOConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_be_written_is_found_before_the_training(
+    config: Callable[..., GVPOConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "imitate", lambda *_: pytest.fail("trained first"))
     with pytest.raises(ConfigError, match=r"model\.path: cannot write worked.jsonl/model: Not a directory"):
         warm_start(config(model__path="worked.jsonl/model"))
@@ -331,7 +434,10 @@ def test_the_script_says_in_one_line_what_is_wrong(
         (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
         (["run.yaml", "warm_start=null"], "warm_start: this config has no such section"),
         (["run.yaml", "warm_start.data.path=x.jsonl"], "warm_start.data.path: no file x.jsonl"),
-        (["run.yaml", "warm_start.vocabsize=300"], "run.yaml: unknown key warm_start.vocabsize; did you mean warm_start.vocab_size?"),
+        (
+            ["run.yaml", "warm_start.vocabsize=300"],
+            "run.yaml: unknown key warm_start.vocabsize; did you mean warm_start.vocab_size?",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["warm_start.py", *arguments])
         with pytest.raises(SystemExit) as exit:

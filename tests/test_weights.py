@@ -1,4 +1,6 @@
-"""The weight wire: shards that hold what was sent, shared memory that is gone afterwards, and who is asked what over NCCL."""
+"""The weight wire: shards that hold what was sent, shared memory that is gone afterwards, and who is asked
+what over NCCL.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from safetensors.torch import load as from_bytes
 
 from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher, SharedMemory, merge, shards
 
-# ------------------------------------------------------------------------------------------------------------------ shards
+# ----------------------------------------------------------------------------------------------------- shards
 
 
 def named(*sizes: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor]]:
@@ -28,7 +30,13 @@ def sizes_of(data: list[bytes]) -> list[dict[str, int]]:
 def test_a_shard_holds_as_many_tensors_as_fit_and_one_that_never_fits_alone():
     # 40 bytes to a shard, 4 bytes to a number
     data = list(shards(named(4, 6, 1, 30, 10, 0, 1), torch.float32, max_bytes=40))
-    assert sizes_of(data) == [{"layer.0": 4, "layer.1": 6}, {"layer.2": 1}, {"layer.3": 30}, {"layer.4": 10, "layer.5": 0}, {"layer.6": 1}]
+    assert sizes_of(data) == [
+        {"layer.0": 4, "layer.1": 6},
+        {"layer.2": 1},
+        {"layer.3": 30},
+        {"layer.4": 10, "layer.5": 0},
+        {"layer.6": 1},
+    ]
 
 
 def test_shards_come_one_at_a_time_and_gather_no_more_than_they_need():
@@ -46,7 +54,11 @@ def test_shards_come_one_at_a_time_and_gather_no_more_than_they_need():
 
 
 def test_shards_hold_the_tensors_in_the_dtype_that_was_asked_for():
-    tensors = [*named(3, 5, dtype=torch.float32), ("ids", torch.tensor([1, 2**40])), ("rng", torch.arange(4, dtype=torch.uint8))]
+    tensors = [
+        *named(3, 5, dtype=torch.float32),
+        ("ids", torch.tensor([1, 2**40])),
+        ("rng", torch.arange(4, dtype=torch.uint8)),
+    ]
     tensors[0] = ("layer.0", torch.tensor([1.0, 1 / 3, -1e30]))
     for dtype in (torch.float32, torch.bfloat16):
         got = {name: tensor for shard in shards(tensors, dtype) for name, tensor in from_bytes(shard).items()}
@@ -58,7 +70,11 @@ def test_shards_hold_the_tensors_in_the_dtype_that_was_asked_for():
 def test_tied_tensors_are_sent_under_each_of_their_names_and_views_as_they_look():
     tied = torch.arange(6.0).reshape(2, 3)
     got = from_bytes(next(shards([("embed", tied), ("head", tied), ("transposed", tied.T)], torch.float32)))
-    assert torch.equal(got["embed"], tied) and torch.equal(got["head"], tied) and torch.equal(got["transposed"], tied.T)
+    assert (
+        torch.equal(got["embed"], tied)
+        and torch.equal(got["head"], tied)
+        and torch.equal(got["transposed"], tied.T)
+    )
 
 
 def test_no_tensors_are_no_shards():
@@ -82,7 +98,7 @@ def test_only_the_sender_puts_and_every_rank_gathers():
     assert gathered == ["layer.0", "layer.1"] * 2 and len(put) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- shared memory
+# ---------------------------------------------------------------------------------------------- shared memory
 
 
 def test_shared_memory_is_there_inside_the_with_and_gone_after_it():
@@ -101,7 +117,10 @@ def test_shared_memory_is_there_inside_the_with_and_gone_after_it():
 
 def test_shared_memory_is_gone_also_after_an_error_inside_and_while_it_is_filled(tmp_path, monkeypatch):
     monkeypatch.setattr("gvpo_ray.weights.transfer.tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("gvpo_ray.weights.transfer.shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))  # /dev/shm is full: a folder
+    # /dev/shm is full: a folder
+    monkeypatch.setattr(
+        "gvpo_ray.weights.transfer.shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})
+    )
     array = np.arange(4, dtype=np.uint8)
     with pytest.raises(ZeroDivisionError), SharedMemory([array]) as memory:
         assert Path(memory.paths[0]).parent.parent == tmp_path
@@ -119,12 +138,15 @@ def test_shared_memory_is_gone_also_after_an_error_inside_and_while_it_is_filled
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- adapters
+# --------------------------------------------------------------------------------------------------- adapters
 
 
 def adapter(layer: str, inputs: int, outputs: int, rank: int = 2) -> dict[str, torch.Tensor]:
     sizes = {"A": (rank, inputs), "B": (outputs, rank)}
-    return {f"base_model.model.{layer}.lora_{x}.weight": torch.randn(size, dtype=torch.bfloat16) for x, size in sizes.items()}
+    return {
+        f"base_model.model.{layer}.lora_{x}.weight": torch.randn(size, dtype=torch.bfloat16)
+        for x, size in sizes.items()
+    }
 
 
 def test_an_adapter_is_added_to_its_layers_in_float32_and_rounded_once():
@@ -137,8 +159,14 @@ def test_an_adapter_is_added_to_its_layers_in_float32_and_rounded_once():
         merged = dict(merge(base.items(), tensors, 1.5, dtype, torch.device("cpu")))
         want = base["q.weight"].double() + 1.5 * b @ a
         assert merged["q.weight"].dtype == dtype
-        assert torch.allclose(merged["q.weight"].double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-        assert merged["q.bias"] is base["q.bias"] and merged["k.weight"] is base["k.weight"] and list(merged) == list(base)
+        assert torch.allclose(
+            merged["q.weight"].double(), want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+        )
+        assert (
+            merged["q.bias"] is base["q.bias"]
+            and merged["k.weight"] is base["k.weight"]
+            and list(merged) == list(base)
+        )
     assert all(torch.equal(base[name], before[name]) for name in base)
 
 
@@ -147,18 +175,33 @@ def test_an_adapter_is_added_to_its_layers_in_float32_and_rounded_once():
     [
         (adapter("q", 6, 5), r"q\.weight is \[4, 6\], but .*q\.lora_B\.weight': \[5, 2\]"),
         (adapter("q", 7, 4), r"q\.weight is \[4, 6\], but .*q\.lora_A\.weight': \[2, 7\]"),
-        (adapter("q", 6, 1), r"q\.weight is \[4, 6\], but .*q\.lora_B\.weight': \[1, 2\]"),  # it would have been broadcast
-        (adapter("q", 6, 4) | adapter("x.1.q", 6, 4), r"no layer for base_model\.model\.x\.1\.q\.lora_A\.weight, .* \(2 in all\)"),
+        # it would have been broadcast
+        (adapter("q", 6, 1), r"q\.weight is \[4, 6\], but .*q\.lora_B\.weight': \[1, 2\]"),
+        (
+            adapter("q", 6, 4) | adapter("x.1.q", 6, 4),
+            r"no layer for base_model\.model\.x\.1\.q\.lora_A\.weight, .* \(2 in all\)",
+        ),
         (dict(list(adapter("q", 6, 4).items())[:1]), r"has base_model\.model\.q\.lora_A\.weight or .* alone"),
-        ({"base_model.model.q.lora_magnitude_vector": torch.ones(4)}, r"no layer for base_model\.model\.q\.lora_magnitude_vector"),
+        (
+            {"base_model.model.q.lora_magnitude_vector": torch.ones(4)},
+            r"no layer for base_model\.model\.q\.lora_magnitude_vector",
+        ),
     ],
 )
 def test_a_tensor_of_an_adapter_that_does_not_fit_is_named(tensors, error):
     with pytest.raises(ValueError, match=error):
-        dict(merge([("q.weight", torch.zeros(4, 6)), ("q.bias", torch.zeros(4))], tensors, 1.0, torch.float32, torch.device("cpu")))
+        dict(
+            merge(
+                [("q.weight", torch.zeros(4, 6)), ("q.bias", torch.zeros(4))],
+                tensors,
+                1.0,
+                torch.float32,
+                torch.device("cpu"),
+            )
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------------- NCCL
+# ------------------------------------------------------------------------------------------------------- NCCL
 
 
 def test_every_engine_is_told_its_place_in_the_broadcast():
@@ -195,7 +238,9 @@ class _InitInfo:
 
 
 class _Trainer:
-    """vLLM 0.32's NCCLTrainerWeightTransferEngine without NCCL: the shapes first, then the tensors, and both must agree."""
+    """vLLM 0.32's NCCLTrainerWeightTransferEngine without NCCL: the shapes first, then the tensors, and both
+    must agree.
+    """
 
     made: list["_Trainer"]
 
@@ -212,7 +257,9 @@ class _Trainer:
             self.client.start_weight_update()
             self.client.update_weights({"names": [m.name for m in meta]})
         sent = dict(self.source)
-        assert [(m.name, m.shape) for m in meta] == [(name, tuple(tensor.shape)) for name, tensor in sent.items()]
+        assert [(m.name, m.shape) for m in meta] == [
+            (name, tuple(tensor.shape)) for name, tensor in sent.items()
+        ]
         self.broadcast.append(sent)
         if self.info.rank == 0:
             self.client.finish_weight_update()
@@ -220,9 +267,13 @@ class _Trainer:
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """The four names of vLLM that the publisher uses; importing the real ones takes longer than all tests of this file."""
+    """The four names of vLLM that the publisher uses; importing the real ones takes longer than all tests of
+    this file.
+    """
     factory = type(
-        "WeightTransferTrainerFactory", (), {"trainer_init": staticmethod(lambda info, client, source: _Trainer(info, client, source))}
+        "WeightTransferTrainerFactory",
+        (),
+        {"trainer_init": staticmethod(lambda info, client, source: _Trainer(info, client, source))},
     )
     names = {
         "vllm.distributed.weight_transfer.base": {"ParamMeta": _ParamMeta, "WeightSource": object},
@@ -252,7 +303,14 @@ class _Weights:
 
 def test_each_version_is_broadcast_whole_the_first_one_too(vllm):
     calls: list[str] = []
-    publisher = NcclPublisher(lambda method, arguments: calls.append(f"{method} {len(arguments)}"), 2, 4, rank=0, address="host", port=5)
+    publisher = NcclPublisher(
+        lambda method, arguments: calls.append(f"{method} {len(arguments)}"),
+        2,
+        4,
+        rank=0,
+        address="host",
+        port=5,
+    )
     for version in (1, 2):
         assert publisher.publish(version, _Weights(float(version))) == {"shards": [], "bytes": 6 * 4 + 4 * 2}
     (trainer,) = vllm.made

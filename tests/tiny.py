@@ -1,4 +1,6 @@
-"""What several tests need: a model and a tokenizer small enough to make on the spot, groups, and a few ranks to run on."""
+"""What several tests need: a model and a tokenizer small enough to make on the spot, groups, and a few ranks
+to run on.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,25 @@ VOCAB_SIZE = 2 + len(ALPHABET)
 
 
 def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
-    """Write a random model (two layers, a few thousand weights) with a tokenizer of single characters; 0 is <pad>, 1 is <eos>."""
+    """Write a random model (two layers, a few thousand weights) with a tokenizer of single characters; 0 is
+    <pad>, 1 is <eos>.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     tokens = ["<pad>", "<eos>", *ALPHABET]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder
+    )
     config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
     torch.manual_seed(seed)
     model(
@@ -57,7 +69,9 @@ def float64(model: torch.nn.Module) -> torch.nn.Module:
     """Norms compute in float32 whatever the model is in: replaced, so that everything is in float64."""
 
     def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -66,9 +80,14 @@ def float64(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_group(
-    group_id: int, rewards: tuple[float | None, ...] = (1.0, 0.0, 0.5), version: int | None = 0, **columns: Any
+    group_id: int,
+    rewards: tuple[float | None, ...] = (1.0, 0.0, 0.5),
+    version: int | None = 0,
+    **columns: Any,
 ) -> dict[str, Any]:
-    """A row with random tokens, fixed by its id. `version` sampled it (None: foreign); `columns` replace what they name."""
+    """A row with random tokens, fixed by its id. `version` sampled it (None: foreign); `columns` replace what
+    they name.
+    """
     random = torch.Generator().manual_seed(1000 + group_id)
 
     def tokens(length: int) -> list[int]:
@@ -88,7 +107,9 @@ def make_group(
         "sources": ["policy" if version is not None else "offline:people"] * m,
         "version_min": [version] * m,
         "version_max": [version] * m,
-        "sampling_logprobs": [None if version is None else [-0.5 - 0.25 * i] * len(ids) for i, ids in enumerate(completions)],
+        "sampling_logprobs": [
+            None if version is None else [-0.5 - 0.25 * i] * len(ids) for i, ids in enumerate(completions)
+        ],
         "rewards": list(rewards),
         "reward_parts": {"math": list(rewards)},
         "reward_reasons": [None] * m,
@@ -100,7 +121,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     return groups.table(rows).select(list(groups.LOGGED_COLUMNS))
 
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks --------------------------------------------------------------------------------------------------
 
 
 def descendants(title: str) -> list[int]:
@@ -108,10 +129,14 @@ def descendants(title: str) -> list[int]:
     return chaos.descendants(os.getpid(), title)
 
 
-def run_on_ranks(world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path) -> dict[str, list[Any]]:
-    """Run every case on every rank of one gloo group; its results by rank. A case that raised has its traceback as a string.
+def run_on_ranks(
+    world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path
+) -> dict[str, list[Any]]:
+    """Run every case on every rank of one gloo group; its results by rank. A case that raised has its
+    traceback as a string.
 
-    Each case gets a folder of its own that the ranks share. One start for many cases: importing torch takes longer than they do.
+    Each case gets a folder of its own that the ranks share. One start for many cases: importing torch takes
+    longer than they do.
     """
     import torch.multiprocessing
 
@@ -125,7 +150,11 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
     torch.set_num_threads(1)
     dist = torch.distributed
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
     )
     results: dict[str, Any] = {}
     for name, case in cases.items():
@@ -135,7 +164,8 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
             results[name] = case(own)
         except Exception:  # the test of this case fails with it; the others have theirs
             results[name] = traceback.format_exc()
-            print(f"rank {rank}, case {name}: {results[name]}", file=sys.stderr)  # the other ranks may wait for this one in vain
+            # the other ranks may wait for this one in vain
+            print(f"rank {rank}, case {name}: {results[name]}", file=sys.stderr)
         dist.barrier()
     torch.save(results, folder / f"result-{rank}.pt")
     dist.destroy_process_group()
@@ -144,7 +174,8 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
 def counted_and_damped(
     groups: Sequence[tuple[Sequence[float], Sequence[float]]], beta: float
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """What each completion counts, and how much of what pushes it down; and what to multiply the learning rate by. Redone in plain Python.
+    """What each completion counts, and how much of what pushes it down; and what to multiply the learning
+    rate by. Redone in plain Python.
 
     Args:
         groups: of each, (rewards, log pi - log mu of the completions), where mu is the reference, too.
@@ -153,7 +184,9 @@ def counted_and_damped(
     for rewards, log_ratios in groups:
         ratios = [min(1.0, math.exp(log_ratio)) for log_ratio in log_ratios]
         shares = [ratio * len(ratios) / sum(ratios) for ratio in ratios]
-        mean_reward, mean_log_ratio = (sum(s * x for s, x in zip(shares, xs, strict=True)) / len(shares) for xs in (rewards, log_ratios))
+        mean_reward, mean_log_ratio = (
+            sum(s * x for s, x in zip(shares, xs, strict=True)) / len(shares) for xs in (rewards, log_ratios)
+        )
         for share, reward, log_ratio in zip(shares, rewards, log_ratios, strict=True):
             advantage = reward - mean_reward
             residual = advantage - beta * (log_ratio - mean_log_ratio)
@@ -161,7 +194,11 @@ def counted_and_damped(
             around_residuals += share * residual**2 / (len(shares) - 1)
             together += share * advantage * residual / (len(shares) - 1)
         counts += shares
-        better = [ratio for ratio, reward in zip(ratios, rewards, strict=True) if reward > sum(rewards) / len(rewards)]
+        better = [
+            ratio
+            for ratio, reward in zip(ratios, rewards, strict=True)
+            if reward > sum(rewards) / len(rewards)
+        ]
         kept += [max(better, default=1.0)] * len(ratios)
     numbers = (torch.tensor(values, dtype=torch.float64) for values in (counts, kept))
     return *numbers, max(0.0, together) ** 2 / (around_rewards * around_residuals)

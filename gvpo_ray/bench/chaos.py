@@ -1,8 +1,10 @@
-"""`gvpo-ray bench chaos CONFIG`: one real run whose processes are killed, each kind of them, at random moments fixed by a seed.
+"""`gvpo-ray bench chaos CONFIG`: one real run whose processes are killed, each kind of them, at random
+moments fixed by a seed.
 
-The run is the command `gvpo-ray train CONFIG` in a process of its own, started again whenever it is the driver that is killed. At the end the
-log has to hold every group once, every step has to have trained its own, and learning from that log without any engine and undisturbed has to
-end in the same weights, bit for bit.
+The run is the command `gvpo-ray train CONFIG` in a process of its own, started again whenever it is the
+driver that is killed. At the end the log has to hold every group once, every step has to have trained its
+own, and learning from that log without any engine and undisturbed has to end in the same weights, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Outcome:
 
 
 def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
-    """Kinds in turn, each round in a new order; steps at random, none of the last tenth: there must be something left to recover for."""
+    """Kinds in turn, each round in a new order; steps at random, none of the last tenth: there must be
+    something left to recover for.
+    """
     rng = random.Random(seed)
     kinds: list[str] = []
     while len(kinds) < num_kills:
@@ -80,7 +84,9 @@ def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
 
 
 def descendants(pid: int, title: str) -> list[int]:
-    """Processes below `pid` whose title begins so. (Process.children() goes by the clock, and leaves some out when that is adjusted meanwhile.)"""
+    """Processes below `pid` whose title begins so. (Process.children() goes by the clock, and leaves some out
+    when that is adjusted meanwhile.)
+    """
     children = defaultdict(list)
     for process in psutil.process_iter(["ppid", "cmdline"]):
         children[process.info["ppid"]].append(process)
@@ -99,9 +105,13 @@ class Command:
     def __init__(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gvpo_ray", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            [sys.executable, "-m", "gvpo_ray", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
         self._on_line = on_line
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -117,7 +127,14 @@ class Command:
         return status
 
 
-def run(config_file: str, overrides: Sequence[str], run_dir: Path, num_kills: int, seed: int, say: Callable[[str], None] = print) -> Outcome:
+def run(
+    config_file: str,
+    overrides: Sequence[str],
+    run_dir: Path,
+    num_kills: int,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> Outcome:
     """Train under fire, and check what came of it."""
     config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={run_dir}"])
     kills, rng = schedule(num_kills, config.num_steps, seed), random.Random(seed + 1)
@@ -141,7 +158,11 @@ def run(config_file: str, overrides: Sequence[str], run_dir: Path, num_kills: in
         time.sleep(kill.part * min(3.0, steps[-1][0] - steps[-2][0] if len(steps) > 1 else 3.0))
         began_to_look = time.monotonic()
         while command.process.poll() is None:
-            found = [command.process.pid] if kill.kind == "driver" else descendants(command.process.pid, TITLES[kill.kind])
+            found = (
+                [command.process.pid]
+                if kill.kind == "driver"
+                else descendants(command.process.pid, TITLES[kill.kind])
+            )
             if found:
                 break
             time.sleep(0.2)  # one that was killed just now is not back yet
@@ -181,7 +202,9 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
     if twice := [group_id for group_id, number in Counter(log.group_ids).items() if number > 1]:
         found.append(f"groups that are in the log twice: {twice[:10]}")
     rows = [row for step in sorted(log.assigned) for row in range(*log.assigned[step])]
-    if sorted(log.assigned) != list(range(1, config.num_steps + 1)) or rows != list(range(config.num_steps * config.groups_per_step)):
+    if sorted(log.assigned) != list(range(1, config.num_steps + 1)) or rows != list(
+        range(config.num_steps * config.groups_per_step)
+    ):
         found.append(f"not every step has trained its own groups: {log.assigned}")
     lines = [json.loads(line) for line in (outcome.run_dir / "metrics.jsonl").read_text().splitlines()]
     if [line["step"] for line in lines if "loss" in line] != list(range(1, config.num_steps + 1)):
@@ -189,16 +212,32 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
     return found
 
 
-def replays_bit_for_bit(config_file: str, overrides: Sequence[str], outcome: Outcome, config: GVPOConfig, folder: Path) -> list[str]:
+def replays_bit_for_bit(
+    config_file: str, overrides: Sequence[str], outcome: Outcome, config: GVPOConfig, folder: Path
+) -> list[str]:
     """Learn from the run's log in another folder; the files of the last checkpoint that differ."""
-    arguments = ["learn", config_file, "--groups", str(outcome.run_dir / "groups"), *overrides, f"run_dir={folder}"]
+    arguments = [
+        "learn",
+        config_file,
+        "--groups",
+        str(outcome.run_dir / "groups"),
+        *overrides,
+        f"run_dir={folder}",
+    ]
     output: list[str] = []
     if (status := Command(arguments, output.append).wait()) != 0:
         return [f"learn ended with status {status}: {''.join(output)[-2000:]}"]
     last = f"checkpoints/step-{config.num_steps}"
-    files = sorted(str(path.relative_to(outcome.run_dir / last)) for path in (outcome.run_dir / last).rglob("*.safetensors"))
+    files = sorted(
+        str(path.relative_to(outcome.run_dir / last))
+        for path in (outcome.run_dir / last).rglob("*.safetensors")
+    )
     assert len(files) >= 2  # the model and the optimizer
-    return [name for name in files if (folder / last / name).read_bytes() != (outcome.run_dir / last / name).read_bytes()]
+    return [
+        name
+        for name in files
+        if (folder / last / name).read_bytes() != (outcome.run_dir / last / name).read_bytes()
+    ]
 
 
 def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) -> int:
@@ -206,28 +245,49 @@ def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) 
     with tempfile.TemporaryDirectory(prefix="gvpo_chaos_") as folder:
         config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={folder}/run"])
         outcome = run(config_file, overrides, Path(folder) / "run", num_kills, seed)
-        different = [] if outcome.problems else replays_bit_for_bit(config_file, overrides, outcome, config, Path(folder) / "replay")
-        table = Table(title=f"bench chaos: seed {seed}, {config.num_steps} steps in {outcome.seconds / 60:.1f} min", title_justify="left")
+        different = (
+            []
+            if outcome.problems
+            else replays_bit_for_bit(config_file, overrides, outcome, config, Path(folder) / "replay")
+        )
+        table = Table(
+            title=f"bench chaos: seed {seed}, {config.num_steps} steps in {outcome.seconds / 60:.1f} min",
+            title_justify="left",
+        )
         for column in ("killed", "after step", "next step ended after"):
             table.add_column(column, justify="left" if column == "killed" else "right")
         for kill in outcome.kills:
-            table.add_row(kill.kind, str(kill.step), f"{kill.until_step:.1f} s" if kill.at else "the run was over")
+            table.add_row(
+                kill.kind, str(kill.step), f"{kill.until_step:.1f} s" if kill.at else "the run was over"
+            )
         console = Console(highlight=False)
         console.print(table)
         lines = _lines(outcome.run_dir / "metrics.jsonl")
-        evaluations = {name: [line[name] for line in lines if name in line] for line in lines for name in line if name.endswith("/pass@1")}
+        evaluations = {
+            name: [line[name] for line in lines if name in line]
+            for line in lines
+            for name in line
+            if name.endswith("/pass@1")
+        }
         for name, values in evaluations.items():
             print(f"{name}: {values[0]:.3f} → {values[-1]:.3f}")
         trained = [line for line in lines if "loss" in line]
         if trained:
-            counts = {key.split("/")[1]: value for key, value in trained[-1].items() if key.startswith("recoveries/")}
+            counts = {
+                key.split("/")[1]: value
+                for key, value in trained[-1].items()
+                if key.startswith("recoveries/")
+            }
             print("recoveries: " + ", ".join(f"{who} {number:.0f}" for who, number in counts.items()))
         for text in outcome.problems:
             print(f"WRONG: {text}")
         if different:
             print(f"WRONG: learning from the log gives other weights: {different}")
         elif not outcome.problems:
-            print("every group is in the log once, every step has trained its own, and learning from the log gives the same weights bit for bit")
+            print(
+                "every group is in the log once, every step has trained its own, and learning from the log "
+                "gives the same weights bit for bit"
+            )
         return len(outcome.problems) + len(different)
 
 

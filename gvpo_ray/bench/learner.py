@@ -1,10 +1,15 @@
-"""`gvpo-ray bench learner`: a learner's step beside what plain trainers do, same model, same groups, in one run.
+"""`gvpo-ray bench learner`: a learner's step beside what plain trainers do, same model, same groups, in one
+run.
 
-    ours      learner.train_step: group-packed forward, chunked head, GVPO loss, backward, clipping, AdamW, metrics
-    padded    every completion with its prompt, right-padded, logits of all positions, log-softmax; the same loss, clipping and AdamW
-    trl       the same with the per-token log-probs of TRL's trainers (its fused head), if trl is installed (the `bench` extra)
+    ours      learner.train_step: group-packed forward, chunked head, GVPO loss, backward, clipping, AdamW,
+              metrics
+    padded    every completion with its prompt, right-padded, logits of all positions, log-softmax; the same
+              loss, clipping and AdamW
+    trl       the same with the per-token log-probs of TRL's trainers (its fused head), if trl is installed
+              (the `bench` extra)
 
-Every figure comes from a process of its own: its peak memory is its own too. float32 on CPU, bfloat16 on a GPU.
+Every figure comes from a process of its own: its peak memory is its own too. float32 on CPU, bfloat16 on a
+GPU.
 """
 
 from __future__ import annotations
@@ -31,13 +36,35 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.losses.gvpo import gvpo_loss
 
-SHAPES = [(prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)]
+SHAPES = [
+    (prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)
+]
 """Tokens of the prompt, of each completion, completions."""
 
-CPU_MODELS = {"small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}}
+CPU_MODELS = {
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+}
 GPU_MODELS = {
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
 }
 """In the shape of Qwen2.5's, with random weights."""
 
@@ -55,29 +82,48 @@ def main(tokens_per_step: int = 4096) -> None:
         ways["trl"] = partial(padded, with_trl=True)
     others = [name for name in ways if name != "ours"]
     for size, shape in (GPU_MODELS if on_gpu else CPU_MODELS).items():
-        table = Table(title=f"bench learner: {size} model on {'GPU' if on_gpu else 'CPU'}, vocabulary {vocab_size:,}", title_justify="left")
-        headings = ["prompt/completion, k", *(f"{name} tokens/s" for name in ways), *(f"ours / {name}" for name in others)]
+        table = Table(
+            title=f"bench learner: {size} model on {'GPU' if on_gpu else 'CPU'}, vocabulary {vocab_size:,}",
+            title_justify="left",
+        )
+        headings = [
+            "prompt/completion, k",
+            *(f"{name} tokens/s" for name in ways),
+            *(f"ours / {name}" for name in others),
+        ]
         headings += [*(f"{name} of peak" for name in ways), *(f"{name} GiB" for name in ways), "own code"]
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=heading == headings[0])
         with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
-            cases = [(vocab_size, *case) for case in SHAPES] + ([(BIG_VOCABULARY, 64, 64, 8)] if not on_gpu else [])
+            cases = [(vocab_size, *case) for case in SHAPES] + (
+                [(BIG_VOCABULARY, 64, 64, 8)] if not on_gpu else []
+            )
             for vocabulary in sorted({vocabulary for vocabulary, *_ in cases}):
                 make_model(Path(folder) / str(vocabulary), vocabulary, shape)
-            for vocabulary, prompt, completion, k in track(cases, description=f"{size} model", console=console, transient=True):
+            for vocabulary, prompt, completion, k in track(
+                cases, description=f"{size} model", console=console, transient=True
+            ):
                 num_groups = max(1, tokens_per_step // (prompt + k * completion))
                 rows = groups(num_groups, prompt, completion, k, vocabulary)
-                results = {name: _in_process(work, str(Path(folder) / str(vocabulary)), rows) for name, work in ways.items()}
+                results = {
+                    name: _in_process(work, str(Path(folder) / str(vocabulary)), rows)
+                    for name, work in ways.items()
+                }
                 # A token counts once, whoever computes it how often: the prompt's, and the completions'.
                 tokens = num_groups * (prompt + k * completion)
                 flops = num_groups * useful_flops(shape, vocabulary, prompt, completion, k)
 
-                def cells(write: Callable[[Any], str], names: Sequence[str] = tuple(ways), results: dict[str, Any] = results) -> list[str]:
+                def cells(
+                    write: Callable[[Any], str],
+                    names: Sequence[str] = tuple(ways),
+                    results: dict[str, Any] = results,
+                ) -> list[str]:
                     return [write(results[name]) if results[name] else "no memory" for name in names]
 
                 mine = results["ours"] or (float("nan"), 0.0, 0.0)
                 table.add_row(
-                    f"{prompt}/{completion}, {k}" + ("" if vocabulary == vocab_size else f", V={vocabulary:,}"),
+                    f"{prompt}/{completion}, {k}"
+                    + ("" if vocabulary == vocab_size else f", V={vocabulary:,}"),
                     *cells(lambda result, tokens=tokens: f"{tokens / result[0]:,.0f}"),
                     *cells(lambda result, mine=mine: f"{result[0] / mine[0]:.2f}", others),
                     *cells(lambda result, flops=flops: f"{100 * flops / result[0] / peak:.0f} %"),
@@ -86,19 +132,25 @@ def main(tokens_per_step: int = 4096) -> None:
                 )
         console.print(table)
     console.print(
-        f"peak: {peak / 1e9:,.0f} GFLOP/s of a large matrix product here · GiB: at most, beyond the model's and its optimizer's\n"
+        f"peak: {peak / 1e9:,.0f} GFLOP/s of a large matrix product here · GiB: at most, beyond the "
+        "model's and its optimizer's\n"
         "own code: of a step, what is neither the model's forward and backward nor the optimizer"
     )
 
 
 def useful_flops(model: Mapping[str, int], vocab_size: int, prompt: int, completion: int, k: int) -> float:
-    """Of forward and backward of one group, each token once: 6 per weight, the head on completion tokens alone, and causal attention."""
+    """Of forward and backward of one group, each token once: 6 per weight, the head on completion tokens
+    alone, and causal attention.
+    """
     hidden, layers = model["hidden_size"], model["num_hidden_layers"]
     head_size = hidden // model["num_attention_heads"]
     attention = 2 * hidden * hidden + 2 * hidden * model["num_key_value_heads"] * head_size
     weights = layers * (attention + 3 * hidden * model["intermediate_size"])
     seen = prompt * prompt / 2 + k * (completion * prompt + completion * completion / 2)
-    return 6.0 * (weights * (prompt + k * completion) + vocab_size * hidden * k * completion) + 12.0 * layers * hidden * seen
+    return (
+        6.0 * (weights * (prompt + k * completion) + vocab_size * hidden * k * completion)
+        + 12.0 * layers * hidden * seen
+    )
 
 
 def make_model(folder: Path, vocab_size: int, shape: Mapping[str, int]) -> None:
@@ -109,7 +161,9 @@ def make_model(folder: Path, vocab_size: int, shape: Mapping[str, int]) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen2Config(**shape, vocab_size=vocab_size, max_position_embeddings=2048, tie_word_embeddings=True)
+    config = Qwen2Config(
+        **shape, vocab_size=vocab_size, max_position_embeddings=2048, tie_word_embeddings=True
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
@@ -119,7 +173,9 @@ def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> l
     def tokens(size: int) -> list[int]:
         return torch.randint(2, vocab_size, (size,), generator=generator).tolist()
 
-    nothing = {name: [None] * k for name in ("version_min", "version_max", "sampling_logprobs", "reward_reasons")}
+    nothing = {
+        name: [None] * k for name in ("version_min", "version_max", "sampling_logprobs", "reward_reasons")
+    }
     return [
         {
             "group_id": i,
@@ -134,20 +190,26 @@ def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> l
 
 
 def _loss(logprobs: Tensor, rows: Sequence[Row]) -> Tensor:
-    rewards = torch.tensor([reward for row in rows for reward in row["rewards"]], dtype=torch.float64, device=logprobs.device)
+    rewards = torch.tensor(
+        [reward for row in rows for reward in row["rewards"]], dtype=torch.float64, device=logprobs.device
+    )
     ids = torch.tensor([i for i, row in enumerate(rows) for _ in row["rewards"]], device=logprobs.device)
     return gvpo_loss(logprobs, logprobs.detach(), rewards, ids, beta=0.1)[0]
 
 
 def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
-    """Seconds of a step, the peak of its memory beyond the model's in bytes, and the share of our own code; None: no memory."""
+    """Seconds of a step, the peak of its memory beyond the model's in bytes, and the share of our own code;
+    None: no memory.
+    """
     from gvpo_ray.learner.policy import Policy
     from gvpo_ray.learner.step import Settings, train_step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ModelConfig(path=folder, dtype="bfloat16" if device == "cuda" else "float32")
     learner = LearnerConfig(backend="ddp", learning_rate=1e-6, num_mini_batches=1, micro_batch_tokens=10**9)
-    settings = Settings(folder, 10**9, 10**9, LossConfig(), learner, CheckpointConfig(), folder, parity_every=0)
+    settings = Settings(
+        folder, 10**9, 10**9, LossConfig(), learner, CheckpointConfig(), folder, parity_every=0
+    )
     in_library = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,7 +246,9 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
     for i, text in enumerate(texts):
         ids[i, : len(text)] = torch.tensor(text)
     places = torch.arange(width, device=device)
-    lengths, begins = (torch.tensor(values, device=device)[:, None] for values in ([len(text) for text in texts], starts))
+    lengths, begins = (
+        torch.tensor(values, device=device)[:, None] for values in ([len(text) for text in texts], starts)
+    )
     mask, is_completion = (places < lengths).long(), (places >= begins) & (places < lengths)
 
     def work() -> tuple[float, float]:
@@ -199,7 +263,9 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 if with_trl:
                     labels = ids.masked_fill(~is_completion, -100)
-                    tokens = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+                    tokens = model(
+                        input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True
+                    ).log_probs
                 else:
                     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
                     tokens = torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
@@ -238,7 +304,11 @@ def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
         begin = _now()
         step()
         seconds.append(_now() - begin)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return min(seconds), float(peak - before)
 
 

@@ -1,6 +1,7 @@
 """`gvpo-ray bench ring CONFIG`: how fast the parts of one real run are, all from the same run.
 
-Trains `num_steps` steps (at most 24) of the config in a folder of its own, without evaluations, and leaves nothing behind.
+Trains `num_steps` steps (at most 24) of the config in a folder of its own, without evaluations, and leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def main(config: GVPOConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
         num_steps = max(WARM_STEPS + 1, min(MAX_STEPS, config.num_steps))
         evaluation = config.evaluation.model_copy(update={"every": 0})
-        config = config.model_copy(update={"run_dir": folder, "num_steps": num_steps, "evaluation": evaluation})
+        config = config.model_copy(
+            update={"run_dir": folder, "num_steps": num_steps, "evaluation": evaluation}
+        )
         with GVPO(config) as algo:
             lines = [algo.train()]
             first_step = time.time() - me.create_time()
@@ -43,19 +46,28 @@ def main(config: GVPOConfig) -> None:
     def average(name: str) -> float:
         return mean([line[name] for line in lines])
 
-    title = f"bench ring: {len(lines)} steps of {config.groups_per_step} groups x {config.sampling.num_completions}"
+    title = (
+        f"bench ring: {len(lines)} steps of {config.groups_per_step} groups x "
+        f"{config.sampling.num_completions}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in (
         ("from the command to the first trained step", f"{first_step:.1f} s"),
         ("step", f"{wall / len(lines):.2f} s"),
-        ("learner waits for groups", f"{100 * average('time/wait_for_groups') / average('time/step'):.0f} % of a step"),
+        (
+            "learner waits for groups",
+            f"{100 * average('time/wait_for_groups') / average('time/step'):.0f} % of a step",
+        ),
         ("tokens generated", f"{sum(line['tokens/generated'] for line in lines) / wall:,.0f} per s"),
         ("tokens trained", f"{sum(line['tokens/trained'] for line in lines) / wall:,.0f} per s"),
         ("weights of one version", f"{average('weights/bytes') / 2**20:.2f} MiB"),
         ("weight update: gather and publish (learner)", f"{1000 * average('time/publish'):.0f} ms"),
-        ("weight update: copy to the engine (generation goes on)", f"{1000 * average('weights/copy_s'):.0f} ms"),
+        (
+            "weight update: copy to the engine (generation goes on)",
+            f"{1000 * average('weights/copy_s'):.0f} ms",
+        ),
         ("weight update: generation paused", f"{1000 * average('weights/pause_s'):.0f} ms"),
         ("driver CPU time per group", f"{1000 * cpu / groups:.2f} ms"),
         ("memory of all processes, at most", f"{max(memory) / 2**30:.2f} GiB"),
@@ -65,7 +77,9 @@ def main(config: GVPOConfig) -> None:
 
 
 def tree_memory(process: psutil.Process) -> float:
-    """Bytes that the driver and all that it started hold, shared pages counted once (proportional set size)."""
+    """Bytes that the driver and all that it started hold, shared pages counted once (proportional set
+    size).
+    """
     total = 0.0
     for member in [process, *process.children(recursive=True)]:
         try:

@@ -1,7 +1,8 @@
 """`gvpo-ray bench scale`: the ring with everything real but the models, from 1 to 256 engines on one machine.
 
-Fake engines (real Ray actors; random tokens, the latency of a heavy-tailed number of them), real verifiers with a reward that costs
-nothing, the real buffer with its log, and a learner that sleeps. What is measured is the driver and the ring, not a GPU.
+Fake engines (real Ray actors; random tokens, the latency of a heavy-tailed number of them), real verifiers
+with a reward that costs nothing, the real buffer with its log, and a learner that sleeps. What is measured is
+the driver and the ring, not a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 
 class _Learner:
-    """Takes every batch, sleeps, and publishes nothing as new weights. Without a `step_s` it takes none before it is given a pace."""
+    """Takes every batch, sleeps, and publishes nothing as new weights. Without a `step_s` it takes none
+    before it is given a pace.
+    """
 
     def __init__(self, buffer: Any, num_steps: int, step_s: float | None) -> None:
         self._buffer, self._num_steps = LearnersBuffer(buffer), num_steps
@@ -81,7 +84,13 @@ class Prompts:
 
     def group(self, group_id: int) -> pa.Table:
         prompt = f"prompt {group_id % self._num}"
-        row = {"group_id": group_id, "prompt": prompt, "answer": "7", "dataset": "fake", "prompt_ids": [1, 2, 3, 4, 5, 6, 7, 8]}
+        row = {
+            "group_id": group_id,
+            "prompt": prompt,
+            "answer": "7",
+            "dataset": "fake",
+            "prompt_ids": [1, 2, 3, 4, 5, 6, 7, 8],
+        }
         return groups.table([row])
 
 
@@ -96,12 +105,25 @@ class FakeRun:
     """
 
     def __init__(
-        self, folder: Path, engines: EnginesConfig, *, groups_per_step: int, num_steps: int, step_s: float | None = 0.0,
-        max_staleness: int | None = None, sampling: SamplingConfig = SAMPLING, make: MakeEngine | None = None, num_verifiers: int = 2,
-        watchdog_s: float = 300.0, replay: ReplayConfig | None = None, num_prompts: int = 1 << 40, reward: str = f"{__name__}:reward",
+        self,
+        folder: Path,
+        engines: EnginesConfig,
+        *,
+        groups_per_step: int,
+        num_steps: int,
+        step_s: float | None = 0.0,
+        max_staleness: int | None = None,
+        sampling: SamplingConfig = SAMPLING,
+        make: MakeEngine | None = None,
+        num_verifiers: int = 2,
+        watchdog_s: float = 300.0,
+        replay: ReplayConfig | None = None,
+        num_prompts: int = 1 << 40,
+        reward: str = f"{__name__}:reward",
         address: str | None = None,
-        verifier_resources: dict[str, float] | None = None, learner_resources: dict[str, float] | None = None,
-    ) -> None:  # fmt: skip
+        verifier_resources: dict[str, float] | None = None,
+        learner_resources: dict[str, float] | None = None,
+    ) -> None:
         # Here and not above: these import torch, and this file is imported by every fake engine.
         from gvpo_ray.buffer.log import Quarantine
         from gvpo_ray.data.mixture import Mixture
@@ -111,25 +133,57 @@ class FakeRun:
         from gvpo_ray.run.session import Session
 
         self.said: list[str] = []
-        self.session = Session(RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address))
+        self.session = Session(
+            RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address)
+        )
         self.events = EventLog(folder / "events.jsonl")
         replay = replay or ReplayConfig()
-        self.buffer = Buffer(self._for_a_new_buffer, self._note, folder / "groups", groups_per_step, num_steps, max_staleness, 0, replay, 0)
+        self.buffer = Buffer(
+            self._for_a_new_buffer,
+            self._note,
+            folder / "groups",
+            groups_per_step,
+            num_steps,
+            max_staleness,
+            0,
+            replay,
+            0,
+        )
         rewards = {"reward": RewardConfig(function=reward, trusted=True)}
         verifiers = VerifierGroup(
-            VerifiersConfig(num=num_verifiers, num_cpus=0.1, rewards=rewards, resources=verifier_resources or {}), None, self._note
+            VerifiersConfig(
+                num=num_verifiers, num_cpus=0.1, rewards=rewards, resources=verifier_resources or {}
+            ),
+            None,
+            self._note,
         )
         self.engines = EngineGroup(
-            engines, sampling.num_completions, make or maker(), lambda version: self.buffer.call("weights", version), self._note,
+            engines,
+            sampling.num_completions,
+            make or maker(),
+            lambda version: self.buffer.call("weights", version),
+            self._note,
             lambda: self.buffer.call("waits"),
-        )  # fmt: skip
+        )
         inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, Mixture({}), {})  # type: ignore[arg-type]
         self.ring = Ring(
-            inputs, self.engines, verifiers, self.buffer, Quarantine(folder / "quarantine.jsonl"), sampling, replay, watchdog_s, folder,
-            lambda: {"step": 0, "num_steps": num_steps, "doing": "training", "recoveries": {}}, self._note, self.said.append,
-        )  # fmt: skip
+            inputs,
+            self.engines,
+            verifiers,
+            self.buffer,
+            Quarantine(folder / "quarantine.jsonl"),
+            sampling,
+            replay,
+            watchdog_s,
+            folder,
+            lambda: {"step": 0, "num_steps": num_steps, "doing": "training", "recoveries": {}},
+            self._note,
+            self.said.append,
+        )
         self.session.spawn(self.ring.run(), self._fail)
-        learner = ray.remote(_Learner).options(num_cpus=0.1, resources=learner_resources, name=actor_name("learner"), max_concurrency=2)
+        learner = ray.remote(_Learner).options(
+            num_cpus=0.1, resources=learner_resources, name=actor_name("learner"), max_concurrency=2
+        )
         self.learner = learner.remote(self.buffer.actor, num_steps, step_s)
         self.done = self.learner.run.remote()
 
@@ -167,28 +221,52 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
     Actor.__name__ = f"_{engine.__name__}Actor"
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
-        options = {"name": actor_name(f"{name}-{number}"), "num_cpus": pool.num_cpus, "resources": pool.resources, "max_concurrency": 10_000}
+        options = {
+            "name": actor_name(f"{name}-{number}"),
+            "num_cpus": pool.num_cpus,
+            "resources": pool.resources,
+            "max_concurrency": 10_000,
+        }
         return ray.remote(Actor).options(**options).remote(seed=number, **pool.vllm)
 
     return make
 
 
 def main(sizes: list[int], seconds: float) -> None:
-    title = f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions} in flight per engine, {os.cpu_count()} CPUs"
+    title = (
+        f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions} in flight per engine, "
+        f"{os.cpu_count()} CPUs"
+    )
     table = Table(title=title, title_justify="left")
-    columns = ("engines", "groups/s", "CPU per group: driver", "all", "learner waits at 1/1.2 of that", "a dead engine: noticed", "replaced", "busy")
+    columns = (
+        "engines",
+        "groups/s",
+        "CPU per group: driver",
+        "all",
+        "learner waits at 1/1.2 of that",
+        "a dead engine: noticed",
+        "replaced",
+        "busy",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for size in sizes:
         row = measure(size, seconds)
         cells = [
-            str(size), f"{row['rate']:,.0f}", f"{1000 * row['cpu']:.2f} ms", f"{1000 * row['total']:.1f} ms", f"{100 * row['waited']:.1f} %",
+            str(size),
+            f"{row['rate']:,.0f}",
+            f"{1000 * row['cpu']:.2f} ms",
+            f"{1000 * row['total']:.1f} ms",
+            f"{100 * row['waited']:.1f} %",
             *(f"{row[name]:.2f} s" for name in ("noticed", "replaced", "busy")),
-        ]  # fmt: skip
+        ]
         table.add_row(*cells)
         print("; ".join(f"{column} {cell}" for column, cell in zip(columns, cells, strict=True)), flush=True)
     Console(highlight=False, width=140).print(table)
-    print("noticed: since the kill -9 of its process; replaced: since then, until a new one runs; busy: since then, until it has its first group")
+    print(
+        "noticed: since the kill -9 of its process; replaced: since then, until a new one runs; busy: "
+        "since then, until it has its first group"
+    )
 
 
 MAX_GROUPS, GROUPS_PER_STEP, MAX_STALENESS = 16, 64, 16
@@ -199,10 +277,16 @@ def measure(size: int, seconds: float) -> dict[str, float]:
     """One row of the table."""
     with tempfile.TemporaryDirectory(prefix="gvpo_scale_") as folder:
         config = EnginesConfig(num=size, num_cpus=0.1, max_groups=MAX_GROUPS, vllm=LATENCY)
-        # The dial holds the fleet until all of it is there: on a busy machine the last ones would never start.
+        # The dial holds the fleet until all of it is there: on a busy machine the last ones would never
+        # start.
         run = FakeRun(
-            Path(folder), config, groups_per_step=GROUPS_PER_STEP, num_steps=1 << 30, step_s=None, max_staleness=MAX_STALENESS
-        )  # fmt: skip
+            Path(folder),
+            config,
+            groups_per_step=GROUPS_PER_STEP,
+            num_steps=1 << 30,
+            step_s=None,
+            max_staleness=MAX_STALENESS,
+        )
         try:
             while any(seat.state != "running" for seat in run.engines.seats):
                 run.check()
@@ -219,7 +303,9 @@ def measure(size: int, seconds: float) -> dict[str, float]:
 
 
 def _rate(run: FakeRun, seconds: float) -> tuple[float, float, float]:
-    """Groups per second that reach the log, and the CPU seconds of the driver and of all processes for each."""
+    """Groups per second that reach the log, and the CPU seconds of the driver and of all processes for
+    each.
+    """
 
     def used() -> dict[int, float]:
         times = {}

@@ -1,7 +1,10 @@
-"""`gvpo-ray bench verifiers INPUT`: checks per second of the verifiers beside plain math-verify, on the same rows in the same run.
+"""`gvpo-ray bench verifiers INPUT`: checks per second of the verifiers beside plain math-verify, on the same
+rows in the same run.
 
-    n plain      math_verify.parse and verify with their own limits, as most trainers call them, in n processes: 1, 2, ... up to the CPUs
-    in process   our grading without a sandbox: what the verifier needs more is the sandbox's overhead per check
+    n plain      math_verify.parse and verify with their own limits, as most trainers call them, in n
+                 processes: 1, 2, ... up to the CPUs
+    in process   our grading without a sandbox: what the verifier needs more is the sandbox's overhead per
+                 check
     n verifiers  with their sandboxes, each in a thread
     poisoned     one verifier with 1 % of the rows replaced by completions that run into the limits
 """
@@ -33,7 +36,9 @@ WARM_UP: Rows = [("The answer is $\\frac{1}{2}$.", "0.5")] * 8
 
 
 def loops(prompts: list[str], completions: list[str], **columns: list[str]) -> list[float]:
-    """A reward function that a completion can hang: the poison must not depend on what a version of sympy is bad at."""
+    """A reward function that a completion can hang: the poison must not depend on what a version of sympy is
+    bad at.
+    """
     while completions[0] == "poison":
         pass
     return [1.0]
@@ -41,7 +46,9 @@ def loops(prompts: list[str], completions: list[str], **columns: list[str]) -> l
 
 def main(source: str, num_rows: int = 2000) -> None:
     rows = _read(source, num_rows)
-    table = Table(title=f"bench verifiers: {len(rows)} rows of {os.path.basename(source)}", title_justify="left")
+    table = Table(
+        title=f"bench verifiers: {len(rows)} rows of {os.path.basename(source)}", title_justify="left"
+    )
     table.add_column("")
     for column in ("checks per s", "/ n x plain", "/ n plains", "ms per check"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -60,16 +67,27 @@ def main(source: str, num_rows: int = 2000) -> None:
     for n, seconds in ours.items():
         add(f"{n} verifier{'s' * (n > 1)}", seconds, n)
     Console(highlight=False).print(table)
-    print("(n plains: as many plain processes at once. Where they do not scale, cores share something, and no verifier can.)")
-    print(f"overhead of the sandbox: {1000 * (ours[1] - in_process) / len(rows):.2f} ms per check (1 verifier against in process)")
+    print(
+        "(n plains: as many plain processes at once. Where they do not scale, cores share something, and "
+        "no verifier can.)"
+    )
+    print(
+        f"overhead of the sandbox: {1000 * (ours[1] - in_process) / len(rows):.2f} ms per check (1 "
+        "verifier against in process)"
+    )
 
-    config = VerifiersConfig(timeout_s=1.0, rewards={"math": RewardConfig(), f"{__name__}:loops": RewardConfig()})
+    config = VerifiersConfig(
+        timeout_s=1.0, rewards={"math": RewardConfig(), f"{__name__}:loops": RewardConfig()}
+    )
     bad = set(random.Random(0).sample(range(len(rows)), max(1, round(POISON_SHARE * len(rows)))))
     clean = _fleet(rows, config, 1)
-    poisoned = _fleet([("poison", gold) if i in bad else (text, gold) for i, (text, gold) in enumerate(rows)], config, 1)
+    poisoned = _fleet(
+        [("poison", gold) if i in bad else (text, gold) for i, (text, gold) in enumerate(rows)], config, 1
+    )
     print(
-        f"{len(bad)} poisonous rows of {len(rows)}, limit {config.timeout_s:g} s: {poisoned - clean:.2f} s more than without them, "
-        f"{(poisoned - clean) / (len(bad) * config.timeout_s):.3f} of their own limits"
+        f"{len(bad)} poisonous rows of {len(rows)}, limit {config.timeout_s:g} s: {poisoned - clean:.2f} s "
+        f"more than without them, {(poisoned - clean) / (len(bad) * config.timeout_s):.3f} of their own "
+        "limits"
     )
 
 
@@ -78,11 +96,16 @@ def _read(source: str, num_rows: int) -> Rows:
     try:
         with open(source) as file:
             rows = [json.loads(line) for line in file if line.strip()]
-        texts = [tuple(str(next(row[name] for name in names if name in row)) for names in (RESPONSE, GOLD)) for row in rows]
+        texts = [
+            tuple(str(next(row[name] for name in names if name in row)) for names in (RESPONSE, GOLD))
+            for row in rows
+        ]
     except OSError as error:
         raise ConfigError(f"INPUT: {source}: {error.strerror}") from error
     except (ValueError, StopIteration, RuntimeError) as error:
-        raise ConfigError(f"INPUT: {source}: needs JSON lines with {' or '.join(RESPONSE)} and {' or '.join(GOLD)}") from error
+        raise ConfigError(
+            f"INPUT: {source}: needs JSON lines with {' or '.join(RESPONSE)} and {' or '.join(GOLD)}"
+        ) from error
     return [(text[0], text[1]) for text in texts[:: max(1, len(texts) // num_rows)][:num_rows]]
 
 
@@ -91,7 +114,9 @@ def _counts(num_cpus: int) -> list[int]:
 
 
 def _in_processes(work: Callable[[Rows], None], rows: Rows, n: int) -> float:
-    """Seconds for all rows by n fresh processes, their start not counted: what one of them has cached helps no other."""
+    """Seconds for all rows by n fresh processes, their start not counted: what one of them has cached helps
+    no other.
+    """
     with multiprocessing.get_context("spawn").Pool(n) as pool:
         shares = [rows[i::n] for i in range(n)]
         pool.map(work, [WARM_UP] * n, chunksize=1)

@@ -1,4 +1,5 @@
-"""The buffer as an actor, and its callers: the driver and the learner. One that dies is started again by Ray, and rebuilds itself from its log.
+"""The buffer as an actor, and its callers: the driver and the learner. One that dies is started again by Ray,
+and rebuilds itself from its log.
 
 Actors import this file: it imports neither torch nor vLLM.
 """
@@ -30,7 +31,9 @@ class _BufferActor(GroupBuffer):
 
     @ray.method(num_returns=2)
     async def replayed(self, prompt: pa.Buffer, num: int) -> tuple[pa.Buffer, None]:
-        """Historical completions, and nothing: what the driver awaits, so that the table does not come to it."""
+        """Historical completions, and nothing: what the driver awaits, so that the table does not come to
+        it.
+        """
         return to_wire(await self.history(from_wire(prompt), num)), None
 
 
@@ -44,15 +47,24 @@ class Buffer:
     When the actor dies Ray starts it again on its log, and the driver tells it what the log does not hold.
 
     Args:
-        state: what to tell: (ids of the groups in flight, step up to which may be trained, whether the run is over, its first error).
+        state: what to tell: (ids of the groups in flight, step up to which may be trained, whether the run is
+            over, its first error).
         arguments: of GroupBuffer.
     """
 
-    def __init__(self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any) -> None:
+    def __init__(
+        self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any
+    ) -> None:
         on_the_head = {"node:__internal_head__": 0.001}  # other nodes may go
         self.actor = (
             ray.remote(_BufferActor)
-            .options(name=actor_name("buffer"), num_cpus=0, resources=on_the_head, max_concurrency=100_000, max_restarts=-1)
+            .options(
+                name=actor_name("buffer"),
+                num_cpus=0,
+                resources=on_the_head,
+                max_concurrency=100_000,
+                max_restarts=-1,
+            )
             .remote(*arguments)
         )
         self._state, self._note = state, note
@@ -61,7 +73,9 @@ class Buffer:
         self._putting: asyncio.Future[None] | None = None
 
     async def put(self, scored: Any) -> bool:
-        """GroupBuffer.put of a scored group, by ref. Those that come while a call is under way go together in the next."""
+        """GroupBuffer.put of a scored group, by ref. Those that come while a call is under way go together in
+        the next.
+        """
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._to_put.append((scored, future))
         if self._putting is None or self._putting.done():
@@ -106,7 +120,9 @@ class Buffer:
 
 
 class LearnersBuffer:
-    """The buffer actor as the learner sees it: calls that wait. One that died is asked again once it is back."""
+    """The buffer actor as the learner sees it: calls that wait. One that died is asked again once it is
+    back.
+    """
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -118,7 +134,8 @@ class LearnersBuffer:
                 return ray.get(getattr(self._actor, method).remote(*arguments))
             except ActorUnavailableError:
                 time.sleep(0.2)
-                if self._published is not None and method != "published":  # where the newest weights are, only the learner knows
+                # where the newest weights are, only the learner knows
+                if self._published is not None and method != "published":
                     self._call("published", *self._published)
 
     def learner_started(self, step: int) -> None:
@@ -132,7 +149,12 @@ class LearnersBuffer:
         batch = self._call("batch_on_wire", step)
         return None if batch is None else from_wire(batch)
 
-    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None:
+    def learned(
+        self,
+        version: int,
+        references: dict[int, list[float | None]],
+        residuals: dict[int, list[float | None]],
+    ) -> None:
         self._call("learned", version, references, residuals)
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:

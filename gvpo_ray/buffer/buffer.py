@@ -1,15 +1,18 @@
-"""The group buffer: where finished groups wait for the learner. The staleness dial lives here, the durable log in log.py, replay in replay.py.
+"""The group buffer: where finished groups wait for the learner. The staleness dial lives here, the durable
+log in log.py, replay in replay.py.
 
-    rollout loop   start(num) ── may the next groups start? ──► history(prompt, num) ──► put(group) ── to the log
-    learner        order(step) ── train, save or stop? ──► batch(step) ──► published(version, weights, metrics) · learned(…)
+    rollout loop   start(num) ─ may the next groups start? ─► history(prompt, num) ─► put(group) ─ to the log
+    learner        order(step) ─ train, save or stop? ─► batch(step) ─► published(version, weights, metrics)
+                   · learned(…)
     engines        weights(newer_than)
     driver         allow(step) · trained(step) · save() · reconnect(…) · status() · close(error)
 
-A plain class with async methods on one event loop; actor.py makes it an actor. Steps count from 1: step s trains the
-s-th batch and makes version s of the weights; version 0 is what the run started from.
+A plain class with async methods on one event loop; actor.py makes it an actor. Steps count from 1: step s
+trains the s-th batch and makes version s of the weights; version 0 is what the run started from.
 
-Groups are in the log alone, and the page cache is the memory: however many wait, the buffer does not grow with their tokens.
-What it knows it rebuilds from the log, but for what `reconnect` tells and what the learner publishes next.
+Groups are in the log alone, and the page cache is the memory: however many wait, the buffer does not grow
+with their tokens. What it knows it rebuilds from the log, but for what `reconnect` tells and what the learner
+publishes next.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
 class GroupBuffer:
     """See the module. `max_staleness` None: unbounded. A log with groups in it is taken up where it stands.
 
-    `version`: of the weights that the learner starts from. No other buffer writes to the folder until this one has ended.
+    `version`: of the weights that the learner starts from. No other buffer writes to the folder until this
+    one has ended.
 
     Raises:
         RuntimeError: one still does after LOCK_WAIT_S.
@@ -74,8 +78,11 @@ class GroupBuffer:
         self.groups_per_step = groups_per_step
         self.num_steps = num_steps
         self.max_staleness = max_staleness
-        self.version = max(version, max(self.log.assigned, default=0) - 1)  # a step is given only to a learner that made all before it
-        self._history = History(self.log, replay, seed, self.version) if replay is not None and replay.share > 0 else None
+        # a step is given only to a learner that made all before it
+        self.version = max(version, max(self.log.assigned, default=0) - 1)
+        self._history = (
+            History(self.log, replay, seed, self.version) if replay is not None and replay.share > 0 else None
+        )
         self._finished = set(self.log.group_ids)
         self._running: set[int] = set()
         self._skipped: set[int] = set()
@@ -84,7 +91,9 @@ class GroupBuffer:
         self._learner_version = version  # behind `version` while a learner that came back repeats steps
         self._metrics: dict[int, dict[str, Any]] = {}
         self._orders_path = Path(folder) / ORDERS
-        self._orders = {(entry["step"], entry["saved"]): entry["order"] for entry in read_lines(self._orders_path)}
+        self._orders = {
+            (entry["step"], entry["saved"]): entry["order"] for entry in read_lines(self._orders_path)
+        }
         self._allowed = 0
         self._saved_step = version if version > 0 else -1  # a run that is taken up starts from a checkpoint
         self._save_wanted = -1  # version of which, or of a newer one, save() waits for a checkpoint
@@ -102,7 +111,8 @@ class GroupBuffer:
         self._last_step_at: float | None = None
         self._waits = {"learner": _Waits(), "dial": _Waits(), "driver": _Waits()}
         self._learner_is_up = False
-        # One condition per kind of news: with hundreds of free slots waiting to start, a finished group must not wake them all.
+        # One condition per kind of news: with hundreds of free slots waiting to start, a finished group must
+        # not wake them all.
         self._new_version, self._new_group, self._new_order = (asyncio.Condition() for _ in range(3))
 
     def release(self) -> None:
@@ -110,7 +120,7 @@ class GroupBuffer:
         self.log.close()
         self._lock.close()
 
-    # --- rollout ---------------------------------------------------------------------------------------------------
+    # --- rollout --------------------------------------------------------------------------------------------
 
     @property
     def _num_started(self) -> int:
@@ -119,15 +129,20 @@ class GroupBuffer:
     def _may_start(self) -> bool:
         if self._num_started >= self.num_steps * self.groups_per_step:
             return False
-        return self.max_staleness is None or self._num_started // self.groups_per_step <= self.version + self.max_staleness
+        return (
+            self.max_staleness is None
+            or self._num_started // self.groups_per_step <= self.version + self.max_staleness
+        )
 
     async def start(self, num: int = 1) -> list[tuple[int, int]] | None:
         """Wait until the dial lets a group start, and start up to `num` of them.
 
         Returns:
-            [(group id, oldest version of the weights that may begin it)], or None when the run is over. The bound on the
-            version is the dial again, seen from the engine: one that still holds older weights waits for newer ones. They
-            come: no group asks for more than `version`, and a learner that is behind it needs no new group to get there.
+            [(group id, oldest version of the weights that may begin it)], or None when the run is over. The
+            bound on the version is the dial again, seen from the engine: one that still holds older weights
+            waits for newer ones. They
+            come: no group asks for more than `version`, and a learner that is behind it needs no new group to
+                get there.
         """
         async with self._new_version:
             with self._waits["dial"]:
@@ -136,21 +151,34 @@ class GroupBuffer:
                 return None
             started: list[tuple[int, int]] = []
             while len(started) < num and self._may_start():
-                while self._next_id in self._finished or self._next_id in self._running or self._next_id in self._skipped:
+                while (
+                    self._next_id in self._finished
+                    or self._next_id in self._running
+                    or self._next_id in self._skipped
+                ):
                     self._next_id += 1
-                oldest = 0 if self.max_staleness is None else max(0, self._num_started // self.groups_per_step - self.max_staleness)
-                # After a resume the log can be ahead of the weights: never ask for a version that is not there.
+                oldest = (
+                    0
+                    if self.max_staleness is None
+                    else max(0, self._num_started // self.groups_per_step - self.max_staleness)
+                )
+                # After a resume the log can be ahead of the weights: never ask for a version that is not
+                # there.
                 started.append((self._next_id, min(oldest, self.version)))
                 self._running.add(self._next_id)
             return started
 
     async def history(self, prompt: pa.Table, num: int) -> pa.Table:
-        """At most `num` completions that the policy wrote for this prompt before, as a group of source "replay".
+        """At most `num` completions that the policy wrote for this prompt before, as a group of source
+        "replay".
 
-        They come with rewards and sampling log-probs as logged, and with the references that the learner told of. None of them
-        is in a group twice, but it may be in several; there are none unless replay is configured.
+        They come with rewards and sampling log-probs as logged, and with the references that the learner told
+        of. None of them is in a group twice, but it may be in several; there are none unless replay is
+        configured.
         """
-        return replayed(prompt, []) if self._history is None else self._history.pick(prompt, num, self.version)
+        return (
+            replayed(prompt, []) if self._history is None else self._history.pick(prompt, num, self.version)
+        )
 
     async def skip(self, group_id: int) -> None:
         """A started group that will not be sampled: another one starts in its place."""
@@ -160,12 +188,17 @@ class GroupBuffer:
             self._new_version.notify_all()
 
     async def put(self, group: pa.Table) -> bool:
-        """Take one finished group: to the log first, then to whoever waits. A group that is already there is not taken twice.
+        """Take one finished group: to the log first, then to whoever waits. A group that is already there is
+        not taken twice.
 
         Returns:
             Whether every check of it hit its limit: the prompt is not worth another try.
         """
-        references = [name for name in groups.REFERENCE_COLUMNS if name in group.schema.names and not group[name].null_count]
+        references = [
+            name
+            for name in groups.REFERENCE_COLUMNS
+            if name in group.schema.names and not group[name].null_count
+        ]
         groups.validate(group, (*groups.LOGGED_COLUMNS, *references))
         group_id = group.column("group_id")[0].as_py()
         self._running.discard(group_id)
@@ -181,7 +214,7 @@ class GroupBuffer:
             self._new_group.notify_all()
         return groups.all_cut_off(group)
 
-    # --- learner ---------------------------------------------------------------------------------------------------
+    # --- learner --------------------------------------------------------------------------------------------
 
     def _must_save(self, step: int) -> bool:
         return self._saved_step < self._save_wanted < step
@@ -194,10 +227,14 @@ class GroupBuffer:
         """It is here, with the weights of `step`: for the first time, or again after it failed."""
         if self._learner_from is not None:
             self._learner_restarts.append({"time": time.time(), "step": step, "cause": self._learner_cause})
-            append_line(self._restarts_path, self._learner_restarts[-1])  # the driver may die before it hears of it
+            # the driver may die before it hears of it
+            append_line(self._restarts_path, self._learner_restarts[-1])
             self._learner_deaths += 1
             if self._learner_deaths >= MAX_LEARNER_DEATHS:
-                await self.close(f"the learner died {self._learner_deaths} times in a row without a step between: {self._learner_cause}")
+                await self.close(
+                    f"the learner died {self._learner_deaths} times in a row without a step between: "
+                    f"{self._learner_cause}"
+                )
         self._learner_from = step
         self._learner_is(f"starts from step {step}")
 
@@ -209,12 +246,13 @@ class GroupBuffer:
     async def order(self, step: int, saved: bool = False) -> str:
         """What the learner does next: "train" step `step`, "save" a checkpoint of step - 1, or "stop".
 
-        Waits for allow(), save() or close(). `saved`: a checkpoint of step - 1 exists. Every rank gets the same answer to the
-        same question, whenever it asks.
+        Waits for allow(), save() or close(). `saved`: a checkpoint of step - 1 exists. Every rank gets the
+        same answer to the same question, whenever it asks.
         """
         key = (step, saved)
         async with self._new_order:
-            if saved and self._saved_step < step - 1:  # a learner that died before it could say so, and is back from there
+            # a learner that died before it could say so, and is back from there
+            if saved and self._saved_step < step - 1:
                 self._saved_step = step - 1
                 self._new_order.notify_all()
             if not self._has_order(step, saved):
@@ -228,14 +266,22 @@ class GroupBuffer:
                 self._orders[key] = "save" if self._must_save(step) and not saved else "train"
                 # On disk: the other ranks may ask the buffer that comes after this one.
                 append_line(self._orders_path, {"step": step, "saved": saved, "order": self._orders[key]})
-            self._learner_is(f"trains step {step}" if self._orders[key] == "train" else f"saves step {step - 1}")
+            self._learner_is(
+                f"trains step {step}" if self._orders[key] == "train" else f"saves step {step - 1}"
+            )
             return self._orders[key]
 
     def _has_order(self, step: int, saved: bool) -> bool:
-        return self._closed or (step, saved) in self._orders or (self._must_save(step) and not saved) or step <= self._allowed
+        return (
+            self._closed
+            or (step, saved) in self._orders
+            or (self._must_save(step) and not saved)
+            or step <= self._allowed
+        )
 
     async def batch(self, step: int) -> pa.Table | None:
-        """The groups of a step, in order of arrival; waits for them. Asked again, by any rank or after a restart: the same rows.
+        """The groups of a step, in order of arrival; waits for them. Asked again, by any rank or after a
+        restart: the same rows.
 
         The assignment is in the log before it is answered. None: the run was closed.
         """
@@ -247,7 +293,9 @@ class GroupBuffer:
                 if len(self.log) < end:
                     self._learner_is("waits for groups", step)
                 with self._waits["learner"]:
-                    await self._new_group.wait_for(lambda: self._closed or step in self.log.assigned or len(self.log) >= end)
+                    await self._new_group.wait_for(
+                        lambda: self._closed or step in self.log.assigned or len(self.log) >= end
+                    )
                 if step not in self.log.assigned:
                     if self._closed:
                         self._learner_is("was told to stop")
@@ -256,16 +304,24 @@ class GroupBuffer:
             self._learner_is(f"trains step {step}")
             return self.log.read(*self.log.assigned[step])
 
-    async def learned(self, version: int, references: Mapping[int, list[float | None]], residuals: Mapping[int, list[float | None]]) -> None:
-        """What a step knows of its groups (id -> one number per completion; None: not trained on), for who replays them.
+    async def learned(
+        self,
+        version: int,
+        references: Mapping[int, list[float | None]],
+        residuals: Mapping[int, list[float | None]],
+    ) -> None:
+        """What a step knows of its groups (id -> one number per completion; None: not trained on), for who
+        replays them.
 
-        `references`: log-probs under the reference model of `version`. `residuals`: (R - mean R) - beta (D - mean D).
+        `references`: log-probs under the reference model of `version`. `residuals`: (R - mean R) - beta (D -
+        mean D).
         """
         if self._history is not None:
             self._history.learned(version, references, residuals)
 
     async def published(self, version: int, weights: Any, metrics: dict[str, Any] | None = None) -> None:
-        """The learner has made `version`: opens the dial, tells the engines where the weights are and the driver how it went.
+        """The learner has made `version`: opens the dial, tells the engines where the weights are and the
+        driver how it went.
 
         One that came back from a checkpoint makes older versions again: engines without newer ones get those.
         """
@@ -293,15 +349,19 @@ class GroupBuffer:
             self._learner_is(f"has saved step {step}")
             self._new_order.notify_all()
 
-    # --- engines ---------------------------------------------------------------------------------------------------
+    # --- engines --------------------------------------------------------------------------------------------
 
     async def weights(self, newer_than: int) -> tuple[int, Any] | None:
-        """The weights that were published last, once they are newer: (version, where). None: the run was closed."""
+        """The weights that were published last, once they are newer: (version, where). None: the run was
+        closed.
+        """
         async with self._new_version:
-            await self._new_version.wait_for(lambda: self._closed or (self._weights is not None and self._weights[0] > newer_than))
+            await self._new_version.wait_for(
+                lambda: self._closed or (self._weights is not None and self._weights[0] > newer_than)
+            )
             return None if self._closed else self._weights
 
-    # --- driver ----------------------------------------------------------------------------------------------------
+    # --- driver ---------------------------------------------------------------------------------------------
 
     async def allow(self, step: int) -> None:
         """Let the learner train up to and with this step."""
@@ -318,7 +378,9 @@ class GroupBuffer:
             return self._metrics.get(step)
 
     async def save(self) -> int | None:
-        """A checkpoint of what was published last, written now unless there is one; its step. None: the run was closed before."""
+        """A checkpoint of what was published last, written now unless there is one; its step. None: the run
+        was closed before.
+        """
         async with self._new_order:
             wanted = self._save_wanted = self._learner_version
             self._new_order.notify_all()
@@ -334,14 +396,17 @@ class GroupBuffer:
                 condition.notify_all()
 
     async def waits(self) -> dict[str, float] | None:
-        """Seconds, since this buffer is there, of waiting: "learner" for groups, engines with room for the "dial", the learner for the "driver".
+        """Seconds, since this buffer is there, of waiting: "learner" for groups, engines with room for the
+        "dial", the learner for the "driver".
 
         None: there is no learner, or it has just come back.
         """
         return {who: waits.seconds for who, waits in self._waits.items()} if self._learner_is_up else None
 
     async def reconnect(self, running: list[int], allowed: int, closed: bool, error: str | None) -> None:
-        """What a buffer that takes the place of a dead one cannot know from the log: the groups in flight, and how far the run goes."""
+        """What a buffer that takes the place of a dead one cannot know from the log: the groups in flight,
+        and how far the run goes.
+        """
         async with self._new_version:
             self._running |= {*running} - self._finished
         await self.allow(allowed)

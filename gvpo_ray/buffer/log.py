@@ -16,7 +16,9 @@ from gvpo_ray.files import append_line, read_lines
 
 
 def read_assignments(path: Path) -> tuple[dict[int, tuple[int, int]], int]:
-    """Rows [begin, end) of each step in an assignments.jsonl, and the bytes of its whole lines: a killed writer may leave a torn one."""
+    """Rows [begin, end) of each step in an assignments.jsonl, and the bytes of its whole lines: a killed
+    writer may leave a torn one.
+    """
     assigned, num_bytes = {}, 0
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
@@ -29,9 +31,9 @@ def read_assignments(path: Path) -> tuple[dict[int, tuple[int, int]], int]:
 class GroupLog:
     """Durable record of a run's groups, in order of arrival, and of which step trains which of them.
 
-    `NNNNN.arrow`: Arrow IPC streams, one record batch per group, a new segment per process (a stream cannot be reopened).
-    `assignments.jsonl`: `{"step": s, "begin": a, "end": b}`, rows [a, b) of the log are the batch of step s.
-    In memory is where each row begins, so that any row is read without those before it.
+    `NNNNN.arrow`: Arrow IPC streams, one record batch per group, a new segment per process (a stream cannot
+    be reopened). `assignments.jsonl`: `{"step": s, "begin": a, "end": b}`, rows [a, b) of the log are the
+    batch of step s. In memory is where each row begins, so that any row is read without those before it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,14 +41,16 @@ class GroupLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.group_ids: list[int] = []
         self._segments: list[tuple[Path, pa.Schema]] = []
-        self._places = array("q"), array("q")  # of each row: its segment, and the byte of it at which the row begins
+        # of each row: its segment, and the byte of it at which the row begins
+        self._places = array("q"), array("q")
         for segment in sorted(self.folder.glob("*.arrow")):
             self._scan(segment)
         self._assignments = self.folder / "assignments.jsonl"
         self.assigned: dict[int, tuple[int, int]] = {}
         if self._assignments.exists():
             self.assigned, num_bytes = read_assignments(self._assignments)
-            os.truncate(self._assignments, num_bytes)  # a torn last line was never answered, and the next one must not run into it
+            # a torn last line was never answered, and the next one must not run into it
+            os.truncate(self._assignments, num_bytes)
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -58,7 +62,9 @@ class GroupLog:
         return max((end for _, end in self.assigned.values()), default=0)
 
     def _scan(self, segment: Path) -> None:
-        """Find the rows of a segment, up to the last whole one: a killed writer leaves a torn one, or not even a head."""
+        """Find the rows of a segment, up to the last whole one: a killed writer leaves a torn one, or not
+        even a head.
+        """
         if segment.stat().st_size == 0:
             return
         with pa.memory_map(str(segment)) as source:
@@ -78,7 +84,9 @@ class GroupLog:
         self.group_ids.append(group_id)
 
     def append(self, group: pa.Table) -> None:
-        """Write one group. It survives the death of this process; of the machine, from the next assign() on."""
+        """Write one group. It survives the death of this process; of the machine, from the next assign()
+        on.
+        """
         batch = groups.log_columns(group).combine_chunks().to_batches()[0]
         if self._file is None:
             number = int(max((p.stem for p in self.folder.glob("*.arrow")), default="-1")) + 1
@@ -96,7 +104,8 @@ class GroupLog:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            self._file = None  # half a group may be in this segment (disk full): what comes after it could not be read
+            # half a group may be in this segment (disk full): what comes after it could not be read
+            self._file = None
             raise
 
     def assign(self, step: int, begin: int, end: int) -> None:
@@ -116,7 +125,10 @@ class GroupLog:
     def rows(self, indices: Sequence[int]) -> pa.Table:
         """These rows from disk, in this order."""
         numbers, begins = self._places
-        sources = {number: pa.memory_map(str(self._segments[number][0])) for number in {numbers[row] for row in indices}}
+        sources = {
+            number: pa.memory_map(str(self._segments[number][0]))
+            for number in {numbers[row] for row in indices}
+        }
         tables = []
         for row in indices:
             source = sources[numbers[row]]
@@ -132,7 +144,8 @@ class GroupLog:
 
 
 class Quarantine:
-    """Prompts on which every check hit its limit: sampled once, and never again. One JSON object per line, so that a person can look.
+    """Prompts on which every check hit its limit: sampled once, and never again. One JSON object per line, so
+    that a person can look.
 
     Their groups are in the log too, without a reward and with the reasons.
     """

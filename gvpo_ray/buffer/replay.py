@@ -1,4 +1,6 @@
-"""Replay: which completions of a prompt are in the log, and which of them another group of that prompt begins with."""
+"""Replay: which completions of a prompt are in the log, and which of them another group of that prompt begins
+with.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,15 @@ class _Logged:
 
 
 class History:
-    """Which rows of the log have completions of a prompt that may be replayed; the completions themselves are in the log alone."""
+    """Which rows of the log have completions of a prompt that may be replayed; the completions themselves are
+    in the log alone.
+    """
 
     def __init__(self, log: GroupLog, replay: ReplayConfig, seed: int, version: int) -> None:
         self._log, self._replay, self._seed = log, replay, seed
         self._rows: dict[int, _Logged] = {}  # by group id, in order of arrival
-        self._copies: dict[int, list[tuple[int, int]]] = {}  # group id -> (group id, index) of the completions that it begins with
+        # group id -> (group id, index) of the completions that it begins with
+        self._copies: dict[int, list[tuple[int, int]]] = {}
         self._by_prompt: dict[int, list[int]] = {}  # hash of the prompt's key -> group ids
         for begin in range(self._first_row(version), len(log), 1000):
             self.add(begin, log.read(begin, min(begin + 1000, len(log))))
@@ -58,10 +63,20 @@ class History:
             if not self._by_prompt[key]:
                 del self._by_prompt[key]
 
-    def learned(self, version: int, references: Mapping[int, list[float | None]], residuals: Mapping[int, list[float | None]]) -> None:
-        for group_id, values in residuals.items():  # what is now known of a copy holds for what it is a copy of
+    def learned(
+        self,
+        version: int,
+        references: Mapping[int, list[float | None]],
+        residuals: Mapping[int, list[float | None]],
+    ) -> None:
+        # what is now known of a copy holds for what it is a copy of
+        for group_id, values in residuals.items():
             for (original, index), value in zip(self._copies.pop(group_id, ()), values, strict=False):
-                if value is not None and (entry := self._rows.get(original)) is not None and entry.residuals is not None:
+                if (
+                    value is not None
+                    and (entry := self._rows.get(original)) is not None
+                    and entry.residuals is not None
+                ):
                     entry.residuals[index] = value
         for group_id in (*references, *residuals):
             if (entry := self._rows.get(group_id)) is not None:
@@ -77,7 +92,9 @@ class History:
         logged = self._log.rows([entry.row for entry in entries])
         pairs = [(entry, logged.slice(i, 1)) for i, entry in enumerate(entries)]
         candidates = [
-            _Candidate(newest, residual if math.isnan(told := _at(entry.residuals, i)) else told, i, entry, group)
+            _Candidate(
+                newest, residual if math.isnan(told := _at(entry.residuals, i)) else told, i, entry, group
+            )
             for entry, group in pairs
             if prompt_key_of(group) == key  # not another prompt with the same hash
             for i, (newest, residual) in groups.replayable(group).items()
@@ -86,11 +103,14 @@ class History:
         num = min(num, len(candidates))
         if self._replay.policy == "uniform":
             random = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()])
-            picked = [candidates[i] for i in random.choice(len(candidates), num, replace=False)] if num else []
+            picked = (
+                [candidates[i] for i in random.choice(len(candidates), num, replace=False)] if num else []
+            )
         else:
             candidates.sort(key=_Candidate.newest_first)
             if self._replay.policy == "residual":
-                candidates.sort(key=lambda candidate: -abs(candidate.residual))  # a stable sort: the newest of equals
+                # a stable sort: the newest of equals
+                candidates.sort(key=lambda candidate: -abs(candidate.residual))
             picked = candidates[:num]
         if self._replay.policy == "residual":
             originals = [(self._log.group_ids[candidate.entry.row], candidate.index) for candidate in picked]
@@ -112,16 +132,24 @@ class _Candidate:
 
 def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
     if not picked:
-        return groups.log_columns(groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]]))
+        return groups.log_columns(
+            groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]])
+        )
     group = groups.join(prompt, *(groups.take(candidate.group, [candidate.index]) for candidate in picked))
-    told = [(candidate.entry.version, _at(candidate.entry.references, candidate.index)) for candidate in picked]
+    told = [
+        (candidate.entry.version, _at(candidate.entry.references, candidate.index)) for candidate in picked
+    ]
     known = any(not math.isnan(value) for _, value in told)
     return groups.log_columns(
         groups.with_columns(
             group,
             sources=[["replay"] * len(picked)],
-            reference_logprobs=[[None if math.isnan(value) else value for _, value in told] if known else None],
-            reference_versions=[[None if math.isnan(value) else version for version, value in told] if known else None],
+            reference_logprobs=[
+                [None if math.isnan(value) else value for _, value in told] if known else None
+            ],
+            reference_versions=[
+                [None if math.isnan(value) else version for version, value in told] if known else None
+            ],
         )
     )
 

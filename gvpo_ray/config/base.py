@@ -9,11 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ConfigError(ValueError):
-    """A bad key, path, model or data file: one clear line that names it. The command line exits with status 2."""
+    """A bad key, path, model or data file: one clear line that names it. The command line exits with status
+    2.
+    """
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 Resources = dict[str, Annotated[float, Field(gt=0)]]
@@ -21,6 +25,12 @@ Resources = dict[str, Annotated[float, Field(gt=0)]]
 
 
 def is_local(path: str, root: Path = Path()) -> bool:
-    """Whether a path is of this machine. Hub names are `name` or `owner/name`, without the suffix of a file, and nothing is there."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (".parquet", ".jsonl", ".json", ".py")
+    """Whether a path is of this machine. Hub names are `name` or `owner/name`, without the suffix of a file,
+    and nothing is there.
+    """
+    looks_local = (
+        path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or Path(path).suffix in (".parquet", ".jsonl", ".json", ".py")
+    )
     return looks_local or (root / path).exists()

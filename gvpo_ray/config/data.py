@@ -25,7 +25,8 @@ class PromptsConfig(Section):
     system_prompt: str | None = None
     """System message for the chat template."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longer prompts are left out, counted and reported (never cut). Default: what the context leaves beside a completion."""
+    """Longer prompts are left out, counted and reported (never cut). Default: what the context leaves beside
+    a completion."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many rows."""
     shuffle: bool = True
@@ -40,8 +41,9 @@ class PromptsConfig(Section):
 
 
 class ReplayConfig(Section):
-    """Completions of the same prompt that the policy wrote earlier, in place of new ones (paper, Figure 4: historical to current from 0:8
-    to 4:4). They are in the log with their log-probs, and so are data like any other."""
+    """Completions of the same prompt that the policy wrote earlier, in place of new ones (paper, Figure 4:
+    historical to current from 0:8 to 4:4). They are in the log with their log-probs, and so are data like any
+    other."""
 
     share: float = Field(default=0.0, ge=0, lt=1)
     """Of each group's completions, as far as the log has that many."""
@@ -52,7 +54,9 @@ class ReplayConfig(Section):
 
 
 class SourceConfig(PromptsConfig):
-    """Completions from elsewhere: Parquet or JSONL of (prompt, completion, and reward or answer), from people, other models or logs."""
+    """Completions from elsewhere: Parquet or JSONL of (prompt, completion, and reward or answer), from
+    people, other models or logs.
+    """
 
     completion_column: str = "completion"
     reward_column: str | None = None

@@ -12,7 +12,9 @@ from gvpo_ray.config.base import Resources, Section
 
 
 class SamplingConfig(Section):
-    """How engines sample. GVPO's theory needs the sampler to cover the reference's support: values that cut it are refused."""
+    """How engines sample. GVPO's theory needs the sampler to cover the reference's support: values that cut
+    it are refused.
+    """
 
     num_completions: int = Field(default=8, ge=2)
     """k: completions per prompt, one group. One alone carries no signal."""
@@ -24,28 +26,37 @@ class SamplingConfig(Section):
     """0 or -1: no cut."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     allow_truncated_support: bool = False
-    """Opt out of the refusal of top_p < 1, top_k and min_p: warns instead. The optimum is then no longer GVPO's."""
+    """Opt out of the refusal of top_p < 1, top_k and min_p: warns instead. The optimum is then no longer
+    GVPO's."""
 
     @model_validator(mode="after")
     def _full_support(self) -> SamplingConfig:
         cuts = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_p": self.min_p > 0}
         if any(cuts.values()):
             named = ", ".join(f"{key}={getattr(self, key)}" for key, cut in cuts.items() if cut)
-            why = f"{named} cuts the sampler's support, and GVPO's optimum holds only for samplers that cover the reference (Corollary 3.2)"
+            why = (
+                f"{named} cuts the sampler's support, and GVPO's optimum holds only for samplers that "
+                "cover the reference (Corollary 3.2)"
+            )
             if not self.allow_truncated_support:
-                raise ValueError(f"{why}; use temperature alone, or set allow_truncated_support: true to accept the bias")
+                raise ValueError(
+                    f"{why}; use temperature alone, or set allow_truncated_support: true to accept the bias"
+                )
             warnings.warn(f"sampling: {why}", stacklevel=2)
         return self
 
 
 class PoolConfig(Section):
-    """One pool of engines alike. Pools may differ in everything here: GVPO's optimum does not depend on who samples."""
+    """One pool of engines alike. Pools may differ in everything here: GVPO's optimum does not depend on who
+    samples.
+    """
 
     num: int = Field(default=1, ge=0)
-    """Engine actors that are started at once, and replaced when they die. 0 in all pools: train on offline sources alone."""
+    """Engine actors that are started at once, and replaced when they die. 0 in all pools: train on offline
+    sources alone."""
     max_num: int | None = Field(default=None, ge=1)
-    """Elastic: while the learner waits for groups one more is asked for, up to so many, and the run goes on meanwhile; while the buffer stays
-    full one is let go, down to num. Default: num."""
+    """Elastic: while the learner waits for groups one more is asked for, up to so many, and the run goes on
+    meanwhile; while the buffer stays full one is let go, down to num. Default: num."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one engine (= tensor_parallel_size on GPU); 0: vLLM's CPU build."""
     num_cpus: float = Field(default=1, ge=0)
@@ -70,19 +81,20 @@ class PoolConfig(Section):
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)
-    """Largest mean difference from the learner's log-probs, in nats per token; default 1e-3 in float32, 0.1 in other precisions."""
+    """Largest mean difference from the learner's log-probs, in nats per token; default 1e-3 in float32, 0.1
+    in other precisions."""
     vllm: dict[str, Any] = {}
     """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
     url: str | None = None
-    """Of a server with an OpenAI-compatible API that is not ours, up to and with /v1: it gets no weights, and its completions are foreign
-    data (source offline:<pool>). max_groups bounds the requests in flight."""
+    """Of a server with an OpenAI-compatible API that is not ours, up to and with /v1: it gets no weights, and
+    its completions are foreign data (source offline:<pool>). max_groups bounds the requests in flight."""
     url_model: str | None = None
     """Its model's name; default: the first one that it lists."""
     url_key_variable: str | None = None
     """Environment variable of the driver that holds its API key."""
     max_restarts_per_hour: int = Field(default=20, ge=0)
-    """Deaths of this pool's engines within an hour beyond which none of them is replaced until an hour is over; when no engine of any
-    pool is left then, the run stops."""
+    """Deaths of this pool's engines within an hour beyond which none of them is replaced until an hour is
+    over; when no engine of any pool is left then, the run stops."""
 
     @model_validator(mode="after")
     def _of_one_engine(self) -> PoolConfig:
@@ -92,8 +104,11 @@ class PoolConfig(Section):
             raise ValueError("url_model and url_key_variable need a url")
         if self.max_num is not None and self.max_num < self.num:
             raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
-        if self.num_gpus and max(self.num_gpus, 1) != self.tensor_parallel_size:  # a part of a GPU holds one shard
-            raise ValueError(f"num_gpus ({self.num_gpus:g}) must equal tensor_parallel_size ({self.tensor_parallel_size})")
+        # a part of a GPU holds one shard
+        if self.num_gpus and max(self.num_gpus, 1) != self.tensor_parallel_size:
+            raise ValueError(
+                f"num_gpus ({self.num_gpus:g}) must equal tensor_parallel_size ({self.tensor_parallel_size})"
+            )
         if self.quantization and not self.num_gpus and not self.url:
             raise ValueError(f"quantization: {self.quantization} needs GPUs (num_gpus)")
         return self
@@ -103,20 +118,24 @@ class EnginesConfig(PoolConfig):
     """One pool, or the defaults of those in `pools`."""
 
     pools: dict[str, PoolConfig] = {}
-    """Pools by name, the cheapest first: it grows first and shrinks last. What one does not say is as in this section. Default: one pool,
-    `engines`, of what this section says."""
+    """Pools by name, the cheapest first: it grows first and shrinks last. What one does not say is as in this
+    section. Default: one pool, `engines`, of what this section says."""
     scale_window_s: float = Field(default=60.0, gt=0)
     """How long an elastic pool looks on before it asks for one engine more, or lets one go."""
     weight_transfer: Literal["objects", "nccl"] = "objects"
-    """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`: vLLM's broadcast from
-    learner rank 0 to a fixed fleet of GPU engines: the death of one ends the run, and the same command resumes it."""
+    """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`:
+    vLLM's broadcast from learner rank 0 to a fixed fleet of GPU engines: the death of one ends the run, and
+    the same command resumes it."""
     parity_every: int = Field(default=20, ge=0)
-    """Compare engine and learner log-probs after the first weight transfer and then every so many; 0: only the first."""
+    """Compare engine and learner log-probs after the first weight transfer and then every so many; 0: only
+    the first."""
     hang_s: float = Field(default=300.0, gt=0)
-    """An engine with groups in flight that has written no token for so many seconds, or does not answer at all, is replaced."""
+    """An engine with groups in flight that has written no token for so many seconds, or does not answer at
+    all, is replaced."""
     drain_s: float = Field(default=30.0, ge=0)
-    """How long an engine whose node is about to leave (SIGTERM, Ray's drain notice) goes on with what it has in flight, if the notice
-    does not say; the rest is handed over to other engines as far as it is written."""
+    """How long an engine whose node is about to leave (SIGTERM, Ray's drain notice) goes on with what it has
+    in flight, if the notice does not say; the rest is handed over to other engines as far as it is
+    written."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,16 +143,24 @@ class EnginesConfig(PoolConfig):
         if not isinstance(value, dict) or not isinstance(value.get("pools"), dict):
             return value
         own = {key: given for key, given in value.items() if key in PoolConfig.model_fields}
-        return value | {"pools": {name: own | pool if isinstance(pool, dict) else pool for name, pool in value["pools"].items()}}
+        return value | {
+            "pools": {
+                name: own | pool if isinstance(pool, dict) else pool for name, pool in value["pools"].items()
+            }
+        }
 
     @field_validator("pools")
     @classmethod
     def _names(cls, value: dict[str, PoolConfig]) -> dict[str, PoolConfig]:
         for name in value:
             if not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"the name {name!r} becomes part of a metric's: letters, digits and any of _ -")
+                raise ValueError(
+                    f"the name {name!r} becomes part of a metric's: letters, digits and any of _ -"
+                )
         return value
 
     def all_pools(self) -> dict[str, PoolConfig]:
         """Every pool with all of its settings, by name."""
-        return self.pools or {"engines": PoolConfig.model_validate({key: getattr(self, key) for key in PoolConfig.model_fields})}
+        return self.pools or {
+            "engines": PoolConfig.model_validate({key: getattr(self, key) for key in PoolConfig.model_fields})
+        }

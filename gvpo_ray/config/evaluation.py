@@ -34,14 +34,18 @@ class EvaluationConfig(Section):
     max_tokens: int | None = Field(default=None, ge=1)
     """Default: as in sampling."""
     every_limit: int | None = Field(default=None, ge=1)
-    """Prompts per set for the evaluations inside training; the first and the last always use the whole set."""
+    """Prompts per set for the evaluations inside training; the first and the last always use the whole
+    set."""
 
     @field_validator("sets")
     @classmethod
     def _names(cls, value: dict[str, EvaluationSet]) -> dict[str, EvaluationSet]:
         for name in value:
             if not re.fullmatch(r"[\w@+-][\w@+.-]*", name):
-                raise ValueError(f"the name {name!r} becomes a folder's: letters, digits and any of . _ - + @ (not . at its start)")
+                raise ValueError(
+                    f"the name {name!r} becomes a folder's: letters, digits and any of . _ - + @ (not . at "
+                    "its start)"
+                )
         return value
 
     def of(self, name: str) -> tuple[int, float, int | None]:
@@ -58,5 +62,8 @@ class EvaluationConfig(Section):
         for name in self.sets:
             num_samples, temperature, _ = self.of(name)
             if temperature == 0 and num_samples > 1:
-                raise ValueError(f"{name} has temperature 0 (greedy): all of its {num_samples} samples would be the same; use num_samples: 1")
+                raise ValueError(
+                    f"{name} has temperature 0 (greedy): all of its {num_samples} samples would be the "
+                    "same; use num_samples: 1"
+                )
         return self

@@ -13,9 +13,11 @@ class LearnerConfig(Section):
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers; whole groups go to each."""
     max_workers: int | None = Field(default=None, ge=1)
-    """Elastic: Ray Train goes on with as many workers as the cluster has room for, from num_workers to so many. Default: num_workers."""
+    """Elastic: Ray Train goes on with as many workers as the cluster has room for, from num_workers to so
+    many. Default: num_workers."""
     max_restarts: int = Field(default=20, ge=0)
-    """Deaths of workers after which the run goes on from its last checkpoint. Three in a row without a step between them end it."""
+    """Deaths of workers after which the run goes on from its last checkpoint. Three in a row without a step
+    between them end it."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs per worker; 0: gloo on CPU."""
     num_cpus: float = Field(default=0.25, gt=0)
@@ -41,13 +43,16 @@ class LearnerConfig(Section):
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, gt=0)
     num_mini_batches: int = Field(default=4, ge=1)
-    """Optimizer updates per step. With 1, the log-ratio is always 0 in a synchronous run: GVPO is then REINFORCE with a mean baseline."""
+    """Optimizer updates per step. With 1, the log-ratio is always 0 in a synchronous run: GVPO is then
+    REINFORCE with a mean baseline."""
     packing: bool = True
-    """A group is one sequence, its prompt computed once (learner/packing.py), where the model allows it; else completions are padded."""
+    """A group is one sequence, its prompt computed once (learner/packing.py), where the model allows it; else
+    completions are padded."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Tokens of one forward pass. A larger group takes several, and one more without gradients."""
     max_skipped_updates: int = Field(default=3, ge=0)
-    """An update whose gradient is not a number is skipped and counted; one more than so many in a row stop the run."""
+    """An update whose gradient is not a number is skipped and counted; one more than so many in a row stop
+    the run."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
 

@@ -1,4 +1,6 @@
-"""From text to a config: YAML, `key=value` overrides, and one line for each mistake, an unknown key with the nearest right one."""
+"""From text to a config: YAML, `key=value` overrides, and one line for each mistake, an unknown key with the
+nearest right one.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {'nothing' if data is None else type(data).__name__}")
+        raise ConfigError(
+            f"{path}: expected keys and values, found {'nothing' if data is None else type(data).__name__}"
+        )
     return data
 
 
@@ -63,9 +67,13 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
-        near = [".".join([*location[:-1], name]) for name in difflib.get_close_matches(location[-1], known, n=1)]
+        near = [
+            ".".join([*location[:-1], name]) for name in difflib.get_close_matches(location[-1], known, n=1)
+        ]
         hints = near or [path for path in _all_keys(model) if path.rsplit(".", 1)[-1] == location[-1]]
-        return f"unknown key {key}; " + (f"did you mean {hints[0]}?" if hints else f"known here: {', '.join(known)}")
+        return f"unknown key {key}; " + (
+            f"did you mean {hints[0]}?" if hints else f"known here: {', '.join(known)}"
+        )
     if first["type"] == "missing":
         return f"{key}: required, and not given"
     message = first["msg"].removeprefix("Value error, ")
@@ -96,6 +104,8 @@ def _all_keys(model: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if (section := _section(field.annotation)) is not None and not str(field.annotation).startswith("dict"):
+        if (section := _section(field.annotation)) is not None and not str(field.annotation).startswith(
+            "dict"
+        ):
             keys += _all_keys(section, prefix + name + ".")
     return keys

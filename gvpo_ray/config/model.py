@@ -11,7 +11,9 @@ from gvpo_ray.config.data import PromptsConfig
 
 
 class LoraConfig(Section):
-    """Train a low-rank adapter (peft) and leave the model as it is: the reference is the model without it, and engines receive it alone."""
+    """Train a low-rank adapter (peft) and leave the model as it is: the reference is the model without it,
+    and engines receive it alone.
+    """
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
@@ -24,7 +26,8 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face model folder or hub name; its tokenizer is beside it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the engines compute in, and the learner's forward pass. Master weights and the optimizer stay in float32."""
+    """What the engines compute in, and the learner's forward pass. Master weights and the optimizer stay in
+    float32."""
     max_length: int | None = Field(default=None, ge=8)
     """Longest prompt + completion in tokens; default: what the model's config.json says."""
     trust_remote_code: bool = False
@@ -34,12 +37,15 @@ class ModelConfig(Section):
 
 
 class WarmStartConfig(Section):
-    """Make a small model from scratch and teach it by supervised learning (jobs/train.py, jobs/warm_start.py); writes model.path."""
+    """Make a small model from scratch and teach it by supervised learning (jobs/train.py,
+    jobs/warm_start.py); writes model.path.
+    """
 
     data: PromptsConfig
     """Worked problems."""
     task: Literal["arithmetic", "chain", "sort"] | None = None
-    """Make the data of one of gvpo_ray/data/tasks.py first, in the folder of data.path, if that is not there."""
+    """Make the data of one of gvpo_ray/data/tasks.py first, in the folder of data.path, if that is not
+    there."""
     solution_column: str = "solution"
     """Column of the worked solution; `column.key` looks into a column of JSON text."""
     remove: str | None = None

@@ -16,18 +16,27 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
         ("learner worker", config.learner.num_workers, config.learner.num_cpus, config.learner.num_gpus),
         *((engines[name], pool.num, pool.num_cpus, pool.num_gpus) for name, pool in pools.items()),
         ("verifier", config.verifiers.num, config.verifiers.num_cpus, 0.0),
-        *((f"reward model {name}", r.num, r.num_cpus, r.num_gpus) for name, r in config.verifiers.rewards.items() if r.model),
+        *(
+            (f"reward model {name}", r.num, r.num_cpus, r.num_gpus)
+            for name, r in config.verifiers.rewards.items()
+            if r.model
+        ),
     ]
 
 
-def check_resources(config: GVPOConfig, num_cpus: float, num_gpus: float, engines: bool = True, learner: bool = True) -> None:
+def check_resources(
+    config: GVPOConfig, num_cpus: float, num_gpus: float, engines: bool = True, learner: bool = True
+) -> None:
     """Refuse a plan that the machine can never place. `engines`, `learner`: whether this run has them.
 
     Raises:
         ConfigError: names the key to lower.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
-    absent = (*(() if engines else ("engine", "verifier", "reward model")), *(() if learner else ("learner worker",)))
+    absent = (
+        *(() if engines else ("engine", "verifier", "reward model")),
+        *(() if learner else ("learner worker",)),
+    )
     plan = [row for row in resource_plan(config) if not row[0].startswith(absent)]
     for column, unit, available in ((0, "CPUs", num_cpus), (1, "GPUs", num_gpus)):
         total = 0.0
@@ -35,11 +44,14 @@ def check_resources(config: GVPOConfig, num_cpus: float, num_gpus: float, engine
             each = shares[column]
             total += count * each
             if count * each > available + 1e-9:
-                raise ConfigError(f"{keys.get(who, who)}: {count} x {each:g} {unit} are more than the {available:g} {unit} of this machine")
+                raise ConfigError(
+                    f"{keys.get(who, who)}: {count} x {each:g} {unit} are more than the {available:g} "
+                    f"{unit} of this machine"
+                )
         if total > available + 1e-9:
             raise ConfigError(
-                f"the run asks for {total:g} {unit} in all (see `gvpo-ray check`), this machine has {available:g}: "
-                f"lower engines.num, learner.num_workers or their num_{unit.lower()}"
+                f"the run asks for {total:g} {unit} in all (see `gvpo-ray check`), this machine has "
+                f"{available:g}: lower engines.num, learner.num_workers or their num_{unit.lower()}"
             )
 
 

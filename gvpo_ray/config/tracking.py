@@ -17,10 +17,13 @@ class MLflowConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Who gets every line of metrics.jsonl beside it; a run that is resumed goes on in the same place. `{}`: with the defaults."""
+    """Who gets every line of metrics.jsonl beside it; a run that is resumed goes on in the same place. `{}`:
+    with the defaults.
+    """
 
     tensorboard: dict[str, Any] | None = None
     """Into run_dir/tensorboard: arguments of tensorboardX's SummaryWriter."""
     wandb: dict[str, Any] | None = None
-    """Weights & Biases: arguments of wandb.init, such as {project: gvpo, mode: offline}; its files are in run_dir/wandb."""
+    """Weights & Biases: arguments of wandb.init, such as {project: gvpo, mode: offline}; its files are in
+    run_dir/wandb."""
     mlflow: MLflowConfig | None = None

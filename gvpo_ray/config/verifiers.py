@@ -10,15 +10,19 @@ from gvpo_ray.config.base import Resources, Section
 
 
 class RewardConfig(Section):
-    """One part of the reward. At most one of `function`, `url` and `model`; without any, the reward's name says which function it is."""
+    """One part of the reward. At most one of `function`, `url` and `model`; without any, the reward's name
+    says which function it is.
+    """
 
     weight: float = 1.0
     function: str | None = None
     """`math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or `path.py:function`."""
     arguments: dict[str, Any] = {}
-    """Keyword arguments of the function, such as {relative_tolerance: 0.01}; fields of every request where there is a url."""
+    """Keyword arguments of the function, such as {relative_tolerance: 0.01}; fields of every request where
+    there is a url."""
     trusted: bool = False
-    """Run a user's function in the verifier itself, whole groups at once: with network and files, and without any limit."""
+    """Run a user's function in the verifier itself, whole groups at once: with network and files, and without
+    any limit."""
     url: str | None = None
     """A reward served over HTTP: POST {prompts, completions, columns} -> {rewards}."""
     timeout_s: float = Field(default=30.0, gt=0)
@@ -28,7 +32,8 @@ class RewardConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Completions in one HTTP request or one forward pass of the reward model."""
     model: str | None = None
-    """A reward model: a Hugging Face sequence classifier with one output, a folder or hub name, in actors of its own."""
+    """A reward model: a Hugging Face sequence classifier with one output, a folder or hub name, in actors of
+    its own."""
     num: int = Field(default=1, ge=1)
     """Actors of the reward model."""
     num_cpus: float = Field(default=1, ge=0)
@@ -48,20 +53,24 @@ class RewardConfig(Section):
 
 class VerifiersConfig(Section):
     num: int = Field(default=2, ge=1)
-    """Verifier actors, spread over the nodes; each checks one group at a time. The fewest, where max_num says more."""
+    """Verifier actors, spread over the nodes; each checks one group at a time. The fewest, where max_num says
+    more."""
     max_num: int | None = Field(default=None, ge=1)
     """Grow to so many while every verifier has groups waiting, and shrink again; default: num."""
     num_cpus: float = Field(default=0.1, ge=0)
     resources: Resources = {}
     """Custom Ray resources of one verifier."""
     rewards: dict[str, RewardConfig] = {"math": RewardConfig()}
-    """Reward functions: `name: weight`, or a section. The name is `math`, `exact_match`, `numeric`, `format`, `length`, `module:function`,
-    `path.py:function`, that of a callable passed from Python, or free where the section says what it is. The reward is the weighted
-    sum; the first one named says whether a completion is correct (> 0)."""
+    """Reward functions: `name: weight`, or a section. The name is `math`, `exact_match`, `numeric`, `format`,
+    `length`, `module:function`, `path.py:function`, that of a callable passed from Python, or free where the
+    section says what it is. The reward is the weighted sum; the first one named says whether a completion is
+    correct (> 0)."""
     timeout_s: float = Field(default=10.0, gt=0)
-    """Wall-clock limit of one check; past it the child that runs it is killed and the completion has no reward (never 0)."""
+    """Wall-clock limit of one check; past it the child that runs it is killed and the completion has no
+    reward (never 0)."""
     cpu_s: int = Field(default=5, ge=1)
-    """CPU-time limit of one check, in whole seconds; the verdict does not depend on what else the machine does."""
+    """CPU-time limit of one check, in whole seconds; the verdict does not depend on what else the machine
+    does."""
     memory_gib: float = Field(default=2.0, gt=0)
     """What the child that runs the checks may allocate beside its loaded functions."""
     max_checks: int = Field(default=10_000, ge=1)
@@ -76,7 +85,10 @@ class VerifiersConfig(Section):
         for name, entry in value.items():
             if not isinstance(entry, (int, float, dict, RewardConfig)):
                 raise ValueError(f"{name} must be a weight or a section (got {entry!r})")
-        return {name: {"weight": entry} if isinstance(entry, (int, float)) else entry for name, entry in value.items()}
+        return {
+            name: {"weight": entry} if isinstance(entry, (int, float)) else entry
+            for name, entry in value.items()
+        }
 
     @model_validator(mode="after")
     def _at_most(self) -> VerifiersConfig:

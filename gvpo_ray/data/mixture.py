@@ -10,32 +10,44 @@ from itertools import accumulate, pairwise
 
 
 class Mixture:
-    """Which groups are whole groups of an offline source, and the how-many-eth of that source: a pure function of the group's id.
+    """Which groups are whole groups of an offline source, and the how-many-eth of that source: a pure
+    function of the group's id.
 
-    Tijdeman's schedule (The chairman assignment problem, Discrete Mathematics 32, 1980), with the ordinary prompts as one more source. A
-    source's i-th group (from 0) may come no earlier than its share allows, at floor(i / share), and must come before ceil((i + 1) / share); each id
-    goes to the one that must come first among those that may. So after any n ids every source has had n * share, rounded down or up.
-    It repeats after as many ids as the shares' common denominator: one period is planned, up to the last id asked for, and looked up.
+    Tijdeman's schedule (The chairman assignment problem, Discrete Mathematics 32, 1980), with the ordinary
+    prompts as one more source. A source's i-th group (from 0) may come no earlier than its share allows, at
+    floor(i / share), and must come before ceil((i + 1) / share); each id goes to the one that must come first
+    among those that may. So after any n ids every source has had n * share, rounded down or up. It repeats
+    after as many ids as the shares' common denominator: one period is planned, up to the last id asked for,
+    and looked up.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         # Sums are taken as written (0.1 is 1/10), to a millionth: three times 0.3333333333333333 is 1.
-        ends = [end.limit_denominator(10**6) for end in accumulate(Fraction(str(share)) for share in shares.values())]
+        ends = [
+            end.limit_denominator(10**6)
+            for end in accumulate(Fraction(str(share)) for share in shares.values())
+        ]
         self._names: list[str | None] = [*shares, None]
         self._period = math.lcm(*(end.denominator for end in ends))
-        self._sizes = [int((end - begin) * self._period) for begin, end in pairwise((Fraction(0), *ends, Fraction(1)))]
+        self._sizes = [
+            int((end - begin) * self._period) for begin, end in pairwise((Fraction(0), *ends, Fraction(1)))
+        ]
         self._counts = [0] * len(self._sizes)
         self._owners, self._numbers, self._num_ordinary = array("i"), array("q"), array("q")
 
     def of(self, group_id: int) -> tuple[str, int] | None:
-        """The source whose whole group this is and its number there (0, 1, …), or None: an ordinary prompt. O(1) once planned."""
+        """The source whose whole group this is and its number there (0, 1, …), or None: an ordinary prompt.
+        O(1) once planned.
+        """
         round_, place = self._place(group_id)
         owner = self._owners[place]
         name = self._names[owner]
         return None if name is None else (name, round_ * self._sizes[owner] + self._numbers[place])
 
     def ordinary(self, group_id: int) -> int:
-        """How many ordinary prompts come before this id: what to ask PromptSet.group for, so that it is asked without gaps."""
+        """How many ordinary prompts come before this id: what to ask PromptSet.group for, so that it is asked
+        without gaps.
+        """
         round_, place = self._place(group_id)
         return round_ * self._sizes[-1] + self._num_ordinary[place]
 

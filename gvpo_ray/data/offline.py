@@ -1,7 +1,9 @@
-"""Completions from elsewhere (people, other models, logs) -> group rows like those of our engines, but without sampling log-probs.
+"""Completions from elsewhere (people, other models, logs) -> group rows like those of our engines, but
+without sampling log-probs.
 
-GVPO's optimum does not depend on who wrote a completion, so they join groups of the policy's own (`share`) or are groups by themselves
-(`group_share`). A source is fixed when it is made, and what it hands out is a pure function of the seed and a number: nothing to save.
+GVPO's optimum does not depend on who wrote a completion, so they join groups of the policy's own (`share`) or
+are groups by themselves (`group_share`). A source is fixed when it is made, and what it hands out is a pure
+function of the seed and a number: nothing to save.
 """
 
 from __future__ import annotations
@@ -67,18 +69,30 @@ class OfflineSource:
     ) -> None:
         key, self.source = f"sources.{name}", f"offline:{name}"
         if tokenizer.eos_token_id is None:
-            raise ConfigError(f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end with one")
+            raise ConfigError(
+                f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end "
+                "with one"
+            )
         self._rows = _read(config, key)
         self._has_rewards = config.reward_column is not None
         prompts = self._rows["prompt"].to_pylist()
         given = {"template": template, "system_prompt": system_prompt}
-        templated = config.model_copy(update={name: text for name, text in given.items() if getattr(config, name) is None})
+        templated = config.model_copy(
+            update={name: text for name, text in given.items() if getattr(config, name) is None}
+        )
         distinct = list(dict.fromkeys(prompts))
         prompt_ids = dict(zip(distinct, tokenise(distinct, templated, tokenizer, key), strict=True))
         if empty := [prompt for prompt in distinct if not prompt_ids[prompt]]:
-            raise ConfigError(f"{key}.path: {config.path}: row {prompts.index(empty[0])}: the prompt has no tokens")
-        completion_ids = _with_end(token_ids(tokenizer, self._rows["completions"].to_pylist(), add_special_tokens=False), tokenizer.eos_token_id)
-        self._rows = self._rows.append_column("completion_ids", pa.array(completion_ids, pa.list_(pa.int32())))
+            raise ConfigError(
+                f"{key}.path: {config.path}: row {prompts.index(empty[0])}: the prompt has no tokens"
+            )
+        completion_ids = _with_end(
+            token_ids(tokenizer, self._rows["completions"].to_pylist(), add_special_tokens=False),
+            tokenizer.eos_token_id,
+        )
+        self._rows = self._rows.append_column(
+            "completion_ids", pa.array(completion_ids, pa.list_(pa.int32()))
+        )
         self._num_tokens = [len(ids) for ids in completion_ids]
         self._max_length = max_length
 
@@ -90,8 +104,8 @@ class OfflineSource:
         self.num_rows, self.num_too_long = len(fits), fits.count(False)
         if not any(fits):
             raise ConfigError(
-                f"{key}.path: {config.path}: all {len(fits)} rows are too long: a prompt may have {longest_prompt} tokens, "
-                f"and {max_length} with its completion"
+                f"{key}.path: {config.path}: all {len(fits)} rows are too long: a prompt may have "
+                f"{longest_prompt} tokens, and {max_length} with its completion"
             )
         by_prompt: dict[tuple[str, str], list[int]] = {}
         for row, (prompt, answer) in enumerate(zip(prompts, self._rows["answer"].to_pylist(), strict=True)):
@@ -108,9 +122,18 @@ class OfflineSource:
                 )
             by_prompt = several
         self._prompts = groups.table(
-            {"group_id": 0, "prompt": prompt, "answer": answer, "dataset": name, "prompt_ids": prompt_ids[prompt]} for prompt, answer in by_prompt
+            {
+                "group_id": 0,
+                "prompt": prompt,
+                "answer": answer,
+                "dataset": name,
+                "prompt_ids": prompt_ids[prompt],
+            }
+            for prompt, answer in by_prompt
         )
-        self._groups = [(i, part) for i, rows in enumerate(by_prompt.values()) for part in _parts(rows, num_completions)]
+        self._groups = [
+            (i, part) for i, rows in enumerate(by_prompt.values()) for part in _parts(rows, num_completions)
+        ]
         self._by_text: dict[str, list[int]] = {}
         for (prompt, _), rows in by_prompt.items():
             self._by_text.setdefault(prompt, []).extend(rows)
@@ -122,28 +145,39 @@ class OfflineSource:
         return len(self._groups)
 
     def group(self, group_id: int, number: int) -> pa.Table:
-        """The whole group of this number, one row. Numbers count through the epochs: each has every completion once, in an order of its own.
+        """The whole group of this number, one row. Numbers count through the epochs: each has every
+        completion once, in an order of its own.
 
         Returns:
-            groups.PROMPT_COLUMNS and COMPLETION_COLUMNS; if the file has rewards also `rewards` (null: to be verified) and `reward_reasons`.
+            groups.PROMPT_COLUMNS and COMPLETION_COLUMNS; if the file has rewards also `rewards` (null: to be
+            verified) and `reward_reasons`.
         """
         prompt, rows = self._groups[self._order.row(number)]
         return self._row(groups.with_columns(self._prompts.slice(prompt, 1), group_id=[group_id]), rows)
 
     def completions(self, prompt: pa.Table, num: int) -> pa.Table | None:
-        """At most `num` of the file's completions of this prompt (one row of groups.PROMPT_COLUMNS), by its text; None if there are none.
+        """At most `num` of the file's completions of this prompt (one row of groups.PROMPT_COLUMNS), by its
+        text; None if there are none.
 
-        Which ones is drawn by the seed and the group's id, so that in the long run all get their turn. The answer stays the given row's.
+        Which ones is drawn by the seed and the group's id, so that in the long run all get their turn. The
+        answer stays the given row's.
         """
-        room = self._max_length - len(prompt["prompt_ids"][0])  # the run's own template may be longer than this source's
-        rows = [row for row in self._by_text.get(prompt["prompt"][0].as_py(), ()) if self._num_tokens[row] <= room]
+        # the run's own template may be longer than this source's
+        room = self._max_length - len(prompt["prompt_ids"][0])
+        rows = [
+            row for row in self._by_text.get(prompt["prompt"][0].as_py(), ()) if self._num_tokens[row] <= room
+        ]
         if not rows or num < 1:
             return None
-        drawn = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()]).permutation(len(rows))[:num]
+        drawn = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()]).permutation(len(rows))[
+            :num
+        ]
         return self._row(prompt.select(list(groups.PROMPT_COLUMNS)), [rows[i] for i in drawn])
 
     def digest(self) -> str:
-        """SHA-256 of the problems, completions and rewards that are in use, in the file's order: other data, other digest."""
+        """SHA-256 of the problems, completions and rewards that are in use, in the file's order: other data,
+        other digest.
+        """
         content = hashlib.sha256()
         in_use = sorted(row for rows in self._by_text.values() for row in rows)
         for row in self._rows.select(["prompt", "answer", "completions", "rewards"]).take(in_use).to_pylist():
@@ -152,7 +186,9 @@ class OfflineSource:
 
     def _row(self, prompt: pa.Table, rows: list[int]) -> pa.Table:
         taken, none = self._rows.take(rows), [[None] * len(rows)]
-        rewards = {"rewards": [taken["rewards"].to_pylist()], "reward_reasons": none} if self._has_rewards else {}
+        rewards = (
+            {"rewards": [taken["rewards"].to_pylist()], "reward_reasons": none} if self._has_rewards else {}
+        )
         return groups.with_columns(
             prompt,
             completions=[taken["completions"].to_pylist()],
@@ -168,11 +204,18 @@ class OfflineSource:
 
 def _read(config: SourceConfig, key: str) -> pa.Table:
     """prompt, answer, completions: text, and rewards: float32 (null: to be verified), in the file's order."""
-    columns = {"prompt": config.prompt_column, "completion": config.completion_column, "answer": config.answer_column}
+    columns = {
+        "prompt": config.prompt_column,
+        "completion": config.completion_column,
+        "answer": config.answer_column,
+    }
     if config.reward_column is not None:
         columns["reward"] = config.reward_column
     # One that is not the default's was asked for: it must be there.
-    is_optional = config.reward_column is not None and config.answer_column == SourceConfig.model_fields["answer_column"].default
+    is_optional = (
+        config.reward_column is not None
+        and config.answer_column == SourceConfig.model_fields["answer_column"].default
+    )
     data = load_columns(config, columns, key, optional=("answer",) if is_optional else ())
     num_rows = len(data["prompt"])
     answers, rewards = data.get("answer", [None] * num_rows), data.get("reward", [None] * num_rows)
@@ -181,13 +224,18 @@ def _read(config: SourceConfig, key: str) -> pa.Table:
         where = f"{key}.path: {config.path}: row {i}"
         rows["prompt"].append(as_text(data["prompt"][i], f"{where}: {columns['prompt']}"))
         rows["completions"].append(as_text(data["completion"][i], f"{where}: {columns['completion']}"))
-        rows["rewards"].append(None if rewards[i] is None else _number(rewards[i], f"{where}: {config.reward_column}"))
+        rows["rewards"].append(
+            None if rewards[i] is None else _number(rewards[i], f"{where}: {config.reward_column}")
+        )
         if answers[i] is None and rewards[i] is not None:
             rows["answer"].append("")
         elif "answer" in data:
             rows["answer"].append(as_text(answers[i], f"{where}: {columns['answer']}"))
         else:
-            raise ConfigError(f"{where}: {config.reward_column} is empty (null), and there is no column {config.answer_column!r} to verify by")
+            raise ConfigError(
+                f"{where}: {config.reward_column} is empty (null), and there is no column "
+                f"{config.answer_column!r} to verify by"
+            )
     texts = pa.schema([(name, pa.string()) for name in ("prompt", "answer", "completions")])
     return pa.table(rows, schema=texts.append(pa.field("rewards", pa.float32())))
 
@@ -205,7 +253,8 @@ def _with_end(completions: list[list[int]], end: int) -> list[list[int]]:
 
 
 def _parts(rows: list[int], size: int) -> list[list[int]]:
-    """Near equal parts of at most `size` rows and at least two (so with size 2, one of an odd number has three).
+    """Near equal parts of at most `size` rows and at least two (so with size 2, one of an odd number has
+    three).
 
     Dealt like cards: of a file sorted by reward, every part still has good and bad ones.
     """

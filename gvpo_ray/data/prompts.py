@@ -1,7 +1,8 @@
 """Data sets (Parquet, JSONL, Hugging Face) -> prompt rows.
 
-A prompt set is fixed when it is made: rows that fit, in the file's order, templated and tokenised. `group(id)` is then a
-pure function of the seed and the id, so a restarted run asks for the same prompts again and no position has to be saved.
+A prompt set is fixed when it is made: rows that fit, in the file's order, templated and tokenised.
+`group(id)` is then a pure function of the seed and the id, so a restarted run asks for the same prompts again
+and no position has to be saved.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class PromptSet:
         config: the section of the config; `config.limit` cuts before anything else does.
         tokenizer: of the model; its chat template is used where the config has no `template`.
         name: the `dataset` column of the rows.
-        max_tokens: what the context leaves for a prompt, in tokens; the smaller of it and `config.max_tokens` holds.
+        max_tokens: what the context leaves for a prompt, in tokens; the smaller of it and `config.max_tokens`
+            holds.
         seed: of the order of each epoch.
         key: where `config` stands in the run's config, for messages: "prompts", "evaluation.sets.heldout".
 
@@ -69,7 +71,9 @@ class PromptSet:
         prompt_ids = tokenise(rows["prompt"].to_pylist(), config, tokenizer, key)
         lengths = np.array([len(ids) for ids in prompt_ids])
         if not lengths.all():
-            raise ConfigError(f"{key}.path: {config.path}: row {int(np.argmin(lengths))}: the prompt has no tokens")
+            raise ConfigError(
+                f"{key}.path: {config.path}: row {int(np.argmin(lengths))}: the prompt has no tokens"
+            )
         limit = min((n for n in (config.max_tokens, max_tokens) if n is not None), default=None)
         keep = np.arange(len(lengths)) if limit is None else np.flatnonzero(lengths <= limit)
         self.num_rows = len(lengths)
@@ -84,9 +88,20 @@ class PromptSet:
                 "lower sampling.max_tokens or raise model.max_length"
             )
         self._table = groups.table(
-            {"group_id": i, "prompt": prompt, "answer": answer, "dataset": name, "prompt_ids": prompt_ids[row]}
+            {
+                "group_id": i,
+                "prompt": prompt,
+                "answer": answer,
+                "dataset": name,
+                "prompt_ids": prompt_ids[row],
+            }
             for i, (row, prompt, answer) in enumerate(
-                zip(keep, rows["prompt"].take(keep).to_pylist(), rows["answer"].take(keep).to_pylist(), strict=True)
+                zip(
+                    keep,
+                    rows["prompt"].take(keep).to_pylist(),
+                    rows["answer"].take(keep).to_pylist(),
+                    strict=True,
+                )
             )
         )
         self._order = Order(len(self), seed, config.shuffle)
@@ -107,15 +122,21 @@ class PromptSet:
         return self._table.slice(0, limit)
 
     def digest(self) -> str:
-        """SHA-256 of the problems and answers that are in use, in the file's order: other data, other digest."""
+        """SHA-256 of the problems and answers that are in use, in the file's order: other data, other
+        digest.
+        """
         content = hashlib.sha256()
-        for prompt, answer in zip(self._table["prompt"].to_pylist(), self._table["answer"].to_pylist(), strict=True):
+        for prompt, answer in zip(
+            self._table["prompt"].to_pylist(), self._table["answer"].to_pylist(), strict=True
+        ):
             content.update(json.dumps([prompt, answer]).encode())
         return content.hexdigest()
 
 
 class Order:
-    """Whose turn it is: every epoch has each of `num` rows once, shuffled in an order of its own or as they come."""
+    """Whose turn it is: every epoch has each of `num` rows once, shuffled in an order of its own or as they
+    come.
+    """
 
     def __init__(self, num: int, seed: int, shuffle: bool) -> None:
         self._num = num
@@ -146,18 +167,26 @@ def load_rows(config: PromptsConfig, columns: Mapping[str, str], key: str) -> pa
         A table of string columns, in the order of `columns`, without nulls; numbers have become text.
 
     Raises:
-        ConfigError: no such file or data set, not readable, no rows, no such column, or an entry that is not text or a number.
+        ConfigError: no such file or data set, not readable, no rows, no such column, or an entry that is not
+            text or a number.
     """
     data = load_columns(config, columns, key)
     texts = {
-        name: [as_text(value, f"{key}.path: {config.path}: row {i}: {columns[name]}") for i, value in enumerate(values)]
+        name: [
+            as_text(value, f"{key}.path: {config.path}: row {i}: {columns[name]}")
+            for i, value in enumerate(values)
+        ]
         for name, values in data.items()
     }
     return pa.table(texts, schema=pa.schema([(name, pa.string()) for name in columns]))
 
 
-def load_columns(config: PromptsConfig, columns: Mapping[str, str], key: str, optional: Collection[str] = ()) -> dict[str, list[Any]]:
-    """As load_rows, with the values as they are. The result lacks the columns of `optional` that the data lacks."""
+def load_columns(
+    config: PromptsConfig, columns: Mapping[str, str], key: str, optional: Collection[str] = ()
+) -> dict[str, list[Any]]:
+    """As load_rows, with the values as they are. The result lacks the columns of `optional` that the data
+    lacks.
+    """
     data = _read(config, key)
     if not data or not len(next(iter(data.values()))):
         raise ConfigError(f"{key}.path: {config.path} has no rows")
@@ -167,10 +196,17 @@ def load_columns(config: PromptsConfig, columns: Mapping[str, str], key: str, op
             near = difflib.get_close_matches(column, data, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             # A column that is not the section's own (the solution of a warm start) is named by its role.
-            field = f"{key}.{name}_column" if f"{name}_column" in type(config).model_fields else f"{key} ({name})"
-            raise ConfigError(f"{field}: {config.path} has no column {column!r}; it has {', '.join(data)}{hint}")
+            field = (
+                f"{key}.{name}_column" if f"{name}_column" in type(config).model_fields else f"{key} ({name})"
+            )
+            raise ConfigError(
+                f"{field}: {config.path} has no column {column!r}; it has {', '.join(data)}{hint}"
+            )
     cut = {name: data[column][: config.limit] for name, column in columns.items()}
-    return {name: values.to_pylist() if isinstance(values, pa.ChunkedArray) else values for name, values in cut.items()}
+    return {
+        name: values.to_pylist() if isinstance(values, pa.ChunkedArray) else values
+        for name, values in cut.items()
+    }
 
 
 def as_text(value: Any, where: str) -> str:
@@ -178,7 +214,8 @@ def as_text(value: Any, where: str) -> str:
     if isinstance(value, str):
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; neither Arrow nor a tokenizer can hold it
+        # JSON can spell half a surrogate pair; neither Arrow nor a tokenizer can hold it
+        except UnicodeEncodeError as error:
             raise ConfigError(f"{where} is not valid Unicode text ({error.reason})") from error
         return value
     is_number = isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool)
@@ -205,12 +242,16 @@ def _read(config: PromptsConfig, key: str) -> Columns:
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{key}.path: {config.path} is not Parquet: {_one_line(error)}") from error
     except OSError as error:
-        raise ConfigError(f"{key}.path: {config.path} cannot be read: {error.strerror or _one_line(error)}") from error
+        raise ConfigError(
+            f"{key}.path: {config.path} cannot be read: {error.strerror or _one_line(error)}"
+        ) from error
     return _parse_lines(lines, config, key)
 
 
 def _parse_lines(lines: list[bytes], config: PromptsConfig, key: str) -> Columns:
-    """JSON objects, one per line; blank lines are skipped. A key that only some lines have is null in the others."""
+    """JSON objects, one per line; blank lines are skipped. A key that only some lines have is null in the
+    others.
+    """
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -218,7 +259,9 @@ def _parse_lines(lines: list[bytes], config: PromptsConfig, key: str) -> Columns
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-            raise ConfigError(f"{key}.path: {config.path}: line {number} is not JSON: {_one_line(error)}") from error
+            raise ConfigError(
+                f"{key}.path: {config.path}: line {number} is not JSON: {_one_line(error)}"
+            ) from error
         if not isinstance(record, dict):
             raise ConfigError(f"{key}.path: {config.path}: line {number} is not a JSON object, one per line")
         records.append(record)
@@ -234,7 +277,9 @@ def _read_hub(config: PromptsConfig, key: str) -> Columns:
         data = datasets.load_dataset(config.path, config.subset, split=config.split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         what = f"subset {config.subset}, split {config.split}" if config.subset else f"split {config.split}"
-        raise ConfigError(f"{key}.path: {config.path} is no file, and no data set that loads ({what}): {_one_line(error)}") from error
+        raise ConfigError(
+            f"{key}.path: {config.path} is no file, and no data set that loads ({what}): {_one_line(error)}"
+        ) from error
     table = data.with_format("arrow")[:]
     return dict(zip(table.column_names, table.columns, strict=True))
 

@@ -7,12 +7,15 @@
 Text with answers in \\boxed{}, in three files:
 
     train.parquet     prompt, answer              what GVPO trains on
-    heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here, nor a number's digits in another order)
-    worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people write them
+    heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here,
+                                                  nor a number's digits in another order)
+    worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people
+                                                  write them
 
-A hurried person slips now and then, and in one way more often than not: a carry is forgotten, nine is taken for ten, a digit that comes twice
-is written once. So a model that imitates them well is right one time in four to one in two, and its likeliest answer is often wrong: what is right is
-for GVPO to find out, and not a matter of temperature.
+A hurried person slips now and then, and in one way more often than not: a carry is forgotten, nine is taken
+for ten, a digit that comes twice is written once. So a model that imitates them well is right one time in
+four to one in two, and its likeliest answer is often wrong: what is right is for GVPO to find out, and not a
+matter of temperature.
 """
 
 from __future__ import annotations
@@ -44,9 +47,13 @@ SLIP, GUESS, FORGET = 0.25, 0.25, 0.6
 
 
 def arithmetic(rng: random.Random) -> list[Problem]:
-    """Every sum of two two-digit numbers. A worked solution adds the ones and the tens, or shows no working at all."""
+    """Every sum of two two-digit numbers. A worked solution adds the ones and the tens, or shows no working
+    at all.
+    """
     return [
-        Problem(f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), lambda rng, a=a, b=b: _add(a, b, rng))  # type: ignore[misc]
+        Problem(
+            f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), lambda rng, a=a, b=b: _add(a, b, rng)
+        )  # type: ignore[misc]
         for a in range(10, 100)
         for b in range(10, 100)
     ]
@@ -65,15 +72,18 @@ def _add(a: int, b: int, rng: random.Random) -> str:
 
 
 LINKS, LAG = (13, 16), 4
-"""Fewest and most digits of a chain; how many of them are given, and how far back the second one is that a digit is the sum of."""
+"""Fewest and most digits of a chain; how many of them are given, and how far back the second one is that a
+digit is the sum of."""
 NINE, MISCOUNT = 0.6, 0.02
 """How often a nine is taken for a ten, and one link of a chain is a little off."""
 
 
 def chain(rng: random.Random) -> list[Problem]:
-    """Four digits, and each further one is the last digit of the sum of the one before and the one four before. Each has a letter.
+    """Four digits, and each further one is the last digit of the sum of the one before and the one four
+    before. Each has a letter.
 
-    The answer is the last two. A slip goes through all that follows, so that hardly a wrong chain has a right end.
+    The answer is the last two. A slip goes through all that follows, so that hardly a wrong chain has a right
+    end.
     """
     problems = []
     for start in rng.sample(range(10**LAG), 6000):
@@ -81,7 +91,14 @@ def chain(rng: random.Random) -> list[Problem]:
         length = rng.randint(*LINKS)
         prompt = f"{_links(digits)} to {_letter(length - 1)}"
         *_, second, last = _follow(digits, length, lambda old: 0)
-        problems.append(Problem(prompt, f"{second}{last}", start, lambda rng, digits=digits, length=length: _hurry(digits, length, rng)))  # type: ignore[misc]
+        problems.append(
+            Problem(
+                prompt,
+                f"{second}{last}",
+                start,
+                lambda rng, digits=digits, length=length: _hurry(digits, length, rng),
+            )
+        )  # type: ignore[misc]
     return problems
 
 
@@ -122,7 +139,9 @@ def sort(rng: random.Random) -> list[Problem]:
     for _ in range(6000):
         number = "".join(rng.choice("0123456789") for _ in range(rng.randint(*DIGITS)))
         answer = "".join(sorted(number))
-        problems.append(Problem(f"Sort {number}", answer, answer, lambda rng, answer=answer: _arrange(answer, rng)))  # type: ignore[misc]
+        problems.append(
+            Problem(f"Sort {number}", answer, answer, lambda rng, answer=answer: _arrange(answer, rng))
+        )  # type: ignore[misc]
     return problems
 
 
@@ -135,8 +154,10 @@ def _arrange(answer: str, rng: random.Random) -> str:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], list[Problem]], int]] = {
-    "arithmetic": (arithmetic, 102_400), "chain": (chain, 48_000), "sort": (sort, 64_000),
-}  # fmt: skip
+    "arithmetic": (arithmetic, 102_400),
+    "chain": (chain, 48_000),
+    "sort": (sort, 64_000),
+}
 """The problems of a task, and how many worked ones there are."""
 NUM_HELD_OUT = 1000
 """At least: problems with the same key go together."""
@@ -156,7 +177,14 @@ def make(task: str, folder: Path, seed: int = 0) -> None:
         solutions = {"solution": [row.solve(rng) for row in rows]} if name == "worked" else {}
         pq.write_table(pa.table(columns | solutions), part / f"{name}.parquet")
     part.rename(folder)
-    print(f"{folder}: " + ", ".join(f"{file.name} {pq.read_metadata(file).num_rows:,} rows" for file in sorted(folder.glob("*.parquet"))), flush=True)
+    print(
+        f"{folder}: "
+        + ", ".join(
+            f"{file.name} {pq.read_metadata(file).num_rows:,} rows"
+            for file in sorted(folder.glob("*.parquet"))
+        ),
+        flush=True,
+    )
 
 
 def split(problems: list[Problem], rng: random.Random) -> tuple[list[Problem], list[Problem]]:

@@ -26,14 +26,28 @@ class Remote:
 
     @ray.method(num_returns=2)
     async def sample(
-        self, prompt: pa.Buffer, sampling: SamplingConfig, min_version: int, seed: int | None, *kept: pa.Buffer
+        self,
+        prompt: pa.Buffer,
+        sampling: SamplingConfig,
+        min_version: int,
+        seed: int | None,
+        *kept: pa.Buffer,
     ) -> tuple[pa.Buffer, tuple[int, int]]:
-        """The sampled group; and how many of its completions are missing, and how many tokens were written: what the driver awaits."""
+        """The sampled group; and how many of its completions are missing, and how many tokens were written:
+        what the driver awaits.
+        """
         group = from_wire(prompt)
         tables = [from_wire(part) for part in kept]
-        own = [part for table in tables if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))]
+        own = [
+            part
+            for table in tables
+            if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))
+        ]
         sampled, missing = await self.generate(group, sampling, min_version, seed, *own)  # type: ignore[attr-defined]
-        return to_wire(sampled), (missing, num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)))
+        return to_wire(sampled), (
+            missing,
+            num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)),
+        )
 
     @ray.method(num_returns=2)
     async def hand_over(self) -> tuple[pa.Buffer, list[int]]:
@@ -49,16 +63,36 @@ class _ServerActor(Remote, ServerEngine):
     pass
 
 
-def engine_maker(model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool, system_prompt: str | None) -> MakeEngine:
+def engine_maker(
+    model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool, system_prompt: str | None
+) -> MakeEngine:
     """How the engines of a run are made: vLLM, or the client of a pool's server."""
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
-        resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "resources": pool.resources, "accelerator_type": pool.accelerator_type}
-        options = {"name": actor_name(f"{name}-{number}"), "max_concurrency": 10_000, "max_restarts": 0, **resources}
+        resources = {
+            "num_cpus": pool.num_cpus,
+            "num_gpus": pool.num_gpus,
+            "resources": pool.resources,
+            "accelerator_type": pool.accelerator_type,
+        }
+        options = {
+            "name": actor_name(f"{name}-{number}"),
+            "max_concurrency": 10_000,
+            "max_restarts": 0,
+            **resources,
+        }
         if pool.url is not None:
             key = os.environ.get(pool.url_key_variable) if pool.url_key_variable else None
-            return ray.remote(_ServerActor).options(**options).remote(name, model, pool, system_prompt, key, config.drain_s)
-        return ray.remote(_EngineActor).options(**options).remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s)
+            return (
+                ray.remote(_ServerActor)
+                .options(**options)
+                .remote(name, model, pool, system_prompt, key, config.drain_s)
+            )
+        return (
+            ray.remote(_EngineActor)
+            .options(**options)
+            .remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s)
+        )
 
     return make
 

@@ -1,8 +1,9 @@
 """How many engines an elastic pool has: when another one is asked for, and when one is let go.
 
-Engines are too few while the learner waits for groups, and too many while the dial keeps those there are from starting any. Every
-`engines.scale_window_s` one engine at most is asked for, which makes a cluster's autoscaler bring its node, or let go, which drains it and lets
-the node go. Pools are listed with the cheapest first: it grows first and shrinks last.
+Engines are too few while the learner waits for groups, and too many while the dial keeps those there are from
+starting any. Every `engines.scale_window_s` one engine at most is asked for, which makes a cluster's
+autoscaler bring its node, or let go, which drains it and lets the node go. Pools are listed with the cheapest
+first: it grows first and shrinks last.
 """
 
 from __future__ import annotations
@@ -18,27 +19,39 @@ RESTS = 0.02
 """… and up to which they may be too many."""
 
 BUSY = 0.9
-"""Share of their time for which the engines that are left may have work when one is let go: at once too few again, and it would come back."""
+"""Share of their time for which the engines that are left may have work when one is let go: at once too few
+again, and it would come back."""
 
 PATIENCE_S = 600.0
-"""How long an engine that was asked for may take to come. Beyond, its pool has no node for it: another pool is asked."""
+"""How long an engine that was asked for may take to come. Beyond, its pool has no node for it: another pool
+is asked."""
 
 
 def one_more(seats: Sequence[Any], waited: float) -> Any | None:
-    """The seat to fill, or None. `seats`: of all pools in their order (pools._Seat); `waited`: share of the time that the learner waited."""
+    """The seat to fill, or None. `seats`: of all pools in their order (pools._Seat); `waited`: share of the
+    time that the learner waited.
+    """
     free = [seat for seat in seats if not seat.is_asked]
     if waited <= WAITS or not free:
         return None
-    late = {seat.pool for seat in seats if seat.is_asked and seat.state != "running" and time.time() - seat.asked_at > PATIENCE_S}
+    late = {
+        seat.pool
+        for seat in seats
+        if seat.is_asked and seat.state != "running" and time.time() - seat.asked_at > PATIENCE_S
+    }
     running = sum(seat.capacity for seat in seats if seat.state == "running")
-    coming = sum(seat.capacity for seat in seats if seat.is_asked and seat.state != "running" and seat.pool not in late)
+    coming = sum(
+        seat.capacity for seat in seats if seat.is_asked and seat.state != "running" and seat.pool not in late
+    )
     if running and running + coming >= running / max(1e-9, 1 - waited):
         return None  # those that are on their way will do
     return next((seat for seat in free if seat.pool not in late), None)
 
 
 def one_less(seats: Sequence[Any], waited: float, closed: float) -> Any | None:
-    """The seat to clear, or None. `closed`: share of the time that the dial let no group start although there was room."""
+    """The seat to clear, or None. `closed`: share of the time that the dial let no group start although there
+    was room.
+    """
     running = [seat for seat in seats if seat.state == "running"]
     spare = [seat for seat in seats if seat.is_asked and seat.is_elastic]
     if waited > RESTS or not spare or any(not seat.is_asked and seat.state != "off" for seat in seats):

@@ -1,11 +1,16 @@
-"""Engines sample completions: Engine (vLLM's AsyncLLM), ServerEngine (an OpenAI-compatible API) and FakeEngine behind the same few methods.
+"""Engines sample completions: Engine (vLLM's AsyncLLM), ServerEngine (an OpenAI-compatible API) and
+FakeEngine behind the same few methods.
 
-    generate(group, sampling, min_version, seed, *kept)   group table -> (group table with its completions, how many it lacks)
-    finished()                                            what is finished of groups that are not, to be kept safe elsewhere
-    update(version, weights, probe)                       swap in newer weights while completions are in flight
+    generate(group, sampling, min_version, seed, *kept)   group table -> (group table with its completions,
+                                                          how many it lacks)
+    finished()                                            what is finished of groups that are not, to be kept
+                                                          safe elsewhere
+    update(version, weights, probe)                       swap in newer weights while completions are in
+                                                          flight
     drain(seconds) / status() / close()
 
-Plain classes; actor.py makes them actors, one event loop each, many groups in flight. Importing this imports neither torch nor vLLM.
+Plain classes; actor.py makes them actors, one event loop each, many groups in flight. Importing this imports
+neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -27,11 +32,12 @@ from gvpo_ray.actors import Draining
 from gvpo_ray.config.engines import SamplingConfig
 
 HAND_OVER_S = 1.0
-"""A completion that has been finished for so long while its group is not is handed over: it then outlives the engine. What is due
-goes together, as often: one by one would cost short groups more than to sample them."""
+"""A completion that has been finished for so long while its group is not is handed over: it then outlives the
+engine. What is due goes together, as often: one by one would cost short groups more than to sample them."""
 
 LAST_WORDS_S = 2.0
-"""Between the end of a drain after SIGTERM and the end of the process: what the last calls returned is still on its way."""
+"""Between the end of a drain after SIGTERM and the end of the process: what the last calls returned is still
+on its way."""
 
 ABORTED = "abort"
 """finish_reason of a completion that was cut off by a drain: another engine goes on with its tokens."""
@@ -54,10 +60,12 @@ class InFlight:
 
 
 class BaseEngine:
-    """What engines have in common: which groups are in flight, what of them is handed over, and how they leave.
+    """What engines have in common: which groups are in flight, what of them is handed over, and how they
+    leave.
 
     Args:
-        drain_s: where given, SIGTERM (a node that is about to go) makes the engine drain for so long and then ends the process.
+        drain_s: where given, SIGTERM (a node that is about to go) makes the engine drain for so long and then
+            ends the process.
     """
 
     def __init__(self, drain_s: float | None = None) -> None:
@@ -70,7 +78,8 @@ class BaseEngine:
         self._last_token_at = time.time()
 
     async def finished(self) -> tuple[list[int], pa.Table]:
-        """Completions that were finished HAND_OVER_S ago, of groups that are not, each once: their group ids, and a row for each.
+        """Completions that were finished HAND_OVER_S ago, of groups that are not, each once: their group ids,
+        and a row for each.
 
         Waits until there are some; none come after close().
         """
@@ -91,7 +100,9 @@ class BaseEngine:
         return [], groups.empty(columns)
 
     async def drain(self, seconds: float) -> None:
-        """Take no new work, go on for `seconds` with what is in flight and then cut it off; returns when nothing is in flight."""
+        """Take no new work, go on for `seconds` with what is in flight and then cut it off; returns when
+        nothing is in flight.
+        """
         self._is_draining = True
         async with self._begin:
             self._begin.notify_all()
@@ -145,9 +156,10 @@ class BaseEngine:
     def _leave_on_sigterm(self) -> None:
         """To be called on the engine's loop.
 
-        Python runs its signal handlers in the main thread alone, and lets nobody else set one up. In an async Ray actor no method, the
-        constructor included, runs there, and the thread itself waits in C++. faulthandler's handler is C, for whoever sets it up, and
-        writes to a file: here a pipe that the loop reads.
+        Python runs its signal handlers in the main thread alone, and lets nobody else set one up. In an async
+        Ray actor no method, the constructor included, runs there, and the thread itself waits in C++.
+        faulthandler's handler is C, for whoever sets it up, and writes to a file: here a pipe that the loop
+        reads.
         """
         if self._drain_s is not None:
             reader, writer = os.pipe()
@@ -177,7 +189,9 @@ class BaseEngine:
 
 
 def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
-    """One-row tables with completions of a group of `size` -> (those that are finished, those to go on with, how many there are to sample)."""
+    """One-row tables with completions of a group of `size` -> (those that are finished, those to go on with,
+    how many there are to sample).
+    """
     done: list[pa.Table] = []
     begun: list[dict[str, Any]] = []
     for part in kept:
@@ -192,13 +206,21 @@ def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[
             done.append(part if len(finished) == len(reasons) else groups.take(part, finished))
         if len(finished) < len(reasons):
             (row,) = groups.rows(part)
-            begun += [{name: row[name][i] for name in groups.COMPLETION_COLUMNS} for i, reason in enumerate(reasons) if reason == ABORTED]
+            begun += [
+                {name: row[name][i] for name in groups.COMPLETION_COLUMNS}
+                for i, reason in enumerate(reasons)
+                if reason == ABORTED
+            ]
     num_new = max(0, size - sum(len(part["completions"][0]) for part in done))
     return done, begun[:num_new], num_new
 
 
 def seed_beside(kept: Sequence[pa.Table], sampling: SamplingConfig, seed: int | None) -> int | None:
-    """A group's seed beside what is kept of it: with the seeds that this was drawn with (seed, seed + 1, …) it would come again."""
+    """A group's seed beside what is kept of it: with the seeds that this was drawn with (seed, seed + 1, …)
+    it would come again.
+    """
     if seed is None or not kept:
         return seed
-    return seed + sampling.num_completions * sum(len(ids) for part in kept for ids in part["completion_ids"][0].as_py())
+    return seed + sampling.num_completions * sum(
+        len(ids) for part in kept for ids in part["completion_ids"][0].as_py()
+    )

@@ -19,13 +19,15 @@ from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, so
 
 
 class FakeEngine(BaseEngine):
-    """An engine without a model, for unit and scale tests: random tokens, `\\boxed{digit}` texts, lengths with a heavy tail.
+    """An engine without a model, for unit and scale tests: random tokens, `\\boxed{digit}` texts, lengths
+    with a heavy tail.
 
     Its weights are its version; everything else about a group table is as from Engine.
 
     Args:
         seconds_per_token: of one completion; all that are in flight are written at the same time.
-        median_tokens, sigma: of the lognormal length of a completion, cut at sampling.max_tokens; default: a median of a quarter of that.
+        median_tokens, sigma: of the lognormal length of a completion, cut at sampling.max_tokens; default: a
+            median of a quarter of that.
     """
 
     def __init__(
@@ -39,7 +41,12 @@ class FakeEngine(BaseEngine):
     ) -> None:
         super().__init__(drain_s)
         self._random = np.random.default_rng(seed)
-        self._vocab_size, self._seconds_per_token, self._median_tokens, self._sigma = vocab_size, seconds_per_token, median_tokens, sigma
+        self._vocab_size, self._seconds_per_token, self._median_tokens, self._sigma = (
+            vocab_size,
+            seconds_per_token,
+            median_tokens,
+            sigma,
+        )
         self._texts = [f"\\boxed{{{digit}}}" for digit in range(10)]
 
     async def start(self) -> dict[str, Any]:
@@ -47,7 +54,12 @@ class FakeEngine(BaseEngine):
         return {"seconds": 0.0, "pid": os.getpid()}
 
     async def generate(
-        self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None, *kept: pa.Table
+        self,
+        group: pa.Table,
+        sampling: SamplingConfig,
+        min_version: int = 0,
+        seed: int | None = None,
+        *kept: pa.Table,
     ) -> tuple[pa.Table, int]:
         await self._may_begin(min_version)
         done, begun, num_new = sort_out(kept, sampling.num_completions)
@@ -55,10 +67,20 @@ class FakeEngine(BaseEngine):
         random = self._random if seed is None else np.random.default_rng(seed)
         room = np.full(num_new, sampling.max_tokens)
         room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)
-        lengths = (self._median_tokens or sampling.max_tokens / 4) * np.exp(self._sigma * random.standard_normal(num_new))
+        lengths = (self._median_tokens or sampling.max_tokens / 4) * np.exp(
+            self._sigma * random.standard_normal(num_new)
+        )
         new = np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
-        tokens = np.split(random.integers(self._vocab_size, size=int(new.sum()), dtype=np.int32), np.cumsum(new)[:-1]) if num_new else []
-        running = _Tokens(group, num_new, version=self.version, begun=begun, tokens=tokens, is_full=new == room)
+        tokens = (
+            np.split(
+                random.integers(self._vocab_size, size=int(new.sum()), dtype=np.int32), np.cumsum(new)[:-1]
+            )
+            if num_new
+            else []
+        )
+        running = _Tokens(
+            group, num_new, version=self.version, begun=begun, tokens=tokens, is_full=new == room
+        )
         running.finished_at = dict(enumerate((running.since + self._seconds_per_token * new).tolist()))
         with self._at_work(running):
             if seconds := self._seconds_per_token * int(new.max(initial=0)):
@@ -77,7 +99,11 @@ class FakeEngine(BaseEngine):
         """New tokens of each completion."""
         seconds = min(now, running.cut_at) - running.since
         lengths = [len(ids) for ids in running.tokens]
-        return lengths if seconds == math.inf else [min(n, int(seconds / self._seconds_per_token)) for n in lengths]
+        return (
+            lengths
+            if seconds == math.inf
+            else [min(n, int(seconds / self._seconds_per_token)) for n in lengths]
+        )
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         assert isinstance(running, _Tokens)
@@ -90,9 +116,17 @@ class FakeEngine(BaseEngine):
             if old is None and not len(new):
                 continue
             of_new = uniform[: len(new)]
-            ids.append(new if old is None else np.concatenate([np.array(old["completion_ids"], np.int32), new]))
-            logprobs.append(of_new if old is None else np.concatenate([np.array(old["sampling_logprobs"], np.float32), of_new]))
-            reasons.append(ABORTED if len(new) < len(running.tokens[i]) else "length" if running.is_full[i] else "stop")
+            ids.append(
+                new if old is None else np.concatenate([np.array(old["completion_ids"], np.int32), new])
+            )
+            logprobs.append(
+                of_new
+                if old is None
+                else np.concatenate([np.array(old["sampling_logprobs"], np.float32), of_new])
+            )
+            reasons.append(
+                ABORTED if len(new) < len(running.tokens[i]) else "length" if running.is_full[i] else "stop"
+            )
             oldest.append(running.version if old is None else min(old["version_min"], running.version))
         return groups.with_columns(
             running.group,
@@ -112,13 +146,17 @@ class FakeEngine(BaseEngine):
                 running.cut_at = time.time()
                 running.end()
 
-    async def update(self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None) -> dict[str, float]:
+    async def update(
+        self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
+    ) -> dict[str, float]:
         await self._has_version(version)
         return {"copy_s": 0.0, "pause_s": 0.0}
 
     async def status(self) -> dict[str, Any]:
         now = time.time()
-        live = sum(sum(self._written(running, now)) for running in self._in_flight if isinstance(running, _Tokens))
+        live = sum(
+            sum(self._written(running, now)) for running in self._in_flight if isinstance(running, _Tokens)
+        )
         return {**await super().status(), "num_tokens": self._num_tokens + live, "last_token_at": now}
 
 

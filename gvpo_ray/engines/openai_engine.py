@@ -1,6 +1,8 @@
-"""ServerEngine: samples at a server with an OpenAI-compatible API that is not ours, behind the methods of engines/base.py.
+"""ServerEngine: samples at a server with an OpenAI-compatible API that is not ours, behind the methods of
+engines/base.py.
 
-Its model is another one than the policy: what it writes is foreign data (source offline:<pool>), without versions and log-probs.
+Its model is another one than the policy: what it writes is foreign data (source offline:<pool>), without
+versions and log-probs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.base import BaseEngine, InFlight, seed_beside, sort_out
 
 NUM_RETRIES = 4
-"""Of a request that found no connection, or was answered with 429 or 5xx, each after twice as long (from a second)."""
+"""Of a request that found no connection, or was answered with 429 or 5xx, each after twice as long (from a
+second)."""
 
 TIMEOUT_S = 600.0
 """Of one answer."""
@@ -41,19 +44,34 @@ class ServerEngine(BaseEngine):
     """
 
     def __init__(
-        self, name: str, model: ModelConfig, pool: PoolConfig, system_prompt: str | None = None, api_key: str | None = None,
+        self,
+        name: str,
+        model: ModelConfig,
+        pool: PoolConfig,
+        system_prompt: str | None = None,
+        api_key: str | None = None,
         drain_s: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(drain_s)
         assert pool.url is not None
-        self._source, self._model, self._url, self._system_prompt = f"offline:{name}", model, pool.url.rstrip("/"), system_prompt
+        self._source, self._model, self._url, self._system_prompt = (
+            f"offline:{name}",
+            model,
+            pool.url.rstrip("/"),
+            system_prompt,
+        )
         self._key = "engines.url" if name == "engines" else f"engines.pools.{name}.url"
         self._model_name = pool.url_model
         self._tokenizer: Any = None
         self._knows_n = True
         self._threads = ThreadPoolExecutor(pool.max_groups, thread_name_prefix="server")
         retry = Retry(
-            NUM_RETRIES, read=0, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None, raise_on_status=False
+            NUM_RETRIES,
+            read=0,
+            backoff_factor=0.5,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None,
+            raise_on_status=False,
         )
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
@@ -70,7 +88,9 @@ class ServerEngine(BaseEngine):
         from transformers import AutoTokenizer
 
         started = time.perf_counter()
-        self._tokenizer = AutoTokenizer.from_pretrained(self._model.path, trust_remote_code=self._model.trust_remote_code)
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            self._model.path, trust_remote_code=self._model.trust_remote_code
+        )
         try:
             models = (await self._call("GET", "models")).get("data") or []
             if self._model_name is None:
@@ -78,12 +98,19 @@ class ServerEngine(BaseEngine):
         except (OSError, RuntimeError) as error:
             raise ConnectionError(f"{self._key}: {error}") from error
         except StopIteration:
-            raise ConnectionError(f"{self._key}: {self._url} lists no model; name one with url_model") from None
+            raise ConnectionError(
+                f"{self._key}: {self._url} lists no model; name one with url_model"
+            ) from None
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
     async def generate(
-        self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None, *kept: pa.Table
+        self,
+        group: pa.Table,
+        sampling: SamplingConfig,
+        min_version: int = 0,
+        seed: int | None = None,
+        *kept: pa.Table,
     ) -> tuple[pa.Table, int]:
         """As Engine.generate. A server cannot go on with what an engine was cut off at: that is sampled anew.
 
@@ -95,7 +122,9 @@ class ServerEngine(BaseEngine):
         done, _, num_new = sort_out(kept, sampling.num_completions)
         running = _Answers(group, num_new)
         with self._at_work(running):
-            running.work = asyncio.ensure_future(self._ask_for_all(running, sampling, seed_beside(kept, sampling, seed)))
+            running.work = asyncio.ensure_future(
+                self._ask_for_all(running, sampling, seed_beside(kept, sampling, seed))
+            )
             try:
                 await asyncio.wait([running.work])
             finally:
@@ -109,7 +138,9 @@ class ServerEngine(BaseEngine):
         while missing := running.size - len(running.rows):
             sizes = [missing] if self._knows_n else [1] * missing
             seeds = [None if seed is None else seed + len(running.rows) + i for i in range(len(sizes))]
-            await asyncio.gather(*(self._ask(running, sampling, *of_one) for of_one in zip(sizes, seeds, strict=True)))
+            await asyncio.gather(
+                *(self._ask(running, sampling, *of_one) for of_one in zip(sizes, seeds, strict=True))
+            )
             self._knows_n = self._knows_n and len(running.rows) >= running.size
 
     async def _ask(self, running: _Answers, sampling: SamplingConfig, n: int, seed: int | None) -> None:
@@ -143,7 +174,9 @@ class ServerEngine(BaseEngine):
         return {"completions": text, "completion_ids": ids, "finish_reasons": reason, "sources": self._source}
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call_here, method, f"{self._url}/{path}", body)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._call_here, method, f"{self._url}/{path}", body
+        )
 
     def _call_here(self, method: str, url: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try:
@@ -159,14 +192,18 @@ class ServerEngine(BaseEngine):
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         assert isinstance(running, _Answers)
         rows = [running.rows[i] for i in which]
-        return groups.with_columns(running.group, **{name: [[row.get(name) for row in rows]] for name in groups.COMPLETION_COLUMNS})
+        return groups.with_columns(
+            running.group, **{name: [[row.get(name) for row in rows]] for name in groups.COMPLETION_COLUMNS}
+        )
 
     async def _cut_off(self) -> None:
         for running in self._in_flight:
             assert isinstance(running, _Answers)
             running.work.cancel()
 
-    async def update(self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None) -> dict[str, float]:
+    async def update(
+        self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
+    ) -> dict[str, float]:
         """The server has weights of its own."""
         return {"copy_s": 0.0, "pause_s": 0.0}
 

@@ -1,7 +1,7 @@
 """The pools of engine actors, and their supervision.
 
-An engine that dies costs its unfinished completions: `EngineGroup` replaces it, and what it had in flight goes on elsewhere with the
-siblings that were finished.
+An engine that dies costs its unfinished completions: `EngineGroup` replaces it, and what it had in flight
+goes on elsewhere with the siblings that were finished.
 
 Actors import this file: it imports neither torch nor vLLM.
 """
@@ -23,7 +23,17 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from gvpo_ray.actors import Draining, Hang, Note, RunError, cause_of, innermost, is_death, is_lost, resources_of
+from gvpo_ray.actors import (
+    Draining,
+    Hang,
+    Note,
+    RunError,
+    cause_of,
+    innermost,
+    is_death,
+    is_lost,
+    resources_of,
+)
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import one_less, one_more
@@ -53,7 +63,8 @@ class _Seat:
     """Whether there should be an engine; of an elastic pool's seats beyond num, autoscale.py decides."""
     asked_at: float = field(default_factory=time.time)
     state: str = "wanted"
-    """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving, dead (waits for its next try)."""
+    """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving,
+    dead (waits for its next try)."""
     since: float = field(default_factory=time.time)
     status: dict[str, Any] = field(default_factory=dict)
     """What the engine said of itself last."""
@@ -90,15 +101,17 @@ MAX_FAILED_STARTS = 3
 
 
 class EngineGroup:
-    """The engine pools. `sample` gives a group to the engine with the most room; `run` keeps every seat filled.
+    """The engine pools. `sample` gives a group to the engine with the most room; `run` keeps every seat
+    filled.
 
     Methods run on the session's loop.
 
     Args:
-        weights: where newer weights come from: `await weights(newer_than)` -> (version, where) or None at the end; None: the engines
-            load model.path themselves.
+        weights: where newer weights come from: `await weights(newer_than)` -> (version, where) or None at the
+            end; None: the engines load model.path themselves.
         note: told of every recovery.
-        waits: GroupBuffer.waits, by which elastic pools grow and shrink. None: they have max_num engines from the beginning.
+        waits: GroupBuffer.waits, by which elastic pools grow and shrink. None: they have max_num engines from
+            the beginning.
         placed: what to wait for before the first engine takes its place in the cluster.
     """
 
@@ -112,14 +125,22 @@ class EngineGroup:
         waits: Callable[[], Awaitable[dict[str, float] | None]] | None = None,
         placed: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.config, self._make, self._weights, self._note, self._waits, self._placed = config, make, weights, note, waits, placed
+        self.config, self._make, self._weights, self._note, self._waits, self._placed = (
+            config,
+            make,
+            weights,
+            note,
+            waits,
+            placed,
+        )
         self.seats = [
             _Seat(name, pool, number, pool.max_groups * num_completions)
             for name, pool in config.all_pools().items()
             for number in range(max(pool.num, pool.max_num or 0))
         ]
         if waits is not None:
-            for seat in self.seats[not any(pool.num for pool in config.all_pools().values()) :]:  # one at least
+            # one at least
+            for seat in self.seats[not any(pool.num for pool in config.all_pools().values()) :]:
                 if seat.is_elastic:
                     seat.is_asked, seat.state = False, "off"
         self._num_completions = num_completions
@@ -137,7 +158,7 @@ class EngineGroup:
         self.times: dict[str, float] = {}
         """Of the newest weight update."""
 
-    # --- sampling ------------------------------------------------------------------------------------------------------
+    # --- sampling -------------------------------------------------------------------------------------------
 
     @property
     def num_slots(self) -> int:
@@ -150,10 +171,17 @@ class EngineGroup:
         return free // self._num_completions - len(self._waiting)
 
     async def sample(
-        self, prompt: pa.Table, sampling: SamplingConfig, min_version: int, seed: int | None = None, kept: tuple[Any, ...] = (),
-        is_new: bool = False, only_ours: bool = False,
-    ) -> Any:  # fmt: skip
-        """Ref of the sampled group: by the engine with the most room, and where that dies by others, which begin with what it had finished.
+        self,
+        prompt: pa.Table,
+        sampling: SamplingConfig,
+        min_version: int,
+        seed: int | None = None,
+        kept: tuple[Any, ...] = (),
+        is_new: bool = False,
+        only_ours: bool = False,
+    ) -> Any:
+        """Ref of the sampled group: by the engine with the most room, and where that dies by others, which
+        begin with what it had finished.
 
         Args:
             kept: completions that are there already, on the wire or refs of that.
@@ -214,7 +242,7 @@ class EngineGroup:
                 future.set_result(seat)
         self.room.set()
 
-    # --- supervision ---------------------------------------------------------------------------------------------------
+    # --- supervision ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Keep every seat that is asked for filled until the weights end. Raises what is nobody's death."""
@@ -238,8 +266,11 @@ class EngineGroup:
             await asyncio.sleep(self.config.scale_window_s)
             waits, now = await self._waits(), time.monotonic()
             if before is not None and waits is not None:
-                share = {who: min(1.0, (seconds - before[who]) / (now - then)) for who, seconds in waits.items()}
-                if share["driver"] == 0 and min(share.values()) >= 0:  # it did not evaluate meanwhile, and the buffer is the same
+                share = {
+                    who: min(1.0, (seconds - before[who]) / (now - then)) for who, seconds in waits.items()
+                }
+                # it did not evaluate meanwhile, and the buffer is the same
+                if share["driver"] == 0 and min(share.values()) >= 0:
                     self._grow_or_shrink(share["learner"], share["dial"])
             before, then = waits, now
 
@@ -250,9 +281,15 @@ class EngineGroup:
             self._note("pool", seat.pool, f"grows to {self._num_asked(seat.pool)} engines: {why}")
         elif seat := one_less(self.seats, waited, closed):
             seat.is_asked = False
-            if seat.state != "running" and seat.engine is not None:  # it has no place yet: take the request back
+            # it has no place yet: take the request back
+            if seat.state != "running" and seat.engine is not None:
                 ray.kill(seat.engine, no_restart=True)
-            self._note("pool", seat.pool, f"shrinks to {self._num_asked(seat.pool)} engines: the dial was closed {100 * closed:.0f} % of the time")
+            self._note(
+                "pool",
+                seat.pool,
+                f"shrinks to {self._num_asked(seat.pool)} engines: the dial was closed {100 * closed:.0f} "
+                "% of the time",
+            )
 
     def _num_asked(self, pool: str) -> int:
         return sum(seat.is_asked for seat in self.seats if seat.pool == pool)
@@ -278,7 +315,9 @@ class EngineGroup:
                     raise
                 self._note("engine", seat.name, f"left: {cause}" if is_leaving else cause_of(error))
                 failed_starts = failed_starts + 1 if was_starting else 0
-                if self._is_fixed or (failed_starts >= MAX_FAILED_STARTS and seat.pool not in self._has_started):
+                if self._is_fixed or (
+                    failed_starts >= MAX_FAILED_STARTS and seat.pool not in self._has_started
+                ):
                     raise
                 self._clear(seat)
                 if not is_leaving:
@@ -316,7 +355,9 @@ class EngineGroup:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(self, seat: _Seat, engine: Any) -> None:
-        """Keep the engine's weights new. Waits for a version newer than the engine's (woken by the learner's publish)."""
+        """Keep the engine's weights new. Waits for a version newer than the engine's (woken by the learner's
+        publish).
+        """
         if self._weights is None or seat.config.url:
             seat.becomes("running")
             self._changed()
@@ -328,7 +369,8 @@ class EngineGroup:
             try:
                 self.times = await engine.update.remote(news[0], news[1], news[1]["probe"])
             except RayError as error:
-                if not is_lost(error):  # the learner died, and its weights with it: it will be back with newer ones
+                # the learner died, and its weights with it: it will be back with newer ones
+                if not is_lost(error):
                     raise
                 await asyncio.sleep(0.5)
                 continue
@@ -368,16 +410,24 @@ class EngineGroup:
                 raise Hang(f"no answer for {hang_s:g} s") from None
             silent = time.time() - seat.status["last_token_at"]
             if seat.status["num_completions"] and silent > hang_s:
-                raise Hang(f"no token for {silent:.0f} s with {seat.status['num_completions']} completions in flight")
+                raise Hang(
+                    f"no token for {silent:.0f} s with {seat.status['num_completions']} completions in flight"
+                )
             if seat.node in self._draining or seat.status.get("leaving") or not seat.is_asked:
                 notice = self._draining.get(seat.node, 0) - time.time()
                 # What is left when the notice is over has to travel yet.
-                seconds = self.config.drain_s if notice <= 0 else max(0.0, min(self.config.drain_s, notice - HAND_OVER_MARGIN_S))
+                seconds = (
+                    self.config.drain_s
+                    if notice <= 0
+                    else max(0.0, min(self.config.drain_s, notice - HAND_OVER_MARGIN_S))
+                )
                 seat.becomes("leaving")
                 await engine.drain.remote(seconds)
                 while seat.load:
                     await asyncio.sleep(0.05)
-                raise Draining(f"node {seat.node[:8]} is about to go" if seat.is_asked else "its pool shrinks")
+                raise Draining(
+                    f"node {seat.node[:8]} is about to go" if seat.is_asked else "its pool shrinks"
+                )
             await asyncio.sleep(1 + len(self.seats) / 64)
 
     async def _watch_nodes(self) -> None:
@@ -400,7 +450,10 @@ class EngineGroup:
             if len(deaths) <= most:
                 return
             if all(other.state in ("dead", "off") for other in self.seats):
-                raise RunError(f"engines of pool {seat.pool} died {len(deaths)} times within an hour (max_restarts_per_hour: {most}), last: {cause}")
+                raise RunError(
+                    f"engines of pool {seat.pool} died {len(deaths)} times within an hour "
+                    f"(max_restarts_per_hour: {most}), last: {cause}"
+                )
             await asyncio.sleep(1.0)
 
     def who_has(self, group_id: int) -> str | None:
@@ -410,13 +463,24 @@ class EngineGroup:
     def status(self) -> list[dict[str, Any]]:
         """Of every seat."""
         return [
-            {"name": seat.name, "pool": seat.pool, "state": seat.state, "since": seat.since, "node": seat.node[:8], "wants": seat.wants,
-             "version": seat.status.get("version"), "num_groups": len(seat.in_flight), "num_tokens": seat.num_tokens}
+            {
+                "name": seat.name,
+                "pool": seat.pool,
+                "state": seat.state,
+                "since": seat.since,
+                "node": seat.node[:8],
+                "wants": seat.wants,
+                "version": seat.status.get("version"),
+                "num_groups": len(seat.in_flight),
+                "num_tokens": seat.num_tokens,
+            }
             for seat in self.seats
-        ]  # fmt: skip
+        ]
 
     async def close(self) -> None:
-        """End the engines, and their actors: in a Ray that goes on these would keep their GPUs as long as anybody has their handles."""
+        """End the engines, and their actors: in a Ray that goes on these would keep their GPUs as long as
+        anybody has their handles.
+        """
         engines = [seat.engine for seat in self.seats if seat.engine is not None]
         try:
             await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)

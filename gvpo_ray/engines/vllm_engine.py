@@ -19,28 +19,43 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
 
 CORPSE_S = 10.0
-"""An engine whose vLLM core is dead ends its own process after so long, if nobody else did: retries must not hit a corpse (ray#60088)."""
+"""An engine whose vLLM core is dead ends its own process after so long, if nobody else did: retries must not
+hit a corpse (ray#60088)."""
 
 
 class Engine(BaseEngine):
     """vLLM in one actor.
 
-    With `load_weights=False` it starts with dummy weights and is of no use until its first update: the learner is the only
-    source of weights in training. A model with tied embeddings is then run untied, because vLLM's layerwise reload leaves a tied
-    head at its old values without an error; the learner sends the head under its own name.
+    With `load_weights=False` it starts with dummy weights and is of no use until its first update: the
+    learner is the only source of weights in training. A model with tied embeddings is then run untied,
+    because vLLM's layerwise reload leaves a tied head at its old values without an error; the learner sends
+    the head under its own name.
 
-    With model.lora the learner sends an adapter, and updates leave embeddings and head as they are: the model starts with its own
-    weights, its embeddings tied as they are, but is of no use before its first update either.
+    With model.lora the learner sends an adapter, and updates leave embeddings and head as they are: the model
+    starts with its own weights, its embeddings tied as they are, but is of no use before its first update
+    either.
 
     Args:
         transfer: engines.weight_transfer.
     """
 
     def __init__(
-        self, model: ModelConfig, pool: PoolConfig, transfer: str, seed: int, load_weights: bool = False, drain_s: float | None = None
+        self,
+        model: ModelConfig,
+        pool: PoolConfig,
+        transfer: str,
+        seed: int,
+        load_weights: bool = False,
+        drain_s: float | None = None,
     ) -> None:
         super().__init__(drain_s)
-        self._model, self._pool, self._transfer, self._seed, self._load_weights = model, pool, transfer, seed, load_weights
+        self._model, self._pool, self._transfer, self._seed, self._load_weights = (
+            model,
+            pool,
+            transfer,
+            seed,
+            load_weights,
+        )
         self._dtype = pool.dtype or model.dtype
         self._llm: Any = None
         self.version = 0 if load_weights else -1
@@ -50,7 +65,9 @@ class Engine(BaseEngine):
     async def start(self) -> dict[str, Any]:
         """Start vLLM (20 s and more)."""
         pool, on_gpu = self._pool, self._pool.num_gpus > 0
-        os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
+        os.environ.update(
+            VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+        )
         if not on_gpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib)))
             # vLLM would compile one small kernel for log-probs, for 4 to 9 s of the first generation.
@@ -70,11 +87,13 @@ class Engine(BaseEngine):
             "enforce_eager": pool.enforce_eager,
             "tensor_parallel_size": pool.tensor_parallel_size,
             "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
-            "logprobs_mode": "raw_logprobs",  # of the policy itself, at temperature 1: what the learner computes too
+            # of the policy itself, at temperature 1: what the learner computes too
+            "logprobs_mode": "raw_logprobs",
             "disable_log_stats": True,
             "worker_extension_cls": "gvpo_ray.weights.vllm_worker.WorkerExtension",
             "weight_transfer_config": {"backend": self._transfer},
-            # vLLM must not take sampling defaults from the model folder: they often cut the support (top_p, top_k).
+            # vLLM must not take sampling defaults from the model folder: they often cut the support (top_p,
+            # top_k).
             "generation_config": "vllm",
         }
         if pool.quantization is not None:
@@ -82,7 +101,8 @@ class Engine(BaseEngine):
         if on_gpu:
             arguments["gpu_memory_utilization"] = pool.memory_fraction
         else:
-            # After a part of a prompt vLLM winds the generator of a request with a seed back, which those of a CPU cannot: its core would die.
+            # After a part of a prompt vLLM winds the generator of a request with a seed back, which those of
+            # a CPU cannot: its core would die.
             arguments["enable_chunked_prefill"] = False
         if self._drain_s is not None:  # a node that goes sends SIGTERM to vLLM's core too
             arguments["shutdown_timeout"] = math.ceil(self._drain_s)
@@ -101,17 +121,23 @@ class Engine(BaseEngine):
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
     async def generate(
-        self, group: pa.Table, sampling: SamplingConfig, min_version: int = 0, seed: int | None = None, *kept: pa.Table
+        self,
+        group: pa.Table,
+        sampling: SamplingConfig,
+        min_version: int = 0,
+        seed: int | None = None,
+        *kept: pa.Table,
     ) -> tuple[pa.Table, int]:
         """Sample the completions of one group (one row), starting with weights of at least `min_version`.
 
         Args:
             seed: of this group alone, so that its samples do not depend on what else is sampled; costs speed.
-            kept: one-row tables with completions that the group has already. They come first, and only the rest is sampled; those that
-                an engine was cut off at ("abort") are gone on with.
+            kept: one-row tables with completions that the group has already. They come first, and only the
+                rest is sampled; those that an engine was cut off at ("abort") are gone on with.
 
         Returns:
-            The group, and how many of its completions are missing or cut off: 0, unless the engine was drained meanwhile.
+            The group, and how many of its completions are missing or cut off: 0, unless the engine was
+            drained meanwhile.
 
         Raises:
             Draining: go elsewhere.
@@ -122,7 +148,10 @@ class Engine(BaseEngine):
         seed = seed_beside(kept, sampling, seed)
         with self._at_work(running):
             requests = [
-                asyncio.create_task(self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)) for i in range(num_new)
+                asyncio.create_task(
+                    self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)
+                )
+                for i in range(num_new)
             ]
             try:
                 await self._unless_dead(asyncio.gather(*requests))
@@ -132,15 +161,27 @@ class Engine(BaseEngine):
         table = self._table(running, sorted(running.completions))
         return groups.join(group, *done, table) if kept else table, num_new - len(running.finished_at)
 
-    async def _complete(self, running: _Requests, index: int, sampling: SamplingConfig, seed: int | None, begun: dict[str, Any] | None) -> None:
-        """Sample one completion, or the rest of one, as a request of its own: siblings in one request are there only when all are."""
+    async def _complete(
+        self,
+        running: _Requests,
+        index: int,
+        sampling: SamplingConfig,
+        seed: int | None,
+        begun: dict[str, Any] | None,
+    ) -> None:
+        """Sample one completion, or the rest of one, as a request of its own: siblings in one request are
+        there only when all are.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         ids: list[int] = begun["completion_ids"] if begun else []
         most = min(sampling.max_tokens, self._llm.model_config.max_model_len - len(running.prompt_ids))
         if begun and len(ids) >= most:
-            running.completions[index], running.finished_at[index] = {**begun, "finish_reasons": "length"}, time.time()
+            running.completions[index], running.finished_at[index] = (
+                {**begun, "finish_reasons": "length"},
+                time.time(),
+            )
             return
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -150,7 +191,8 @@ class Engine(BaseEngine):
             max_tokens=most - len(ids),
             logprobs=0,  # the sampled token's own
             flat_logprobs=True,
-            detokenize=False,  # token by token it costs this process twice what all the rest of a completion does
+            # token by token it costs this process twice what all the rest of a completion does
+            detokenize=False,
             seed=None if seed is None else seed + index,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else has them
@@ -166,7 +208,9 @@ class Engine(BaseEngine):
             versions.append(begun["version_min"])
         ids = ids + list(new.token_ids)
         running.completions[index] = {
-            "completions": self._llm.get_tokenizer().decode(ids[: -1 if new.finish_reason == "stop" else None], skip_special_tokens=True),
+            "completions": self._llm.get_tokenizer().decode(
+                ids[: -1 if new.finish_reason == "stop" else None], skip_special_tokens=True
+            ),
             "completion_ids": ids,
             "finish_reasons": new.finish_reason,
             "sources": "policy",
@@ -180,11 +224,18 @@ class Engine(BaseEngine):
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         assert isinstance(running, _Requests)
         rows = [running.completions[i] for i in which]
-        return groups.with_columns(running.group, **{name: [[row[name] for row in rows]] for name in groups.COMPLETION_COLUMNS})
+        return groups.with_columns(
+            running.group, **{name: [[row[name] for row in rows]] for name in groups.COMPLETION_COLUMNS}
+        )
 
     async def _cut_off(self) -> None:
         # vLLM gives what is there of an aborted request, without asking its core, which may hang.
-        names = [f"{running.name}-{i}" for running in self._in_flight if isinstance(running, _Requests) for i in range(running.size)]
+        names = [
+            f"{running.name}-{i}"
+            for running in self._in_flight
+            if isinstance(running, _Requests)
+            for i in range(running.size)
+        ]
         if not self._llm.errored:
             await self._llm.abort(names)
 
@@ -197,7 +248,9 @@ class Engine(BaseEngine):
         return final
 
     async def _watch(self) -> None:
-        """vLLM does not wake those who wait for a core that was killed (SIGKILL, out of memory): look once a second."""
+        """vLLM does not wake those who wait for a core that was killed (SIGKILL, out of memory): look once a
+        second.
+        """
         while not self._llm.errored:
             await asyncio.sleep(1.0)
         self._death.set_exception(self._llm.dead_error)
@@ -210,19 +263,23 @@ class Engine(BaseEngine):
         task = asyncio.ensure_future(work)
         await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else asks for it
+            # nobody else asks for it
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
             task.cancel()
             self._death.result()
         return task.result()
 
-    # --- weights -------------------------------------------------------------------------------------------------------
+    # --- weights --------------------------------------------------------------------------------------------
 
-    async def update(self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None) -> dict[str, float]:
-        """Fetch and swap in newer weights. Completions in flight are frozen meanwhile and go on with the new ones.
+    async def update(
+        self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
+    ) -> dict[str, float]:
+        """Fetch and swap in newer weights. Completions in flight are frozen meanwhile and go on with the new
+        ones.
 
         Args:
-            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes), `bytes`, and `adapter`
-                (peft's adapter_config.json) where they are an adapter's.
+            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes),
+                `bytes`, and `adapter` (peft's adapter_config.json) where they are an adapter's.
             probe: sequences with the learner's log-probs of them, to compare with this engine's.
 
         Returns:
@@ -260,8 +317,8 @@ class Engine(BaseEngine):
 
     async def begin_update(self) -> None:
         self._is_updating, self._last_token_at = True, time.time()
-        # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is never stale and what
-        # follows the swap is exactly the new policy given the tokens so far.
+        # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is
+        # never stale and what follows the swap is exactly the new policy given the tokens so far.
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         await self._llm.start_weight_update()
 
@@ -284,7 +341,11 @@ class Engine(BaseEngine):
 
         worst, worst_text, total, count = 0.0, "", 0.0, 0
         for sequence, (ids, expected) in enumerate(zip(probe["ids"], probe["logprobs"], strict=True)):
-            output = await self._unless_dead(self._final(ids, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0), uuid.uuid4().hex))
+            output = await self._unless_dead(
+                self._final(
+                    ids, SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0), uuid.uuid4().hex
+                )
+            )
             for position in range(1, len(ids)):
                 got = output.prompt_logprobs[position][ids[position]].logprob
                 difference = abs(got - expected[position - 1])
@@ -292,7 +353,8 @@ class Engine(BaseEngine):
                 if not difference <= worst:  # also true for nan
                     worst = difference
                     worst_text = (
-                        f"token {ids[position]} at position {position} of probe {sequence}: engine {got:.4f}, learner {expected[position - 1]:.4f}"
+                        f"token {ids[position]} at position {position} of probe {sequence}: "
+                        f"engine {got:.4f}, learner {expected[position - 1]:.4f}"
                     )
         mean = total / max(1, count)
         tolerance = self._pool.parity_tolerance or (1e-3 if self._dtype == "float32" else 0.1)
@@ -305,10 +367,12 @@ class Engine(BaseEngine):
 
     async def status(self) -> dict[str, Any]:
         if self._llm is not None:
-            # vLLM's own count (its stat loggers) costs a quarter more per token in this process. What is on its way from a request to
-            # its completion is in neither sum for a moment.
+            # vLLM's own count (its stat loggers) costs a quarter more per token in this process. What is on
+            # its way from a request to its completion is in neither sum for a moment.
             states = self._llm.output_processor.request_states.values()
-            num_tokens = self._num_finished_tokens + sum(state.detokenizer.num_output_tokens() for state in states)
+            num_tokens = self._num_finished_tokens + sum(
+                state.detokenizer.num_output_tokens() for state in states
+            )
             if num_tokens > self._num_tokens:
                 self._num_tokens, self._last_token_at = num_tokens, time.time()
         return await super().status()

@@ -16,10 +16,12 @@ from gvpo_ray.observe.metrics import bootstrap_interval, mean
 
 
 def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Paired differences of two evaluations: per set the mean over shared prompts of b's share of right samples less a's.
+    """Paired differences of two evaluations: per set the mean over shared prompts of b's share of right
+    samples less a's.
 
     Returns:
-        By set: num_prompts (shared), unmatched, a, b, difference {"value", "low", "high"}, and notes: what else differs, as text.
+        By set: num_prompts (shared), unmatched, a, b, difference {"value", "low", "high"}, and notes: what
+            else differs, as text.
 
     Raises:
         ConfigError: no finished evaluation there, or no prompt in common.
@@ -35,14 +37,23 @@ def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
         low, high = bootstrap_interval(differences, seed=seed)
         ways = [(how_one.get(name, {}).get(key), how_two.get(name, {}).get(key)) for key in HOW]
         result[name] = {
-            "num_prompts": len(shared), "unmatched": len(one[name]) + len(two[name]) - 2 * len(shared),
-            "a": mean(before), "b": mean(after), "difference": {"value": mean(differences), "low": low, "high": high},
-            "notes": [f"{key} is {x} in A, {y} in B" for key, (x, y) in zip(HOW, ways, strict=True) if x != y],
-        }  # fmt: skip
+            "num_prompts": len(shared),
+            "unmatched": len(one[name]) + len(two[name]) - 2 * len(shared),
+            "a": mean(before),
+            "b": mean(after),
+            "difference": {"value": mean(differences), "low": low, "high": high},
+            "notes": [
+                f"{key} is {x} in A, {y} in B" for key, (x, y) in zip(HOW, ways, strict=True) if x != y
+            ],
+        }
     if not result:
         raise ConfigError(f"--compare: {a} and {b} have no prompt in common")
     for name in sorted({*one, *two} - {*result}):
-        result[name] = {"num_prompts": 0, "unmatched": len(one.get(name, {})) + len(two.get(name, {})), "notes": ["no prompt in common"]}
+        result[name] = {
+            "num_prompts": 0,
+            "unmatched": len(one.get(name, {})) + len(two.get(name, {})),
+            "notes": ["no prompt in common"],
+        }
     return result
 
 
@@ -50,17 +61,25 @@ HOW = ("num_samples", "temperature", "max_tokens")
 """Of a set in eval.json: what two evaluations should have in common."""
 
 
-def _finished(place: str) -> tuple[Mapping[str, Mapping[str, Any]], dict[str, dict[tuple[str, str, int], float]]]:
-    """The sets of eval.json, and set -> (prompt, answer, which of several alike) -> share of right samples."""
+def _finished(
+    place: str,
+) -> tuple[Mapping[str, Mapping[str, Any]], dict[str, dict[tuple[str, str, int], float]]]:
+    """The sets of eval.json, and set -> (prompt, answer, which of several alike) -> share of right
+    samples.
+    """
     path = Path(place).parent if Path(place).name == "eval.json" else Path(place)
     file = path / "generations.parquet"
     if not (path / "eval.json").is_file() or not file.is_file():
         raise ConfigError(f"--compare: no finished evaluation in {place} (eval.json, generations.parquet)")
     try:
         sets = json.loads((path / "eval.json").read_text()).get("sets", {})
-        rows = pq.read_table(file, columns=["dataset", "prompt_id", "prompt", "answer", "correct"]).to_pylist()
+        rows = pq.read_table(
+            file, columns=["dataset", "prompt_id", "prompt", "answer", "correct"]
+        ).to_pylist()
     except (ValueError, AttributeError, OSError, pa.ArrowException) as error:
-        raise ConfigError(f"--compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"--compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}"
+        ) from error
     samples: dict[str, dict[tuple[str, str, int], list[bool]]] = {}
     numbers: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
@@ -69,7 +88,9 @@ def _finished(place: str) -> tuple[Mapping[str, Mapping[str, Any]], dict[str, di
             alike.append(row["prompt_id"])
         key = row["prompt"], row["answer"], alike.index(row["prompt_id"])
         samples.setdefault(row["dataset"], {}).setdefault(key, []).append(row["correct"])
-    return sets, {name: {key: mean(values) for key, values in prompts.items()} for name, prompts in samples.items()}
+    return sets, {
+        name: {key: mean(values) for key, values in prompts.items()} for name, prompts in samples.items()
+    }
 
 
 def comparison_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -78,10 +99,16 @@ def comparison_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
     for column in ("prompts", "A", "B", "B - A, 95 % interval"):
         table.add_column(column, justify="right")
     for name, values in result.items():
-        cells = [f"{values['num_prompts']}" + (f" ({values['unmatched']} without a partner)" if values["unmatched"] else "")]
+        cells = [
+            f"{values['num_prompts']}"
+            + (f" ({values['unmatched']} without a partner)" if values["unmatched"] else "")
+        ]
         if values["num_prompts"]:
             difference = values["difference"]
-            interval = f"{100 * difference['value']:+.2f} % [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+            interval = (
+                f"{100 * difference['value']:+.2f} % [{100 * difference['low']:+.2f}, "
+                f"{100 * difference['high']:+.2f}]"
+            )
             cells += [f"{100 * values['a']:.2f} %", f"{100 * values['b']:.2f} %", interval]
         table.add_row(name, *cells)
     return table

@@ -69,7 +69,9 @@ class EvaluationDir:
     def missing(self, name: str, prompts: pa.Table) -> pa.Table:
         """The prompts of a set that have no samples yet."""
         done = set(self._logs[name].group_ids)
-        return prompts.filter(pa.array([group_id not in done for group_id in prompts["group_id"].to_pylist()], type=pa.bool_()))
+        return prompts.filter(
+            pa.array([group_id not in done for group_id in prompts["group_id"].to_pylist()], type=pa.bool_())
+        )
 
     def add(self, name: str, group: pa.Table) -> None:
         self._logs[name].append(group.select(list(groups.LOGGED_COLUMNS)))
@@ -79,10 +81,17 @@ class EvaluationDir:
         log = self._logs[name]
         return sorted(groups.rows(log.read(0, len(log))), key=lambda row: row["group_id"])
 
-    def finish(self, config: GVPOConfig, model: str, left_out: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """Write eval.json and generations.parquet; returns what eval.json holds. `left_out`: prompts of each set that are too long."""
+    def finish(
+        self, config: GVPOConfig, model: str, left_out: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Write eval.json and generations.parquet; returns what eval.json holds. `left_out`: prompts of each
+        set that are too long.
+        """
         by_set = {name: self.rows(name) for name in self._logs}
-        sets = {name: {**summary(rows, config, name), "left_out": (left_out or {}).get(name, 0)} for name, rows in by_set.items()}
+        sets = {
+            name: {**summary(rows, config, name), "left_out": (left_out or {}).get(name, 0)}
+            for name, rows in by_set.items()
+        }
         result = {"model": model, "sets": sets}
         pq.write_table(_generations(by_set), self.path / ".generations.part")
         (self.path / ".generations.part").replace(self.path / "generations.parquet")
@@ -92,16 +101,24 @@ class EvaluationDir:
 
 
 def _settings(config: GVPOConfig) -> dict[str, Any]:
-    """The keys that the numbers depend on; rewards as a list, because the first of them says what is right."""
+    """The keys that the numbers depend on; rewards as a list, because the first of them says what is
+    right.
+    """
     dump = config.model_dump(mode="json")
     settings: dict[str, Any] = {"seed": config.seed, "engines.vllm": dump["engines"]["vllm"]}
     settings |= {f"model.{key}": dump["model"][key] for key in ("dtype", "max_length")}
     settings |= {f"sampling.{key}": dump["sampling"][key] for key in ("top_p", "top_k", "min_p")}
     settings |= {f"verifiers.{key}": dump["verifiers"][key] for key in ("timeout_s", "cpu_s", "memory_gib")}
-    settings["verifiers.rewards"] = [{"name": name, **section} for name, section in dump["verifiers"]["rewards"].items()]
+    settings["verifiers.rewards"] = [
+        {"name": name, **section} for name, section in dump["verifiers"]["rewards"].items()
+    ]
     for name, section in config.evaluation.sets.items():
         num_samples, temperature, max_tokens = config.evaluation.of(name)
-        own = {"num_samples": num_samples, "temperature": temperature, "max_completion_tokens": max_tokens or config.sampling.max_tokens}
+        own = {
+            "num_samples": num_samples,
+            "temperature": temperature,
+            "max_completion_tokens": max_tokens or config.sampling.max_tokens,
+        }
         own |= {"template": section.template, "system_prompt": section.system_prompt}
         settings |= {f"evaluation.sets.{name}.{key}": value for key, value in own.items()}
     return settings
@@ -109,7 +126,10 @@ def _settings(config: GVPOConfig) -> dict[str, Any]:
 
 def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dict[str, str]:
     """Digests of what the paths in the config hold, by key: the paths themselves may change."""
-    contents = {"model.path": model_digest(model), **{f"evaluation.sets.{name}.path": digest for name, digest in digests.items()}}
+    contents = {
+        "model.path": model_digest(model),
+        **{f"evaluation.sets.{name}.path": digest for name, digest in digests.items()},
+    }
     for name, reward in config.verifiers.rewards.items():
         file = Path((reward.function or name).rpartition(":")[0])
         if file.suffix == ".py" and file.is_file():
@@ -118,10 +138,14 @@ def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dic
 
 
 def _difference(kept: Path, now: Mapping[str, Any]) -> str:
-    """What an evaluation.yaml has otherwise than `now`, which may have more (a set that was added); empty: nothing."""
+    """What an evaluation.yaml has otherwise than `now`, which may have more (a set that was added); empty:
+    nothing.
+    """
     try:
         before = yaml.safe_load(kept.read_text())
-        pairs = [(part, key, value) for part in ("settings", "contents") for key, value in before[part].items()]
+        pairs = [
+            (part, key, value) for part in ("settings", "contents") for key, value in before[part].items()
+        ]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         return "has an evaluation.yaml that is not an evaluation's"
     for part, key, value in pairs:
@@ -131,16 +155,22 @@ def _difference(kept: Path, now: Mapping[str, Any]) -> str:
             if part == "contents":
                 return f"holds an evaluation with another {key} (what is in it differs)"
             is_short = not isinstance(value, (dict, list))
-            return f"holds an evaluation with another {key}" + (f" ({value!r} there, {now[part][key]!r} here)" if is_short else "")
+            return f"holds an evaluation with another {key}" + (
+                f" ({value!r} there, {now[part][key]!r} here)" if is_short else ""
+            )
     return ""
 
 
 def model_digest(path: str) -> str:
-    """Tells one model folder from another without reading all of its weights: 64 pieces of each file; of a hub name, the name."""
+    """Tells one model folder from another without reading all of its weights: 64 pieces of each file; of a
+    hub name, the name.
+    """
     if not Path(path).is_dir():
         return path
     content = hashlib.sha256()
-    for file in sorted(file for pattern in ("*.safetensors", "*.json", "*.jinja") for file in Path(path).glob(pattern)):
+    for file in sorted(
+        file for pattern in ("*.safetensors", "*.json", "*.jinja") for file in Path(path).glob(pattern)
+    ):
         size = file.stat().st_size
         content.update(f"{file.name} {size}".encode())
         with open(file, "rb") as opened:
@@ -151,7 +181,9 @@ def model_digest(path: str) -> str:
 
 
 def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any]:
-    """The numbers of one set: pass@k and mean@n as means over prompts with 95 % bootstrap intervals, and rates over samples."""
+    """The numbers of one set: pass@k and mean@n as means over prompts with 95 % bootstrap intervals, and
+    rates over samples.
+    """
     num_samples, temperature, max_tokens = config.evaluation.of(name)
     correct = [is_correct(row) for row in rows]
 
@@ -171,15 +203,29 @@ def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any
             for k in sorted({1, *config.evaluation.pass_k})
             if k <= num_samples
         },
-        **{key: metrics[f"eval/{name}/{key}"] for key in ("extracted", "length_mean", "truncated", "unverifiable")},
+        **{
+            key: metrics[f"eval/{name}/{key}"]
+            for key in ("extracted", "length_mean", "truncated", "unverifiable")
+        },
     }
 
 
-GENERATIONS = pa.schema([
-    ("dataset", pa.string()), ("prompt_id", pa.int64()), ("prompt", pa.string()), ("answer", pa.string()), ("sample", pa.int64()),
-    ("completion", pa.string()), ("correct", pa.bool_()), ("verdict", pa.string()), ("reward", pa.float64()), ("reason", pa.string()),
-    ("num_tokens", pa.int64()), ("finish_reason", pa.string()),
-])  # fmt: skip
+GENERATIONS = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("prompt_id", pa.int64()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("sample", pa.int64()),
+        ("completion", pa.string()),
+        ("correct", pa.bool_()),
+        ("verdict", pa.string()),
+        ("reward", pa.float64()),
+        ("reason", pa.string()),
+        ("num_tokens", pa.int64()),
+        ("finish_reason", pa.string()),
+    ]
+)
 """One row per sample; verdict is correct, incorrect or unverifiable (reward null, and why in reason)."""
 
 
@@ -187,18 +233,29 @@ def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {
-                "dataset": name, "prompt_id": row["group_id"], "prompt": row["prompt"], "answer": row["answer"], "sample": i,
-                "completion": row["completions"][i], "correct": correct,
-                "verdict": "correct" if correct else "unverifiable" if row["rewards"][i] is None else "incorrect",
-                "reward": row["rewards"][i], "reason": row["reward_reasons"][i],
-                "num_tokens": len(row["completion_ids"][i]), "finish_reason": row["finish_reasons"][i],
+                "dataset": name,
+                "prompt_id": row["group_id"],
+                "prompt": row["prompt"],
+                "answer": row["answer"],
+                "sample": i,
+                "completion": row["completions"][i],
+                "correct": correct,
+                "verdict": "correct"
+                if correct
+                else "unverifiable"
+                if row["rewards"][i] is None
+                else "incorrect",
+                "reward": row["rewards"][i],
+                "reason": row["reward_reasons"][i],
+                "num_tokens": len(row["completion_ids"][i]),
+                "finish_reason": row["finish_reasons"][i],
             }
             for name, rows in by_set.items()
             for row in rows
             for i, correct in enumerate(is_correct(row))
         ],
         schema=GENERATIONS,
-    )  # fmt: skip
+    )
 
 
 def results_table(result: Mapping[str, Any]) -> Table:
@@ -213,10 +270,14 @@ def results_table(result: Mapping[str, Any]) -> Table:
         for values in sets:
             value = values.get(key)
             if isinstance(value, Mapping):
-                cells.append(f"{100 * value['value']:.2f} % [{100 * value['low']:.2f}, {100 * value['high']:.2f}]")
+                cells.append(
+                    f"{100 * value['value']:.2f} % [{100 * value['low']:.2f}, {100 * value['high']:.2f}]"
+                )
             elif key in ("extracted", "truncated", "unverifiable"):
                 cells.append(f"{100 * value:.2f} %")
             else:
-                cells.append("" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}")
+                cells.append(
+                    "" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+                )
         table.add_row(key, *cells)
     return table

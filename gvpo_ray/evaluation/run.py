@@ -1,4 +1,6 @@
-"""An evaluation: sample and verify the evaluation sets with one model, as far as its folder does not hold them yet."""
+"""An evaluation: sample and verify the evaluation sets with one model, as far as its folder does not hold
+them yet.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,16 @@ from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
 
 
-def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None = None, reward: Rewards | None = None) -> dict[str, Any]:
-    """Sample and verify evaluation.sets with one model, as far as `out` does not hold them yet, and write the numbers there. No learner.
+def evaluate(
+    config: GVPOConfig, checkpoint: str | None = None, out: str | None = None, reward: Rewards | None = None
+) -> dict[str, Any]:
+    """Sample and verify evaluation.sets with one model, as far as `out` does not hold them yet, and write the
+    numbers there. No learner.
 
     Args:
         checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; default: model.path.
-        out: default: run_dir/eval/<name of the model's folder>, with its run's name before it where that is another run.
+        out: default: run_dir/eval/<name of the model's folder>, with its run's name before it where that is
+            another run.
 
     Returns:
         What eval.json holds (folder.py), its folder, and num_sampled: prompts that were not there before.
@@ -40,21 +46,31 @@ def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None 
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets: name at least one prompt file")
     if checkpoint is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})})
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})}
+        )
     if cluster_address(config.ray) is None and not ray.is_initialized():
         check_resources(config, *machine_resources(config), learner=False)
     max_length, tokenizer = read_model(config)
     sets = read_evaluation_sets(config, max_length, tokenizer)
     validate_rewards(config.verifiers, reward)
     model = config.model.path
-    folder = Path(out) if out is not None else Path(config.run_dir) / "eval" / evaluation_name(Path(model), Path(config.run_dir))
-    with EvaluationDir(folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}) as kept:
+    folder = (
+        Path(out)
+        if out is not None
+        else Path(config.run_dir) / "eval" / evaluation_name(Path(model), Path(config.run_dir))
+    )
+    with EvaluationDir(
+        folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}
+    ) as kept:
         missing = {name: kept.missing(name, prompts.all()) for name, prompts in sets.items()}
         if any(map(len, missing.values())):
             session = Session(config.ray)
             try:
                 engines, verifiers = without_learner(session, config, max_length, reward)
-                with evaluation_progress({name: (len(sets[name]), len(rows)) for name, rows in missing.items()}) as advance:
+                with evaluation_progress(
+                    {name: (len(sets[name]), len(rows)) for name, rows in missing.items()}
+                ) as advance:
                     for name, prompts in missing.items():
 
                         def on_done(group: pa.Table, name: str = name) -> None:
@@ -63,7 +79,9 @@ def evaluate(config: GVPOConfig, checkpoint: str | None = None, out: str | None 
 
                         if len(prompts):
                             sampling = evaluation_sampling(config, name)
-                            session.guard(run_through(prompts, engines, verifiers, sampling, 0, config.seed, on_done))
+                            session.guard(
+                                run_through(prompts, engines, verifiers, sampling, 0, config.seed, on_done)
+                            )
             finally:
                 session.stop()
         left_out = {name: prompts.num_too_long for name, prompts in sets.items()}

@@ -1,4 +1,6 @@
-"""What a rank and a forward pass get: groups without their unverifiable completions, dealt to ranks, and cut by tokens."""
+"""What a rank and a forward pass get: groups without their unverifiable completions, dealt to ranks, and cut
+by tokens.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     kept = only(row, keep)
     if row.get("reward_parts") is not None:
-        kept["reward_parts"] = {name: [part[i] for i in keep] for name, part in dict(row["reward_parts"]).items()}
+        kept["reward_parts"] = {
+            name: [part[i] for i in keep] for name, part in dict(row["reward_parts"]).items()
+        }
     return kept
 
 
@@ -39,7 +43,8 @@ def only(row: Mapping[str, Any], completions: Sequence[int]) -> dict[str, Any]:
 
 
 def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list[list[int]]:
-    """Deal whole groups to `num_parts` ranks so that their token counts are near equal (longest first to the emptiest).
+    """Deal whole groups to `num_parts` ranks so that their token counts are near equal (longest first to the
+    emptiest).
 
     Deterministic; every part keeps arrival order. Returns the indices per part; a part may be empty.
     """
@@ -52,10 +57,13 @@ def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list
     return [sorted(part) for part in parts]
 
 
-def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: bool = True) -> list[list[int]]:
+def micro_batches(
+    groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: bool = True
+) -> list[list[int]]:
     """Cut groups, in order, into runs of at most `max_tokens` tokens; a larger group is a run of its own.
 
-    packed: a prompt counts once and nothing is padded; else every completion counts with its prompt, as long as the run's longest.
+    packed: a prompt counts once and nothing is padded; else every completion counts with its prompt, as long
+    as the run's longest.
     """
     batches: list[list[int]] = []
     count = width = 0
@@ -80,7 +88,9 @@ def micro_batches(groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: 
 
 
 def split_group(row: Mapping[str, Any], max_tokens: int, packed: bool = True) -> list[dict[str, Any]]:
-    """Cut one group into parts of at most `max_tokens` tokens, each with the prompt and some of the completions (one at least)."""
+    """Cut one group into parts of at most `max_tokens` tokens, each with the prompt and some of the
+    completions (one at least).
+    """
     prompt, lengths = len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]
     parts: list[list[int]] = []
     for i in range(len(lengths)):

@@ -10,7 +10,9 @@ from gvpo_ray.groups.table import LOGGED_COLUMNS, GroupError, empty, log_columns
 
 
 def to_wire(groups: pa.Table) -> pa.Buffer:
-    """A table on its way between processes, as an Arrow IPC stream. Ray's own pickling takes a nested table apart for milliseconds."""
+    """A table on its way between processes, as an Arrow IPC stream. Ray's own pickling takes a nested table
+    apart for milliseconds.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, groups.schema) as writer:
         writer.write_table(groups)
@@ -29,7 +31,8 @@ def save(groups: pa.Table, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> pa.Table:
-    """Read an Arrow IPC file, an IPC stream, or a folder of them (a run's `groups/`), in order of their names.
+    """Read an Arrow IPC file, an IPC stream, or a folder of them (a run's `groups/`), in order of their
+    names.
 
     Raises:
         GroupError: nothing there, or not Arrow, or files with different columns.
@@ -41,18 +44,23 @@ def load(path: str | Path) -> pa.Table:
     batches = [read_batches(file, is_log=path.is_dir()) for file in files]
     tables = [pa.Table.from_batches(of_file) for of_file in batches if of_file]
     if path.is_dir():  # a run that an older version began has no references in its first segments
-        tables = [log_columns(table) if set(LOGGED_COLUMNS) <= {*table.schema.names} else table for table in tables]
+        tables = [
+            log_columns(table) if set(LOGGED_COLUMNS) <= {*table.schema.names} else table for table in tables
+        ]
     try:
         return pa.concat_tables(tables) if tables else empty()
     except pa.ArrowInvalid as error:
-        raise GroupError(f"the files at {path} have different columns: {' '.join(str(error).split())}") from error
+        raise GroupError(
+            f"the files at {path} have different columns: {' '.join(str(error).split())}"
+        ) from error
 
 
 def read_batches(file: Path, is_log: bool = False) -> list[pa.RecordBatch]:
     """The record batches of one IPC file or stream, up to the last whole one.
 
-    A writer that was killed leaves a stream whose tail is not a whole message: what came before it is intact. In a log
-    even the head may be missing (killed between creating the segment and writing its schema); elsewhere that is an error.
+    A writer that was killed leaves a stream whose tail is not a whole message: what came before it is intact.
+    In a log even the head may be missing (killed between creating the segment and writing its schema);
+    elsewhere that is an error.
     """
     source = pa.memory_map(str(file)) if file.stat().st_size else pa.BufferReader(b"")
     try:

@@ -1,25 +1,31 @@
 """The group table: one row is one prompt with its m completions. The only room that spells column names.
 
-A group is sampled, verified, logged, packed and normalised as one; every stage is `Table -> Table` and columns only
-accumulate. One real row, as it reaches the learner (m = 2):
+A group is sampled, verified, logged, packed and normalised as one; every stage is `Table -> Table` and
+columns only accumulate. One real row, as it reaches the learner (m = 2), with the room that fills
+each column:
 
-    group_id            17                                  who: data
-    prompt              "What is 3 + 4?"                         data
-    answer              "7"                                      data      (the gold answer, always text)
-    dataset             "quickstart"                             data
-    prompt_ids          [12, 5, 9]                               data      (templated and tokenised)
-    completions         ["\\boxed{7}", "\\boxed{8}"]             engines   (text, special tokens removed)
-    completion_ids      [[4, 7, 1], [4, 8, 1]]                   engines   (end-of-sequence token included)
-    finish_reasons      ["stop", "stop"]                         engines   ("stop" | "length")
-    sources             ["policy", "policy"]                     engines   ("policy" | "replay" | "offline:<name>")
-    version_min         [3, 3]                                   engines   (oldest weights that wrote a token; null: not ours)
-    version_max         [3, 4]                                   engines   (newest weights that wrote a token)
-    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]              engines   (one per completion token, temperature 1; null: foreign)
-    rewards             [1.0, 0.0]                               verifiers (null: could not be verified, left out of training)
-    reward_parts        {"math": [1.0, 0.0]}                     verifiers (before weighting)
-    reward_reasons      [null, null]                             verifiers (why a reward is null, or what the verifier noticed)
-    reference_logprobs  [-0.4, -0.9]                             learner   (float64 sum over the completion's tokens)
-    reference_versions  [0, 0]                                   learner   (of the weights that they are by; null: not trained on)
+    group_id            17                               data
+    prompt              "What is 3 + 4?"                 data
+    answer              "7"                              data      (the gold answer, always text)
+    dataset             "quickstart"                     data
+    prompt_ids          [12, 5, 9]                       data      (templated and tokenised)
+    completions         ["\\boxed{7}", "\\boxed{8}"]     engines   (text, special tokens removed)
+    completion_ids      [[4, 7, 1], [4, 8, 1]]           engines   (end-of-sequence token included)
+    finish_reasons      ["stop", "stop"]                 engines   ("stop" | "length")
+    sources             ["policy", "policy"]             engines   ("policy" | "replay" | "offline:<name>")
+    version_min         [3, 3]                           engines   (oldest weights that wrote a token; null:
+                                                                    not ours)
+    version_max         [3, 4]                           engines   (newest weights that wrote a token)
+    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]      engines   (one per completion token, temperature 1;
+                                                                    null: foreign)
+    rewards             [1.0, 0.0]                       verifiers (null: could not be verified, left out of
+                                                                    training)
+    reward_parts        {"math": [1.0, 0.0]}             verifiers (before weighting)
+    reward_reasons      [null, null]                     verifiers (why a reward is null, or what the verifier
+                                                                    noticed)
+    reference_logprobs  [-0.4, -0.9]                     learner   (float64 sum over the completion's tokens)
+    reference_versions  [0, 0]                           learner   (of the weights that they are by; null: not
+                                                                    trained on)
 """
 
 from __future__ import annotations
@@ -65,20 +71,23 @@ COMPLETION_COLUMNS = (
 )
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
-"""Of a reference model of its own: they follow a group, so that one that is trained on again costs no pass of it."""
+"""Of a reference model of its own: they follow a group, so that one that is trained on again costs no pass of
+it."""
 PER_COMPLETION_COLUMNS = (*COMPLETION_COLUMNS, "rewards", "reward_reasons", *REFERENCE_COLUMNS)
 """Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
 """What a group must have to be logged: everything but the reference, which is the learner's to compute."""
 LOG_COLUMNS = LOGGED_COLUMNS + REFERENCE_COLUMNS
-"""What the durable log holds. A reference is null where nobody has computed it; replayed completions bring theirs along."""
+"""What the durable log holds. A reference is null where nobody has computed it; replayed completions bring
+theirs along."""
 
 
 Row = Mapping[str, Any]
 """One group as Python objects, by column: what `rows` gives."""
 
 NO_ANSWER = "no answer found in the completion"
-"""The reason in `reward_reasons` of a completion in which a reward function looked for an answer and found none."""
+"""The reason in `reward_reasons` of a completion in which a reward function looked for an answer and found
+none."""
 
 
 class GroupError(ValueError):
@@ -89,7 +98,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Build a group table from Python rows; the columns are those of the first row, in schema order.
 
     Raises:
-        GroupError: a row has a column that the schema does not know, or lacks one that the first row has, or a value has another type.
+        GroupError: a row has a column that the schema does not know, or lacks one that the first row has, or
+            a value has another type.
     """
     rows = list(rows)
     names = [name for name in SCHEMA.names if rows and name in rows[0]]
@@ -116,11 +126,17 @@ def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
 
 
 def log_columns(groups: pa.Table) -> pa.Table:
-    """The groups with LOG_COLUMNS alone; references that they come without, as new groups and older logs do, are null."""
+    """The groups with LOG_COLUMNS alone; references that they come without, as new groups and older logs do,
+    are null.
+    """
     if groups.schema.equals(SCHEMA):
         return groups
     missing = [name for name in REFERENCE_COLUMNS if name not in groups.schema.names]
-    return with_columns(groups, **{name: [None] * len(groups) for name in missing}).select(list(LOG_COLUMNS)).cast(SCHEMA)
+    return (
+        with_columns(groups, **{name: [None] * len(groups) for name in missing})
+        .select(list(LOG_COLUMNS))
+        .cast(SCHEMA)
+    )
 
 
 LIMITS = ("timeout:", "memory:", "crash:")
@@ -131,7 +147,11 @@ def all_cut_off(group: pa.Table) -> bool:
     """Whether every completion of a group hit a limit of its verifier."""
     reasons = group["reward_reasons"][0].as_py()
     no_reward = all(reward is None for reward in group["rewards"][0].as_py())
-    return no_reward and bool(reasons) and all(reason is not None and reason.startswith(LIMITS) for reason in reasons)
+    return (
+        no_reward
+        and bool(reasons)
+        and all(reason is not None and reason.startswith(LIMITS) for reason in reasons)
+    )
 
 
 def _array(name: str, values: Sequence[Any]) -> pa.Array:
@@ -149,7 +169,8 @@ def empty(columns: Sequence[str] = LOGGED_COLUMNS) -> pa.Table:
 
 
 def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """Check that the columns are there with their types, and that their lists fit: one entry per completion, one log-prob per token.
+    """Check that the columns are there with their types, and that their lists fit: one entry per completion,
+    one log-prob per token.
 
     Raises:
         GroupError: names the column, and the row where the lengths differ.
@@ -159,21 +180,32 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
         if index < 0:
             raise GroupError(f"column {name!r} is missing; the table has {groups.schema.names}")
         if not groups.schema.field(index).type.equals(SCHEMA.field(name).type):
-            raise GroupError(f"column {name!r} is {groups.schema.field(index).type}, not {SCHEMA.field(name).type}")
+            raise GroupError(
+                f"column {name!r} is {groups.schema.field(index).type}, not {SCHEMA.field(name).type}"
+            )
     per_completion = [n for n in PER_COMPLETION_COLUMNS if n in columns]
     sizes = {name: pc.list_value_length(groups.column(name)).to_pylist() for name in per_completion}
     for name in per_completion:
         first = per_completion[0]
         for row, (got, want) in enumerate(zip(sizes[name], sizes[first], strict=True)):
             if got is None or got != want:
-                raise GroupError(f"row {row}: {name} {'is null' if got is None else f'has {got} entries, {first} has {want}'}")
+                raise GroupError(
+                    f"row {row}: {name} "
+                    + ("is null" if got is None else f"has {got} entries, {first} has {want}")
+                )
     if "completion_ids" in columns and "sampling_logprobs" in columns:
-        flat = [pc.list_value_length(pc.list_flatten(groups.column(n))).to_pylist() for n in ("completion_ids", "sampling_logprobs")]
+        flat = [
+            pc.list_value_length(pc.list_flatten(groups.column(n))).to_pylist()
+            for n in ("completion_ids", "sampling_logprobs")
+        ]
         lengths = zip(*flat, strict=True)
         for row, m in enumerate(sizes["completion_ids"]):
             for i, (tokens, values) in enumerate(islice(lengths, m)):
                 if values is not None and values != tokens:
-                    raise GroupError(f"row {row}: sampling_logprobs[{i}] has {values} entries, completion_ids[{i}] has {tokens}")
+                    raise GroupError(
+                        f"row {row}: sampling_logprobs[{i}] has {values} entries, completion_ids[{i}] has "
+                        f"{tokens}"
+                    )
     return groups
 
 
@@ -198,7 +230,10 @@ def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
     group = prompt.select(list(PROMPT_COLUMNS))
     for name in (*COMPLETION_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
         if name in COMPLETION_COLUMNS or any(_has(part, name) for part in parts):
-            group = group.append_column(SCHEMA.field(name), _joined_reward_parts(parts) if name == "reward_parts" else _joined(parts, name))
+            group = group.append_column(
+                SCHEMA.field(name),
+                _joined_reward_parts(parts) if name == "reward_parts" else _joined(parts, name),
+            )
     return group
 
 
@@ -206,7 +241,11 @@ def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
     """The one-row group with these of its completions, in this order."""
     for name in (name for name in PER_COMPLETION_COLUMNS if _has(group, name)):
         index = group.schema.get_field_index(name)
-        group = group.set_column(index, SCHEMA.field(name), _one_list(name, [_entries(group, name).take(pa.array(completions, pa.int64()))]))
+        group = group.set_column(
+            index,
+            SCHEMA.field(name),
+            _one_list(name, [_entries(group, name).take(pa.array(completions, pa.int64()))]),
+        )
     if _has(group, "reward_parts"):
         parts = {name: [values[i] for i in completions] for name, values in group["reward_parts"][0].as_py()}
         group = with_columns(group, reward_parts=[parts])
@@ -214,13 +253,17 @@ def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
 
 
 def replayable(group: pa.Table) -> dict[int, tuple[int, float]]:
-    """Which completions of a one-row group a later group of its prompt may have again: index -> (version_max, R - mean R).
+    """Which completions of a one-row group a later group of its prompt may have again: index -> (version_max,
+    R - mean R).
 
-    The policy's own that were trained on, or will be: with a reward, a token, and what the sampler said of them.
+    The policy's own that were trained on, or will be: with a reward, a token, and what the sampler said of
+    them.
     """
     num_tokens = pc.list_value_length(_entries(group, "completion_ids")).to_pylist()
     has_logprobs = pc.is_valid(_entries(group, "sampling_logprobs")).to_pylist()
-    rewards, sources, versions = (_entries(group, name).to_pylist() for name in ("rewards", "sources", "version_max"))
+    rewards, sources, versions = (
+        _entries(group, name).to_pylist() for name in ("rewards", "sources", "version_max")
+    )
     trained = [i for i, reward in enumerate(rewards) if reward is not None and num_tokens[i]]
     mean = sum(rewards[i] for i in trained) / max(1, len(trained))
     own = [i for i in trained if sources[i] == "policy" and has_logprobs[i] and versions[i] is not None]
@@ -252,4 +295,7 @@ def _joined_reward_parts(parts: Sequence[pa.Table]) -> pa.Array:
     by_part = [dict(part["reward_parts"][0].as_py()) if _has(part, "reward_parts") else {} for part in parts]
     names = dict.fromkeys(name for values in by_part for name in values)  # a set has no order
     pairs = list(zip(by_part, nothing, strict=True))
-    return _array("reward_parts", [{name: [x for values, none in pairs for x in values.get(name, none)] for name in names}])
+    return _array(
+        "reward_parts",
+        [{name: [x for values, none in pairs for x in values.get(name, none)] for name in names}],
+    )

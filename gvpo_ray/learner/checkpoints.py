@@ -8,14 +8,20 @@ from pathlib import Path
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
     """Step and folder of the newest whole checkpoint of a run."""
-    found = [(int(path.parent.name.removeprefix("step-")), path.parent) for path in Path(run_dir).glob("checkpoints/step-*/state.json")]
+    found = [
+        (int(path.parent.name.removeprefix("step-")), path.parent)
+        for path in Path(run_dir).glob("checkpoints/step-*/state.json")
+    ]
     return max(found, default=None)
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what an interrupted save or removal left."""
     folder = Path(run_dir) / "checkpoints"
-    whole = sorted((path.parent for path in folder.glob("step-*/state.json")), key=lambda path: int(path.name.removeprefix("step-")))
+    whole = sorted(
+        (path.parent for path in folder.glob("step-*/state.json")),
+        key=lambda path: int(path.name.removeprefix("step-")),
+    )
     for path in {*folder.glob("step-*"), *folder.glob(".step-*.part")}.difference(whole[-keep:]):
         remove_checkpoint(path)
 

@@ -1,4 +1,5 @@
-"""The learner's loop: what every Ray Train worker runs. A pure function of (initial weights, ordered log of groups).
+"""The learner's loop: what every Ray Train worker runs. A pure function of (initial weights, ordered log of
+groups).
 
     while the buffer orders it: batch(step) → train_step → publish → now and then a checkpoint
 
@@ -31,7 +32,12 @@ class Buffer(Protocol):
     def learner_started(self, step: int) -> None: ...
     def order(self, step: int, saved: bool) -> str: ...
     def batch(self, step: int) -> pa.Table | None: ...
-    def learned(self, version: int, references: dict[int, list[float | None]], residuals: dict[int, list[float | None]]) -> None: ...
+    def learned(
+        self,
+        version: int,
+        references: dict[int, list[float | None]],
+        residuals: dict[int, list[float | None]],
+    ) -> None: ...
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None: ...
     def saved(self, step: int) -> None: ...
 
@@ -51,9 +57,9 @@ def learn(
 ) -> None:
     """Train until the buffer says stop.
 
-    Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished groups). Rank 0 talks back for all,
-    but for what was learned of single completions: that each rank tells of its own groups. `on_checkpoint(metrics)` is called on every rank
-    after each checkpoint that was due.
+    Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished
+    groups). Rank 0 talks back for all, but for what was learned of single completions: that each rank tells
+    of its own groups. `on_checkpoint(metrics)` is called on every rank after each checkpoint that was due.
     """
     if policy.rank == 0:
         buffer.learner_started(policy.step)
@@ -77,9 +83,23 @@ def learn(
         trained = time.perf_counter()
         if settings.reports_residuals:
             own = [row for row in rows if "residuals" in row]
-            references = {row["group_id"]: row["reference_logprobs"] for row in own if settings.loss.asks_reference_model_for_sums}
-            buffer.learned(policy.reference_version, references, {row["group_id"]: row["residuals"] for row in own})
-        publish(policy, buffer, publisher, settings, rows, metrics, times={"wait": got - asked, "train": trained - got, "since": asked})
+            references = {
+                row["group_id"]: row["reference_logprobs"]
+                for row in own
+                if settings.loss.asks_reference_model_for_sums
+            }
+            buffer.learned(
+                policy.reference_version, references, {row["group_id"]: row["residuals"] for row in own}
+            )
+        publish(
+            policy,
+            buffer,
+            publisher,
+            settings,
+            rows,
+            metrics,
+            times={"wait": got - asked, "train": trained - got, "since": asked},
+        )
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
         if saved:
             save(policy, buffer, settings)
@@ -95,10 +115,16 @@ def publish(
     metrics: dict[str, Any] | None,
     times: dict[str, float] | None = None,
 ) -> None:
-    """Hand the weights of this step to the engines, now and then with log-probs to check them by, and its metrics to the driver."""
+    """Hand the weights of this step to the engines, now and then with log-probs to check them by, and its
+    metrics to the driver.
+    """
     started = time.perf_counter()
     first = metrics is None
-    probe = probe_logprobs(policy, rows) if first or (settings.parity_every and policy.step % settings.parity_every == 0) else None
+    probe = (
+        probe_logprobs(policy, rows)
+        if first or (settings.parity_every and policy.step % settings.parity_every == 0)
+        else None
+    )
     weights = publisher.publish(policy.step, policy.named_tensors())
     if policy.rank != 0:
         return
@@ -117,13 +143,20 @@ def publish(
 
 
 def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
-    """A few sequences (of the last batch; before the first, random tokens) with the learner's log-probs of all but the first token."""
+    """A few sequences (of the last batch; before the first, random tokens) with the learner's log-probs of
+    all but the first token.
+    """
     if rows:
-        sequences = [(row["prompt_ids"] + row["completion_ids"][0])[:PROBE_TOKENS] for row in rows[:NUM_PROBES]]
+        sequences = [
+            (row["prompt_ids"] + row["completion_ids"][0])[:PROBE_TOKENS] for row in rows[:NUM_PROBES]
+        ]
     else:
         generator = torch.Generator().manual_seed(0)
         length = min(32, policy.max_length - 1)
-        sequences = [torch.randint(policy.vocab_size, (length,), generator=generator).tolist() for _ in range(NUM_PROBES)]
+        sequences = [
+            torch.randint(policy.vocab_size, (length,), generator=generator).tolist()
+            for _ in range(NUM_PROBES)
+        ]
     probes = [{"prompt_ids": ids[:1], "completion_ids": [ids[1:]]} for ids in sequences if len(ids) > 1]
     return {
         "ids": [probe["prompt_ids"] + probe["completion_ids"][0] for probe in probes],

@@ -15,7 +15,9 @@ NOTHING: Row = {"prompt_ids": [0], "completion_ids": [[0]]}
 
 @dataclass
 class Plan:
-    """This rank's passes through a mini-batch. With sharded parameters a pass is a collective: every rank makes as many."""
+    """This rank's passes through a mini-batch. With sharded parameters a pass is a collective: every rank
+    makes as many.
+    """
 
     passes: list[list[Row]]
     """Each some whole groups, or a part of one; [] where only another rank has something to do."""

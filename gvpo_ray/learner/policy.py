@@ -1,7 +1,8 @@
-"""The model that is trained: load, forward to log-probs, update, reference, checkpoint. One instance per learner worker.
+"""The model that is trained: load, forward to log-probs, update, reference, checkpoint. One instance per
+learner worker.
 
-How it is spread over the ranks is backends/'s; the rest of the project sees `Policy`.
-It imports neither ray nor vllm: torch.distributed is set up by whoever calls (Ray Train; a test; nobody, for one process).
+How it is spread over the ranks is backends/'s; the rest of the project sees `Policy`. It imports neither ray
+nor vllm: torch.distributed is set up by whoever calls (Ray Train; a test; nobody, for one process).
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ from gvpo_ray.weights.transfer import shards
 
 
 def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) that changes nothing yet into the model; returns peft's adapter_config.json."""
+    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) that changes nothing yet into the model; returns
+    peft's adapter_config.json.
+    """
     import peft
 
-    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same on every rank, and in every start of a run
         peft.inject_adapter_in_model(lora, model)
@@ -56,12 +61,15 @@ class _Tensors:
 
 
 class Policy:
-    """One rank's part of the policy. `path`: a Hugging Face folder; with `state.json` in it, a checkpoint, which is resumed.
+    """One rank's part of the policy. `path`: a Hugging Face folder; with `state.json` in it, a checkpoint,
+    which is resumed.
 
     Methods that say "every rank" are collectives.
     """
 
-    def __init__(self, model: ModelConfig, config: LearnerConfig, path: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: ModelConfig, config: LearnerConfig, path: str | Path, device: torch.device | str = "cpu"
+    ) -> None:
         self.device = torch.device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -78,8 +86,10 @@ class Policy:
         if config.backend == "deepspeed" and config.zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            shard_on_load = HfDeepSpeedConfig(deepspeed_config(config, dtype))  # must live while from_pretrained runs
-        # ZeRO has master weights beside its parameters; elsewhere the parameters are those, and bfloat16 is how they are computed with.
+            # must live while from_pretrained runs
+            shard_on_load = HfDeepSpeedConfig(deepspeed_config(config, dtype))
+        # ZeRO has master weights beside its parameters; elsewhere the parameters are those, and bfloat16 is
+        # how they are computed with.
         is_zero = config.backend == "deepspeed" and config.zero_stage > 0
         self._dtype = torch.float32 if dtype == torch.bfloat16 and not is_zero else dtype
         whole = self._load(path if model.lora is None else model.path)
@@ -96,7 +106,8 @@ class Policy:
         del shard_on_load
         if config.gradient_checkpointing:
             self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in self._module.modules():  # the layers recompute in training mode only; elsewhere it would switch dropout on
+            # the layers recompute in training mode only; elsewhere it would switch dropout on
+            for module in self._module.modules():
                 module.training = getattr(module, "gradient_checkpointing", False)
         self._backend = make_backend(self._module, config, dtype, self.device)
         self.vocab_size: int = self._module.model.config.vocab_size
@@ -114,11 +125,15 @@ class Policy:
 
     def _load(self, path: str | Path) -> nn.Module:
         trust = self._model_config.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0
+        )
         return model.eval()
 
     def _can_pack(self) -> bool:
-        """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank. Leaves the model ready for what it says."""
+        """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank.
+        Leaves the model ready for what it says.
+        """
         model, ids = self._module.model, [i % self.vocab_size for i in range(13)]
         rows = [{"prompt_ids": ids[:4], "completion_ids": [ids[4:7], ids[7:8], ids[8:]]}]
         self.packs = self._flex = False
@@ -133,7 +148,9 @@ class Policy:
                 why = f"its log-probs differ by {difference:.2g} nats"
                 if difference < (0.1 if self._model_config.dtype == "bfloat16" else 1e-3):
                     dtype = torch.bfloat16 if self._model_config.dtype == "bfloat16" else torch.float32
-                    packing.try_gradient(model.config, packing.pack(rows, self.device, flex)[0]["layout"], dtype)
+                    packing.try_gradient(
+                        model.config, packing.pack(rows, self.device, flex)[0]["layout"], dtype
+                    )
                     return True
             except (AttributeError, TypeError, ValueError, RuntimeError) as error:
                 why = str(error).splitlines()[0]
@@ -144,11 +161,15 @@ class Policy:
         model.set_attn_implementation(usual)
         return False
 
-    # --- forward and update --------------------------------------------------------------------------------------------
+    # --- forward and update ---------------------------------------------------------------------------------
 
     def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
-        """Log-probs of all completions' tokens, [T], and the completions' lengths. Every rank. is_last: of this update's passes."""
-        inputs, lengths = packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
+        """Log-probs of all completions' tokens, [T], and the completions' lengths. Every rank. is_last: of
+        this update's passes.
+        """
+        inputs, lengths = (
+            packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
+        )
         return self._backend.forward(inputs, is_last), lengths
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
@@ -157,7 +178,9 @@ class Policy:
 
     @torch.no_grad()
     def token_logprobs(self, rows: Sequence[Row], reference: bool = False) -> list[Tensor]:
-        """Token log-probs per completion, without gradients, of the policy or of the reference model. Every rank."""
+        """Token log-probs per completion, without gradients, of the policy or of the reference model. Every
+        rank.
+        """
         with self._as_reference() if reference else contextlib.nullcontext():
             tokens, lengths = self.forward(rows)
         return list(tokens.split(lengths))
@@ -169,7 +192,8 @@ class Policy:
     def update(self, learning_rate: float) -> float:
         """One optimizer step; returns the norm of the gradient before clipping. Every rank.
 
-        Where that norm is not finite the gradient is dropped and nothing changes; num_skipped counts how often in a row.
+        Where that norm is not finite the gradient is dropped and nothing changes; num_skipped counts how
+        often in a row.
         """
         norm = self._backend.step(learning_rate)
         if norm < float("inf"):
@@ -179,17 +203,20 @@ class Policy:
             self.num_skipped += 1
         return norm
 
-    # --- reference -----------------------------------------------------------------------------------------------------
+    # --- reference ------------------------------------------------------------------------------------------
 
-    # A reference of its own is a copy of the trained parameters, each rank's part of them, which changes places with the
-    # parameters for a pass. So it is spread as they are, computes as they do (a log-ratio of 0 is exactly 0), and needs no second model.
+    # A reference of its own is a copy of the trained parameters, each rank's part of them, which changes
+    # places with the parameters for a pass. So it is spread as they are, computes as they do (a log-ratio of
+    # 0 is exactly 0), and needs no second model.
 
     @property
     def has_reference(self) -> bool:
         return self._reference is not None
 
     def load_reference(self, path: str | Path) -> None:
-        """Take another model as the reference, for good; with an adapter it is the model without it. Every rank."""
+        """Take another model as the reference, for good; with an adapter it is the model without it. Every
+        rank.
+        """
         if self.adapter is not None:
             self._reference = "without adapter"
             return
@@ -208,7 +235,9 @@ class Policy:
         self._change_places()
 
     def _parts(self) -> list[Tensor]:
-        return [part for _, parameter in _trained(self._module.model) for part in self._backend.local(parameter)]
+        return [
+            part for _, parameter in _trained(self._module.model) for part in self._backend.local(parameter)
+        ]
 
     @torch.no_grad()
     def _change_places(self) -> None:
@@ -241,13 +270,13 @@ class Policy:
             if isinstance(module, BaseTunerLayer):
                 module._disable_adapters = not on  # enable_adapters() would also change what is trained
 
-    # --- whole weights and checkpoints -----------------------------------------------------------------------------------
+    # --- whole weights and checkpoints ----------------------------------------------------------------------
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """What is trained, whole, one tensor at a time. Every rank, to the end.
 
-        All weights under their Hugging Face names, tied ones under each name; or the adapter's alone, under peft's.
-        It can be gone through more than once: vLLM's NCCL broadcast asks for the shapes first.
+        All weights under their Hugging Face names, tied ones under each name; or the adapter's alone, under
+        peft's. It can be gone through more than once: vLLM's NCCL broadcast asks for the shapes first.
         """
         return _Tensors(self._model_tensors if self.adapter is None else self._adapter_tensors)
 
@@ -270,7 +299,8 @@ class Policy:
             yield name.replace(".base_layer.", "."), value
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint: Hugging Face model and tokenizer, optimizer and random state beside them. Every rank.
+        """Write a checkpoint: Hugging Face model and tokenizer, optimizer and random state beside them. Every
+        rank.
 
         Written beside its name and then renamed: under its name there is a whole checkpoint or none.
         """
@@ -279,18 +309,26 @@ class Policy:
         writes = self.rank == 0
         if writes:
             shutil.rmtree(part, ignore_errors=True)
-            (part / "optimizer").mkdir(parents=True)  # in a folder of its own: vLLM takes every *.safetensors beside config.json for weights
+            # in a folder of its own: vLLM takes every *.safetensors beside config.json for weights
+            (part / "optimizer").mkdir(parents=True)
         self._save_model(part)
         self._save_adapter(part / "adapter")
         if self._keep_reference:
             with self._as_reference():
-                self._save_model(part / "reference") if self.adapter is None else self._save_adapter(part / "reference")
+                self._save_model(part / "reference") if self.adapter is None else self._save_adapter(
+                    part / "reference"
+                )
         for i, data in enumerate(shards(self._optimizer_tensors(), torch.float32)):
             if writes:
                 (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
         if writes:
             self._tokenizer.save_pretrained(part)
-            state = {"step": self.step, "num_updates": self.num_updates, "reference_version": self.reference_version, "beta": self.beta}
+            state = {
+                "step": self.step,
+                "num_updates": self.num_updates,
+                "reference_version": self.reference_version,
+                "beta": self.beta,
+            }
             (part / "state.json").write_text(json.dumps(state))
             for file in part.rglob("*"):
                 if file.is_file():
@@ -328,21 +366,32 @@ class Policy:
     @torch.no_grad()
     def _resume(self) -> None:
         state = json.loads((self._path / "state.json").read_text())
-        self.step, self.num_updates, self.reference_version = state["step"], state["num_updates"], state["reference_version"]
+        self.step, self.num_updates, self.reference_version = (
+            state["step"],
+            state["num_updates"],
+            state["reference_version"],
+        )
         self.beta = state["beta"]
-        files = [safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))]
+        files = [
+            safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))
+        ]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
         if self.num_updates:
             self._backend.init_state(self.num_updates)
         for name, parameter in _trained(self._module.model):
             keys = [key for key in ("exp_avg", "exp_avg_sq", "master") if f"{key}.{name}" in where]
-            self._backend.set_state(parameter, {key: where[f"{key}.{name}"].get_tensor(f"{key}.{name}").to(self.device) for key in keys})
+            self._backend.set_state(
+                parameter,
+                {key: where[f"{key}.{name}"].get_tensor(f"{key}.{name}").to(self.device) for key in keys},
+            )
         if (self._path / "reference").is_dir():
             if self.adapter is None:
                 self.load_reference(self._path / "reference")
             else:
                 values = load_file(self._path / "reference" / "adapter_model.safetensors")
-                self._fill_reference({name: values[_adapter_name(name)] for name, _ in _trained(self._module.model)})
+                self._fill_reference(
+                    {name: values[_adapter_name(name)] for name, _ in _trained(self._module.model)}
+                )
             self._keep_reference = True
         torch.set_rng_state(where["torch_rng"].get_tensor("torch_rng"))
 

@@ -1,4 +1,5 @@
-"""One step of training: references → mini-batches: forward, loss, backward, update. `train_step` is the algorithm.
+"""One step of training: references → mini-batches: forward, loss, backward, update. `train_step` is the
+algorithm.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from gvpo_ray.observe.metrics import batch_metrics, mean
 
 
 class NonFiniteGradient(RuntimeError):
-    """The gradient is not a number, time and again: the first cause is in those groups or in the learning rate."""
+    """The gradient is not a number, time and again: the first cause is in those groups or in the learning
+    rate.
+    """
 
 
 @dataclass
@@ -46,10 +49,11 @@ class Settings:
 
 
 def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch. Every rank has the whole batch.
+    """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch.
+    Every rank has the whole batch.
 
-    The rows that this rank trained get `residuals`, and where the reference is a model of its own `reference_logprobs`: per completion, None
-    for one that was left out.
+    The rows that this rank trained get `residuals`, and where the reference is a model of its own
+    `reference_logprobs`: per completion, None for one that was left out.
     """
     version, loss = policy.step, settings.loss
     every = loss.reference_every
@@ -63,11 +67,20 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
     if loss.asks_reference_model_for_sums:
         for mini_batch in mini_batches:
             pass_reference_model(policy, mini_batch, settings.learner.micro_batch_tokens)
-    plans = [plan_passes(policy, shares_of(policy, mini_batch), settings.learner.micro_batch_tokens) for mini_batch in mini_batches]
+    plans = [
+        plan_passes(policy, shares_of(policy, mini_batch), settings.learner.micro_batch_tokens)
+        for mini_batch in mini_batches
+    ]
     references = reference_passes(policy, mini_batches, plans, loss, settings.model_path)
-    beta = policy.beta if loss.steers_beta and policy.beta is not None else loss.beta_at(version, settings.num_steps)
+    beta = (
+        policy.beta
+        if loss.steers_beta and policy.beta is not None
+        else loss.beta_at(version, settings.num_steps)
+    )
     objective = Objective(loss, beta, version)
-    nothing: dict[str, torch.Tensor] = objective(torch.zeros(0, device=policy.device), Fixed.of_nothing(policy), [], num_groups=1)[1]
+    nothing: dict[str, torch.Tensor] = objective(
+        torch.zeros(0, device=policy.device), Fixed.of_nothing(policy), [], num_groups=1
+    )[1]
     sums = dict.fromkeys(nothing, 0.0)
     norms, dampings, num_skipped = [], [], 0
     learning_rate = _learning_rate(settings.learner, version, settings.num_steps)
@@ -77,7 +90,8 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
         for i, micro in enumerate(plan.passes):
             is_last = i == len(plan.passes) - 1
             logprobs, _ = policy.forward(micro or [NOTHING], is_last)
-            if not micro:  # this rank has fewer passes than another: it takes part in the collectives, and adds nothing
+            # this rank has fewer passes than another: it takes part in the collectives, and adds nothing
+            if not micro:
                 value = logprobs.sum() * 0
             elif i in pulls:  # a part of a group
                 value = (pulls[i] * logprobs).sum()
@@ -85,7 +99,9 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
                 value, stats = objective(logprobs, fixed[i], micro, num_groups=len(mini_batch))
                 added.append(stats)
             policy.backward(value, is_last)
-        of_update = _sum_over_ranks({name: value + sum(stats[name] for stats in added) for name, value in nothing.items()}, policy)
+        of_update = _sum_over_ranks(
+            {name: value + sum(stats[name] for stats in added) for name, value in nothing.items()}, policy
+        )
         damped = damping(of_update) if loss.is_damped else 1.0
         norm = policy.update(learning_rate * damped)
         if norm < float("inf"):
@@ -98,13 +114,15 @@ def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict
             objective.residuals.pop(row["group_id"], None)
         if policy.num_skipped > settings.learner.max_skipped_updates:
             raise NonFiniteGradient(
-                f"step {version + 1}: the gradient's norm is {norm}, for the {policy.num_skipped}. time in a row "
-                f"(groups {[row['group_id'] for row in mini_batch]})"
+                f"step {version + 1}: the gradient's norm is {norm}, for the {policy.num_skipped}. time in a "
+                f"row (groups {[row['group_id'] for row in mini_batch]})"
             )
     policy.step += 1
     learned_of_all = objective.finish(sums)
     if loss.steers_beta:
-        policy.beta = steered(beta, learned_of_all["gvpo/reward_var"], learned_of_all["gvpo/implicit_reward_var"])
+        policy.beta = steered(
+            beta, learned_of_all["gvpo/reward_var"], learned_of_all["gvpo/implicit_reward_var"]
+        )
     for row, trained in pairs:
         which = groups.trainable_completions(row)
         learned = {"residuals": objective.residuals.get(row["group_id"])}
@@ -134,11 +152,17 @@ def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
 
 
 def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float:
-    """Of the step that starts from `version`: linear warm-up, then the schedule down to zero after the last step."""
+    """Of the step that starts from `version`: linear warm-up, then the schedule down to zero after the last
+    step.
+    """
     if version < config.warmup_steps:
         return config.learning_rate * (version + 1) / (config.warmup_steps + 1)
     progress = (version - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))}
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi)))),
+    }
     return config.learning_rate * factor[config.schedule]
 
 

@@ -1,6 +1,8 @@
-"""A small model from nothing: tokenizer, Qwen2 weights, and supervised learning on worked problems. One process, any device.
+"""A small model from nothing: tokenizer, Qwen2 weights, and supervised learning on worked problems. One
+process, any device.
 
-What GVPO starts from when there is no pretrained model at hand (the quickstart; tests); with one, leave it out.
+What GVPO starts from when there is no pretrained model at hand (the quickstart; tests); with one, leave it
+out.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ END = "<|endoftext|>"
 
 
 def warm_start(config: GVPOConfig) -> Path:
-    """Make the task's data and then model.path, as config.warm_start says; what is there stays. Returns model.path.
+    """Make the task's data and then model.path, as config.warm_start says; what is there stays. Returns
+    model.path.
 
     Raises:
-        ConfigError: no warm_start section, its data cannot be read, or model.path cannot be written: before anything is trained.
+        ConfigError: no warm_start section, its data cannot be read, or model.path cannot be written: before
+            anything is trained.
     """
     if config.warm_start is None:
         raise ConfigError("warm_start: this config has no such section")
@@ -55,14 +59,24 @@ def warm_start(config: GVPOConfig) -> Path:
     model = new_model(len(tokenizer), tokenizer, section.architecture)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"warm start: {len(examples):,} worked problems, {len(tokenizer)} tokens, {size / 1e6:.2f} M parameters, on {device}", flush=True)
+    print(
+        f"warm start: {len(examples):,} worked problems, {len(tokenizer)} tokens, {size / 1e6:.2f} M "
+        f"parameters, on {device}",
+        flush=True,
+    )
     prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
     completions = tokenizer([completion for _, completion in examples], add_special_tokens=False).input_ids
-    rows = [{"prompt_ids": x, "completion_ids": [[*y, tokenizer.eos_token_id]]} for x, y in zip(prompts, completions, strict=True)]
+    rows = [
+        {"prompt_ids": x, "completion_ids": [[*y, tokenizer.eos_token_id]]}
+        for x, y in zip(prompts, completions, strict=True)
+    ]
     context = model.config.max_position_embeddings
     fitting = [row for row in rows if len(row["prompt_ids"]) + len(row["completion_ids"][0]) <= context]
     if len(fitting) < len(rows):
-        print(f"{len(rows) - len(fitting)} worked problems are longer than the context of {context} tokens: left out")
+        print(
+            f"{len(rows) - len(fitting)} worked problems are longer than the context of {context} tokens: "
+            "left out"
+        )
     if not fitting:
         raise ConfigError(f"warm_start.data: no worked problem fits into the context of {context} tokens")
     part = folder.with_name(f".{folder.name}.part")
@@ -87,15 +101,22 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
     """(templated prompt, completion) of every worked problem.
 
     Raises:
-        ConfigError: the data cannot be read, has no such solution in some row, or `remove` is no regular expression.
+        ConfigError: the data cannot be read, has no such solution in some row, or `remove` is no regular
+            expression.
     """
     try:
         remove = re.compile(section.remove or r"(?!)")  # without one: what matches nowhere
     except re.error as error:
-        raise ConfigError(f"warm_start.remove: {section.remove!r} is not a regular expression: {error}") from error
+        raise ConfigError(
+            f"warm_start.remove: {section.remove!r} is not a regular expression: {error}"
+        ) from error
     column, _, inside = section.solution_column.partition(".")
     data = section.data
-    table = load_rows(data, {"prompt": data.prompt_column, "answer": data.answer_column, "solution": column}, "warm_start.data")
+    table = load_rows(
+        data,
+        {"prompt": data.prompt_column, "answer": data.answer_column, "solution": column},
+        "warm_start.data",
+    )
     examples = []
     for i, row in enumerate(table.to_pylist()):
         solution = row["solution"]
@@ -103,12 +124,19 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
             try:
                 solution = json.loads(solution)[inside]
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"warm_start.solution_column: row {i}: {column} is not JSON with a key {inside!r}") from error
+                raise ConfigError(
+                    f"warm_start.solution_column: row {i}: {column} is not JSON with a key {inside!r}"
+                ) from error
             if not isinstance(solution, str):
-                raise ConfigError(f"warm_start.solution_column: row {i}: {inside!r} in {column} is {type(solution).__name__}, not text")
+                raise ConfigError(
+                    f"warm_start.solution_column: row {i}: {inside!r} in {column} is "
+                    f"{type(solution).__name__}, not text"
+                )
         parts = {"{solution}": remove.sub("", solution).strip(), "{answer}": row["answer"]}
         # Split, not replaced one after the other: solutions have braces too.
-        completion = "".join(parts.get(part, part) for part in re.split(r"(\{solution\}|\{answer\})", section.completion))
+        completion = "".join(
+            parts.get(part, part) for part in re.split(r"(\{solution\}|\{answer\})", section.completion)
+        )
         examples.append(((data.template or "{prompt}").replace("{prompt}", row["prompt"]), completion))
     return examples
 
@@ -125,9 +153,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
+        ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
+    )
 
 
 def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> Any:
@@ -142,24 +175,38 @@ def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> 
     if unknown := [name for name in architecture if name not in Qwen2Config().to_dict()]:
         raise ConfigError(f"warm_start.architecture: Qwen2Config has no {unknown[0]}")
     end = tokenizer.eos_token_id
-    arguments = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end, "pad_token_id": end, **architecture}
+    arguments = {
+        "vocab_size": vocab_size,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "pad_token_id": end,
+        **architecture,
+    }
     try:
         model = Qwen2ForCausalLM(Qwen2Config(**arguments))
         with torch.no_grad():
             model(input_ids=torch.tensor([[vocab_size - 1, 0]]))  # some misfits show only when it computes
     except (ValueError, RuntimeError, LookupError, StrictDataclassError) as error:
-        raise ConfigError(f"warm_start.architecture: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"warm_start.architecture: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     return model
 
 
 def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) -> None:
-    """Supervised learning: raise the mean log-prob of the completions' tokens. AdamW, gradient norm clipped at 1."""
+    """Supervised learning: raise the mean log-prob of the completions' tokens. AdamW, gradient norm clipped
+    at 1.
+    """
     module = CompletionLogprobs(model.train())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=section.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=section.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+    )
     num_updates = max(1, round(section.num_epochs * len(rows) / section.batch_size))
     began = said = time.monotonic()
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
-    for update, batch in enumerate(itertools.islice(_batches(lengths, section.batch_size), num_updates), start=1):
+    for update, batch in enumerate(
+        itertools.islice(_batches(lengths, section.batch_size), num_updates), start=1
+    ):
         rate = min(1.0, 20 * update / num_updates) * (1 - 0.95 * (update - 1) / num_updates)
         for group in optimizer.param_groups:
             group["lr"] = section.learning_rate * rate
@@ -171,7 +218,11 @@ def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) ->
         optimizer.zero_grad()
         if (now := time.monotonic()) - said > 5 or update == num_updates:
             left = (now - began) / update * (num_updates - update)
-            print(f"warm start: update {update}/{num_updates} · loss {loss.item():.3f} nats per token · {left:.0f} s left", flush=True)
+            print(
+                f"warm start: update {update}/{num_updates} · loss {loss.item():.3f} nats per token · "
+                f"{left:.0f} s left",
+                flush=True,
+            )
             said = now
     model.eval()
 
@@ -181,7 +232,9 @@ POOL, LIKE = 16, 64
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Indices of a batch, without end: a new order each epoch, in which rows of like length share a batch (half the padding)."""
+    """Indices of a batch, without end: a new order each epoch, in which rows of like length share a batch
+    (half the padding).
+    """
     order: list[int] = []
     while True:
         while len(order) < POOL * size:

@@ -1,7 +1,7 @@
 """The learner group: Ray Train workers, what they run, and the buffer as they see it.
 
-A worker that dies, or its node, costs the steps since the last checkpoint: Ray Train starts the group again, which takes those steps' batches
-from the log once more and ends in the same weights.
+A worker that dies, or its node, costs the steps since the last checkpoint: Ray Train starts the group again,
+which takes those steps' batches from the log once more and ends in the same weights.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 
 WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
-"""Errors of code or data: they would come again. What else a worker raises may be another one's death seen from here."""
+"""Errors of code or data: they would come again. What else a worker raises may be another one's death seen
+from here."""
 
 
 class LearnerGroup:
-    """The Ray Train workers, run from a thread: TorchTrainer.fit blocks until the buffer tells the learner to stop.
+    """The Ray Train workers, run from a thread: TorchTrainer.fit blocks until the buffer tells the learner to
+    stop.
 
     Args:
         buffer: the buffer's actor.
@@ -42,7 +44,9 @@ class LearnerGroup:
         last_step: after which there is nothing left to train.
     """
 
-    def __init__(self, config: GVPOConfig, run_dir: Path, buffer: Any, engines: list[Any], last_step: int) -> None:
+    def __init__(
+        self, config: GVPOConfig, run_dir: Path, buffer: Any, engines: list[Any], last_step: int
+    ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -50,22 +54,34 @@ class LearnerGroup:
         for left in run_dir.glob(".ray_train_*"):  # of a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         if cluster_address(config.ray) or config.ray.dashboard:
-            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard then shows the run and what its workers do
-        self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)  # Ray Train's own notes, where every node can write
+            # the dashboard then shows the run and what its workers do
+            os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        # Ray Train's own notes, where every node can write
+        self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._trainer = TorchTrainer(
             train_loop,
-            train_loop_config={"config": config, "run_dir": str(run_dir), "buffer": buffer, "engines": engines, "last_step": last_step},
+            train_loop_config={
+                "config": config,
+                "run_dir": str(run_dir),
+                "buffer": buffer,
+                "engines": engines,
+                "last_step": last_step,
+            },
             torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=(learner.num_workers, learner.max_workers) if learner.max_workers else learner.num_workers,
+                num_workers=(learner.num_workers, learner.max_workers)
+                if learner.max_workers
+                else learner.num_workers,
                 use_gpu=learner.num_gpus > 0,
                 resources_per_worker=resources_of(learner),
             ),
             run_config=RunConfig(
-                name=run_dir.name, storage_path=self._scratch, failure_config=FailureConfig(max_failures=learner.max_restarts),
+                name=run_dir.name,
+                storage_path=self._scratch,
+                failure_config=FailureConfig(max_failures=learner.max_restarts),
                 callbacks=[_Deaths(buffer)],
             ),
-        )  # fmt: skip
+        )
         self._buffer, self._num_left = buffer, learner.max_restarts
         self._thread: threading.Thread | None = None
         self.ended: Future[None] = Future()
@@ -104,7 +120,9 @@ class LearnerGroup:
 
 
 def _remove_placement_groups() -> None:
-    """Of this job: a dead controller's, and with it the workers in it. Ray Train's own cleaner needs the dashboard to see that it is dead."""
+    """Of this job: a dead controller's, and with it the workers in it. Ray Train's own cleaner needs the
+    dashboard to see that it is dead.
+    """
     for number, group in _placement_groups():
         if group["state"] != "REMOVED":
             ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
@@ -113,7 +131,9 @@ def _remove_placement_groups() -> None:
 def _placement_groups() -> list[tuple[str, dict[str, Any]]]:
     """Of this job: the learner's alone."""
     job = ray.get_runtime_context().get_job_id()
-    return [(number, group) for number, group in ray.util.placement_group_table().items() if number.endswith(job)]
+    return [
+        (number, group) for number, group in ray.util.placement_group_table().items() if number.endswith(job)
+    ]
 
 
 class _Deaths(UserCallback):  # type: ignore[misc]
@@ -130,7 +150,8 @@ class _Deaths(UserCallback):  # type: ignore[misc]
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each learner worker."""
-    # Here and in _train: the driver and Ray Train's controller, which read this file, need not wait for the learner's libraries.
+    # Here and in _train: the driver and Ray Train's controller, which read this file, need not wait for the
+    # learner's libraries.
     from gvpo_ray.learner.step import NonFiniteGradient
 
     buffer = LearnersBuffer(settings["buffer"])
@@ -157,22 +178,33 @@ def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
     torch.manual_seed(config.seed)
     rank = ray.train.get_context().get_world_rank()
     newest = [latest_checkpoint(settings["run_dir"])]
-    if torch.distributed.is_initialized():  # rank 0 may have waited for the last checkpoint of a group that was going down
+    # rank 0 may have waited for the last checkpoint of a group that was going down
+    if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(newest, src=0)
     (checkpoint,) = newest
-    policy = Policy(config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device())
+    policy = Policy(
+        config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device()
+    )
     engines = settings["engines"]
     publisher: NcclPublisher | ObjectPublisher
     if config.engines.weight_transfer == "nccl" and engines:
 
         def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
-            ray.get([getattr(engine, method).remote(*args) for engine, args in zip(engines, arguments, strict=True)])
+            ray.get(
+                [
+                    getattr(engine, method).remote(*args)
+                    for engine, args in zip(engines, arguments, strict=True)
+                ]
+            )
 
         address = ray.util.get_node_ip_address()
         (pool,) = config.engines.all_pools().values()
-        publisher = NcclPublisher(call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address))
+        publisher = NcclPublisher(
+            call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address)
+        )
     else:
-        # Engines merge an adapter into the model from what the checkpoint's merge starts from too: float32, and it is small.
+        # Engines merge an adapter into the model from what the checkpoint's merge starts from too: float32,
+        # and it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
     learn(
@@ -196,7 +228,9 @@ def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
 
 @contextlib.contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
-    """One learner group at a time writes checkpoints: that of a driver that was killed may still be going down."""
+    """One learner group at a time writes checkpoints: that of a driver that was killed may still be going
+    down.
+    """
     import ray.train
 
     if ray.train.get_context().get_world_rank() != 0:

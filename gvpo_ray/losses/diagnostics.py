@@ -14,20 +14,29 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Metric values from the (added up) sums of `gvpo_loss`.
 
     loss                     mean over groups; half of gvpo/residual_var, where the residual is not clipped
-    gvpo/residual_var        Var(beta D - R) within the group, of weight s here and below: what the implicit reward does not explain yet
+    gvpo/residual_var        Var(beta D - R) within the group, of weight s here and below: what the implicit
+                             reward does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
     gvpo/implicit_reward_var Var(beta D)
     gvpo/reward_correlation  of beta D with R, from the pooled variances; 0.0 where one of them is 0
-    gvpo/term_reward         1/(m-1) sum_i (R_i - mean R) log pi(y_i|x), mean over groups: the group-relative reward term, nats times reward.
-    gvpo/term_reference      beta Cov(log pi, log pi_ref): pulls the policy's order of the completions towards the reference's
-    gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the three's sum has the loss's gradient.
-    gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES, then inf)
-    gvpo/effective_share     of the completions that count: (sum s)^2 / (m sum s^2), mean over groups; 1 where all count alike
-    gvpo/kept                k, mean over groups: below 1, what is right has got less likely than it was when it was sampled
-    gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|: near 0 beta binds nothing
-    policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on completions that pi_ref sampled, as
-                             those of the default `behaviour` reference are. Single batches may be below 0. On completions that pi
-                             itself sampled (an older reference) it estimates -KL(pi || pi_ref).
+    gvpo/term_reward         1/(m-1) sum_i (R_i - mean R) log pi(y_i|x), mean over groups: the group-relative
+                             reward term, nats times reward.
+    gvpo/term_reference      beta Cov(log pi, log pi_ref): pulls the policy's order of the completions towards
+                             the reference's
+    gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the
+                             three's sum has the loss's gradient.
+    gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES,
+                                    then inf)
+    gvpo/effective_share     of the completions that count: (sum s)^2 / (m sum s^2), mean over groups; 1 where
+                             all count alike
+    gvpo/kept                k, mean over groups: below 1, what is right has got less likely than it was when
+                             it was sampled
+    gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|:
+                             near 0 beta binds nothing
+    policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on
+                             completions that pi_ref sampled, as those of the default `behaviour` reference
+                             are. Single batches may be below 0. On completions that pi itself sampled (an
+                             older reference) it estimates -KL(pi || pi_ref).
     policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
     gvpo/num_groups, gvpo/num_singletons    trained on, and of size one (no signal)
     """
@@ -44,7 +53,10 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "gvpo/effective_share": s["effective"] / groups,
         "gvpo/kept": s["kept"] / groups,
         "gvpo/binding": s["binding"] / completions,
-        **{f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))},
+        **{
+            f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions
+            for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))
+        },
         "policy/kl_ref": -s["log_ratio"] / completions + 0.0,  # + 0.0: never -0.0
         "policy/log_ratio_rms": (s["log_ratio_square"] / completions) ** 0.5,
         "gvpo/num_groups": s["num_groups"],

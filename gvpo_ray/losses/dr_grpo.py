@@ -1,13 +1,16 @@
 """Dr. GRPO: GRPO done right (arXiv 2503.20783). The objective on one page.
 
-A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = pi(y_t|x, y_<t) / pi_old(y_t|x, y_<t) for each token,
+A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = pi(y_t|x, y_<t) / pi_old(y_t|x,
+y_<t) for each token,
 
-    loss = -1/|D| sum_x 1/m sum_i sum_t { min[ r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i ] - kl_coefficient k3 }
+    loss = -1/|D| sum_x 1/m sum_i sum_t { min[ r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i ]
+                                          - kl_coefficient k3 }
     A_i  = R_i - mean R    within the group
 
-It is GRPO without two biases: without 1/|y_i|, long wrong answers are no longer punished less than short ones; without 1/std R, prompts
-on which nearly all answers are right or wrong no longer weigh more. The paper trains with kl_coefficient = 0; k3 is that of GRPO.
-At pi = pi_old the gradient is (m - 1)/m times RLOO's, whose baseline leaves y_i out: m/(m - 1) (R_i - mean R) = R_i - mean_{j != i} R_j.
+It is GRPO without two biases: without 1/|y_i|, long wrong answers are no longer punished less than short
+ones; without 1/std R, prompts on which nearly all answers are right or wrong no longer weigh more. The paper
+trains with kl_coefficient = 0; k3 is that of GRPO. At pi = pi_old the gradient is (m - 1)/m times RLOO's,
+whose baseline leaves y_i out: m/(m - 1) (R_i - mean R) = R_i - mean_{j != i} R_j.
 
 Arguments and what is returned: gvpo_ray/losses/token_losses.py.
 """
@@ -20,10 +23,21 @@ from gvpo_ray.losses.token_losses import Batch
 
 
 def dr_grpo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, completion_ids: Tensor, rewards: Tensor, group_ids: Tensor,
-    num_groups: float | None = None, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coefficient: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    completion_ids: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    num_groups: float | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coefficient: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss above; autograd differentiates it as it stands."""
-    batch = Batch.of(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups)
+    batch = Batch.of(
+        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
+    )
     terms, clipped = batch.clipped_terms(batch.centred_rewards(), clip_low, clip_high, kl_coefficient)
     return batch.loss(batch.sum_tokens(terms), clipped)

@@ -1,13 +1,16 @@
 """GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300). The objective on one page.
 
-A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = pi(y_t|x, y_<t) / pi_old(y_t|x, y_<t) for each token,
+A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = pi(y_t|x, y_<t) / pi_old(y_t|x,
+y_<t) for each token,
 
-    loss = -1/|D| sum_x 1/m sum_i 1/|y_i| sum_t { min[ r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i ] - kl_coefficient k3 }     (eq. 3)
-    k3   = pi_ref/pi - log(pi_ref/pi) - 1  for each token, differentiated as it stands                                           (eq. 4)
+    loss = -1/|D| sum_x 1/m sum_i 1/|y_i| sum_t { min[ r A_i, clip(r, 1 - clip_low, 1 + clip_high) A_i ]
+                                                  - kl_coefficient k3 }                                (eq. 3)
+    k3   = pi_ref/pi - log(pi_ref/pi) - 1  for each token, differentiated as it stands                 (eq. 4)
     A_i  = (R_i - mean R) / std R          within the group, the same for every token of y_i
 
-The paper clips alike on both sides (clip_low = clip_high), and does not say which std: here it is the sample one, with m - 1, as in the
-common implementations. Those add 1e-6 to 1e-4 to it; here nothing is added, and A_i = 0 where all rewards of the group are equal.
+The paper clips alike on both sides (clip_low = clip_high), and does not say which std: here it is the sample
+one, with m - 1, as in the common implementations. Those add 1e-6 to 1e-4 to it; here nothing is added, and
+A_i = 0 where all rewards of the group are equal.
 
 Arguments and what is returned: gvpo_ray/losses/token_losses.py.
 """
@@ -21,11 +24,22 @@ from gvpo_ray.losses.token_losses import Batch
 
 
 def grpo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, completion_ids: Tensor, rewards: Tensor, group_ids: Tensor,
-    num_groups: float | None = None, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coefficient: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    completion_ids: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    num_groups: float | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coefficient: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of eq. 3, negated to be minimized; autograd differentiates it as it stands."""
-    batch = Batch.of(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups)
+    batch = Batch.of(
+        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
+    )
     terms, clipped = batch.clipped_terms(grpo_advantages(batch), clip_low, clip_high, kl_coefficient)
     return batch.loss(batch.sum_tokens(terms) / batch.lengths.clamp(min=1), clipped)
 

@@ -1,13 +1,15 @@
 """REINFORCE (Williams, Machine Learning 8, 1992). The objective on one page.
 
-A prompt x has m completions y_i with rewards R_i. With log pi(y_i|x) summed over the tokens of y_i and a constant baseline b,
+A prompt x has m completions y_i with rewards R_i. With log pi(y_i|x) summed over the tokens of y_i and a
+constant baseline b,
 
     grad loss = -1/|D| sum_x 1/m sum_i (R'_i - b) grad log pi(y_i|x)
     R'_i = R_i - kl_coefficient [ log pi(y_i|x) - log pi_ref(y_i|x) ]      not differentiated
 
-The loss is the surrogate -1/|D| sum_x 1/m sum_i (R'_i - b) log pi(y_i|x), which has this gradient; its value has no meaning of its own.
-The completions of a prompt are not compared with each other. Groups of one are left out all the same, so that every objective trains on
-the same completions and |D| means the same. The baseline changes only the noise where pi itself samples, and the result where it does not.
+The loss is the surrogate -1/|D| sum_x 1/m sum_i (R'_i - b) log pi(y_i|x), which has this gradient; its value
+has no meaning of its own. The completions of a prompt are not compared with each other. Groups of one are
+left out all the same, so that every objective trains on the same completions and |D| means the same. The
+baseline changes only the noise where pi itself samples, and the result where it does not.
 
 Arguments and what is returned: gvpo_ray/losses/token_losses.py. old_logprobs is not used.
 """
@@ -20,10 +22,20 @@ from gvpo_ray.losses.token_losses import Batch
 
 
 def reinforce_loss(
-    logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, completion_ids: Tensor, rewards: Tensor, group_ids: Tensor,
-    num_groups: float | None = None, *, kl_coefficient: float = 0.0, baseline: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    completion_ids: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    num_groups: float | None = None,
+    *,
+    kl_coefficient: float = 0.0,
+    baseline: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The surrogate above."""
-    batch = Batch.of(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups)
+    batch = Batch.of(
+        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
+    )
     advantages = batch.penalized_rewards(kl_coefficient) - baseline
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))

@@ -1,24 +1,29 @@
-"""What GRPO, Dr. GRPO, RLOO and REINFORCE share: their arguments, the sums over tokens and groups, and what they return.
+"""What GRPO, Dr. GRPO, RLOO and REINFORCE share: their arguments, the sums over tokens and groups, and what
+they return.
 
-All four are called as `grpo_loss(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups, ...)`.
-With T the number of completion tokens of a micro-batch and N that of its completions:
+All four are called as `grpo_loss(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards,
+group_ids, num_groups, ...)`. With T the number of completion tokens of a micro-batch and N that of its
+completions:
 
     logprobs            [T] log pi(y_t | x, y_<t), float32 or float64; the gradient comes back in this dtype
     old_logprobs        [T] of the policy that sampled; takes no gradient
     reference_logprobs  [T] of pi_ref; takes no gradient, and is read only where kl_coefficient > 0
     completion_ids      [T] which completion, 0..N-1, each token belongs to, in any order
     rewards             [N]
-    group_ids           [N] integers, equal for the completions of one prompt; groups of any size, in any order
+    group_ids           [N] integers, equal for the completions of one prompt; groups of any size, in any
+                        order
     num_groups          |D|, the groups with m >= 2 in the whole update; default: those in this call
 
 A group of one has nothing to be compared with: it is not trained on and not counted, whatever the objective.
-They return the loss, a float64 scalar, and float64 scalars without gradient, with the same keys in the same order in every objective:
+They return the loss, a float64 scalar, and float64 scalars without gradient, with the same keys in the same
+order in every objective:
 
     objective       loss * |D|
     num_tokens      tokens trained on
     clipped_tokens  those whose gradient clipping has set to zero
 
-|D| is the only thing shared between groups, so all of these add up over micro-batches and ranks that hold whole groups.
+|D| is the only thing shared between groups, so all of these add up over micro-batches and ranks that hold
+whole groups.
 """
 
 from __future__ import annotations
@@ -54,19 +59,41 @@ class Batch:
         group_ids: Tensor,
         num_groups: float | None,
     ) -> Batch:
-        """Raises ValueError where shapes differ, a token names no completion, or num_groups is not positive."""
-        if logprobs.ndim != 1 or not logprobs.shape == old_logprobs.shape == reference_logprobs.shape == completion_ids.shape:
+        """Raises ValueError where shapes differ, a token names no completion, or num_groups is not
+        positive.
+        """
+        if (
+            logprobs.ndim != 1
+            or not logprobs.shape == old_logprobs.shape == reference_logprobs.shape == completion_ids.shape
+        ):
             shapes = [tuple(t.shape) for t in (logprobs, old_logprobs, reference_logprobs, completion_ids)]
-            raise ValueError(f"logprobs, old_logprobs, reference_logprobs and completion_ids must be [T] alike, not {shapes}")
+            raise ValueError(
+                "logprobs, old_logprobs, reference_logprobs and completion_ids must be [T] alike, not "
+                f"{shapes}"
+            )
         if rewards.ndim != 1 or rewards.shape != group_ids.shape:
-            raise ValueError(f"rewards and group_ids must be [N] alike, not {[tuple(rewards.shape), tuple(group_ids.shape)]}")
-        if len(completion_ids) and not 0 <= int(completion_ids.min()) <= int(completion_ids.max()) < len(rewards):
+            raise ValueError(
+                "rewards and group_ids must be [N] alike, not "
+                f"{[tuple(rewards.shape), tuple(group_ids.shape)]}"
+            )
+        if len(completion_ids) and not 0 <= int(completion_ids.min()) <= int(completion_ids.max()) < len(
+            rewards
+        ):
             raise ValueError(f"completion_ids must be in 0..{len(rewards) - 1}")
         if num_groups is not None and not num_groups > 0:
             raise ValueError(f"num_groups must be positive, not {num_groups}")
         old, reference = old_logprobs.detach().double(), reference_logprobs.detach().double()
         index, counts = partition(group_ids)
-        return Batch(logprobs.double(), old, reference, completion_ids, rewards.detach().double(), index, counts, num_groups)
+        return Batch(
+            logprobs.double(),
+            old,
+            reference,
+            completion_ids,
+            rewards.detach().double(),
+            index,
+            counts,
+            num_groups,
+        )
 
     @property
     def sizes(self) -> Tensor:
@@ -83,7 +110,9 @@ class Batch:
         return deviations(values, self.index, self.counts)
 
     def centred_rewards(self) -> Tensor:
-        """[N] R_i - mean R; exactly 0 where all rewards of the group are equal, which rounding of the mean would spoil."""
+        """[N] R_i - mean R; exactly 0 where all rewards of the group are equal, which rounding of the mean
+        would spoil.
+        """
         start = self.rewards.new_zeros(len(self.counts))
         highest = start.scatter_reduce(0, self.index, self.rewards, "amax", include_self=False)
         lowest = start.scatter_reduce(0, self.index, self.rewards, "amin", include_self=False)
@@ -94,16 +123,24 @@ class Batch:
         return self.rewards.new_zeros(len(self.rewards)).index_add(0, self.completion_ids, values)
 
     def penalized_rewards(self, kl_coefficient: float) -> Tensor:
-        """[N] R_i - kl_coefficient (log pi(y_i|x) - log pi_ref(y_i|x)), without gradient: what is rewarded, not what is differentiated."""
+        """[N] R_i - kl_coefficient (log pi(y_i|x) - log pi_ref(y_i|x)), without gradient: what is rewarded,
+        not what is differentiated.
+        """
         _check_not_negative(kl_coefficient=kl_coefficient)
         if not kl_coefficient:
             return self.rewards
-        return self.rewards - kl_coefficient * self.sum_tokens(self.logprobs.detach() - self.reference_logprobs)
+        return self.rewards - kl_coefficient * self.sum_tokens(
+            self.logprobs.detach() - self.reference_logprobs
+        )
 
-    def clipped_terms(self, advantages: Tensor, clip_low: float, clip_high: float, kl_coefficient: float) -> tuple[Tensor, Tensor]:
-        """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coefficient k3, and where the minimum no longer depends on r; both [T].
+    def clipped_terms(
+        self, advantages: Tensor, clip_low: float, clip_high: float, kl_coefficient: float
+    ) -> tuple[Tensor, Tensor]:
+        """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coefficient k3, and where the minimum no
+        longer depends on r; both [T].
 
-        k3 = pi_ref/pi - log(pi_ref/pi) - 1 is never negative, and its mean over completions of pi is KL(pi || pi_ref).
+        k3 = pi_ref/pi - log(pi_ref/pi) - 1 is never negative, and its mean over completions of pi is KL(pi ||
+        pi_ref).
         """
         _check_not_negative(clip_low=clip_low, clip_high=clip_high, kl_coefficient=kl_coefficient)
         advantage = advantages[self.completion_ids]
@@ -124,7 +161,9 @@ class Batch:
         stats = {
             "objective": objective.detach(),
             "num_tokens": token_trained.sum().double(),
-            "clipped_tokens": (token_trained & clipped).sum().double() if clipped is not None else objective.new_zeros(()),
+            "clipped_tokens": (token_trained & clipped).sum().double()
+            if clipped is not None
+            else objective.new_zeros(()),
         }
         return objective / num_groups, stats
 

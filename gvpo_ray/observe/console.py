@@ -1,4 +1,6 @@
-"""What a person sees of a run: one line per step, a progress bar on a terminal, a table and completions at the end."""
+"""What a person sees of a run: one line per step, a progress bar on a terminal, a table and completions at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ class RunConsole:
         self.evaluated(line)
         step = line["step"]
         self._ends.append((step, time.monotonic()))
-        (first, began), (last, now) = self._ends[min(1, len(self._ends) - 2)], self._ends[-1]  # not the first: it had the start in it
+        # not the first: it had the start in it
+        (first, began), (last, now) = self._ends[min(1, len(self._ends) - 2)], self._ends[-1]
         left = (now - began) / max(1, last - first) * (self._num_steps - step)
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
@@ -92,29 +95,48 @@ class RunConsole:
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         examples: list[str] = []
-        for name in sorted({path.name.rsplit("-step-", 1)[0] for path in (run_dir / "evaluations").glob("*-step-*.arrow")}):
+        for name in sorted(
+            {path.name.rsplit("-step-", 1)[0] for path in (run_dir / "evaluations").glob("*-step-*.arrow")}
+        ):
             files = sorted((run_dir / "evaluations").glob(f"{name}-step-*.arrow"))
             before, after = (list(groups.rows(groups.load(file))) for file in (files[0], files[-1]))
             values = [evaluation_metrics(name, rows) for rows in (before, after)]
             steps = [int(file.stem.rsplit("-", 1)[1]) for file in (files[0], files[-1])]
             table.add_row(f"{name}: step", *(str(step) for step in steps))
-            for key, label in (("pass@1", "pass@1"), ("stderr", "± standard error"), ("length_mean", "mean length"), ("truncated", "truncated")):
+            for key, label in (
+                ("pass@1", "pass@1"),
+                ("stderr", "± standard error"),
+                ("length_mean", "mean length"),
+                ("truncated", "truncated"),
+            ):
                 table.add_row(f"  {label}", *(f"{value[f'eval/{name}/{key}']:.3f}" for value in values))
             for old, new in list(zip(before, after, strict=False))[:num_examples]:
                 examples.append(f"{one_line(old['prompt'])}  (answer {old['answer']})")
                 for when, row in (("before", old), ("after ", new)):
-                    examples.append(f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}")
+                    examples.append(
+                        f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}"
+                    )
         trained = [line for line in metrics.lines if "loss" in line]
         if trained:
-            table.add_row("reward/mean of a step", f"{trained[0]['reward/mean']:.3f}", f"{trained[-1]['reward/mean']:.3f}")
+            table.add_row(
+                "reward/mean of a step",
+                f"{trained[0]['reward/mean']:.3f}",
+                f"{trained[-1]['reward/mean']:.3f}",
+            )
         self.console.print(table)
         for text in examples:
             self.say(text)
         unverifiable = sum(line["completions/unverifiable"] > 0 for line in trained)
         if unverifiable:
-            self.say(f"{unverifiable} steps had completions that could not be verified: they were left out (completions/unverifiable)")
+            self.say(
+                f"{unverifiable} steps had completions that could not be verified: they were left out "
+                "(completions/unverifiable)"
+            )
         if quarantined := Quarantine(run_dir / "quarantine.jsonl").entries():
-            self.say(f"{len(quarantined)} prompts are quarantined: every check of their completions hit a limit ({run_dir / 'quarantine.jsonl'})")
+            self.say(
+                f"{len(quarantined)} prompts are quarantined: every check of their completions hit a limit "
+                f"({run_dir / 'quarantine.jsonl'})"
+            )
             for entry in quarantined[:num_examples]:
                 self.say(f"  {one_line(entry['prompt'])}  (answer {entry['answer']})")
         self.say(f"run directory: {run_dir}")
@@ -122,13 +144,21 @@ class RunConsole:
 
 @contextlib.contextmanager
 def evaluation_progress(sets: Mapping[str, tuple[int, int]]) -> Iterator[Callable[[str], None]]:
-    """Progress bars of an evaluation, set -> (prompts, of which missing); yields a function that counts one prompt of a set."""
+    """Progress bars of an evaluation, set -> (prompts, of which missing); yields a function that counts one
+    prompt of a set.
+    """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.print("evaluating " + ", ".join(f"{name}: {missing} of {total} prompts" for name, (total, missing) in sets.items()))
+        console.print(
+            "evaluating "
+            + ", ".join(f"{name}: {missing} of {total} prompts" for name, (total, missing) in sets.items())
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bars = {name: progress.add_task(name, total=total, completed=total - missing) for name, (total, missing) in sets.items()}
+        bars = {
+            name: progress.add_task(name, total=total, completed=total - missing)
+            for name, (total, missing) in sets.items()
+        }
         yield lambda name: progress.advance(bars[name])
 
 

@@ -11,7 +11,8 @@ from gvpo_ray.files import append_line
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes from are written anew.
+    """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes
+    from are written anew.
 
     `on_line` is told of every new one.
     """

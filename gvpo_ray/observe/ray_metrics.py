@@ -1,24 +1,29 @@
 """The numbers of a run as Ray's metrics, and so Prometheus's: their names, labels and gauges.
 
-A metric's name on Ray is that of metrics.py with `gvpo_` before it, `_` for every other sign, and its unit at the end; a part of the name that
-is free, or one of many, is a label. Everything has the label `run`, the name of the run directory. Ray puts `ray_` before it all:
+A metric's name on Ray is that of metrics.py with `gvpo_` before it, `_` for every other sign, and its unit at
+the end; a part of the name that is free, or one of many, is a label. Everything has the label `run`, the name
+of the run directory. Ray puts `ray_` before it all:
 
     reward/mean                 gvpo_reward_mean{run="math"}
     time/step                   gvpo_time_step_seconds
     eval/test/pass@1            gvpo_eval_pass_ratio{set="test", k="1"}
     gvpo/residual_var/4         gvpo_residual_var_by_staleness{staleness="4"}
 
-NAMES holds the rule. What each stage does and how much waits for it is there too, from the status that the ring keeps (`of_status`):
+NAMES holds the rule. What each stage does and how much waits for it is there too, from the status that the
+ring keeps (`of_status`):
 
-    gvpo_run_state{state}            1 for what the driver does, 0 for the rest: starting, training, evaluating, stopped, complete
+    gvpo_run_state{state}            1 for what the driver does, 0 for the rest: starting, training,
+                                     evaluating, stopped, complete
     gvpo_num_steps                   after which the run is complete
     gvpo_engines{pool, state}        engines of a pool by state
     gvpo_engine_groups{pool}         groups in flight at a pool
     gvpo_engine_version{pool}        oldest weights that an engine of the pool has
-    gvpo_groups{at}                  groups on their way: prompts (wait for an engine), engines, verifiers, buffer
+    gvpo_groups{at}                  groups on their way: prompts (wait for an engine), engines, verifiers,
+                                     buffer
     gvpo_oldest_group_seconds        age of the oldest of them; 0: there is none
     gvpo_verifiers{state}            verifiers that are busy, and idle
-    gvpo_buffer_groups{state}        finished in all; of these waiting for the learner; running: begun and not finished
+    gvpo_buffer_groups{state}        finished in all; of these waiting for the learner; running: begun and not
+                                     finished
     gvpo_dial_open                   1: a group may begin as far as the dial is concerned
     gvpo_learner_state{state}        1 for what the learner does, 0 for the rest (LEARNER_STATES)
     gvpo_learner_state_seconds       since when it does
@@ -54,7 +59,10 @@ NAMES = tuple(
         (r"recoveries/(?P<who>.+)", "recoveries"),
         (r"gvpo/residual_var/(?P<staleness>.+)", "residual_var_by_staleness"),
         (r"(?:gvpo/)?(.+histogram)/(?P<edge>.+)", r"\1_ratio"),
-        (r"(?:gvpo/)?(completions/(?:correct|truncated|unverifiable)|policy/clipped|binding|effective_share|kept|damping)", r"\1_ratio"),
+        (
+            r"(?:gvpo/)?(completions/(?:correct|truncated|unverifiable)|policy/clipped|binding|effective_share|kept|damping)",
+            r"\1_ratio",
+        ),
         (r"(policy/(?:kl_ref|log_ratio_rms)|weights/parity_\w+)", r"\1_nats"),
         (r"(staleness/\w+)", r"\1_steps"),
         (r"(completions/length_mean)", r"\1_tokens"),
@@ -70,7 +78,8 @@ ENGINE_STATES = ("off", "wanted", "starting", "waits for weights", "running", "l
 RUN_STATES = ("starting", "training", "evaluating", "stopped", "complete")
 PLACES = ("prompts", "engines", "verifiers", "buffer")
 LEARNER_STATES = (
-    "has not started", "starts", "waits for groups", "waits for the driver", "trains", "has published", "saves", "has saved", "died",
+    "has not started", "starts", "waits for groups", "waits for the driver", "trains", "has published",
+    "saves", "has saved", "died",
     "was told to stop",
 )  # fmt: skip
 """How the buffer's words for what the learner does begin."""
@@ -90,7 +99,11 @@ def _plain(name: str) -> str:
 
 def numbers_of(line: Line) -> dict[str, float]:
     """What can be drawn: no texts, and nothing that is not a number."""
-    return {name: float(value) for name, value in line.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+    return {
+        name: float(value)
+        for name, value in line.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
 
 
 def of_line(line: Line) -> list[Series]:
@@ -108,22 +121,45 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
         ("gvpo_num_steps", {}, float(status["num_steps"])),
         *one_of("gvpo_run_state", RUN_STATES, status["doing"]),
         *(("gvpo_groups", {"at": place}, float(status["running"].get(place, 0))) for place in PLACES),
-        ("gvpo_oldest_group_seconds", {}, max(0.0, status["time"] - status["oldest"]["since"]) if status["oldest"] else 0.0),
-        ("gvpo_verifiers", {"state": "busy"}, float(sum(number > 0 for number in status["verifiers"].values()))),
-        ("gvpo_verifiers", {"state": "idle"}, float(sum(number == 0 for number in status["verifiers"].values()))),
+        (
+            "gvpo_oldest_group_seconds",
+            {},
+            max(0.0, status["time"] - status["oldest"]["since"]) if status["oldest"] else 0.0,
+        ),
+        (
+            "gvpo_verifiers",
+            {"state": "busy"},
+            float(sum(number > 0 for number in status["verifiers"].values())),
+        ),
+        (
+            "gvpo_verifiers",
+            {"state": "idle"},
+            float(sum(number == 0 for number in status["verifiers"].values())),
+        ),
         *((*series_of(f"recoveries/{who}"), float(number)) for who, number in status["recoveries"].items()),
     ]
     for pool in dict.fromkeys(engine["pool"] for engine in status["engines"]):
         engines = [engine for engine in status["engines"] if engine["pool"] == pool]
         states = Counter(engine["state"] for engine in engines)
-        series += [("gvpo_engines", {"pool": pool, "state": state}, float(states[state])) for state in ENGINE_STATES]
-        series.append(("gvpo_engine_groups", {"pool": pool}, float(sum(engine["num_groups"] for engine in engines))))
+        series += [
+            ("gvpo_engines", {"pool": pool, "state": state}, float(states[state])) for state in ENGINE_STATES
+        ]
+        series.append(
+            ("gvpo_engine_groups", {"pool": pool}, float(sum(engine["num_groups"] for engine in engines)))
+        )
         versions = [engine["version"] for engine in engines if engine["version"] is not None]
         series += [("gvpo_engine_version", {"pool": pool}, float(min(versions)))] if versions else []
     if buffer := status["buffer"]:
-        series += [("gvpo_buffer_groups", {"state": state}, float(buffer[f"num_{state}"])) for state in ("finished", "waiting", "running")]
+        series += [
+            ("gvpo_buffer_groups", {"state": state}, float(buffer[f"num_{state}"]))
+            for state in ("finished", "waiting", "running")
+        ]
         series.append(("gvpo_dial_open", {}, float(buffer["dial"] == "open")))
-        series += one_of("gvpo_learner_state", LEARNER_STATES, next((state for state in LEARNER_STATES if buffer["learner"].startswith(state)), None))
+        series += one_of(
+            "gvpo_learner_state",
+            LEARNER_STATES,
+            next((state for state in LEARNER_STATES if buffer["learner"].startswith(state)), None),
+        )
         since = buffer["learner_since"]
         series.append(("gvpo_learner_state_seconds", {}, max(0.0, status["time"] - since) if since else 0.0))
     return series
@@ -132,7 +168,8 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
 class Gauges:
     """Series as gauges of Ray.
 
-    Ray forgets a gauge that was not set within two of its reports (20 s), and a step may take longer: `show` sets all that is known anew.
+    Ray forgets a gauge that was not set within two of its reports (20 s), and a step may take longer: `show`
+    sets all that is known anew.
     """
 
     def __init__(self, run: str) -> None:

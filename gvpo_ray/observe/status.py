@@ -1,4 +1,6 @@
-"""What a run says of itself at any moment: status.json, kept new by the ring, read by `gvpo-ray status` and by the watchdog's lines."""
+"""What a run says of itself at any moment: status.json, kept new by the ring, read by `gvpo-ray status` and
+by the watchdog's lines.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,13 @@ def _is_locked(path: Path) -> bool:
 
 def _ago(then: float) -> str:
     seconds = max(0.0, time.time() - then)
-    return f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.0f} h ago"
+    return (
+        f"{seconds:.0f} s ago"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min ago"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h ago"
+    )
 
 
 def status_lines(status: Status) -> list[str]:
@@ -72,14 +80,20 @@ def status_lines(status: Status) -> list[str]:
         since = f", since {_ago(buffer['learner_since'])}" if buffer["learner_since"] else ""
         lines.append(f"learner: {buffer['learner']}{since}")
         lines.append(
-            f"buffer: version {buffer['version']}, {buffer['num_finished']} groups finished, {buffer['num_waiting']} of them wait for the learner, "
-            f"{buffer['num_running']} on their way; the dial is {buffer['dial']}"
+            f"buffer: version {buffer['version']}, {buffer['num_finished']} groups finished, "
+            f"{buffer['num_waiting']} of them wait for the learner, {buffer['num_running']} on their way; "
+            f"the dial is {buffer['dial']}"
         )
     for pool in dict.fromkeys(engine["pool"] for engine in status["engines"]):
         engines = [engine for engine in status["engines"] if engine["pool"] == pool]
-        states = {state: sum(engine["state"] == state for engine in engines) for state in dict.fromkeys(e["state"] for e in engines)}
+        states = {
+            state: sum(engine["state"] == state for engine in engines)
+            for state in dict.fromkeys(e["state"] for e in engines)
+        }
         counts = ", ".join(f"{number} {state}" for state, number in states.items())
-        lines.append(f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight")
+        lines.append(
+            f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight"
+        )
         for engine in engines:
             if engine["state"] not in ("running", "off"):
                 wants = f" {engine['wants']}" if engine["state"] == "wanted" else ""
@@ -87,11 +101,27 @@ def status_lines(status: Status) -> list[str]:
     if status["engines"] and not any(engine["state"] == "running" for engine in status["engines"]):
         lines.append("no engine is running: the run waits for the first that comes back")
     if status["verifiers"]:
-        lines.append("verifiers: " + ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items()))
+        lines.append(
+            "verifiers: "
+            + ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items())
+        )
     if oldest := status["oldest"]:
-        lines.append(f"oldest group on its way: {oldest['group_id']}, begun {_ago(oldest['since'])}, now at {oldest['where']}: {oldest['prompt']!r}")
-    shown = {name: values for name, values in status["resources"].items() if name not in ("memory", "object_store_memory")}
-    lines.append("free resources: " + ", ".join(f"{name} {free:g} of {total:g}" for name, (free, total) in shown.items()))
+        lines.append(
+            f"oldest group on its way: {oldest['group_id']}, begun {_ago(oldest['since'])}, now at "
+            f"{oldest['where']}: {oldest['prompt']!r}"
+        )
+    shown = {
+        name: values
+        for name, values in status["resources"].items()
+        if name not in ("memory", "object_store_memory")
+    }
+    lines.append(
+        "free resources: "
+        + ", ".join(f"{name} {free:g} of {total:g}" for name, (free, total) in shown.items())
+    )
     if status["recoveries"]:
-        lines.append("recoveries so far: " + ", ".join(f"{who} {number}" for who, number in status["recoveries"].items()))
+        lines.append(
+            "recoveries so far: "
+            + ", ".join(f"{who} {number}" for who, number in status["recoveries"].items())
+        )
     return lines

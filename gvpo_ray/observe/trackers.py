@@ -32,19 +32,28 @@ class Tracker(Protocol):
     run: str | None
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
-        """Returns when the values are kept. `at`: the place of the line in the run: it grows from line to line, while several have one step."""
+        """Returns when the values are kept. `at`: the place of the line in the run: it grows from line to
+        line, while several have one step.
+        """
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    def __init__(self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]
+    ) -> None:
         from tensorboardX import SummaryWriter
 
-        # Its files are named by the second: a process that begins within the one of another would write over that one's.
-        self._writer = SummaryWriter(**{"logdir": str(run_dir / "tensorboard"), "filename_suffix": f".{time.time_ns()}", **arguments})
+        # Its files are named by the second: a process that begins within the one of another would write over
+        # that one's.
+        self._writer = SummaryWriter(
+            **{"logdir": str(run_dir / "tensorboard"), "filename_suffix": f".{time.time_ns()}", **arguments}
+        )
         if run is None:
-            self._writer.add_text("config", "".join(f"    {name}: {value}\n" for name, value in parameters.items()), 0)
+            self._writer.add_text(
+                "config", "".join(f"    {name}: {value}\n" for name, value in parameters.items()), 0
+            )
         self.run = str(self._writer.logdir)
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
@@ -57,13 +66,25 @@ class TensorBoard:
 
 
 class WandB:
-    def __init__(self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]
+    ) -> None:
         import wandb
 
         self.run = str(arguments.get("id") or run or secrets.token_hex(4))
-        ours = {"project": "gvpo", "name": run_dir.name, "dir": str(run_dir), "resume": "allow", "reinit": "create_new", "allow_val_change": True}
-        settings = {"console": "off", **arguments.get("settings", {})}  # the run's own lines are not W&B's to catch
-        self._run = wandb.init(**{**ours, **arguments, "id": self.run, "config": parameters, "settings": settings})
+        ours = {
+            "project": "gvpo",
+            "name": run_dir.name,
+            "dir": str(run_dir),
+            "resume": "allow",
+            "reinit": "create_new",
+            "allow_val_change": True,
+        }
+        # the run's own lines are not W&B's to catch
+        settings = {"console": "off", **arguments.get("settings", {})}
+        self._run = wandb.init(
+            **{**ours, **arguments, "id": self.run, "config": parameters, "settings": settings}
+        )
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
@@ -75,7 +96,9 @@ class WandB:
 
 
 class MLflow:
-    def __init__(self, config: MLflowConfig, run_dir: Path, run: str | None, parameters: dict[str, Any]) -> None:
+    def __init__(
+        self, config: MLflowConfig, run_dir: Path, run: str | None, parameters: dict[str, Any]
+    ) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -88,8 +111,14 @@ class MLflow:
         self._client = MlflowClient(uri)
         if run is None:
             experiment = self._client.get_experiment_by_name(config.experiment)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(config.experiment, artifacts)
-            run = self._client.create_run(number, tags=config.tags, run_name=config.run_name or run_dir.name).info.run_id
+            number = (
+                experiment.experiment_id
+                if experiment
+                else self._client.create_experiment(config.experiment, artifacts)
+            )
+            run = self._client.create_run(
+                number, tags=config.tags, run_name=config.run_name or run_dir.name
+            ).info.run_id
             params = [Param(_tag(name), str(value)) for name, value in parameters.items()]
             for begin in range(0, len(params), 100):  # as many as one call takes
                 self._client.log_batch(run, params=params[begin : begin + 100])
@@ -99,7 +128,9 @@ class MLflow:
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())
-        self._client.log_batch(self.run, metrics=[self._metric(_tag(name), value, now, step) for name, value in values.items()])
+        self._client.log_batch(
+            self.run, metrics=[self._metric(_tag(name), value, now, step) for name, value in values.items()]
+        )
 
     def close(self) -> None:
         self._client.set_terminated(self.run)
@@ -111,8 +142,10 @@ def _tag(name: str) -> str:
 
 
 TRACKERS: dict[str, tuple[Callable[..., Tracker], str]] = {
-    "tensorboard": (TensorBoard, "tensorboardX"), "wandb": (WandB, "wandb"), "mlflow": (MLflow, "mlflow"),
-}  # fmt: skip
+    "tensorboard": (TensorBoard, "tensorboardX"),
+    "wandb": (WandB, "wandb"),
+    "mlflow": (MLflow, "mlflow"),
+}
 """By their key in the config: what makes one, and the package that it needs."""
 
 
@@ -120,11 +153,16 @@ def check_trackers(config: TrackingConfig) -> None:
     """Raises ConfigError where the library of a tracker is missing."""
     for name, (_, package) in TRACKERS.items():
         if getattr(config, name) is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"tracking.{name}: the package {package} is not installed; pip install -e '.[tracking]' brings it")
+            raise ConfigError(
+                f"tracking.{name}: the package {package} is not installed; pip install -e '.[tracking]' "
+                "brings it"
+            )
 
 
 def parameters_of(config: GVPOConfig) -> dict[str, Any]:
-    """The resolved config as flat keys (learner.num_workers), without what looks like a secret, and without `tracking`."""
+    """The resolved config as flat keys (learner.num_workers), without what looks like a secret, and without
+    `tracking`.
+    """
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -140,18 +178,30 @@ def parameters_of(config: GVPOConfig) -> dict[str, Any]:
 
 
 SECRET_NAME = re.compile(r"(?i)api_?key|secret|passw|credential|authorization|(^|[._])(token|auth|key)($|\.)")
-SECRET_PART = re.compile(r"(?i)(?<=://)[^/@\s\"]+(?=@)|(?<=key=)[^&\s\"]+|(?<=token=)[^&\s\"]+|(?<=secret=)[^&\s\"]+")
+SECRET_PART = re.compile(
+    r"(?i)(?<=://)[^/@\s\"]+(?=@)|(?<=key=)[^&\s\"]+|(?<=token=)[^&\s\"]+|(?<=secret=)[^&\s\"]+"
+)
 """Of a URL: who logs in, and a key that it ends with."""
 
 
 class _Feed(threading.Thread):
-    """Gives one tracker the lines that it has not had yet, in a thread of its own: nobody waits for somebody else's server.
+    """Gives one tracker the lines that it has not had yet, in a thread of its own: nobody waits for somebody
+    else's server.
 
-    What it has had is in run_dir/tracking/<name>.json. A run that is resumed computes the steps after its checkpoint again, and they come out
-    the same: the tracker is not told of them twice. What a tracker that failed has missed, it gets with the next line, or when the run is resumed.
+    What it has had is in run_dir/tracking/<name>.json. A run that is resumed computes the steps after its
+    checkpoint again, and they come out the same: the tracker is not told of them twice. What a tracker that
+    failed has missed, it gets with the next line, or when the run is resumed.
     """
 
-    def __init__(self, name: str, tracker: Tracker, lines: Sequence[Line], state: Path, last: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        tracker: Tracker,
+        lines: Sequence[Line],
+        state: Path,
+        last: int,
+        say: Callable[[str], None],
+    ) -> None:
         super().__init__(name=f"tracking {name}", daemon=True)
         self._tracker, self._lines, self._state, self._last, self._say = tracker, lines, state, last, say
         self._next = 0
@@ -176,10 +226,14 @@ class _Feed(threading.Thread):
             is_ending = self._is_ending
             try:
                 self._log_new()
-            except Exception as error:  # a library's of others, most often its network's: the training is not to end with it
+            # a library's of others, most often its network's: the training is not to end with it
+            except Exception as error:
                 if not self._has_warned:
                     self._has_warned = True
-                    self._say(f"{self.name}: {_first_line(error)}; the training goes on, and what is missing there is sent again later")
+                    self._say(
+                        f"{self.name}: {_first_line(error)}; the training goes on, and what is missing "
+                        "there is sent again later"
+                    )
             if is_ending:
                 with contextlib.suppress(Exception):  # as above
                     self._tracker.close()
@@ -189,7 +243,11 @@ class _Feed(threading.Thread):
         while self._next < len(self._lines):
             line = self._lines[self._next]
             if place(line) > self._last:
-                self._tracker.log(line["step"], place(line), {name: value for name, value in numbers_of(line).items() if name != "step"})
+                self._tracker.log(
+                    line["step"],
+                    place(line),
+                    {name: value for name, value in numbers_of(line).items() if name != "step"},
+                )
                 self._last = place(line)
                 self._keep()
             self._next += 1

@@ -42,7 +42,8 @@ from gvpo_ray.verifiers.rewards import Rewards
 
 
 class GVPO:
-    """A run, in RLlib's manner: `train()` is one more trained step, and the ring goes on sampling meanwhile as far as the dial allows.
+    """A run, in RLlib's manner: `train()` is one more trained step, and the ring goes on sampling meanwhile
+    as far as the dial allows.
 
     Takes up `config.run_dir` where it stands. A context manager.
 
@@ -51,8 +52,8 @@ class GVPO:
                 metrics = algo.train()
 
     Args:
-        reward: a reward function of one's own, or several by name: `reward(prompts, completions, **columns) -> list[float | None]`.
-            It takes the place of `verifiers.rewards`.
+        reward: a reward function of one's own, or several by name: `reward(prompts, completions, **columns)
+            -> list[float | None]`. It takes the place of `verifiers.rewards`.
         groups_file: train on recorded groups alone, with no engines and no verifiers (`gvpo-ray learn`).
         say: gets lines of the run's story: recoveries, and what the watchdog sees.
 
@@ -61,12 +62,20 @@ class GVPO:
     """
 
     def __init__(
-        self, config: GVPOConfig, reward: Callable[..., Any] | Rewards | None = None, groups_file: str | None = None, say: Say = print
+        self,
+        config: GVPOConfig,
+        reward: Callable[..., Any] | Rewards | None = None,
+        groups_file: str | None = None,
+        say: Say = print,
     ) -> None:
-        rewards: Rewards = {} if reward is None else reward if isinstance(reward, Mapping) else {_name_of(reward): reward}
+        rewards: Rewards = (
+            {} if reward is None else reward if isinstance(reward, Mapping) else {_name_of(reward): reward}
+        )
         if rewards:
             known = {name: config.verifiers.rewards.get(name, RewardConfig()) for name in rewards}
-            config = config.model_copy(update={"verifiers": config.verifiers.model_copy(update={"rewards": known})})
+            config = config.model_copy(
+                update={"verifiers": config.verifiers.model_copy(update={"rewards": known})}
+            )
         config = config.absolute()
         self.config, self._rewards, self.run_dir, self.say = config, rewards, Path(config.run_dir), say
         self.replays = groups_file is not None
@@ -75,7 +84,9 @@ class GVPO:
             check_resources(config, *machine_resources(config), engines=not self.replays)
         if self.replays:
             read_model(config)
-            recorded, assigned, num_recorded_steps = read_recorded(Path(str(groups_file)), config.groups_per_step, self.run_dir / "groups")
+            recorded, assigned, num_recorded_steps = read_recorded(
+                Path(str(groups_file)), config.groups_per_step, self.run_dir / "groups"
+            )
         else:
             self.inputs = read_inputs(config, rewards)
         self._open = contextlib.ExitStack()
@@ -123,14 +134,23 @@ class GVPO:
         every = 0 if self.replays else self.config.evaluation.every
         if not every or not (self.step % every == 0 or self.done):
             return False
-        return not any(key.startswith("eval/") for line in self.metrics.lines if line["step"] == self.step for key in line)
+        return not any(
+            key.startswith("eval/")
+            for line in self.metrics.lines
+            if line["step"] == self.step
+            for key in line
+        )
 
     def story(self) -> Iterator[str]:
         """What a person should know before the first step."""
         if self.done:
             yield f"{self.run_dir}: complete, {self.step} of {self.num_steps} steps are trained"
         elif self.resumed_from is not None or (self.log_size and not self.replays):
-            start = f"checkpoint of step {self.resumed_from}" if self.resumed_from is not None else f"{self.config.model.path} (no checkpoint yet)"
+            start = (
+                f"checkpoint of step {self.resumed_from}"
+                if self.resumed_from is not None
+                else f"{self.config.model.path} (no checkpoint yet)"
+            )
             yield f"resuming {self.run_dir} from the {start}, with {self.log_size} finished groups in its log"
         if not self.replays:
             yield from self.inputs.story()
@@ -146,15 +166,26 @@ class GVPO:
         session = self._session = Session(config.ray)
         self._open.callback(session.stop)
         if self.events.was_cut_off:
-            why = f"ended without a word; goes on from the checkpoint of step {self.step}" if self.step else "ended without a word; begins again"
+            why = (
+                f"ended without a word; goes on from the checkpoint of step {self.step}"
+                if self.step
+                else "ended without a word; begins again"
+            )
             self._note("driver", "driver", why)
         self.events.add(self.step, "run", "started")
         self._allowed = self.step
         (self.run_dir / "groups" / ORDERS).unlink(missing_ok=True)
         self._buffer = Buffer(
-            self._for_a_new_buffer, self._note, self.run_dir / "groups", config.groups_per_step, self.num_steps, config.max_staleness, self.step,
-            config.replay, config.seed,
-        )  # fmt: skip
+            self._for_a_new_buffer,
+            self._note,
+            self.run_dir / "groups",
+            config.groups_per_step,
+            self.num_steps,
+            config.max_staleness,
+            self.step,
+            config.replay,
+            config.seed,
+        )
         model, engines = config.model, config.engines
         self.verifiers = None
         if self.replays:
@@ -165,34 +196,58 @@ class GVPO:
             session.on_stop(self.verifiers.close)
         make = engine_maker(model, engines, config.seed, False, config.prompts.system_prompt)
         self.engines = EngineGroup(
-            engines, config.sampling.num_completions, make, lambda version: self._buffer.call("weights", version), self._note,
-            lambda: self._buffer.call("waits"), self._learners_placed if cluster_address(config.ray) else None,
-        )  # fmt: skip
+            engines,
+            config.sampling.num_completions,
+            make,
+            lambda version: self._buffer.call("weights", version),
+            self._note,
+            lambda: self._buffer.call("waits"),
+            self._learners_placed if cluster_address(config.ray) else None,
+        )
         session.on_stop(self.engines.close)
         for text in placement_notes(config, engines=not self.replays):
             self.say(text)
         fixed = [seat.engine for seat in self.engines.seats if seat.engine is not None]
         self.learners = LearnerGroup(config, self.run_dir, self._buffer.actor, fixed, self.num_steps)
         self.learners.start()
-        self.learners.ended.add_done_callback(lambda ended: session.spawn(self._learners_ended(ended), self._fail))
+        self.learners.ended.add_done_callback(
+            lambda ended: session.spawn(self._learners_ended(ended), self._fail)
+        )
         session.on_stop(self._close_buffer)
         self._ring = Ring(
-            None if self.replays else self.inputs, self.engines, self.verifiers, self._buffer, self.quarantine, config.sampling, config.replay,
-            config.watchdog_s, self.run_dir, self._state, self._note, self.say,
-        )  # fmt: skip
+            None if self.replays else self.inputs,
+            self.engines,
+            self.verifiers,
+            self._buffer,
+            self.quarantine,
+            config.sampling,
+            config.replay,
+            config.watchdog_s,
+            self.run_dir,
+            self._state,
+            self._note,
+            self.say,
+        )
         self._ring.show = tracking.status
         session.spawn(self._ring.watch() if self.replays else self._ring.run(), self._fail)
         return self
 
-    # --- supervision -----------------------------------------------------------------------------------------------------
+    # --- supervision ----------------------------------------------------------------------------------------
 
     def _note(self, who: str, name: str, why: str) -> None:
-        """A recovery, or a pool that changes its size: in events.jsonl, and so in the metrics and the report."""
+        """A recovery, or a pool that changes its size: in events.jsonl, and so in the metrics and the
+        report.
+        """
         self.events.add(self.step, who, name, why)
         self.say(f"pool {name} {why}" if who == "pool" else f"recovery at step {self.step}: {name}: {why}")
 
     def _state(self) -> dict[str, Any]:
-        return {"step": self.step, "num_steps": self.num_steps, "doing": self._doing, "recoveries": dict(self.events.counts())}
+        return {
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "doing": self._doing,
+            "recoveries": dict(self.events.counts()),
+        }
 
     def _for_a_new_buffer(self) -> tuple[list[int], int, bool, str | None]:
         """What the log does not tell a buffer that was started again."""
@@ -201,7 +256,9 @@ class GVPO:
         return list(self._ring.running), self._allowed, cause is not None, cause_of(cause) if cause else None
 
     async def _learners_placed(self) -> None:
-        """Engines of a cluster come after the learners, which need all of their places at once and would wait for ever for the last one."""
+        """Engines of a cluster come after the learners, which need all of their places at once and would wait
+        for ever for the last one.
+        """
         while not await asyncio.to_thread(self.learners.has_places):
             await asyncio.sleep(0.5)
 
@@ -231,10 +288,11 @@ class GVPO:
         cause = self._session.cause = self._session.cause or cause
         raise RunError(cause_of(cause) if cause else closed or "the run was stopped") from cause
 
-    # --- what users call ---------------------------------------------------------------------------------------------------
+    # --- what users call ------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Run until one more step is trained; returns its metrics (with those of an evaluation, where one was due).
+        """Run until one more step is trained; returns its metrics (with those of an evaluation, where one was
+        due).
 
         Raises:
             RunError: with the first cause.
@@ -245,12 +303,14 @@ class GVPO:
         self.start()
         assert self._session is not None
         if self.evaluation_due:
-            self.evaluate()  # before the first step, or cut off by the end of the process that trained the last one
+            # before the first step, or cut off by the end of the process that trained the last one
+            self.evaluate()
         self._allowed, self._doing = self.step + 1, "training"
         self._session.call(self._buffer.call("allow", self._allowed))
         metrics = self._ask("trained", self.step + 1)
         self.step += 1
-        with contextlib.suppress(ray.exceptions.RayError):  # whatever it is, the next question to the buffer says so
+        # whatever it is, the next question to the buffer says so
+        with contextlib.suppress(ray.exceptions.RayError):
             self._session.call(self._ring.note_learner())
         recoveries = {f"recoveries/{who}": float(self.events.counts()[who]) for who in RECOVERIES}
         line = self.metrics.write(self.step, {**metrics, **self._ring.rates(), **recoveries})
@@ -261,7 +321,9 @@ class GVPO:
         return line
 
     def evaluate(self, *names: str) -> dict[str, float]:
-        """pass@1 on the held-out sets (those named, or all), by the same engines and verifiers, with the weights of the last trained step."""
+        """pass@1 on the held-out sets (those named, or all), by the same engines and verifiers, with the
+        weights of the last trained step.
+        """
         self.start()
         assert self._session is not None
         config = self.config.evaluation
@@ -272,7 +334,9 @@ class GVPO:
         self._doing = "evaluating"
         for name in names or self.inputs.evaluation:
             prompts = self.inputs.evaluation[name]
-            table = self._session.guard(self._evaluate(name, prompts.all(None if whole else config.every_limit)))
+            table = self._session.guard(
+                self._evaluate(name, prompts.all(None if whole else config.every_limit))
+            )
             groups.save(table, folder / f"{name}-step-{self.step:06d}.arrow")
             results |= evaluation_metrics(name, list(groups.rows(table)), config.pass_k)
         if results:
@@ -281,7 +345,9 @@ class GVPO:
 
     async def _evaluate(self, name: str, prompts: pa.Table) -> pa.Table:
         assert self.verifiers is not None
-        return await run_through(prompts, self.engines, self.verifiers, evaluation_sampling(self.config, name), self.step)
+        return await run_through(
+            prompts, self.engines, self.verifiers, evaluation_sampling(self.config, name), self.step
+        )
 
     def num_finished(self) -> int:
         """Groups in the log so far: those that are trained, and those that wait for the learner."""
@@ -305,7 +371,8 @@ class GVPO:
                     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                         self._session.call(self._ring.last_words(), 5.0)
                         self._session.call(self._buffer.actor.close.remote(), 5.0)
-                    self.learners.join(LEARNERS_END_S)  # a thread that asks Ray something while Ray goes down crashes, or asks for ever
+                    # a thread that asks Ray something while Ray goes down crashes, or asks for ever
+                    self.learners.join(LEARNERS_END_S)
         finally:
             self._open.close()
             self._session = None

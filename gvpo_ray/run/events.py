@@ -11,10 +11,11 @@ from gvpo_ray.files import append_line, read_lines
 
 
 class EventLog:
-    """events.jsonl: every recovery of a run, and when its processes began and ended. One JSON object per line.
+    """events.jsonl: every recovery of a run, and when its processes began and ended. One JSON object per
+    line.
 
-    {"time": unix seconds, "step", "who": engine | verifier | learner | buffer | driver | pool | run, "name", "why"}; `run` is started or
-    stopped, a `pool` grows or shrinks.
+    {"time": unix seconds, "step", "who": engine | verifier | learner | buffer | driver | pool | run, "name",
+    "why"}; `run` is started or stopped, a `pool` grows or shrinks.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,4 +34,7 @@ class EventLog:
     @property
     def was_cut_off(self) -> bool:
         """Whether the process before this one ended without a word."""
-        return bool(self.entries) and next((e["name"] for e in reversed(self.entries) if e["who"] == "run"), "stopped") == "started"
+        return (
+            bool(self.entries)
+            and next((e["name"] for e in reversed(self.entries) if e["who"] == "run"), "stopped") == "started"
+        )

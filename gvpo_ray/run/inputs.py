@@ -1,4 +1,6 @@
-"""What happens before any actor starts: models, prompts, files and folders are read and checked, each mistake one line with its key."""
+"""What happens before any actor starts: models, prompts, files and folders are read and checked, each mistake
+one line with its key.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,17 @@ class Inputs:
     """Completions of each group that a source gives, where it has some for the prompt."""
 
     def group(self, group_id: int) -> tuple[pa.Table, bool]:
-        """The prompt of a group, or the whole group of an offline source (True). A pure function of the config and the id."""
+        """The prompt of a group, or the whole group of an offline source (True). A pure function of the
+        config and the id.
+        """
         whole = self.mixture.of(group_id)
         if whole is not None:
             name, number = whole
             return self.sources[name].group(group_id, number), True
         assert self.prompts is not None
-        return groups.with_columns(self.prompts.group(self.mixture.ordinary(group_id)), group_id=[group_id]), False
+        return groups.with_columns(
+            self.prompts.group(self.mixture.ordinary(group_id)), group_id=[group_id]
+        ), False
 
     def offline(self, prompt: pa.Table) -> list[pa.Table]:
         """Completions from offline sources that join the prompt's group."""
@@ -53,16 +59,29 @@ class Inputs:
         """What a person should know of them before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
         for key, prompts in {**named, **self.evaluation}.items():
-            left_out = f", {prompts.num_too_long} longer than the context allows: left out" if prompts.num_too_long else ""
+            left_out = (
+                f", {prompts.num_too_long} longer than the context allows: left out"
+                if prompts.num_too_long
+                else ""
+            )
             yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{left_out})"
         for name, source in self.sources.items():
-            left_out = f", {source.num_too_long} longer than the context allows: left out" if source.num_too_long else ""
-            single = f", {source.num_single} prompts have one completion and make no group" if source.num_single else ""
+            left_out = (
+                f", {source.num_too_long} longer than the context allows: left out"
+                if source.num_too_long
+                else ""
+            )
+            single = (
+                f", {source.num_single} prompts have one completion and make no group"
+                if source.num_single
+                else ""
+            )
             yield f"{name}: {source.num_rows} offline completions{left_out}{single}"
 
 
 def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
-    """Load tokenizer, prompts and offline completions, and check that model, data and rewards are there and fit together.
+    """Load tokenizer, prompts and offline completions, and check that model, data and rewards are there and
+    fit together.
 
     Raises:
         ConfigError: one line that names the key.
@@ -70,27 +89,50 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     max_length, tokenizer = read_model(config)
     room = max_length - config.sampling.max_tokens
     if room < 1:
-        raise ConfigError(f"sampling.max_tokens: {config.sampling.max_tokens} tokens leave no room for a prompt in a context of {max_length}")
+        raise ConfigError(
+            f"sampling.max_tokens: {config.sampling.max_tokens} tokens leave no room for a prompt in a "
+            f"context of {max_length}"
+        )
     validate_rewards(config.verifiers, rewards)
     prompts = None
     if config.prompts.path != NO_PROMPTS:
-        prompts = PromptSet(config.prompts, tokenizer, name=Path(config.prompts.path).stem, max_tokens=room, seed=config.seed, key="prompts")
+        prompts = PromptSet(
+            config.prompts,
+            tokenizer,
+            name=Path(config.prompts.path).stem,
+            max_tokens=room,
+            seed=config.seed,
+            key="prompts",
+        )
     elif any(pool.num or pool.max_num for pool in config.engines.all_pools().values()):
         raise ConfigError("prompts: required, and not given")
     sources = {
         name: OfflineSource(
-            source, tokenizer, name=name, template=config.prompts.template, system_prompt=config.prompts.system_prompt, max_tokens=None,
-            max_length=max_length, num_completions=config.sampling.num_completions, seed=config.seed,
+            source,
+            tokenizer,
+            name=name,
+            template=config.prompts.template,
+            system_prompt=config.prompts.system_prompt,
+            max_tokens=None,
+            max_length=max_length,
+            num_completions=config.sampling.num_completions,
+            seed=config.seed,
         )
         for name, source in config.sources.items()
-    }  # fmt: skip
+    }
     return Inputs(
         prompts=prompts,
         evaluation=read_evaluation_sets(config, max_length, tokenizer),
         max_length=max_length,
         sources=sources,
-        mixture=Mixture({name: source.group_share for name, source in config.sources.items() if source.group_share}),
-        num_offline={name: round(source.share * config.sampling.num_completions) for name, source in config.sources.items() if source.share},
+        mixture=Mixture(
+            {name: source.group_share for name, source in config.sources.items() if source.group_share}
+        ),
+        num_offline={
+            name: round(source.share * config.sampling.num_completions)
+            for name, source in config.sources.items()
+            if source.share
+        },
     )
 
 
@@ -102,10 +144,18 @@ def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) ->
     """
     prompts = {}
     for name, section in config.evaluation.sets.items():
-        key, max_tokens = f"evaluation.sets.{name}", config.evaluation.of(name)[2] or config.sampling.max_tokens
+        key, max_tokens = (
+            f"evaluation.sets.{name}",
+            config.evaluation.of(name)[2] or config.sampling.max_tokens,
+        )
         if max_tokens >= max_length:
-            raise ConfigError(f"{key}.max_completion_tokens: {max_tokens} tokens leave no room for a prompt in a context of {max_length}")
-        prompts[name] = PromptSet(section, tokenizer, name=name, max_tokens=max_length - max_tokens, seed=config.seed, key=key)
+            raise ConfigError(
+                f"{key}.max_completion_tokens: {max_tokens} tokens leave no room for a prompt in a context "
+                f"of {max_length}"
+            )
+        prompts[name] = PromptSet(
+            section, tokenizer, name=name, max_tokens=max_length - max_tokens, seed=config.seed, key=key
+        )
     return prompts
 
 
@@ -120,8 +170,13 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ConfigError(f"model.path: {path} has no config.json")
-        if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
-            raise ConfigError(f"model.path: {path} has no tokenizer (tokenizer.json): save the model's tokenizer beside it")
+        if not any(
+            (Path(path) / name).is_file()
+            for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        ):
+            raise ConfigError(
+                f"model.path: {path} has no tokenizer (tokenizer.json): save the model's tokenizer beside it"
+            )
         if not any(Path(path).glob("*.safetensors")):
             raise ConfigError(f"model.path: {path} has no weights (*.safetensors)")
     try:
@@ -129,13 +184,19 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer("1 + 2 = 3")["input_ids"]:  # transformers makes an empty one where the vocabulary's file is missing
-        raise ConfigError(f"model.path: {path} has no tokenizer (tokenizer.json): the one that loads turns text into no tokens")
+    # transformers makes an empty one where the vocabulary's file is missing
+    if not tokenizer("1 + 2 = 3")["input_ids"]:
+        raise ConfigError(
+            f"model.path: {path} has no tokenizer (tokenizer.json): the one that loads turns text into no "
+            "tokens"
+        )
     context = getattr(model, "max_position_embeddings", None) or config.model.max_length
     if context is None:
         raise ConfigError(f"model.max_length: {path} does not say its context length: give it here")
     if config.model.max_length and config.model.max_length > context:
-        raise ConfigError(f"model.max_length: {config.model.max_length} is more than the model's context of {context}")
+        raise ConfigError(
+            f"model.max_length: {config.model.max_length} is more than the model's context of {context}"
+        )
     return config.model.max_length or context, tokenizer
 
 
@@ -144,12 +205,19 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
     validate_rewards(config.verifiers)
     training = [("prompts.path", config.prompts.path)] if config.prompts.path != NO_PROMPTS else []
     training += [(f"sources.{name}.path", source.path) for name, source in config.sources.items()]
-    for key, path in (("model.path", config.model.path), *training,
-                      *((f"evaluation.sets.{name}.path", section.path) for name, section in config.evaluation.sets.items())):  # fmt: skip
+    for key, path in (
+        ("model.path", config.model.path),
+        *training,
+        *((f"evaluation.sets.{name}.path", section.path) for name, section in config.evaluation.sets.items()),
+    ):
         if Path(path).exists():
             yield f"{key}: {path} is here"
         elif is_local(path):
-            hint = "; make it with: python jobs/warm_start.py CONFIG" if key == "model.path" and config.warm_start else ""
+            hint = (
+                "; make it with: python jobs/warm_start.py CONFIG"
+                if key == "model.path" and config.warm_start
+                else ""
+            )
             raise ConfigError(f"{key}: nothing at {path}{hint}")
         else:
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
@@ -159,4 +227,6 @@ def machine_resources(config: GVPOConfig) -> tuple[float, float]:
     """CPUs and GPUs that an embedded Ray would have."""
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
-    return float(config.ray.num_cpus or len(os.sched_getaffinity(0))), float(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+    return float(config.ray.num_cpus or len(os.sched_getaffinity(0))), float(
+        NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    )

@@ -1,4 +1,6 @@
-"""Sampling and verifying without a learner: every row of a table once. Rollouts and evaluations are made of it."""
+"""Sampling and verifying without a learner: every row of a table once. Rollouts and evaluations are made of
+it.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,20 @@ from gvpo_ray.verifiers.rewards import Rewards
 def evaluation_sampling(config: GVPOConfig, name: str) -> SamplingConfig:
     """How a held-out set is sampled."""
     num_samples, temperature, max_tokens = config.evaluation.of(name)
-    values = {"num_completions": num_samples, "temperature": temperature, "max_tokens": max_tokens or config.sampling.max_tokens}
+    values = {
+        "num_completions": num_samples,
+        "temperature": temperature,
+        "max_tokens": max_tokens or config.sampling.max_tokens,
+    }
     return config.sampling.model_copy(update=values)
 
 
-def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None) -> pa.Table:
-    """Sample and verify groups with the weights of model.path, and write them to one Arrow file. No learner."""
+def rollout(
+    config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None
+) -> pa.Table:
+    """Sample and verify groups with the weights of model.path, and write them to one Arrow file. No
+    learner.
+    """
     config = config.absolute()
     if cluster_address(config.ray) is None and not ray.is_initialized():
         check_resources(config, *machine_resources(config), learner=False)
@@ -55,7 +65,9 @@ def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, 
         engines, verifiers = without_learner(session, config, inputs.max_length, reward)
         if inputs.prompts is None:
             raise ConfigError("prompts: required, and not given")
-        prompts = pa.concat_tables([inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)])
+        prompts = pa.concat_tables(
+            [inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)]
+        )
         table = session.guard(run_through(prompts, engines, verifiers, config.sampling, 0))
         groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
         part.replace(out)
@@ -65,7 +77,9 @@ def rollout(config: GVPOConfig, out: str | Path, num_groups: int | None = None, 
         part.unlink(missing_ok=True)
 
 
-def without_learner(session: Session, config: GVPOConfig, max_length: int, rewards: Rewards | None) -> tuple[EngineGroup, VerifierGroup]:
+def without_learner(
+    session: Session, config: GVPOConfig, max_length: int, rewards: Rewards | None
+) -> tuple[EngineGroup, VerifierGroup]:
     """Engines with the weights of model.path, and verifiers."""
 
     def note(who: str, name: str, why: str) -> None:
@@ -74,7 +88,9 @@ def without_learner(session: Session, config: GVPOConfig, max_length: int, rewar
     async def fail(error: BaseException) -> None:
         """It is the session's cause already."""
 
-    make = engine_maker(config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None)
+    make = engine_maker(
+        config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None
+    )
     engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
     session.on_stop(engines.close)
     verifiers = VerifierGroup(config.verifiers, rewards, note)
@@ -92,7 +108,8 @@ async def run_through(
     seed: int | None = None,
     on_done: Callable[[pa.Table], None] = lambda group: None,
 ) -> pa.Table:
-    """Sample and verify every row once; the rows come back in their order. Beside a training, which waits for it.
+    """Sample and verify every row once; the rows come back in their order. Beside a training, which waits for
+    it.
 
     seed: gives every group one of its own. on_done: called with each scored group as it comes.
     """
@@ -101,7 +118,11 @@ async def run_through(
         raise ConfigError("engines.num: no engine of our own is there to sample with")
 
     async def one(i: int) -> pa.Table:
-        own_seed = None if seed is None else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
+        own_seed = (
+            None
+            if seed is None
+            else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
+        )
         # On their way they are told from the groups of a training by their numbers.
         prompt = groups.with_columns(prompts.slice(i, 1), group_id=[-1 - next(_numbers)])
         while True:
@@ -127,7 +148,8 @@ _numbers = itertools.count()
 def prompt_seed(seed: int, dataset: str, group_id: int) -> int:
     """The seed of one prompt's samples, in 48 bits.
 
-    vLLM gives sample i of a request the seed + i: seeds of neighbouring prompts must lie far apart, or their samples are the same random
-    numbers and not independent. The same prompt of the same set has the same seed for every model, which narrows paired differences.
+    vLLM gives sample i of a request the seed + i: seeds of neighbouring prompts must lie far apart, or their
+    samples are the same random numbers and not independent. The same prompt of the same set has the same seed
+    for every model, which narrows paired differences.
     """
     return int.from_bytes(hashlib.sha256(json.dumps([seed, dataset, group_id]).encode()).digest()[:6], "big")

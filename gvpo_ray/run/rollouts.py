@@ -4,8 +4,8 @@
       ▲                                                       (pulled by  │
       └── a group may start while started // n <= version + max_staleness ◄┘ engines)
 
-Everything asynchronous runs on one event loop of the driver, which holds object refs only; tables go from actor to actor.
-`Ring._roll_out` is the path of one group.
+Everything asynchronous runs on one event loop of the driver, which holds object refs only; tables go from
+actor to actor. `Ring._roll_out` is the path of one group.
 """
 
 from __future__ import annotations
@@ -42,19 +42,43 @@ class Ring:
     """The rollout loop of a run.
 
     Args:
-        inputs, verifiers: None where recorded groups are all there is; then `watch` is all that there is to do.
+        inputs, verifiers: None where recorded groups are all there is; then `watch` is all that there is to
+            do.
         state: of the run, by the driver: its step and num_steps, for the status.
         note: told of every recovery.
         say: prints a line of the run's story.
     """
 
     def __init__(
-        self, inputs: Inputs | None, engines: EngineGroup, verifiers: VerifierGroup | None, buffer: Buffer, quarantine: Quarantine,
-        sampling: SamplingConfig, replay: ReplayConfig, watchdog_s: float, run_dir: Path, state: Callable[[], dict[str, Any]], note: Note, say: Say,
-    ) -> None:  # fmt: skip
-        self._inputs, self._engines, self._verifiers, self._buffer, self._quarantine = inputs, engines, verifiers, buffer, quarantine
+        self,
+        inputs: Inputs | None,
+        engines: EngineGroup,
+        verifiers: VerifierGroup | None,
+        buffer: Buffer,
+        quarantine: Quarantine,
+        sampling: SamplingConfig,
+        replay: ReplayConfig,
+        watchdog_s: float,
+        run_dir: Path,
+        state: Callable[[], dict[str, Any]],
+        note: Note,
+        say: Say,
+    ) -> None:
+        self._inputs, self._engines, self._verifiers, self._buffer, self._quarantine = (
+            inputs,
+            engines,
+            verifiers,
+            buffer,
+            quarantine,
+        )
         self._sampling, self._num_replayed = sampling, round(replay.share * sampling.num_completions)
-        self._watchdog_s, self._run_dir, self._state, self._note, self._say = watchdog_s, run_dir, state, note, say
+        self._watchdog_s, self._run_dir, self._state, self._note, self._say = (
+            watchdog_s,
+            run_dir,
+            state,
+            note,
+            say,
+        )
         self.running: dict[int, tuple[float, str]] = {}
         """Groups on their way: id -> (since when, where)."""
         self._at: Counter[str] = Counter()
@@ -74,7 +98,9 @@ class Ring:
             watching.cancel()
 
     async def _start_groups(self, tasks: asyncio.TaskGroup) -> None:
-        """Ask for as many groups as there is room for. Waits for room (woken by an engine's slot), then for the dial."""
+        """Ask for as many groups as there is room for. Waits for room (woken by an engine's slot), then for
+        the dial.
+        """
         while True:
             while (room := self._room()) < 1:
                 self._engines.room.clear()
@@ -113,7 +139,11 @@ class Ring:
             while True:
                 self._goes_to(group_id, since, "prompts")
                 try:
-                    sampled = ray.put(groups.to_wire(prompt)) if is_whole else await self._sample(prompt, min_version)
+                    sampled = (
+                        ray.put(groups.to_wire(prompt))
+                        if is_whole
+                        else await self._sample(prompt, min_version)
+                    )
                     self._goes_to(group_id, since, "verifiers")
                     self._engines.room.set()
                     scored = await self._verifiers.score(sampled)
@@ -126,7 +156,10 @@ class Ring:
             if hit_limits:
                 self._quarantine.add(prompt)
                 if len(self._quarantine) >= len(self._inputs.prompts or ()) > 0:
-                    raise RunError(f"every prompt is in {self._quarantine.path}: no check ends within the limits of the verifiers section")
+                    raise RunError(
+                        f"every prompt is in {self._quarantine.path}: no check ends within the limits of "
+                        "the verifiers section"
+                    )
         self._goes_to(group_id, since, None)
         self._engines.room.set()
 
@@ -140,47 +173,70 @@ class Ring:
         self._goes_to(group_id, self.running[group_id][0], "engines")
         return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
 
-    # --- what it says of itself ----------------------------------------------------------------------------------------
+    # --- what it says of itself -----------------------------------------------------------------------------
 
     def rates(self) -> dict[str, float]:
         """What the fleet did since the last call, as metrics."""
         now, pools = time.perf_counter(), sorted({seat.pool for seat in self._engines.seats})
         seconds, self._then = now - self._then, now
-        tokens = {pool: sum(seat.num_tokens for seat in self._engines.seats if seat.pool == pool) for pool in pools}
+        tokens = {
+            pool: sum(seat.num_tokens for seat in self._engines.seats if seat.pool == pool) for pool in pools
+        }
         new = {pool: tokens[pool] - self._tokens_before.get(pool, 0) for pool in pools}
         self._tokens_before, total = tokens, sum(new.values())
         metrics = {"tokens/generated": float(total), "tokens/generated_per_s": total / seconds}
         for pool in pools:
-            metrics[f"pools/{pool}/engines"] = float(sum(seat.pool == pool and seat.state == "running" for seat in self._engines.seats))
+            metrics[f"pools/{pool}/engines"] = float(
+                sum(seat.pool == pool and seat.state == "running" for seat in self._engines.seats)
+            )
             metrics[f"pools/{pool}/tokens_per_s"] = new[pool] / seconds
             metrics[f"pools/{pool}/token_share"] = new[pool] / total if total else 0.0
         metrics |= {f"weights/{name}": value for name, value in self._engines.times.items()}
         num_verifiers = len(self._verifiers.actors) if self._verifiers else 0
-        return metrics | {"verifiers/num": float(num_verifiers), "prompts/quarantined": float(len(self._quarantine))}
+        return metrics | {
+            "verifiers/num": float(num_verifiers),
+            "prompts/quarantined": float(len(self._quarantine)),
+        }
 
     async def status(self) -> dict[str, Any]:
         """Each stage's state (status.py says it in words)."""
-        oldest = min(((since, group_id, where) for group_id, (since, where) in self.running.items()), default=None)
-        available, total = await asyncio.to_thread(lambda: (ray.available_resources(), ray.cluster_resources()))
+        oldest = min(
+            ((since, group_id, where) for group_id, (since, where) in self.running.items()), default=None
+        )
+        available, total = await asyncio.to_thread(
+            lambda: (ray.available_resources(), ray.cluster_resources())
+        )
         try:
             of_buffer = await asyncio.wait_for(self._buffer.call("status"), BUFFER_ANSWERS_S)
         except TimeoutError:
             of_buffer = None
         return {
-            "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), **self._state(),
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            **self._state(),
             "engines": self._engines.status(),
             "verifiers": self._verifiers.status() if self._verifiers else {},
             "buffer": of_buffer,
             "running": dict(self._at),
-            "oldest": oldest and {
-                "group_id": oldest[1], "since": oldest[0], "where": self._engines.who_has(oldest[1]) or oldest[2],
+            "oldest": oldest
+            and {
+                "group_id": oldest[1],
+                "since": oldest[0],
+                "where": self._engines.who_has(oldest[1]) or oldest[2],
                 "prompt": self._inputs and self._inputs.group(oldest[1])[0]["prompt"][0].as_py()[:80],
             },
-            "resources": {name: [available.get(name, 0.0), number] for name, number in sorted(total.items()) if not re.search("node:|_group_", name)},
-        }  # fmt: skip
+            "resources": {
+                name: [available.get(name, 0.0), number]
+                for name, number in sorted(total.items())
+                if not re.search("node:|_group_", name)
+            },
+        }
 
     async def last_words(self) -> None:
-        """What `gvpo-ray status` shows of a run that has ended. On the loop of `watch`: two threads would take each other's file away."""
+        """What `gvpo-ray status` shows of a run that has ended. On the loop of `watch`: two threads would
+        take each other's file away.
+        """
         if self._last:
             write_status(self._run_dir, {**self._last, **self._state(), "time": time.time()})
 
@@ -189,9 +245,14 @@ class Ring:
         self._note_learner(await self._buffer.call("status"))
 
     def _note_learner(self, of_buffer: dict[str, Any]) -> None:
-        # The buffer keeps them all on disk: those of a driver that died before it heard of them are among these.
+        # The buffer keeps them all on disk: those of a driver that died before it heard of them are among
+        # these.
         for restart in of_buffer.get("learner_restarts", [])[self._state()["recoveries"].get("learner", 0) :]:
-            self._note("learner", "learner", f"{restart['cause']}; goes on from the checkpoint of step {restart['step']}")
+            self._note(
+                "learner",
+                "learner",
+                f"{restart['cause']}; goes on from the checkpoint of step {restart['step']}",
+            )
 
     async def watch(self) -> None:
         """Write status.json, note the learner's deaths, and say who waits for whom when nothing moves."""
@@ -203,14 +264,25 @@ class Ring:
             self.show(status)
             of_buffer = status["buffer"] or {}
             self._note_learner(of_buffer)
-            for what, at in zip(moved, (of_buffer.get("last_group_at"), of_buffer.get("last_step_at")), strict=True):
+            for what, at in zip(
+                moved, (of_buffer.get("last_group_at"), of_buffer.get("last_step_at")), strict=True
+            ):
                 moved[what] = max(moved[what], at or 0.0)  # a buffer that was rebuilt knows of none before it
             silent = {what: time.time() - at for what, at in moved.items()}
-            late = [f"no {what} for {seconds:.0f} s" for what, seconds in silent.items() if seconds > self._watchdog_s]
+            late = [
+                f"no {what} for {seconds:.0f} s"
+                for what, seconds in silent.items()
+                if seconds > self._watchdog_s
+            ]
             if late and time.time() - said > self._watchdog_s:
                 said = time.time()
-                self._say("\n".join([f"watchdog: {' and '.join(late)}", *(f"  {line}" for line in status_lines(status))]))
+                self._say(
+                    "\n".join(
+                        [f"watchdog: {' and '.join(late)}", *(f"  {line}" for line in status_lines(status))]
+                    )
+                )
             await asyncio.sleep(min(STATUS_EVERY_S, self._watchdog_s))
+
 
 MAX_STARTS = 256
 """Groups that are asked for at a time."""

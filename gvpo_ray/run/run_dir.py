@@ -16,15 +16,29 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 
 RESUMABLE = (
-    "num_steps", "max_staleness", "engines", "verifiers", "learner", "evaluation", "checkpoint", "ray", "warm_start", "run_dir", "loss", "replay",
-    "watchdog_s", "tracking", "root",
-)  # fmt: skip
+    "num_steps",
+    "max_staleness",
+    "engines",
+    "verifiers",
+    "learner",
+    "evaluation",
+    "checkpoint",
+    "ray",
+    "warm_start",
+    "run_dir",
+    "loss",
+    "replay",
+    "watchdog_s",
+    "tracking",
+    "root",
+)
 """Keys that may change when a run is resumed. The others say what its log and its checkpoints mean."""
 
 
 @contextlib.contextmanager
 def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
-    """Make or take up the run directory, alone: writes config.yaml; refuses one that another process uses or that is another run's.
+    """Make or take up the run directory, alone: writes config.yaml; refuses one that another process uses or
+    that is another run's.
 
     Raises:
         ConfigError: names the key that differs, or run_dir and why it cannot be written.
@@ -49,10 +63,15 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
             try:
                 old, new = GVPOConfig.from_file(kept).model_dump(mode="json"), config.model_dump(mode="json")
             except ConfigError as error:
-                raise ConfigError(f"run_dir: {kept} is not the config of a run ({error}); use another run_dir") from error
+                raise ConfigError(
+                    f"run_dir: {kept} is not the config of a run ({error}); use another run_dir"
+                ) from error
             changed = [key for key in new if key not in RESUMABLE and old[key] != new[key]]
             if changed:
-                raise ConfigError(f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use another run_dir")
+                raise ConfigError(
+                    f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
+                    "another run_dir"
+                )
         part = path / ".config.yaml.part"
         try:
             part.write_text(config.dump())
@@ -62,8 +81,11 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
         yield path
 
 
-def read_recorded(source: Path, groups_per_step: int, folder: Path) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
-    """Recorded groups, their assignment to steps, and how many steps they make. `folder`: the log of the run that is to learn from them.
+def read_recorded(
+    source: Path, groups_per_step: int, folder: Path
+) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
+    """Recorded groups, their assignment to steps, and how many steps they make. `folder`: the log of the run
+    that is to learn from them.
 
     The log of a finished run brings its own assignment; a file of groups is cut in its order.
 
@@ -78,13 +100,17 @@ def read_recorded(source: Path, groups_per_step: int, folder: Path) -> tuple[pa.
     except OSError as error:
         raise ConfigError(f"--groups: {source} cannot be read: {error.strerror or error}") from error
     if here not in (0, len(recorded)):
-        raise ConfigError(f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir")
+        raise ConfigError(
+            f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir"
+        )
     assignments = source / "assignments.jsonl"  # only read: the run may still be going on
     assigned = read_assignments(assignments)[0] if assignments.is_file() else {}
     end = max((end for _, end in assigned.values()), default=0)
     steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
     if steps == 0:
-        raise ConfigError(f"--groups: {source} has {len(recorded)} groups, fewer than groups_per_step ({groups_per_step})")
+        raise ConfigError(
+            f"--groups: {source} has {len(recorded)} groups, fewer than groups_per_step ({groups_per_step})"
+        )
     return recorded, assigned, steps
 
 

@@ -1,4 +1,6 @@
-"""A session: Ray and an event loop in a thread, what is started on them, and what a cluster has no room for."""
+"""A session: Ray and an event loop in a thread, what is started on them, and what a cluster has no room
+for.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,19 @@ class Session:
                 "include_dashboard": config.dashboard,
             }
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            # A call to an engine that died has two answers, of which the driver takes one: the other's error is no news.
+            # A call to an engine that died has two answers, of which the driver takes one: the other's error
+            # is no news.
             os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             handler = signal.getsignal(signal.SIGTERM)
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else embedded))
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level="ERROR",
+                **({} if address else embedded),
+            )
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # ray.init takes it for a handler of its own that prints a stack trace
+                # ray.init takes it for a handler of its own that prints a stack trace
+                signal.signal(signal.SIGTERM, handler)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
         self._thread.start()
@@ -52,8 +61,14 @@ class Session:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(timeout_s)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, Any], on_error: Callable[[BaseException], Coroutine[Any, Any, None]]) -> None:
-        """Run a coroutine in the background; its exception, if it is the first, becomes the cause of the run's end."""
+    def spawn(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        on_error: Callable[[BaseException], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Run a coroutine in the background; its exception, if it is the first, becomes the cause of the
+        run's end.
+        """
 
         if self._stopped:
             coroutine.close()
@@ -64,7 +79,8 @@ class Session:
                 await coroutine
             except asyncio.CancelledError:
                 raise
-            except BaseException as error:  # supervision: recorded as the cause and raised in the driver's thread
+            # supervision: recorded as the cause and raised in the driver's thread
+            except BaseException as error:
                 if self.cause is None and not self._stopped:
                     self.cause = error
                     await on_error(error)
@@ -106,12 +122,17 @@ class Session:
         self._stopped = True
 
         async def close() -> None:
-            await asyncio.wait([asyncio.ensure_future(closer()) for closer in self._closers] or [asyncio.ensure_future(asyncio.sleep(0))], timeout=4)
+            await asyncio.wait(
+                [asyncio.ensure_future(closer()) for closer in self._closers]
+                or [asyncio.ensure_future(asyncio.sleep(0))],
+                timeout=4,
+            )
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.loop.shutdown_default_executor()  # a thread that asks Ray something while Ray goes down would crash
+            # a thread that asks Ray something while Ray goes down would crash
+            await self.loop.shutdown_default_executor()
 
         with contextlib.suppress(TimeoutError):
             self.call(close(), timeout_s=6)
@@ -122,16 +143,25 @@ class Session:
 
 
 def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
-    """What no node of the cluster, as it is now, has room for even when it is empty: it waits for the autoscaler, or for ever."""
+    """What no node of the cluster, as it is now, has room for even when it is empty: it waits for the
+    autoscaler, or for ever.
+    """
     wanted = {"learner worker": resources_of(config.learner)}
     if engines:
-        wanted |= {f"engine of pool {name}": resources_of(pool) for name, pool in config.engines.all_pools().items() if pool.num or pool.max_num}
+        wanted |= {
+            f"engine of pool {name}": resources_of(pool)
+            for name, pool in config.engines.all_pools().items()
+            if pool.num or pool.max_num
+        }
         wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for who, resources in wanted.items():
-        if not any(all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes):
+        if not any(
+            all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes
+        ):
             text = ", ".join(f"{name}: {number:g}" for name, number in resources.items() if number)
             yield (
-                f"placement: no node of this cluster has {{{text}}} for a{'n' if who[0] in 'aeiou' else ''} {who}: it waits until the "
+                f"placement: no node of this cluster has {{{text}}} for "
+                f"a{'n' if who[0] in 'aeiou' else ''} {who}: it waits until the "
                 "autoscaler brings one; if the cluster has no autoscaler, or no such node type, for ever"
             )

@@ -1,16 +1,20 @@
-"""What a process gives up for good before it runs code that nobody has read (process.py): files, the network, other processes.
+"""What a process gives up for good before it runs code that nobody has read (process.py): files, the network,
+other processes.
 
-All of it works without privileges, without namespaces and inside containers, and holds for root as well; nothing here can be
-undone by the process itself. Linux on x86-64 and aarch64; standard library only. In this order:
+All of it works without privileges, without namespaces and inside containers, and holds for root as well;
+nothing here can be undone by the process itself. Linux on x86-64 and aarch64; standard library only. In this
+order:
 
     limit_resources(...)            memory, size and number of files
-    restrict_writes(scratch)        Landlock holds for the calling thread and what it starts: call it before there are others
+    restrict_writes(scratch)        Landlock holds for the calling thread and what it starts: call it before
+                                    there are others
     (import what is needed)
     restrict_calls(files=not ...)   seccomp; also for threads that run already
 
-Not covered: reading (whatever the user may read, the process may read, and tell through its answer), descriptors that are open
-already (the log on stderr can be filled), the number of files in the scratch folder and of threads (memory and time bound
-them), CPU time (the caller's limit), side channels, and bugs of the kernel in the calls that stay allowed.
+Not covered: reading (whatever the user may read, the process may read, and tell through its answer),
+descriptors that are open already (the log on stderr can be filled), the number of files in the scratch folder
+and of threads (memory and time bound them), CPU time (the caller's limit), side channels, and bugs of the
+kernel in the calls that stay allowed.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def limit_resources(memory_bytes: int, file_bytes: int, num_files: int) -> None:
-    """Bound the address space, the size of any file written and the number of open files; no core dumps. Soft and hard.
+    """Bound the address space, the size of any file written and the number of open files; no core dumps. Soft
+    and hard.
 
     A limit that is lower already stays.
     """
@@ -45,7 +50,7 @@ def limit_resources(memory_bytes: int, file_bytes: int, num_files: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-# --- Landlock -----------------------------------------------------------------------------------------------------------
+# --- Landlock -----------------------------------------------------------------------------------------------
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
 _GET_VERSION = 1
@@ -53,30 +58,51 @@ _PATH_BENEATH = 1
 
 # LANDLOCK_ACCESS_FS_*; reading and executing are not named and stay as they are.
 _WRITE_FILE, _REMOVE_DIR, _REMOVE_FILE = 1 << 1, 1 << 4, 1 << 5
-_MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM = (1 << bit for bit in range(6, 13))
+_MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM = (
+    1 << bit for bit in range(6, 13)
+)
 _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
-_WRITES = _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _MAKE_FIFO | _MAKE_SYM | _REFER | _TRUNCATE
+_WRITES = (
+    _WRITE_FILE
+    | _REMOVE_DIR
+    | _REMOVE_FILE
+    | _MAKE_DIR
+    | _MAKE_REG
+    | _MAKE_FIFO
+    | _MAKE_SYM
+    | _REFER
+    | _TRUNCATE
+)
 _NOWHERE = _MAKE_CHAR | _MAKE_BLOCK | _MAKE_SOCK | _IOCTL_DEV
-"""Not even in the scratch folder: root could make itself a device file there and write to the disk behind it."""
+"""Not even in the scratch folder: root could make itself a device file there and write to the disk behind
+it."""
 _SINCE_VERSION = {_REFER: 2, _TRUNCATE: 3, _IOCTL_DEV: 5}
 
 
 def restrict_writes(scratch: str | os.PathLike[str]) -> bool:
-    """From now on this thread, and all that it starts, can create, write, truncate, link, rename and delete only below `scratch`.
+    """From now on this thread, and all that it starts, can create, write, truncate, link, rename and delete
+    only below `scratch`.
 
-    Writing to /dev/null is allowed too, reading stays as it was. Versions 1 and 2 of Landlock (before Linux 6.2) do not know
-    truncation by path, and none knows modes, owners, times and attributes: restrict_calls refuses those.
+    Writing to /dev/null is allowed too, reading stays as it was. Versions 1 and 2 of Landlock (before Linux
+    6.2) do not know truncation by path, and none knows modes, owners, times and attributes: restrict_calls
+    refuses those.
 
-    Returns False where the kernel (or the container's own filter) has no Landlock: nothing is restricted then.
+    Returns False where the kernel (or the container's own filter) has no Landlock: nothing is restricted
+    then.
 
     Raises:
         OSError: no such folder, or the kernel refuses.
     """
-    version = _syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GET_VERSION) if sys.platform == "linux" else -1
+    version = (
+        _syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GET_VERSION) if sys.platform == "linux" else -1
+    )
     if version < 1:
         return False
     known = ~sum(right for right, since in _SINCE_VERSION.items() if since > version)
-    ruleset = _checked("landlock_create_ruleset", _syscall(_CREATE_RULESET, struct.pack("Q", (_WRITES | _NOWHERE) & known), ctypes.c_size_t(8), 0))
+    ruleset = _checked(
+        "landlock_create_ruleset",
+        _syscall(_CREATE_RULESET, struct.pack("Q", (_WRITES | _NOWHERE) & known), ctypes.c_size_t(8), 0),
+    )
     try:
         for path, rights in ((scratch, _WRITES), (os.devnull, _WRITE_FILE | _TRUNCATE)):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -92,7 +118,7 @@ def restrict_writes(scratch: str | os.PathLike[str]) -> bool:
     return True
 
 
-# --- seccomp ------------------------------------------------------------------------------------------------------------
+# --- seccomp ------------------------------------------------------------------------------------------------
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
 """Column of the tables below, AUDIT_ARCH_*, number of seccomp itself."""
@@ -101,49 +127,67 @@ _Numbers = dict[str, tuple[int | None, int | None]]
 """Call -> its number on x86-64 and on aarch64; None: there is none."""
 
 _LAST = 462
-"""mseal: the last call of those that were gone through for the tables below (Linux 6.10; from 424 on numbers are common)."""
+"""mseal: the last call of those that were gone through for the tables below (Linux 6.10; from 424 on numbers
+are common)."""
 
 # fmt: off
 _REFUSED: _Numbers = dict(
     # sockets; sendmsg because it takes an address from memory, where a filter cannot look
-    socket=(41, 198), connect=(42, 203), bind=(49, 200), listen=(50, 201), accept=(43, 202), accept4=(288, 242),
+    socket=(41, 198), connect=(42, 203), bind=(49, 200), listen=(50, 201), accept=(43, 202),
+    accept4=(288, 242),
     sendmsg=(46, 211), sendmmsg=(307, 269),
     # processes, and leaving the group that is killed
-    fork=(57, None), vfork=(58, None), execve=(59, 221), execveat=(322, 281), setsid=(112, 157), setpgid=(109, 154),
+    fork=(57, None), vfork=(58, None), execve=(59, 221), execveat=(322, 281), setsid=(112, 157),
+    setpgid=(109, 154),
     # other processes
     ptrace=(101, 117), process_vm_readv=(310, 270), process_vm_writev=(311, 271), process_madvise=(440, 440),
-    process_mrelease=(448, 448), pidfd_open=(434, 434), pidfd_getfd=(438, 438), pidfd_send_signal=(424, 424), kcmp=(312, 272),
+    process_mrelease=(448, 448), pidfd_open=(434, 434), pidfd_getfd=(438, 438), pidfd_send_signal=(424, 424),
+    kcmp=(312, 272),
     migrate_pages=(256, 238), move_pages=(279, 239), setpriority=(141, 140), ioprio_set=(251, 30),
     sched_setscheduler=(144, 119), sched_setparam=(142, 118), sched_setattr=(314, 274),
     # limits; memory that they do not count, or that outlives the process
     setrlimit=(160, 164), memfd_create=(319, 279), memfd_secret=(447, 447),
-    shmget=(29, 194), shmat=(30, 196), shmctl=(31, 195), semget=(64, 190), semop=(65, 193), semtimedop=(220, 192), semctl=(66, 191),
-    msgget=(68, 186), msgsnd=(69, 189), msgrcv=(70, 188), msgctl=(71, 187), mq_open=(240, 180), mq_unlink=(241, 181),
+    shmget=(29, 194), shmat=(30, 196), shmctl=(31, 195), semget=(64, 190), semop=(65, 193),
+    semtimedop=(220, 192), semctl=(66, 191),
+    msgget=(68, 186), msgsnd=(69, 189), msgrcv=(70, 188), msgctl=(71, 187), mq_open=(240, 180),
+    mq_unlink=(241, 181),
     # wide doors into the kernel
-    io_uring_setup=(425, 425), io_uring_enter=(426, 426), io_uring_register=(427, 427), io_setup=(206, 0), io_submit=(209, 2),
-    bpf=(321, 280), userfaultfd=(323, 282), perf_event_open=(298, 241), add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219),
-    fanotify_init=(300, 262), fanotify_mark=(301, 263), name_to_handle_at=(303, 264), open_by_handle_at=(304, 265),
+    io_uring_setup=(425, 425), io_uring_enter=(426, 426), io_uring_register=(427, 427), io_setup=(206, 0),
+    io_submit=(209, 2),
+    bpf=(321, 280), userfaultfd=(323, 282), perf_event_open=(298, 241), add_key=(248, 217),
+    request_key=(249, 218), keyctl=(250, 219),
+    fanotify_init=(300, 262), fanotify_mark=(301, 263), name_to_handle_at=(303, 264),
+    open_by_handle_at=(304, 265),
     modify_ldt=(154, None), iopl=(172, None), ioperm=(173, None), uselib=(134, None), personality=(135, 92),
     # what root may do
-    setuid=(105, 146), setgid=(106, 144), setreuid=(113, 145), setregid=(114, 143), setresuid=(117, 147), setresgid=(119, 149),
+    setuid=(105, 146), setgid=(106, 144), setreuid=(113, 145), setregid=(114, 143), setresuid=(117, 147),
+    setresgid=(119, 149),
     setgroups=(116, 159), setfsuid=(122, 151), setfsgid=(123, 152), capset=(126, 91),
-    mount=(165, 40), umount2=(166, 39), pivot_root=(155, 41), chroot=(161, 51), unshare=(272, 97), setns=(308, 268),
-    open_tree=(428, 428), move_mount=(429, 429), fsopen=(430, 430), fsconfig=(431, 431), fsmount=(432, 432), fspick=(433, 433),
-    mount_setattr=(442, 442), swapon=(167, 224), swapoff=(168, 225), acct=(163, 89), quotactl=(179, 60), quotactl_fd=(443, 443),
-    init_module=(175, 105), finit_module=(313, 273), delete_module=(176, 106), kexec_load=(246, 104), kexec_file_load=(320, 294),
+    mount=(165, 40), umount2=(166, 39), pivot_root=(155, 41), chroot=(161, 51), unshare=(272, 97),
+    setns=(308, 268),
+    open_tree=(428, 428), move_mount=(429, 429), fsopen=(430, 430), fsconfig=(431, 431), fsmount=(432, 432),
+    fspick=(433, 433),
+    mount_setattr=(442, 442), swapon=(167, 224), swapoff=(168, 225), acct=(163, 89), quotactl=(179, 60),
+    quotactl_fd=(443, 443),
+    init_module=(175, 105), finit_module=(313, 273), delete_module=(176, 106), kexec_load=(246, 104),
+    kexec_file_load=(320, 294),
     reboot=(169, 142), syslog=(103, 116), vhangup=(153, 58), sethostname=(170, 161), setdomainname=(171, 162),
-    settimeofday=(164, 170), clock_settime=(227, 112), adjtimex=(159, 171), clock_adjtime=(305, 266), lsm_set_self_attr=(460, 460),
-    # modes, owners, times, attributes and sizes of files, also of those that are only open for reading: Landlock leaves them alone
+    settimeofday=(164, 170), clock_settime=(227, 112), adjtimex=(159, 171), clock_adjtime=(305, 266),
+    lsm_set_self_attr=(460, 460),
+    # modes, owners, times, attributes and sizes of files, also of those that are only open for reading:
+    # Landlock leaves them alone
     chmod=(90, None), fchmod=(91, 52), fchmodat=(268, 53), fchmodat2=(452, 452),
     chown=(92, None), fchown=(93, 55), lchown=(94, None), fchownat=(260, 54),
     utime=(132, None), utimes=(235, None), futimesat=(261, None), utimensat=(280, 88),
-    setxattr=(188, 5), lsetxattr=(189, 6), fsetxattr=(190, 7), removexattr=(197, 14), lremovexattr=(198, 15), fremovexattr=(199, 16),
+    setxattr=(188, 5), lsetxattr=(189, 6), fsetxattr=(190, 7), removexattr=(197, 14), lremovexattr=(198, 15),
+    fremovexattr=(199, 16),
     truncate=(76, 45), fallocate=(285, 47),  # reserves space beyond the limit of a file's size
 )
 """Answered with EPERM."""
 
 _REFUSED_FILES: _Numbers = dict(
-    creat=(85, None), rename=(82, None), renameat=(264, 38), renameat2=(316, 276), unlink=(87, None), unlinkat=(263, 35),
+    creat=(85, None), rename=(82, None), renameat=(264, 38), renameat2=(316, 276), unlink=(87, None),
+    unlinkat=(263, 35),
     link=(86, None), linkat=(265, 37), symlink=(88, None), symlinkat=(266, 36),
     mkdir=(83, None), mkdirat=(258, 34), rmdir=(84, None), mknod=(133, None), mknodat=(259, 33),
 )
@@ -153,8 +197,10 @@ _ABSENT: _Numbers = dict(clone3=(435, 435), openat2=(437, 437))
 """Answered with ENOSYS, for libc has another way: their flags are in memory, where a filter cannot look."""
 
 _BY_ARGUMENTS: _Numbers = dict(
-    kill=(62, 129), tgkill=(234, 131), tkill=(200, 130), rt_sigqueueinfo=(129, 138), rt_tgsigqueueinfo=(297, 240),
-    clone=(56, 220), socketpair=(53, 199), sendto=(44, 206), ioctl=(16, 29), fcntl=(72, 25), prctl=(157, 167), prlimit64=(302, 261),
+    kill=(62, 129), tgkill=(234, 131), tkill=(200, 130), rt_sigqueueinfo=(129, 138),
+    rt_tgsigqueueinfo=(297, 240),
+    clone=(56, 220), socketpair=(53, 199), sendto=(44, 206), ioctl=(16, 29), fcntl=(72, 25), prctl=(157, 167),
+    prlimit64=(302, 261),
     sched_setaffinity=(203, 122), open=(2, None), openat=(257, 56),
 )
 """Decided by _tests."""
@@ -166,21 +212,25 @@ _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x00010000
 _CLONE_NEW = 0x7E020000
-"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET (NEWTIME is for clone3 and unshare only)."""
+"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET (NEWTIME is for clone3 and unshare
+only)."""
 _O_ACCMODE, _O_CREAT, _O_TRUNC, _O_TMPFILE = 0o3, 0o100, 0o1000, 0o20000000
 """Of open; the last without its O_DIRECTORY."""
 _AF_UNIX = 1
 _IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others push keys into terminals (TIOCSTI), have
-the kernel send signals (FIOSETOWN) or change a file's flags (FS_IOC_SETFLAGS)."""
+"""TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others push keys into
+terminals (TIOCSTI), have the kernel send signals (FIOSETOWN) or change a file's flags (FS_IOC_SETFLAGS)."""
 _FCNTLS = (8, 10, 15, 1024, 1026)
-"""F_SETOWN, F_SETSIG, F_SETOWN_EX (the kernel sends the signal), F_SETLEASE (others' open waits), F_NOTIFY."""
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX (the kernel sends the signal), F_SETLEASE (others' open waits),
+F_NOTIFY."""
 _PRCTLS = (1, 28, 35, 57, 62)
 """PR_SET_PDEATHSIG (the child dies with its parent), SET_SECUREBITS, SET_MM, SET_IO_FLUSHER, SCHED_CORE."""
 
 
 class _Test(NamedTuple):
-    """Of one 32-bit word of a call's arguments: is `word & mask` among the values, or (`refuse`) is it not?"""
+    """Of one 32-bit word of a call's arguments: is `word & mask` among the values, or (`refuse`) is it
+    not?
+    """
 
     word: int
     """Argument n is the words 2n (low) and 2n + 1 (high). The kernel takes an int from the low word alone."""
@@ -202,7 +252,8 @@ def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
         # Landlock 1 and 2 do not notice the truncation of a file that is opened for reading.
         return [_Test(2 * argument, (_O_TRUNC,), _O_ACCMODE | _O_TRUNC, refuse=True)]
 
-    own, own_or_0 = [_Test(0, (pid,))], [_Test(0, (0, pid))]  # 0 is the own group to kill, and the own process to the others
+    # 0 is the own group to kill, and the own process to the others
+    own, own_or_0 = [_Test(0, (pid,))], [_Test(0, (0, pid))]
     return {
         **dict.fromkeys(("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"), own),
         "clone": [_Test(0, (_CLONE_THREAD,), _CLONE_THREAD | _CLONE_NEW)],
@@ -229,7 +280,9 @@ class _Instruction(NamedTuple):
 
 
 def _load(offset: int) -> _Instruction:
-    """A word of struct seccomp_data: the call at 0, the architecture at 4, word n of the arguments at 16 + 4 n."""
+    """A word of struct seccomp_data: the call at 0, the architecture at 4, word n of the arguments at 16 + 4
+    n.
+    """
     return _Instruction(0x20, 0, 0, offset)
 
 
@@ -256,9 +309,10 @@ def _return(verdict: int) -> _Instruction:
 def _filter(machine: str, pid: int, files: bool) -> list[_Instruction]:
     """The program that the kernel runs before each call.
 
-    A chain of blocks, each for one call: "not this one? skip the block", then what decides, always ending in a verdict. So the
-    number of the call stays loaded all along the chain, and what reaches its end is allowed. A call that was added to the
-    kernel after the tables were made does not exist, as on an older kernel.
+    A chain of blocks, each for one call: "not this one? skip the block", then what decides, always ending in
+    a verdict. So the number of the call stays loaded all along the chain, and what reaches its end is
+    allowed. A call that was added to the kernel after the tables were made does not exist, as on an older
+    kernel.
     """
     column, architecture, _ = _ARCHITECTURES[machine]
     program = [_load(4), _skip_if_equal(architecture, 1), _return(_KILL), _load(0)]
@@ -292,21 +346,27 @@ def _decide(tests: list[_Test]) -> Iterable[_Instruction]:
 
 
 def restrict_calls(files: bool) -> None:
-    """From now on every thread of this process can compute, read files and use the descriptors that it has, and little else.
+    """From now on every thread of this process can compute, read files and use the descriptors that it has,
+    and little else.
 
-    Refused with EPERM (PermissionError) are sockets, new processes and programs, signals to others, changed limits, and all
-    that _REFUSED names. Threads, pipes, pairs of sockets (AF_UNIX) and send on a connected socket stay. A call by the numbers of
-    another architecture (i386, x32) kills the process.
+    Refused with EPERM (PermissionError) are sockets, new processes and programs, signals to others, changed
+    limits, and all that _REFUSED names. Threads, pipes, pairs of sockets (AF_UNIX) and send on a connected
+    socket stay. A call by the numbers of another architecture (i386, x32) kills the process.
 
     Args:
-        files: also refuse to open anything for writing, to create, rename and remove, everywhere: for a kernel without Landlock.
+        files: also refuse to open anything for writing, to create, rename and remove, everywhere: for a
+            kernel without Landlock.
 
     Raises:
         OSError: the kernel refuses, or this is not Linux on x86-64 or aarch64.
     """
     machine = platform.machine() if sys.platform == "linux" and sys.maxsize > 2**32 else ""
     if machine not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"no seccomp filter for {sys.platform} on {platform.machine()}, only for Linux on {' and '.join(_ARCHITECTURES)}")
+        raise OSError(
+            errno.ENOSYS,
+            f"no seccomp filter for {sys.platform} on {platform.machine()}, only for Linux on "
+            f"{' and '.join(_ARCHITECTURES)}",
+        )
     _install(_filter(machine, os.getpid(), files))
 
 
@@ -321,9 +381,13 @@ def _install(program: list[_Instruction], all_threads: bool = True) -> None:
 
 
 def _give_up_privileges() -> None:
-    """What the kernel asks of whoever restricts himself without being root: no program started later gains rights."""
+    """What the kernel asks of whoever restricts himself without being root: no program started later gains
+    rights.
+    """
     pr_set_no_new_privs = 38
-    _checked("prctl(PR_SET_NO_NEW_PRIVS)", _libc.prctl(pr_set_no_new_privs, *map(ctypes.c_ulong, (1, 0, 0, 0))))
+    _checked(
+        "prctl(PR_SET_NO_NEW_PRIVS)", _libc.prctl(pr_set_no_new_privs, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+    )
 
 
 def _syscall(number: int, *arguments: Any) -> int:

@@ -26,10 +26,12 @@ import cloudpickle  # type: ignore[import-untyped]
 from gvpo_ray.config.base import ConfigError
 
 Score = float | None | tuple[float | None, str]
-"""Of one completion: the reward, None for "cannot be verified", or either with a remark for `reward_reasons`."""
+"""Of one completion: the reward, None for "cannot be verified", or either with a remark for
+`reward_reasons`."""
 
 RewardFunction = Callable[..., Any]
-"""`reward(prompts, completions, **columns) -> one Score per completion`, or a coroutine function; columns are lists of that length."""
+"""`reward(prompts, completions, **columns) -> one Score per completion`, or a coroutine function; columns are
+lists of that length."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def call(
     """One Part per completion, whatever the function does short of ending the process.
 
     Args:
-        catch: BaseException where nothing but this call runs: completions make SystemExit, and math-verify's TimeoutException.
+        catch: BaseException where nothing but this call runs: completions make SystemExit, and math-verify's
+            TimeoutException.
 
     Raises:
         MemoryError: comes through, because what the function left behind still fills the memory.
@@ -68,10 +71,14 @@ def call(
         return [Part(None, f"{name} raised {describe(error)}", is_fault=True)] * len(completions)
     returned = returned.tolist() if hasattr(returned, "tolist") else returned  # numpy, torch
     if not isinstance(returned, (list, tuple)):
-        return [Part(None, f"{name} returned {_shown(returned)}, not a list of rewards", is_fault=True)] * len(completions)
+        return [
+            Part(None, f"{name} returned {_shown(returned)}, not a list of rewards", is_fault=True)
+        ] * len(completions)
     if len(returned) != len(completions):
         count = f"{len(completions)} completion{'s' * (len(completions) > 1)}"
-        return [Part(None, f"{name} returned {len(returned)} rewards for {count}", is_fault=True)] * len(completions)
+        return [Part(None, f"{name} returned {len(returned)} rewards for {count}", is_fault=True)] * len(
+            completions
+        )
     return [_part(name, score) for score in returned]
 
 
@@ -107,20 +114,28 @@ def describe(error: BaseException) -> str:
 
 
 def load(source: Mapping[str, Any]) -> RewardFunction:
-    """The function behind `module:function`, `path.py:function` or a pickle, with its arguments, ready to be timed.
+    """The function behind `module:function`, `path.py:function` or a pickle, with its arguments, ready to be
+    timed.
 
     One that has an attribute `warm_up` is warmed up: it is called once, without arguments.
 
     Raises:
-        ConfigError: no such file, module, function or argument. Whatever a user's module raises comes through.
+        ConfigError: no such file, module, function or argument. Whatever a user's module raises comes
+            through.
     """
-    function = _callable(cloudpickle.loads(base64.b64decode(source["pickle"])), "it") if "pickle" in source else _find(source["place"])
+    function = (
+        _callable(cloudpickle.loads(base64.b64decode(source["pickle"])), "it")
+        if "pickle" in source
+        else _find(source["place"])
+    )
     parameters = inspect.signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not source["is_strict"]
     for name in source["arguments"]:
         if name not in named and not takes_any:
-            raise ConfigError(f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}")
+            raise ConfigError(
+                f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}"
+            )
     if warm_up := getattr(function, "warm_up", None):
         warm_up()
     return functools.partial(function, **source["arguments"]) if source["arguments"] else function

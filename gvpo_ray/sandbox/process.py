@@ -1,16 +1,18 @@
 """Where reward functions run: a child process under hard limits, and the process that it is forked from.
 
-A completion is hostile text: sympy evaluates what a model wrote, and a user's function may do anything with it. So a check runs
-in a child that can only compute: wall-clock, CPU-time and memory limits, no network, no processes, no files but in a scratch
-folder, none of the environment's secrets (confine.py). Whatever goes wrong costs that one check.
+A completion is hostile text: sympy evaluates what a model wrote, and a user's function may do anything with
+it. So a check runs in a child that can only compute: wall-clock, CPU-time and memory limits, no network, no
+processes, no files but in a scratch folder, none of the environment's secrets (confine.py). Whatever goes
+wrong costs that one check.
 
-    Sandbox (in the verifier) ── spawn, wait ──► template: reward functions loaded, never runs a check, can fork
+    Sandbox (in the verifier) ── spawn, wait ──► template: reward functions loaded, never checks, can fork
         │                                            │ fork: 10 ms instead of a second of imports
         └─ {"prompt", "completion", columns} ──► child: reward functions, one after the other, over and over
         ◄─ {"begun"}, {"part", "reason"}, ... ───── or silence: killed at its limit, and forked anew
 
-Frames are lines of ASCII JSON over a socket pair. JSON, because the child's answers are untrusted and pickle would run them.
-Nobody but the template reaps the child, and only when it is asked: a process number that is killed is never somebody else's.
+Frames are lines of ASCII JSON over a socket pair. JSON, because the child's answers are untrusted and pickle
+would run them. Nobody but the template reaps the child, and only when it is asked: a process number that is
+killed is never somebody else's.
 """
 
 from __future__ import annotations
@@ -74,11 +76,28 @@ class Sandbox:
         SandboxError: the processes do not start.
     """
 
-    def __init__(self, functions: Mapping[str, Mapping[str, Any]], *, timeout_s: float, cpu_s: int, memory_gib: float, max_checks: int) -> None:
+    def __init__(
+        self,
+        functions: Mapping[str, Mapping[str, Any]],
+        *,
+        timeout_s: float,
+        cpu_s: int,
+        memory_gib: float,
+        max_checks: int,
+    ) -> None:
         self._names = list(functions)
-        self._timeout_s, self._cpu_s, self._memory_gib, self._max_checks = timeout_s, cpu_s, memory_gib, max_checks
+        self._timeout_s, self._cpu_s, self._memory_gib, self._max_checks = (
+            timeout_s,
+            cpu_s,
+            memory_gib,
+            max_checks,
+        )
         self._scratch, self._lock = _new_scratch()
-        self._setup = {"functions": dict(functions), "memory_bytes": int(memory_gib * 2**30), "scratch": str(self._scratch)}
+        self._setup = {
+            "functions": dict(functions),
+            "memory_bytes": int(memory_gib * 2**30),
+            "scratch": str(self._scratch),
+        }
         self._template: _Template | None = None
         self._child: _Child | None = None
         try:
@@ -88,8 +107,8 @@ class Sandbox:
             raise
 
     def check(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> dict[str, Part]:
-        """Every function's part for one completion. A function that did not get to answer has a reason that starts with its
-        limit ("timeout", "memory") or with "crash"; those after it have none."""
+        """Every function's part for one completion. A function that did not get to answer has a reason that
+        starts with its limit ("timeout", "memory") or with "crash"; those after it have none."""
         parts: dict[str, Part] = dict.fromkeys(self._names, Part(None))
         child, number = self._begin({"prompt": prompt, "completion": completion, "columns": dict(columns)})
         deadline = time.monotonic() + self._timeout_s
@@ -121,12 +140,13 @@ class Sandbox:
         self._lock.close()
 
     def _begin(self, request: Mapping[str, Any]) -> tuple[_Child, str]:
-        """The child that has taken up a check, and the check's number. One that died before (idle, or as it was asked) is replaced: only
-        from here on is a child's death the completion's fault."""
+        """The child that has taken up a check, and the check's number. One that died before (idle, or as it
+        was asked) is replaced: only from here on is a child's death the completion's fault."""
         for _ in range(3):
             child = self._living_child()
             deadline = time.monotonic() + START_TIMEOUT_S
-            # What an earlier check has left in the channel, forged answers included, does not know this number.
+            # What an earlier check has left in the channel, forged answers included, does not know this
+            # number.
             number = secrets.token_hex(8)
             with contextlib.suppress(_GoneError, TimeoutError):
                 child.channel.send({**request, "number": number}, deadline)
@@ -154,7 +174,9 @@ class Sandbox:
             self._template.kill()
             self._template, status = None, -signal.SIGKILL
         for entry in self._scratch.iterdir():
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+            shutil.rmtree(
+                entry, ignore_errors=True
+            ) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
         return status
 
     def _ending(self, name: str, status: int) -> str:
@@ -186,7 +208,9 @@ def _new_scratch() -> tuple[Path, Any]:
 
 
 class _Channel:
-    """Frames out, frames in, each with a deadline (of time.monotonic). Everything but a timeout is a _GoneError."""
+    """Frames out, frames in, each with a deadline (of time.monotonic). Everything but a timeout is a
+    _GoneError.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
@@ -233,7 +257,8 @@ class _Child:
 
     def limit_cpu(self, seconds: int) -> None:
         """So many seconds from now on. Set from here, because the child may not touch its limits."""
-        cpu_clock = (~self.pid << 3) | 2  # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) makes it
+        # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) makes it
+        cpu_clock = (~self.pid << 3) | 2
         with contextlib.suppress(OSError):  # it is gone: the channel tells
             used = time.clock_gettime(cpu_clock)
             hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
@@ -251,7 +276,8 @@ class _Template:
         environment |= {
             "HOME": scratch,
             "TMPDIR": scratch,
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),  # users' modules import as they do here
+            # users' modules import as they do here
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "PYTHONHASHSEED": "0",  # sympy orders terms by hash: the same check, the same answer
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
@@ -267,13 +293,21 @@ class _Template:
         try:
             answer = self._ask(setup)
         except _GoneError as error:
-            raise SandboxError(f"the verifier's child process did not start ({str(error) or _ending(self.kill())})") from error
+            raise SandboxError(
+                f"the verifier's child process did not start ({str(error) or _ending(self.kill())})"
+            ) from error
         except TimeoutError as error:
             self.kill()
-            raise SandboxError(f"the verifier's child process was not ready after {START_TIMEOUT_S:g} s") from error
+            raise SandboxError(
+                f"the verifier's child process was not ready after {START_TIMEOUT_S:g} s"
+            ) from error
         if "error" in answer:
             self.kill()
-            raise ConfigError(f"verifiers.rewards.{answer['name']}: {answer['error']}" if "name" in answer else str(answer["error"]))
+            raise ConfigError(
+                f"verifiers.rewards.{answer['name']}: {answer['error']}"
+                if "name" in answer
+                else str(answer["error"])
+            )
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -284,13 +318,19 @@ class _Template:
             try:
                 self._control.socket.settimeout(START_TIMEOUT_S)
                 socket.send_fds(self._control.socket, [_frame({"do": "spawn"})], [theirs.fileno()])
-                child = _Child(self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"], _Channel(ours))
+                child = _Child(
+                    self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"], _Channel(ours)
+                )
             except (_GoneError, OSError) as error:
-                raise SandboxError(f"the verifier's template process is gone ({_ending(self.kill())})") from error
+                raise SandboxError(
+                    f"the verifier's template process is gone ({_ending(self.kill())})"
+                ) from error
         return child
 
     def end(self, child: _Child) -> int:
-        """Kill a child if it lives, and its exit status. Its number stays its own until the template has reaped it here."""
+        """Kill a child if it lives, and its exit status. Its number stays its own until the template has
+        reaped it here.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
         child.channel.socket.close()
@@ -323,7 +363,9 @@ def _frame(message: Mapping[str, Any]) -> bytes:
 
 
 def _remaining(deadline: float) -> float:
-    """Seconds to the deadline; raises TimeoutError when there are none (a socket would take 0 for "do not wait")."""
+    """Seconds to the deadline; raises TimeoutError when there are none (a socket would take 0 for "do not
+    wait").
+    """
     remaining = deadline - time.monotonic()
     if remaining <= 0:
         raise TimeoutError
@@ -335,19 +377,24 @@ def _parse_part(answer: Mapping[str, Any], number: str) -> Part:
     if answer.get("number") != number:
         raise _GoneError("an answer to another question")
     value, reason = answer.get("part"), answer.get("reason")
-    if not (value is None or (type(value) in (int, float) and fits_float32(value))) or not (reason is None or isinstance(reason, str)):
+    if not (value is None or (type(value) in (int, float) and fits_float32(value))) or not (
+        reason is None or isinstance(reason, str)
+    ):
         raise _GoneError("an answer that is not a reward")
     # Arrow holds valid Unicode only.
-    return Part(value, (reason.encode("utf-8", "replace").decode() if reason else None), answer.get("fault") is True)
+    return Part(
+        value, (reason.encode("utf-8", "replace").decode() if reason else None), answer.get("fault") is True
+    )
 
 
-# --- the template and its children ----------------------------------------------------------------------------------------
+# --- the template and its children --------------------------------------------------------------------------
 
 
 def _main() -> None:
     """Load the functions, then fork children until the verifier closes the channel."""
     _die_with_parent(int(sys.argv[1]))
-    # The channel moves away from descriptor 0 (dup is not inherited by what user code starts): reading stdin finds nothing.
+    # The channel moves away from descriptor 0 (dup is not inherited by what user code starts): reading stdin
+    # finds nothing.
     control = _Channel(socket.socket(fileno=os.dup(0)))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     setup = json.loads(_read_line(control.socket))
@@ -356,7 +403,8 @@ def _main() -> None:
     for name, source in setup["functions"].items():
         try:
             functions[name] = load(source)
-        except BaseException as error:  # importing a user's module may raise anything; the verifier turns it into one line
+        # importing a user's module may raise anything; the verifier turns it into one line
+        except BaseException as error:
             control.socket.sendall(_frame({"name": name, "error": describe(error)}))
             return
     gc.freeze()  # the children share these pages as long as nobody writes into them
@@ -392,8 +440,12 @@ def _read_line(channel: socket.socket) -> bytes:
     return received
 
 
-def _serve(channel: socket.socket, functions: Mapping[str, RewardFunction], setup: Mapping[str, Any], template: int) -> None:
-    """The child: confine itself, then answer one check after the other until the verifier closes the channel."""
+def _serve(
+    channel: socket.socket, functions: Mapping[str, RewardFunction], setup: Mapping[str, Any], template: int
+) -> None:
+    """The child: confine itself, then answer one check after the other until the verifier closes the
+    channel.
+    """
     from gvpo_ray.sandbox import confine
 
     _die_with_parent(template)
@@ -405,10 +457,22 @@ def _serve(channel: socket.socket, functions: Mapping[str, RewardFunction], setu
         columns = {key: [value] for key, value in check["columns"].items()}
         for name, function in functions.items():
             try:
-                (part,) = call(name, function, [check["prompt"]], [check["completion"]], columns, catch=BaseException)
+                (part,) = call(
+                    name, function, [check["prompt"]], [check["completion"]], columns, catch=BaseException
+                )
             except MemoryError:
-                os._exit(OUT_OF_MEMORY)  # what the function left behind still fills the address space: only a new process is clean
-            channel.sendall(_frame({"number": check["number"], "part": part.value, "reason": part.reason, "fault": part.is_fault}))
+                # what the function left behind still fills the address space: only a new process is clean
+                os._exit(OUT_OF_MEMORY)
+            channel.sendall(
+                _frame(
+                    {
+                        "number": check["number"],
+                        "part": part.value,
+                        "reason": part.reason,
+                        "fault": part.is_fault,
+                    }
+                )
+            )
 
 
 def _address_space() -> int:
@@ -418,7 +482,9 @@ def _address_space() -> int:
 
 
 def _die_with_parent(parent: int) -> None:
-    """The kernel kills this process when the parent's thread ends: end of file alone does not reach a check that never returns."""
+    """The kernel kills this process when the parent's thread ends: end of file alone does not reach a check
+    that never returns.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -10,9 +10,9 @@ from gvpo_ray.config.verifiers import RewardConfig
 class HttpReward:
     """A reward function served over HTTP; called in the verifier, since the children have no network.
 
-    POST {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}} -> {"rewards": [number or null, ...]}, at most
-    `batch_size` completions in one request. Connection errors and the statuses 429 and 5xx are tried again, each time after
-    twice as long (from half a second).
+    POST {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}} -> {"rewards": [number or
+    null, ...]}, at most `batch_size` completions in one request. Connection errors and the statuses 429 and
+    5xx are tried again, each time after twice as long (from half a second).
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -21,8 +21,18 @@ class HttpReward:
         from urllib3.util import Retry
 
         assert config.url is not None
-        self._url, self._timeout_s, self._batch_size, self._arguments = config.url, config.timeout_s, config.batch_size, config.arguments
-        retry = Retry(config.num_retries, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+        self._url, self._timeout_s, self._batch_size, self._arguments = (
+            config.url,
+            config.timeout_s,
+            config.batch_size,
+            config.arguments,
+        )
+        retry = Retry(
+            config.num_retries,
+            backoff_factor=0.5,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None,
+        )
         self._session = requests.Session()
         self._session.mount("http://", HTTPAdapter(max_retries=retry))
         self._session.mount("https://", HTTPAdapter(max_retries=retry))
@@ -42,6 +52,8 @@ class HttpReward:
             answer = response.json()
             found = answer.get("rewards") if isinstance(answer, dict) else answer
             if not isinstance(found, list) or len(found) != len(completions[part]):
-                raise ValueError(f"{self._url} answered {str(answer)[:200]}, not {len(completions[part])} rewards")
+                raise ValueError(
+                    f"{self._url} answered {str(answer)[:200]}, not {len(completions[part])} rewards"
+                )
             rewards += found
         return rewards

@@ -28,20 +28,29 @@ from gvpo_ray.verifiers.verifier import Verifier
 class VerifierGroup:
     """The verifier actors; a group goes to the one with the fewest in hand.
 
-    A verifier that dies, alone or with its node, is started again by Ray, and what it had in hand is checked again: a check has no
-    effect but its answer. With `max_num` the group grows while every verifier has groups waiting, and shrinks when one is idle.
+    A verifier that dies, alone or with its node, is started again by Ray, and what it had in hand is checked
+    again: a check has no effect but its answer. With `max_num` the group grows while every verifier has
+    groups waiting, and shrinks when one is idle.
     """
 
-    def __init__(self, config: VerifiersConfig, rewards: Rewards | None, note: Note = lambda *_: None) -> None:
+    def __init__(
+        self, config: VerifiersConfig, rewards: Rewards | None, note: Note = lambda *_: None
+    ) -> None:
         for function in (rewards or {}).values():
             # Functions of the user's own files travel by value: the actors' machines need not have the files.
             module = inspect.getmodule(function)
-            if module is not None and module.__name__ != "__main__" and "site-packages" not in (module.__file__ or "site-packages"):
+            if (
+                module is not None
+                and module.__name__ != "__main__"
+                and "site-packages" not in (module.__file__ or "site-packages")
+            ):
                 ray.cloudpickle.register_pickle_by_value(module)
         self.config, self._rewards, self._note = config, dict(rewards or {}), note
         self._processes: dict[Any, int] = {}
         self._models: list[Any] = []
-        self._model_rewards = {name: self._reward_model(name, reward) for name, reward in config.rewards.items() if reward.model}
+        self._model_rewards = {
+            name: self._reward_model(name, reward) for name, reward in config.rewards.items() if reward.model
+        }
         self._in_hand: dict[Any, int] = {}
         self._idle_since: dict[Any, float] = {}
         self._endings: set[asyncio.Future[None]] = set()
@@ -69,7 +78,11 @@ class VerifierGroup:
             if self._processes.setdefault(verifier, process) != process:
                 self._processes[verifier] = process
                 number = list(self._in_hand).index(verifier)
-                self._note("verifier", f"verifier-{number}", "its process or its node died; what it had in hand was checked again")
+                self._note(
+                    "verifier",
+                    f"verifier-{number}",
+                    "its process or its node died; what it had in hand was checked again",
+                )
             return scored
         finally:
             self._in_hand[verifier] -= 1
@@ -77,10 +90,20 @@ class VerifierGroup:
 
     def _grow(self) -> None:
         # A group's table may arrive late (from another node): a later one must not wait for it.
-        actor = ray.remote(_VerifierActor).options(
-            name=actor_name(f"verifier-{self._num_started}"), num_cpus=self.config.num_cpus, resources=self.config.resources,
-            max_concurrency=1, allow_out_of_order_execution=True, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
-        ).remote(self.config, self._rewards, self._model_rewards)  # fmt: skip
+        actor = (
+            ray.remote(_VerifierActor)
+            .options(
+                name=actor_name(f"verifier-{self._num_started}"),
+                num_cpus=self.config.num_cpus,
+                resources=self.config.resources,
+                max_concurrency=1,
+                allow_out_of_order_execution=True,
+                scheduling_strategy="SPREAD",
+                max_restarts=-1,
+                max_task_retries=MAX_VERIFIER_DEATHS,
+            )
+            .remote(self.config, self._rewards, self._model_rewards)
+        )
         self._num_started += 1
         self._in_hand[actor] = 0
 
@@ -112,11 +135,15 @@ class VerifierGroup:
         actor = ray.remote(RewardModel)
         actors = [
             actor.options(
-                name=actor_name(f"reward-model-{name}-{i}"), num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_concurrency=1,
-                max_restarts=-1, max_task_retries=MAX_VERIFIER_DEATHS,
+                name=actor_name(f"reward-model-{name}-{i}"),
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                max_concurrency=1,
+                max_restarts=-1,
+                max_task_retries=MAX_VERIFIER_DEATHS,
             ).remote(config.model, config.batch_size, config.num_gpus > 0)
             for i in range(config.num)
-        ]  # fmt: skip
+        ]
         self._models += actors
         return _RemoteReward(actors)
 
@@ -133,13 +160,16 @@ IDLE_S = 30.0
 """A verifier beyond verifiers.num that has had nothing to do for so long is ended."""
 
 MAX_VERIFIER_DEATHS = 1000
-"""Deaths of its verifier that a group survives, those while it waits for its turn included: more are not bad luck but the reward function."""
+"""Deaths of its verifier that a group survives, those while it waits for its turn included: more are not bad
+luck but the reward function."""
 
 
 class _VerifierActor(Verifier):
     @ray.method(num_returns=2)
     def score_group(self, sampled: pa.Buffer) -> tuple[pa.Buffer, int]:
-        """The scored group, and this process's number: what the driver awaits, so that the table does not come to it."""
+        """The scored group, and this process's number: what the driver awaits, so that the table does not
+        come to it.
+        """
         return to_wire(self.score(from_wire(sampled))), os.getpid()
 
 

@@ -10,7 +10,8 @@ class RewardModel:
     """Scores completions by a model; pool.py makes it an actor.
 
     Args:
-        path: model folder or hub name of an `AutoModelForSequenceClassification` with one label, its tokenizer beside it.
+        path: model folder or hub name of an `AutoModelForSequenceClassification` with one label, its
+            tokenizer beside it.
         batch_size: completions in one forward pass.
         on_gpu: bfloat16 on the actor's GPU; else float32 on CPU.
 
@@ -27,29 +28,42 @@ class RewardModel:
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
         if model.config.num_labels != 1:
             raise ValueError(f"the reward model {path} has {model.config.num_labels} outputs, not one")
-        model.config.pad_token_id = self._tokenizer.pad_token_id  # the classifier reads the last token that is not padding
+        # the classifier reads the last token that is not padding
+        model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = model.to(self._device).eval()
 
     def score(self, prompts: list[str], completions: list[str]) -> list[float | tuple[None, str]]:
-        """The classifier's output for each completion: as a chat where the tokenizer has a template, else prompt and completion in a row.
+        """The classifier's output for each completion: as a chat where the tokenizer has a template, else
+        prompt and completion in a row.
 
         A text that does not fit into the model's context has no reward, and a remark that says so.
         """
-        texts = [self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        texts = [
+            self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         ids = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
         context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
         fits = [i for i, row in enumerate(ids) if len(row) <= context]
         rewards: dict[int, float] = {}
         for begin in range(0, len(fits), self._batch_size):
             rows = fits[begin : begin + self._batch_size]
-            batch = self._tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(self._device)
+            batch = self._tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(
+                self._device
+            )
             with self._torch.inference_mode():
-                outputs = self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+                outputs = self._model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                ).logits[:, 0]
             rewards |= zip(rows, outputs.float().tolist(), strict=True)
-        return [rewards[i] if i in rewards else (None, f"{len(ids[i])} tokens do not fit into the reward model") for i in range(len(ids))]
+        return [
+            rewards[i] if i in rewards else (None, f"{len(ids[i])} tokens do not fit into the reward model")
+            for i in range(len(ids))
+        ]
 
     def _text(self, prompt: str, completion: str) -> str:
         if not self._tokenizer.chat_template:

@@ -2,8 +2,9 @@
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
-One number per completion, None where it cannot tell. Built in: math, exact_match, numeric, format, length. In the child that
-runs them (sandbox/process.py) a function sees lists of one; a trusted one (in the verifier itself, as HTTP calls are) whole groups.
+One number per completion, None where it cannot tell. Built in: math, exact_match, numeric, format, length. In
+the child that runs them (sandbox/process.py) a function sees lists of one; a trusted one (in the verifier
+itself, as HTTP calls are) whole groups.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ _STATUS = Path("/proc/self/status")
 
 
 def math_reward(
-    prompts: list[str], completions: list[str], *, answer: list[str], finish_reasons: Sequence[str | None] | None = None, **_: Any
+    prompts: list[str],
+    completions: list[str],
+    *,
+    answer: list[str],
+    finish_reasons: Sequence[str | None] | None = None,
+    **_: Any,
 ) -> list[Score]:
-    """1 if the completion's answer equals the gold answer mathematically (math/grade.py over math-verify), else 0.
+    """1 if the completion's answer equals the gold answer mathematically (math/grade.py over math-verify),
+    else 0.
 
     A completion without an answer is wrong; a gold answer that nobody can read is no ground for either.
     """
@@ -52,10 +59,14 @@ def _math_score(completion: str, gold: str, finish_reason: str | None) -> Score:
     result = grade(completion, gold, truncated=finish_reason == "length")
     if result.correct:
         return 1.0
-    # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no verdict.
-    # Three quarters, because one large request fails long before the last page is used.
+    # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no
+    # verdict. Three quarters, because one large request fails long before the last page is used.
     limit, loaded = resource.getrlimit(resource.RLIMIT_AS)[0], _memory_when_loaded
-    if limit != resource.RLIM_INFINITY and (peak := _peak_memory()) > peak_before and peak > loaded + 0.75 * (limit - loaded):
+    if (
+        limit != resource.RLIM_INFINITY
+        and (peak := _peak_memory()) > peak_before
+        and peak > loaded + 0.75 * (limit - loaded)
+    ):
         raise MemoryError
     score = None if result.correct is None else 0.0
     return score if result.reason is None else (score, f"math: {result.reason}")
@@ -72,10 +83,14 @@ def _peak_memory() -> int:
     return int(_STATUS.read_text().partition("VmPeak:")[2].split()[0]) * 1024
 
 
-def exact_match(prompts: list[str], completions: list[str], *, answer: list[str], ignore_case: bool = True, **_: Any) -> list[Score]:
-    """1 if the completion's answer (or, where it marks none, all of it) is the gold answer letter by letter, else 0.
+def exact_match(
+    prompts: list[str], completions: list[str], *, answer: list[str], ignore_case: bool = True, **_: Any
+) -> list[Score]:
+    """1 if the completion's answer (or, where it marks none, all of it) is the gold answer letter by letter,
+    else 0.
 
-    Spaces around and between words, compatibility forms (full-width digits) and a final full stop do not count.
+    Spaces around and between words, compatibility forms (full-width digits) and a final full stop do not
+    count.
     """
 
     def plain(text: str) -> str:
@@ -102,7 +117,9 @@ _A_UNIT = re.compile(r"[A-Za-z°%µΩ][A-Za-z°%µΩ\d/^·-]{0,40}")
 
 
 def _quantity(text: str) -> tuple[float, str] | None:
-    """(number, unit) of a text such as "$1,250.50", "3/4 cup" or "2.5 \\times 10^3 \\text{ m}"; None: no number."""
+    """(number, unit) of a text such as "$1,250.50", "3/4 cup" or "2.5 \\times 10^3 \\text{ m}"; None: no
+    number.
+    """
     text = text[:MAX_ANSWER_CHARS]
     match = next((m for m in _NUMBER.finditer(text) if m["top"] or m["whole"] or m["decimals"]), None)
     if match is None or not _BEFORE_NUMBER.fullmatch(text[: match.start()]):
@@ -114,7 +131,9 @@ def _quantity(text: str) -> tuple[float, str] | None:
     if match["over"]:
         value = value / int(match["over"]) if int(match["over"]) else math.nan
     value *= 10.0 ** int(match["e"] or match["ten"] or 0)
-    unit = re.sub(r"\\(?:text|mathrm|mbox|textbf)\b|\\[ ,;!]|[\\{}$~\s]|\^?circ\b|[.,;]$", "", text[match.end() :])
+    unit = re.sub(
+        r"\\(?:text|mathrm|mbox|textbf)\b|\\[ ,;!]|[\\{}$~\s]|\^?circ\b|[.,;]$", "", text[match.end() :]
+    )
     if unit and not _A_UNIT.fullmatch(unit):
         return None
     unit = unit[:-1] if len(unit) > 3 and unit.endswith("s") else unit  # metres and metre
@@ -131,18 +150,24 @@ def numeric(
     require_unit: bool = False,
     **_: Any,
 ) -> list[Score]:
-    """1 if the number in the completion's answer is within a tolerance of the gold number, and their units agree, else 0.
+    """1 if the number in the completion's answer is within a tolerance of the gold number, and their units
+    agree, else 0.
 
-    |x - gold| <= max(relative_tolerance |gold|, absolute_tolerance). Units (what follows the number) are compared as text, and
-    only where both have one; `require_unit` refuses an answer without the gold's unit. Nothing is converted.
+    |x - gold| <= max(relative_tolerance |gold|, absolute_tolerance). Units (what follows the number) are
+    compared as text, and only where both have one; `require_unit` refuses an answer without the gold's unit.
+    Nothing is converted.
     """
     return [
-        _numeric_score(extract(completion).text or "", gold, relative_tolerance, absolute_tolerance, require_unit)
+        _numeric_score(
+            extract(completion).text or "", gold, relative_tolerance, absolute_tolerance, require_unit
+        )
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
 
-def _numeric_score(text: str, gold: str, relative_tolerance: float, absolute_tolerance: float, require_unit: bool) -> Score:
+def _numeric_score(
+    text: str, gold: str, relative_tolerance: float, absolute_tolerance: float, require_unit: bool
+) -> Score:
     wanted, found = _quantity(gold), _quantity(text)
     if wanted is None or not math.isfinite(wanted[0]):
         return None, f"numeric: the gold answer {gold[:100]!r} has no number"
@@ -153,7 +178,9 @@ def _numeric_score(text: str, gold: str, relative_tolerance: float, absolute_tol
     return float(abs(found[0] - wanted[0]) <= max(relative_tolerance * abs(wanted[0]), absolute_tolerance))
 
 
-def format_reward(prompts: list[str], completions: list[str], *, boxed: bool = True, think: bool = False, **_: Any) -> list[Score]:
+def format_reward(
+    prompts: list[str], completions: list[str], *, boxed: bool = True, think: bool = False, **_: Any
+) -> list[Score]:
     """1 if the completion has the form that is asked for, else 0.
 
     Args:
@@ -163,11 +190,18 @@ def format_reward(prompts: list[str], completions: list[str], *, boxed: bool = T
 
     def good(text: str) -> bool:
         thoughts, closing, rest = text.rpartition("</think>")
-        if think and not (closing and text.count("<think>") == text.count("</think>") == 1 and thoughts.lstrip().startswith("<think>")
-                          and thoughts.partition("<think>")[2].strip() and rest.strip()):  # fmt: skip
+        if think and not (
+            closing
+            and text.count("<think>") == text.count("</think>") == 1
+            and thoughts.lstrip().startswith("<think>")
+            and thoughts.partition("<think>")[2].strip()
+            and rest.strip()
+        ):
             return False
         final = rest if closing else text
-        return not boxed or (final.count("\\boxed") == 1 and _closed_box(final[final.index("\\boxed") + len("\\boxed") :]))
+        return not boxed or (
+            final.count("\\boxed") == 1 and _closed_box(final[final.index("\\boxed") + len("\\boxed") :])
+        )
 
     return [float(good(completion)) for completion in completions]
 
@@ -190,20 +224,30 @@ def length_reward(
     limit: int = 1024,
     **_: Any,
 ) -> list[Score]:
-    """0 up to `free` tokens, then falling in a line to -1 at `limit` tokens and beyond (DAPO, arXiv 2503.14476, equation 13).
+    """0 up to `free` tokens, then falling in a line to -1 at `limit` tokens and beyond (DAPO, arXiv
+    2503.14476, equation 13).
 
     Words are counted where the token ids are not known (`gvpo-ray verify`).
     """
     if not 0 <= free < limit:
         raise ValueError(f"length: free ({free}) must be at least 0 and below limit ({limit})")
-    sizes = [len(ids) for ids in completion_ids] if completion_ids is not None else [len(text.split()) for text in completions]
+    sizes = (
+        [len(ids) for ids in completion_ids]
+        if completion_ids is not None
+        else [len(text.split()) for text in completions]
+    )
     return [-min(1.0, max(0.0, (size - free) / (limit - free))) for size in sizes]
 
 
 def in_place(prompts: list[str], completions: list[str], *, answer: list[str], **_: Any) -> list[float]:
-    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both texts."""
+    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both
+    texts.
+    """
     found = [extract(completion).text or "" for completion in completions]
-    return [sum(x == y for x, y in zip(text, gold, strict=False)) / max(len(text), len(gold)) for text, gold in zip(found, answer, strict=True)]
+    return [
+        sum(x == y for x, y in zip(text, gold, strict=False)) / max(len(text), len(gold))
+        for text, gold in zip(found, answer, strict=True)
+    ]
 
 
 WARM_UP = [
@@ -212,12 +256,17 @@ WARM_UP = [
     ("\\boxed{(x + 1)^2}", "x^2 + 2x + 1"),
     ("\\boxed{\\sqrt{8} + \\sqrt[3]{2}}", "3\\pi"),
     ("\\boxed{[0, 1) \\cup (2, \\infty)}", "(-\\infty, -1]"),
-    ("\\boxed{\\begin{pmatrix} 1 & a \\\\ 0 & -1 \\end{pmatrix}}", "\\begin{pmatrix} 1 & b \\\\ 0 & -1 \\end{pmatrix}"),
+    (
+        "\\boxed{\\begin{pmatrix} 1 & a \\\\ 0 & -1 \\end{pmatrix}}",
+        "\\begin{pmatrix} 1 & b \\\\ 0 & -1 \\end{pmatrix}",
+    ),
     ("\\boxed{\\sin 2x + \\log_2 x}", "2\\sin x \\cos x + e^{-x}"),
     ("\\boxed{\\{1, 2\\}}", "x \\geq \\frac{a}{b}"),
     ("\\boxed{\\binom{n}{2} + 2!}", "\\frac{n(n - 1)}{2} + |x|"),
 ]
-"""Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all children."""
+"""Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all
+children."""
+
 
 def _warm_up_math() -> None:
     """Grade WARM_UP, and note how much memory that took: the limit of a check is set above it."""
@@ -244,6 +293,8 @@ def source_of(name: str, config: RewardConfig, function: RewardFunction | None) 
         where = {"pickle": base64.b64encode(cloudpickle.dumps(function)).decode()}
     else:
         function = BUILT_IN.get(config.function or name)
-        where = {"place": f"{__name__}:{function.__name__}" if function is not None else config.function or name}
+        where = {
+            "place": f"{__name__}:{function.__name__}" if function is not None else config.function or name
+        }
     # Our own take any column (**_), so that a misspelt argument would be one; users' may mean it.
     return {**where, "arguments": config.arguments, "is_strict": function in BUILT_IN.values()}

@@ -1,7 +1,8 @@
-"""`gvpo-ray verify`: score a file of responses with the verifiers of a run, several at a time, and compare with labels.
+"""`gvpo-ray verify`: score a file of responses with the verifiers of a run, several at a time, and compare
+with labels.
 
-Every row of INPUT gives one row of OUT, in its order, with reward, verdict, reason and seconds beside its own columns. The
-rows so far are in OUT.part; the same command goes on from there.
+Every row of INPUT gives one row of OUT, in its order, with reward, verdict, reason and seconds beside its own
+columns. The rows so far are in OUT.part; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -44,20 +45,25 @@ class MalformedRow(ValueError):
 
 
 def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None = None) -> Counter[str]:
-    """Score every row of `source` (.jsonl or .parquet) into `out` (.jsonl or .parquet); prints progress and a summary.
+    """Score every row of `source` (.jsonl or .parquet) into `out` (.jsonl or .parquet); prints progress and a
+    summary.
 
     Args:
         num_workers: checks at a time; default: the CPUs of this machine.
 
     Returns:
-        Counts: rows, malformed, correct, incorrect, unverifiable, and labelled, agree, false_negative, false_positive.
+        Counts: rows, malformed, correct, incorrect, unverifiable, and labelled, agree, false_negative,
+            false_positive.
 
     Raises:
-        ConfigError: a file that cannot be read or written, OUT.part is of another input or other settings, or no row can be scored.
+        ConfigError: a file that cannot be read or written, OUT.part is of another input or other settings, or
+            no row can be scored.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if unfit := [name for name, reward in config.rewards.items() if reward.model]:
-        raise ConfigError(f"verifiers.rewards.{unfit[0]}: a reward model needs a cluster; verify runs functions and URLs")
+        raise ConfigError(
+            f"verifiers.rewards.{unfit[0]}: a reward model needs a cluster; verify runs functions and URLs"
+        )
     validate_rewards(config)
     num_rows = _count(source)
     with open(source, "rb") as file:
@@ -65,8 +71,18 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
     work = _Work(Path(out), {"input": digest, "verifiers": config.model_dump(mode="json")})
     summary: Counter[str] = Counter()
     limits: deque[int] = deque(maxlen=10)  # rows that hit a limit
-    columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with work, _Pool(config, num_workers or len(os.sched_getaffinity(0))) as pool, Progress(*columns, console=console) as progress:
+    columns = (
+        TextColumn("verify"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with (
+        work,
+        _Pool(config, num_workers or len(os.sched_getaffinity(0))) as pool,
+        Progress(*columns, console=console) as progress,
+    ):
         if work.num_done:
             console.print(f"going on after the {work.num_done} rows of {escape(str(work.part))}")
         bar = progress.add_task("", total=num_rows)
@@ -76,7 +92,9 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
             if str(row["reason"]).startswith(LIMITS):
                 limits.append(line)
             passed = summary["correct"] / max(1, summary["rows"])
-            progress.update(bar, advance=1, description=f"correct {passed:.3f}, unverifiable {summary['unverifiable']}")
+            progress.update(
+                bar, advance=1, description=f"correct {passed:.3f}, unverifiable {summary['unverifiable']}"
+            )
 
         for line, row in work.done():
             count(line, row)
@@ -86,7 +104,9 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
             work.write(line, row)
             count(line, row)
         if summary["malformed"] == summary["rows"]:
-            raise ConfigError(f"{source}: no row has one of {' or '.join(RESPONSE)} and one of {' or '.join(GOLD)}")
+            raise ConfigError(
+                f"{source}: no row has one of {' or '.join(RESPONSE)} and one of {' or '.join(GOLD)}"
+            )
         if pool.all_faults and summary["unverifiable"] == summary["rows"]:
             raise ConfigError(f"a reward function fails on every row: {pool.all_faults}")
         work.finish()
@@ -113,8 +133,12 @@ class _Pool:
         for verifier in self._verifiers:
             verifier.close()
 
-    def score(self, rows: Iterator[tuple[int, Record | MalformedRow]]) -> Iterator[tuple[int, Record, str | None]]:
-        """(line, row with its verdict, what is malformed about it), in the order of the rows; a few per worker are read ahead."""
+    def score(
+        self, rows: Iterator[tuple[int, Record | MalformedRow]]
+    ) -> Iterator[tuple[int, Record, str | None]]:
+        """(line, row with its verdict, what is malformed about it), in the order of the rows; a few per
+        worker are read ahead.
+        """
         waiting: deque[tuple[int, Future[tuple[Record, str | None]]]] = deque()
         for line, row in rows:
             waiting.append((line, self._threads.submit(self._one, line, row)))
@@ -131,16 +155,30 @@ class _Pool:
             response, gold = (_text(row, names, line) for names in (RESPONSE, GOLD))
         except MalformedRow as error:
             fields = {} if isinstance(row, MalformedRow) else row
-            return fields | {"reward": None, "verdict": "unverifiable", "reason": f"malformed: {error}", "seconds": 0.0}, str(error)
+            return fields | {
+                "reward": None,
+                "verdict": "unverifiable",
+                "reason": f"malformed: {error}",
+                "seconds": 0.0,
+            }, str(error)
         if not hasattr(self._local, "verifier"):
             self._local.verifier = Verifier(self._config)
             self._verifiers.append(self._local.verifier)
-        columns = {name: [value] for name, value in row.items() if name not in ("prompt", "prompts", "completions", *RESPONSE, *LABELS)}
+        columns = {
+            name: [value]
+            for name, value in row.items()
+            if name not in ("prompt", "prompts", "completions", *RESPONSE, *LABELS)
+        }
         columns |= {"answer": [gold], "finish_reasons": [row.get("finish_reason")]}
         (check,) = self._local.verifier.check([str(row.get("prompt") or "")], [response], columns)
         if check.reward is None and not str(check.reason).startswith(LIMITS):
             self.all_faults = str(check.reason)
-        added = {"reward": check.reward, "verdict": check.verdict, "reason": check.reason, "seconds": round(check.seconds, 6)}
+        added = {
+            "reward": check.reward,
+            "verdict": check.verdict,
+            "reason": check.reason,
+            "seconds": round(check.seconds, 6),
+        }
         return row | added, None
 
 
@@ -148,7 +186,9 @@ def _text(row: Record, names: tuple[str, str], line: int) -> str:
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         if any(name in row for name in names) and names is GOLD:
-            return ""  # there is a place for the gold answer and nothing in it: the reward functions say that there is no gold
+            # there is a place for the gold answer and nothing in it: the reward functions say that there is
+            # no gold
+            return ""
         raise MalformedRow(f"line {line}: no {' or '.join(names)}")
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -157,7 +197,9 @@ def _text(row: Record, names: tuple[str, str], line: int) -> str:
 
 
 class _Work:
-    """OUT.part: JSON lines, first what they are the work of, then [line, row] in order; becomes OUT at the end."""
+    """OUT.part: JSON lines, first what they are the work of, then [line, row] in order; becomes OUT at the
+    end.
+    """
 
     def __init__(self, out: Path, header: Record) -> None:
         if out.suffix not in (".jsonl", ".parquet"):
@@ -172,7 +214,10 @@ class _Work:
             if self.part.exists() and self.part.stat().st_size:
                 with open(self.part, "rb+") as file:
                     if file.readline() != head:
-                        raise ConfigError(f"--out: {self.part} is unfinished work on another input or with other settings; remove it first")
+                        raise ConfigError(
+                            f"--out: {self.part} is unfinished work on another input or with other "
+                            "settings; remove it first"
+                        )
                     while (text := file.readline()).endswith(b"\n"):
                         self.num_done += 1
                     file.seek(-len(text), os.SEEK_END)  # a torn last line of a killed process
@@ -217,7 +262,9 @@ class _Work:
 
 
 def _as_table(rows: list[Record]) -> pa.Table:
-    """Rows of JSON as Arrow; a column of mixed types becomes text, and half a surrogate pair a question mark."""
+    """Rows of JSON as Arrow; a column of mixed types becomes text, and half a surrogate pair a question
+    mark.
+    """
 
     def valid(value: Any) -> Any:
         return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
@@ -228,18 +275,28 @@ def _as_table(rows: list[Record]) -> pa.Table:
         try:
             arrays[name] = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            arrays[name] = pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
+            arrays[name] = pa.array(
+                [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+            )
     return pa.table(arrays)
 
 
 def _rows(source: str) -> Iterator[tuple[int, Record | MalformedRow]]:
-    """(line, counted from 1, row); blank lines are skipped. A row of a Parquet file has no line: its number is given."""
+    """(line, counted from 1, row); blank lines are skipped. A row of a Parquet file has no line: its number
+    is given.
+    """
     if source.endswith(".parquet"):
         number = 0
         for batch in pq.ParquetFile(source).iter_batches(PARQUET_ROWS):
             # As bytes, because a file may hold text that is none; what is not UTF-8 becomes question marks.
-            texts = [pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in batch.schema]
-            columns = [column.cast(pa.large_binary()) if is_text else column for column, is_text in zip(batch.columns, texts, strict=True)]
+            texts = [
+                pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+                for field in batch.schema
+            ]
+            columns = [
+                column.cast(pa.large_binary()) if is_text else column
+                for column, is_text in zip(batch.columns, texts, strict=True)
+            ]
             for values in zip(*(column.to_pylist() for column in columns), strict=True):
                 number += 1
                 yield number, dict(zip(batch.schema.names, map(_decoded, values, texts), strict=True))
@@ -290,7 +347,14 @@ def _counts(row: Record) -> Counter[str]:
     label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
     if label is not None:
         correct = row["verdict"] == "correct"
-        counts.update({"labelled": 1, "agree": correct == label, "false_negative": label and not correct, "false_positive": correct and not label})
+        counts.update(
+            {
+                "labelled": 1,
+                "agree": correct == label,
+                "false_negative": label and not correct,
+                "false_positive": correct and not label,
+            }
+        )
     return counts
 
 
@@ -309,7 +373,11 @@ def _print(console: Console, out: str, summary: Counter[str], limits: deque[int]
         add("  of these malformed", "malformed", "rows")
     if summary["labelled"]:
         table.add_section()
-        for name, key in (("agree with the label", "agree"), ("false negatives", "false_negative"), ("false positives", "false_positive")):
+        for name, key in (
+            ("agree with the label", "agree"),
+            ("false negatives", "false_negative"),
+            ("false positives", "false_positive"),
+        ):
             add(name, key, "labelled")
     console.print(table)
     if limits:

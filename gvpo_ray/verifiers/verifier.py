@@ -1,7 +1,8 @@
 """Verifiers: group tables with completions in, the same tables with rewards out.
 
-A completion's verdict is correct, incorrect or unverifiable. Unverifiable (a limit, a crash, no gold answer, a reward function
-at fault) is a null reward with a reason, never 0: GVPO then simply has a smaller group. A completion without an answer is incorrect.
+A completion's verdict is correct, incorrect or unverifiable. Unverifiable (a limit, a crash, no gold answer,
+a reward function at fault) is a null reward with a reason, never 0: GVPO then simply has a smaller group. A
+completion without an answer is incorrect.
 """
 
 from __future__ import annotations
@@ -48,23 +49,40 @@ class Check:
     def verdict(self) -> str:
         """correct or incorrect by the first reward function, unverifiable without a reward."""
         first = next(iter(self.parts.values()))
-        return "unverifiable" if self.reward is None or first is None else "correct" if first > 0 else "incorrect"
+        return (
+            "unverifiable"
+            if self.reward is None or first is None
+            else "correct"
+            if first > 0
+            else "incorrect"
+        )
 
 
 def validate_rewards(config: VerifiersConfig, functions: Mapping[str, RewardFunction] | None = None) -> None:
     """Load every reward function once, as the verifiers will; a second, and nothing when all are built in.
 
     Raises:
-        ConfigError: names verifiers.rewards.<name>: no such file, module, function or argument, or its import fails.
+        ConfigError: names verifiers.rewards.<name>: no such file, module, function or argument, or its import
+            fails.
     """
     for name, reward in config.rewards.items():
         place = reward.function or name
-        if place not in BUILT_IN and ":" not in place and name not in (functions or {}) and not reward.url and not reward.model:
+        if (
+            place not in BUILT_IN
+            and ":" not in place
+            and name not in (functions or {})
+            and not reward.url
+            and not reward.model
+        ):
             raise ConfigError(
-                f"verifiers.rewards.{name}: unknown reward; built in is {', '.join(BUILT_IN)}, your own is module:function or "
-                "path.py:function, a callable is passed as reward= from Python, and a section says url or model"
+                f"verifiers.rewards.{name}: unknown reward; built in is {', '.join(BUILT_IN)}, your own is "
+                "module:function or path.py:function, a callable is passed as reward= from Python, and a "
+                "section says url or model"
             )
-    plain = all((reward.function or name) in BUILT_IN and not reward.arguments for name, reward in config.rewards.items())
+    plain = all(
+        (reward.function or name) in BUILT_IN and not reward.arguments
+        for name, reward in config.rewards.items()
+    )
     if functions or not plain:
         Verifier(config, functions).close()  # without the reward models: they are loaded where they run
 
@@ -74,8 +92,8 @@ class Verifier:
 
     Args:
         config: the reward functions with their weights, and the limits.
-        functions: callables by name. One with the name of a configured reward takes its place and keeps its section,
-            any other is added with weight 1. They travel to the child with cloudpickle.
+        functions: callables by name. One with the name of a configured reward takes its place and keeps its
+            section, any other is added with weight 1. They travel to the child with cloudpickle.
         models: callables behind the rewards that have a `model`, by name (pool.py makes them).
 
     Raises:
@@ -90,7 +108,10 @@ class Verifier:
         models: Mapping[str, RewardFunction] | None = None,
     ) -> None:
         functions = functions or {}
-        self._rewards = {**config.rewards, **{name: RewardConfig() for name in functions if name not in config.rewards}}
+        self._rewards = {
+            **config.rewards,
+            **{name: RewardConfig() for name in functions if name not in config.rewards},
+        }
         self._trusted: dict[str, RewardFunction] = dict(models or {})
         sandboxed = {}
         for name, reward in self._rewards.items():
@@ -105,7 +126,11 @@ class Verifier:
         self._sandbox: Sandbox | None = None
         if sandboxed:
             self._sandbox = Sandbox(
-                sandboxed, timeout_s=config.timeout_s, cpu_s=config.cpu_s, memory_gib=config.memory_gib, max_checks=config.max_checks
+                sandboxed,
+                timeout_s=config.timeout_s,
+                cpu_s=config.cpu_s,
+                memory_gib=config.memory_gib,
+                max_checks=config.max_checks,
             )
         self._worked: set[str] = set()  # reward functions
         self._faults: Counter[str] = Counter()
@@ -113,12 +138,17 @@ class Verifier:
     def score(self, groups: pa.Table) -> pa.Table:
         """Add rewards, reward_parts and reward_reasons to a table with prompts and completions.
 
-        Completions that have a reward (replayed ones, and offline ones of a file with rewards) keep it and are not checked again.
+        Completions that have a reward (replayed ones, and offline ones of a file with rewards) keep it and
+        are not checked again.
 
         Raises:
             RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
         """
-        names = [name for name in ("prompt", "completions", *COLUMNS, *group_tables.REWARD_COLUMNS) if name in groups.column_names]
+        names = [
+            name
+            for name in ("prompt", "completions", *COLUMNS, *group_tables.REWARD_COLUMNS)
+            if name in groups.column_names
+        ]
         rewards, all_parts, all_reasons = [], [], []
         for row in group_tables.rows(groups.select(names)):
             given = _given(row, self._rewards)
@@ -128,16 +158,22 @@ class Verifier:
             rewards.append([check.reward for check in checks])
             all_parts.append([(name, [check.parts[name] for check in checks]) for name in self._rewards])
             all_reasons.append([check.reason for check in checks])
-        return group_tables.with_columns(groups, rewards=rewards, reward_parts=all_parts, reward_reasons=all_reasons)
+        return group_tables.with_columns(
+            groups, rewards=rewards, reward_parts=all_parts, reward_reasons=all_reasons
+        )
 
-    def check(self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]) -> list[Check]:
+    def check(
+        self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+    ) -> list[Check]:
         """Score completions, each by itself in the sandbox, and all of them at once by what is trusted."""
         by_name: dict[str, list[Part]] = {name: [] for name in self._rewards}
         seconds = []
         for i, completion in enumerate(completions):
             begin = time.perf_counter()
             if self._sandbox is not None:
-                for name, part in self._sandbox.check(prompts[i], completion, {key: values[i] for key, values in columns.items()}).items():
+                for name, part in self._sandbox.check(
+                    prompts[i], completion, {key: values[i] for key, values in columns.items()}
+                ).items():
                     by_name[name].append(part)
             seconds.append(time.perf_counter() - begin)
         for name, function in self._trusted.items():
@@ -147,7 +183,10 @@ class Verifier:
             seconds = [before + each for before in seconds]
         for name, parts in by_name.items():
             self._count(name, parts, columns.get("group_id"))
-        return [self._combine({name: parts[i] for name, parts in by_name.items()}, seconds[i]) for i in range(len(completions))]
+        return [
+            self._combine({name: parts[i] for name, parts in by_name.items()}, seconds[i])
+            for i in range(len(completions))
+        ]
 
     def close(self) -> None:
         """Kill the processes and remove their scratch folder."""
@@ -174,12 +213,16 @@ class Verifier:
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         reasons = [part.reason for part in parts.values() if part.reason]
-        known = [self._rewards[name].weight * part.value for name, part in parts.items() if part.value is not None]
+        known = [
+            self._rewards[name].weight * part.value for name, part in parts.items() if part.value is not None
+        ]
         reward = sum(known) if len(known) == len(parts) else None
         if reward is not None and not fits_float32(reward):
             reward = None
             reasons.append("the weighted sum is not a finite float32")
-        return Check(reward, {name: part.value for name, part in parts.items()}, "; ".join(reasons) or None, seconds)
+        return Check(
+            reward, {name: part.value for name, part in parts.items()}, "; ".join(reasons) or None, seconds
+        )
 
     def _count(self, name: str, parts: list[Part], group_ids: list[int] | None) -> None:
         """Stop what cannot end well: a function that fails on every row is wrong, not the rows."""
@@ -188,17 +231,24 @@ class Verifier:
                 self._faults[name] += 1
                 if self._faults[name] >= MAX_FAULTS and name not in self._worked:
                     where = f"completion {i} of group {group_ids[i]}" if group_ids else f"completion {i}"
-                    raise RewardError(f"verifiers.rewards.{name} fails on every row ({self._faults[name]} so far), last on {where}: {part.reason}")
+                    raise RewardError(
+                        f"verifiers.rewards.{name} fails on every row ({self._faults[name]} so far), last "
+                        f"on {where}: {part.reason}"
+                    )
             elif part.value is not None:
                 self._worked.add(name)
 
 
 def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
-    """One entry per completion of a group: the reward that it came with, or None. What it has no part of is null."""
+    """One entry per completion of a group: the reward that it came with, or None. What it has no part of is
+    null.
+    """
     none = [None] * len(row["completions"])
     reasons, parts = row.get("reward_reasons") or none, row.get("reward_parts") or {}
     return [
-        None if reward is None else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
+        None
+        if reward is None
+        else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
         for i, reward in enumerate(row.get("rewards") or none)
     ]
 
@@ -207,4 +257,7 @@ def _load_trusted(name: str, source: Mapping[str, Any]) -> RewardFunction:
     try:
         return load(source)
     except Exception as error:  # importing a user's module may raise anything
-        raise ConfigError(f"verifiers.rewards.{name}: {type(error).__name__ + ': ' if not isinstance(error, ConfigError) else ''}{error}") from error
+        raise ConfigError(
+            f"verifiers.rewards.{name}: "
+            f"{type(error).__name__ + ': ' if not isinstance(error, ConfigError) else ''}{error}"
+        ) from error

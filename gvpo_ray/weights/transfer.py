@@ -1,16 +1,19 @@
 """The weight wire, both ends side by side.
 
-`objects` (default): learner rank 0 puts the weights into Ray's object store as safetensors shards; each engine actor pulls them
-(Ray copies an object once per node), lays them into shared memory, and vLLM's core, a process of its own that knows nothing of
-Ray, maps them from there. An engine that joins late pulls the newest version like any other. No GPU is needed.
+`objects` (default): learner rank 0 puts the weights into Ray's object store as safetensors shards; each
+engine actor pulls them (Ray copies an object once per node), lays them into shared memory, and vLLM's core, a
+process of its own that knows nothing of Ray, maps them from there. An engine that joins late pulls the newest
+version like any other. No GPU is needed.
 
 `nccl`: vLLM's own broadcast from learner rank 0 into a fixed fleet of GPU engines.
 
-Both run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights → finish_weight_update(version) → resume.
+Both run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
+finish_weight_update(version) → resume.
 
-Where a LoRA adapter is trained (model.lora), it alone travels, over `objects`, and vLLM's workers merge it into the base model that
-they read from model.path. vLLM's own LoRA support would swap faster, but it decodes at a third of the speed on a CPU, is there for
-fewer models, and passes in silence over tensors that do not fit.
+Where a LoRA adapter is trained (model.lora), it alone travels, over `objects`, and vLLM's workers merge it
+into the base model that they read from model.path. vLLM's own LoRA support would swap faster, but it decodes
+at a third of the speed on a CPU, is there for fewer models, and passes in silence over tensors that do not
+fit.
 """
 
 from __future__ import annotations
@@ -33,16 +36,19 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 SHARD_BYTES = 512 * 2**20
-"""Largest shard, in bytes: bounds what either end holds beside the weights themselves. A larger tensor is a shard of its own."""
+"""Largest shard, in bytes: bounds what either end holds beside the weights themselves. A larger tensor is a
+shard of its own."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class WeightMismatch(RuntimeError):
-    """An engine's log-probs are not the learner's: what was transferred is not what was trained. Names the worst token."""
+    """An engine's log-probs are not the learner's: what was transferred is not what was trained. Names the
+    worst token.
+    """
 
 
-# --- the learner's end ---------------------------------------------------------------------------------------------------
+# --- the learner's end --------------------------------------------------------------------------------------
 
 
 def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[bytes]:
@@ -53,7 +59,11 @@ def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHA
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
-        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        tensor = (
+            tensor.detach()
+            .to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            .contiguous()
+        )
         if shard and size + tensor.nbytes > max_bytes:
             yield to_safetensors(shard)
             shard, size = {}, 0
@@ -64,13 +74,17 @@ def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHA
 
 
 class ObjectPublisher:
-    """Puts each version into the object store. Ray frees it when the buffer has a newer one and no engine is still reading."""
+    """Puts each version into the object store. Ray frees it when the buffer has a newer one and no engine is
+    still reading.
+    """
 
     def __init__(self, put: Callable[[np.ndarray], Any], dtype: torch.dtype, is_sender: bool) -> None:
         self._put, self._dtype, self._is_sender = put, dtype, is_sender
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Called on every rank (gathering sharded weights is a collective); only rank 0 returns where they are."""
+        """Called on every rank (gathering sharded weights is a collective); only rank 0 returns where they
+        are.
+        """
         if not self._is_sender:
             for _ in named_tensors:
                 pass
@@ -86,7 +100,8 @@ class NcclPublisher:
     """vLLM's NCCL broadcast. The fleet is fixed when the first version is sent: a late engine cannot join.
 
     Args:
-        call: (method name, one argument tuple per engine) -> None; runs that method of `Engine` on all engines at once and waits.
+        call: (method name, one argument tuple per engine) -> None; runs that method of `Engine` on all
+            engines at once and waits.
         address, port: where learner rank 0 listens.
     """
 
@@ -107,7 +122,10 @@ class NcclPublisher:
 
     # vLLM's VLLMWeightSyncClient, fanned out to all engines.
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_transfer", [({**init_info, "rank_offset": 1 + i * self._tp},) for i in range(self._num_engines)])
+        self._call(
+            "init_transfer",
+            [({**init_info, "rank_offset": 1 + i * self._tp},) for i in range(self._num_engines)],
+        )
 
     def start_weight_update(self) -> None:
         self._call("begin_update", [()] * self._num_engines)
@@ -119,7 +137,9 @@ class NcclPublisher:
         self._call("finish_update", [(self._version,)] * self._num_engines)
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Called on every rank; returns when all engines run `version`. The first call goes through `named_tensors` twice."""
+        """Called on every rank; returns when all engines run `version`. The first call goes through
+        `named_tensors` twice.
+        """
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -129,38 +149,51 @@ class NcclPublisher:
             publisher = self
 
             class Source(WeightSource):
-                """The tensors of this round; their shapes do not change from round to round, so they are read once."""
+                """The tensors of this round; their shapes do not change from round to round, so they are read
+                once.
+                """
 
                 _metadata: list[ParamMeta] | None = None
 
                 def metadata(self) -> list[ParamMeta]:
                     if self._metadata is None:
-                        self._metadata = [ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in publisher._current]
+                        self._metadata = [
+                            ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in publisher._current
+                        ]
                     return self._metadata
 
                 def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
                     return iter(publisher._current)
 
             world_size = 1 + self._num_engines * self._tp
-            info = NCCLTrainerInitInfo(rank=self._rank, master_address=self._address, master_port=self._port, world_size=world_size)
+            info = NCCLTrainerInitInfo(
+                rank=self._rank, master_address=self._address, master_port=self._port, world_size=world_size
+            )
             self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=Source())
         self._trainer.send_weights()
         if self._rank != 0:
             return None
-        return {"shards": [], "bytes": sum(math.prod(m.shape) * m.dtype.itemsize for m in self._trainer.source.metadata())}
+        return {
+            "shards": [],
+            "bytes": sum(math.prod(m.shape) * m.dtype.itemsize for m in self._trainer.source.metadata()),
+        }
 
 
-# --- the engine's end ----------------------------------------------------------------------------------------------------
+# --- the engine's end ---------------------------------------------------------------------------------------
 
 
 class SharedMemory:
-    """Files in shared memory (a temporary folder where /dev/shm is missing or small) that vLLM's processes of this node can map."""
+    """Files in shared memory (a temporary folder where /dev/shm is missing or small) that vLLM's processes of
+    this node can map.
+    """
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
         need = sum(array.nbytes for array in arrays)
         shm = Path("/dev/shm")
         roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2 * need
-        self._folder = Path(tempfile.mkdtemp(prefix=f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_", dir=shm if roomy else None))
+        self._folder = Path(
+            tempfile.mkdtemp(prefix=f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_", dir=shm if roomy else None)
+        )
         self.paths = [str(self._folder / f"{i}.safetensors") for i in range(len(arrays))]
         try:
             for path, array in zip(self.paths, arrays, strict=True):
@@ -176,11 +209,19 @@ class SharedMemory:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def merge(base: NamedTensors, adapter: dict[str, torch.Tensor], scale: float, dtype: torch.dtype, device: torch.device) -> NamedTensors:
-    """The base model's tensors with `scale` · B A added where the adapter, under the names of peft's files, has A and B of a layer.
+def merge(
+    base: NamedTensors,
+    adapter: dict[str, torch.Tensor],
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> NamedTensors:
+    """The base model's tensors with `scale` · B A added where the adapter, under the names of peft's files,
+    has A and B of a layer.
 
     Raises:
-        ValueError: names what does not fit the model: a wrong shape when its layer comes, a layer that is not there at the end.
+        ValueError: names what does not fit the model: a wrong shape when its layer comes, a layer that is not
+            there at the end.
     """
     left = dict(adapter)
     for name, weight in base:
@@ -192,19 +233,33 @@ def merge(base: NamedTensors, adapter: dict[str, torch.Tensor], scale: float, dt
             if len(found) < 2:
                 raise ValueError(f"the adapter has {names[0]} or {names[1]} alone: {shapes}")
             a, b = found
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or [b.shape[0], a.shape[1]] != list(weight.shape):
-                raise ValueError(f"the adapter does not fit the model: {name} is {list(weight.shape)}, but {shapes}")
+            if (
+                a.ndim != 2
+                or b.ndim != 2
+                or a.shape[0] != b.shape[1]
+                or [b.shape[0], a.shape[1]] != list(weight.shape)
+            ):
+                raise ValueError(
+                    f"the adapter does not fit the model: {name} is {list(weight.shape)}, but {shapes}"
+                )
             # The base in float32 and one rounding: the sum is what a checkpoint holds.
-            weight = (weight.to(device).float() + scale * b.to(device).float() @ a.to(device).float()).to(dtype)
+            weight = (weight.to(device).float() + scale * b.to(device).float() @ a.to(device).float()).to(
+                dtype
+            )
         yield name, weight
     if left:
-        raise ValueError(f"the adapter does not fit the model, which has no layer for {', '.join(sorted(left)[:3])} ({len(left)} in all)")
+        raise ValueError(
+            f"the adapter does not fit the model, which has no layer for {', '.join(sorted(left)[:3])} "
+            f"({len(left)} in all)"
+        )
 
 
 def die_with_parent() -> None:
-    """vLLM plugin (pyproject's vllm.general_plugins), called in each of vLLM's processes as it starts: it must not outlive the actor.
+    """vLLM plugin (pyproject's vllm.general_plugins), called in each of vLLM's processes as it starts: it
+    must not outlive the actor.
 
-    vLLM's core notices a dead parent when it runs, but not while it starts, and would hold its memory for minutes.
+    vLLM's core notices a dead parent when it runs, but not while it starts, and would hold its memory for
+    minutes.
     """
     is_child = multiprocessing.parent_process() is not None
     if is_child and sys.platform == "linux":

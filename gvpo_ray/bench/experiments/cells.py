@@ -1,8 +1,9 @@
 """Experiments on the real ring: what `gvpo-ray bench paper` and `gvpo-ray bench staleness` share.
 
-A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a folder of its own, where a killed
-one resumes; what a finished one gave is a row of results.parquet, and it is not run again. Tables and pictures are made of the rows. Commands
-can run side by side in one folder: each takes cells that nobody else is at.
+A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a
+folder of its own, where a killed one resumes; what a finished one gave is a row of results.parquet, and it is
+not run again. Tables and pictures are made of the rows. Commands can run side by side in one folder: each
+takes cells that nobody else is at.
 """
 
 from __future__ import annotations
@@ -41,42 +42,52 @@ TASKS = {
     "arithmetic": (
         "quickstart.yaml",
         {
-            "groups_per_step": 16, "learner.num_workers": 1, "learner.backend": "ddp", "learner.zero_stage": 0,
-            "verifiers.num": 1, "verifiers.rewards": {"exact_match": 1.0},  # says the same as math of whole numbers in a box
+            "groups_per_step": 16,
+            "learner.num_workers": 1,
+            "learner.backend": "ddp",
+            "learner.zero_stage": 0,
+            # says the same as math of whole numbers in a box
+            "verifiers.num": 1,
+            "verifiers.rewards": {"exact_match": 1.0},
         },
     ),
     "chain": ("chain_cpu.yaml", {}),
     "sort": ("sort_cpu.yaml", {"groups_per_step": 16}),
-}  # fmt: skip
+}
 """The config of each task, and what of it is otherwise here.
 
-MODELS has what its warm start made (`python jobs/warm_start.py CONFIG`), for another machine's arithmetic would end in another model (chains:
-right 11 times in 100, and 32), and rows of two such models are not to be compared.
+MODELS has what its warm start made (`python jobs/warm_start.py CONFIG`), for another machine's arithmetic
+would end in another model (chains: right 11 times in 100, and 32), and rows of two such models are not to be
+compared.
 """
 EVERY, TRAIN_LIMIT = 20, 1000
-"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts by which trials are compared: with 256 of them the
-standard error would be two points, which is as far as trials lie apart."""
+"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts by which trials
+are compared: with 256 of them the standard error would be two points, which is as far as trials lie apart."""
 MEASURED, COMPARED = ("heldout", "greedy"), ("train",)
-"""Evaluated at the end: of trials the second alone, so that no choice is made by what the tables report; of all other cells the first."""
+"""Evaluated at the end: of trials the second alone, so that no choice is made by what the tables report; of
+all other cells the first."""
 
 
 def require_checkout() -> None:
-    """Refuse to run from a wheel, which holds the package alone: neither the configs nor the models that cells start from.
+    """Refuse to run from a wheel, which holds the package alone: neither the configs nor the models that
+    cells start from.
 
     Raises:
         ConfigError: one line that names what is missing.
     """
     for folder in (JOBS, MODELS):
         if not folder.is_dir():
-            raise ConfigError(f"bench paper and bench staleness run from a checkout of the repository: there is no {folder}")
+            raise ConfigError(
+                f"bench paper and bench staleness run from a checkout of the repository: there is no {folder}"
+            )
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run.
 
-    `age`: every batch is trained so many steps after it was sampled (as far as there are so many): the learner waits until all that the dial
-    allows is sampled.
+    `age`: every batch is trained so many steps after it was sampled (as far as there are so many): the
+    learner waits until all that the dial allows is sampled.
     """
 
     task: str
@@ -86,7 +97,12 @@ class Cell:
 
     @property
     def key(self) -> str:
-        what = [self.task, sorted((name, str(value)) for name, value in self.overrides.items()), self.seed, self.age]
+        what = [
+            self.task,
+            sorted((name, str(value)) for name, value in self.overrides.items()),
+            self.seed,
+            self.age,
+        ]
         return f"{self.task}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}"
 
 
@@ -103,7 +119,9 @@ class Results:
 
     def read(self) -> None:
         """What others have added, too."""
-        self.rows = {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
+        self.rows = (
+            {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
+        )
 
     def add(self, row: ResultRow) -> None:
         with locked(self.path.with_suffix(".lock")):
@@ -133,7 +151,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class Method:
-    """An objective and its options as they usually are, and the option that is tuned beside the learning rate, its usual value first.
+    """An objective and its options as they usually are, and the option that is tuned beside the learning
+    rate, its usual value first.
 
     Without an option the learning rate is all there is to tune, and gets all trials.
     """
@@ -145,20 +164,40 @@ class Method:
     def at(self, rate: float, value: Any) -> dict[str, Any]:
         if self.option is None:
             return {**self.overrides, "learner.learning_rate": rate}
-        options = {"loss.clip_low": value, "loss.clip_high": value} if self.option == "loss.clip" else {self.option: value}
+        options = (
+            {"loss.clip_low": value, "loss.clip_high": value}
+            if self.option == "loss.clip"
+            else {self.option: value}
+        )
         return {**self.overrides, **options, "learner.learning_rate": rate}
 
 
-RATES, TUNING_SEED = {"arithmetic": (1e-4, 2e-4, 4e-4, 8e-4), "chain": (5e-5, 1e-4, 2e-4, 4e-4), "sort": (1e-4, 2e-4, 4e-4, 8e-4)}, 1000
+RATES, TUNING_SEED = (
+    {
+        "arithmetic": (1e-4, 2e-4, 4e-4, 8e-4),
+        "chain": (5e-5, 1e-4, 2e-4, 4e-4),
+        "sort": (1e-4, 2e-4, 4e-4, 8e-4),
+    },
+    1000,
+)
 NUM_TRIALS = 4
-"""The budget of each method: the two learning rates in the middle with the usual value of its own option, the one beyond the better of them, and
-the option's other value at the best of the three; without an option, the rate between that one and the better of its neighbours."""
+"""The budget of each method: the two learning rates in the middle with the usual value of its own option, the
+one beyond the better of them, and the option's other value at the best of the three; without an option, the
+rate between that one and the better of its neighbours."""
 
 
 def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> None:
     """Run the trials of all methods, on a seed of their own."""
     for _ in range(3):  # a trial is known when those before it have ended
-        run_all([cell for task in tasks for method in methods.values() for cell in trials(task, method, age, results)], results)
+        run_all(
+            [
+                cell
+                for task in tasks
+                for method in methods.values()
+                for cell in trials(task, method, age, results)
+            ],
+            results,
+        )
 
 
 def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
@@ -187,7 +226,9 @@ def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
 
 
 def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
-    """Overrides of the trial that was right most often on training prompts; None until all of them are there."""
+    """Overrides of the trial that was right most often on training prompts; None until all of them are
+    there.
+    """
     cells = trials(task, method, age, results)
     rows = results.of(cells)
     if len(rows) < NUM_TRIALS:
@@ -199,7 +240,9 @@ WRITE_EVERY_S = 60.0
 
 
 def run_all(cells: Iterable[Cell], results: Results, write: Callable[[], None] = lambda: None) -> None:
-    """Run what has no row yet, and wait for what others run; `write` the tables now and then, and at the end."""
+    """Run what has no row yet, and wait for what others run; `write` the tables now and then, and at the
+    end.
+    """
     todo = {cell.key: cell for cell in cells if cell.key not in results.rows}
     num, began = len(todo), time.monotonic()
     written = began
@@ -209,7 +252,11 @@ def run_all(cells: Iterable[Cell], results: Results, write: Callable[[], None] =
                 results.read()
                 if mine and cell.key not in results.rows:
                     done = num - sum(key not in results.rows for key in todo)
-                    left = f", {(time.monotonic() - began) / done * (num - done) / 60:.0f} min left" if done else ""
+                    left = (
+                        f", {(time.monotonic() - began) / done * (num - done) / 60:.0f} min left"
+                        if done
+                        else ""
+                    )
                     _run_and_say(cell, results, f"{done + 1}/{num}{left}")
             if time.monotonic() - written > WRITE_EVERY_S:
                 write()
@@ -223,7 +270,9 @@ def _run_and_say(cell: Cell, results: Results, place: str) -> None:
     changes = " ".join(f"{name}={value}" for name, value in cell.overrides.items())
     print(f"[{place}] {cell.task} seed={cell.seed} age={cell.age} {changes}", flush=True)
     row = run(cell, results.folder)
-    ends = ", ".join(f"{name} {row[name]:.3f}" for name in ("pass@1", "greedy", "train") if row[name] is not None)
+    ends = ", ".join(
+        f"{name} {row[name]:.3f}" for name in ("pass@1", "greedy", "train") if row[name] is not None
+    )
     print(f"    {ends}; pass@1 began at {row['start']:.3f}, {row['seconds']:.0f} s", flush=True)
     results.add(row)
     for name in ("groups", "checkpoints", "evaluations"):
@@ -235,26 +284,49 @@ def prepare(task: str, folder: Path) -> dict[str, Any]:
     with locked(folder / "tasks" / f"{task}.lock"):
         if not (data := folder / "tasks" / task / "data").exists():
             make(task, data)
-        result: dict[str, Any] = evaluate(config_of(Cell(task), folder), out=str(folder / "tasks" / task / "start"))["sets"]
+        result: dict[str, Any] = evaluate(
+            config_of(Cell(task), folder), out=str(folder / "tasks" / task / "start")
+        )["sets"]
     return result
 
 
 def config_of(cell: Cell, folder: Path) -> GVPOConfig:
     file, changes = TASKS[cell.task]
     task = folder / "tasks" / cell.task
-    held_out, train = ({"path": str(task / "data" / f"{name}.parquet"), "template": "{prompt}\n"} for name in ("heldout", "train"))
+    held_out, train = (
+        {"path": str(task / "data" / f"{name}.parquet"), "template": "{prompt}\n"}
+        for name in ("heldout", "train")
+    )
     curve = {**held_out, "limit": 64, "num_samples": 4}
-    sets = {"heldout": held_out, "greedy": {**held_out, "temperature": 0}, "train": {**train, "limit": TRAIN_LIMIT}, "curve": curve}
+    sets = {
+        "heldout": held_out,
+        "greedy": {**held_out, "temperature": 0},
+        "train": {**train, "limit": TRAIN_LIMIT},
+        "curve": curve,
+    }
     paths = {
-        "run_dir": str(folder / "cells" / cell.key), "model.path": str(MODELS / cell.task), "prompts.path": str(task / "data" / "train.parquet"),
+        "run_dir": str(folder / "cells" / cell.key),
+        "model.path": str(MODELS / cell.task),
+        "prompts.path": str(task / "data" / "train.parquet"),
         "warm_start.data.path": str(task / "data" / "worked.parquet"),
         "evaluation": {"every": 0, "sets": sets},
-    }  # fmt: skip
-    # In its core's own process, as on a GPU, vLLM starts sooner and leaves more of two cores to others than with a process beside it.
+    }
+    # In its core's own process, as on a GPU, vLLM starts sooner and leaves more of two cores to others than
+    # with a process beside it.
     in_the_core = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
-    here = {"seed": cell.seed, "max_staleness": cell.age, "checkpoint.every": 1000, "engines.parity_every": 0, "engines.vllm": in_the_core}
-    if any(name.startswith("sources.people.") for name in cell.overrides):  # those whose solutions the warm start imitates
-        paths |= {"sources.people.path": paths["warm_start.data.path"], "sources.people.completion_column": "solution"}
+    here = {
+        "seed": cell.seed,
+        "max_staleness": cell.age,
+        "checkpoint.every": 1000,
+        "engines.parity_every": 0,
+        "engines.vllm": in_the_core,
+    }
+    # those whose solutions the warm start imitates
+    if any(name.startswith("sources.people.") for name in cell.overrides):
+        paths |= {
+            "sources.people.path": paths["warm_start.data.path"],
+            "sources.people.completion_column": "solution",
+        }
     return GVPOConfig.from_file(JOBS / file, {**changes, **here, **cell.overrides, **paths})
 
 
@@ -282,36 +354,71 @@ def run(cell: Cell, folder: Path) -> ResultRow:
     curve = [{"step": 0, "pass@1": start["heldout"]["pass@1"]["value"], "kl": 0.0}]
     for line, name in itertools.product(lines, ("curve", "heldout")):
         if f"eval/{name}/pass@1" in line:
-            kl = divergence(config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow")
+            kl = divergence(
+                config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow"
+            )
             curve.append({"step": line["step"], "pass@1": line[f"eval/{name}/pass@1"], "kl": kl})
-    ends = {name: line[f"eval/{name}/pass@1"] for line in lines for name in final if f"eval/{name}/pass@1" in line}  # of the newest line
+    # of the newest line
+    ends = {
+        name: line[f"eval/{name}/pass@1"] for line in lines for name in final if f"eval/{name}/pass@1" in line
+    }
     last = [line["reward/mean"] for line in trained[-10:]]
     return {
-        "cell": cell.key, "task": cell.task, "seed": cell.seed, "age": cell.age, "overrides": json.dumps(dict(cell.overrides)),
-        "start": curve[0]["pass@1"], "start_greedy": start["greedy"]["pass@1"]["value"], "pass@1": ends.get("heldout"), "greedy": ends.get("greedy"),
-        "train": ends.get("train"), "kl": curve[-1]["kl"], "reward": statistics.mean(last), "curve": curve,
+        "cell": cell.key,
+        "task": cell.task,
+        "seed": cell.seed,
+        "age": cell.age,
+        "overrides": json.dumps(dict(cell.overrides)),
+        "start": curve[0]["pass@1"],
+        "start_greedy": start["greedy"]["pass@1"]["value"],
+        "pass@1": ends.get("heldout"),
+        "greedy": ends.get("greedy"),
+        "train": ends.get("train"),
+        "kl": curve[-1]["kl"],
+        "reward": statistics.mean(last),
+        "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),
         "binding": statistics.mean(line["gvpo/binding"] for line in trained),
-        "steps": json.dumps([[None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS] for line in trained]),
+        "steps": json.dumps(
+            [
+                [None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS]
+                for line in trained
+            ]
+        ),
         "seconds": time.monotonic() - began,
-    }  # fmt: skip
+    }
 
 
 STEP_METRICS = (
-    "reward/mean", "gvpo/residual_var", "gvpo/reward_var", "gvpo/implicit_reward_var", "gvpo/reward_correlation", "gvpo/binding",
-    "gvpo/effective_share", "policy/log_ratio_rms", "policy/kl_ref", "grad_norm", "completions/length_mean", "staleness/mean",
-    "gvpo/kept", "gvpo/damping", "gvpo/beta",
-)  # fmt: skip
+    "reward/mean",
+    "gvpo/residual_var",
+    "gvpo/reward_var",
+    "gvpo/implicit_reward_var",
+    "gvpo/reward_correlation",
+    "gvpo/binding",
+    "gvpo/effective_share",
+    "policy/log_ratio_rms",
+    "policy/kl_ref",
+    "grad_norm",
+    "completions/length_mean",
+    "staleness/mean",
+    "gvpo/kept",
+    "gvpo/damping",
+    "gvpo/beta",
+)
 """Of every step, in a row's `steps`."""
 
 
 @torch.inference_mode()
 def divergence(model_path: str, evaluation: Path) -> float:
-    """KL(pi || pi_0) in nats per completion: mean of log pi - log pi_0 over the completions of an evaluation, which pi sampled."""
+    """KL(pi || pi_0) in nats per completion: mean of log pi - log pi_0 over the completions of an evaluation,
+    which pi sampled.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one for each point of a curve, among the lines that say what the cells gave
+    # one for each point of a curve, among the lines that say what the cells gave
+    logging.disable_progress_bar()
     start = CompletionLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
     rows = list(groups.rows(groups.load(evaluation)))
     differences = []
@@ -319,5 +426,7 @@ def divergence(model_path: str, evaluation: Path) -> float:
         batch = rows[first : first + 64]
         inputs, lengths = padded_inputs(batch, "cpu")
         sampled = [sum(logprobs) for row in batch for logprobs in row["sampling_logprobs"]]
-        differences += [a - b for a, b in zip(sampled, sequence_sums(start(**inputs), lengths).tolist(), strict=True)]
+        differences += [
+            a - b for a, b in zip(sampled, sequence_sums(start(**inputs), lengths).tolist(), strict=True)
+        ]
     return statistics.mean(differences)

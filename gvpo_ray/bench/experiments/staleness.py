@@ -1,9 +1,12 @@
-"""`gvpo-ray bench staleness`: how well each objective learns from data of a given age, the same number of trained groups for all.
+"""`gvpo-ray bench staleness`: how well each objective learns from data of a given age, the same number of
+trained groups for all.
 
-Age a: each batch is trained a steps after it was sampled, which is what a fleet that is always ahead by the dial's whole width gives
-(`max_staleness: a`). Unbounded: everything is sampled from the first policy, before the first step. Nothing is discarded at any age.
+Age a: each batch is trained a steps after it was sampled, which is what a fleet that is always ahead by the
+dial's whole width gives (`max_staleness: a`). Unbounded: everything is sampled from the first policy, before
+the first step. Nothing is discarded at any age.
 
-Each method is tuned once with the same budget of four runs (cells.py: `tune`), at age 16, and keeps what was best there at every age.
+Each method is tuned once with the same budget of four runs (cells.py: `tune`), at age 16, and keeps what was
+best there at every age.
 """
 
 from __future__ import annotations
@@ -26,8 +29,12 @@ METHODS = {
     "gvpo, every: 16": Method({"loss.reference": "every: 16"}, "loss.beta", BETAS),
     "gvpo, initial": Method({"loss.reference": "initial"}, "loss.beta", BETAS),
     "grpo, with the ratio": Method({"loss": {}, "loss.objective": "grpo"}, "loss.clip", CLIPS),
-    "grpo, without": Method({"loss": {}, "loss.objective": "grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS),
-    "dr_grpo, without": Method({"loss": {}, "loss.objective": "dr_grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS),
+    "grpo, without": Method(
+        {"loss": {}, "loss.objective": "grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS
+    ),
+    "dr_grpo, without": Method(
+        {"loss": {}, "loss.objective": "dr_grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS
+    ),
 }
 
 FEW = (0, 16, 100)
@@ -36,7 +43,11 @@ WHOLE = {name: FEW if name == "gvpo, behaviour alone" else AGES for name in METH
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 """Ages of each method: the whole table of one task, the outlines of the others."""
 
-FOREIGN = {"none": {}, "half": {"sources.people.group_share": 0.5}, "all": {"sources.people.group_share": 1.0}}
+FOREIGN = {
+    "none": {},
+    "half": {"sources.people.group_share": 0.5},
+    "all": {"sources.people.group_share": 1.0},
+}
 """Of all groups, those of people's completions: the rest is the policy's own, of age 0."""
 MEASURES = {"pass@1": "at temperature 1", "greedy": "greedy"}
 
@@ -56,7 +67,9 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
         tune([task], {name: METHODS[name] for name in grid}, TUNED_AT, results)
         for num in range(1, num_seeds + 1):  # a whole table early, a better one later
             places = [(method, age) for age in AGES for method in grid if age in grid[method]]
-            cells = [cell for method, age in places for cell in cells_of(task, method, age, range(num), results)]
+            cells = [
+                cell for method, age in places for cell in cells_of(task, method, age, range(num), results)
+            ]
             run_all(cells, results, partial(write, results, range(num)))
     if "arithmetic" in tasks:
         cells = [cell for alike in foreign_cells(range(num_seeds), results).values() for cell in alike]
@@ -65,35 +78,79 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
 
 def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell]]:
     options = tuned("arithmetic", METHODS["gvpo (default)"], TUNED_AT, results)
-    return {} if options is None else {share: [Cell("arithmetic", {**options, **more}, seed) for seed in seeds] for share, more in FOREIGN.items()}
+    return (
+        {}
+        if options is None
+        else {
+            share: [Cell("arithmetic", {**options, **more}, seed) for seed in seeds]
+            for share, more in FOREIGN.items()
+        }
+    )
 
 
 def write(results: Results, seeds: Sequence[int]) -> None:
-    """staleness.md and for each task a picture of the ends and one of the whole curves, from what is there."""
+    """staleness.md and for each task a picture of the ends and one of the whole curves, from what is
+    there.
+    """
     tasks = []
     intervals = f"± 95 % over up to {len(seeds)} seeds, without it one run"
     text = ["# Data age", "", f"pass@1 in % on held-out prompts after 100 steps; {intervals}.", ""]
     for task in GRIDS:
-        methods, ages = GRIDS[task], [age for age in AGES if any(age in some for some in GRIDS[task].values())]
-        rows = {(method, age): results.of(cells_of(task, method, age, seeds, results)) for method in methods for age in ages}
+        methods, ages = (
+            GRIDS[task],
+            [age for age in AGES if any(age in some for some in GRIDS[task].values())],
+        )
+        rows = {
+            (method, age): results.of(cells_of(task, method, age, seeds, results))
+            for method in methods
+            for age in ages
+        }
         if not any(rows.values()):
             continue
         tasks.append(task)
         text += [f"## {task}", ""]
         for name, title in MEASURES.items():
-            body = [[method, *(percent([row[name] for row in rows[method, age]]) for age in ages)] for method in methods]
+            body = [
+                [method, *(percent([row[name] for row in rows[method, age]]) for age in ages)]
+                for method in methods
+            ]
             text += [markdown([f"{title}, age in steps", *map(_named, ages)], body)]
-        text += [f"![pass@1 against age](staleness-{task}.png)", "", f"![whole curves](curves-{task}.png)", ""]
+        text += [
+            f"![pass@1 against age](staleness-{task}.png)",
+            "",
+            f"![whole curves](curves-{task}.png)",
+            "",
+        ]
         lines = {
-            method: [(i, sum(row["pass@1"] for row in found) / len(found)) for i, age in enumerate(ages) if (found := rows[method, age])]
+            method: [
+                (i, sum(row["pass@1"] for row in found) / len(found))
+                for i, age in enumerate(ages)
+                if (found := rows[method, age])
+            ]
             for method in methods
         }
-        picture(results.folder / f"staleness-{task}.png", {task: lines}, "age in steps", "pass@1", ticks=[*map(_named, ages)])
-        curves = {f"age {_named(age)}": {method: mean_curve(rows[method, age], "step") for method in methods} for age in ages}
+        picture(
+            results.folder / f"staleness-{task}.png",
+            {task: lines},
+            "age in steps",
+            "pass@1",
+            ticks=[*map(_named, ages)],
+        )
+        curves = {
+            f"age {_named(age)}": {method: mean_curve(rows[method, age], "step") for method in methods}
+            for age in ages
+        }
         picture(results.folder / f"curves-{task}.png", curves, "steps", "pass@1")
     foreign = {share: results.of(cells) for share, cells in foreign_cells(seeds, results).items()}
-    body = [[title, *(percent([row[name] for row in rows]) for rows in foreign.values())] for name, title in MEASURES.items()]
-    text += ["## People's completions, of all groups (arithmetic)", "", markdown(["", *foreign], body)] if any(foreign.values()) else []
+    body = [
+        [title, *(percent([row[name] for row in rows]) for rows in foreign.values())]
+        for name, title in MEASURES.items()
+    ]
+    text += (
+        ["## People's completions, of all groups (arithmetic)", "", markdown(["", *foreign], body)]
+        if any(foreign.values())
+        else []
+    )
     text += tuned_options(tasks, METHODS, TUNED_AT, results)
     (results.folder / "staleness.md").write_text("\n".join(text))
 

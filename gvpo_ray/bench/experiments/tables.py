@@ -18,7 +18,9 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval over seeds (nan for one)."""
     if len(values) < 2:
         return statistics.mean(values), math.nan
-    return statistics.mean(values), STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(
+        len(values)
+    )
 
 
 def percent(values: Sequence[float]) -> str:
@@ -33,14 +35,28 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def tuned_options(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> list[str]:
+def tuned_options(
+    tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results
+) -> list[str]:
     """Lines that say what each method was tuned to."""
     body = []
     for name, method in methods.items():
         found = [tuned(task, method, age, results) for task in tasks]
-        keys = ["learner.learning_rate", *(["loss.clip_low" if method.option == "loss.clip" else method.option] if method.option else [])]
-        body.append([name, method.option or "", *(", ".join(str(best[key]) for key in keys) if best else "" for best in found)])
-    text = f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning rate, and the option"
+        keys = [
+            "learner.learning_rate",
+            *(["loss.clip_low" if method.option == "loss.clip" else method.option] if method.option else []),
+        ]
+        body.append(
+            [
+                name,
+                method.option or "",
+                *(", ".join(str(best[key]) for key in keys) if best else "" for best in found),
+            ]
+        )
+    text = (
+        f"Tuned with {NUM_TRIALS} runs each at age {age}, by pass@1 on training prompts: learning "
+        "rate, and the option"
+    )
     return [f"{text}.", "", markdown(["", "option", *tasks], body)]
 
 
@@ -48,16 +64,27 @@ Lines = Mapping[str, Sequence[tuple[float, ...]]]
 """Points (x, y), or (x, y, from, to) with a range to draw, by the name of their line."""
 
 
-def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()) -> None:
-    """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`: names of x = 0, 1, …"""
+def picture(
+    path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()
+) -> None:
+    """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`:
+    names of x = 0, 1, …
+    """
     from matplotlib.figure import Figure
 
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     columns = min(3, max(1, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(6, 4) if columns == 1 else (4 * columns, 3.2 * rows), dpi=120, layout="constrained")
+    figure = Figure(
+        figsize=(6, 4) if columns == 1 else (4 * columns, 3.2 * rows), dpi=120, layout="constrained"
+    )
     grid = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for lines in panels.values() for name, points in lines.items() if points))}
+    colours = {
+        name: f"C{i}"
+        for i, name in enumerate(
+            dict.fromkeys(name for lines in panels.values() for name, points in lines.items() if points)
+        )
+    }
     drawn: dict[str, Any] = {}
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         axes.set(title=title, xlabel=x, ylabel=y, xscale=scale)
@@ -83,4 +110,6 @@ def picture(path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str 
 def mean_curve(rows: Sequence[ResultRow], x: str) -> list[tuple[float, ...]]:
     """(x, pass@1) along runs of other seeds, as means over them; `x` is `step` or `kl`."""
     places = zip(*(row["curve"] for row in rows), strict=True)
-    return [tuple(statistics.mean(point[name] for point in alike) for name in (x, "pass@1")) for alike in places]
+    return [
+        tuple(statistics.mean(point[name] for point in alike) for name in (x, "pass@1")) for alike in places
+    ]

@@ -1,6 +1,8 @@
-"""How the learner's parameters, gradients and optimizer are spread over its ranks: the seam that every backend stands behind.
+"""How the learner's parameters, gradients and optimizer are spread over its ranks: the seam that every
+backend stands behind.
 
-learner/policy.py is its only user. A result never depends on which backend computes it, but for the order of float32 sums.
+learner/policy.py is its only user. A result never depends on which backend computes it, but for the order of
+float32 sums.
 """
 
 from __future__ import annotations
@@ -15,25 +17,34 @@ from gvpo_ray.config.learner import LearnerConfig
 
 
 class Backend(Protocol):
-    """Every rank makes the same number of forward and backward passes per update: with sharded parameters they are collectives.
+    """Every rank makes the same number of forward and backward passes per update: with sharded parameters
+    they are collectives.
 
-    All average gradients over the ranks, so a loss that is a share of a global sum is multiplied by the number of ranks.
+    All average gradients over the ranks, so a loss that is a share of a global sum is multiplied by the
+    number of ranks.
     """
 
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor: ...  # is_last: of this update, where there are gradients
+    # is_last: of this update, where there are gradients
+    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor: ...
     def backward(self, loss: Tensor, is_last: bool) -> None: ...
-    def step(self, learning_rate: float) -> float: ...  # returns the gradient's norm before clipping; where it is not finite, no update
+    # returns the gradient's norm before clipping; where it is not finite, no update
+    def step(self, learning_rate: float) -> float: ...
     def full(self, parameter: nn.Parameter) -> Tensor: ...  # the whole parameter, on every rank
-    def fill(self, parameter: nn.Parameter, value: Tensor) -> None: ...  # with a whole value, the same on every rank
-    def local(self, parameter: nn.Parameter) -> list[Tensor]: ...  # this rank's part of it, which forward passes read
-    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...  # exp_avg, exp_avg_sq, master: whole, float32
+    # with a whole value, the same on every rank
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None: ...
+    # this rank's part of it, which forward passes read
+    def local(self, parameter: nn.Parameter) -> list[Tensor]: ...
+    # exp_avg, exp_avg_sq, master: whole, float32
+    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...
     def init_state(self, num_updates: int) -> None: ...  # make the state that set_state then fills
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None: ...
 
 
 def adamw(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
+    )
 
 
 def fill_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], num_updates: int) -> None:

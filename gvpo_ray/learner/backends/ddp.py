@@ -15,7 +15,9 @@ from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state
 class DDPBackend:
     """torch's DistributedDataParallel: replicated float32 parameters and optimizer; bfloat16 by autocast."""
 
-    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._config, self._dtype, self._device = config, dtype, device
         self._optimizer = adamw(module, config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]

@@ -14,15 +14,21 @@ from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state
 class DeepSpeedBackend:
     """DeepSpeed ZeRO 0 to 3 over the process group that is there, with torch's AdamW (no op is built)."""
 
-    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
         import deepspeed
 
         self._config, self._device, self._module = config, device, module
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw(module, config), config=deepspeed_config(config, dtype), dist_init_required=False
+            model=module,
+            optimizer=adamw(module, config),
+            config=deepspeed_config(config, dtype),
+            dist_init_required=False,
         )
         self._is_zero = config.zero_stage > 0
-        self._autocast_dtype = torch.float32 if self._is_zero else dtype  # ZeRO's parameters are in bfloat16 themselves
+        # ZeRO's parameters are in bfloat16 themselves
+        self._autocast_dtype = torch.float32 if self._is_zero else dtype
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
         if not torch.is_grad_enabled():  # DeepSpeed's engine has no part in these
@@ -41,8 +47,11 @@ class DeepSpeedBackend:
             self._engine.step()
             return float("inf") if self._optimizer.overflow else float(self._engine.get_global_grad_norm())
         # DeepSpeed clips plain gradients too, but does not say what their norm was.
-        norm = float(nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None]))
-        if not norm < float("inf"):  # an update by nothing, at a learning rate of nothing, leaves AdamW's moments damaged: none at all
+        norm = float(
+            nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+        )
+        # an update by nothing, at a learning rate of nothing, leaves AdamW's moments damaged: none at all
+        if not norm < float("inf"):
             for parameter in self._engine.module.parameters():
                 parameter.grad = None
             self._engine.micro_steps += 1
@@ -70,7 +79,8 @@ class DeepSpeedBackend:
     def local(self, parameter: nn.Parameter) -> list[Tensor]:
         if not hasattr(parameter, "ds_id"):
             return [parameter.data]
-        if parameter.ds_status.name == "AVAILABLE":  # ZeRO-3 keeps small ones gathered: let it gather them anew from what is in the shards
+        # ZeRO-3 keeps small ones gathered: let it gather them anew from what is in the shards
+        if parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
         return [parameter.ds_tensor.data]
 
@@ -87,7 +97,11 @@ class DeepSpeedBackend:
     def init_state(self, num_updates: int) -> None:
         # ZeRO-3 shows AdamW its flat shards only while it steps.
         stage = self._config.zero_stage
-        flat = self._optimizer.fp32_partitioned_groups_flat if stage == 3 else [p for g in self._base.param_groups for p in g["params"]]
+        flat = (
+            self._optimizer.fp32_partitioned_groups_flat
+            if stage == 3
+            else [p for g in self._base.param_groups for p in g["params"]]
+        )
         fill_state(self._base, flat, num_updates)
         if stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
@@ -110,9 +124,11 @@ class DeepSpeedBackend:
 
 
 def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in number.
+    """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in
+    number.
 
-    bfloat16 without ZeRO is autocast over float32 parameters, as for DDP: DeepSpeed's own wrapper there hides optimizer and master weights.
+    bfloat16 without ZeRO is autocast over float32 parameters, as for DDP: DeepSpeed's own wrapper there hides
+    optimizer and master weights.
     """
     is_half = dtype == torch.bfloat16
     zero: dict[str, Any] = {"stage": config.zero_stage}
@@ -125,7 +141,8 @@ def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also on the CPU: DeepSpeed's own would have to be compiled
+        # torch's AdamW also on the CPU: DeepSpeed's own would have to be compiled
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": is_half and config.zero_stage > 0},
         "torch_autocast": {"enabled": is_half and config.zero_stage == 0, "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,

@@ -14,22 +14,32 @@ from gvpo_ray.learner.backends.ddp import DDPBackend
 
 
 class FSDPBackend(DDPBackend):
-    """torch's FSDP2 (fully_shard): parameters, gradients and optimizer in shards, one layer gathered at a time; float32 shards."""
+    """torch's FSDP2 (fully_shard): parameters, gradients and optimizer in shards, one layer gathered at a
+    time; float32 shards.
+    """
 
-    def __init__(self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if not dist.is_initialized():  # one process without a group, as in a test or a notebook
-            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+            )
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        options: dict[str, Any] = {"mesh": mesh, "mp_policy": half if dtype == torch.bfloat16 else MixedPrecisionPolicy()}
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": half if dtype == torch.bfloat16 else MixedPrecisionPolicy(),
+        }
         layers = set(module.model._no_split_modules or ())
         self._sharded = [part for part in module.modules() if type(part).__name__ in layers] + [module]
         for part in self._sharded:
             fully_shard(part, **options)
-        self._config, self._dtype, self._device = config, torch.float32, device  # mixed precision is FSDP's own
+        # mixed precision is FSDP's own
+        self._config, self._dtype, self._device = config, torch.float32, device
         self._optimizer = adamw(module, config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._module = module
@@ -59,7 +69,9 @@ class FSDPBackend(DDPBackend):
         """This rank's shard of a whole tensor, cut as `like` is."""
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None).to_local()
+        return distribute_tensor(
+            value.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
+        ).to_local()
 
     def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.to_local().copy_(self._part(parameter, value))

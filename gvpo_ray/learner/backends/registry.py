@@ -14,6 +14,12 @@ from gvpo_ray.learner.backends.deepspeed import DeepSpeedBackend
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
 
 
-def make_backend(module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> Backend:
-    backends: dict[str, Callable[..., Backend]] = {"ddp": DDPBackend, "fsdp": FSDPBackend, "deepspeed": DeepSpeedBackend}
+def make_backend(
+    module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
+) -> Backend:
+    backends: dict[str, Callable[..., Backend]] = {
+        "ddp": DDPBackend,
+        "fsdp": FSDPBackend,
+        "deepspeed": DeepSpeedBackend,
+    }
     return backends[config.backend](module, config, dtype, device)

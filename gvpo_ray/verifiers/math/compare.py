@@ -7,7 +7,16 @@ import re
 from gvpo_ray.verifiers.math.extract import MAX_ITEMS
 from gvpo_ray.verifiers.math.normalise import trim
 from gvpo_ray.verifiers.math.numbers import BASE, as_number, is_close, same_unit, value_and_unit
-from gvpo_ray.verifiers.math.structure import QUALIFIER, RELATION, as_interval, both_signs, bracketed, items_of, right_side, too_large
+from gvpo_ray.verifiers.math.structure import (
+    QUALIFIER,
+    RELATION,
+    as_interval,
+    both_signs,
+    bracketed,
+    items_of,
+    right_side,
+    too_large,
+)
 from gvpo_ray.verifiers.math.symbolic import equal_equations, sympy_equal
 from gvpo_ray.verifiers.math.words import NUMERALS, as_option, is_words, same_words
 
@@ -51,11 +60,18 @@ def _equal_lists(golds: list[str], preds: list[str], nesting: int) -> bool:
     decimal = re.fullmatch(r"(-?\d+),(\d{1,2}|\d{4,})", ",".join(many))
     if decimal and ("." in one or many is preds):  # a decimal comma
         number = f"{decimal[1]}.{decimal[2]}"
-        return equal_answers(one, number, nesting + 1) if many is preds else equal_answers(number, one, nesting + 1)
+        return (
+            equal_answers(one, number, nesting + 1)
+            if many is preds
+            else equal_answers(number, one, nesting + 1)
+        )
     opening, elements, _ = bracketed(right_side(one)) or ("", [], "")
     if opening == "(":  # x = 1, y = 2 for (1, 2)
         return len(elements) == len(many) and all(
-            equal_answers(a, b, nesting + 1) for a, b in (zip(elements, many, strict=True) if many is preds else zip(many, elements, strict=True))
+            equal_answers(a, b, nesting + 1)
+            for a, b in (
+                zip(elements, many, strict=True) if many is preds else zip(many, elements, strict=True)
+            )
         )
     if opening != r"\{":
         return False
@@ -69,14 +85,19 @@ def _match(golds: list[str], preds: list[str], nesting: int) -> bool:
         golds, preds = list(dict.fromkeys(golds)), list(dict.fromkeys(preds))
     if len(golds) != len(preds):
         return False
-    by_name, rest_by_name = ({_letters(item.partition("=")[0]): item for item in items if item.count("=") == 1} for items in (golds, preds))
+    by_name, rest_by_name = (
+        {_letters(item.partition("=")[0]): item for item in items if item.count("=") == 1}
+        for items in (golds, preds)
+    )
     if len(by_name) == len(golds) and by_name.keys() == rest_by_name.keys():
         return all(_equal_items(by_name[name], rest_by_name[name], nesting + 1) for name in by_name)
     rest = list(preds)
     for wanted in golds:
         index = next((i for i, found in enumerate(rest) if _letters(wanted) == _letters(found)), None)
         if index is None:
-            index = next((i for i, found in enumerate(rest) if _equal_items(wanted, found, nesting + 1)), None)
+            index = next(
+                (i for i, found in enumerate(rest) if _equal_items(wanted, found, nesting + 1)), None
+            )
         if index is None:
             return False
         del rest[index]
@@ -98,11 +119,19 @@ def _equal_items(gold: str, pred: str, nesting: int) -> bool:
     inside, other_inside = bracketed(gold), bracketed(pred)
     if inside and other_inside:
         elements, other_elements = inside[1], other_inside[1]
-        if (inside[0], inside[2]) != (other_inside[0], other_inside[2]) and not len(elements) == len(other_elements) == 1:
+        if (inside[0], inside[2]) != (other_inside[0], other_inside[2]) and not len(elements) == len(
+            other_elements
+        ) == 1:
             return False
         if inside[0] == r"\{":
-            return _match([s for e in elements for s in both_signs(e)], [s for e in other_elements for s in both_signs(e)], nesting)
-        return len(elements) == len(other_elements) and all(equal_answers(a, b, nesting + 1) for a, b in zip(elements, other_elements, strict=True))
+            return _match(
+                [s for e in elements for s in both_signs(e)],
+                [s for e in other_elements for s in both_signs(e)],
+                nesting,
+            )
+        return len(elements) == len(other_elements) and all(
+            equal_answers(a, b, nesting + 1) for a, b in zip(elements, other_elements, strict=True)
+        )
     if inside and len(inside[1]) == 1 and inside[0] != "[":  # (5), {5}
         return equal_answers(inside[1][0], pred, nesting + 1)
     if other_inside and len(other_inside[1]) == 1 and other_inside[0] != "[":
@@ -111,20 +140,30 @@ def _equal_items(gold: str, pred: str, nesting: int) -> bool:
 
 
 def _equal_values(gold: str, pred: str) -> bool:
-    """Compare two numbers or expressions. A percent sign may be missing (35% for 35), or meant (35% for 0.35)."""
+    """Compare two numbers or expressions. A percent sign may be missing (35% for 35), or meant (35% for
+    0.35).
+    """
     gold, gold_unit, gold_percent, gold_degrees = value_and_unit(gold)
     pred, pred_unit, pred_percent, pred_degrees = value_and_unit(pred)
     if not same_unit(gold_unit, pred_unit):
         return False
     base, other_base = BASE.fullmatch(gold), BASE.fullmatch(pred)
     if base or other_base:  # 1011_2, of which only one may say the base
-        return (base[1] if base else gold) == (other_base[1] if other_base else pred) and not (base and other_base and base[2] != other_base[2])
+        return (base[1] if base else gold) == (other_base[1] if other_base else pred) and not (
+            base and other_base and base[2] != other_base[2]
+        )
     number, other = as_number(gold), as_number(pred)
     if number is not None and other is not None and gold_degrees == pred_degrees:
         if is_close(number, other, gold, pred):
             return True
         # As an exact value: 41/125 and 0.328 alike are 32.8 %.
-        return gold_percent != pred_percent and (is_close(number, 100 * other, gold, "") if gold_percent else is_close(100 * number, other, "", pred))
+        return gold_percent != pred_percent and (
+            is_close(number, 100 * other, gold, "")
+            if gold_percent
+            else is_close(100 * number, other, "", pred)
+        )
     if sympy_equal(gold, pred, gold_degrees, pred_degrees):
         return True
-    return gold_percent != pred_percent and sympy_equal(gold if gold_percent else f"100({gold})", pred if pred_percent else f"100({pred})")
+    return gold_percent != pred_percent and sympy_equal(
+        gold if gold_percent else f"100({gold})", pred if pred_percent else f"100({pred})"
+    )

@@ -15,7 +15,8 @@ MAX_ITEMS = 64
 """Elements of a list: each may be compared with each."""
 
 SHORT_CHARS = 300
-"""A shorter response without any mark is a statement, which may lack its full stop; a longer one has to be finished."""
+"""A shorter response without any mark is a statement, which may lack its full stop; a longer one has to be
+finished."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _UNBRACED_BOX = re.compile(r"\\boxed\s+(\d+(?:\.\d+)?|[^\s${}\\.]+)")
 _BEFORE_BOX = re.compile(r"(?:=|\$|\bis|\\\(|\\\[)\s*-\s*$")
 _BETWEEN_BOXES = re.compile(
-    r"(?:[\s$,;.&}]|\\[()\[\],;! ]|\\\\|\\q?quad|\\text\s*\{|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?(?:\(\w\))?\s*=){0,40}"
+    r"(?:[\s$,;.&}]|\\[()\[\],;! "
+    r"]|\\\\|\\q?quad|\\text\s*\{|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?(?:\(\w\))?\s*=){0,40}"
 )
 _PERCENT = re.compile(r"[\s$]*(?:\\?%|percent\b|pct\b)")
 _MARKER = re.compile(
@@ -41,7 +43,10 @@ _MARKER = re.compile(
     r"|\b(?:final\s+answer|answer|option|choice|solution)\b(?:[^\n.:=$]{0,60}?(?:\bis\b|\bare\b|:|=)|\*\*:?)\s*:?",
     re.IGNORECASE | re.MULTILINE,
 )
-_NO_STATEMENT = re.compile(r"(?:also |indeed |not )?(?:correct|incorrect|wrong|right|provided|given|as follows|clear|valid)\b", re.IGNORECASE)
+_NO_STATEMENT = re.compile(
+    r"(?:also |indeed |not )?(?:correct|incorrect|wrong|right|provided|given|as follows|clear|valid)\b",
+    re.IGNORECASE,
+)
 _MATH = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)"
     # Money is no mathematics: "$8. The total is $21", "$21 - $20".
@@ -50,7 +55,9 @@ _MATH = re.compile(
 )
 _UNFINISHED_MATH = re.compile(r"\$(?!\s?\d)|\\(?:\[|\(|begin|end|frac|cdot|times|\\)")
 _CONNECTOR = re.compile(r"\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*")
-CODE = re.compile(r"__[a-z]+__|\w\(\s*[bfr]?[\"']|(?<!\\)\b(?:lambda|import|exec|eval)\b\s*[\w(:]|(?<![\w\\])[a-z_]\w*\.[a-z_]\w*\(")
+CODE = re.compile(
+    r"__[a-z]+__|\w\(\s*[bfr]?[\"']|(?<!\\)\b(?:lambda|import|exec|eval)\b\s*[\w(:]|(?<![\w\\])[a-z_]\w*\.[a-z_]\w*\("
+)
 _LABELS = re.compile(r"[A-Za-z]+ ?\d*:")
 _SENTENCE_END = re.compile(r"\.(?=\s+[A-Z\"*\[]|\s*$|\*\*)|\n\s*\n|\n(?=\s*(?:\*\*|#|[A-Z][a-z]+\b))")
 _NUMBER_IN_TEXT = re.compile(
@@ -59,16 +66,22 @@ _NUMBER_IN_TEXT = re.compile(
 
 
 def extract(completion: str, *, truncated: bool = False) -> Extraction:
-    """The answer in a completion: the last boxes, else what follows the last "answer is", "####" or "A:", else the conclusion.
+    """The answer in a completion: the last boxes, else what follows the last "answer is", "####" or "A:",
+    else the conclusion.
 
-    Of several answers the last one counts, also where a base model goes on with another question: such a completion does not
-    end with its answer. Only what follows the last </think> is looked at. A box that is never closed is no answer.
+    Of several answers the last one counts, also where a base model goes on with another question: such a
+    completion does not end with its answer. Only what follows the last </think> is looked at. A box that is
+    never closed is no answer.
     """
     text = completion.rpartition("</think>")[2].partition("<think>")[0]
     text = next((part for part in _TURN.split(text) if part.strip()), "").strip()
     boxed = _boxes(text)
     if boxed is not None:
-        final = -1 if truncated else text.lower().rfind("final answer is", max(text.rfind("\\boxed"), text.rfind("\\fbox")))
+        final = (
+            -1
+            if truncated
+            else text.lower().rfind("final answer is", max(text.rfind("\\boxed"), text.rfind("\\fbox")))
+        )
         stated = _statement(text[final:].partition("is")[2][:TAIL_CHARS].lstrip(": ")) if final >= 0 else None
         return Extraction(stated or boxed)
     if truncated or not text or BOX.search(text):
@@ -86,7 +99,9 @@ def extract(completion: str, *, truncated: bool = False) -> Extraction:
 
 
 def _boxes(text: str) -> str | None:
-    """Content of the last box, with those before it that belong to the same statement ("\\boxed{1} and \\boxed{2}")."""
+    """Content of the last box, with those before it that belong to the same statement ("\\boxed{1} and
+    \\boxed{2}").
+    """
     contents: list[str] = []
     begin = next_begin = len(text)
     for _ in range(MAX_ITEMS):
@@ -101,7 +116,11 @@ def _boxes(text: str) -> str | None:
             continue
         content = text[brace.end() + 1 : close]
         # A sign may stand before the box, a percent sign behind it.
-        content = ("-" if _BEFORE_BOX.search(text[max(0, begin - 12) : begin]) else "") + content + ("%" if _PERCENT.match(text, close + 1) else "")
+        content = (
+            ("-" if _BEFORE_BOX.search(text[max(0, begin - 12) : begin]) else "")
+            + content
+            + ("%" if _PERCENT.match(text, close + 1) else "")
+        )
         if not contents or close > next_begin:  # the first, or one around those so far
             contents = [content]
         elif not _BETWEEN_BOXES.fullmatch(text, close + 1, next_begin):
@@ -147,7 +166,8 @@ def _conclusion(text: str) -> Extraction:
     if CODE.search(sentence):
         return Extraction(None)  # no number in a program is an answer
     maths = list(_MATH.finditer(sentence))
-    left, _, right = sentence[maths[-1].end() if maths else 0 :].rpartition("=")  # "36 - 24 = 12 of 30 are left"
+    # "36 - 24 = 12 of 30 are left"
+    left, _, right = sentence[maths[-1].end() if maths else 0 :].rpartition("=")
     if numbers := _NUMBER_IN_TEXT.findall(right):
         return Extraction(numbers[0] if left else numbers[-1], sentence)
     if maths := maths or list(_MATH.finditer(last)) or list(_MATH.finditer(text)):
@@ -161,15 +181,30 @@ def _inner(math: re.Match[str]) -> str:
 
 def _is_bare(text: str) -> bool:
     """Whether a text is an answer and nothing else: one line without prose around numbers or mathematics."""
-    if len(text) > 2 * SHORT_CHARS or len(_MATH.findall(text)) > 8 or ("\n" in text and "\\begin" not in text):
+    if (
+        len(text) > 2 * SHORT_CHARS
+        or len(_MATH.findall(text)) > 8
+        or ("\n" in text and "\\begin" not in text)
+    ):
         return False
-    outside = re.sub(r"\\(?:text|mbox|textbf|textit|mathrm|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|</?su[bp]>", " ", _MATH.sub(" 1 ", text))
+    outside = re.sub(
+        r"\\(?:text|mbox|textbf|textit|mathrm|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|</?su[bp]>",
+        " ",
+        _MATH.sub(" 1 ", text),
+    )
     if len(_LABELS.findall(outside)) > 1:
         outside = _LABELS.sub(" ", outside)  # "Ann: 3, Bob: 4"
-    prose = [word for word in re.findall(r"[^\W\d_]{2,}", outside) if word.lower() not in ("and", "or", *FUNCTIONS)]
-    return not prose or not re.search(r"\d|\$|\\\(|=", text) or (not _MATH.search(text) and len(prose) <= 2 and not text.endswith(".."))
+    prose = [
+        word for word in re.findall(r"[^\W\d_]{2,}", outside) if word.lower() not in ("and", "or", *FUNCTIONS)
+    ]
+    return (
+        not prose
+        or not re.search(r"\d|\$|\\\(|=", text)
+        or (not _MATH.search(text) and len(prose) <= 2 and not text.endswith(".."))
+    )
 
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm det mod arcsin arccos arctan sinh cosh tanh frac pi deg dim arg".split()  # noqa: SIM905
+    "sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm det mod arcsin arccos arctan sinh cosh "  # noqa: SIM905
+    "tanh frac pi deg dim arg".split()
 )

@@ -1,12 +1,13 @@
 """Grading of mathematical answers: extraction -> normalisation -> comparison.
 
-`grade` finds the answer in a completion, brings it and the gold answer into one spelling, takes both apart as far as their text
-shows it (lists, tuples, sets, intervals, matrices, equations, units), and asks math-verify's parser and sympy about the leaves
-that equal text and plain arithmetic leave open. The parser is a LaTeX grammar: it evaluates no Python, and nothing here does.
+`grade` finds the answer in a completion, brings it and the gold answer into one spelling, takes both apart as
+far as their text shows it (lists, tuples, sets, intervals, matrices, equations, units), and asks
+math-verify's parser and sympy about the leaves that equal text and plain arithmetic leave open. The parser is
+a LaTeX grammar: it evaluates no Python, and nothing here does.
 
-Completions are untrusted. Text work is linear in the completion; what no answer looks like (too long, too deep, towers of
-exponents) is refused before sympy sees it. Whatever still explodes is up to the caller's limits: nothing here sets a signal,
-and MemoryError comes through.
+Completions are untrusted. Text work is linear in the completion; what no answer looks like (too long, too
+deep, towers of exponents) is refused before sympy sees it. Whatever still explodes is up to the caller's
+limits: nothing here sets a signal, and MemoryError comes through.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Grade:
     """What the grader says of one completion."""
 
     correct: bool | None
-    """None: cannot be verified, since there is no gold answer, or it cannot be understood and the texts differ."""
+    """None: cannot be verified, since there is no gold answer, or it cannot be understood and the texts
+    differ."""
     reason: str | None
     """Why `correct` is None, or NO_ANSWER; None otherwise."""
     answer: str | None
@@ -55,11 +57,16 @@ def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
     text = (found.text or "").strip()
     if not text:
         return Grade(False, NO_ANSWER, None)
-    if len(text) > MAX_CHARS or any(unicodedata.category(sign)[0] == "C" and not sign.isspace() for sign in text):
-        return Grade(False, None, text[:MAX_CHARS])  # control characters, surrogates, signs that turn the direction
+    if len(text) > MAX_CHARS or any(
+        unicodedata.category(sign)[0] == "C" and not sign.isspace() for sign in text
+    ):
+        # control characters, surrogates, signs that turn the direction
+        return Grade(False, None, text[:MAX_CHARS])
     if CODE.search(text):
         return Grade(normalise(text) == wanted, None, text)
-    if equal_answers(wanted, normalise(text)) or (found.sentence and is_words(wanted) and equal_answers(wanted, normalise(found.sentence[:MAX_CHARS]))):
+    if equal_answers(wanted, normalise(text)) or (
+        found.sentence and is_words(wanted) and equal_answers(wanted, normalise(found.sentence[:MAX_CHARS]))
+    ):
         return Grade(True, None, text)
     if not _understood(wanted):
         return Grade(None, f"the gold answer {gold[:100]!r} cannot be understood", text)
@@ -78,4 +85,7 @@ def _understood(gold: str) -> bool:
     items = items_of(gold)
     if len(items) > 1 or as_number(gold) is not None or as_option(gold) or is_words(right_side(items[0])):
         return True
-    return bracketed(as_interval(items[0])) is not None or parse(value_and_unit(right_side(items[0]))[0]) is not None
+    return (
+        bracketed(as_interval(items[0])) is not None
+        or parse(value_and_unit(right_side(items[0]))[0]) is not None
+    )

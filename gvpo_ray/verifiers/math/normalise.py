@@ -9,25 +9,33 @@ import unicodedata
 from gvpo_ray.verifiers.math.extract import BOX, closing_brace
 
 _UNICODE = {
-    "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": "/",
-    "\u2215": "/", "\u2044": "/", "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u2264": r"\leq ", "\u2265": r"\geq ", "\u2260": r"\neq ",
-    "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2248": r"\approx ", "\u00b1": r"\pm ", "\u00b0": r"^\circ ",
-    "\u2200": r"\forall ", "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u03b8": r"\theta ", "\u03b1": r"\alpha ", "\u03b2": r"\beta ",
-    "\u03bb": r"\lambda ", "\u2205": r"\emptyset ", "\u2032": "'", "\u2019": "'", "\u3001": ",", "\uff0c": ",", "\u3002": ".",
+    "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ",
+    "\u22c5": r"\cdot ", "\u00f7": "/",
+    "\u2215": "/", "\u2044": "/", "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u2264": r"\leq ",
+    "\u2265": r"\geq ", "\u2260": r"\neq ",
+    "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2248": r"\approx ", "\u00b1": r"\pm ",
+    "\u00b0": r"^\circ ",
+    "\u2200": r"\forall ", "\u211d": r"\mathbb{R}", "\u2124": r"\mathbb{Z}", "\u03b8": r"\theta ",
+    "\u03b1": r"\alpha ", "\u03b2": r"\beta ",
+    "\u03bb": r"\lambda ", "\u2205": r"\emptyset ", "\u2032": "'", "\u2019": "'", "\u3001": ",",
+    "\uff0c": ",", "\u3002": ".",
     "\u20ac": "", "\u00a3": "", "\u00a5": "", "\u20b9": "",
 }  # fmt: skip
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     # Signs and marks that are no mathematics.
-    ("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207f]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    ("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207f]+",
+    lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     ("[\u2460-\u2473]", lambda m: unicodedata.normalize("NFKC", m[0]) + ","),  # circled numbers are a list
-    ("[\u00bc-\u00be\u2150-\u215e]", lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("\u2044"))),
+    ("[\u00bc-\u00be\u2150-\u215e]",
+    lambda m: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("\u2044"))),
     ("\u221a\\s*(\\d+|[a-z]|(?=\\())", lambda m: rf"\sqrt{{{m[1]}}}" if m[1] else r"\sqrt"),
     (r"<(sup|sub)>(.*?)</\1>", lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}"),
     (r"^\s*\*\*|\*\*\s*$", ""),  # bold
     (r"\*\*", "^"),
     (r",\s*\\!\s*|\{,\}(?=\d{3})", ""),  # the typesetter's thousands separator
     (r"\\\$|\$|\\[()](?![A-Za-z])|\\\[(?!\d+(?:pt|em|ex))|\\\](?!\w)", " "),  # money and delimiters
-    (r"\\(?:left|right|[bB]ig{1,2}[lrm]?)(?![a-zA-Z])\.?|\\(?:displaystyle|limits|rm|it|bf|q?quad|thinspace)(?![a-zA-Z])", " "),
+    (r"\\(?:left|right|[bB]ig{1,2}[lrm]?)(?![a-zA-Z])\.?"
+     r"|\\(?:displaystyle|limits|rm|it|bf|q?quad|thinspace)(?![a-zA-Z])", " "),
     (r"(?<!\\)\\[!,;:> ]|\\hspace\{[^{}]*\}|~", " "),
     # Synonyms.
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
@@ -43,14 +51,16 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:mid|vert|middle\|)(?![a-z])", "|"),
     (r"\\cupdot(?![a-z])", r"\\cup "),
     # Words. What stays in \text{} is a unit or language.
-    (r"\\(?:text(?:bf|it|rm|sf|normal|tt)?|mbox|mathrm|mathbf|mathit|boldsymbol|operatorname|emph)(?![a-z])\s*", r"\\text"),
+    (r"\\(?:text(?:bf|it|rm|sf|normal|tt)?|mbox|mathrm|mathbf|mathit|boldsymbol|operatorname|emph)"
+     r"(?![a-z])\s*", r"\\text"),
     (r"\\text\{\s*(?:,?\s*(and|or)|,)\s*,?\s*\}", r" \1 "),
     (r"\\text\{([^{}]*?)\b(and|or)\b([^{}]*)\}(?=\s*[-\d])", r"\\text{\1} \2 \\text{\3}"),
     (r"\\text\{\s*\}", " "),
     (r"^\s*\\text\{([^{}]*)\}\s*$", r"\1"),
     (r"\\text([A-Za-z0-9])", r"\1"),
     (r"(?<=\d)\s*\^?\s*(?:\\text)?\{\s*(?:st|nd|rd|th)\s*\}|(?<=\d)(?:st|nd|rd|th)\b", ""),
-    (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![a-z])|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b", r"^\\circ "),
+    (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![a-z])|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",
+    r"^\\circ "),
     (r"(?i)\\?%|\\text\{\s*(?:percent(?:age)?|pct)\s*\}|\b(?:percent(?:age)?|pct)\b", "%"),
     (r"\binfinitely many\b|(?<![a-zA-Z\\])(?:infinity|oo)\b|\+\s*\\infty", r"\\infty "),
     (r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1"),
@@ -58,7 +68,8 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\{\s+", "{"),
     (r"^\s*Eq\((.*),([^,]*)\)\s*$", r"\1 = \2"),  # sympy's way to write an equation
-    (r"(?i)^\s*(?:\\text\{\s*)?(?:the answer is|it is|answer|ans|only|so|thus|therefore|is)\b\s*[:=]?\s*\}?\s*(?=\S)", ""),
+    (r"(?i)^\s*(?:\\text\{\s*)?(?:the answer is|it "
+     r"is|answer|ans|only|so|thus|therefore|is)\b\s*[:=]?\s*\}?\s*(?=\S)", ""),
     (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,)\]}])", lambda m: m[0].replace(",", "")),
     (r"^\s*-?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*$", lambda m: m[0].replace(" ", "")),
 )]  # fmt: skip
@@ -67,7 +78,9 @@ _DOUBLY_ESCAPED = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|left|right|text|pi|circ|
 
 @functools.lru_cache(maxsize=512)
 def normalise(text: str) -> str:
-    """One spelling for the many that mean the same: delimiters, spaces, synonyms, separators and Unicode signs are gone."""
+    """One spelling for the many that mean the same: delimiters, spaces, synonyms, separators and Unicode
+    signs are gone.
+    """
     for _ in range(3):  # boxes in boxes
         match = BOX.search(text)
         close = closing_brace(text, match.end()) if match else -1
@@ -90,7 +103,13 @@ def trim(text: str) -> str:
     previous = None
     while text != previous:
         previous = text
-        text = text.strip().strip("*`").rstrip(".,;:" if re.search(r"[\w)}]!$", text) else ".,;:!").lstrip(",;:").strip()
+        text = (
+            text.strip()
+            .strip("*`")
+            .rstrip(".,;:" if re.search(r"[\w)}]!$", text) else ".,;:!")
+            .lstrip(",;:")
+            .strip()
+        )
         text = text.removesuffix("\\").removeprefix("=").strip()
         if len(text) > 1 and text[0] in "\"'" and text[-1] == text[0]:
             text = text[1:-1]

@@ -14,14 +14,21 @@ _PLAIN = re.compile(
 _DECIMAL = re.compile(r"-?\d*\.(\d+)")
 _RATIO = re.compile(r"{0}\s*:\s*{0}".format(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\(?[-\d./ ]+\)?|\([^():]*\))"))
 BASE = re.compile(r"([\dA-Fa-f]+)\s*_\s*\{?\s*(?:\\text\{)?\s*(\d{1,2}|two|three|eight|ten)\s*\}*")
-_SHORT_UNITS = "km cm mm kg mg ml mL ft lbs? oz hrs? mph kph min sec ms pm am sq in m g s L [dD]ays? yd mi hour".replace(" ", "|")
+_SHORT_UNITS = (
+    "km cm mm kg mg ml mL ft lbs? oz hrs? mph kph min sec ms pm am sq in m g s L [dD]ays? yd mi hour".replace(
+        " ", "|"
+    )
+)
 _UNIT = re.compile(
-    rf"(?<=[\d}}%)\w\s])\s*(?:\\text\{{([^{{}}]*)\}}|(?<=[\d}}\s])((?:{_SHORT_UNITS}|[A-Za-z]{{4,}}(?: [A-Za-z]{{2,}})*)\b))"
+    rf"(?<=[\d}}%)\w\s])\s*(?:\\text\{{([^{{}}]*)\}}|(?<=[\d}}\s])((?:{_SHORT_UNITS}|[A-Za-z]{{4,}}(?: "
+    rf"[A-Za-z]{{2,}})*)\b))"
     r"\s*(?:\^\s*\{?\s*(\d)\s*\}?)?\s*\.?$"
 )
 _SAME_UNIT = {
-    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "millimeter": "mm",
-    "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "pound": "lb", "hour": "hr", "h": "hr", "minute": "min", "second": "sec",
+    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
+    "millimeter": "mm",
+    "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "pound": "lb", "hour": "hr", "h": "hr",
+    "minute": "min", "second": "sec",
     "s": "sec", "kilogram": "kg", "gram": "g", "liter": "l", "litre": "l", "mile": "mi", "ounce": "oz",
 }  # fmt: skip
 
@@ -34,7 +41,9 @@ def as_number(text: str) -> Fraction | None:
     denominator = int(match["bottom"] or match["over"] or 1)
     if denominator == 0:
         return None
-    value = Fraction(match["minus"] + match["top"] if match["top"] else match["number"]) / denominator + int(match["whole"] or 0)
+    value = Fraction(match["minus"] + match["top"] if match["top"] else match["number"]) / denominator + int(
+        match["whole"] or 0
+    )
     value *= Fraction(10) ** int(match["ten"] or match["power"] or match["e"] or 0)
     return -value if match["sign"] == "-" else value
 
@@ -42,18 +51,25 @@ def as_number(text: str) -> Fraction | None:
 def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> bool:
     """Whether two numbers are equal, given how they are written.
 
-    Exact values must be equal. A decimal stands for what it rounds: within 1e-4 of a gold value that is no integer (the usual
-    evaluations' tolerance), and an exact value equals the gold decimal (of three digits or more) that it rounds or truncates to.
+    Exact values must be equal. A decimal stands for what it rounds: within 1e-4 of a gold value that is no
+    integer (the usual evaluations' tolerance), and an exact value equals the gold decimal (of three digits or
+    more) that it rounds or truncates to.
     """
     difference = abs(gold - pred)
-    if difference <= max(abs(gold), abs(pred)) / 10**12 or difference < Fraction(1, 10**25):  # sympy's values have 30 digits
+    # sympy's values have 30 digits
+    if difference <= max(abs(gold), abs(pred)) / 10**12 or difference < Fraction(1, 10**25):
         return True
     gold_decimal, pred_decimal = _DECIMAL.fullmatch(gold_text), _DECIMAL.fullmatch(pred_text)
     if gold.denominator == 1 or not (gold_decimal or pred_decimal):
         return False
     if difference <= abs(gold) / 10**4:
         return True
-    rounded = gold_decimal and not pred_decimal and pred.denominator != 1 and len(gold_text.replace(".", "").lstrip("-0")) >= 3
+    rounded = (
+        gold_decimal
+        and not pred_decimal
+        and pred.denominator != 1
+        and len(gold_text.replace(".", "").lstrip("-0")) >= 3
+    )
     return bool(rounded and gold_decimal and difference < Fraction(1, 10 ** len(gold_decimal[1])))
 
 
@@ -73,9 +89,16 @@ def value_and_unit(text: str) -> tuple[str, str, bool, bool]:
 
 
 def same_unit(gold: str, pred: str) -> bool:
-    """Units that share a word, or of which only one is given: what is asked for implies the other. Nothing is converted."""
+    """Units that share a word, or of which only one is given: what is asked for implies the other. Nothing is
+    converted.
+    """
     words, others = (
-        {_SAME_UNIT.get(word, word) for word in (w.removesuffix("s") if len(w) > 2 else w for w in re.findall(r"[a-z]+", unit.lower()))}
+        {
+            _SAME_UNIT.get(word, word)
+            for word in (
+                w.removesuffix("s") if len(w) > 2 else w for w in re.findall(r"[a-z]+", unit.lower())
+            )
+        }
         - {"unit", "of", "the", "per", "square", "sq", "cubic"}
         for unit in (gold, pred)
     )

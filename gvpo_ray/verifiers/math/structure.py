@@ -22,7 +22,9 @@ _PLUS_MINUS = re.compile(r"\\pm(?![a-z])")
 _LABEL = re.compile(r"^(?:\\text\{)?\s*[A-Za-z]{3,}[A-Za-z ]*\d*\s*\}?\s*:\s*(?=\S)")
 _DOMAIN = r"(?:\\text\{\s*)?[a-z]\s*\}?\s*\\in\s*\\mathbb\s*\{?[ZNQR]\}?"
 QUALIFIER = re.compile(
-    rf",?\s*(?:\\text\{{)?\s*\b(?:for (?:all|any|every|each|some)|where|with)\b.*$|(?<=\S),?\s*\\forall\b.*$|,\s*{_DOMAIN}.*$", re.DOTALL
+    rf",?\s*(?:\\text\{{)?\s*\b(?:for "
+    rf"(?:all|any|every|each|some)|where|with)\b.*$|(?<=\S),?\s*\\forall\b.*$|,\s*{_DOMAIN}.*$",
+    re.DOTALL,
 )
 
 
@@ -39,7 +41,11 @@ def _tokens(text: str) -> list[tuple[str, int]]:
 
 def too_large(text: str) -> bool:
     """Whether no answer is as long or as nested as this text."""
-    return len(text) > MAX_CHARS or max((depth for _, depth in _tokens(text)), default=0) > MAX_DEPTH or bool(re.search(r"\d{400}", text))
+    return (
+        len(text) > MAX_CHARS
+        or max((depth for _, depth in _tokens(text)), default=0) > MAX_DEPTH
+        or bool(re.search(r"\d{400}", text))
+    )
 
 
 def _split(text: str, separators: Sequence[str]) -> list[str]:
@@ -54,14 +60,20 @@ def _split(text: str, separators: Sequence[str]) -> list[str]:
 
 
 def items_of(text: str) -> list[str]:
-    """What an answer lists, without order: "1, 2 and 3", "x < 1 or x > 2", "1 \\pm 2", a union; one item if it is no list."""
+    """What an answer lists, without order: "1, 2 and 3", "x < 1 or x > 2", "1 \\pm 2", a union; one item if
+    it is no list.
+    """
     text = trim(re.split(r"\\approx|\\simeq", text)[0]) or text  # "\\frac{1}{3} \\approx 0.33"
     groups = _split(text if ";" in text else _AND_OR.sub(";", text), (";",))
     sizes = {len(_split(part, (",",))) for part in groups}
     if len(groups) > 1 and len(sizes) == 1 and sizes != {1} and all("=" in part for part in groups):
         return [f"({part})" for part in groups]  # "p = 5, q = 2; p = 7, q = 2"
     parts = _split(_AND_OR.sub(" , ", text), (",", ";", "\\cup"))
-    kept = [trim(_LABEL.sub("", QUALIFIER.sub("", part))) for part in parts if not re.fullmatch(_DOMAIN + r"(?:_\S+)?", part)]
+    kept = [
+        trim(_LABEL.sub("", QUALIFIER.sub("", part)))
+        for part in parts
+        if not re.fullmatch(_DOMAIN + r"(?:_\S+)?", part)
+    ]
     return [sign for part in [part for part in kept if part] or [text] for sign in both_signs(part)]
 
 
@@ -73,15 +85,27 @@ def both_signs(text: str) -> list[str]:
     if r"\mp" in text:
         return [_PLUS_MINUS.sub(a, text).replace(r"\mp", b) for a, b in ("+-", "-+")]
     pieces = _PLUS_MINUS.split(text)
-    answers = ("".join(itertools.chain(*zip(pieces, (*signs, ""), strict=True))) for signs in itertools.product("+-", repeat=count))
+    answers = (
+        "".join(itertools.chain(*zip(pieces, (*signs, ""), strict=True)))
+        for signs in itertools.product("+-", repeat=count)
+    )
     return [re.sub(r"(^|[(,=])\s*\+\s*", r"\1", answer) for answer in answers]
 
 
 def bracketed(text: str) -> tuple[str, list[str], str] | None:
-    """(opening, elements, closing) of a tuple, interval, set, vector or matrix; None if the text is none of them."""
-    if text.count("\\begin") == 1 and (match := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}", text, re.DOTALL)):
-        rows = [[trim(entry) for entry in row.split("&")] for row in re.split(r"\\\\(?:\[\w+\])?", match[1]) if row.strip()]
-        if len(rows) == 1 or all(len(row) == 1 for row in rows):  # a vector, which may also be written as a tuple
+    """(opening, elements, closing) of a tuple, interval, set, vector or matrix; None if the text is none of
+    them.
+    """
+    if text.count("\\begin") == 1 and (
+        match := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}", text, re.DOTALL)
+    ):
+        rows = [
+            [trim(entry) for entry in row.split("&")]
+            for row in re.split(r"\\\\(?:\[\w+\])?", match[1])
+            if row.strip()
+        ]
+        # a vector, which may also be written as a tuple
+        if len(rows) == 1 or all(len(row) == 1 for row in rows):
             return "(", [entry for row in rows for entry in row], ")"
         return "matrix", ["(" + ",".join(row) + ")" for row in rows], ""
     tokens = _tokens(text)
@@ -90,7 +114,9 @@ def bracketed(text: str) -> tuple[str, list[str], str] | None:
     first, last = tokens[0][0], tokens[-1][0]
     opening = {"(": "(", "[": "[", r"\{": r"\{", "{": r"\{", r"\langle": "("}.get(first)
     closing = {")": ")", "]": "]", r"\}": r"\}", "}": r"\}", r"\rangle": ")"}.get(last)
-    return (opening, _split(text[len(first) : -len(last)], (",", ";")), closing) if opening and closing else None
+    return (
+        (opening, _split(text[len(first) : -len(last)], (",", ";")), closing) if opening and closing else None
+    )
 
 
 RELATION = re.compile(r"(<|>|\\leq(?![a-z])|\\geq(?![a-z]))")
@@ -99,7 +125,9 @@ _FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 
 def as_interval(text: str) -> str:
     """Inequalities in one name, and sets given by them, as intervals; any other text as it is."""
-    if match := re.fullmatch(rf"\\?\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?)?\s*[|:]\s*(.*?)\\?\}}", text):
+    if match := re.fullmatch(
+        rf"\\?\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?)?\s*[|:]\s*(.*?)\\?\}}", text
+    ):
         text = trim(match[1])
     text = re.sub(rf"^{_NAME}\s*\\in(?![a-z])\s*", "", text)
     parts = [part.strip() for part in RELATION.split(text)]
@@ -114,13 +142,20 @@ def as_interval(text: str) -> str:
         if re.fullmatch(_NAME, right) and not re.fullmatch(_NAME, left):
             left, relation, right = right, _FLIP[relation], left
         if re.fullmatch(_NAME, left) and right and "=" not in right:
-            bound = {"<": "(-\\infty,{})", r"\leq": "(-\\infty,{}]", ">": "({},\\infty)", r"\geq": "[{},\\infty)"}[relation]
+            bound = {
+                "<": "(-\\infty,{})",
+                r"\leq": "(-\\infty,{}]",
+                ">": "({},\\infty)",
+                r"\geq": "[{},\\infty)",
+            }[relation]
             return bound.format(right)
     return text
 
 
 def right_side(text: str) -> str:
-    """What an equation gives: its last side, if what stands before is a name or the value of something; else the equation."""
+    """What an equation gives: its last side, if what stands before is a name or the value of something; else
+    the equation.
+    """
     sides = _split(re.sub(r":=|\\equiv(?![a-z])(?!.*mod)", "=", text), ("=",))
     if len(sides) < 2 or RELATION.search(text) or r"\neq" in text:
         return text

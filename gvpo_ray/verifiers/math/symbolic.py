@@ -15,10 +15,17 @@ _EXPLOSIVE = re.compile(
     r"|!\W{0,3}!|\d{5}!|\d\^[\d.]+!|\d!\^"  # factorials of factorials
 )
 _UNREADABLE = re.compile(r"['\"]|__|\d\s+\d|(?<![A-Za-z\\{])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})")
-"""The grammar drops quotes (f' is not f), adds numbers that stand side by side, and multiplies the letters of words."""
+"""The grammar drops quotes (f' is not f), adds numbers that stand side by side, and multiplies the letters of
+words."""
 _INDEXED = {"e": r"\varepsilon ", "E": r"\Xi ", "i": r"\iota ", "I": r"\Lambda "}
 """With an index these are names, no constants; the grammar takes no index on a constant."""
-_POINTS = ("0.7390851332151607", "1.3247179572447460", "2.6220575542921198", "-0.5671432904097838", "-1.7632228343518968")
+_POINTS = (
+    "0.7390851332151607",
+    "1.3247179572447460",
+    "2.6220575542921198",
+    "-0.5671432904097838",
+    "-1.7632228343518968",
+)
 
 
 @functools.lru_cache(maxsize=256)
@@ -27,16 +34,28 @@ def parse(text: str) -> Any:
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
-    if not text or too_large(text) or _UNREADABLE.search(text) or _EXPLOSIVE.search(re.sub(r"[\s{}()\[\]]", "", text)):
+    if (
+        not text
+        or too_large(text)
+        or _UNREADABLE.search(text)
+        or _EXPLOSIVE.search(re.sub(r"[\s{}()\[\]]", "", text))
+    ):
         return None
     # 10(26) and (10)(26), which the grammar adds like a mixed number.
     text = re.sub(r"(?<![\w.^_}\\])(\d[\d.]*)\s*\(", r"\1 \\cdot (", text)
     text = re.sub(r"\)\s*(?=[\d(])", r") \\cdot ", text)
     text = re.sub(r"(?<![A-Za-z\\])[eEiI](?=_)", lambda m: _INDEXED[m[0]], text)
-    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
+    config = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
     try:
         latex = normalize_latex(text, config)
-        return latex2sympy(latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=None)
+        return latex2sympy(
+            latex,
+            is_real=not should_treat_as_complex(latex),
+            convert_degrees=False,
+            normalization_config=None,
+        )
     except MemoryError:
         raise
     except Exception:  # the parser and sympy raise anything on untrusted text
@@ -71,7 +90,9 @@ def sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees: 
 
 
 def equal_equations(gold: str, pred: str) -> bool:
-    """Two equations, or an equation and what it says of its one name that the other lacks: -x^2 - 1 for y + 1 = -x^2."""
+    """Two equations, or an equation and what it says of its one name that the other lacks: -x^2 - 1 for y + 1
+    = -x^2.
+    """
     if "=" not in gold:
         return False
     if "=" in pred:
@@ -97,7 +118,8 @@ def equal_equations(gold: str, pred: str) -> bool:
 def _same_up_to_a_factor(gold: Any, pred: Any) -> bool | None:
     """Whether two equations, as what they set to zero, are one but for a factor: 2y - 4x - 2 and y - 2x - 1.
 
-    None: sympy has to look, as at (x - 1)^2 and x - 1. It would solve equations that are no polynomials for minutes: those differ.
+    None: sympy has to look, as at (x - 1)^2 and x - 1. It would solve equations that are no polynomials for
+    minutes: those differ.
     """
     from sympy import Float
 
@@ -106,7 +128,9 @@ def _same_up_to_a_factor(gold: Any, pred: Any) -> bool | None:
         return None
     ratios = []
     for shift in range(len(_POINTS)):
-        values = {symbol: Float(_POINTS[(i * 2 + shift) % len(_POINTS)], 30) + i for i, symbol in enumerate(symbols)}
+        values = {
+            symbol: Float(_POINTS[(i * 2 + shift) % len(_POINTS)], 30) + i for i, symbol in enumerate(symbols)
+        }
         a, b = (side.subs(values).evalf(30) for side in (gold, pred))
         if a.is_number and b.is_number and a.is_finite and b.is_finite and a != 0 and b != 0:
             ratios.append(a / b)
@@ -116,25 +140,31 @@ def _same_up_to_a_factor(gold: Any, pred: Any) -> bool | None:
 
 
 def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bool:
-    """Compare by value: expressions that agree at several points are one (simplifying them is slow, and finds less)."""
+    """Compare by value: expressions that agree at several points are one (simplifying them is slow, and finds
+    less).
+    """
     from sympy import Float
 
     only_gold, only_pred = gold.free_symbols - pred.free_symbols, pred.free_symbols - gold.free_symbols
     if len(only_gold) == len(only_pred) == 1:
         name, other = only_gold.pop(), only_pred.pop()
-        if str(name).lower() == str(other).lower() or str(other) in set("jklmnt"):  # the name of an integer parameter is free
+        # the name of an integer parameter is free
+        if str(name).lower() == str(other).lower() or str(other) in set("jklmnt"):
             pred = pred.subs(other, name)
     symbols = sorted(gold.free_symbols | pred.free_symbols, key=str)
     if not symbols:
         a, b = gold.evalf(30), pred.evalf(30)
         if not (a.is_real and b.is_real):
             return bool(abs(a - b) < 1e-12 * (1 + abs(a)))
-        if not all(value == 0 or 1e-300 < abs(value) < 1e300 for value in (a, b)):  # too many digits for a fraction
+        # too many digits for a fraction
+        if not all(value == 0 or 1e-300 < abs(value) < 1e300 for value in (a, b)):
             return bool(gold == pred)
         return is_close(Fraction(str(a)), Fraction(str(b)), gold_text, pred_text)
     num_agreed = 0
     for shift in range(len(_POINTS)):
-        values = {symbol: Float(_POINTS[(i * 2 + shift) % len(_POINTS)], 30) + i for i, symbol in enumerate(symbols)}
+        values = {
+            symbol: Float(_POINTS[(i * 2 + shift) % len(_POINTS)], 30) + i for i, symbol in enumerate(symbols)
+        }
         a, b = (side.subs(values).evalf(30) for side in (gold, pred))
         if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
             continue  # a logarithm of a negative number

@@ -7,10 +7,34 @@ import re
 from gvpo_ray.verifiers.math.extract import FUNCTIONS
 from gvpo_ray.verifiers.math.numbers import value_and_unit
 
-NUMERALS = {word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])}
-_STOP_WORDS = frozenset(["the", "a", "an", "is", "are", "it", "be", "will", "of", "that", "this", "so", "answer", "therefore", "thus"])
+NUMERALS = {
+    word: str(i)
+    for i, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+}
+_STOP_WORDS = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "is",
+        "are",
+        "it",
+        "be",
+        "will",
+        "of",
+        "that",
+        "this",
+        "so",
+        "answer",
+        "therefore",
+        "thus",
+    ]
+)
 _OPTION = re.compile(
-    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*(?:\)\s*\}?(?:\s.*)?|\}?|\}?\s*[.:)]\s+\S.*)", re.DOTALL
+    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*(?:\)\s*\}?(?:\s.*)?|\}?|\}?\s*[.:)]\s+\S.*)",
+    re.DOTALL,
 )
 
 
@@ -33,15 +57,24 @@ def is_words(text: str) -> bool:
     value = value_and_unit(text)[0]
     plain = _plain_words(value)
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", plain)]
-    language = any((len(word) >= 4 and word not in FUNCTIONS) or word in ("yes", "no", "odd", "all", "red") for word in words)
+    language = any(
+        (len(word) >= 4 and word not in FUNCTIONS) or word in ("yes", "no", "odd", "all", "red")
+        for word in words
+    )
     return language and not re.search(r"[=<>^|]|\d|\\(?:frac|sqrt|pi|leq|geq|in)(?![a-z])", plain + value)
 
 
 def same_words(gold: str, pred: str) -> bool:
-    """The same words, the order of a list aside; yes or no with an explanation; the subject for a gold sentence about it."""
-    wanted, found = ([word for word in words if word not in _STOP_WORDS] or words for words in (
-        re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*|\d+", _plain_words(text).casefold()) for text in (gold, pred)
-    ))  # fmt: skip
+    """The same words, the order of a list aside; yes or no with an explanation; the subject for a gold
+    sentence about it.
+    """
+    wanted, found = (
+        [word for word in words if word not in _STOP_WORDS] or words
+        for words in (
+            re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*|\d+", _plain_words(text).casefold())
+            for text in (gold, pred)
+        )
+    )
     if not found or wanted == found:
         return bool(found)
     several = re.search(r",|\b(?:and|or)\b", gold)
