@@ -20,24 +20,37 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import packing
 from gvpo_ray.backends import deepspeed_config, make_backend
 from gvpo_ray.checkpoints import remove_checkpoint
 from gvpo_ray.config import LearnerConfig, LoraConfig, ModelConfig
+from gvpo_ray.head import linear_logprobs
 from gvpo_ray.weights import shards
 
 Row = Mapping[str, Any]
 
 
 class CompletionLogprobs(nn.Module):
-    """log pi(y_t | x, y_<t) for every token of every completion of a micro-batch. Prompt tokens never meet the head."""
+    """log pi(y_t | x, y_<t) for every token of every completion of a micro-batch. Prompt tokens never meet the head.
+
+    The head is called once per pass, whatever a rank's pass holds: under ZeRO-3 and FSDP every call of a module is a collective. So its
+    module gets a second form, head(hidden, targets), which is the fused function of head.py.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise TypeError(f"the model's output head is a {type(head).__name__}: only a plain linear one is known")
+        usual = head.forward
+
+        def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+            return usual(hidden) if targets is None else linear_logprobs(hidden, head.weight, targets, head.bias)
+
+        head.forward = forward
 
     def forward(self, rows: Tensor, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Token targets[i] is predicted at [rows[i], positions[i]] of what `inputs` (padded_inputs, packing.pack) lay out. Returns [N].
@@ -45,24 +58,7 @@ class CompletionLogprobs(nn.Module):
         In float32, or in the model's precision if that is higher.
         """
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
-        head = self.model.get_output_embeddings()
-        size = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.config.vocab_size)
-        if len(hidden) <= size:
-            return _head_logprobs(head, hidden, targets)
-        # The logits of a chunk are computed again in the backward pass: [tokens, vocabulary] never exists as a whole.
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([checkpoint(_head_logprobs, head, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-HEAD_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits at a time: 64 MB in float32; 1 GB on a GPU, where small products waste it and ZeRO-3 may gather the head for each."""
-
-
-def _head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(head(hidden))[targets], [N, hidden] and [N] -> [N], without a second matrix of the logits' size."""
-    logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(1, targets[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        return self.model.get_output_embeddings()(hidden, targets)
 
 
 def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Tensor], list[int]]:
@@ -176,22 +172,25 @@ class Policy:
         return model.eval()
 
     def _can_pack(self) -> bool:
-        """Whether packed groups have the log-probs of padded ones, tried with a few tokens. Every rank. Leaves the model ready for what it says."""
-        model, ids = self._module.model, [i % self.vocab_size for i in range(13)]
-        rows = [{"prompt_ids": ids[:4], "completion_ids": [ids[4:7], ids[7:8], ids[8:]]}]
+        """Whether packed groups have the log-probs of padded ones, tried with one group. Every rank. Leaves the model ready for what it says."""
+        model, longest = self._module.model, min(192, self.max_length)  # together over 256 tokens, as GPUs have another kernel below 128
+        ids = [i % self.vocab_size for i in range(7, 7 + 2 * longest)]
+        start, middle = longest // 4, longest // 4 + 1
+        rows = [{"prompt_ids": ids[:start], "completion_ids": [ids[start:longest], ids[:1], ids[middle : longest + 1]]}]
+        is_half = self._model_config.dtype == "bfloat16"
+        usual = model.config._attn_implementation
         self.packs = self._flex = False
         padded = torch.cat(self.token_logprobs(rows))
-        usual = model.config._attn_implementation
         for flex in (True, False) if self.device.type == "cuda" else (False,):
             self._flex = flex
             try:
+                if flex:
+                    packing.check_kernel(model.config, rows, self.device, torch.bfloat16 if is_half else torch.float32)
                 model.set_attn_implementation(packing.NAME)
                 self.packs = True
-                difference = float((torch.cat(self.token_logprobs(rows)) - padded).abs().max())
+                difference = float((torch.cat(self.token_logprobs(rows)) - padded).double().square().mean().sqrt())
                 why = f"its log-probs differ by {difference:.2g} nats"
-                if difference < (0.1 if self._model_config.dtype == "bfloat16" else 1e-3):
-                    dtype = torch.bfloat16 if self._model_config.dtype == "bfloat16" else torch.float32
-                    packing.try_gradient(model.config, packing.pack(rows, self.device, flex)[0]["layout"], dtype)
+                if difference < (0.1 if is_half else 1e-3):
                     return True
             except (AttributeError, TypeError, ValueError, RuntimeError) as error:
                 why = str(error).splitlines()[0]
