@@ -5,6 +5,7 @@ packed.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from transformers import (
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.learner import logprobs as logprobs_module
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 from gvpo_ray.learner.policy import Policy
@@ -102,27 +102,138 @@ def test_packed_groups_have_the_logprobs_and_gradients_of_each_completion_by_its
         )
 
 
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlexAttention through Dynamo and AOTAutograd as on a GPU; only the kernels are not Triton's."""
+    from torch.nn.attention import flex_attention as flex
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # it refuses gradients on a CPU
+    compiled = torch.compile(flex.flex_attention, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(packing, "_flex_attention", lambda: compiled)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_block_mask_of_flex_attention_says_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled, without gradients: what a CPU can run of it."""
-    from torch.nn.attention import flex_attention
-    from transformers.integrations import flex_attention as integration
+    """Uncompiled, without gradients, in float64."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(
-        integration,
-        "compile_friendly_flex_attention",
-        lambda *a, training, **k: flex_attention.flex_attention(*a, **k),
-    )
+    monkeypatch.setattr(packing, "_flex_attention", lambda: flex_attention)
     torch.manual_seed(0)
     model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES[name])).requires_grad_(False)
     model.set_attn_implementation(packing.NAME)
     rows = _groups()
     inputs, _ = packing.pack(rows, "cpu", flex=True)
     got, want = _logprobs(model, inputs), _logprobs(model, packing.pack(rows, "cpu")[0])
-    windows = {window for window in inputs["layout"].block_masks}
-    assert windows and (windows != {None}) == ("window" in name)
+    windows = set(inputs["layout"].block_masks)
+    assert windows and (windows != {packing.ALL}) == ("window" in name)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 256, 257, 300, 1000])
+def test_the_blocks_of_the_mask_are_those_of_create_block_mask(num_tokens: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows = [
+        {
+            "prompt_ids": [5] * (1 + num_tokens // 3),
+            "completion_ids": [[6] * (1 + num_tokens // 3), [7] * (1 + num_tokens // 3)],
+        }
+    ]
+    layout = packing.pack(rows, "cpu", flex=True)[0]["layout"]
+    size = layout.owners.shape[1]
+    assert size % packing.BLOCK == 0 and size >= packing.LEAST
+    for window in (None, 7, 200):
+        ours = layout.block_mask(window)
+        theirs = create_block_mask(ours.mask_mod, None, None, size, size, device="cpu")
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2, a window of 4 in the second layer"])
+def test_attention_is_compiled_a_few_times_whatever_the_passes(name: str, flex_on_cpu: None) -> None:
+    """Below and above one and two blocks, one token, with and without gradients, checkpointed or not; and
+    each pass is right.
+    """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+    module = CompletionLogprobs(model)
+    kinds = [
+        [(4, [3, 1, 5])],
+        [(1, [1])],
+        [(10, [60, 70, 120])],
+        [(64, [65, 129])],
+        [(100, [30, 77])],
+        [(9, [90] * 9)],
+        [(20, [1]), (7, [200])],
+    ]
+    for i in range(40):
+        rows = [
+            {
+                "prompt_ids": [(i + j) % 64 for j in range(p + i)],
+                "completion_ids": [[(3 * j + c) % 64 for j in range(c)] for c in cs],
+            }
+            for p, cs in kinds[i % 7]
+        ]
+        if i % 2:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        for part in module.modules():
+            part.training = getattr(part, "gradient_checkpointing", False)
+        results = []
+        for how, inputs in (
+            (packing.NAME, packing.pack(rows, "cpu", flex=True)[0]),
+            ("sdpa", padded_inputs(rows, "cpu")[0]),
+        ):
+            model.set_attn_implementation(how)
+            model.zero_grad()
+            with torch.set_grad_enabled(i % 3 != 0):
+                out = module(**inputs)
+            if i % 3 != 0:
+                out.double().sum().backward()
+            results.append(
+                [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            )
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert 0 < len(_debug_get_cache_entry_list(flex_attention.__code__)) <= 6
+    assert not _debug_get_cache_entry_list(create_block_mask.__code__)
+
+
+def test_a_kernel_that_is_wrong_is_found(flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _groups()
+    for dtype in (torch.float32, torch.bfloat16):
+        packing.check_kernel(ARCHITECTURES["qwen2"], rows, torch.device("cpu"), dtype)
+    right = packing._flex_attention()
+    monkeypatch.setattr(
+        packing,
+        "_flex_attention",
+        lambda: lambda q, k, v, **options: right(q, k, 2 * v - v.detach(), **options),
+    )
+    with pytest.raises(RuntimeError, match="value's gradient differs"):
+        packing.check_kernel(ARCHITECTURES["qwen2"], rows, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(
+        packing, "_flex_attention", lambda: lambda q, k, v, **options: 1.1 * right(q, k, v, **options)
+    )
+    with pytest.raises(RuntimeError, match="FlexAttention's output differs"):
+        packing.check_kernel(ARCHITECTURES["qwen2"], rows, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_attention_with_terms_that_packing_does_not_know_is_refused(name: str) -> None:
+    inputs, _ = packing.pack(_groups(), "cpu")
+    states = torch.zeros(1, 4, len(inputs["layout"].place), 8)
+    with pytest.raises(ValueError, match=name):
+        packing.packed_attention(
+            nn.Module(), states, states, states, None, layout=inputs["layout"], **{name: 1.0}
+        )
 
 
 def test_a_completion_does_not_see_its_neighbours() -> None:
@@ -136,48 +247,6 @@ def test_a_completion_does_not_see_its_neighbours() -> None:
     after = _logprobs(model, packing.pack(rows, "cpu")[0])
     assert torch.equal(before[:3], after[:3]) and torch.equal(before[13:], after[13:])
     assert not torch.isclose(before[3:13], after[3:13]).any()
-
-
-def test_the_head_in_chunks_gives_the_same_and_keeps_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = float64(AutoModelForCausalLM.from_config(ARCHITECTURES["qwen2"]))
-    inputs, _ = padded_inputs(_groups(), "cpu")
-    results = []
-    for elements in (1 << 24, 64 * 5):  # all at once, and 5 tokens at a time
-        monkeypatch.setattr(logprobs_module, "HEAD_ELEMENTS", {"cpu": elements})
-        saved: list[int] = []
-
-        def note(tensor: Tensor, saved: list[int] = saved) -> Tensor:
-            saved.append(tensor.numel() if tensor.shape[-1:] == (64,) else 0)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            logprobs = _logprobs(model, inputs)
-        logprobs.sum().backward()
-        results.append((logprobs.detach(), [p.grad.clone() for p in model.parameters()], max(saved)))
-        model.zero_grad()
-    (whole, whole_gradients, whole_saved), (chunked, chunked_gradients, chunked_saved) = results
-    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
-    for got, want in zip(chunked_gradients, whole_gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    assert chunked_saved < whole_saved == len(whole) * 64
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_gradient_is_tried_on_heads_like_the_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = packing.pack(_groups(), "cpu")[0]["layout"]
-    seen = []
-    usual = packing.scaled_dot_product_attention
-    monkeypatch.setattr(
-        packing, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape) or usual(q, *a, **k)
-    )
-    packing.try_gradient(ARCHITECTURES[name], layout, torch.float32)
-    assert {(shape[1], shape[3]) for shape in seen} == {(4, 16 if name == "qwen3" else 8)}
-    monkeypatch.setattr(
-        packing, "scaled_dot_product_attention", lambda q, *a, **k: usual(q, *a, **k) * float("inf")
-    )
-    with pytest.raises(RuntimeError, match="not finite"):
-        packing.try_gradient(ARCHITECTURES[name], layout, torch.float32)
 
 
 def _policy(folder: Path, **learner: Any) -> Policy:

@@ -9,19 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.head import linear_logprobs
 
 
 class CompletionLogprobs(nn.Module):
     """log pi(y_t | x, y_<t) for every token of every completion of a micro-batch. Prompt tokens never meet
     the head.
+
+    The head is called once per pass, whatever a rank's pass holds: under ZeRO-3 and FSDP every call of a
+    module is a collective. So its module gets a second form, head(hidden, targets), which is the fused
+    function of head.py.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise TypeError(
+                f"the model's output head is a {type(head).__name__}: only a plain linear one is known"
+            )
+        usual = head.forward
+
+        def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+            return (
+                usual(hidden) if targets is None else linear_logprobs(hidden, head.weight, targets, head.bias)
+            )
+
+        head.forward = forward
 
     def forward(self, rows: Tensor, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """Token targets[i] is predicted at [rows[i], positions[i]] of what `inputs` (padded_inputs,
@@ -30,28 +47,7 @@ class CompletionLogprobs(nn.Module):
         In float32, or in the model's precision if that is higher.
         """
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
-        head = self.model.get_output_embeddings()
-        size = max(1, HEAD_ELEMENTS[hidden.device.type] // self.model.config.vocab_size)
-        if len(hidden) <= size:
-            return _head_logprobs(head, hidden, targets)
-        # The logits of a chunk are computed again in the backward pass: [tokens, vocabulary] never exists as
-        # a whole.
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        return torch.cat([checkpoint(_head_logprobs, head, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-HEAD_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits at a time: 64 MB in float32; 1 GB on a GPU, where small products waste it and ZeRO-3 may gather the
-head for each."""
-
-
-def _head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(head(hidden))[targets], [N, hidden] and [N] -> [N], without a second matrix of the logits'
-    size.
-    """
-    logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(1, targets[:, None]).squeeze(1) - torch.logsumexp(logits, dim=-1)
+        return self.model.get_output_embeddings()(hidden, targets)
 
 
 def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Tensor], list[int]]:

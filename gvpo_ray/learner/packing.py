@@ -1,9 +1,7 @@
 """Group-packed forward: a prompt once, then its completions, each of which sees the prompt and itself only.
 
     tokens      x1 x2 x3 | y1 y2 | z1 z2 z3 | next group ...      no padding; a completion's last token is
-                                                                  only a target
-    positions    0  1  2 |  3  4 |  3  4  5 |
-    sees         causal  | x + y | x + z    |
+    only a target positions    0  1  2 |  3  4 |  3  4  5 | sees         causal  | x + y | x + z    |
 
 Everything token-wise (embedding, projections, MLP, norms) runs on these tokens, so a prompt costs once and
 not m times; gradients flow into it from all of its completions. Attention alone is different: on a GPU
@@ -14,7 +12,8 @@ transformers' attention interface; the model's code stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gvpo_ray.groups import Row
+Row = Mapping[str, Any]
 
 NAME = "group_packed"
 
@@ -47,30 +45,75 @@ class Layout:
     """[T] where a token's output is: g P + i in a prompt, G P + n C + i in a completion."""
     owners: Tensor
     """[3, T] of each token its group, its completion (-1: the prompt) and its position."""
-    block_masks: dict[int | None, Any] | None
+    block_masks: dict[int, Any] | None
     """FlexAttention's, by sliding window, made when the first layer asks; None: padded blocks."""
 
     def block_mask(self, window: int | None) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
+        """FlexAttention's mask for layers with this sliding window (None: full attention)."""
         assert self.block_masks is not None
-        if window not in self.block_masks:
-            group, completion, position = self.owners
+        width = ALL if window is None else window
+        if width not in self.block_masks:
+            self.block_masks[width] = _block_mask(self.owners, width)
+        return self.block_masks[width]
 
-            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                mine = (
-                    (group[q] == group[k])
-                    & ((completion[k] == -1) | (completion[k] == completion[q]))
-                    & (q >= k)
-                )
-                return mine if window is None else mine & (position[q] - position[k] < window)
 
-            size = self.owners.shape[1]
-            on_gpu = self.owners.is_cuda  # compiled, it never holds the [T, T] mask
-            self.block_masks[window] = create_block_mask(
-                sees, None, None, size, size, device=self.owners.device, _compile=on_gpu
-            )
-        return self.block_masks[window]
+ALL = 1 << 30
+"""The sliding window of a layer that sees everything: a number like any other, so that both kinds are one
+mask function.
+"""
+
+BLOCK = 128
+"""Tokens per side of a block of FlexAttention's mask."""
+
+LEAST = 2 * BLOCK
+"""Shortest packed sequence: below 128 tokens FlexAttention runs another kernel, and one block is compiled by
+itself.
+"""
+
+
+def _block_mask(owners: Tensor, window: int) -> Any:
+    """Which blocks of [T, T] FlexAttention computes, and in which it asks the mask for each pair. T is a
+    multiple of BLOCK.
+
+    create_block_mask does the same, but compiled it is one graph more for each kind of length, and not
+    compiled it holds [T, T].
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    group, completion, position = owners
+    width = torch.tensor(window, device=owners.device)  # a tensor: a number would be compiled in
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        mine = (group[q] == group[k]) & ((completion[k] == -1) | (completion[k] == completion[q])) & (q >= k)
+        return mine & (position[q] - position[k] < width)
+
+    size = owners.shape[1]
+    places = torch.arange(size, device=owners.device)
+    rows = BLOCK * max(1, (1 << 25) // (BLOCK * size))  # of [T, T] at a time
+    some, every = [], []
+    for part in places.split(rows):
+        seen = sees(part, part, part[:, None], places[None, :]).view(-1, BLOCK, size // BLOCK, BLOCK)
+        some.append(seen.any(3).any(1))
+        every.append(seen.all(3).all(1))
+    full = torch.cat(every)
+    columns = []
+    for blocks in (torch.cat(some) & ~full, full):
+        columns.append(blocks.sum(1, dtype=torch.int32)[None, None])
+        columns.append(
+            blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)[None, None]
+        )
+    return BlockMask.from_kv_blocks(*columns, BLOCK_SIZE=BLOCK, mask_mod=sees)
+
+
+@functools.cache
+def _flex_attention() -> Callable[..., Any]:
+    """FlexAttention, compiled once for all lengths. Where Dynamo would give up and run it unfused, it raises
+    in place of that.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def pack(
@@ -79,7 +122,9 @@ def pack(
     """Lay out groups in a row. Returns the arguments of CompletionLogprobs and the completions' lengths.
     flex: for FlexAttention.
 
-    input_ids, position_ids [1, T]; token targets[i] is predicted at [0, positions[i]].
+    input_ids, position_ids [1, T]; token targets[i] is predicted at [0, positions[i]]. For FlexAttention T is
+    a multiple of BLOCK, and at least LEAST: the tokens that fill it up are a group of their own, which nobody
+    else sees and nobody reads.
     """
     longest_prompt = max(len(row["prompt_ids"]) for row in rows)
     longest = max(len(ids) for row in rows for ids in row["completion_ids"]) - 1
@@ -114,6 +159,11 @@ def pack(
             targets += ids
             group.append(g)
             lengths.append(len(ids))
+    if flex:
+        missing = max(LEAST, -(-len(tokens) // BLOCK) * BLOCK) - len(tokens)
+        tokens += [0] * missing
+        owners += [(len(rows), -1)] * missing
+        positions += range(missing)
     layout = Layout(
         prompts=prompts.to(device),
         prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in rows], device=device),
@@ -126,8 +176,9 @@ def pack(
     inputs = {
         "input_ids": torch.tensor([tokens], device=device),
         "position_ids": torch.tensor([positions], device=device),
-        # four dimensions: passed on as it is, for the layout says it all
-        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
+        "attention_mask": torch.zeros(
+            1, 1, 1, 1, device=device
+        ),  # four dimensions: passed on as it is, for the layout says it all
         "rows": torch.zeros(len(sources), dtype=torch.long, device=device),
         "positions": torch.tensor(sources, device=device),
         "targets": torch.tensor(targets, device=device),
@@ -152,6 +203,9 @@ def packed_attention(
     Without a layout it is transformers' own SDPA. sliding_window: a token sees itself and so many tokens less
     one before it.
     """
+    for name in ("softcap", "s_aux"):
+        if layout is not None and kwargs.get(name) is not None:
+            raise ValueError(f"its attention has {name}, which packed attention does not compute")
     if layout is None:
         return sdpa_attention_forward(
             module,
@@ -164,16 +218,22 @@ def packed_attention(
             **kwargs,
         )
     if layout.block_masks is not None:
+        # Under autocast the rotary embedding leaves q and k in float32: mixed with a value in bfloat16
+        # kernels are slow, or wrong.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        is_grouped = query.shape[1] != key.shape[1]
         mask = layout.block_mask(sliding_window)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scaling)[0], None
+        out = _flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=is_grouped)
+        return out.transpose(1, 2), None
     longest_prompt = layout.prompts.shape[1]
     num_completions, longest = layout.completions.shape
 
     def block(states: Tensor, tokens: Tensor) -> Tensor:  # [1, H, T, D], [B, L] -> [B, H, L, D]
         return states[0].index_select(1, tokens.flatten()).unflatten(1, tokens.shape).transpose(0, 1)
 
-    # [B, H, L, D] -> [B L, H, D]
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:  # [B, H, L, D] -> [B L, H, D]
         shared = query.shape[1] // key.shape[1]
         out = scaled_dot_product_attention(
             query,
@@ -216,25 +276,35 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, layout.place)[None], None
 
 
-def try_gradient(config: Any, layout: Layout, dtype: torch.dtype) -> None:
-    """Attention and its backward pass once, on heads like the model's: a kernel may have the one and fail at
-    the other.
+def check_kernel(config: Any, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
+    """Compare FlexAttention as it is compiled here, and its gradient, with padded blocks on random heads like
+    the model's.
+
+    Raises:
+        RuntimeError: they differ by more than the rounding of `dtype`, or a value is not finite.
     """
     heads = config.num_attention_heads
-    shapes = [
-        (1, number, len(layout.place), getattr(config, "head_dim", None) or config.hidden_size // heads)
-        for number in (heads, *[getattr(config, "num_key_value_heads", None) or heads] * 2)
-    ]
-    states = [
-        torch.full(shape, 0.5, dtype=dtype, device=layout.place.device, requires_grad=True)
-        for shape in shapes
-    ]
-    with torch.enable_grad():
-        packed_attention(nn.Module().eval(), *states, None, layout=layout)[
-            0
-        ].float().square().sum().backward()
-    if not all(bool(state.grad.isfinite().all()) for state in states):
-        raise RuntimeError("its attention's gradient is not finite")
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    results = []
+    for flex in (True, False):
+        layout = pack(rows, device, flex)[0]["layout"]
+        length, num_tokens = layout.owners.shape[1], len(layout.place)
+        generator = torch.Generator(device).manual_seed(0)
+        states = []
+        for number in (heads, shared, shared):
+            state = torch.randn((1, number, num_tokens, size), generator=generator, device=device).to(dtype)
+            states.append(torch.nn.functional.pad(state, (0, 0, 0, length - num_tokens)).requires_grad_())
+        with torch.enable_grad():
+            out = packed_attention(nn.Module().eval(), *states, None, layout=layout)[0][:, :num_tokens]
+            (out.float() * torch.randn(out.shape, generator=generator, device=device)).sum().backward()
+        results.append([out.detach(), *(state.grad[:, :, :num_tokens] for state in states)])
+    for name, ours, theirs in zip(
+        ("output", "query's gradient", "key's gradient", "value's gradient"), *results, strict=True
+    ):
+        difference = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+        if not difference < (0.03 if dtype == torch.bfloat16 else 1e-3):
+            raise RuntimeError(f"FlexAttention's {name} differs by {difference:.2g} of its norm")
 
 
 def _ages(queries: Tensor, keys: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""`gvpo-ray bench gpu`: the learner on one GPU in eight minutes: right, fast, and where not.
+
+It needs torch and transformers alone: neither ray nor vllm nor deepspeed. Each section has a time box, writes
+each result as soon as it is known, and a failure is a result. On a CPU it runs at toy sizes, which shows that
+it works and nothing else.
+
+    python -m gvpo_ray.bench.gpu.main --out FOLDER [--seconds 450] [--sections probe,semantics,...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gvpo_ray.bench.gpu import numerics, probe, profile, publish, semantics, speed, steps
+from gvpo_ray.bench.gpu.report import Box, Report
+
+SECTIONS = {
+    "probe": (probe.run, 10),
+    "recompiles": (semantics.recompiles, 60),
+    "train_step": (steps.run, 60),
+    "speed": (speed.run, 110),
+    "semantics": (semantics.run, 80),
+    "publish": (publish.run, 20),
+    "choices": (speed.choices, 60),
+    "numerics": (numerics.run, 25),
+    "profile": (profile.run, 25),
+}
+"""What runs, and its share of the time in seconds of 450; what a cut would cost most comes first."""
+
+GRACE_S = 20
+"""A section that is still at one piece of work so long after its end is given up: it hangs, or compiles
+without end.
+"""
+
+
+def main(
+    out: str | Path, seconds: float = 450, sections: Sequence[str] = tuple(SECTIONS), goes_on: bool = False
+) -> int:
+    """Run the sections; write gpu.jsonl and traces to `out`. Returns 1 where a decision rule does not hold or
+    a section failed.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    report = Report(Path(out), Console(highlight=False, width=170), goes_on)
+    whole, shares = Box(seconds), sum(SECTIONS[name][1] for name in sections)
+    for i, name in enumerate(sections):
+        work, share = SECTIONS[name]
+        begin, limit = time.monotonic(), min(share * seconds / shares, whole.left)
+        done = threading.Event()
+        again = [sys.executable, "-m", "gvpo_ray.bench.gpu.main", "--goes-on", "--out", str(out)]
+        rest = ["--sections", ",".join(sections[i + 1 :])]
+        threading.Thread(
+            target=_give_up, args=(report, name, done, limit, whole, again, rest), daemon=True
+        ).start()
+        with report.attempt(name, "the section itself"):
+            work(report, device, device.type == "cpu", Box(limit))
+        done.set()
+        report.add(name, "took", seconds=time.monotonic() - begin)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    report.table()
+    return int(any("failed" in line or line.get("ok") is False for line in report.lines))
+
+
+def _give_up(
+    report: Report,
+    name: str,
+    done: threading.Event,
+    limit: float,
+    whole: Box,
+    again: list[str],
+    rest: list[str],
+) -> None:
+    """Where a section does not end: record what it was at, and start this program anew with the sections
+    after it.
+
+    A thread cannot be stopped, and neither can a kernel that never ends: only a new process goes on for sure.
+    """
+    if done.wait(limit + GRACE_S):
+        return
+    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    at = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-12:]]
+    report.add(name, "given up", failed=f"no end {GRACE_S} s after its time", at=at)
+    if rest[1] and whole.left > 10:
+        os.execv(again[0], [*again, "--seconds", str(whole.left), *rest])
+    report.table()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--goes-on", action="store_true", help="add to the results that are in the folder")
+    given = parser.parse_args()
+    raise SystemExit(main(given.out, given.seconds, given.sections.split(","), given.goes_on))

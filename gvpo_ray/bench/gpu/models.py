@@ -1,0 +1,139 @@
+"""Models of random weights in the shapes of real ones, built on the device, and groups to train them on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gvpo_ray.learner.policy import Policy
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of a transformer: architecture, layers, heads and what differs from its defaults."""
+
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    intermediate: int
+    hidden: int = 0
+    tied: bool = True
+    vocab: int = 151_936
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.hidden or self.heads * self.head_dim
+
+    def config(self) -> Any:
+        """The transformers config of this shape."""
+        return AutoConfig.for_model(
+            self.kind,
+            vocab_size=self.vocab,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=32_768,
+            tie_word_embeddings=self.tied,
+            **self.extra,
+        )
+
+    def flops(self, prompt: int, completion: int, k: int) -> float:
+        """FLOPs of forward and backward of one group, each token once: 6 per weight, the head on completions
+        alone, causal attention.
+        """
+        attention = (
+            2 * self.hidden_size * self.heads * self.head_dim
+            + 2 * self.hidden_size * self.kv_heads * self.head_dim
+        )
+        weights = self.layers * (attention + 3 * self.hidden_size * self.intermediate)
+        seen = prompt * prompt / 2 + k * (completion * prompt + completion * completion / 2)
+        tokens = prompt + k * completion
+        head = self.vocab * self.hidden_size * k * completion
+        return 6.0 * (weights * tokens + head) + 12.0 * self.layers * self.heads * self.head_dim * seen
+
+
+QWEN_05B = Shape("qwen2", 14, 2, 64, 24, 4864)
+QWEN_15B = Shape("qwen2", 12, 2, 128, 28, 8960)
+QWEN_7B = Shape("qwen2", 28, 4, 128, 28, 18944, tied=False, vocab=152_064)
+
+
+def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A model of random weights on the device, with logits of a standard deviation near 4, as trained models
+    have.
+    """
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head.mul_(4 / (float(head.std()) * head.shape[1] ** 0.5))
+    return cast(model, dtype).eval()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the parameters another dtype. Buffers stay: in bfloat16 the rotary frequencies would be those of
+    another model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.grad = None
+    return model
+
+
+def make_folder(folder: Path, config: Any) -> Path:
+    """A model folder without weights: the config, and a tokenizer that nobody reads."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+class BuiltPolicy(Policy):
+    """A policy whose weights are made on the device in place of being read."""
+
+    def _load(self, path: str | Path) -> nn.Module:
+        return build(AutoConfig.from_pretrained(path), self.device, self._dtype)
+
+
+def make_rows(
+    groups: Sequence[tuple[int, Sequence[int]]], vocab: int, seed: int = 0, version: int = 0
+) -> list[Row]:
+    """Groups of random tokens: of each the prompt's length and its completions' lengths; sampled by the
+    policy of `version`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(size: int) -> list[int]:
+        return torch.randint(2, vocab, (size,), generator=generator).tolist()
+
+    return [
+        {
+            "group_id": i,
+            "prompt_ids": tokens(prompt),
+            "completion_ids": [tokens(length) for length in lengths],
+            "rewards": [float(j % 2) for j in range(len(lengths))],
+            "finish_reasons": ["stop"] * len(lengths),
+            "version_min": [version] * len(lengths),
+            "version_max": [version] * len(lengths),
+            "sampling_logprobs": [[0.0] * length for length in lengths],
+            "reward_reasons": [None] * len(lengths),
+        }
+        for i, (prompt, lengths) in enumerate(groups)
+    ]

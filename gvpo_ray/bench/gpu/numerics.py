@@ -1,0 +1,83 @@
+"""How far bfloat16 passes lie from float32 ones on the same weights, per token and per completion: D's noise
+floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from gvpo_ray.bench.gpu.models import QWEN_15B, Shape, build, cast, make_rows
+from gvpo_ray.bench.gpu.report import Box, Report
+from gvpo_ray.learner import packing
+from gvpo_ray.learner.head import linear_logprobs
+
+TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
+
+
+def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
+    """Differences to float32 of: bfloat16 heads, float32 products in the head, a float32 residual stream
+    (autocast).
+    """
+    shape = TOY if toy else dataclasses.replace(QWEN_15B, layers=28)
+    flex = device.type == "cuda"
+    for length in (16, 32) if toy else (512, 2048):
+        if not box.has(10):
+            return
+        torch._dynamo.reset()
+        with report.attempt("numerics", str(length)):
+            model = build(shape.config(), device, torch.float32)
+            model.set_attn_implementation(packing.NAME)
+            rows = make_rows([(64, [length] * 4)], shape.vocab)
+            inputs, lengths = packing.pack(rows, device, flex)
+            want = _logprobs(model, inputs, flex, False, True)
+            autocast = _logprobs(model, inputs, flex, True, True)
+            _add(report, f"{length} tokens, autocast less float32", autocast - want, lengths)
+            _add(
+                report,
+                f"{length} tokens, autocast, bf16 head, less float32",
+                _logprobs(model, inputs, flex, True, False) - want,
+                lengths,
+            )
+            cast(model, torch.bfloat16)
+            half, half_head = (
+                _logprobs(model, inputs, flex, False, True),
+                _logprobs(model, inputs, flex, False, False),
+            )
+            _add(report, f"{length} tokens, bf16 less float32", half - want, lengths)
+            _add(report, f"{length} tokens, bf16, bf16 head, less float32", half_head - want, lengths)
+            _add(report, f"{length} tokens, bf16 less autocast", half - autocast, lengths)
+            _add(report, f"{length} tokens, bf16, bf16 head, less autocast", half_head - autocast, lengths)
+
+
+@torch.no_grad()
+def _logprobs(
+    model: torch.nn.Module, inputs: dict[str, Tensor], flex: bool, autocast: bool, float_head: bool
+) -> Tensor:
+    inputs = dict(inputs)
+    rows, positions, targets = (inputs.pop(name) for name in ("rows", "positions", "targets"))
+    if inputs["layout"].block_masks is not None:
+        inputs["layout"].block_masks.clear()
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=autocast):
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
+        head = model.get_output_embeddings()
+        if float_head:
+            return linear_logprobs(hidden, head.weight, targets).double()
+        chunks = zip(hidden.split(1024), targets.split(1024), strict=True)
+        return torch.cat(
+            [torch.log_softmax(head(h).float(), -1).gather(1, t[:, None])[:, 0] for h, t in chunks]
+        ).double()
+
+
+def _add(report: Report, name: str, difference: Tensor, lengths: list[int]) -> None:
+    sums = torch.stack([part.sum() for part in difference.split(lengths)])
+    report.add(
+        "numerics",
+        name,
+        rms_per_token=difference.square().mean().sqrt(),
+        mean_per_token=difference.mean(),
+        largest=difference.abs().max(),
+        rms_per_completion=sums.square().mean().sqrt(),
+    )

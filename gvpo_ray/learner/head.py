@@ -1,0 +1,121 @@
+"""log softmax(W h)[target] for many tokens at once, without ever holding the logits of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits held at a time, forward and backward: 16 MB in float32 on a CPU, which stays in its cache; 1 GB on a
+GPU.
+"""
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """Fused output head and log-softmax: forward keeps hidden states, targets and the log of the sum of
+    exponentials alone.
+
+    The backward pass computes the logits of each chunk again and adds to one float32 gradient of the weight,
+    so that no chunk has a weight-sized gradient of its own. Products of bfloat16 add up and come out in
+    float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+    ) -> Tensor:
+        """[N, hidden], [vocabulary, hidden], [vocabulary], [N] -> [N] log-probabilities, float32 (float64 for
+        float64 inputs).
+        """
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        half, matrix = hidden.to(dtype), weight.to(dtype)
+        result = hidden.new_empty(
+            len(hidden), dtype=torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        sums = torch.empty_like(result)
+        with torch.autocast(kind, enabled=False):  # it would take float32 products back to bfloat16
+            for part in _chunks(len(hidden), chunk):
+                logits = _logits(half[part], matrix, bias)
+                sums[part] = torch.logsumexp(logits, dim=-1)
+                result[part] = logits.gather(1, targets[part, None]).squeeze(1) - sums[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, sums)
+        ctx.chunk, ctx.dtype = chunk, dtype
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """d log p / d logits is one at the target less the softmax."""
+        hidden, weight, bias, targets, sums = ctx.saved_tensors
+        half, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        of_weight = (
+            torch.zeros(weight.shape, dtype=sums.dtype, device=weight.device) if wants_weight else None
+        )
+        of_bias = torch.zeros(len(weight), dtype=sums.dtype, device=weight.device) if wants_bias else None
+        for part in _chunks(len(hidden), ctx.chunk):
+            logits = _logits(half[part], matrix, bias)
+            own = logits.sub_(sums[part, None]).exp_().mul_(-gradient[part, None])
+            own.scatter_add_(1, targets[part, None], gradient[part, None].to(own.dtype))
+            if of_bias is not None:
+                of_bias += own.sum(0)
+            own = own.to(ctx.dtype)
+            if of_hidden is not None:
+                of_hidden[part] = own @ matrix
+            if of_weight is not None:
+                _add_product(of_weight, own.t(), half[part])
+        of_weight = None if of_weight is None else of_weight.to(weight.dtype)
+        return (
+            of_hidden,
+            of_weight,
+            None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """log softmax(weight @ hidden_i + bias)[targets_i], for all i at once.
+
+    Args:
+        hidden: [N, hidden size].
+        weight, bias: [vocabulary, hidden size] and [vocabulary] or None.
+        targets: [N] token ids.
+
+    Returns:
+        [N], float32, or float64 where the inputs are; under autocast products are taken in autocast's dtype.
+    """
+    chunk = max(1, ELEMENTS[hidden.device.type] // len(weight))
+    result: Tensor = LinearLogprobs.apply(hidden, weight, bias, targets, chunk)
+    return result
+
+
+def _chunks(size: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = _product(hidden, weight.t())
+    return logits if bias is None else logits.add_(bias)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 whatever they are in: on a GPU without copies (vLLM's float32 head does the same)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total is float32 or float64."""
+    if a.dtype in (torch.float32, torch.float64):
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total.add_(torch.mm(a, b, out_dtype=torch.float32))
+    else:
+        total.addmm_(a.float(), b.float())
