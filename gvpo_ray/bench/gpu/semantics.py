@@ -113,7 +113,7 @@ def _compare(
         gradient_error=relative,
         first_seconds=seconds,
         rule="semantics",
-        ok=bool(float(error.max()) < 2e-4 if is_full else relative < 0.03),
+        ok=bool(float(error.max()) < 1e-4 if is_full else relative < 0.03),
     )
 
 
