@@ -6,5 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check
 ruff format --check
+lint-imports
 mypy
 exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"  # one alone leaves a third of two cores idle

@@ -11,6 +11,7 @@ from buffers import answer, ids, make, make_again, put, run, settle, start_all, 
 
 from gvpo_ray.buffer import buffer as buffer_module
 from gvpo_ray.buffer import log as group_log
+from gvpo_ray.buffer import log as log_module
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.data import ReplayConfig
@@ -676,7 +677,7 @@ def test_a_new_buffer_of_a_run_that_is_over_says_so(tmp_path):
 
 
 def test_two_buffers_do_not_write_to_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(buffer_module, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(log_module, "LOCK_WAIT_S", 0.0)
     buffer = make(tmp_path)
     with pytest.raises(RuntimeError, match=f"another process writes to {tmp_path}"):
         make(tmp_path)

@@ -18,7 +18,6 @@ publishes next.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +26,11 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.buffer.log import GroupLog, lock_folder
 from gvpo_ray.buffer.replay import History, replayed
+from gvpo_ray.buffer.waits import WaitingTime
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.files import append_line, read_lines
-
-LOCK_WAIT_S = 60.0
-"""How long a new buffer waits for the one before it, whose process may still be going down."""
 
 STEPS = "steps.jsonl"
 """Beside the log: each step's metrics, for a driver that was killed before it could write them."""
@@ -73,7 +70,7 @@ class GroupBuffer:
         replay: ReplayConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self._lock = _lock(Path(folder))
+        self._lock = lock_folder(Path(folder))
         self.log = GroupLog(folder)
         self.groups_per_step = groups_per_step
         self.num_steps = num_steps
@@ -109,7 +106,7 @@ class GroupBuffer:
         self._learner_restarts: list[dict[str, Any]] = read_lines(self._restarts_path)
         self._last_group_at: float | None = None
         self._last_step_at: float | None = None
-        self._waits = {"learner": _Waits(), "dial": _Waits(), "driver": _Waits()}
+        self._waits = {"learner": WaitingTime(), "dial": WaitingTime(), "driver": WaitingTime()}
         self._learner_is_up = False
         # One condition per kind of news: with hundreds of free slots waiting to start, a finished group must
         # not wake them all.
@@ -441,39 +438,3 @@ class GroupBuffer:
         if self._num_started >= self.num_steps * self.groups_per_step:
             return "all groups are started"
         return f"closed: {self._num_started} groups started, version {self.version} allows no more"
-
-
-class _Waits:
-    """Seconds in which at least one waited: `with waits: await …`."""
-
-    def __init__(self) -> None:
-        self._num, self._since, self._before = 0, 0.0, 0.0
-
-    def __enter__(self) -> None:
-        if self._num == 0:
-            self._since = time.monotonic()
-        self._num += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._num -= 1
-        if self._num == 0:
-            self._before += time.monotonic() - self._since
-
-    @property
-    def seconds(self) -> float:
-        return self._before + (time.monotonic() - self._since if self._num else 0.0)
-
-
-def _lock(folder: Path) -> Any:
-    """The folder's lock file, held until it is closed or its process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - lives as long as the buffer
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"another process writes to {folder}") from None
-            time.sleep(0.1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,3 +182,22 @@ def prompt_key(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def prompt_key_of(group: pa.Table) -> tuple[str, ...]:
     return prompt_key(next(groups.rows(group.select(list(KEY_COLUMNS)))))
+
+
+LOCK_WAIT_S = 60.0
+"""How long a new buffer waits for the one before it, whose process may still be going down."""
+
+
+def lock_folder(folder: Path) -> Any:
+    """The folder's lock file, held until it is closed or its process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - lives as long as the buffer
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"another process writes to {folder}") from None
+            time.sleep(0.1)

@@ -28,7 +28,7 @@ is asked."""
 
 
 def one_more(seats: Sequence[Any], waited: float) -> Any | None:
-    """The seat to fill, or None. `seats`: of all pools in their order (pools._Seat); `waited`: share of the
+    """The seat to fill, or None. `seats`: of all pools in their order (seats.Seat); `waited`: share of the
     time that the learner waited.
     """
     free = [seat for seat in seats if not seat.is_asked]

@@ -16,85 +16,18 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from gvpo_ray.actors import (
-    Draining,
-    Hang,
-    Note,
-    RunError,
-    cause_of,
-    innermost,
-    is_death,
-    is_lost,
-    resources_of,
-)
-from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
+from gvpo_ray.actors import Draining, Hang, Note, RunError, cause_of, innermost, is_death, is_lost
+from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import one_less, one_more
+from gvpo_ray.engines.seats import Request, Seat
 from gvpo_ray.groups import to_wire
-
-
-@dataclass
-class _InFlight:
-    since: float
-    kept: list[Any]
-    """Refs of the group's completions that are safe outside the engine."""
-
-
-@dataclass(eq=False)
-class _Seat:
-    """The place of one engine in its pool: when an engine dies, another takes its seat."""
-
-    pool: str
-    config: PoolConfig
-    number: int
-    capacity: int
-    """Completions in flight, at most."""
-    load: int = 0
-    engine: Any = None
-    node: str = ""
-    is_asked: bool = True
-    """Whether there should be an engine; of an elastic pool's seats beyond num, autoscale.py decides."""
-    asked_at: float = field(default_factory=time.time)
-    state: str = "wanted"
-    """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving,
-    dead (waits for its next try)."""
-    since: float = field(default_factory=time.time)
-    status: dict[str, Any] = field(default_factory=dict)
-    """What the engine said of itself last."""
-    num_tokens: int = 0
-    """Written here so far, in groups that came back."""
-    in_flight: dict[int, _InFlight] = field(default_factory=dict)
-    """By group id."""
-    failed: asyncio.Future[None] | None = None
-    """Gets the error of the first call that found the engine dead."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.pool}-{self.number}"
-
-    @property
-    def has_room(self) -> bool:
-        return self.state == "running" and self.load < self.capacity
-
-    @property
-    def is_elastic(self) -> bool:
-        return self.number >= self.config.num
-
-    @property
-    def wants(self) -> dict[str, float]:
-        """What it asks Ray for."""
-        return resources_of(self.config)
-
-    def becomes(self, state: str) -> None:
-        self.state, self.since = state, time.time()
-
 
 MAX_FAILED_STARTS = 3
 """Tries to start the first engine of a pool: what fails as often is the config, not bad luck."""
@@ -134,7 +67,7 @@ class EngineGroup:
             placed,
         )
         self.seats = [
-            _Seat(name, pool, number, pool.max_groups * num_completions)
+            Seat(name, pool, number, pool.max_groups * num_completions)
             for name, pool in config.all_pools().items()
             for number in range(max(pool.num, pool.max_num or 0))
         ]
@@ -150,7 +83,7 @@ class EngineGroup:
                 seat.engine = make(seat.pool, seat.config, seat.number)
         self._deaths: dict[str, deque[float]] = {seat.pool: deque() for seat in self.seats}
         self._has_started: set[str] = set()
-        self._waiting: list[tuple[int, int, int, bool, asyncio.Future[_Seat]]] = []
+        self._waiting: list[tuple[int, int, int, bool, asyncio.Future[Seat]]] = []
         self._order = itertools.count()
         self._draining: dict[str, float] = {}
         self.room = asyncio.Event()
@@ -197,7 +130,7 @@ class EngineGroup:
                 self._changed()
                 continue
             engine, failed = seat.engine, seat.failed
-            seat.in_flight[group_id] = in_flight = _InFlight(since, list(kept))
+            seat.in_flight[group_id] = in_flight = Request(since, list(kept))
             try:
                 sampled, numbers = engine.sample.remote(on_wire, sampling, min_version, seed, *kept)
                 missing, num_tokens = await numbers
@@ -222,8 +155,8 @@ class EngineGroup:
                 seat.load -= size
                 self._changed()
 
-    async def _seat(self, size: int, priority: int, only_ours: bool) -> _Seat:
-        future: asyncio.Future[_Seat] = asyncio.get_running_loop().create_future()
+    async def _seat(self, size: int, priority: int, only_ours: bool) -> Seat:
+        future: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, next(self._order), size, only_ours, future))
         self._changed()
         return await future
@@ -294,7 +227,7 @@ class EngineGroup:
     def _num_asked(self, pool: str) -> int:
         return sum(seat.is_asked for seat in self.seats if seat.pool == pool)
 
-    async def _keep(self, seat: _Seat) -> None:
+    async def _keep(self, seat: Seat) -> None:
         """One engine after the other in one seat, while it is asked for."""
         failed_starts = 0
         while True:
@@ -323,14 +256,14 @@ class EngineGroup:
                 if not is_leaving:
                     await self._may_restart(seat, cause_of(error))
 
-    def _clear(self, seat: _Seat) -> None:
+    def _clear(self, seat: Seat) -> None:
         seat.status = {}
         seat.becomes("dead")
         if seat.engine is not None:
             ray.kill(seat.engine, no_restart=True)
             seat.engine = None
 
-    async def _one(self, seat: _Seat) -> None:
+    async def _one(self, seat: Seat) -> None:
         """The life of one engine; returns when the weights end."""
         if seat.engine is None:
             seat.becomes("wanted")
@@ -354,7 +287,7 @@ class EngineGroup:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow(self, seat: _Seat, engine: Any) -> None:
+    async def _follow(self, seat: Seat, engine: Any) -> None:
         """Keep the engine's weights new. Waits for a version newer than the engine's (woken by the learner's
         publish).
         """
@@ -384,7 +317,7 @@ class EngineGroup:
         while await self._weights(1 << 60) is not None:
             pass
 
-    async def _collect(self, seat: _Seat, engine: Any) -> None:
+    async def _collect(self, seat: Seat, engine: Any) -> None:
         """Hold what is finished of groups that are not, so that it outlives the engine."""
         while True:
             table, group_ids = engine.hand_over.remote()
@@ -395,7 +328,7 @@ class EngineGroup:
                 if group_id in seat.in_flight:
                     seat.in_flight[group_id].kept.append(table)
 
-    async def _watch(self, seat: _Seat, engine: Any) -> None:
+    async def _watch(self, seat: Seat, engine: Any) -> None:
         """Notice an engine that hangs, and one that is about to leave.
 
         Raises:
@@ -438,7 +371,7 @@ class EngineGroup:
                 self._draining = {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
             await asyncio.sleep(1.0)
 
-    async def _may_restart(self, seat: _Seat, cause: str) -> None:
+    async def _may_restart(self, seat: Seat, cause: str) -> None:
         """Back off, and keep to the pool's budget."""
         deaths, most = self._deaths[seat.pool], seat.config.max_restarts_per_hour
         deaths.append(time.monotonic())

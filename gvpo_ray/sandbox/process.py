@@ -18,11 +18,8 @@ killed is never somebody else's.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
-import gc
 import json
-import logging
 import os
 import resource
 import secrets
@@ -38,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.sandbox.functions import Part, RewardFunction, call, describe, fits_float32, load
+from gvpo_ray.sandbox.functions import Part, fits_float32
 
 START_TIMEOUT_S = 120.0
 """For a template to import the reward functions, on a busy machine."""
@@ -207,7 +204,7 @@ def _new_scratch() -> tuple[Path, Any]:
     return folder, lock
 
 
-class _Channel:
+class Channel:
     """Frames out, frames in, each with a deadline (of time.monotonic). Everything but a timeout is a
     _GoneError.
     """
@@ -219,7 +216,7 @@ class _Channel:
     def send(self, frame: Mapping[str, Any], deadline: float) -> None:
         self.socket.settimeout(_remaining(deadline))
         try:
-            self.socket.sendall(_frame(frame))
+            self.socket.sendall(as_frame(frame))
         except TimeoutError:
             raise
         except OSError as error:
@@ -252,7 +249,7 @@ class _Channel:
 class _Child:
     """A forked child, as the verifier sees it."""
 
-    def __init__(self, pid: int, channel: _Channel) -> None:
+    def __init__(self, pid: int, channel: Channel) -> None:
         self.pid, self.channel, self.num_checks = pid, channel, 0
 
     def limit_cpu(self, seconds: int) -> None:
@@ -270,7 +267,7 @@ class _Template:
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         control, theirs = socket.socketpair()
-        self._control = _Channel(control)
+        self._control = Channel(control)
         scratch = setup["scratch"]
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         environment |= {
@@ -284,7 +281,7 @@ class _Template:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gvpo_ray.sandbox.process", str(os.getpid())],
+                [sys.executable, "-P", "-m", "gvpo_ray.sandbox.template", str(os.getpid())],
                 stdin=theirs.fileno(),
                 stdout=2,  # what user code prints goes to the log; the protocol has descriptors of its own
                 env=environment,
@@ -317,9 +314,9 @@ class _Template:
         with theirs:
             try:
                 self._control.socket.settimeout(START_TIMEOUT_S)
-                socket.send_fds(self._control.socket, [_frame({"do": "spawn"})], [theirs.fileno()])
+                socket.send_fds(self._control.socket, [as_frame({"do": "spawn"})], [theirs.fileno()])
                 child = _Child(
-                    self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"], _Channel(ours)
+                    self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"], Channel(ours)
                 )
             except (_GoneError, OSError) as error:
                 raise SandboxError(
@@ -357,7 +354,7 @@ def _ending(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
-def _frame(message: Mapping[str, Any]) -> bytes:
+def as_frame(message: Mapping[str, Any]) -> bytes:
     """One line of ASCII: whatever a completion holds (NUL, newlines, half a surrogate pair) is escaped."""
     return json.dumps(message, default=str).encode("ascii") + b"\n"
 
@@ -385,112 +382,3 @@ def _parse_part(answer: Mapping[str, Any], number: str) -> Part:
     return Part(
         value, (reason.encode("utf-8", "replace").decode() if reason else None), answer.get("fault") is True
     )
-
-
-# --- the template and its children --------------------------------------------------------------------------
-
-
-def _main() -> None:
-    """Load the functions, then fork children until the verifier closes the channel."""
-    _die_with_parent(int(sys.argv[1]))
-    # The channel moves away from descriptor 0 (dup is not inherited by what user code starts): reading stdin
-    # finds nothing.
-    control = _Channel(socket.socket(fileno=os.dup(0)))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    setup = json.loads(_read_line(control.socket))
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
-    functions: dict[str, RewardFunction] = {}
-    for name, source in setup["functions"].items():
-        try:
-            functions[name] = load(source)
-        # importing a user's module may raise anything; the verifier turns it into one line
-        except BaseException as error:
-            control.socket.sendall(_frame({"name": name, "error": describe(error)}))
-            return
-    gc.freeze()  # the children share these pages as long as nobody writes into them
-    control.socket.sendall(_frame({"ready": True}))
-    while True:
-        line, descriptors, _, _ = socket.recv_fds(control.socket, 4096, 1)
-        if not line:
-            return
-        command = json.loads(line)
-        if command["do"] == "wait":
-            _, status = os.waitpid(command["pid"], 0)
-            control.socket.sendall(_frame({"status": os.waitstatus_to_exitcode(status)}))
-            continue
-        template = os.getpid()
-        if (pid := os.fork()) == 0:
-            control.socket.close()
-            try:
-                _serve(socket.socket(fileno=descriptors[0]), functions, setup, template)
-            finally:
-                os._exit(0)
-        os.close(descriptors[0])
-        control.socket.sendall(_frame({"pid": pid}))
-
-
-def _read_line(channel: socket.socket) -> bytes:
-    """One line, and nothing after it is there yet: the verifier waits for the answer."""
-    received = b""
-    while not received.endswith(b"\n"):
-        data = channel.recv(1 << 20)
-        if not data:
-            os._exit(0)
-        received += data
-    return received
-
-
-def _serve(
-    channel: socket.socket, functions: Mapping[str, RewardFunction], setup: Mapping[str, Any], template: int
-) -> None:
-    """The child: confine itself, then answer one check after the other until the verifier closes the
-    channel.
-    """
-    from gvpo_ray.sandbox import confine
-
-    _die_with_parent(template)
-    confine.limit_resources(_address_space() + setup["memory_bytes"], MAX_SCRATCH_FILE_BYTES, MAX_OPEN_FILES)
-    confine.restrict_calls(files=not confine.restrict_writes(setup["scratch"]))
-    for line in channel.makefile("rb"):
-        check = json.loads(line)
-        channel.sendall(_frame({"begun": check["number"]}))
-        columns = {key: [value] for key, value in check["columns"].items()}
-        for name, function in functions.items():
-            try:
-                (part,) = call(
-                    name, function, [check["prompt"]], [check["completion"]], columns, catch=BaseException
-                )
-            except MemoryError:
-                # what the function left behind still fills the address space: only a new process is clean
-                os._exit(OUT_OF_MEMORY)
-            channel.sendall(
-                _frame(
-                    {
-                        "number": check["number"],
-                        "part": part.value,
-                        "reason": part.reason,
-                        "fault": part.is_fault,
-                    }
-                )
-            )
-
-
-def _address_space() -> int:
-    """Of this process, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
-    return pages * resource.getpagesize()
-
-
-def _die_with_parent(parent: int) -> None:
-    """The kernel kills this process when the parent's thread ends: end of file alone does not reach a check
-    that never returns.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-
-if __name__ == "__main__":
-    _main()

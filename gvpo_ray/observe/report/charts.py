@@ -357,3 +357,7 @@ def lanes(events: Iterable[Event], limits: Point) -> str:
         "mark",
         "".join(parts),
     )
+
+
+def fold(title: str, content: str, is_open: bool = False) -> str:
+    return f"<details{' open' if is_open else ''}><summary>{escaped(title)}</summary>{content}</details>"

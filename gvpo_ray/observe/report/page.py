@@ -19,23 +19,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
-from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.observe.metrics import STALENESS_EDGES
 from gvpo_ray.observe.report import charts
-from gvpo_ray.observe.report.charts import Line, Point, escaped, finite, html_table, shown
+from gvpo_ray.observe.report.charts import Line, Point, escaped, finite, fold, html_table, shown
+from gvpo_ray.observe.report.completions import completions_of
+from gvpo_ray.observe.report.reading import Run, config_of, flattened, matching, read_run, state_of
 
 CHARTS = {
     "reward/mean": "over the verifiable completions of the step's batch",
@@ -84,28 +82,7 @@ HISTOGRAMS = {
     "middle at the optimum",
 }
 ENGINES = "pools/*/engines"
-MAX_CHARACTERS = 4000
-MAX_EVALUATIONS = 12  # of a set whose completions are shown
-NUM_EXAMPLES = 3
-NUM_TRAINED = 64  # of the newest groups, from which the examples of the training are taken
 MAX_EVENTS = 500
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the directory of a run says."""
-
-    name: str
-    number: int
-    """0; 1 of the run that it is compared with."""
-    path: Path
-    series: dict[str, list[Point]]
-    events: list[dict[str, Any]]
-    config: str
-
-    @property
-    def recoveries(self) -> list[dict[str, Any]]:
-        return [event for event in self.events if event.get("who") not in charts.NO_RECOVERY]
 
 
 def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
@@ -120,7 +97,7 @@ def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
         if not (path / "metrics.jsonl").is_file():
             raise ConfigError(f"{path}: no metrics.jsonl: not the directory of a run")
     runs = [
-        _read(path, name, number)
+        read_run(path, name, number)
         for number, (path, name) in enumerate(zip(paths, _names(paths), strict=True))
     ]
     file = paths[0] / ("report.html" if other_run_dir is None else "compare.html")
@@ -133,9 +110,6 @@ def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
     return file
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
 def _names(paths: Sequence[Path]) -> list[str]:
     """The folders' names, with as many of those above as it takes to tell them apart."""
     parts = [path.resolve().parts for path in paths]
@@ -144,98 +118,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
         if len({*names}) == len(names):
             return names
     raise ConfigError(f"{paths[0]} and {paths[1]} are the same run")
-
-
-def _read(path: Path, name: str, number: int) -> Run:
-    values: dict[str, dict[float, float]] = {}  # of a step that was written twice, the later
-    for line in _json_lines(path / "metrics.jsonl"):
-        step = finite(line.pop("step", None))
-        for key, value in line.items() if step is not None else ():
-            if (drawable := finite(value)) is not None:
-                values.setdefault(key, {})[step] = drawable
-    config = (path / "config.yaml").read_text(errors="replace") if (path / "config.yaml").is_file() else ""
-    return Run(
-        name,
-        number,
-        path,
-        {key: sorted(points.items()) for key, points in values.items()},
-        _json_lines(path / "events.jsonl"),
-        config,
-    )
-
-
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may not be there; the last one of a killed writer is left out."""
-    lines = []
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
-
-
-def _config(run: Run) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(run.config)
-    except yaml.YAMLError:
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary by dotted keys."""
-    flat = {}
-    for key, value in data.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
-    return flat
-
-
-def _state(run: Run) -> str:
-    """Steps trained, and what became of the run as far as its directory tells: a killed one cannot say so."""
-    trained = int(run.series["loss"][-1][0]) if "loss" in run.series else 0
-    num_steps = _config(run).get("num_steps")
-    last = next((event.get("name") for event in reversed(run.events) if event.get("who") == "run"), None)
-    if isinstance(num_steps, int) and trained >= num_steps:
-        state = "complete"
-    else:
-        state = {"started": "running, or killed", "stopped": "stopped before its end"}.get(
-            str(last), "not complete"
-        )
-    return (
-        f"{trained} of {num_steps} steps trained: {state}"
-        if num_steps is not None
-        else f"{trained} steps trained: {state}"
-    )
-
-
-def _matches(run: Run, pattern: str) -> dict[str, list[Point]]:
-    """The points that a name of CHARTS stands for, by what * stands for ("" without one)."""
-    if " / " in pattern:
-        one, other = (run.series.get(name, []) for name in pattern.split(" / "))
-        units = dict(other)
-        return {
-            "": [
-                (step, value / units[step])
-                for step, value in one
-                if units.get(step) and finite(value / units[step]) is not None
-            ]
-        }
-    head, star, tail = pattern.partition("*")
-    if not star:
-        return {"": run.series.get(pattern, [])}
-    found = {
-        name[len(head) : len(name) - len(tail)]: points
-        for name, points in run.series.items()
-        if name.startswith(head) and name.endswith(tail)
-    }
-    return {label: found[label] for label in sorted(found, key=charts.in_order) if label}
 
 
 def _charts(runs: Sequence[Run], names: Mapping[str, str], limits: Point, with_marks: bool = True) -> str:
@@ -252,7 +134,7 @@ def _charts(runs: Sequence[Run], names: Mapping[str, str], limits: Point, with_m
             of_run = run.name if len(runs) > 1 else ""
             lines += [
                 Line(label, points, spread, run.number, of_run)
-                for label, points in _matches(run, name).items()
+                for label, points in matching(run, name).items()
                 if points
             ]
         if lines:
@@ -272,9 +154,6 @@ def _resolved(runs: Sequence[Run], chart: str) -> list[str]:
     )
 
 
-# --- the page -----------------------------------------------------------------------------------------------
-
-
 def _page(runs: Sequence[Run]) -> str:
     style, script = (
         Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
@@ -287,7 +166,7 @@ def _page(runs: Sequence[Run]) -> str:
     limits = min(steps, default=0), max(steps, default=1)
     title = escaped(" and ".join(run.name for run in runs))
     names = [f"{_key(run)}{escaped(run.name)}: " if len(runs) > 1 else "" for run in runs]
-    heads = "".join(f"<p>{name}{escaped(_state(run))}</p>" for name, run in zip(names, runs, strict=True))
+    heads = "".join(f"<p>{name}{escaped(state_of(run))}</p>" for name, run in zip(names, runs, strict=True))
     curves = _charts(runs, CHARTS, limits)
     terms = _charts(runs, TERMS, limits)
     told = "".join(f"<p><b>{name}</b> {escaped(text)}</p>" for name, text in TERMS_TEXT.items())
@@ -307,10 +186,10 @@ def _page(runs: Sequence[Run]) -> str:
         "Completions": '<p hidden><input id="search" type="search" placeholder="search prompts, '
         'completions, rewards, reasons" '
         'aria-label="search the completions"> <span id="found" class="faint"></span></p>'
-        + (_of_each(runs, _completions) or "<p>No evaluation, and no group that was trained on.</p>"),
+        + (_of_each(runs, completions_of) or "<p>No evaluation, and no group that was trained on.</p>"),
         "Config": _difference(runs)
         + "".join(
-            _fold(
+            fold(
                 f"config.yaml{f' of {run.name}' if len(runs) > 1 else ''}",
                 f'<pre class="config">{escaped(run.config)}</pre>',
             )
@@ -345,10 +224,6 @@ def _when(time: Any) -> str:
         if seconds is not None and 0 <= seconds < 1e11
         else ""
     )
-
-
-def _fold(title: str, content: str, is_open: bool = False) -> str:
-    return f"<details{' open' if is_open else ''}><summary>{escaped(title)}</summary>{content}</details>"
 
 
 def _key(run: Run) -> str:
@@ -398,12 +273,12 @@ def _rest(runs: Sequence[Run], limits: Point) -> str:
         "values alone.</small></p>"
     )
     content = f'{constant}<div class="charts">{_charts(runs, moving, limits, with_marks=False)}</div>'
-    return _fold(f"All other metrics ({len(moving)})", content) if names else ""
+    return fold(f"All other metrics ({len(moving)})", content) if names else ""
 
 
 def _histograms(run: Run, limits: Point) -> str:
     return "".join(
-        charts.histogram(name, what, _matches(run, f"{name}/*"), limits) for name, what in HISTOGRAMS.items()
+        charts.histogram(name, what, matching(run, f"{name}/*"), limits) for name, what in HISTOGRAMS.items()
     )
 
 
@@ -412,7 +287,7 @@ def _values(runs: Sequence[Run]) -> str:
     order = [name for chart in (*CHARTS, *TERMS) for name in _resolved(runs, chart)]
     rows = []
     for name in dict.fromkeys([*order, *sorted({name for run in runs for name in run.series})]):
-        ends = [_matches(run, name).get("", []) for run in runs]
+        ends = [matching(run, name).get("", []) for run in runs]
         if any(ends):
             cells = [
                 [shown(p[0][1]), f"{p[0][0]:g}", shown(p[-1][1]), f"{p[-1][0]:g}"] if p else [""] * 4
@@ -447,7 +322,7 @@ def _difference(runs: Sequence[Run]) -> str:
     """The keys in which two configs differ."""
     if len(runs) < 2:
         return ""
-    one, other = (_flat(_config(run)) for run in runs)
+    one, other = (flattened(config_of(run)) for run in runs)
     keys = [
         key
         for key in dict.fromkeys([*one, *other])
@@ -468,116 +343,3 @@ def _difference(runs: Sequence[Run]) -> str:
         if rows
         else "<p>The configs are the same.</p>"
     )
-
-
-# --- completions --------------------------------------------------------------------------------------------
-
-COLUMNS = ("prompt", "answer", "completions", "rewards")
-DETAILS = ("reward_parts", "reward_reasons", "finish_reasons", "sources", "version_min", "version_max")
-
-
-def _completions(run: Run) -> str:
-    """Best, worst and unverifiable ones of the held-out sets' evaluations, the last open, and of the newest
-    trained groups.
-    """
-    by_set: dict[str, list[tuple[int, Path]]] = {}
-    for file in (run.path / "evaluations").glob("*-step-*.arrow"):
-        name, _, number = file.stem.rpartition("-step-")
-        if number.isdecimal():
-            by_set.setdefault(name, []).append((int(number), file))
-    parts = []
-    for name, files in sorted(by_set.items()):
-        files.sort(reverse=True)
-        num = min(MAX_EVALUATIONS, len(files))  # spread over the run, the first and the last among them
-        picked = [files[i * (len(files) - 1) // max(1, num - 1)] for i in range(num)]
-        for step, file in picked:
-            parts.append(_fold(f"{name}, step {step}", _cases(file), is_open=step == picked[0][0]))
-        if num < len(files):
-            parts.append(f"<p><small>{num} of the {len(files)} evaluations of {escaped(name)}.</small></p>")
-    if logs := sorted((run.path / "groups").glob("*.arrow"))[-1:]:
-        parts.append(
-            _fold(f"the newest {NUM_TRAINED} groups of the training", _cases(logs[0], newest=NUM_TRAINED))
-        )
-    return "".join(parts)
-
-
-def _cases(file: Path, newest: int | None = None) -> str:
-    try:
-        batches = groups.read_batches(file, is_log=newest is not None)
-        table = pa.Table.from_batches(batches[-newest:] if newest else batches) if batches else groups.empty()
-        table = table.slice(max(0, len(table) - newest)) if newest else table
-        table = groups.validate(
-            table.select([name for name in (*COLUMNS, *DETAILS) if name in table.schema.names]), COLUMNS
-        )
-    except groups.GroupError as error:  # its writer was killed, or is at it
-        return f"<p>{escaped(error)}</p>"
-    cases = {
-        kind: [_case(kind, table, i, j) for i, j in found]
-        for kind, found in _extremes(table["rewards"].to_pylist()).items()
-    }
-    return (
-        "".join(f'<div class="cases">{"".join(found)}</div>' for found in cases.values() if found)
-        or "<p>No completion has a reward.</p>"
-    )
-
-
-def _extremes(rewards: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]]:
-    """(prompt, completion) of the best, the worst and some without a reward, one per prompt in each; none is
-    in two.
-    """
-    scored = [
-        [(reward, i, j) for j, reward in enumerate(row) if finite(reward) is not None]
-        for i, row in enumerate(rewards)
-    ]
-    best = sorted(
-        (max(group, key=lambda case: case[0]) for group in scored if group), key=lambda case: -case[0]
-    )[:NUM_EXAMPLES]
-    left = [[case for case in group if case not in best] for group in scored]
-    worst = sorted(
-        (min(group, key=lambda case: case[0]) for group in left if group), key=lambda case: case[0]
-    )[:NUM_EXAMPLES]
-    none = [(i, row.index(None)) for i, row in enumerate(rewards) if None in row][:NUM_EXAMPLES]
-    return {
-        "best": [(i, j) for _, i, j in best],
-        "worst": [(i, j) for _, i, j in worst],
-        "unverifiable": none,
-    }
-
-
-def _case(kind: str, table: pa.Table, row: int, completion: int) -> str:
-    group = next(groups.rows(table.slice(row, 1)))
-
-    def of(name: str) -> Any:
-        return group[name][completion] if group.get(name) else None
-
-    def cut(value: object) -> str:
-        text = str(value)
-        return escaped(
-            text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} … ({len(text):,} characters)"
-        )
-
-    reward = of("rewards")
-    by_function = {name: values[completion] for name, values in (group.get("reward_parts") or {}).items()}
-    parts = [f"{name} {'null' if part is None else shown(part)}" for name, part in by_function.items()]
-    if (oldest := of("version_min")) is not None:
-        parts.append(
-            f"version {oldest}"
-            if oldest == of("version_max")
-            else f"versions {oldest} to {of('version_max')}"
-        )
-    parts += [
-        str(value)
-        for name in ("sources", "finish_reasons", "reward_reasons")
-        if (value := of(name)) is not None
-    ]
-    head = (
-        f"<b>{kind}{'' if reward is None else f': reward {shown(reward)}'}</b> "
-        f"<small>{cut(' · '.join(parts))}</small>"
-    )
-    prompt, written, answer = (
-        cut(value) for value in (group["prompt"], group["completions"][completion], group["answer"])
-    )
-    texts = (
-        f'<pre>{prompt}</pre><pre class="completion">{written}</pre><p><small>answer: {answer}</small></p>'
-    )
-    return f'<article class="case {kind}"><p>{head}</p>{texts}</article>'

@@ -1,0 +1,69 @@
+"""The algorithm needs neither Ray nor vLLM nor DeepSpeed; `lint-imports` checks the other rules of rooms."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import importlib.util, json, sys
+
+HIDDEN = ("ray", "vllm", "deepspeed")
+
+
+class Without:
+    \"\"\"A finder as on a machine where the hidden packages are not installed.\"\"\"
+
+    def __init__(self, finder):
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
+    def find_spec(self, name, *arguments):
+        return None if name.partition(".")[0] in HIDDEN else self._finder.find_spec(name, *arguments)
+
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+assert all(importlib.util.find_spec(name) is None for name in HIDDEN)
+
+import learners
+import tiny
+from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.learner.step import train_step
+
+folder, objective = sys.argv[1:]
+given = learners.settings(folder)
+given.loss = LossConfig(objective=objective)
+policy = learners.load(tiny.make_model(given.model_path), given)
+before = learners.weights(policy)
+metrics = train_step(policy, [tiny.make_group(i) for i in range(4)], given)
+moved = not learners.same(before, learners.weights(policy))
+loaded = sorted(name for name in HIDDEN if name in sys.modules)
+print(json.dumps({"step": policy.step, "moved": moved, "grad_norm": metrics["grad_norm"], "loaded": loaded}))
+"""
+
+
+@pytest.mark.parametrize("objective", ["gvpo", "grpo"])
+def test_a_step_is_trained_where_ray_and_vllm_and_deepspeed_are_not_installed(
+    tmp_path: Path, objective: str
+) -> None:
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path), objective],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told.pop("grad_norm") > 0
+    assert told == {"step": 1, "moved": True, "loaded": []}
