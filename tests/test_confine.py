@@ -16,7 +16,7 @@ from gvpo_ray.sandbox import confine
 
 PREAMBLE = """
 import ctypes, os, resource, signal, socket, sys, threading
-from gvpo_ray import confine
+from gvpo_ray.sandbox import confine
 scratch, outside = sys.argv[1:3]
 libc = ctypes.CDLL(None, use_errno=True)
 
