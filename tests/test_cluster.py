@@ -528,12 +528,9 @@ def test_the_hugging_face_token_is_a_secret_and_not_where_completions_are_run():
 
 
 def pin(package: str) -> str:
-    """Version of a pin in pyproject.toml."""
-    extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
-    (found,) = [
-        text for text in [*PROJECT["dependencies"], *extras] if re.match(rf"{package}(\[.*\])?==", text)
-    ]
-    return found.partition("==")[2]
+    """Version of a pin in constraints.txt, without the name of a build."""
+    (found,) = re.findall(rf"^{package}==([^\s+]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    return str(found)
 
 
 @pytest.mark.parametrize("name", PODS)

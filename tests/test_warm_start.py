@@ -9,6 +9,7 @@ import math
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -383,6 +384,28 @@ def test_again_it_does_nothing(
     assert warm_start(config()) == folder
     assert capsys.readouterr().out.endswith("models/tiny is there: nothing to do\n")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_it_prints_its_own_lines_alone_and_keeps_what_libraries_say_in_a_log(
+    config: Callable[..., GVPOConfig],
+) -> None:
+    code = (
+        "import sys\nfrom gvpo_ray.config import GVPOConfig\nfrom gvpo_ray import warm_start as module\n"
+        "teach = module.imitate\n"
+        "def imitate(*arguments):\n"
+        "    from transformers.utils import logging\n"
+        "    logging.get_logger('transformers.trainer').warning('a real warning')\n"
+        "    teach(*arguments)\n"
+        "module.imitate = imitate\n"
+        "module.warm_start(GVPOConfig.model_validate_json(sys.argv[1]))\n"
+    )
+    # A process of its own: DeepSpeed speaks when it is imported.
+    command = [sys.executable, "-c", code, config().model_dump_json()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    assert all(line.startswith(("warm start: ", "wrote models/tiny")) for line in done.stdout.splitlines())
+    said = Path("models/tiny/warm_start.log").read_text().splitlines()
+    assert any(re.search("WARNING transformers.trainer: a real warning$", line) for line in said)
+    assert any("WARNING DeepSpeed: Setting accelerator to CPU" in line for line in said)
 
 
 @pytest.mark.parametrize("where", ["imitate", "save"])

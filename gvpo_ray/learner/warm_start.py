@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +88,48 @@ def warm_start(config: GVPOConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
     try:
-        imitate(model.to(device), fitting, section)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        with libraries_write_to(part / "warm_start.log"):
+            imitate(model.to(device), fitting, section)
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
         part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     print(f"wrote {folder}")
     return folder
+
+
+@contextmanager
+def libraries_write_to(path: Path) -> Iterator[None]:
+    """Send what transformers and DeepSpeed log meanwhile to a file, made by the first line, and show no
+    progress bars.
+
+    Saving a model imports DeepSpeed, whose logger prints from its import on: a filter is there before it.
+    """
+    from transformers.utils import logging as of_transformers
+
+    file = logging.FileHandler(path, delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def to_file(record: logging.LogRecord) -> bool:
+        file.handle(record)
+        return False
+
+    of_deepspeed, bars = logging.getLogger("DeepSpeed"), of_transformers.is_progress_bar_enabled()
+    of_transformers.disable_progress_bar()
+    of_transformers.disable_default_handler()
+    of_transformers.add_handler(file)
+    of_deepspeed.addFilter(to_file)
+    try:
+        yield
+    finally:
+        of_deepspeed.removeFilter(to_file)
+        of_transformers.remove_handler(file)
+        of_transformers.enable_default_handler()
+        if bars:
+            of_transformers.enable_progress_bar()
+        file.close()
 
 
 def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
