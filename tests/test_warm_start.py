@@ -390,7 +390,8 @@ def test_it_prints_its_own_lines_alone_and_keeps_what_libraries_say_in_a_log(
     config: Callable[..., GVPOConfig],
 ) -> None:
     code = (
-        "import sys\nfrom gvpo_ray.config.run import GVPOConfig\nfrom gvpo_ray.learner import warm_start as module\n"
+        "import sys\nfrom gvpo_ray.config.run import GVPOConfig\n"
+        "from gvpo_ray.learner import warm_start as module\n"
         "teach = module.imitate\n"
         "def imitate(*arguments):\n"
         "    from transformers.utils import logging\n"
