@@ -7,10 +7,10 @@ out.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ from gvpo_ray.config.model import WarmStartConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import load_rows
 from gvpo_ray.data.tasks import make
+from gvpo_ray.files import new_folder
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 
 END = "<|endoftext|>"
@@ -79,20 +80,14 @@ def warm_start(config: GVPOConfig) -> Path:
         )
     if not fitting:
         raise ConfigError(f"warm_start.data: no worked problem fits into the context of {context} tokens")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            part = stack.enter_context(new_folder(folder))
+        except OSError as error:
+            raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
         imitate(model.to(device), fitting, section)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     print(f"wrote {folder}")
     return folder
 

@@ -4,7 +4,6 @@ by the watchdog's lines.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Mapping
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.files import is_locked, write_whole
 
 Status = Mapping[str, Any]
 
 
 def write_status(run_dir: Path, status: Status) -> None:
-    part = run_dir / ".status.json.part"
-    part.write_text(json.dumps(status))
-    part.replace(run_dir / "status.json")
+    write_whole(run_dir / "status.json", json.dumps(status))
 
 
 def read_status(run_dir: str | Path) -> list[str]:
@@ -35,7 +33,7 @@ def read_status(run_dir: str | Path) -> list[str]:
         status = json.loads((folder / "status.json").read_text())
     except (OSError, ValueError):
         status = None
-    runs = _is_locked(folder / ".lock")
+    runs = is_locked(folder / ".lock")
     if status is None:
         return [f"{run_dir}: {'is starting' if runs else 'has not run yet'}"]
     age = _ago(status["time"])
@@ -46,17 +44,6 @@ def read_status(run_dir: str | Path) -> list[str]:
         state = "complete" if is_done else "not running; the same command goes on from its newest checkpoint"
         head = f"{run_dir}: {state}. What it last said, {age}:"
     return [head, *status_lines(status)]
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with open(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
 
 
 def _ago(then: float) -> str:
