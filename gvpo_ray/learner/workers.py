@@ -23,7 +23,7 @@ from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
 from gvpo_ray.actors import cause_of, innermost, resources_of
-from gvpo_ray.buffer.actor import LearnersBuffer
+from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import lock
@@ -154,7 +154,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     # learner's libraries.
     from gvpo_ray.learner.step import NonFiniteGradient
 
-    buffer = LearnersBuffer(settings["buffer"])
+    buffer = LearnerBufferClient(settings["buffer"])
     try:
         with _alone(Path(settings["run_dir"])):
             _train(settings, buffer)
@@ -163,7 +163,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         raise
 
 
-def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
+def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     import ray.train
     import torch
     from ray.train.torch import get_device

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,31 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.files import is_locked, write_whole
 
 Status = Mapping[str, Any]
+
+
+class RunState(StrEnum):
+    """What the driver of a run does. The values are labels in Prometheus."""
+
+    STARTING = "starting"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    STOPPED = "stopped"
+    COMPLETE = "complete"
+
+
+class EngineState(StrEnum):
+    """What became of an engine's place in its pool. The values are labels in Prometheus."""
+
+    OFF = "off"
+    """It is not asked for."""
+    WANTED = "wanted"
+    """Ray was asked for a place."""
+    STARTING = "starting"
+    WAITS_FOR_WEIGHTS = "waits for weights"
+    RUNNING = "running"
+    LEAVING = "leaving"
+    DEAD = "dead"
+    """It waits for its next try."""
 
 
 def write_status(run_dir: Path, status: Status) -> None:
@@ -82,10 +108,10 @@ def status_lines(status: Status) -> list[str]:
             f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight"
         )
         for engine in engines:
-            if engine["state"] not in ("running", "off"):
-                wants = f" {engine['wants']}" if engine["state"] == "wanted" else ""
+            if engine["state"] not in (EngineState.RUNNING, EngineState.OFF):
+                wants = f" {engine['wants']}" if engine["state"] == EngineState.WANTED else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
-    if status["engines"] and not any(engine["state"] == "running" for engine in status["engines"]):
+    if status["engines"] and not any(engine["state"] == EngineState.RUNNING for engine in status["engines"]):
         lines.append("no engine is running: the run waits for the first that comes back")
     if status["verifiers"]:
         lines.append(

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.files import lock
 from gvpo_ray.sandbox.functions import Part, fits_float32
 
@@ -119,10 +120,12 @@ class Sandbox:
                 self._end_child()
         except TimeoutError:
             self._end_child()
-            parts[name] = Part(None, f"timeout: {name} took more than {self._timeout_s:g} s")
+            parts[name] = Part(None, f"{ReasonKind.TIMEOUT}: {name} took more than {self._timeout_s:g} s")
         except _GoneError as error:
             status = self._end_child()
-            parts[name] = Part(None, f"crash: {name}: {error}" if str(error) else self._ending(name, status))
+            parts[name] = Part(
+                None, f"{ReasonKind.CRASH}: {name}: {error}" if str(error) else self._ending(name, status)
+            )
         return parts
 
     def close(self) -> None:
@@ -178,10 +181,10 @@ class Sandbox:
 
     def _ending(self, name: str, status: int) -> str:
         if status == OUT_OF_MEMORY:
-            return f"memory: {name} needed more than {self._memory_gib:g} GiB"
+            return f"{ReasonKind.MEMORY}: {name} needed more than {self._memory_gib:g} GiB"
         if status == -signal.SIGXCPU:
-            return f"timeout: {name} used more than {self._cpu_s} s of CPU time"
-        return f"crash: {name}: {_ending(status)}"
+            return f"{ReasonKind.TIMEOUT}: {name} used more than {self._cpu_s} s of CPU time"
+        return f"{ReasonKind.CRASH}: {name}: {_ending(status)}"
 
 
 def _new_scratch() -> tuple[Path, Any]:
