@@ -11,10 +11,8 @@ from tiny import make_group, table
 from gvpo_ray.buffer.buffer import GroupBuffer
 
 
-def make(
-    folder, groups_per_step=2, num_steps=100, max_staleness=None, version=0, replay=None, seed=0
-) -> GroupBuffer:
-    return GroupBuffer(folder, groups_per_step, num_steps, max_staleness, version, replay, seed)
+def make(folder, groups_per_step=2, num_steps=100, max_staleness=None, version=0, replay=None) -> GroupBuffer:
+    return GroupBuffer(folder, groups_per_step, num_steps, max_staleness, version, replay)
 
 
 def make_again(before: GroupBuffer, **changes) -> GroupBuffer:

@@ -93,7 +93,7 @@ class Recorder:
         self.num_steps = num_steps
         self.told: list[tuple[Any, ...]] = []
 
-    def order(self, step: int, saved: bool) -> str:
+    def next_command(self, step: int, saved: bool) -> str:
         return "train" if step <= self.num_steps else "stop"
 
     def batch(self, step: int) -> Any:

@@ -204,7 +204,7 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
         ]
         assert grown == ["grows to 2", "grows to 3", "shrinks to 2", "shrinks to 1", "shrinks to 0"]
         assert run.events.counts()["engine"] == 1  # to be let go is no death
-        groups = run.buffer.call("status")
+        groups = run.buffer.status()
         # what they had in flight was finished or handed over
         assert run.session.call(groups)["num_running"] == 0
     finally:

@@ -225,9 +225,9 @@ def test_a_run_taken_up_behind_its_log_repeats_its_steps_and_then_starts_groups(
         assert await answer(again.save()) == 1  # what the learner has, not what it had
         await again.published(1, "one")
         assert await answer(engine) == (1, "one")
-        await again.allow(3)
+        await again.permit(3)
         for step, rows in ((2, [2, 3]), (3, [4, 5])):
-            assert await answer(again.order(step, saved=step == 2)) == "train"
+            assert await answer(again.next_command(step, saved=step == 2)) == "train"
             assert ids(await answer(again.batch(step))) == rows
             assert not slot.done()
             await again.published(step, step)
@@ -255,10 +255,10 @@ def test_a_group_started_behind_the_log_asks_for_a_version_that_the_repeated_ste
 def test_the_learner_waits_until_the_driver_allows_the_step(tmp_path):
     async def main():
         buffer = make(tmp_path)
-        order = await waits(buffer.order(1))
-        await buffer.allow(2)
-        assert await answer(order) == "train" and await answer(buffer.order(2)) == "train"
-        await waits(buffer.order(3))
+        order = await waits(buffer.next_command(1))
+        await buffer.permit(2)
+        assert await answer(order) == "train" and await answer(buffer.next_command(2)) == "train"
+        await waits(buffer.next_command(3))
 
     run(main)
 
@@ -267,24 +267,24 @@ def test_every_rank_gets_the_same_order_whenever_it_asks(tmp_path):
     async def main():
         buffer = make(tmp_path)
         await buffer.published(0, {})
-        await buffer.allow(1)
-        assert await answer(buffer.order(1)) == "train"
+        await buffer.permit(1)
+        assert await answer(buffer.next_command(1)) == "train"
         saving = await waits(buffer.save())  # between the questions of two ranks
-        assert await answer(buffer.order(1)) == "train"
+        assert await answer(buffer.next_command(1)) == "train"
         await buffer.published(1, {})
-        ranks = [await answer(buffer.order(2)) for _ in range(2)]
+        ranks = [await answer(buffer.next_command(2)) for _ in range(2)]
         assert ranks == ["save", "save"]
         await buffer.saved(1)
         assert await answer(saving) == 1
         # the third rank is late, and must not train while the others save
-        assert await answer(buffer.order(2)) == "save"
+        assert await answer(buffer.next_command(2)) == "save"
         buffer.release()
         buffer = make(tmp_path)  # it died
-        await buffer.allow(9)
-        assert [await answer(buffer.order(step)) for step in (1, 2)] == ["train", "save"]
+        await buffer.permit(9)
+        assert [await answer(buffer.next_command(step)) for step in (1, 2)] == ["train", "save"]
         await buffer.close()
-        assert await answer(buffer.order(2)) == "save"
-        assert await answer(buffer.order(2, saved=True)) == "stop"
+        assert await answer(buffer.next_command(2)) == "save"
+        assert await answer(buffer.next_command(2, saved=True)) == "stop"
 
     run(main)
 
@@ -294,11 +294,11 @@ def test_save_asks_for_a_checkpoint_before_training_goes_on_and_answers_its_step
         buffer = make(tmp_path)
         await buffer.published(0, {})
         saving = await waits(buffer.save())
-        await buffer.allow(1)
-        assert await answer(buffer.order(1)) == "save"  # also of version 0
+        await buffer.permit(1)
+        assert await answer(buffer.next_command(1)) == "save"  # also of version 0
         await buffer.saved(0)
         assert await answer(saving) == 0
-        assert await answer(buffer.order(1, saved=True)) == "train"
+        assert await answer(buffer.next_command(1, saved=True)) == "train"
 
     run(main)
 
@@ -307,11 +307,11 @@ def test_save_is_immediate_when_a_checkpoint_is_there(tmp_path):
     async def main():
         buffer = make(tmp_path, version=7)  # a run that is taken up starts from one
         assert await answer(buffer.save()) == 7
-        await buffer.allow(8)
+        await buffer.permit(8)
         await buffer.published(8, {})
         await buffer.saved(8)
         assert await answer(buffer.save()) == 8
-        assert await answer(buffer.order(8, saved=True)) == "train"  # and asks nothing of the learner
+        assert await answer(buffer.next_command(8, saved=True)) == "train"  # and asks nothing of the learner
 
     run(main)
 
@@ -333,9 +333,9 @@ def test_a_learner_that_died_after_its_checkpoint_and_before_saying_so_does_not_
         buffer = make(tmp_path)
         await buffer.published(3, {})
         saving = await waits(buffer.save())
-        assert await answer(buffer.order(4)) == "save"
+        assert await answer(buffer.next_command(4)) == "save"
         # It writes step-3, dies, and the new one resumes from there.
-        await waits(buffer.order(4, saved=True))
+        await waits(buffer.next_command(4, saved=True))
         assert await answer(saving) == 3
 
     run(main)
@@ -344,17 +344,17 @@ def test_a_learner_that_died_after_its_checkpoint_and_before_saying_so_does_not_
 def test_a_learner_that_died_in_its_checkpoint_is_asked_for_it_again(tmp_path):
     async def main():
         buffer = make(tmp_path, version=2)
-        await buffer.allow(3)
-        assert await answer(buffer.order(3, saved=True)) == "train"
+        await buffer.permit(3)
+        assert await answer(buffer.next_command(3, saved=True)) == "train"
         await buffer.published(3, {})
         saving = await waits(buffer.save())
-        assert await answer(buffer.order(4)) == "save"
+        assert await answer(buffer.next_command(4)) == "save"
         # It dies while it writes step-3; the new one resumes from step-2.
         await buffer.published(2, {})
-        assert await answer(buffer.order(3, saved=True)) == "train"
+        assert await answer(buffer.next_command(3, saved=True)) == "train"
         assert not saving.done()
         await buffer.published(3, {})
-        assert await answer(buffer.order(4)) == "save"
+        assert await answer(buffer.next_command(4)) == "save"
         await buffer.saved(3)
         assert await answer(saving) == 3
 
@@ -398,7 +398,13 @@ def test_close_wakes_everybody_and_keeps_the_first_error(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=1, max_staleness=0)
         await buffer.start()
-        questions = [buffer.start(), buffer.order(1), buffer.batch(1), buffer.weights(0), buffer.trained(1)]
+        questions = [
+            buffer.start(),
+            buffer.next_command(1),
+            buffer.batch(1),
+            buffer.weights(0),
+            buffer.trained(1),
+        ]
         tasks = [await waits(question) for question in questions]
         await buffer.close("the disk is full")
         await buffer.close("and everything after it fails")
@@ -412,7 +418,7 @@ def test_close_wakes_everybody_and_keeps_the_first_error(tmp_path):
         assert await answer(task) is None
         assert (
             await answer(buffer.start()) is None
-            and await answer(buffer.order(5)) == "stop"
+            and await answer(buffer.next_command(5)) == "stop"
             and await answer(buffer.batch(5)) is None
         )
 
@@ -480,9 +486,9 @@ def test_status_says_what_the_learner_does_and_since_when(tmp_path, monkeypatch)
         assert await status(buffer, "learner", "learner_since") == ["starts from step 0", 1001.0]
         await buffer.published(0, {})
         assert await status(buffer, "learner") == "has published version 0"
-        order = await waits(buffer.order(1))
+        order = await waits(buffer.next_command(1))
         assert await status(buffer, "learner") == "waits for the driver"
-        await buffer.allow(1)
+        await buffer.permit(1)
         assert await answer(order) == "train"
         now = 1002.0
         batch = await waits(buffer.batch(1))
@@ -504,7 +510,7 @@ def test_status_says_what_the_learner_does_and_since_when(tmp_path, monkeypatch)
         assert await status(buffer, "learner", "learner_since") == ["trains step 1", 1003.0]
         await buffer.published(1, {}, {})
         saving = await waits(buffer.save())
-        assert await answer(buffer.order(2)) == "save"
+        assert await answer(buffer.next_command(2)) == "save"
         assert await status(buffer, "learner") == "saves step 1"
         await buffer.saved(1)
         await answer(saving)
@@ -512,7 +518,7 @@ def test_status_says_what_the_learner_does_and_since_when(tmp_path, monkeypatch)
         await buffer.learner_failed("worker 1: killed")
         assert await status(buffer, "learner") == "died and is started again: worker 1: killed"
         await buffer.close()
-        assert await answer(buffer.order(2, saved=True)) == "stop"
+        assert await answer(buffer.next_command(2, saved=True)) == "stop"
         assert await status(buffer, "learner") == "was told to stop"
 
     run(main)
@@ -547,12 +553,16 @@ def test_a_learner_that_comes_back_offers_older_weights_and_the_dial_stays(tmp_p
 def test_a_step_that_is_trained_again_has_the_same_order_and_the_same_rows(tmp_path):
     async def main():
         buffer = make(tmp_path, replay=ReplayConfig(share=0.5))
-        await buffer.allow(2)
+        await buffer.permit(2)
         await put(buffer, 4, 0, 2, 3)
-        before = [(await answer(buffer.order(step)), await answer(buffer.batch(step))) for step in (1, 2)]
-        await buffer.learned(0, {4: [-1.0, -2.0, -3.0]}, {4: [0.5, -0.5, 0.0]})
+        before = [
+            (await answer(buffer.next_command(step)), await answer(buffer.batch(step))) for step in (1, 2)
+        ]
+        await buffer.report_references(0, {4: [-1.0, -2.0, -3.0]})
         await buffer.published(2, {})
-        after = [(await answer(buffer.order(step)), await answer(buffer.batch(step))) for step in (1, 2)]
+        after = [
+            (await answer(buffer.next_command(step)), await answer(buffer.batch(step))) for step in (1, 2)
+        ]
         assert after == before
         assert before[0][1]["reference_logprobs"].to_pylist() == [None, None]
 
@@ -562,11 +572,11 @@ def test_a_step_that_is_trained_again_has_the_same_order_and_the_same_rows(tmp_p
 def test_save_asks_a_learner_that_came_back_for_nothing_before_it_is_where_it_was(tmp_path):
     async def main():
         buffer = make(tmp_path)
-        await buffer.allow(4)
+        await buffer.permit(4)
         await buffer.published(3, {})
         saving = await waits(buffer.save())
         await buffer.published(1, {})  # it died first; step-1 is the last checkpoint
-        assert [await answer(buffer.order(step, saved=step == 2)) for step in (2, 3, 4)] == [
+        assert [await answer(buffer.next_command(step, saved=step == 2)) for step in (2, 3, 4)] == [
             "train",
             "train",
             "save",
@@ -585,7 +595,7 @@ def test_a_learner_that_dies_three_times_without_a_step_between_ends_the_run(tmp
             await buffer.published(0, {})  # its weights as they were: no step
             assert not buffer._closed, attempt
             await buffer.learner_failed(f"out of memory, attempt {attempt}")
-        waiting = await waits(buffer.order(1))
+        waiting = await waits(buffer.next_command(1))
         await buffer.learner_started(0)
         assert await answer(waiting) == "stop"
         assert (
@@ -638,10 +648,15 @@ def test_a_new_buffer_is_told_what_is_in_flight_and_takes_it_once(tmp_path):
         slot = await waits(again.start())
         await put(again, 2, 3, 1, 0, 3)
         assert again.log.group_ids == [2, 3, 1, 0]
-        assert await answer(again.order(1)) == "train" and ids(await answer(again.batch(1))) == [2, 3, 1, 0]
+        assert await answer(again.next_command(1)) == "train" and ids(await answer(again.batch(1))) == [
+            2,
+            3,
+            1,
+            0,
+        ]
         await again.published(1, {})
         assert await answer(slot) == [(4, 1)]
-        await waits(again.order(2))
+        await waits(again.next_command(2))
 
     run(main)
 
@@ -667,7 +682,7 @@ def test_a_new_buffer_of_a_run_that_is_over_says_so(tmp_path):
         buffer = make(tmp_path)
         questions = [
             await waits(question)
-            for question in (buffer.order(1), buffer.batch(1), buffer.weights(-1), buffer.trained(1))
+            for question in (buffer.next_command(1), buffer.batch(1), buffer.weights(-1), buffer.trained(1))
         ]
         await buffer.reconnect([], 0, closed=True, error="the verifiers failed")
         assert [await answer(question) for question in questions] == ["stop", None, None, None]

@@ -438,16 +438,12 @@ def test_some_completions_of_a_group_are_taken_with_all_that_belongs_to_them():
 
 
 def test_replayable_are_the_policys_own_completions_with_reward_token_and_log_probs():
-    # rewards 1, 0 and 4 are trained on: mean 5/3; the third is somebody else's, the fourth empty, the fifth
-    # without a reward
+    # the third is a copy, the fourth empty, the fifth without a reward
     group = row(1, num_completions=5) | {
         "sources": ["policy", "policy", "replay", "policy", "policy"],
         "completion_ids": [[2], [2], [2], [], [2]],
         "rewards": [1.0, 0.0, 4.0, 9.0, None],
         "version_max": [3, 4, 4, 4, 4],
     }
-    assert groups.replayable(groups.table([group])) == {
-        0: (3, pytest.approx(-2 / 3)),
-        1: (4, pytest.approx(-5 / 3)),
-    }
+    assert groups.replayable(groups.table([group])) == {0: 3, 1: 4}
     assert groups.replayable(groups.table([group | {"sampling_logprobs": [None] * 5}])) == {}

@@ -2,7 +2,6 @@
 them.
 """
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from buffers import answer, make, make_again, run, texts
@@ -30,8 +29,8 @@ def one_prompt(group_id: int, *versions: int, **columns) -> pa.Table:
 PROMPT = one_prompt(1000).select(list(groups.PROMPT_COLUMNS))
 
 
-def replaying(folder, policy="newest", window=None, **arguments) -> GroupBuffer:
-    return make(folder, replay=ReplayConfig(share=0.5, policy=policy, window=window), **arguments)
+def replaying(folder, window=None, **arguments) -> GroupBuffer:
+    return make(folder, replay=ReplayConfig(share=0.5, window=window), **arguments)
 
 
 def test_the_newest_completions_of_a_prompt_come_first_with_everything_that_is_known_of_them(tmp_path):
@@ -109,45 +108,6 @@ def test_only_the_policys_own_completions_that_can_be_trained_on_are_replayed(tm
     run(main)
 
 
-def test_uniform_replay_is_a_sample_that_the_seed_and_the_group_fix(tmp_path):
-    async def main():
-        buffer = replaying(tmp_path, "uniform", seed=5)
-        await buffer.put(one_prompt(0, *range(20)))
-        await buffer.put(one_prompt(1, *range(20)))
-        everything = [f"{group_id}.{i}" for group_id in (0, 1) for i in range(20)]
-        picked = texts(await buffer.history(PROMPT, 6))
-        assert picked == [
-            everything[i] for i in np.random.default_rng([5, 1000]).choice(40, 6, replace=False)
-        ]
-        assert picked == texts(await buffer.history(PROMPT, 6)) and len(set(picked)) == 6
-        assert picked != texts(await buffer.history(groups.with_columns(PROMPT, group_id=[1001]), 6))
-        assert sorted(texts(await buffer.history(PROMPT, 99))) == sorted(everything)
-
-    run(main)
-
-
-def test_residual_replay_picks_what_is_farthest_from_its_optimum(tmp_path):
-    async def main():
-        buffer = replaying(tmp_path, "residual")
-        # |R - mean R|: 1, 0, 1 of the first; of the second, whose mean is over the two that are trained on,
-        # 2.5, - and 2.5
-        await buffer.put(one_prompt(0, 1, 1, 1))
-        await buffer.put(one_prompt(1, 1, 1, 1, rewards=[0.0, None, 5.0]))
-        assert texts(await buffer.history(PROMPT, 9)) == ["1.0", "1.2", "0.0", "0.2", "0.1"]
-        await buffer.learned(0, {}, {0: [-0.25, 2.75, 0.5], 1: [-2.5, None, None]})
-        # 2.75, 2.5, 2.5 (not told), 0.5, 0.25
-        assert texts(await buffer.history(PROMPT, 9)) == ["0.1", "1.0", "1.2", "0.2", "0.0"]
-        await buffer.learned(1, {}, {0: [9.0, 0.0, 0.0]})  # trained on again
-        assert texts(await buffer.history(PROMPT, 2)) == ["0.0", "1.0"]
-        # Group 1000 begins with these two: what is known of them now is 0.25 and 0.125, and 4.0 of a
-        # completion of its own.
-        await buffer.learned(2, {}, {1000: [0.25, -0.125, 4.0]})
-        # 2.5 (not told), 0.25; 1.0 has 0.125 now
-        assert texts(await buffer.history(PROMPT, 9))[:2] == ["1.2", "0.0"]
-
-    run(main)
-
-
 def test_only_completions_of_the_last_steps_are_replayed_and_what_fell_out_is_forgotten(tmp_path):
     async def main():
         buffer = replaying(tmp_path, window=2, groups_per_step=1)
@@ -163,7 +123,7 @@ def test_only_completions_of_the_last_steps_are_replayed_and_what_fell_out_is_fo
         again = make_again(buffer, replay=ReplayConfig(share=0.5, window=2), version=4)
         assert texts(await again.history(PROMPT, 9)) == ["3.0", "3.1", "2.0"]
         assert list(again._history._rows) == [2, 3]
-        await again.learned(0, {0: [-1.0, -1.0]}, {0: [-1.0, -1.0]})
+        await again.report_references(0, {0: [-1.0, -1.0]})
         assert list(again._history._rows) == [2, 3]
         await again.published(6, {})
         await again.put(table(make_group(9)))
@@ -179,13 +139,13 @@ def test_what_a_reference_model_said_of_a_completion_comes_with_it_when_it_is_re
         for group_id in (0, 1, 2):
             await buffer.put(one_prompt(group_id, group_id, group_id))
         precise = -40.123456789012345
-        await buffer.learned(4, {0: [precise, None]}, {0: [0.0, None]})  # one rank's; group 2 is another's
-        await buffer.learned(7, {2: [-3.0, -4.0]}, {})
+        await buffer.report_references(4, {0: [precise, None]})  # one rank's; group 2 is another's
+        await buffer.report_references(7, {2: [-3.0, -4.0]})
         history = next(groups.rows(await buffer.history(PROMPT, 9)))
         assert history["completions"] == ["2.0", "2.1", "1.0", "1.1", "0.0", "0.1"]
         assert history["reference_logprobs"] == [-3.0, -4.0, None, None, precise, None]
         assert history["reference_versions"] == [7, 7, None, None, 4, None]
-        await buffer.learned(9, {2: [-5.0, None]}, {})
+        await buffer.report_references(9, {2: [-5.0, None]})
         assert next(groups.rows(await buffer.history(PROMPT, 2)))["reference_versions"] == [9, None]
 
     run(main)
@@ -195,7 +155,7 @@ def test_a_group_with_replayed_completions_is_logged_with_their_references(tmp_p
     async def main():
         buffer = replaying(tmp_path)
         await buffer.put(one_prompt(0, 1, 2))
-        await buffer.learned(0, {0: [-1.5, -2.5]}, {})
+        await buffer.report_references(0, {0: [-1.5, -2.5]})
         new = one_prompt(1000, 3)
         await buffer.put(groups.join(PROMPT, await buffer.history(PROMPT, 1), new))
         _, logged = groups.rows(await answer(buffer.batch(1)))
@@ -211,14 +171,14 @@ def test_a_group_with_replayed_completions_is_logged_with_their_references(tmp_p
 
 def test_the_history_is_that_of_the_log_whoever_reads_it(tmp_path):
     async def main():
-        buffer = replaying(tmp_path, "uniform")
+        buffer = replaying(tmp_path)
         for group_id in range(7):
             await buffer.put(one_prompt(group_id, 1, 2, 3))
-        again = make_again(buffer, replay=ReplayConfig(share=0.5, policy="uniform"))
+        again = make_again(buffer, replay=ReplayConfig(share=0.5))
         await again.put(one_prompt(7, 4))
         histories = [
             texts(await b.history(PROMPT, 5))
-            for b in (again, make_again(again, replay=ReplayConfig(share=0.5, policy="uniform")))
+            for b in (again, make_again(again, replay=ReplayConfig(share=0.5)))
         ]
         assert histories[0] == histories[1] and len(histories[0]) == 5
 

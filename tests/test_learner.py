@@ -439,11 +439,11 @@ class SyncBuffer:
         for i in range(num_groups):
             self._now(self.real.put(table(make_group(i))))
 
-    def order(self, step: int, saved: bool) -> str:
+    def next_command(self, step: int, saved: bool) -> str:
         if step == self._save_before:
             self.real._save_wanted = step - 1  # what save() does before it waits
-        self._now(self.real.close() if step > self._last_step and saved else self.real.allow(step))
-        order = self._now(self.real.order(step, saved))
+        self._now(self.real.close() if step > self._last_step and saved else self.real.permit(step))
+        order = self._now(self.real.next_command(step, saved))
         self.told.append((order, step))
         return order
 
@@ -459,7 +459,7 @@ class SyncBuffer:
         references: dict[int, list[float | None]],
         residuals: dict[int, list[float | None]],
     ) -> None:
-        self._now(self.real.learned(version, references, residuals))
+        self._now(self.real.report_references(version, references))
 
     def published(self, version: int, weights: Any, metrics: Any) -> None:
         self.told.append(("published", version))

@@ -353,7 +353,7 @@ def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: St
     with pytest.raises(RunError, match=cause):
         until(run, lambda: False)
     assert ray.get(run.done, timeout=60) is None  # the learner was told
-    assert re.search(cause, run.session.call(run.buffer.call("status"))["error"])
+    assert re.search(cause, run.session.call(run.buffer.status())["error"])
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_half_of_a_later_groups_completions_are_logged_ones_of_its_prompt_with_t
         num_steps=8,
         max_staleness=0,
         num_prompts=4,
-        replay=ReplayConfig(share=0.5, policy="uniform"),
+        replay=ReplayConfig(share=0.5),
         reward=f"{tmp_path}/count.py:reward",
     )
     rows = sorted(finish(run, tmp_path, 8), key=lambda row: row["group_id"])

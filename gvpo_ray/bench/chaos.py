@@ -9,7 +9,6 @@ bit.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -22,7 +21,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
@@ -30,6 +28,7 @@ from rich.table import Table
 
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.files import read_lines
 
 TITLES = {
     "engine": "ray::_EngineActor",
@@ -206,7 +205,7 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
         range(config.num_steps * config.groups_per_step)
     ):
         found.append(f"not every step has trained its own groups: {log.assigned}")
-    lines = [json.loads(line) for line in (outcome.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(outcome.run_dir / "metrics.jsonl")
     if [line["step"] for line in lines if "loss" in line] != list(range(1, config.num_steps + 1)):
         found.append("metrics.jsonl does not hold each step once")
     return found
@@ -262,7 +261,7 @@ def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) 
             )
         console = Console(highlight=False)
         console.print(table)
-        lines = _lines(outcome.run_dir / "metrics.jsonl")
+        lines = read_lines(outcome.run_dir / "metrics.jsonl")
         evaluations = {
             name: [line[name] for line in lines if name in line]
             for line in lines
@@ -289,7 +288,3 @@ def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) 
                 "gives the same weights bit for bit"
             )
         return len(outcome.problems) + len(different)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

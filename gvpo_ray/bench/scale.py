@@ -24,7 +24,7 @@ from rich.table import Table
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, actor_name, cause_of
-from gvpo_ray.buffer.actor import Buffer, LearnersBuffer
+from gvpo_ray.buffer.actor import BufferClient, LearnerBufferClient
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.run import RayConfig
@@ -32,6 +32,7 @@ from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.engines.actor import MakeEngine, Remote
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.observe.status import EngineState, RunState
 from gvpo_ray.verifiers.pool import VerifierGroup
 
 SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
@@ -47,7 +48,7 @@ class _Learner:
     """
 
     def __init__(self, buffer: Any, num_steps: int, step_s: float | None) -> None:
-        self._buffer, self._num_steps = LearnersBuffer(buffer), num_steps
+        self._buffer, self._num_steps = LearnerBufferClient(buffer), num_steps
         self._has_pace = threading.Event()
         if step_s is not None:
             self.pace(step_s)
@@ -138,7 +139,7 @@ class FakeRun:
         )
         self.events = EventLog(folder / "events.jsonl")
         replay = replay or ReplayConfig()
-        self.buffer = Buffer(
+        self.buffer = BufferClient(
             self._for_a_new_buffer,
             self._note,
             folder / "groups",
@@ -147,7 +148,6 @@ class FakeRun:
             max_staleness,
             0,
             replay,
-            0,
         )
         rewards = {"reward": RewardConfig(function=reward, trusted=True)}
         verifiers = VerifierGroup(
@@ -161,9 +161,9 @@ class FakeRun:
             engines,
             sampling.num_completions,
             make or maker(),
-            lambda version: self.buffer.call("weights", version),
+            self.buffer.weights,
             self._note,
-            lambda: self.buffer.call("waits"),
+            self.buffer.waits,
         )
         inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, Mixture({}), {})  # type: ignore[arg-type]
         self.ring = Ring(
@@ -176,7 +176,7 @@ class FakeRun:
             replay,
             watchdog_s,
             folder,
-            lambda: {"step": 0, "num_steps": num_steps, "doing": "training", "recoveries": {}},
+            lambda: {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING, "recoveries": {}},
             self._note,
             self.said.append,
         )
@@ -194,14 +194,14 @@ class FakeRun:
         return list(self.ring.running), 0, False, None
 
     async def _fail(self, error: BaseException) -> None:
-        await self.buffer.call("close", cause_of(error))
+        await self.buffer.close(cause_of(error))
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.session.call(self.ring.status())
         return status
 
     def num_finished(self) -> int:
-        return int(self.session.call(self.buffer.call("status"))["num_finished"])
+        return int(self.session.call(self.buffer.status())["num_finished"])
 
     def check(self) -> None:
         """Raises what has gone wrong meanwhile, as a run's end does."""
@@ -288,7 +288,7 @@ def measure(size: int, seconds: float) -> dict[str, float]:
             max_staleness=MAX_STALENESS,
         )
         try:
-            while any(seat.state != "running" for seat in run.engines.seats):
+            while any(seat.state != EngineState.RUNNING for seat in run.engines.seats):
                 run.check()
                 time.sleep(0.2)
             ray.get(run.learner.pace.remote(0.0))
@@ -328,8 +328,8 @@ def _kill_one(run: FakeRun) -> dict[str, float]:
     os.kill(seat.status["pid"], signal.SIGKILL)
     times = {}
     for name, reached in (
-        ("noticed", lambda: seat.state != "running"),
-        ("replaced", lambda: seat.state == "running"),
+        ("noticed", lambda: seat.state != EngineState.RUNNING),
+        ("replaced", lambda: seat.state == EngineState.RUNNING),
         ("busy", lambda: bool(seat.in_flight)),
     ):
         while not reached():

@@ -17,6 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from gvpo_ray.actors import Note, actor_name, cause_of
 from gvpo_ray.buffer.buffer import GroupBuffer
+from gvpo_ray.buffer.states import Command
 from gvpo_ray.groups import from_wire, to_wire
 
 
@@ -41,8 +42,8 @@ MAX_PUTS = 64
 """Groups that go to the buffer in one call."""
 
 
-class Buffer:
-    """The buffer actor as the driver sees it: `await buffer.call(method, …)`.
+class BufferClient:
+    """The buffer actor as the driver sees it: GroupBuffer's methods, awaited.
 
     When the actor dies Ray starts it again on its log, and the driver tells it what the log does not hold.
 
@@ -86,7 +87,7 @@ class Buffer:
         while self._to_put:
             batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
             try:
-                answers = await self.call("put_all", *(ref for ref, _ in batch))
+                answers = await self._call("put_all", *(ref for ref, _ in batch))
             except Exception as error:  # each of those who wait has to hear of it
                 for _, future in batch:
                     future.set_exception(error)
@@ -94,7 +95,65 @@ class Buffer:
                 for (_, future), answer in zip(batch, answers, strict=True):
                     future.set_result(answer)
 
-    async def call(self, method: str, *arguments: Any) -> Any:
+    async def start(self, num: int) -> list[tuple[int, int]] | None:
+        """See GroupBuffer.start."""
+        started: list[tuple[int, int]] | None = await self._call("start", num)
+        return started
+
+    async def skip(self, group_id: int) -> None:
+        """See GroupBuffer.skip."""
+        await self._call("skip", group_id)
+
+    async def replayed(self, prompt: pa.Table, num: int) -> Any:
+        """Return a ref of GroupBuffer.history's completions, on the wire, once they are there."""
+        return await self._call("replayed", to_wire(prompt), num)
+
+    async def weights(self, newer_than: int) -> tuple[int, Any] | None:
+        """See GroupBuffer.weights."""
+        weights: tuple[int, Any] | None = await self._call("weights", newer_than)
+        return weights
+
+    async def permit(self, step: int) -> None:
+        """See GroupBuffer.permit."""
+        await self._call("permit", step)
+
+    async def trained(self, step: int) -> dict[str, Any] | None:
+        """See GroupBuffer.trained."""
+        metrics: dict[str, Any] | None = await self._call("trained", step)
+        return metrics
+
+    async def save(self) -> int | None:
+        """See GroupBuffer.save."""
+        step: int | None = await self._call("save")
+        return step
+
+    async def waits(self) -> dict[str, float] | None:
+        """See GroupBuffer.waits."""
+        waits: dict[str, float] | None = await self._call("waits")
+        return waits
+
+    async def status(self) -> dict[str, Any]:
+        """See GroupBuffer.status."""
+        status: dict[str, Any] = await self._call("status")
+        return status
+
+    async def close(self, error: str | None = None) -> None:
+        """See GroupBuffer.close."""
+        await self._call("close", error)
+
+    async def close_once(self) -> None:
+        """Close the buffer if it is there; one that is dead is not waited for.
+
+        Raises:
+            RayActorError: it is dead.
+        """
+        await self.actor.close.remote()
+
+    def kill(self) -> None:
+        """End the actor for good."""
+        ray.kill(self.actor, no_restart=True)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
         """The method's answer; of one with two returns, the ref of the first once the second is there."""
         while True:
             async with self._lock:  # not before a new one knows what is in flight
@@ -119,7 +178,7 @@ class Buffer:
                     await asyncio.sleep(0.2)
 
 
-class LearnersBuffer:
+class LearnerBufferClient:
     """The buffer actor as the learner sees it: calls that wait. One that died is asked again once it is
     back.
     """
@@ -141,9 +200,9 @@ class LearnersBuffer:
     def learner_started(self, step: int) -> None:
         self._call("learner_started", step)
 
-    def order(self, step: int, saved: bool) -> str:
-        answer: str = self._call("order", step, saved)
-        return answer
+    def next_command(self, step: int, saved: bool) -> Command:
+        command: Command = self._call("next_command", step, saved)
+        return command
 
     def batch(self, step: int) -> pa.Table | None:
         batch = self._call("batch_on_wire", step)
@@ -153,9 +212,11 @@ class LearnersBuffer:
         self,
         version: int,
         references: dict[int, list[float | None]],
-        residuals: dict[int, list[float | None]],
+        residuals: dict[int, list[float | None]] | None = None,
     ) -> None:
-        self._call("learned", version, references, residuals)
+        """See GroupBuffer.report_references. Nobody asks for residuals any more; the loop still has them."""
+        if references:
+            self._call("report_references", version, references)
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         self._published = (version, weights, metrics)

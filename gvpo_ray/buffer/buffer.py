@@ -2,10 +2,10 @@
 log in log.py, replay in replay.py.
 
     rollout loop   start(num) ─ may the next groups start? ─► history(prompt, num) ─► put(group) ─ to the log
-    learner        order(step) ─ train, save or stop? ─► batch(step) ─► published(version, weights, metrics)
-                   · learned(…)
+    learner        next_command(step) ─ train, save or stop? ─► batch(step)
+                   ─► published(version, weights, metrics) · report_references(…)
     engines        weights(newer_than)
-    driver         allow(step) · trained(step) · save() · reconnect(…) · status() · close(error)
+    driver         permit(step) · trained(step) · save() · reconnect(…) · status() · close(error)
 
 A plain class with async methods on one event loop; actor.py makes it an actor. Steps count from 1: step s
 trains the s-th batch and makes version s of the weights; version 0 is what the run started from.
@@ -27,7 +27,8 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog, lock_folder
-from gvpo_ray.buffer.replay import History, replayed
+from gvpo_ray.buffer.replay import ReplayIndex, replayed
+from gvpo_ray.buffer.states import BoundState, Command, LearnerState
 from gvpo_ray.buffer.waits import WaitingTime
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.files import append_line, read_lines
@@ -68,7 +69,6 @@ class GroupBuffer:
         max_staleness: int | None,
         version: int = 0,
         replay: ReplayConfig | None = None,
-        seed: int = 0,
     ) -> None:
         self._lock = lock_folder(Path(folder))
         self.log = GroupLog(folder)
@@ -78,7 +78,7 @@ class GroupBuffer:
         # a step is given only to a learner that made all before it
         self.version = max(version, max(self.log.assigned, default=0) - 1)
         self._history = (
-            History(self.log, replay, seed, self.version) if replay is not None and replay.share > 0 else None
+            ReplayIndex(self.log, replay, self.version) if replay is not None and replay.share > 0 else None
         )
         self._finished = set(self.log.group_ids)
         self._running: set[int] = set()
@@ -89,15 +89,16 @@ class GroupBuffer:
         self._metrics: dict[int, dict[str, Any]] = {}
         self._orders_path = Path(folder) / ORDERS
         self._orders = {
-            (entry["step"], entry["saved"]): entry["order"] for entry in read_lines(self._orders_path)
+            (entry["step"], entry["saved"]): Command(entry["order"])
+            for entry in read_lines(self._orders_path)
         }
         self._allowed = 0
         self._saved_step = version if version > 0 else -1  # a run that is taken up starts from a checkpoint
         self._save_wanted = -1  # version of which, or of a newer one, save() waits for a checkpoint
         self._closed = False
         self.error: str | None = None
-        # What the learner does, and the step whose groups it waits for.
-        self._learner: tuple[str, int | None] = ("has not started", None)
+        self._learner_state, self._learner_detail = LearnerState.NOT_STARTED, ""
+        self._learner_waits_for: int | None = None  # step whose groups it has asked for
         self._learner_since = time.time()
         self._learner_from: int | None = None  # version that it started from last
         self._learner_deaths = 0  # in a row
@@ -216,9 +217,12 @@ class GroupBuffer:
     def _must_save(self, step: int) -> bool:
         return self._saved_step < self._save_wanted < step
 
-    def _learner_is(self, doing: str, waits_for: int | None = None) -> None:
-        if self._learner != (doing, waits_for):
-            self._learner, self._learner_since = (doing, waits_for), time.time()
+    def set_learner_state(self, state: LearnerState, detail: str = "", waits_for: int | None = None) -> None:
+        """Remember what the learner does, and since when it does that."""
+        before = self._learner_state, self._learner_detail, self._learner_waits_for
+        if before != (state, detail, waits_for):
+            self._learner_state, self._learner_detail, self._learner_waits_for = state, detail, waits_for
+            self._learner_since = time.time()
 
     async def learner_started(self, step: int) -> None:
         """It is here, with the weights of `step`: for the first time, or again after it failed."""
@@ -233,17 +237,17 @@ class GroupBuffer:
                     f"{self._learner_cause}"
                 )
         self._learner_from = step
-        self._learner_is(f"starts from step {step}")
+        self.set_learner_state(LearnerState.STARTS, f"from step {step}")
 
     async def learner_failed(self, cause: str) -> None:
         """It died, and is about to be started again."""
         self._learner_cause, self._learner_is_up = cause, False
-        self._learner_is(f"died and is started again: {cause}")
+        self.set_learner_state(LearnerState.DIED, f"and is started again: {cause}")
 
-    async def order(self, step: int, saved: bool = False) -> str:
-        """What the learner does next: "train" step `step`, "save" a checkpoint of step - 1, or "stop".
+    async def next_command(self, step: int, saved: bool = False) -> Command:
+        """Return what the learner does next: train step `step`, save a checkpoint of step - 1, or stop.
 
-        Waits for allow(), save() or close(). `saved`: a checkpoint of step - 1 exists. Every rank gets the
+        Waits for permit(), save() or close(). `saved`: a checkpoint of step - 1 exists. Every rank gets the
         same answer to the same question, whenever it asks.
         """
         key = (step, saved)
@@ -253,19 +257,20 @@ class GroupBuffer:
                 self._saved_step = step - 1
                 self._new_order.notify_all()
             if not self._has_order(step, saved):
-                self._learner_is("waits for the driver")
+                self.set_learner_state(LearnerState.WAITS_FOR_DRIVER)
                 with self._waits["driver"]:
                     await self._new_order.wait_for(lambda: self._has_order(step, saved))
             if key not in self._orders:
                 if self._closed:
-                    self._learner_is("was told to stop")
-                    return "stop"
-                self._orders[key] = "save" if self._must_save(step) and not saved else "train"
+                    self.set_learner_state(LearnerState.STOPPED)
+                    return Command.STOP
+                self._orders[key] = Command.SAVE if self._must_save(step) and not saved else Command.TRAIN
                 # On disk: the other ranks may ask the buffer that comes after this one.
                 append_line(self._orders_path, {"step": step, "saved": saved, "order": self._orders[key]})
-            self._learner_is(
-                f"trains step {step}" if self._orders[key] == "train" else f"saves step {step - 1}"
-            )
+            if self._orders[key] is Command.TRAIN:
+                self.set_learner_state(LearnerState.TRAINS, f"step {step}")
+            else:
+                self.set_learner_state(LearnerState.SAVES, f"step {step - 1}")
             return self._orders[key]
 
     def _has_order(self, step: int, saved: bool) -> bool:
@@ -288,33 +293,26 @@ class GroupBuffer:
                 begin = self.log.end
                 end = begin + self.groups_per_step
                 if len(self.log) < end:
-                    self._learner_is("waits for groups", step)
+                    self.set_learner_state(LearnerState.WAITS_FOR_GROUPS, waits_for=step)
                 with self._waits["learner"]:
                     await self._new_group.wait_for(
                         lambda: self._closed or step in self.log.assigned or len(self.log) >= end
                     )
                 if step not in self.log.assigned:
                     if self._closed:
-                        self._learner_is("was told to stop")
+                        self.set_learner_state(LearnerState.STOPPED)
                         return None
                     self.log.assign(step, begin, end)
-            self._learner_is(f"trains step {step}")
+            self.set_learner_state(LearnerState.TRAINS, f"step {step}")
             return self.log.read(*self.log.assigned[step])
 
-    async def learned(
-        self,
-        version: int,
-        references: Mapping[int, list[float | None]],
-        residuals: Mapping[int, list[float | None]],
-    ) -> None:
-        """What a step knows of its groups (id -> one number per completion; None: not trained on), for who
-        replays them.
+    async def report_references(self, version: int, references: Mapping[int, list[float | None]]) -> None:
+        """Take the log-probs of a step's groups under the reference model of `version`, for who replays them.
 
-        `references`: log-probs under the reference model of `version`. `residuals`: (R - mean R) - beta (D -
-        mean D).
+        `references`: group id -> one number per completion; None: it was not trained on.
         """
         if self._history is not None:
-            self._history.learned(version, references, residuals)
+            self._history.report_references(version, references)
 
     async def published(self, version: int, weights: Any, metrics: dict[str, Any] | None = None) -> None:
         """The learner has made `version`: opens the dial, tells the engines where the weights are and the
@@ -335,7 +333,7 @@ class GroupBuffer:
             self._learner_from = version
         elif version > self._learner_from:
             self._learner_deaths = 0
-        self._learner_is(f"has published version {version}")
+        self.set_learner_state(LearnerState.PUBLISHED, f"version {version}")
         if self._history is not None:
             self._history.forget(self.version)
 
@@ -343,7 +341,7 @@ class GroupBuffer:
         """The learner has written a checkpoint."""
         async with self._new_order:
             self._saved_step = step
-            self._learner_is(f"has saved step {step}")
+            self.set_learner_state(LearnerState.SAVED, f"step {step}")
             self._new_order.notify_all()
 
     # --- engines --------------------------------------------------------------------------------------------
@@ -360,7 +358,7 @@ class GroupBuffer:
 
     # --- driver ---------------------------------------------------------------------------------------------
 
-    async def allow(self, step: int) -> None:
+    async def permit(self, step: int) -> None:
         """Let the learner train up to and with this step."""
         async with self._new_order:
             self._allowed = max(self._allowed, step)
@@ -406,23 +404,26 @@ class GroupBuffer:
         """
         async with self._new_version:
             self._running |= {*running} - self._finished
-        await self.allow(allowed)
+        await self.permit(allowed)
         if closed:
             await self.close(error)
 
     async def status(self) -> dict[str, Any]:
         """Who waits for whom, for the watchdog and for a person who asks. Times are Unix time."""
         num_waiting = len(self.log) - self.log.end
-        learner, waits_for = self._learner
-        if waits_for is not None:
-            learner = f"{learner}: step {waits_for} has {num_waiting} of {self.groups_per_step}"
+        learner = f"{self._learner_state} {self._learner_detail}".rstrip()
+        if self._learner_waits_for is not None:
+            learner += f": step {self._learner_waits_for} has {num_waiting} of {self.groups_per_step}"
+        bound, why = self._bound()
         return {
             "version": self.version,
             "num_finished": len(self._finished),
             "num_running": len(self._running),
             "oldest_running": min(self._running, default=None),
             "num_waiting": num_waiting,
-            "dial": self._dial(),
+            "bound": bound,
+            "dial": f"{bound}{why}",
+            "learner_state": self._learner_state,
             "learner": learner,
             "learner_since": self._learner_since,
             "learner_restarts": list(self._learner_restarts),
@@ -432,9 +433,12 @@ class GroupBuffer:
             "error": self.error,
         }
 
-    def _dial(self) -> str:
+    def _bound(self) -> tuple[BoundState, str]:
         if self._may_start():
-            return "open"
+            return BoundState.OPEN, ""
         if self._num_started >= self.num_steps * self.groups_per_step:
-            return "all groups are started"
-        return f"closed: {self._num_started} groups started, version {self.version} allows no more"
+            return BoundState.ALL_STARTED, ""
+        return (
+            BoundState.CLOSED,
+            f": {self._num_started} groups started, version {self.version} allows no more",
+        )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import time
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.files import append_line, read_lines
+from gvpo_ray.files import append_line, lock, read_lines, repair_lines
 
 
-def read_assignments(path: Path) -> tuple[dict[int, tuple[int, int]], int]:
-    """Rows [begin, end) of each step in an assignments.jsonl, and the bytes of its whole lines: a killed
-    writer may leave a torn one.
-    """
-    assigned, num_bytes = {}, 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            entry = json.loads(line)
-            assigned[entry["step"]] = (entry["begin"], entry["end"])
-            num_bytes += len(line)
-    return assigned, num_bytes
+def read_assignments(path: Path) -> dict[int, tuple[int, int]]:
+    """Return the rows [begin, end) of each step in an assignments.jsonl, which may be absent."""
+    return {entry["step"]: (entry["begin"], entry["end"]) for entry in read_lines(path)}
 
 
 class GroupLog:
@@ -48,11 +37,8 @@ class GroupLog:
         for segment in sorted(self.folder.glob("*.arrow")):
             self._scan(segment)
         self._assignments = self.folder / "assignments.jsonl"
-        self.assigned: dict[int, tuple[int, int]] = {}
-        if self._assignments.exists():
-            self.assigned, num_bytes = read_assignments(self._assignments)
-            # a torn last line was never answered, and the next one must not run into it
-            os.truncate(self._assignments, num_bytes)
+        repair_lines(self._assignments)  # a torn last line was never answered
+        self.assigned = read_assignments(self._assignments)
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -114,10 +100,7 @@ class GroupLog:
         """Give rows [begin, end) to a step, on disk before it returns."""
         if self._file is not None:
             os.fsync(self._file.fileno())
-        with open(self._assignments, "a") as file:
-            file.write(json.dumps({"step": step, "begin": begin, "end": end}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._assignments, {"step": step, "begin": begin, "end": end}, sync=True)
         self.assigned[step] = (begin, end)
 
     def read(self, begin: int, end: int) -> pa.Table:
@@ -191,13 +174,7 @@ LOCK_WAIT_S = 60.0
 def lock_folder(folder: Path) -> Any:
     """The folder's lock file, held until it is closed or its process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - lives as long as the buffer
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"another process writes to {folder}") from None
-            time.sleep(0.1)
+    try:
+        return lock(folder / ".lock", LOCK_WAIT_S)
+    except BlockingIOError:
+        raise RuntimeError(f"another process writes to {folder}") from None

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-import numpy as np
 import pyarrow as pa
 
 from gvpo_ray import groups
@@ -20,25 +19,22 @@ from gvpo_ray.config.data import ReplayConfig
 
 @dataclass(slots=True)
 class _Logged:
-    """A row of the log, and what the learner said of its completions last (nan: not trained on)."""
+    """A row of the log, and the references that the learner told of last (nan: not trained on)."""
 
     row: int
     key: int
     version: int | None = None  # of the references
     references: array[float] | None = None
-    residuals: array[float] | None = None
 
 
-class History:
+class ReplayIndex:
     """Which rows of the log have completions of a prompt that may be replayed; the completions themselves are
     in the log alone.
     """
 
-    def __init__(self, log: GroupLog, replay: ReplayConfig, seed: int, version: int) -> None:
-        self._log, self._replay, self._seed = log, replay, seed
+    def __init__(self, log: GroupLog, replay: ReplayConfig, version: int) -> None:
+        self._log, self._replay = log, replay
         self._rows: dict[int, _Logged] = {}  # by group id, in order of arrival
-        # group id -> (group id, index) of the completions that it begins with
-        self._copies: dict[int, list[tuple[int, int]]] = {}
         self._by_prompt: dict[int, list[int]] = {}  # hash of the prompt's key -> group ids
         for begin in range(self._first_row(version), len(log), 1000):
             self.add(begin, log.read(begin, min(begin + 1000, len(log))))
@@ -63,27 +59,11 @@ class History:
             if not self._by_prompt[key]:
                 del self._by_prompt[key]
 
-    def learned(
-        self,
-        version: int,
-        references: Mapping[int, list[float | None]],
-        residuals: Mapping[int, list[float | None]],
-    ) -> None:
-        # what is now known of a copy holds for what it is a copy of
-        for group_id, values in residuals.items():
-            for (original, index), value in zip(self._copies.pop(group_id, ()), values, strict=False):
-                if (
-                    value is not None
-                    and (entry := self._rows.get(original)) is not None
-                    and entry.residuals is not None
-                ):
-                    entry.residuals[index] = value
-        for group_id in (*references, *residuals):
+    def report_references(self, version: int, references: Mapping[int, list[float | None]]) -> None:
+        """See GroupBuffer.report_references."""
+        for group_id, values in references.items():
             if (entry := self._rows.get(group_id)) is not None:
-                if group_id in references:
-                    entry.version, entry.references = version, _packed(references[group_id])
-                if group_id in residuals:
-                    entry.residuals = _packed(residuals[group_id])
+                entry.version, entry.references = version, _packed(values)
 
     def pick(self, prompt: pa.Table, num: int, version: int) -> pa.Table:
         """See GroupBuffer.history."""
@@ -92,36 +72,19 @@ class History:
         logged = self._log.rows([entry.row for entry in entries])
         pairs = [(entry, logged.slice(i, 1)) for i, entry in enumerate(entries)]
         candidates = [
-            _Candidate(
-                newest, residual if math.isnan(told := _at(entry.residuals, i)) else told, i, entry, group
-            )
+            _Candidate(newest, i, entry, group)
             for entry, group in pairs
             if prompt_key_of(group) == key  # not another prompt with the same hash
-            for i, (newest, residual) in groups.replayable(group).items()
+            for i, newest in groups.replayable(group).items()
             if newest >= oldest
         ]
-        num = min(num, len(candidates))
-        if self._replay.policy == "uniform":
-            random = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()])
-            picked = (
-                [candidates[i] for i in random.choice(len(candidates), num, replace=False)] if num else []
-            )
-        else:
-            candidates.sort(key=_Candidate.newest_first)
-            if self._replay.policy == "residual":
-                # a stable sort: the newest of equals
-                candidates.sort(key=lambda candidate: -abs(candidate.residual))
-            picked = candidates[:num]
-        if self._replay.policy == "residual":
-            originals = [(self._log.group_ids[candidate.entry.row], candidate.index) for candidate in picked]
-            self._copies[prompt["group_id"][0].as_py()] = originals
-        return replayed(prompt, picked)
+        candidates.sort(key=_Candidate.newest_first)
+        return replayed(prompt, candidates[:num])
 
 
 @dataclass(slots=True)
 class _Candidate:
     newest: int
-    residual: float
     index: int
     entry: _Logged
     group: pa.Table

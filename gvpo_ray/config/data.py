@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, field_validator, model_validator
 
 from gvpo_ray.config.base import Section
@@ -46,9 +44,7 @@ class ReplayConfig(Section):
     other."""
 
     share: float = Field(default=0.0, ge=0, lt=1)
-    """Of each group's completions, as far as the log has that many."""
-    policy: Literal["newest", "uniform", "residual"] = "newest"
-    """`newest`, `uniform` (at random), or `residual`: the largest |residual| when last trained on."""
+    """Of each group's completions, as far as the log has that many; the newest first."""
     window: int | None = Field(default=None, ge=1)
     """Only completions of the last so many steps; default: of the whole run."""
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from gvpo_ray.config.base import Resources, Section
+
+
+class ReasonKind(StrEnum):
+    """Which limit ended a check. The reason of a completion without a reward then begins with it and a
+    colon.
+    """
+
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    CRASH = "crash"
 
 
 class RewardConfig(Section):

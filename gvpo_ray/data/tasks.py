@@ -21,7 +21,6 @@ matter of temperature.
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from gvpo_ray.files import new_folder
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,15 @@ NUM_HELD_OUT = 1000
 
 def make(task: str, folder: Path, seed: int = 0) -> None:
     """The files of a task, in a folder that is there only once they are complete."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    part.mkdir(parents=True)
     problems, num_worked = TASKS[task]
     train, held_out = split(problems(random.Random(seed)), random.Random(seed))
     rng = random.Random(seed + 1)
     worked = [rng.choice(train) for _ in range(num_worked)]
-    for name, rows in (("train", train), ("heldout", held_out), ("worked", worked)):
-        columns = {"prompt": [row.prompt for row in rows], "answer": [row.answer for row in rows]}
-        solutions = {"solution": [row.solve(rng) for row in rows]} if name == "worked" else {}
-        pq.write_table(pa.table(columns | solutions), part / f"{name}.parquet")
-    part.rename(folder)
+    with new_folder(folder) as part:
+        for name, rows in (("train", train), ("heldout", held_out), ("worked", worked)):
+            columns = {"prompt": [row.prompt for row in rows], "answer": [row.answer for row in rows]}
+            solutions = {"solution": [row.solve(rng) for row in rows]} if name == "worked" else {}
+            pq.write_table(pa.table(columns | solutions), part / f"{name}.parquet")
     print(
         f"{folder}: "
         + ", ".join(

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from gvpo_ray.observe.status import EngineState
+
 WAITS = 0.1
 """Share of its time that the learner waits for groups from which engines are too few."""
 
@@ -37,11 +39,13 @@ def one_more(seats: Sequence[Any], waited: float) -> Any | None:
     late = {
         seat.pool
         for seat in seats
-        if seat.is_asked and seat.state != "running" and time.time() - seat.asked_at > PATIENCE_S
+        if seat.is_asked and seat.state != EngineState.RUNNING and time.time() - seat.asked_at > PATIENCE_S
     }
-    running = sum(seat.capacity for seat in seats if seat.state == "running")
+    running = sum(seat.capacity for seat in seats if seat.state == EngineState.RUNNING)
     coming = sum(
-        seat.capacity for seat in seats if seat.is_asked and seat.state != "running" and seat.pool not in late
+        seat.capacity
+        for seat in seats
+        if seat.is_asked and seat.state != EngineState.RUNNING and seat.pool not in late
     )
     if running and running + coming >= running / max(1e-9, 1 - waited):
         return None  # those that are on their way will do
@@ -52,11 +56,15 @@ def one_less(seats: Sequence[Any], waited: float, closed: float) -> Any | None:
     """The seat to clear, or None. `closed`: share of the time that the dial let no group start although there
     was room.
     """
-    running = [seat for seat in seats if seat.state == "running"]
+    running = [seat for seat in seats if seat.state == EngineState.RUNNING]
     spare = [seat for seat in seats if seat.is_asked and seat.is_elastic]
-    if waited > RESTS or not spare or any(not seat.is_asked and seat.state != "off" for seat in seats):
+    if (
+        waited > RESTS
+        or not spare
+        or any(not seat.is_asked and seat.state != EngineState.OFF for seat in seats)
+    ):
         return None  # the last one that was let go is still on its way out
-    if coming := [seat for seat in spare if seat.state != "running"]:
+    if coming := [seat for seat in spare if seat.state != EngineState.RUNNING]:
         return coming[-1] if closed > 1 - BUSY else None
     all_of_it = sum(seat.capacity for seat in running)
     seat = spare[-1]

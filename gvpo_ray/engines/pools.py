@@ -28,6 +28,7 @@ from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import one_less, one_more
 from gvpo_ray.engines.seats import Request, Seat
 from gvpo_ray.groups import to_wire
+from gvpo_ray.observe.status import EngineState
 
 MAX_FAILED_STARTS = 3
 """Tries to start the first engine of a pool: what fails as often is the config, not bad luck."""
@@ -75,7 +76,7 @@ class EngineGroup:
             # one at least
             for seat in self.seats[not any(pool.num for pool in config.all_pools().values()) :]:
                 if seat.is_elastic:
-                    seat.is_asked, seat.state = False, "off"
+                    seat.is_asked, seat.state = False, EngineState.OFF
         self._num_completions = num_completions
         self._is_fixed = config.weight_transfer == "nccl"
         if self._is_fixed:  # the learner has to know them all
@@ -96,7 +97,10 @@ class EngineGroup:
     @property
     def num_slots(self) -> int:
         """Groups in flight, at most."""
-        return sum(seat.capacity for seat in self.seats if seat.state == "running") // self._num_completions
+        return (
+            sum(seat.capacity for seat in self.seats if seat.state == EngineState.RUNNING)
+            // self._num_completions
+        )
 
     def num_free(self) -> int:
         """Groups that could begin at once."""
@@ -125,7 +129,7 @@ class EngineGroup:
         on_wire = to_wire(prompt)
         while True:
             seat = await self._seat(size, 2 if is_new else 1, only_ours)
-            if seat.state != "running":  # since it was given to us
+            if seat.state != EngineState.RUNNING:  # since it was given to us
                 seat.load -= size
                 self._changed()
                 continue
@@ -142,12 +146,12 @@ class EngineGroup:
                 if is_lost(error):
                     kept = ()  # what was kept is gone with its node
                 elif isinstance(innermost(error), Draining):  # whoever watches it will see it off
-                    seat.becomes("leaving")
+                    seat.becomes(EngineState.LEAVING)
                 elif is_death(error):
                     kept = tuple(in_flight.kept)
                     if failed is not None and not failed.done():
                         failed.set_exception(error)
-                        seat.becomes("dead")
+                        seat.becomes(EngineState.DEAD)
                 else:
                     raise
             finally:
@@ -215,7 +219,7 @@ class EngineGroup:
         elif seat := one_less(self.seats, waited, closed):
             seat.is_asked = False
             # it has no place yet: take the request back
-            if seat.state != "running" and seat.engine is not None:
+            if seat.state != EngineState.RUNNING and seat.engine is not None:
                 ray.kill(seat.engine, no_restart=True)
             self._note(
                 "pool",
@@ -232,8 +236,8 @@ class EngineGroup:
         failed_starts = 0
         while True:
             while not seat.is_asked:
-                if seat.state != "off":
-                    seat.becomes("off")
+                if seat.state != EngineState.OFF:
+                    seat.becomes(EngineState.OFF)
                 await asyncio.sleep(SCALE_CHECK_S)
             try:
                 await self._one(seat)
@@ -242,7 +246,10 @@ class EngineGroup:
                 if not seat.is_asked:  # let go
                     self._clear(seat)
                     continue
-                cause, was_starting = innermost(error), seat.state in ("wanted", "starting")
+                cause, was_starting = (
+                    innermost(error),
+                    seat.state in (EngineState.WANTED, EngineState.STARTING),
+                )
                 is_leaving = isinstance(cause, Draining)
                 if not is_death(error) and not (was_starting and isinstance(cause, (RuntimeError, OSError))):
                     raise
@@ -258,7 +265,7 @@ class EngineGroup:
 
     def _clear(self, seat: Seat) -> None:
         seat.status = {}
-        seat.becomes("dead")
+        seat.becomes(EngineState.DEAD)
         if seat.engine is not None:
             ray.kill(seat.engine, no_restart=True)
             seat.engine = None
@@ -266,11 +273,11 @@ class EngineGroup:
     async def _one(self, seat: Seat) -> None:
         """The life of one engine; returns when the weights end."""
         if seat.engine is None:
-            seat.becomes("wanted")
+            seat.becomes(EngineState.WANTED)
             seat.engine = self._make(seat.pool, seat.config, seat.number)
         engine = seat.engine
         await engine.__ray_ready__.remote()
-        seat.becomes("starting")
+        seat.becomes(EngineState.STARTING)
         report = await engine.start_here.remote()
         seat.node = report["node"]
         self._has_started.add(seat.pool)
@@ -292,11 +299,11 @@ class EngineGroup:
         publish).
         """
         if self._weights is None or seat.config.url:
-            seat.becomes("running")
+            seat.becomes(EngineState.RUNNING)
             self._changed()
             await asyncio.Event().wait() if self._weights is None else await self._until_the_end()
             return
-        seat.becomes("waits for weights")
+        seat.becomes(EngineState.WAITS_FOR_WEIGHTS)
         version = -1
         while (news := await self._weights(version)) is not None:
             try:
@@ -308,8 +315,8 @@ class EngineGroup:
                 await asyncio.sleep(0.5)
                 continue
             version = news[0]
-            if seat.state == "waits for weights":
-                seat.becomes("running")
+            if seat.state == EngineState.WAITS_FOR_WEIGHTS:
+                seat.becomes(EngineState.RUNNING)
                 self._changed()
 
     async def _until_the_end(self) -> None:
@@ -354,7 +361,7 @@ class EngineGroup:
                     if notice <= 0
                     else max(0.0, min(self.config.drain_s, notice - HAND_OVER_MARGIN_S))
                 )
-                seat.becomes("leaving")
+                seat.becomes(EngineState.LEAVING)
                 await engine.drain.remote(seconds)
                 while seat.load:
                     await asyncio.sleep(0.05)
@@ -382,7 +389,7 @@ class EngineGroup:
                 deaths.popleft()
             if len(deaths) <= most:
                 return
-            if all(other.state in ("dead", "off") for other in self.seats):
+            if all(other.state in (EngineState.DEAD, EngineState.OFF) for other in self.seats):
                 raise RunError(
                     f"engines of pool {seat.pool} died {len(deaths)} times within an hour "
                     f"(max_restarts_per_hour: {most}), last: {cause}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from gvpo_ray.actors import resources_of
 from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.observe.status import EngineState
 
 
 @dataclass
@@ -33,9 +34,7 @@ class Seat:
     is_asked: bool = True
     """Whether there should be an engine; of an elastic pool's seats beyond num, autoscale.py decides."""
     asked_at: float = field(default_factory=time.time)
-    state: str = "wanted"
-    """off (not asked for), wanted (asked Ray for a place), starting, waits for weights, running, leaving,
-    dead (waits for its next try)."""
+    state: EngineState = EngineState.WANTED
     since: float = field(default_factory=time.time)
     status: dict[str, Any] = field(default_factory=dict)
     """What the engine said of itself last."""
@@ -52,7 +51,7 @@ class Seat:
 
     @property
     def has_room(self) -> bool:
-        return self.state == "running" and self.load < self.capacity
+        return self.state == EngineState.RUNNING and self.load < self.capacity
 
     @property
     def is_elastic(self) -> bool:
@@ -63,5 +62,5 @@ class Seat:
         """What it asks Ray for."""
         return resources_of(self.config)
 
-    def becomes(self, state: str) -> None:
+    def becomes(self, state: EngineState) -> None:
         self.state, self.since = state, time.time()

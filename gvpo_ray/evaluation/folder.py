@@ -10,7 +10,6 @@ Sampling and verifying is run.py's. Stopped, the same command goes on with the p
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.files import lock, replacing, write_whole
 from gvpo_ray.groups import Row
 from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 
@@ -45,17 +45,14 @@ class EvaluationDir:
         now = {"model": model, "settings": _settings(config), "contents": _contents(config, model, digests)}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "a")  # noqa: SIM115 - held as long as the evaluation
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                self._lock = lock(path / ".lock")  # held as long as the evaluation
+            except BlockingIOError as error:
                 raise ConfigError(f"--out: another process is evaluating into {path}") from error
             kept = path / "evaluation.yaml"
             if kept.exists() and (difference := _difference(kept, now)):
                 raise ConfigError(f"--out: {path} {difference}; use another folder")
-            part = path / ".evaluation.yaml.part"
-            part.write_text(yaml.safe_dump(now, sort_keys=False))  # anew: sets may have been added
-            part.replace(kept)
+            write_whole(kept, yaml.safe_dump(now, sort_keys=False))  # anew: sets may have been added
             self._logs = {name: GroupLog(path / name / "groups") for name in digests}
         except OSError as error:
             raise ConfigError(f"--out: cannot write {path}: {error.strerror}") from error
@@ -93,10 +90,9 @@ class EvaluationDir:
             for name, rows in by_set.items()
         }
         result = {"model": model, "sets": sets}
-        pq.write_table(_generations(by_set), self.path / ".generations.part")
-        (self.path / ".generations.part").replace(self.path / "generations.parquet")
-        (self.path / ".eval.part").write_text(json.dumps(result, indent=2) + "\n")
-        (self.path / ".eval.part").replace(self.path / "eval.json")
+        with replacing(self.path / "generations.parquet") as part:
+            pq.write_table(_generations(by_set), part)
+        write_whole(self.path / "eval.json", json.dumps(result, indent=2) + "\n")
         return {"folder": str(self.path), **result}
 
 

@@ -37,6 +37,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gvpo_ray.config.verifiers import ReasonKind
+
 SCHEMA = pa.schema(
     [
         ("group_id", pa.int64()),
@@ -139,7 +141,7 @@ def log_columns(groups: pa.Table) -> pa.Table:
     )
 
 
-LIMITS = ("timeout:", "memory:", "crash:")
+LIMITS = tuple(f"{kind}:" for kind in ReasonKind)
 """How the reason of a check begins that was cut off (the verifiers)."""
 
 
@@ -252,9 +254,8 @@ def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
     return group
 
 
-def replayable(group: pa.Table) -> dict[int, tuple[int, float]]:
-    """Which completions of a one-row group a later group of its prompt may have again: index -> (version_max,
-    R - mean R).
+def replayable(group: pa.Table) -> dict[int, int]:
+    """Which completions of a one-row group a later group of its prompt may have again: index -> version_max.
 
     The policy's own that were trained on, or will be: with a reward, a token, and what the sampler said of
     them.
@@ -264,10 +265,15 @@ def replayable(group: pa.Table) -> dict[int, tuple[int, float]]:
     rewards, sources, versions = (
         _entries(group, name).to_pylist() for name in ("rewards", "sources", "version_max")
     )
-    trained = [i for i, reward in enumerate(rewards) if reward is not None and num_tokens[i]]
-    mean = sum(rewards[i] for i in trained) / max(1, len(trained))
-    own = [i for i in trained if sources[i] == "policy" and has_logprobs[i] and versions[i] is not None]
-    return {i: (versions[i], rewards[i] - mean) for i in own}
+    return {
+        i: versions[i]
+        for i, reward in enumerate(rewards)
+        if reward is not None
+        and num_tokens[i]
+        and sources[i] == "policy"
+        and has_logprobs[i]
+        and versions[i] is not None
+    }
 
 
 def _has(group: pa.Table, name: str) -> bool:

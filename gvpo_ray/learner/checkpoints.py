@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from gvpo_ray.files import part_of
+
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
     """Step and folder of the newest whole checkpoint of a run."""
@@ -22,7 +24,9 @@ def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
         (path.parent for path in folder.glob("step-*/state.json")),
         key=lambda path: int(path.name.removeprefix("step-")),
     )
-    for path in {*folder.glob("step-*"), *folder.glob(".step-*.part")}.difference(whole[-keep:]):
+    for path in {*folder.glob("step-*"), *folder.glob(part_of(Path("step-*")).name)}.difference(
+        whole[-keep:]
+    ):
         remove_checkpoint(path)
 
 

@@ -30,7 +30,7 @@ class Buffer(Protocol):
     """GroupBuffer as the learner sees it: calls that wait."""
 
     def learner_started(self, step: int) -> None: ...
-    def order(self, step: int, saved: bool) -> str: ...
+    def next_command(self, step: int, saved: bool) -> str: ...
     def batch(self, step: int) -> pa.Table | None: ...
     def learned(
         self,
@@ -57,7 +57,7 @@ def learn(
 ) -> None:
     """Train until the buffer says stop.
 
-    Waits for the buffer's orders (woken by the driver's allow and save) and batches (woken by finished
+    Waits for the buffer's commands (woken by the driver's permit and save) and batches (woken by finished
     groups). Rank 0 talks back for all, but for what was learned of single completions: that each rank tells
     of its own groups. `on_checkpoint(metrics)` is called on every rank after each checkpoint that was due.
     """
@@ -68,8 +68,8 @@ def learn(
     rows: list[Row] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None)
     saved = policy.step > 0
-    while (order := buffer.order(policy.step + 1, saved)) != "stop":
-        if order == "save":
+    while (command := buffer.next_command(policy.step + 1, saved)) != "stop":
+        if command == "save":
             save(policy, buffer, settings)
             saved = True
             continue

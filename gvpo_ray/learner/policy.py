@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import LoraConfig, ModelConfig
+from gvpo_ray.files import part_of
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.backends.deepspeed import deepspeed_config
@@ -318,7 +319,7 @@ class Policy:
         Written beside its name and then renamed: under its name there is a whole checkpoint or none.
         """
         folder = Path(folder)
-        part = folder.with_name(f".{folder.name}.part")
+        part = part_of(folder)
         writes = self.rank == 0
         if writes:
             shutil.rmtree(part, ignore_errors=True)

@@ -7,14 +7,13 @@ out.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import re
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from gvpo_ray.config.model import WarmStartConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import load_rows
 from gvpo_ray.data.tasks import make
+from gvpo_ray.files import new_folder
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 
 END = "<|endoftext|>"
@@ -81,26 +81,20 @@ def warm_start(config: GVPOConfig) -> Path:
         )
     if not fitting:
         raise ConfigError(f"warm_start.data: no worked problem fits into the context of {context} tokens")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
-    try:
-        with libraries_write_to(part / "warm_start.log"):
-            imitate(model.to(device), fitting, section)
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as stack:
+        try:
+            part = stack.enter_context(new_folder(folder))
+        except OSError as error:
+            raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
+        stack.enter_context(libraries_write_to(part / "warm_start.log"))
+        imitate(model.to(device), fitting, section)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     print(f"wrote {folder}")
     return folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def libraries_write_to(path: Path) -> Iterator[None]:
     """Send what transformers and DeepSpeed log meanwhile to a file, made by the first line, and show no
     progress bars.

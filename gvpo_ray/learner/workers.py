@@ -7,7 +7,6 @@ which takes those steps' batches from the log once more and ends in the same wei
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -24,9 +23,10 @@ from ray.train import UserCallback
 from ray.util.placement_group import PlacementGroup
 
 from gvpo_ray.actors import cause_of, innermost, resources_of
-from gvpo_ray.buffer.actor import LearnersBuffer
+from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.files import lock
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 
 WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
@@ -154,7 +154,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     # learner's libraries.
     from gvpo_ray.learner.step import NonFiniteGradient
 
-    buffer = LearnersBuffer(settings["buffer"])
+    buffer = LearnerBufferClient(settings["buffer"])
     try:
         with _alone(Path(settings["run_dir"])):
             _train(settings, buffer)
@@ -163,7 +163,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         raise
 
 
-def _train(settings: dict[str, Any], buffer: LearnersBuffer) -> None:
+def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     import ray.train
     import torch
     from ray.train.torch import get_device
@@ -237,8 +237,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
         yield
         return
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    with open(run_dir / "checkpoints" / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(run_dir / "checkpoints" / ".lock", wait_s=None):
         yield
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.files import append_line
+from gvpo_ray.files import append_line, read_lines, write_whole
 
 
 class MetricsLog:
@@ -22,16 +22,9 @@ class MetricsLog:
         self.lines: list[dict[str, Any]] = []
         self.on_line: Callable[[dict[str, Any]], None] = lambda line: None
         if self.path.exists():
-            for text in self.path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
-                    continue  # the last line of a killed run
-                if line.get("step", 0) <= resume_step:
-                    self.lines.append(line)
-            part = self.path.with_suffix(".jsonl.part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            part.replace(self.path)
+            there = read_lines(self.path, skip_malformed=True)
+            self.lines = [line for line in there if line.get("step", 0) <= resume_step]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         line = {"step": step, **metrics}

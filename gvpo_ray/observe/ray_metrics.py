@@ -25,7 +25,7 @@ ring keeps (`of_status`):
     gvpo_buffer_groups{state}        finished in all; of these waiting for the learner; running: begun and not
                                      finished
     gvpo_dial_open                   1: a group may begin as far as the dial is concerned
-    gvpo_learner_state{state}        1 for what the learner does, 0 for the rest (LEARNER_STATES)
+    gvpo_learner_state{state}        1 for what the learner does, 0 for the rest (LearnerState)
     gvpo_learner_state_seconds       since when it does
 """
 
@@ -35,8 +35,11 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from gvpo_ray.buffer.states import BoundState, LearnerState
+from gvpo_ray.observe.status import EngineState, RunState
 
 Series = tuple[str, dict[str, str], float]
 """(name, labels, value)"""
@@ -74,15 +77,7 @@ NAMES = tuple(
 )
 """The first that fits says what a name becomes; its named parts are labels."""
 
-ENGINE_STATES = ("off", "wanted", "starting", "waits for weights", "running", "leaving", "dead")
-RUN_STATES = ("starting", "training", "evaluating", "stopped", "complete")
 PLACES = ("prompts", "engines", "verifiers", "buffer")
-LEARNER_STATES = (
-    "has not started", "starts", "waits for groups", "waits for the driver", "trains", "has published",
-    "saves", "has saved", "died",
-    "was told to stop",
-)  # fmt: skip
-"""How the buffer's words for what the learner does begin."""
 
 
 def series_of(name: str) -> tuple[str, dict[str, str]]:
@@ -114,12 +109,12 @@ def of_line(line: Line) -> list[Series]:
 def of_status(status: Mapping[str, Any]) -> list[Series]:
     """Of what the ring says of itself (Ring.status)."""
 
-    def one_of(name: str, states: Sequence[str], state: str | None) -> list[Series]:
+    def one_of(name: str, states: Iterable[str], state: str) -> list[Series]:
         return [(name, {"state": other}, float(other == state)) for other in states]
 
     series: list[Series] = [
         ("gvpo_num_steps", {}, float(status["num_steps"])),
-        *one_of("gvpo_run_state", RUN_STATES, status["doing"]),
+        *one_of("gvpo_run_state", RunState, status["doing"]),
         *(("gvpo_groups", {"at": place}, float(status["running"].get(place, 0))) for place in PLACES),
         (
             "gvpo_oldest_group_seconds",
@@ -142,7 +137,7 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
         engines = [engine for engine in status["engines"] if engine["pool"] == pool]
         states = Counter(engine["state"] for engine in engines)
         series += [
-            ("gvpo_engines", {"pool": pool, "state": state}, float(states[state])) for state in ENGINE_STATES
+            ("gvpo_engines", {"pool": pool, "state": state}, float(states[state])) for state in EngineState
         ]
         series.append(
             ("gvpo_engine_groups", {"pool": pool}, float(sum(engine["num_groups"] for engine in engines)))
@@ -154,12 +149,8 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
             ("gvpo_buffer_groups", {"state": state}, float(buffer[f"num_{state}"]))
             for state in ("finished", "waiting", "running")
         ]
-        series.append(("gvpo_dial_open", {}, float(buffer["dial"] == "open")))
-        series += one_of(
-            "gvpo_learner_state",
-            LEARNER_STATES,
-            next((state for state in LEARNER_STATES if buffer["learner"].startswith(state)), None),
-        )
+        series.append(("gvpo_dial_open", {}, float(buffer["bound"] == BoundState.OPEN)))
+        series += one_of("gvpo_learner_state", LearnerState, buffer["learner_state"])
         since = buffer["learner_since"]
         series.append(("gvpo_learner_state_seconds", {}, max(0.0, status["time"] - since) if since else 0.0))
     return series

@@ -4,22 +4,46 @@ by the watchdog's lines.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.files import is_locked, write_whole
 
 Status = Mapping[str, Any]
 
 
+class RunState(StrEnum):
+    """What the driver of a run does. The values are labels in Prometheus."""
+
+    STARTING = "starting"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    STOPPED = "stopped"
+    COMPLETE = "complete"
+
+
+class EngineState(StrEnum):
+    """What became of an engine's place in its pool. The values are labels in Prometheus."""
+
+    OFF = "off"
+    """It is not asked for."""
+    WANTED = "wanted"
+    """Ray was asked for a place."""
+    STARTING = "starting"
+    WAITS_FOR_WEIGHTS = "waits for weights"
+    RUNNING = "running"
+    LEAVING = "leaving"
+    DEAD = "dead"
+    """It waits for its next try."""
+
+
 def write_status(run_dir: Path, status: Status) -> None:
-    part = run_dir / ".status.json.part"
-    part.write_text(json.dumps(status))
-    part.replace(run_dir / "status.json")
+    write_whole(run_dir / "status.json", json.dumps(status))
 
 
 def read_status(run_dir: str | Path) -> list[str]:
@@ -35,7 +59,7 @@ def read_status(run_dir: str | Path) -> list[str]:
         status = json.loads((folder / "status.json").read_text())
     except (OSError, ValueError):
         status = None
-    runs = _is_locked(folder / ".lock")
+    runs = is_locked(folder / ".lock")
     if status is None:
         return [f"{run_dir}: {'is starting' if runs else 'has not run yet'}"]
     age = _ago(status["time"])
@@ -46,17 +70,6 @@ def read_status(run_dir: str | Path) -> list[str]:
         state = "complete" if is_done else "not running; the same command goes on from its newest checkpoint"
         head = f"{run_dir}: {state}. What it last said, {age}:"
     return [head, *status_lines(status)]
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with open(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
 
 
 def _ago(then: float) -> str:
@@ -95,10 +108,10 @@ def status_lines(status: Status) -> list[str]:
             f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight"
         )
         for engine in engines:
-            if engine["state"] not in ("running", "off"):
-                wants = f" {engine['wants']}" if engine["state"] == "wanted" else ""
+            if engine["state"] not in (EngineState.RUNNING, EngineState.OFF):
+                wants = f" {engine['wants']}" if engine["state"] == EngineState.WANTED else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
-    if status["engines"] and not any(engine["state"] == "running" for engine in status["engines"]):
+    if status["engines"] and not any(engine["state"] == EngineState.RUNNING for engine in status["engines"]):
         lines.append("no engine is running: the run waits for the first that comes back")
     if status["verifiers"]:
         lines.append(

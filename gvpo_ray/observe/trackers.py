@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.tracking import MLflowConfig, TrackingConfig
+from gvpo_ray.files import write_whole
 from gvpo_ray.observe.ray_metrics import Gauges, Line, numbers_of, of_line, of_status, place
 
 
@@ -211,9 +212,7 @@ class _Feed(threading.Thread):
         self.wake()
 
     def _keep(self) -> None:
-        part = self._state.with_suffix(".part")
-        part.write_text(json.dumps({"run": self._tracker.run, "last": self._last}))
-        part.replace(self._state)
+        write_whole(self._state, json.dumps({"run": self._tracker.run, "last": self._last}))
 
     def wake(self) -> None:
         self._wake.set()

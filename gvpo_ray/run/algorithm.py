@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import ray
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
-from gvpo_ray.buffer.actor import Buffer
+from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.buffer import ORDERS, steps_metrics
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
@@ -30,6 +30,7 @@ from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
+from gvpo_ray.observe.status import RunState
 from gvpo_ray.observe.trackers import Tracking, check_trackers
 from gvpo_ray.run.events import EventLog
 from gvpo_ray.run.inputs import machine_resources, read_inputs, read_model
@@ -117,7 +118,7 @@ class GVPO:
             raise
         self._session: Session | None = None
         self.learners: LearnerGroup | None = None
-        self._doing = "starting"
+        self._doing = RunState.STARTING
 
     @classmethod
     def from_run_dir(cls, path: str | Path, reward: Callable[..., Any] | Rewards | None = None) -> GVPO:
@@ -175,7 +176,7 @@ class GVPO:
         self.events.add(self.step, "run", "started")
         self._allowed = self.step
         (self.run_dir / "groups" / ORDERS).unlink(missing_ok=True)
-        self._buffer = Buffer(
+        self._buffer = BufferClient(
             self._for_a_new_buffer,
             self._note,
             self.run_dir / "groups",
@@ -184,7 +185,6 @@ class GVPO:
             config.max_staleness,
             self.step,
             config.replay,
-            config.seed,
         )
         model, engines = config.model, config.engines
         self.verifiers = None
@@ -199,9 +199,9 @@ class GVPO:
             engines,
             config.sampling.num_completions,
             make,
-            lambda version: self._buffer.call("weights", version),
+            self._buffer.weights,
             self._note,
-            lambda: self._buffer.call("waits"),
+            self._buffer.waits,
             self._learners_placed if cluster_address(config.ray) else None,
         )
         session.on_stop(self.engines.close)
@@ -267,22 +267,22 @@ class GVPO:
 
     async def _fail(self, error: BaseException) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            await self._buffer.call("close", cause_of(error))
+            await self._buffer.close(cause_of(error))
 
     async def _close_buffer(self) -> None:
-        await self._buffer.actor.close.remote()
+        await self._buffer.close_once()
         await asyncio.to_thread(self.learners.join, 4.0)
-        ray.kill(self._buffer.actor, no_restart=True)
+        self._buffer.kill()
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, question: Coroutine[Any, Any, Any]) -> Any:
         """An answer of the buffer; None means that the run was closed under us: raise why."""
         assert self._session is not None
         cause: BaseException | None = None
         try:
-            answer = self._session.call(self._buffer.call(method, *arguments))
+            answer = self._session.call(question)
             if answer is not None:
                 return answer
-            closed = self._session.call(self._buffer.call("status"))["error"]
+            closed = self._session.call(self._buffer.status())["error"]
         except ray.exceptions.RayError as error:
             cause, closed = error, None
         cause = self._session.cause = self._session.cause or cause
@@ -305,9 +305,9 @@ class GVPO:
         if self.evaluation_due:
             # before the first step, or cut off by the end of the process that trained the last one
             self.evaluate()
-        self._allowed, self._doing = self.step + 1, "training"
-        self._session.call(self._buffer.call("allow", self._allowed))
-        metrics = self._ask("trained", self.step + 1)
+        self._allowed, self._doing = self.step + 1, RunState.TRAINING
+        self._session.call(self._buffer.permit(self._allowed))
+        metrics = self._ask(self._buffer.trained(self.step + 1))
         self.step += 1
         # whatever it is, the next question to the buffer says so
         with contextlib.suppress(ray.exceptions.RayError):
@@ -331,7 +331,7 @@ class GVPO:
         results: dict[str, float] = {}
         folder = self.run_dir / "evaluations"
         folder.mkdir(exist_ok=True)
-        self._doing = "evaluating"
+        self._doing = RunState.EVALUATING
         for name in names or self.inputs.evaluation:
             prompts = self.inputs.evaluation[name]
             table = self._session.guard(
@@ -353,12 +353,12 @@ class GVPO:
         """Groups in the log so far: those that are trained, and those that wait for the learner."""
         self.start()
         assert self._session is not None
-        return int(self._session.call(self._buffer.call("status"))["num_finished"])
+        return int(self._session.call(self._buffer.status())["num_finished"])
 
     def save(self) -> Path:
         """A checkpoint of the last trained step, written now if there is none; its folder."""
         self.start()
-        step = self._ask("save")
+        step = self._ask(self._buffer.save())
         return self.run_dir / "checkpoints" / f"step-{step}"
 
     def stop(self) -> None:
@@ -366,11 +366,11 @@ class GVPO:
         try:
             if self._session is not None:
                 self.events.add(self.step, "run", "stopped")
-                self._doing = "complete" if self.done else "stopped"
+                self._doing = RunState.COMPLETE if self.done else RunState.STOPPED
                 if self.learners is not None:
                     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                         self._session.call(self._ring.last_words(), 5.0)
-                        self._session.call(self._buffer.actor.close.remote(), 5.0)
+                        self._session.call(self._buffer.close_once(), 5.0)
                     # a thread that asks Ray something while Ray goes down crashes, or asks for ever
                     self.learners.join(LEARNERS_END_S)
         finally:

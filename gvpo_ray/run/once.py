@@ -24,6 +24,7 @@ from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.files import part_of
 from gvpo_ray.run.inputs import machine_resources, read_inputs
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.pool import VerifierGroup
@@ -53,7 +54,7 @@ def rollout(
     if num_groups is not None and num_groups < 1:
         raise ConfigError(f"--groups: {num_groups}: must be at least 1")
     inputs = read_inputs(config, reward)
-    part = Path(f"{out}.part")
+    part = part_of(Path(out))
     if Path(out).is_dir():
         raise ConfigError(f"--out: {out} is a folder")
     try:

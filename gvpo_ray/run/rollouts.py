@@ -26,12 +26,12 @@ from ray.exceptions import RayError
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Note, RunError, is_lost
-from gvpo_ray.buffer.actor import Buffer
+from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.log import Quarantine
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.pools import EngineGroup
-from gvpo_ray.observe.status import status_lines, write_status
+from gvpo_ray.observe.status import EngineState, status_lines, write_status
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.verifiers.pool import VerifierGroup
 
@@ -54,7 +54,7 @@ class Ring:
         inputs: Inputs | None,
         engines: EngineGroup,
         verifiers: VerifierGroup | None,
-        buffer: Buffer,
+        buffer: BufferClient,
         quarantine: Quarantine,
         sampling: SamplingConfig,
         replay: ReplayConfig,
@@ -105,7 +105,7 @@ class Ring:
             while (room := self._room()) < 1:
                 self._engines.room.clear()
                 await self._engines.room.wait()
-            started = await self._buffer.call("start", min(room, MAX_STARTS))
+            started = await self._buffer.start(min(room, MAX_STARTS))
             if started is None:
                 return
             for group_id, min_version in started:
@@ -134,7 +134,7 @@ class Ring:
         prompt, is_whole = self._inputs.group(group_id)
         since = time.time()
         if self._quarantine.holds(prompt):
-            await self._buffer.call("skip", group_id)
+            await self._buffer.skip(group_id)
         else:
             while True:
                 self._goes_to(group_id, since, "prompts")
@@ -168,7 +168,7 @@ class Ring:
         assert self._inputs is not None
         kept: list[Any] = [groups.to_wire(completions) for completions in self._inputs.offline(prompt)]
         if self._num_replayed:  # first: the buffer knows its own by their places
-            kept.insert(0, await self._buffer.call("replayed", groups.to_wire(prompt), self._num_replayed))
+            kept.insert(0, await self._buffer.replayed(prompt, self._num_replayed))
         group_id = prompt["group_id"][0].as_py()
         self._goes_to(group_id, self.running[group_id][0], "engines")
         return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
@@ -187,7 +187,7 @@ class Ring:
         metrics = {"tokens/generated": float(total), "tokens/generated_per_s": total / seconds}
         for pool in pools:
             metrics[f"pools/{pool}/engines"] = float(
-                sum(seat.pool == pool and seat.state == "running" for seat in self._engines.seats)
+                sum(seat.pool == pool and seat.state == EngineState.RUNNING for seat in self._engines.seats)
             )
             metrics[f"pools/{pool}/tokens_per_s"] = new[pool] / seconds
             metrics[f"pools/{pool}/token_share"] = new[pool] / total if total else 0.0
@@ -207,7 +207,7 @@ class Ring:
             lambda: (ray.available_resources(), ray.cluster_resources())
         )
         try:
-            of_buffer = await asyncio.wait_for(self._buffer.call("status"), BUFFER_ANSWERS_S)
+            of_buffer = await asyncio.wait_for(self._buffer.status(), BUFFER_ANSWERS_S)
         except TimeoutError:
             of_buffer = None
         return {
@@ -242,7 +242,7 @@ class Ring:
 
     async def note_learner(self) -> None:
         """Note the restarts of the learner that were not noted yet."""
-        self._note_learner(await self._buffer.call("status"))
+        self._note_learner(await self._buffer.status())
 
     def _note_learner(self, of_buffer: dict[str, Any]) -> None:
         # The buffer keeps them all on disk: those of a driver that died before it heard of them are among

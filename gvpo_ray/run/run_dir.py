@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog, read_assignments
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.files import lock, write_whole
 
 RESUMABLE = (
     "num_steps",
@@ -46,18 +45,12 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
     path = Path(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "a")  # noqa: SIM115 - held as long as the run
+        held = lock(path / ".lock", wait_s=1.0)  # `gvpo-ray status` looks at the lock, too
+    except BlockingIOError as error:
+        raise ConfigError(f"run_dir: another process is running in {path}") from error
     except OSError as error:
         raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
-    with lock:
-        for attempt in range(10):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if attempt == 9:
-                    raise ConfigError(f"run_dir: another process is running in {path}") from error
-                time.sleep(0.1)  # `gvpo-ray status` looks at the lock, too
+    with held:
         kept = path / "config.yaml"
         if kept.exists():
             try:
@@ -72,12 +65,10 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
                     f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
                     "another run_dir"
                 )
-        part = path / ".config.yaml.part"
         try:
-            part.write_text(config.dump())
+            write_whole(kept, config.dump())
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
-        part.replace(kept)
         yield path
 
 
@@ -103,8 +94,7 @@ def read_recorded(
         raise ConfigError(
             f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir"
         )
-    assignments = source / "assignments.jsonl"  # only read: the run may still be going on
-    assigned = read_assignments(assignments)[0] if assignments.is_file() else {}
+    assigned = read_assignments(source / "assignments.jsonl")  # only read: the run may still be going on
     end = max((end for _, end in assigned.values()), default=0)
     steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
     if steps == 0:

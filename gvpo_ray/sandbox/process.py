@@ -18,7 +18,6 @@ killed is never somebody else's.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.files import lock
 from gvpo_ray.sandbox.functions import Part, fits_float32
 
 START_TIMEOUT_S = 120.0
@@ -119,10 +120,12 @@ class Sandbox:
                 self._end_child()
         except TimeoutError:
             self._end_child()
-            parts[name] = Part(None, f"timeout: {name} took more than {self._timeout_s:g} s")
+            parts[name] = Part(None, f"{ReasonKind.TIMEOUT}: {name} took more than {self._timeout_s:g} s")
         except _GoneError as error:
             status = self._end_child()
-            parts[name] = Part(None, f"crash: {name}: {error}" if str(error) else self._ending(name, status))
+            parts[name] = Part(
+                None, f"{ReasonKind.CRASH}: {name}: {error}" if str(error) else self._ending(name, status)
+            )
         return parts
 
     def close(self) -> None:
@@ -178,30 +181,28 @@ class Sandbox:
 
     def _ending(self, name: str, status: int) -> str:
         if status == OUT_OF_MEMORY:
-            return f"memory: {name} needed more than {self._memory_gib:g} GiB"
+            return f"{ReasonKind.MEMORY}: {name} needed more than {self._memory_gib:g} GiB"
         if status == -signal.SIGXCPU:
-            return f"timeout: {name} used more than {self._cpu_s} s of CPU time"
-        return f"crash: {name}: {_ending(status)}"
+            return f"{ReasonKind.TIMEOUT}: {name} used more than {self._cpu_s} s of CPU time"
+        return f"{ReasonKind.CRASH}: {name}: {_ending(status)}"
 
 
 def _new_scratch() -> tuple[Path, Any]:
     """A scratch folder and the lock that shows it is in use; removes those whose owner was killed."""
     for old in Path(tempfile.gettempdir()).glob(SCRATCH_PREFIX + "*.lock"):
-        with contextlib.suppress(OSError), open(old) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), lock(old):
             shutil.rmtree(old.with_suffix(""), ignore_errors=True)
             old.unlink()
     while True:
         descriptor, name = tempfile.mkstemp(prefix=SCRATCH_PREFIX, suffix=".lock")
         os.close(descriptor)
-        lock = open(name, "a")  # noqa: SIM115 - held as long as the folder is in use
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = lock(Path(name), wait_s=None)
         if os.path.exists(name):
             break
-        lock.close()  # somebody who removes old ones came between these lines
+        held.close()  # somebody who removes old ones came between these lines
     folder = Path(name).with_suffix("")
     folder.mkdir(mode=0o700)
-    return folder, lock
+    return folder, held
 
 
 class Channel:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.files import part_of, repair_lines, replacing
 from gvpo_ray.groups import LIMITS
 from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
 
@@ -206,22 +207,20 @@ class _Work:
             raise ConfigError(f"--out: {out} must end in .jsonl or .parquet")
         if out.is_dir():
             raise ConfigError(f"--out: {out} is a folder")
-        self.out, self.part = out, out.with_name(out.name + ".part")
+        self.out, self.part = out, part_of(out, hidden=False)
         self.num_done = 0
         head = json.dumps(header).encode() + b"\n"
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             if self.part.exists() and self.part.stat().st_size:
-                with open(self.part, "rb+") as file:
+                with open(self.part, "rb") as file:
                     if file.readline() != head:
                         raise ConfigError(
                             f"--out: {self.part} is unfinished work on another input or with other "
                             "settings; remove it first"
                         )
-                    while (text := file.readline()).endswith(b"\n"):
-                        self.num_done += 1
-                    file.seek(-len(text), os.SEEK_END)  # a torn last line of a killed process
-                    file.truncate()
+                repair_lines(self.part)
+                self.num_done = sum(1 for _ in self.done())
             self._file = open(self.part, "ab")  # noqa: SIM115 - closed by __exit__
             if not self._file.tell():
                 self._file.write(head)
@@ -250,14 +249,13 @@ class _Work:
 
     def finish(self) -> None:
         """Everything is in: make OUT of it, whole or not at all."""
-        whole = self.out.with_name(self.out.name + ".whole")
-        if self.out.suffix == ".parquet":
-            pq.write_table(_as_table([row for _, row in self.done()]), whole, row_group_size=PARQUET_ROWS)
-        else:
-            with open(whole, "wb") as file:
-                for _, row in self.done():
-                    file.write(json.dumps(row).encode() + b"\n")
-        whole.replace(self.out)
+        with replacing(self.out) as whole:
+            if self.out.suffix == ".parquet":
+                pq.write_table(_as_table([row for _, row in self.done()]), whole, row_group_size=PARQUET_ROWS)
+            else:
+                with open(whole, "wb") as file:
+                    for _, row in self.done():
+                        file.write(json.dumps(row).encode() + b"\n")
         self.part.unlink()
 
 

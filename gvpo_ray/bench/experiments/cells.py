@@ -9,7 +9,6 @@ takes cells that nobody else is at.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -32,6 +31,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.tasks import make
 from gvpo_ray.evaluation.run import evaluate
+from gvpo_ray.files import lock, replacing
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs, sequence_sums
 from gvpo_ray.run.algorithm import GVPO
 from gvpo_ray.run.session import Session
@@ -127,9 +127,8 @@ class Results:
         with locked(self.path.with_suffix(".lock")):
             self.read()
             self.rows[row["cell"]] = row
-            part = self.path.with_suffix(".part")
-            pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
-            part.replace(self.path)
+            with replacing(self.path) as part:
+                pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
 
     def of(self, cells: Iterable[Cell]) -> list[ResultRow]:
         """Of those that are finished."""
@@ -140,12 +139,12 @@ class Results:
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock among processes; False: another has it, and this one does not `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+    try:
+        held = lock(path, wait_s=None if wait else 0.0)
+    except BlockingIOError:
+        yield False
+        return
+    with held:
         yield True
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.files import write_whole
 from gvpo_ray.observe.metrics import STALENESS_EDGES
 from gvpo_ray.observe.report import charts
 from gvpo_ray.observe.report.charts import Line, Point, escaped, finite, fold, html_table, shown
@@ -101,10 +102,8 @@ def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
         for number, (path, name) in enumerate(zip(paths, _names(paths), strict=True))
     ]
     file = paths[0] / ("report.html" if other_run_dir is None else "compare.html")
-    part = file.with_name(f".{file.name}.part")
     try:
-        part.write_text(_page(runs), encoding="utf-8")
-        part.replace(file)
+        write_whole(file, _page(runs))
     except OSError as error:
         raise ConfigError(f"{run_dir}: cannot write {file.name}: {error.strerror}") from error
     return file

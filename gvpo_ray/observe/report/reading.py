@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from gvpo_ray.files import read_lines
 from gvpo_ray.observe.report import charts
 from gvpo_ray.observe.report.charts import Point, finite
 
@@ -33,7 +33,7 @@ class Run:
 
 def read_run(path: Path, name: str, number: int) -> Run:
     values: dict[str, dict[float, float]] = {}  # of a step that was written twice, the later
-    for line in _json_lines(path / "metrics.jsonl"):
+    for line in read_lines(path / "metrics.jsonl", skip_malformed=True):
         step = finite(line.pop("step", None))
         for key, value in line.items() if step is not None else ():
             if (drawable := finite(value)) is not None:
@@ -44,22 +44,9 @@ def read_run(path: Path, name: str, number: int) -> Run:
         number,
         path,
         {key: sorted(points.items()) for key, points in values.items()},
-        _json_lines(path / "events.jsonl"),
+        read_lines(path / "events.jsonl", skip_malformed=True),
         config,
     )
-
-
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may not be there; the last one of a killed writer is left out."""
-    lines = []
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
 
 
 def config_of(run: Run) -> dict[str, Any]:
