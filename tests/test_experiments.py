@@ -213,5 +213,8 @@ def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_dial(
 
 def test_intervals_over_seeds_are_students() -> None:
     mean, half = mean_and_interval([0.1, 0.2, 0.3])
-    assert mean == pytest.approx(0.2) and half == pytest.approx(4.30 * 0.1 / math.sqrt(3))
+    assert mean == pytest.approx(0.2) and half == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    # Nine seeds: the spread of 0..8 is sqrt(7.5), the quantile for 8 degrees of freedom 2.3060.
+    _, half = mean_and_interval([0.1 * i for i in range(9)])
+    assert half == pytest.approx(2.3060 * 0.1 * math.sqrt(7.5) / 3, rel=1e-4)
     assert percent([0.5]) == "50.0" and percent([]) == "" and percent([0.5, 0.5]) == "50.0 ± 0.0"

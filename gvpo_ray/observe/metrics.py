@@ -1,73 +1,206 @@
-"""Metric names, and how they are computed from groups. Every number a run reports is named here or in
-losses/.
+"""The names of all metrics, in one registry, and how those of a batch and of an evaluation are computed.
 
-    reward/mean, reward/std          over the verifiable completions of the step's batch
-    groups/size_mean                 completions with a reward, per group
-    groups/untrainable               groups with fewer than two of them (counted, not trained on)
-    completions/correct              share of completions that are right: by the first reward function, more
-                                     than 0
-    completions/unverifiable         share of completions without a reward; why, as shares of all completions,
-                                     in
-    unverifiable/timeout, /memory, /crash   a limit of the verifier's child was hit, or it died
-    unverifiable/other               no gold answer, or a reward function that failed or gave None
-    completions/length_mean          tokens
-    completions/truncated            share that reached max_tokens
-    sources/policy, /replay, /offline    share of the completions by where they are from;
-                                         sources/offline:<name> of each
-    groups/size_histogram/EDGE       share of the groups with so many completions with a reward: from the edge
-                                     before to this one
-    staleness/histogram/EDGE         share of our own completions by staleness: from the edge before to this
-                                     one (STALENESS_EDGES, then inf)
-    gvpo/residual_var/EDGE           mean squared residual of the trained completions of that staleness, each
-                                     counted once (gvpo/residual_var weighs groups alike);
-                                     gvpo/residual_var/foreign: of completions that no version of ours wrote
-    staleness/mean, staleness/max    steps between the oldest weights that wrote a completion and the step's
-                                     start
-    tokens/trained                   completion tokens of the trained groups
-    loss, gvpo/*, policy/*           losses/gvpo.py, over all mini-batches of the step
-    grad_norm                        before clipping, mean over the step's updates
-    learning_rate, updates           of the step; optimizer updates since the run began
-    updates/skipped                  of the step's updates, those whose gradient was not a number (not in
-                                     loss, gvpo/*, policy/*)
-    gvpo/beta                        of the step (loss.beta_end moves it)
-    policy/clipped                   share of tokens whose gradient clipping set to zero (objectives other
-                                     than gvpo)
-    time/step                        seconds from the learner's asking for the batch to its weights being
-                                     published
-    time/wait_for_groups             of these, seconds the learner had no batch
-    time/train, time/publish         of these, passes and updates; gathering and publishing weights
-    weights/bytes                    of one version
-    weights/copy_s, weights/pause_s  seconds of an engine's newest weight update: while it generated on, and
-                                     while it did not
-    weights/parity_mean, /parity_max difference of its log-probs from the learner's in nats per token, where
-                                     that update was checked
-    tokens/generated, tokens/generated_per_s    by all engines since the step before, evaluations included
-    pools/<name>/engines, /tokens_per_s, /token_share    running engines of a pool; what they wrote, and their
-                                                         share of what all wrote
-    recoveries/engine, /verifier, /learner, /buffer, /driver    deaths that the run has survived so far
-                                                                (events.jsonl says which and why)
-    verifiers/num                    verifier actors
-    prompts/quarantined              prompts on which every check hit its limit: not sampled again
-                                     (quarantine.jsonl)
-    eval/<name>/pass@1               share of right completions, mean over the held-out prompts; pass@k beside
-                                     it where there are k samples
-    eval/<name>/stderr               of pass@1, over prompts
-    eval/<name>/extracted            share of completions in which an answer was found (1 where no reward
-                                     function looks for one)
-    eval/<name>/length_mean, truncated, unverifiable, num_prompts
+A new metric is one line of METRICS. Its name on Ray and Prometheus, its place and its caption in the report
+and the description of its Grafana panel come from that line.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gvpo_ray.groups import NO_ANSWER, Row
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of metrics.jsonl, or a quotient of two ("a / b"), which only the report draws."""
+
+    name: str
+    """Its key in metrics.jsonl. `{set}` stands for a part that is free; Prometheus makes it a label."""
+    unit: str
+    """A unit, or "" for a plain number. Prometheus names end with those of SUFFIXES."""
+    label: str
+    """A short title for people."""
+    text: str
+    """What it measures, as a caption."""
+    section: str = ""
+    """Where the report draws it: "curves", "terms", "histograms" or "engines"; "": with all the others."""
+    chart: str = ""
+    """The title of the chart that it shares with other metrics; "": one of its own."""
+    series: str = ""
+    """Its name on Prometheus without `gvpo_`, where that does not follow from `name` and `unit`."""
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches the keys of metrics.jsonl that are this metric; a group for each free part."""
+        parts = re.split(r"\{(\w+)\}", self.name)
+        return re.compile(
+            "".join(
+                (rf"(?P<{part}>\d+)" if part == "k" else f"(?P<{part}>.+)") if i % 2 else re.escape(part)
+                for i, part in enumerate(parts)
+            )
+        )
+
+
+SUFFIXES = {
+    "ratio": "ratio",
+    "nats": "nats",
+    "steps": "steps",
+    "tokens": "tokens",
+    "s": "seconds",
+    "tokens/s": "per_second",
+    "bytes": "bytes",
+}
+"""What a Prometheus name ends with, by unit."""
+
+CURVES, TERMS, HISTOGRAMS, ENGINES = "curves", "terms", "histograms", "engines"
+THREE_TERMS, VARIANCES = "Three terms of the loss", "Variances within the group"
+
+METRICS = (
+    Metric("reward/mean", "", "Reward", "mean over the verifiable completions of the step's batch", CURVES),
+    Metric("eval/{set}/pass@{k}", "ratio", "pass@{k}",
+           "share of right completions, mean over the held-out prompts; band: "
+           "one standard error up and down", CURVES),
+    Metric("loss", "", "Loss", "of the configured objective, over all mini-batches of the step", CURVES),
+    Metric("gvpo/residual_var", "", "residual",
+           "what of the reward's variance the policy does not explain: 0 at the optimum", CURVES, VARIANCES),
+    Metric("gvpo/reward_var", "", "reward", "what there is to explain", CURVES, VARIANCES),
+    Metric("gvpo/implicit_reward_var", "", "implicit reward",
+           "of βD: what the policy says", CURVES, VARIANCES),
+    Metric("policy/kl_ref", "nats", "KL to the reference", "KL(reference || policy) per completion", CURVES),
+    Metric("grad_norm", "", "Gradient norm", "before clipping, mean over the step's updates", CURVES),
+    Metric("time/wait_for_groups / time/step", "ratio", "Learner waiting",
+           "share of the step in which the learner had no batch", CURVES),
+    Metric("tokens/trained / time/step", "tokens/s", "Training speed",
+           "completion tokens trained per second", CURVES),
+    Metric("pools/{pool}/tokens_per_s", "tokens/s", "Sampling speed by pool",
+           "completion tokens that the engines of each "
+           "pool wrote per second", CURVES, series="pool_tokens_per_second"),
+    Metric("staleness/mean", "steps", "Staleness",
+           "from the oldest weights that wrote a completion to the step's start, mean", CURVES),
+    Metric("gvpo/residual_var/{staleness}", "", "Residual variance by staleness",
+           "mean squared residual of the trained completions of each staleness; foreign: no version of ours "
+           "wrote them", CURVES, series="residual_var_by_staleness"),
+    Metric("gvpo/term_reward", "", "reward",
+           "The advantage term, Cov(R, log π): raises the log-probability of the completions that are better "
+           "than their group's mean.", TERMS, THREE_TERMS),
+    Metric("gvpo/term_reference", "", "reference",
+           "The covariance with the reference, β Cov(log π_ref, log π): keeps the order of the completions "
+           "as the reference has it.", TERMS, THREE_TERMS),
+    Metric("gvpo/term_variance", "", "variance",
+           "The variance, −β/2 Var(log π): holds the completions' log-probabilities together, so that none "
+           "runs away from the others.", TERMS, THREE_TERMS),
+    Metric("gvpo/reward_correlation", "", "Reward correlation",
+           "of the implicit reward βD with the reward: 1 at the optimum", TERMS),
+    Metric("gvpo/binding", "ratio", "Binding",
+           "share of the residuals in which β counts: near 0, nothing "
+           "holds the policy near its reference", TERMS),
+    Metric("gvpo/beta", "", "β",
+           "reward units per nat of log-ratio; loss.beta: auto adapts it until βD varies half as much as the "
+           "rewards", TERMS),
+    Metric("gvpo/effective_share", "ratio", "Effective share",
+           "share of the completions that the current policy would still write", TERMS),
+    Metric("gvpo/kept", "ratio", "Likelihood kept",
+           "of the likelihood of right completions since they were sampled; below 1, wrong ones are pushed "
+           "down less", TERMS),
+    Metric("gvpo/damping", "ratio", "Damping",
+           "factor on the learning rate: the share of the residuals that the rewards explain", TERMS),
+    Metric("staleness/histogram/{edge}", "ratio", "Staleness",
+           "shares of our own completions, by the steps between the oldest weights that wrote them and their "
+           "training", HISTOGRAMS),
+    Metric("groups/size_histogram/{edge}", "ratio", "Group sizes",
+           "shares of the groups, by their number of completions with a reward", HISTOGRAMS),
+    Metric("gvpo/residual_histogram/{edge}", "ratio", "Residuals",
+           "shares of the completions by their residual, in units of reward: all "
+           "in the middle at the optimum", HISTOGRAMS),
+    Metric("pools/{pool}/engines", "", "Engines by pool",
+           "running engines of each pool", ENGINES, series="pool_engines"),
+    Metric("step", "", "Step", "steps trained so far"),
+    Metric("reward/std", "", "Reward, standard deviation",
+           "over the verifiable completions of the step's batch"),
+    Metric("groups/size_mean", "", "Group size", "completions with a reward per group, mean"),
+    Metric("groups/untrainable", "", "Untrainable groups",
+           "groups with fewer than two completions with a reward, which are not trained on"),
+    Metric("completions/correct", "ratio", "Right completions",
+           "share for which the first reward function gave more than 0"),
+    Metric("completions/unverifiable", "ratio", "Unverifiable completions", "share without a reward"),
+    Metric("unverifiable/{reason}", "ratio", "Unverifiable: {reason}",
+           "share of all completions; timeout, memory and crash: limits of the verifier's child; other: no "
+           "gold answer, or a reward function that failed"),
+    Metric("completions/length_mean", "tokens", "Completion length", "mean over the step's batch"),
+    Metric("completions/truncated", "ratio", "Truncated completions", "share that reached max_tokens"),
+    Metric("sources/{source}", "ratio", "Source: {source}",
+           "share of the completions that came from this source"),
+    Metric("staleness/max", "steps", "Staleness, largest",
+           "from the oldest weights that wrote a completion to the step's start"),
+    Metric("tokens/trained", "tokens", "Tokens trained", "completion tokens of the trained groups"),
+    Metric("policy/log_ratio_rms", "nats", "Log-ratio", "root mean square of log π/π_ref per completion"),
+    Metric("policy/clipped", "ratio", "Clipped tokens",
+           "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
+    Metric("gvpo/num_groups", "", "Groups trained", "groups in the loss of the step"),
+    Metric("gvpo/num_singletons", "", "Singletons", "groups of one completion, whose loss is 0"),
+    Metric("learning_rate", "", "Learning rate", "of the step"),
+    Metric("updates", "", "Updates", "optimizer updates since the run began"),
+    Metric("updates/skipped", "", "Skipped updates", "updates of the step whose gradient was not a number"),
+    Metric("time/step", "s", "Step time",
+           "from the learner's asking for the batch to its weights' being published"),
+    Metric("time/wait_for_groups", "s", "Waiting", "part of the step in which the learner had no batch"),
+    Metric("time/train", "s", "Training", "part of the step in forward and backward passes and updates"),
+    Metric("time/publish", "s", "Publishing", "part of the step in which weights are gathered and published"),
+    Metric("weights/bytes", "bytes", "Bytes of one version", "size of the published weights"),
+    Metric("weights/copy_s", "s", "Weight copy", "of an engine's newest update, while it generated on"),
+    Metric("weights/pause_s", "s", "Weight pause", "of an engine's newest update, while it did not generate"),
+    Metric("weights/parity_mean", "nats", "Parity, mean",
+           "difference of an engine's log-probs from the learner's per token, where an update was checked"),
+    Metric("weights/parity_max", "nats", "Parity, largest",
+           "difference of an engine's log-probs from the learner's per token, where an update was checked"),
+    Metric("tokens/generated", "tokens", "Tokens generated",
+           "by all engines since the step before, evaluations included"),
+    Metric("tokens/generated_per_s", "tokens/s", "Sampling speed",
+           "of all engines since the step before, evaluations included"),
+    Metric("pools/{pool}/token_share", "ratio", "Tokens: pool {pool}",
+           "share of what all engines wrote", series="pool_token_ratio"),
+    Metric("recoveries/{who}", "", "Recoveries: {who}",
+           "deaths that the run has survived so far; events.jsonl says which and why"),
+    Metric("verifiers/num", "", "Verifiers", "verifier actors"),
+    Metric("prompts/quarantined", "", "Quarantined prompts",
+           "on which every check hit its limit; they are not sampled again"),
+    Metric("eval/{set}/stderr", "ratio", "Standard error of {set}", "of pass@1, over prompts"),
+    Metric("eval/{set}/extracted", "ratio", "Answers found in {set}",
+           "share of the completions; 1 where no reward function looks for an answer"),
+    Metric("eval/{set}/length_mean", "tokens", "Completion length of {set}",
+           "mean over the held-out prompts"),
+    Metric("eval/{set}/truncated", "ratio", "Truncated completions of {set}",
+           "share that reached max_tokens"),
+    Metric("eval/{set}/unverifiable", "ratio", "Unverifiable completions of {set}", "share without a reward"),
+    Metric("eval/{set}/num_prompts", "", "Prompts of {set}", "held-out prompts"),
+)  # fmt: skip
+"""All metrics, in the order in which the report shows them."""
+
+_BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+@functools.lru_cache(maxsize=4096)
+def find(name: str) -> tuple[Metric | None, dict[str, str]]:
+    """Find the metric of a key of metrics.jsonl.
+
+    Returns the metric and the values of its free parts; (None, {}) for a key that nobody registered.
+    """
+    if name in _BY_NAME and "{" not in name:
+        return _BY_NAME[name], {}
+    for metric in METRICS:
+        if "{" in metric.name and (match := metric.pattern.fullmatch(name)):
+            return metric, match.groupdict()
+    return None, {}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,32 +1,31 @@
-"""The numbers of a run as Ray's metrics, and so Prometheus's: their names, labels and gauges.
+"""The numbers of a run as Ray's gauges, which Ray exports to Prometheus.
 
-A metric's name on Ray is that of metrics.py with `gvpo_` before it, `_` for every other sign, and its unit at
-the end; a part of the name that is free, or one of many, is a label. Everything has the label `run`, the name
-of the run directory. Ray puts `ray_` before it all:
+The name of a metric comes from the registry in metrics.py: `gvpo_` before it, `_` for every other sign, its
+unit at the end, and a label for each of its free parts. Every series has the label `run`, the name of the
+run directory. Ray puts `ray_` before all names:
 
     reward/mean                 gvpo_reward_mean{run="math"}
     time/step                   gvpo_time_step_seconds
     eval/test/pass@1            gvpo_eval_pass_ratio{set="test", k="1"}
     gvpo/residual_var/4         gvpo_residual_var_by_staleness{staleness="4"}
 
-NAMES holds the rule. What each stage does and how much waits for it is there too, from the status that the
-ring keeps (`of_status`):
+`of_status` adds what each stage does now and how much waits for it, from the status of the run:
 
-    gvpo_run_state{state}            1 for what the driver does, 0 for the rest: starting, training,
+    gvpo_run_state{state}            1 for the state of the driver, 0 for the others: starting, training,
                                      evaluating, stopped, complete
-    gvpo_num_steps                   after which the run is complete
+    gvpo_num_steps                   number of steps after which the run is complete
     gvpo_engines{pool, state}        engines of a pool by state
     gvpo_engine_groups{pool}         groups in flight at a pool
     gvpo_engine_version{pool}        oldest weights that an engine of the pool has
-    gvpo_groups{at}                  groups on their way: prompts (wait for an engine), engines, verifiers,
-                                     buffer
-    gvpo_oldest_group_seconds        age of the oldest of them; 0: there is none
-    gvpo_verifiers{state}            verifiers that are busy, and idle
-    gvpo_buffer_groups{state}        finished in all; of these waiting for the learner; running: begun and not
-                                     finished
-    gvpo_dial_open                   1: a group may begin as far as the dial is concerned
-    gvpo_learner_state{state}        1 for what the learner does, 0 for the rest (LearnerState)
-    gvpo_learner_state_seconds       since when it does
+    gvpo_groups{at}                  groups in progress by stage: prompts (they wait for an engine), engines,
+                                     verifiers, buffer
+    gvpo_oldest_group_seconds        age of the oldest of these groups; 0 where there is none
+    gvpo_verifiers{state}            busy and idle verifiers
+    gvpo_buffer_groups{state}        finished: in all; waiting: finished, for the learner; running: begun and
+                                     not finished
+    gvpo_dial_open                   1 while the maximum staleness lets another group begin
+    gvpo_learner_state{state}        1 for the state of the learner, 0 for the others (LearnerState)
+    gvpo_learner_state_seconds       time in this state
 """
 
 from __future__ import annotations
@@ -39,53 +38,35 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gvpo_ray.buffer.states import BoundState, LearnerState
+from gvpo_ray.observe import metrics
 from gvpo_ray.observe.status import EngineState, RunState
 
 Series = tuple[str, dict[str, str], float]
 """(name, labels, value)"""
 
 Line = Mapping[str, Any]
-"""Of metrics.jsonl."""
-
-NAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"eval/(?P<set>.+)/pass@(?P<k>\d+)", "eval_pass_ratio"),
-        (r"eval/(?P<set>.+)/length_mean", "eval_length_mean_tokens"),
-        (r"eval/(?P<set>.+)/num_prompts", "eval_num_prompts"),
-        (r"eval/(?P<set>.+)/(\w+)", r"eval_\2_ratio"),
-        (r"pools/(?P<pool>.+)/engines", "pool_engines"),
-        (r"pools/(?P<pool>.+)/tokens_per_s", "pool_tokens_per_second"),
-        (r"pools/(?P<pool>.+)/token_share", "pool_token_ratio"),
-        (r"sources/(?P<source>.+)", "sources_ratio"),
-        (r"unverifiable/(?P<reason>.+)", "unverifiable_ratio"),
-        (r"recoveries/(?P<who>.+)", "recoveries"),
-        (r"gvpo/residual_var/(?P<staleness>.+)", "residual_var_by_staleness"),
-        (r"(?:gvpo/)?(.+histogram)/(?P<edge>.+)", r"\1_ratio"),
-        (
-            r"(?:gvpo/)?(completions/(?:correct|truncated|unverifiable)|policy/clipped|binding|effective_share|kept|damping)",
-            r"\1_ratio",
-        ),
-        (r"(policy/(?:kl_ref|log_ratio_rms)|weights/parity_\w+)", r"\1_nats"),
-        (r"(staleness/\w+)", r"\1_steps"),
-        (r"(completions/length_mean)", r"\1_tokens"),
-        (r"(time/\w+)", r"\1_seconds"),
-        (r"(.+)_per_s", r"\1_per_second"),
-        (r"(.+)_s", r"\1_seconds"),
-        (r"gvpo/(.+)", r"\1"),
-    )
-)
-"""The first that fits says what a name becomes; its named parts are labels."""
+"""A line of metrics.jsonl."""
 
 PLACES = ("prompts", "engines", "verifiers", "buffer")
 
 
 def series_of(name: str) -> tuple[str, dict[str, str]]:
-    """Name and labels on Ray of a metric."""
-    for pattern, ours in NAMES:
-        if match := pattern.fullmatch(name):
-            return f"gvpo_{_plain(match.expand(ours))}", match.groupdict()
-    return f"gvpo_{_plain(name)}", {}
+    """Return the Prometheus name and labels of a key of metrics.jsonl.
+
+    The name is `series` of the registered metric, or its name without the free parts and with its unit.
+    A key that is not registered keeps its name.
+    """
+    metric, labels = metrics.find(name)
+    if metric is None:
+        return f"gvpo_{_plain(name.removeprefix('gvpo/'))}", {}
+    if metric.series:
+        return f"gvpo_{metric.series}", labels
+    plain = _plain(re.sub(r"[/@]\{\w+\}", "", metric.name.removeprefix("gvpo/")))
+    suffix = metrics.SUFFIXES.get(metric.unit, "")
+    plain = plain.removesuffix("_per_s" if metric.unit == "tokens/s" else "_s")
+    if suffix and suffix not in plain.split("_"):
+        plain = f"{plain}_{suffix}"
+    return f"gvpo_{plain}", labels
 
 
 def _plain(name: str) -> str:
@@ -93,7 +74,7 @@ def _plain(name: str) -> str:
 
 
 def numbers_of(line: Line) -> dict[str, float]:
-    """What can be drawn: no texts, and nothing that is not a number."""
+    """Return the finite numbers of a line; trackers and Prometheus take nothing else."""
     return {
         name: float(value)
         for name, value in line.items()
@@ -102,12 +83,12 @@ def numbers_of(line: Line) -> dict[str, float]:
 
 
 def of_line(line: Line) -> list[Series]:
-    """Of a line of metrics.jsonl."""
+    """Return the series of a line of metrics.jsonl."""
     return [(*series_of(name), value) for name, value in numbers_of(line).items()]
 
 
 def of_status(status: Mapping[str, Any]) -> list[Series]:
-    """Of what the ring says of itself (Ring.status)."""
+    """Return the series of the run's status, as run/rollouts.py reports it."""
 
     def one_of(name: str, states: Iterable[str], state: str) -> list[Series]:
         return [(name, {"state": other}, float(other == state)) for other in states]
@@ -157,10 +138,10 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
 
 
 class Gauges:
-    """Series as gauges of Ray.
+    """Exports series as Ray gauges.
 
-    Ray forgets a gauge that was not set within two of its reports (20 s), and a step may take longer: `show`
-    sets all that is known anew.
+    Ray drops a gauge that was not set within two of its reports (20 s), and a step may take longer, so
+    `show` sets every known series again.
     """
 
     def __init__(self, run: str) -> None:
@@ -170,7 +151,7 @@ class Gauges:
         self._lock = threading.Lock()  # lines come from the user's thread, the status from the ring's
 
     def show(self, kind: str, series: list[Series]) -> None:
-        """Newer series of a kind: what that kind had before and has no longer is not shown any more."""
+        """Replace the series of a kind; those of this kind that `series` lacks are exported no longer."""
         from ray.util.metrics import Gauge
 
         with self._lock:
@@ -182,5 +163,5 @@ class Gauges:
 
 
 def place(line: Line) -> int:
-    """Of a line in its run: an evaluation of a step comes after the step's training. Both at most once."""
+    """Return the position of a line in its run. A step's evaluation comes after its training line."""
     return 2 * int(line["step"]) + any(name.startswith("eval/") for name in line)

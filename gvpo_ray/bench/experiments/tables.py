@@ -10,17 +10,15 @@ from typing import Any
 
 from gvpo_ray.bench.experiments.cells import NUM_TRIALS, Method, ResultRow, Results, tuned
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-"""97.5 % quantile of Student's t, by the number of seeds."""
-
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval over seeds (nan for one)."""
+    """Return the mean, and half the width of its 95 % interval by Student's t (nan for one value)."""
     if len(values) < 2:
         return statistics.mean(values), math.nan
-    return statistics.mean(values), STUDENT.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(
-        len(values)
-    )
+    from scipy.stats import t  # of the bench extra
+
+    quantile = float(t.ppf(0.975, len(values) - 1))
+    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def percent(values: Sequence[float]) -> str:
