@@ -15,7 +15,7 @@ import pytest
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.verifiers.rewards import math_reward
+from gvpo_ray.verifiers.math.reward import math_reward
 from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"
@@ -265,7 +265,7 @@ def test_a_memory_bomb_is_a_crash_and_its_neighbours_keep_their_rewards() -> Non
 def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error() -> None:
     def swallows(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
         from gvpo_ray.verifiers.math import compare
-        from gvpo_ray.verifiers.rewards import math_reward
+        from gvpo_ray.verifiers.math.reward import math_reward
 
         def equal(*_: Any) -> bool:
             try:

@@ -55,8 +55,8 @@ def call(
     """One Part per completion, whatever the function does short of ending the process.
 
     Args:
-        catch: BaseException where nothing but this call runs: completions make SystemExit, and math-verify's
-            TimeoutException.
+        catch: BaseException where nothing but this call runs: a completion may lead to SystemExit, and some
+            libraries' time limits are no Exception either.
 
     Raises:
         MemoryError: comes through, because what the function left behind still fills the memory.

@@ -13,10 +13,8 @@ import base64
 import itertools
 import math
 import re
-import resource
 import unicodedata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -25,62 +23,13 @@ from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.sandbox.functions import RewardFunction, Score
 from gvpo_ray.verifiers.math.extract import extract
-from gvpo_ray.verifiers.math.grade import grade
+from gvpo_ray.verifiers.math.reward import math_reward
 
 Rewards = Mapping[str, RewardFunction]
 """Reward functions passed as callables, by the name they have in verifiers.rewards."""
 
 MAX_ANSWER_CHARS = 1000
 """No answer is longer; regular expressions below are quadratic at worst."""
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def math_reward(
-    prompts: list[str],
-    completions: list[str],
-    *,
-    answer: list[str],
-    finish_reasons: Sequence[str | None] | None = None,
-    **_: Any,
-) -> list[Score]:
-    """1 if the completion's answer equals the gold answer mathematically (math/grade.py over math-verify),
-    else 0.
-
-    A completion without an answer is wrong; a gold answer that nobody can read is no ground for either.
-    """
-    reasons = finish_reasons or [None] * len(completions)
-    return [_math_score(*row) for row in zip(completions, answer, reasons, strict=True)]
-
-
-def _math_score(completion: str, gold: str, finish_reason: str | None) -> Score:
-    peak_before = _peak_memory()
-    result = grade(completion, gold, truncated=finish_reason == "length")
-    if result.correct:
-        return 1.0
-    # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no
-    # verdict. Three quarters, because one large request fails long before the last page is used.
-    limit, loaded = resource.getrlimit(resource.RLIMIT_AS)[0], _memory_when_loaded
-    if (
-        limit != resource.RLIM_INFINITY
-        and (peak := _peak_memory()) > peak_before
-        and peak > loaded + 0.75 * (limit - loaded)
-    ):
-        raise MemoryError
-    score = None if result.correct is None else 0.0
-    return score if result.reason is None else (score, f"math: {result.reason}")
-
-
-_memory_when_loaded = 0
-"""Address space before the first check: the limit is set above it."""
-
-
-def _peak_memory() -> int:
-    """Most address space that this process ever had, in bytes; 0 where the system does not say."""
-    if not _STATUS.exists():
-        return 0
-    return int(_STATUS.read_text().partition("VmPeak:")[2].split()[0]) * 1024
 
 
 def exact_match(
@@ -250,34 +199,6 @@ def in_place(prompts: list[str], completions: list[str], *, answer: list[str], *
     ]
 
 
-WARM_UP = [
-    ("The answer is $\\frac{1}{2}$.", "0.5"),
-    ("I do not know.", "Monday"),
-    ("\\boxed{(x + 1)^2}", "x^2 + 2x + 1"),
-    ("\\boxed{\\sqrt{8} + \\sqrt[3]{2}}", "3\\pi"),
-    ("\\boxed{[0, 1) \\cup (2, \\infty)}", "(-\\infty, -1]"),
-    (
-        "\\boxed{\\begin{pmatrix} 1 & a \\\\ 0 & -1 \\end{pmatrix}}",
-        "\\begin{pmatrix} 1 & b \\\\ 0 & -1 \\end{pmatrix}",
-    ),
-    ("\\boxed{\\sin 2x + \\log_2 x}", "2\\sin x \\cos x + e^{-x}"),
-    ("\\boxed{\\{1, 2\\}}", "x \\geq \\frac{a}{b}"),
-    ("\\boxed{\\binom{n}{2} + 2!}", "\\frac{n(n - 1)}{2} + |x|"),
-]
-"""Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all
-children."""
-
-
-def _warm_up_math() -> None:
-    """Grade WARM_UP, and note how much memory that took: the limit of a check is set above it."""
-    global _memory_when_loaded
-    for completion, gold in WARM_UP:
-        math_reward(["1"], [completion], answer=[gold])
-    _memory_when_loaded = _peak_memory()
-
-
-math_reward.warm_up = _warm_up_math  # type: ignore[attr-defined]
-
 BUILT_IN: dict[str, RewardFunction] = {
     "math": math_reward,
     "exact_match": exact_match,
@@ -294,7 +215,9 @@ def source_of(name: str, config: RewardConfig, function: RewardFunction | None) 
     else:
         function = BUILT_IN.get(config.function or name)
         where = {
-            "place": f"{__name__}:{function.__name__}" if function is not None else config.function or name
+            "place": f"{function.__module__}:{function.__name__}"
+            if function is not None
+            else config.function or name
         }
     # Our own take any column (**_), so that a misspelt argument would be one; users' may mean it.
     return {**where, "arguments": config.arguments, "is_strict": function in BUILT_IN.values()}

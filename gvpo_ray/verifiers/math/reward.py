@@ -1,0 +1,93 @@
+"""The built-in reward `math`: 1 for an answer that equals the gold answer mathematically."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gvpo_ray.sandbox.functions import Score
+from gvpo_ray.verifiers.math.grade import grade
+
+_STATUS = Path("/proc/self/status")
+
+WARM_UP = [
+    ("The answer is $\\frac{1}{2}$.", "0.5"),
+    ("I do not know.", "Monday"),
+    ("\\boxed{(x + 1)^2}", "x^2 + 2x + 1"),
+    ("\\boxed{\\sqrt{8} + \\sqrt[3]{2}}", "3\\pi"),
+    ("\\boxed{[0, 1) \\cup (2, \\infty)}", "(-\\infty, -1]"),
+    (
+        "\\boxed{\\begin{pmatrix} 1 & a \\\\ 0 & -1 \\end{pmatrix}}",
+        "\\begin{pmatrix} 1 & b \\\\ 0 & -1 \\end{pmatrix}",
+    ),
+    ("\\boxed{\\sin 2x + \\log_2 x}", "2\\sin x \\cos x + e^{-x}"),
+    ("\\boxed{\\{1, 2\\}}", "x \\geq \\frac{a}{b}"),
+    ("\\boxed{\\binom{n}{2} + 2!}", "\\frac{n(n - 1)}{2} + |x|"),
+]
+"""Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all
+children."""
+
+
+def math_reward(
+    prompts: list[str],
+    completions: list[str],
+    *,
+    answer: list[str],
+    finish_reasons: Sequence[str | None] | None = None,
+    **_: Any,
+) -> list[Score]:
+    """Score 1 for an answer that equals the gold answer mathematically (math/grade.py), else 0.
+
+    A completion without an answer is wrong. A gold answer that nobody can read gives None.
+
+    Raises:
+        MemoryError: a check that came near the process's memory limit, so its verdict cannot be trusted.
+    """
+    reasons = finish_reasons or [None] * len(completions)
+    return [_score(*row) for row in zip(completions, answer, reasons, strict=True)]
+
+
+def _warm_up() -> None:
+    """Grade WARM_UP, and note how much memory that took: the sandbox sets a check's limit above it."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
+    for completion, gold in WARM_UP:
+        grade(completion, gold)
+    _memory_when_loaded()
+
+
+math_reward.warm_up = _warm_up  # type: ignore[attr-defined]
+
+
+def _score(completion: str, gold: str, finish_reason: str | None) -> Score:
+    peak_before, limit = _peak_memory(), resource.getrlimit(resource.RLIMIT_AS)[0]
+    loaded = _memory_when_loaded()
+    result = grade(completion, gold, truncated=finish_reason == "length")
+    if result.correct:
+        return 1.0
+    # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no
+    # verdict. Three quarters, because one large request fails long before the last page is used.
+    if (
+        limit != resource.RLIM_INFINITY
+        and (peak := _peak_memory()) > peak_before
+        and peak > loaded + 0.75 * (limit - loaded)
+    ):
+        raise MemoryError
+    score = None if result.correct is None else 0.0
+    return score if result.reason is None else (score, f"math: {result.reason}")
+
+
+@functools.cache
+def _memory_when_loaded() -> int:
+    """Peak address space before the first check, in bytes. The forked children inherit the warm-up's."""
+    return _peak_memory()
+
+
+def _peak_memory() -> int:
+    """Most address space that this process ever had, in bytes; 0 where the system does not say."""
+    if not _STATUS.exists():
+        return 0
+    return int(_STATUS.read_text().partition("VmPeak:")[2].split()[0]) * 1024
