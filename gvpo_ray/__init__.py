@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.run import GVPOConfig
-
 if TYPE_CHECKING:
     from gvpo_ray.actors import RunError
+    from gvpo_ray.config.base import ConfigError
+    from gvpo_ray.config.run import GVPOConfig
     from gvpo_ray.engines.pools import EngineGroup
     from gvpo_ray.learner.workers import LearnerGroup
     from gvpo_ray.losses.gvpo import gvpo_loss
@@ -30,7 +29,9 @@ __all__ = [
 
 _HOMES = {
     "GVPO": "run.algorithm",
+    "ConfigError": "config.base",
     "EngineGroup": "engines.pools",
+    "GVPOConfig": "config.run",
     "LearnerGroup": "learner.workers",
     "RunError": "actors",
     "VerifierGroup": "verifiers.pool",
@@ -39,9 +40,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Ray and torch are imported when they are first asked for: `gvpo-ray --help` and a bad config answer at
-    once.
-    """
+    """Import a public name when it is first asked for, so that `gvpo-ray --help` loads none of them."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"gvpo_ray.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

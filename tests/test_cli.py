@@ -164,18 +164,33 @@ def test_a_bad_key_or_value_is_named(refused: Callable[..., str], override: str,
         assert complaint in refused(verb, "config.yaml", override)
 
 
-def test_an_option_that_is_none_is_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (
-        ["train", "config.yaml", "--loss.beta=1"],
-        ["train"],
-        ["tarin", "config.yaml"],
-        ["rollout", "config.yaml"],
-        [],
-    ):
-        with pytest.raises(SystemExit) as exit:
-            main(arguments)
-        assert exit.value.code == 2
-        assert "error: " in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["train", "config.yaml", "--loss.beta=1"], "No such option: --loss.beta; `gvpo-ray train --help`"),
+        (["train"], "Missing argument 'CONFIG'; `gvpo-ray train --help`"),
+        (["tarin", "config.yaml"], "No such command 'tarin'. Did you mean 'train'"),
+        (["rollout", "config.yaml"], "Missing option '--out'; `gvpo-ray rollout --help`"),
+        (
+            ["rollout", "config.yaml", "--out", "x", "--groups", "many"],
+            "Invalid value for '--groups'",
+        ),
+        (["status", "run", "more"], "unexpected extra argument"),
+        ([], "Missing command; `gvpo-ray --help`"),
+        (["bench"], "Missing command; `gvpo-ray bench --help`"),
+        (["bench", "lerner"], "No such command 'lerner'. Did you mean 'learner'"),
+        (["verify", "in.jsonl", "--out", "out.jsonl", "--workers", "0"], "--workers: 0: must be at least 1"),
+        (["bench", "paper", "--seeds", "0"], "--seeds: 0: must be at least 1"),
+        (["bench", "paper", "--tasks", "sort,chian"], "--tasks: chian: must be some of arithmetic, chain"),
+        (["bench", "scale", "--engines", "8,0"], "--engines: 8,0: must be numbers such as 8,64"),
+        (["bench", "gpu", "--sections", "prob"], "--sections: prob: must be some of probe, "),
+        (["bench", "chaos", "config.yaml", "learner.lerning_rate=1"], "learner.lerning_rate; did you mean"),
+    ],
+)
+def test_a_command_that_is_none_is_one_line_that_says_where_help_is(
+    refused: Callable[..., str], arguments: list[str], complaint: str
+) -> None:
+    assert complaint in refused(*arguments)
 
 
 # --- model and data -----------------------------------------------------------------------------------------
@@ -526,18 +541,59 @@ def test_learn_does_not_mix_two_logs(refused: Callable[..., str], folder: Path) 
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    assert exit.value.code == 0
-    text = capsys.readouterr().out
+    def help_of(*path: str) -> str:
+        assert main([*path, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "\x1b" not in text and "completion" not in text.lower().replace("completions", "")
+        return text
+
+    def verbs_in(text: str) -> list[tuple[str, str]]:
+        return re.findall(r"^  (\w+) +(.+)$", text.partition("Commands:\n")[2], flags=re.MULTILINE)
+
+    text = help_of()
     assert "Exit status: 0 success" in text
-    verbs = re.findall(r"^    (\w+) ", text, flags=re.MULTILINE)
-    assert {"train", "rollout", "learn", "check", "bench"} <= set(verbs)
-    for verb in verbs:
-        with pytest.raises(SystemExit) as exit:
-            main([verb, "--help"])
-        assert exit.value.code == 0
-        assert f"example: gvpo-ray {verb} " in capsys.readouterr().out
+    verbs = verbs_in(text.partition("\n  A run is")[0])
+    assert [name for name, _ in verbs] == (
+        ["train", "rollout", "learn", "evaluate", "compare", "check", "status", "report", "verify", "bench"]
+    )
+    benches = verbs_in(help_of("bench"))
+    assert {name for name, _ in benches} == {
+        path.stem for path in (JOBS.parent / "gvpo_ray" / "bench").iterdir() if path.stem[0] not in "_."
+    } - {"experiments"} | {"paper", "staleness"}
+    for path, line in [((name,), line) for name, line in verbs if name != "bench"] + [
+        (("bench", name), line) for name, line in benches
+    ]:
+        assert line.endswith("."), f"{path}: its first sentence is cut: {line}"
+        text = help_of(*path)
+        assert " ".join(line.split()) in text and f"example: gvpo-ray {' '.join(path)}" in text
+
+
+def test_help_and_a_wrong_key_are_answered_before_anything_heavy_is_imported(folder: Path) -> None:
+    program = (
+        "import sys\nfrom gvpo_ray.cli import main\nstatus = main(sys.argv[1:])\n"
+        "print({'torch', 'ray', 'vllm', 'transformers', 'pyarrow'} & set(sys.modules) or 'light')\n"
+        "sys.exit(status)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(JOBS.parent)}
+    for arguments, status in ((["--help"], 0), (["train", "config.yaml", "loss.betta=1"], 2)):
+        ran = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment
+        )
+        assert ran.returncode == status, ran.stderr
+        assert ran.stdout.endswith("light\n")
+
+
+def test_an_interrupted_verb_says_whether_the_same_command_resumes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GVPOConfig, "from_file", interrupted)
+    assert main(["train", "config.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command resumes the run\n"
+    assert main(["bench", "ring", "config.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_a_comparison_pairs_prompts_by_their_text_and_differences_them(
     assert (result["difference"]["low"], result["difference"]["high"]) == pytest.approx(
         bootstrap_interval([0.5, 0.5, 0.0, 1.0])
     )
-    assert main(["evaluate", "--compare", a, f"{b}/eval.json"]) == 0
+    assert main(["compare", a, f"{b}/eval.json"]) == 0
     assert "4 (1 without a partner)" in capsys.readouterr().out
 
 
@@ -265,11 +265,13 @@ def test_bad_input_of_evaluate_is_one_line_and_status_2(
 ) -> None:
     a, c = _finished(tmp_path / "a", {"p": [True]}), _finished(tmp_path / "c", {"other": [True]})
     for arguments, complaint in (
-        (["--compare", a, str(tmp_path / "no")], "--compare: no finished evaluation in"),
-        (["--compare", a, c], "have no prompt in common"),
-        ([], "evaluate: CONFIG is missing"),
+        (["compare", a, str(tmp_path / "no")], "compare: no finished evaluation in"),
+        (["compare", a, c], "have no prompt in common"),
+        (["compare", a], "Missing argument 'B'"),
+        (["compare", a, c, "more"], "unexpected extra argument"),
+        (["evaluate"], "Missing argument 'CONFIG'"),
     ):
-        assert main(["evaluate", *arguments]) == 2
+        assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert complaint in line
     config = _config(tmp_path)
@@ -279,10 +281,8 @@ def test_bad_input_of_evaluate_is_one_line_and_status_2(
         evaluate(config, checkpoint=str(tmp_path))
     with pytest.raises(ConfigError, match=r"model\.path: no folder"):
         evaluate(config)
-    assert main(["evaluate", "some.yaml", "--compare", a, c]) == 2
-    assert "--compare takes two finished evaluations and nothing else" in capsys.readouterr().err
     (tmp_path / "c" / "generations.parquet").write_bytes(b"junk")
-    with pytest.raises(ConfigError, match=r"--compare: the evaluation in .* cannot be read: "):
+    with pytest.raises(ConfigError, match=r"compare: the evaluation in .* cannot be read: "):
         compare(a, c)
     with pytest.raises(ConfigError, match=r"evaluation\.sets: the name '\.\./up' becomes a folder's"):
         _config(tmp_path, sets={"../up": {"path": "easy.parquet"}})
@@ -380,7 +380,7 @@ def test_a_comparison_says_what_else_differs_and_which_sets_have_no_partner(
     assert result["easy"]["notes"] == ["num_samples is 1 in A, 8 in B"] and result["hard"]["notes"] == [
         "no prompt in common"
     ]
-    assert main(["evaluate", "--compare", a, b]) == 0
+    assert main(["compare", a, b]) == 0
     printed = capsys.readouterr().out
     assert "easy: num_samples is 1 in A, 8 in B" in printed and "hard: no prompt in common" in printed
 

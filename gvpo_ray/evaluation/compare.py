@@ -47,7 +47,7 @@ def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
             ],
         }
     if not result:
-        raise ConfigError(f"--compare: {a} and {b} have no prompt in common")
+        raise ConfigError(f"compare: {a} and {b} have no prompt in common")
     for name in sorted({*one, *two} - {*result}):
         result[name] = {
             "num_prompts": 0,
@@ -70,7 +70,7 @@ def _finished(
     path = Path(place).parent if Path(place).name == "eval.json" else Path(place)
     file = path / "generations.parquet"
     if not (path / "eval.json").is_file() or not file.is_file():
-        raise ConfigError(f"--compare: no finished evaluation in {place} (eval.json, generations.parquet)")
+        raise ConfigError(f"compare: no finished evaluation in {place} (eval.json, generations.parquet)")
     try:
         sets = json.loads((path / "eval.json").read_text()).get("sets", {})
         rows = pq.read_table(
@@ -78,7 +78,7 @@ def _finished(
         ).to_pylist()
     except (ValueError, AttributeError, OSError, pa.ArrowException) as error:
         raise ConfigError(
-            f"--compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}"
+            f"compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}"
         ) from error
     samples: dict[str, dict[tuple[str, str, int], list[bool]]] = {}
     numbers: dict[tuple[str, str, str], list[int]] = {}

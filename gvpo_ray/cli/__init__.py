@@ -1,0 +1,63 @@
+"""The command line: each verb is one function, and its docstring is its help.
+
+Each verb imports what it needs when it runs, so that `--help` and a mistake in a config are answered before
+torch and Ray are loaded.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+from gvpo_ray.cli import benches, runs  # noqa: F401 - which add their verbs to the app
+from gvpo_ray.cli.app import app
+
+RESUMES = ("train", "learn", "evaluate", "verify", "bench paper", "bench staleness")
+"""Verbs that go on where they were interrupted."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status; each failure is one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # `ray job stop` and Kubernetes end a run as Ctrl-C does; a shell's `&` has it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    command = typer.main.get_command(app)
+    try:
+        # not command.main(), which turns a KeyboardInterrupt into something else and prints an empty line
+        with command.make_context("gvpo-ray", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as exit:
+        return exit.exit_code
+    except typer.TyperException as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", "gvpo-ray")
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {message}; `{path} --help` says what there is", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumes = " ".join(arguments[:2]).startswith(RESUMES)
+        print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
+        return 130
+    except (OSError, RuntimeError, ValueError) as error:
+        if (status := _status_of(error)) is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return status
+    return 0
+
+
+def _status_of(error: Exception) -> int | None:
+    """Exit status of an error that is the user's or the run's; None: a defect, which deserves its trace."""
+    from gvpo_ray.config.base import ConfigError
+
+    if isinstance(error, ConfigError):
+        return 2
+    if isinstance(error, OSError):
+        return 1
+    from gvpo_ray.actors import RunError
+    from gvpo_ray.sandbox.process import SandboxError
+    from gvpo_ray.verifiers.verifier import RewardError
+
+    return 1 if isinstance(error, (RunError, RewardError, SandboxError)) else None

@@ -1,0 +1,151 @@
+"""The verbs below `gvpo-ray bench`, one for each benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gvpo_ray.cli.app import Config, Overrides, at_least_one, bench, names_of, read_config, verb
+
+
+@verb("ring jobs/quickstart.yaml num_steps=20", bench)
+def bench_ring(config: Config, overrides: Overrides = None) -> None:
+    """Measure how fast the parts of one run are.
+
+    The measurement goes from the run's command to its last step, in a folder of its own.
+    """
+    read = read_config(config, overrides)
+    from gvpo_ray.bench import ring
+
+    ring.main(read)
+
+
+@verb("verifiers answers.jsonl", bench)
+def bench_verifiers(
+    input: Annotated[
+        str, typer.Argument(metavar="INPUT", help="a .jsonl file with response and gold in each row")
+    ],
+    rows: Annotated[int, typer.Option(metavar="N", help="rows, spread evenly over the file")] = 2000,
+) -> None:
+    """Measure checks per second beside plain math-verify.
+
+    Both check the same rows. A second measurement says what poisonous rows cost.
+    """
+    from gvpo_ray.bench import verifiers
+
+    verifiers.main(input, rows)
+
+
+@verb("learner --tokens 4096", bench)
+def bench_learner(
+    tokens: Annotated[int, typer.Option(metavar="N", help="tokens of one step, a shared prompt once")] = 4096,
+) -> None:
+    """Measure a training step: speed, share of peak, memory.
+
+    It stands beside a padded transformers loop and TRL's log-probs.
+    """
+    from gvpo_ray.bench import learner
+
+    learner.main(tokens)
+
+
+@verb("gpu --out runs/bench_gpu --sections probe,train_step,speed", bench)
+def bench_gpu(
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="folder of gpu.jsonl and traces")
+    ] = "runs/bench_gpu",
+    seconds: Annotated[float, typer.Option(metavar="S", help="time for all sections")] = 450.0,
+    sections: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="the sections to run, in order (default: all)")
+    ] = None,
+) -> None:
+    """Check the learner on one GPU: right, fast, and where not.
+
+    Each section has its share of the time, and a failure is a result. Ends with status 1 where a decision
+    rule does not hold. Without a GPU the sizes are toys.
+    """
+    from gvpo_ray.bench.gpu import main as gpu
+
+    names = names_of("--sections", sections, list(gpu.SECTIONS))
+    raise typer.Exit(gpu.main(out, seconds, names))
+
+
+@verb("chaos jobs/quickstart.yaml --kills 7", bench)
+def bench_chaos(
+    config: Config,
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(metavar="N", help="processes to kill, each kind in turn")] = 12,
+    seed: Annotated[int, typer.Option(metavar="N", help="seed of the schedule")] = 0,
+) -> None:
+    """Kill processes of a real run; check that nothing is lost.
+
+    The processes are killed at random moments, in a folder of its own. Nothing may be lost or done twice.
+    """
+    read_config(config, overrides)
+    from gvpo_ray.actors import RunError
+    from gvpo_ray.bench import chaos
+
+    if wrong := chaos.main(config, overrides or [], kills, seed):
+        raise RunError(f"{wrong} things went wrong")
+
+
+@verb("scale --engines 8,64", bench)
+def bench_scale(
+    engines: Annotated[str, typer.Option(metavar="N,...", help="sizes of fleets")] = "1,8,32,128,256",
+    seconds: Annotated[float, typer.Option(metavar="S", help="measured for each")] = 30.0,
+) -> None:
+    """Run the training loop with 1 to 256 fake engines.
+
+    It measures groups per second, CPU time of the driver and recovery times.
+    """
+    from gvpo_ray.config.base import ConfigError
+
+    sizes = engines.split(",")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise ConfigError(f"--engines: {engines}: must be numbers such as 8,64")
+    from gvpo_ray.bench import scale
+
+    scale.main([int(size) for size in sizes], seconds)
+
+
+TASKS = ["arithmetic", "chain", "sort"]
+Tasks = Annotated[
+    str | None, typer.Option(metavar="TASK,...", help=f"some of {', '.join(TASKS)} (default: all)")
+]
+Seeds = Annotated[int, typer.Option(metavar="N", help="runs of each cell")]
+BenchDir = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        help="runs, results.parquet, tables and pictures, of both benches; processes that share it share "
+        "the work",
+    ),
+]
+
+
+@verb("paper --tasks arithmetic", bench)
+def bench_paper(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/bench") -> None:
+    """Repeat the paper's table and figures in miniature.
+
+    They are about methods, beta, k and history. Takes hours; the same command goes on.
+    """
+    names = names_of("--tasks", tasks, TASKS)
+    at_least_one("--seeds", seeds)
+    from gvpo_ray.bench.experiments import paper
+
+    paper.main(names, seeds, Path(out).absolute())
+
+
+@verb("staleness --tasks arithmetic --seeds 1", bench)
+def bench_staleness(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/bench") -> None:
+    """Measure what each objective learns from data of a given age.
+
+    Takes hours; the same command goes on.
+    """
+    names = names_of("--tasks", tasks, TASKS)
+    at_least_one("--seeds", seeds)
+    from gvpo_ray.bench.experiments import staleness
+
+    staleness.main(names, seeds, Path(out).absolute())

@@ -1,0 +1,221 @@
+"""The verbs about runs, evaluations and files of responses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gvpo_ray.cli.app import Config, Overrides, at_least_one, print_table, read_config, verb
+
+if TYPE_CHECKING:
+    from gvpo_ray.config.run import GVPOConfig
+
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="run_dir of the run")]
+
+
+@verb("train jobs/quickstart.yaml seed=1 learner.num_workers=1")
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train, or resume the run in run_dir.
+
+    The same command goes on where it stopped.
+    """
+    _train(read_config(config, overrides))
+
+
+@verb("rollout jobs/quickstart.yaml --out groups.arrow --groups 64")
+def rollout(
+    config: Config,
+    out: Annotated[str, typer.Option(metavar="FILE.arrow", help="the Arrow IPC file to write")],
+    overrides: Overrides = None,
+    groups: Annotated[
+        int | None, typer.Option(metavar="N", help="number of groups (default: groups_per_step)")
+    ] = None,
+) -> None:
+    """Sample and verify groups into an Arrow file; no learner.
+
+    The weights are those of model.path.
+    """
+    read = read_config(config, overrides)
+    from gvpo_ray.run import once
+
+    once.rollout(read, out, groups)
+    print(f"wrote {out}")
+
+
+@verb("learn jobs/quickstart.yaml --groups runs/quickstart/groups run_dir=runs/replay")
+def learn(
+    config: Config,
+    groups: Annotated[
+        str, typer.Option(metavar="FILE.arrow", help="an Arrow file, or the groups/ folder of a run")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Train on recorded groups alone: no engines, no verifiers.
+
+    On the log of a finished run it gives the same weights.
+    """
+    _train(read_config(config, overrides), groups_file=groups)
+
+
+@verb("evaluate jobs/quickstart.yaml --checkpoint runs/quickstart")
+def evaluate(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="YAML file of the run, or of an evaluation alone (jobs/eval_paper.yaml)"
+        ),
+    ],
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="a run directory (its newest checkpoint) or a checkpoint; default: model.path",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="folder of eval.json and generations.parquet; default: run_dir/eval/ and the name of the "
+            "model's folder, or RUN-step-N for the checkpoint of another run",
+        ),
+    ] = None,
+) -> None:
+    """Sample a model on evaluation.sets and report its scores.
+
+    The scores are pass@1, mean@n and pass@k with 95 % intervals. Stopped, the same command goes on.
+    """
+    read = read_config(config, overrides, for_evaluation=True)
+    from gvpo_ray.evaluation import run as evaluation
+    from gvpo_ray.evaluation.folder import results_table
+
+    result = evaluation.evaluate(read, checkpoint, out)
+    print_table(results_table(result), f"evaluation of {result['model']}")
+    for name, values in result["sets"].items():
+        if values["left_out"]:
+            print(
+                f"{name}: {values['left_out']} prompts are longer than the context allows: left out of "
+                "every number"
+            )
+    if not result["num_sampled"]:
+        print(f"{result['folder']} is complete: nothing was left to sample")
+    print(f"wrote {result['folder']}: eval.json, generations.parquet")
+
+
+@verb("compare runs/a/eval/step-80 runs/b/eval/step-80")
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="folder of a finished evaluation")],
+    b: Annotated[str, typer.Argument(metavar="B", help="folder of another one")],
+) -> None:
+    """Print paired differences of two finished evaluations.
+
+    For each set: the mean difference over the prompts that both have, with its 95 % interval.
+    """
+    from gvpo_ray.evaluation.compare import compare as paired
+    from gvpo_ray.evaluation.compare import comparison_table
+
+    result = paired(a, b)
+    print_table(comparison_table(result), f"A = {a}, B = {b}")
+    for name, values in result.items():
+        for note in values["notes"]:
+            print(f"{name}: {note}")
+
+
+@verb("check jobs/quickstart.yaml seed=1 learner.num_workers=1")
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Print the resolved config and the resource plan; start nothing."""
+    read = read_config(config, overrides, for_evaluation=True)
+    from rich.console import Console
+
+    from gvpo_ray.config.plan import cluster_address
+    from gvpo_ray.observe.console import plan_table
+    from gvpo_ray.run.inputs import check_paths, machine_resources
+
+    print(read.dump())
+    Console(highlight=False).print(plan_table(read))
+    for note in check_paths(read):
+        print(note)
+    if cluster_address(read.ray) is None:
+        cpus, gpus = machine_resources(read)
+        print(
+            f"this machine: {cpus:g} CPUs, {gpus:g} GPUs (a run that needs more is refused here; on a "
+            "cluster it waits for the autoscaler)"
+        )
+
+
+@verb("status runs/quickstart")
+def status(run_dir: RunDir) -> None:
+    """Print what every stage of a run does or waits for now.
+
+    It also says where the oldest prompt is; of a run that stopped, what it last said.
+    """
+    from gvpo_ray.observe.status import read_status
+
+    print("\n".join(read_status(run_dir)))
+
+
+@verb("report runs/quickstart")
+def report(
+    run_dir: RunDir,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OTHER_RUN_DIR",
+            help="two runs in the same charts, and where their configs differ: RUN_DIR/compare.html",
+        ),
+    ] = None,
+) -> None:
+    """Write RUN_DIR/report.html, a page about a run.
+
+    It shows curves, recoveries, completions and the config of the run, and needs no network.
+    """
+    from gvpo_ray.observe.report import page
+
+    print(f"wrote {page.write(run_dir, compare)}")
+
+
+@verb("verify answers.jsonl --out scored.jsonl timeout_s=3 'rewards={math: 1, my_rewards.py:brevity: 0.1}'")
+def verify(
+    input: Annotated[str, typer.Argument(metavar="INPUT", help="a .jsonl or .parquet file")],
+    out: Annotated[str, typer.Option(metavar="OUT", help="the .jsonl or .parquet file to write")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="keys of a config's verifiers section, e.g. timeout_s=3"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="checks at a time (default: the CPUs of this machine)")
+    ] = None,
+) -> None:
+    """Score a file of responses as the verifiers of a run would.
+
+    Each row of INPUT gets a reward, verdict (correct, incorrect, unverifiable), reason and seconds, in the
+    rows' order. Rows hold response (or prediction) and gold (or answer); prompt, finish_reason and other
+    columns go to the reward functions. With expected or label_correct, the agreement with these labels is
+    printed, and false negatives and false positives. Stopped, the same command goes on.
+    """
+    at_least_one("--workers", workers)
+    from gvpo_ray.config.run import verifiers_config
+
+    config = verifiers_config(overrides or [])
+    from gvpo_ray.verifiers import score_file
+
+    score_file.main(input, out, config, workers)
+
+
+def _train(config: GVPOConfig, groups_file: str | None = None) -> None:
+    from gvpo_ray.observe.console import RunConsole
+    from gvpo_ray.run.algorithm import GVPO
+
+    with GVPO(config, groups_file=groups_file) as algo:
+        with RunConsole(config, algo.step, algo.num_steps) as console:
+            algo.say = console.say
+            for text in algo.story():
+                console.say(text)
+            console.evaluated({key: value for line in algo.metrics.lines for key, value in line.items()})
+            while not algo.done:
+                console.step(algo.train())
+            if algo.evaluation_due:
+                console.evaluated(algo.evaluate())
+        console.summary(algo.run_dir, algo.metrics)
