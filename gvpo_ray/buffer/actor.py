@@ -149,13 +149,8 @@ class LearnersBuffer:
         batch = self._call("batch_on_wire", step)
         return None if batch is None else from_wire(batch)
 
-    def learned(
-        self,
-        version: int,
-        references: dict[int, list[float | None]],
-        residuals: dict[int, list[float | None]],
-    ) -> None:
-        self._call("learned", version, references, residuals)
+    def learned(self, version: int, references: dict[int, list[float | None]]) -> None:
+        self._call("learned", version, references, {})
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         self._published = (version, weights, metrics)

@@ -29,7 +29,7 @@ losses/.
     learning_rate, updates           of the step; optimizer updates since the run began
     updates/skipped                  of the step's updates, those whose gradient was not a number (not in
                                      loss, gvpo/*, policy/*)
-    gvpo/beta                        of the step (loss.beta_end moves it)
+    gvpo/beta                        of the step (loss.beta: auto adapts it)
     policy/clipped                   share of tokens whose gradient clipping set to zero (objectives other
                                      than gvpo)
     time/step                        seconds from the learner's asking for the batch to its weights being
