@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tiny import make_group, make_model, table
 
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings
@@ -35,7 +35,7 @@ def settings(
         run_dir=str(run_dir),
         num_steps=num_steps,
         last_step=num_steps,
-        loss=LossConfig(beta=0.1, reference=reference),
+        loss=loss_config(beta=0.1, reference=reference),
         learner=LearnerConfig(
             **{"backend": "ddp", "learning_rate": LEARNING_RATE, "num_mini_batches": 1, **learner}
         ),
@@ -102,13 +102,8 @@ class Recorder:
     def learner_started(self, step: int) -> None:
         self.told.append(("started", step))
 
-    def learned(
-        self,
-        version: int,
-        references: dict[int, list[float | None]],
-        residuals: dict[int, list[float | None]],
-    ) -> None:
-        self.told.append(("learned", version, references, residuals))
+    def report_references(self, version: int, references: dict[int, list[float | None]]) -> None:
+        self.told.append(("learned", version, references))
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         self.told.append(
@@ -120,4 +115,4 @@ class Recorder:
 
 
 def with_loss(given: Settings, **loss: Any) -> Settings:
-    return dataclasses.replace(given, loss=LossConfig(**loss))
+    return dataclasses.replace(given, loss=loss_config(**loss))

@@ -10,7 +10,7 @@ import yaml
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.plan import check_resources, cluster_address, resource_plan
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig
@@ -41,7 +41,7 @@ def refusal(overrides: list[str] | dict[str, Any]) -> str:
 
 def test_the_smallest_config_has_the_papers_loss_and_a_full_support_sampler():
     small = config()
-    assert (small.loss.beta, small.loss.beta_at(0, 9), small.loss.reference, small.loss.reference_every) == (
+    assert (small.loss.beta, small.loss.start_beta, small.loss.reference, small.loss.reference_every) == (
         "auto",
         0.1,
         "behaviour",
@@ -154,23 +154,36 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
     assert GVPOConfig.from_file(str(tmp_path / "a.yaml"), {"loss.beta": 0.4}).loss.beta == 0.4
 
 
-def test_beta_moves_from_its_first_value_to_its_last():
-    assert [LossConfig(beta=0.5).beta_at(version, 5) for version in (0, 4, 9)] == [0.5] * 3
-    assert [LossConfig(beta=0.5, beta_end=0.1).beta_at(version, 5) for version in range(6)] == pytest.approx(
-        [0.5, 0.4, 0.3, 0.2, 0.1, 0.1]
-    )
-    assert LossConfig(beta=0.5, beta_end=0.1).beta_at(0, 1) == 0.5
-    assert (LossConfig(beta="1e-2").beta, LossConfig(beta=1).beta) == (0.01, 1.0)
-    assert LossConfig().beta_at(3, 5) == 0.1 and LossConfig().steers_beta
-    assert not any(
-        LossConfig(**other).steers_beta
-        for other in ({"beta": 0.1}, {"reference": "initial"}, {"objective": "grpo"})
-    )
+def test_beta_is_a_number_or_adapted_from_the_papers():
+    assert (loss_config(beta="1e-2").beta, loss_config(beta=1).beta) == (0.01, 1.0)
+    assert (loss_config(beta=0.5).start_beta, loss_config().start_beta) == (0.5, 0.1)
+    assert loss_config().adapts_beta
+    others = ({"beta": 0.1}, {"reference": "initial"}, {"objective": "grpo"})
+    assert not any(loss_config(**other).adapts_beta for other in others)
 
 
 def test_options_of_another_objective_may_be_written_out_with_their_defaults():
-    # as a run's config.yaml has them
-    assert LossConfig(**LossConfig(objective="rloo").model_dump()).objective == "rloo"
+    written = loss_config().model_dump() | {"objective": "rloo"}  # as a run's config.yaml has them
+    assert loss_config(**written) == loss_config(objective="rloo")
+    assert loss_config(**loss_config(objective="grpo", clip_low=0.3).model_dump()).clip_low == 0.3
+
+
+def test_the_paper_is_one_line_and_contradicts_nothing_that_is_written_beside_it():
+    paper = loss_config(preset="paper")
+    assert (paper.beta, paper.reference, paper.importance_cap, paper.damped) == (0.1, "previous", None, False)
+    assert not paper.adapts_beta and not paper.is_damped
+    assert loss_config(**paper.model_dump()) == paper
+    assert loss_config(preset="paper", beta=0.05).beta == 0.05
+    for key, value in (
+        ("damped", "true"),
+        ("importance_cap", "1.0"),
+        ("reference", "initial"),
+        ("beta", "auto"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"loss: preset: paper has {key}: .*{value} is given: leave one"
+        ):
+            GVPOConfig.from_dict(SMALL, [f"loss.{key}={value}", "loss.preset=paper"])
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong
@@ -346,7 +359,6 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
             "learner.offload: optimizer",
             "needs learner.zero_stage of at least 1, not 0",
         ),
-        ("loss.beta_end=0.5", "loss: beta_end needs a number for beta to start from", ""),
         ("loss.beta=automatic", "loss.beta", "auto or a valid number"),
         (
             "loss={objective: grpo, beta: 0.5}",

@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import importlib.util
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,19 @@ from learners import (
     weights,
     with_loss,
 )
-from tiny import counted_and_damped, make_group, make_model, pushed, table
+from oracle import weighted_squared_loss, weights_floor_and_damping, with_likelihood_floor
+from tiny import make_group, make_model, table
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import loss_config
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.learner.loop import learn
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.step import NonFiniteGradient, Settings, _learning_rate, train_step
-from gvpo_ray.losses.gvpo import gvpo_loss_squared
-from gvpo_ray.losses.stale_data import steered
+from gvpo_ray.learner.step import NonFiniteGradient, Settings, learning_rate_at, train_step
+from gvpo_ray.losses.stale_data import adapted_beta
 from gvpo_ray.weights.transfer import ObjectPublisher
 
 # ---------------------------------------------------------------------- one step, and what must not change it
@@ -85,22 +87,61 @@ def plain_loop(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
             of_groups = [
                 ([reward for *_, reward in part], [next(log_ratios) for _ in part]) for part in group
             ]
-            counts, of_likelihood, damped = counted_and_damped(of_groups, beta=0.1)
-            loss = gvpo_loss_squared(
+            counts, floor, damped = weights_floor_and_damping(of_groups, beta=0.1)
+            loss = weighted_squared_loss(
                 logprobs,
                 torch.stack([ref for *_, ref, _ in flat]),
                 torch.tensor([reward for *_, reward in flat]),
                 torch.tensor([g for g, *_ in flat]),
                 beta=0.1,
-                importance=counts,
+                weights=counts,
             )
             optimizer.zero_grad()
-            pushed(loss, logprobs, of_likelihood).backward()
+            with_likelihood_floor(loss, logprobs, floor).backward()
             total += float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * damped
             optimizer.step()
         norms.append(total / 2)
     return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}, norms
+
+
+ONE_FILE = Path(__file__).parents[1] / "jobs" / "gvpo_in_one_file.py"
+
+
+def one_file() -> Any:
+    spec = importlib.util.spec_from_file_location("gvpo_in_one_file", ONE_FILE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def paper_in_one_file(path: Path, num_steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Steps on mixed_batch by jobs/gvpo_in_one_file.py: the weights, and each step's mean gradient norm."""
+    one = one_file()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    norms = []
+    for step in range(1, num_steps + 1):
+        samples = []
+        for row in filter(None, map(groups.trainable, mixed_batch(step))):
+            given = (row["prompt_ids"], row["completion_ids"])
+            with torch.no_grad():
+                references = one.sequence_logprobs(model, *given)
+            samples.append(one.Group(*given, row["rewards"], references))
+        assert len(samples) == 6
+        norms.append(sum(one.train_on(model, optimizer, part) for part in (samples[:3], samples[3:])) / 2)
+    return {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}, norms
+
+
+def paper_steps(folder: Path, backend: str = "ddp", zero_stage: int = 0) -> dict[str, Any]:
+    given = settings(
+        folder, backend=backend, zero_stage=zero_stage, num_mini_batches=2, micro_batch_tokens=40
+    )
+    given = with_loss(given, preset="paper")
+    policy = load(shared_model(folder), given)
+    metrics = [train_step(policy, mixed_batch(step), given) for step in (1, 2, 3)]
+    return {"weights": weights(policy), "metrics": metrics}
 
 
 def two_steps(folder: Path, backend: str, zero_stage: int, micro_batch_tokens: int) -> dict[str, Any]:
@@ -199,7 +240,8 @@ CASES |= {
     f"few groups {backend} {stage}": functools.partial(few_groups, backend=backend, zero_stage=stage)
     for backend, stage in BACKENDS
 }
-CASES |= {"learn": learn_on_ranks}
+CASES |= {"learn": learn_on_ranks, "paper ddp": paper_steps}
+CASES |= {"paper zero 3": functools.partial(paper_steps, backend="deepspeed", zero_stage=3)}
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +261,26 @@ def test_a_step_is_the_plain_loop_on_every_rank_backend_and_micro_batch(on_ranks
         assert result["counts"] == (2, 4)
         assert [metrics["grad_norm"] for metrics in result["metrics"]] == pytest.approx(norms, rel=1e-5)
         assert result["weights"].keys() == want.keys()
+        for name, tensor in result["weights"].items():
+            torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def by_one_file(tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[float]]:
+    return paper_in_one_file(make_model(tmp_path_factory.mktemp("model")), num_steps=3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("paper")])
+def test_the_paper_preset_is_the_page_without_a_system_over_three_steps_of_data_of_any_age(
+    on_ranks, by_one_file, world_size, case
+):
+    want, norms = by_one_file
+    for result in on_ranks(world_size, case):
+        assert [metrics["grad_norm"] for metrics in result["metrics"]] == pytest.approx(norms, rel=1e-5)
+        for metrics in result["metrics"]:
+            assert (metrics["gvpo/beta"], metrics["gvpo/damping"]) == (0.1, 1.0)
+            assert (metrics["gvpo/effective_share"], metrics["gvpo/kept"]) == (1.0, 1.0)
         for name, tensor in result["weights"].items():
             torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-5)
 
@@ -317,23 +379,23 @@ def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals
     metrics, length = first_update(old, given)
     assert (0.01 < metrics["gvpo/damping"] < 0.99) == (reference == "behaviour")
     assert length == pytest.approx(LEARNING_RATE * metrics["gvpo/damping"], rel=0.01)
-    free = dataclasses.replace(given, loss=LossConfig(beta=0.1, reference=reference, damped=False))
+    free = dataclasses.replace(given, loss=loss_config(beta=0.1, reference=reference, damped=False))
     assert first_update(old, free)[1] == pytest.approx(LEARNING_RATE, rel=0.01)
 
 
-def test_beta_is_steered_to_half_the_rewards_spread_and_no_further():
-    assert steered(0.1, 0.25, 0.0625) == 0.1  # sd(beta D) is half of sd(R)
-    assert steered(0.1, 0.25, 1e-12) == pytest.approx(0.1 * math.exp(0.1), rel=1e-4)
-    assert steered(0.1, 0.25, 0.25) == pytest.approx(0.1 * math.exp(-0.1))  # twice as much as wanted
-    assert steered(0.1, 0.25, 100.0) == pytest.approx(0.1 * math.exp(-0.2))
-    assert (steered(1.0, 0.25, 1e-12), steered(0.01, 0.25, 1.0)) == (1.0, 0.01)
-    assert (steered(0.1, 0.0, 1.0), steered(0.1, 0.25, 0.0)) == (0.1, 0.1)
+def test_beta_is_adapted_to_half_the_rewards_spread_and_no_further():
+    assert adapted_beta(0.1, 0.25, 0.0625) == 0.1  # sd(beta D) is half of sd(R)
+    assert adapted_beta(0.1, 0.25, 1e-12) == pytest.approx(0.1 * math.exp(0.1), rel=1e-4)
+    assert adapted_beta(0.1, 0.25, 0.25) == pytest.approx(0.1 * math.exp(-0.1))  # twice as much as wanted
+    assert adapted_beta(0.1, 0.25, 100.0) == pytest.approx(0.1 * math.exp(-0.2))
+    assert (adapted_beta(1.0, 0.25, 1e-12), adapted_beta(0.01, 0.25, 1.0)) == (1.0, 0.01)
+    assert (adapted_beta(0.1, 0.0, 1.0), adapted_beta(0.1, 0.25, 0.0)) == (0.1, 0.1)
 
 
 @pytest.mark.parametrize("reference", ["behaviour", "initial"])
-def test_a_steered_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_path, reference):
+def test_an_adapted_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_path, reference):
     given = dataclasses.replace(
-        settings(tmp_path, reference, num_mini_batches=2), loss=LossConfig(reference=reference)
+        settings(tmp_path, reference, num_mini_batches=2), loss=loss_config(reference=reference)
     )
     make_model(tmp_path / "model")
     policy = load(given.model_path, given)
@@ -346,7 +408,7 @@ def test_a_steered_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_pat
         return
     assert (
         second["gvpo/beta"]
-        == steered(0.1, first["gvpo/reward_var"], first["gvpo/implicit_reward_var"])
+        == adapted_beta(0.1, first["gvpo/reward_var"], first["gvpo/implicit_reward_var"])
         != 0.1
     )
     policy.save(tmp_path / "checkpoints" / "step-2")
@@ -367,38 +429,13 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before(tmp_path):
 def test_the_learning_rate_warms_up_and_falls_to_zero_after_the_last_step():
     def rates(schedule, warmup_steps):
         config = LearnerConfig(learning_rate=1.0, schedule=schedule, warmup_steps=warmup_steps)
-        return [_learning_rate(config, version, 6) for version in range(7)]
+        return [learning_rate_at(config, version, 6) for version in range(7)]
 
     assert rates("constant", 0) == [1.0] * 7
     assert rates("linear", 2) == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0])
     assert rates("cosine", 2) == pytest.approx(
         [1 / 3, 2 / 3, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0], abs=1e-6
     )
-
-
-def test_groups_with_equal_rewards_can_be_left_out(tmp_path):
-    make_model(tmp_path / "model")
-    given = settings(tmp_path)
-    rows = [make_group(1, (1.0, 1.0), 0), make_group(2, (1.0, 0.0), 0), make_group(3, (0.5, None, 0.5), 0)]
-    all_three, one, dropped = (
-        load(given.model_path, given),
-        load(given.model_path, given),
-        load(given.model_path, given),
-    )
-    for policy in (all_three, one, dropped):
-        policy.step = 1  # one step old: at a log-ratio other than 0 equal rewards pull
-    train_step(all_three, rows, given)
-    train_step(one, rows[1:2], given)
-    metrics = train_step(dropped, rows, with_loss(given, beta=0.1, drop_equal_rewards=True))
-    assert same(weights(dropped), weights(one)) and not same(weights(dropped), weights(all_three))
-    assert metrics["gvpo/num_groups"] == 1 and metrics["groups/size_mean"] == pytest.approx(2.0)
-
-
-def test_beta_moves_over_the_run(tmp_path, policy):
-    given = with_loss(settings(tmp_path, num_steps=3), beta=0.4, beta_end=0.2)
-    assert [
-        train_step(policy, [make_group(i, version=None)], given)["gvpo/beta"] for i in range(3)
-    ] == pytest.approx([0.4, 0.3, 0.2])
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -453,12 +490,7 @@ class SyncBuffer:
     def learner_started(self, step: int) -> None:
         self._now(self.real.learner_started(step))
 
-    def learned(
-        self,
-        version: int,
-        references: dict[int, list[float | None]],
-        residuals: dict[int, list[float | None]],
-    ) -> None:
+    def report_references(self, version: int, references: dict[int, list[float | None]]) -> None:
         self._now(self.real.report_references(version, references))
 
     def published(self, version: int, weights: Any, metrics: Any) -> None:
@@ -566,13 +598,10 @@ def test_learn_tells_the_buffer_what_the_current_reference_model_said_and_nothin
             )
 
     buffer = Attached(2)
-    given = dataclasses.replace(settings(tmp_path, "every: 1", num_steps=2), reports_residuals=True)
+    given = dataclasses.replace(settings(tmp_path, "every: 1", num_steps=2), reports_references=True)
     learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
     told = [entry[1:] for entry in buffer.told if entry[0] == "learned"]
-    assert [(version, sorted(references), sorted(residuals)) for version, references, residuals in told] == [
-        (0, [1, 2], [1, 2]),
-        (1, [1, 2], [1, 2]),
-    ]
+    assert [(version, sorted(references)) for version, references in told] == [(0, [1, 2]), (1, [1, 2])]
     assert -7.0 not in told[1][1][2]  # asked anew
 
 

@@ -6,11 +6,17 @@ import math
 
 import pytest
 import torch
-from tiny import counted_and_damped
+from oracle import weighted_squared_loss, weights_floor_and_damping
 
 from gvpo_ray.losses.diagnostics import finish
-from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared, gvpo_weights
-from gvpo_ray.losses.stale_data import damping, importance_weights, kept_likelihood
+from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared, residuals
+from gvpo_ray.losses.stale_data import (
+    damping,
+    importance_weights,
+    likelihood_floor,
+    stale_gvpo_loss,
+    weighted_residuals,
+)
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,8 +62,8 @@ def test_pair_by_hand():
         torch.tensor([1.0, 0.0]),
     )
     ids = torch.tensor([4, 4])
-    weights, sizes = gvpo_weights(logprobs, reference, rewards, ids, 0.1)
-    assert weights.tolist() == pytest.approx([0.4, -0.4], abs=1e-15) and sizes.tolist() == [2, 2]
+    w = residuals(logprobs, reference, rewards, ids, 0.1)
+    assert w.tolist() == pytest.approx([0.4, -0.4], abs=1e-15)
     loss, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1)
     assert loss.item() == pytest.approx(0.16, abs=1e-15)
     assert gradient.tolist() == pytest.approx([-0.04, 0.04], rel=1e-6)
@@ -154,9 +160,10 @@ def test_weighted_form_has_value_and_gradient_of_the_squared_form(sizes, beta):
 
 def test_gradient_is_minus_beta_w_over_m_minus_one_and_number_of_groups():
     logprobs, reference, rewards, ids = batch(MIXED)
-    weights, sizes = gvpo_weights(logprobs, reference, rewards, ids, 0.2)
+    w = residuals(logprobs, reference, rewards, ids, 0.2)
+    sizes = (ids[:, None] == ids).sum(1)
     _, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.2)
-    assert_same(gradient, -0.2 * weights / ((sizes - 1) * len(MIXED)))
+    assert_same(gradient, -0.2 * w / ((sizes - 1) * len(MIXED)))
 
 
 def test_value_is_the_finite_difference_of_its_gradient():
@@ -200,12 +207,12 @@ def test_importance_by_hand():
         [1 / 7, 16 / 7, 4 / 7], rel=1e-15
     )
     rewards = torch.tensor([1.0, 0.0, 3.0])
-    loss, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, importance=importance)
+    loss, gradient = loss_and_grad(stale_gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, importance)
     assert loss.item() == pytest.approx(1476 / 972, rel=1e-15)
     assert gradient.tolist() == pytest.approx(
         [0.5 / 2 * 4 / 27, 0.5 / 2 * 52 / 27, -0.5 / 2 * 56 / 27], rel=1e-14
     )
-    metrics = finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, importance=importance)[1])
+    metrics = finish(stale_gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, importance)[1])
     assert metrics["gvpo/effective_share"] == pytest.approx(81 / 33 / 3) and metrics["loss"] == pytest.approx(
         1476 / 972
     )
@@ -225,16 +232,15 @@ def important(sizes: list[int], scale: float = 5.0, cap: float = 1.0) -> tuple[B
 @pytest.mark.parametrize("cap", [0.1, 1.0, 30.0])
 def test_with_importance_too_both_forms_are_one(sizes, cap):
     (logprobs, reference, rewards, ids), importance = important(sizes, cap=cap)
-    value, gradient = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, importance=importance)
-    want_value, want_gradient = loss_and_grad(
-        gvpo_loss_squared, logprobs, reference, rewards, ids, 0.1, importance=importance
-    )
+    data = (logprobs, reference, rewards, ids, 0.1, importance)
+    value, gradient = loss_and_grad(stale_gvpo_loss, *data)
+    want_value, want_gradient = loss_and_grad(weighted_squared_loss, *data)
     assert_same(value, want_value)
     assert_same(gradient, want_gradient)
-    weights, counts = gvpo_weights(logprobs, reference, rewards, ids, 0.1, importance)
+    w, counts = weighted_residuals(*data), (ids[:, None] == ids).sum(1)
     num_groups = sum(size > 1 for size in sizes)
-    assert_same(gradient, -0.1 * importance * weights / ((counts - 1).clamp(min=1) * num_groups))
-    metrics = finish(gvpo_loss(logprobs, reference, rewards, ids, 0.1, importance=importance)[1])
+    assert_same(gradient, -0.1 * importance * w / ((counts - 1).clamp(min=1) * num_groups))
+    metrics = finish(stale_gvpo_loss(*data)[1])
     assert (
         metrics["loss"] == pytest.approx(metrics["gvpo/residual_var"] / 2)
         and 0 < metrics["gvpo/effective_share"] < 1
@@ -256,14 +262,14 @@ def test_importance_has_mean_one_in_each_group_and_is_exactly_one_where_there_is
 def test_residuals_that_vanish_stay_zero_whatever_counts():
     _, reference, rewards, ids = batch(MIXED)
     optimum = reference + rewards / 0.1
-    kept = torch.full_like(rewards, 0.5)
+    floor = torch.full_like(rewards, 0.5)
     _, gradient = loss_and_grad(
-        gvpo_loss, optimum, reference, rewards, ids, 0.1, importance=important(MIXED)[1], kept=kept
+        stale_gvpo_loss, optimum, reference, rewards, ids, 0.1, important(MIXED)[1], floor
     )
     assert gradient.abs().max() < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------- kept
+# ------------------------------------------------------------------------------------------- likelihood floor
 
 
 def test_a_group_whose_best_got_less_likely_is_pushed_down_by_what_is_left_of_that_by_hand():
@@ -272,43 +278,49 @@ def test_a_group_whose_best_got_less_likely_is_pushed_down_by_what_is_left_of_th
     sampling = torch.zeros(6, dtype=torch.float64)
     logprobs = torch.tensor([1 / 8, 1, 1 / 4, 4, 1 / 8, 1 / 8], dtype=torch.float64).log()
     rewards, ids = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1, 2, 2])
-    kept = kept_likelihood(logprobs, sampling, rewards, ids)
-    assert kept.dtype == torch.float64 and kept.tolist() == pytest.approx(
+    floor, ones = likelihood_floor(logprobs, sampling, rewards, ids), torch.ones_like(logprobs)
+    assert floor.dtype == torch.float64 and floor.tolist() == pytest.approx(
         [1 / 8, 1 / 8, 1.0, 1.0, 1.0, 1.0], rel=1e-15
     )
-    loss, gradient = loss_and_grad(gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, kept=kept)
+    loss, gradient = loss_and_grad(stale_gvpo_loss, logprobs, logprobs, rewards, ids, 0.5, ones, floor)
     assert loss.item() == pytest.approx(1 / 6) and gradient.tolist() == pytest.approx(
         [-1 / 12, 1 / 96, 1 / 12, -1 / 12, 0, 0], rel=1e-15
     )
-    assert finish(gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, kept=kept)[1])[
+    assert finish(stale_gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, ones, floor)[1])[
         "gvpo/kept"
     ] == pytest.approx(17 / 24)
     assert torch.equal(
-        kept_likelihood(logprobs.float(), logprobs.float(), rewards, ids), torch.ones_like(logprobs)
+        likelihood_floor(logprobs.float(), logprobs.float(), rewards, ids), torch.ones_like(logprobs)
     )
     far = torch.tensor([-9000.0, -1.0, -9000.0, -9000.0])
-    far = kept_likelihood(far, torch.zeros(4), torch.tensor([1.0, 0.0, 0.1, 0.1]), torch.tensor([0, 0, 1, 1]))
-    assert far.tolist() == [0.0, 0.0, 1.0, 1.0]
-    assert kept_likelihood(*[torch.zeros(0)] * 3, torch.zeros(0, dtype=torch.long)).shape == (0,)
-
-
-@pytest.mark.parametrize("residual_clip", [None, 0.5])
-def test_with_less_kept_what_goes_up_is_the_gradient_of_the_loss_and_what_goes_down_a_share_of_it(
-    residual_clip,
-):
-    (logprobs, reference, rewards, ids), importance = important(MIXED)
-    kept = kept_likelihood(
-        logprobs,
-        logprobs + torch.rand(len(logprobs), generator=torch.Generator().manual_seed(3)),
-        rewards,
-        ids,
+    far = likelihood_floor(
+        far, torch.zeros(4), torch.tensor([1.0, 0.0, 0.1, 0.1]), torch.tensor([0, 0, 1, 1])
     )
-    options = {"residual_clip": residual_clip, "importance": importance}
-    value, want = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, **options)
-    got_value, got = loss_and_grad(gvpo_loss, logprobs, reference, rewards, ids, 0.1, kept=kept, **options)
+    assert far.tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert likelihood_floor(*[torch.zeros(0)] * 3, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_below_the_floor_what_goes_up_is_the_gradient_of_the_loss_and_what_goes_down_a_share_of_it():
+    (logprobs, reference, rewards, ids), importance = important(MIXED)
+    sampling = logprobs + torch.rand(len(logprobs), generator=torch.Generator().manual_seed(3))
+    floor = likelihood_floor(logprobs, sampling, rewards, ids)
+    data = (logprobs, reference, rewards, ids, 0.1, importance)
+    value, want = loss_and_grad(stale_gvpo_loss, *data)
+    got_value, got = loss_and_grad(stale_gvpo_loss, *data, floor)
     assert torch.equal(got_value, value) and torch.equal(got[want <= 0], want[want <= 0])
-    assert_same(got[want > 0], (kept * want)[want > 0])
-    assert (kept < 1)[want > 0].any() and (want < 0).any()
+    assert_same(got[want > 0], (floor * want)[want > 0])
+    assert (floor < 1)[want > 0].any() and (want < 0).any()
+
+
+def test_with_weights_of_one_and_no_floor_it_is_the_papers_loss_to_the_last_bit():
+    data = batch([*MIXED, 1])
+    want, got = (
+        loss_and_grad(gvpo_loss, *data, 0.1),
+        loss_and_grad(stale_gvpo_loss, *data, 0.1, torch.ones_like(data[0])),
+    )
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    sums = gvpo_loss(*data, 0.1)[1], stale_gvpo_loss(*data, 0.1, torch.ones_like(data[0]))[1]
+    assert list(sums[0]) == list(sums[1]) and finish(sums[0]) == finish(sums[1])
 
 
 # ---------------------------------------------------------------------------------------------------- damping
@@ -329,15 +341,15 @@ def test_damping_by_hand_and_in_plain_python():
     of_groups = [
         (rewards[ids == g].tolist(), (logprobs - reference)[ids == g].tolist()) for g in ids.unique()
     ]
-    counts, kept, want = counted_and_damped(of_groups, 0.3)
-    sums = gvpo_loss(logprobs, reference, rewards, ids, 0.3, importance=importance)[1]
+    counts, floor, want = weights_floor_and_damping(of_groups, 0.3)
+    sums = stale_gvpo_loss(logprobs, reference, rewards, ids, 0.3, importance)[1]
     assert damping(sums) == pytest.approx(want, rel=1e-12) and 0 < want < 1
     assert torch.cat([importance[ids == g] for g in ids.unique()]).tolist() == pytest.approx(
         counts.tolist(), rel=1e-12
     )
-    ours = kept_likelihood(logprobs, reference, rewards, ids)
+    ours = likelihood_floor(logprobs, reference, rewards, ids)
     assert torch.cat([ours[ids == g] for g in ids.unique()]).tolist() == pytest.approx(
-        kept.tolist(), rel=1e-12
+        floor.tolist(), rel=1e-12
     )
 
 
@@ -423,9 +435,9 @@ def test_number_of_groups_is_the_only_denominator():
 # -------------------------------------------------------------------------------------------------- the edges
 
 
-def test_weights_sum_to_zero_in_each_group():
+def test_residuals_sum_to_zero_in_each_group():
     logprobs, reference, rewards, ids = batch([*MIXED, 1], scale=50)
-    weights, _ = gvpo_weights(logprobs, reference, rewards, ids, 0.5)
+    weights = residuals(logprobs, reference, rewards, ids, 0.5)
     for group in ids.unique():
         assert abs(weights[ids == group].sum()) < 1e-12
     assert weights.abs().max() > 1
@@ -463,7 +475,7 @@ def test_nothing_to_train_on_is_a_loss_of_zero(ids):
 def test_policy_equal_to_reference_gives_a_log_ratio_of_exactly_zero(dtype):
     logprobs, _, rewards, ids = batch(MIXED)
     logprobs = logprobs.to(dtype)
-    weights, _ = gvpo_weights(logprobs, logprobs, rewards, ids, 0.1)
+    weights = residuals(logprobs, logprobs, rewards, ids, 0.1)
     _, sums = gvpo_loss(logprobs, logprobs, rewards, ids, 0.1)
     metrics = finish(sums)
     assert metrics["policy/kl_ref"] == 0.0 and math.copysign(1, metrics["policy/kl_ref"]) == 1
@@ -474,7 +486,7 @@ def test_policy_equal_to_reference_gives_a_log_ratio_of_exactly_zero(dtype):
         == 0.0
     )
     # beta has nothing to act on
-    assert torch.equal(weights, gvpo_weights(logprobs, logprobs, rewards, ids, 55.0)[0])
+    assert torch.equal(weights, residuals(logprobs, logprobs, rewards, ids, 55.0))
 
 
 def test_at_log_ratio_zero_the_gradient_is_reinforce_with_a_mean_baseline():
@@ -530,7 +542,7 @@ def test_float32_sums_of_long_answers_lose_nothing_more_in_the_loss():
     reference = torch.tensor([-20000.0, -20001.25, -20000.0, -20000.25], dtype=torch.float32)
     # D = (-0.5, 0, 0.25, 0.25), mean 0; R = (1, 0, 0, 0): w = R - mean R - D = (1.25, -0.25, -0.5, -0.5) at
     # beta = 1
-    weights, _ = gvpo_weights(
+    weights = residuals(
         logprobs, reference, torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.long), 1.0
     )
     assert weights.tolist() == [1.25, -0.25, -0.5, -0.5]
@@ -543,7 +555,7 @@ def test_float32_sums_of_long_answers_lose_nothing_more_in_the_loss():
 def test_log_ratio_is_taken_in_float64():
     # D = (-2**24 + 0.5, 0), whose first needs 25 bits, one more than float32 has; beta (D - mean D) = (-, +)
     # 8388607.75 at beta = 1
-    weights, _ = gvpo_weights(
+    weights = residuals(
         torch.tensor([-(2.0**24), 0.0]), torch.tensor([-0.5, 0.0]), torch.zeros(2), torch.zeros(2).long(), 1.0
     )
     assert weights.tolist() == [8388607.75, -8388607.75]
@@ -553,7 +565,7 @@ def test_a_million_float32_completions_are_averaged_without_drift():
     # rewards 0.1 as float32 in one huge group: the mean must be that number, to float64 accuracy
     n = 1_000_000
     rewards = torch.full((n,), 0.1)
-    weights, _ = gvpo_weights(torch.zeros(n), torch.zeros(n), rewards, torch.zeros(n, dtype=torch.long), 0.1)
+    weights = residuals(torch.zeros(n), torch.zeros(n), rewards, torch.zeros(n, dtype=torch.long), 0.1)
     assert weights.abs().max() < 1e-10
 
 
@@ -590,7 +602,7 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         gvpo_loss(**{**arguments, **change})
 
 
-# --------------------------------------------------------------------------------------- readings and options
+# ------------------------------------------------------------------------------------------------ readings
 
 
 def test_the_three_terms_have_the_gradient_of_the_loss():
@@ -619,29 +631,3 @@ def test_the_three_terms_have_the_gradient_of_the_loss():
 def test_the_histogram_counts_every_residual_once():
     metrics = finish(gvpo_loss(*batch(MIXED), 0.3)[1])
     assert sum(value for key, value in metrics.items() if "residual_histogram" in key) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("clip", [0.05, 0.4, 1e6])
-def test_a_clipped_residual_is_hubers_loss_differentiated_through_everything(clip):
-    logprobs, reference, rewards, ids = batch(MIXED)
-    variable = logprobs.double().clone().requires_grad_()
-    beta, terms = 0.3, []
-    for group in sorted(set(ids.tolist())):
-        log_ratio, reward = (variable - reference.double())[ids == group], rewards.double()[ids == group]
-        if len(reward) > 1:
-            residual = beta * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
-            terms.append(
-                torch.nn.functional.huber_loss(
-                    residual, torch.zeros_like(residual), reduction="sum", delta=clip
-                )
-                / (len(reward) - 1)
-            )
-    want = torch.stack(terms).mean()
-    (want_gradient,) = torch.autograd.grad(want, variable)
-    again = logprobs.double().clone().requires_grad_()
-    loss, _ = gvpo_loss(again, reference, rewards, ids, beta, residual_clip=clip)
-    (gradient,) = torch.autograd.grad(loss, again)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
-    torch.testing.assert_close(gradient, want_gradient, rtol=1e-10, atol=1e-13)
-    unclipped = loss_and_grad(gvpo_loss, logprobs.double(), reference, rewards, ids, beta)[1]
-    assert torch.allclose(gradient, unclipped, rtol=0, atol=1e-12) == (clip == 1e6)

@@ -35,12 +35,12 @@ assert all(importlib.util.find_spec(name) is None for name in HIDDEN)
 
 import learners
 import tiny
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import loss_config
 from gvpo_ray.learner.step import train_step
 
 folder, objective = sys.argv[1:]
 given = learners.settings(folder)
-given.loss = LossConfig(objective=objective)
+given.loss = loss_config(objective=objective)
 policy = learners.load(tiny.make_model(given.model_path), given)
 before = learners.weights(policy)
 metrics = train_step(policy, [tiny.make_group(i) for i in range(4)], given)

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import EOS, counted_and_damped, float64, make_group, make_model, pushed
+from oracle import weighted_squared_loss, weights_floor_and_damping, with_likelihood_floor
+from tiny import EOS, float64, make_group, make_model
 
 from gvpo_ray import groups
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
-from gvpo_ray.losses.gvpo import gvpo_loss_squared
 
 NUM_STEPS, LEARNING_RATE, BETA = 5, 1e-3, 0.1
 LONG = 10_000
@@ -79,7 +79,7 @@ def five_steps(
         run_dir=str(folder),
         num_steps=NUM_STEPS,
         last_step=NUM_STEPS,
-        loss=LossConfig(
+        loss=loss_config(
             objective=objective, reference=reference, **({"beta": beta} if objective == "gvpo" else {})
         ),
         learner=LearnerConfig(**options),
@@ -162,7 +162,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     name: {"objective": name} for name in ("grpo", "dr_grpo", "rloo", "reinforce")
 }
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
-OTHERS |= {"beta steered": {"beta": "auto"}}
+OTHERS |= {"beta adapted": {"beta": "auto"}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE = {"ddp": {"micro_batch_tokens": 40}, "fsdp": {"backend": "fsdp", "micro_batch_tokens": 70}}
@@ -234,19 +234,19 @@ def test_it_is_the_squared_loss_differentiated_through_everything(
                 references = torch.cat([reference for *_, reference in part])
                 log_ratios = (logprobs.detach() - references).split([len(kept) for _, kept, _ in part])
                 rewards = [[row["rewards"][i] for i in kept] for row, kept, _ in part]
-                counts, of_likelihood, damped = counted_and_damped(
+                counts, floor, damped = weights_floor_and_damping(
                     list(zip(rewards, [own.tolist() for own in log_ratios], strict=True)), BETA
                 )
-                loss = gvpo_loss_squared(
+                loss = weighted_squared_loss(
                     logprobs,
                     references,
                     torch.tensor([row["rewards"][i] for row, kept, _ in part for i in kept]),
                     torch.tensor([g for g, (_, kept, _) in enumerate(part) for _ in kept]),
                     BETA,
-                    importance=counts,
+                    counts,
                 )
                 optimizer.zero_grad()
-                pushed(loss, logprobs, of_likelihood).backward()
+                with_likelihood_floor(loss, logprobs, floor).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * damped
                 optimizer.step()

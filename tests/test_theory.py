@@ -18,7 +18,7 @@ from gvpo_ray.losses.grpo import grpo_loss
 from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_loss_squared
 from gvpo_ray.losses.reinforce import reinforce_loss
 from gvpo_ray.losses.rloo import rloo_loss
-from gvpo_ray.losses.stale_data import importance_weights, kept_likelihood
+from gvpo_ray.losses.stale_data import importance_weights, likelihood_floor, stale_gvpo_loss
 
 NUM_PROMPTS, NUM_COMPLETIONS, BETA = 3, 6, 0.25
 GROUPS_PER_UPDATE, NUM_UPDATES, LAG = 8, 1200, 100
@@ -146,11 +146,9 @@ def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
     def gvpo_with_importance(
         logprobs: Tensor, old: Tensor, reference: Tensor, _: Tensor, rewards: Tensor, group_ids: Tensor
     ) -> tuple[Tensor]:
-        importance = importance_weights(logprobs, old, group_ids, cap)
-        kept = kept_likelihood(logprobs, old, rewards, group_ids)
-        return (
-            gvpo_loss(logprobs, reference, rewards, group_ids, BETA, importance=importance, kept=kept)[0],
-        )
+        weights = importance_weights(logprobs, old, group_ids, cap)
+        floor = likelihood_floor(logprobs, old, rewards, group_ids)
+        return (stale_gvpo_loss(logprobs, reference, rewards, group_ids, BETA, weights, floor)[0],)
 
     problem = Problem(1)
     assert problem.distance(train_policy_gradient(problem, sampler, gvpo_with_importance)) < 1e-6
@@ -236,7 +234,7 @@ def test_the_exact_objective_is_zero_at_the_optimum_and_nowhere_near_it(sampling
             assert exact_objective(nudged.log_softmax(0), *arguments) > 1e-6
 
 
-def expected_gradient_of_logits_where_a_reward_is_noisy(kept: float) -> Tensor:
+def expected_gradient_of_logits_where_a_reward_is_noisy(floor: float) -> Tensor:
     """At the optimum of the mean rewards, over every group of three and every toss of what completion 2 gets:
     0.4 more or 0.4 less.
     """
@@ -248,7 +246,8 @@ def expected_gradient_of_logits_where_a_reward_is_noisy(kept: float) -> Tensor:
         y = torch.tensor(drawn)
         rewards = problem.rewards[0][y] + torch.tensor(tosses).double() * (y == 2)
         arguments = logprobs[y], problem.reference[0][y], rewards, torch.zeros(3, dtype=torch.long), BETA
-        total = total + probabilities[y].prod() / 8 * gvpo_loss(*arguments, kept=torch.full((3,), kept))[0]
+        loss, _ = stale_gvpo_loss(*arguments, torch.ones(3), torch.full((3,), floor))
+        total = total + probabilities[y].prod() / 8 * loss
     return torch.autograd.grad(total, logits)[0]
 
 

@@ -4,11 +4,10 @@ to run on.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -169,42 +168,3 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
         dist.barrier()
     torch.save(results, folder / f"result-{rank}.pt")
     dist.destroy_process_group()
-
-
-def counted_and_damped(
-    groups: Sequence[tuple[Sequence[float], Sequence[float]]], beta: float
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """What each completion counts, and how much of what pushes it down; and what to multiply the learning
-    rate by. Redone in plain Python.
-
-    Args:
-        groups: of each, (rewards, log pi - log mu of the completions), where mu is the reference, too.
-    """
-    counts, kept, around_rewards, around_residuals, together = [], [], 0.0, 0.0, 0.0
-    for rewards, log_ratios in groups:
-        ratios = [min(1.0, math.exp(log_ratio)) for log_ratio in log_ratios]
-        shares = [ratio * len(ratios) / sum(ratios) for ratio in ratios]
-        mean_reward, mean_log_ratio = (
-            sum(s * x for s, x in zip(shares, xs, strict=True)) / len(shares) for xs in (rewards, log_ratios)
-        )
-        for share, reward, log_ratio in zip(shares, rewards, log_ratios, strict=True):
-            advantage = reward - mean_reward
-            residual = advantage - beta * (log_ratio - mean_log_ratio)
-            around_rewards += share * advantage**2 / (len(shares) - 1)
-            around_residuals += share * residual**2 / (len(shares) - 1)
-            together += share * advantage * residual / (len(shares) - 1)
-        counts += shares
-        better = [
-            ratio
-            for ratio, reward in zip(ratios, rewards, strict=True)
-            if reward > sum(rewards) / len(rewards)
-        ]
-        kept += [max(better, default=1.0)] * len(ratios)
-    numbers = (torch.tensor(values, dtype=torch.float64) for values in (counts, kept))
-    return *numbers, max(0.0, together) ** 2 / (around_rewards * around_residuals)
-
-
-def pushed(loss: torch.Tensor, logprobs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """What has the loss's gradient, but `kept` times what pushes a completion down."""
-    (gradient,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
-    return (torch.where(gradient > 0, kept * gradient, gradient) * logprobs).sum()

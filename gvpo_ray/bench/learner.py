@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import GvpoLoss
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.losses.gvpo import gvpo_loss
@@ -207,9 +207,7 @@ def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ModelConfig(path=folder, dtype="bfloat16" if device == "cuda" else "float32")
     learner = LearnerConfig(backend="ddp", learning_rate=1e-6, num_mini_batches=1, micro_batch_tokens=10**9)
-    settings = Settings(
-        folder, 10**9, 10**9, LossConfig(), learner, CheckpointConfig(), folder, parity_every=0
-    )
+    settings = Settings(folder, 10**9, 10**9, GvpoLoss(), learner, CheckpointConfig(), folder, parity_every=0)
     in_library = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:

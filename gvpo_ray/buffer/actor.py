@@ -208,13 +208,8 @@ class LearnerBufferClient:
         batch = self._call("batch_on_wire", step)
         return None if batch is None else from_wire(batch)
 
-    def learned(
-        self,
-        version: int,
-        references: dict[int, list[float | None]],
-        residuals: dict[int, list[float | None]] | None = None,
-    ) -> None:
-        """See GroupBuffer.report_references. Nobody asks for residuals any more; the loop still has them."""
+    def report_references(self, version: int, references: dict[int, list[float | None]]) -> None:
+        """See GroupBuffer.report_references."""
         if references:
             self._call("report_references", version, references)
 

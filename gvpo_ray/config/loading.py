@@ -63,10 +63,10 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
     """The first problem, with its key; an unknown key with the nearest right one."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = [str(part) for part in first["loc"]]
+    parents, location = _without_tags(model, [str(part) for part in first["loc"]])
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _keys_at(model, location[:-1])
+        known = list(parents.model_fields) if parents else []
         near = [
             ".".join([*location[:-1], name]) for name in difflib.get_close_matches(location[-1], known, n=1)
         ]
@@ -82,30 +82,40 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
     return (f"{key}: " if key else "") + message + shown + more
 
 
-def _section(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+def _sections(annotation: Any) -> list[type[Section]]:
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
 
 
-def _keys_at(root: type[Section], location: list[str]) -> list[str]:
+def _without_tags(root: type[Section], location: list[str]) -> tuple[type[Section] | None, list[str]]:
+    """The section that the last part of pydantic's location is in, and the location as a config has it.
+
+    Pydantic puts the tag of a union into it: ("loss", "gvpo", "beta") is the key loss.beta.
+    """
     model: type[Section] | None = root
-    names = iter(location)
-    for name in names:
-        annotation = model.model_fields[name].annotation if model is not None else None
-        model = _section(annotation)
-        if str(annotation).startswith("dict"):
-            next(names, None)  # the name of an entry in a dictionary of sections: evaluation.sets.<name>
-    return list(model.model_fields) if model else []
+    found: list[str] = []
+    parts = iter(location)
+    for part in parts:
+        found.append(part)
+        if len(found) == len(location) or model is None or part not in model.model_fields:
+            break
+        field = model.model_fields[part]
+        sections = _sections(field.annotation)
+        if field.discriminator is not None:
+            tag = next(parts, None)
+            sections = [one for one in sections if one.model_fields[str(field.discriminator)].default == tag]
+        elif str(field.annotation).startswith("dict"):
+            # the name of an entry in a dictionary of sections: evaluation.sets.<name>
+            found += [name for name in [next(parts, None)] if name is not None]
+        model = sections[0] if sections else None
+    return model, found + list(parts)
 
 
 def _all_keys(model: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if (section := _section(field.annotation)) is not None and not str(field.annotation).startswith(
-            "dict"
-        ):
-            keys += _all_keys(section, prefix + name + ".")
-    return keys
+        if not str(field.annotation).startswith("dict"):
+            for section in _sections(field.annotation):
+                keys += _all_keys(section, prefix + name + ".")
+    return list(dict.fromkeys(keys))

@@ -21,7 +21,7 @@ from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.evaluation import EvaluationConfig
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loading import one_line, parse_override, read_yaml, set_key
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig, WarmStartConfig
 from gvpo_ray.config.tracking import TrackingConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
@@ -63,7 +63,7 @@ class GVPOConfig(Section):
     replay: ReplayConfig = ReplayConfig()
     sources: dict[str, SourceConfig] = {}
     """Offline sources by name; what one does not say about its prompts' template is as in prompts."""
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = GvpoLoss()
     engines: EnginesConfig = EnginesConfig()
     verifiers: VerifiersConfig = VerifiersConfig()
     learner: LearnerConfig = LearnerConfig()

@@ -32,12 +32,7 @@ class Buffer(Protocol):
     def learner_started(self, step: int) -> None: ...
     def next_command(self, step: int, saved: bool) -> str: ...
     def batch(self, step: int) -> pa.Table | None: ...
-    def learned(
-        self,
-        version: int,
-        references: dict[int, list[float | None]],
-        residuals: dict[int, list[float | None]],
-    ) -> None: ...
+    def report_references(self, version: int, references: dict[int, list[float | None]]) -> None: ...
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None: ...
     def saved(self, step: int) -> None: ...
 
@@ -58,8 +53,9 @@ def learn(
     """Train until the buffer says stop.
 
     Waits for the buffer's commands (woken by the driver's permit and save) and batches (woken by finished
-    groups). Rank 0 talks back for all, but for what was learned of single completions: that each rank tells
-    of its own groups. `on_checkpoint(metrics)` is called on every rank after each checkpoint that was due.
+    groups). Rank 0 talks back for all, but for what the reference model said of single completions: that each
+    rank tells of its own groups. `on_checkpoint(metrics)` is called on every rank after each checkpoint that
+    was due.
     """
     if policy.rank == 0:
         buffer.learner_started(policy.step)
@@ -81,16 +77,11 @@ def learn(
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         metrics = train_step(policy, rows, settings)
         trained = time.perf_counter()
-        if settings.reports_residuals:
-            own = [row for row in rows if "residuals" in row]
+        if settings.reports_references and settings.loss.caches_reference:
             references = {
-                row["group_id"]: row["reference_logprobs"]
-                for row in own
-                if settings.loss.asks_reference_model_for_sums
+                row["group_id"]: row["reference_logprobs"] for row in rows if "reference_logprobs" in row
             }
-            buffer.learned(
-                policy.reference_version, references, {row["group_id"]: row["residuals"] for row in own}
-            )
+            buffer.report_references(policy.reference_version, references)
         publish(
             policy,
             buffer,

@@ -1,150 +1,107 @@
-"""loss.objective on the groups of one pass, and what is told of it."""
+"""Compute the configured loss on the groups of one forward pass, and its statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from gvpo_ray import groups
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import sequence_sums
 from gvpo_ray.learner.passes import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.references import Fixed
-from gvpo_ray.losses.diagnostics import finish
-from gvpo_ray.losses.gvpo import gvpo_loss, gvpo_weights
+from gvpo_ray.learner.references import ReferenceLogprobs
+from gvpo_ray.losses.batch import LossBatch
+from gvpo_ray.losses.diagnostics import finish, finish_buckets, residual_sums_by_bucket
 from gvpo_ray.losses.registry import OBJECTIVES
-from gvpo_ray.losses.stale_data import importance_weights, kept_likelihood
 from gvpo_ray.observe.metrics import STALENESS_EDGES, age_bucket
+
+AGES = (*map(str, STALENESS_EDGES), "inf", "foreign")
+"""The staleness buckets of gvpo/residual_var/<age> (metrics.age_bucket)."""
 
 
 class Objective:
-    """loss.objective on the groups of one pass. What gvpo reports is reported of every objective, on the same
-    data.
+    """The configured objective in the step from `version`.
+
+    What gvpo reports is reported of every objective, on the same data.
     """
 
-    def __init__(self, config: LossConfig, beta: float, version: int) -> None:
-        self._config, self.beta, self._version = config, beta, version
-        self.residuals: dict[int, list[float]] = {}
-        """(R - mean R) - beta (D - mean D) of the completions of each group so far, by group id."""
+    def __init__(self, options: LossOptions, beta: float, version: int) -> None:
+        self._options, self.beta, self._version = options, beta, version
+        self._loss = OBJECTIVES[options.objective]
 
     def __call__(
-        self, logprobs: torch.Tensor, fixed: Fixed, rows: Sequence[Row], num_groups: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of these groups as a share of an update of `num_groups`, and sums for `finish`."""
-        config, device = self._config, logprobs.device
+        self, logprobs: Tensor, measured: ReferenceLogprobs, rows: Sequence[Row], num_groups: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of these whole groups as a share of an update of `num_groups`, and sums for `finish`.
+
+        Args:
+            logprobs: [T] of all completions' tokens, in the rows' order, with gradients.
+            measured: what to measure them against.
+            rows: the groups, without completions that are left out.
+            num_groups: of the update, on all ranks.
+        """
+        device = logprobs.device
         lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
-        rewards = torch.tensor(
-            [reward for row in rows for reward in row["rewards"]], dtype=torch.float64, device=device
-        )
-        ids = torch.tensor(
-            [j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device
-        )
-        old, reference = (
-            torch.where(given.isnan(), logprobs.detach().double(), given)
-            for given in (fixed.old, fixed.reference)
-        )
-        totals, reference_totals = sequence_sums(logprobs, lengths), sequence_sums(reference, lengths)
-        importance = kept = None
-        if config.objective == "gvpo" and config.importance_cap is not None:
-            old_totals = sequence_sums(old, lengths)
-            importance = importance_weights(totals, old_totals, ids, config.importance_cap)
-            kept = kept_likelihood(totals, old_totals, rewards, ids)
-        if config.asks_reference_model_for_sums:
+        sampler = None if measured.sampler is None else measured.sampler.beside(logprobs)
+        reference = None if measured.reference is None else measured.reference.beside(logprobs)
+        if reference is None:
             known = [value for row in rows for value in row["reference_logprobs"]]
-            reference_totals = torch.tensor(known, dtype=torch.float64, device=device)
-        if config.length_normalised:
-            sizes = torch.tensor(lengths, device=device)
-            totals, reference_totals = totals / sizes, reference_totals / sizes
-        loss, stats = gvpo_loss(
-            totals,
-            reference_totals,
-            rewards,
-            ids,
-            self.beta,
-            num_groups,
-            config.residual_clip,
-            importance,
-            kept,
+            reference_sums = torch.tensor(known, dtype=torch.float64, device=device)
+        else:
+            reference_sums = sequence_sums(reference, lengths)
+        computed = self._loss(
+            LossBatch(
+                logprobs=logprobs,
+                completion_ids=torch.repeat_interleave(
+                    torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)
+                ).to(device),
+                logprob_sums=sequence_sums(logprobs, lengths),
+                sampler_logprobs=sampler,
+                sampler_sums=None if sampler is None else sequence_sums(sampler, lengths),
+                reference_logprobs=reference,
+                reference_sums=reference_sums,
+                rewards=torch.tensor(
+                    [reward for row in rows for reward in row["rewards"]], dtype=torch.float64, device=device
+                ),
+                group_ids=torch.tensor(
+                    [j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device
+                ),
+                beta=self.beta,
+                num_groups=num_groups,
+            ),
+            self._options,
         )
-        residuals = gvpo_weights(totals, reference_totals, rewards, ids, self.beta, importance)[0]
-        stats |= residuals_by_age(
-            residuals, [oldest for row in rows for oldest in row["version_min"]], self._version
-        )
-        for row, own in zip(rows, residuals.split([len(row["rewards"]) for row in rows]), strict=True):
-            self.residuals[row["group_id"]] = own.tolist()
-        stats["num_tokens"] = stats["clipped_tokens"] = torch.zeros((), dtype=torch.float64, device=device)
-        if config.objective != "gvpo":
-            owners = torch.repeat_interleave(
-                torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)
-            ).to(device)
-            function, options = OBJECTIVES[config.objective]
-            given = {name: getattr(config, name) for name in options}
-            loss, own = function(logprobs, old, reference, owners, rewards, ids, num_groups, **given)
-            stats |= {
-                "loss": own["objective"],
-                "num_tokens": own["num_tokens"],
-                "clipped_tokens": own["clipped_tokens"],
-            }
-        return loss, stats
+        ages = [age_bucket(oldest, self._version) for row in rows for oldest in row["version_min"]]
+        by_age = residual_sums_by_bucket(computed.residuals, ages, len(AGES))
+        return computed.loss, computed.sums | by_age
 
-    def finish(self, sums: dict[str, float]) -> dict[str, Any]:
-        clipped = sums["clipped_tokens"] / max(1.0, sums["num_tokens"])
-        return {
-            **finish(sums),
-            **finish_by_age(sums),
-            **({} if self._config.objective == "gvpo" else {"policy/clipped": clipped}),
-        }
+    def of_nothing(self, device: torch.device) -> dict[str, Tensor]:
+        """The sums of no groups, which all other sums have the keys of."""
+        return self(torch.zeros(0, device=device), ReferenceLogprobs.empty(device), [], num_groups=1)[1]
+
+    def finish(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics of a step from the sums of all of its passes, on all ranks."""
+        return {**finish(sums), **finish_buckets(sums, AGES)}
 
 
-AGES = (*map(str, STALENESS_EDGES), "inf", "foreign")
+def gradient_weights_of_parts(
+    policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, num_groups: int
+) -> tuple[dict[int, Tensor], list[dict[str, Tensor]]]:
+    """d loss / d log-prob of the tokens in each pass that holds a part of a group, and those groups' sums.
 
-
-def residuals_by_age(
-    residuals: torch.Tensor, version_mins: Sequence[int | None], version: int
-) -> dict[str, torch.Tensor]:
-    """Sums for `finish_by_age`: squared residuals, and completions, by their staleness
-    (metrics.age_bucket).
-    """
-    ages = torch.tensor(
-        [age_bucket(oldest, version) for oldest in version_mins], dtype=torch.long, device=residuals.device
-    )
-    squares = torch.zeros(len(AGES), dtype=torch.float64, device=residuals.device).index_add(
-        0, ages, residuals.square()
-    )
-    counts = torch.bincount(ages, minlength=len(AGES)).double()
-    return {
-        **{f"age_square_{i}": x for i, x in enumerate(squares)},
-        **{f"age_count_{i}": x for i, x in enumerate(counts)},
-    }
-
-
-def finish_by_age(sums: dict[str, float]) -> dict[str, float]:
-    """gvpo/residual_var/<edge>: mean squared residual of the completions of that staleness, each counted
-    once; only where there are some.
-    """
-    counts = {age: (sums[f"age_square_{i}"], sums[f"age_count_{i}"]) for i, age in enumerate(AGES)}
-    return {f"gvpo/residual_var/{age}": square / count for age, (square, count) in counts.items() if count}
-
-
-def pulls_of(
-    policy: Policy, plan: Plan, fixed: Sequence[Fixed], objective: Objective, num_groups: int
-) -> tuple[dict[int, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """For passes that hold a part of a group: d loss / d log-probs of their tokens, and the sums of those
-    groups.
-
-    A weight depends on the whole group, but only through one number per completion: so a group that does not
+    The gradient depends on the whole group, but only through one number per token: so a group that does not
     fit into a pass has one pass of each part without gradients first, and then one with them, whose loss is
-    linear in the log-probs.
+    linear in the log-probs. Every rank.
     """
     seen = []
     for i in range(plan.num_part_passes):
         parts = [part for group in plan.parts for part in group]
         seen.append(torch.cat(policy.token_logprobs(plan.passes[parts[i]] if i < len(parts) else [NOTHING])))
-    pulls: dict[int, torch.Tensor] = {}
+    weights: dict[int, Tensor] = {}
     sums = []
     for group in plan.parts:
         tokens = [seen.pop(0) for _ in group]
@@ -154,13 +111,10 @@ def pulls_of(
             for name in groups.PER_COMPLETION_COLUMNS
             if rows[0].get(name) is not None
         }
-        whole = {**rows[0], **lists}
         logprobs = torch.cat(tokens).requires_grad_()
-        known = Fixed(
-            torch.cat([fixed[i].old for i in group]), torch.cat([fixed[i].reference for i in group])
-        )
-        loss, stats = objective(logprobs, known, [whole], num_groups)
+        known = ReferenceLogprobs.cat([measured[i] for i in group])
+        loss, group_sums = objective(logprobs, known, [{**rows[0], **lists}], num_groups)
         (gradient,) = torch.autograd.grad(loss, logprobs)
-        pulls |= dict(zip(group, gradient.split([len(t) for t in tokens]), strict=True))
-        sums.append(stats)
-    return pulls, sums
+        weights |= dict(zip(group, gradient.split([len(t) for t in tokens]), strict=True))
+        sums.append(group_sums)
+    return weights, sums

@@ -1,4 +1,4 @@
-"""The learner's passes through the model: which groups a forward pass of this rank holds."""
+"""Micro-batches: which groups each forward pass of this rank holds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gvpo_ray.groups import Row
 from gvpo_ray.learner.policy import Policy
 
 NOTHING: Row = {"prompt_ids": [0], "completion_ids": [[0]]}
+"""What a rank passes through the model where only another rank has something to do."""
 
 
 @dataclass
@@ -27,19 +28,19 @@ class Plan:
     """The most that any rank has."""
 
 
-def plan_passes(policy: Policy, shares: Sequence[Sequence[Row]], max_tokens: int) -> Plan:
-    """Every rank knows the shares of all, so they agree on the number of passes without a word."""
+def plan_passes(policy: Policy, rows_of_ranks: Sequence[Sequence[Row]], max_tokens: int) -> Plan:
+    """This rank's passes. Every rank knows the groups of all, so they agree on the number without a word."""
     plans = []
-    for share in shares:
+    for rows in rows_of_ranks:
         passes: list[list[Row]] = []
         parts: list[list[int]] = []
-        for micro in groups.micro_batches(share, max_tokens, policy.packs):
-            pieces = groups.split_group(share[micro[0]], max_tokens, policy.packs) if len(micro) == 1 else []
+        for micro in groups.micro_batches(rows, max_tokens, policy.packs):
+            pieces = groups.split_group(rows[micro[0]], max_tokens, policy.packs) if len(micro) == 1 else []
             if len(pieces) > 1:
                 parts.append(list(range(len(passes), len(passes) + len(pieces))))
                 passes += [[piece] for piece in pieces]
             else:
-                passes.append([share[i] for i in micro])
+                passes.append([rows[i] for i in micro])
         plans.append(Plan(passes, parts, sum(map(len, parts))))
     mine = plans[policy.rank]
     mine.passes += [[] for _ in range(max(len(plan.passes) for plan in plans) - len(mine.passes))]
@@ -47,6 +48,6 @@ def plan_passes(policy: Policy, shares: Sequence[Sequence[Row]], max_tokens: int
     return mine
 
 
-def shares_of(policy: Policy, rows: Sequence[Any]) -> list[list[Any]]:
-    """The groups of each rank."""
-    return [[rows[i] for i in share] for share in groups.split_by_tokens(rows, policy.world_size)]
+def rows_of_ranks(policy: Policy, rows: Sequence[Any]) -> list[list[Any]]:
+    """The groups of each rank, dealt by their tokens."""
+    return [[rows[i] for i in indices] for indices in groups.split_by_tokens(rows, policy.world_size)]

@@ -1,127 +1,200 @@
-"""What a forward pass is measured against: the log-probs of whoever sampled, and of the reference policy."""
+"""What a forward pass is measured against: log-probs of the policy that sampled, and of the reference policy.
+
+    completion                          `behaviour`, the policy that sampled it, is taken from
+    wholly by the policy of this step   its own forward pass (so the log-ratio is exactly 0), or in later
+                                        mini-batches a pass before the first update
+    older, or by several versions       the engine, `sampling_logprobs`
+    foreign                             a pass of the policy that the run began with, or of this step's, as
+                                        the objective's options say
+
+    policy        token log-probs are taken from
+    `behaviour`   the table above
+    `previous`    its own forward pass, or in later mini-batches a pass before the first update
+    `model`       a pass of the reference model; of one that is asked for sums alone, the columns
+                  `reference_logprobs`, which follow a completion
+
+What is asked for is what the objective's options need (config/loss.py): no objective is known here by name.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gvpo_ray import groups
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import LossOptions, Need
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import sequence_sums
-from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, shares_of
+from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.policy import Policy
 
 
-@dataclass
-class Fixed:
-    """What a pass measures its token log-probs against, [T] each; nan: against themselves, as they are before
-    the update.
-    """
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probs of a pass's tokens by another policy than the one being trained."""
 
-    old: torch.Tensor
-    """Of the policy that sampled."""
-    reference: torch.Tensor
+    values: Tensor
+    """[T] float64."""
+    is_own: Tensor
+    """[T] bool: that policy is this one as it is now, so that the pass's own log-probs stand for it."""
+
+    def beside(self, logprobs: Tensor) -> Tensor:
+        """The log-probs, [T] float64 without gradient, to compare the pass's own `logprobs` with."""
+        return torch.where(self.is_own, logprobs.detach().double(), self.values)
+
+    def filled(self, values: Tensor, where: Tensor) -> TokenLogprobs:
+        """These, but `values` in some places."""
+        return TokenLogprobs(torch.where(where, values, self.values), self.is_own & ~where)
 
     @classmethod
-    def of_nothing(cls, policy: Policy) -> Fixed:
-        return cls(torch.zeros(0, device=policy.device), torch.zeros(0, device=policy.device))
+    def own(cls, like: Tensor) -> TokenLogprobs:
+        """Those of the pass itself."""
+        return cls(torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool))
+
+    @classmethod
+    def cat(cls, parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
+        """Those of several passes, one after the other."""
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.is_own for part in parts]))
 
 
-START, FOREIGN = "start", "foreign"
+@dataclass(frozen=True)
+class ReferenceLogprobs:
+    """What one forward pass is measured against. None: the objective does not need it, token by token."""
+
+    sampler: TokenLogprobs | None
+    reference: TokenLogprobs | None
+
+    @classmethod
+    def empty(cls, device: torch.device) -> ReferenceLogprobs:
+        """Those of a pass without groups."""
+        nothing = TokenLogprobs.own(torch.zeros(0, dtype=torch.float64, device=device))
+        return cls(nothing, nothing)
+
+    @classmethod
+    def cat(cls, parts: Sequence[ReferenceLogprobs]) -> ReferenceLogprobs:
+        """Those of several passes, one after the other."""
+        samplers = [part.sampler for part in parts if part.sampler is not None]
+        references = [part.reference for part in parts if part.reference is not None]
+        return cls(
+            TokenLogprobs.cat(samplers) if samplers else None,
+            TokenLogprobs.cat(references) if references else None,
+        )
 
 
-def _sampled(row: Row, version: int) -> list[list[float] | str]:
-    """Of each completion the log-probs of its tokens by the policy that sampled it; START: that was the
-    policy at the start of the step; FOREIGN: it was no policy of this run.
+class Origin(Enum):
+    """Who sampled a completion."""
 
-    A completion wholly sampled by that very policy takes the learner's own pass (log-ratio exactly 0); an
-    older or mixed one its engine's log-probs, exact also when weights changed in mid-completion.
-    """
+    CURRENT = "wholly the policy at the start of the step"
+    ENGINE = "older policies, or several: the engine's log-probs say what they were"
+    FOREIGN = "no policy of this run"
+
+
+def origins_of(row: Row, version: int) -> list[Origin]:
+    """The origin of each completion, in the step from `version`."""
     columns = (row[name] for name in ("version_min", "version_max", "sampling_logprobs"))
     return [
-        FOREIGN if oldest is None or logprobs is None else START if oldest == newest == version else logprobs
+        Origin.FOREIGN
+        if oldest is None or logprobs is None
+        else Origin.CURRENT
+        if oldest == newest == version
+        else Origin.ENGINE
         for oldest, newest, logprobs in zip(*columns, strict=True)
     ]
 
 
-def reference_passes(
-    policy: Policy,
-    mini_batches: Sequence[Sequence[Row]],
-    plans: Sequence[Plan],
-    loss: LossConfig,
-    model_path: str,
-) -> list[list[Fixed]]:
-    """What each pass of a step measures against, once per completion and reference version, before the first
-    update.
-
-    nan: the policy at the start of the step, and no pass is needed for it, because that is the policy of the
-    completion's own forward pass, whose log-probs become the reference (so the log-ratio there is exactly 0).
-    That holds in the first mini-batch; the others need a pass of their own, unless every completion, on every
-    rank, brings its log-probs along.
-
-    For gvpo and `behaviour` a foreign completion is one that the policy at model_path wrote, which is the one
-    that the run began with: D is then how far the learner has moved on it. Against the policy that meets it D
-    would be 0, and what is wrong in it pushed down for ever.
-    """
-    version, result = policy.step, []
-    by_token = loss.has_reference_model and not loss.asks_reference_model_for_sums
-    takes_for_first = loss.reference == "behaviour" and loss.objective == "gvpo"
-    asks_sampler = (
-        loss.reference == "behaviour" or loss.objective != "gvpo" or loss.importance_cap is not None
-    )
-    for i, (mini_batch, plan) in enumerate(zip(mini_batches, plans, strict=True)):
-        unknown = {known for row in mini_batch for known in _sampled(row, version) if isinstance(known, str)}
-        asks_first = takes_for_first and FOREIGN in unknown
-        if asks_first:
-            unknown.remove(FOREIGN)
-            if not policy.has_reference:
-                policy.load_reference(model_path)
-        asks_start = i > 0 and (
-            "previous" in (loss.reference, loss.old_policy) or (asks_sampler and bool(unknown))
-        )
-        fixed = []
-        for micro in plan.passes:  # a rank with nothing to ask takes part
-            brought, foreign = [], []
-            for row in micro:
-                for ids, known in zip(row["completion_ids"], _sampled(row, version), strict=True):
-                    brought += [float("nan")] * len(ids) if isinstance(known, str) else known
-                    foreign += [known == FOREIGN] * len(ids)
-            sampled = torch.tensor(brought, dtype=torch.float64, device=policy.device)
-            if asks_first:
-                first = _pass(policy, micro, reference=True)
-                sampled = torch.where(
-                    torch.tensor(foreign, dtype=torch.bool, device=policy.device), first, sampled
+def check_sampling_logprobs(rows: Sequence[Row]) -> None:
+    """Raises GroupError where an engine's log-probs are not numbers; the message names the group."""
+    for row in rows:
+        for i, logprobs in enumerate(row["sampling_logprobs"]):
+            if logprobs is not None and not math.isfinite(sum(logprobs)):
+                token = next(t for t, value in enumerate(logprobs) if not math.isfinite(value))
+                raise groups.GroupError(
+                    f"group {row['group_id']}: sampling_logprobs[{i}] has {logprobs[token]} for token {token}"
                 )
-            start = torch.full_like(sampled, float("nan"))
-            if asks_start:
-                start = _pass(policy, micro)
-                sampled = torch.where(sampled.isnan(), start, sampled)
-            reference = (
-                _pass(policy, micro, reference=True)
-                if by_token
-                else start
-                if loss.reference == "previous"
-                else sampled
+
+
+def measure_passes(
+    policy: Policy,
+    mini_batch: Sequence[Row],
+    plan: Plan,
+    loss: LossOptions,
+    model_path: str,
+    is_first: bool,
+) -> list[ReferenceLogprobs]:
+    """What each pass of a mini-batch is measured against; called before the first update of the step.
+
+    In the first mini-batch the policy at the start of the step is the one of the forward pass itself and
+    costs no pass. Every rank: all have the whole mini-batch, and so make as many passes.
+
+    Args:
+        model_path: the model that the run began with.
+        is_first: whether no update comes before this mini-batch's.
+    """
+    asked = {need.policy for need in (loss.sampler_need, loss.reference_need) if need.detail != "nothing"}
+    origins = {origin for row in mini_batch for origin in origins_of(row, policy.step)} - {Origin.ENGINE}
+    asks_initial = loss.foreign_is_initial and Origin.FOREIGN in origins
+    if asks_initial:
+        origins.remove(Origin.FOREIGN)
+        if not policy.has_reference:
+            policy.load_reference(model_path)
+    asks_start = not is_first and ("previous" in asked or ("behaviour" in asked and bool(origins)))
+    measured = []
+    for micro in plan.passes:  # a rank with nothing to ask takes part
+        sampled, is_foreign = _sampled(policy, micro)
+        if asks_initial:
+            sampled = sampled.filled(_pass(policy, micro, reference=True), is_foreign)
+        start = TokenLogprobs.own(sampled.values)
+        if asks_start:
+            tokens = _pass(policy, micro)
+            start, sampled = start.filled(tokens, start.is_own), sampled.filled(tokens, sampled.is_own)
+        by_policy = {"behaviour": sampled, "previous": start}
+        if loss.reference_need == Need("tokens", "model"):
+            by_policy["model"] = start.filled(
+                _pass(policy, micro, reference=True), torch.ones_like(start.is_own)
             )
-            fixed.append(Fixed(start if loss.old_policy == "previous" else sampled, reference))
-        result.append(fixed)
-    return result
+        measured.append(
+            ReferenceLogprobs(
+                *(
+                    by_policy.get(need.policy) if need.detail != "nothing" else None
+                    for need in (loss.sampler_need, loss.reference_need)
+                )
+            )
+        )
+    return measured
 
 
-def pass_reference_model(policy: Policy, mini_batch: Sequence[dict[str, Any]], max_tokens: int) -> None:
-    """Write the reference model's log-probs into the rows that this rank trains; a completion that brings
-    them along costs nothing.
+def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor]:
+    """What the rows say of the policy that sampled, and [T] whether a token is of a foreign completion."""
+    values: list[float] = []
+    is_own: list[bool] = []
+    is_foreign: list[bool] = []
+    for row in rows:
+        for i, origin in enumerate(origins_of(row, policy.step)):
+            num = len(row["completion_ids"][i])
+            values += row["sampling_logprobs"][i] if origin is Origin.ENGINE else [0.0] * num
+            is_own += [origin is not Origin.ENGINE] * num
+            is_foreign += [origin is Origin.FOREIGN] * num
+    own, foreign = (torch.tensor(x, dtype=torch.bool, device=policy.device) for x in (is_own, is_foreign))
+    return TokenLogprobs(torch.tensor(values, dtype=torch.float64, device=policy.device), own), foreign
+
+
+def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], max_tokens: int) -> None:
+    """Write the reference model's log-probs into the rows that this rank trains. Every rank.
+
+    A completion that brings those of this version of the model along costs nothing.
     """
     version = policy.reference_version
-    shares = shares_of(policy, mini_batch)
-    asked = [[(row, which) for row in share if (which := _unknown(row, version))] for share in shares]
+    unknown = [[(row, _unknown(row, version)) for row in rows] for rows in rows_of_ranks(policy, mini_batch)]
+    asked = [[(row, which) for row, which in rows if which] for rows in unknown]
     sums: list[float] = []
     for micro in plan_passes(
-        policy, [[groups.only(row, which) for row, which in share] for share in asked], max_tokens
+        policy, [[groups.only(row, which) for row, which in rows] for rows in asked], max_tokens
     ).passes:
         tokens = policy.token_logprobs(micro or [NOTHING], reference=True)
         sums += sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist() if micro else []
@@ -138,7 +211,28 @@ def _unknown(row: Row, version: int) -> list[int]:
     return [i for i, known in enumerate(versions) if known != version]
 
 
-def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> torch.Tensor:
-    """Token log-probs of a pass, float64 [T]."""
+def attach_references(
+    policy: Policy, batch: Sequence[dict[str, Any]], mini_batches: Sequence[Sequence[Row]]
+) -> None:
+    """Write what the reference model said into the batch's rows that this rank trains, None where left out.
+
+    The other rows lose theirs: what is left is for this rank to tell.
+
+    Args:
+        batch: the step's rows.
+        mini_batches: what of them is trained, as it was cut, with the log-probs of `score_with_reference`.
+    """
+    own = {row["group_id"]: row for rows in mini_batches for row in rows_of_ranks(policy, rows)[policy.rank]}
+    for row in batch:
+        trained = own.get(row["group_id"])
+        for name in groups.REFERENCE_COLUMNS:
+            row.pop(name, None)
+            if trained is not None:
+                known = dict(zip(groups.trainable_completions(row), trained[name], strict=True))
+                row[name] = [known.get(i) for i in range(len(row["rewards"]))]
+
+
+def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> Tensor:
+    """Token log-probs of a pass without gradients, float64 [T]."""
     tokens = torch.cat(policy.token_logprobs(rows or [NOTHING], reference)).double()
     return tokens if rows else tokens[:0]

@@ -1,26 +1,31 @@
-"""One step of training: references → mini-batches: forward, loss, backward, update. `train_step` is the
-algorithm.
-"""
+"""One step of training, Algorithm 1 on one page: `train_step`, and what it is made of."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gvpo_ray import groups
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.objective import Objective, pulls_of
-from gvpo_ray.learner.passes import NOTHING, plan_passes, shares_of
+from gvpo_ray.learner.objective import Objective, gradient_weights_of_parts
+from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.references import Fixed, pass_reference_model, reference_passes
-from gvpo_ray.losses.stale_data import damping, steered
+from gvpo_ray.learner.references import (
+    ReferenceLogprobs,
+    attach_references,
+    check_sampling_logprobs,
+    measure_passes,
+    score_with_reference,
+)
+from gvpo_ray.losses.stale_data import adapted_beta, damping
 from gvpo_ray.observe.metrics import batch_metrics, mean
 
 
@@ -44,105 +49,168 @@ class Settings:
     checkpoint: CheckpointConfig
     model_path: str
     parity_every: int
-    reports_residuals: bool = False
-    """Whether somebody replays completions and chooses them by what a step learned of them."""
+    reports_references: bool = False
+    """Whether completions are replayed, so that the buffer keeps what the reference model said of them."""
 
 
-def train_step(policy: Policy, batch: Sequence[Row], settings: Settings) -> dict[str, Any]:
-    """One step of the objective (GVPO: Algorithm 1): fix the references, then one update per mini-batch.
-    Every rank has the whole batch.
+def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    """One step of GVPO (Algorithm 1), or of another objective. Every rank has the whole batch.
 
-    The rows that this rank trained get `residuals`, and where the reference is a model of its own
-    `reference_logprobs`: per completion, None for one that was left out.
+    Where the reference is a model of its own, the rows that this rank trained get `reference_logprobs`: per
+    completion, None for one that was left out.
+
+    Returns:
+        The step's metrics, the same on every rank.
+
+    Raises:
+        GroupError: the log-probs of an engine are not numbers.
+        NonFiniteGradient: the gradient was not a number too often in a row.
     """
-    version, loss = policy.step, settings.loss
+    check_sampling_logprobs(batch)
+    refresh_reference(policy, settings.loss)
+    updates = plan_updates(policy, batch, settings)
+    step = Step(policy, settings)
+    for update in updates:
+        for forward in step.forward_passes(update):
+            logprobs, _ = policy.forward(forward.rows, forward.is_last)
+            policy.backward(step.loss_of(forward, logprobs), forward.is_last)
+        step.apply(update)
+    return step.finish(batch, updates)
+
+
+def refresh_reference(policy: Policy, loss: LossOptions) -> None:
+    """Make the policy the reference, where that is due (`every: N`)."""
     every = loss.reference_every
-    if every and (version % every == 0 or not policy.has_reference):
+    if every and (policy.step % every == 0 or not policy.has_reference):
         policy.refresh_reference()
-    pairs = [(row, trained) for row in batch if (trained := groups.trainable(row)) is not None]
-    if loss.drop_equal_rewards:
-        pairs = [(row, trained) for row, trained in pairs if len(set(trained["rewards"])) > 1]
-    rows = [trained for _, trained in pairs]
-    mini_batches = [part for part in _cut(rows, settings.learner.num_mini_batches) if part]
-    if loss.asks_reference_model_for_sums:
+
+
+@dataclass
+class Update:
+    """One optimizer update: a mini-batch and this rank's passes through it."""
+
+    rows: list[Row]
+    """The mini-batch, of all ranks."""
+    plan: Plan
+    measured: list[ReferenceLogprobs]
+    """What each pass is measured against."""
+
+
+def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> list[Update]:
+    """Cut the trainable groups into mini-batches and passes, and ask what they are measured against."""
+    loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
+    trained = [row for row in map(groups.trainable, batch) if row is not None]
+    mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
+    if loss.caches_reference:
         for mini_batch in mini_batches:
-            pass_reference_model(policy, mini_batch, settings.learner.micro_batch_tokens)
-    plans = [
-        plan_passes(policy, shares_of(policy, mini_batch), settings.learner.micro_batch_tokens)
-        for mini_batch in mini_batches
+            score_with_reference(policy, mini_batch, max_tokens)
+        attach_references(policy, batch, mini_batches)
+    plans = [plan_passes(policy, rows_of_ranks(policy, rows), max_tokens) for rows in mini_batches]
+    return [
+        Update(rows, plan, measure_passes(policy, rows, plan, loss, settings.model_path, is_first=i == 0))
+        for i, (rows, plan) in enumerate(zip(mini_batches, plans, strict=True))
     ]
-    references = reference_passes(policy, mini_batches, plans, loss, settings.model_path)
-    beta = (
-        policy.beta
-        if loss.steers_beta and policy.beta is not None
-        else loss.beta_at(version, settings.num_steps)
-    )
-    objective = Objective(loss, beta, version)
-    nothing: dict[str, torch.Tensor] = objective(
-        torch.zeros(0, device=policy.device), Fixed.of_nothing(policy), [], num_groups=1
-    )[1]
-    sums = dict.fromkeys(nothing, 0.0)
-    norms, dampings, num_skipped = [], [], 0
-    learning_rate = _learning_rate(settings.learner, version, settings.num_steps)
-    for mini_batch, plan, fixed in zip(mini_batches, plans, references, strict=True):
-        pulls, parts_sums = pulls_of(policy, plan, fixed, objective, len(mini_batch))
-        added = [*parts_sums]
-        for i, micro in enumerate(plan.passes):
-            is_last = i == len(plan.passes) - 1
-            logprobs, _ = policy.forward(micro or [NOTHING], is_last)
-            # this rank has fewer passes than another: it takes part in the collectives, and adds nothing
-            if not micro:
-                value = logprobs.sum() * 0
-            elif i in pulls:  # a part of a group
-                value = (pulls[i] * logprobs).sum()
-            else:
-                value, stats = objective(logprobs, fixed[i], micro, num_groups=len(mini_batch))
-                added.append(stats)
-            policy.backward(value, is_last)
-        of_update = _sum_over_ranks(
-            {name: value + sum(stats[name] for stats in added) for name, value in nothing.items()}, policy
+
+
+@dataclass
+class Forward:
+    """One forward pass with gradients."""
+
+    rows: list[Row]
+    measured: ReferenceLogprobs
+    num_groups: int
+    """Of the update, on all ranks."""
+    is_last: bool
+    """Of the update's passes."""
+    gradient_weights: Tensor | None
+    """[T] d loss / d log-prob, known before, where it holds a part of a group."""
+
+
+class Step:
+    """What a step adds up, and the objective, beta and learning rate that it has."""
+
+    def __init__(self, policy: Policy, settings: Settings) -> None:
+        loss = settings.loss
+        adapted = policy.beta if loss.adapts_beta else None
+        self._policy, self._settings = policy, settings
+        self._objective = Objective(loss, loss.start_beta if adapted is None else adapted, policy.step)
+        self._learning_rate = learning_rate_at(settings.learner, policy.step, settings.num_steps)
+        self._nothing = self._objective.of_nothing(policy.device)
+        self._sums = dict.fromkeys(self._nothing, 0.0)
+        self._sums_of_update: list[dict[str, Tensor]] = []
+        self._norms: list[float] = []
+        self._dampings: list[float] = []
+        self._num_skipped = 0
+
+    def forward_passes(self, update: Update) -> Iterator[Forward]:
+        """The passes of an update; a group that is larger than a pass is passed without gradients before."""
+        plan, num_groups = update.plan, len(update.rows)
+        weights, self._sums_of_update = gradient_weights_of_parts(
+            self._policy, plan, update.measured, self._objective, num_groups
         )
-        damped = damping(of_update) if loss.is_damped else 1.0
-        norm = policy.update(learning_rate * damped)
+        for i, rows in enumerate(plan.passes):
+            is_last = i == len(plan.passes) - 1
+            yield Forward(rows or [NOTHING], update.measured[i], num_groups, is_last, weights.get(i))
+
+    def loss_of(self, forward: Forward, logprobs: Tensor) -> Tensor:
+        """The share of a pass in the update's loss."""
+        if forward.rows == [NOTHING]:  # only another rank has something to do
+            return logprobs.sum() * 0
+        if forward.gradient_weights is not None:
+            return (forward.gradient_weights * logprobs).sum()
+        loss, sums = self._objective(logprobs, forward.measured, forward.rows, forward.num_groups)
+        self._sums_of_update.append(sums)
+        return loss
+
+    def apply(self, update: Update) -> None:
+        """One optimizer step, damped where the options say so; a gradient that is not finite is skipped.
+
+        Raises:
+            NonFiniteGradient: too many in a row were.
+        """
+        policy, settings = self._policy, self._settings
+        sums = _sum_over_ranks(
+            {
+                name: value + sum(of_pass[name] for of_pass in self._sums_of_update)
+                for name, value in self._nothing.items()
+            },
+            policy,
+        )
+        factor = damping(sums) if settings.loss.is_damped else 1.0
+        norm = policy.update(self._learning_rate * factor)
         if norm < float("inf"):
-            norms.append(norm)
-            dampings.append(damped)
-            sums = {name: value + of_update[name] for name, value in sums.items()}
-            continue
-        num_skipped += 1
-        for row in mini_batch:  # which may not be numbers, and were not trained on
-            objective.residuals.pop(row["group_id"], None)
+            self._norms.append(norm)
+            self._dampings.append(factor)
+            self._sums = {name: value + sums[name] for name, value in self._sums.items()}
+            return
+        self._num_skipped += 1
         if policy.num_skipped > settings.learner.max_skipped_updates:
             raise NonFiniteGradient(
-                f"step {version + 1}: the gradient's norm is {norm}, for the {policy.num_skipped}. time in a "
-                f"row (groups {[row['group_id'] for row in mini_batch]})"
+                f"step {policy.step + 1}: the gradient's norm is {norm}, for the {policy.num_skipped}. time "
+                f"in a row (groups {[row['group_id'] for row in update.rows]})"
             )
-    policy.step += 1
-    learned_of_all = objective.finish(sums)
-    if loss.steers_beta:
-        policy.beta = steered(
-            beta, learned_of_all["gvpo/reward_var"], learned_of_all["gvpo/implicit_reward_var"]
-        )
-    for row, trained in pairs:
-        which = groups.trainable_completions(row)
-        learned = {"residuals": objective.residuals.get(row["group_id"])}
-        if loss.asks_reference_model_for_sums:
-            learned |= {name: trained.get(name) for name in groups.REFERENCE_COLUMNS}
-        for name, values in learned.items():
-            if values is not None and row["group_id"] in objective.residuals:
-                known = dict(zip(which, values, strict=True))
-                row[name] = [known.get(i) for i in range(len(row["rewards"]))]
-    return {
-        **batch_metrics(batch, version),
-        **learned_of_all,
-        "tokens/trained": float(sum(len(ids) for row in rows for ids in row["completion_ids"])),
-        "grad_norm": mean(norms),
-        "learning_rate": learning_rate,
-        "updates": float(policy.num_updates),
-        "updates/skipped": float(num_skipped),
-        "gvpo/beta": objective.beta,
-        "gvpo/damping": mean(dampings),
-    }
+
+    def finish(self, batch: Sequence[Row], updates: Sequence[Update]) -> dict[str, Any]:
+        """Count the step, adapt beta for the next one, and return the metrics."""
+        policy, version, beta = self._policy, self._policy.step, self._objective.beta
+        policy.step += 1
+        statistics = self._objective.finish(self._sums)
+        if self._settings.loss.adapts_beta:
+            policy.beta = adapted_beta(
+                beta, statistics["gvpo/reward_var"], statistics["gvpo/implicit_reward_var"]
+            )
+        trained = [ids for update in updates for row in update.rows for ids in row["completion_ids"]]
+        return {
+            **batch_metrics(batch, version),
+            **statistics,
+            "tokens/trained": float(sum(map(len, trained))),
+            "grad_norm": mean(self._norms),
+            "learning_rate": self._learning_rate,
+            "updates": float(policy.num_updates),
+            "updates/skipped": float(self._num_skipped),
+            "gvpo/beta": beta,
+            "gvpo/damping": mean(self._dampings),
+        }
 
 
 def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
@@ -151,9 +219,10 @@ def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
     return [list(rows[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float:
-    """Of the step that starts from `version`: linear warm-up, then the schedule down to zero after the last
-    step.
+def learning_rate_at(config: LearnerConfig, version: int, num_steps: int) -> float:
+    """The learning rate of the step that starts from `version`: linear warm-up, then the schedule.
+
+    linear and cosine are zero after the last step.
     """
     if version < config.warmup_steps:
         return config.learning_rate * (version + 1) / (config.warmup_steps + 1)
@@ -166,7 +235,7 @@ def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float
     return config.learning_rate * factor[config.schedule]
 
 
-def _sum_over_ranks(sums: dict[str, torch.Tensor], policy: Policy) -> dict[str, float]:
+def _sum_over_ranks(sums: dict[str, Tensor], policy: Policy) -> dict[str, float]:
     """One reduction of scalars, before each update."""
     values = torch.stack([value.double() for value in sums.values()])
     if policy.world_size > 1:

@@ -1,19 +1,105 @@
-"""The statistics of the GVPO loss: from sums over completions to the metrics that are reported."""
+"""The statistics of the GVPO loss: sums over completions, and the metrics that they become.
+
+Sums have the same keys in the same order in every call and do not depend on the number of groups in the
+update, so they are added up over micro-batches, ranks and updates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+
+from gvpo_ray.losses.within_groups import deviations, partition
 
 RESIDUAL_EDGES = (-2.0, -1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Between the bins of gvpo/residual_histogram, in reward units; the first and the last bin are open."""
 
 
-def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Metric values from the (added up) sums of `gvpo_loss`.
+def gvpo_sums(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    residuals: Tensor,
+    value: Tensor,
+    weights: Tensor | None = None,
+    likelihood_floor: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Sums over the completions of some whole groups, float64 scalars without gradient, for `finish`.
 
-    loss                     mean over groups; half of gvpo/residual_var, where the residual is not clipped
+    Args:
+        logprobs, reference_logprobs, rewards, group_ids, beta: as `gvpo_loss` has them.
+        residuals: [N] (R_i - mean R) - beta (D_i - mean D).
+        value: the loss times the number of groups.
+        weights: [N] s_i, with mean 1 in each group, of `stale_data.importance_weights`; default: 1.
+        likelihood_floor: [N] k of each completion's group, of `stale_data.likelihood_floor`; default: 1.
+    """
+    index, counts = partition(group_ids)
+    sizes = counts[index]
+    trained = sizes >= 2
+    weights = torch.ones_like(residuals) if weights is None else weights
+    likelihood_floor = torch.ones_like(residuals) if likelihood_floor is None else likelihood_floor
+    scale = trained * weights / (sizes - 1).clamp(min=1)
+    # Half the residual's variance is Var(R)/2 - Cov(beta D, R) + Var(beta D)/2; and with D = log pi - log
+    # pi_ref its gradient is that of -beta [ Cov(R, log pi) + beta Cov(log pi_ref, log pi) - beta/2 Var(log
+    # pi) ], the paper's three terms: reward, reference, spread.
+    reward = deviations(rewards.detach().double(), index, counts, weights)
+    implicit_reward = reward - residuals  # beta (D_i - mean D)
+    own = deviations(logprobs.detach().double(), index, counts, weights)
+    reference = deviations(reference_logprobs.detach().double(), index, counts, weights)
+    log_ratio = trained * (logprobs.detach().double() - reference_logprobs.detach().double())
+    edges = torch.tensor(RESIDUAL_EDGES, dtype=torch.float64, device=residuals.device)
+    bins = torch.bucketize(residuals[trained], edges)
+    histogram = torch.bincount(bins, minlength=len(RESIDUAL_EDGES) + 1).double()
+    squares = weights.new_zeros(len(counts)).index_add(0, index, weights.square())
+    return {
+        "num_groups": (counts >= 2).sum().double(),
+        "num_singletons": (counts == 1).sum().double(),
+        "num_completions": trained.sum().double(),
+        "loss": value.detach(),
+        "residual_var": (scale * residuals.square()).sum(),
+        "reward_var": (scale * reward.square()).sum(),
+        "implicit_reward_var": (scale * implicit_reward.square()).sum(),
+        "covariance": (scale * implicit_reward * reward).sum(),
+        "term_reward": (scale * reward * own).sum(),
+        "term_reference": beta * (scale * reference * own).sum(),
+        "term_variance": -beta / 2 * (scale * own.square()).sum(),
+        "log_ratio": log_ratio.sum(),
+        "log_ratio_square": log_ratio.square().sum(),
+        "effective": ((counts >= 2) * counts / squares).sum(),
+        "kept": (trained * likelihood_floor / sizes).sum(),
+        "binding": (trained & (implicit_reward.abs() > 0.1 * reward.abs())).sum().double(),
+        **{f"bin_{i}": count for i, count in enumerate(histogram)},
+    }
+
+
+def residual_sums_by_bucket(residuals: Tensor, buckets: Sequence[int], num_buckets: int) -> dict[str, Tensor]:
+    """Squared residuals and completions by bucket, added up; `buckets` has one index per completion."""
+    index = torch.tensor(buckets, dtype=torch.long, device=residuals.device)
+    squares = residuals.new_zeros(num_buckets).index_add(0, index, residuals.square())
+    counts = torch.bincount(index, minlength=num_buckets).double()
+    return {
+        **{f"bucket_square_{i}": x for i, x in enumerate(squares)},
+        **{f"bucket_count_{i}": x for i, x in enumerate(counts)},
+    }
+
+
+def finish_buckets(sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """gvpo/residual_var/<name>: the mean squared residual of a bucket's completions, each counted once.
+
+    A bucket without completions has no entry.
+    """
+    found = {name: (sums[f"bucket_square_{i}"], sums[f"bucket_count_{i}"]) for i, name in enumerate(names)}
+    return {f"gvpo/residual_var/{name}": square / count for name, (square, count) in found.items() if count}
+
+
+def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Metric values from the (added up) sums of `gvpo_sums`, and of the losses that add to them.
+
+    loss                     mean over groups; for gvpo half of gvpo/residual_var
     gvpo/residual_var        Var(beta D - R) within the group, of weight s here and below: what the implicit
                              reward does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
@@ -38,11 +124,14 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
                              are. Single batches may be below 0. On completions that pi itself sampled (an
                              older reference) it estimates -KL(pi || pi_ref).
     policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
+    policy/clipped           share of the tokens whose gradient clipping has set to zero; of losses over
+                             tokens alone
     gvpo/num_groups, gvpo/num_singletons    trained on, and of size one (no signal)
     """
     s = {name: float(value) for name, value in sums.items()}
     groups, completions = max(s["num_groups"], 1.0), max(s["num_completions"], 1.0)
     spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
+    clipped = {"policy/clipped": s["clipped_tokens"] / max(1.0, s["num_tokens"])} if "num_tokens" in s else {}
     return {
         "loss": s["loss"] / groups,
         "gvpo/residual_var": s["residual_var"] / groups,
@@ -61,4 +150,5 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "policy/log_ratio_rms": (s["log_ratio_square"] / completions) ** 0.5,
         "gvpo/num_groups": s["num_groups"],
         "gvpo/num_singletons": s["num_singletons"],
+        **clipped,
     }

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gvpo_ray.losses.token_losses import Batch
+from gvpo_ray.config.loss import DrGrpoLoss
+from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.token_losses import Batch, computed
 
 
 def dr_grpo_loss(
@@ -41,3 +43,14 @@ def dr_grpo_loss(
     )
     terms, clipped = batch.clipped_terms(batch.centred_rewards(), clip_low, clip_high, kl_coefficient)
     return batch.loss(batch.sum_tokens(terms), clipped)
+
+
+def objective(batch: LossBatch, options: DrGrpoLoss) -> Computed:
+    """The objective as the learner calls it."""
+    return computed(
+        dr_grpo_loss,
+        batch,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        kl_coefficient=options.kl_coefficient,
+    )

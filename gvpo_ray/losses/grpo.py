@@ -20,7 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses.token_losses import Batch
+from gvpo_ray.config.loss import GrpoLoss
+from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.token_losses import Batch, computed
 
 
 def grpo_loss(
@@ -50,3 +52,14 @@ def grpo_advantages(batch: Batch) -> Tensor:
     squares = torch.zeros_like(batch.counts, dtype=centred.dtype).index_add(0, batch.index, centred.square())
     std = (squares / (batch.counts - 1).clamp(min=1)).sqrt()[batch.index]
     return torch.where(std > 0, centred / std, 0.0)
+
+
+def objective(batch: LossBatch, options: GrpoLoss) -> Computed:
+    """The objective as the learner calls it."""
+    return computed(
+        grpo_loss,
+        batch,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        kl_coefficient=options.kl_coefficient,
+    )

@@ -1,17 +1,18 @@
-"""The objectives by their names in the config; each is one page, as its paper writes it, in pure torch."""
+"""The objectives by their names in the config. A new one is a file, a class in config/loss.py and a line."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from gvpo_ray.losses.dr_grpo import dr_grpo_loss
-from gvpo_ray.losses.grpo import grpo_loss
-from gvpo_ray.losses.reinforce import reinforce_loss
-from gvpo_ray.losses.rloo import rloo_loss
+from gvpo_ray.losses import dr_grpo, grpo, reinforce, rloo, stale_data
+from gvpo_ray.losses.batch import Computed, LossBatch
 
-OBJECTIVES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "grpo": (grpo_loss, ("clip_low", "clip_high", "kl_coefficient")),
-    "dr_grpo": (dr_grpo_loss, ("clip_low", "clip_high", "kl_coefficient")),
-    "rloo": (rloo_loss, ("kl_coefficient",)),
-    "reinforce": (reinforce_loss, ("kl_coefficient", "baseline")),
+OBJECTIVES: dict[str, Callable[[LossBatch, Any], Computed]] = {
+    "gvpo": stale_data.objective,
+    "grpo": grpo.objective,
+    "dr_grpo": dr_grpo.objective,
+    "rloo": rloo.objective,
+    "reinforce": reinforce.objective,
 }
-"""What gvpo is compared with, on the same inputs, and the options of each (LossConfig)."""
+"""By `loss.objective`; the second argument is the options of the class of that name (config/loss.py)."""

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gvpo_ray.losses.token_losses import Batch
+from gvpo_ray.config.loss import ReinforceLoss
+from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.token_losses import Batch, computed
 
 
 def reinforce_loss(
@@ -39,3 +41,13 @@ def reinforce_loss(
     )
     advantages = batch.penalized_rewards(kl_coefficient) - baseline
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))
+
+
+def objective(batch: LossBatch, options: ReinforceLoss) -> Computed:
+    """The objective as the learner calls it."""
+    return computed(
+        reinforce_loss,
+        batch,
+        kl_coefficient=options.kl_coefficient,
+        baseline=options.baseline,
+    )

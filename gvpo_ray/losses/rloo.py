@@ -19,7 +19,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gvpo_ray.losses.token_losses import Batch
+from gvpo_ray.config.loss import RlooLoss
+from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.token_losses import Batch, computed
 
 
 def rloo_loss(
@@ -42,3 +44,12 @@ def rloo_loss(
         batch.centre(batch.penalized_rewards(kl_coefficient)) * batch.sizes / (batch.sizes - 1).clamp(min=1)
     )
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))
+
+
+def objective(batch: LossBatch, options: RlooLoss) -> Computed:
+    """The objective as the learner calls it."""
+    return computed(
+        rloo_loss,
+        batch,
+        kl_coefficient=options.kl_coefficient,
+    )

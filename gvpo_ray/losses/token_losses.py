@@ -28,12 +28,16 @@ whole groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses.gvpo import deviations, partition
+from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.diagnostics import gvpo_sums
+from gvpo_ray.losses.gvpo import residuals
+from gvpo_ray.losses.within_groups import deviations, partition
 
 
 @dataclass(frozen=True)
@@ -172,3 +176,27 @@ def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, as {value} is")
+
+
+def computed(
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]], batch: LossBatch, **options: float
+) -> Computed:
+    """Call one of the four losses on what the learner has; what gvpo reports is reported of it, too.
+
+    A policy that the options do not ask for is not read, and the current one stands in its place.
+    """
+    own = batch.logprobs.detach().double()
+    value, sums = loss(
+        batch.logprobs,
+        own if batch.sampler_logprobs is None else batch.sampler_logprobs,
+        own if batch.reference_logprobs is None else batch.reference_logprobs,
+        batch.completion_ids,
+        batch.rewards,
+        batch.group_ids,
+        batch.num_groups,
+        **options,
+    )
+    given = (batch.logprob_sums, batch.reference_sums, batch.rewards, batch.group_ids, batch.beta)
+    w = residuals(*given)
+    tokens = {name: sums[name] for name in ("num_tokens", "clipped_tokens")}
+    return Computed(value, gvpo_sums(*given, w, sums["objective"]) | tokens, w)

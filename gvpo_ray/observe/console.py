@@ -34,7 +34,7 @@ class RunConsole:
         self._ends = deque([(done, time.monotonic())], maxlen=32)  # of the last steps, for the time left
         self._passes: dict[str, float] = {}
         self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
-        self._hints_at_beta = config.loss.objective == "gvpo"
+        self._hints_at_beta = config.loss.depends_on_beta
         self._progress = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
             BarColumn(),

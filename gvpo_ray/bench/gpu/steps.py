@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gvpo_ray.bench.gpu.models import Shape, make_folder, make_rows
 from gvpo_ray.bench.gpu.report import Box, Report, now
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
-from gvpo_ray.config.loss import LossConfig
+from gvpo_ray.config.loss import GvpoLoss
 from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
@@ -36,7 +36,7 @@ def settings(folder: str | Path, **learner: Any) -> Settings:
         str(folder),
         10**9,
         10**9,
-        LossConfig(),
+        GvpoLoss(),
         LearnerConfig(**options),
         CheckpointConfig(),
         str(folder),
