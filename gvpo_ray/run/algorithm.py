@@ -36,7 +36,7 @@ from gvpo_ray.run.events import EventLog
 from gvpo_ray.run.inputs import machine_resources, read_inputs, read_model
 from gvpo_ray.run.once import evaluation_sampling, run_through
 from gvpo_ray.run.rollouts import Ring, Say
-from gvpo_ray.run.run_dir import import_groups, open_run_dir, read_recorded
+from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
 from gvpo_ray.run.session import Session, placement_notes
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.rewards import Rewards
@@ -123,6 +123,7 @@ class GVPO:
     @classmethod
     def from_run_dir(cls, path: str | Path, reward: Callable[..., Any] | Rewards | None = None) -> GVPO:
         """Take up a run where its directory stands."""
+        check_format(path)
         return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": str(path)}), reward)
 
     @property

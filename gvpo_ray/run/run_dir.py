@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
-from gvpo_ray import groups
+from gvpo_ray import __version__, groups
 from gvpo_ray.buffer.log import GroupLog, read_assignments
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import lock, write_whole
+
+FORMAT = 2
+"""Of a run directory: one more whenever a version cannot go on with what the one before it wrote."""
+
+FORMAT_FILE = "format.json"
+"""In a run directory: {"format", "gvpo_ray": the version that made it}. Format 1 had no such file."""
 
 RESUMABLE = (
     "num_steps",
@@ -34,15 +41,41 @@ RESUMABLE = (
 """Keys that may change when a run is resumed. The others say what its log and its checkpoints mean."""
 
 
+def check_format(run_dir: str | Path) -> None:
+    """Refuse a run directory that another format of the package made. Only reads.
+
+    Raises:
+        ConfigError: one line that says which version made it.
+    """
+    path = Path(run_dir)
+    if not (path / "config.yaml").exists():
+        return  # no run yet
+    file = path / FORMAT_FILE
+    number, version = 1, "0.1.0 or older"
+    if file.exists():
+        try:
+            made = json.loads(file.read_text())
+            number, version = int(made["format"]), str(made["gvpo_ray"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"run_dir: {file} does not say which format {path} has") from error
+    if number != FORMAT:
+        raise ConfigError(
+            f"run_dir: {path} was made by gvpo_ray {version}, in format {number}; this is {__version__}, "
+            f"which goes on with format {FORMAT}: use another run_dir "
+            f"(gvpo-ray learn --groups {path / 'groups'} reads its groups)"
+        )
+
+
 @contextlib.contextmanager
 def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
     """Make or take up the run directory, alone: writes config.yaml; refuses one that another process uses or
-    that is another run's.
+    that is another run's or another format's.
 
     Raises:
         ConfigError: names the key that differs, or run_dir and why it cannot be written.
     """
     path = Path(config.run_dir)
+    check_format(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = lock(path / ".lock", wait_s=1.0)  # `gvpo-ray status` looks at the lock, too
@@ -66,6 +99,9 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
                     "another run_dir"
                 )
         try:
+            if not kept.exists():
+                made = {"format": FORMAT, "gvpo_ray": __version__}
+                write_whole(path / FORMAT_FILE, json.dumps(made) + "\n")
             write_whole(kept, config.dump())
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,137 @@
+"""Properties of the group table: nothing is lost, doubled or regrouped, whatever the groups look like."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gvpo_ray import groups
+
+TOKENS = st.lists(st.integers(2, 40), min_size=1, max_size=6)
+MAX_TOKENS = st.integers(1, 60)
+Row = dict[str, Any]
+
+
+@st.composite
+def rows(draw: st.DrawFn, group_id: int | None = None, min_size: int = 1) -> Row:
+    """A group of any size; every completion has a text of its own, so that it can be told from the others."""
+    number = draw(st.integers(0, 1000)) if group_id is None else group_id
+    m = draw(st.integers(min_size, 6))
+    name = draw(st.sampled_from("abc"))
+    ids = [draw(TOKENS) for _ in range(m)]
+    is_ours = draw(st.lists(st.booleans(), min_size=m, max_size=m))
+    rewards = draw(st.lists(st.none() | st.sampled_from([0.0, 0.5, 1.0]), min_size=m, max_size=m))
+    return {
+        "group_id": number,
+        "prompt": "p",
+        "answer": "7",
+        "dataset": "d",
+        "prompt_ids": draw(TOKENS),
+        "completions": [f"{name}{number}.{i}" for i in range(m)],
+        "completion_ids": ids,
+        "finish_reasons": ["stop"] * m,
+        "sources": ["policy" if ours else "offline:x" for ours in is_ours],
+        "version_min": [3 if ours else None for ours in is_ours],
+        "version_max": [4 if ours else None for ours in is_ours],
+        "sampling_logprobs": [
+            [-0.5] * len(tokens) if ours else None for ours, tokens in zip(is_ours, ids, strict=True)
+        ],
+        "rewards": rewards,
+        "reward_parts": {"math": list(rewards)},
+        "reward_reasons": [None if reward is not None else "no answer" for reward in rewards],
+    }
+
+
+def first(table: Any) -> Row:
+    return next(groups.rows(table))
+
+
+def num_rows(parts: list[list[int]]) -> list[int]:
+    return [i for part in parts for i in part]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(rows(group_id=5, min_size=0), min_size=1, max_size=4))
+def test_join_has_the_completions_of_all_parts_in_their_order(parts: list[Row]) -> None:
+    tables = [groups.table([part]) for part in parts]
+    joined = first(groups.validate(groups.join(tables[0], *tables), groups.LOGGED_COLUMNS))
+    for name in groups.PER_COMPLETION_COLUMNS:
+        if name in parts[0]:
+            assert joined[name] == [value for part in parts for value in part[name]], name
+    assert joined["reward_parts"]["math"] == joined["rewards"]
+    assert {name: joined[name] for name in groups.PROMPT_COLUMNS} == {
+        name: parts[0][name] for name in groups.PROMPT_COLUMNS
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows(), st.data())
+def test_take_has_these_completions_in_this_order_with_all_that_belongs_to_them(
+    row: Row, data: st.DataObject
+) -> None:
+    m = len(row["completions"])
+    chosen = data.draw(st.lists(st.integers(0, m - 1), max_size=8))
+    taken = first(groups.validate(groups.take(groups.table([row]), chosen), groups.LOGGED_COLUMNS))
+    for name in groups.PER_COMPLETION_COLUMNS:
+        if name in row:
+            assert taken[name] == [row[name][i] for i in chosen], name
+    assert taken["reward_parts"]["math"] == [row["rewards"][i] for i in chosen]
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows(), st.data())
+def test_a_group_that_is_taken_apart_and_joined_again_is_the_group(row: Row, data: st.DataObject) -> None:
+    table = groups.table([row])
+    m = len(row["completions"])
+    cut = data.draw(st.integers(0, m))
+    halves = [groups.take(table, range(cut)), groups.take(table, range(cut, m))]
+    assert first(groups.join(table, *halves)) == row
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(rows(), max_size=8), st.integers(1, 5))
+def test_a_split_over_ranks_has_every_group_once_in_order_and_near_equal_loads(
+    batch: list[Row], num_parts: int
+) -> None:
+    parts = groups.split_by_tokens(batch, num_parts)
+    assert len(parts) == num_parts and sorted(num_rows(parts)) == list(range(len(batch)))
+    assert all(part == sorted(part) for part in parts)
+    loads = [sum(groups.num_tokens(batch[i]) for i in part) for part in parts]
+    # longest first to the emptiest: no two ranks lie further apart than the largest group
+    assert max(loads) - min(loads) <= max(map(groups.num_tokens, batch), default=0)
+
+
+def size(batch: list[Row], run: list[int], packed: bool) -> int:
+    if packed:
+        return sum(groups.num_tokens(batch[i]) for i in run)
+    lengths = [len(batch[i]["prompt_ids"]) + len(ids) for i in run for ids in batch[i]["completion_ids"]]
+    return max(lengths) * len(lengths)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(rows(), max_size=8), MAX_TOKENS, st.booleans())
+def test_micro_batches_have_every_group_once_in_order_and_as_many_as_fit(
+    batch: list[Row], max_tokens: int, packed: bool
+) -> None:
+    runs = groups.micro_batches(batch, max_tokens, packed)
+    assert num_rows(runs) == list(range(len(batch))) and all(runs)
+    for run in runs:
+        assert len(run) == 1 or size(batch, run, packed) <= max_tokens
+    for run, following in pairwise(runs):
+        assert size(batch, [*run, following[0]], packed) > max_tokens  # it would not have fitted
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows(), MAX_TOKENS, st.booleans())
+def test_a_group_is_cut_into_parts_that_fit_and_have_every_completion_once_in_order(
+    row: Row, max_tokens: int, packed: bool
+) -> None:
+    parts = groups.split_group(row, max_tokens, packed)
+    for name in ("completions", "completion_ids", "rewards", "sampling_logprobs"):
+        assert [value for part in parts for value in part[name]] == row[name]
+    for part in parts:
+        assert part["prompt_ids"] == row["prompt_ids"] and part["completions"]
+        assert len(part["completions"]) == 1 or size([part], [0], packed) <= max_tokens
