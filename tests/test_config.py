@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import DECIDES_SCORES, RESUMABLE, ConfigError, is_marked, paths, walk
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.loss import loss_config
@@ -568,3 +568,44 @@ def test_relative_paths_begin_at_the_root(tmp_path):
     # neither is relative
     assert (elsewhere.run_dir, elsewhere.model.path) == ("/there", "Qwen/Qwen2.5-Math-7B")
     assert GVPOConfig.from_dict(yaml.safe_load(elsewhere.dump())) == elsewhere
+
+
+def test_every_key_whose_help_speaks_of_a_file_or_folder_to_read_is_marked_as_a_path():
+    read = GVPOConfig.from_dict(
+        SMALL,
+        {
+            "sources": {"people": {"path": "a.jsonl", "share": 0.5}},
+            "evaluation.sets": SETS,
+            "verifiers.rewards": {"mine.py:f": 1, "judge": {"model": "./judge"}, "math": 1},
+            "warm_start.data.path": "b.jsonl",
+        },
+    )
+    found = {key: (value, rule.kind) for key, value, rule in paths(read)}
+    assert found == {
+        "run_dir": ("runs/x", "output"),
+        "model.path": ("models/x", "input"),
+        "prompts.path": ("data/x.jsonl", "input"),
+        "sources.people.path": ("a.jsonl", "input"),
+        "evaluation.sets.heldout.path": ("data/y.jsonl", "input"),
+        "verifiers.rewards.mine.py:f.function": ("mine.py:f", "function"),
+        "verifiers.rewards.judge.model": ("./judge", "input"),
+        "warm_start.data.path": ("b.jsonl", "input"),
+    }
+
+
+def test_what_may_not_change_on_resuming_is_what_the_log_and_the_checkpoints_stand_on():
+    fixed = {key for key, field in GVPOConfig.model_fields.items() if not is_marked(field, RESUMABLE)}
+    assert fixed == {"seed", "groups_per_step", "model", "prompts", "sampling", "sources"}
+
+
+def test_the_keys_that_scores_depend_on_are_marked():
+    marked = {
+        key for key, _, field in walk(config(evaluation__sets=SETS)) if is_marked(field, DECIDES_SCORES)
+    }
+    assert marked == {
+        "seed",
+        "engines.vllm",
+        *(f"model.{key}" for key in ("dtype", "max_length")),
+        *(f"sampling.{key}" for key in ("top_p", "top_k", "min_p")),
+        *(f"verifiers.{key}" for key in ("timeout_s", "cpu_s", "memory_gib", "rewards")),
+    }

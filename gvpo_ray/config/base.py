@@ -1,11 +1,17 @@
-"""What every section of the config stands on: Section, ConfigError, and which paths are local."""
+"""What every section of the config stands on.
+
+Section, ConfigError, which keys are paths, marks of keys, and the one walk over all keys.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class ConfigError(ValueError):
@@ -15,13 +21,15 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """A section of the config; it refuses keys that it does not know."""
+
     model_config = ConfigDict(
         extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
 
 Resources = dict[str, Annotated[float, Field(gt=0)]]
-"""Of one actor, beside its CPUs and GPUs: names that the cluster's nodes were started with."""
+"""Custom Ray resources of one actor: names that the cluster's nodes were started with, and amounts."""
 
 
 def is_local(path: str, root: Path = Path()) -> bool:
@@ -34,3 +42,79 @@ def is_local(path: str, root: Path = Path()) -> bool:
         or Path(path).suffix in (".parquet", ".jsonl", ".json", ".py")
     )
     return looks_local or (root / path).exists()
+
+
+@dataclass(frozen=True)
+class LocalPath:
+    """Marks a key whose value may be a path of this machine: `Annotated[str, LocalPath()]`."""
+
+    kind: Literal["input", "output", "function"] = "input"
+    """`input`: a file or folder that is read, or a name on the Hugging Face hub. `output`: a folder that is
+    written, always local. `function`: `path.py:function`, or the name of a function that is no path."""
+
+    def absolute(self, text: str, root: Path) -> str:
+        """The value with a local path made absolute, a relative one from `root`; other values as they are."""
+        file, colon, function = text.rpartition(":") if self.kind == "function" else (text, "", "")
+        is_path = {"input": is_local(file, root), "output": True, "function": file.endswith(".py")}[self.kind]
+        return f"{(root / Path(file).expanduser()).absolute()}{colon}{function}" if is_path else text
+
+
+RESUMABLE: dict[str, Any] = {"resumable": True}
+"""Marks a key of a run that may change when the run is resumed: `Field(json_schema_extra=RESUMABLE)`."""
+
+DECIDES_SCORES: dict[str, Any] = {"decides_scores": True}
+"""Marks a key that the scores of an evaluation depend on."""
+
+
+def is_marked(field: FieldInfo, mark: dict[str, Any]) -> bool:
+    """Whether a field has a mark such as RESUMABLE."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and mark.items() <= extra.items()
+
+
+def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
+    """Every key of a section and of the sections in it: (evaluation.sets.NAME.path, its value, its field)."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        yield prefix + name, value, field
+        for key, child in _children(prefix + name, value):
+            yield from walk(child, f"{key}.")
+
+
+def _children(key: str, value: Any) -> Iterator[tuple[str, Section]]:
+    if isinstance(value, Section):
+        yield key, value
+    elif isinstance(value, dict):
+        yield from ((f"{key}.{name}", child) for name, child in value.items() if isinstance(child, Section))
+
+
+def paths(section: Section) -> Iterator[tuple[str, str, LocalPath]]:
+    """Every key that may be a path and has a value: (key, value, what kind of path)."""
+    for key, value, field in walk(section):
+        if value is not None and (rule := _path_rule(field)):
+            yield key, value, rule
+
+
+def _path_rule(field: FieldInfo) -> LocalPath | None:
+    return next((mark for mark in field.metadata if isinstance(mark, LocalPath)), None)
+
+
+Some = TypeVar("Some", bound=Section)
+
+
+def with_paths(section: Some, change: Callable[[str, LocalPath], str]) -> Some:
+    """A copy in which every path is changed."""
+    updates: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value is not None and (rule := _path_rule(field)):
+            updates[name] = change(value, rule)
+        elif isinstance(value, Section):
+            updates[name] = with_paths(value, change)
+        elif isinstance(value, dict):
+            updates[name] = {
+                key: with_paths(child, change) if isinstance(child, Section) else child
+                for key, child in value.items()
+            }
+    given = {name: value for name, value in updates.items() if value != getattr(section, name)}
+    return section.model_copy(update=given)

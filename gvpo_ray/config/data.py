@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator, model_validator
 
-from gvpo_ray.config.base import Section
+from gvpo_ray.config.base import LocalPath, Section
 
 
 class PromptsConfig(Section):
-    path: str
+    path: Annotated[str, LocalPath()]
     """A Parquet or JSONL file, or the name of a Hugging Face data set."""
     split: str = "train"
     """Split of a Hugging Face data set; files have none."""

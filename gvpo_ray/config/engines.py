@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gvpo_ray.config.base import Resources, Section
+from gvpo_ray.config.base import DECIDES_SCORES, Resources, Section
 
 
 class SamplingConfig(Section):
@@ -21,10 +21,10 @@ class SamplingConfig(Section):
     max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens; one that reaches it has finish_reason "length"."""
     temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
+    top_p: float = Field(default=1.0, gt=0, le=1, json_schema_extra=DECIDES_SCORES)
+    top_k: int = Field(default=0, ge=-1, json_schema_extra=DECIDES_SCORES)
     """0 or -1: no cut."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1, json_schema_extra=DECIDES_SCORES)
     allow_truncated_support: bool = False
     """Opt out of the refusal of top_p < 1, top_k and min_p: warns instead. The optimum is then no longer
     GVPO's."""
@@ -83,7 +83,7 @@ class PoolConfig(Section):
     parity_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference from the learner's log-probs, in nats per token; default 1e-3 in float32, 0.1
     in other precisions."""
-    vllm: dict[str, Any] = {}
+    vllm: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
     """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
     url: str | None = None
     """Of a server with an OpenAI-compatible API that is not ours, up to and with /v1: it gets no weights, and

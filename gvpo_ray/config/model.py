@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from gvpo_ray.config.base import Section
+from gvpo_ray.config.base import DECIDES_SCORES, LocalPath, Section
 from gvpo_ray.config.data import PromptsConfig
 
 
@@ -23,12 +23,12 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str
+    path: Annotated[str, LocalPath()]
     """A Hugging Face model folder or hub name; its tokenizer is beside it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=DECIDES_SCORES)
     """What the engines compute in, and the learner's forward pass. Master weights and the optimizer stay in
     float32."""
-    max_length: int | None = Field(default=None, ge=8)
+    max_length: int | None = Field(default=None, ge=8, json_schema_extra=DECIDES_SCORES)
     """Longest prompt + completion in tokens; default: what the model's config.json says."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder."""

@@ -10,12 +10,19 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gvpo_ray.config.base import ConfigError, Section, is_local
+from gvpo_ray.config.base import (
+    DECIDES_SCORES,
+    RESUMABLE,
+    ConfigError,
+    LocalPath,
+    Section,
+    with_paths,
+)
 from gvpo_ray.config.data import NO_PROMPTS, PromptsConfig, ReplayConfig, SourceConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.evaluation import EvaluationConfig
@@ -24,7 +31,7 @@ from gvpo_ray.config.loading import one_line, parse_override, read_yaml, set_key
 from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig, WarmStartConfig
 from gvpo_ray.config.tracking import TrackingConfig
-from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
 
 
 class RayConfig(Section):
@@ -39,42 +46,40 @@ class RayConfig(Section):
     """Dashboard of the embedded Ray."""
 
 
-Prompts = TypeVar("Prompts", bound=PromptsConfig)
-
-
 class GVPOConfig(Section):
-    run_dir: str
+    run_dir: Annotated[str, LocalPath("output")] = Field(json_schema_extra=RESUMABLE)
     """Folder of the run: config.yaml, metrics.jsonl, groups/, checkpoints/. Running `train` on it again
     resumes it."""
-    root: str | None = None
+    root: str | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Folder that relative paths begin at; default: the current one. On a cluster: of a file system that
     every node sees."""
-    seed: int = 0
-    num_steps: int = Field(ge=1)
+    seed: int = Field(default=0, json_schema_extra=DECIDES_SCORES)
+    """Seed of sampling, of the prompts' order and of every other random choice."""
+    num_steps: int = Field(ge=1, json_schema_extra=RESUMABLE)
     """Training steps; one step trains one batch of groups."""
     groups_per_step: int = Field(default=64, ge=1)
     """n: groups in the batch of one step."""
-    max_staleness: int | None = Field(default=0, ge=0)
+    max_staleness: int | None = Field(default=0, ge=0, json_schema_extra=RESUMABLE)
     """The one dial of asynchrony: a group may start while started // groups_per_step <= version +
     max_staleness. 0: synchronous, 1: one step ahead, n: asynchronous, null: unbounded."""
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
-    replay: ReplayConfig = ReplayConfig()
+    replay: ReplayConfig = Field(default=ReplayConfig(), json_schema_extra=RESUMABLE)
     sources: dict[str, SourceConfig] = {}
     """Offline sources by name; what one does not say about its prompts' template is as in prompts."""
-    loss: LossConfig = GvpoLoss()
-    engines: EnginesConfig = EnginesConfig()
-    verifiers: VerifiersConfig = VerifiersConfig()
-    learner: LearnerConfig = LearnerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    ray: RayConfig = RayConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    watchdog_s: float = Field(default=300.0, gt=0)
+    loss: LossConfig = Field(default=GvpoLoss(), json_schema_extra=RESUMABLE)
+    engines: EnginesConfig = Field(default=EnginesConfig(), json_schema_extra=RESUMABLE)
+    verifiers: VerifiersConfig = Field(default=VerifiersConfig(), json_schema_extra=RESUMABLE)
+    learner: LearnerConfig = Field(default=LearnerConfig(), json_schema_extra=RESUMABLE)
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), json_schema_extra=RESUMABLE)
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), json_schema_extra=RESUMABLE)
+    ray: RayConfig = Field(default=RayConfig(), json_schema_extra=RESUMABLE)
+    tracking: TrackingConfig = Field(default=TrackingConfig(), json_schema_extra=RESUMABLE)
+    watchdog_s: float = Field(default=300.0, gt=0, json_schema_extra=RESUMABLE)
     """When no group finishes or no step ends for so many seconds, say who waits for whom; and again after as
     many."""
-    warm_start: WarmStartConfig | None = None
+    warm_start: WarmStartConfig | None = Field(default=None, json_schema_extra=RESUMABLE)
 
     @model_validator(mode="before")
     @classmethod
@@ -226,36 +231,8 @@ class GVPOConfig(Section):
         """With local paths made absolute: actors do not run in this folder, and a run may be taken up from
         another one.
         """
-
         root = Path(self.root or "").expanduser()
-
-        def path(text: str) -> str:
-            return str((root / Path(text).expanduser()).absolute()) if is_local(text, root) else text
-
-        def reward(name: str, section: RewardConfig) -> RewardConfig:
-            file, colon, function = (section.function or name).rpartition(":")
-            places = {"function": f"{path(file)}:{function}"} if colon and file.endswith(".py") else {}
-            return section.model_copy(
-                update=places | ({"model": path(section.model)} if section.model else {})
-            )
-
-        def prompts(section: Prompts) -> Prompts:
-            return section.model_copy(update={"path": path(section.path)})
-
-        sets = {name: prompts(section) for name, section in self.evaluation.sets.items()}
-        rewards = {name: reward(name, section) for name, section in self.verifiers.rewards.items()}
-        return self.model_copy(
-            update={
-                "run_dir": str((root / Path(self.run_dir).expanduser()).absolute()),
-                "model": self.model.model_copy(update={"path": path(self.model.path)}),
-                "prompts": prompts(self.prompts),
-                "sources": {name: prompts(section) for name, section in self.sources.items()},
-                "verifiers": self.verifiers.model_copy(update={"rewards": rewards}),
-                "evaluation": self.evaluation.model_copy(update={"sets": sets}),
-                "warm_start": self.warm_start
-                and self.warm_start.model_copy(update={"data": prompts(self.warm_start.data)}),
-            }
-        )
+        return with_paths(self, lambda text, rule: rule.absolute(text, root))
 
     def dump(self) -> str:
         """The resolved config as YAML, in the order of the fields."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from gvpo_ray.config.base import Resources, Section
+from gvpo_ray.config.base import DECIDES_SCORES, LocalPath, Resources, Section
 
 
 class ReasonKind(StrEnum):
@@ -26,7 +26,7 @@ class RewardConfig(Section):
     """
 
     weight: float = 1.0
-    function: str | None = None
+    function: Annotated[str | None, LocalPath("function")] = None
     """`math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or `path.py:function`."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the function, such as {relative_tolerance: 0.01}; fields of every request where
@@ -42,7 +42,7 @@ class RewardConfig(Section):
     """Of an HTTP request, each after twice as long."""
     batch_size: int = Field(default=32, ge=1)
     """Completions in one HTTP request or one forward pass of the reward model."""
-    model: str | None = None
+    model: Annotated[str | None, LocalPath()] = None
     """A reward model: a Hugging Face sequence classifier with one output, a folder or hub name, in actors of
     its own."""
     num: int = Field(default=1, ge=1)
@@ -71,18 +71,20 @@ class VerifiersConfig(Section):
     num_cpus: float = Field(default=0.1, ge=0)
     resources: Resources = {}
     """Custom Ray resources of one verifier."""
-    rewards: dict[str, RewardConfig] = {"math": RewardConfig()}
+    rewards: dict[str, RewardConfig] = Field(
+        default={"math": RewardConfig()}, json_schema_extra=DECIDES_SCORES
+    )
     """Reward functions: `name: weight`, or a section. The name is `math`, `exact_match`, `numeric`, `format`,
     `length`, `module:function`, `path.py:function`, that of a callable passed from Python, or free where the
     section says what it is. The reward is the weighted sum; the first one named says whether a completion is
     correct (> 0)."""
-    timeout_s: float = Field(default=10.0, gt=0)
+    timeout_s: float = Field(default=10.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """Wall-clock limit of one check; past it the child that runs it is killed and the completion has no
     reward (never 0)."""
-    cpu_s: int = Field(default=5, ge=1)
+    cpu_s: int = Field(default=5, ge=1, json_schema_extra=DECIDES_SCORES)
     """CPU-time limit of one check, in whole seconds; the verdict does not depend on what else the machine
     does."""
-    memory_gib: float = Field(default=2.0, gt=0)
+    memory_gib: float = Field(default=2.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """What the child that runs the checks may allocate beside its loaded functions."""
     max_checks: int = Field(default=10_000, ge=1)
     """Checks after which a child is replaced: what sympy caches does not pile up."""
@@ -90,15 +92,23 @@ class VerifiersConfig(Section):
     @field_validator("rewards", mode="before")
     @classmethod
     def _weights(cls, value: Any) -> Any:
-        """`name: 0.5` is short for `name: {weight: 0.5}`."""
+        """`name: 0.5` is short for `name: {weight: 0.5}`; a name such as `path.py:f` is its `function`."""
         if not isinstance(value, dict) or not value:
             raise ValueError("name at least one reward function")
         for name, entry in value.items():
             if not isinstance(entry, (int, float, dict, RewardConfig)):
                 raise ValueError(f"{name} must be a weight or a section (got {entry!r})")
-        return {
+        sections = {
             name: {"weight": entry} if isinstance(entry, (int, float)) else entry
             for name, entry in value.items()
+        }
+        return {
+            name: {**entry, "function": name}
+            if isinstance(entry, dict)
+            and name.rpartition(":")[0].endswith(".py")
+            and not any(entry.get(key) for key in ("function", "url", "model"))
+            else entry
+            for name, entry in sections.items()
         }
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import DECIDES_SCORES, ConfigError, is_marked, paths, walk
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import lock, replacing, write_whole
 from gvpo_ray.groups import Row
@@ -97,16 +97,11 @@ class EvaluationDir:
 
 
 def _settings(config: GVPOConfig) -> dict[str, Any]:
-    """The keys that the numbers depend on; rewards as a list, because the first of them says what is
-    right.
-    """
-    dump = config.model_dump(mode="json")
-    settings: dict[str, Any] = {"seed": config.seed, "engines.vllm": dump["engines"]["vllm"]}
-    settings |= {f"model.{key}": dump["model"][key] for key in ("dtype", "max_length")}
-    settings |= {f"sampling.{key}": dump["sampling"][key] for key in ("top_p", "top_k", "min_p")}
-    settings |= {f"verifiers.{key}": dump["verifiers"][key] for key in ("timeout_s", "cpu_s", "memory_gib")}
+    """The keys that the scores depend on; rewards as a list, because the first of them says what is right."""
+    settings = {key: value for key, value, field in walk(config) if is_marked(field, DECIDES_SCORES)}
     settings["verifiers.rewards"] = [
-        {"name": name, **section} for name, section in dump["verifiers"]["rewards"].items()
+        {"name": name, **section.model_dump(mode="json")}
+        for name, section in config.verifiers.rewards.items()
     ]
     for name, section in config.evaluation.sets.items():
         num_samples, temperature, max_tokens = config.evaluation.of(name)
@@ -126,10 +121,10 @@ def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dic
         "model.path": model_digest(model),
         **{f"evaluation.sets.{name}.path": digest for name, digest in digests.items()},
     }
-    for name, reward in config.verifiers.rewards.items():
-        file = Path((reward.function or name).rpartition(":")[0])
-        if file.suffix == ".py" and file.is_file():
-            contents[f"verifiers.rewards.{name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for key, value, rule in paths(config):
+        file = Path(value.rpartition(":")[0])
+        if rule.kind == "function" and file.suffix == ".py" and file.is_file():
+            contents[key.removesuffix(".function")] = hashlib.sha256(file.read_bytes()).hexdigest()
     return contents
 
 

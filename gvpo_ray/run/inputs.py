@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.config.base import ConfigError, is_local
+from gvpo_ray.config.base import ConfigError, is_local, paths
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.mixture import Mixture
@@ -203,13 +203,10 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
 def check_paths(config: GVPOConfig) -> Iterator[str]:
     """For `check`: what of the run's inputs is here. Hub names are not looked up."""
     validate_rewards(config.verifiers)
-    training = [("prompts.path", config.prompts.path)] if config.prompts.path != NO_PROMPTS else []
-    training += [(f"sources.{name}.path", source.path) for name, source in config.sources.items()]
-    for key, path in (
-        ("model.path", config.model.path),
-        *training,
-        *((f"evaluation.sets.{name}.path", section.path) for name, section in config.evaluation.sets.items()),
-    ):
+    for key, path, rule in paths(config):
+        # functions are checked above, and the warm start makes its data
+        if rule.kind != "input" or key.startswith("warm_start.") or path == NO_PROMPTS:
+            continue
         if Path(path).exists():
             yield f"{key}: {path} is here"
         elif is_local(path):

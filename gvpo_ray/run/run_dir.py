@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from gvpo_ray import __version__, groups
 from gvpo_ray.buffer.log import GroupLog, read_assignments
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import RESUMABLE, ConfigError, is_marked
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import lock, write_whole
 
@@ -20,25 +20,6 @@ FORMAT = 2
 
 FORMAT_FILE = "format.json"
 """In a run directory: {"format", "gvpo_ray": the version that made it}. Format 1 had no such file."""
-
-RESUMABLE = (
-    "num_steps",
-    "max_staleness",
-    "engines",
-    "verifiers",
-    "learner",
-    "evaluation",
-    "checkpoint",
-    "ray",
-    "warm_start",
-    "run_dir",
-    "loss",
-    "replay",
-    "watchdog_s",
-    "tracking",
-    "root",
-)
-"""Keys that may change when a run is resumed. The others say what its log and its checkpoints mean."""
 
 
 def check_format(run_dir: str | Path) -> None:
@@ -92,7 +73,11 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
                 raise ConfigError(
                     f"run_dir: {kept} is not the config of a run ({error}); use another run_dir"
                 ) from error
-            changed = [key for key in new if key not in RESUMABLE and old[key] != new[key]]
+            changed = [
+                key
+                for key, field in GVPOConfig.model_fields.items()
+                if not is_marked(field, RESUMABLE) and old[key] != new[key]
+            ]
             if changed:
                 raise ConfigError(
                     f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
