@@ -10,7 +10,7 @@ import torch
 from gvpo_ray import groups
 from gvpo_ray.config.loss import LossConfig
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.logprobs import sequence_sums
+from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.passes import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import Fixed
@@ -36,7 +36,7 @@ class Objective:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of these groups as a share of an update of `num_groups`, and sums for `finish`."""
         config, device = self._config, logprobs.device
-        lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+        lengths = [len(trained) for row in rows for trained in trained_tokens(row)]
         rewards = torch.tensor(
             [reward for row in rows for reward in row["rewards"]], dtype=torch.float64, device=device
         )

@@ -11,7 +11,7 @@ import torch
 from gvpo_ray import groups
 from gvpo_ray.config.loss import LossConfig
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.logprobs import sequence_sums
+from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, shares_of
 from gvpo_ray.learner.policy import Policy
 
@@ -87,9 +87,10 @@ def reference_passes(
         for micro in plan.passes:  # a rank with nothing to ask takes part
             brought, foreign = [], []
             for row in micro:
-                for ids, known in zip(row["completion_ids"], _sampled(row, version), strict=True):
-                    brought += [float("nan")] * len(ids) if isinstance(known, str) else known
-                    foreign += [known == FOREIGN] * len(ids)
+                for trained, known in zip(trained_tokens(row), _sampled(row, version), strict=True):
+                    is_unknown = isinstance(known, str)
+                    brought += [float("nan") if is_unknown else known[t] for t in trained]
+                    foreign += [known == FOREIGN] * len(trained)
             sampled = torch.tensor(brought, dtype=torch.float64, device=policy.device)
             if asks_first:
                 first = _pass(policy, micro, reference=True)
@@ -125,7 +126,7 @@ def pass_reference_model(policy: Policy, mini_batch: Sequence[dict[str, Any]], m
     ).passes:
         tokens = policy.token_logprobs(micro or [NOTHING], reference=True)
         sums += sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist() if micro else []
-    for row, which in asked[policy.rank]:
+    for row, which in asked[policy.data_rank]:
         new, sums = dict(zip(which, sums, strict=False)), sums[len(which) :]
         known = row.get("reference_logprobs") or [None] * len(row["rewards"])
         row["reference_logprobs"] = [new.get(i, value) for i, value in enumerate(known)]
