@@ -41,7 +41,7 @@ def plan_passes(policy: Policy, shares: Sequence[Sequence[Row]], max_tokens: int
             else:
                 passes.append([share[i] for i in micro])
         plans.append(Plan(passes, parts, sum(map(len, parts))))
-    mine = plans[policy.rank]
+    mine = plans[policy.data_rank]
     mine.passes += [[] for _ in range(max(len(plan.passes) for plan in plans) - len(mine.passes))]
     mine.num_part_passes = max(plan.num_part_passes for plan in plans)
     return mine
@@ -49,4 +49,4 @@ def plan_passes(policy: Policy, shares: Sequence[Sequence[Row]], max_tokens: int
 
 def shares_of(policy: Policy, rows: Sequence[Any]) -> list[list[Any]]:
     """The groups of each rank."""
-    return [[rows[i] for i in share] for share in groups.split_by_tokens(rows, policy.world_size)]
+    return [[rows[i] for i in share] for share in groups.split_by_tokens(rows, policy.data_size)]

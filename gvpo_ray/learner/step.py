@@ -169,6 +169,6 @@ def _learning_rate(config: LearnerConfig, version: int, num_steps: int) -> float
 def _sum_over_ranks(sums: dict[str, torch.Tensor], policy: Policy) -> dict[str, float]:
     """One reduction of scalars, before each update."""
     values = torch.stack([value.double() for value in sums.values()])
-    if policy.world_size > 1:
+    if policy.data_size > 1:
         dist.all_reduce(values)
     return dict(zip(sums, values.tolist(), strict=True))
