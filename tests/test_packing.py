@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import learners
 import pytest
 import torch
-from tiny import float64, make_model
+from tiny import float64, make_group, make_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import train_step
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -297,3 +299,81 @@ def test_what_cannot_be_packed_says_so_and_is_padded_and_what_can_is_right(
     torch.testing.assert_close(
         loaded.logprobs(_groups()), _policy(tmp_path, packing=False).logprobs(_groups()), rtol=0, atol=1e-4
     )
+
+
+# --------------------------------------------------------------------------------- which tokens are trained
+
+
+def masked(group_id: int, masks: list[list[int]] | None) -> dict[str, Any]:
+    """A group with a mask of trained tokens per completion, as long as it."""
+    row = make_group(group_id)
+    if masks is None:
+        return row
+    lengths = [len(ids) for ids in row["completion_ids"]]
+    marks = [[t in mask for t in range(n)] for mask, n in zip(masks, lengths, strict=True)]
+    return {**row, "trained_tokens": marks}
+
+
+MASKED = [masked(1, [[0, 2], [1], []]), masked(2, None), masked(3, [[0], [0, 1, 2], [1, 2]])]
+
+
+@pytest.mark.parametrize("packing_on", [True, False])
+def test_tokens_that_are_not_trained_are_read_and_count_neither_in_sums_nor_in_gradients(
+    tmp_path: Path, packing_on: bool
+) -> None:
+    """As a plain loop that takes every sequence by itself and picks its trained tokens."""
+    path = make_model(tmp_path)
+    policy = Policy(ModelConfig(path=str(path)), LearnerConfig(backend="ddp", packing=packing_on), path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens, sums = [], []
+    for row in MASKED:
+        masks = row.get("trained_tokens") or [[True] * len(ids) for ids in row["completion_ids"]]
+        for ids, mask in zip(row["completion_ids"], masks, strict=True):
+            whole = torch.tensor([row["prompt_ids"] + ids])
+            every = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None]).squeeze(1)
+            tokens.append(every[len(row["prompt_ids"]) - 1 :][torch.tensor(mask)])
+            sums.append(tokens[-1].double().sum())
+    got = policy.token_logprobs(MASKED)
+    assert [len(own) for own in got] == [2, 1, 0, *map(len, MASKED[1]["completion_ids"]), 1, 3, 2]
+    for ours, theirs in zip(got, tokens, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=1e-5)
+    factors = torch.arange(1.0, 10.0, dtype=torch.float64)
+    ours = policy.logprobs(MASKED)
+    torch.testing.assert_close(ours.detach(), torch.stack(sums).detach(), rtol=0, atol=1e-4)
+    (ours * factors).sum().backward()
+    (torch.stack(sums) * factors).sum().backward()
+    theirs = dict(model.named_parameters())
+    for name, parameter in policy._module.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_trains_the_trained_tokens_alone_and_its_log_ratios_start_at_zero(tmp_path: Path) -> None:
+    """What the engine said of tokens that are not trained is not looked at; fresh groups, stale and foreign
+    ones.
+    """
+    path = make_model(tmp_path / "model")
+    moved = []
+    for wrong in (0.0, 50.0):  # what stands at places that are not trained
+        policy = learners.load(path, learners.settings(tmp_path))
+        rows = [masked(4, [[0, 2], [1], [0]]), masked(5, [[1], [0], [0, 1]]), masked(6, None)]
+        rows[1] |= {"version_min": [-1] * 3, "version_max": [-1] * 3}
+        for row in rows:
+            masks = row.get("trained_tokens")
+            if masks:
+                row["sampling_logprobs"] = [
+                    [value - wrong * (not is_trained) for value, is_trained in zip(*pair, strict=True)]
+                    for pair in zip(row["sampling_logprobs"], masks, strict=True)
+                ]
+        metrics = train_step(policy, rows[:1], learners.settings(tmp_path))
+        assert metrics["gvpo/implicit_reward_var"] == 0 and metrics["grad_norm"] > 0
+        policy.step = 0
+        train_step(policy, rows, learners.settings(tmp_path, num_mini_batches=3, micro_batch_tokens=20))
+        moved.append(learners.weights(policy))
+    assert learners.same(*moved)
+
+
+def test_a_mask_of_another_length_than_its_completion_is_an_error() -> None:
+    row = {"prompt_ids": [5], "completion_ids": [[7, 8]], "trained_tokens": [[True]]}
+    for lay_out in (lambda: packing.pack([row], "cpu"), lambda: padded_inputs([row], "cpu")):
+        with pytest.raises(ValueError, match="shorter"):
+            lay_out()

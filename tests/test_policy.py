@@ -44,7 +44,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def update(policy: Policy, step: int) -> float:
     """One update on groups that the step fixes, dealt to the ranks, in several micro-batches."""
-    mine = [make_group(10 * step + i) for i in range(4)][policy.rank :: policy.world_size]
+    mine = [make_group(10 * step + i) for i in range(4)][policy.data_rank :: policy.data_size]
     for i, row in enumerate(mine):
         is_last = i == len(mine) - 1
         policy.backward(
@@ -500,5 +500,5 @@ def test_an_adapter_starts_as_the_model_resumes_bitwise_and_is_saved_merged_and_
 def test_one_rank_without_a_process_group_is_as_one_rank_with_one(tmp_path):
     assert not dist.is_initialized()
     policy = load(make_model(tmp_path))
-    assert (policy.rank, policy.world_size) == (0, 1)
+    assert (policy.rank, policy.data_rank, policy.data_size) == (0, 0, 1)
     assert policy.vocab_size == tiny.VOCAB_SIZE and policy.max_length == 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gvpo_ray.config.base import Resources, Section
 
@@ -31,7 +31,8 @@ class LearnerConfig(Section):
     backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
     """`deepspeed`, or torch's own: `ddp` replicates everything, `fsdp` (FSDP2) shards everything."""
     zero_stage: int = Field(default=0, ge=0, le=3)
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too."""
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too. In
+    bfloat16 stage 1 runs as 2, so that gradients are added up in float32."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What ZeRO keeps in the CPU's memory: the optimizer (stages 1 to 3), or the parameters too (stage 3)."""
     learning_rate: float = Field(default=1e-6, gt=0)
@@ -55,6 +56,15 @@ class LearnerConfig(Section):
     the run."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _one_gpu(cls, value: float) -> float:
+        if value > 1:
+            raise ValueError(
+                f"a learner worker computes on one GPU, not {value:g}: ask for more with learner.num_workers"
+            )
+        return value
 
 
 class CheckpointConfig(Section):

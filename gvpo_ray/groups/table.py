@@ -75,7 +75,13 @@ REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
 """Of a reference model of its own: they follow a group, so that one that is trained on again costs no pass of
 it."""
-PER_COMPLETION_COLUMNS = (*COMPLETION_COLUMNS, "rewards", "reward_reasons", *REFERENCE_COLUMNS)
+PER_COMPLETION_COLUMNS = (
+    *COMPLETION_COLUMNS,
+    "rewards",
+    "reward_reasons",
+    *REFERENCE_COLUMNS,
+    "trained_tokens",
+)
 """Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
 """What a group must have to be logged: everything but the reference, which is the learner's to compute."""

@@ -24,7 +24,14 @@ class LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         """[N, hidden], [vocabulary, hidden], [vocabulary], [N] -> [N] log-probabilities, float32 (float64 for
         float64 inputs).
@@ -38,11 +45,11 @@ class LinearLogprobs(torch.autograd.Function):
         sums = torch.empty_like(result)
         with torch.autocast(kind, enabled=False):  # it would take float32 products back to bfloat16
             for part in _chunks(len(hidden), chunk):
-                logits = _logits(half[part], matrix, bias)
+                logits = _capped(_logits(half[part], matrix, bias, scale), softcap)
                 sums[part] = torch.logsumexp(logits, dim=-1)
                 result[part] = logits.gather(1, targets[part, None]).squeeze(1) - sums[part]
         ctx.save_for_backward(hidden, weight, bias, targets, sums)
-        ctx.chunk, ctx.dtype = chunk, dtype
+        ctx.chunk, ctx.dtype, ctx.scale, ctx.softcap = chunk, dtype, scale, softcap
         return result
 
     @staticmethod
@@ -57,9 +64,15 @@ class LinearLogprobs(torch.autograd.Function):
         )
         of_bias = torch.zeros(len(weight), dtype=sums.dtype, device=weight.device) if wants_bias else None
         for part in _chunks(len(hidden), ctx.chunk):
-            logits = _logits(half[part], matrix, bias)
+            logits = _capped(_logits(half[part], matrix, bias, ctx.scale), ctx.softcap)
+            # d cap tanh(x / cap) / dx = 1 - tanh(x / cap)^2
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()
             own = logits.sub_(sums[part, None]).exp_().mul_(-gradient[part, None])
             own.scatter_add_(1, targets[part, None], gradient[part, None].to(own.dtype))
+            if slope is not None:
+                own.mul_(slope)
+            if ctx.scale != 1:
+                own.mul_(ctx.scale)
             if of_bias is not None:
                 of_bias += own.sum(0)
             own = own.to(ctx.dtype)
@@ -72,24 +85,32 @@ class LinearLogprobs(torch.autograd.Function):
             of_hidden,
             of_weight,
             None if of_bias is None or bias is None else of_bias.to(bias.dtype),
-            None,
-            None,
+            *[None] * 4,
         )
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """log softmax(weight @ hidden_i + bias)[targets_i], for all i at once.
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """log softmax(cap(scale * (weight @ hidden_i + bias)))[targets_i], for all i at once.
 
     Args:
         hidden: [N, hidden size].
         weight, bias: [vocabulary, hidden size] and [vocabulary] or None.
         targets: [N] token ids.
+        scale: what the logits are multiplied by (Cohere, Granite).
+        softcap: where given, cap(x) = softcap * tanh(x / softcap) (Gemma 2); else cap(x) = x.
 
     Returns:
         [N], float32, or float64 where the inputs are; under autocast products are taken in autocast's dtype.
     """
     chunk = max(1, ELEMENTS[hidden.device.type] // len(weight))
-    result: Tensor = LinearLogprobs.apply(hidden, weight, bias, targets, chunk)
+    result: Tensor = LinearLogprobs.apply(hidden, weight, bias, targets, chunk, scale, softcap)
     return result
 
 
@@ -97,9 +118,15 @@ def _chunks(size: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     logits = _product(hidden, weight.t())
-    return logits if bias is None else logits.add_(bias)
+    if bias is not None:
+        logits.add_(bias)
+    return logits if scale == 1 else logits.mul_(scale)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -32,39 +32,100 @@ class CompletionLogprobs(nn.Module):
                 f"the model's output head is a {type(head).__name__}: only a plain linear one is known"
             )
         usual = head.forward
+        scale, softcap = logit_transform(model)
 
         def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-            return (
-                usual(hidden) if targets is None else linear_logprobs(hidden, head.weight, targets, head.bias)
-            )
+            if targets is None:
+                return usual(hidden)
+            return linear_logprobs(hidden, head.weight, targets, head.bias, scale, softcap)
 
         head.forward = forward
 
-    def forward(self, rows: Tensor, positions: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    def forward(
+        self, rows: Tensor, positions: Tensor, targets: Tensor, by_model: bool = False, **inputs: Any
+    ) -> Tensor:
         """Token targets[i] is predicted at [rows[i], positions[i]] of what `inputs` (padded_inputs,
         packing.pack) lay out. Returns [N].
 
-        In float32, or in the model's precision if that is higher.
+        In float32, or in the model's precision if that is higher. by_model: of the logits that the model
+        itself computes, all of them at once; what the fused head is checked by.
         """
+        if by_model:
+            logits = self.model(**inputs, use_cache=False).logits[rows, positions]
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            return logits.to(dtype).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
         return self.model.get_output_embeddings()(hidden, targets)
 
 
+def logit_transform(model: Any) -> tuple[float, float | None]:
+    """What the model does to its head's logits: their factor, and their soft cap or None.
+
+    Only what is known to be a plain function of the logits; check_head finds the rest.
+    """
+    config = model.config.get_text_config()
+    scale = getattr(model, "logit_scale", None) or 1.0  # Cohere
+    if config.model_type.startswith("granite"):
+        scale = 1 / config.logits_scaling
+    return float(scale), getattr(config, "final_logit_softcapping", None)  # Gemma, NanoChat
+
+
+def check_head(by_model: Tensor, ours: Tensor, config: Any, is_half: bool) -> None:
+    """Compare the fused head's log-probs [N] with those of the model's own logits. is_half: they
+    are computed in bfloat16.
+
+    Raises:
+        ValueError: they differ by more than rounding: names the model's type and the parts of its config that
+            say what it does to its logits.
+    """
+    difference = float((by_model - ours).double().square().mean().sqrt())
+    if difference < (0.1 if is_half else 1e-3):
+        return
+    hints = [
+        name
+        for name, value in config.get_text_config().to_dict().items()
+        if value is not None and ("logit" in name or "lm_head" in name or name == "dim_model_base")
+    ]
+    raise ValueError(
+        f"{config.model_type}: its log-probs are not those of its linear head: they differ by "
+        f"{difference:.2g} nats. What it does to its logits ({', '.join(hints) or 'not said in its config'}) "
+        "is not known here"
+    )
+
+
+def trained_tokens(row: Row) -> list[list[int]]:
+    """Of each completion the places of the tokens that are trained, by the optional column `trained_tokens`
+    (null: all of them).
+
+    The others are context: they are read, and are no targets.
+    """
+    masks = row.get("trained_tokens") or [None] * len(row["completion_ids"])
+    result = []
+    for ids, mask in zip(row["completion_ids"], masks, strict=True):
+        pairs = zip(ids, [True] * len(ids) if mask is None else mask, strict=True)
+        result.append([place for place, (_, is_trained) in enumerate(pairs) if is_trained])
+    return result
+
+
 def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Tensor], list[int]]:
     """Lay out every completion with its prompt, right-padded. Returns the arguments of CompletionLogprobs and
-    the completions' lengths.
+    how many trained tokens each completion has.
     """
-    sequences = [(row["prompt_ids"], ids) for row in rows for ids in row["completion_ids"]]
-    width = max(len(prompt) + len(ids) for prompt, ids in sequences)
+    sequences = [
+        (row["prompt_ids"], ids, trained)
+        for row in rows
+        for ids, trained in zip(row["completion_ids"], trained_tokens(row), strict=True)
+    ]
+    width = max(len(prompt) + len(ids) for prompt, ids, _ in sequences)
     input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
     index: list[tuple[int, int, int]] = []
-    for i, (prompt, ids) in enumerate(sequences):
+    for i, (prompt, ids, trained) in enumerate(sequences):
         end = len(prompt) + len(ids)
         input_ids[i, :end] = torch.tensor([*prompt, *ids])
         mask[i, :end] = 1
-        index += [(i, len(prompt) + t - 1, token) for t, token in enumerate(ids)]
-    where = torch.tensor(index)
+        index += [(i, len(prompt) + t - 1, ids[t]) for t in trained]
+    where = torch.tensor(index, dtype=torch.long).view(-1, 3)
     tensors = {
         "input_ids": input_ids,
         "attention_mask": mask,
@@ -72,7 +133,8 @@ def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict
         "positions": where[:, 1],
         "targets": where[:, 2],
     }
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, [len(ids) for _, ids in sequences]
+    lengths = [len(trained) for _, _, trained in sequences]
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, lengths
 
 
 def sequence_sums(token_logprobs: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.logprobs import sequence_sums
+from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.passes import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import ReferenceLogprobs
@@ -45,7 +45,7 @@ class Objective:
             num_groups: of the update, on all ranks.
         """
         device = logprobs.device
-        lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+        lengths = [len(trained) for row in rows for trained in trained_tokens(row)]
         sampler = None if measured.sampler is None else measured.sampler.beside(logprobs)
         reference = None if measured.reference is None else measured.reference.beside(logprobs)
         if reference is None:

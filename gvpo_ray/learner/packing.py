@@ -13,7 +13,7 @@ transformers' attention interface; the model's code stays as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-Row = Mapping[str, Any]
+from gvpo_ray.groups import Row
+from gvpo_ray.learner.logprobs import trained_tokens
 
 NAME = "group_packed"
 
@@ -119,8 +120,8 @@ def _flex_attention() -> Callable[..., Any]:
 def pack(
     rows: Sequence[Row], device: torch.device | str, flex: bool = False
 ) -> tuple[dict[str, Any], list[int]]:
-    """Lay out groups in a row. Returns the arguments of CompletionLogprobs and the completions' lengths.
-    flex: for FlexAttention.
+    """Lay out groups in a row. Returns the arguments of CompletionLogprobs and how many trained tokens each
+    completion has. flex: for FlexAttention.
 
     input_ids, position_ids [1, T]; token targets[i] is predicted at [0, positions[i]]. For FlexAttention T is
     a multiple of BLOCK, and at least LEAST: the tokens that fill it up are a group of their own, which nobody
@@ -146,7 +147,7 @@ def pack(
         positions += range(len(prompt))
         place += range(g * longest_prompt, g * longest_prompt + len(prompt))
         owners += [(g, -1)] * len(prompt)
-        for ids in row["completion_ids"]:
+        for ids, trained in zip(row["completion_ids"], trained_tokens(row), strict=True):
             first, size = len(tokens), len(ids) - 1
             completions[len(group), :size] = torch.arange(first, first + size)
             place += range(
@@ -155,10 +156,11 @@ def pack(
             tokens += ids[:-1]
             owners += [(g, len(group))] * size
             positions += range(len(prompt), len(prompt) + size)
-            sources += [start + len(prompt) - 1, *range(first, first + size)]
-            targets += ids
+            before = [start + len(prompt) - 1, *range(first, first + size)]  # the token before each
+            sources += [before[t] for t in trained]
+            targets += [ids[t] for t in trained]
             group.append(g)
-            lengths.append(len(ids))
+            lengths.append(len(trained))
     if flex:
         missing = max(LEAST, -(-len(tokens) // BLOCK) * BLOCK) - len(tokens)
         tokens += [0] * missing
@@ -180,8 +182,8 @@ def pack(
             1, 1, 1, 1, device=device
         ),  # four dimensions: passed on as it is, for the layout says it all
         "rows": torch.zeros(len(sources), dtype=torch.long, device=device),
-        "positions": torch.tensor(sources, device=device),
-        "targets": torch.tensor(targets, device=device),
+        "positions": torch.tensor(sources, dtype=torch.long, device=device),
+        "targets": torch.tensor(targets, dtype=torch.long, device=device),
         "layout": layout,
     }
     return inputs, lengths

@@ -42,7 +42,7 @@ def plan_passes(policy: Policy, rows_of_ranks: Sequence[Sequence[Row]], max_toke
             else:
                 passes.append([rows[i] for i in micro])
         plans.append(Plan(passes, parts, sum(map(len, parts))))
-    mine = plans[policy.rank]
+    mine = plans[policy.data_rank]
     mine.passes += [[] for _ in range(max(len(plan.passes) for plan in plans) - len(mine.passes))]
     mine.num_part_passes = max(plan.num_part_passes for plan in plans)
     return mine
@@ -50,4 +50,4 @@ def plan_passes(policy: Policy, rows_of_ranks: Sequence[Sequence[Row]], max_toke
 
 def rows_of_ranks(policy: Policy, rows: Sequence[Any]) -> list[list[Any]]:
     """The groups of each rank, dealt by their tokens."""
-    return [[rows[i] for i in indices] for indices in groups.split_by_tokens(rows, policy.world_size)]
+    return [[rows[i] for i in indices] for indices in groups.split_by_tokens(rows, policy.data_size)]

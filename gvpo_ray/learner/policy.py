@@ -28,10 +28,10 @@ from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.files import part_of
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
-from gvpo_ray.learner.backends.deepspeed import deepspeed_config
 from gvpo_ray.learner.backends.registry import make_backend
 from gvpo_ray.learner.checkpoints import remove_checkpoint
-from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs, sequence_sums
+from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
+from gvpo_ray.weights.lora import merged
 from gvpo_ray.weights.transfer import shards
 
 
@@ -73,27 +73,15 @@ class Policy:
     ) -> None:
         self.device = torch.device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._model_config = model
         self._path = Path(path)  # not to be read later: a checkpoint is pruned when newer ones are there
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         dtype = getattr(torch, model.dtype)
-        if config.backend == "deepspeed":
-            import deepspeed
-
-            # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        shard_on_load = None
-        if config.backend == "deepspeed" and config.zero_stage == 3:
-            from transformers.integrations import HfDeepSpeedConfig
-
-            # must live while from_pretrained runs
-            shard_on_load = HfDeepSpeedConfig(deepspeed_config(config, dtype))
-        # ZeRO has master weights beside its parameters; elsewhere the parameters are those, and bfloat16 is
-        # how they are computed with.
-        is_zero = config.backend == "deepspeed" and config.zero_stage > 0
-        self._dtype = torch.float32 if dtype == torch.bfloat16 and not is_zero else dtype
-        whole = self._load(path if model.lora is None else model.path)
+        self._backend = make_backend(config, dtype, self.device)
+        self.data_rank, self.data_size = self._backend.data_rank, self._backend.data_size
+        """Which share of the groups this rank computes, of how many."""
+        self._dtype = self._backend.dtype
+        whole = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
         self.adapter: dict[str, Any] | None = None
         """adapter_config.json, where an adapter is what is trained."""
         if model.lora is not None:
@@ -102,21 +90,24 @@ class Policy:
                 values = load_file(self._path / "adapter" / "adapter_model.safetensors")
                 for name, parameter in _trained(whole):
                     parameter.data.copy_(values[_adapter_name(name)])
-        # FSDP moves one layer after the other, as it shards them.
-        self._module = CompletionLogprobs(whole if config.backend == "fsdp" else whole.to(self.device))
-        del shard_on_load
+        self._module = CompletionLogprobs(whole)
         if config.gradient_checkpointing:
             self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
             # the layers recompute in training mode only; elsewhere it would switch dropout on
             for module in self._module.modules():
                 module.training = getattr(module, "gradient_checkpointing", False)
-        self._backend = make_backend(self._module, config, dtype, self.device)
+        self._backend.wrap(self._module)
+        for name, buffer in self._module.named_buffers():
+            if name.endswith("inv_freq") and buffer.itemsize < 4:
+                raise RuntimeError(f"{name} is in {buffer.dtype}: rotary frequencies need float32")
         self.vocab_size: int = self._module.model.config.vocab_size
         self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
         self._reference: list[Tensor] | Literal["without adapter"] | None = None
         self._keep_reference = False
         self.reference_version = 0
         """Of the weights that the reference is."""
+        self.packs = self._flex = False
+        self._check_head()
         self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = self.num_skipped = 0
         self.beta: float | None = None
@@ -129,7 +120,18 @@ class Policy:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0
         )
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            model.set_attn_implementation("eager")  # the others leave it out and say nothing
         return model.eval()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare log-probs of a few tokens with those of the model's own logits. Every rank."""
+        ids = [i % self.vocab_size for i in range(7, 23)]
+        inputs, _ = padded_inputs([{"prompt_ids": ids[:4], "completion_ids": [ids[4:]]}], self.device)
+        by_model = self._backend.forward({**inputs, "by_model": True}, True)
+        ours = self._backend.forward(inputs, True)
+        check_head(by_model, ours, self._module.model.config, self._model_config.dtype == "bfloat16")
 
     def _can_pack(self) -> bool:
         """Whether packed groups have the log-probs of padded ones, tried with one group. Every rank. Leaves
@@ -149,7 +151,6 @@ class Policy:
         ]
         is_half = self._model_config.dtype == "bfloat16"
         usual = model.config._attn_implementation
-        self.packs = self._flex = False
         padded = torch.cat(self.token_logprobs(rows))
         for flex in (True, False) if self.device.type == "cuda" else (False,):
             self._flex = flex
@@ -178,8 +179,8 @@ class Policy:
     # --- forward and update ---------------------------------------------------------------------------------
 
     def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
-        """Log-probs of all completions' tokens, [T], and the completions' lengths. Every rank. is_last: of
-        this update's passes.
+        """Log-probs of all completions' trained tokens, [T], and how many each completion has. Every rank.
+        is_last: of this update's passes.
         """
         inputs, lengths = (
             packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
@@ -201,7 +202,7 @@ class Policy:
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of this rank's share of a global sum. Every rank."""
-        self._backend.backward(loss * self.world_size, is_last)
+        self._backend.backward(loss * self.data_size, is_last)
 
     def update(self, learning_rate: float) -> float:
         """One optimizer step; returns the norm of the gradient before clipping. Every rank.
@@ -309,7 +310,7 @@ class Policy:
             if is_adapted and name.endswith(".weight"):
                 a, b = (self._backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
                 scale = self.adapter["lora_alpha"] / self.adapter["r"]
-                value = (value.float() + scale * b.float() @ a.float()).to(value.dtype)
+                value = merged(value, a, b, scale).to(value.dtype)
             yield name.replace(".base_layer.", "."), value
 
     def save(self, folder: str | Path) -> None:
@@ -350,7 +351,7 @@ class Policy:
                         os.fsync(written.fileno())
             remove_checkpoint(folder)
             part.rename(folder)
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.barrier()
 
     def _save_model(self, folder: Path) -> None:

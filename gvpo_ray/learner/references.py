@@ -30,7 +30,7 @@ from torch import Tensor
 from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions, Need
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.logprobs import sequence_sums
+from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.policy import Policy
 
@@ -175,9 +175,12 @@ def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor
     is_own: list[bool] = []
     is_foreign: list[bool] = []
     for row in rows:
-        for i, origin in enumerate(origins_of(row, policy.step)):
-            num = len(row["completion_ids"][i])
-            values += row["sampling_logprobs"][i] if origin is Origin.ENGINE else [0.0] * num
+        for i, (origin, trained) in enumerate(
+            zip(origins_of(row, policy.step), trained_tokens(row), strict=True)
+        ):
+            num = len(trained)
+            known = row["sampling_logprobs"][i] if origin is Origin.ENGINE else None
+            values += [0.0] * num if known is None else [known[t] for t in trained]
             is_own += [origin is not Origin.ENGINE] * num
             is_foreign += [origin is Origin.FOREIGN] * num
     own, foreign = (torch.tensor(x, dtype=torch.bool, device=policy.device) for x in (is_own, is_foreign))
@@ -198,7 +201,7 @@ def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], m
     ).passes:
         tokens = policy.token_logprobs(micro or [NOTHING], reference=True)
         sums += sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist() if micro else []
-    for row, which in asked[policy.rank]:
+    for row, which in asked[policy.data_rank]:
         new, sums = dict(zip(which, sums, strict=False)), sums[len(which) :]
         known = row.get("reference_logprobs") or [None] * len(row["rewards"])
         row["reference_logprobs"] = [new.get(i, value) for i, value in enumerate(known)]
@@ -222,7 +225,9 @@ def attach_references(
         batch: the step's rows.
         mini_batches: what of them is trained, as it was cut, with the log-probs of `score_with_reference`.
     """
-    own = {row["group_id"]: row for rows in mini_batches for row in rows_of_ranks(policy, rows)[policy.rank]}
+    own = {
+        row["group_id"]: row for rows in mini_batches for row in rows_of_ranks(policy, rows)[policy.data_rank]
+    }
     for row in batch:
         trained = own.get(row["group_id"])
         for name in groups.REFERENCE_COLUMNS:

@@ -15,6 +15,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.logprobs import trained_tokens
 from gvpo_ray.learner.objective import Objective, gradient_weights_of_parts
 from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.policy import Policy
@@ -199,7 +200,7 @@ class Step:
             policy.beta = adapted_beta(
                 beta, statistics["gvpo/reward_var"], statistics["gvpo/implicit_reward_var"]
             )
-        trained = [ids for update in updates for row in update.rows for ids in row["completion_ids"]]
+        trained = [places for update in updates for row in update.rows for places in trained_tokens(row)]
         return {
             **batch_metrics(batch, version),
             **statistics,
@@ -238,6 +239,6 @@ def learning_rate_at(config: LearnerConfig, version: int, num_steps: int) -> flo
 def _sum_over_ranks(sums: dict[str, Tensor], policy: Policy) -> dict[str, float]:
     """One reduction of scalars, before each update."""
     values = torch.stack([value.double() for value in sums.values()])
-    if policy.world_size > 1:
+    if policy.data_size > 1:
         dist.all_reduce(values)
     return dict(zip(sums, values.tolist(), strict=True))

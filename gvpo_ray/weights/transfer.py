@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
+from gvpo_ray.weights.lora import merged
+
 SHARD_BYTES = 512 * 2**20
 """Largest shard, in bytes: bounds what either end holds beside the weights themselves. A larger tensor is a
 shard of its own."""
@@ -243,9 +245,7 @@ def merge(
                     f"the adapter does not fit the model: {name} is {list(weight.shape)}, but {shapes}"
                 )
             # The base in float32 and one rounding: the sum is what a checkpoint holds.
-            weight = (weight.to(device).float() + scale * b.to(device).float() @ a.to(device).float()).to(
-                dtype
-            )
+            weight = merged(weight.to(device), a.to(device), b.to(device), scale).to(dtype)
         yield name, weight
     if left:
         raise ValueError(

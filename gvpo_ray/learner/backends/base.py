@@ -7,10 +7,11 @@ float32 sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gvpo_ray.config.learner import LearnerConfig
@@ -20,9 +21,18 @@ class Backend(Protocol):
     """Every rank makes the same number of forward and backward passes per update: with sharded parameters
     they are collectives.
 
-    All average gradients over the ranks, so a loss that is a share of a global sum is multiplied by the
-    number of ranks.
+    A backend loads the model, wraps it once, and then computes. All average gradients over the ranks that
+    share the data, so a loss that is a share of a global sum is multiplied by data_size.
     """
+
+    dtype: torch.dtype  # of the parameters that forward passes read
+    data_rank: int  # which share of the groups this rank computes,
+    data_size: int  # of how many
+
+    # calls `read` once, for a whole model on the CPU, and returns it where this backend wants it
+    def load(self, read: Callable[[], nn.Module]) -> nn.Module: ...
+    # spreads the module over the ranks; what is below needs it
+    def wrap(self, module: nn.Module) -> None: ...
 
     # is_last: of this update, where there are gradients
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor: ...
@@ -38,6 +48,11 @@ class Backend(Protocol):
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...
     def init_state(self, num_updates: int) -> None: ...  # make the state that set_state then fills
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None: ...
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def adamw(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state
+from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state, ranks
 
 
 class DDPBackend:
     """torch's DistributedDataParallel: replicated float32 parameters and optimizer; bfloat16 by autocast."""
 
-    def __init__(
-        self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._config, self._dtype, self._device = config, dtype, device
-        self._optimizer = adamw(module, config)
+    def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._config, self._compute_dtype, self._device = config, dtype, device
+        self.dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        self.data_rank, self.data_size = ranks()
+
+    def load(self, read: Callable[[], nn.Module]) -> nn.Module:
+        return read().to(self._device)
+
+    def wrap(self, module: nn.Module) -> None:
+        self._optimizer = adamw(module, self._config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._module: nn.Module = module
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.data_size > 1:
             self._module = nn.parallel.DistributedDataParallel(module)
 
     def _no_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
@@ -30,7 +35,7 @@ class DDPBackend:
         return self._module.no_sync() if ddp and not is_last else contextlib.nullcontext()
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
-        with self._no_sync(is_last), autocast_to(self._device, self._dtype):
+        with self._no_sync(is_last), autocast_to(self._device, self._compute_dtype):
             return self._module(**inputs)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state
+from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state, ranks
 
 
 class DeepSpeedBackend:
     """DeepSpeed ZeRO 0 to 3 over the process group that is there, with torch's AdamW (no op is built)."""
 
-    def __init__(
-        self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._settings = deepspeed_config(config, dtype)
+        self._is_zero = config.zero_stage > 0
+        # ZeRO has master weights beside its parameters, which are in bfloat16 themselves; elsewhere the
+        # parameters are the master weights, and bfloat16 is how they are computed with.
+        self.dtype = torch.float32 if dtype == torch.bfloat16 and not self._is_zero else dtype
+        self._autocast_dtype = torch.float32 if self._is_zero else dtype
+        self.data_rank, self.data_size = ranks()
+
+    def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         import deepspeed
 
-        self._config, self._device, self._module = config, device, module
+        if self._device.type == "cpu":
+            # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
+            # On a GPU, where it is not built, the look-up alone would try every op's compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if self._config.zero_stage < 3:
+            return read().to(self._device)
+        from transformers.integrations import HfDeepSpeedConfig
+
+        shards = HfDeepSpeedConfig(self._settings)  # from_pretrained sees it for as long as it lives
+        model = read().to(self._device)
+        del shards
+        rebuild_rotary(model)
+        return model
+
+    def wrap(self, module: nn.Module) -> None:
+        import deepspeed
+
+        self._module = module
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module, config),
-            config=deepspeed_config(config, dtype),
+            optimizer=adamw(module, self._config),
+            config=self._settings,
             dist_init_required=False,
         )
-        self._is_zero = config.zero_stage > 0
-        # ZeRO's parameters are in bfloat16 themselves
-        self._autocast_dtype = torch.float32 if self._is_zero else dtype
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
         if not torch.is_grad_enabled():  # DeepSpeed's engine has no part in these
@@ -96,7 +120,7 @@ class DeepSpeedBackend:
 
     def init_state(self, num_updates: int) -> None:
         # ZeRO-3 shows AdamW its flat shards only while it steps.
-        stage = self._config.zero_stage
+        stage = self._settings["zero_optimization"]["stage"]
         flat = (
             self._optimizer.fp32_partitioned_groups_flat
             if stage == 3
@@ -123,15 +147,43 @@ class DeepSpeedBackend:
         return self._optimizer.optimizer if self._is_zero else self._optimizer
 
 
+def rebuild_rotary(model: nn.Module) -> None:
+    """Compute the frequencies of rotary embeddings again, in float32.
+
+    Under zero.Init torch.arange and its like return what they make in the parameters' dtype, and
+    bfloat16 frequencies turn the 1,000th token by some radians too much or too little.
+    """
+    for module in model.modules():
+        wrong = [
+            name
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and buffer.itemsize < 4
+        ]
+        if not wrong:
+            continue
+        if "config" not in inspect.signature(type(module)).parameters or not hasattr(module, "config"):
+            raise ValueError(
+                f"{type(module).__name__}: ZeRO-3 has rounded its {wrong[0]}, and it cannot be made "
+                "again; use learner.zero_stage: 2 or learner.backend: fsdp"
+            )
+        fresh = dict(type(module)(config=module.config).named_buffers(recurse=False))
+        for name in wrong:
+            old = getattr(module, name)
+            setattr(module, name, fresh[name].to(old.device))
+
+
 def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in
     number.
 
     bfloat16 without ZeRO is autocast over float32 parameters, as for DDP: DeepSpeed's own wrapper there hides
-    optimizer and master weights.
+    optimizer and master weights. With ZeRO gradients are added up and reduced in float32: GVPO's weights sum
+    to zero in a group, so its gradients are differences. DeepSpeed's stage 1 would do so by another optimizer
+    class (BF16_Optimizer), which keeps whole float32 gradients: there stage 2 runs in its place.
     """
     is_half = dtype == torch.bfloat16
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    is_half_zero = is_half and config.zero_stage > 0
+    zero: dict[str, Any] = {"stage": 2 if is_half and config.zero_stage == 1 else config.zero_stage}
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "parameters":
@@ -143,7 +195,12 @@ def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any
         "zero_optimization": zero,
         # torch's AdamW also on the CPU: DeepSpeed's own would have to be compiled
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": is_half and config.zero_stage > 0},
+        "bf16": {"enabled": is_half_zero},
+        **(
+            {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+            if is_half_zero
+            else {}
+        ),
         "torch_autocast": {"enabled": is_half and config.zero_stage == 0, "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

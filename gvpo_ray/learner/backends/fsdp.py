@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,34 +19,38 @@ class FSDPBackend(DDPBackend):
     time; float32 shards.
     """
 
-    def __init__(
-        self, module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if not dist.is_initialized():  # one process without a group, as in a test or a notebook
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
             )
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        super().__init__(config, dtype, device)
+        self._mesh = init_device_mesh(device.type, (self.data_size,))
+
+    def load(self, read: Callable[[], nn.Module]) -> nn.Module:
+        return read()  # moved one layer after the other, as it is sharded
+
+    def wrap(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         options: dict[str, Any] = {
-            "mesh": mesh,
-            "mp_policy": half if dtype == torch.bfloat16 else MixedPrecisionPolicy(),
+            "mesh": self._mesh,
+            "mp_policy": half if self._compute_dtype == torch.bfloat16 else MixedPrecisionPolicy(),
         }
         layers = set(module.model._no_split_modules or ())
         self._sharded = [part for part in module.modules() if type(part).__name__ in layers] + [module]
         for part in self._sharded:
             fully_shard(part, **options)
-        # mixed precision is FSDP's own
-        self._config, self._dtype, self._device = config, torch.float32, device
-        self._optimizer = adamw(module, config)
+        self._optimizer = adamw(module, self._config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._module = module
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
-        self._module.set_requires_gradient_sync(is_last)
+        # Gradients are reduced after every pass: FSDP2 would keep those that wait whole, in float32, on every
+        # rank (4 bytes per parameter).
         output: Tensor = self._module(**inputs)
         if not torch.is_grad_enabled():
             self._reshard()  # it would wait for a backward pass to do so

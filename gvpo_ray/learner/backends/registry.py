@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.learner.backends.base import Backend
@@ -14,12 +13,11 @@ from gvpo_ray.learner.backends.deepspeed import DeepSpeedBackend
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
 
 
-def make_backend(
-    module: nn.Module, config: LearnerConfig, dtype: torch.dtype, device: torch.device
-) -> Backend:
+def make_backend(config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The backend of learner.backend, with its mesh and no model yet. dtype: what is computed in."""
     backends: dict[str, Callable[..., Backend]] = {
         "ddp": DDPBackend,
         "fsdp": FSDPBackend,
         "deepspeed": DeepSpeedBackend,
     }
-    return backends[config.backend](module, config, dtype, device)
+    return backends[config.backend](config, dtype, device)
