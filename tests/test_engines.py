@@ -471,7 +471,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_quoted(tok
         with pytest.raises(RuntimeError, match=r"/v1/chat/completions answered 400: no such model$"):
             await engine.generate(prompt(), sampling(2))
         server.close()
-        engine._session.mount("http://", requests_without_patience())
+        engine._client = engine._client.with_options(max_retries=0)
         with pytest.raises(ConnectionError, match=r"/v1/chat/completions: "):
             await engine.generate(prompt(), sampling(2))
 
@@ -479,10 +479,48 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_quoted(tok
         asyncio.run(run(server, engine))
 
 
-def requests_without_patience() -> Any:
-    from requests.adapters import HTTPAdapter
+def test_a_server_is_asked_at_its_url_whatever_the_environment_says_and_gets_no_key_of_another(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "another-server's")
+    server = Server(lambda body: choices("1", "2"))
+    engine = ServerEngine("big", ModelConfig(path=str(tokenizer_folder)), PoolConfig(url=server.url))
 
-    return HTTPAdapter(max_retries=0)
+    async def run() -> None:
+        await engine.start()
+        await engine.generate(prompt(), sampling(2))
+        await engine.close()
+
+    asyncio.run(run())
+    server.close()
+    (headers,) = server.headers
+    assert not any("another-server's" in value for value in headers.values())
+    assert "Authorization" not in headers and "seed" not in server.asked[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "is_repeated"),
+    [
+        (408, {}, True),
+        (409, {}, True),
+        (429, {"Retry-After": "121"}, False),
+        (404, {}, False),
+        (599, {}, True),
+    ],
+)
+def test_the_openai_client_repeats_what_the_docstring_says(
+    status: int, header: dict[str, str], is_repeated: bool
+) -> None:
+    import httpx2
+    import openai
+
+    client = openai.AsyncOpenAI(api_key="k", base_url="http://127.0.0.1:9")
+    assert client._should_retry(httpx2.Response(status, headers=header)) is is_repeated
 
 
 def test_a_server_engine_that_is_drained_leaves_its_requests_behind(tokenizer_folder: Path) -> None:

@@ -21,6 +21,7 @@ ROW = {
     "version_min": [3, 3, None],
     "version_max": [3, 4, None],
     "sampling_logprobs": [[-0.5, -0.25, 0.0], [-1.0, -2.0], None],
+    "trained_tokens": [[True, False, True], None, None],
     "rewards": [1.0, 0.0, None],
     "reward_parts": {"math": [1.0, 0.0, None], "style": [0.5, 0.25, 0.125]},
     "reward_reasons": [None, None, "timeout"],
@@ -114,7 +115,7 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
     for end in [*range(0, len(whole), 50), len(whole)]:
         (log / "00000.arrow").write_bytes(whole[:end])
         loaded = groups.load(log)
-        nothing = dict.fromkeys(groups.REFERENCE_COLUMNS)
+        nothing = dict.fromkeys((*groups.MASK_COLUMNS, *groups.REFERENCE_COLUMNS))
         assert list(groups.rows(loaded)) == [
             row(i, num_completions=2 + i) | nothing for i in range(len(loaded))
         ], end
@@ -136,6 +137,7 @@ def test_a_log_that_an_older_version_began_is_read_with_what_came_after(tmp_path
     loaded = groups.load(tmp_path)
     assert loaded.schema == groups.SCHEMA
     assert loaded["reference_logprobs"].to_pylist() == [None, ROW["reference_logprobs"]]
+    assert loaded["trained_tokens"].to_pylist() == [None, ROW["trained_tokens"]]
     groups.save(groups.table([row(0)]), tmp_path / "recorded.arrow")  # a single file is as it is
     assert groups.load(tmp_path / "recorded.arrow").schema.names == list(groups.LOGGED_COLUMNS)
 
@@ -175,7 +177,8 @@ def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
 
 
 def test_a_good_table_is_valid_and_comes_back():
-    table = groups.table([ROW, row(1) | {"reference_logprobs": [0.0, 0.0], "reference_versions": [0, 0]}])
+    references = {"reference_logprobs": [0.0, 0.0], "reference_versions": [0, 0]}
+    table = groups.table([ROW, row(1) | references | {"trained_tokens": None}])
     assert groups.validate(table, groups.SCHEMA.names) is table
 
 
@@ -192,12 +195,23 @@ def test_a_good_table_is_valid_and_comes_back():
             {"sampling_logprobs": [[-0.5, -0.2, 0], [-1], None]},
             r"row 1: sampling_logprobs\[1\] has 1 entries, completion_ids\[1\] has 2",
         ),
+        ({"trained_tokens": [None]}, "row 1: trained_tokens has 1 entries, completions has 3"),
+        (
+            {"trained_tokens": [None, [True], None]},
+            r"row 1: trained_tokens\[1\] has 1 entries, completion_ids\[1\] has 2",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_lists_that_do_not_fit_are_named_with_column_and_row(change, message):
     with pytest.raises(groups.GroupError, match=message):
         groups.validate(groups.table([ROW, {**ROW, **change}, ROW]), groups.SCHEMA.names)
+
+
+def test_the_logged_columns_are_not_valid_beside_a_mask_that_does_not_fit():
+    table = groups.table([{**ROW, "trained_tokens": [[True] * 3, [True] * 3, None]}])
+    with pytest.raises(groups.GroupError, match=r"row 0: trained_tokens\[1\] has 3 entries"):
+        groups.validate(table, groups.LOGGED_COLUMNS)
 
 
 def test_missing_columns_and_other_types_are_named():
@@ -247,6 +261,7 @@ def test_trainable_leaves_out_completions_without_reward_in_every_column():
         "version_min": [3, 3],
         "version_max": [3, 4],
         "sampling_logprobs": [[-0.5, -0.25, 0.0], [-1.0, -2.0]],
+        "trained_tokens": [[True, False, True], None],
         "rewards": [1.0, 0.0],
         "reward_parts": {"math": [1.0, 0.0], "style": [0.5, 0.25]},
         "reward_reasons": [None, None],
@@ -361,6 +376,7 @@ def test_the_log_holds_every_column_and_nothing_where_nobody_has_computed_it():
     assert (
         completed["reference_logprobs"].to_pylist()
         == completed["reference_versions"].to_pylist()
+        == completed["trained_tokens"].to_pylist()
         == [None, None]
     )
     whole = groups.table([ROW])
@@ -384,6 +400,7 @@ def test_the_parts_of_a_group_are_joined_in_their_order():
     assert group["sources"] == ["policy"] * 3 + ROW["sources"]
     assert group["version_max"] == [0, 0, 0, 3, 4, None]
     assert group["sampling_logprobs"] == [[-5.0] * 4, [-6.0] * 4, [-6.0] * 4, *ROW["sampling_logprobs"]]
+    assert group["trained_tokens"] == [None, None, None, [True, False, True], None, None]
     assert group["rewards"] == [0.0, None, None, 1.0, 0.0, None]
     assert group["reward_parts"] == {
         "style": [0.75, None, None, 0.5, 0.25, 0.125],
@@ -426,6 +443,7 @@ def test_some_completions_of_a_group_are_taken_with_all_that_belongs_to_them():
         None,
         [-0.5, -0.25, 0.0],
     ]
+    assert group["trained_tokens"] == [None, [True, False, True]]
     assert group["reward_parts"] == {"math": [None, 1.0], "style": [0.125, 0.5]}
     assert group["reference_logprobs"] == [-40.123456789012345, -0.75] and group["reference_versions"] == [
         None,

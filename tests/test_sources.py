@@ -13,7 +13,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig, SourceConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.data.mixture import Mixture
+from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.verifiers.verifier import Verifier
@@ -467,12 +467,12 @@ def test_limit_takes_the_first_rows_before_it_looks_at_them(make: Maker) -> None
 def test_after_any_number_of_groups_every_source_has_had_its_share_rounded_down_or_up(
     shares: dict[str, float],
 ) -> None:
-    mixture = Mixture(shares)
+    mixture = SourceSchedule(shares)
     exact = {name: Fraction(str(share)) for name, share in shares.items()}
     counts, num_ordinary = dict.fromkeys(shares, 0), 0
     for group_id in range(10_000):
         assert mixture.ordinary(group_id) == num_ordinary
-        whole = mixture.of(group_id)
+        whole = mixture.source_of(group_id)
         if whole is None:
             num_ordinary += 1
         else:
@@ -485,15 +485,17 @@ def test_after_any_number_of_groups_every_source_has_had_its_share_rounded_down_
 
 
 def test_three_thirds_are_every_group() -> None:
-    mixture = Mixture({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})  # 0.3333333333333333 each: less than 1 in all
-    assert [mixture.of(i) for i in range(4)] == [("a", 0), ("b", 0), ("c", 0), ("a", 1)]
-    assert mixture.of(3_000_002) == ("c", 1_000_000) and mixture.ordinary(3_000_002) == 0
+    mixture = SourceSchedule(
+        {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}
+    )  # 0.3333333333333333 each: less than 1 in all
+    assert [mixture.source_of(i) for i in range(4)] == [("a", 0), ("b", 0), ("c", 0), ("a", 1)]
+    assert mixture.source_of(3_000_002) == ("c", 1_000_000) and mixture.ordinary(3_000_002) == 0
 
 
 def test_a_group_far_out_is_looked_up_and_no_order_of_asking_matters() -> None:
-    near, far = Mixture({"a": 0.1, "b": 0.3}), Mixture({"a": 0.1, "b": 0.3})
-    ahead = [far.of(i) for i in reversed(range(10_000_000, 10_000_010))][::-1]
-    assert [near.of(i) for i in range(10)] == [
+    near, far = SourceSchedule({"a": 0.1, "b": 0.3}), SourceSchedule({"a": 0.1, "b": 0.3})
+    ahead = [far.source_of(i) for i in reversed(range(10_000_000, 10_000_010))][::-1]
+    assert [near.source_of(i) for i in range(10)] == [
         whole and (whole[0], whole[1] - {"a": 1, "b": 3}[whole[0]] * 1_000_000) for whole in ahead
     ]
     assert far.ordinary(10_000_000) == 6_000_000

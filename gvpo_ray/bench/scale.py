@@ -127,7 +127,7 @@ class FakeRun:
     ) -> None:
         # Here and not above: these import torch, and this file is imported by every fake engine.
         from gvpo_ray.buffer.log import Quarantine
-        from gvpo_ray.data.mixture import Mixture
+        from gvpo_ray.data.mixture import SourceSchedule
         from gvpo_ray.run.events import EventLog
         from gvpo_ray.run.inputs import Inputs
         from gvpo_ray.run.rollouts import Ring
@@ -165,7 +165,7 @@ class FakeRun:
             self._note,
             self.buffer.waits,
         )
-        inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, Mixture({}), {})  # type: ignore[arg-type]
+        inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, SourceSchedule({}), {})  # type: ignore[arg-type]
         self.ring = Ring(
             inputs,
             self.engines,

@@ -9,9 +9,8 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 
-class Mixture:
-    """Which groups are whole groups of an offline source, and the how-many-eth of that source: a pure
-    function of the group's id.
+class SourceSchedule:
+    """Assigns each group id to an offline source or to the policy's prompts, as a pure function of the id.
 
     Tijdeman's schedule (The chairman assignment problem, Discrete Mathematics 32, 1980), with the ordinary
     prompts as one more source. A source's i-th group (from 0) may come no earlier than its share allows, at
@@ -35,7 +34,7 @@ class Mixture:
         self._counts = [0] * len(self._sizes)
         self._owners, self._numbers, self._num_ordinary = array("i"), array("q"), array("q")
 
-    def of(self, group_id: int) -> tuple[str, int] | None:
+    def source_of(self, group_id: int) -> tuple[str, int] | None:
         """The source whose whole group this is and its number there (0, 1, …), or None: an ordinary prompt.
         O(1) once planned.
         """

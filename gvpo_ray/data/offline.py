@@ -21,8 +21,8 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
-from gvpo_ray.data.prompts import Order, as_text, load_columns
-from gvpo_ray.data.rendering import token_ids, tokenise
+from gvpo_ray.data.prompts import EpochOrder, as_text, load_columns
+from gvpo_ray.data.rendering import renderer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,12 @@ class OfflineSource:
         seed: int = 0,
     ) -> None:
         key, self.source = f"sources.{name}", f"offline:{name}"
-        if tokenizer.eos_token_id is None:
+        given = {"template": template, "system_prompt": system_prompt}
+        templated = config.model_copy(
+            update={name: text for name, text in given.items() if getattr(config, name) is None}
+        )
+        renderer = renderer_of(templated, tokenizer, key)
+        if renderer.end_id is None:
             raise ConfigError(
                 f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end "
                 "with one"
@@ -76,20 +81,15 @@ class OfflineSource:
         self._rows = _read(config, key)
         self._has_rewards = config.reward_column is not None
         prompts = self._rows["prompt"].to_pylist()
-        given = {"template": template, "system_prompt": system_prompt}
-        templated = config.model_copy(
-            update={name: text for name, text in given.items() if getattr(config, name) is None}
-        )
         distinct = list(dict.fromkeys(prompts))
-        prompt_ids = dict(zip(distinct, tokenise(distinct, templated, tokenizer, key), strict=True))
-        if empty := [prompt for prompt in distinct if not prompt_ids[prompt]]:
+        rendered = dict(
+            zip(distinct, renderer.render([{"prompt": prompt} for prompt in distinct]), strict=True)
+        )
+        if empty := [prompt for prompt in distinct if not rendered[prompt].prompt_ids]:
             raise ConfigError(
                 f"{key}.path: {config.path}: row {prompts.index(empty[0])}: the prompt has no tokens"
             )
-        completion_ids = _with_end(
-            token_ids(tokenizer, self._rows["completions"].to_pylist(), add_special_tokens=False),
-            tokenizer.eos_token_id,
-        )
+        completion_ids = _with_end(renderer.encode(self._rows["completions"].to_pylist()), renderer.end_id)
         self._rows = self._rows.append_column(
             "completion_ids", pa.array(completion_ids, pa.list_(pa.int32()))
         )
@@ -98,7 +98,7 @@ class OfflineSource:
 
         longest_prompt = min(n for n in (config.max_tokens, max_tokens, max_length) if n is not None)
         fits = [
-            len(prompt_ids[prompt]) <= longest_prompt and len(prompt_ids[prompt]) + tokens <= max_length
+            len(rendered[prompt].prompt_ids) <= min(longest_prompt, max_length - tokens)
             for prompt, tokens in zip(prompts, self._num_tokens, strict=True)
         ]
         self.num_rows, self.num_too_long = len(fits), fits.count(False)
@@ -127,7 +127,8 @@ class OfflineSource:
                 "prompt": prompt,
                 "answer": answer,
                 "dataset": name,
-                "prompt_ids": prompt_ids[prompt],
+                "prompt_ids": rendered[prompt].prompt_ids,
+                **rendered[prompt].extras,
             }
             for prompt, answer in by_prompt
         )
@@ -137,7 +138,7 @@ class OfflineSource:
         self._by_text: dict[str, list[int]] = {}
         for (prompt, _), rows in by_prompt.items():
             self._by_text.setdefault(prompt, []).extend(rows)
-        self._order = Order(len(self), seed, config.shuffle)
+        self._order = EpochOrder(len(self), seed, config.shuffle)
         self._seed = seed
 
     def __len__(self) -> int:

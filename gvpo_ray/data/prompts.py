@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.data.rendering import tokenise
+from gvpo_ray.data.rendering import renderer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,8 +68,8 @@ class PromptSet:
         key: str = "prompts",
     ) -> None:
         rows = load_rows(config, {"prompt": config.prompt_column, "answer": config.answer_column}, key)
-        prompt_ids = tokenise(rows["prompt"].to_pylist(), config, tokenizer, key)
-        lengths = np.array([len(ids) for ids in prompt_ids])
+        rendered = renderer_of(config, tokenizer, key).render(rows.to_pylist())
+        lengths = np.array([len(ids) for ids, _ in rendered])
         if not lengths.all():
             raise ConfigError(
                 f"{key}.path: {config.path}: row {int(np.argmin(lengths))}: the prompt has no tokens"
@@ -93,7 +93,8 @@ class PromptSet:
                 "prompt": prompt,
                 "answer": answer,
                 "dataset": name,
-                "prompt_ids": prompt_ids[row],
+                "prompt_ids": rendered[row].prompt_ids,
+                **rendered[row].extras,
             }
             for i, (row, prompt, answer) in enumerate(
                 zip(
@@ -104,7 +105,7 @@ class PromptSet:
                 )
             )
         )
-        self._order = Order(len(self), seed, config.shuffle)
+        self._order = EpochOrder(len(self), seed, config.shuffle)
 
     def __len__(self) -> int:
         """Prompts in one epoch."""
@@ -133,9 +134,11 @@ class PromptSet:
         return content.hexdigest()
 
 
-class Order:
-    """Whose turn it is: every epoch has each of `num` rows once, shuffled in an order of its own or as they
-    come.
+class EpochOrder:
+    """Row order over epochs: each epoch visits every row once, reshuffled per epoch or in the file's order.
+
+    Args:
+        num: rows.
     """
 
     def __init__(self, num: int, seed: int, shuffle: bool) -> None:

@@ -1,38 +1,117 @@
-"""From text or chat to token ids."""
+"""Rendering: the rows of a data set become the model's token ids, and token ids become text again.
+
+No other file calls a tokenizer for prompts and completions. Data of another kind, such as images, is another
+class with the methods of Renderer and a line in renderer_of.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.model import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenise(
-    prompts: list[str], config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str
-) -> list[list[int]]:
-    """Template and tokenise; the template decides about special tokens in a chat, the tokenizer elsewhere."""
-    if config.template is not None:
-        # str.replace: problems are full of braces that str.format would read as fields.
-        return token_ids(
-            tokenizer,
-            [config.template.replace("{prompt}", prompt) for prompt in prompts],
-            add_special_tokens=True,
-        )
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f'{key}.template: required, because the tokenizer has no chat template; for example "Question: '
-            f'{{prompt}}\\nAnswer:"'
-        )
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
-    chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return token_ids(tokenizer, texts, add_special_tokens=False)
+class Rendered(NamedTuple):
+    """A prompt as the model gets it."""
+
+    prompt_ids: list[int]
+    extras: dict[str, Any]
+    """Further columns of the group table that belong to the prompt, such as its images."""
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
-    return ids
+class Renderer(Protocol):
+    """What the data sets and the engines need of a renderer."""
+
+    @property
+    def end_id(self) -> int | None:
+        """The end-of-sequence token; None where the tokenizer has none."""
+
+    def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
+        """Render prompts. Each row has at least the column `prompt`, a text."""
+
+    def encode(self, completions: Sequence[str]) -> list[list[int]]:
+        """Tokenise completions as they are, without special tokens of the tokenizer's own."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Decode tokens of a completion; special tokens are left out."""
+
+
+def renderer_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Renderer:
+    """Return the renderer of a data set. `key` is where `config` stands in the run's config, for messages."""
+    return TextRenderer(tokenizer, template=config.template, system_prompt=config.system_prompt, key=key)
+
+
+def completion_renderer(model: ModelConfig) -> Renderer:
+    """Return a renderer with the tokenizer of a model folder, for completions alone."""
+    from transformers import AutoTokenizer
+
+    return TextRenderer(AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
+
+
+class TextRenderer:
+    """Renders text with the template of the config, or with the chat template of the tokenizer.
+
+    Args:
+        template: text with `{prompt}`; None: the tokenizer's chat template.
+        system_prompt: first message of a chat; a template does not use it.
+        key: section of the config that the template belongs to, for messages.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        system_prompt: str | None = None,
+        key: str = "prompts",
+    ) -> None:
+        self._tokenizer, self._template, self._system_prompt = tokenizer, template, system_prompt
+        self._key = key
+
+    @property
+    def end_id(self) -> int | None:
+        end: int | None = self._tokenizer.eos_token_id
+        return end
+
+    def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
+        """Render prompts. A chat template writes special tokens itself; elsewhere the tokenizer adds its own.
+
+        Raises:
+            ConfigError: there is neither a template nor a chat template.
+        """
+        prompts = [row["prompt"] for row in rows]
+        if self._template is not None:
+            # str.replace: problems are full of braces that str.format would read as fields.
+            texts = [self._template.replace("{prompt}", prompt) for prompt in prompts]
+        else:
+            texts = self._chats(prompts)
+        ids = self._ids(texts, add_special_tokens=self._template is not None)
+        return [Rendered(of_prompt, {}) for of_prompt in ids]
+
+    def encode(self, completions: Sequence[str]) -> list[list[int]]:
+        return self._ids(list(completions), add_special_tokens=False)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _chats(self, prompts: list[str]) -> Any:
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"{self._key}.template: required, because the tokenizer has no chat template; for example "
+                '"Question: {prompt}\\nAnswer:"'
+            )
+        system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
+        chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        return self._tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+
+    def _ids(self, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        return ids

@@ -1,8 +1,7 @@
-"""ServerEngine: samples at a server with an OpenAI-compatible API that is not ours, behind the methods of
-engines/base.py.
+"""The engine that samples at an OpenAI-compatible server which is not ours, behind base.py's methods.
 
-Its model is another one than the policy: what it writes is foreign data (source offline:<pool>), without
-versions and log-probs.
+Its model is not the policy. Its completions are external data (source `offline:<pool>`), without versions and
+log-probs.
 """
 
 from __future__ import annotations
@@ -10,27 +9,28 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import openai
 import pyarrow as pa
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.data.rendering import completion_renderer
 from gvpo_ray.engines.base import BaseEngine, InFlight, seed_beside, sort_out
 
 NUM_RETRIES = 4
-"""Of a request that found no connection, or was answered with 429 or 5xx, each after twice as long (from a
-second)."""
+"""Retries of a request that found no connection or was answered with 408, 409, 429 or 5xx. The openai client
+waits half a second, then twice as long each time, or as long as `Retry-After` says (up to two minutes)."""
 
 TIMEOUT_S = 600.0
-"""Of one answer."""
+"""Time limit of one request with its retries, in seconds."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""Time limit of one connection attempt, in seconds."""
 
 
 class ServerEngine(BaseEngine):
@@ -62,45 +62,32 @@ class ServerEngine(BaseEngine):
         )
         self._key = "engines.url" if name == "engines" else f"engines.pools.{name}.url"
         self._model_name = pool.url_model
-        self._tokenizer: Any = None
         self._knows_n = True
-        self._threads = ThreadPoolExecutor(pool.max_groups, thread_name_prefix="server")
-        retry = Retry(
-            NUM_RETRIES,
-            read=0,
-            backoff_factor=0.5,
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,
-            raise_on_status=False,
-        )
-        self._session = requests.Session()
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=pool.max_groups))
-        if api_key is not None:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        self._room = asyncio.Semaphore(pool.max_groups)
+        self._client = _client(self._url, api_key)
+        # Without a key of ours the client must send none, and not the OPENAI_API_KEY of another server.
+        self._headers: dict[str, Any] = {"Authorization": openai.Omit()} if api_key is None else {}
 
     async def start(self) -> dict[str, Any]:
         """Ask the server for its models.
 
         Raises:
-            ConnectionError: one line that names the config's key.
+            ConnectionError: the server cannot be used, or the policy's tokenizer cannot end a completion. One
+                line that names the config's key.
         """
-        from transformers import AutoTokenizer
-
         started = time.perf_counter()
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            self._model.path, trust_remote_code=self._model.trust_remote_code
-        )
+        self._renderer = completion_renderer(self._model)
+        if self._renderer.end_id is None:
+            raise ConnectionError(f"{self._key}: the policy's tokenizer has no end-of-sequence token")
+        self._end_id = self._renderer.end_id
         try:
-            models = (await self._call("GET", "models")).get("data") or []
-            if self._model_name is None:
-                self._model_name = next(model["id"] for model in models)
+            models = await self._call("models", self._client.models.with_raw_response.list)
         except (OSError, RuntimeError) as error:
             raise ConnectionError(f"{self._key}: {error}") from error
-        except StopIteration:
-            raise ConnectionError(
-                f"{self._key}: {self._url} lists no model; name one with url_model"
-            ) from None
+        if self._model_name is None:
+            if not models.get("data"):
+                raise ConnectionError(f"{self._key}: {self._url} lists no model; name one with url_model")
+            self._model_name = models["data"][0]["id"]
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
@@ -145,15 +132,16 @@ class ServerEngine(BaseEngine):
 
     async def _ask(self, running: _Answers, sampling: SamplingConfig, n: int, seed: int | None) -> None:
         system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
-        body = {
-            "model": self._model_name,
-            "messages": [*system, {"role": "user", "content": running.group["prompt"][0].as_py()}],
-            "n": n,
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
-            **({} if seed is None else {"seed": seed}),
-        }
-        answer = await self._call("POST", "chat/completions", body)
+        answer = await self._call(
+            "chat/completions",
+            self._client.chat.completions.with_raw_response.create,
+            model=self._model_name,
+            messages=[*system, {"role": "user", "content": running.group["prompt"][0].as_py()}],
+            n=n,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=openai.omit if seed is None else seed,
+        )
         choices = answer.get("choices")
         if not choices:
             raise RuntimeError(f"{self._url}/chat/completions answered without choices: {_one_line(answer)}")
@@ -164,30 +152,44 @@ class ServerEngine(BaseEngine):
 
     def _completion(self, choice: dict[str, Any], max_tokens: int) -> dict[str, Any]:
         text = choice["message"].get("content") or ""
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        if choice.get("finish_reason") == "stop":
-            ids.append(self._tokenizer.eos_token_id)
+        (ids,) = self._renderer.encode([text])
         reason = "stop" if choice.get("finish_reason") == "stop" else "length"
+        if reason == "stop":
+            ids.append(self._end_id)
         if len(ids) > max_tokens:  # its tokenizer needs fewer than ours
             ids, reason = ids[:max_tokens], "length"
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+            text = self._renderer.text(ids)
         return {"completions": text, "completion_ids": ids, "finish_reasons": reason, "sources": self._source}
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._call_here, method, f"{self._url}/{path}", body
-        )
+    async def _call(
+        self, path: str, method: Callable[..., Awaitable[Any]], **arguments: Any
+    ) -> dict[str, Any]:
+        """The JSON answer to a request, through a `with_raw_response` method of the client.
 
-    def _call_here(self, method: str, url: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        The client's own parser takes an answer of any form and fails later, on a missing attribute.
+
+        Raises:
+            ConnectionError: no answer, or none but 429 and 5xx. One line that names the URL.
+            RuntimeError: the server refuses, or its answer is no JSON object. One line that names the URL.
+        """
+        url = f"{self._url}/{path}"
         try:
-            response = self._session.request(method, url, json=body, timeout=(10, TIMEOUT_S))
-            answer = response.json() if response.ok else None
-        except requests.RequestException as error:  # not a JSON answer, too
+            async with self._room, asyncio.timeout(TIMEOUT_S):
+                response = await method(**arguments, extra_headers=self._headers)
+            answer = response.http_response.json()
+        except openai.APIStatusError as error:
+            is_busy = error.status_code == 429 or error.status_code >= 500
+            kind = ConnectionError if is_busy else RuntimeError
+            raise kind(f"{url} answered {error.status_code}: {_message(error)}") from error
+        except openai.APIConnectionError as error:
+            raise ConnectionError(f"{url}: {_one_line(error.__cause__ or error)}") from error
+        except TimeoutError as error:
+            raise ConnectionError(f"{url}: no answer within {TIMEOUT_S:g} s") from error
+        except ValueError as error:
             raise ConnectionError(f"{url}: {_one_line(error)}") from error
-        if isinstance(answer, dict):
-            return answer
-        kind = ConnectionError if response.status_code == 429 or response.status_code >= 500 else RuntimeError
-        raise kind(f"{url} answered {response.status_code}: {_one_line(_message(response))}")
+        if not isinstance(answer, dict):
+            raise RuntimeError(f"{url} answered 200: {_one_line(answer)}")
+        return answer
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         assert isinstance(running, _Answers)
@@ -213,8 +215,7 @@ class ServerEngine(BaseEngine):
 
     async def close(self) -> None:
         await super().close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._session.close()
+        await self._client.close()
 
 
 @dataclass(eq=False)
@@ -227,13 +228,26 @@ class _Answers(InFlight):
         self.work: asyncio.Future[None]
 
 
-def _message(response: requests.Response) -> Any:
-    """What the server says of an error: OpenAI's {"error": {"message": ...}}, or all that it says."""
-    try:
-        error = response.json()["error"]
-        return error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError):
-        return response.text or response.reason
+def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
+    """A client of this URL alone: proxies, organisations and projects of the environment do not apply."""
+    http = openai.DefaultAsyncHttpxClient(
+        trust_env=False,
+        timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT_S),
+    )
+    unset: Any = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
+    return openai.AsyncOpenAI(
+        base_url=url,
+        api_key=api_key or "none",
+        max_retries=NUM_RETRIES,
+        default_headers=unset,
+        http_client=http,
+    )
+
+
+def _message(error: openai.APIStatusError) -> str:
+    """What the server says of an error, on one line: `{"error": {"message": ...}}`, or all that it says."""
+    said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
+    return _one_line(said or error.response.reason_phrase)
 
 
 def _one_line(text: Any) -> str:

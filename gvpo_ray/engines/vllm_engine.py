@@ -16,6 +16,7 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.data.rendering import TextRenderer
 from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
 
 CORPSE_S = 10.0
@@ -110,6 +111,7 @@ class Engine(BaseEngine):
             arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         started = time.perf_counter()
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
+        self._renderer = TextRenderer(self._llm.get_tokenizer())
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
         await self._llm.update_weight_version(str(self.version))
@@ -208,9 +210,7 @@ class Engine(BaseEngine):
             versions.append(begun["version_min"])
         ids = ids + list(new.token_ids)
         running.completions[index] = {
-            "completions": self._llm.get_tokenizer().decode(
-                ids[: -1 if new.finish_reason == "stop" else None], skip_special_tokens=True
-            ),
+            "completions": self._renderer.text(ids[: -1 if new.finish_reason == "stop" else None]),
             "completion_ids": ids,
             "finish_reasons": new.finish_reason,
             "sources": "policy",

@@ -18,6 +18,8 @@ each column:
     version_max         [3, 4]                           engines   (newest weights that wrote a token)
     sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]      engines   (one per completion token, temperature 1;
                                                                     null: foreign)
+    trained_tokens      [[true, true, true], null]       engines   (which tokens are trained on, one per
+                                                                    token; null: all. Optional)
     rewards             [1.0, 0.0]                       verifiers (null: could not be verified, left out of
                                                                     training)
     reward_parts        {"math": [1.0, 0.0]}             verifiers (before weighting)
@@ -53,6 +55,7 @@ SCHEMA = pa.schema(
         ("version_min", pa.list_(pa.int32())),
         ("version_max", pa.list_(pa.int32())),
         ("sampling_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("trained_tokens", pa.list_(pa.list_(pa.bool_()))),
         ("rewards", pa.list_(pa.float32())),
         ("reward_parts", pa.map_(pa.string(), pa.list_(pa.float32()))),
         ("reward_reasons", pa.list_(pa.string())),
@@ -71,21 +74,24 @@ COMPLETION_COLUMNS = (
     "version_max",
     "sampling_logprobs",
 )
+MASK_COLUMNS = ("trained_tokens",)
+"""Optional beside the completions: a group without it, or with a null, trains every completion token."""
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
 """Of a reference model of its own: they follow a group, so that one that is trained on again costs no pass of
 it."""
 PER_COMPLETION_COLUMNS = (
     *COMPLETION_COLUMNS,
+    *MASK_COLUMNS,
     "rewards",
     "reward_reasons",
     *REFERENCE_COLUMNS,
-    "trained_tokens",
 )
 """Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
-"""What a group must have to be logged: everything but the reference, which is the learner's to compute."""
-LOG_COLUMNS = LOGGED_COLUMNS + REFERENCE_COLUMNS
+"""What a group must have to be logged: everything but the reference, which is the learner's to compute, and
+the optional columns."""
+LOG_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + MASK_COLUMNS + REWARD_COLUMNS + REFERENCE_COLUMNS
 """What the durable log holds. A reference is null where nobody has computed it; replayed completions bring
 theirs along."""
 
@@ -134,12 +140,12 @@ def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
 
 
 def log_columns(groups: pa.Table) -> pa.Table:
-    """The groups with LOG_COLUMNS alone; references that they come without, as new groups and older logs do,
-    are null.
+    """The groups with LOG_COLUMNS alone. Optional columns and references that they come without are null, as
+    in new groups and older logs.
     """
     if groups.schema.equals(SCHEMA):
         return groups
-    missing = [name for name in REFERENCE_COLUMNS if name not in groups.schema.names]
+    missing = [name for name in (*MASK_COLUMNS, *REFERENCE_COLUMNS) if name not in groups.schema.names]
     return (
         with_columns(groups, **{name: [None] * len(groups) for name in missing})
         .select(list(LOG_COLUMNS))
@@ -178,7 +184,7 @@ def empty(columns: Sequence[str] = LOGGED_COLUMNS) -> pa.Table:
 
 def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Check that the columns are there with their types, and that their lists fit: one entry per completion,
-    one log-prob per token.
+    one log-prob per token. `trained_tokens` is checked too where the table has it and it is not null.
 
     Raises:
         GroupError: names the column, and the row where the lengths differ.
@@ -196,25 +202,43 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
     for name in per_completion:
         first = per_completion[0]
         for row, (got, want) in enumerate(zip(sizes[name], sizes[first], strict=True)):
+            if got is None and name in MASK_COLUMNS:
+                continue
             if got is None or got != want:
                 raise GroupError(
                     f"row {row}: {name} "
                     + ("is null" if got is None else f"has {got} entries, {first} has {want}")
                 )
-    if "completion_ids" in columns and "sampling_logprobs" in columns:
-        flat = [
-            pc.list_value_length(pc.list_flatten(groups.column(n))).to_pylist()
-            for n in ("completion_ids", "sampling_logprobs")
-        ]
-        lengths = zip(*flat, strict=True)
-        for row, m in enumerate(sizes["completion_ids"]):
-            for i, (tokens, values) in enumerate(islice(lengths, m)):
-                if values is not None and values != tokens:
-                    raise GroupError(
-                        f"row {row}: sampling_logprobs[{i}] has {values} entries, completion_ids[{i}] has "
-                        f"{tokens}"
-                    )
+    if "completion_ids" in columns:
+        if "sampling_logprobs" in columns:
+            _check_lengths(groups, "sampling_logprobs")
+        for name in (name for name in MASK_COLUMNS if name in groups.schema.names):
+            _check_lengths(groups, name)
     return groups
+
+
+def _check_lengths(groups: pa.Table, name: str) -> None:
+    """Check that a column of lists has one value per token of each completion, or null."""
+    sizes = zip(_sizes(groups, "completion_ids"), _sizes(groups, name), strict=True)
+    for row, (ids, values) in enumerate(sizes):
+        if values is None and name in MASK_COLUMNS:
+            continue
+        if values is None or ids is None or len(values) != len(ids):
+            raise GroupError(f"row {row}: {name} and completion_ids have not the same number of completions")
+        for i, (tokens, got) in enumerate(zip(ids, values, strict=True)):
+            if got is not None and got != tokens:
+                raise GroupError(
+                    f"row {row}: {name}[{i}] has {got} entries, completion_ids[{i}] has {tokens}"
+                )
+
+
+def _sizes(groups: pa.Table, name: str) -> list[list[int | None] | None]:
+    """Entries of every inner list of a column of lists of lists, by group."""
+    flat = iter(pc.list_value_length(pc.list_flatten(groups.column(name))).to_pylist())
+    return [
+        None if size is None else list(islice(flat, size))
+        for size in pc.list_value_length(groups.column(name)).to_pylist()
+    ]
 
 
 def rows(groups: pa.Table) -> Iterator[dict[str, Any]]:
@@ -233,10 +257,10 @@ def num_completion_tokens(groups: pa.Table) -> int:
 def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
     """The group of one prompt that has the completions of the one-row `parts`, one after the other.
 
-    It has rewards, or references, if some part has them; those of the other parts are null.
+    It has rewards, references or trained_tokens if some part has them; those of the other parts are null.
     """
     group = prompt.select(list(PROMPT_COLUMNS))
-    for name in (*COMPLETION_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
+    for name in (*COMPLETION_COLUMNS, *MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
         if name in COMPLETION_COLUMNS or any(_has(part, name) for part in parts):
             group = group.append_column(
                 SCHEMA.field(name),

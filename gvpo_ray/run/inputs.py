@@ -16,7 +16,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local, paths
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.data.mixture import Mixture
+from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.verifiers.rewards import Rewards
@@ -33,7 +33,7 @@ class Inputs:
     max_length: int
     """Longest prompt + completion, in tokens."""
     sources: dict[str, OfflineSource]
-    mixture: Mixture
+    mixture: SourceSchedule
     num_offline: dict[str, int]
     """Completions of each group that a source gives, where it has some for the prompt."""
 
@@ -41,7 +41,7 @@ class Inputs:
         """The prompt of a group, or the whole group of an offline source (True). A pure function of the
         config and the id.
         """
-        whole = self.mixture.of(group_id)
+        whole = self.mixture.source_of(group_id)
         if whole is not None:
             name, number = whole
             return self.sources[name].group(group_id, number), True
@@ -125,7 +125,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
         evaluation=read_evaluation_sets(config, max_length, tokenizer),
         max_length=max_length,
         sources=sources,
-        mixture=Mixture(
+        mixture=SourceSchedule(
             {name: source.group_share for name, source in config.sources.items() if source.group_share}
         ),
         num_offline={

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,13 +22,11 @@ from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.sandbox.functions import RewardFunction, Score
 from gvpo_ray.verifiers.math.extract import extract
+from gvpo_ray.verifiers.math.numbers import quantity
 from gvpo_ray.verifiers.math.reward import math_reward
 
 Rewards = Mapping[str, RewardFunction]
 """Reward functions passed as callables, by the name they have in verifiers.rewards."""
-
-MAX_ANSWER_CHARS = 1000
-"""No answer is longer; regular expressions below are quadratic at worst."""
 
 
 def exact_match(
@@ -50,43 +47,6 @@ def exact_match(
         float(plain(gold) in (plain(extract(completion).text or ""), plain(completion)))
         for completion, gold in zip(completions, answer, strict=True)
     ]
-
-
-_NUMBER = re.compile(
-    r"(?P<sign>[-+\u2212]?)\s*(?:\\[dt]?frac\s*\{(?P<top>\d{1,30})\}\s*\{(?P<bottom>\d{1,30})\}"
-    r"|(?P<whole>\d{1,3}(?:(?:,|\{,\})\d{3}){1,20}(?!\d)|\d{0,60})(?P<decimals>\.\d{1,60})?)"
-    r"(?:\s*/\s*(?P<over>\d{1,30}))?(?:[eE](?P<e>[-+]?\d{1,3})|\s*(?:\\times|\\cdot|\*|x|×)\s*10\s*\^\s*\{?(?P<ten>[-+]?\d{1,3})\}?)?"
-)
-
-
-_BEFORE_NUMBER = re.compile(r"[\s$£€\\({~≈]*(?:\\?[A-Za-z]\w{0,20}\s*(?:=|≈|\\approx|is|:))?[\s$£€\\({~≈]*")
-"""Of a quantity nothing stands before its number but money, brackets and a name: exp(2) is not 2."""
-_A_UNIT = re.compile(r"[A-Za-z°%µΩ][A-Za-z°%µΩ\d/^·-]{0,40}")
-"""And nothing behind it but a unit: 2**3 is not 2."""
-
-
-def _quantity(text: str) -> tuple[float, str] | None:
-    """(number, unit) of a text such as "$1,250.50", "3/4 cup" or "2.5 \\times 10^3 \\text{ m}"; None: no
-    number.
-    """
-    text = text[:MAX_ANSWER_CHARS]
-    match = next((m for m in _NUMBER.finditer(text) if m["top"] or m["whole"] or m["decimals"]), None)
-    if match is None or not _BEFORE_NUMBER.fullmatch(text[: match.start()]):
-        return None
-    if match["top"]:
-        value = int(match["top"]) / int(match["bottom"]) if int(match["bottom"]) else math.nan
-    else:
-        value = float(re.sub(r"[,{}]", "", match["whole"] or "0") + (match["decimals"] or ""))
-    if match["over"]:
-        value = value / int(match["over"]) if int(match["over"]) else math.nan
-    value *= 10.0 ** int(match["e"] or match["ten"] or 0)
-    unit = re.sub(
-        r"\\(?:text|mathrm|mbox|textbf)\b|\\[ ,;!]|[\\{}$~\s]|\^?circ\b|[.,;]$", "", text[match.end() :]
-    )
-    if unit and not _A_UNIT.fullmatch(unit):
-        return None
-    unit = unit[:-1] if len(unit) > 3 and unit.endswith("s") else unit  # metres and metre
-    return (-value if match["sign"] in ("-", "\u2212") else value), unit
 
 
 def numeric(
@@ -117,7 +77,7 @@ def numeric(
 def _numeric_score(
     text: str, gold: str, relative_tolerance: float, absolute_tolerance: float, require_unit: bool
 ) -> Score:
-    wanted, found = _quantity(gold), _quantity(text)
+    wanted, found = quantity(gold), quantity(text)
     if wanted is None or not math.isfinite(wanted[0]):
         return None, f"numeric: the gold answer {gold[:100]!r} has no number"
     if found is None:

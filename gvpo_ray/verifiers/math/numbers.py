@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from fractions import Fraction
+
+MAX_QUANTITY_CHARS = 1000
+"""A text is cut here before a quantity is read from it; its expressions are quadratic at worst."""
 
 _PLAIN = re.compile(
     r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\frac\s*\{\s*\d)|\s+(?=\d+\s*/)))?"
@@ -46,6 +50,45 @@ def as_number(text: str) -> Fraction | None:
     )
     value *= Fraction(10) ** int(match["ten"] or match["power"] or match["e"] or 0)
     return -value if match["sign"] == "-" else value
+
+
+_QUANTITY = re.compile(
+    r"(?P<sign>[-+\u2212]?)\s*(?:\\[dt]?frac\s*\{(?P<top>\d{1,30})\}\s*\{(?P<bottom>\d{1,30})\}"
+    r"|(?P<whole>\d{1,3}(?:(?:,|\{,\})\d{3}){1,20}(?!\d)|\d{0,60})(?P<decimals>\.\d{1,60})?)"
+    r"(?:\s*/\s*(?P<over>\d{1,30}))?(?:[eE](?P<e>[-+]?\d{1,3})|\s*(?:\\times|\\cdot|\*|x|×)\s*10\s*\^\s*\{?(?P<ten>[-+]?\d{1,3})\}?)?"
+)
+
+
+_BEFORE_NUMBER = re.compile(r"[\s$£€\\({~≈]*(?:\\?[A-Za-z]\w{0,20}\s*(?:=|≈|\\approx|is|:))?[\s$£€\\({~≈]*")
+"""Of a quantity nothing stands before its number but money, brackets and a name: exp(2) is not 2."""
+_A_UNIT = re.compile(r"[A-Za-z°%µΩ][A-Za-z°%µΩ\d/^·-]{0,40}")
+"""And nothing behind it but a unit: 2**3 is not 2."""
+
+
+def quantity(text: str) -> tuple[float, str] | None:
+    """Read (number, unit) from a text such as "$1,250.50", "3/4 cup" or "2.5 \\times 10^3 \\text{ m}".
+
+    None means that the text is no quantity. as_number reads exact values of normalised LaTeX; this reads
+    prose as a float, with money, thousands separators and a unit.
+    """
+    text = text[:MAX_QUANTITY_CHARS]
+    match = next((m for m in _QUANTITY.finditer(text) if m["top"] or m["whole"] or m["decimals"]), None)
+    if match is None or not _BEFORE_NUMBER.fullmatch(text[: match.start()]):
+        return None
+    if match["top"]:
+        value = int(match["top"]) / int(match["bottom"]) if int(match["bottom"]) else math.nan
+    else:
+        value = float(re.sub(r"[,{}]", "", match["whole"] or "0") + (match["decimals"] or ""))
+    if match["over"]:
+        value = value / int(match["over"]) if int(match["over"]) else math.nan
+    value *= 10.0 ** int(match["e"] or match["ten"] or 0)
+    unit = re.sub(
+        r"\\(?:text|mathrm|mbox|textbf)\b|\\[ ,;!]|[\\{}$~\s]|\^?circ\b|[.,;]$", "", text[match.end() :]
+    )
+    if unit and not _A_UNIT.fullmatch(unit):
+        return None
+    unit = unit[:-1] if len(unit) > 3 and unit.endswith("s") else unit  # metres and metre
+    return (-value if match["sign"] in ("-", "\u2212") else value), unit
 
 
 def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> bool:
