@@ -10,9 +10,9 @@ import subprocess
 import threading
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from xml.etree import ElementTree
 
 import pytest
+from plotly.offline import get_plotlyjs
 from tiny import make_group
 
 from gvpo_ray import groups
@@ -39,14 +39,16 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open, self.texts = [], [], {}
+        self.tags, self.open, self.texts, self.scripts = [], [], {}, {}
         self.feed(text)
         self.close()
         assert not self.open
-        self.charts = {}
-        for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-            root = ElementTree.fromstring(svg)
-            self.charts[root.attrib["aria-label"]] = root
+        figures = json.loads(self.scripts["figures"]) if "figures" in self.scripts else []
+        self.charts = {
+            attributes["aria-label"]: figures[int(attributes["data-figure"])]
+            for tag, attributes in self.tags
+            if "data-figure" in attributes
+        }
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -61,15 +63,24 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open:
+            data = data.removeprefix("\n") if self.open[-1] == "pre" else data  # as browsers do
             self.texts.setdefault(self.open[-1], []).append(data)
+            if self.open[-1] == "script":
+                self.scripts[self.tags[-1][1].get("id")] = data
+
+    def traces(self, name, *kinds):
+        return [trace for trace in self.charts[name]["traces"] if trace["meta"]["kind"] in kinds]
 
     def points(self, name):
-        """Of a chart's line, in the units of the picture."""
-        line = next(path for path in self.charts[name].iter("path") if "line" in path.attrib.get("class", ""))
-        return [tuple(map(float, point.split(","))) for point in line.attrib["d"][1:].split()]
+        """The points of the chart's first line."""
+        line = self.traces(name, "line", "faint")[0]
+        return list(zip(line["x"], line["y"], strict=True))
 
     def marks(self, name):
-        return [mark.find("title").text for mark in self.charts[name].iter("g")]
+        return [text for trace in self.traces(name, "mark", "calm") for text in trace["text"]]
+
+    def labels(self, name):
+        return [trace["name"] for trace in self.traces(name, "line", "faint")]
 
 
 def make_run(run_dir, lines=(), events=(), config=None):
@@ -102,27 +113,23 @@ def test_every_metric_is_a_chart_and_first_and_last_are_a_table(tmp_path):
     lines.append({"step": 3, "eval/x/pass@1": 0.75})
     got = page(tmp_path / "my-run", lines, config="num_steps: 3\n")
     assert list(got.charts) == [
-        "reward/mean",
-        "eval/x/pass@1",
-        "loss",
-        "gvpo/residual_var",
-        "policy/kl_ref",
-        "time/wait_for_groups / time/step",
-        "tokens/trained / time/step",
-        "staleness/mean",
-        "gvpo/*_var",
+        "Reward",
+        "pass@k of x",
+        "Loss",
+        "Variances within the group",
+        "KL to the reference (nats)",
+        "Learner waiting",
+        "Training speed (tokens/s)",
+        "Staleness (steps)",
     ]
     assert (
         got.texts["h1"] == got.texts["title"][:1] == ["my-run"]
         and "3 of 3 steps trained: complete" in got.texts["p"]
     )
-    # Steps 0..3 lie on 58..462, values from 0.25 to 0.75 with a twentieth on both sides on 176..8: the ends
-    # are 168 / 22 inside.
-    assert got.points("reward/mean") == [(192.67, 168.364), (327.33, 92), (462, 15.6364)]
-    assert (
-        got.points("eval/x/pass@1") == [(58, 168.364), (462, 15.6364)]
-        and len(list(got.charts["eval/x/pass@1"].iter("circle"))) == 2
-    )
+    assert got.points("Reward") == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert got.points("pass@k of x") == [(0, 0.25), (3, 0.75)]
+    assert "reward/mean" in got.texts["code"]
+    assert "mean over the verifiable completions of the step's batch" in got.texts["small"]
     cells = got.texts["td"]
     assert cells[cells.index("reward/mean") :][:5] == ["reward/mean", "0.25", "1", "0.75", "3"]
     assert cells[cells.index("tokens/trained / time/step") :][:5] == [
@@ -152,7 +159,7 @@ def test_what_is_not_drawn_first_is_folded_away_and_what_never_changed_is_in_the
     )
     assert "All other metrics (2)" in got.texts["summary"]
     assert (
-        list(got.charts)[-3:] == ["eval/x/length_mean", "weights/pause_s", "gvpo/*_var"]
+        list(got.charts)[-2:] == ["Weight pause (s)", "Completion length of x (tokens)"]
         and "verifiers/num" in got.texts["td"]
     )
     # and the parts of the quotients
@@ -162,16 +169,11 @@ def test_what_is_not_drawn_first_is_folded_away_and_what_never_changed_is_in_the
 def test_the_three_terms_are_lines_of_one_chart_with_a_sentence_for_each(tmp_path):
     terms = {"gvpo/term_reward": 0.5, "gvpo/term_reference": 2.0, "gvpo/term_variance": -1.0}
     got = page(tmp_path, [{"step": step, **terms} for step in (1, 2)])
-    lines = [
-        path.attrib["data-label"]
-        for path in got.charts["gvpo/term_*"].iter("path")
-        if "data-label" in path.attrib
-    ]
-    assert lines == ["reference", "reward", "variance"]
-    assert [text for text in got.texts["b"] if text.startswith("term_")] == [
-        "term_reward",
-        "term_reference",
-        "term_variance",
+    assert got.labels("Three terms of the loss") == ["reward", "reference", "variance"]
+    assert [text for text in got.texts["b"] if text in ("reward", "reference", "variance")] == [
+        "reward",
+        "reference",
+        "variance",
     ]
 
 
@@ -185,16 +187,10 @@ def test_staleness_and_group_sizes_are_histograms_and_pools_are_lines(tmp_path):
     pools = {"pools/a/engines": 2.0, "pools/b/engines": 1.0, "pools/a/tokens_per_s": 10.0}
     ages = {"gvpo/residual_var/4": 0.5, "gvpo/residual_var/foreign": 0.25}
     got = page(tmp_path, [{"step": step, **LINE, **shares, **pools, **ages} for step in (1, 2)])
-    assert {"staleness/histogram", "groups/size_histogram", "pools/*/engines", "pools/*/tokens_per_s"} <= {
-        *got.charts
-    }
-    labels = {
-        name: [
-            path.attrib["data-label"] for path in got.charts[name].iter("path") if "data-label" in path.attrib
-        ]
-        for name in ("pools/*/engines", "gvpo/residual_var/*")
-    }
-    assert labels == {"pools/*/engines": ["a", "b"], "gvpo/residual_var/*": ["3–4", "foreign"]}
+    assert {"Staleness", "Group sizes"} <= {*got.charts}
+    assert got.labels("Engines by pool") == ["a", "b"]
+    assert got.labels("Sampling speed by pool (tokens/s)") == ["a"]
+    assert got.labels("Residual variance by staleness") == ["3–4", "foreign"]
     cells = got.texts["td"]
     assert (
         cells[cells.index("25.0000%") - 1 :][:4] == ["0", "25.0000%", "1", "75.0000%"]
@@ -210,7 +206,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     events = [STARTED, {**STARTED, "name": "stopped"}]
     got = page(tmp_path, [{"step": 1, **LINE}], events, "num_steps: 5")
     assert "1 of 5 steps trained: stopped before its end" in got.texts["p"]
-    assert got.points("loss") == [(58, 92)] and len(list(got.charts["loss"].iter("circle"))) == 1
+    assert got.points("Loss") == [(1, 0.125)] and got.traces("Loss", "line")[0]["mode"] == "lines+markers"
     assert "0 recoveries" in got.texts["p"] and got.texts["td"][:4] == [
         "1970-01-01 00:00:00 UTC",
         "0",
@@ -224,16 +220,12 @@ def test_ten_thousand_steps_are_two_points_in_each_column_and_their_means(tmp_pa
         tmp_path,
         ({"step": step, **LINE, "loss": 1000 if step == 5555 else step % 10} for step in range(1, 10_001)),
     )
-    points = got.points("loss")
+    points = got.points("Loss")
     # the spike is there
-    assert len(points) <= 2 * 404 + 2 and min(y for _, y in points) == pytest.approx(8 + 168 / 22, abs=0.01)
-    bold = next(path for path in got.charts["loss"].iter("path") if "mean" in path.attrib.get("class", ""))
-    assert len(bold.attrib["d"].split()) == 50
-    # The script turns hundredths of the picture into steps again: each of them.
-    assert {round(1 + (x - 58) / 404 * 9999) for x, _ in points} >= {1, 5555, 10_000}
-    assert (tmp_path / "report.html").stat().st_size < 400_000 and got.texts["td"].count("10000") == len(
-        LINE
-    ) + 2
+    assert len(points) <= 2 * 500 + 2 and {(1, 1), (5555, 1000), (10_000, 0)} <= {*points}
+    assert len(got.traces("Loss", "mean")[0]["x"]) == 50
+    assert (tmp_path / "report.html").stat().st_size < 6_000_000  # plotly is 4.8 MB
+    assert got.texts["td"].count("10000") == len(LINE) + 2
 
 
 def test_recoveries_are_marks_in_every_chart_while_starts_and_pools_are_in_the_time_line_alone(
@@ -244,17 +236,17 @@ def test_recoveries_are_marks_in_every_chart_while_starts_and_pools_are_in_the_t
     with_events = [STARTED, DIED, grown, verifier, {**verifier, "name": "verifier-1"}, {**DIED, "step": 99}]
     got = page(tmp_path, [{"step": step, **LINE} for step in range(1, 6)], with_events)
     assert "4 recoveries: engine 2, verifier 2" in got.texts["p"]
-    lanes = got.marks("events")
-    for name in set(got.charts) - {"events"}:
+    for name in set(got.charts) - {"Events"}:
         assert got.marks(name) == [
             "step 2: engine engine-1: node lost",
-            "step 3: verifier verifier-0: out of memory\nstep 3: verifier verifier-1: out of memory",
+            "step 3: verifier verifier-0: out of memory<br>step 3: verifier verifier-1: out of memory",
             "step 99: engine engine-1: node lost",
         ]
-    assert len(lanes) == 5 and {"step 0: run started: ", "step 2: pool spot: grew"} <= {*lanes}
-    marks = [mark.find("path").attrib["d"] for mark in got.charts["loss"].iter("g")]
-    # steps 1..5 on 58..462; what lies beyond is at the edge
-    assert marks == ["M159 176V183", "M260 176V183", "M462 176V183"]
+    lanes = got.marks("Events")
+    assert len(lanes) == 5 and {"step 0: run started:", "step 2: pool spot: grew"} <= {*lanes}
+    assert got.charts["Events"]["rows"] == ["verifier", "run", "pool", "engine"]
+    # what lies beyond the last step is at the edge
+    assert got.traces("Loss", "mark")[0]["x"] == [2, 3, 5]
     cells = got.texts["td"]
     assert cells[cells.index("1970-01-02 00:00:00 UTC") :][:5] == [
         "1970-01-02 00:00:00 UTC",
@@ -268,7 +260,7 @@ def test_recoveries_are_marks_in_every_chart_while_starts_and_pools_are_in_the_t
 
 def test_a_thousand_recoveries_of_one_step_are_one_mark_that_says_how_many(tmp_path):
     got = page(tmp_path, [{"step": 1, **LINE}, {"step": 2, **LINE}], [DIED] * 1000)
-    assert [mark.splitlines()[-1] for mark in got.marks("loss")] == [
+    assert [mark.split("<br>")[-1] for mark in got.marks("Loss")] == [
         "and 996 more"
     ] and "1000 recoveries: engine 1000" in got.texts["p"]
     assert (
@@ -291,11 +283,9 @@ def test_torn_lines_and_what_is_no_number_are_left_out(tmp_path):
         file.write('{"who": "node", "step": null, "time": 1e99}\n{"time": 9, "step": 9, "who": "dri')
     text = report.write(tmp_path).read_text()
     got = Page(text)
-    assert not re.search(r"\b(nan|inf)\b", text, re.IGNORECASE)
-    assert (
-        got.points("loss") == got.points("tokens/trained / time/step") == [(58, 92)]
-        and len(got.points("reward/mean")) == 2
-    )
+    assert not re.search(r"\b(nan|inf|infinity)\b", got.scripts["figures"], re.IGNORECASE)
+    assert got.points("Loss") == [(1, 0.125)] and len(got.points("Reward")) == 2
+    assert got.points("Training speed (tokens/s)") == [(1, 1500)]
     assert "2 recoveries: engine 1, node 1" in got.texts["p"] and "grad_norm" not in got.texts["td"]
 
 
@@ -317,13 +307,11 @@ def test_two_runs_are_lines_of_the_same_charts_with_their_names_their_values_and
     assert report.write(one, other) == one / "compare.html"
     got = Page((one / "compare.html").read_text())
     assert got.texts["h1"] == ["one and other"]
-    lines = [path.attrib for path in got.charts["loss"].iter("path") if "data-label" in path.attrib]
-    # b is dashed
-    assert [(line["data-label"], line["class"]) for line in lines] == [
-        ("one", "line a c0"),
-        ("other", "line b c1"),
+    assert [(line["name"], line["meta"]["run"]) for line in got.traces("Loss", "line")] == [
+        ("one", 0),
+        ("other", 1),
     ]
-    assert got.marks("loss") == ["step 2: engine engine-1: node lost"]
+    assert got.marks("Loss") == ["step 2: engine engine-1: node lost"]
     cells = got.texts["td"]
     assert cells[cells.index("loss") :][:9] == ["loss", "0.125", "1", "0.125", "2", "0.5", "1", "0.5", "3"]
     at = cells.index("num_steps")
@@ -340,22 +328,6 @@ def test_runs_of_one_name_are_told_apart_by_their_folders_and_a_run_is_not_compa
         report.write(tmp_path / "a/run", tmp_path / "a/../a/run")
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
         report.write(tmp_path / "a/run", tmp_path)
-
-
-@pytest.mark.parametrize("value", [0.0, -3.0, 1e-300, 1e16, -1e299, 12345.678])
-def test_a_metric_that_never_changes_is_a_level_line(tmp_path, value):
-    got = page(tmp_path, [{"step": step, "loss": value} for step in (1, 2)])
-    assert got.points("loss") == [(58, 92), (462, 92)]
-
-
-@pytest.mark.parametrize(
-    "values", [(0.0, 1e-20), (-1e299, 1e299), (1.0, 1.0 + 1e-7), (-3.0, 5.0), (0.1, 0.1 + 1e-10)]
-)
-def test_an_axis_has_some_round_numbers_whatever_the_scale(tmp_path, values):
-    got = page(tmp_path, [{"step": step, "loss": value} for step, value in enumerate(values)])
-    labels = [text.text for text in got.charts["loss"].iter("text") if "class" not in text.attrib]
-    assert 2 <= len(labels) <= 6
-    assert all(8 <= y <= 176 for _, y in got.points("loss"))
 
 
 HOSTILE = (
@@ -387,10 +359,10 @@ def hostile_run(run_dir, hostile):
 def test_text_of_models_prompts_and_events_is_shown_and_never_obeyed(tmp_path):
     got = Page(report.write(hostile_run(tmp_path / "<script>run", HOSTILE)).read_text())
     tags = [tag for tag, _ in got.tags]
-    assert (
-        not {*tags} & {"img", "i", "link", "iframe", "object", "form"}
-        and tags.count("script") == tags.count("style") == 1
-    )
+    assert not {*tags} & {"img", "i", "link", "iframe", "object", "form"} and (
+        tags.count("script"),
+        tags.count("style"),
+    ) == (3, 2)
     assert not [
         name
         for _, attributes in got.tags
@@ -416,15 +388,13 @@ def test_the_page_may_load_nothing_and_only_its_own_script_and_style_may_act(tmp
         if attributes.get("http-equiv") == "Content-Security-Policy"
     )
     assert re.fullmatch(
-        r"default-src 'none'; style-src 'sha256-[^ ]+='; script-src 'sha256-[^ ]+='; base-uri 'none'; "
-        r"form-action 'none'",
+        r"default-src 'none'; style-src 'unsafe-hashes'( 'sha256-[^ ]+='){3}; "
+        r"script-src( 'sha256-[^ ]+='){2}; img-src data: blob:; base-uri 'none'; form-action 'none'",
         policy,
     )
-    assert (
-        "url(" not in text
-        and "@import" not in text
-        and text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
-    )
+    own = text.replace(get_plotlyjs(), "")
+    assert len(own) < len(text) - 1_000_000
+    assert "url(" not in own and "@import" not in own
     assert "num_steps: 4\nloss:\n  beta: 0.1\n" in got.texts["pre"] and "config.yaml" in got.texts["summary"]
     assert [file.name for file in tmp_path.glob("*report*")] == ["report.html"]
 
@@ -609,7 +579,10 @@ def test_in_a_browser_a_hostile_run_is_text_and_nobody_is_asked_for_anything(tmp
     got, console = browse(file, fragment="#q=<img")
     tags = [tag for tag, _ in got.tags]
     assert (console, server.asked, got.texts["title"][0]) == ([], [], "run")
-    assert not {*tags} & {"img", "link", "iframe", "i"} and tags.count("script") == tags.count("style") == 1
+    assert not {*tags} & {"img", "link", "iframe", "i"} and (tags.count("script"), tags.count("style")) == (
+        3,
+        2,
+    )
     assert got.texts["pre"].count(attack(server)) == 6 and "3 of 3" in got.texts["span"]
 
 
@@ -663,42 +636,67 @@ def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it
     ) and probed(got) == "#q=pears"
 
 
+DRAW_ALL = """Promise.all(plots.map(draw)).then(() => {
+    const said = SAID;
+    const output = document.createElement('output'); output.textContent = JSON.stringify(said);
+    document.body.append(output); })"""
+
+
+def after_drawing(script):
+    """A probe that draws all charts, and leaves what a JavaScript expression then gives."""
+    return f"<script>{DRAW_ALL.replace('SAID', script)}</script>"
+
+
+PLANTED = "</script><img src=x onerror=\"document.title='attacked'\"><b>bold</b>"
+
+
 @pytest.mark.browser
-def test_in_a_browser_the_pointer_reads_step_and_value_of_every_line_among_ten_thousand_steps_of_two_runs(
+def test_in_a_browser_markup_in_prompts_completions_config_and_names_of_metrics_stays_text(tmp_path):
+    file = report.write(hostile_run(tmp_path / "run", PLANTED))
+    script = """({
+        images: document.querySelectorAll("img, image[href^=http]").length,
+        scripts: document.querySelectorAll("script").length,
+        legends: [...document.querySelectorAll(".legendtext, .ytick text")].map((text) => text.textContent),
+        bold: [...document.querySelectorAll(".plot [style*=bold]")].length,
+        titles: plots.map((plot) => plot.getAttribute("aria-label")),
+        texts: [...document.querySelectorAll("pre")].map((pre) => pre.textContent),
+    })"""
+    got, _ = browse(file, probe=after_drawing(script))
+    said = probed(got)
+    assert got.texts["title"][0] == "run" and said["images"] == 0 and said["bold"] == 0
+    assert said["scripts"] == 4  # three of the page, and the probe
+    assert PLANTED in said["titles"]  # the name of a metric
+    assert any(text.startswith(PLANTED[:11]) for text in said["legends"])  # who an event happened to
+    assert said["texts"].count(PLANTED) == 6  # prompts and completions
+    assert any(json.dumps(PLANTED)[1:-1] in text for text in said["texts"])  # the config
+
+
+@pytest.mark.browser
+def test_in_a_browser_the_charts_are_drawn_under_the_policy_and_say_step_and_value_under_the_pointer(
     tmp_path,
 ):
     for name, factor in (("one", 1), ("other", 2)):
-        more = [f"extra/{i}" for i in range(40)]
-        lines = (
-            {"step": step, **LINE, **dict.fromkeys(more, step % 7), "loss": factor * step}
-            for step in range(1, 10_001)
-        )
+        lines = ({"step": step, **LINE, "loss": factor * step} for step in range(1, 10_001))
         make_run(tmp_path / name, lines, [{**DIED, "step": step} for step in range(0, 10_000, 10)])
     file = report.write(tmp_path / "one", tmp_path / "other")
-    assert file.stat().st_size < 4_000_000
+    got, console = browse(file, "--window-size=1200,4000")
+    assert console == []  # also nothing that the policy refused
+    drawn = [attributes for _, attributes in got.tags if "js-plotly-plot" in attributes.get("class", "")]
+    assert {"Loss", "Reward"} <= {attributes["aria-label"] for attributes in drawn}
     script = """(() => {
-        const svg = document.querySelector('svg[aria-label="loss"]'), said = [];
-        const box = svg.getBoundingClientRect();
-        for (const x of [58, 260, 462, 475]) {
-            const place = { clientX: box.left + x * box.width / 480, clientY: box.top + 50 };
-            svg.dispatchEvent(new PointerEvent("pointermove", place));
-            said.push(tip.hidden ? null : tip.textContent);
-        }
-        svg.dispatchEvent(new PointerEvent("pointerleave"));
-        const count = (selector) => document.querySelectorAll(selector).length;
-        return [said, tip.hidden, svg.querySelector(".cursor") === null, count("*"), count("tr")];
+        const plot = plots.find((plot) => plot.getAttribute("aria-label") === "Loss");
+        Plotly.Fx.hover(plot, { xval: 10000 });
+        const texts = [...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent);
+        const before = plot._fullLayout.xaxis.range[1];
+        Plotly.relayout(plot, { "xaxis.range": [1, 100] });
+        return { texts, before, after: plot._fullLayout.xaxis.range[1],
+                 legend: [...plot.querySelectorAll(".legendtext")].map((text) => text.textContent) };
     })()"""
-    got, console = browse(file, probe=says(script))
-    said, *gone, num_elements, num_rows = probed(got)
-    assert (
-        said[0] == "step 1\none: 1\nother: 2"
-        and said[2] == "step 10000\none: 10000\nother: 20000"
-        and said[3] is None
-    )
-    step, one, other = (int(re.search(r"\d+$", line)[0]) for line in said[1].splitlines())
-    # a thousandth of the picture's height is 0.13
-    assert 4970 < step < 5030 and one == step and other == 2 * step
-    assert gone == [True, True] and num_elements < 20_000 and num_rows < 1500 and console == []
+    got, _ = browse(file, probe=after_drawing(script))
+    said = probed(got)
+    assert any("10,000" in text or "10000" in text for text in said["texts"])
+    assert any("20,000" in text or "20000" in text for text in said["texts"]), said["texts"]
+    assert said["before"] > 9_999 and said["after"] == 100 and said["legend"] == ["one", "other"]
 
 
 @pytest.mark.browser
@@ -716,22 +714,21 @@ def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dar
             const own = light(getComputedStyle(element)[property]);
             return (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05) });
         document.querySelectorAll("details").forEach((fold) => (fold.open = true));
-        const texts = "body, p, small, td, th, a, pre, summary, figcaption span span";
+        const texts = "body, p, small, td, th, a, pre, code, summary, figcaption span span";
         return { page, texts: stands(texts, "color"),
-                 words: stands("svg text", "fill"),
-                 lines: stands(".line, .mark path:not(.hit)", "stroke"),
+                 words: stands(".xtick text, .ytick text, .legendtext", "fill"),
+                 lines: stands(".js-line", "stroke"),
                  wide: [document.documentElement.scrollWidth, innerWidth] };
     })()"""
     got, console = browse(
         report.write(run_dir),
         f"--blink-settings=preferredColorScheme={scheme}",
         "--window-size=500,900",
-        probe=says(script),
+        probe=after_drawing(script),
     )
     found = probed(got)
     assert (found["page"] < 0.05, found["page"] > 0.95) == ((True, False) if scheme == "0" else (False, True))
-    assert (
-        min(found["texts"] + found["words"]) >= 4.5 and min(found["lines"]) >= 3 and len(found["lines"]) > 10
-    )
+    assert min(found["texts"] + found["words"]) >= 4.5 and len(found["words"]) > 20
+    assert min(found["lines"]) >= 3 and len(found["lines"]) > 5
     # nothing sticks out, on a narrow window too
     assert found["wide"][0] <= found["wide"][1] and console == []

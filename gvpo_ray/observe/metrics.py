@@ -68,8 +68,8 @@ THREE_TERMS, VARIANCES = "Three terms of the loss", "Variances within the group"
 METRICS = (
     Metric("reward/mean", "", "Reward", "mean over the verifiable completions of the step's batch", CURVES),
     Metric("eval/{set}/pass@{k}", "ratio", "pass@{k}",
-           "share of right completions, mean over the held-out prompts; band: "
-           "one standard error up and down", CURVES),
+           "share of right completions, mean over the held-out prompts; band: one standard error up and down",
+           CURVES, "pass@k of {set}"),
     Metric("loss", "", "Loss", "of the configured objective, over all mini-batches of the step", CURVES),
     Metric("gvpo/residual_var", "", "residual",
            "what of the reward's variance the policy does not explain: 0 at the optimum", CURVES, VARIANCES),

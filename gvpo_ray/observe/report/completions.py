@@ -1,53 +1,81 @@
-"""The completions that a report shows: the best and the worst of evaluations and of the training."""
+"""Chooses the completions that a report shows: the best and the worst of evaluations and of the training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.observe.report.charts import escaped, finite, fold, shown
+from gvpo_ray.observe.report.figures import finite, shown
 from gvpo_ray.observe.report.reading import Run
 
 MAX_CHARACTERS = 4000
-MAX_EVALUATIONS = 12  # of a set whose completions are shown
+MAX_EVALUATIONS = 12
+"""Evaluations of a set whose completions are shown."""
 NUM_EXAMPLES = 3
-NUM_TRAINED = 64  # of the newest groups, from which the examples of the training are taken
+NUM_TRAINED = 64
+"""Newest trained groups, from which the examples of the training are taken."""
 
 
 COLUMNS = ("prompt", "answer", "completions", "rewards")
 DETAILS = ("reward_parts", "reward_reasons", "finish_reasons", "sources", "version_min", "version_max")
 
 
-def completions_of(run: Run) -> str:
-    """Best, worst and unverifiable ones of the held-out sets' evaluations, the last open, and of the newest
-    trained groups.
+@dataclass(frozen=True)
+class Case:
+    """One completion with what is known of it; its texts are cut to MAX_CHARACTERS."""
+
+    kind: str
+    """best, worst or unverifiable."""
+    reward: str
+    details: str
+    prompt: str
+    completion: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Completions under one heading."""
+
+    title: str
+    cases: list[list[Case]] = field(default_factory=list)
+    """By kind."""
+    note: str = ""
+    """Instead of cases: why there are none."""
+    is_open: bool = False
+
+
+def completions_of(run: Run) -> tuple[list[Examples], list[str]]:
+    """Choose examples of the held-out sets' evaluations and of the newest trained groups.
+
+    Returns them, the newest evaluation of each set open, and notes on evaluations that were left out.
     """
     by_set: dict[str, list[tuple[int, Path]]] = {}
     for file in (run.path / "evaluations").glob("*-step-*.arrow"):
         name, _, number = file.stem.rpartition("-step-")
         if number.isdecimal():
             by_set.setdefault(name, []).append((int(number), file))
-    parts = []
+    examples, notes = [], []
     for name, files in sorted(by_set.items()):
         files.sort(reverse=True)
         num = min(MAX_EVALUATIONS, len(files))  # spread over the run, the first and the last among them
         picked = [files[i * (len(files) - 1) // max(1, num - 1)] for i in range(num)]
         for step, file in picked:
-            parts.append(fold(f"{name}, step {step}", _cases(file), is_open=step == picked[0][0]))
+            examples.append(_examples(f"{name}, step {step}", file, is_open=step == picked[0][0]))
         if num < len(files):
-            parts.append(f"<p><small>{num} of the {len(files)} evaluations of {escaped(name)}.</small></p>")
+            notes.append(f"{num} of the {len(files)} evaluations of {name}.")
     if logs := sorted((run.path / "groups").glob("*.arrow"))[-1:]:
-        parts.append(
-            fold(f"the newest {NUM_TRAINED} groups of the training", _cases(logs[0], newest=NUM_TRAINED))
-        )
-    return "".join(parts)
+        title = f"the newest {NUM_TRAINED} groups of the training"
+        examples.append(_examples(title, logs[0], newest=NUM_TRAINED))
+    return examples, notes
 
 
-def _cases(file: Path, newest: int | None = None) -> str:
+def _examples(title: str, file: Path, newest: int | None = None, is_open: bool = False) -> Examples:
     try:
         batches = groups.read_batches(file, is_log=newest is not None)
         table = pa.Table.from_batches(batches[-newest:] if newest else batches) if batches else groups.empty()
@@ -55,21 +83,17 @@ def _cases(file: Path, newest: int | None = None) -> str:
         table = groups.validate(
             table.select([name for name in (*COLUMNS, *DETAILS) if name in table.schema.names]), COLUMNS
         )
-    except groups.GroupError as error:  # its writer was killed, or is at it
-        return f"<p>{escaped(error)}</p>"
-    cases = {
-        kind: [_case(kind, table, i, j) for i, j in found]
-        for kind, found in _extremes(table["rewards"].to_pylist()).items()
-    }
-    return (
-        "".join(f'<div class="cases">{"".join(found)}</div>' for found in cases.values() if found)
-        or "<p>No completion has a reward.</p>"
-    )
+    except groups.GroupError as error:  # its writer was killed, or still writes
+        return Examples(title, note=str(error), is_open=is_open)
+    found = _extremes(table["rewards"].to_pylist())
+    cases = [[_case(kind, table, i, j) for i, j in places] for kind, places in found.items() if places]
+    return Examples(title, cases, "" if cases else "No completion has a reward.", is_open)
 
 
 def _extremes(rewards: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int]]]:
-    """(prompt, completion) of the best, the worst and some without a reward, one per prompt in each; none is
-    in two.
+    """Return (prompt, completion) of the best, the worst and some without a reward.
+
+    Each kind has at most one per prompt; no completion is in two kinds.
     """
     scored = [
         [(reward, i, j) for j, reward in enumerate(row) if finite(reward) is not None]
@@ -90,7 +114,7 @@ def _extremes(rewards: Sequence[Sequence[Any]]) -> dict[str, list[tuple[int, int
     }
 
 
-def _case(kind: str, table: pa.Table, row: int, completion: int) -> str:
+def _case(kind: str, table: pa.Table, row: int, completion: int) -> Case:
     group = next(groups.rows(table.slice(row, 1)))
 
     def of(name: str) -> Any:
@@ -98,32 +122,23 @@ def _case(kind: str, table: pa.Table, row: int, completion: int) -> str:
 
     def cut(value: object) -> str:
         text = str(value)
-        return escaped(
+        return (
             text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} … ({len(text):,} characters)"
         )
 
     reward = of("rewards")
     by_function = {name: values[completion] for name, values in (group.get("reward_parts") or {}).items()}
-    parts = [f"{name} {'null' if part is None else shown(part)}" for name, part in by_function.items()]
+    details = [f"{name} {'null' if part is None else shown(part)}" for name, part in by_function.items()]
     if (oldest := of("version_min")) is not None:
-        parts.append(
-            f"version {oldest}"
-            if oldest == of("version_max")
-            else f"versions {oldest} to {of('version_max')}"
-        )
-    parts += [
-        str(value)
-        for name in ("sources", "finish_reasons", "reward_reasons")
-        if (value := of(name)) is not None
-    ]
-    head = (
-        f"<b>{kind}{'' if reward is None else f': reward {shown(reward)}'}</b> "
-        f"<small>{cut(' · '.join(parts))}</small>"
+        is_one = oldest == of("version_max")
+        details.append(f"version {oldest}" if is_one else f"versions {oldest} to {of('version_max')}")
+    names = ("sources", "finish_reasons", "reward_reasons")
+    details += [str(value) for name in names if (value := of(name)) is not None]
+    return Case(
+        kind,
+        "" if reward is None else shown(reward),
+        cut(" · ".join(details)),
+        cut(group["prompt"]),
+        cut(group["completions"][completion]),
+        cut(group["answer"]),
     )
-    prompt, written, answer = (
-        cut(value) for value in (group["prompt"], group["completions"][completion], group["answer"])
-    )
-    texts = (
-        f'<pre>{prompt}</pre><pre class="completion">{written}</pre><p><small>answer: {answer}</small></p>'
-    )
-    return f'<article class="case {kind}"><p>{head}</p>{texts}</article>'

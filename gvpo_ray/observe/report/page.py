@@ -9,89 +9,67 @@ no network.
     RUN_DIR/evaluations/      best and worst completions of the evaluations
     RUN_DIR/groups/           and of the newest groups that were trained on
 
-Only metrics.jsonl must be there. Everything that a model, a data set or a config wrote goes through
-`escaped`: it is shown, never obeyed; and should that fail, the page's Content-Security-Policy names the hash
-of the one script and of the one style that may act, and loads nothing. The pictures are made here and need no
-script: report.js adds the search and the numbers under the pointer.
+Only metrics.jsonl must be there. Everything that a model, a data set or a config wrote is untrusted: Jinja
+escapes it in the page, JSON in the script's data, `figures.plain` in plotly's texts. Should that fail, the
+page's Content-Security-Policy names the hashes of the scripts and styles that may act, and loads nothing.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.files import write_whole
-from gvpo_ray.observe.metrics import STALENESS_EDGES
-from gvpo_ray.observe.report import charts
-from gvpo_ray.observe.report.charts import Line, Point, escaped, finite, fold, html_table, shown
+from gvpo_ray.observe.metrics import (
+    CURVES,
+    ENGINES,
+    HISTOGRAMS,
+    METRICS,
+    STALENESS_EDGES,
+    TERMS,
+    THREE_TERMS,
+    find,
+)
+from gvpo_ray.observe.report import figures
 from gvpo_ray.observe.report.completions import completions_of
-from gvpo_ray.observe.report.reading import Run, config_of, flattened, matching, read_run, state_of
+from gvpo_ray.observe.report.figures import Figure, Line, Point, finite, in_order, shown
+from gvpo_ray.observe.report.reading import Run, config_of, flattened, read_run, state_of
 
-CHARTS = {
-    "reward/mean": "over the verifiable completions of the step's batch",
-    "eval/<name>/pass@1": "share of right completions, mean over the held-out prompts; band: one standard "
-    "error up and down",
-    "loss": "over all mini-batches of the step",
-    "gvpo/residual_var": "what of the rewards' variance the policy does not explain yet",
-    "policy/kl_ref": "distance of the policy from its reference, in nats per completion",
-    "grad_norm": "before clipping, mean over the step's updates",
-    "time/wait_for_groups / time/step": "share of the step that the learner had no batch",
-    "tokens/trained / time/step": "completion tokens trained per second",
-    "pools/*/tokens_per_s": "tokens per second that each pool of engines wrote",
-    "staleness/mean": "steps between the oldest weights that wrote a completion and the step's start",
-    "gvpo/residual_var/*": "mean squared residual of the completions of each staleness",
-}
-"""What is drawn first, and what it means. A name with " / " is a quotient of two metrics, one with * a line
-for each metric that fits; eval/<name> is a chart for each set."""
-TERMS = {
-    "gvpo/term_*": "Descending the loss ascends the sum of the three, times beta.",
-    "gvpo/*_var": "In the group: what there is to explain (reward), what the policy says (implicit_reward, "
-    "beta D), what is left (residual).",
-    "gvpo/reward_correlation": "of the implicit reward beta D with the reward: 1 is the optimum",
-    "gvpo/binding": "share of the residuals in which beta counts: near 0 nothing holds the policy near its "
-    "reference",
-    "gvpo/beta": "reward units per nat of log-ratio; loss.beta: auto steers it to where beta D varies half "
-    "as much as the rewards do",
-    "gvpo/effective_share": "of the completions: those that the policy would still write, as it would today",
-    "gvpo/kept": "of the likelihood of what is right: below 1 it has got less likely since it was sampled, "
-    "and less is pushed down",
-    "gvpo/damping": "what the learning rate is multiplied by: the share of the residuals that the rewards "
-    "explain",
-}
-TERMS_TEXT = {
-    "term_reward": "The advantage term, Cov(R, log π): raises the log-probability of the completions that "
-    "are better than their group's mean.",
-    "term_reference": "The covariance with the reference, β Cov(log π_ref, log π): keeps the order of the "
-    "completions as the reference has it.",
-    "term_variance": "The variance, −β/2 Var(log π): holds the completions' log-probabilities together, so "
-    "that none runs away from the others.",
-}
-HISTOGRAMS = {
-    "staleness/histogram": "shares of our own completions, by the steps between the oldest weights that "
-    "wrote them and their training",
-    "groups/size_histogram": "shares of the groups, by their number of completions with a reward",
-    "gvpo/residual_histogram": "shares of the completions by their residual, in units of reward: all in the "
-    "middle at the optimum",
-}
-ENGINES = "pools/*/engines"
 MAX_EVENTS = 500
+IMAGE_STYLE = "".join(
+    f"image-rendering: {value}; "
+    for value in (
+        "optimizeSpeed",
+        "-moz-crisp-edges",
+        "-o-crisp-edges",
+        "-webkit-optimize-contrast",
+        "optimize-contrast",
+        "crisp-edges",
+        "pixelated",
+    )
+)
+"""The style attribute that plotly.js 4.1 gives to the image of a heat map."""
+SECTIONS = ("Curves", "Three terms", "Histograms", "Time-line", "Values", "Completions", "Config")
 
 
 def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
-    """Write RUN_DIR/report.html from what the run has written so far, or RUN_DIR/compare.html of two runs;
-    returns its path.
+    """Write RUN_DIR/report.html from what the run has written so far, or RUN_DIR/compare.html of two runs.
+
+    Returns its path.
 
     Raises:
-        ConfigError: not the directory of a run, twice the same one, or it cannot be written.
+        ConfigError: not the directory of a run, twice the same one, or the page cannot be written.
     """
     paths = [Path(run_dir)] if other_run_dir is None else [Path(run_dir), Path(other_run_dir)]
     for path in paths:
@@ -110,7 +88,7 @@ def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of those above as it takes to tell them apart."""
+    """Name runs by their folders, with as many folders above as tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
@@ -119,101 +97,176 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise ConfigError(f"{paths[0]} and {paths[1]} are the same run")
 
 
-def _charts(runs: Sequence[Run], names: Mapping[str, str], limits: Point, with_marks: bool = True) -> str:
-    """Of those names that any run has."""
-    parts = []
-    for name, what in ((name, what) for chart, what in names.items() for name in _resolved(runs, chart)):
-        lines = []
-        for run in runs:
-            spread = (
-                dict(run.series.get(name.removesuffix("pass@1") + "stderr", ()))
-                if name.endswith("/pass@1")
-                else {}
-            )
-            of_run = run.name if len(runs) > 1 else ""
-            lines += [
-                Line(label, points, spread, run.number, of_run)
-                for label, points in matching(run, name).items()
-                if points
-            ]
-        if lines:
-            edges = STALENESS_EDGES if name == "gvpo/residual_var/*" else ()
-            marks = [run.recoveries for run in runs] if with_marks else []
-            parts.append(charts.chart(name, what, lines, limits, marks, edges, smooth=name != ENGINES))
-    return "".join(parts)
+def _printable(value: Any) -> Any:
+    """Clean every text that the template shows (Jinja's `finalize`); markup of the template stays."""
+    return figures.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _resolved(runs: Sequence[Run], chart: str) -> list[str]:
-    """The name of a chart, with every held-out set's for <name>."""
-    head, sets, tail = chart.partition("<name>")
-    return (
-        sorted({name for run in runs for name in run.series if name.startswith(head) and name.endswith(tail)})
-        if sets
-        else [chart]
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("gvpo_ray.observe.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+def _asset(name: str) -> Markup:
+    """Read a script or a style of the package, which the page takes as it is."""
+    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def _page(runs: Sequence[Run]) -> str:
-    style, script = (
-        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
-    )
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
-        "form-action 'none'"
-    )
+    from plotly.offline import get_plotlyjs  # half a second
+
+    style, plotly_style, script = map(_asset, ("report.css", "plotly.css", "report.js"))
+    plotly = Markup(get_plotlyjs())
     steps = [points[i][0] for run in runs for points in run.series.values() for i in (0, -1)]
     limits = min(steps, default=0), max(steps, default=1)
-    title = escaped(" and ".join(run.name for run in runs))
-    names = [f"{_key(run)}{escaped(run.name)}: " if len(runs) > 1 else "" for run in runs]
-    heads = "".join(f"<p>{name}{escaped(state_of(run))}</p>" for name, run in zip(names, runs, strict=True))
-    curves = _charts(runs, CHARTS, limits)
-    terms = _charts(runs, TERMS, limits)
-    told = "".join(f"<p><b>{name}</b> {escaped(text)}</p>" for name, text in TERMS_TEXT.items())
-    times = _charts(runs, {ENGINES: "running engines of each pool"}, limits)
-    sections = {
-        "Curves": f'<div class="charts">{curves}</div>{_rest(runs, limits)}'
-        if curves
-        else "<p>No step is trained yet.</p>",
-        "Three terms": f'{told}<div class="charts">{terms}</div>'
-        if terms
-        else "<p>None: no step is trained yet.</p>",
-        "Histograms": _of_each(runs, lambda run: _histograms(run, limits), "charts"),
-        "Time-line": f'<div class="charts">{times}</div>'
-        + _of_each(runs, lambda run: charts.lanes(run.events, limits), "charts")
-        + _of_each(runs, _events),
-        "Values": _values(runs),
-        "Completions": '<p hidden><input id="search" type="search" placeholder="search prompts, '
-        'completions, rewards, reasons" '
-        'aria-label="search the completions"> <span id="found" class="faint"></span></p>'
-        + (_of_each(runs, completions_of) or "<p>No evaluation, and no group that was trained on.</p>"),
-        "Config": _difference(runs)
-        + "".join(
-            fold(
-                f"config.yaml{f' of {run.name}' if len(runs) > 1 else ''}",
-                f'<pre class="config">{escaped(run.config)}</pre>',
-            )
-            if run.config
-            else "<p>No config.yaml.</p>"
-            for run in runs
-        ),
+    names = {name for run in runs for name in run.series}
+    others = {name for name in names if (metric := find(name)[0]) is None or not metric.section}
+    moving = {name for name in others if len({y for run in runs for _, y in run.series.get(name, ())}) > 1}
+    context: dict[str, Any] = {
+        "curves": _charts(runs, _of_section(names, CURVES), limits),
+        "others": _charts(runs, moving, limits, has_marks=False),
+        "terms": _charts(runs, _of_section(names, TERMS), limits),
+        "engines": _charts(runs, _of_section(names, ENGINES), limits, smooth=False),
+        "histograms": [_histograms(run, limits) for run in runs],
+        "lanes": [figures.lanes(run.events, limits) for run in runs],
     }
-    ids = {name: name.lower().replace(" ", "-") for name in sections}
-    links = "".join(f'<a href="#{ids[name]}">{name}</a>' for name in sections)
-    body = "".join(
-        f'<section id="{ids[name]}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
+    data = _numbered(context)
+    page = _environment().get_template("page.html")
+    return page.render(
+        **context,
+        figures=data,
+        title=" and ".join(run.name for run in runs),
+        two=len(runs) > 1,
+        runs=runs,
+        states=[state_of(run) for run in runs],
+        sections=SECTIONS,
+        num_others=len(others),
+        three_terms=[metric for metric in METRICS if metric.chart == THREE_TERMS],
+        all_events=[_events(run) for run in runs],
+        values=_values(runs),
+        completions=[completions_of(run) for run in runs],
+        difference=_difference(runs),
+        policy=_policy([style, plotly_style], [plotly, script]),
+        style=style,
+        plotly_style=plotly_style,
+        plotly=plotly,
+        script=script,
+    ).lstrip()
+
+
+def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """Content-Security-Policy: only these styles and scripts act, and nothing is loaded.
+
+    Images may be made by the page itself: plotly draws its PNG from them.
+    """
+
+    def hashes(texts: Sequence[str]) -> str:
+        digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; style-src 'unsafe-hashes' {hashes([*styles, IMAGE_STYLE])}; "
+        f"script-src {hashes(scripts)}; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
     )
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title><style>{style}</style></head><body class="{"two" if len(runs) > 1 else "one"}">
-<h1>{title}</h1><div class="runs">{heads}</div><nav>{links}</nav>
-<p><small>Against the step. Of a line with more points than the picture has columns, the lowest and the
-highest of each column are drawn: no spike is lost. The bold line through more than 100 points is their mean,
-50 along the run. Red marks are recoveries{_marks_of(runs)}.</small></p>
-{body}
-<script>{script}</script></body></html>
-"""
+
+
+def _numbered(context: dict[str, Any]) -> list[dict[str, Any]]:
+    """Give every figure of the page its id; returns what the script needs of them, by id."""
+    data: list[dict[str, Any]] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, list):
+            for each in value:
+                visit(each)
+        elif value is not None:
+            value["id"] = len(data)
+            data.append({key: value.get(key) for key in ("kind", "limits", "legend", "traces", "rows")})
+
+    for value in context.values():
+        visit(value)
+    return data
+
+
+def _of_section(names: set[str], section: str) -> set[str]:
+    return {name for name in names if (metric := find(name)[0]) is not None and metric.section == section}
+
+
+def _place(name: str) -> tuple[int, tuple[float, str], str]:
+    """Sort key of metrics: the order of the registry, then free parts; unregistered ones last."""
+    metric, parts = find(name)
+    free = " ".join(parts.values())
+    return METRICS.index(metric) if metric else len(METRICS), in_order(free), name
+
+
+def _charts(
+    runs: Sequence[Run], names: set[str], limits: Point, has_marks: bool = True, smooth: bool = True
+) -> list[Figure]:
+    """Draw the metrics of some names, those of one title in one chart."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names, key=_place):
+        metric, parts = find(name)
+        found.setdefault((metric.chart or metric.label).format(**parts) if metric else name, []).append(name)
+    charts = []
+    for title, members in found.items():
+        metric, parts = find(members[0])
+        is_open = metric is not None and not metric.chart and bool(parts) and "{" not in metric.label
+        lines = []
+        for run in runs:
+            of_run = run.name if len(runs) > 1 else ""
+            for name in members:
+                if name not in run.series:
+                    continue
+                one, free = find(name)
+                label = one.label.format(**free) if one and one.chart else ""
+                label = next(iter(free.values())) if is_open else label
+                spread = dict(run.series.get(name.removesuffix("pass@1") + "stderr", ()))
+                is_pass = name.startswith("eval/") and name.endswith("/pass@1")
+                points = run.series[name]
+                lines.append(Line(label, points, spread if is_pass else {}, run.number, of_run))
+        edges = STALENESS_EDGES if metric is not None and "{staleness}" in metric.name else ()
+        marks = [run.recoveries for run in runs] if has_marks else []
+        texts = [(one.label, one.text) for one in dict.fromkeys(find(name)[0] for name in members) if one]
+        text = "; ".join(f"{label}: {text}" if len(texts) > 1 else text for label, text in texts)
+        if metric is not None and metric.chart == THREE_TERMS:
+            text = ""  # the section says it
+        unit = f" ({metric.unit})" if metric is not None and metric.unit not in ("", "ratio") else ""
+        key = metric.name if metric is not None and is_open else ", ".join(members)
+        charts.append(figures.chart(f"{title}{unit}", key, text, lines, limits, marks, edges, smooth))
+    return charts
+
+
+def _histograms(run: Run, limits: Point) -> list[Figure]:
+    drawn = []
+    for metric in METRICS:
+        if metric.section != HISTOGRAMS:
+            continue
+        edges = {match["edge"]: name for name in run.series if (match := metric.pattern.fullmatch(name))}
+        shares = {edge: run.series[edges[edge]] for edge in sorted(edges, key=in_order)}
+        drawn.append(figures.histogram(metric.label, metric.name, metric.text, shares, limits))
+    return [figure for figure in drawn if figure is not None]
+
+
+def _values(runs: Sequence[Run]) -> list[list[str]]:
+    """Return rows of a table: first and last value of every metric of each run, and their steps."""
+    rows = []
+    for name in sorted({name for run in runs for name in run.series}, key=_place):
+        row = [name]
+        for run in runs:
+            points = run.series.get(name)
+            ends = (points[0], points[-1]) if points else ()
+            row += [cell for x, y in ends for cell in (shown(y), f"{x:g}")] or [""] * 4
+        rows.append(row)
+    return rows
 
 
 def _when(time: Any) -> str:
@@ -225,120 +278,32 @@ def _when(time: Any) -> str:
     )
 
 
-def _key(run: Run) -> str:
-    return f'<span class="key {"ab"[run.number]} c{run.number}"></span>'
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _marks_of(runs: Sequence[Run]) -> str:
-    return (
-        f": of {escaped(runs[0].name)} below the plots, of {escaped(runs[1].name)} above"
-        if len(runs) > 1
-        else ""
-    )
-
-
-def _of_each(runs: Sequence[Run], content: Callable[[Run], str], kind: str = "") -> str:
-    """What each run has of it, under the run's name where there are two."""
-    parts = [(run, content(run)) for run in runs]
-    return "".join(
-        (f"<h3>{_key(run)}{escaped(run.name)}</h3>" if len(runs) > 1 else "")
-        + (f'<div class="{kind}">{part}</div>' if kind else part)
-        for run, part in parts
-        if part
-    )
-
-
-def _rest(runs: Sequence[Run], limits: Point) -> str:
-    """The charts of all other metrics, folded away; those that never changed are in the table alone."""
-    drawn = re.compile(
-        "|".join(
-            re.escape(name).replace(r"\*", "[^/]+").replace("<name>", ".+")
-            for name in [*CHARTS, *TERMS, ENGINES, *(f"{name}/*" for name in HISTOGRAMS)]
-            if " / " not in name
-        )
-    )
-    names = sorted({name for run in runs for name in run.series if not drawn.fullmatch(name)})
-    moving = {
-        name: ""
-        for name in names
-        if len({value for run in runs for _, value in run.series.get(name, ())}) > 1
-    }
-    constant = (
-        f"<p><small>{len(names) - len(moving)} metrics that never changed are in the table of "
-        "values alone.</small></p>"
-    )
-    content = f'{constant}<div class="charts">{_charts(runs, moving, limits, with_marks=False)}</div>'
-    return fold(f"All other metrics ({len(moving)})", content) if names else ""
-
-
-def _histograms(run: Run, limits: Point) -> str:
-    return "".join(
-        charts.histogram(name, what, matching(run, f"{name}/*"), limits) for name, what in HISTOGRAMS.items()
-    )
-
-
-def _values(runs: Sequence[Run]) -> str:
-    """First and last value of every metric and their steps, those of CHARTS and TERMS first."""
-    order = [name for chart in (*CHARTS, *TERMS) for name in _resolved(runs, chart)]
-    rows = []
-    for name in dict.fromkeys([*order, *sorted({name for run in runs for name in run.series})]):
-        ends = [matching(run, name).get("", []) for run in runs]
-        if any(ends):
-            cells = [
-                [shown(p[0][1]), f"{p[0][0]:g}", shown(p[-1][1]), f"{p[-1][0]:g}"] if p else [""] * 4
-                for p in ends
-            ]
-            rows.append([name, *(cell for row in cells for cell in row)])
-    names = "".join(f'<th colspan="4">{_key(run)}{escaped(run.name)}</th>' for run in runs)
-    above = f"<tr><th></th>{names}</tr>" if len(runs) > 1 else ""
-    return html_table(("metric", *("first", "at step", "last", "at step") * len(runs)), rows, above=above)
-
-
-def _events(run: Run) -> str:
-    """How many of each kind, and all that happened in the order of the file; of very many, the first and the
-    last.
-    """
+def _events(run: Run) -> dict[str, Any]:
+    """Count the recoveries, and list all events in the order of the file; of very many, both ends."""
     counts = Counter(str(event.get("who", "?")) for event in run.recoveries)
-    head = ", ".join(f"{who} {count}" for who, count in sorted(counts.items()))
     events, half = run.events, MAX_EVENTS // 2
-    note = (
-        f"<p>Of {len(events)} events, the first and the last {half}.</p>" if len(events) > MAX_EVENTS else ""
-    )
-    events = events[:half] + events[-half:] if note else events
-    rows = [
-        (_when(event.get("time")), *(event.get(key, "") for key in ("step", "who", "name", "why")))
-        for event in events
-    ]
-    listed = html_table(("time", "step", "who", "name", "why"), rows, "events") if rows else ""
-    return f"<p>{len(run.recoveries)} recoveries{escaped(f': {head}') if head else ''}</p>{note}{listed}"
+    note = f"Of {len(events)} events, the first and the last {half}." if len(events) > MAX_EVENTS else ""
+    return {
+        "counts": ", ".join(f"{who} {count}" for who, count in sorted(counts.items())),
+        "note": note,
+        "rows": [
+            (_when(event.get("time")), *(str(event.get(key, "")) for key in ("step", "who", "name", "why")))
+            for event in (events[:half] + events[-half:] if note else events)
+        ],
+    }
 
 
-def _difference(runs: Sequence[Run]) -> str:
-    """The keys in which two configs differ."""
+def _difference(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Return the keys in which two configs differ, and their values in YAML."""
     if len(runs) < 2:
-        return ""
+        return []
     one, other = (flattened(config_of(run)) for run in runs)
-    keys = [
-        key
+
+    def said(config: dict[str, Any], key: str) -> str:
+        return yaml.safe_dump(config[key]).removesuffix("...\n") if key in config else "not there"
+
+    return [
+        (str(key), said(one, key), said(other, key))
         for key in dict.fromkeys([*one, *other])
         if key not in one or key not in other or one[key] != other[key]
     ]
-    rows = [
-        (
-            key,
-            *(
-                yaml.safe_dump(config[key]).removesuffix("...\n") if key in config else "not there"
-                for config in (one, other)
-            ),
-        )
-        for key in keys
-    ]
-    return (
-        html_table(("key", *(run.name for run in runs)), rows, "difference")
-        if rows
-        else "<p>The configs are the same.</p>"
-    )

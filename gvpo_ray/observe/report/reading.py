@@ -1,4 +1,4 @@
-"""What a report reads: the files of a run directory, as far as they are there and whole."""
+"""Reads the files of a run directory for a report, as far as they are there and complete."""
 
 from __future__ import annotations
 
@@ -10,46 +10,57 @@ from typing import Any
 import yaml
 
 from gvpo_ray.files import read_lines
-from gvpo_ray.observe.report import charts
-from gvpo_ray.observe.report.charts import Point, finite
+from gvpo_ray.observe.metrics import METRICS
+from gvpo_ray.observe.report.figures import NO_RECOVERY, Point, finite
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the directory of a run says."""
+    """The contents of a run directory."""
 
     name: str
     number: int
-    """0; 1 of the run that it is compared with."""
+    """0, or 1 for the run that it is compared with."""
     path: Path
     series: dict[str, list[Point]]
+    """Points by the key of metrics.jsonl, the quotients of METRICS among them."""
     events: list[dict[str, Any]]
     config: str
 
     @property
     def recoveries(self) -> list[dict[str, Any]]:
-        return [event for event in self.events if event.get("who") not in charts.NO_RECOVERY]
+        """Events in which something died and was replaced."""
+        return [event for event in self.events if event.get("who") not in NO_RECOVERY]
 
 
 def read_run(path: Path, name: str, number: int) -> Run:
-    values: dict[str, dict[float, float]] = {}  # of a step that was written twice, the later
+    """Read a run directory. Of a step that was written twice, the later line counts."""
+    values: dict[str, dict[float, float]] = {}
     for line in read_lines(path / "metrics.jsonl", skip_malformed=True):
         step = finite(line.pop("step", None))
-        for key, value in line.items() if step is not None else ():
+        if step is None:
+            continue
+        for key, value in line.items():
             if (drawable := finite(value)) is not None:
                 values.setdefault(key, {})[step] = drawable
+    for metric in METRICS:
+        if " / " in metric.name:
+            one, other = (values.get(part, {}) for part in metric.name.split(" / "))
+            quotients = {step: finite(value / other[step]) for step, value in one.items() if other.get(step)}
+            values[metric.name] = {step: value for step, value in quotients.items() if value is not None}
     config = (path / "config.yaml").read_text(errors="replace") if (path / "config.yaml").is_file() else ""
     return Run(
         name,
         number,
         path,
-        {key: sorted(points.items()) for key, points in values.items()},
+        {key: sorted(points.items()) for key, points in values.items() if points},
         read_lines(path / "events.jsonl", skip_malformed=True),
         config,
     )
 
 
 def config_of(run: Run) -> dict[str, Any]:
+    """Return the resolved config of a run; empty where it cannot be read."""
     try:
         data = yaml.safe_load(run.config)
     except yaml.YAMLError:
@@ -58,7 +69,7 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def flattened(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary by dotted keys."""
+    """Return a nested dictionary by dotted keys."""
     flat = {}
     for key, value in data.items():
         flat.update(
@@ -70,7 +81,7 @@ def flattened(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def state_of(run: Run) -> str:
-    """Steps trained, and what became of the run as far as its directory tells: a killed one cannot say so."""
+    """Return the steps trained and the state of the run, as far as its files say it."""
     trained = int(run.series["loss"][-1][0]) if "loss" in run.series else 0
     num_steps = config_of(run).get("num_steps")
     last = next((event.get("name") for event in reversed(run.events) if event.get("who") == "run"), None)
@@ -85,26 +96,3 @@ def state_of(run: Run) -> str:
         if num_steps is not None
         else f"{trained} steps trained: {state}"
     )
-
-
-def matching(run: Run, pattern: str) -> dict[str, list[Point]]:
-    """The points that a name of CHARTS stands for, by what * stands for ("" without one)."""
-    if " / " in pattern:
-        one, other = (run.series.get(name, []) for name in pattern.split(" / "))
-        units = dict(other)
-        return {
-            "": [
-                (step, value / units[step])
-                for step, value in one
-                if units.get(step) and finite(value / units[step]) is not None
-            ]
-        }
-    head, star, tail = pattern.partition("*")
-    if not star:
-        return {"": run.series.get(pattern, [])}
-    found = {
-        name[len(head) : len(name) - len(tail)]: points
-        for name, points in run.series.items()
-        if name.startswith(head) and name.endswith(tail)
-    }
-    return {label: found[label] for label in sorted(found, key=charts.in_order) if label}

@@ -1,5 +1,5 @@
 "use strict";
-// What the page can do beyond being read: a search over the completions, and the numbers under the pointer. Text goes in as text only.
+// The search over the completions, and the look of the charts, which are drawn when they come into view.
 
 const box = document.querySelector("#search"), found = document.querySelector("#found");
 const cases = [...document.querySelectorAll(".case")].map((element) => [element, element.textContent.toLowerCase()]);
@@ -39,64 +39,80 @@ if (box) {
   searchFragment();
 }
 
-const tip = document.createElement("div");
-tip.id = "tip";
-tip.hidden = true;
-document.body.append(tip);
-const parsed = new WeakMap(); // of a line that was pointed at once: its points in the picture
+const figures = JSON.parse(document.querySelector("#figures").textContent);
+const plots = [...document.querySelectorAll(".plot")];
+const isDark = matchMedia("(prefers-color-scheme: dark)");
+const config = {
+  displaylogo: false, responsive: true, showTips: false,
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+};
 
-function points(line) {
-  if (!parsed.has(line)) parsed.set(line, line.getAttribute("d").slice(1).split(" ").map((point) => point.split(",").map(Number)));
-  return parsed.get(line);
+/** A colour of the page's style, by its name; opacity from 0 to 1. */
+function colour(name, opacity = 1) {
+  const hex = getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim().slice(1);
+  const full = hex.length === 3 ? [...hex].map((digit) => digit + digit).join("") : hex;
+  const [red, green, blue] = [0, 2, 4].map((at) => parseInt(full.slice(at, at + 2), 16));
+  return `rgba(${red},${green},${blue},${opacity})`;
 }
 
-/** The point of a line nearest to x; they are in order. */
-function nearest(line, x) {
-  const all = points(line);
-  let low = 0, high = all.length - 1;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (all[middle][0] < x) low = middle;
-    else high = middle;
+/** A trace in the page's colours. */
+function styled(trace) {
+  const { kind, colour: number, run } = trace.meta;
+  const own = `c${number}`, dash = run && kind !== "faint" ? "dash" : "solid";
+  const faint = document.body.className === "two" ? 0.25 : 0.4;
+  switch (kind) {
+    case "band": return { ...trace, line: { width: 0 }, fillcolor: colour(own, 0.15) };
+    case "faint": return { ...trace, line: { width: 1, color: colour(own, faint) } };
+    case "mean": return { ...trace, line: { width: 2.2, color: colour(own), dash } };
+    case "line": return { ...trace, line: { width: 1.6, color: colour(own), dash },
+      marker: { size: 6, color: colour(run ? "page" : own), line: { width: 1.6, color: colour(own) } } };
+    case "heat": return { ...trace, showscale: false, ygap: 1, hoverongaps: false,
+      colorscale: [[0, colour("c0", 0)], [0.001, colour("c0", 0.08)], [1, colour("c0")]] };
+    default: {
+      const mark = colour(kind === "calm" ? "faint" : "mark"), size = trace.yaxis ? 8 : 14;
+      return { ...trace, marker: { symbol: "line-ns-open", size, color: mark, line: { width: 2, color: mark } } };
+    }
   }
-  return Math.abs(all[low][0] - x) < Math.abs(all[high][0] - x) ? all[low] : all[high];
 }
 
-/** The picture holds heights to a thousandth: no more digits are shown than that gives. */
-function value(number, unit) {
-  const digits = Math.floor(-Math.log10(unit / 1000));
-  if (digits < 0) return String(Math.round(number / 10 ** -digits) * 10 ** -digits);
-  return String(Number(digits > 9 ? number.toPrecision(6) : number.toFixed(digits)));
+function layout(figure) {
+  const [first, last] = figure.limits, margin = Math.max(1, last - first) * 0.01;
+  const axis = { color: colour("faint"), gridcolor: colour("edge"), linecolor: colour("edge"), zeroline: false,
+    tickfont: { size: 12 }, automargin: true };
+  const range = figure.kind === "histogram" ? [first - 0.5, Math.max(last, first + 1) + 0.5]
+    : [first - margin, Math.max(last, first + 1) + margin];
+  const y = { ...axis, hoverformat: ".5~g", nticks: 6 };
+  if (figure.rows) {
+    Object.assign(y, { tickmode: "array", tickvals: figure.rows.map((_, i) => i), ticktext: figure.rows,
+      range: [-0.5, figure.rows.length - 0.5], fixedrange: true });
+  }
+  return {
+    height: figure.legend ? 270 : 230, margin: { l: 44, r: 8, t: 26, b: 28 },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: 12, color: colour("text") },
+    hovermode: figure.kind === "line" ? "x" : "closest",
+    hoverlabel: { bgcolor: colour("page"), bordercolor: colour("faint"), font: { color: colour("text") }, namelength: 32,
+      align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("faint"), activecolor: colour("c0") },
+    showlegend: figure.legend, legend: { orientation: "h", x: 0, y: -0.14, yanchor: "top", font: { size: 12 } },
+    xaxis: { ...axis, range, showgrid: false, hoverformat: ",.6~g", nticks: 7 },
+    yaxis: y,
+    yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+  };
 }
 
-function point(svg, event) {
-  const [left, right, top, bottom, first, last, low, high] = svg.dataset.plot.split(" ").map(Number);
-  const frame = svg.getBoundingClientRect(), x = ((event.clientX - frame.left) * svg.viewBox.baseVal.width) / frame.width;
-  const lines = [...svg.querySelectorAll(".line")].map((line) => [line, nearest(line, x)]);
-  if (!lines.length || x < left - 5 || x > right + 5) return leave(svg);
-  const stepOf = ([x]) => Math.round(first + ((x - left) / (right - left)) * (last - first));
-  const at = lines.map(([, point]) => point).reduce((a, b) => (Math.abs(a[0] - x) <= Math.abs(b[0] - x) ? a : b));
-  const unit = (high - low) / (bottom - top);
-  const rows = lines.map(([line, point]) => {
-    const elsewhere = stepOf(point) === stepOf(at) ? "" : ` (step ${stepOf(point)})`;
-    return `${line.dataset.label ? `${line.dataset.label}: ` : ""}${value(low + (bottom - point[1]) * unit, unit)}${elsewhere}`;
-  });
-  let cursor = svg.querySelector(".cursor");
-  if (!cursor) svg.append((cursor = document.createElementNS("http://www.w3.org/2000/svg", "path")));
-  cursor.setAttribute("class", "cursor");
-  cursor.setAttribute("d", `M${at[0]} ${top}V${bottom}`);
-  tip.textContent = [`step ${stepOf(at)}`, ...rows].join("\n");
-  tip.hidden = false;
-  tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8))}px`;
-  tip.style.top = `${Math.max(4, event.clientY - tip.offsetHeight - 10)}px`;
+function draw(plot) {
+  const figure = figures[plot.dataset.figure];
+  return Plotly.react(plot, figure.traces.map(styled), layout(figure), config);
 }
 
-function leave(svg) {
-  tip.hidden = true;
-  svg.querySelector(".cursor")?.remove();
-}
-
-for (const svg of document.querySelectorAll("svg[data-plot]")) {
-  for (const kind of ["pointerdown", "pointermove"]) svg.addEventListener(kind, (event) => point(svg, event));
-  svg.addEventListener("pointerleave", () => leave(svg));
-}
+const seen = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    seen.unobserve(target);
+    draw(target);
+  }
+}, { rootMargin: "300px" });
+plots.forEach((plot) => seen.observe(plot));
+isDark.addEventListener("change", () => plots.filter((plot) => plot.classList.contains("js-plotly-plot")).forEach(draw));
+addEventListener("beforeprint", () => plots.forEach(draw));
