@@ -53,8 +53,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     def run(cell: Cell, folder: Path) -> dict[str, Any]:
         config = experiments.config_of(cell, folder)  # a config that is not valid would show here
         cells.append(cell)
-        beta = 0.0 if config.loss.beta == "auto" else config.loss.beta
-        return row(cell, train=config.learner.learning_rate + beta + config.loss.clip_low)
+        beta = getattr(config.loss, "beta", 0.0)
+        clip = getattr(config.loss, "clip_low", 0.2)
+        return row(cell, train=config.learner.learning_rate + (0.0 if beta == "auto" else beta) + clip)
 
     monkeypatch.setattr(experiments, "run", run)
     return cells
