@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
+from gvpo_ray.config.base import GvpoError
+
 SHARD_BYTES = 512 * 2**20
 """Largest shard, in bytes: bounds what either end holds beside the weights themselves. A larger tensor is a
 shard of its own."""
@@ -42,7 +44,7 @@ shard of its own."""
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-class WeightMismatch(RuntimeError):
+class WeightMismatch(GvpoError, RuntimeError):
     """An engine's log-probs are not the learner's: what was transferred is not what was trained. Names the
     worst token.
     """
