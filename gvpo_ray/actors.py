@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
+from enum import Enum, auto
 
 from ray.exceptions import (
     NodeDiedError,
@@ -18,6 +19,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.learner import LearnerConfig
 
@@ -36,16 +38,37 @@ def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
     return {name: number for name, number in own.items() if number}
 
 
-class Draining(RuntimeError):
+class Draining(GvpoError, RuntimeError):
     """The engine is about to leave and takes no new work."""
 
 
-class RunError(RuntimeError):
+class RunError(GvpoError, RuntimeError):
     """The run has stopped; the message is the first cause."""
 
 
-class Hang(RuntimeError):
+class Hang(GvpoError, RuntimeError):
     """An engine writes no token, or does not answer."""
+
+
+def draining_nodes() -> dict[str, float]:
+    """Return the nodes that Ray has been told will go: id -> Unix time in seconds at which (0: nobody said).
+
+    Private in Ray, and read from Ray 2.60.0: Ray Train and Ray Serve read the same table.
+    """
+    import ray._private.state
+
+    draining = ray._private.state.state.get_draining_nodes()
+    return {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
+
+
+def num_gpus_here() -> int:
+    """Return the number of GPUs of this machine, as an embedded Ray would count them.
+
+    Private in Ray, and read from Ray 2.60.0: `ray.init` counts with the same class.
+    """
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
 
 
 Note = Callable[[str, str, str], None]
@@ -87,6 +110,28 @@ def cause_of(error: BaseException) -> str:
         if named:
             return named[-1]
     return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+class Fate(Enum):
+    """What an error of a call to an actor says of the actor, and so what to do with the call."""
+
+    LOST = auto()
+    """An object that the call needed has gone with its process or node: ask again without it."""
+    LEAVING = auto()
+    """The actor is about to leave and takes no new work: ask another one."""
+    DEAD = auto()
+    """The actor died, hangs or is out of reach: ask another one."""
+    BUG = auto()
+    """The code or its input is wrong: the run stops with this error."""
+
+
+def classify(error: BaseException) -> Fate:
+    """Say what an error of a call to an actor means."""
+    if is_lost(error):
+        return Fate.LOST
+    if isinstance(innermost(error), Draining):
+        return Fate.LEAVING
+    return Fate.DEAD if is_death(error) else Fate.BUG
 
 
 def is_death(error: BaseException) -> bool:

@@ -14,10 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
-class ConfigError(ValueError):
-    """A bad key, path, model or data file: one clear line that names it. The command line exits with status
-    2.
-    """
+class GvpoError(Exception):
+    """An error whose message is one line that a user can read alone; the command line shows no traceback."""
+
+    status = 1
+    """Exit status of the command line."""
+
+
+class ConfigError(GvpoError, ValueError):
+    """A bad key, path, model or data file: one clear line that names it."""
+
+    status = 2
 
 
 class Section(BaseModel):

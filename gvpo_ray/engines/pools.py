@@ -22,7 +22,18 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from gvpo_ray.actors import Draining, Hang, Note, RunError, cause_of, innermost, is_death, is_lost
+from gvpo_ray.actors import (
+    Draining,
+    Fate,
+    Hang,
+    Note,
+    RunError,
+    cause_of,
+    classify,
+    draining_nodes,
+    innermost,
+    is_lost,
+)
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import one_less, one_more
@@ -143,17 +154,18 @@ class EngineGroup:
                     return sampled
                 kept = (sampled,)  # the engine is leaving
             except RayError as error:
-                if is_lost(error):
-                    kept = ()  # what was kept is gone with its node
-                elif isinstance(innermost(error), Draining):  # whoever watches it will see it off
-                    seat.becomes(EngineState.LEAVING)
-                elif is_death(error):
-                    kept = tuple(in_flight.kept)
-                    if failed is not None and not failed.done():
-                        failed.set_exception(error)
-                        seat.becomes(EngineState.DEAD)
-                else:
-                    raise
+                match classify(error):
+                    case Fate.LOST:
+                        kept = ()  # what was kept is gone with its node
+                    case Fate.LEAVING:  # whoever watches it will see it off
+                        seat.becomes(EngineState.LEAVING)
+                    case Fate.DEAD:
+                        kept = tuple(in_flight.kept)
+                        if failed is not None and not failed.done():
+                            failed.set_exception(error)
+                            seat.becomes(EngineState.DEAD)
+                    case Fate.BUG:
+                        raise
             finally:
                 del seat.in_flight[group_id]
                 seat.load -= size
@@ -246,12 +258,12 @@ class EngineGroup:
                 if not seat.is_asked:  # let go
                     self._clear(seat)
                     continue
-                cause, was_starting = (
-                    innermost(error),
-                    seat.state in (EngineState.WANTED, EngineState.STARTING),
-                )
-                is_leaving = isinstance(cause, Draining)
-                if not is_death(error) and not (was_starting and isinstance(cause, (RuntimeError, OSError))):
+                cause, fate = innermost(error), classify(error)
+                is_leaving = fate is Fate.LEAVING
+                was_starting = seat.state in (EngineState.WANTED, EngineState.STARTING)
+                # a start may fail for a reason that is gone at the next try
+                may_pass = was_starting and isinstance(cause, (RuntimeError, OSError))
+                if fate not in (Fate.LEAVING, Fate.DEAD) and not may_pass:
                     raise
                 self._note("engine", seat.name, f"left: {cause}" if is_leaving else cause_of(error))
                 failed_starts = failed_starts + 1 if was_starting else 0
@@ -374,8 +386,7 @@ class EngineGroup:
         """Ray's drain notices: node -> when it goes (0: nobody said), as Ray Train and Serve read them."""
         while True:
             with contextlib.suppress(RayError):  # the cluster's head is away: ask again
-                draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
-                self._draining = {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
+                self._draining = await asyncio.to_thread(draining_nodes)
             await asyncio.sleep(1.0)
 
     async def _may_restart(self, seat: Seat, cause: str) -> None:

@@ -39,6 +39,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.verifiers import ReasonKind
 
 SCHEMA = pa.schema(
@@ -104,7 +105,7 @@ NO_ANSWER = "no answer found in the completion"
 none."""
 
 
-class GroupError(ValueError):
+class GroupError(GvpoError, ValueError):
     """A table that is not a table of groups; the message names the column and the row."""
 
 

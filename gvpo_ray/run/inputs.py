@@ -222,8 +222,6 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
 
 def machine_resources(config: GVPOConfig) -> tuple[float, float]:
     """CPUs and GPUs that an embedded Ray would have."""
-    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+    from gvpo_ray.actors import num_gpus_here  # imports ray, which a bad config need not wait for
 
-    return float(config.ray.num_cpus or len(os.sched_getaffinity(0))), float(
-        NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
-    )
+    return float(config.ray.num_cpus or len(os.sched_getaffinity(0))), float(num_gpus_here())

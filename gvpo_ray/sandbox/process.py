@@ -33,7 +33,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.files import lock
 from gvpo_ray.sandbox.functions import Part, fits_float32
@@ -52,7 +52,7 @@ OUT_OF_MEMORY = 86
 """Exit status of a child whose reward function ran into its memory limit."""
 
 
-class SandboxError(RuntimeError):
+class SandboxError(GvpoError, RuntimeError):
     """The processes do not start."""
 
 

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.files import part_of, repair_lines, replacing
 from gvpo_ray.groups import LIMITS
@@ -41,7 +41,7 @@ PARQUET_ROWS = 1024
 Record = dict[str, Any]
 
 
-class MalformedRow(ValueError):
+class MalformedRow(GvpoError, ValueError):
     """A row that cannot be scored; the message says why, with its line."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.functions import Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
@@ -30,7 +30,7 @@ MAX_FAULTS = 16
 """A reward function that has failed so often and has never worked stops the run."""
 
 
-class RewardError(RuntimeError):
+class RewardError(GvpoError, RuntimeError):
     """A reward function fails on every row; the message names it, the row and what it did."""
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
+from gvpo_ray.config.base import GvpoError
 from gvpo_ray.weights.lora import merged
 
 SHARD_BYTES = 512 * 2**20
@@ -44,7 +45,7 @@ shard of its own."""
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-class WeightMismatch(RuntimeError):
+class WeightMismatch(GvpoError, RuntimeError):
     """An engine's log-probs are not the learner's: what was transferred is not what was trained. Names the
     worst token.
     """

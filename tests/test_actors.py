@@ -1,0 +1,79 @@
+"""What an error says of an actor, the facts of Ray that are read from its private modules, and the family of
+errors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+
+import pytest
+import ray
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+
+from gvpo_ray.actors import Draining, Fate, Hang, RunError, classify, num_gpus_here
+from gvpo_ray.config.base import ConfigError, GvpoError
+
+
+def task_error(cause: Exception) -> RayTaskError:
+    """An error of a task or of an actor's method, as Ray brings it to the caller."""
+    return RayTaskError("sample", "Traceback …", cause).as_instanceof_cause()
+
+
+class EngineDeadError(Exception):
+    """Named as vLLM's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "fate"),
+    [
+        (ObjectLostError("ab" * 28, None, ""), Fate.LOST),
+        (task_error(ObjectLostError("ab" * 28, None, "")), Fate.LOST),
+        (Draining("node is about to go"), Fate.LEAVING),
+        (task_error(Draining("node is about to go")), Fate.LEAVING),
+        (RayActorError(), Fate.DEAD),
+        (OutOfMemoryError("out of memory"), Fate.DEAD),
+        (Hang("no token for 60 s"), Fate.DEAD),
+        (task_error(EngineDeadError("core")), Fate.DEAD),
+        (task_error(ConnectionError("refused")), Fate.DEAD),
+        (ExceptionGroup("tasks", [task_error(TimeoutError("slow"))]), Fate.DEAD),
+        (task_error(ValueError("wrong")), Fate.BUG),
+        (task_error(ConfigError("engines: wrong")), Fate.BUG),
+        (KeyError("x"), Fate.BUG),
+    ],
+)
+def test_an_error_says_whether_its_actor_lost_something_leaves_died_or_is_wrong(
+    error: BaseException, fate: Fate
+) -> None:
+    assert classify(error) is fate
+
+
+def test_the_private_names_of_ray_that_are_used_are_there() -> None:
+    assert callable(importlib.import_module("ray._private.state").state.get_draining_nodes)
+    assert num_gpus_here() >= 0 and not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [
+        ("config.base", "ConfigError"),
+        ("actors", "RunError"),
+        ("actors", "Draining"),
+        ("actors", "Hang"),
+        ("groups.table", "GroupError"),
+        ("sandbox.process", "SandboxError"),
+        ("verifiers.verifier", "RewardError"),
+        ("verifiers.score_file", "MalformedRow"),
+        ("weights.transfer", "WeightMismatch"),
+    ],
+)
+def test_an_error_that_a_user_reads_is_of_one_family_and_says_its_exit_status(home: str, name: str) -> None:
+    kind = getattr(importlib.import_module(f"gvpo_ray.{home}"), name)
+    assert issubclass(kind, GvpoError)
+    assert kind.status == (2 if kind is ConfigError else 1)
+    again = pickle.loads(pickle.dumps(kind("one line")))
+    assert type(again) is kind and str(again) == "one line"
+
+
+def test_a_run_error_is_still_a_runtime_error_and_a_config_error_a_value_error() -> None:
+    assert issubclass(RunError, RuntimeError) and issubclass(ConfigError, ValueError)
