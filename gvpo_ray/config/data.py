@@ -19,7 +19,7 @@ class PromptsConfig(Section):
     prompt_column: str = "prompt"
     """Column of the problem's text."""
     answer_column: str = "answer"
-    """Column of the gold answer, as text."""
+    """Column of the reference answer, as text."""
     template: str | None = None
     """Plain template such as "Question: {prompt}\\nAnswer:"; default: the tokenizer's chat template."""
     system_prompt: str | None = None
@@ -57,12 +57,13 @@ class SourceConfig(PromptsConfig):
     """
 
     completion_column: str = "completion"
+    """Column of the completion's text."""
     reward_column: str | None = None
     """A number per row; without it the completions are verified, for which answer_column must be there."""
     share: float = Field(default=0.0, ge=0, lt=1)
-    """Of each group's completions, where the file has some for that prompt."""
+    """Share of each group's completions that the source gives, where it has some for the prompt."""
     group_share: float = Field(default=0.0, ge=0, le=1)
-    """Of all groups: so many consist of one prompt of the file with its completions alone."""
+    """Share of all groups that consist of one prompt of the file and its completions alone."""
 
     @model_validator(mode="after")
     def _one_way(self) -> SourceConfig:

@@ -21,10 +21,13 @@ class SamplingConfig(Section):
     max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens; one that reaches it has finish_reason "length"."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1, json_schema_extra=DECIDES_SCORES)
+    """Sample from the likeliest tokens that hold this much probability; 1: from all."""
     top_k: int = Field(default=0, ge=-1, json_schema_extra=DECIDES_SCORES)
-    """0 or -1: no cut."""
+    """Sample from the k likeliest tokens only; 0 or -1: from all."""
     min_p: float = Field(default=0.0, ge=0, le=1, json_schema_extra=DECIDES_SCORES)
+    """Drop tokens less likely than this share of the likeliest one; 0: none."""
     allow_truncated_support: bool = False
     """Opt out of the refusal of top_p < 1, top_k and min_p: warns instead. The optimum is then no longer
     GVPO's."""
@@ -55,8 +58,8 @@ class PoolConfig(Section):
     """Engine actors that are started at once, and replaced when they die. 0 in all pools: train on offline
     sources alone."""
     max_num: int | None = Field(default=None, ge=1)
-    """Elastic: while the learner waits for groups one more is asked for, up to so many, and the run goes on
-    meanwhile; while the buffer stays full one is let go, down to num. Default: num."""
+    """Largest number of engines of an elastic pool; default: num. The pool scales up while the learner waits
+    for groups, and down to num while the buffer stays full. The run goes on meanwhile."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one engine (= tensor_parallel_size on GPU); 0: vLLM's CPU build."""
     num_cpus: float = Field(default=1, ge=0)
@@ -66,12 +69,13 @@ class PoolConfig(Section):
     resources: Resources = {}
     """Custom Ray resources of one engine, such as {spot: 0.001}."""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs over which one engine shards the model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What the engines of this pool compute in; default: model.dtype."""
+    """Precision of the engines of this pool; default: model.dtype."""
     quantization: str | None = None
     """vLLM's online quantisation of the weights, such as fp8 (GPU only)."""
     max_groups: int = Field(default=64, ge=1)
-    """Groups in flight per engine: whoever has room gets the next prompt."""
+    """Most groups in flight on one engine. An engine below it gets the next prompt."""
     memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (GPU only)."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
@@ -86,12 +90,13 @@ class PoolConfig(Section):
     vllm: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
     """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
     url: str | None = None
-    """Of a server with an OpenAI-compatible API that is not ours, up to and with /v1: it gets no weights, and
-    its completions are foreign data (source offline:<pool>). max_groups bounds the requests in flight."""
+    """Address of an external server with an OpenAI-compatible API, up to and with /v1. The server gets no
+    weights, and its completions are external data (source offline:<pool>). max_groups bounds the requests in
+    flight."""
     url_model: str | None = None
-    """Its model's name; default: the first one that it lists."""
+    """Name of the server's model; default: the first one that the server lists."""
     url_key_variable: str | None = None
-    """Environment variable of the driver that holds its API key."""
+    """Environment variable of the driver that holds the server's API key."""
     max_restarts_per_hour: int = Field(default=20, ge=0)
     """Deaths of this pool's engines within an hour beyond which none of them is replaced until an hour is
     over; when no engine of any pool is left then, the run stops."""
@@ -121,7 +126,7 @@ class EnginesConfig(PoolConfig):
     """Pools by name, the cheapest first: it grows first and shrinks last. What one does not say is as in this
     section. Default: one pool, `engines`, of what this section says."""
     scale_window_s: float = Field(default=60.0, gt=0)
-    """How long an elastic pool looks on before it asks for one engine more, or lets one go."""
+    """Seconds over which an elastic pool measures its load before it scales up or down by one engine."""
     weight_transfer: Literal["objects", "nccl"] = "objects"
     """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`:
     vLLM's broadcast from learner rank 0 to a fixed fleet of GPU engines: the death of one ends the run, and
@@ -133,9 +138,8 @@ class EnginesConfig(PoolConfig):
     """An engine with groups in flight that has written no token for so many seconds, or does not answer at
     all, is replaced."""
     drain_s: float = Field(default=30.0, ge=0)
-    """How long an engine whose node is about to leave (SIGTERM, Ray's drain notice) goes on with what it has
-    in flight, if the notice does not say; the rest is handed over to other engines as far as it is
-    written."""
+    """Seconds that an engine goes on with its groups in flight after a preemption notice of its node
+    (SIGTERM, Ray's drain notice) that names no deadline. Unfinished completions then migrate to others."""
 
     @model_validator(mode="before")
     @classmethod

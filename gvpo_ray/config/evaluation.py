@@ -15,7 +15,9 @@ class EvaluationSet(PromptsConfig):
     """A held-out prompt file; what it does not say is as in the evaluation section."""
 
     num_samples: int | None = Field(default=None, ge=1)
+    """Completions per prompt; default: as in the evaluation section."""
     temperature: float | None = Field(default=None, ge=0)
+    """Sampling temperature; default: as in the evaluation section."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Longest completion (`max_tokens` is the longest prompt)."""
 
@@ -30,9 +32,9 @@ class EvaluationConfig(Section):
     pass_k: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8, 16, 32, 64]
     """Report the unbiased pass@k for those of them that are at most n."""
     temperature: float = Field(default=1.0, ge=0)
-    """0: greedy, which is deterministic and so allows one sample only."""
+    """Sampling temperature. 0 is greedy decoding, which allows one sample only."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Default: as in sampling."""
+    """Longest completion, in tokens; default: as in sampling."""
     every_limit: int | None = Field(default=None, ge=1)
     """Prompts per set for the evaluations inside training; the first and the last always use the whole
     set."""

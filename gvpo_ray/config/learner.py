@@ -11,7 +11,7 @@ from gvpo_ray.config.base import Resources, Section
 
 class LearnerConfig(Section):
     num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers; whole groups go to each."""
+    """Ray Train workers. Each trains on whole groups."""
     max_workers: int | None = Field(default=None, ge=1)
     """Elastic: Ray Train goes on with as many workers as the cluster has room for, from num_workers to so
     many. Default: num_workers."""
@@ -27,7 +27,7 @@ class LearnerConfig(Section):
     resources: Resources = {}
     """Custom Ray resources of one worker."""
     num_threads: int = Field(default=1, ge=1)
-    """Torch threads of one worker (CPU only matters)."""
+    """Torch threads of one worker; matters on CPU only."""
     backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
     """`deepspeed`, or torch's own: `ddp` replicates everything, `fsdp` (FSDP2) shards everything."""
     zero_stage: int = Field(default=0, ge=0, le=3)
@@ -36,13 +36,17 @@ class LearnerConfig(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What ZeRO keeps in the CPU's memory: the optimizer (stages 1 to 3), or the parameters too (stage 3)."""
     learning_rate: float = Field(default=1e-6, gt=0)
+    """Learning rate of AdamW after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate after the warm-up, to zero at the last step."""
+    """Schedule of the learning rate after the warm-up; linear and cosine decay to zero at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up of the learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moments."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
     num_mini_batches: int = Field(default=4, ge=1)
     """Optimizer updates per step. With 1, the log-ratio is always 0 in a synchronous run: GVPO is then
     REINFORCE with a mean baseline."""
@@ -69,6 +73,6 @@ class LearnerConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=10, ge=1)
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step always writes one."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""

@@ -16,17 +16,18 @@ class LoraConfig(Section):
     """
 
     rank: int = Field(default=16, ge=1)
+    """Rank of the two matrices of the adapter."""
     alpha: float = Field(default=32.0, gt=0)
     """The adapter's product is scaled by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the linear layers that get one; `all-linear`: all but the head."""
+    """Names of the linear layers that get an adapter; `all-linear`: all but the head."""
 
 
 class ModelConfig(Section):
     path: Annotated[str, LocalPath()]
     """A Hugging Face model folder or hub name; its tokenizer is beside it."""
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=DECIDES_SCORES)
-    """What the engines compute in, and the learner's forward pass. Master weights and the optimizer stay in
+    """Precision of the engines and of the learner's forward pass. Master weights and the optimizer stay in
     float32."""
     max_length: int | None = Field(default=None, ge=8, json_schema_extra=DECIDES_SCORES)
     """Longest prompt + completion in tokens; default: what the model's config.json says."""
@@ -49,17 +50,18 @@ class WarmStartConfig(Section):
     solution_column: str = "solution"
     """Column of the worked solution; `column.key` looks into a column of JSON text."""
     remove: str | None = None
-    """Regular expression of what to leave out of the solutions, such as GSM8K's "<<48/2=24>>"."""
+    """Regular expression; what it matches is left out of the solutions, such as GSM8K's "<<48/2=24>>"."""
     completion: str = "{solution}"
     """What the model learns to write, such as "{solution}\\n\\\\boxed{{answer}}"."""
     vocab_size: int = Field(default=4096, ge=257)
-    """Of the byte-level BPE tokenizer trained on the texts; digits are tokens of their own."""
+    """Vocabulary size of the byte-level BPE tokenizer that is trained on the texts. Each digit is a token."""
     architecture: dict[str, Any] = {}
     """Arguments of transformers' Qwen2Config."""
     num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the worked problems."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per update."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """After a warm-up over the first twentieth, it falls linearly to a twentieth."""
+    """Peak learning rate. It rises over the first twentieth of the updates, then falls to a 20th."""
     num_threads: int | None = Field(default=None, ge=1)
     """Torch threads; default: the machine's CPUs."""

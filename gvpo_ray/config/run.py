@@ -36,14 +36,14 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 
 class RayConfig(Section):
     address: str | None = None
-    """Of a running cluster; default: RAY_ADDRESS (set under `ray job submit`), else an embedded Ray of the
-    run's own."""
+    """Address of a running cluster; default: RAY_ADDRESS (set under `ray job submit`), else an embedded
+    Ray of the run's own."""
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of the embedded Ray; default: the machine's."""
     object_store_gib: float = Field(default=1.0, gt=0)
-    """Object store of the embedded Ray."""
+    """Size of the object store of the embedded Ray, in GiB."""
     dashboard: bool = False
-    """Dashboard of the embedded Ray."""
+    """Whether the embedded Ray has its dashboard."""
 
 
 class GVPOConfig(Section):
@@ -60,8 +60,8 @@ class GVPOConfig(Section):
     groups_per_step: int = Field(default=64, ge=1)
     """n: groups in the batch of one step."""
     max_staleness: int | None = Field(default=0, ge=0, json_schema_extra=RESUMABLE)
-    """The one dial of asynchrony: a group may start while started // groups_per_step <= version +
-    max_staleness. 0: synchronous, 1: one step ahead, n: asynchronous, null: unbounded."""
+    """Maximum staleness (off-policy bound), in steps: a group may start while started // groups_per_step <=
+    version + max_staleness. 0: synchronous, 1: one step ahead, n: asynchronous, null: unbounded."""
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()

@@ -9,11 +9,13 @@ from gvpo_ray.config.base import Section
 
 class MLflowConfig(Section):
     tracking_uri: str | None = None
-    """Of a tracking server or a database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""
+    """A tracking server or database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""
     experiment: str = "gvpo"
+    """Name of the MLflow experiment."""
     run_name: str | None = None
-    """Default: the name of run_dir."""
+    """Name of the run in MLflow; default: the name of run_dir."""
     tags: dict[str, str] = {}
+    """Tags of the run in MLflow."""
 
 
 class TrackingConfig(Section):
@@ -27,3 +29,4 @@ class TrackingConfig(Section):
     """Weights & Biases: arguments of wandb.init, such as {project: gvpo, mode: offline}; its files are in
     run_dir/wandb."""
     mlflow: MLflowConfig | None = None
+    """Log to MLflow; the section says where."""

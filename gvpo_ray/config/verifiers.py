@@ -26,6 +26,7 @@ class RewardConfig(Section):
     """
 
     weight: float = 1.0
+    """Factor of this part in the sum that is the reward."""
     function: Annotated[str | None, LocalPath("function")] = None
     """`math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or `path.py:function`."""
     arguments: dict[str, Any] = {}
@@ -37,9 +38,9 @@ class RewardConfig(Section):
     url: str | None = None
     """A reward served over HTTP: POST {prompts, completions, columns} -> {rewards}."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Of one HTTP request."""
+    """Time limit of one HTTP request, in seconds."""
     num_retries: int = Field(default=3, ge=0)
-    """Of an HTTP request, each after twice as long."""
+    """Retries of a failed HTTP request, with exponential back-off."""
     batch_size: int = Field(default=32, ge=1)
     """Completions in one HTTP request or one forward pass of the reward model."""
     model: Annotated[str | None, LocalPath()] = None
@@ -69,6 +70,7 @@ class VerifiersConfig(Section):
     max_num: int | None = Field(default=None, ge=1)
     """Grow to so many while every verifier has groups waiting, and shrink again; default: num."""
     num_cpus: float = Field(default=0.1, ge=0)
+    """CPUs that one verifier asks Ray for."""
     resources: Resources = {}
     """Custom Ray resources of one verifier."""
     rewards: dict[str, RewardConfig] = Field(
