@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from gvpo_ray.actors import Draining, Hang, Note, RunError, cause_of, innermost, is_death, is_lost
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines.actor import MakeEngine
-from gvpo_ray.engines.autoscale import one_less, one_more
+from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
 from gvpo_ray.engines.seats import Request, Seat
 from gvpo_ray.groups import to_wire
 
@@ -208,11 +208,11 @@ class EngineGroup:
             before, then = waits, now
 
     def _grow_or_shrink(self, waited: float, closed: float) -> None:
-        if seat := one_more(self.seats, waited):
+        if seat := slot_to_fill(self.seats, waited):
             seat.is_asked, seat.asked_at = True, time.time()
             why = f"the learner waited for groups {100 * waited:.0f} % of the time"
             self._note("pool", seat.pool, f"grows to {self._num_asked(seat.pool)} engines: {why}")
-        elif seat := one_less(self.seats, waited, closed):
+        elif seat := slot_to_clear(self.seats, waited, closed):
             seat.is_asked = False
             # it has no place yet: take the request back
             if seat.state != "running" and seat.engine is not None:
