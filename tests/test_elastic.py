@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gvpo_ray.engines.autoscale import PATIENCE_S, one_less, one_more
+from gvpo_ray.engines.autoscale import START_PATIENCE_S, slot_to_clear, slot_to_fill
 
 
 @dataclass
@@ -50,13 +50,13 @@ def test_a_pool_grows_while_the_learner_waits_for_groups(
     waited: float, states: dict[str, str], which: int | None
 ) -> None:
     found = seats(**states)
-    assert one_more(found, waited) is (None if which is None else found[which])
+    assert slot_to_fill(found, waited) is (None if which is None else found[which])
 
 
 def test_a_pool_whose_engines_do_not_come_is_passed_over() -> None:
     found = seats(cheap="running wanted off", dear="off")
-    found[1].asked_at -= PATIENCE_S + 1
-    assert one_more(found, 0.4) is found[3]
+    found[1].asked_at -= START_PATIENCE_S + 1
+    assert slot_to_fill(found, 0.4) is found[3]
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_a_pool_shrinks_while_the_dial_is_closed_and_those_that_are_left_will_do
     waited: float, closed: float, states: dict[str, str], which: int | None
 ) -> None:
     found = seats(**states)
-    assert one_less(found, waited, closed) is (None if which is None else found[which])
+    assert slot_to_clear(found, waited, closed) is (None if which is None else found[which])
 
 
 def test_a_pool_keeps_its_fewest_and_lets_go_of_one_at_a_time() -> None:
     found: list[Any] = seats(cheap="running running")
     for seat in found:
         seat.is_elastic = False
-    assert one_less(found, 0.0, 1.0) is None
+    assert slot_to_clear(found, 0.0, 1.0) is None
 
     class Leaving(Seat):
         is_asked = False
 
-    assert one_less([*seats(cheap="running running"), Leaving("cheap", "leaving")], 0.0, 0.9) is None
-    assert one_less(seats(cheap="running running"), 0.0, 0.9) is not None
+    assert slot_to_clear([*seats(cheap="running running"), Leaving("cheap", "leaving")], 0.0, 0.9) is None
+    assert slot_to_clear(seats(cheap="running running"), 0.0, 0.9) is not None

@@ -36,7 +36,7 @@ from gvpo_ray.actors import (
 )
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines.actor import MakeEngine
-from gvpo_ray.engines.autoscale import one_less, one_more
+from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
 from gvpo_ray.engines.seats import Request, Seat
 from gvpo_ray.groups import to_wire
 from gvpo_ray.observe.status import EngineState
@@ -224,11 +224,11 @@ class EngineGroup:
             before, then = waits, now
 
     def _grow_or_shrink(self, waited: float, closed: float) -> None:
-        if seat := one_more(self.seats, waited):
+        if seat := slot_to_fill(self.seats, waited):
             seat.is_asked, seat.asked_at = True, time.time()
             why = f"the learner waited for groups {100 * waited:.0f} % of the time"
             self._note("pool", seat.pool, f"grows to {self._num_asked(seat.pool)} engines: {why}")
-        elif seat := one_less(self.seats, waited, closed):
+        elif seat := slot_to_clear(self.seats, waited, closed):
             seat.is_asked = False
             # it has no place yet: take the request back
             if seat.state != EngineState.RUNNING and seat.engine is not None:
