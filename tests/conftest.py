@@ -11,10 +11,45 @@ import pytest
 import tiny
 
 
+TIERS = {
+    "cluster": {"test_autoscaler", "test_cluster"},
+    "end_to_end": {
+        "test_backends",
+        "test_bench_gpu",
+        "test_engines",
+        "test_hostile",
+        "test_lora",
+        "test_recovery",
+        "test_report",
+        "test_ring",
+        "test_setup",
+        "test_spread",
+        "test_warm_start",
+        "test_weights",
+    },
+    "actors": {"test_actors", "test_cli", "test_evaluate", "test_tracking", "test_verifier_group"},
+}
+"""Test files by tier; all others are of the tier `unit`: no Ray, no vLLM, no second rank, no browser.
+
+A test that runs on several ranks is end to end wherever it stands.
+"""
+
+
+def tier_of(item: pytest.Item) -> str:
+    """Return the tier of a test, which is its marker: `tests/run.sh TIER` runs the tests of one."""
+    if {"on_ranks", "made"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("setup"):
+        return "end_to_end"
+    return next((tier for tier, files in TIERS.items() if item.path.stem in files), "unit")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest file first, for side by side it would end alone. Tests marked `browser` are deselected
-    where there is no Chromium.
+    """Give each test the marker of its tier, and start with the longest file: last, it would end alone.
+
+    Tests marked `browser` are deselected where there is no Chromium.
     """
+    for item in items:  # first of all hooks, so that -m sees them
+        item.add_marker(tier_of(item))
     items.sort(key=lambda item: item.path.name != "test_ring.py")
     if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         return
