@@ -217,6 +217,7 @@ def test_fsdp_keeps_gradients_in_shards_between_passes(on_ranks: Any) -> None:
 
 
 def test_a_learner_with_more_than_one_gpu_is_refused_in_one_line() -> None:
-    given = {"model": {"path": "m"}, "prompts": {"path": "p"}, "num_steps": 1, "learner": {"num_gpus": 2}}
+    run = {"run_dir": "r", "num_steps": 1, "groups_per_step": 4}
+    given = {**run, "model": {"path": "m"}, "prompts": {"path": "p"}, "learner": {"num_gpus": 2}}
     with pytest.raises(ConfigError, match=r"learner\.num_gpus.*one GPU, not 2.*num_workers"):
         GVPOConfig.from_dict(given)
