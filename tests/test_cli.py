@@ -410,12 +410,15 @@ def test_a_run_dir_that_cannot_be_made_is_refused(
 
 
 def test_a_full_disk_is_named_and_the_config_that_is_there_stays(
-    refused: Callable[..., str], folder: Path
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_run_dir(_config(folder)) as run_dir:
         pass
     (run_dir / ".config.yaml.part").symlink_to("/dev/full")
-    assert refused("train", "config.yaml") == "run_dir: cannot write run: No space left on device"
+    before = {path: path.read_bytes() for path in run_dir.iterdir() if path.suffix != ".part"}
+    assert main(["train", "config.yaml"]) == 2
+    assert capsys.readouterr().err == f"error: run_dir: cannot write {run_dir}: No space left on device\n"
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before  # and the part is gone
 
 
 @pytest.mark.parametrize(
