@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import tiny
 
-
 TIERS = {
     "cluster": {"test_autoscaler", "test_cluster"},
     "end_to_end": {
