@@ -10,9 +10,9 @@
 Every machine has a pip configuration of its own: files and environment variables that name an index, cap a
 version, or install elsewhere. pip's own option groups draw the line. Its index options and general options
 say where packages come from and how they are reached: they are kept. The options of `pip install` itself say
-what an install does (target, user, dry-run, upgrade, ...): they are left out. Three of those are
-rules for what may be installed. A `constraint` that allows every pin is left out, for the pins say more; one
-that forbids a pin is an error. `require-hashes` is an error, for the pins have no hashes. `only-binary` is
+what an install does (target, user, dry-run, upgrade, ...): they are left out. Three of those are rules
+for what may be installed. A `constraint` that allows every pin is left out, for the pins say more; one that
+forbids a pin is an error. `require-hashes` is an error, for the pins have no hashes. `only-binary` is
 kept, and so is `constraint` for the cuda extra, where pip resolves.
 """
 

@@ -14,7 +14,8 @@ sum_i w_i = 0:
 The unique minimum is pi(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) for every sampler that covers the support
 of pi_ref (Theorem 3.1, Corollary 3.2) and for every m >= 2, which may vary by prompt (Corollary 3.5);
 1/(m - 1) keeps the estimator unbiased (Theorem 3.4). |D| is the number of groups in the whole update, so the
-shares of micro-batches and ranks only add up. Corrections for stale data, which are not the paper's, are in losses/stale_data.py.
+shares of micro-batches and ranks only add up. Corrections for stale data, which are not the paper's, are in
+losses/stale_data.py.
 
 Below, N is the number of completions. Groups have any size, and their completions lie in any order. Sums are
 in float64, because sequence log-probs are hundreds of nats and only their differences matter.

@@ -14,8 +14,8 @@ completions:
     num_groups          |D|, the groups with m >= 2 in the whole update; default: those in this call
 
 A group of one has nothing to be compared with: it is not trained on and not counted, whatever the objective.
-All four return the loss, a float64 scalar, and float64 scalars without gradient, with the same keys in the same
-order in every objective:
+All four return the loss, a float64 scalar, and these sums, float64 scalars without gradient, with the same
+keys in the same order in every objective:
 
     objective       loss * |D|
     num_tokens      tokens trained on

@@ -60,8 +60,8 @@ class WeightMismatch(GvpoError, RuntimeError):
 def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[bytes]:
     """Serialise weights into safetensors shards of at most `max_bytes`.
 
-    Tensors that share storage (tied embeddings) are sent under each of their names: engines/engine.py says
-    why.
+    Tensors that share storage (tied embeddings) are sent under each of their names: engines/vllm_engine.py
+    says why.
 
     Args:
         named_tensors: names and tensors on any device.
@@ -118,7 +118,7 @@ class ObjectPublisher:
 
 
 class NcclPublisher:
-    """The `nccl` transport broadcasts each version of the weights from learner rank 0 with vLLM's own trainer.
+    """The `nccl` transport broadcasts each version of the weights from learner rank 0, with vLLM's code.
 
     The engines are fixed when the first version is sent: a later engine cannot join.
 
