@@ -1,4 +1,4 @@
-"""GVPO in one file: Algorithm 1 of arXiv 2504.19599 with torch and transformers and nothing else.
+"""This file is GVPO complete: Algorithm 1 of arXiv 2504.19599 with torch and transformers alone.
 
     python jobs/gvpo_in_one_file.py [MODEL] [NUM_STEPS]
 
@@ -26,7 +26,7 @@ LEARNING_RATE, MAX_GRAD_NORM, MAX_TOKENS = 4e-4, 1.0, 32
 
 @dataclass
 class Group:
-    """One prompt with its m completions."""
+    """A Group is one prompt with its m completions."""
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
@@ -35,7 +35,7 @@ class Group:
 
 
 def sequence_logprobs(model: torch.nn.Module, prompt: list[int], completions: list[list[int]]) -> Tensor:
-    """log pi(y_i|x) of m completions of a prompt, summed over their tokens; [m] float64."""
+    """Return log pi(y_i|x) of m completions of a prompt, summed over their tokens; [m] float64."""
     width = max(map(len, completions))
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in completions])
     is_token = torch.tensor([[t < len(ids) for t in range(width)] for ids in completions])
@@ -47,14 +47,14 @@ def sequence_logprobs(model: torch.nn.Module, prompt: list[int], completions: li
 
 
 def gvpo_loss(logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """1/(m - 1) sum_i 1/2 [ beta (D_i - mean D) - (R_i - mean R) ]^2 with D = log pi - log pi_ref."""
+    """Return 1/(m - 1) sum_i 1/2 [ beta (D_i - mean D) - (R_i - mean R) ]^2, D = log pi - log pi_ref."""
     log_ratios = logprobs - reference_logprobs
     bracket = beta * (log_ratios - log_ratios.mean()) - (rewards - rewards.mean())
     return (bracket.square() / 2).sum() / (len(rewards) - 1)
 
 
 def train_on(model: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: list[Group]) -> float:
-    """One update on a mini-batch of groups; returns the norm of the gradient before it was clipped."""
+    """Make one update on a mini-batch of groups; return the gradient's norm before clipping."""
     optimizer.zero_grad()
     for group in groups:
         logprobs = sequence_logprobs(model, group.prompt_ids, group.completion_ids)
@@ -67,11 +67,11 @@ def train_on(model: torch.nn.Module, optimizer: torch.optim.Optimizer, groups: l
 
 @torch.no_grad()
 def sample(model: torch.nn.Module, tokenizer: AutoTokenizer, sums: list[tuple[int, int]]) -> list[Group]:
-    """Let the policy, which is the reference, answer each prompt m times, and reward what is right."""
+    """Let the policy, which is also the reference, answer each prompt m times; reward 1 if right, else 0."""
     prompts = [f"What is {a} + {b}?\n" for a, b in sums]
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
     inputs.pop("token_type_ids", None)
-    # From the whole distribution: what cannot be sampled cannot be learned.
+    # Sample from the whole distribution: GVPO's theory needs a sampler that covers the reference's support.
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": MAX_TOKENS}
     sampled = model.generate(**inputs, **options, num_return_sequences=COMPLETIONS_PER_PROMPT)
     end, groups = tokenizer.eos_token_id, []
@@ -87,7 +87,7 @@ def sample(model: torch.nn.Module, tokenizer: AutoTokenizer, sums: list[tuple[in
 
 
 def main(path: str = "docs/results/models/arithmetic", num_steps: int = 40) -> None:
-    """Algorithm 1: sample with the policy, fix it as the reference, update on mini-batches; and again."""
+    """Run Algorithm 1: sample with the policy, fix it as the reference, update on mini-batches; repeat."""
     torch.manual_seed(0)
     numbers = random.Random(0)
     tokenizer = AutoTokenizer.from_pretrained(path)

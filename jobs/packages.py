@@ -1,4 +1,4 @@
-"""Runs pip for jobs/setup.sh, with what pip's configuration says about sources and with nothing else of it.
+"""This script runs pip for jobs/setup.sh and keeps only the sources of packages from pip's configuration.
 
     python jobs/packages.py check EXTRA            what makes the pins impossible? quick, downloads nothing
     python jobs/packages.py pip EXTRA ARGUMENT...  run pip
@@ -10,9 +10,9 @@
 Every machine has a pip configuration of its own: files and environment variables that name an index, cap a
 version, or install elsewhere. pip's own option groups draw the line. Its index options and general options
 say where packages come from and how they are reached: they are kept. The options of `pip install` itself say
-what an install does (target, user, dry-run, upgrade, ...): they are left out. Three of those are somebody's
-rule for what may be installed. A `constraint` that allows every pin is left out, for the pins say more; one
-that forbids a pin is an error. `require-hashes` is an error, for the pins have no hashes. `only-binary` is
+what an install does (target, user, dry-run, upgrade, ...): they are left out. Three of those are rules
+for what may be installed. A `constraint` that allows every pin is left out, for the pins say more; one that
+forbids a pin is an error. `require-hashes` is an error, for the pins have no hashes. `only-binary` is
 kept, and so is `constraint` for the cuda extra, where pip resolves.
 """
 
@@ -45,7 +45,7 @@ not exist"), and triton is 1 GB.
 
 
 class Entry(NamedTuple):
-    """One option of pip's configuration: its value, and how a person finds it."""
+    """An Entry is one option of pip's configuration, with its value and the place where it is set."""
 
     value: str
     where: str
@@ -76,8 +76,8 @@ def long_names(options: list[Any]) -> set[str]:
 def configured() -> dict[str, Entry]:
     """Return {option: entry} of everything that pip's configuration says to `pip install`.
 
-    As pip does it: [install] of any file goes before [global] of any file, the environment goes before both,
-    and an empty value says nothing.
+    The order is pip's: [install] of any file goes before [global] of any file, the environment goes before
+    both, and an empty value is ignored.
 
     Raises:
         PipError: a configuration file cannot be read.
@@ -179,8 +179,8 @@ def reason(log: str, entries: dict[str, Entry]) -> str | None:
 def verify(wanted: dict[str, str], extra: str) -> list[str]:
     """Return what is wrong with the installed packages, a line each.
 
-    Wrong is a pin that is not there or there in another version, and one of LEFT_OUT that does not import
-    beside torch. The cuda extra may do without some of the pins, for pip resolves it.
+    A pin is wrong if it is missing or installed in another version, and a package of LEFT_OUT if it does not
+    import beside torch. The cuda extra may lack some of the pins, because pip resolves it.
     """
     wrong = []
     for name, version in wanted.items():
@@ -201,7 +201,7 @@ def verify(wanted: dict[str, str], extra: str) -> list[str]:
 
 
 def ask_pip(verb: str, extra: str, arguments: tuple[str, ...], wanted: dict[str, str]) -> None:
-    """Run what needs pip's configuration: check, pip, explain."""
+    """Run one of the commands that need pip's configuration: check, pip, explain."""
     try:
         entries = configured()
         if verb == "check" and (wrong := objection(entries, wanted)):

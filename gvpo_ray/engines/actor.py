@@ -19,9 +19,13 @@ from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 
 
 class Remote:
-    """What turns an engine into an actor. Tables travel as groups.to_wire makes them."""
+    """The methods that an engine has as a Ray actor.
+
+    A mix-in beside an engine of base.py. Group tables travel as Arrow IPC buffers, made by groups.to_wire.
+    """
 
     async def start_here(self) -> dict[str, Any]:
+        """Start the engine; return the report of its `start` and `node`, the id of its Ray node."""
         return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
 
     @ray.method(num_returns=2)
@@ -33,8 +37,19 @@ class Remote:
         seed: int | None,
         *kept: pa.Buffer,
     ) -> tuple[pa.Buffer, tuple[int, int]]:
-        """The sampled group; and how many of its completions are missing, and how many tokens were written:
-        what the driver awaits.
+        """Sample the completions of one group, as the engine's `generate` does.
+
+        Two return values, so that the driver can await the numbers while the table stays in the object store.
+
+        Args:
+            prompt: the group's one row.
+            sampling: how to sample, and how many completions the group has.
+            min_version: oldest weights to start with.
+            seed: seed of this group alone, or None.
+            kept: tables with finished or begun completions; rows of other groups are ignored.
+
+        Returns:
+            The sampled group, and (number of completions that are missing, number of new tokens).
         """
         group = from_wire(prompt)
         tables = [from_wire(part) for part in kept]
@@ -51,6 +66,10 @@ class Remote:
 
     @ray.method(num_returns=2)
     async def hand_over(self) -> tuple[pa.Buffer, list[int]]:
+        """Wait for finished completions of unfinished groups; return their rows and the rows' group ids.
+
+        No group ids: the engine is closed.
+        """
         group_ids, table = await self.finished()  # type: ignore[attr-defined]
         return to_wire(table), group_ids
 
@@ -66,7 +85,15 @@ class _ServerActor(Remote, ServerEngine):
 def engine_maker(
     model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool, system_prompt: str | None
 ) -> MakeEngine:
-    """How the engines of a run are made: vLLM, or the client of a pool's server."""
+    """Return the function that makes an engine actor: a client if its pool has a `url`, else vLLM.
+
+    Args:
+        model: the policy.
+        config: all pools, and what they have in common.
+        seed: the run's seed; engine `number` of a vLLM pool gets seed + number.
+        load_weights: whether vLLM starts with the weights of model.path, or waits for the learner's.
+        system_prompt: first message of every request to a server.
+    """
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
         resources = {

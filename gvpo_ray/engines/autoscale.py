@@ -1,9 +1,9 @@
-"""How many engines an elastic pool has: when another one is asked for, and when one is let go.
+"""Scaling of elastic pools: which pool gets another engine, and which one loses one.
 
-Engines are too few while the learner waits for groups, and too many while the dial keeps those there are from
-starting any. Every `engines.scale_window_s` one engine at most is asked for, which makes a cluster's
-autoscaler bring its node, or let go, which drains it and lets the node go. Pools are listed with the cheapest
-first: it grows first and shrinks last.
+There are too few engines while the learner waits for groups. There are too many while the bound on staleness
+keeps engines with free slots from starting new groups. A pool changes by at most one engine every
+`engines.scale_window_s`. Scaling up makes a cluster's autoscaler bring a node; scaling down drains the engine
+and frees its node. Pools are listed with the cheapest first: it grows first and shrinks last.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ MAX_LOAD_AFTER_SHRINK = 0.9
 """The remaining engines must stay below this load, or the pool would grow again at once."""
 
 START_PATIENCE_S = 600.0
-"""How long an engine that was asked for may take to come. Beyond, its pool has no node for it: another pool
-is asked."""
+"""Seconds that a new engine may take to come up. After that its pool counts as full, and another pool grows
+instead."""
 
 
 def slot_to_fill(seats: Sequence[Any], waited: float) -> Any | None:
-    """The seat to fill, or None. `seats`: of all pools in their order (seats.Seat); `waited`: share of the
-    time that the learner waited.
+    """Return the seat that should get an engine, or None to add no engine.
+
+    Args:
+        seats: the seats (seats.Seat) of all pools, in the order of the pools.
+        waited: share of the window in which the learner waited for groups, 0 to 1.
     """
     free = [seat for seat in seats if not seat.is_asked]
     if waited <= GROW_ABOVE_WAIT_SHARE or not free:
@@ -49,13 +52,18 @@ def slot_to_fill(seats: Sequence[Any], waited: float) -> Any | None:
         if seat.is_asked and seat.state != EngineState.RUNNING and seat.pool not in late
     )
     if running and running + coming >= running / max(1e-9, 1 - waited):
-        return None  # those that are on their way will do
+        return None  # the engines that are coming up suffice
     return next((seat for seat in free if seat.pool not in late), None)
 
 
 def slot_to_clear(seats: Sequence[Any], waited: float, closed: float) -> Any | None:
-    """The seat to clear, or None. `closed`: share of the time that the dial let no group start although there
-    was room.
+    """Return the seat whose engine should go, or None to remove no engine.
+
+    Args:
+        seats: the seats (seats.Seat) of all pools, in the order of the pools.
+        waited: share of the window in which the learner waited for groups, 0 to 1.
+        closed: share of the window in which the bound on staleness let no group start although engines had
+            free slots, 0 to 1.
     """
     running = [seat for seat in seats if seat.state == EngineState.RUNNING]
     spare = [seat for seat in seats if seat.is_asked and seat.is_elastic]
@@ -64,7 +72,7 @@ def slot_to_clear(seats: Sequence[Any], waited: float, closed: float) -> Any | N
         or not spare
         or any(not seat.is_asked and seat.state != "off" for seat in seats)
     ):
-        return None  # the last one that was let go is still on its way out
+        return None  # the engine that was removed last is still draining
     if coming := [seat for seat in spare if seat.state != EngineState.RUNNING]:
         return coming[-1] if closed > 1 - MAX_LOAD_AFTER_SHRINK else None
     all_of_it = sum(seat.capacity for seat in running)

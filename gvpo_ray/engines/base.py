@@ -1,16 +1,17 @@
-"""Engines sample completions: Engine (vLLM's AsyncLLM), ServerEngine (an OpenAI-compatible API) and
-FakeEngine behind the same few methods.
+"""The base class of the engines, which sample completions.
+
+Engine (vLLM's AsyncLLM), ServerEngine (an OpenAI-compatible API) and FakeEngine have the same few methods:
 
     generate(group, sampling, min_version, seed, *kept)   group table -> (group table with its completions,
-                                                          how many it lacks)
-    finished()                                            what is finished of groups that are not, to be kept
-                                                          safe elsewhere
+                                                          number of completions that are missing)
+    finished()                                            finished completions of unfinished groups, to be
+                                                          kept safe elsewhere
     update(version, weights, probe)                       swap in newer weights while completions are in
                                                           flight
     drain(seconds) / status() / close()
 
-Plain classes; actor.py makes them actors, one event loop each, many groups in flight. Importing this imports
-neither torch nor vLLM.
+Engines are plain classes; actor.py makes them Ray actors, each with one event loop and many groups in flight.
+This module imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -32,40 +33,44 @@ from gvpo_ray.actors import Draining
 from gvpo_ray.config.engines import SamplingConfig
 
 HAND_OVER_S = 1.0
-"""A completion that has been finished for so long while its group is not is handed over: it then outlives the
-engine. What is due goes together, as often: one by one would cost short groups more than to sample them."""
+"""Age in seconds at which a finished completion of an unfinished group leaves the engine, so that it survives
+the engine's death. It is also the interval between two such batches: sending completions one by one would
+cost short groups more than sampling them."""
 
 LAST_WORDS_S = 2.0
-"""Between the end of a drain after SIGTERM and the end of the process: what the last calls returned is still
-on its way."""
+"""Seconds between the end of a drain after SIGTERM and the end of the process, in which the results of the
+last calls reach their callers."""
 
 ABORTED = "abort"
-"""finish_reason of a completion that was cut off by a drain: another engine goes on with its tokens."""
+"""finish_reason of a completion that a drain cut off; another engine continues it from its tokens."""
 
 
 @dataclass(eq=False)
 class InFlight:
-    """One group that an engine is at."""
+    """A group that an engine is sampling."""
 
     group: pa.Table
+    """One row, without completions."""
     size: int
-    """Completions that are being sampled: without the kept ones that were finished before."""
+    """Number of completions that are being sampled; those that were finished before do not count."""
     since: float = field(default_factory=lambda: time.time())
+    """When sampling began, in seconds of time.time()."""
     finished_at: dict[int, float] = field(default_factory=dict)
-    """By index. FakeEngine knows them beforehand."""
+    """Index of a completion -> when it was finished. FakeEngine fills it in beforehand."""
     handed_over: set[int] = field(default_factory=set)
+    """Indices of the completions that `BaseEngine.finished` has returned."""
 
     def finished(self, before: float) -> list[int]:
+        """Return the indices of the completions that were finished at the time `before` or earlier."""
         return [i for i, at in self.finished_at.items() if at <= before]
 
 
 class BaseEngine:
-    """What engines have in common: which groups are in flight, what of them is handed over, and how they
-    leave.
+    """The common part of all engines: groups in flight, migration of finished completions, draining.
 
     Args:
-        drain_s: where given, SIGTERM (a node that is about to go) makes the engine drain for so long and then
-            ends the process.
+        drain_s: seconds to drain after SIGTERM (the node is about to go), before the process ends. None:
+            SIGTERM is left alone.
     """
 
     def __init__(self, drain_s: float | None = None) -> None:
@@ -78,10 +83,11 @@ class BaseEngine:
         self._last_token_at = time.time()
 
     async def finished(self) -> tuple[list[int], pa.Table]:
-        """Completions that were finished HAND_OVER_S ago, of groups that are not, each once: their group ids,
-        and a row for each.
+        """Wait for completions, finished HAND_OVER_S ago, of unfinished groups; return each of them once.
 
-        Waits until there are some; none come after close().
+        Returns:
+            Group ids and a table with one row per group id: the prompt columns, and the completions that are
+            new since the last call. Both are empty once the engine is closed.
         """
         columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
         while not self._is_closed:
@@ -100,8 +106,9 @@ class BaseEngine:
         return [], groups.empty(columns)
 
     async def drain(self, seconds: float) -> None:
-        """Take no new work, go on for `seconds` with what is in flight and then cut it off; returns when
-        nothing is in flight.
+        """Take no new groups, and return when none is in flight.
+
+        Groups in flight may go on for `seconds`; then they are cut off.
         """
         self._is_draining = True
         async with self._begin:
@@ -113,7 +120,11 @@ class BaseEngine:
             await asyncio.sleep(min(0.05, max(left, 0.01)))
 
     async def status(self) -> dict[str, Any]:
-        """What it is at; `last_token_at` is also when it last had nothing to do, or got new weights."""
+        """Return what the engine is doing, as a dict of plain values.
+
+        `last_token_at` (seconds of time.time()) is when the newest token was written. It is now while nothing
+        is in flight, and it moves when groups arrive at an idle engine or new weights come.
+        """
         now = time.time()
         num_completions = sum(running.size - len(running.finished(now)) for running in self._in_flight)
         oldest = next(iter(self._in_flight), None)
@@ -130,9 +141,11 @@ class BaseEngine:
         }
 
     async def close(self) -> None:
+        """End the engine; a call of `finished` that waits returns nothing."""
         self._is_closed = True
 
     async def _may_begin(self, min_version: int = -1) -> None:
+        """Wait for weights of at least `min_version`; raise Draining if the engine drains."""
         async with self._begin:
             await self._begin.wait_for(lambda: self.version >= min_version or self._is_draining)
         if self._is_draining:
@@ -154,12 +167,12 @@ class BaseEngine:
             del self._in_flight[running]
 
     def _leave_on_sigterm(self) -> None:
-        """To be called on the engine's loop.
+        """Drain on SIGTERM. Must be called on the engine's event loop.
 
-        Python runs its signal handlers in the main thread alone, and lets nobody else set one up. In an async
-        Ray actor no method, the constructor included, runs there, and the thread itself waits in C++.
-        faulthandler's handler is C, for whoever sets it up, and writes to a file: here a pipe that the loop
-        reads.
+        Python runs its signal handlers in the main thread alone, and only that thread may set one up. In an
+        async Ray actor no method runs in the main thread, not even the constructor, because that thread waits
+        in C++. faulthandler's handler is written in C, any thread may set it up, and it writes to a file:
+        here a pipe that the event loop reads.
         """
         if self._drain_s is not None:
             reader, writer = os.pipe()
@@ -180,24 +193,31 @@ class BaseEngine:
         os._exit(0)
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
-        """The group with these of its new completions, in this order."""
+        """Return the group's row with its new completions of the indices `which`, in this order."""
         raise NotImplementedError
 
     async def _cut_off(self) -> None:
-        """Make what is in flight return with what it has."""
+        """Make the groups in flight return with the tokens that they have."""
         raise NotImplementedError
 
 
 def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
-    """One-row tables with completions of a group of `size` -> (those that are finished, those to go on with,
-    how many there are to sample).
+    """Split the completions that a group already has into finished ones and cut-off ones.
+
+    Args:
+        kept: tables of one row each, with completions of the same group.
+        size: number of completions that the group shall have.
+
+    Returns:
+        Tables with the finished completions, the cut-off ones (a dict of the completion columns each) to be
+        continued, and the number of completions that are still to be sampled, the continued ones included.
     """
     done: list[pa.Table] = []
     begun: list[dict[str, Any]] = []
     for part in kept:
         reasons = part["finish_reasons"][0].as_py()
         finished = [i for i, reason in enumerate(reasons) if reason != ABORTED]
-        if begun:  # a later part may have one whole that an earlier one has the beginning of
+        if begun:  # a later part may hold the whole of a completion whose beginning an earlier part holds
             for ids in groups.take(part, finished)["completion_ids"][0].as_py():
                 of_it = [row for row in begun if ids[: len(row["completion_ids"])] == row["completion_ids"]]
                 if of_it:
@@ -216,8 +236,10 @@ def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[
 
 
 def seed_beside(kept: Sequence[pa.Table], sampling: SamplingConfig, seed: int | None) -> int | None:
-    """A group's seed beside what is kept of it: with the seeds that this was drawn with (seed, seed + 1, …)
-    it would come again.
+    """Return the seed for the rest of a group of which some completions are kept.
+
+    The kept completions were drawn with seed, seed + 1 and so on; the same seeds would draw them again. So
+    the seed moves on by the number of completions times the number of kept tokens.
     """
     if seed is None or not kept:
         return seed

@@ -19,15 +19,20 @@ from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, so
 
 
 class FakeEngine(BaseEngine):
-    """An engine without a model, for unit and scale tests: random tokens, `\\boxed{digit}` texts, lengths
-    with a heavy tail.
+    r"""An engine without a model, for unit and scale tests.
 
-    Its weights are its version; everything else about a group table is as from Engine.
+    Tokens are random, texts are `\boxed{digit}`, and lengths have a heavy tail. The version stands for the
+    weights. Its group tables have the same columns as those of Engine.
 
     Args:
-        seconds_per_token: of one completion; all that are in flight are written at the same time.
-        median_tokens, sigma: of the lognormal length of a completion, cut at sampling.max_tokens; default: a
-            median of a quarter of that.
+        seed: seed of tokens and lengths, for groups without a seed of their own.
+        vocab_size: token ids are below this.
+        seconds_per_token: seconds that one token of a completion takes; all completions in flight are written
+            at the same time.
+        median_tokens: median of a completion's lognormal length, which is cut at sampling.max_tokens;
+            default: a quarter of that.
+        sigma: standard deviation of the logarithm of a completion's length.
+        drain_s: as for BaseEngine.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class FakeEngine(BaseEngine):
         self._texts = [f"\\boxed{{{digit}}}" for digit in range(10)]
 
     async def start(self) -> dict[str, Any]:
+        """Make the engine drain on SIGTERM; return the seconds of the start and the pid."""
         self._leave_on_sigterm()
         return {"seconds": 0.0, "pid": os.getpid()}
 
@@ -61,6 +67,7 @@ class FakeEngine(BaseEngine):
         seed: int | None = None,
         *kept: pa.Table,
     ) -> tuple[pa.Table, int]:
+        """Return the group with random completions, as Engine.generate does with sampled ones."""
         await self._may_begin(min_version)
         done, begun, num_new = sort_out(kept, sampling.num_completions)
         seed = seed_beside(kept, sampling, seed)
@@ -96,7 +103,7 @@ class FakeEngine(BaseEngine):
         return groups.join(group, *done, table) if kept else table, missing
 
     def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:
-        """New tokens of each completion."""
+        """Return the number of new tokens that each completion has at the time `now`."""
         seconds = min(now, running.cut_at) - running.since
         lengths = [len(ids) for ids in running.tokens]
         return (
@@ -149,10 +156,12 @@ class FakeEngine(BaseEngine):
     async def update(
         self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
     ) -> dict[str, float]:
+        """Take over the version alone; copy and pause take no time."""
         await self._has_version(version)
         return {"copy_s": 0.0, "pause_s": 0.0}
 
     async def status(self) -> dict[str, Any]:
+        """Return the status of BaseEngine, with the tokens of the groups in flight."""
         now = time.time()
         live = sum(
             sum(self._written(running, now)) for running in self._in_flight if isinstance(running, _Tokens)
@@ -162,16 +171,18 @@ class FakeEngine(BaseEngine):
 
 @dataclass(eq=False, kw_only=True)
 class _Tokens(InFlight):
-    """A group at a FakeEngine: how it ends is known from the beginning."""
+    """A group at a FakeEngine, whose tokens are all drawn at the beginning."""
 
     version: int
+    """Version of the weights that it began with."""
     begun: list[dict[str, Any]]
-    """What the first ones go on with."""
+    """Cut-off completions, which the first ones continue."""
     tokens: list[np.ndarray]
-    """New ones, of each."""
+    """New token ids of each completion."""
     is_full: np.ndarray
-    """Which end at sampling.max_tokens."""
+    """Whether each completion ends at sampling.max_tokens."""
     cut_at: float = math.inf
+    """When a drain cut the group off, in seconds of time.time()."""
     over: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def end(self) -> None:

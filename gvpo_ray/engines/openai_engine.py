@@ -1,7 +1,7 @@
-"""The engine that samples at an OpenAI-compatible server which is not ours, behind base.py's methods.
+"""The engine that samples at an external OpenAI-compatible server.
 
-Its model is not the policy. Its completions are external data (source `offline:<pool>`), without versions and
-log-probs.
+The server's model is not the policy. Its completions are external data (source `offline:<pool>`), without
+versions and log-probs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 class ServerEngine(BaseEngine):
-    """A client of pool.url; pool.max_groups bounds its requests in flight.
+    """A client of the server at pool.url, with at most pool.max_groups requests in flight.
 
     Args:
-        name: of the pool.
-        model: the policy's, whose tokenizer the completions are to be trained with.
+        name: name of the pool.
+        model: the policy; its tokenizer turns the server's texts into the token ids that are trained on.
+        pool: the pool's section, with its `url`.
         system_prompt: first message of every request.
         api_key: sent as a bearer token.
+        drain_s: as for BaseEngine.
     """
 
     def __init__(
@@ -65,15 +67,15 @@ class ServerEngine(BaseEngine):
         self._knows_n = True
         self._room = asyncio.Semaphore(pool.max_groups)
         self._client = _client(self._url, api_key)
-        # Without a key of ours the client must send none, and not the OPENAI_API_KEY of another server.
+        # Without a key in the config the client must send none, and not the OPENAI_API_KEY of another server.
         self._headers: dict[str, Any] = {"Authorization": openai.Omit()} if api_key is None else {}
 
     async def start(self) -> dict[str, Any]:
-        """Ask the server for its models.
+        """Ask the server for its models; return the seconds that took and the pid.
 
         Raises:
-            ConnectionError: the server cannot be used, or the policy's tokenizer cannot end a completion. One
-                line that names the config's key.
+            ConnectionError: the server cannot be used, or the policy's tokenizer has no end-of-sequence
+                token. The message is one line that names the config's key.
         """
         started = time.perf_counter()
         self._renderer = completion_renderer(self._model)
@@ -99,11 +101,14 @@ class ServerEngine(BaseEngine):
         seed: int | None = None,
         *kept: pa.Table,
     ) -> tuple[pa.Table, int]:
-        """As Engine.generate. A server cannot go on with what an engine was cut off at: that is sampled anew.
+        """Sample the completions of one group, as Engine.generate does.
+
+        A server cannot continue a completion that was cut off, so such a completion is sampled anew.
 
         Raises:
             ConnectionError: no answer, or none but 429 and 5xx.
-            RuntimeError: the server refuses; with its message.
+            RuntimeError: the server refuses the request; the message holds the server's.
+            Draining: the engine takes no new work.
         """
         await self._may_begin()
         done, _, num_new = sort_out(kept, sampling.num_completions)
@@ -156,7 +161,7 @@ class ServerEngine(BaseEngine):
         reason = "stop" if choice.get("finish_reason") == "stop" else "length"
         if reason == "stop":
             ids.append(self._end_id)
-        if len(ids) > max_tokens:  # its tokenizer needs fewer than ours
+        if len(ids) > max_tokens:  # the policy's tokenizer needs more tokens than the server's
             ids, reason = ids[:max_tokens], "length"
             text = self._renderer.text(ids)
         return {"completions": text, "completion_ids": ids, "finish_reasons": reason, "sources": self._source}
@@ -164,13 +169,14 @@ class ServerEngine(BaseEngine):
     async def _call(
         self, path: str, method: Callable[..., Awaitable[Any]], **arguments: Any
     ) -> dict[str, Any]:
-        """The JSON answer to a request, through a `with_raw_response` method of the client.
+        """Send a request through a `with_raw_response` method of the client; return the JSON answer.
 
         The client's own parser takes an answer of any form and fails later, on a missing attribute.
 
         Raises:
-            ConnectionError: no answer, or none but 429 and 5xx. One line that names the URL.
-            RuntimeError: the server refuses, or its answer is no JSON object. One line that names the URL.
+            ConnectionError: no answer, or none but 429 and 5xx. The message is one line that names the URL.
+            RuntimeError: the server refuses, or its answer is no JSON object. The message is one line that
+                names the URL.
         """
         url = f"{self._url}/{path}"
         try:
@@ -206,21 +212,23 @@ class ServerEngine(BaseEngine):
     async def update(
         self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
     ) -> dict[str, float]:
-        """The server has weights of its own."""
+        """Do nothing: the server has its own weights. Copy and pause take no time."""
         return {"copy_s": 0.0, "pause_s": 0.0}
 
     async def status(self) -> dict[str, Any]:
+        """Return the status of BaseEngine; `last_token_at` is always now, so that it never looks hung."""
         # Requests have a time limit of their own, and say nothing before they end.
         return {**await super().status(), "last_token_at": time.time()}
 
     async def close(self) -> None:
+        """End the engine and close its connections."""
         await super().close()
         await self._client.close()
 
 
 @dataclass(eq=False)
 class _Answers(InFlight):
-    """A group at the server."""
+    """A group whose requests are at the server."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -229,7 +237,7 @@ class _Answers(InFlight):
 
 
 def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
-    """A client of this URL alone: proxies, organisations and projects of the environment do not apply."""
+    """Make a client of this URL alone: the environment's proxies, organisations and projects do not apply."""
     http = openai.DefaultAsyncHttpxClient(
         trust_env=False,
         timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT_S),
@@ -245,7 +253,7 @@ def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
 
 
 def _message(error: openai.APIStatusError) -> str:
-    """What the server says of an error, on one line: `{"error": {"message": ...}}`, or all that it says."""
+    """Return a server's error message on one line: `{"error": {"message": ...}}`, or else the whole body."""
     said = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
     return _one_line(said or error.response.reason_phrase)
 

@@ -1,9 +1,9 @@
 """The pools of engine actors, and their supervision.
 
-An engine that dies costs its unfinished completions: `EngineGroup` replaces it, and what it had in flight
-goes on elsewhere with the siblings that were finished.
+When an engine dies, `EngineGroup` starts another one. Only unfinished completions are lost: their groups
+go on at other engines, with the completions that were finished.
 
-Actors import this file: it imports neither torch nor vLLM.
+This module imports neither torch nor vLLM, because actors import it.
 """
 
 from __future__ import annotations
@@ -42,22 +42,26 @@ from gvpo_ray.groups import to_wire
 from gvpo_ray.observe.status import EngineState
 
 MAX_FAILED_STARTS = 3
-"""Tries to start the first engine of a pool: what fails as often is the config, not bad luck."""
+"""Number of failed starts of a seat's engine after which the run stops, if no engine of its pool has ever
+started: the config is wrong then."""
 
 
 class EngineGroup:
-    """The engine pools. `sample` gives a group to the engine with the most room; `run` keeps every seat
-    filled.
+    """The engines of all pools, seen from the driver.
 
-    Methods run on the session's loop.
+    `sample` gives a group to the engine with the most room. `run` keeps every seat filled with a living
+    engine. All methods run on the session's event loop.
 
     Args:
-        weights: where newer weights come from: `await weights(newer_than)` -> (version, where) or None at the
-            end; None: the engines load model.path themselves.
-        note: told of every recovery.
-        waits: GroupBuffer.waits, by which elastic pools grow and shrink. None: they have max_num engines from
-            the beginning.
-        placed: what to wait for before the first engine takes its place in the cluster.
+        config: the pools, and what they have in common.
+        num_completions: completions per group.
+        make: makes an engine actor (actor.engine_maker).
+        weights: source of newer weights: `await weights(newer_than)` -> (version, published weights), or None
+            at the end of the run. None: the engines load model.path themselves.
+        note: called with every recovery.
+        waits: GroupBuffer.waits, seconds that the learner and others have waited, by which elastic pools grow
+            and shrink. None: elastic pools have max_num engines from the beginning.
+        placed: awaited before the first engine takes its place in the cluster.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class EngineGroup:
             for number in range(max(pool.num, pool.max_num or 0))
         ]
         if waits is not None:
-            # one at least
+            # if no pool has fixed engines, the first seat stays asked for: one engine at least
             for seat in self.seats[not any(pool.num for pool in config.all_pools().values()) :]:
                 if seat.is_elastic:
                     seat.is_asked, seat.state = False, EngineState.OFF
@@ -101,20 +105,20 @@ class EngineGroup:
         self.room = asyncio.Event()
         """Set whenever an engine may have got room."""
         self.times: dict[str, float] = {}
-        """Of the newest weight update."""
+        """Report of the newest weight update, as Engine.update returns it."""
 
     # --- sampling -------------------------------------------------------------------------------------------
 
     @property
     def num_slots(self) -> int:
-        """Groups in flight, at most."""
+        """Largest number of groups in flight at the engines that run."""
         return (
             sum(seat.capacity for seat in self.seats if seat.state == EngineState.RUNNING)
             // self._num_completions
         )
 
     def num_free(self) -> int:
-        """Groups that could begin at once."""
+        """Return the number of groups that could begin at once; negative if more than that wait already."""
         free = sum(seat.capacity - seat.load for seat in self.seats if seat.has_room)
         return free // self._num_completions - len(self._waiting)
 
@@ -128,13 +132,19 @@ class EngineGroup:
         is_new: bool = False,
         only_ours: bool = False,
     ) -> Any:
-        """Ref of the sampled group: by the engine with the most room, and where that dies by others, which
-        begin with what it had finished.
+        """Sample a group at the engine with the most room; return an object ref of the sampled group.
+
+        When an engine dies or leaves, the group goes to another one, which keeps the finished completions.
 
         Args:
-            kept: completions that are there already, on the wire or refs of that.
-            is_new: a new group of the training: everything else goes first.
-            only_ours: not by a server that has other weights.
+            prompt: the group's one row.
+            sampling: how to sample, and how many completions the group has.
+            min_version: oldest weights to start with.
+            seed: seed of this group alone, or None.
+            kept: tables with completions that the group already has, as Arrow IPC buffers (groups.to_wire) or
+                object refs of them.
+            is_new: whether this is a new group of the training; all others go first.
+            only_ours: whether servers, whose weights are not the policy's, are left out.
         """
         group_id, size, since = prompt["group_id"][0].as_py(), sampling.num_completions, time.time()
         on_wire = to_wire(prompt)
@@ -152,12 +162,12 @@ class EngineGroup:
                 seat.num_tokens += num_tokens
                 if not missing:
                     return sampled
-                kept = (sampled,)  # the engine is leaving
+                kept = (sampled,)  # the engine drains, and another one goes on
             except RayError as error:
                 match classify(error):
                     case Fate.LOST:
-                        kept = ()  # what was kept is gone with its node
-                    case Fate.LEAVING:  # whoever watches it will see it off
+                        kept = ()  # the kept completions are lost with their node
+                    case Fate.LEAVING:  # `_watch` drains the engine
                         seat.becomes(EngineState.LEAVING)
                     case Fate.DEAD:
                         kept = tuple(in_flight.kept)
@@ -172,13 +182,14 @@ class EngineGroup:
                 self._changed()
 
     async def _seat(self, size: int, priority: int, only_ours: bool) -> Seat:
+        """Wait for a seat with room, and reserve `size` completions there. Lower priorities go first."""
         future: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, next(self._order), size, only_ours, future))
         self._changed()
         return await future
 
     def _changed(self) -> None:
-        """Give what waits to who has room."""
+        """Assign waiting groups to engines with free slots, lowest priority number first."""
         while self._waiting:
             _, _, size, only_ours, future = self._waiting[0]
             free = [seat for seat in self.seats if seat.has_room and not (only_ours and seat.config.url)]
@@ -194,7 +205,10 @@ class EngineGroup:
     # --- supervision ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep every seat that is asked for filled until the weights end. Raises what is nobody's death."""
+        """Keep every seat that is asked for filled until the weights end.
+
+        Raises every error that is not a dead process or node.
+        """
         if self._placed is not None:
             await self._placed()
         beside = [asyncio.ensure_future(task) for task in (self._watch_nodes(), self._scale())]
@@ -207,7 +221,7 @@ class EngineGroup:
                 task.cancel()
 
     async def _scale(self) -> None:
-        """Elastic pools (autoscale.py): ask for one engine more, or let one go."""
+        """Scale elastic pools: once per window add at most one engine, or remove one (autoscale.py)."""
         if self._waits is None or not any(seat.is_elastic for seat in self.seats):
             return
         before, then = await self._waits(), time.monotonic()
@@ -218,7 +232,7 @@ class EngineGroup:
                 share = {
                     who: min(1.0, (seconds - before[who]) / (now - then)) for who, seconds in waits.items()
                 }
-                # it did not evaluate meanwhile, and the buffer is the same
+                # no evaluation in this window, and the buffer was not restarted
                 if share["driver"] == 0 and min(share.values()) >= 0:
                     self._grow_or_shrink(share["learner"], share["dial"])
             before, then = waits, now
@@ -230,7 +244,7 @@ class EngineGroup:
             self._note("pool", seat.pool, f"grows to {self._num_asked(seat.pool)} engines: {why}")
         elif seat := slot_to_clear(self.seats, waited, closed):
             seat.is_asked = False
-            # it has no place yet: take the request back
+            # not placed yet: withdraw the request for its resources
             if seat.state != EngineState.RUNNING and seat.engine is not None:
                 ray.kill(seat.engine, no_restart=True)
             self._note(
@@ -244,7 +258,7 @@ class EngineGroup:
         return sum(seat.is_asked for seat in self.seats if seat.pool == pool)
 
     async def _keep(self, seat: Seat) -> None:
-        """One engine after the other in one seat, while it is asked for."""
+        """Run one engine after the other in one seat, while the seat is asked for, until the weights end."""
         failed_starts = 0
         while True:
             while not seat.is_asked:
@@ -255,7 +269,7 @@ class EngineGroup:
                 await self._one(seat)
                 return
             except (RayError, Hang, Draining) as error:
-                if not seat.is_asked:  # let go
+                if not seat.is_asked:  # removed by autoscaling
                     self._clear(seat)
                     continue
                 cause, fate = innermost(error), classify(error)
@@ -276,6 +290,7 @@ class EngineGroup:
                     await self._may_restart(seat, cause_of(error))
 
     def _clear(self, seat: Seat) -> None:
+        """Kill the seat's engine, if there is one."""
         seat.status = {}
         seat.becomes(EngineState.DEAD)
         if seat.engine is not None:
@@ -283,7 +298,7 @@ class EngineGroup:
             seat.engine = None
 
     async def _one(self, seat: Seat) -> None:
-        """The life of one engine; returns when the weights end."""
+        """Start one engine in a seat and supervise it; return when the weights end, raise when it dies."""
         if seat.engine is None:
             seat.becomes(EngineState.WANTED)
             seat.engine = self._make(seat.pool, seat.config, seat.number)
@@ -307,8 +322,9 @@ class EngineGroup:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(self, seat: Seat, engine: Any) -> None:
-        """Keep the engine's weights new. Waits for a version newer than the engine's (woken by the learner's
-        publish).
+        """Send newer weights to an engine until the weights end.
+
+        The loop waits for a version newer than the engine's; the learner's publish wakes it.
         """
         if self._weights is None or seat.config.url:
             seat.becomes(EngineState.RUNNING)
@@ -321,7 +337,7 @@ class EngineGroup:
             try:
                 self.times = await engine.update.remote(news[0], news[1], news[1]["probe"])
             except RayError as error:
-                # the learner died, and its weights with it: it will be back with newer ones
+                # the learner died, and its weights with it; its successor publishes newer ones
                 if not is_lost(error):
                     raise
                 await asyncio.sleep(0.5)
@@ -337,7 +353,7 @@ class EngineGroup:
             pass
 
     async def _collect(self, seat: Seat, engine: Any) -> None:
-        """Hold what is finished of groups that are not, so that it outlives the engine."""
+        """Collect finished completions of unfinished groups, so that they survive the engine's death."""
         while True:
             table, group_ids = engine.hand_over.remote()
             found = await group_ids
@@ -348,11 +364,11 @@ class EngineGroup:
                     seat.in_flight[group_id].kept.append(table)
 
     async def _watch(self, seat: Seat, engine: Any) -> None:
-        """Notice an engine that hangs, and one that is about to leave.
+        """Watch an engine for a hang, and drain it when its node is about to go or its pool shrinks.
 
         Raises:
-            Hang: it writes no token, or does not answer.
-            Draining: it has left: nothing of it is in flight.
+            Hang: the engine writes no token, or does not answer, for engines.hang_s seconds.
+            Draining: the engine is drained, and none of its groups is in flight.
         """
         hang_s = self.config.hang_s
         while True:
@@ -367,7 +383,7 @@ class EngineGroup:
                 )
             if seat.node in self._draining or seat.status.get("leaving") or not seat.is_asked:
                 notice = self._draining.get(seat.node, 0) - time.time()
-                # What is left when the notice is over has to travel yet.
+                # Results still have to travel before the node goes.
                 seconds = (
                     self.config.drain_s
                     if notice <= 0
@@ -383,14 +399,21 @@ class EngineGroup:
             await asyncio.sleep(1 + len(self.seats) / 64)
 
     async def _watch_nodes(self) -> None:
-        """Ray's drain notices: node -> when it goes (0: nobody said), as Ray Train and Serve read them."""
+        """Read Ray's drain notices once a second, as Ray Train and Serve do.
+
+        Fills `_draining`: node id -> when the node goes, in seconds of time.time() (0: unknown).
+        """
         while True:
-            with contextlib.suppress(RayError):  # the cluster's head is away: ask again
+            with contextlib.suppress(RayError):  # the cluster's head does not answer: ask again
                 self._draining = await asyncio.to_thread(draining_nodes)
             await asyncio.sleep(1.0)
 
     async def _may_restart(self, seat: Seat, cause: str) -> None:
-        """Back off, and keep to the pool's budget."""
+        """Wait before a dead engine is replaced: exponential back-off, and the pool's restarts per hour.
+
+        Raises:
+            RunError: the restarts of this hour are used up, and no engine of any pool is alive.
+        """
         deaths, most = self._deaths[seat.pool], seat.config.max_restarts_per_hour
         deaths.append(time.monotonic())
         recent = sum(time.monotonic() - death < 600 for death in deaths)
@@ -408,11 +431,11 @@ class EngineGroup:
             await asyncio.sleep(1.0)
 
     def who_has(self, group_id: int) -> str | None:
-        """Name of the engine that a group is in."""
+        """Return the name of the engine that a group is in flight at, or None."""
         return next((seat.name for seat in self.seats if group_id in seat.in_flight), None)
 
     def status(self) -> list[dict[str, Any]]:
-        """Of every seat."""
+        """Return the status of every seat, as dicts of plain values."""
         return [
             {
                 "name": seat.name,
@@ -429,8 +452,9 @@ class EngineGroup:
         ]
 
     async def close(self) -> None:
-        """End the engines, and their actors: in a Ray that goes on these would keep their GPUs as long as
-        anybody has their handles.
+        """End the engines and kill their actors.
+
+        If Ray outlives the run, the actors would otherwise keep their GPUs as long as anybody holds a handle.
         """
         engines = [seat.engine for seat in self.seats if seat.engine is not None]
         try:
@@ -441,6 +465,7 @@ class EngineGroup:
 
 
 SCALE_CHECK_S = 0.5
+"""Seconds between two looks at whether an empty seat of an elastic pool is asked for."""
 
 HAND_OVER_MARGIN_S = 5.0
-"""Of a node's notice, kept for handing over."""
+"""Seconds of a node's notice that are reserved for moving completions away from it."""

@@ -1,4 +1,4 @@
-"""The engine that samples with vLLM's AsyncLLM. Importing this imports neither torch nor vLLM."""
+"""The engine that samples with vLLM's AsyncLLM. This module imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -20,24 +20,29 @@ from gvpo_ray.data.rendering import TextRenderer
 from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
 
 CORPSE_S = 10.0
-"""An engine whose vLLM core is dead ends its own process after so long, if nobody else did: retries must not
-hit a corpse (ray#60088)."""
+"""Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
+must not reach a dead engine (ray#60088)."""
 
 
 class Engine(BaseEngine):
-    """vLLM in one actor.
+    """An engine that runs vLLM in its own process.
 
-    With `load_weights=False` it starts with dummy weights and is of no use until its first update: the
-    learner is the only source of weights in training. A model with tied embeddings is then run untied,
-    because vLLM's layerwise reload leaves a tied head at its old values without an error; the learner sends
-    the head under its own name.
+    With `load_weights=False` vLLM starts with dummy weights and cannot be used before the first update,
+    because the learner is the only source of weights in training. A model with tied embeddings is then run
+    untied, because vLLM's layerwise reload leaves a tied head at its old values without an error; the learner
+    sends the head under its own name.
 
-    With model.lora the learner sends an adapter, and updates leave embeddings and head as they are: the model
-    starts with its own weights, its embeddings tied as they are, but is of no use before its first update
-    either.
+    With model.lora the learner sends an adapter, and updates leave embeddings and head as they are. So the
+    model starts with its own weights and keeps tied embeddings tied, but it too cannot be used before the
+    first update.
 
     Args:
-        transfer: engines.weight_transfer.
+        model: the policy.
+        pool: the pool's section.
+        transfer: how weights come, "objects" or "nccl" (engines.weight_transfer).
+        seed: vLLM's seed, for groups without a seed of their own.
+        load_weights: whether vLLM loads the weights of model.path, as version 0.
+        drain_s: as for BaseEngine.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Engine(BaseEngine):
         self._num_finished_tokens = 0
 
     async def start(self) -> dict[str, Any]:
-        """Start vLLM (20 s and more)."""
+        """Start vLLM, which takes 20 s and more; return the seconds and the pid."""
         pool, on_gpu = self._pool, self._pool.num_gpus > 0
         os.environ.update(
             VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
@@ -88,7 +93,7 @@ class Engine(BaseEngine):
             "enforce_eager": pool.enforce_eager,
             "tensor_parallel_size": pool.tensor_parallel_size,
             "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
-            # of the policy itself, at temperature 1: what the learner computes too
+            # the policy's own log-probs at temperature 1, as the learner computes them
             "logprobs_mode": "raw_logprobs",
             "disable_log_stats": True,
             "worker_extension_cls": "gvpo_ray.weights.vllm_worker.WorkerExtension",
@@ -130,19 +135,23 @@ class Engine(BaseEngine):
         seed: int | None = None,
         *kept: pa.Table,
     ) -> tuple[pa.Table, int]:
-        """Sample the completions of one group (one row), starting with weights of at least `min_version`.
+        """Sample the completions of one group.
 
         Args:
-            seed: of this group alone, so that its samples do not depend on what else is sampled; costs speed.
-            kept: one-row tables with completions that the group has already. They come first, and only the
-                rest is sampled; those that an engine was cut off at ("abort") are gone on with.
+            group: one row with the prompt columns.
+            sampling: how to sample, and how many completions the group has.
+            min_version: oldest weights to start with; the call waits for them.
+            seed: seed of this group alone, so that its samples do not depend on what else is sampled; costs
+                speed.
+            kept: tables of one row with completions that the group already has. Finished ones come first and
+                are not sampled again; those that were cut off ("abort") are continued.
 
         Returns:
-            The group, and how many of its completions are missing or cut off: 0, unless the engine was
-            drained meanwhile.
+            The group with its completions, and how many of them are missing or cut off: 0, unless the engine
+            was drained meanwhile.
 
         Raises:
-            Draining: go elsewhere.
+            Draining: the engine takes no new work; another one has to sample the group.
         """
         await self._may_begin(min_version)
         done, begun, num_new = sort_out(kept, sampling.num_completions)
@@ -171,8 +180,9 @@ class Engine(BaseEngine):
         seed: int | None,
         begun: dict[str, Any] | None,
     ) -> None:
-        """Sample one completion, or the rest of one, as a request of its own: siblings in one request are
-        there only when all are.
+        """Sample one completion, or the rest of one, as a request of its own.
+
+        vLLM returns a request with several completions only when all of them are finished.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -197,7 +207,7 @@ class Engine(BaseEngine):
             detokenize=False,
             seed=None if seed is None else seed + index,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # nobody else has them
+            skip_clone=True,  # nobody else holds these parameters
         )
         (new,) = (await self._final(running.prompt_ids + ids, params, f"{running.name}-{index}")).outputs
         self._num_finished_tokens += len(new.token_ids)
@@ -229,7 +239,7 @@ class Engine(BaseEngine):
         )
 
     async def _cut_off(self) -> None:
-        # vLLM gives what is there of an aborted request, without asking its core, which may hang.
+        # vLLM returns an aborted request's tokens so far without asking its core, which may hang.
         names = [
             f"{running.name}-{i}"
             for running in self._in_flight
@@ -248,18 +258,19 @@ class Engine(BaseEngine):
         return final
 
     async def _watch(self) -> None:
-        """vLLM does not wake those who wait for a core that was killed (SIGKILL, out of memory): look once a
-        second.
+        """Check once a second whether vLLM's core is dead, and then end this process after CORPSE_S.
+
+        Callers of vLLM that wait for a core that was killed (SIGKILL, out of memory) are never woken.
         """
         while not self._llm.errored:
             await asyncio.sleep(1.0)
         self._death.set_exception(self._llm.dead_error)
-        self._death.exception()  # nobody has to be waiting for it
+        self._death.exception()  # marks it as seen: asyncio complains of an exception that nobody awaited
         await asyncio.sleep(CORPSE_S)
         os._exit(1)
 
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
-        """The result of `work`; raises vLLM's EngineDeadError as soon as its core is dead."""
+        """Return the result of `work`; raise vLLM's EngineDeadError as soon as vLLM's core is dead."""
         task = asyncio.ensure_future(work)
         await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -274,24 +285,29 @@ class Engine(BaseEngine):
     async def update(
         self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
     ) -> dict[str, float]:
-        """Fetch and swap in newer weights. Completions in flight are frozen meanwhile and go on with the new
-        ones.
+        """Fetch newer weights and swap them in.
+
+        Completions in flight pause during the swap and go on with the new weights.
 
         Args:
+            version: the new version.
             weights: what the learner published: `shards` (object refs or arrays of safetensors bytes),
-                `bytes`, and `adapter` (peft's adapter_config.json) where they are an adapter's.
-            probe: sequences with the learner's log-probs of them, to compare with this engine's.
+                `bytes`, and `adapter` (peft's adapter_config.json) if they are an adapter's.
+            probe: token ids of some sequences and the learner's log-probs of them, to check this engine's
+                log-probs against.
 
         Returns:
-            Seconds of the copy (generation went on) and of the pause (it did not).
+            `copy_s` and `pause_s`, the seconds of the copy (generation goes on) and of the pause (it stops),
+            and with a probe `parity_mean` and `parity_max`, differences of log-probs in nats per token.
 
         Raises:
-            WeightMismatch: names the worst token of the probe.
+            WeightMismatch: the log-probs differ by more than pool.parity_tolerance; the message names the
+                worst token.
         """
         from gvpo_ray.weights.transfer import SharedMemory
 
         async with self._updating:
-            if self._transfer == "nccl":  # the learner's broadcast has been here already
+            if self._transfer == "nccl":  # the learner has broadcast the weights already
                 return {"copy_s": 0.0, "pause_s": 0.0, **(await self._check(probe) if probe else {})}
             started = time.perf_counter()
             adapter = weights.get("adapter")
@@ -305,7 +321,7 @@ class Engine(BaseEngine):
             return {"copy_s": copied - started, "pause_s": done - copied, **parity}
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """NCCL only: join the learner's broadcast group."""
+        """Join the learner's NCCL broadcast group; only for engines.weight_transfer: nccl."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
@@ -316,6 +332,7 @@ class Engine(BaseEngine):
         await self.finish_update(version)
 
     async def begin_update(self) -> None:
+        """Pause generation, and make vLLM ready for new weights."""
         self._is_updating, self._last_token_at = True, time.time()
         # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is
         # never stale and what follows the swap is exactly the new policy given the tokens so far.
@@ -323,18 +340,20 @@ class Engine(BaseEngine):
         await self._llm.start_weight_update()
 
     async def receive(self, update_info: dict[str, Any]) -> None:
+        """Load new weights in vLLM's workers; `update_info` says where they are, or how they come."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def finish_update(self, version: int) -> None:
+        """Take `version` as the engine's version, and resume generation."""
         await self._llm.finish_weight_update(str(version))
         await self._llm.resume_generation()
         self._is_updating = False
         await self._has_version(version)
 
     async def _check(self, probe: dict[str, Any]) -> dict[str, float]:
-        """Compare log-probs token by token with the learner's."""
+        """Compare this engine's log-probs of the probe with the learner's, token by token."""
         from vllm import SamplingParams
 
         from gvpo_ray.weights.transfer import WeightMismatch
@@ -366,6 +385,7 @@ class Engine(BaseEngine):
         return {"parity_mean": mean, "parity_max": worst}
 
     async def status(self) -> dict[str, Any]:
+        """Return the status of BaseEngine, with the tokens that vLLM has written so far."""
         if self._llm is not None:
             # vLLM's own count (its stat loggers) costs a quarter more per token in this process. What is on
             # its way from a request to its completion is in neither sum for a moment.
@@ -388,10 +408,11 @@ class Engine(BaseEngine):
 
 @dataclass(eq=False)
 class _Requests(InFlight):
-    """A group at vLLM: its requests are `name`-0, `name`-1, …"""
+    """A group at vLLM, whose requests have the ids `name`-0, `name`-1 and so on."""
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     completions: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Index of a completion -> its completion columns, once it is finished or cut off."""
 
     def __post_init__(self) -> None:
         self.prompt_ids: list[int] = self.group["prompt_ids"][0].as_py()

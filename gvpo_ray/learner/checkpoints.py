@@ -1,4 +1,7 @@
-"""The checkpoints of a run directory. What is in one: policy.py. Importing this does not import torch."""
+"""These functions find and remove the checkpoints of a run directory, without importing torch.
+
+For the contents of a checkpoint see `Policy.save` in learner/policy.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from gvpo_ray.files import part_of
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest whole checkpoint of a run."""
+    """Return step and folder of the newest complete checkpoint of a run; None where there is none."""
     found = [
         (int(path.parent.name.removeprefix("step-")), path.parent)
         for path in Path(run_dir).glob("checkpoints/step-*/state.json")
@@ -18,7 +21,7 @@ def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted save or removal left."""
+    """Remove all but the newest `keep` checkpoints, and the remains of interrupted saves and removals."""
     folder = Path(run_dir) / "checkpoints"
     whole = sorted(
         (path.parent for path in folder.glob("step-*/state.json")),
@@ -31,6 +34,6 @@ def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """state.json goes first: what an interrupted removal leaves is no checkpoint."""
+    """Remove a checkpoint; state.json goes first, so that an interrupted removal leaves no checkpoint."""
     (checkpoint / "state.json").unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""log softmax(W h)[target] for many tokens at once, without ever holding the logits of all of them."""
+"""The fused output head computes log softmax(W h)[target] without holding the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Logits held at a time, forward and backward: 16 MB in float32 on a CPU, which stays in its cache; 1 GB on a
-GPU.
+"""The number of logits held at a time, by type of device, forward and backward.
+
+In float32 that is 16 MB on a CPU, which stays in its cache, and 1 GB on a GPU.
 """
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """Fused output head and log-softmax: forward keeps hidden states, targets and the log of the sum of
-    exponentials alone.
+    """This function fuses the output head with log-softmax and never keeps logits for the backward pass.
 
-    The backward pass computes the logits of each chunk again and adds to one float32 gradient of the weight,
-    so that no chunk has a weight-sized gradient of its own. Products of bfloat16 add up and come out in
-    float32.
+    The forward pass keeps hidden states, targets and the log of the sum of exponentials. The backward pass
+    computes the logits of each chunk again and adds to one float32 gradient of the weight, so that no chunk
+    has a weight-sized gradient of its own. Products of bfloat16 are summed and returned in float32.
     """
 
     @staticmethod
@@ -33,8 +33,17 @@ class LinearLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        """[N, hidden], [vocabulary, hidden], [vocabulary], [N] -> [N] log-probabilities, float32 (float64 for
-        float64 inputs).
+        """Return the targets' log-probs, [N], in float32, or in float64 for float64 inputs.
+
+        Args:
+            ctx: autograd's context.
+            hidden: [N, hidden size].
+            weight: [vocabulary, hidden size].
+            bias: [vocabulary] or None.
+            targets: [N] token ids.
+            chunk: tokens whose logits are held at a time.
+            scale: multiplies the logits.
+            softcap: caps the logits, as in `linear_logprobs`; None: no cap.
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -43,7 +52,7 @@ class LinearLogprobs(torch.autograd.Function):
             len(hidden), dtype=torch.float64 if dtype == torch.float64 else torch.float32
         )
         sums = torch.empty_like(result)
-        with torch.autocast(kind, enabled=False):  # it would take float32 products back to bfloat16
+        with torch.autocast(kind, enabled=False):  # autocast would round float32 products to bfloat16
             for part in _chunks(len(hidden), chunk):
                 logits = _capped(_logits(half[part], matrix, bias, scale), softcap)
                 sums[part] = torch.logsumexp(logits, dim=-1)
@@ -54,7 +63,7 @@ class LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """d log p / d logits is one at the target less the softmax."""
+        """Return the gradients of hidden states, weight and bias; d log p / d logits = one-hot - softmax."""
         hidden, weight, bias, targets, sums = ctx.saved_tensors
         half, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -97,17 +106,18 @@ def linear_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """log softmax(cap(scale * (weight @ hidden_i + bias)))[targets_i], for all i at once.
+    """Return log softmax(cap(scale * (weight @ hidden_i + bias)))[targets_i] for all i.
 
     Args:
         hidden: [N, hidden size].
-        weight, bias: [vocabulary, hidden size] and [vocabulary] or None.
+        weight: [vocabulary, hidden size].
         targets: [N] token ids.
-        scale: what the logits are multiplied by (Cohere, Granite).
+        bias: [vocabulary] or None.
+        scale: multiplies the logits (Cohere, Granite).
         softcap: where given, cap(x) = softcap * tanh(x / softcap) (Gemma 2); else cap(x) = x.
 
     Returns:
-        [N], float32, or float64 where the inputs are; under autocast products are taken in autocast's dtype.
+        [N], float32, or float64 for float64 inputs; under autocast products are taken in autocast's dtype.
     """
     chunk = max(1, ELEMENTS[hidden.device.type] // len(weight))
     result: Tensor = LinearLogprobs.apply(hidden, weight, bias, targets, chunk, scale, softcap)
@@ -130,7 +140,10 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 whatever they are in: on a GPU without copies (vLLM's float32 head does the same)."""
+    """Return a @ b in float32 for inputs of any type, as vLLM's float32 head does; float64 stays float64.
+
+    On a GPU the inputs are not copied.
+    """
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.is_cuda:
@@ -139,7 +152,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32 or float64."""
+    """Add a @ b to `total`, which is float32 or float64."""
     if a.dtype in (torch.float32, torch.float64):
         total.addmm_(a, b)
     elif a.is_cuda:

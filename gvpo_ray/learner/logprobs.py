@@ -1,6 +1,4 @@
-"""Log-probs of completions: the forward pass to the tokens' log-probs, its padded inputs, and the sums over
-sequences.
-"""
+"""This module computes log-probs of completions: padded inputs, the forward pass, and sums over sequences."""
 
 from __future__ import annotations
 
@@ -15,12 +13,14 @@ from gvpo_ray.learner.head import linear_logprobs
 
 
 class CompletionLogprobs(nn.Module):
-    """log pi(y_t | x, y_<t) for every token of every completion of a micro-batch. Prompt tokens never meet
-    the head.
+    """This module returns log pi(y_t | x, y_<t) for every token of every completion of a micro-batch.
 
-    The head is called once per pass, whatever a rank's pass holds: under ZeRO-3 and FSDP every call of a
-    module is a collective. So its module gets a second form, head(hidden, targets), which is the fused
-    function of head.py.
+    The head is not applied to prompt tokens. It is called once per pass, whatever a rank's pass holds: under
+    ZeRO-3 and FSDP every call of a module is a collective. So the head's `forward` gets a second form,
+    head(hidden, targets), which is the fused function of head.py.
+
+    Raises:
+        TypeError: the model's output head is not a plain linear layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,11 +44,14 @@ class CompletionLogprobs(nn.Module):
     def forward(
         self, rows: Tensor, positions: Tensor, targets: Tensor, by_model: bool = False, **inputs: Any
     ) -> Tensor:
-        """Token targets[i] is predicted at [rows[i], positions[i]] of what `inputs` (padded_inputs,
-        packing.pack) lay out. Returns [N].
+        """Return the log-probs of N tokens, [N], in float32, or in float64 for a float64 model.
 
-        In float32, or in the model's precision if that is higher. by_model: of the logits that the model
-        itself computes, all of them at once; what the fused head is checked by.
+        Args:
+            rows: [N] the sequence in which each token is predicted.
+            positions: [N] the position in that sequence at which each token is predicted.
+            targets: [N] the tokens' ids.
+            by_model: compute all of the model's own logits, which the fused head is checked against.
+            inputs: the model's arguments (`padded_inputs`, `packing.pack`).
         """
         if by_model:
             logits = self.model(**inputs, use_cache=False).logits[rows, positions]
@@ -59,9 +62,9 @@ class CompletionLogprobs(nn.Module):
 
 
 def logit_transform(model: Any) -> tuple[float, float | None]:
-    """What the model does to its head's logits: their factor, and their soft cap or None.
+    """Return what the model does to its head's logits: their factor, and their soft cap or None.
 
-    Only what is known to be a plain function of the logits; check_head finds the rest.
+    It knows the transforms of some families of models; `check_head` finds others.
     """
     config = model.config.get_text_config()
     scale = getattr(model, "logit_scale", None) or 1.0  # Cohere
@@ -71,12 +74,17 @@ def logit_transform(model: Any) -> tuple[float, float | None]:
 
 
 def check_head(by_model: Tensor, ours: Tensor, config: Any, is_half: bool) -> None:
-    """Compare the fused head's log-probs [N] with those of the model's own logits. is_half: they
-    are computed in bfloat16.
+    """Compare the fused head's log-probs with those of the model's own logits.
+
+    Args:
+        by_model: [N] log-probs of the model's own logits.
+        ours: [N] the fused head's.
+        config: the model's.
+        is_half: whether both are computed in bfloat16.
 
     Raises:
-        ValueError: they differ by more than rounding: names the model's type and the parts of its config that
-            say what it does to its logits.
+        ValueError: they differ by more than rounding; the message names the model's type and the keys of its
+            config that change its logits.
     """
     difference = float((by_model - ours).double().square().mean().sqrt())
     if difference < (0.1 if is_half else 1e-3):
@@ -94,10 +102,10 @@ def check_head(by_model: Tensor, ours: Tensor, config: Any, is_half: bool) -> No
 
 
 def trained_tokens(row: Row) -> list[list[int]]:
-    """Of each completion the places of the tokens that are trained, by the optional column `trained_tokens`
-    (null: all of them).
+    """Return for each completion the indices of the tokens that are trained.
 
-    The others are context: they are read, and are no targets.
+    The optional column `trained_tokens` has a bool for each token; null means that all are trained. The other
+    tokens are context: the model reads them, but they are no targets.
     """
     masks = row.get("trained_tokens") or [None] * len(row["completion_ids"])
     result = []
@@ -108,8 +116,10 @@ def trained_tokens(row: Row) -> list[list[int]]:
 
 
 def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict[str, Tensor], list[int]]:
-    """Lay out every completion with its prompt, right-padded. Returns the arguments of CompletionLogprobs and
-    how many trained tokens each completion has.
+    """Lay out every completion with its prompt as a row of its own, right-padded.
+
+    Returns:
+        The arguments of CompletionLogprobs, and the number of trained tokens of each completion.
     """
     sequences = [
         (row["prompt_ids"], ids, trained)
@@ -138,10 +148,15 @@ def padded_inputs(rows: Sequence[Row], device: torch.device | str) -> tuple[dict
 
 
 def sequence_sums(token_logprobs: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Sum token log-probs [sum of lengths] over each completion, in float64. Returns [number of completions].
+    """Return the sum of token log-probs over each completion, [number of completions], in float64.
 
-    Bitwise the same for the same tokens (atomic additions on a GPU would not be): a log-ratio of 0 is 0.
+    The same tokens give the same bits, which atomic additions on a GPU would not: a log-ratio of 0 is
+    exactly 0.
+
+    Args:
+        token_logprobs: [sum of lengths], completion by completion.
+        lengths: the number of tokens of each completion; it may be 0.
     """
     sizes = torch.tensor(lengths, dtype=torch.long, device=token_logprobs.device)
-    # unsafe: unchecked lengths, none of them too
+    # unsafe: lengths are not checked, which also allows that there are none
     return torch.segment_reduce(token_logprobs.double(), "sum", lengths=sizes, unsafe=True)

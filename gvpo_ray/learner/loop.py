@@ -1,9 +1,9 @@
-"""The learner's loop: what every Ray Train worker runs. A pure function of (initial weights, ordered log of
-groups).
+"""The learner's loop is what every Ray Train worker runs.
 
-    while the buffer orders it: batch(step) → train_step → publish → now and then a checkpoint
+    while the buffer commands it: batch(step) → train_step → publish → now and then a checkpoint
 
-The loop waits for the buffer, and is woken by it; the algorithm is step.train_step.
+Its result is a pure function of the initial weights and the ordered log of groups. The loop waits for the
+buffer's answers; the algorithm is step.train_step.
 """
 
 from __future__ import annotations
@@ -23,24 +23,46 @@ from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
 
 NUM_PROBES, PROBE_TOKENS = 4, 256
-"""Sequences, and tokens of each, on which engines compare their log-probs with the learner's."""
+"""A parity check compares engines' log-probs with the learner's on so many sequences of so many tokens."""
 
 
 class Buffer(Protocol):
-    """GroupBuffer as the learner sees it: calls that wait."""
+    """The learner calls the buffer's actor by these methods, which wait for the answer."""
 
-    def learner_started(self, step: int) -> None: ...
-    def next_command(self, step: int, saved: bool) -> str: ...
-    def batch(self, step: int) -> pa.Table | None: ...
-    def report_references(self, version: int, references: dict[int, list[float | None]]) -> None: ...
-    def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None: ...
-    def saved(self, step: int) -> None: ...
+    def learner_started(self, step: int) -> None:
+        """Tell the buffer that the learner is there and has finished `step` steps."""
+        ...
+
+    def next_command(self, step: int, saved: bool) -> str:
+        """Wait for the next command: train `step`, `save` a checkpoint of step - 1, or `stop`.
+
+        saved: whether step - 1 has a checkpoint.
+        """
+        ...
+
+    def batch(self, step: int) -> pa.Table | None:
+        """Wait for the groups of `step`; None: the run has ended."""
+        ...
+
+    def report_references(self, version: int, references: dict[int, list[float | None]]) -> None:
+        """Tell the buffer log pi_ref of completions, by group id, from this version of the reference."""
+        ...
+
+    def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
+        """Tell the buffer where the weights of `version` are, and the metrics of the step that made them."""
+        ...
+
+    def saved(self, step: int) -> None:
+        """Tell the buffer that `step` has a checkpoint."""
+        ...
 
 
 class Publisher(Protocol):
-    """The learner's end of weights/transfer.py."""
+    """A publisher is the learner's end of weights/transfer.py."""
 
-    def publish(self, version: int, named_tensors: Any) -> dict[str, Any] | None: ...
+    def publish(self, version: int, named_tensors: Any) -> dict[str, Any] | None:
+        """Send the weights; every rank calls this, and rank 0 returns where they are."""
+        ...
 
 
 def learn(
@@ -52,10 +74,16 @@ def learn(
 ) -> None:
     """Train until the buffer says stop.
 
-    Waits for the buffer's commands (woken by the driver's permit and save) and batches (woken by finished
-    groups). Rank 0 talks back for all, but for what the reference model said of single completions: that each
-    rank tells of its own groups. `on_checkpoint(metrics)` is called on every rank after each checkpoint that
-    was due.
+    The loop waits for the buffer's commands, which the driver's `permit` and `save` cause, and for batches,
+    which finished groups complete. Rank 0 reports for all ranks; only the reference model's log-probs are
+    reported by each rank, for its own groups.
+
+    Args:
+        policy: this rank's part of the policy.
+        buffer: gives commands and batches.
+        publisher: sends the weights to the engines.
+        settings: the parts of the config that the learner needs.
+        on_checkpoint: called on every rank with the step's metrics, after each checkpoint that was due.
     """
     if policy.rank == 0:
         buffer.learner_started(policy.step)
@@ -106,8 +134,18 @@ def publish(
     metrics: dict[str, Any] | None,
     times: dict[str, float] | None = None,
 ) -> None:
-    """Hand the weights of this step to the engines, now and then with log-probs to check them by, and its
-    metrics to the driver.
+    """Send the weights of this step to the engines, and its metrics to the driver; every rank calls this.
+
+    Every `parity_every` steps, log-probs go with the weights, by which the engines check them.
+
+    Args:
+        policy: this rank's part of the policy.
+        buffer: is told where the weights are.
+        publisher: sends the weights.
+        settings: the parts of the config that the learner needs.
+        rows: the step's groups; empty before the first step.
+        metrics: the step's metrics; None before the first step.
+        times: `wait` and `train`, seconds of the step, and `since`, when the step began (perf_counter).
     """
     started = time.perf_counter()
     first = metrics is None
@@ -134,8 +172,9 @@ def publish(
 
 
 def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
-    """A few sequences (of the last batch; before the first, random tokens) with the learner's log-probs of
-    all but the first token.
+    """Return a few sequences, `ids`, with the learner's `logprobs` of all but their first token.
+
+    The sequences are from the last batch, or of random tokens before the first one. Every rank calls this.
     """
     if rows:
         sequences = [
@@ -156,7 +195,7 @@ def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def save(policy: Policy, buffer: Buffer, settings: Settings) -> None:
-    """Write checkpoints/step-N and keep the last few."""
+    """Write checkpoints/step-N, remove old checkpoints, and tell the buffer; every rank calls this."""
     policy.save(Path(settings.run_dir) / "checkpoints" / f"step-{policy.step}")
     if policy.rank == 0:
         prune_checkpoints(settings.run_dir, settings.checkpoint.keep)

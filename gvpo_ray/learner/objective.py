@@ -1,4 +1,4 @@
-"""Compute the configured loss on the groups of one forward pass, and its statistics."""
+"""An Objective computes the configured loss, and its statistics, on the groups of one forward pass."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from gvpo_ray.losses.registry import OBJECTIVES
 from gvpo_ray.observe.metrics import STALENESS_EDGES, age_bucket
 
 AGES = (*map(str, STALENESS_EDGES), "inf", "foreign")
-"""The staleness buckets of gvpo/residual_var/<age> (metrics.age_bucket)."""
+"""The names of the staleness buckets of gvpo/residual_var/<age>, in the order of metrics.age_bucket."""
 
 
 class Objective:
-    """The configured objective in the step from `version`.
+    """An Objective is the configured loss in one step.
 
-    What gvpo reports is reported of every objective, on the same data.
+    Every objective reports GVPO's statistics too, on the same data.
+
+    Args:
+        options: the config section `loss`.
+        beta: the beta of this step, in reward units per nat.
+        version: the version of the policy at the start of the step, from which staleness is counted.
     """
 
     def __init__(self, options: LossOptions, beta: float, version: int) -> None:
@@ -36,13 +41,13 @@ class Objective:
     def __call__(
         self, logprobs: Tensor, measured: ReferenceLogprobs, rows: Sequence[Row], num_groups: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of these whole groups as a share of an update of `num_groups`, and sums for `finish`.
+        """Return the loss of these whole groups, as a share of the update's loss, and sums for `finish`.
 
         Args:
-            logprobs: [T] of all completions' tokens, in the rows' order, with gradients.
-            measured: what to measure them against.
+            logprobs: [T] log-probs of all completions' trained tokens, in the rows' order, with gradients.
+            measured: the sampler's and the reference's log-probs of the same tokens.
             rows: the groups, without completions that are left out.
-            num_groups: of the update, on all ranks.
+            num_groups: the number of groups in the update, on all ranks.
         """
         device = logprobs.device
         lengths = [len(trained) for row in rows for trained in trained_tokens(row)]
@@ -80,22 +85,32 @@ class Objective:
         return computed.loss, computed.sums | by_age
 
     def of_nothing(self, device: torch.device) -> dict[str, Tensor]:
-        """The sums of no groups, which all other sums have the keys of."""
+        """Return the sums of no groups: zeros with the keys, in the order, that all sums have."""
         return self(torch.zeros(0, device=device), ReferenceLogprobs.empty(device), [], num_groups=1)[1]
 
     def finish(self, sums: dict[str, float]) -> dict[str, float]:
-        """Metrics of a step from the sums of all of its passes, on all ranks."""
+        """Return the metrics of a step from its sums, added up over passes, ranks and updates."""
         return {**finish(sums), **finish_buckets(sums, AGES)}
 
 
 def gradient_weights_of_parts(
     policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, num_groups: int
 ) -> tuple[dict[int, Tensor], list[dict[str, Tensor]]]:
-    """d loss / d log-prob of the tokens in each pass that holds a part of a group, and those groups' sums.
+    """Return d loss / d log-prob of the tokens of groups that are split over several passes.
 
-    The gradient depends on the whole group, but only through one number per token: so a group that does not
-    fit into a pass has one pass of each part without gradients first, and then one with them, whose loss is
-    linear in the log-probs. Every rank.
+    The gradient depends on the whole group, but only through one number per token. So each part of a group
+    that does not fit into a pass has a pass without gradients first, and later one with gradients, whose loss
+    is linear in the log-probs. Every rank calls this.
+
+    Args:
+        policy: this rank's part of the policy.
+        plan: this rank's passes.
+        measured: the sampler's and the reference's log-probs of each pass.
+        objective: the loss of the step.
+        num_groups: the number of groups in the update, on all ranks.
+
+    Returns:
+        {index of a pass: [tokens of the pass]}, and the sums of each group that is split.
     """
     seen = []
     for i in range(plan.num_part_passes):

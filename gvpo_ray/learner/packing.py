@@ -1,13 +1,15 @@
-"""Group-packed forward: a prompt once, then its completions, each of which sees the prompt and itself only.
+"""Group-packed training lays out a prompt once, then its completions, which see the prompt and themselves.
 
-    tokens      x1 x2 x3 | y1 y2 | z1 z2 z3 | next group ...      no padding; a completion's last token is
-    only a target positions    0  1  2 |  3  4 |  3  4  5 | sees         causal  | x + y | x + z    |
+    tokens      x1 x2 x3 | y1 y2 | z1 z2 z3 | next group ...
+    positions    0  1  2 |  3  4 |  3  4  5 |
+    sees          causal | x + y |   x + z  |
 
-Everything token-wise (embedding, projections, MLP, norms) runs on these tokens, so a prompt costs once and
-not m times; gradients flow into it from all of its completions. Attention alone is different: on a GPU
-FlexAttention runs with a block mask of the above; elsewhere (and where that fails) it is computed on padded
-blocks: prompts [G, P], completions [M, C] against [their prompt, themselves]. It is registered through
-transformers' attention interface; the model's code stays as it is.
+There is no padding, and a completion's last token is only a target. Everything token-wise (embedding,
+projections, MLP, norms) runs on these tokens, so a prompt costs once and not m times; gradients flow into it
+from all of its completions. Only attention is different: on a GPU FlexAttention runs with a block mask of the
+above; elsewhere, and where that fails, attention is computed on padded blocks: prompts [G, P], completions
+[M, C] against [their prompt, themselves]. It is registered through transformers' attention interface; the
+model's code stays as it is.
 """
 
 from __future__ import annotations
@@ -28,29 +30,33 @@ from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import trained_tokens
 
 NAME = "group_packed"
+"""The name of packed attention in transformers' attention interface."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the T tokens of a micro-batch with G groups and M completions are, and whom each sees."""
+    """A Layout says where the T tokens of a micro-batch with G groups and M completions are.
+
+    P is the length of the longest prompt, C that of the longest completion without its last token.
+    """
 
     prompts: Tensor
-    """[G, P] token at each place of each prompt; 0 where a prompt has no such place."""
+    """[G, P] The index, 0..T-1, of each token of each prompt; 0 is padding."""
     prompt_lengths: Tensor
-    """[G]"""
+    """[G] The number of tokens of each prompt."""
     completions: Tensor
-    """[M, C] likewise, without each completion's last token."""
+    """[M, C] The index, 0..T-1, of each token of each completion but the last; 0 is padding."""
     group: Tensor
-    """[M] group of each completion."""
+    """[M] The group of each completion."""
     place: Tensor
-    """[T] where a token's output is: g P + i in a prompt, G P + n C + i in a completion."""
+    """[T] The row of each token's output in the padded blocks: g P + i or, in a completion, G P + n C + i."""
     owners: Tensor
-    """[3, T] of each token its group, its completion (-1: the prompt) and its position."""
+    """[3, T] The group, the completion (-1: the prompt) and the position of each token."""
     block_masks: dict[int, Any] | None
-    """FlexAttention's, by sliding window, made when the first layer asks; None: padded blocks."""
+    """FlexAttention's masks by sliding window, made at their first use; None: padded blocks are used."""
 
     def block_mask(self, window: int | None) -> Any:
-        """FlexAttention's mask for layers with this sliding window (None: full attention)."""
+        """Return FlexAttention's mask for layers with this sliding window (None: full attention)."""
         assert self.block_masks is not None
         width = ALL if window is None else window
         if width not in self.block_masks:
@@ -59,30 +65,32 @@ class Layout:
 
 
 ALL = 1 << 30
-"""The sliding window of a layer that sees everything: a number like any other, so that both kinds are one
-mask function.
-"""
+"""The sliding window of a layer with full attention, a number so that both kinds share one mask function."""
 
 BLOCK = 128
-"""Tokens per side of a block of FlexAttention's mask."""
+"""The number of tokens per side of a block of FlexAttention's mask."""
 
 LEAST = 2 * BLOCK
-"""Shortest packed sequence: below 128 tokens FlexAttention runs another kernel, and one block is compiled by
-itself.
+"""The shortest packed sequence for FlexAttention, in tokens.
+
+Below 128 tokens FlexAttention runs another kernel, and a single block would be compiled separately.
 """
 
 
 def _block_mask(owners: Tensor, window: int) -> Any:
-    """Which blocks of [T, T] FlexAttention computes, and in which it asks the mask for each pair. T is a
-    multiple of BLOCK.
+    """Return FlexAttention's BlockMask, which says where the mask is all true, mixed or all false.
 
-    create_block_mask does the same, but compiled it is one graph more for each kind of length, and not
-    compiled it holds [T, T].
+    torch's create_block_mask does the same, but compiled it is one graph more for each kind of length, and
+    not compiled it holds [T, T].
+
+    Args:
+        owners: [3, T] as in `Layout`; T is a multiple of BLOCK.
+        window: the sliding window in tokens, or ALL.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     group, completion, position = owners
-    width = torch.tensor(window, device=owners.device)  # a tensor: a number would be compiled in
+    width = torch.tensor(window, device=owners.device)  # a tensor, because a number would be compiled in
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         mine = (group[q] == group[k]) & ((completion[k] == -1) | (completion[k] == completion[q])) & (q >= k)
@@ -90,7 +98,7 @@ def _block_mask(owners: Tensor, window: int) -> Any:
 
     size = owners.shape[1]
     places = torch.arange(size, device=owners.device)
-    rows = BLOCK * max(1, (1 << 25) // (BLOCK * size))  # of [T, T] at a time
+    rows = BLOCK * max(1, (1 << 25) // (BLOCK * size))  # rows of [T, T] that are held at a time
     some, every = [], []
     for part in places.split(rows):
         seen = sees(part, part, part[:, None], places[None, :]).view(-1, BLOCK, size // BLOCK, BLOCK)
@@ -108,8 +116,9 @@ def _block_mask(owners: Tensor, window: int) -> Any:
 
 @functools.cache
 def _flex_attention() -> Callable[..., Any]:
-    """FlexAttention, compiled once for all lengths. Where Dynamo would give up and run it unfused, it raises
-    in place of that.
+    """Return FlexAttention, compiled once for all lengths.
+
+    It raises where Dynamo would reach its limit of recompilations and run it unfused.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -120,12 +129,18 @@ def _flex_attention() -> Callable[..., Any]:
 def pack(
     rows: Sequence[Row], device: torch.device | str, flex: bool = False
 ) -> tuple[dict[str, Any], list[int]]:
-    """Lay out groups in a row. Returns the arguments of CompletionLogprobs and how many trained tokens each
-    completion has. flex: for FlexAttention.
+    """Lay out groups in one sequence of T tokens, [1, T].
 
-    input_ids, position_ids [1, T]; token targets[i] is predicted at [0, positions[i]]. For FlexAttention T is
-    a multiple of BLOCK, and at least LEAST: the tokens that fill it up are a group of their own, which nobody
-    else sees and nobody reads.
+    For FlexAttention T is a multiple of BLOCK, and at least LEAST: the tokens that fill the sequence up are a
+    group of their own, which no other token sees and whose outputs are not read.
+
+    Args:
+        rows: the groups.
+        device: where the tensors are made.
+        flex: whether FlexAttention computes attention.
+
+    Returns:
+        The arguments of CompletionLogprobs, and the number of trained tokens of each completion.
     """
     longest_prompt = max(len(row["prompt_ids"]) for row in rows)
     longest = max(len(ids) for row in rows for ids in row["completion_ids"]) - 1
@@ -178,9 +193,8 @@ def pack(
     inputs = {
         "input_ids": torch.tensor([tokens], device=device),
         "position_ids": torch.tensor([positions], device=device),
-        "attention_mask": torch.zeros(
-            1, 1, 1, 1, device=device
-        ),  # four dimensions: passed on as it is, for the layout says it all
+        # transformers passes a mask of four dimensions on as it is; the layout replaces it
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
         "rows": torch.zeros(len(sources), dtype=torch.long, device=device),
         "positions": torch.tensor(sources, dtype=torch.long, device=device),
         "targets": torch.tensor(targets, dtype=torch.long, device=device),
@@ -200,10 +214,24 @@ def packed_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed groups: query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D].
+    """Compute the attention of packed groups; without a layout it is transformers' own SDPA.
 
-    Without a layout it is transformers' own SDPA. sliding_window: a token sees itself and so many tokens less
-    one before it.
+    Args:
+        module: the attention layer.
+        query: [1, H, T, D].
+        key: [1, H_kv, T, D].
+        value: [1, H_kv, T, D].
+        attention_mask: used without a layout only.
+        scaling: multiplies the scores; None: 1 / sqrt(D).
+        sliding_window: a token sees itself and sliding_window - 1 tokens before it; None: all before it.
+        layout: what `pack` made.
+        kwargs: other arguments of transformers' attention interface.
+
+    Returns:
+        The output, [1, T, H, D], and None in place of the attention weights.
+
+    Raises:
+        ValueError: the layer needs something that packed attention does not compute.
     """
     for name in ("softcap", "s_aux"):
         if layout is not None and kwargs.get(name) is not None:
@@ -220,8 +248,8 @@ def packed_attention(
             **kwargs,
         )
     if layout.block_masks is not None:
-        # Under autocast the rotary embedding leaves q and k in float32: mixed with a value in bfloat16
-        # kernels are slow, or wrong.
+        # Under autocast the rotary embedding leaves query and key in float32; mixed with a value in bfloat16,
+        # kernels are slow or wrong.
         query, key = query.to(value.dtype), key.to(value.dtype)
         is_grouped = query.shape[1] != key.shape[1]
         mask = layout.block_mask(sliding_window)
@@ -248,7 +276,7 @@ def packed_attention(
         return out.transpose(1, 2).flatten(0, 1)
 
     prompt_key, prompt_value = block(key, layout.prompts), block(value, layout.prompts)
-    # Padding is behind every prompt: no real token of it sees that. The window bites only in longer prompts.
+    # Padding is behind every prompt, so no real token sees it. The window matters only in longer prompts.
     mask = None
     if sliding_window is not None and longest_prompt > sliding_window:
         age = _ages(
@@ -272,15 +300,22 @@ def packed_attention(
             sees_prompt = sees_prompt & (_ages(own, before) + prompt_lengths < sliding_window)
             sees_own = sees_own & (age_own < sliding_window)
         mask = torch.cat([sees_prompt, sees_own], dim=2)
-        # A place behind a completion's end sees its prompt too, so that no softmax is empty; nobody reads
-        # what comes of it.
+        # Padding behind a completion's end sees its prompt too, so that no softmax is empty; its output is
+        # not read.
         outputs.append(attend(block(query, layout.completions), keys, values, mask[:, None]))
     return torch.cat(outputs).index_select(0, layout.place)[None], None
 
 
 def check_kernel(config: Any, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:
-    """Compare FlexAttention as it is compiled here, and its gradient, with padded blocks on random heads like
-    the model's.
+    """Compare compiled FlexAttention, and its gradients, with padded blocks on heads like the model's.
+
+    Query, key and value are random.
+
+    Args:
+        config: the model's.
+        rows: groups whose layout is used.
+        device: where the model is.
+        dtype: the type of query, key and value.
 
     Raises:
         RuntimeError: they differ by more than the rounding of `dtype`, or a value is not finite.
@@ -310,7 +345,7 @@ def check_kernel(config: Any, rows: Sequence[Row], device: torch.device, dtype: 
 
 
 def _ages(queries: Tensor, keys: Tensor) -> Tensor:
-    """[1, queries, keys] how far a key is behind a query."""
+    """Return how many tokens each key is before each query, [1, queries, keys]."""
     return (queries[:, None] - keys[None, :])[None]
 
 

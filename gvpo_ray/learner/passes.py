@@ -1,4 +1,4 @@
-"""Micro-batches: which groups each forward pass of this rank holds."""
+"""A Plan divides a mini-batch into this rank's forward passes (micro-batches)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,32 @@ from gvpo_ray.groups import Row
 from gvpo_ray.learner.policy import Policy
 
 NOTHING: Row = {"prompt_ids": [0], "completion_ids": [[0]]}
-"""What a rank passes through the model where only another rank has something to do."""
+"""The group that a rank passes through the model where only other ranks have groups left."""
 
 
 @dataclass
 class Plan:
-    """This rank's passes through a mini-batch. With sharded parameters a pass is a collective: every rank
-    makes as many.
+    """A Plan holds this rank's passes through a mini-batch.
+
+    With sharded parameters a pass is a collective, so every rank makes equally many.
     """
 
     passes: list[list[Row]]
-    """Each some whole groups, or a part of one; [] where only another rank has something to do."""
+    """The groups of each pass: whole groups, or a part of one; [] where only other ranks have groups left."""
     parts: list[list[int]]
-    """Passes of each group that is larger than the token budget."""
+    """For each group that is larger than the token budget, the indices of its passes."""
     num_part_passes: int
-    """The most that any rank has."""
+    """The number of passes with a part of a group, on the rank that has most of them."""
 
 
 def plan_passes(policy: Policy, rows_of_ranks: Sequence[Sequence[Row]], max_tokens: int) -> Plan:
-    """This rank's passes. Every rank knows the groups of all, so they agree on the number without a word."""
+    """Return this rank's passes; all ranks agree on their number, because each knows the groups of all.
+
+    Args:
+        policy: this rank's part of the policy.
+        rows_of_ranks: the groups of each rank.
+        max_tokens: the token budget of a pass.
+    """
     plans = []
     for rows in rows_of_ranks:
         passes: list[list[Row]] = []
@@ -49,5 +56,5 @@ def plan_passes(policy: Policy, rows_of_ranks: Sequence[Sequence[Row]], max_toke
 
 
 def rows_of_ranks(policy: Policy, rows: Sequence[Any]) -> list[list[Any]]:
-    """The groups of each rank, dealt by their tokens."""
+    """Return the groups of each rank, split so that the ranks have similar numbers of tokens."""
     return [[rows[i] for i in indices] for indices in groups.split_by_tokens(rows, policy.data_size)]

@@ -1,8 +1,8 @@
-"""The model that is trained: load, forward to log-probs, update, reference, checkpoint. One instance per
-learner worker.
+"""Policy is the model that is trained: it loads, computes log-probs, updates, and saves checkpoints.
 
-How it is spread over the ranks is backends/'s; the rest of the project sees `Policy`. It imports neither ray
-nor vllm: torch.distributed is set up by whoever calls (Ray Train; a test; nobody, for one process).
+Each learner worker has one instance. A backend (backends/) spreads the model over the ranks; the rest of the
+project uses only `Policy`. This module imports neither ray nor vllm: the caller sets up torch.distributed
+(Ray Train, or a test), which one process alone does not need.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from gvpo_ray.weights.transfer import shards
 
 
 def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) that changes nothing yet into the model; returns
-    peft's adapter_config.json.
+    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into the model, which still computes the same.
+
+    Returns:
+        The contents of peft's adapter_config.json.
     """
     import peft
 
@@ -45,14 +47,14 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same on every rank, and in every start of a run
+        torch.manual_seed(0)  # the same adapter on every rank and in every start of a run
         peft.inject_adapter_in_model(lora, model)
     layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     return {**lora.to_dict(), "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
 
 
 class _Tensors:
-    """Names and tensors that are gathered one at a time, as often as they are gone through."""
+    """This iterable gathers named tensors one at a time, each time that it is iterated over."""
 
     def __init__(self, gather: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
         self._gather = gather
@@ -62,10 +64,19 @@ class _Tensors:
 
 
 class Policy:
-    """One rank's part of the policy. `path`: a Hugging Face folder; with `state.json` in it, a checkpoint,
-    which is resumed.
+    """A Policy is one rank's part of the model that is trained.
 
-    Methods that say "every rank" are collectives.
+    Methods that say "every rank" are collectives, and so is making a Policy.
+
+    Args:
+        model: the config section `model`.
+        config: the config section `learner`.
+        path: a Hugging Face folder; with `state.json` in it a checkpoint, from which training resumes.
+        device: this rank's device.
+
+    Raises:
+        RuntimeError: the backend has rounded the frequencies of rotary embeddings.
+        TypeError, ValueError: the model's output head is not one that can be fused (see `logprobs`).
     """
 
     def __init__(
@@ -74,16 +85,16 @@ class Policy:
         self.device = torch.device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._model_config = model
-        self._path = Path(path)  # not to be read later: a checkpoint is pruned when newer ones are there
+        self._path = Path(path)  # read only here: a checkpoint is removed when there are newer ones
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         dtype = getattr(torch, model.dtype)
         self._backend = make_backend(config, dtype, self.device)
         self.data_rank, self.data_size = self._backend.data_rank, self._backend.data_size
-        """Which share of the groups this rank computes, of how many."""
+        """The share of the groups that this rank computes, and the number of shares."""
         self._dtype = self._backend.dtype
         whole = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
         self.adapter: dict[str, Any] | None = None
-        """adapter_config.json, where an adapter is what is trained."""
+        """The contents of adapter_config.json, where a LoRA adapter is trained; else None."""
         if model.lora is not None:
             self.adapter = add_adapter(whole, model.lora) | {"base_model_name_or_path": str(model.path)}
             if (self._path / "adapter").is_dir():
@@ -93,7 +104,7 @@ class Policy:
         self._module = CompletionLogprobs(whole)
         if config.gradient_checkpointing:
             self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
-            # the layers recompute in training mode only; elsewhere it would switch dropout on
+            # Layers recompute only in training mode; in other modules that mode would switch dropout on.
             for module in self._module.modules():
                 module.training = getattr(module, "gradient_checkpointing", False)
         self._backend.wrap(self._module)
@@ -105,13 +116,13 @@ class Policy:
         self._reference: list[Tensor] | Literal["without adapter"] | None = None
         self._keep_reference = False
         self.reference_version = 0
-        """Of the weights that the reference is."""
+        """The step whose weights the reference has; 0: the initial ones."""
         self.packs = self._flex = False
         self._check_head()
         self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = self.num_skipped = 0
         self.beta: float | None = None
-        """Of the next step, where the learner steers it."""
+        """The beta of the next step, where beta is adaptive; None before the first step."""
         if (self._path / "state.json").exists():
             self._resume()
 
@@ -121,12 +132,12 @@ class Policy:
             path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            model.set_attn_implementation("eager")  # the others leave it out and say nothing
+            model.set_attn_implementation("eager")  # others silently leave it out
         return model.eval()
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Compare log-probs of a few tokens with those of the model's own logits. Every rank."""
+        """Compare the fused head's log-probs of a few tokens with those of the model's logits. Every rank."""
         ids = [i % self.vocab_size for i in range(7, 23)]
         inputs, _ = padded_inputs([{"prompt_ids": ids[:4], "completion_ids": [ids[4:]]}], self.device)
         by_model = self._backend.forward({**inputs, "by_model": True}, True)
@@ -134,13 +145,12 @@ class Policy:
         check_head(by_model, ours, self._module.model.config, self._model_config.dtype == "bfloat16")
 
     def _can_pack(self) -> bool:
-        """Whether packed groups have the log-probs of padded ones, tried with one group. Every rank. Leaves
-        the model ready for what it says.
+        """Try with one group whether packed log-probs are those of padded sequences. Every rank.
+
+        The model's attention is afterwards the one that the answer asks for.
         """
-        model, longest = (
-            self._module.model,
-            min(192, self.max_length),
-        )  # together over 256 tokens, as GPUs have another kernel below 128
+        # With 192 tokens the packed group has over 256; below 128, GPUs run another kernel.
+        model, longest = self._module.model, min(192, self.max_length)
         ids = [i % self.vocab_size for i in range(7, 7 + 2 * longest)]
         start, middle = longest // 4, longest // 4 + 1
         rows = [
@@ -179,8 +189,15 @@ class Policy:
     # --- forward and update ---------------------------------------------------------------------------------
 
     def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
-        """Log-probs of all completions' trained tokens, [T], and how many each completion has. Every rank.
-        is_last: of this update's passes.
+        """Return the log-probs of all completions' trained tokens, [T], with gradients. Every rank.
+
+        Args:
+            rows: the groups of this pass.
+            is_last: whether this is the update's last pass.
+
+        Returns:
+            The log-probs in float32 (float64 for a float64 model), and the number of trained tokens of each
+            completion.
         """
         inputs, lengths = (
             packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
@@ -188,27 +205,33 @@ class Policy:
         return self._backend.forward(inputs, is_last), lengths
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
-        """Sequence log-probs with gradients, float64 [completions of all rows]. Every rank."""
+        """Return sequence log-probs with gradients, float64 [completions of all rows]. Every rank."""
         return sequence_sums(*self.forward(rows, is_last))
 
     @torch.no_grad()
     def token_logprobs(self, rows: Sequence[Row], reference: bool = False) -> list[Tensor]:
-        """Token log-probs per completion, without gradients, of the policy or of the reference model. Every
-        rank.
+        """Return each completion's token log-probs, [its trained tokens], without gradients. Every rank.
+
+        They are the policy's, or with `reference` the reference model's.
         """
         with self._as_reference() if reference else contextlib.nullcontext():
             tokens, lengths = self.forward(rows)
         return list(tokens.split(lengths))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate the gradient of this rank's share of a global sum. Every rank."""
+        """Accumulate the gradient of this rank's share of a global sum. Every rank.
+
+        Args:
+            loss: a scalar; the ranks' losses add up to the update's loss.
+            is_last: whether this is the update's last pass.
+        """
         self._backend.backward(loss * self.data_size, is_last)
 
     def update(self, learning_rate: float) -> float:
-        """One optimizer step; returns the norm of the gradient before clipping. Every rank.
+        """Make one optimizer update and return the gradient's norm before clipping. Every rank.
 
-        Where that norm is not finite the gradient is dropped and nothing changes; num_skipped counts how
-        often in a row.
+        Where that norm is not finite, the gradient is dropped and no parameter changes; `num_skipped` counts
+        such updates in a row.
         """
         norm = self._backend.step(learning_rate)
         if norm < float("inf"):
@@ -220,17 +243,19 @@ class Policy:
 
     # --- reference ------------------------------------------------------------------------------------------
 
-    # A reference of its own is a copy of the trained parameters, each rank's part of them, which changes
-    # places with the parameters for a pass. So it is spread as they are, computes as they do (a log-ratio of
-    # 0 is exactly 0), and needs no second model.
+    # A reference model is a copy of each rank's part of the trained parameters, which is swapped with them
+    # for a pass. So it is sharded as they are, computes as they do (a log-ratio of 0 is exactly 0), and needs
+    # no second module.
 
     @property
     def has_reference(self) -> bool:
+        """Whether there is a reference model."""
         return self._reference is not None
 
     def load_reference(self, path: str | Path) -> None:
-        """Take another model as the reference, for good; with an adapter it is the model without it. Every
-        rank.
+        """Take the model in a folder as the reference model. Every rank.
+
+        Where a LoRA adapter is trained, the reference is the base model instead, and `path` is not read.
         """
         if self.adapter is not None:
             self._reference = "without adapter"
@@ -238,7 +263,7 @@ class Policy:
         self._fill_reference(dict(self._load(path).named_parameters()))
 
     def refresh_reference(self) -> None:
-        """Make the reference a copy of the policy as it is now. Every rank."""
+        """Make the reference model a copy of the current policy. Every rank."""
         self._reference = [part.clone() for part in self._parts()]
         self._keep_reference, self.reference_version = True, self.step
 
@@ -247,7 +272,7 @@ class Policy:
         self._reference = [part.clone() for part in self._parts()]
         for name, parameter in _trained(self._module.model):
             self._backend.fill(parameter, values[name].to(self.device))
-        self._change_places()
+        self._swap_reference()
 
     def _parts(self) -> list[Tensor]:
         return [
@@ -255,7 +280,7 @@ class Policy:
         ]
 
     @torch.no_grad()
-    def _change_places(self) -> None:
+    def _swap_reference(self) -> None:
         for part, other in zip(self._parts(), self._reference, strict=True):
             kept = part.clone()
             part.copy_(other)
@@ -263,20 +288,24 @@ class Policy:
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """The model is the reference meanwhile."""
+        """Let the module compute as the reference model within this context.
+
+        Raises:
+            RuntimeError: there is no reference model.
+        """
         if self._reference is None:
             raise RuntimeError("the policy has no reference")
         if self._reference == "without adapter":
             self._switch_adapter(False)
         else:
-            self._change_places()
+            self._swap_reference()
         try:
             yield
         finally:
             if self._reference == "without adapter":
                 self._switch_adapter(True)
             else:
-                self._change_places()
+                self._swap_reference()
 
     def _switch_adapter(self, on: bool) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -288,10 +317,11 @@ class Policy:
     # --- whole weights and checkpoints ----------------------------------------------------------------------
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """What is trained, whole, one tensor at a time. Every rank, to the end.
+        """Return what engines need of the current weights, gathered one tensor at a time.
 
-        All weights under their Hugging Face names, tied ones under each name; or the adapter's alone, under
-        peft's. It can be gone through more than once: vLLM's NCCL broadcast asks for the shapes first.
+        That is all weights under their Hugging Face names, tied ones under each of their names; or where a
+        LoRA adapter is trained its weights alone, under peft's names. Every rank has to iterate to the end.
+        The result can be iterated over more than once: vLLM's NCCL broadcast asks for the shapes first.
         """
         return _Tensors(self._model_tensors if self.adapter is None else self._adapter_tensors)
 
@@ -300,7 +330,7 @@ class Policy:
             yield _adapter_name(name), self._backend.full(parameter)
 
     def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The whole model, an adapter merged into it."""
+        """Gather the whole model, with the adapter merged into it, under Hugging Face names."""
         adapters = dict(_trained(self._module.model)) if self.adapter is not None else {}
         for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
             if name in adapters:
@@ -314,17 +344,18 @@ class Policy:
             yield name.replace(".base_layer.", "."), value
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint: Hugging Face model and tokenizer, optimizer and random state beside them. Every
-        rank.
+        """Write a checkpoint: a Hugging Face model with tokenizer, optimizer and random state. Every rank.
 
-        Written beside its name and then renamed: under its name there is a whole checkpoint or none.
+        It is written under another name and then renamed, so that under its name there is a complete
+        checkpoint or none. Beside the model's files it has `state.json` (step, updates, beta), `optimizer/`,
+        and where there are such `adapter/` and `reference/`.
         """
         folder = Path(folder)
         part = part_of(folder)
         writes = self.rank == 0
         if writes:
             shutil.rmtree(part, ignore_errors=True)
-            # in a folder of its own: vLLM takes every *.safetensors beside config.json for weights
+            # In a folder of its own, because vLLM reads every *.safetensors beside config.json as weights.
             (part / "optimizer").mkdir(parents=True)
         self._save_model(part)
         self._save_adapter(part / "adapter")
@@ -363,7 +394,7 @@ class Policy:
             model.save_pretrained(folder, state_dict=weights)
 
     def _save_adapter(self, folder: Path) -> None:
-        """In peft's format."""
+        """Write the adapter, where there is one, in peft's format."""
         if self.adapter is None:
             return
         weights = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_tensors()}
@@ -412,10 +443,10 @@ class Policy:
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that the optimizer moves: all of the model's, or the adapter's."""
+    """Return the parameters that the optimizer updates: all of the model's, or the adapter's."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _adapter_name(name: str) -> str:
-    """A parameter of an adapter as peft's files call it."""
+    """Return the name that peft's files give a parameter of an adapter."""
     return "base_model.model." + name.replace(".default.", ".")

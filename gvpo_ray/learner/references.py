@@ -1,19 +1,22 @@
-"""What a forward pass is measured against: log-probs of the policy that sampled, and of the reference policy.
+"""A forward pass is compared with log-probs of the sampler and of the reference policy, which are found here.
 
-    completion                          `behaviour`, the policy that sampled it, is taken from
-    wholly by the policy of this step   its own forward pass (so the log-ratio is exactly 0), or in later
+The log-probs of `behaviour`, the policy that sampled a completion, depend on who that was:
+
+    completion sampled by               token log-probs are taken from
+    the policy at the start of the step the forward pass itself (so the log-ratio is exactly 0), or in later
                                         mini-batches a pass before the first update
-    older, or by several versions       the engine, `sampling_logprobs`
-    foreign                             a pass of the policy that the run began with, or of this step's, as
+    older or several versions           the engine: column `sampling_logprobs`
+    no policy of this run (foreign)     a pass of the policy that the run began with, or of this step's, as
                                         the objective's options say
 
-    policy        token log-probs are taken from
-    `behaviour`   the table above
-    `previous`    its own forward pass, or in later mini-batches a pass before the first update
-    `model`       a pass of the reference model; of one that is asked for sums alone, the columns
-                  `reference_logprobs`, which follow a completion
+The other policies are the same for all completions:
 
-What is asked for is what the objective's options need (config/loss.py): no objective is known here by name.
+    policy        token log-probs are taken from
+    `previous`    the forward pass itself, or in later mini-batches a pass before the first update
+    `model`       a pass of the reference model; where only sums are needed, the column
+                  `reference_logprobs`, which is stored with a completion
+
+An objective's options say what it needs (config/loss.py): no objective is known here by name.
 """
 
 from __future__ import annotations
@@ -37,48 +40,51 @@ from gvpo_ray.learner.policy import Policy
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probs of a pass's tokens by another policy than the one being trained."""
+    """TokenLogprobs are the log-probs of a pass's T tokens by the sampler or by the reference policy."""
 
     values: Tensor
-    """[T] float64."""
+    """[T] The log-probs, float64; not used where `is_own`."""
     is_own: Tensor
-    """[T] bool: that policy is this one as it is now, so that the pass's own log-probs stand for it."""
+    """[T] bool, whether that policy is the current one, so that the pass's own log-probs are used."""
 
     def beside(self, logprobs: Tensor) -> Tensor:
-        """The log-probs, [T] float64 without gradient, to compare the pass's own `logprobs` with."""
+        """Return the log-probs, [T] float64 without gradient, to compare the pass's own `logprobs` with."""
         return torch.where(self.is_own, logprobs.detach().double(), self.values)
 
     def filled(self, values: Tensor, where: Tensor) -> TokenLogprobs:
-        """These, but `values` in some places."""
+        """Return a copy with `values`, [T], at the tokens of `where`, [T] bool."""
         return TokenLogprobs(torch.where(where, values, self.values), self.is_own & ~where)
 
     @classmethod
     def own(cls, like: Tensor) -> TokenLogprobs:
-        """Those of the pass itself."""
+        """Make log-probs that are the pass's own at all tokens; `like` is any [T] float64."""
         return cls(torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool))
 
     @classmethod
     def cat(cls, parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
-        """Those of several passes, one after the other."""
+        """Concatenate the log-probs of several passes."""
         return cls(torch.cat([part.values for part in parts]), torch.cat([part.is_own for part in parts]))
 
 
 @dataclass(frozen=True)
 class ReferenceLogprobs:
-    """What one forward pass is measured against. None: the objective does not need it, token by token."""
+    """ReferenceLogprobs are the token log-probs that one forward pass is compared with.
+
+    None: the objective needs none, or only sums.
+    """
 
     sampler: TokenLogprobs | None
     reference: TokenLogprobs | None
 
     @classmethod
     def empty(cls, device: torch.device) -> ReferenceLogprobs:
-        """Those of a pass without groups."""
+        """Make the log-probs of a pass without tokens."""
         nothing = TokenLogprobs.own(torch.zeros(0, dtype=torch.float64, device=device))
         return cls(nothing, nothing)
 
     @classmethod
     def cat(cls, parts: Sequence[ReferenceLogprobs]) -> ReferenceLogprobs:
-        """Those of several passes, one after the other."""
+        """Concatenate the log-probs of several passes."""
         samplers = [part.sampler for part in parts if part.sampler is not None]
         references = [part.reference for part in parts if part.reference is not None]
         return cls(
@@ -88,7 +94,7 @@ class ReferenceLogprobs:
 
 
 class Origin(Enum):
-    """Who sampled a completion."""
+    """An Origin says who sampled a completion."""
 
     CURRENT = "wholly the policy at the start of the step"
     ENGINE = "older policies, or several: the engine's log-probs say what they were"
@@ -96,7 +102,7 @@ class Origin(Enum):
 
 
 def origins_of(row: Row, version: int) -> list[Origin]:
-    """The origin of each completion, in the step from `version`."""
+    """Return the origin of each completion of a group, in the step that starts from `version`."""
     columns = (row[name] for name in ("version_min", "version_max", "sampling_logprobs"))
     return [
         Origin.FOREIGN
@@ -109,7 +115,11 @@ def origins_of(row: Row, version: int) -> list[Origin]:
 
 
 def check_sampling_logprobs(rows: Sequence[Row]) -> None:
-    """Raises GroupError where an engine's log-probs are not numbers; the message names the group."""
+    """Check that the engines' log-probs are finite numbers.
+
+    Raises:
+        GroupError: one is not; the message names the group and the token.
+    """
     for row in rows:
         for i, logprobs in enumerate(row["sampling_logprobs"]):
             if logprobs is not None and not math.isfinite(sum(logprobs)):
@@ -127,14 +137,19 @@ def measure_passes(
     model_path: str,
     is_first: bool,
 ) -> list[ReferenceLogprobs]:
-    """What each pass of a mini-batch is measured against; called before the first update of the step.
+    """Return the log-probs that each pass of a mini-batch is compared with.
 
-    In the first mini-batch the policy at the start of the step is the one of the forward pass itself and
-    costs no pass. Every rank: all have the whole mini-batch, and so make as many passes.
+    This is called before the first update of the step. In the first mini-batch the policy at the start of the
+    step is that of the forward pass itself and needs no other pass. Every rank calls this with the whole
+    mini-batch, and so makes as many passes as the others.
 
     Args:
+        policy: this rank's part of the policy.
+        mini_batch: the groups of all ranks.
+        plan: this rank's passes.
+        loss: says which log-probs are needed.
         model_path: the model that the run began with.
-        is_first: whether no update comes before this mini-batch's.
+        is_first: whether this is the first mini-batch, which no update precedes.
     """
     asked = {need.policy for need in (loss.sampler_need, loss.reference_need) if need.detail != "nothing"}
     origins = {origin for row in mini_batch for origin in origins_of(row, policy.step)} - {Origin.ENGINE}
@@ -145,7 +160,7 @@ def measure_passes(
             policy.load_reference(model_path)
     asks_start = not is_first and ("previous" in asked or ("behaviour" in asked and bool(origins)))
     measured = []
-    for micro in plan.passes:  # a rank with nothing to ask takes part
+    for micro in plan.passes:  # also empty passes, because they are collectives
         sampled, is_foreign = _sampled(policy, micro)
         if asks_initial:
             sampled = sampled.filled(_pass(policy, micro, reference=True), is_foreign)
@@ -170,7 +185,7 @@ def measure_passes(
 
 
 def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor]:
-    """What the rows say of the policy that sampled, and [T] whether a token is of a foreign completion."""
+    """Return the sampler's log-probs as far as the rows have them, and [T] bool, which tokens are foreign."""
     values: list[float] = []
     is_own: list[bool] = []
     is_foreign: list[bool] = []
@@ -188,9 +203,15 @@ def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor
 
 
 def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], max_tokens: int) -> None:
-    """Write the reference model's log-probs into the rows that this rank trains. Every rank.
+    """Write the reference model's sequence log-probs into the rows that this rank trains. Every rank.
 
-    A completion that brings those of this version of the model along costs nothing.
+    A completion that already has those of this version of the reference is not scored again.
+
+    Args:
+        policy: this rank's part of the policy.
+        mini_batch: the groups of all ranks; the columns `reference_logprobs` and `reference_versions` of this
+            rank's are changed in place.
+        max_tokens: the token budget of a pass.
     """
     version = policy.reference_version
     unknown = [[(row, _unknown(row, version)) for row in rows] for rows in rows_of_ranks(policy, mini_batch)]
@@ -209,7 +230,7 @@ def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], m
 
 
 def _unknown(row: Row, version: int) -> list[int]:
-    """Completions of which the reference of this version has said nothing yet."""
+    """Return the completions that this version of the reference has not scored yet."""
     versions = row.get("reference_versions") or [None] * len(row["rewards"])
     return [i for i, known in enumerate(versions) if known != version]
 
@@ -217,13 +238,15 @@ def _unknown(row: Row, version: int) -> list[int]:
 def attach_references(
     policy: Policy, batch: Sequence[dict[str, Any]], mini_batches: Sequence[Sequence[Row]]
 ) -> None:
-    """Write what the reference model said into the batch's rows that this rank trains, None where left out.
+    """Copy the reference model's log-probs from the mini-batches into the batch's rows.
 
-    The other rows lose theirs: what is left is for this rank to tell.
+    A completion that is not trained gets None. Rows of other ranks lose the columns, so that each rank
+    reports its own groups.
 
     Args:
-        batch: the step's rows.
-        mini_batches: what of them is trained, as it was cut, with the log-probs of `score_with_reference`.
+        policy: this rank's part of the policy.
+        batch: the step's rows, changed in place.
+        mini_batches: their trainable parts, with the log-probs of `score_with_reference`.
     """
     own = {
         row["group_id"]: row for rows in mini_batches for row in rows_of_ranks(policy, rows)[policy.data_rank]
@@ -238,6 +261,6 @@ def attach_references(
 
 
 def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> Tensor:
-    """Token log-probs of a pass without gradients, float64 [T]."""
+    """Return the token log-probs of a pass without gradients, float64 [T]."""
     tokens = torch.cat(policy.token_logprobs(rows or [NOTHING], reference)).double()
     return tokens if rows else tokens[:0]

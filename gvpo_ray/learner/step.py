@@ -1,4 +1,4 @@
-"""One step of training, Algorithm 1 on one page: `train_step`, and what it is made of."""
+"""`train_step` is one step of training: Algorithm 1 of the GVPO paper on one page."""
 
 from __future__ import annotations
 
@@ -31,41 +31,42 @@ from gvpo_ray.observe.metrics import batch_metrics, mean
 
 
 class NonFiniteGradient(RuntimeError):
-    """The gradient is not a number, time and again: the first cause is in those groups or in the learning
-    rate.
-    """
+    """The gradient was not finite too often in a row; suspect the named groups, or the learning rate."""
 
 
 @dataclass
 class Settings:
-    """The parts of the config that the learner needs."""
+    """Settings are the parts of the config that the learner needs."""
 
     run_dir: str
     num_steps: int
-    """Of the learning rate's schedule."""
+    """The length of the learning rate's schedule, in steps."""
     last_step: int
-    """After which there is nothing left to train: it gets a checkpoint."""
+    """The step after which nothing is left to train; it gets a checkpoint."""
     loss: LossConfig
     learner: LearnerConfig
     checkpoint: CheckpointConfig
     model_path: str
     parity_every: int
     reports_references: bool = False
-    """Whether completions are replayed, so that the buffer keeps what the reference model said of them."""
+    """Whether completions are replayed, so that the buffer stores the reference model's log-probs of them."""
 
 
 def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """One step of GVPO (Algorithm 1), or of another objective. Every rank has the whole batch.
+    """Train one step of GVPO (Algorithm 1), or of another objective. Every rank.
 
-    Where the reference is a model of its own, the rows that this rank trained get `reference_logprobs`: per
-    completion, None for one that was left out.
+    Args:
+        policy: this rank's part of the policy, updated in place.
+        batch: the groups of all ranks. Where the reference is a model of its own, the rows that this rank
+            trains get `reference_logprobs`, with None for a completion that is not trained.
+        settings: the parts of the config that the learner needs.
 
     Returns:
         The step's metrics, the same on every rank.
 
     Raises:
-        GroupError: the log-probs of an engine are not numbers.
-        NonFiniteGradient: the gradient was not a number too often in a row.
+        GroupError: the log-probs of an engine are not finite numbers.
+        NonFiniteGradient: the gradient was not finite too often in a row.
     """
     check_sampling_logprobs(batch)
     refresh_reference(policy, settings.loss)
@@ -80,7 +81,7 @@ def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settin
 
 
 def refresh_reference(policy: Policy, loss: LossOptions) -> None:
-    """Make the policy the reference, where that is due (`every: N`)."""
+    """Copy the policy to the reference model in the steps where `loss.reference: every N` asks for it."""
     every = loss.reference_every
     if every and (policy.step % every == 0 or not policy.has_reference):
         policy.refresh_reference()
@@ -88,17 +89,18 @@ def refresh_reference(policy: Policy, loss: LossOptions) -> None:
 
 @dataclass
 class Update:
-    """One optimizer update: a mini-batch and this rank's passes through it."""
+    """An Update is one optimizer update: a mini-batch and this rank's passes through it."""
 
     rows: list[Row]
-    """The mini-batch, of all ranks."""
+    """The groups of the mini-batch, of all ranks."""
     plan: Plan
+    """This rank's passes."""
     measured: list[ReferenceLogprobs]
-    """What each pass is measured against."""
+    """The sampler's and the reference's log-probs of each pass."""
 
 
 def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> list[Update]:
-    """Cut the trainable groups into mini-batches and passes, and ask what they are measured against."""
+    """Split the trainable groups into mini-batches and passes, and get what they are compared with."""
     loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
     trained = [row for row in map(groups.trainable, batch) if row is not None]
     mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
@@ -115,20 +117,22 @@ def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Sett
 
 @dataclass
 class Forward:
-    """One forward pass with gradients."""
+    """A Forward is one forward pass with gradients."""
 
     rows: list[Row]
+    """The groups of the pass."""
     measured: ReferenceLogprobs
+    """The sampler's and the reference's log-probs of the same tokens."""
     num_groups: int
-    """Of the update, on all ranks."""
+    """The number of groups in the update, on all ranks."""
     is_last: bool
-    """Of the update's passes."""
+    """Whether this is the update's last pass."""
     gradient_weights: Tensor | None
-    """[T] d loss / d log-prob, known before, where it holds a part of a group."""
+    """[T] d loss / d log-prob, known beforehand, where the pass holds a part of a group; else None."""
 
 
 class Step:
-    """What a step adds up, and the objective, beta and learning rate that it has."""
+    """A Step holds the objective, beta and learning rate of one step, and adds up its statistics."""
 
     def __init__(self, policy: Policy, settings: Settings) -> None:
         loss = settings.loss
@@ -144,7 +148,7 @@ class Step:
         self._num_skipped = 0
 
     def forward_passes(self, update: Update) -> Iterator[Forward]:
-        """The passes of an update; a group that is larger than a pass is passed without gradients before."""
+        """Yield the passes of an update; before that, groups that are split have passes without gradients."""
         plan, num_groups = update.plan, len(update.rows)
         weights, self._sums_of_update = gradient_weights_of_parts(
             self._policy, plan, update.measured, self._objective, num_groups
@@ -154,7 +158,12 @@ class Step:
             yield Forward(rows or [NOTHING], update.measured[i], num_groups, is_last, weights.get(i))
 
     def loss_of(self, forward: Forward, logprobs: Tensor) -> Tensor:
-        """The share of a pass in the update's loss."""
+        """Return this pass's share of the update's loss, and keep its statistics.
+
+        Args:
+            forward: the pass.
+            logprobs: [T] its token log-probs, with gradients.
+        """
         if forward.rows == [NOTHING]:  # only another rank has something to do
             return logprobs.sum() * 0
         if forward.gradient_weights is not None:
@@ -164,10 +173,10 @@ class Step:
         return loss
 
     def apply(self, update: Update) -> None:
-        """One optimizer step, damped where the options say so; a gradient that is not finite is skipped.
+        """Make the optimizer update, damped where the options say so; skip a gradient that is not finite.
 
         Raises:
-            NonFiniteGradient: too many in a row were.
+            NonFiniteGradient: more than `max_skipped_updates` in a row were skipped.
         """
         policy, settings = self._policy, self._settings
         sums = _sum_over_ranks(
@@ -192,7 +201,7 @@ class Step:
             )
 
     def finish(self, batch: Sequence[Row], updates: Sequence[Update]) -> dict[str, Any]:
-        """Count the step, adapt beta for the next one, and return the metrics."""
+        """Count the step, adapt beta for the next one, and return the step's metrics."""
         policy, version, beta = self._policy, self._policy.step, self._objective.beta
         policy.step += 1
         statistics = self._objective.finish(self._sums)
@@ -215,15 +224,15 @@ class Step:
 
 
 def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
-    """Near-equal runs in order of arrival."""
+    """Split the rows, in order of arrival, into parts of nearly equal numbers; a part may be empty."""
     bounds = [round(i * len(rows) / num_parts) for i in range(num_parts + 1)]
     return [list(rows[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def learning_rate_at(config: LearnerConfig, version: int, num_steps: int) -> float:
-    """The learning rate of the step that starts from `version`: linear warm-up, then the schedule.
+    """Return the learning rate of the step that starts from `version`: linear warm-up, then the schedule.
 
-    linear and cosine are zero after the last step.
+    The schedules `linear` and `cosine` reach zero after the last step.
     """
     if version < config.warmup_steps:
         return config.learning_rate * (version + 1) / (config.warmup_steps + 1)
@@ -237,7 +246,7 @@ def learning_rate_at(config: LearnerConfig, version: int, num_steps: int) -> flo
 
 
 def _sum_over_ranks(sums: dict[str, Tensor], policy: Policy) -> dict[str, float]:
-    """One reduction of scalars, before each update."""
+    """Add up scalars over the ranks, in one reduction. Every rank."""
     values = torch.stack([value.double() for value in sums.values()])
     if policy.data_size > 1:
         dist.all_reduce(values)

@@ -1,8 +1,7 @@
-"""A small model from nothing: tokenizer, Qwen2 weights, and supervised learning on worked problems. One
-process, any device.
+"""The warm start makes a small model: tokenizer, Qwen2 weights, supervised learning on worked problems.
 
-What GVPO starts from when there is no pretrained model at hand (the quickstart; tests); with one, leave it
-out.
+GVPO starts from it where there is no pretrained model (the quickstart, tests); with one, leave the warm start
+out. It is one process on any device.
 """
 
 from __future__ import annotations
@@ -28,15 +27,20 @@ from gvpo_ray.files import new_folder
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
 
 END = "<|endoftext|>"
+"""The token at the end of a sequence, also used as padding."""
 
 
 def warm_start(config: GVPOConfig) -> Path:
-    """Make the task's data and then model.path, as config.warm_start says; what is there stays. Returns
-    model.path.
+    """Make the task's data and then the model, as the config section `warm_start` says.
+
+    Data and model that exist already stay as they are.
+
+    Returns:
+        The model's folder, model.path.
 
     Raises:
-        ConfigError: no warm_start section, its data cannot be read, or model.path cannot be written: before
-            anything is trained.
+        ConfigError: there is no section `warm_start`, its data cannot be read, or model.path cannot be
+            written; raised before anything is trained.
     """
     if config.warm_start is None:
         raise ConfigError("warm_start: this config has no such section")
@@ -96,10 +100,10 @@ def warm_start(config: GVPOConfig) -> Path:
 
 @contextlib.contextmanager
 def libraries_write_to(path: Path) -> Iterator[None]:
-    """Send what transformers and DeepSpeed log meanwhile to a file, made by the first line, and show no
-    progress bars.
+    """Send what transformers and DeepSpeed log within this context to a file, and show no progress bars.
 
-    Saving a model imports DeepSpeed, whose logger prints from its import on: a filter is there before it.
+    The first line makes the file. Saving a model imports DeepSpeed, whose logger prints from its import on,
+    so the filter is set before that.
     """
     from transformers.utils import logging as of_transformers
 
@@ -127,14 +131,14 @@ def libraries_write_to(path: Path) -> Iterator[None]:
 
 
 def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
-    """(templated prompt, completion) of every worked problem.
+    """Return (templated prompt, completion) of every worked problem.
 
     Raises:
-        ConfigError: the data cannot be read, has no such solution in some row, or `remove` is no regular
+        ConfigError: the data cannot be read, a row lacks the solution, or `remove` is not a regular
             expression.
     """
     try:
-        remove = re.compile(section.remove or r"(?!)")  # without one: what matches nowhere
+        remove = re.compile(section.remove or r"(?!)")  # the default matches nowhere
     except re.error as error:
         raise ConfigError(
             f"warm_start.remove: {section.remove!r} is not a regular expression: {error}"
@@ -162,7 +166,7 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
                     f"{type(solution).__name__}, not text"
                 )
         parts = {"{solution}": remove.sub("", solution).strip(), "{answer}": row["answer"]}
-        # Split, not replaced one after the other: solutions have braces too.
+        # Split, not replaced one after the other, because solutions may contain braces.
         completion = "".join(
             parts.get(part, part) for part in re.split(r"(\{solution\}|\{answer\})", section.completion)
         )
@@ -171,7 +175,17 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """Byte-level BPE with single digits; end of sequence and padding are the same token."""
+    """Train a byte-level BPE tokenizer in which each digit is a token.
+
+    End of sequence and padding are the same token.
+
+    Args:
+        texts: what it is trained on.
+        vocab_size: the largest number of tokens.
+
+    Returns:
+        A `PreTrainedTokenizerFast`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -193,10 +207,18 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> Any:
-    """A randomly initialised Qwen2 model.
+    """Make a randomly initialised Qwen2 model.
+
+    Args:
+        vocab_size: the number of tokens.
+        tokenizer: has the end of sequence.
+        architecture: arguments of Qwen2Config.
+
+    Returns:
+        A `Qwen2ForCausalLM`.
 
     Raises:
-        ConfigError: an argument that Qwen2Config does not take, or values that do not fit together.
+        ConfigError: Qwen2Config does not take an argument, or the values do not fit together.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -214,7 +236,7 @@ def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> 
     try:
         model = Qwen2ForCausalLM(Qwen2Config(**arguments))
         with torch.no_grad():
-            model(input_ids=torch.tensor([[vocab_size - 1, 0]]))  # some misfits show only when it computes
+            model(input_ids=torch.tensor([[vocab_size - 1, 0]]))  # some errors show only in a forward pass
     except (ValueError, RuntimeError, LookupError, StrictDataclassError) as error:
         raise ConfigError(
             f"warm_start.architecture: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -223,8 +245,14 @@ def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> 
 
 
 def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) -> None:
-    """Supervised learning: raise the mean log-prob of the completions' tokens. AdamW, gradient norm clipped
-    at 1.
+    """Train the model by supervised learning, which raises the mean log-prob of the completions' tokens.
+
+    The optimizer is AdamW, with the gradient's norm clipped at 1, 5 % warm-up and linear decay to 5 %.
+
+    Args:
+        model: a causal language model, trained in place.
+        rows: each with `prompt_ids` and one completion in `completion_ids`.
+        section: the config section `warm_start`.
     """
     module = CompletionLogprobs(model.train())
     optimizer = torch.optim.AdamW(
@@ -257,12 +285,17 @@ def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) ->
 
 
 POOL, LIKE = 16, 64
-"""Batches that are cut together, and tokens within which lengths count as alike."""
+"""So many batches are sorted by length together, in which lengths within LIKE tokens count as equal."""
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Indices of a batch, without end: a new order each epoch, in which rows of like length share a batch
-    (half the padding).
+    """Yield the indices of batches without end, each of rows of similar length, which halves the padding.
+
+    The order is new in each epoch.
+
+    Args:
+        lengths: each row's number of tokens.
+        size: rows of a batch.
     """
     order: list[int] = []
     while True:

@@ -1,7 +1,7 @@
-"""The learner group: Ray Train workers, what they run, and the buffer as they see it.
+"""The learner group runs the learner's loop in Ray Train workers.
 
-A worker that dies, or its node, costs the steps since the last checkpoint: Ray Train starts the group again,
-which takes those steps' batches from the log once more and ends in the same weights.
+The death of a worker or of its node costs the steps since the last checkpoint: Ray Train restarts the group,
+which takes those steps' batches from the log again and ends in the same weights.
 """
 
 from __future__ import annotations
@@ -30,18 +30,23 @@ from gvpo_ray.files import lock
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 
 WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
-"""Errors of code or data: they would come again. What else a worker raises may be another one's death seen
-from here."""
+"""Errors of code or data, which would come again after a restart.
+
+Any other error of a worker may be a consequence of another worker's death.
+"""
 
 
 class LearnerGroup:
-    """The Ray Train workers, run from a thread: TorchTrainer.fit blocks until the buffer tells the learner to
-    stop.
+    """A LearnerGroup runs the Ray Train workers from a thread.
+
+    TorchTrainer.fit blocks that thread until the buffer tells the learner to stop.
 
     Args:
-        buffer: the buffer's actor.
-        engines: handles, where the weights' transport needs them (nccl).
-        last_step: after which there is nothing left to train.
+        config: the run's.
+        run_dir: the run directory.
+        buffer: the handle of the buffer's actor.
+        engines: handles of the engines, where the transport of weights needs them (`nccl`).
+        last_step: the step after which nothing is left to train.
     """
 
     def __init__(
@@ -51,12 +56,12 @@ class LearnerGroup:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         learner = config.learner
-        for left in run_dir.glob(".ray_train_*"):  # of a driver that was killed
+        for left in run_dir.glob(".ray_train_*"):  # left by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         if cluster_address(config.ray) or config.ray.dashboard:
-            # the dashboard then shows the run and what its workers do
+            # With this the dashboard shows the run and what its workers do.
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-        # Ray Train's own notes, where every node can write
+        # Ray Train's own files, in a folder that every node can write to
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._trainer = TorchTrainer(
             train_loop,
@@ -79,7 +84,7 @@ class LearnerGroup:
                 name=run_dir.name,
                 storage_path=self._scratch,
                 failure_config=FailureConfig(max_failures=learner.max_restarts),
-                callbacks=[_Deaths(buffer)],
+                callbacks=[_ReportFailures(buffer)],
             ),
         )
         self._buffer, self._num_left = buffer, learner.max_restarts
@@ -87,13 +92,15 @@ class LearnerGroup:
         self.ended: Future[None] = Future()
 
     def start(self) -> None:
+        """Start the workers; `ended` gets their end, or the error that they end with."""
+
         def fit() -> None:
             while True:
                 try:
                     self._trainer.fit()
                     self.ended.set_result(None)
                     return
-                except RayActorError as error:  # of Ray Train's own controller
+                except RayActorError as error:  # Ray Train's controller has died
                     self._num_left -= 1
                     if self._num_left < 0:
                         self.ended.set_exception(error)
@@ -108,11 +115,11 @@ class LearnerGroup:
         self._thread.start()
 
     def has_places(self) -> bool:
-        """Whether all of the workers have their place in the cluster: they get them together."""
+        """Return whether the workers have resources in the cluster, which they get all at once."""
         return any(group["state"] == "CREATED" for _, group in _placement_groups())
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the workers to end; False when they did not in time."""
+        """Wait up to `timeout_s` seconds for the workers to end; return whether they have."""
         if self._thread is not None:
             self._thread.join(timeout_s)
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -120,8 +127,9 @@ class LearnerGroup:
 
 
 def _remove_placement_groups() -> None:
-    """Of this job: a dead controller's, and with it the workers in it. Ray Train's own cleaner needs the
-    dashboard to see that it is dead.
+    """Remove this job's placement groups, and with them the workers of a controller that has died.
+
+    Ray Train's own cleaner would need the dashboard to notice its death.
     """
     for number, group in _placement_groups():
         if group["state"] != "REMOVED":
@@ -129,37 +137,41 @@ def _remove_placement_groups() -> None:
 
 
 def _placement_groups() -> list[tuple[str, dict[str, Any]]]:
-    """Of this job: the learner's alone."""
+    """Return id and description of this job's placement groups; only the learner makes any."""
     job = ray.get_runtime_context().get_job_id()
     return [
         (number, group) for number, group in ray.util.placement_group_table().items() if number.endswith(job)
     ]
 
 
-class _Deaths(UserCallback):  # type: ignore[misc]
-    """Runs in Ray Train's controller: tells the buffer why the workers are started again."""
+class _ReportFailures(UserCallback):  # type: ignore[misc]
+    """This callback runs in Ray Train's controller and tells the buffer why the workers are restarted."""
 
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        # Who lost a connection says less than who died.
+        """Report the error of a worker that has died, rather than that of one that lost its connection."""
         died = [error for error in worker_exceptions.values() if isinstance(innermost(error), RayActorError)]
         self._buffer.learner_failed.remote(cause_of((died or list(worker_exceptions.values()))[0]))
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on each learner worker."""
-    # Here and in _train: the driver and Ray Train's controller, which read this file, need not wait for the
-    # learner's libraries.
+    """Run the learner's loop on this worker; Ray Train calls this.
+
+    Args:
+        settings: `train_loop_config` of LearnerGroup.
+    """
+    # Imported here and in _train, so that the driver and Ray Train's controller, which import this file, need
+    # not wait for the learner's libraries.
     from gvpo_ray.learner.step import NonFiniteGradient
 
     buffer = LearnerBufferClient(settings["buffer"])
     try:
-        with _alone(Path(settings["run_dir"])):
+        with _sole_writer(Path(settings["run_dir"])):
             _train(settings, buffer)
     except (NonFiniteGradient, *WRONG) as error:
-        buffer.close(cause_of(error))  # and no restart will find anything to do
+        buffer.close(cause_of(error))  # after that a restarted group has nothing to do
         raise
 
 
@@ -178,7 +190,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     torch.manual_seed(config.seed)
     rank = ray.train.get_context().get_world_rank()
     newest = [latest_checkpoint(settings["run_dir"])]
-    # rank 0 may have waited for the last checkpoint of a group that was going down
+    # The other ranks may have looked before a group that was ending wrote its last checkpoint.
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(newest, src=0)
     (checkpoint,) = newest
@@ -203,8 +215,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
             call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address)
         )
     else:
-        # Engines merge an adapter into the model from what the checkpoint's merge starts from too: float32,
-        # and it is small.
+        # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
     learn(
@@ -227,9 +238,10 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
 
 
 @contextlib.contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """One learner group at a time writes checkpoints: that of a driver that was killed may still be going
-    down.
+def _sole_writer(run_dir: Path) -> Iterator[None]:
+    """Wait on rank 0 until no other learner group writes checkpoints, and keep others waiting.
+
+    The group of a driver that was killed may still be ending.
     """
     import ray.train
 

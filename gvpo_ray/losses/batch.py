@@ -1,7 +1,7 @@
-"""What an objective is given, and what it gives back: the seam between the learner and losses/.
+"""The learner hands an objective a LossBatch, and the objective returns a Computed.
 
 An objective is a function `objective(batch: LossBatch, options) -> Computed` in a file of its own, a class of
-options in config/loss.py and a line in registry.py. The learner knows none of them by name.
+options in config/loss.py and a line in registry.py. The learner does not know the objectives by name.
 """
 
 from __future__ import annotations
@@ -13,43 +13,45 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossBatch:
-    """The whole groups of one forward pass: T completion tokens, N completions.
+    """A LossBatch holds the whole groups of one forward pass: T completion tokens in N completions.
 
-    What the options say is not needed of sampler or reference (config/loss.py, `needs`) is None.
+    Log-probs that the options do not need (`sampler_need`, `reference_need` in config/loss.py) are None.
     """
 
     logprobs: Tensor
-    """[T] log pi(y_t|x, y_<t), float32 or float64, carries the gradient."""
+    """[T] log pi(y_t|x, y_<t), float32 or float64; this tensor carries the gradient."""
     completion_ids: Tensor
-    """[T] which completion, 0..N-1, each token belongs to."""
+    """[T] The completion, 0..N-1, that each token belongs to."""
     logprob_sums: Tensor
-    """[N] log pi(y_i|x), float64, carries the gradient."""
+    """[N] log pi(y_i|x), the sums of `logprobs` over each completion; float64, with gradient."""
     sampler_logprobs: Tensor | None
-    """[T] of the policy that sampled, float64."""
+    """[T] Token log-probs by the policy that sampled the completions, float64."""
     sampler_sums: Tensor | None
-    """[N] its sums."""
+    """[N] The sums of `sampler_logprobs` over each completion, float64."""
     reference_logprobs: Tensor | None
-    """[T] of the reference policy, float64; None also where it is asked for sums alone."""
+    """[T] Token log-probs by the reference policy, float64; also None where only its sums are needed."""
     reference_sums: Tensor
-    """[N] its sums."""
+    """[N] log pi_ref(y_i|x), float64."""
     rewards: Tensor
-    """[N] float64."""
+    """[N] R(x, y_i), float64."""
     group_ids: Tensor
-    """[N] integers, equal for the completions of one prompt."""
+    """[N] Integers, equal for the completions of one prompt."""
     beta: float
-    """Reward units per nat, of this step."""
+    """The beta of this step, in reward units per nat."""
     num_groups: float
-    """|D|, the groups of the whole update."""
+    """|D|, the number of groups with at least two completions in the whole update, on all ranks."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """The loss of a pass and its statistics."""
+    """A Computed holds the loss of one forward pass and its statistics."""
 
     loss: Tensor
     """A float64 scalar: this pass's share of the update's loss, so that passes and ranks add up."""
     sums: dict[str, Tensor]
-    """For `diagnostics.finish`: those of `diagnostics.gvpo_sums`, and what else is reported of an objective;
-    float64 scalars without gradient, with the same keys in the same order in every call."""
+    """The sums of `diagnostics.gvpo_sums` and those that an objective adds, for `diagnostics.finish`.
+
+    They are float64 scalars without gradient, with the same keys in the same order in every call.
+    """
     residuals: Tensor
     """[N] (R_i - mean R) - beta (D_i - mean D), float64 without gradient."""

@@ -1,6 +1,6 @@
-"""The statistics of the GVPO loss: sums over completions, and the metrics that they become.
+"""The statistics of a loss are sums over completions, from which the metrics of a step are computed.
 
-Sums have the same keys in the same order in every call and do not depend on the number of groups in the
+The sums have the same keys in the same order in every call and do not depend on the number of groups in the
 update, so they are added up over micro-batches, ranks and updates.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gvpo_ray.losses.within_groups import deviations, partition
 
 RESIDUAL_EDGES = (-2.0, -1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0, 2.0)
-"""Between the bins of gvpo/residual_histogram, in reward units; the first and the last bin are open."""
+"""The edges between the bins of gvpo/residual_histogram, in reward units; the outer two bins are open."""
 
 
 def gvpo_sums(
@@ -28,14 +28,21 @@ def gvpo_sums(
     weights: Tensor | None = None,
     likelihood_floor: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over the completions of some whole groups, float64 scalars without gradient, for `finish`.
+    """Return the statistics of some whole groups as sums over their completions, for `finish`.
 
     Args:
-        logprobs, reference_logprobs, rewards, group_ids, beta: as `gvpo_loss` has them.
+        logprobs: [N] log pi(y_i|x).
+        reference_logprobs: [N] log pi_ref(y_i|x).
+        rewards: [N].
+        group_ids: [N] integers, equal for the completions of one prompt.
+        beta: reward units per nat.
         residuals: [N] (R_i - mean R) - beta (D_i - mean D).
         value: the loss times the number of groups.
-        weights: [N] s_i, with mean 1 in each group, of `stale_data.importance_weights`; default: 1.
-        likelihood_floor: [N] k of each completion's group, of `stale_data.likelihood_floor`; default: 1.
+        weights: [N] s_i with mean 1 in each group, from `stale_data.importance_weights`; default: 1.
+        likelihood_floor: [N] k of each completion's group, from `stale_data.likelihood_floor`; default: 1.
+
+    Returns:
+        Float64 scalars without gradient.
     """
     index, counts = partition(group_ids)
     sizes = counts[index]
@@ -77,7 +84,13 @@ def gvpo_sums(
 
 
 def residual_sums_by_bucket(residuals: Tensor, buckets: Sequence[int], num_buckets: int) -> dict[str, Tensor]:
-    """Squared residuals and completions by bucket, added up; `buckets` has one index per completion."""
+    """Return the sum of squared residuals and the number of completions in each bucket.
+
+    Args:
+        residuals: [N] float64.
+        buckets: the index, 0..num_buckets-1, of each completion's bucket.
+        num_buckets: how many buckets there are; an empty one gets sums of 0.
+    """
     index = torch.tensor(buckets, dtype=torch.long, device=residuals.device)
     squares = residuals.new_zeros(num_buckets).index_add(0, index, residuals.square())
     counts = torch.bincount(index, minlength=num_buckets).double()
@@ -88,45 +101,53 @@ def residual_sums_by_bucket(residuals: Tensor, buckets: Sequence[int], num_bucke
 
 
 def finish_buckets(sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """gvpo/residual_var/<name>: the mean squared residual of a bucket's completions, each counted once.
+    """Return gvpo/residual_var/<name>, the mean squared residual of each bucket's completions, unweighted.
 
     A bucket without completions has no entry.
+
+    Args:
+        sums: the sums of `residual_sums_by_bucket`, added up over passes and ranks.
+        names: the name of each bucket.
     """
     found = {name: (sums[f"bucket_square_{i}"], sums[f"bucket_count_{i}"]) for i, name in enumerate(names)}
     return {f"gvpo/residual_var/{name}": square / count for name, (square, count) in found.items() if count}
 
 
 def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Metric values from the (added up) sums of `gvpo_sums`, and of the losses that add to them.
+    """Return the metrics of a step from its sums, added up over passes, ranks and updates.
+
+    D is log pi - log pi_ref, and Var, Cov and the term_ rows are within a group, then the mean over groups.
 
     loss                     mean over groups; for gvpo half of gvpo/residual_var
-    gvpo/residual_var        Var(beta D - R) within the group, of weight s here and below: what the implicit
-                             reward does not explain yet
+    gvpo/residual_var        Var(beta D - R), here and below with completions weighted by s: the part of the
+                             rewards that the implicit reward beta D does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
     gvpo/implicit_reward_var Var(beta D)
-    gvpo/reward_correlation  of beta D with R, from the pooled variances; 0.0 where one of them is 0
-    gvpo/term_reward         1/(m-1) sum_i (R_i - mean R) log pi(y_i|x), mean over groups: the group-relative
-                             reward term, nats times reward.
+    gvpo/reward_correlation  correlation of beta D with R, from the pooled variances; 0.0 where one of them
+                             is 0
+    gvpo/term_reward         1/(m-1) sum_i (R_i - mean R) log pi(y_i|x): the group-relative reward term, in
+                             nats times reward
     gvpo/term_reference      beta Cov(log pi, log pi_ref): pulls the policy's order of the completions towards
                              the reference's
-    gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. -beta times the
-                             three's sum has the loss's gradient.
-    gvpo/residual_histogram/EDGE    share of the residuals from the edge before to this one (RESIDUAL_EDGES,
-                                    then inf)
-    gvpo/effective_share     of the completions that count: (sum s)^2 / (m sum s^2), mean over groups; 1 where
-                             all count alike
-    gvpo/kept                k, mean over groups: below 1, what is right has got less likely than it was when
-                             it was sampled
+    gvpo/term_variance       -beta/2 Var(log pi): holds the completions' log-probs together. The sum of the
+                             three terms, times -beta, has the loss's gradient.
+    gvpo/residual_histogram/EDGE    share of the residuals between the previous edge and this one
+                                    (RESIDUAL_EDGES, then inf)
+    gvpo/effective_share     effective sample size as a share of m: (sum s)^2 / (m sum s^2), mean over groups;
+                             1 where all weights are equal
+    gvpo/kept                the likelihood floor k, mean over groups: below 1, the better completions have
+                             become less likely than when they were sampled
     gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|:
-                             near 0 beta binds nothing
+                             near 0 the KL term is hardly active
     policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on
                              completions that pi_ref sampled, as those of the default `behaviour` reference
                              are. Single batches may be below 0. On completions that pi itself sampled (an
                              older reference) it estimates -KL(pi || pi_ref).
     policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
-    policy/clipped           share of the tokens whose gradient clipping has set to zero; of losses over
-                             tokens alone
-    gvpo/num_groups, gvpo/num_singletons    trained on, and of size one (no signal)
+    policy/clipped           share of the tokens whose gradient is zero because of clipping; only for the
+                             objectives over tokens
+    gvpo/num_groups          groups that were trained on
+    gvpo/num_singletons      groups with one completion, which give no signal
     """
     s = {name: float(value) for name, value in sums.items()}
     groups, completions = max(s["num_groups"], 1.0), max(s["num_completions"], 1.0)

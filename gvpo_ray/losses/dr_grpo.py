@@ -1,4 +1,4 @@
-"""Dr. GRPO: GRPO done right (arXiv 2503.20783). The objective on one page.
+"""Dr. GRPO is GRPO without its length and difficulty biases (arXiv 2503.20783): the objective on one page.
 
 A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = pi(y_t|x, y_<t) / pi_old(y_t|x,
 y_<t) for each token,
@@ -7,12 +7,12 @@ y_<t) for each token,
                                           - kl_coefficient k3 }
     A_i  = R_i - mean R    within the group
 
-It is GRPO without two biases: without 1/|y_i|, long wrong answers are no longer punished less than short
+Two of GRPO's biases are gone: without 1/|y_i|, long wrong answers are no longer punished less than short
 ones; without 1/std R, prompts on which nearly all answers are right or wrong no longer weigh more. The paper
-trains with kl_coefficient = 0; k3 is that of GRPO. At pi = pi_old the gradient is (m - 1)/m times RLOO's,
-whose baseline leaves y_i out: m/(m - 1) (R_i - mean R) = R_i - mean_{j != i} R_j.
+trains with kl_coefficient = 0; k3 is defined as in GRPO (losses/grpo.py). At pi = pi_old the gradient is
+(m - 1)/m times RLOO's, whose baseline leaves y_i out: m/(m - 1) (R_i - mean R) = R_i - mean_{j != i} R_j.
 
-Arguments and what is returned: gvpo_ray/losses/token_losses.py.
+The arguments and the result are described in gvpo_ray/losses/token_losses.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def dr_grpo_loss(
     clip_high: float = 0.2,
     kl_coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss above; autograd differentiates it as it stands."""
+    """Return the loss of this module's docstring, which autograd differentiates as it stands.
+
+    The arguments and the result are described in losses/token_losses.py.
+    """
     batch = Batch.of(
         logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
     )
@@ -46,7 +49,7 @@ def dr_grpo_loss(
 
 
 def objective(batch: LossBatch, options: DrGrpoLoss) -> Computed:
-    """The objective as the learner calls it."""
+    """Compute Dr. GRPO on one forward pass; this is the entry in losses/registry.py."""
     return computed(
         dr_grpo_loss,
         batch,

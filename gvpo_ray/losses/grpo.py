@@ -1,4 +1,4 @@
-"""GRPO: Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300). The objective on one page.
+"""GRPO is Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300): the objective on one page.
 
 A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With r = pi(y_t|x, y_<t) / pi_old(y_t|x,
 y_<t) for each token,
@@ -8,11 +8,11 @@ y_<t) for each token,
     k3   = pi_ref/pi - log(pi_ref/pi) - 1  for each token, differentiated as it stands                 (eq. 4)
     A_i  = (R_i - mean R) / std R          within the group, the same for every token of y_i
 
-The paper clips alike on both sides (clip_low = clip_high), and does not say which std: here it is the sample
-one, with m - 1, as in the common implementations. Those add 1e-6 to 1e-4 to it; here nothing is added, and
-A_i = 0 where all rewards of the group are equal.
+The paper clips symmetrically (clip_low = clip_high) and does not say which standard deviation std is. Here it
+is the sample standard deviation, with m - 1, as in the common implementations. Those add 1e-6 to 1e-4 to it;
+here nothing is added, and A_i = 0 where all rewards of the group are equal.
 
-Arguments and what is returned: gvpo_ray/losses/token_losses.py.
+The arguments and the result are described in gvpo_ray/losses/token_losses.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def grpo_loss(
     clip_high: float = 0.2,
     kl_coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of eq. 3, negated to be minimized; autograd differentiates it as it stands."""
+    """Return the paper's eq. 3, negated to be minimized; autograd differentiates it as it stands.
+
+    The arguments and the result are described in losses/token_losses.py.
+    """
     batch = Batch.of(
         logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
     )
@@ -47,7 +50,7 @@ def grpo_loss(
 
 
 def grpo_advantages(batch: Batch) -> Tensor:
-    """[N] (R_i - mean R) / std R."""
+    """Return the advantages (R_i - mean R) / std R, [N]; 0 where all rewards of the group are equal."""
     centred = batch.centred_rewards()
     squares = torch.zeros_like(batch.counts, dtype=centred.dtype).index_add(0, batch.index, centred.square())
     std = (squares / (batch.counts - 1).clamp(min=1)).sqrt()[batch.index]
@@ -55,7 +58,7 @@ def grpo_advantages(batch: Batch) -> Tensor:
 
 
 def objective(batch: LossBatch, options: GrpoLoss) -> Computed:
-    """The objective as the learner calls it."""
+    """Compute GRPO on one forward pass; this is the entry in losses/registry.py."""
     return computed(
         grpo_loss,
         batch,

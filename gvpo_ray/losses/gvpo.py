@@ -1,4 +1,4 @@
-"""GVPO: Group Variance Policy Optimization (arXiv 2504.19599). The objective on one page.
+"""GVPO is Group Variance Policy Optimization (arXiv 2504.19599): the objective on one page.
 
 A prompt x has m completions y_i with rewards R_i. With D_i = log pi(y_i|x) - log pi_ref(y_i|x), summed over
 the tokens of y_i:
@@ -12,12 +12,13 @@ sum_i w_i = 0:
     grad loss = -beta/|D| sum_x 1/(m_x - 1) sum_i w_i grad log pi(y_i|x)                         weighted form
 
 The unique minimum is pi(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) for every sampler that covers the support
-of pi_ref (Theorem 3.1, Corollary 3.2) and for every m >= 2, also mixed (Corollary 3.5); 1/(m - 1) keeps the
-estimator unbiased (Theorem 3.4). |D| is the number of groups in the whole update, so micro-batches and ranks
-only add up. Our own rules for old data are in losses/stale_data.py.
+of pi_ref (Theorem 3.1, Corollary 3.2) and for every m >= 2, which may vary by prompt (Corollary 3.5);
+1/(m - 1) keeps the estimator unbiased (Theorem 3.4). |D| is the number of groups in the whole update, so the
+shares of micro-batches and ranks only add up. Corrections for stale data, which are not the paper's, are in
+losses/stale_data.py.
 
 Below, N is the number of completions. Groups have any size, and their completions lie in any order. Sums are
-in float64: sequence log-probabilities are hundreds of nats, and it is their differences that count.
+in float64, because sequence log-probs are hundreds of nats and only their differences matter.
 """
 
 from __future__ import annotations
@@ -37,16 +38,18 @@ def gvpo_loss(
     beta: float,
     num_groups: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GVPO's loss has the value of the squared form and the gradient of the weighted form, which are one.
+    """Return GVPO's loss: its value is the squared form's, its gradient is computed by the weighted form.
+
+    Both forms have the same gradient.
 
     Args:
         logprobs: [N] log pi(y_i|x), float32 or float64; the gradient comes back in this dtype.
         reference_logprobs: [N] log pi_ref(y_i|x); takes no gradient.
         rewards: [N].
-        group_ids: [N] integers, equal for the completions of one prompt; nothing else is read from them.
+        group_ids: [N] integers, equal for the completions of one prompt; only their equality matters.
         beta: reward units per nat.
         num_groups: |D|, the groups with m >= 2 in the whole update; default: those in this call. A group of
-            one counts for nothing.
+            one adds nothing to the loss.
 
     Returns:
         The loss, a float64 scalar, and the sums of `diagnostics.gvpo_sums`.
@@ -66,7 +69,9 @@ def gvpo_loss(
 def residuals(
     logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float
 ) -> Tensor:
-    """The residuals w_i = (R_i - mean R) - beta (D_i - mean D) say what the policy does not explain yet.
+    """Return the residuals w_i = (R_i - mean R) - beta (D_i - mean D); all are 0 at GVPO's optimum.
+
+    The arguments are those of `gvpo_loss`.
 
     Returns:
         [N] float64 without gradient, in reward units; they sum to 0 in each group.
@@ -81,7 +86,15 @@ def residuals(
 def with_gradient(
     value: Tensor, factor: float, gradient_weights: Tensor, logprobs: Tensor, denominator: Tensor | float
 ) -> Tensor:
-    """A loss of `value / denominator` whose gradient is `factor * gradient_weights / denominator`."""
+    """Return value / denominator as a scalar with a gradient that is given, not that of its computation.
+
+    Args:
+        value: a scalar without gradient.
+        factor: multiplies all of `gradient_weights`.
+        gradient_weights: [N]; d result / d logprobs is `factor * gradient_weights / denominator`.
+        logprobs: [N] the tensor that the gradient is of.
+        denominator: |D|.
+    """
     surrogate = factor * (gradient_weights * logprobs.double()).sum() / denominator
     # the bracket is exactly 0 and carries the gradient
     return value / denominator + (surrogate - surrogate.detach())
@@ -95,7 +108,10 @@ def gvpo_loss_squared(
     beta: float,
     num_groups: float | None = None,
 ) -> Tensor:
-    """The squared form, one group after the other, is differentiated through everything: the definition."""
+    """Return GVPO's loss by its definition, one group after the other, differentiated by autograd.
+
+    It is slow and checks nothing; tests compare `gvpo_loss` with it. The arguments are those of `gvpo_loss`.
+    """
     terms = []
     for group in sorted(set(group_ids.tolist())):
         member = group_ids == group
@@ -112,7 +128,15 @@ def gvpo_loss_squared(
 
 
 def number_of_groups(counts: Tensor, num_groups: float | None) -> Tensor | float:
-    """|D|: as it is given, or the groups with m >= 2 of these sizes."""
+    """Return |D|: num_groups where it is given, else the number of groups with m >= 2, at least 1.
+
+    Args:
+        counts: [G] the groups' sizes m.
+        num_groups: |D| of the whole update.
+
+    Raises:
+        ValueError: num_groups is not positive.
+    """
     if num_groups is None:
         return (counts >= 2).sum().double().clamp(min=1)
     if not num_groups > 0:
@@ -123,7 +147,11 @@ def number_of_groups(counts: Tensor, num_groups: float | None) -> Tensor | float
 def check_arguments(
     logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float
 ) -> None:
-    """Raises ValueError where the shapes differ, which would broadcast, or beta is not positive."""
+    """Check the arguments of `gvpo_loss`.
+
+    Raises:
+        ValueError: the shapes differ, which would broadcast, or beta is not positive.
+    """
     tensors = (logprobs, reference_logprobs, rewards, group_ids)
     if logprobs.ndim != 1 or any(tensor.shape != logprobs.shape for tensor in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]

@@ -1,4 +1,7 @@
-"""The objectives by their names in the config. A new one is a file, a class in config/loss.py and a line."""
+"""The registry lists the objectives by their names in the config.
+
+A new objective is a file of its own, a class of options in config/loss.py and a line here.
+"""
 
 from __future__ import annotations
 
@@ -15,4 +18,4 @@ OBJECTIVES: dict[str, Callable[[LossBatch, Any], Computed]] = {
     "rloo": rloo.objective,
     "reinforce": reinforce.objective,
 }
-"""By `loss.objective`; the second argument is the options of the class of that name (config/loss.py)."""
+"""The objective of each `loss.objective`; its second argument is that objective's class in config/loss.py."""

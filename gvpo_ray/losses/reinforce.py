@@ -1,4 +1,4 @@
-"""REINFORCE (Williams, Machine Learning 8, 1992). The objective on one page.
+"""REINFORCE is the plain policy gradient (Williams, Machine Learning 8, 1992): the objective on one page.
 
 A prompt x has m completions y_i with rewards R_i. With log pi(y_i|x) summed over the tokens of y_i and a
 constant baseline b,
@@ -9,9 +9,10 @@ constant baseline b,
 The loss is the surrogate -1/|D| sum_x 1/m sum_i (R'_i - b) log pi(y_i|x), which has this gradient; its value
 has no meaning of its own. The completions of a prompt are not compared with each other. Groups of one are
 left out all the same, so that every objective trains on the same completions and |D| means the same. The
-baseline changes only the noise where pi itself samples, and the result where it does not.
+baseline changes only the noise of the gradient where pi itself samples; where it does not, the baseline
+changes the result too.
 
-Arguments and what is returned: gvpo_ray/losses/token_losses.py. old_logprobs is not used.
+The arguments and the result are described in gvpo_ray/losses/token_losses.py; old_logprobs is not used.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def reinforce_loss(
     kl_coefficient: float = 0.0,
     baseline: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The surrogate above."""
+    """Return the surrogate loss of this module's docstring.
+
+    The arguments and the result are described in losses/token_losses.py.
+    """
     batch = Batch.of(
         logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
     )
@@ -44,7 +48,7 @@ def reinforce_loss(
 
 
 def objective(batch: LossBatch, options: ReinforceLoss) -> Computed:
-    """The objective as the learner calls it."""
+    """Compute REINFORCE on one forward pass; this is the entry in losses/registry.py."""
     return computed(
         reinforce_loss,
         batch,

@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE Leave-One-Out (arXiv 2402.14740). The objective on one page.
+"""RLOO is REINFORCE with a leave-one-out baseline (arXiv 2402.14740): the objective on one page.
 
 A prompt x has m completions y_i with rewards R_i. With log pi(y_i|x) summed over the tokens of y_i,
 
@@ -7,12 +7,12 @@ A prompt x has m completions y_i with rewards R_i. With log pi(y_i|x) summed ove
     R'_i = R_i - kl_coefficient [ log pi(y_i|x) - log pi_ref(y_i|x) ]   the paper's reward, not differentiated
 
 The loss is the surrogate -1/|D| sum_x 1/m sum_i A_i log pi(y_i|x), which has this gradient; its value has no
-meaning of its own. No ratio and no clipping: a whole completion is one action. The paper samples from pi
-itself. Here pi is the policy being trained, also in R'; implementations that fix R' when sampling differ once
-pi has moved on. With R' as here, A_i = m/(m - 1) w_i with GVPO's w_i at beta = kl_coefficient, and the
-gradient is GVPO's divided by beta: two ways to the same update, and the same optimum.
+meaning of its own. There is no ratio and no clipping: a whole completion is one action. The paper samples
+from pi itself. Here pi is the policy being trained, also in R'; implementations that fix R' when sampling
+differ once pi has moved on. With R' as here, A_i = m/(m - 1) w_i with GVPO's w_i at beta = kl_coefficient,
+and the gradient is GVPO's divided by beta: both make the same update and have the same optimum.
 
-Arguments and what is returned: gvpo_ray/losses/token_losses.py. old_logprobs is not used.
+The arguments and the result are described in gvpo_ray/losses/token_losses.py; old_logprobs is not used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def rloo_loss(
     *,
     kl_coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The surrogate above."""
+    """Return the surrogate loss of this module's docstring.
+
+    The arguments and the result are described in losses/token_losses.py.
+    """
     batch = Batch.of(
         logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
     )
@@ -47,7 +50,7 @@ def rloo_loss(
 
 
 def objective(batch: LossBatch, options: RlooLoss) -> Computed:
-    """The objective as the learner calls it."""
+    """Compute RLOO on one forward pass; this is the entry in losses/registry.py."""
     return computed(
         rloo_loss,
         batch,

@@ -1,5 +1,6 @@
-"""Rules for old data, which are ours and not the paper's: importance weights, the likelihood floor, damping
-of the step and adaptive beta.
+"""GVPO on stale data gets four corrections that are not the paper's.
+
+They are importance weights, the likelihood floor, damping of the step, and adaptive beta.
 
 GVPO's optimum is the same for every sampler, so we may choose one afterwards: weighting completion i of the
 sampler mu by s_i > 0 is the same as having sampled from mu s. With means of weight s,
@@ -7,16 +8,17 @@ sampler mu by s_i > 0 is the same as having sampled from mu s. With means of wei
     loss = 1/|D| sum_x 1/(m_x - 1) sum_i s_i 1/2 [ beta (D_i - mean_s D) - (R_i - mean_s R) ]^2     importance
 
 has the minimum of the paper's loss, and the gradient -beta s_i w_i / ((m - 1) |D|). With s = min(1, pi/mu) a
-completion that the policy would not write any more counts less; s = 1 is the paper.
+completion that the policy would hardly sample any more counts less; s = 1 is the paper.
 
-The loss sees differences within a group alone: that all of a group gets less likely, and what nobody sampled
-more, costs nothing. But D = (R - beta log Z) / beta at the minimum, and log Z <= max R / beta: what is best
-does not get less likely. So the likelihood floor k = min(1, max pi/mu of the completions better than their
-group's mean) multiplies the gradients that push completions of the group down (w_i < 0): where what is right
-has got less likely, more goes up than down, until it is back. Where residuals vanish nothing pushes, so the
-minimum stays; where k = 1, as in groups of equal rewards, the gradient is the loss's. Bias: k sees the
-rewards, so where residuals cannot vanish (a completion's reward is noisy, or no weights of the model give the
-minimum) and k < 1, completions gain whose residuals vary most.
+The loss depends only on differences within a group. So it costs nothing if all completions of a group become
+less likely, and unsampled ones more likely. But D = (R - beta log Z) / beta at the minimum, and
+log Z <= max R / beta: the best completions do not become less likely. Therefore the likelihood floor
+k = min(1, max pi/mu of the completions better than their group's mean) multiplies the gradients that push
+completions of the group down (w_i < 0): where the better completions have become less likely, the upward
+gradients outweigh the downward ones until their likelihood is back. Where residuals vanish there is no
+gradient, so the minimum stays; where k = 1, as in groups of equal rewards, the gradient is the loss's. Bias:
+k depends on the rewards, so where residuals cannot vanish (a completion's reward is noisy, or no weights of
+the model give the minimum) and k < 1, the completions whose residuals vary most gain.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ from gvpo_ray.losses.within_groups import deviations, partition
 
 
 def objective(batch: LossBatch, options: GvpoLoss) -> Computed:
-    """GVPO as the learner calls it: the paper's loss, or ours with `importance_cap`."""
+    """Compute GVPO on one forward pass; this is the entry in losses/registry.py.
+
+    It is the paper's loss, or with `importance_cap` the loss with importance weights and likelihood floor.
+    """
     given = (batch.logprob_sums, batch.reference_sums, batch.rewards, batch.group_ids, batch.beta)
     if options.importance_cap is None or batch.sampler_sums is None:
         return Computed(*gvpo_loss(*given, batch.num_groups), residuals(*given))
@@ -56,15 +61,24 @@ def stale_gvpo_loss(
     likelihood_floor: Tensor | None = None,
     num_groups: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GVPO's loss with weighted completions; with weights of 1 and no floor it is `gvpo_loss`.
+    """Return GVPO's loss with weighted completions; with weights of 1 and no floor it is `gvpo_loss`.
 
     Args:
-        logprobs, reference_logprobs, rewards, group_ids, beta, num_groups: as `gvpo_loss` has them.
-        weights: [N] s_i > 0 with mean 1 in each group, as `importance_weights` gives them.
-        likelihood_floor: [N] k of the group that completion i belongs to, as the function of that name gives
-            it: multiplies the gradient where w_i < 0. Default: 1.
+        logprobs: [N] log pi(y_i|x), float32 or float64; the gradient comes back in this dtype.
+        reference_logprobs: [N] log pi_ref(y_i|x); takes no gradient.
+        rewards: [N].
+        group_ids: [N] integers, equal for the completions of one prompt.
+        beta: reward units per nat.
+        weights: [N] s_i > 0 with mean 1 in each group, from `importance_weights`.
+        likelihood_floor: [N] k of the group that completion i belongs to, from the function of that name; it
+            multiplies the gradient where w_i < 0. Default: 1.
+        num_groups: |D|, the groups with m >= 2 in the whole update; default: those in this call.
 
-    Returns and raises: as `gvpo_loss`.
+    Returns:
+        The loss, a float64 scalar, and the sums of `diagnostics.gvpo_sums`.
+
+    Raises:
+        ValueError: the shapes differ, or beta or num_groups is not positive.
     """
     weights = weights.detach().double()
     w = weighted_residuals(logprobs, reference_logprobs, rewards, group_ids, beta, weights)
@@ -87,7 +101,9 @@ def weighted_residuals(
     beta: float,
     weights: Tensor,
 ) -> Tensor:
-    """The residuals w_i = (R_i - mean_s R) - beta (D_i - mean_s D), with means of weight s.
+    """Return the residuals w_i = (R_i - mean_s R) - beta (D_i - mean_s D), where mean_s is weighted by s.
+
+    The arguments are those of `stale_gvpo_loss`.
 
     Returns:
         [N] float64 without gradient; sum_i s_i w_i = 0 in each group.
@@ -102,11 +118,12 @@ def weighted_residuals(
 def importance_weights(
     logprobs: Tensor, sampling_logprobs: Tensor, group_ids: Tensor, cap: float = 1.0
 ) -> Tensor:
-    """The weights s_i = min(cap, pi(y_i|x) / mu(y_i|x)), scaled to mean 1 in each group.
+    """Return the importance weights s_i = min(cap, pi(y_i|x) / mu(y_i|x)), scaled to mean 1 in each group.
 
     Args:
-        logprobs, sampling_logprobs: [N] log pi(y_i|x), and log mu(y_i|x) of whoever sampled it.
-        group_ids: [N].
+        logprobs: [N] log pi(y_i|x).
+        sampling_logprobs: [N] log mu(y_i|x), by the policy that sampled the completion.
+        group_ids: [N] integers, equal for the completions of one prompt.
         cap: upper bound of pi/mu. Completions that mu sampled too rarely are not extrapolated.
 
     Returns:
@@ -115,7 +132,7 @@ def importance_weights(
     index, counts = partition(group_ids)
     ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=math.log(cap))
     highest = ratios.new_full((len(counts),), -math.inf).scatter_reduce(0, index, ratios, "amax")
-    # a sequence's ratio may be e^-1000: only what is relative to the group's counts
+    # A sequence's ratio may be e^-1000, so it is taken relative to the highest of its group.
     weights = (ratios - highest[index]).exp()
     return weights * (counts / weights.new_zeros(len(counts)).index_add(0, index, weights))[index]
 
@@ -123,10 +140,16 @@ def importance_weights(
 def likelihood_floor(
     logprobs: Tensor, sampling_logprobs: Tensor, rewards: Tensor, group_ids: Tensor
 ) -> Tensor:
-    """The floor k = min(1, max_i pi(y_i|x) / mu(y_i|x)) over the completions of a group with R_i > mean R.
+    """Return k = min(1, max_i pi(y_i|x) / mu(y_i|x)) over the completions of a group with R_i > mean R.
+
+    Args:
+        logprobs: [N] log pi(y_i|x).
+        sampling_logprobs: [N] log mu(y_i|x), by the policy that sampled the completion.
+        rewards: [N].
+        group_ids: [N] integers, equal for the completions of one prompt.
 
     Returns:
-        [N] float64 without gradient, the same for all of a group; exactly 1 where pi is mu, and where all
+        [N] float64 without gradient, equal within a group; exactly 1 where pi is mu, and where all
         rewards of the group are equal.
     """
     index, counts = partition(group_ids)
@@ -142,16 +165,19 @@ def likelihood_floor(
 
 
 def damping(sums: Mapping[str, Tensor | float]) -> float:
-    """The squared correlation of the residuals with the rewards of an update multiplies its step.
+    """Return the factor of an update's learning rate: the squared correlation of residuals and rewards.
 
-    The residual is R - beta D: where D comes of these rewards the two go together, and elsewhere D is where
-    the policy has gone since for other reasons, as far as this update knows. Adam makes steps of one length
-    out of both. This is the share of the residuals' variance that the rewards explain, which is how much of a
-    noisy estimate to follow (Wiener). Exactly 1 where pi is pi_ref, 0 where the rewards do not differ or the
-    residuals go against them.
+    The residual is R - beta D. It follows the rewards where D is small or due to these rewards; elsewhere D
+    is drift of the policy for other reasons, as far as this update can tell. Adam makes steps of the same
+    length out of both. The factor is the share of the residuals' variance that the rewards explain, which is
+    the gain of a Wiener filter.
 
     Args:
-        sums: the (added up) sums of `gvpo_sums`.
+        sums: the sums of `gvpo_sums`, added up over the passes and ranks of the update.
+
+    Returns:
+        A number in 0..1: exactly 1 where pi is pi_ref, 0 where the rewards do not differ or the residuals are
+        negatively correlated with them.
     """
     rewards, residuals, covariance = (
         float(sums[name]) for name in ("reward_var", "residual_var", "covariance")
@@ -162,14 +188,20 @@ def damping(sums: Mapping[str, Tensor | float]) -> float:
 
 
 WANTED_SPREAD, ADAPT_BY, BETAS = 0.5, 0.1, (0.01, 1.0)
+"""Adaptive beta has a target of std(beta D) / std(R), a largest rise of its log in a step, and a range."""
 
 
 def adapted_beta(beta: float, reward_var: float, implicit_reward_var: float) -> float:
-    """beta of the next step, from the variances of the rewards and of beta D that the last one saw.
+    """Return the beta of the next step, from the variances of the rewards and of beta D in the last one.
 
     beta is raised when the spread of beta D is below half the spread of the rewards, and lowered when above:
-    at the optimum beta D = R, and half of it keeps the rewards in charge. beta changes by a tenth a step, so
-    that it is slower than the data is old.
+    at the optimum beta D = R, and half of it keeps the rewards in charge. One step changes beta by a factor
+    between exp(-0.2) and exp(0.1), so that beta changes more slowly than the data ages.
+
+    Args:
+        beta: the last step's, in reward units per nat.
+        reward_var: gvpo/reward_var.
+        implicit_reward_var: gvpo/implicit_reward_var.
     """
     if reward_var <= 0 or implicit_reward_var <= 0:
         return beta  # nothing that it could be compared with

@@ -1,22 +1,21 @@
-"""What GRPO, Dr. GRPO, RLOO and REINFORCE share: their arguments, the sums over tokens and groups, and what
-they return.
+"""GRPO, Dr. GRPO, RLOO and REINFORCE share arguments, sums over tokens and groups, and the kind of result.
 
 All four are called as `grpo_loss(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards,
 group_ids, num_groups, ...)`. With T the number of completion tokens of a micro-batch and N that of its
 completions:
 
     logprobs            [T] log pi(y_t | x, y_<t), float32 or float64; the gradient comes back in this dtype
-    old_logprobs        [T] of the policy that sampled; takes no gradient
-    reference_logprobs  [T] of pi_ref; takes no gradient, and is read only where kl_coefficient > 0
-    completion_ids      [T] which completion, 0..N-1, each token belongs to, in any order
+    old_logprobs        [T] log-probs by the policy that sampled; takes no gradient
+    reference_logprobs  [T] log-probs by pi_ref; takes no gradient, and is read only if kl_coefficient > 0
+    completion_ids      [T] the completion, 0..N-1, that each token belongs to, in any order
     rewards             [N]
     group_ids           [N] integers, equal for the completions of one prompt; groups of any size, in any
                         order
     num_groups          |D|, the groups with m >= 2 in the whole update; default: those in this call
 
 A group of one has nothing to be compared with: it is not trained on and not counted, whatever the objective.
-They return the loss, a float64 scalar, and float64 scalars without gradient, with the same keys in the same
-order in every objective:
+All four return the loss, a float64 scalar, and these sums, float64 scalars without gradient, with the same
+keys in the same order in every objective:
 
     objective       loss * |D|
     num_tokens      tokens trained on
@@ -42,7 +41,7 @@ from gvpo_ray.losses.within_groups import deviations, partition
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments, checked, in float64. Make one with `Batch.of`."""
+    """A Batch holds the checked arguments of a loss, in float64; `Batch.of` makes one."""
 
     logprobs: Tensor  # [T], carries the gradient
     old_logprobs: Tensor  # [T]
@@ -63,8 +62,10 @@ class Batch:
         group_ids: Tensor,
         num_groups: float | None,
     ) -> Batch:
-        """Raises ValueError where shapes differ, a token names no completion, or num_groups is not
-        positive.
+        """Check the arguments of a loss and make a Batch of them.
+
+        Raises:
+            ValueError: the shapes differ, a token belongs to no completion, or num_groups is not positive.
         """
         if (
             logprobs.ndim != 1
@@ -101,21 +102,23 @@ class Batch:
 
     @property
     def sizes(self) -> Tensor:
-        """[N] the size m of the group that completion i belongs to."""
+        """The size m of the group that each completion belongs to, [N]."""
         return self.counts[self.index]
 
     @property
     def lengths(self) -> Tensor:
-        """[N] |y_i|."""
+        """The number of tokens of each completion, |y_i|, [N]."""
         return self.sum_tokens(torch.ones_like(self.old_logprobs))
 
     def centre(self, values: Tensor) -> Tensor:
-        """values - their mean in the group; [N] -> [N]."""
+        """Return each value minus the mean of its group; [N] -> [N]."""
         return deviations(values, self.index, self.counts)
 
     def centred_rewards(self) -> Tensor:
-        """[N] R_i - mean R; exactly 0 where all rewards of the group are equal, which rounding of the mean
-        would spoil.
+        """Return R_i - mean R, [N].
+
+        It is exactly 0 where all rewards of the group are equal; the mean alone, rounded, may differ from
+        them.
         """
         start = self.rewards.new_zeros(len(self.counts))
         highest = start.scatter_reduce(0, self.index, self.rewards, "amax", include_self=False)
@@ -123,12 +126,16 @@ class Batch:
         return torch.where((highest > lowest)[self.index], self.centre(self.rewards), 0.0)
 
     def sum_tokens(self, values: Tensor) -> Tensor:
-        """Sums over the tokens of each completion; [T] -> [N]."""
+        """Return the sum over the tokens of each completion; [T] -> [N]."""
         return self.rewards.new_zeros(len(self.rewards)).index_add(0, self.completion_ids, values)
 
     def penalized_rewards(self, kl_coefficient: float) -> Tensor:
-        """[N] R_i - kl_coefficient (log pi(y_i|x) - log pi_ref(y_i|x)), without gradient: what is rewarded,
-        not what is differentiated.
+        """Return R_i - kl_coefficient (log pi(y_i|x) - log pi_ref(y_i|x)), [N], without gradient.
+
+        The penalty is a part of the reward, so it is not differentiated.
+
+        Raises:
+            ValueError: kl_coefficient is negative.
         """
         _check_not_negative(kl_coefficient=kl_coefficient)
         if not kl_coefficient:
@@ -140,11 +147,22 @@ class Batch:
     def clipped_terms(
         self, advantages: Tensor, clip_low: float, clip_high: float, kl_coefficient: float
     ) -> tuple[Tensor, Tensor]:
-        """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coefficient k3, and where the minimum no
-        longer depends on r; both [T].
+        """Return min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coefficient k3 for each token.
 
         k3 = pi_ref/pi - log(pi_ref/pi) - 1 is never negative, and its mean over completions of pi is KL(pi ||
         pi_ref).
+
+        Args:
+            advantages: [N] A of each completion.
+            clip_low: largest decrease of the ratio r that still has a gradient where A < 0.
+            clip_high: largest increase of the ratio r that still has a gradient where A > 0.
+            kl_coefficient: weight of k3.
+
+        Returns:
+            The terms, [T], and whether the minimum no longer depends on r, [T] bool.
+
+        Raises:
+            ValueError: an option is negative.
         """
         _check_not_negative(clip_low=clip_low, clip_high=clip_high, kl_coefficient=kl_coefficient)
         advantage = advantages[self.completion_ids]
@@ -157,7 +175,12 @@ class Batch:
         return terms, clipped
 
     def loss(self, terms: Tensor, clipped: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """-1/|D| sum_x 1/m sum_i terms_i, and the sums that go with it; terms [N], clipped [T]."""
+        """Return the loss -1/|D| sum_x 1/m sum_i terms_i and the sums that are reported with it.
+
+        Args:
+            terms: [N] the objective of each completion.
+            clipped: [T] bool, whether clipping has set a token's gradient to zero; default: nowhere.
+        """
         trained = self.sizes >= 2
         objective = -(terms * trained / self.sizes).sum()
         num_groups = (self.counts >= 2).sum().clamp(min=1) if self.num_groups is None else self.num_groups
@@ -181,9 +204,15 @@ def _check_not_negative(**values: float) -> None:
 def computed(
     loss: Callable[..., tuple[Tensor, dict[str, Tensor]]], batch: LossBatch, **options: float
 ) -> Computed:
-    """Call one of the four losses on what the learner has; what gvpo reports is reported of it, too.
+    """Call one of the four losses on a LossBatch, and add the statistics that GVPO reports.
 
-    A policy that the options do not ask for is not read, and the current one stands in its place.
+    Where the options do not need the sampler's or the reference's log-probs, the loss does not read them, and
+    the current policy's are passed in their place.
+
+    Args:
+        loss: `grpo_loss` or another function with its arguments.
+        batch: the groups of one forward pass.
+        options: the keyword arguments of the loss.
     """
     own = batch.logprobs.detach().double()
     value, sums = loss(

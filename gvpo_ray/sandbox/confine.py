@@ -1,19 +1,18 @@
-"""What a process gives up for good before it runs code that nobody has read (process.py): files, the network,
-other processes.
+"""Confinement of a process that is to run untrusted code: no files, no network, no other processes.
 
-All of it works without privileges, without namespaces and inside containers, and holds for root as well;
-nothing here can be undone by the process itself. Linux on x86-64 and aarch64; standard library only. In this
-order:
+All of it works without privileges, without namespaces and inside containers, and holds for root as well. The
+process itself cannot undo it. It needs Linux on x86-64 or aarch64, and nothing but the standard library. The
+order of the calls is:
 
     limit_resources(...)            memory, size and number of files
-    restrict_writes(scratch)        Landlock holds for the calling thread and what it starts: call it before
-                                    there are others
+    restrict_writes(scratch)        Landlock; it holds for the calling thread and those that it starts, so it
+                                    must come before there are others
     (import what is needed)
-    restrict_calls(files=not ...)   seccomp; also for threads that run already
+    restrict_calls(files=not ...)   seccomp; it also holds for threads that run already
 
-Not covered: reading (whatever the user may read, the process may read, and tell through its answer),
+Not covered are reading (the process may read whatever the user may read, and tell it through its answer),
 descriptors that are open already (the log on stderr can be filled), the number of files in the scratch folder
-and of threads (memory and time bound them), CPU time (the caller's limit), side channels, and bugs of the
+and of threads (memory and time bound them), CPU time (the caller limits it), side channels, and bugs of the
 kernel in the calls that stay allowed.
 """
 
@@ -33,10 +32,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def limit_resources(memory_bytes: int, file_bytes: int, num_files: int) -> None:
-    """Bound the address space, the size of any file written and the number of open files; no core dumps. Soft
-    and hard.
+    """Limit the address space, the size of written files and the number of open files; allow no core dumps.
 
-    A limit that is lower already stays.
+    Soft and hard limits are set. A hard limit that is lower already stays.
+
+    Args:
+        memory_bytes: largest address space, in bytes.
+        file_bytes: largest size of a file that is written, in bytes.
+        num_files: largest number of open files.
     """
     wanted = {
         resource.RLIMIT_AS: memory_bytes,
@@ -74,21 +77,20 @@ _WRITES = (
     | _TRUNCATE
 )
 _NOWHERE = _MAKE_CHAR | _MAKE_BLOCK | _MAKE_SOCK | _IOCTL_DEV
-"""Not even in the scratch folder: root could make itself a device file there and write to the disk behind
-it."""
+"""Rights that are refused in the scratch folder too: root could make a device file there and write to the
+disk behind it."""
 _SINCE_VERSION = {_REFER: 2, _TRUNCATE: 3, _IOCTL_DEV: 5}
 
 
 def restrict_writes(scratch: str | os.PathLike[str]) -> bool:
-    """From now on this thread, and all that it starts, can create, write, truncate, link, rename and delete
-    only below `scratch`.
+    """Allow this thread, and what it starts, to change files below `scratch` only, by Landlock.
 
-    Writing to /dev/null is allowed too, reading stays as it was. Versions 1 and 2 of Landlock (before Linux
-    6.2) do not know truncation by path, and none knows modes, owners, times and attributes: restrict_calls
-    refuses those.
+    Creating, writing, truncating, linking, renaming and deleting are restricted. Writing to /dev/null stays
+    allowed, and so does all reading. Versions 1 and 2 of Landlock (before Linux 6.2) do not cover truncation
+    by path, and no version covers modes, owners, times and attributes; restrict_calls refuses those.
 
-    Returns False where the kernel (or the container's own filter) has no Landlock: nothing is restricted
-    then.
+    Returns:
+        False if the kernel, or the container's own filter, has no Landlock; then nothing is restricted.
 
     Raises:
         OSError: no such folder, or the kernel refuses.
@@ -121,14 +123,14 @@ def restrict_writes(scratch: str | os.PathLike[str]) -> bool:
 # --- seccomp ------------------------------------------------------------------------------------------------
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
-"""Column of the tables below, AUDIT_ARCH_*, number of seccomp itself."""
+"""Machine -> (its column in the tables below, AUDIT_ARCH_*, the number of the call seccomp)."""
 
 _Numbers = dict[str, tuple[int | None, int | None]]
-"""Call -> its number on x86-64 and on aarch64; None: there is none."""
+"""System call -> its number on x86-64 and on aarch64; None: the architecture does not have it."""
 
 _LAST = 462
-"""mseal: the last call of those that were gone through for the tables below (Linux 6.10; from 424 on numbers
-are common)."""
+"""Number of mseal, the newest system call that the tables below take into account (Linux 6.10). From 424 on
+all architectures have the same numbers."""
 
 # fmt: off
 _REFUSED: _Numbers = dict(
@@ -159,7 +161,7 @@ _REFUSED: _Numbers = dict(
     fanotify_init=(300, 262), fanotify_mark=(301, 263), name_to_handle_at=(303, 264),
     open_by_handle_at=(304, 265),
     modify_ldt=(154, None), iopl=(172, None), ioperm=(173, None), uselib=(134, None), personality=(135, 92),
-    # what root may do
+    # privileges of root
     setuid=(105, 146), setgid=(106, 144), setreuid=(113, 145), setregid=(114, 143), setresuid=(117, 147),
     setresgid=(119, 149),
     setgroups=(116, 159), setfsuid=(122, 151), setfsgid=(123, 152), capset=(126, 91),
@@ -183,7 +185,7 @@ _REFUSED: _Numbers = dict(
     fremovexattr=(199, 16),
     truncate=(76, 45), fallocate=(285, 47),  # reserves space beyond the limit of a file's size
 )
-"""Answered with EPERM."""
+"""System calls that fail with EPERM."""
 
 _REFUSED_FILES: _Numbers = dict(
     creat=(85, None), rename=(82, None), renameat=(264, 38), renameat2=(316, 276), unlink=(87, None),
@@ -191,10 +193,11 @@ _REFUSED_FILES: _Numbers = dict(
     link=(86, None), linkat=(265, 37), symlink=(88, None), symlinkat=(266, 36),
     mkdir=(83, None), mkdirat=(258, 34), rmdir=(84, None), mknod=(133, None), mknodat=(259, 33),
 )
-"""Answered with EPERM where Landlock does not see to it."""
+"""System calls that fail with EPERM if there is no Landlock to restrict them."""
 
 _ABSENT: _Numbers = dict(clone3=(435, 435), openat2=(437, 437))
-"""Answered with ENOSYS, for libc has another way: their flags are in memory, where a filter cannot look."""
+"""System calls that fail with ENOSYS, so that libc uses older ones. Their flags are in memory, where a filter
+cannot look."""
 
 _BY_ARGUMENTS: _Numbers = dict(
     kill=(62, 129), tgkill=(234, 131), tkill=(200, 130), rt_sigqueueinfo=(129, 138),
@@ -203,7 +206,7 @@ _BY_ARGUMENTS: _Numbers = dict(
     prlimit64=(302, 261),
     sched_setaffinity=(203, 122), open=(2, None), openat=(257, 56),
 )
-"""Decided by _tests."""
+"""System calls whose arguments decide; see _tests."""
 # fmt: on
 
 _EPERM, _ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -215,36 +218,42 @@ _CLONE_NEW = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET (NEWTIME is for clone3 and unshare
 only)."""
 _O_ACCMODE, _O_CREAT, _O_TRUNC, _O_TMPFILE = 0o3, 0o100, 0o1000, 0o20000000
-"""Of open; the last without its O_DIRECTORY."""
+"""Flags of open; O_TMPFILE is given without the O_DIRECTORY that it includes."""
 _AF_UNIX = 1
 _IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others push keys into
-terminals (TIOCSTI), have the kernel send signals (FIOSETOWN) or change a file's flags (FS_IOC_SETFLAGS)."""
+"""Requests of ioctl that are allowed: TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX,
+FIOCLEX. Others push keys into terminals (TIOCSTI), have the kernel send signals (FIOSETOWN) or change a
+file's flags (FS_IOC_SETFLAGS)."""
 _FCNTLS = (8, 10, 15, 1024, 1026)
-"""F_SETOWN, F_SETSIG, F_SETOWN_EX (the kernel sends the signal), F_SETLEASE (others' open waits),
-F_NOTIFY."""
+"""Commands of fcntl that are refused: F_SETOWN, F_SETSIG and F_SETOWN_EX (the kernel sends the signal),
+F_SETLEASE (makes other processes' open wait), F_NOTIFY."""
 _PRCTLS = (1, 28, 35, 57, 62)
-"""PR_SET_PDEATHSIG (the child dies with its parent), SET_SECUREBITS, SET_MM, SET_IO_FLUSHER, SCHED_CORE."""
+"""Options of prctl that are refused: PR_SET_PDEATHSIG (the child must die with its parent), SET_SECUREBITS,
+SET_MM, SET_IO_FLUSHER, SCHED_CORE."""
 
 
 class _Test(NamedTuple):
-    """Of one 32-bit word of a call's arguments: is `word & mask` among the values, or (`refuse`) is it
-    not?
+    """A test of one 32-bit word of a system call's arguments.
+
+    The test holds if `word & mask` is among `values`, or, with `refuse`, if it is not.
     """
 
     word: int
-    """Argument n is the words 2n (low) and 2n + 1 (high). The kernel takes an int from the low word alone."""
+    """Number of the word. Argument n has the words 2n (low) and 2n + 1 (high); the kernel takes an int from
+    the low word alone."""
     values: tuple[int, ...]
     mask: int = 0xFFFFFFFF
     refuse: bool = False
+    """Whether `values` are the refused ones and not the allowed ones."""
 
 
 def _is_null(argument: int) -> list[_Test]:
+    """Return the tests that hold if a pointer argument is NULL."""
     return [_Test(2 * argument, (0,)), _Test(2 * argument + 1, (0,))]
 
 
 def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
-    """The calls that are allowed if all their tests hold, and refused with EPERM otherwise."""
+    """Return the tests of the system calls that are allowed if all their tests hold, and else get EPERM."""
 
     def opens(argument: int) -> list[_Test]:
         if files:
@@ -252,12 +261,12 @@ def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
         # Landlock 1 and 2 do not notice the truncation of a file that is opened for reading.
         return [_Test(2 * argument, (_O_TRUNC,), _O_ACCMODE | _O_TRUNC, refuse=True)]
 
-    # 0 is the own group to kill, and the own process to the others
+    # 0 means the own process group to kill, and the own process to the other calls
     own, own_or_0 = [_Test(0, (pid,))], [_Test(0, (0, pid))]
     return {
         **dict.fromkeys(("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"), own),
         "clone": [_Test(0, (_CLONE_THREAD,), _CLONE_THREAD | _CLONE_NEW)],
-        "socketpair": [_Test(0, (_AF_UNIX,))],  # asyncio wakes itself up through one
+        "socketpair": [_Test(0, (_AF_UNIX,))],  # asyncio wakes its event loop through a socket pair
         "sendto": _is_null(4),
         "ioctl": [_Test(2, _IOCTLS)],
         "fcntl": [_Test(2, _FCNTLS, refuse=True)],
@@ -270,18 +279,20 @@ def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
 
 
 class _Instruction(NamedTuple):
-    """struct sock_filter."""
+    """One instruction of the filter program, a struct sock_filter."""
 
     code: int
     if_true: int
-    """Instructions to skip when a jump's comparison holds."""
+    """Number of instructions to skip when a jump's comparison holds."""
     if_false: int
+    """Number of instructions to skip when it does not hold."""
     operand: int
 
 
 def _load(offset: int) -> _Instruction:
-    """A word of struct seccomp_data: the call at 0, the architecture at 4, word n of the arguments at 16 + 4
-    n.
+    """Load a word of struct seccomp_data.
+
+    The number of the call is at offset 0, the architecture at 4, word n of the arguments at 16 + 4 n.
     """
     return _Instruction(0x20, 0, 0, offset)
 
@@ -307,12 +318,11 @@ def _return(verdict: int) -> _Instruction:
 
 
 def _filter(machine: str, pid: int, files: bool) -> list[_Instruction]:
-    """The program that the kernel runs before each call.
+    """Build the program that the kernel runs before each system call.
 
-    A chain of blocks, each for one call: "not this one? skip the block", then what decides, always ending in
-    a verdict. So the number of the call stays loaded all along the chain, and what reaches its end is
-    allowed. A call that was added to the kernel after the tables were made does not exist, as on an older
-    kernel.
+    The program is a chain of blocks, one per system call. A block is skipped for other calls, and else ends
+    in a verdict. So the number of the call stays loaded all along the chain, and a call that reaches its end
+    is allowed. A call that is newer than the tables gets ENOSYS, as on an older kernel.
     """
     column, architecture, _ = _ARCHITECTURES[machine]
     program = [_load(4), _skip_if_equal(architecture, 1), _return(_KILL), _load(0)]
@@ -333,6 +343,7 @@ def _filter(machine: str, pid: int, files: bool) -> list[_Instruction]:
 
 
 def _decide(tests: list[_Test]) -> Iterable[_Instruction]:
+    """Build the block that allows a system call if all tests hold, and refuses it otherwise."""
     for test in tests:
         yield from (_load(16 + 4 * test.word), _and(test.mask))
         if test.refuse:
@@ -346,16 +357,16 @@ def _decide(tests: list[_Test]) -> Iterable[_Instruction]:
 
 
 def restrict_calls(files: bool) -> None:
-    """From now on every thread of this process can compute, read files and use the descriptors that it has,
-    and little else.
+    """Restrict the system calls of all threads of this process for good, by seccomp.
 
-    Refused with EPERM (PermissionError) are sockets, new processes and programs, signals to others, changed
-    limits, and all that _REFUSED names. Threads, pipes, pairs of sockets (AF_UNIX) and send on a connected
-    socket stay. A call by the numbers of another architecture (i386, x32) kills the process.
+    The process can still compute, read files and use its descriptors. Sockets, new processes and programs,
+    signals to others, changed limits and all else in _REFUSED fail with EPERM (PermissionError). Threads,
+    pipes, socket pairs (AF_UNIX) and send on a connected socket stay allowed. A system call by another
+    architecture's number (i386, x32) kills the process.
 
     Args:
-        files: also refuse to open anything for writing, to create, rename and remove, everywhere: for a
-            kernel without Landlock.
+        files: whether to refuse opening for writing, creating, renaming and removing of files everywhere, for
+            a kernel without Landlock.
 
     Raises:
         OSError: the kernel refuses, or this is not Linux on x86-64 or aarch64.
@@ -371,6 +382,7 @@ def restrict_calls(files: bool) -> None:
 
 
 def _install(program: list[_Instruction], all_threads: bool = True) -> None:
+    """Give the filter program to the kernel, for all threads or the calling one."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = struct.pack("HP", len(program), ctypes.addressof(code))  # struct sock_fprog
     _give_up_privileges()
@@ -381,8 +393,9 @@ def _install(program: list[_Instruction], all_threads: bool = True) -> None:
 
 
 def _give_up_privileges() -> None:
-    """What the kernel asks of whoever restricts himself without being root: no program started later gains
-    rights.
+    """Set no_new_privs, without which the kernel lets only root restrict itself.
+
+    Programs that are started later can then gain no rights.
     """
     pr_set_no_new_privs = 38
     _checked(
@@ -396,6 +409,7 @@ def _syscall(number: int, *arguments: Any) -> int:
 
 
 def _checked(name: str, result: int) -> int:
+    """Return the result of a system call; raise OSError with its errno if it failed."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")

@@ -1,8 +1,8 @@
-"""Functions from elsewhere: found by place or pickle, called, and what they return is read.
+"""Loading and calling of reward functions, and checks of the values that they return.
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
-One number per completion, None where it cannot tell.
+A reward function returns one number per completion, or None for a completion that it cannot verify.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ import cloudpickle  # type: ignore[import-untyped]
 from gvpo_ray.config.base import ConfigError
 
 Score = float | None | tuple[float | None, str]
-"""Of one completion: the reward, None for "cannot be verified", or either with a remark for
-`reward_reasons`."""
+"""A reward function's result for one completion: the reward, or None (it cannot be verified), alone or in a
+pair with a remark for `reward_reasons`."""
 
 RewardFunction = Callable[..., Any]
-"""`reward(prompts, completions, **columns) -> one Score per completion`, or a coroutine function; columns are
-lists of that length."""
+"""`reward(prompts, completions, **columns) -> one Score per completion`, or a coroutine function of this
+form; each column is a list of one entry per completion."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one reward function says of one completion."""
+    """One reward function's result for one completion, after all checks."""
 
     value: float | None
+    """A finite float32; None: there is no reward."""
     reason: str | None = None
+    """Why there is no value, or the function's remark."""
     is_fault: bool = False
-    """The function did not do its work: it raised, or returned what is no reward."""
+    """Whether the function failed: it raised, or returned something that is no reward."""
 
 
 def call(
@@ -52,14 +54,21 @@ def call(
     columns: Mapping[str, Any],
     catch: type[BaseException] = Exception,
 ) -> list[Part]:
-    """One Part per completion, whatever the function does short of ending the process.
+    """Call a reward function and return one Part per completion, also if it raises or returns nonsense.
 
     Args:
-        catch: BaseException where nothing but this call runs: a completion may lead to SystemExit, and some
-            libraries' time limits are no Exception either.
+        name: the function's name in verifiers.rewards, for reasons.
+        function: the reward function; a coroutine function is run to its end.
+        prompts: one text per completion.
+        completions: the texts to score.
+        columns: further arguments, lists of one entry per completion.
+        catch: the class of exceptions that count as faults of the function. BaseException fits a process that
+            does nothing else: a completion may cause SystemExit, and the time limits of some libraries are no
+            Exception either.
 
     Raises:
-        MemoryError: comes through, because what the function left behind still fills the memory.
+        MemoryError: the function ran out of memory. This is never counted as a fault, because the function's
+            leftovers may still fill the memory.
     """
     try:
         returned = function(prompts=prompts, completions=completions, **columns)
@@ -87,6 +96,7 @@ async def _await(awaitable: Any) -> Any:
 
 
 def _part(name: str, score: Any) -> Part:
+    """Check one value that a reward function returned."""
     score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
     remark = None if remark is None else str(remark)[:500]
     if score is None:
@@ -103,25 +113,30 @@ def _shown(value: Any) -> str:
 
 
 def fits_float32(value: float) -> bool:
+    """Return whether a number is finite, also as a float32."""
     return math.isfinite(value) and abs(value) <= 3.4028234e38
 
 
 def describe(error: BaseException) -> str:
-    """One line for an error that somebody else's code raised."""
+    """Return one line, of limited length, for an error that a user's code raised."""
     if isinstance(error, ConfigError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load(source: Mapping[str, Any]) -> RewardFunction:
-    """The function behind `module:function`, `path.py:function` or a pickle, with its arguments, ready to be
-    timed.
+    """Load the function that verifiers.rewards.source_of describes, and bind its configured arguments.
 
-    One that has an attribute `warm_up` is warmed up: it is called once, without arguments.
+    If the function has an attribute `warm_up`, that is called once, without arguments, so that the first
+    check takes no longer than others.
+
+    Args:
+        source: `place` (`module:function` or `path.py:function`) or `pickle` (base64), `arguments`, and
+            `is_strict`, which refuses arguments that only **kwargs would take.
 
     Raises:
-        ConfigError: no such file, module, function or argument. Whatever a user's module raises comes
-            through.
+        ConfigError: no such file, module, function or argument. Errors of a user's module come through as
+            they are.
     """
     function = (
         _callable(cloudpickle.loads(base64.b64decode(source["pickle"])), "it")
@@ -142,6 +157,7 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
 
 
 def _find(place: str) -> RewardFunction:
+    """Import the function at `module:function` or `path.py:function`."""
     place, _, attribute = place.rpartition(":")
     if place.endswith(".py"):
         module = _load_file(Path(place).expanduser().resolve())
@@ -150,7 +166,7 @@ def _find(place: str) -> RewardFunction:
             module = importlib.import_module(place)
         except ModuleNotFoundError as error:
             if error.name is None or not (place == error.name or place.startswith(error.name + ".")):
-                raise  # the module is there, and something that it imports is not
+                raise  # the module exists, and something that it imports does not
             raise ConfigError(f"no module named {error.name}") from error
     if not hasattr(module, attribute):
         raise ConfigError(f"{place} has no function {attribute!r}")

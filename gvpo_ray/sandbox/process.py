@@ -1,18 +1,18 @@
-"""Where reward functions run: a child process under hard limits, and the process that it is forked from.
+"""The sandbox: reward functions run in a child process under hard limits, forked from a template process.
 
 A completion is hostile text: sympy evaluates what a model wrote, and a user's function may do anything with
-it. So a check runs in a child that can only compute: wall-clock, CPU-time and memory limits, no network, no
-processes, no files but in a scratch folder, none of the environment's secrets (confine.py). Whatever goes
-wrong costs that one check.
+it. So a check runs in a child that can only compute. It has limits on wall-clock time, CPU time and memory,
+no network, no other processes, no files but in a scratch folder, and none of the environment's secrets
+(confine.py). Whatever goes wrong costs that one check.
 
-    Sandbox (in the verifier) ── spawn, wait ──► template: reward functions loaded, never checks, can fork
+    Sandbox (in the verifier) ── spawn, wait ──► template: fork server with the reward functions loaded
         │                                            │ fork: 10 ms instead of a second of imports
-        └─ {"prompt", "completion", columns} ──► child: reward functions, one after the other, over and over
-        ◄─ {"begun"}, {"part", "reason"}, ... ───── or silence: killed at its limit, and forked anew
+        └─ {"prompt", "completion", columns} ──► child: calls the reward functions one after the other
+        ◄─ {"begun"}, {"part", "reason"}, ... ───── or no answer: killed at its limit, and forked anew
 
-Frames are lines of ASCII JSON over a socket pair. JSON, because the child's answers are untrusted and pickle
-would run them. Nobody but the template reaps the child, and only when it is asked: a process number that is
-killed is never somebody else's.
+Frames are lines of ASCII JSON over a socket pair. They are JSON because the child's answers are untrusted,
+and unpickling would run code. The template reaps children only on request, so a pid cannot be reused before
+the sandbox has killed it.
 """
 
 from __future__ import annotations
@@ -39,38 +39,52 @@ from gvpo_ray.files import lock
 from gvpo_ray.sandbox.functions import Part, fits_float32
 
 START_TIMEOUT_S = 120.0
-"""For a template to import the reward functions, on a busy machine."""
+"""Seconds that a template may take to import the reward functions, also on a busy machine."""
 
 KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
-"""All that a child inherits: tokens and keys live in the environment too."""
+"""The only variables that a child inherits, because the environment also holds tokens and keys."""
 
 SCRATCH_PREFIX = "gvpo-verifier-"
+"""Start of the scratch folders' names, and of their lock files'."""
+
 MAX_FRAME_BYTES = 1 << 20
+"""Size at which an answer without an end is refused."""
+
 MAX_SCRATCH_FILE_BYTES = 64 << 20
+"""Largest file that a child may write."""
+
 MAX_OPEN_FILES = 256
+"""Largest number of files that a child may have open."""
+
 OUT_OF_MEMORY = 86
 """Exit status of a child whose reward function ran into its memory limit."""
 
 
 class SandboxError(GvpoError, RuntimeError):
-    """The processes do not start."""
+    """The sandbox's processes do not start, or keep dying before a check begins."""
 
 
 class _GoneError(Exception):
-    """The other end is gone (no message: its exit status tells), or it wrote what none of ours writes."""
+    """The process at the other end is gone, or it wrote something that our code never writes.
+
+    Without a message it is gone, and its exit status says why.
+    """
 
 
 class Sandbox:
-    """Runs checks. Use it from one thread; it starts at once, so that a bad function fails here.
+    """Runs reward functions on completions in a child process.
+
+    A sandbox must be used from one thread. It starts at once, so that a bad function fails here.
 
     Args:
         functions: name -> verifiers.rewards.source_of(...), in the order in which they run.
-        timeout_s, cpu_s: of one check (all functions together), in seconds of the clock and of CPU time.
-        memory_gib: what a child may allocate beside the loaded functions.
-        max_checks: a child is replaced after so many.
+        timeout_s: seconds that one check of all functions together may take.
+        cpu_s: seconds of CPU time that one check may take.
+        memory_gib: GiB that a child may allocate beside the loaded functions.
+        max_checks: number of checks after which a child is replaced.
 
     Raises:
-        ConfigError: a reward function cannot be loaded; names verifiers.rewards.<name>.
+        ConfigError: a reward function cannot be loaded; the message names verifiers.rewards.<name>.
         SandboxError: the processes do not start.
     """
 
@@ -105,8 +119,14 @@ class Sandbox:
             raise
 
     def check(self, prompt: str, completion: str, columns: Mapping[str, Any]) -> dict[str, Part]:
-        """Every function's part for one completion. A function that did not get to answer has a reason that
-        starts with its limit ("timeout", "memory") or with "crash"; those after it have none."""
+        """Run every function on one completion; return their parts by name.
+
+        A function that gave no answer has a reason that starts with its limit ("timeout", "memory") or with
+        "crash". The functions after it do not run, and their parts have neither value nor reason.
+
+        Raises:
+            SandboxError: no child can be started that takes up the check.
+        """
         parts: dict[str, Part] = dict.fromkeys(self._names, Part(None))
         child, number = self._begin({"prompt": prompt, "completion": completion, "columns": dict(columns)})
         deadline = time.monotonic() + self._timeout_s
@@ -140,13 +160,18 @@ class Sandbox:
         self._lock.close()
 
     def _begin(self, request: Mapping[str, Any]) -> tuple[_Child, str]:
-        """The child that has taken up a check, and the check's number. One that died before (idle, or as it
-        was asked) is replaced: only from here on is a child's death the completion's fault."""
+        """Give a check to a living child; return the child, and the number that its answers must carry.
+
+        A child that died before it took up the check, idle or on receipt, is replaced. Only from here on is
+        a child's death the completion's fault.
+
+        Raises:
+            SandboxError: three children in a row died before they took up the check.
+        """
         for _ in range(3):
             child = self._living_child()
             deadline = time.monotonic() + START_TIMEOUT_S
-            # What an earlier check has left in the channel, forged answers included, does not know this
-            # number.
+            # Answers that an earlier check has left in the channel, forged ones included, lack this number.
             number = secrets.token_hex(8)
             with contextlib.suppress(_GoneError, TimeoutError):
                 child.channel.send({**request, "number": number}, deadline)
@@ -156,6 +181,7 @@ class Sandbox:
         raise SandboxError("the verifier's child process dies before it takes up a check")
 
     def _living_child(self) -> _Child:
+        """Return the child; start one, and a template, if there is none."""
         if self._child is None:
             if self._template is None or not self._template.is_alive():
                 if self._template is not None:
@@ -165,7 +191,11 @@ class Sandbox:
         return self._child
 
     def _end_child(self) -> int:
-        """Kill the child; its exit status (minus the signal's number)."""
+        """Kill the child and empty its scratch folder.
+
+        Returns:
+            Exit status of the child; minus the signal's number, if a signal ended it.
+        """
         assert self._template is not None and self._child is not None
         child, self._child = self._child, None
         try:
@@ -180,6 +210,7 @@ class Sandbox:
         return status
 
     def _ending(self, name: str, status: int) -> str:
+        """Return the reason for a child that died with this status while the function `name` ran."""
         if status == OUT_OF_MEMORY:
             return f"{ReasonKind.MEMORY}: {name} needed more than {self._memory_gib:g} GiB"
         if status == -signal.SIGXCPU:
@@ -188,7 +219,10 @@ class Sandbox:
 
 
 def _new_scratch() -> tuple[Path, Any]:
-    """A scratch folder and the lock that shows it is in use; removes those whose owner was killed."""
+    """Make a scratch folder; return it with the lock that marks it as in use.
+
+    Folders whose owner was killed, so that nobody holds their lock, are removed.
+    """
     for old in Path(tempfile.gettempdir()).glob(SCRATCH_PREFIX + "*.lock"):
         with contextlib.suppress(OSError), lock(old):
             shutil.rmtree(old.with_suffix(""), ignore_errors=True)
@@ -199,15 +233,17 @@ def _new_scratch() -> tuple[Path, Any]:
         held = lock(Path(name), wait_s=None)
         if os.path.exists(name):
             break
-        held.close()  # somebody who removes old ones came between these lines
+        held.close()  # another process removed the file as an old one before it was locked
     folder = Path(name).with_suffix("")
     folder.mkdir(mode=0o700)
     return folder, held
 
 
 class Channel:
-    """Frames out, frames in, each with a deadline (of time.monotonic). Everything but a timeout is a
-    _GoneError.
+    """One end of a socket pair, over which JSON objects are sent and received, one per line.
+
+    Deadlines are times of time.monotonic(). An end that is gone, or a line that is no JSON object, raises
+    _GoneError; a missed deadline raises TimeoutError.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -215,6 +251,7 @@ class Channel:
         self._received = b""
 
     def send(self, frame: Mapping[str, Any], deadline: float) -> None:
+        """Send one object."""
         self.socket.settimeout(_remaining(deadline))
         try:
             self.socket.sendall(as_frame(frame))
@@ -224,6 +261,7 @@ class Channel:
             raise _GoneError from error
 
     def receive(self, deadline: float) -> dict[str, Any]:
+        """Wait for the next object and return it."""
         while b"\n" not in self._received:
             if len(self._received) > MAX_FRAME_BYTES:
                 raise _GoneError("an answer without end")
@@ -248,23 +286,31 @@ class Channel:
 
 
 class _Child:
-    """A forked child, as the verifier sees it."""
+    """The verifier's handle of a forked child."""
 
     def __init__(self, pid: int, channel: Channel) -> None:
         self.pid, self.channel, self.num_checks = pid, channel, 0
 
     def limit_cpu(self, seconds: int) -> None:
-        """So many seconds from now on. Set from here, because the child may not touch its limits."""
-        # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) makes it
+        """Allow the child `seconds` of CPU time from now on; the child itself may not change its limits."""
+        # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) computes it
         cpu_clock = (~self.pid << 3) | 2
-        with contextlib.suppress(OSError):  # it is gone: the channel tells
+        with contextlib.suppress(OSError):  # the child is gone, which the channel will report
             used = time.clock_gettime(cpu_clock)
             hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
             resource.prlimit(self.pid, resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
 
 
 class _Template:
-    """The process that has loaded the reward functions, as the verifier sees it."""
+    """The verifier's handle of the template process, the fork server of the children.
+
+    Args:
+        setup: `functions` (name -> source), `memory_bytes` and `scratch`.
+
+    Raises:
+        ConfigError: a reward function cannot be loaded; the message names verifiers.rewards.<name>.
+        SandboxError: the process does not start, or is not ready within START_TIMEOUT_S.
+    """
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         control, theirs = socket.socketpair()
@@ -274,9 +320,9 @@ class _Template:
         environment |= {
             "HOME": scratch,
             "TMPDIR": scratch,
-            # users' modules import as they do here
+            # users' modules are found as in this process
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
-            "PYTHONHASHSEED": "0",  # sympy orders terms by hash: the same check, the same answer
+            "PYTHONHASHSEED": "0",  # sympy orders terms by hash, and verdicts must be reproducible
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
         }
@@ -308,9 +354,11 @@ class _Template:
             )
 
     def is_alive(self) -> bool:
+        """Return whether the process runs."""
         return self._process.poll() is None
 
     def spawn(self) -> _Child:
+        """Fork a child; raise SandboxError if the template is gone."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -326,8 +374,9 @@ class _Template:
         return child
 
     def end(self, child: _Child) -> int:
-        """Kill a child if it lives, and its exit status. Its number stays its own until the template has
-        reaped it here.
+        """Kill a child if it still lives; return its exit status (minus the signal's number).
+
+        The child's pid cannot be reused before the template reaps the child, which happens here.
         """
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
@@ -338,7 +387,10 @@ class _Template:
             raise _GoneError from error
 
     def kill(self) -> int:
-        """End the template, its child and whatever importing the functions started."""
+        """Kill the template and its process group; return its exit status.
+
+        The group holds the child and whatever the import of the functions started.
+        """
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -346,6 +398,7 @@ class _Template:
         return self._process.wait()
 
     def _ask(self, frame: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a command to the template; return the answer."""
         deadline = time.monotonic() + START_TIMEOUT_S
         self._control.send(frame, deadline)
         return self._control.receive(deadline)
@@ -356,13 +409,14 @@ def _ending(status: int) -> str:
 
 
 def as_frame(message: Mapping[str, Any]) -> bytes:
-    """One line of ASCII: whatever a completion holds (NUL, newlines, half a surrogate pair) is escaped."""
+    """Encode a message as one line of ASCII JSON; NUL, newlines and lone surrogates are escaped."""
     return json.dumps(message, default=str).encode("ascii") + b"\n"
 
 
 def _remaining(deadline: float) -> float:
-    """Seconds to the deadline; raises TimeoutError when there are none (a socket would take 0 for "do not
-    wait").
+    """Return the seconds to a deadline; raise TimeoutError if there are none left.
+
+    Zero must not be returned: for a socket it means "do not wait".
     """
     remaining = deadline - time.monotonic()
     if remaining <= 0:
@@ -371,7 +425,11 @@ def _remaining(deadline: float) -> float:
 
 
 def _parse_part(answer: Mapping[str, Any], number: str) -> Part:
-    """A frame that may come from a child that a completion has taken over."""
+    """Check a child's answer and make a Part of it; a completion may have taken the child over.
+
+    Raises:
+        _GoneError: the answer belongs to another check, or holds no reward.
+    """
     if answer.get("number") != number:
         raise _GoneError("an answer to another question")
     value, reason = answer.get("part"), answer.get("reason")

@@ -1,6 +1,6 @@
-"""The template process, which has loaded the functions, and the children that it forks.
+"""The template process, a fork server that has loaded the reward functions, and the children that it forks.
 
-`python -m gvpo_ray.sandbox.template`, started by process.py and by nobody else.
+It runs as `python -m gvpo_ray.sandbox.template`, and only process.py starts it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from gvpo_ray.sandbox.process import MAX_OPEN_FILES, MAX_SCRATCH_FILE_BYTES, OUT
 
 
 def main() -> None:
-    """Load the functions, then fork children until the verifier closes the channel."""
+    """Load the reward functions, then fork children until the verifier closes the channel."""
     _die_with_parent(int(sys.argv[1]))
-    # The channel moves away from descriptor 0 (dup is not inherited by what user code starts): reading stdin
-    # finds nothing.
+    # The channel moves away from descriptor 0, so that reading stdin finds nothing. Programs that user code
+    # starts do not inherit a descriptor made by dup.
     control = Channel(socket.socket(fileno=os.dup(0)))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     setup = json.loads(_read_line(control.socket))
@@ -33,7 +33,7 @@ def main() -> None:
     for name, source in setup["functions"].items():
         try:
             functions[name] = load(source)
-        # importing a user's module may raise anything; the verifier turns it into one line
+        # the import of a user's module may raise anything; the verifier reports it as one line
         except BaseException as error:
             control.socket.sendall(as_frame({"name": name, "error": describe(error)}))
             return
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _read_line(channel: socket.socket) -> bytes:
-    """One line, and nothing after it is there yet: the verifier waits for the answer."""
+    """Read one line; nothing follows it, because the verifier waits for the answer."""
     received = b""
     while not received.endswith(b"\n"):
         data = channel.recv(1 << 20)
@@ -73,9 +73,7 @@ def _read_line(channel: socket.socket) -> bytes:
 def _serve(
     channel: socket.socket, functions: Mapping[str, RewardFunction], setup: Mapping[str, Any], template: int
 ) -> None:
-    """The child: confine itself, then answer one check after the other until the verifier closes the
-    channel.
-    """
+    """Run the child: confine this process, then answer checks until the verifier closes the channel."""
     from gvpo_ray.sandbox import confine
 
     _die_with_parent(template)
@@ -91,7 +89,7 @@ def _serve(
                     name, function, [check["prompt"]], [check["completion"]], columns, catch=BaseException
                 )
             except MemoryError:
-                # what the function left behind still fills the address space: only a new process is clean
+                # the function's leftovers still fill the address space: only a new process is clean
                 os._exit(OUT_OF_MEMORY)
             channel.sendall(
                 as_frame(
@@ -106,19 +104,20 @@ def _serve(
 
 
 def _address_space() -> int:
-    """Of this process, in bytes."""
+    """Return the size of this process's address space, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     return pages * resource.getpagesize()
 
 
 def _die_with_parent(parent: int) -> None:
-    """The kernel kills this process when the parent's thread ends: end of file alone does not reach a check
-    that never returns.
+    """Make the kernel kill this process when the parent's thread ends.
+
+    The end of the channel alone does not stop a check that never returns.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
 

@@ -8,11 +8,13 @@ from gvpo_ray.config.verifiers import RewardConfig
 
 
 class HttpReward:
-    """A reward function served over HTTP; called in the verifier, since the children have no network.
+    """A reward function that is served over HTTP.
 
-    POST {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}} -> {"rewards": [number or
-    null, ...]}, at most `batch_size` completions in one request. Connection errors and the statuses 429 and
-    5xx are tried again, each time after twice as long (from half a second).
+    It is called in the verifier's process, because the sandbox has no network. The request is POST
+    {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}, **arguments} with at most
+    `batch_size` completions, and the answer {"rewards": [number or null, ...]} or the list alone. Connection
+    errors and the statuses 429, 500, 502, 503 and 504 are retried `num_retries` times with exponential
+    back-off from half a second.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -38,6 +40,12 @@ class HttpReward:
         self._session.mount("https://", HTTPAdapter(max_retries=retry))
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
+        """Return the server's rewards, one per completion; the columns are lists of the same length.
+
+        Raises:
+            requests.RequestException: no answer, or an error status after the last retry.
+            ValueError: the answer holds another number of rewards than there are completions.
+        """
         rewards: list[Any] = []
         for begin in range(0, len(completions), self._batch_size):
             part = slice(begin, begin + self._batch_size)

@@ -1,6 +1,6 @@
-"""The verifiers as actors, and the reward models' beside them. A verifier that dies is started again by Ray.
+"""The actors of the verifiers and of the reward models. Ray restarts a verifier that dies.
 
-Actors import this file: it imports neither torch nor vLLM.
+This module imports neither torch nor vLLM, because actors import it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ from gvpo_ray.verifiers.verifier import Verifier
 
 
 class VerifierGroup:
-    """The verifier actors; a group goes to the one with the fewest in hand.
+    """The verifier actors, seen from the driver; a group goes to the verifier with the fewest groups in hand.
 
-    A verifier that dies, alone or with its node, is started again by Ray, and what it had in hand is checked
-    again: a check has no effect but its answer. With `max_num` the group grows while every verifier has
-    groups waiting, and shrinks when one is idle.
+    Ray restarts a verifier that dies, alone or with its node, and repeats the calls that it had in hand. That
+    is safe because a check has no effect but its result. With `max_num` verifiers are added while every
+    verifier has groups waiting, and removed when idle.
+
+    Args:
+        config: the number of verifiers, their resources and the reward functions.
+        rewards: reward functions passed as callables, by name.
+        note: called with every restart of a verifier.
     """
 
     def __init__(
         self, config: VerifiersConfig, rewards: Rewards | None, note: Note = lambda *_: None
     ) -> None:
         for function in (rewards or {}).values():
-            # Functions of the user's own files travel by value: the actors' machines need not have the files.
+            # Functions of the user's own files are pickled by value: the actors' machines may lack the files.
             module = inspect.getmodule(function)
             if (
                 module is not None
@@ -60,14 +65,15 @@ class VerifierGroup:
 
     @property
     def actors(self) -> list[Any]:
+        """Handles of the verifier actors."""
         return list(self._in_hand)
 
     def status(self) -> dict[str, int]:
-        """Groups in hand of each."""
+        """Return the number of groups in hand of each verifier, by its name."""
         return {f"verifier-{i}": number for i, number in enumerate(self._in_hand.values())}
 
     async def score(self, sampled: Any) -> Any:
-        """Object ref of a sampled group -> ref of the group with its rewards; returns when that is there."""
+        """Score a group, given as an object ref; return the ref of the scored group as soon as it exists."""
         if len(self._in_hand) < (self.config.max_num or 0) and min(self._in_hand.values()) >= GROW_AT:
             self._grow()
         verifier = min(self._in_hand, key=lambda actor: self._in_hand[actor])
@@ -89,7 +95,7 @@ class VerifierGroup:
             self._shrink(verifier)
 
     def _grow(self) -> None:
-        # A group's table may arrive late (from another node): a later one must not wait for it.
+        # A group's table may arrive late from another node; later groups must not wait for it.
         actor = (
             ray.remote(_VerifierActor)
             .options(
@@ -108,7 +114,7 @@ class VerifierGroup:
         self._in_hand[actor] = 0
 
     def _shrink(self, verifier: Any) -> None:
-        """End a verifier beyond `num` that stays idle while others are, too."""
+        """End verifiers beyond `num` that have been idle for IDLE_S, and note which have become idle."""
         now = time.monotonic()
         for actor, in_hand in self._in_hand.items():
             if in_hand:
@@ -124,14 +130,15 @@ class VerifierGroup:
                 ending.add_done_callback(self._endings.discard)
 
     async def _end(self, actor: Any) -> None:
-        """For good: an actor that ends by itself is started again, and so would be its ending."""
+        """End a verifier for good; Ray would restart an actor whose process ends by itself."""
         try:
             with contextlib.suppress(ray.exceptions.RayError):
-                await actor.close.remote()  # its sandbox
+                await actor.close.remote()  # ends its sandbox
         finally:
             ray.kill(actor, no_restart=True)
 
     def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
+        """Start the actors of a reward model; return the reward function that calls them."""
         actor = ray.remote(RewardModel)
         actors = [
             actor.options(
@@ -148,33 +155,35 @@ class VerifierGroup:
         return _RemoteReward(actors)
 
     async def close(self) -> None:
+        """End all verifiers and reward models."""
         for model in self._models:
             ray.kill(model, no_restart=True)
         await asyncio.gather(*map(self._end, self._in_hand), *self._endings, return_exceptions=True)
 
 
 GROW_AT = 2
-"""Groups in hand of every verifier at which one more is started."""
+"""Smallest number of groups in hand of every verifier at which one more verifier is started."""
 
 IDLE_S = 30.0
-"""A verifier beyond verifiers.num that has had nothing to do for so long is ended."""
+"""Seconds without work after which a verifier beyond verifiers.num is ended."""
 
 MAX_VERIFIER_DEATHS = 1000
-"""Deaths of its verifier that a group survives, those while it waits for its turn included: more are not bad
-luck but the reward function."""
+"""Deaths of its verifier that a call survives, those while it waits for its turn included. If there are more,
+the reward function kills the verifiers."""
 
 
 class _VerifierActor(Verifier):
     @ray.method(num_returns=2)
     def score_group(self, sampled: pa.Buffer) -> tuple[pa.Buffer, int]:
-        """The scored group, and this process's number: what the driver awaits, so that the table does not
-        come to it.
+        """Score a group; return the scored group and the pid of this process.
+
+        Two return values, so that the driver can await the pid while the table stays in the object store.
         """
         return to_wire(self.score(from_wire(sampled))), os.getpid()
 
 
 class _RemoteReward:
-    """A reward model's actors as a reward function, called in the verifiers; each verifier goes round."""
+    """A reward function, called in the verifiers, that calls a reward model's actors in turn."""
 
     def __init__(self, actors: list[Any]) -> None:
         self._actors = actors

@@ -1,4 +1,4 @@
-"""A reward model: a Hugging Face sequence classifier with one output, in actors of its own."""
+"""Reward models: Hugging Face sequence classifiers with one output, in actors of their own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class RewardModel:
-    """Scores completions by a model; pool.py makes it an actor.
+    """A model that scores completions; pool.py makes it an actor.
 
     Args:
-        path: model folder or hub name of an `AutoModelForSequenceClassification` with one label, its
-            tokenizer beside it.
+        path: model folder or hub name of an `AutoModelForSequenceClassification` with one label and a
+            tokenizer.
         batch_size: completions in one forward pass.
-        on_gpu: bfloat16 on the actor's GPU; else float32 on CPU.
+        on_gpu: whether it runs in bfloat16 on the actor's GPU, or in float32 on CPU.
 
     Raises:
         ValueError: the classifier has another number of outputs than one.
@@ -38,10 +38,10 @@ class RewardModel:
         self._model = model.to(self._device).eval()
 
     def score(self, prompts: list[str], completions: list[str]) -> list[float | tuple[None, str]]:
-        """The classifier's output for each completion: as a chat where the tokenizer has a template, else
-        prompt and completion in a row.
+        """Return the classifier's output for each completion.
 
-        A text that does not fit into the model's context has no reward, and a remark that says so.
+        The text is a chat of prompt and completion if the tokenizer has a chat template, else the prompt
+        followed by the completion. A text that does not fit into the model's context gets None and a remark.
         """
         texts = [
             self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)

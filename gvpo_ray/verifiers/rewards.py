@@ -1,10 +1,10 @@
-"""Reward functions: the built-in ones, and how any of them is named to the process that loads it.
+"""The built-in reward functions, and the description from which a process loads any reward function.
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
-One number per completion, None where it cannot tell. Built in: math, exact_match, numeric, format, length. In
-the child that runs them (sandbox/process.py) a function sees lists of one; a trusted one (in the verifier
-itself, as HTTP calls are) whole groups.
+A reward function returns one number per completion, or None for a completion that it cannot verify. Built in
+are math, exact_match, numeric, format and length. In the sandbox (sandbox/process.py) a function is called
+with one completion at a time; a trusted function, which runs in the verifier's own process, with a group's.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from gvpo_ray.verifiers.math.numbers import quantity
 from gvpo_ray.verifiers.math.reward import math_reward
 
 Rewards = Mapping[str, RewardFunction]
-"""Reward functions passed as callables, by the name they have in verifiers.rewards."""
+"""Name in verifiers.rewards -> reward function, for functions that are passed as callables."""
 
 
 def exact_match(
     prompts: list[str], completions: list[str], *, answer: list[str], ignore_case: bool = True, **_: Any
 ) -> list[Score]:
-    """1 if the completion's answer (or, where it marks none, all of it) is the gold answer letter by letter,
-    else 0.
+    """Score 1 if the completion's answer, or the whole completion, is the gold answer letter by letter.
 
-    Spaces around and between words, compatibility forms (full-width digits) and a final full stop do not
-    count.
+    The score is 0 otherwise. The number of spaces, Unicode compatibility forms (full-width digits) and a
+    final full stop make no difference, nor does case with `ignore_case`.
     """
 
     def plain(text: str) -> str:
@@ -59,12 +58,11 @@ def numeric(
     require_unit: bool = False,
     **_: Any,
 ) -> list[Score]:
-    """1 if the number in the completion's answer is within a tolerance of the gold number, and their units
-    agree, else 0.
+    """Score 1 if the answer's number is within a tolerance of the gold number and their units agree, else 0.
 
-    |x - gold| <= max(relative_tolerance |gold|, absolute_tolerance). Units (what follows the number) are
-    compared as text, and only where both have one; `require_unit` refuses an answer without the gold's unit.
-    Nothing is converted.
+    The tolerance is |x - gold| <= max(relative_tolerance |gold|, absolute_tolerance). Units, the text behind
+    the number, are compared as text and never converted. An answer without a unit agrees with any unit,
+    unless `require_unit` is set. A gold answer without a number gives None.
     """
     return [
         _numeric_score(
@@ -90,11 +88,10 @@ def _numeric_score(
 def format_reward(
     prompts: list[str], completions: list[str], *, boxed: bool = True, think: bool = False, **_: Any
 ) -> list[Score]:
-    """1 if the completion has the form that is asked for, else 0.
+    r"""Score 1 if the completion has the required form, else 0.
 
-    Args:
-        boxed: exactly one \\boxed{...}, closed and not empty, outside of the thoughts.
-        think: begins with one <think>...</think>, with something in it and after it.
+    With `boxed` the completion must have exactly one \boxed{...} outside of the thoughts, closed and not
+    empty. With `think` it must begin with its only <think>...</think>, with text inside and behind it.
     """
 
     def good(text: str) -> bool:
@@ -116,7 +113,7 @@ def format_reward(
 
 
 def _closed_box(text: str) -> bool:
-    """Whether a text starts with {...}, its braces balanced and something in them."""
+    """Return whether a text starts with {...}, with balanced braces and some text inside."""
     if not text.startswith("{"):
         return False
     depths = itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text)
@@ -133,10 +130,13 @@ def length_reward(
     limit: int = 1024,
     **_: Any,
 ) -> list[Score]:
-    """0 up to `free` tokens, then falling in a line to -1 at `limit` tokens and beyond (DAPO, arXiv
-    2503.14476, equation 13).
+    """Score 0 up to `free` tokens, falling linearly to -1 at `limit` tokens, and -1 beyond.
 
-    Words are counted where the token ids are not known (`gvpo-ray verify`).
+    This is the length penalty of DAPO (arXiv 2503.14476, equation 13). If the token ids are not known, as in
+    `gvpo-ray verify`, words are counted instead.
+
+    Raises:
+        ValueError: `free` is negative, or not below `limit`.
     """
     if not 0 <= free < limit:
         raise ValueError(f"length: free ({free}) must be at least 0 and below limit ({limit})")
@@ -149,8 +149,9 @@ def length_reward(
 
 
 def in_place(prompts: list[str], completions: list[str], *, answer: list[str], **_: Any) -> list[float]:
-    """Reward of `sort`: the share of the characters that are in their place, of those of the longer of both
-    texts.
+    """Score the share of characters that are in their place: the reward of the task `sort`.
+
+    The share is of the length of the longer text, the answer or the gold answer.
     """
     found = [extract(completion).text or "" for completion in completions]
     return [
@@ -169,7 +170,14 @@ BUILT_IN: dict[str, RewardFunction] = {
 
 
 def source_of(name: str, config: RewardConfig, function: RewardFunction | None) -> dict[str, Any]:
-    """A reward function as JSON, for the process that loads it: by its place, or a callable by its pickle."""
+    """Describe a reward function as JSON, for sandbox.functions.load in the process that runs it.
+
+    Args:
+        name: its name in verifiers.rewards.
+        config: its section.
+        function: the callable itself, which travels as a pickle; None: config.function or a built-in function
+            named `name`, which travels as `module:function`.
+    """
     if function is not None:
         where = {"pickle": base64.b64encode(cloudpickle.dumps(function)).decode()}
     else:
@@ -179,5 +187,6 @@ def source_of(name: str, config: RewardConfig, function: RewardFunction | None) 
             if function is not None
             else config.function or name
         }
-    # Our own take any column (**_), so that a misspelt argument would be one; users' may mean it.
+    # Built-in functions take any column (**_) and would take a misspelt argument for one, so they are
+    # strict. A user's function may take **arguments on purpose.
     return {**where, "arguments": config.arguments, "is_strict": function in BUILT_IN.values()}

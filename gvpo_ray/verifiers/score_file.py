@@ -1,8 +1,7 @@
-"""`gvpo-ray verify`: score a file of responses with the verifiers of a run, several at a time, and compare
-with labels.
+"""The command `gvpo-ray verify`: score a file of responses with a run's verifiers, and compare with labels.
 
-Every row of INPUT gives one row of OUT, in its order, with reward, verdict, reason and seconds beside its own
-columns. The rows so far are in OUT.part; the same command goes on from there.
+Every row of INPUT gives one row of OUT in the same order, with added columns reward, verdict, reason and
+seconds. Unfinished work is in OUT.part, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -31,12 +30,14 @@ from gvpo_ray.groups import LIMITS
 from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
 
 RESPONSE, GOLD = ("response", "prediction"), ("gold", "answer")
-"""Columns that are read; the first that a row has."""
+"""Columns that hold the response and the gold answer; the first one that a row has is read."""
 
 LABELS = ("expected", "label_correct")
+"""Columns that say (true or false) whether the response is correct; the first one that a row has is read."""
+
 ADDED = ("reward", "verdict", "reason", "seconds")
 PARQUET_ROWS = 1024
-"""Rows of one row group."""
+"""Number of rows in one row group of a Parquet file."""
 
 Record = dict[str, Any]
 
@@ -46,19 +47,22 @@ class MalformedRow(GvpoError, ValueError):
 
 
 def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None = None) -> Counter[str]:
-    """Score every row of `source` (.jsonl or .parquet) into `out` (.jsonl or .parquet); prints progress and a
-    summary.
+    """Score every row of a file, write the scored rows, and print progress and a summary.
 
     Args:
-        num_workers: checks at a time; default: the CPUs of this machine.
+        source: file to read, .jsonl or .parquet.
+        out: file to write, .jsonl or .parquet.
+        config: the reward functions and limits; reward models are refused.
+        num_workers: number of checks at a time; default: the number of CPUs of this machine.
 
     Returns:
-        Counts: rows, malformed, correct, incorrect, unverifiable, and labelled, agree, false_negative,
-            false_positive.
+        Counts of rows, malformed, correct, incorrect, unverifiable, and, of rows with a label, labelled,
+            agree, false_negative, false_positive.
 
     Raises:
-        ConfigError: a file that cannot be read or written, OUT.part is of another input or other settings, or
+        ConfigError: a file cannot be read or written, OUT.part belongs to another input or other settings, or
             no row can be scored.
+        RewardError: a reward function fails on every row.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if unfit := [name for name, reward in config.rewards.items() if reward.model]:
@@ -71,7 +75,7 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     work = _Work(Path(out), {"input": digest, "verifiers": config.model_dump(mode="json")})
     summary: Counter[str] = Counter()
-    limits: deque[int] = deque(maxlen=10)  # rows that hit a limit
+    limits: deque[int] = deque(maxlen=10)  # the last lines that hit a limit
     columns = (
         TextColumn("verify"),
         BarColumn(),
@@ -116,14 +120,14 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
 
 
 class _Pool:
-    """Threads with a Verifier each: the work is done in the verifiers' processes."""
+    """A pool of threads with a Verifier each; the verifiers' child processes do the work."""
 
     def __init__(self, config: VerifiersConfig, num_workers: int) -> None:
         self._config, self._num_workers = config, num_workers
         self._local = threading.local()
         self._verifiers: list[Verifier] = []
         self.all_faults = ""
-        """Reason of a row without a reward that no limit explains."""
+        """Reason of the last row that has no reward although it hit no limit."""
 
     def __enter__(self) -> _Pool:
         self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="verify")
@@ -137,8 +141,10 @@ class _Pool:
     def score(
         self, rows: Iterator[tuple[int, Record | MalformedRow]]
     ) -> Iterator[tuple[int, Record, str | None]]:
-        """(line, row with its verdict, what is malformed about it), in the order of the rows; a few per
-        worker are read ahead.
+        """Score rows, up to 32 per worker ahead of the one that is due.
+
+        Yields:
+            (line, row with its verdict, the fault of a malformed row or None), in the order of the rows.
         """
         waiting: deque[tuple[int, Future[tuple[Record, str | None]]]] = deque()
         for line, row in rows:
@@ -150,6 +156,7 @@ class _Pool:
             yield line, *future.result()
 
     def _one(self, line: int, row: Record | MalformedRow) -> tuple[Record, str | None]:
+        """Score one row on this thread's verifier; return it with its verdict, and what is malformed."""
         try:
             if isinstance(row, MalformedRow):
                 raise row
@@ -187,8 +194,7 @@ def _text(row: Record, names: tuple[str, str], line: int) -> str:
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         if any(name in row for name in names) and names is GOLD:
-            # there is a place for the gold answer and nothing in it: the reward functions say that there is
-            # no gold
+            # the row has a column for the gold answer, but no answer in it: the reward functions say so
             return ""
         raise MalformedRow(f"line {line}: no {' or '.join(names)}")
     value = row[name]
@@ -198,8 +204,17 @@ def _text(row: Record, names: tuple[str, str], line: int) -> str:
 
 
 class _Work:
-    """OUT.part: JSON lines, first what they are the work of, then [line, row] in order; becomes OUT at the
-    end.
+    """The file OUT.part, which becomes OUT at the end.
+
+    Its lines are JSON: first a header with the input's digest and the settings, then [line, row] in order.
+
+    Args:
+        out: path of OUT.
+        header: the first line; work under another header is refused.
+
+    Raises:
+        ConfigError: OUT cannot be written, has another suffix than .jsonl or .parquet, or OUT.part has
+            another header.
     """
 
     def __init__(self, out: Path, header: Record) -> None:
@@ -234,9 +249,10 @@ class _Work:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         if kind is not None and issubclass(kind, (ConfigError, RewardError)):
-            self.part.unlink(missing_ok=True)  # what is in it is wrong throughout: nothing to go on from
+            self.part.unlink(missing_ok=True)  # all its rows are wrong: nothing to continue
 
     def done(self) -> Iterator[tuple[int, Record]]:
+        """Yield (line, row) of the rows that are scored so far."""
         with open(self.part, "rb") as file:
             next(file)
             for text in file:
@@ -244,11 +260,12 @@ class _Work:
                 yield line, row
 
     def write(self, line: int, row: Record) -> None:
+        """Append a scored row."""
         self._file.write(json.dumps([line, row], default=str).encode() + b"\n")
         self._file.flush()
 
     def finish(self) -> None:
-        """Everything is in: make OUT of it, whole or not at all."""
+        """Write OUT, whole or not at all, and remove OUT.part."""
         with replacing(self.out) as whole:
             if self.out.suffix == ".parquet":
                 pq.write_table(_as_table([row for _, row in self.done()]), whole, row_group_size=PARQUET_ROWS)
@@ -260,8 +277,9 @@ class _Work:
 
 
 def _as_table(rows: list[Record]) -> pa.Table:
-    """Rows of JSON as Arrow; a column of mixed types becomes text, and half a surrogate pair a question
-    mark.
+    """Turn JSON rows into an Arrow table.
+
+    A column of mixed types becomes text; a lone surrogate becomes a question mark.
     """
 
     def valid(value: Any) -> Any:
@@ -280,13 +298,14 @@ def _as_table(rows: list[Record]) -> pa.Table:
 
 
 def _rows(source: str) -> Iterator[tuple[int, Record | MalformedRow]]:
-    """(line, counted from 1, row); blank lines are skipped. A row of a Parquet file has no line: its number
-    is given.
+    """Yield (line, row) of a file; lines are counted from 1, and blank ones are skipped.
+
+    For a Parquet file, which has no lines, the number of the row takes the line's place.
     """
     if source.endswith(".parquet"):
         number = 0
         for batch in pq.ParquetFile(source).iter_batches(PARQUET_ROWS):
-            # As bytes, because a file may hold text that is none; what is not UTF-8 becomes question marks.
+            # As bytes, because a file's text may not be UTF-8; the bytes that are not become question marks.
             texts = [
                 pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
                 for field in batch.schema
@@ -316,7 +335,7 @@ def _decoded(value: Any, is_text: bool) -> Any:
 
 
 def _count(source: str) -> int:
-    """Rows of the input, which must be there and not be empty."""
+    """Return the number of rows of the input; raise ConfigError if it cannot be read or has none."""
     try:
         if source.endswith(".parquet"):
             num_rows = int(pq.ParquetFile(source).metadata.num_rows)
@@ -341,6 +360,7 @@ def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
 
 
 def _counts(row: Record) -> Counter[str]:
+    """Return what one scored row adds to the summary."""
     counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
     label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
     if label is not None:

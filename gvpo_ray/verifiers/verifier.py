@@ -1,8 +1,8 @@
-"""Verifiers: group tables with completions in, the same tables with rewards out.
+"""Verifiers add rewards to group tables with completions.
 
-A completion's verdict is correct, incorrect or unverifiable. Unverifiable (a limit, a crash, no gold answer,
-a reward function at fault) is a null reward with a reason, never 0: GVPO then simply has a smaller group. A
-completion without an answer is incorrect.
+A completion's verdict is correct, incorrect or unverifiable. An unverifiable completion (a limit, a crash, no
+gold answer, a faulty reward function) has a null reward with a reason, never 0, and GVPO then has a smaller
+group. A completion without an answer is incorrect.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from gvpo_ray.verifiers.http_reward import HttpReward
 from gvpo_ray.verifiers.rewards import BUILT_IN, source_of
 
 COLUMNS = ("group_id", "answer", "dataset", "completion_ids", "finish_reasons")
-"""What a reward function gets beside prompts and completions, as far as the table has it."""
+"""Columns that a reward function gets beside prompts and completions, as far as the table has them."""
 
 MAX_FAULTS = 16
-"""A reward function that has failed so often and has never worked stops the run."""
+"""Number of faults after which a reward function that has never worked stops the run."""
 
 
 class RewardError(GvpoError, RuntimeError):
-    """A reward function fails on every row; the message names it, the row and what it did."""
+    """A reward function fails on every row; the message names the function, the last row and the fault."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the verifier says of one completion."""
+    """The verifier's result for one completion."""
 
     reward: float | None
-    """Weighted sum of the parts; None (unverifiable) if any of them has none."""
+    """Weighted sum of the parts; None (unverifiable) if any part is None."""
     parts: Mapping[str, float | None]
+    """Name of a reward function -> its value, without the weight."""
     reason: str | None
-    """Why there is no reward, or what else there is to say."""
+    """Why there is no reward, and remarks of the reward functions."""
     seconds: float
+    """Seconds that the check took; a trusted function's time is shared equally by its completions."""
 
     @property
     def verdict(self) -> str:
-        """correct or incorrect by the first reward function, unverifiable without a reward."""
+        """The verdict "correct", "incorrect" or "unverifiable"; the first reward function decides."""
         first = next(iter(self.parts.values()))
         return (
             "unverifiable"
@@ -59,11 +61,13 @@ class Check:
 
 
 def validate_rewards(config: VerifiersConfig, functions: Mapping[str, RewardFunction] | None = None) -> None:
-    """Load every reward function once, as the verifiers will; a second, and nothing when all are built in.
+    """Load every reward function once, as the verifiers will, to find mistakes before a run.
+
+    This takes about a second, and no time when all functions are built in and have no arguments.
 
     Raises:
-        ConfigError: names verifiers.rewards.<name>: no such file, module, function or argument, or its import
-            fails.
+        ConfigError: no such file, module, function or argument, or its import fails; the message names
+            verifiers.rewards.<name>.
     """
     for name, reward in config.rewards.items():
         place = reward.function or name
@@ -84,21 +88,24 @@ def validate_rewards(config: VerifiersConfig, functions: Mapping[str, RewardFunc
         for name, reward in config.rewards.items()
     )
     if functions or not plain:
-        Verifier(config, functions).close()  # without the reward models: they are loaded where they run
+        Verifier(config, functions).close()  # reward models are left out: their own actors load them
 
 
 class Verifier:
-    """Scores groups. Use it from one thread; its processes start at once, so that a bad function fails here.
+    """Scores groups with the configured reward functions.
+
+    A verifier must be used from one thread. Its sandbox starts at once, so that a bad function fails here.
 
     Args:
         config: the reward functions with their weights, and the limits.
-        functions: callables by name. One with the name of a configured reward takes its place and keeps its
-            section, any other is added with weight 1. They travel to the child with cloudpickle.
-        models: callables behind the rewards that have a `model`, by name (pool.py makes them).
+        functions: callables by name. A callable with the name of a configured reward replaces that reward's
+            function and keeps its section; any other is added with weight 1. Callables travel to the sandbox
+            with cloudpickle.
+        models: callables that call the reward models, by the name of their reward (pool.py makes them).
 
     Raises:
-        ConfigError: a reward function cannot be loaded; names verifiers.rewards.<name>.
-        SandboxError: the processes do not start.
+        ConfigError: a reward function cannot be loaded; the message names verifiers.rewards.<name>.
+        SandboxError: the sandbox's processes do not start.
     """
 
     def __init__(
@@ -138,8 +145,8 @@ class Verifier:
     def score(self, groups: pa.Table) -> pa.Table:
         """Add rewards, reward_parts and reward_reasons to a table with prompts and completions.
 
-        Completions that have a reward (replayed ones, and offline ones of a file with rewards) keep it and
-        are not checked again.
+        Completions that already have a reward (replayed ones, and those of an offline file with rewards) keep
+        their reward and are not checked again.
 
         Raises:
             RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
@@ -165,7 +172,16 @@ class Verifier:
     def check(
         self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
     ) -> list[Check]:
-        """Score completions, each by itself in the sandbox, and all of them at once by what is trusted."""
+        """Score completions: one at a time in the sandbox, all in one call by trusted functions.
+
+        Args:
+            prompts: one text per completion.
+            completions: the texts to score.
+            columns: further arguments of the reward functions; each is a list of one entry per completion.
+
+        Raises:
+            RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
+        """
         by_name: dict[str, list[Part]] = {name: [] for name in self._rewards}
         seconds = []
         for i, completion in enumerate(completions):
@@ -189,7 +205,7 @@ class Verifier:
         ]
 
     def close(self) -> None:
-        """Kill the processes and remove their scratch folder."""
+        """Kill the sandbox's processes and remove their scratch folder."""
         if self._sandbox is not None:
             self._sandbox.close()
 
@@ -200,7 +216,7 @@ class Verifier:
         self.close()
 
     def _check_row(self, row: Mapping[str, Any], which: list[int]) -> list[Check]:
-        """Check these completions of one group."""
+        """Score the completions of one group that have the indices `which`."""
         # Columns about the prompt hold one entry per group, columns about completions one per completion.
         columns = {
             name: [row[name][i] for i in which]
@@ -212,6 +228,7 @@ class Verifier:
         return self.check([row["prompt"]] * len(which), [row["completions"][i] for i in which], columns)
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
+        """Make one result of the reward functions' parts: the weighted sum and all reasons."""
         reasons = [part.reason for part in parts.values() if part.reason]
         known = [
             self._rewards[name].weight * part.value for name, part in parts.items() if part.value is not None
@@ -225,7 +242,7 @@ class Verifier:
         )
 
     def _count(self, name: str, parts: list[Part], group_ids: list[int] | None) -> None:
-        """Stop what cannot end well: a function that fails on every row is wrong, not the rows."""
+        """Count a reward function's faults; raise RewardError if it has had MAX_FAULTS and never worked."""
         for i, part in enumerate(parts):
             if part.is_fault:
                 self._faults[name] += 1
@@ -240,8 +257,9 @@ class Verifier:
 
 
 def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
-    """One entry per completion of a group: the reward that it came with, or None. What it has no part of is
-    null.
+    """Return the results that a group's completions already have: a Check for each with a reward, else None.
+
+    A reward function without a part in the table gets None as its part.
     """
     none = [None] * len(row["completions"])
     reasons, parts = row.get("reward_reasons") or none, row.get("reward_parts") or {}
@@ -254,6 +272,7 @@ def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
 
 
 def _load_trusted(name: str, source: Mapping[str, Any]) -> RewardFunction:
+    """Load a reward function in this process; raise ConfigError with the key's name if that fails."""
     try:
         return load(source)
     except Exception as error:  # importing a user's module may raise anything

@@ -1,4 +1,4 @@
-"""A LoRA adapter (Hu et al. 2021, arXiv 2106.09685) in the weight that it changes."""
+"""A LoRA adapter (Hu et al. 2021, arXiv 2106.09685) is merged into the weight that it changes here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from torch import Tensor
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight + scale * b @ a, in float32: [out, in], [rank, in], [out, rank] -> [out, in].
+    """Return weight + scale * b @ a, [out, in] in float32.
 
-    Learner and engines both round this sum once, so that a checkpoint holds what the engines serve.
+    Learner and engines both call this and round its result once, so that a checkpoint holds exactly what the
+    engines serve.
+
+    Args:
+        weight: [out, in] of the base model.
+        a: [rank, in].
+        b: [out, rank].
+        scale: alpha / rank.
     """
     return weight.float() + scale * b.float() @ a.float()

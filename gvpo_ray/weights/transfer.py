@@ -1,4 +1,4 @@
-"""The weight wire, both ends side by side.
+"""Weight transfer moves each version of the weights from the learner to the engines; both ends are here.
 
 `objects` (default): learner rank 0 puts the weights into Ray's object store as safetensors shards; each
 engine actor pulls them (Ray copies an object once per node), lays them into shared memory, and vLLM's core, a
@@ -7,13 +7,13 @@ version like any other. No GPU is needed.
 
 `nccl`: vLLM's own broadcast from learner rank 0 into a fixed fleet of GPU engines.
 
-Both run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
+Both transports run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
 finish_weight_update(version) → resume.
 
-Where a LoRA adapter is trained (model.lora), it alone travels, over `objects`, and vLLM's workers merge it
-into the base model that they read from model.path. vLLM's own LoRA support would swap faster, but it decodes
-at a third of the speed on a CPU, is there for fewer models, and passes in silence over tensors that do not
-fit.
+Where a LoRA adapter is trained (model.lora), only the adapter is transferred, over `objects`, and vLLM's
+workers merge it into the base model that they read from model.path. vLLM's own LoRA support would swap
+faster, but it decodes at a third of the speed on a CPU, supports fewer models, and silently ignores tensors
+that do not fit.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ from gvpo_ray.config.base import GvpoError
 from gvpo_ray.weights.lora import merged
 
 SHARD_BYTES = 512 * 2**20
-"""Largest shard, in bytes: bounds what either end holds beside the weights themselves. A larger tensor is a
-shard of its own."""
+"""The largest shard, in bytes, which bounds the memory of either end beside the weights themselves.
+
+A larger tensor is a shard of its own.
+"""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class WeightMismatch(GvpoError, RuntimeError):
-    """An engine's log-probs are not the learner's: what was transferred is not what was trained. Names the
-    worst token.
+    """An engine's log-probs differ from the learner's, so it does not run the weights that were trained.
+
+    The message names the token with the largest difference.
     """
 
 
@@ -55,9 +58,15 @@ class WeightMismatch(GvpoError, RuntimeError):
 
 
 def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[bytes]:
-    """Serialise weights into safetensors shards of at most `max_bytes`, in `dtype`.
+    """Serialise weights into safetensors shards of at most `max_bytes`.
 
-    Tensors that share storage (tied embeddings) are sent under each of their names: see Engine for why.
+    Tensors that share storage (tied embeddings) are sent under each of their names: engines/vllm_engine.py
+    says why.
+
+    Args:
+        named_tensors: names and tensors on any device.
+        dtype: what floating-point tensors are converted to; others keep theirs.
+        max_bytes: a tensor that is larger is a shard of its own.
     """
     shard: dict[str, torch.Tensor] = {}
     size = 0
@@ -77,16 +86,25 @@ def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHA
 
 
 class ObjectPublisher:
-    """Puts each version into the object store. Ray frees it when the buffer has a newer one and no engine is
-    still reading.
+    """The `objects` transport puts each version of the weights into Ray's object store.
+
+    Ray frees a version when the buffer has a newer one and no engine still reads it.
+
+    Args:
+        put: stores an array and returns a reference to it (`ray.put`).
+        dtype: the floating-point type that is transferred.
+        is_sender: whether this process is learner rank 0.
     """
 
     def __init__(self, put: Callable[[np.ndarray], Any], dtype: torch.dtype, is_sender: bool) -> None:
         self._put, self._dtype, self._is_sender = put, dtype, is_sender
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Called on every rank (gathering sharded weights is a collective); only rank 0 returns where they
-        are.
+        """Store the weights of `version`; every rank calls this, since gathering shards is a collective.
+
+        Returns:
+            `shards`, references to the stored arrays, and `bytes`, their size together; None on ranks other
+            than 0.
         """
         if not self._is_sender:
             for _ in named_tensors:
@@ -100,12 +118,18 @@ class ObjectPublisher:
 
 
 class NcclPublisher:
-    """vLLM's NCCL broadcast. The fleet is fixed when the first version is sent: a late engine cannot join.
+    """The `nccl` transport broadcasts each version of the weights from learner rank 0, with vLLM's code.
+
+    The engines are fixed when the first version is sent: a later engine cannot join.
 
     Args:
         call: (method name, one argument tuple per engine) -> None; runs that method of `Engine` on all
             engines at once and waits.
-        address, port: where learner rank 0 listens.
+        num_engines: how many engines receive.
+        tensor_parallel_size: processes of each engine.
+        rank: this learner worker's.
+        address: the host at which learner rank 0 listens.
+        port: the port at which learner rank 0 listens.
     """
 
     def __init__(
@@ -123,25 +147,33 @@ class NcclPublisher:
         self._current: NamedTensors = ()
         self._version = 0
 
-    # vLLM's VLLMWeightSyncClient, fanned out to all engines.
+    # The next four methods are vLLM's VLLMWeightSyncClient, fanned out to all engines.
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Let each engine's processes join the broadcast, at ranks after the learner's."""
         self._call(
             "init_transfer",
             [({**init_info, "rank_offset": 1 + i * self._tp},) for i in range(self._num_engines)],
         )
 
     def start_weight_update(self) -> None:
+        """Prepare all engines for new weights."""
         self._call("begin_update", [()] * self._num_engines)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Let all engines receive the tensors that `update_info` describes."""
         self._call("receive", [(update_info,)] * self._num_engines)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Let all engines run the new weights, under the version that `publish` was given."""
         self._call("finish_update", [(self._version,)] * self._num_engines)
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Called on every rank; returns when all engines run `version`. The first call goes through
-        `named_tensors` twice.
+        """Broadcast the weights of `version` and wait until all engines run them; every rank calls this.
+
+        The first call iterates over `named_tensors` twice, because vLLM asks for the shapes first.
+
+        Returns:
+            `shards`, empty, and `bytes`, what was broadcast; None on ranks other than 0.
         """
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -152,13 +184,12 @@ class NcclPublisher:
             publisher = self
 
             class Source(WeightSource):
-                """The tensors of this round; their shapes do not change from round to round, so they are read
-                once.
-                """
+                """A Source yields the tensors of the current version; their shapes are read once."""
 
                 _metadata: list[ParamMeta] | None = None
 
                 def metadata(self) -> list[ParamMeta]:
+                    """Return name, dtype and shape of each tensor, which are the same in each version."""
                     if self._metadata is None:
                         self._metadata = [
                             ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in publisher._current
@@ -186,8 +217,15 @@ class NcclPublisher:
 
 
 class SharedMemory:
-    """Files in shared memory (a temporary folder where /dev/shm is missing or small) that vLLM's processes of
-    this node can map.
+    """A SharedMemory holds safetensors files that vLLM's processes of this node can map, until it is left.
+
+    The files are in /dev/shm, or in a temporary folder where that is missing or has too little room.
+
+    Args:
+        arrays: the bytes of each file.
+
+    Raises:
+        OSError: there is no room for the files.
     """
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
@@ -201,7 +239,7 @@ class SharedMemory:
         try:
             for path, array in zip(self.paths, arrays, strict=True):
                 array.tofile(path)
-        except OSError:  # full: another engine of this node was faster
+        except OSError:  # no room left: another engine of this node has taken it meanwhile
             self.__exit__()
             raise
 
@@ -219,12 +257,18 @@ def merge(
     dtype: torch.dtype,
     device: torch.device,
 ) -> NamedTensors:
-    """The base model's tensors with `scale` · B A added where the adapter, under the names of peft's files,
-    has A and B of a layer.
+    """Yield the base model's tensors, with `scale` · B A added to the layers that the adapter changes.
+
+    Args:
+        base: names and tensors of the base model.
+        adapter: A and B of each layer, under the names of peft's files.
+        scale: alpha / rank.
+        dtype: the type that merged weights are rounded to.
+        device: where merging takes place.
 
     Raises:
-        ValueError: names what does not fit the model: a wrong shape when its layer comes, a layer that is not
-            there at the end.
+        ValueError: the adapter does not fit the model; the message names a layer. A wrong shape raises when
+            its layer is reached, a layer that the model lacks at the end.
     """
     left = dict(adapter)
     for name, weight in base:
@@ -245,7 +289,7 @@ def merge(
                 raise ValueError(
                     f"the adapter does not fit the model: {name} is {list(weight.shape)}, but {shapes}"
                 )
-            # The base in float32 and one rounding: the sum is what a checkpoint holds.
+            # Merged in float32 and rounded once, as the checkpoint's merge does.
             weight = merged(weight.to(device), a.to(device), b.to(device), scale).to(dtype)
         yield name, weight
     if left:
@@ -256,10 +300,10 @@ def merge(
 
 
 def die_with_parent() -> None:
-    """vLLM plugin (pyproject's vllm.general_plugins), called in each of vLLM's processes as it starts: it
-    must not outlive the actor.
+    """Let the kernel kill this vLLM process when its parent, the engine's actor, dies.
 
-    vLLM's core notices a dead parent when it runs, but not while it starts, and would hold its memory for
+    It is a vLLM plugin (pyproject's vllm.general_plugins), called in each of vLLM's processes as it starts.
+    vLLM's core notices a dead parent while it runs, but not while it starts, and would hold its memory for
     minutes.
     """
     is_child = multiprocessing.parent_process() is not None

@@ -1,8 +1,8 @@
-"""The engine's end of the `objects` transport, inside vLLM's own processes.
+"""The engine's end of the `objects` transport runs inside vLLM's own processes.
 
 vLLM imports this module through its `worker_extension_cls` argument, before it loads the model; importing it
-registers the transport. Nothing else imports it: it needs vLLM, and transfer.py, which the learner imports,
-must not.
+registers the transport. Nothing else imports this module, because it needs vLLM, and transfer.py, which the
+learner imports, must not.
 """
 
 from __future__ import annotations
@@ -30,33 +30,41 @@ from gvpo_ray.weights.transfer import NamedTensors, merge
 
 @dataclass
 class ObjectsInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """ObjectsInitInfo is empty: both ends of `objects` need nothing from each other beforehand."""
 
 
 @dataclass
 class ObjectsUpdateInfo(WeightTransferUpdateInfo):
-    """Paths of safetensors files in this node's shared memory: of all weights, or of a LoRA adapter's."""
+    """ObjectsUpdateInfo names the files, in this node's shared memory, of one version of the weights."""
 
     paths: list[str]
+    """The safetensors files of all weights, or of a LoRA adapter alone."""
     adapter_scale: float | None = None
-    """alpha / rank, where it is an adapter."""
+    """alpha / rank of the adapter; None: the files hold all weights."""
 
 
 class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsUpdateInfo]):
-    """Loads weights from safetensors files with vLLM's layerwise reload (layers re-pack their weights, so a
-    plain load fails).
+    """This engine loads weights from safetensors files with vLLM's layerwise reload.
+
+    A plain load would fail, because layers re-pack their weights after they are loaded.
     """
 
     init_info_cls = ObjectsInitInfo
     update_info_cls = ObjectsUpdateInfo
 
     def init_transfer_engine(self, init_info: ObjectsInitInfo) -> None:
-        pass
+        """Do nothing: there is no connection to set up."""
 
     def start_weight_update(self) -> None:
+        """Prepare the layers to be loaded again."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ObjectsUpdateInfo) -> None:
+        """Load all weights, or the base model with the adapter merged into it.
+
+        Raises:
+            ValueError: the adapter does not fit the model.
+        """
         if update_info.adapter_scale is not None:
             adapter = {name: tensor for path in update_info.paths for name, tensor in load_file(path).items()}
             with torch.no_grad():
@@ -71,25 +79,27 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
                 self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dict
 
     def _base(self) -> NamedTensors:
-        """The model that the adapter is of, read anew (from the page cache, mostly): vLLM has it no more,
-        only what was merged last.
+        """Read the base model's tensors from disk, mostly from the page cache.
+
+        vLLM's own weights cannot be used, because the last adapter is merged into them.
         """
         load, config = self.vllm_config.load_config, copy.copy(self.model_config)
-        if not Path(config.model).is_dir():  # as it was when vLLM started: no update may need the network
+        if not Path(config.model).is_dir():  # vLLM has downloaded it: an update must not need the network
             config.model = snapshot_download(
                 config.model, revision=config.revision, cache_dir=load.download_dir, local_files_only=True
             )
         return DefaultModelLoader(LoadConfig(use_tqdm_on_load=False)).get_all_weights(config, self.model)
 
     def finish_weight_update(self) -> None:
+        """Let the layers re-pack what was loaded."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        pass
+        """Do nothing: there is no connection to close."""
 
 
 WeightTransferEngineFactory.register_engine("objects", ObjectsWeightTransferEngine)
 
 
 class WorkerExtension:
-    """What vLLM asks this module for; it adds nothing to the worker."""
+    """vLLM's `worker_extension_cls` needs a class; this one adds nothing to the worker."""

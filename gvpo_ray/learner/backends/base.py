@@ -1,8 +1,7 @@
-"""How the learner's parameters, gradients and optimizer are spread over its ranks: the seam that every
-backend stands behind.
+"""A backend spreads the learner's parameters, gradients and optimizer over its ranks.
 
-learner/policy.py is its only user. A result never depends on which backend computes it, but for the order of
-float32 sums.
+learner/policy.py is the only user of this interface. A result does not depend on which backend computes it,
+except through the order of float32 sums.
 """
 
 from __future__ import annotations
@@ -18,44 +17,83 @@ from gvpo_ray.config.learner import LearnerConfig
 
 
 class Backend(Protocol):
-    """Every rank makes the same number of forward and backward passes per update: with sharded parameters
-    they are collectives.
+    """A backend loads the model, wraps it once, and then computes; its methods are called on every rank.
 
-    A backend loads the model, wraps it once, and then computes. All average gradients over the ranks that
-    share the data, so a loss that is a share of a global sum is multiplied by data_size.
+    Every rank makes the same number of forward and backward passes per update, because with sharded
+    parameters they are collectives. All backends average gradients over the ranks that share the data, so a
+    loss that is a share of a global sum is multiplied by data_size.
     """
 
-    dtype: torch.dtype  # of the parameters that forward passes read
-    data_rank: int  # which share of the groups this rank computes,
-    data_size: int  # of how many
+    dtype: torch.dtype
+    """The type of the parameters that forward passes read."""
+    data_rank: int
+    """The share of the groups that this rank computes, 0..data_size-1."""
+    data_size: int
+    """The number of shares that the groups are split into."""
 
-    # calls `read` once, for a whole model on the CPU, and returns it where this backend wants it
-    def load(self, read: Callable[[], nn.Module]) -> nn.Module: ...
-    # spreads the module over the ranks; what is below needs it
-    def wrap(self, module: nn.Module) -> None: ...
+    def load(self, read: Callable[[], nn.Module]) -> nn.Module:
+        """Call `read` once, which returns a whole model on the CPU; return the model where it is needed."""
+        ...
 
-    # is_last: of this update, where there are gradients
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor: ...
-    def backward(self, loss: Tensor, is_last: bool) -> None: ...
-    # returns the gradient's norm before clipping; where it is not finite, no update
-    def step(self, learning_rate: float) -> float: ...
-    def full(self, parameter: nn.Parameter) -> Tensor: ...  # the whole parameter, on every rank
-    # with a whole value, the same on every rank
-    def fill(self, parameter: nn.Parameter, value: Tensor) -> None: ...
-    # this rank's part of it, which forward passes read
-    def local(self, parameter: nn.Parameter) -> list[Tensor]: ...
-    # exp_avg, exp_avg_sq, master: whole, float32
-    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...
-    def init_state(self, num_updates: int) -> None: ...  # make the state that set_state then fills
-    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None: ...
+    def wrap(self, module: nn.Module) -> None:
+        """Spread the module over the ranks and make its optimizer; the methods below need this."""
+        ...
+
+    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+        """Call the module with these keyword arguments.
+
+        Args:
+            inputs: the module's arguments.
+            is_last: with gradients, whether this is the update's last pass.
+        """
+        ...
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of a scalar loss; is_last: in the update's last pass."""
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Make one optimizer update and clear the gradients; return their norm before clipping.
+
+        Where that norm is not finite, the parameters and the optimizer stay as they are.
+        """
+        ...
+
+    def full(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole parameter, on every rank."""
+        ...
+
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a parameter to a whole value, which is the same on every rank."""
+        ...
+
+    def local(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return this rank's part of the parameter, as the tensors that forward passes read."""
+        ...
+
+    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return the optimizer's exp_avg, exp_avg_sq and, where there is one, master weight of a parameter.
+
+        They are whole and in float32; {} before the first update.
+        """
+        ...
+
+    def init_state(self, num_updates: int) -> None:
+        """Make the optimizer's state as after `num_updates` updates, for `set_state` to fill."""
+        ...
+
+    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Restore what `get_state` returned for a parameter."""
+        ...
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    """Return this process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def adamw(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
+    """Make torch's AdamW for the trainable parameters of a module."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
@@ -63,7 +101,13 @@ def adamw(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
 
 
 def fill_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], num_updates: int) -> None:
-    """AdamW makes its state at its first step; one that is restored must be there before."""
+    """Give an AdamW the state, all zeros, that it would otherwise make at its first step.
+
+    Args:
+        optimizer: an AdamW without state.
+        parameters: the optimizer's parameters.
+        num_updates: how many updates the state counts.
+    """
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.tensor(float(num_updates)),
@@ -73,4 +117,5 @@ def fill_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], n
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return torch's autocast to `dtype`, which is switched off unless that is bfloat16."""
     return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)

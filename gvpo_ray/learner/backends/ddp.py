@@ -1,4 +1,4 @@
-"""Torch's DistributedDataParallel: everything is replicated on every rank."""
+"""The DDP backend replicates parameters, gradients and optimizer on every rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state, ranks
 
 
 class DDPBackend:
-    """torch's DistributedDataParallel: replicated float32 parameters and optimizer; bfloat16 by autocast."""
+    """This backend is torch's DistributedDataParallel, with float32 parameters; bfloat16 is by autocast.
+
+    Args:
+        config: the config section `learner`.
+        dtype: the type that forward passes compute in.
+        device: this rank's device.
+    """
 
     def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._config, self._compute_dtype, self._device = config, dtype, device
@@ -21,9 +27,11 @@ class DDPBackend:
         self.data_rank, self.data_size = ranks()
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
+        """Read the whole model and move it to this rank's device."""
         return read().to(self._device)
 
     def wrap(self, module: nn.Module) -> None:
+        """Make the optimizer, and with several ranks wrap the module in DistributedDataParallel."""
         self._optimizer = adamw(module, self._config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._module: nn.Module = module
@@ -35,10 +43,12 @@ class DDPBackend:
         return self._module.no_sync() if ddp and not is_last else contextlib.nullcontext()
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+        """Call the module; gradients are reduced over the ranks in the update's last pass only."""
         with self._no_sync(is_last), autocast_to(self._device, self._compute_dtype):
             return self._module(**inputs)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients; they are reduced over the ranks in the update's last pass only."""
         with self._no_sync(is_last):
             loss.backward()
 
@@ -46,6 +56,7 @@ class DDPBackend:
         return float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
 
     def step(self, learning_rate: float) -> float:
+        """Clip the gradient and make one AdamW update, unless the gradient's norm is not finite."""
         norm = self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -55,21 +66,27 @@ class DDPBackend:
         return norm
 
     def full(self, parameter: nn.Parameter) -> Tensor:
+        """Return the parameter itself, which every rank has whole."""
         return parameter.detach()
 
     def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Copy the value into the parameter."""
         parameter.data.copy_(value)
 
     def local(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return the parameter itself: this rank's part is the whole."""
         return [parameter.data]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return AdamW's moments of a parameter; {} before the first update."""
         state = self._optimizer.state[parameter]
         return {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else {}
 
     def init_state(self, num_updates: int) -> None:
+        """Make AdamW's state as after `num_updates` updates, for `set_state` to fill."""
         fill_state(self._optimizer, self._parameters, num_updates)
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Copy saved moments into AdamW's state, and a saved master weight into the parameter."""
         for name, value in state.items():
             (parameter.data if name == "master" else self._optimizer.state[parameter][name]).copy_(value)

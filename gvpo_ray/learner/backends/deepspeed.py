@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, stages 0 to 3, with offload."""
+"""The DeepSpeed backend runs ZeRO stages 0 to 3, with offload."""
 
 from __future__ import annotations
 
@@ -14,36 +14,46 @@ from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state, ranks
 
 
 class DeepSpeedBackend:
-    """DeepSpeed ZeRO 0 to 3 over the process group that is there, with torch's AdamW (no op is built)."""
+    """This backend is DeepSpeed ZeRO 0 to 3 over the existing process group, with torch's AdamW.
+
+    DeepSpeed's own AdamW would have to be compiled.
+
+    Args:
+        config: the config section `learner`.
+        dtype: the type that forward passes compute in.
+        device: this rank's device.
+    """
 
     def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
         self._config, self._device = config, device
         self._settings = deepspeed_config(config, dtype)
         self._is_zero = config.zero_stage > 0
-        # ZeRO has master weights beside its parameters, which are in bfloat16 themselves; elsewhere the
-        # parameters are the master weights, and bfloat16 is how they are computed with.
+        # With ZeRO the parameters are in bfloat16, and float32 master weights are kept beside them. Without
+        # ZeRO the parameters are the master weights, and autocast computes in bfloat16.
         self.dtype = torch.float32 if dtype == torch.bfloat16 and not self._is_zero else dtype
         self._autocast_dtype = torch.float32 if self._is_zero else dtype
         self.data_rank, self.data_size = ranks()
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
+        """Read the model to this rank's device; ZeRO-3 shards it while it is read."""
         import deepspeed
 
         if self._device.type == "cpu":
-            # Built with g++ for a minute at the first start, and used by nothing but DeepSpeed's inference.
-            # On a GPU, where it is not built, the look-up alone would try every op's compiler.
+            # This op would be built with g++ for a minute at the first start, and only DeepSpeed's inference
+            # uses it. On a GPU it is not built, and the look-up alone would try every op's compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self._config.zero_stage < 3:
             return read().to(self._device)
         from transformers.integrations import HfDeepSpeedConfig
 
-        shards = HfDeepSpeedConfig(self._settings)  # from_pretrained sees it for as long as it lives
+        shards = HfDeepSpeedConfig(self._settings)  # from_pretrained shards while this object lives
         model = read().to(self._device)
         del shards
         rebuild_rotary(model)
         return model
 
     def wrap(self, module: nn.Module) -> None:
+        """Make DeepSpeed's engine and its sharded optimizer."""
         import deepspeed
 
         self._module = module
@@ -55,6 +65,7 @@ class DeepSpeedBackend:
         )
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+        """Call DeepSpeed's engine, or without gradients the module itself."""
         if not torch.is_grad_enabled():  # DeepSpeed's engine has no part in these
             with autocast_to(self._device, self._autocast_dtype):
                 return self._module(**inputs)
@@ -62,19 +73,21 @@ class DeepSpeedBackend:
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients, which are reduced as the ZeRO stage says."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
+        """Clip the gradient and make one AdamW update, unless the gradient's norm is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._is_zero:  # which skips an update by itself
+        if self._is_zero:  # ZeRO skips an update with a gradient that is not finite by itself
             self._engine.step()
             return float("inf") if self._optimizer.overflow else float(self._engine.get_global_grad_norm())
         # DeepSpeed clips plain gradients too, but does not say what their norm was.
         norm = float(
             nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
         )
-        # an update by nothing, at a learning rate of nothing, leaves AdamW's moments damaged: none at all
+        # Not even an update with a learning rate of 0 may be made: it would put nan into AdamW's moments.
         if not norm < float("inf"):
             for parameter in self._engine.module.parameters():
                 parameter.grad = None
@@ -84,6 +97,7 @@ class DeepSpeedBackend:
         return norm
 
     def full(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole parameter, which ZeRO-3 gathers on every rank."""
         if not hasattr(parameter, "ds_id"):
             return parameter.detach()
         import deepspeed
@@ -92,6 +106,7 @@ class DeepSpeedBackend:
             return parameter.detach().clone()
 
     def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Copy a whole value into the parameter, which ZeRO-3 shards again."""
         if not hasattr(parameter, "ds_id"):
             parameter.data.copy_(value)
             return
@@ -101,14 +116,17 @@ class DeepSpeedBackend:
             parameter.data.copy_(value)
 
     def local(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return this rank's part of the parameter: its shard under ZeRO-3, else the whole."""
         if not hasattr(parameter, "ds_id"):
             return [parameter.data]
-        # ZeRO-3 keeps small ones gathered: let it gather them anew from what is in the shards
+        # ZeRO-3 keeps small parameters gathered: partition them, so that they are gathered anew from the
+        # shards, which the caller may write to.
         if parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
         return [parameter.ds_tensor.data]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Gather AdamW's moments of a parameter, and with ZeRO its master weight; {} before any update."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not self._base.state:
@@ -119,6 +137,7 @@ class DeepSpeedBackend:
         return {**state, "master": safe_get_full_fp32_param(parameter)}
 
     def init_state(self, num_updates: int) -> None:
+        """Make AdamW's state as after `num_updates` updates, for `set_state` to fill."""
         # ZeRO-3 shows AdamW its flat shards only while it steps.
         stage = self._settings["zero_optimization"]["stage"]
         flat = (
@@ -131,6 +150,7 @@ class DeepSpeedBackend:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Restore saved moments and the master weight of a parameter."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, value in state.items():
@@ -143,15 +163,18 @@ class DeepSpeedBackend:
 
     @property
     def _base(self) -> torch.optim.Optimizer:
-        """torch's AdamW below DeepSpeed's sharding."""
+        """The AdamW of torch that DeepSpeed's sharded optimizer steps."""
         return self._optimizer.optimizer if self._is_zero else self._optimizer
 
 
 def rebuild_rotary(model: nn.Module) -> None:
-    """Compute the frequencies of rotary embeddings again, in float32.
+    """Compute the frequencies of rotary embeddings again, in float32, where they are in bfloat16.
 
-    Under zero.Init torch.arange and its like return what they make in the parameters' dtype, and
-    bfloat16 frequencies turn the 1,000th token by some radians too much or too little.
+    Under zero.Init torch.arange and similar functions return the parameters' dtype, and bfloat16 frequencies
+    rotate the 1,000th token by some radians too much or too little.
+
+    Raises:
+        ValueError: a module with such frequencies cannot be made again from its config.
     """
     for module in model.modules():
         wrong = [
@@ -173,13 +196,18 @@ def rebuild_rotary(model: nn.Module) -> None:
 
 
 def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. Accumulation boundaries are set by hand: micro-batches vary in
-    number.
+    """Return the DeepSpeed configuration of a run.
 
-    bfloat16 without ZeRO is autocast over float32 parameters, as for DDP: DeepSpeed's own wrapper there hides
-    optimizer and master weights. With ZeRO gradients are added up and reduced in float32: GVPO's weights sum
-    to zero in a group, so its gradients are differences. DeepSpeed's stage 1 would do so by another optimizer
-    class (BF16_Optimizer), which keeps whole float32 gradients: there stage 2 runs in its place.
+    Its accumulation steps are 1, because the number of micro-batches varies and `forward` sets the boundary.
+    bfloat16 without ZeRO is autocast over float32 parameters, as in the DDP backend: DeepSpeed's own bfloat16
+    optimizer would hide AdamW and the master weights. With ZeRO, gradients are accumulated and reduced in
+    float32: GVPO's weights sum to zero in a group, so its gradients are differences. DeepSpeed's stage 1
+    would do so with another optimizer class (BF16_Optimizer), which keeps unsharded float32 gradients, so
+    stage 2 runs in its place.
+
+    Args:
+        config: the config section `learner`.
+        dtype: the type that forward passes compute in.
     """
     is_half = dtype == torch.bfloat16
     is_half_zero = is_half and config.zero_stage > 0

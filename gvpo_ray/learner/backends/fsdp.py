@@ -1,4 +1,4 @@
-"""Torch's FSDP2: parameters, gradients and optimizer are sharded over the ranks."""
+"""The FSDP backend shards parameters, gradients and optimizer over the ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from gvpo_ray.learner.backends.ddp import DDPBackend
 
 
 class FSDPBackend(DDPBackend):
-    """torch's FSDP2 (fully_shard): parameters, gradients and optimizer in shards, one layer gathered at a
-    time; float32 shards.
+    """This backend is torch's FSDP2 (fully_shard): float32 shards, of which one layer is gathered at a time.
+
+    Args:
+        config: the config section `learner`.
+        dtype: the type that forward passes compute in.
+        device: this rank's device.
     """
 
     def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -30,9 +34,11 @@ class FSDPBackend(DDPBackend):
         self._mesh = init_device_mesh(device.type, (self.data_size,))
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
-        return read()  # moved one layer after the other, as it is sharded
+        """Read the whole model and leave it on the CPU."""
+        return read()  # fully_shard moves one layer after the other to the device
 
     def wrap(self, module: nn.Module) -> None:
+        """Shard each layer and then the rest of the module, and make the optimizer of the shards."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -49,11 +55,12 @@ class FSDPBackend(DDPBackend):
         self._module = module
 
     def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
-        # Gradients are reduced after every pass: FSDP2 would keep those that wait whole, in float32, on every
-        # rank (4 bytes per parameter).
+        """Call the module, whose layers are gathered one after the other."""
+        # Gradients are reduced after every pass: without that FSDP2 would keep them unsharded, in float32, on
+        # every rank (4 bytes per parameter).
         output: Tensor = self._module(**inputs)
         if not torch.is_grad_enabled():
-            self._reshard()  # it would wait for a backward pass to do so
+            self._reshard()  # FSDP2 does so only in a backward pass
         return output
 
     def _reshard(self) -> None:
@@ -61,6 +68,7 @@ class FSDPBackend(DDPBackend):
             part.reshard()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients, which are reduced and sharded in each pass."""
         loss.backward()
 
     def _clip(self) -> float:
@@ -68,10 +76,11 @@ class FSDPBackend(DDPBackend):
         return float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm).full_tensor())
 
     def full(self, parameter: nn.Parameter) -> Tensor:
+        """Gather the whole parameter from its shards, on every rank."""
         return parameter.detach().full_tensor()
 
     def _part(self, like: Tensor, value: Tensor) -> Tensor:
-        """This rank's shard of a whole tensor, cut as `like` is."""
+        """Return this rank's shard of a whole tensor, sharded as `like` is."""
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(
@@ -79,15 +88,19 @@ class FSDPBackend(DDPBackend):
         ).to_local()
 
     def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Copy this rank's shard of a whole value into the parameter."""
         parameter.data.to_local().copy_(self._part(parameter, value))
 
     def local(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return this rank's shard of the parameter."""
         return [parameter.data.to_local()]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Gather AdamW's moments of a parameter, whole; {} before the first update."""
         return {name: value.full_tensor() for name, value in super().get_state(parameter).items()}
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Copy this rank's shards of saved moments and master weight to where they belong."""
         for name, value in state.items():
             whole = parameter.data if name == "master" else self._optimizer.state[parameter][name]
             whole.to_local().copy_(self._part(parameter, value))

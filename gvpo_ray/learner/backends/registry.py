@@ -1,4 +1,4 @@
-"""The backends by their names in the config."""
+"""The registry lists the backends by their names in the config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from gvpo_ray.learner.backends.fsdp import FSDPBackend
 
 
 def make_backend(config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The backend of learner.backend, with its mesh and no model yet. dtype: what is computed in."""
+    """Make the backend that `learner.backend` names; it has no model yet.
+
+    Args:
+        config: the config section `learner`.
+        dtype: the type that forward passes compute in.
+        device: this rank's device.
+    """
     backends: dict[str, Callable[..., Backend]] = {
         "ddp": DDPBackend,
         "fsdp": FSDPBackend,

@@ -22,7 +22,13 @@ from gvpo_ray.verifiers.math.words import NUMERALS, as_option, is_words, same_wo
 
 
 def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
-    """Whether two normalised answers are the same mathematics, or the same words."""
+    """Return whether two normalised answers are the same mathematics, or the same words.
+
+    Args:
+        gold: the gold answer, normalised.
+        pred: the answer to compare, normalised.
+        nesting: depth of the recursion into lists and brackets; beyond 6 only equal texts are equal.
+    """
     if gold == pred or _letters(gold) == _letters(pred):
         return True
     if not pred or nesting > 6:
@@ -46,12 +52,12 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
 
 
 def _letters(text: str) -> str:
-    """What is left of a text without spaces, needless braces and the marks of words."""
+    r"""Return a text without spaces, needless braces and \text{}."""
     return re.sub(r"([_^])\{\s*(\w)\s*\}|\s+", r"\1\2", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
 
 
 def _equal_lists(golds: list[str], preds: list[str], nesting: int) -> bool:
-    """Compare where at least one side lists several answers."""
+    """Return whether two answers are equal of which at least one lists several items."""
     if max(len(golds), len(preds)) > MAX_ITEMS:
         return False
     if min(len(golds), len(preds)) > 1:
@@ -80,8 +86,11 @@ def _equal_lists(golds: list[str], preds: list[str], nesting: int) -> bool:
 
 
 def _match(golds: list[str], preds: list[str], nesting: int) -> bool:
-    """Whether each element has its counterpart, in any order; by name if all have names (a = 1, b = 2)."""
-    if len(golds) != len(preds):  # said twice
+    """Return whether each element has its counterpart, in any order.
+
+    Elements are matched by name if all have names (a = 1, b = 2).
+    """
+    if len(golds) != len(preds):  # an element may be repeated
         golds, preds = list(dict.fromkeys(golds)), list(dict.fromkeys(preds))
     if len(golds) != len(preds):
         return False
@@ -105,7 +114,7 @@ def _match(golds: list[str], preds: list[str], nesting: int) -> bool:
 
 
 def _equal_items(gold: str, pred: str, nesting: int) -> bool:
-    """Compare two answers of which neither lists several."""
+    """Return whether two answers are equal of which neither lists several items."""
     gold, pred = (trim(QUALIFIER.sub("", text)) or text for text in (gold, pred))
     relations, (gold, pred) = (gold, pred), (as_interval(gold), as_interval(pred))
     if (RELATION.search(gold) or RELATION.search(pred)) and sympy_equal(*relations):
@@ -140,15 +149,16 @@ def _equal_items(gold: str, pred: str, nesting: int) -> bool:
 
 
 def _equal_values(gold: str, pred: str) -> bool:
-    """Compare two numbers or expressions. A percent sign may be missing (35% for 35), or meant (35% for
-    0.35).
+    """Return whether two numbers or expressions are equal, units included.
+
+    A percent sign may be left out (35 for 35%) or be meant as a hundredth (0.35 for 35%).
     """
     gold, gold_unit, gold_percent, gold_degrees = value_and_unit(gold)
     pred, pred_unit, pred_percent, pred_degrees = value_and_unit(pred)
     if not same_unit(gold_unit, pred_unit):
         return False
     base, other_base = BASE.fullmatch(gold), BASE.fullmatch(pred)
-    if base or other_base:  # 1011_2, of which only one may say the base
+    if base or other_base:  # 1011_2; one of both may leave the base out
         return (base[1] if base else gold) == (other_base[1] if other_base else pred) and not (
             base and other_base and base[2] != other_base[2]
         )
@@ -156,7 +166,7 @@ def _equal_values(gold: str, pred: str) -> bool:
     if number is not None and other is not None and gold_degrees == pred_degrees:
         if is_close(number, other, gold, pred):
             return True
-        # As an exact value: 41/125 and 0.328 alike are 32.8 %.
+        # The side without a percent sign counts as exact: 41/125 and 0.328 alike are 32.8 %.
         return gold_percent != pred_percent and (
             is_close(number, 100 * other, gold, "")
             if gold_percent

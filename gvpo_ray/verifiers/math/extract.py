@@ -1,4 +1,4 @@
-"""Extraction: where in a completion its answer is."""
+"""Extraction: finding the answer in a completion."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from dataclasses import dataclass
 
 MAX_CHARS = 1000
-"""No answer is longer."""
+"""Length in characters above which a text is not taken for an answer."""
 
 TAIL_CHARS = 2000
-"""Where an answer is looked for that no box marks."""
+"""Length in characters of the end of a completion in which an answer without a box is looked for."""
 
 MAX_ITEMS = 64
-"""Elements of a list: each may be compared with each."""
+"""Largest number of elements of a list, since each may have to be compared with each."""
 
 SHORT_CHARS = 300
-"""A shorter response without any mark is a statement, which may lack its full stop; a longer one has to be
-finished."""
+"""Length in characters up to which a response without any mark is a statement, which may lack its full stop.
+A longer response without a final sign counts as unfinished and has no answer."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Extraction:
     """The answer in a completion, as text."""
 
     text: str | None
-    """None: there is none."""
+    """The answer; None: the completion has none."""
     sentence: str | None = None
-    """The statement that `text` is from, where no box marks it: the answer if the gold answer is words."""
+    """The statement that holds `text`, if no box marks it: the answer if the gold answer is words."""
 
 
 _TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|user)\|>|</s>")
@@ -66,12 +66,16 @@ _NUMBER_IN_TEXT = re.compile(
 
 
 def extract(completion: str, *, truncated: bool = False) -> Extraction:
-    """The answer in a completion: the last boxes, else what follows the last "answer is", "####" or "A:",
-    else the conclusion.
+    """Find the answer in a completion.
 
-    Of several answers the last one counts, also where a base model goes on with another question: such a
-    completion does not end with its answer. Only what follows the last </think> is looked at. A box that is
-    never closed is no answer.
+    The answer is the content of the last boxes; else what follows the last "answer is", "####" or "A:"; else
+    the conclusion. Of several answers the last one counts, also if a base model goes on with another
+    question, because such a completion does not end with its answer. Only the text behind the last </think>
+    is read. A box that is never closed is no answer.
+
+    Args:
+        completion: a response, or a bare answer.
+        truncated: whether it was cut at the token limit, so that only a box counts.
     """
     text = completion.rpartition("</think>")[2].partition("<think>")[0]
     text = next((part for part in _TURN.split(text) if part.strip()), "").strip()
@@ -99,8 +103,9 @@ def extract(completion: str, *, truncated: bool = False) -> Extraction:
 
 
 def _boxes(text: str) -> str | None:
-    """Content of the last box, with those before it that belong to the same statement ("\\boxed{1} and
-    \\boxed{2}").
+    r"""Return the content of the last box, or None if there is no box.
+
+    Boxes before it that belong to the same statement ("\boxed{1} and \boxed{2}") are joined by commas.
     """
     contents: list[str] = []
     begin = next_begin = len(text)
@@ -132,7 +137,7 @@ def _boxes(text: str) -> str | None:
 
 
 def closing_brace(text: str, opening: int) -> int:
-    """Index of the brace that closes the one at `opening`; -1 if there is none within an answer's length."""
+    """Return the index of the brace that closes the one at `opening`; -1 if none does within MAX_CHARS."""
     depth = 0
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening, opening + MAX_CHARS + 2):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
@@ -142,7 +147,7 @@ def closing_brace(text: str, opening: int) -> int:
 
 
 def _statement(rest: str) -> str | None:
-    """The answer at the begin of what follows a marker."""
+    """Return the answer at the beginning of the text that follows a marker, or None."""
     rest = re.sub(r"^(?:\\?[\"'`*]|\s)+", "", rest)
     if math := _MATH.match(rest):
         parts, end = [_inner(math)], math.end()
@@ -158,7 +163,7 @@ def _statement(rest: str) -> str | None:
 
 
 def _conclusion(text: str) -> Extraction:
-    """The answer in a response that marks none: the last mathematics or number of its last statement."""
+    """Find the answer in a response without a mark: the last mathematics or number of its last statement."""
     last = [part for part in re.split(r"\n\s*\n", text) if part.strip()][-1].strip()
     if len(text) > SHORT_CHARS and _UNFINISHED_MATH.search(_MATH.sub(" ", last).replace("\\$", "")):
         return Extraction(None)
@@ -176,11 +181,12 @@ def _conclusion(text: str) -> Extraction:
 
 
 def _inner(math: re.Match[str]) -> str:
+    """Return the content of a match of _MATH, without its delimiters."""
     return next(group for group in math.groups() if group is not None)
 
 
 def _is_bare(text: str) -> bool:
-    """Whether a text is an answer and nothing else: one line without prose around numbers or mathematics."""
+    """Return whether a text is a bare answer: one line without prose around numbers or mathematics."""
     if (
         len(text) > 2 * SHORT_CHARS
         or len(_MATH.findall(text)) > 8
@@ -208,3 +214,4 @@ FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm det mod arcsin arccos arctan sinh cosh "  # noqa: SIM905
     "tanh frac pi deg dim arg".split()
 )
+"""Names in mathematics that look like words."""

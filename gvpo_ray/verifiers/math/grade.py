@@ -1,13 +1,13 @@
 """Grading of mathematical answers: extraction -> normalisation -> comparison.
 
-`grade` finds the answer in a completion, brings it and the gold answer into one spelling, takes both apart as
-far as their text shows it (lists, tuples, sets, intervals, matrices, equations, units), and asks
-math-verify's parser and sympy about the leaves that equal text and plain arithmetic leave open. The parser is
-a LaTeX grammar: it evaluates no Python, and nothing here does.
+`grade` finds the answer in a completion, and brings it and the gold answer into one spelling. It takes both
+apart as far as their text shows structure (lists, tuples, sets, intervals, matrices, equations, units). The
+leaves are compared as text and by plain arithmetic, and only then by math-verify's parser and sympy. The
+parser is a LaTeX grammar; neither it nor this package evaluates Python.
 
-Completions are untrusted. Text work is linear in the completion; what no answer looks like (too long, too
-deep, towers of exponents) is refused before sympy sees it. Whatever still explodes is up to the caller's
-limits: nothing here sets a signal, and MemoryError comes through.
+Completions are untrusted. Work on text is linear in the completion's length. Texts that no answer looks like
+(too long, too deep, towers of exponents) are refused before sympy sees them. The caller has to limit time and
+memory: nothing here sets a signal, and MemoryError comes through.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from gvpo_ray.verifiers.math.words import as_option, is_words
 
 @dataclass(frozen=True)
 class Grade:
-    """What the grader says of one completion."""
+    """The grader's result for one completion."""
 
     correct: bool | None
-    """None: cannot be verified, since there is no gold answer, or it cannot be understood and the texts
-    differ."""
+    """None: there is no gold answer, or it cannot be understood and the texts differ."""
     reason: str | None
     """Why `correct` is None, or NO_ANSWER; None otherwise."""
     answer: str | None
-    """The text that was taken for the answer."""
+    """The text that was taken for the completion's answer; None if there is none."""
 
 
 def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
-    """Whether a completion's answer equals the gold answer.
+    r"""Grade a completion: does its answer equal the gold answer?
 
     Args:
         completion: a response, or a bare answer.
         gold: the right answer, bare or marked in a solution.
-        truncated: the completion was cut at the token limit, so only a complete \\boxed{...} is an answer.
+        truncated: whether the completion was cut at the token limit, so that only a complete \boxed{...} is
+            an answer.
 
     Raises:
-        MemoryError: sympy needed more than there is. Its other errors mean "not equal".
+        MemoryError: sympy ran out of memory. Its other errors mean "not equal".
     """
     wanted = _gold_text(gold)
     if not wanted:
@@ -60,7 +60,7 @@ def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
     if len(text) > MAX_CHARS or any(
         unicodedata.category(sign)[0] == "C" and not sign.isspace() for sign in text
     ):
-        # control characters, surrogates, signs that turn the direction
+        # control characters, surrogates, marks of the writing direction
         return Grade(False, None, text[:MAX_CHARS])
     if CODE.search(text):
         return Grade(normalise(text) == wanted, None, text)
@@ -75,13 +75,13 @@ def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
 
 @functools.lru_cache(maxsize=256)
 def _gold_text(gold: str) -> str:
-    """A gold answer, normalised; the part that is marked as the answer if it is a solution."""
+    """Return the normalised gold answer; of a solution, the part that is marked as its answer."""
     text = extract(gold).text or gold
     return normalise(text) if len(text) <= MAX_CHARS else ""
 
 
 def _understood(gold: str) -> bool:
-    """Whether a gold answer can be told from a wrong one."""
+    """Return whether a normalised gold answer is understood well enough to call other answers wrong."""
     items = items_of(gold)
     if len(items) > 1 or as_number(gold) is not None or as_option(gold) or is_words(right_side(items[0])):
         return True

@@ -1,4 +1,4 @@
-"""Normalisation: one spelling for answers that mean the same."""
+"""Normalisation of answers: one spelling for texts that mean the same."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\\(?:mid|vert|middle\|)(?![a-z])", "|"),
     (r"\\cupdot(?![a-z])", r"\\cup "),
-    # Words. What stays in \text{} is a unit or language.
+    # Words. After this only units and language are in \text{}.
     (r"\\(?:text(?:bf|it|rm|sf|normal|tt)?|mbox|mathrm|mathbf|mathit|boldsymbol|operatorname|emph)"
      r"(?![a-z])\s*", r"\\text"),
     (r"\\text\{\s*(?:,?\s*(and|or)|,)\s*,?\s*\}", r" \1 "),
@@ -78,8 +78,9 @@ _DOUBLY_ESCAPED = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|left|right|text|pi|circ|
 
 @functools.lru_cache(maxsize=512)
 def normalise(text: str) -> str:
-    """One spelling for the many that mean the same: delimiters, spaces, synonyms, separators and Unicode
-    signs are gone.
+    """Bring an answer into one spelling.
+
+    Delimiters, needless spaces, synonyms, thousands separators and Unicode signs are removed or replaced.
     """
     for _ in range(3):  # boxes in boxes
         match = BOX.search(text)
@@ -99,7 +100,7 @@ def normalise(text: str) -> str:
 
 
 def trim(text: str) -> str:
-    """Without punctuation around it."""
+    """Remove punctuation, quotes and spaces around a text."""
     previous = None
     while text != previous:
         previous = text

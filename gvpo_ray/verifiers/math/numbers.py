@@ -1,4 +1,4 @@
-"""Numbers and units: how they are read, and when two are the same."""
+"""Numbers and units: reading them from text, and comparing them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 from fractions import Fraction
 
 MAX_QUANTITY_CHARS = 1000
-"""A text is cut here before a quantity is read from it; its expressions are quadratic at worst."""
+"""Length in characters to which a text is cut before a quantity is read from it, because the regular
+expressions take quadratic time at worst."""
 
 _PLAIN = re.compile(
     r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\frac\s*\{\s*\d)|\s+(?=\d+\s*/)))?"
@@ -38,7 +39,10 @@ _SAME_UNIT = {
 
 
 def as_number(text: str) -> Fraction | None:
-    """The value of a plain number: 12, -0.5, 1/2, \\frac{1}{2}, 2 1/2, 2 \\times 10^{-3}."""
+    r"""Return the exact value of a plain number, or None for any other text.
+
+    Plain numbers are 12, -0.5, 1/2, \frac{1}{2}, 2 1/2, 2 \times 10^{-3} and the like.
+    """
     match = _PLAIN.fullmatch(text) if len(text) <= 400 else None
     if match is None or (match["whole"] and not (match["top"] or match["over"])):
         return None
@@ -60,16 +64,16 @@ _QUANTITY = re.compile(
 
 
 _BEFORE_NUMBER = re.compile(r"[\s$£€\\({~≈]*(?:\\?[A-Za-z]\w{0,20}\s*(?:=|≈|\\approx|is|:))?[\s$£€\\({~≈]*")
-"""Of a quantity nothing stands before its number but money, brackets and a name: exp(2) is not 2."""
+"""What may stand before a quantity's number: currency, brackets and a name. So exp(2) is not read as 2."""
 _A_UNIT = re.compile(r"[A-Za-z°%µΩ][A-Za-z°%µΩ\d/^·-]{0,40}")
-"""And nothing behind it but a unit: 2**3 is not 2."""
+"""What may stand behind a quantity's number: a unit. So 2**3 is not read as 2."""
 
 
 def quantity(text: str) -> tuple[float, str] | None:
-    """Read (number, unit) from a text such as "$1,250.50", "3/4 cup" or "2.5 \\times 10^3 \\text{ m}".
+    r"""Read (number, unit) from a text such as "$1,250.50", "3/4 cup" or "2.5 \times 10^3 \text{ m}".
 
-    None means that the text is no quantity. as_number reads exact values of normalised LaTeX; this reads
-    prose as a float, with money, thousands separators and a unit.
+    None means that the text is no quantity. While as_number reads exact values from normalised LaTeX, this
+    function reads floats from prose, with currency, thousands separators and a unit.
     """
     text = text[:MAX_QUANTITY_CHARS]
     match = next((m for m in _QUANTITY.finditer(text) if m["top"] or m["whole"] or m["decimals"]), None)
@@ -92,11 +96,11 @@ def quantity(text: str) -> tuple[float, str] | None:
 
 
 def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> bool:
-    """Whether two numbers are equal, given how they are written.
+    """Return whether two numbers are equal, given how they are written.
 
-    Exact values must be equal. A decimal stands for what it rounds: within 1e-4 of a gold value that is no
-    integer (the usual evaluations' tolerance), and an exact value equals the gold decimal (of three digits or
-    more) that it rounds or truncates to.
+    Exact values must be equal. If one is written as a decimal and gold is no integer, they may differ by a
+    relative 1e-4, the usual tolerance of evaluations. A gold decimal of three digits or more also equals an
+    exact value, no integer, that rounds or truncates to it.
     """
     difference = abs(gold - pred)
     # sympy's values have 30 digits
@@ -118,7 +122,7 @@ def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> 
 
 @functools.lru_cache(maxsize=512)
 def value_and_unit(text: str) -> tuple[str, str, bool, bool]:
-    """(value, unit, is a percentage, is in degrees)."""
+    """Split a normalised answer into (value, unit, whether it is a percentage, whether it is in degrees)."""
     unit = ""
     while (match := _UNIT.search(text)) and match.start() > 0:
         if match[2] and len(match[2]) < 4 and as_number(text[: match.start()].strip()) is None:
@@ -132,8 +136,9 @@ def value_and_unit(text: str) -> tuple[str, str, bool, bool]:
 
 
 def same_unit(gold: str, pred: str) -> bool:
-    """Units that share a word, or of which only one is given: what is asked for implies the other. Nothing is
-    converted.
+    """Return whether two units agree: they share a word, or one is missing.
+
+    A missing unit is implied by the question. Nothing is converted.
     """
     words, others = (
         {

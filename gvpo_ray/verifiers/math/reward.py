@@ -28,8 +28,8 @@ WARM_UP = [
     ("\\boxed{\\{1, 2\\}}", "x \\geq \\frac{a}{b}"),
     ("\\boxed{\\binom{n}{2} + 2!}", "\\frac{n(n - 1)}{2} + |x|"),
 ]
-"""Graded before the first check: the parser's tables and sympy's caches fill up for a second, once for all
-children."""
+"""Pairs of completion and gold answer that are graded before the first check. They fill the parser's tables
+and sympy's caches, which takes a second, once for all children."""
 
 
 def math_reward(
@@ -42,18 +42,19 @@ def math_reward(
 ) -> list[Score]:
     """Score 1 for an answer that equals the gold answer mathematically (math/grade.py), else 0.
 
-    A completion without an answer is wrong. A gold answer that nobody can read gives None.
+    A completion without an answer scores 0. A gold answer that cannot be understood gives None, unless the
+    completion's answer is the same text.
 
     Raises:
-        MemoryError: a check that came near the process's memory limit, so its verdict cannot be trusted.
+        MemoryError: a check came near the process's memory limit, so its verdict cannot be trusted.
     """
     reasons = finish_reasons or [None] * len(completions)
     return [_score(*row) for row in zip(completions, answer, reasons, strict=True)]
 
 
 def _warm_up() -> None:
-    """Grade WARM_UP, and note how much memory that took: the sandbox sets a check's limit above it."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
+    """Grade WARM_UP, and note the peak memory so far, above which a check's own memory counts."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
     for completion, gold in WARM_UP:
         grade(completion, gold)
     _memory_when_loaded()
@@ -63,6 +64,7 @@ math_reward.warm_up = _warm_up  # type: ignore[attr-defined]
 
 
 def _score(completion: str, gold: str, finish_reason: str | None) -> Score:
+    """Score one completion; raise MemoryError if a negative verdict may come from a lack of memory."""
     peak_before, limit = _peak_memory(), resource.getrlimit(resource.RLIMIT_AS)[0]
     loaded = _memory_when_loaded()
     result = grade(completion, gold, truncated=finish_reason == "length")
@@ -82,12 +84,12 @@ def _score(completion: str, gold: str, finish_reason: str | None) -> Score:
 
 @functools.cache
 def _memory_when_loaded() -> int:
-    """Peak address space before the first check, in bytes. The forked children inherit the warm-up's."""
+    """Return the peak address space before the first check, in bytes; forked children inherit the value."""
     return _peak_memory()
 
 
 def _peak_memory() -> int:
-    """Most address space that this process ever had, in bytes; 0 where the system does not say."""
+    """Return this process's peak address space, in bytes; 0 if the system does not say."""
     if not _STATUS.exists():
         return 0
     return int(_STATUS.read_text().partition("VmPeak:")[2].split()[0]) * 1024

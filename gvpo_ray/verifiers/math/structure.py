@@ -10,7 +10,7 @@ from gvpo_ray.verifiers.math.extract import MAX_CHARS
 from gvpo_ray.verifiers.math.normalise import trim
 
 MAX_DEPTH = 40
-"""Nested brackets: the LaTeX parser recurses."""
+"""Depth of brackets above which a text is not parsed, because the LaTeX parser recurses."""
 
 
 _TOKEN = re.compile(r"\\[{}]|\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+|\\.|[A-Za-z]+|.", re.DOTALL)
@@ -29,7 +29,7 @@ QUALIFIER = re.compile(
 
 
 def _tokens(text: str) -> list[tuple[str, int]]:
-    """(token, depth of brackets around it)."""
+    """Split a text into pairs (token, number of brackets around it)."""
     depth, found = 0, []
     for match in _TOKEN.finditer(text):
         token = match[0]
@@ -40,7 +40,7 @@ def _tokens(text: str) -> list[tuple[str, int]]:
 
 
 def too_large(text: str) -> bool:
-    """Whether no answer is as long or as nested as this text."""
+    """Return whether a text is too long, too nested or holds too long a number to be compared."""
     return (
         len(text) > MAX_CHARS
         or max((depth for _, depth in _tokens(text)), default=0) > MAX_DEPTH
@@ -49,7 +49,7 @@ def too_large(text: str) -> bool:
 
 
 def _split(text: str, separators: Sequence[str]) -> list[str]:
-    """Parts of a text between separators outside of all brackets, empty ones left out."""
+    """Split a text at the separators that are outside of all brackets; leave empty parts out."""
     parts = [""]
     for token, depth in _tokens(text):
         if depth == 0 and token in separators:
@@ -60,8 +60,9 @@ def _split(text: str, separators: Sequence[str]) -> list[str]:
 
 
 def items_of(text: str) -> list[str]:
-    """What an answer lists, without order: "1, 2 and 3", "x < 1 or x > 2", "1 \\pm 2", a union; one item if
-    it is no list.
+    r"""Split an answer into the items that it lists; an answer that is no list is one item.
+
+    Lists are texts such as "1, 2 and 3", "x < 1 or x > 2", "1 \pm 2" or a union. Their order means nothing.
     """
     text = trim(re.split(r"\\approx|\\simeq", text)[0]) or text  # "\\frac{1}{3} \\approx 0.33"
     groups = _split(text if ";" in text else _AND_OR.sub(";", text), (";",))
@@ -78,7 +79,7 @@ def items_of(text: str) -> list[str]:
 
 
 def both_signs(text: str) -> list[str]:
-    """The answers that plus-minus signs stand for."""
+    """Return the answers that a text with up to three plus-minus signs stands for, else the text alone."""
     count = len(_PLUS_MINUS.findall(text))
     if not 0 < count <= 3:
         return [text]
@@ -93,8 +94,9 @@ def both_signs(text: str) -> list[str]:
 
 
 def bracketed(text: str) -> tuple[str, list[str], str] | None:
-    """(opening, elements, closing) of a tuple, interval, set, vector or matrix; None if the text is none of
-    them.
+    """Take a tuple, interval, set, vector or matrix apart: (opening, elements, closing), or None for others.
+
+    A vector is read as a tuple. A matrix has the opening "matrix", and its elements are tuples, one per row.
     """
     if text.count("\\begin") == 1 and (
         match := re.fullmatch(r"\\begin\{[pbB]?matrix\}(.*)\\end\{[pbB]?matrix\}", text, re.DOTALL)
@@ -124,7 +126,7 @@ _FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 
 
 def as_interval(text: str) -> str:
-    """Inequalities in one name, and sets given by them, as intervals; any other text as it is."""
+    """Rewrite an inequality in one name, or a set given by one, as an interval; leave other texts alone."""
     if match := re.fullmatch(
         rf"\\?\{{\s*{_NAME}\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?)?\s*[|:]\s*(.*?)\\?\}}", text
     ):
@@ -153,8 +155,10 @@ def as_interval(text: str) -> str:
 
 
 def right_side(text: str) -> str:
-    """What an equation gives: its last side, if what stands before is a name or the value of something; else
-    the equation.
+    """Return the last side of an equation that gives a value, such as "x = 3" or "f(2) = 1 + 2 = 3".
+
+    Any other text is returned unchanged: relations, and equations of two sides whose left side is a sum with
+    names, such as "x + y = 3".
     """
     sides = _split(re.sub(r":=|\\equiv(?![a-z])(?!.*mod)", "=", text), ("=",))
     if len(sides) < 2 or RELATION.search(text) or r"\neq" in text:

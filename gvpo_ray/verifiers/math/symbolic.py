@@ -1,4 +1,4 @@
-"""Symbolic comparison: expressions and equations as sympy understands them."""
+"""Symbolic comparison of expressions and equations with sympy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _EXPLOSIVE = re.compile(
     r"|!\W{0,3}!|\d{5}!|\d\^[\d.]+!|\d!\^"  # factorials of factorials
 )
 _UNREADABLE = re.compile(r"['\"]|__|\d\s+\d|(?<![A-Za-z\\{])(?:[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z]{2,})")
-"""The grammar drops quotes (f' is not f), adds numbers that stand side by side, and multiplies the letters of
-words."""
+"""Texts that the LaTeX grammar misreads: it drops quotes (f' is not f), adds numbers that stand side by side,
+and multiplies the letters of words."""
 _INDEXED = {"e": r"\varepsilon ", "E": r"\Xi ", "i": r"\iota ", "I": r"\Lambda "}
-"""With an index these are names, no constants; the grammar takes no index on a constant."""
+"""Names for constants that have an index: e_1 is a name, and the grammar takes no index on a constant."""
 _POINTS = (
     "0.7390851332151607",
     "1.3247179572447460",
@@ -30,7 +30,7 @@ _POINTS = (
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> Any:
-    """A sympy object; None if the text is no LaTeX mathematics, or costs more than any answer would."""
+    """Parse LaTeX into a sympy object; None if it is no mathematics, or would cost more than any answer."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
@@ -63,14 +63,24 @@ def parse(text: str) -> Any:
 
 
 def sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees: bool = False) -> bool:
-    """Equality of two expressions, relations, matrices or sets."""
+    """Return whether two expressions, relations, matrices or sets are equal; False if one is unreadable.
+
+    Args:
+        gold: LaTeX of the gold answer.
+        pred: LaTeX of the answer to compare.
+        gold_degrees: whether gold is in degrees; pred is then converted from radians if it has pi.
+        pred_degrees: the same for pred.
+
+    Raises:
+        MemoryError: sympy ran out of memory. Its other errors mean "not equal".
+    """
     left, right = parse(gold), parse(pred)
     if left is None or right is None:
         return False
     import math_verify.grader
     from sympy import Expr, pi
 
-    math_verify.grader.TIMEOUT_WARNING_SHOWN = True  # there is none on purpose
+    math_verify.grader.TIMEOUT_WARNING_SHOWN = True  # it has no time limit on purpose: the sandbox has one
     try:
         if all(getattr(side, "is_Equality", False) for side in (left, right)):
             differences = [side.lhs - side.rhs for side in (left, right)]
@@ -90,8 +100,12 @@ def sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees: 
 
 
 def equal_equations(gold: str, pred: str) -> bool:
-    """Two equations, or an equation and what it says of its one name that the other lacks: -x^2 - 1 for y + 1
-    = -x^2.
+    """Return whether two equations are equal, or a gold equation and its solution are.
+
+    The solution is an expression for the one name that it lacks: -x^2 - 1 for y + 1 = -x^2.
+
+    Raises:
+        MemoryError: sympy ran out of memory. Its other errors mean "not equal".
     """
     if "=" not in gold:
         return False
@@ -116,10 +130,11 @@ def equal_equations(gold: str, pred: str) -> bool:
 
 
 def _same_up_to_a_factor(gold: Any, pred: Any) -> bool | None:
-    """Whether two equations, as what they set to zero, are one but for a factor: 2y - 4x - 2 and y - 2x - 1.
+    """Return whether two equations differ by a constant factor only, such as 2y - 4x - 2 and y - 2x - 1.
 
-    None: sympy has to look, as at (x - 1)^2 and x - 1. It would solve equations that are no polynomials for
-    minutes: those differ.
+    The arguments are the expressions that the equations set to zero. None means that sympy has to decide, as
+    for (x - 1)^2 and x - 1. Equations that are no polynomials then count as different, because sympy would
+    take minutes to solve them.
     """
     from sympy import Float
 
@@ -140,8 +155,9 @@ def _same_up_to_a_factor(gold: Any, pred: Any) -> bool | None:
 
 
 def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bool:
-    """Compare by value: expressions that agree at several points are one (simplifying them is slow, and finds
-    less).
+    """Return whether two expressions have the same value at several points.
+
+    Simplifying their difference would be slower and find less.
     """
     from sympy import Float
 
@@ -156,7 +172,7 @@ def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bo
         a, b = gold.evalf(30), pred.evalf(30)
         if not (a.is_real and b.is_real):
             return bool(abs(a - b) < 1e-12 * (1 + abs(a)))
-        # too many digits for a fraction
+        # too large or too small for a fraction
         if not all(value == 0 or 1e-300 < abs(value) < 1e300 for value in (a, b)):
             return bool(gold == pred)
         return is_close(Fraction(str(a)), Fraction(str(b)), gold_text, pred_text)
@@ -167,7 +183,7 @@ def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bo
         }
         a, b = (side.subs(values).evalf(30) for side in (gold, pred))
         if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
-            continue  # a logarithm of a negative number
+            continue  # such as a logarithm of a negative number
         if abs(a - b) > 1e-12 * max(abs(a), abs(b), 1e-12):
             return False
         num_agreed += 1

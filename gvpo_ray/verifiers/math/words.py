@@ -1,4 +1,4 @@
-"""Answers in words: numerals, letters of options, names and statements."""
+"""Comparison of answers in words: numerals, letters of options, names and statements."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OPTION = re.compile(
 
 
 def as_option(text: str) -> str | None:
-    """The letter of a multiple-choice answer: B, (B), \\text{B}, "B. blue", "option B"."""
+    r"""Return the letter of a multiple-choice answer (B, (B), \text{B}, "B. blue", "option B"), or None."""
     match = _OPTION.fullmatch(text)
     if match is None or (match[1].islower() and "(" not in text and len(text) > 1):
         return None
@@ -49,11 +49,12 @@ def as_option(text: str) -> str | None:
 
 
 def _plain_words(text: str) -> str:
+    r"""Return a text without LaTeX commands, but with the content of \text{}."""
     return re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text))
 
 
 def is_words(text: str) -> bool:
-    """Whether an answer is language: no number or formula carries it."""
+    """Return whether an answer is language, without a number or formula."""
     value = value_and_unit(text)[0]
     plain = _plain_words(value)
     words = [word.lower() for word in re.findall(r"[^\W\d_]{2,}", plain)]
@@ -65,8 +66,10 @@ def is_words(text: str) -> bool:
 
 
 def same_words(gold: str, pred: str) -> bool:
-    """The same words, the order of a list aside; yes or no with an explanation; the subject for a gold
-    sentence about it.
+    """Return whether two answers in words mean the same.
+
+    They do if they have the same words (in a list in any order), if the answer begins with a gold yes, no,
+    true or false, or if it is the beginning, at most a third, of a gold sentence.
     """
     wanted, found = (
         [word for word in words if word not in _STOP_WORDS] or words
