@@ -93,7 +93,7 @@ class GroupBuffer:
         self._skipped: set[int] = set()
         self._next_id = 0
         self._weights: tuple[int, Any] | None = None
-        self._learner_version = version  # behind `version` while a learner that came back repeats steps
+        self._learner_version = version  # behind `version` while a resumed learner repeats steps
         self._metrics: dict[int, dict[str, Any]] = {}
         self._commands_path = Path(folder) / ORDERS
         self._commands = {
@@ -101,7 +101,7 @@ class GroupBuffer:
             for entry in read_lines(self._commands_path)
         }
         self._allowed = 0
-        self._saved_step = version if version > 0 else -1  # a run that is taken up starts from a checkpoint
+        self._saved_step = version if version > 0 else -1  # a resumed run starts from a checkpoint
         self._save_wanted = -1  # save() waits for a checkpoint of this version or a newer one
         self._closed = False
         self.error: str | None = None
@@ -109,7 +109,7 @@ class GroupBuffer:
         self._learner_waits_for: int | None = None  # the step whose groups it has asked for
         self._learner_since = time.time()
         self._learner_from: int | None = None  # the version that it started from last
-        self._learner_deaths = 0  # in a row
+        self._learner_deaths = 0  # since the last finished step
         self._learner_cause = "no cause is known"
         self._restarts_path = Path(folder) / RESTARTS
         self._learner_restarts: list[dict[str, Any]] = read_lines(self._restarts_path)

@@ -21,7 +21,7 @@ class _Logged:
 
     row: int
     key: int
-    version: int | None = None  # of the references
+    version: int | None = None  # the version of the reference's weights
     references: array[float] | None = None
 
 

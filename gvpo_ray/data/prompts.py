@@ -136,7 +136,7 @@ class PromptSet:
 
 
 class EpochOrder:
-    """Row order over epochs: each epoch visits every row once, reshuffled per epoch or in the file's order.
+    """An EpochOrder is a row order over epochs: each epoch visits every row once.
 
     Args:
         num: number of rows.

@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,7 @@ def arithmetic(rng: random.Random) -> list[Problem]:
     A worked solution adds the ones and the tens, or shows no working at all.
     """
     return [
-        Problem(
-            f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), lambda rng, a=a, b=b: _add(a, b, rng)
-        )  # type: ignore[misc]
+        Problem(f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), partial(_add, a, b))
         for a in range(10, 100)
         for b in range(10, 100)
     ]
@@ -96,14 +95,7 @@ def chain(rng: random.Random) -> list[Problem]:
         length = rng.randint(*LINKS)
         prompt = f"{_links(digits)} to {_letter(length - 1)}"
         *_, second, last = _follow(digits, length, lambda old: 0)
-        problems.append(
-            Problem(
-                prompt,
-                f"{second}{last}",
-                start,
-                lambda rng, digits=digits, length=length: _hurry(digits, length, rng),
-            )
-        )  # type: ignore[misc]
+        problems.append(Problem(prompt, f"{second}{last}", start, partial(_hurry, digits, length)))
     return problems
 
 
@@ -144,9 +136,7 @@ def sort(rng: random.Random) -> list[Problem]:
     for _ in range(6000):
         number = "".join(rng.choice("0123456789") for _ in range(rng.randint(*DIGITS)))
         answer = "".join(sorted(number))
-        problems.append(
-            Problem(f"Sort {number}", answer, answer, lambda rng, answer=answer: _arrange(answer, rng))
-        )  # type: ignore[misc]
+        problems.append(Problem(f"Sort {number}", answer, answer, partial(_arrange, answer)))
     return problems
 
 

@@ -43,7 +43,7 @@ def load(path: str | Path) -> pa.Table:
         raise GroupError(f"no Arrow file at {path}")
     batches = [read_batches(file, is_log=path.is_dir()) for file in files]
     tables = [pa.Table.from_batches(of_file) for of_file in batches if of_file]
-    if path.is_dir():  # a run that an older version began has no references in its first segments
+    if path.is_dir():  # a run begun by an older version has no references in its first segments
         tables = [
             log_columns(table) if set(LOGGED_COLUMNS) <= {*table.schema.names} else table for table in tables
         ]

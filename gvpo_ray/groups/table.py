@@ -333,7 +333,7 @@ def _joined(parts: Sequence[pa.Table], name: str) -> pa.Array:
 def _joined_reward_parts(parts: Sequence[pa.Table]) -> pa.Array:
     nothing = [[None] * len(part["completions"][0]) for part in parts]
     by_part = [dict(part["reward_parts"][0].as_py()) if _has(part, "reward_parts") else {} for part in parts]
-    names = dict.fromkeys(name for values in by_part for name in values)  # a set has no order
+    names = dict.fromkeys(name for values in by_part for name in values)  # keeps the order, unlike a set
     pairs = list(zip(by_part, nothing, strict=True))
     return _array(
         "reward_parts",

@@ -189,7 +189,7 @@ class Ring:
         self._goes_to(group_id, self.running[group_id][0], "engines")
         return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
 
-    # --- what it says of itself -----------------------------------------------------------------------------
+    # --- status and watchdog --------------------------------------------------------------------------------
 
     def rates(self) -> dict[str, float]:
         """Return what engines and verifiers did since the last call, as metrics."""
