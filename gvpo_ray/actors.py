@@ -1,6 +1,4 @@
-"""Ray actors: their names and resources, what the death of one means, and the one line that a user should
-read of it.
-"""
+"""Ray actors get their names and resources here, and their errors are classified and put into one line."""
 
 from __future__ import annotations
 
@@ -25,35 +23,36 @@ from gvpo_ray.config.learner import LearnerConfig
 
 
 def actor_name(text: str) -> str:
-    """An actor's name on the dashboard. Ray wants each once: the one of a run that was stopped just now may
-    still be there.
+    """Return an actor's name for Ray's dashboard: `text` and a random suffix.
+
+    Ray requires unique names, and the actor of a run that was stopped a moment ago may still be there.
     """
     return f"{text}-{uuid.uuid4().hex[:6]}"
 
 
 def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
-    """Of one engine or learner worker, under Ray's names."""
+    """Return what one engine or learner worker reserves, by Ray's names of resources."""
     accelerator = {f"accelerator_type:{actor.accelerator_type}": 0.001} if actor.accelerator_type else {}
     own = {"CPU": actor.num_cpus, "GPU": actor.num_gpus, **actor.resources, **accelerator}
     return {name: number for name, number in own.items() if number}
 
 
 class Draining(GvpoError, RuntimeError):
-    """The engine is about to leave and takes no new work."""
+    """An engine raises this when its node is about to leave and it takes no new work."""
 
 
 class RunError(GvpoError, RuntimeError):
-    """The run has stopped; the message is the first cause."""
+    """A run that has stopped raises this; the message is the first cause."""
 
 
 class Hang(GvpoError, RuntimeError):
-    """An engine writes no token, or does not answer."""
+    """An engine that produces no token, or does not answer, raises this."""
 
 
 def draining_nodes() -> dict[str, float]:
-    """Return the nodes that Ray has been told will go: id -> Unix time in seconds at which (0: nobody said).
+    """Return the nodes that Ray will remove: node id -> deadline in Unix seconds (0: none given).
 
-    Private in Ray, and read from Ray 2.60.0: Ray Train and Ray Serve read the same table.
+    This is private in Ray, and read from Ray 2.60.0: Ray Train and Ray Serve read the same table.
     """
     import ray._private.state
 
@@ -64,7 +63,7 @@ def draining_nodes() -> dict[str, float]:
 def num_gpus_here() -> int:
     """Return the number of GPUs of this machine, as an embedded Ray would count them.
 
-    Private in Ray, and read from Ray 2.60.0: `ray.init` counts with the same class.
+    This is private in Ray, and read from Ray 2.60.0: `ray.init` counts with the same class.
     """
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
@@ -72,19 +71,21 @@ def num_gpus_here() -> int:
 
 
 Note = Callable[[str, str, str], None]
-"""note(who, name, why): somebody died and was replaced, such as ("engine", "engines-0", "EngineDeadError:
-…")."""
+"""A callback note(who, name, why) for recoveries, such as ("engine", "engines-0", "EngineDeadError: …").
+
+`who` is the kind of actor that died and was replaced, or "pool" for a pool that changes its size.
+"""
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The first of a task group's errors."""
+    """Return the first error of a task group's exception group; any other error is returned as it is."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error that Ray, or Ray Train, carried here."""
+    """Return the original error inside the wrappers of Ray and Ray Train."""
     seen: set[int] = set()
     error = first_of(error)
     while id(error) not in seen:
@@ -97,14 +98,14 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def cause_of(error: BaseException) -> str:
-    """One line for what a user should know first: the innermost cause, without its tracebacks."""
+    """Return one line for the user: the innermost cause of an error, without tracebacks."""
     error = innermost(error)
     if isinstance(error, RayActorError) and "creation task" not in str(error):
         return "its process or its node died"  # Ray's text says no more
     if _is_dead_core(error):
         return "vLLM's core process died (EngineDeadError)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # its text is a traceback: the error that it ends with says more than its head
+    # The text of a RayError is a traceback: the error on its last line says more than its first line.
     if isinstance(error, RayError):
         named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line)]
         if named:
@@ -113,20 +114,20 @@ def cause_of(error: BaseException) -> str:
 
 
 class Fate(Enum):
-    """What an error of a call to an actor says of the actor, and so what to do with the call."""
+    """A Fate says what an error of a call to an actor means for the actor, and what to do with the call."""
 
     LOST = auto()
-    """An object that the call needed has gone with its process or node: ask again without it."""
+    """An object that the call needed was lost with its process or node: repeat the call without it."""
     LEAVING = auto()
-    """The actor is about to leave and takes no new work: ask another one."""
+    """The actor is about to leave and takes no new work: repeat the call with another one."""
     DEAD = auto()
-    """The actor died, hangs or is out of reach: ask another one."""
+    """The actor died, hangs or cannot be reached: repeat the call with another one."""
     BUG = auto()
     """The code or its input is wrong: the run stops with this error."""
 
 
 def classify(error: BaseException) -> Fate:
-    """Say what an error of a call to an actor means."""
+    """Return what an error of a call to an actor means."""
     if is_lost(error):
         return Fate.LOST
     if isinstance(innermost(error), Draining):
@@ -135,8 +136,9 @@ def classify(error: BaseException) -> Fate:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether somebody died or was not to be reached, rather than did something wrong: worth another try
-    elsewhere.
+    """Return whether an error means that a process, node or server died or could not be reached.
+
+    Such a call deserves another try elsewhere; every other error is a mistake of the code or its input.
     """
     error = innermost(error)
     died = (
@@ -157,5 +159,5 @@ def _is_dead_core(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether what was asked for has gone with the process or node that held it."""
+    """Return whether an object that a call needed was lost with the process or node that held it."""
     return isinstance(innermost(error), ObjectLostError)

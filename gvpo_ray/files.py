@@ -1,6 +1,7 @@
-"""Files that outlive a kill: JSON lines, files and folders that are whole or absent, locks among processes.
+"""This file writes what must outlive a kill: JSON lines, files that are whole or absent, and file locks.
 
-No other file of the package knows how a file under way is called, or asks the system for a lock.
+No other file of the package knows the name of a file that is still being written, or asks the system for a
+lock.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from typing import IO, Any
 def read_lines(path: Path, skip_malformed: bool = False) -> list[Any]:
     """Return the values of a file of JSON lines; a file that is absent has none.
 
-    A last line without its end is left out: a writer that was killed leaves one.
+    A last line without its newline is left out: a writer that was killed leaves one.
 
     Args:
-        skip_malformed: leave out what is not a JSON object, too, and take a last line that lacks only its
-            end: for files that a person may have edited.
+        path: the file.
+        skip_malformed: for files that a person may have edited: leave out lines that are not JSON objects,
+            and accept a last line without its newline.
 
     Raises:
-        ValueError: a line that has its end is not JSON.
+        ValueError: a line that has its newline is not JSON.
     """
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     if not skip_malformed:
@@ -41,7 +43,13 @@ def read_lines(path: Path, skip_malformed: bool = False) -> list[Any]:
 
 
 def append_line(path: Path, value: Any, sync: bool = False) -> None:
-    """Write one more JSON line, in the place of a torn last one. `sync`: it is on the disk on return."""
+    """Append one value as a JSON line, after cutting off a torn last line.
+
+    Args:
+        path: the file, made if it is absent.
+        value: what is written.
+        sync: return only once the line is on the disk (fsync).
+    """
     with open(path, "ab+") as file:
         _cut_torn_line(file)
         file.write(json.dumps(value).encode() + b"\n")
@@ -70,13 +78,13 @@ def _cut_torn_line(file: IO[bytes]) -> None:
 
 
 def part_of(path: Path, hidden: bool = True) -> Path:
-    """Return the path beside `path` under which it is written until it is whole."""
+    """Return the path beside `path` under which a file is written until it is whole."""
     return path.with_name(f"{'.' if hidden else ''}{path.name}.part")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of the file `path` when the block ends without error."""
+    """Give a path to write to; the file there replaces `path` when the block ends without error."""
     part = part_of(path)
     try:
         yield part
@@ -88,7 +96,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, in UTF-8, that a reader sees as it was or as it is now, and never half of it."""
+    """Write a UTF-8 text file atomically: a reader sees the old text or the new one, never a part."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -98,10 +106,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which becomes `path` when the block ends without error.
 
     Raises:
-        OSError: it cannot be made, or `path` is there already.
+        OSError: the folder cannot be made, or `path` exists already.
     """
     part = part_of(path)
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(part, ignore_errors=True)  # a process that was killed may have left one
     part.mkdir(parents=True)
     try:
         yield part
@@ -114,18 +122,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------ locks
 
 LOCK_POLL_S = 0.1
-"""How often a lock that another process holds is tried again."""
+"""Seconds between two attempts to take a lock that another process holds."""
 
 
 def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
-    """Take the lock of a file, which is made if it is absent. Close what is returned to give the lock back;
-    the end of the process does it, too.
+    """Take the exclusive lock of a file and return the open file; closing it releases the lock.
+
+    The file is made if it is absent. The end of the process releases the lock too.
 
     Args:
-        wait_s: how long to wait for another process that holds it; None: for ever.
+        path: the file to lock.
+        wait_s: seconds to wait for another process that holds the lock; None: no limit.
 
     Raises:
-        BlockingIOError: another process still holds it.
+        BlockingIOError: another process still holds the lock.
         OSError: the file cannot be written.
     """
     file = open(path, "a")  # noqa: SIM115 - the caller closes it
@@ -145,8 +155,9 @@ def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file. Needs to read it only; a file that is absent is not
-    locked.
+    """Return whether a process holds the lock of a file; a file that is absent is not locked.
+
+    Only read access to the file is needed.
     """
     try:
         with open(path) as file:

@@ -1,7 +1,7 @@
-"""The buffer as an actor, and its callers: the driver and the learner. One that dies is started again by Ray,
-and rebuilds itself from its log.
+"""The buffer runs as a Ray actor; the driver and the learner call it through the clients of this file.
 
-Actors import this file: it imports neither torch nor vLLM.
+Ray restarts a buffer that dies, and it rebuilds itself from its log. Other actors import this file, so it
+imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -22,41 +22,46 @@ from gvpo_ray.groups import from_wire, to_wire
 
 
 class _BufferActor(GroupBuffer):
+    """The actor's class is a GroupBuffer whose tables are sent as Arrow IPC streams."""
+
     async def put_all(self, *scored: pa.Buffer) -> list[bool]:
-        """`put` of each."""
+        """Put several groups; return the answer of GroupBuffer.put for each."""
         return [await self.put(from_wire(group)) for group in scored]
 
     async def batch_on_wire(self, step: int) -> pa.Buffer | None:
+        """Return GroupBuffer.batch's table as an Arrow IPC stream; None: the run was closed."""
         batch = await self.batch(step)
         return None if batch is None else to_wire(batch)
 
     @ray.method(num_returns=2)
     async def replayed(self, prompt: pa.Buffer, num: int) -> tuple[pa.Buffer, None]:
-        """Historical completions, and nothing: what the driver awaits, so that the table does not come to
-        it.
+        """Return replayed completions, and None as a second object.
+
+        The driver awaits only the second, so that the table does not come to its process.
         """
         return to_wire(await self.history(from_wire(prompt), num)), None
 
 
 MAX_PUTS = 64
-"""Groups that go to the buffer in one call."""
+"""Most groups that go to the buffer in one call."""
 
 
 class BufferClient:
-    """The buffer actor as the driver sees it: GroupBuffer's methods, awaited.
+    """The driver calls the buffer actor through this client, which awaits GroupBuffer's methods.
 
-    When the actor dies Ray starts it again on its log, and the driver tells it what the log does not hold.
+    When the actor dies, Ray restarts it on its log and the client tells it what the log does not hold.
 
     Args:
-        state: what to tell: (ids of the groups in flight, step up to which may be trained, whether the run is
-            over, its first error).
-        arguments: of GroupBuffer.
+        state: returns what a restarted buffer is told: (ids of the groups in flight, last step that may be
+            trained, whether the run is over, its first error).
+        note: called on every recovery.
+        arguments: the arguments of GroupBuffer.
     """
 
     def __init__(
         self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any
     ) -> None:
-        on_the_head = {"node:__internal_head__": 0.001}  # other nodes may go
+        on_the_head = {"node:__internal_head__": 0.001}  # other nodes may be removed
         self.actor = (
             ray.remote(_BufferActor)
             .options(
@@ -74,8 +79,9 @@ class BufferClient:
         self._putting: asyncio.Future[None] | None = None
 
     async def put(self, scored: Any) -> bool:
-        """GroupBuffer.put of a scored group, by ref. Those that come while a call is under way go together in
-        the next.
+        """Put a scored group, given as an object ref, as GroupBuffer.put does.
+
+        Groups that arrive while a call is in flight go together in the next call.
         """
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._to_put.append((scored, future))
@@ -88,7 +94,7 @@ class BufferClient:
             batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
             try:
                 answers = await self._call("put_all", *(ref for ref, _ in batch))
-            except Exception as error:  # each of those who wait has to hear of it
+            except Exception as error:  # every caller that waits must get the error
                 for _, future in batch:
                     future.set_exception(error)
             else:
@@ -96,67 +102,70 @@ class BufferClient:
                     future.set_result(answer)
 
     async def start(self, num: int) -> list[tuple[int, int]] | None:
-        """See GroupBuffer.start."""
+        """Start groups; see GroupBuffer.start."""
         started: list[tuple[int, int]] | None = await self._call("start", num)
         return started
 
     async def skip(self, group_id: int) -> None:
-        """See GroupBuffer.skip."""
+        """Give up a started group; see GroupBuffer.skip."""
         await self._call("skip", group_id)
 
     async def replayed(self, prompt: pa.Table, num: int) -> Any:
-        """Return a ref of GroupBuffer.history's completions, on the wire, once they are there."""
+        """Return a ref to GroupBuffer.history's completions, as an Arrow IPC stream, once they exist."""
         return await self._call("replayed", to_wire(prompt), num)
 
     async def weights(self, newer_than: int) -> tuple[int, Any] | None:
-        """See GroupBuffer.weights."""
+        """Return newer weights; see GroupBuffer.weights."""
         weights: tuple[int, Any] | None = await self._call("weights", newer_than)
         return weights
 
     async def permit(self, step: int) -> None:
-        """See GroupBuffer.permit."""
+        """Let the learner train up to and including a step; see GroupBuffer.permit."""
         await self._call("permit", step)
 
     async def trained(self, step: int) -> dict[str, Any] | None:
-        """See GroupBuffer.trained."""
+        """Return a step's metrics once it is trained; see GroupBuffer.trained."""
         metrics: dict[str, Any] | None = await self._call("trained", step)
         return metrics
 
     async def save(self) -> int | None:
-        """See GroupBuffer.save."""
+        """Wait for a checkpoint and return its step; see GroupBuffer.save."""
         step: int | None = await self._call("save")
         return step
 
     async def waits(self) -> dict[str, float] | None:
-        """See GroupBuffer.waits."""
+        """Return the seconds of waiting so far; see GroupBuffer.waits."""
         waits: dict[str, float] | None = await self._call("waits")
         return waits
 
     async def status(self) -> dict[str, Any]:
-        """See GroupBuffer.status."""
+        """Return the buffer's status; see GroupBuffer.status."""
         status: dict[str, Any] = await self._call("status")
         return status
 
     async def close(self, error: str | None = None) -> None:
-        """See GroupBuffer.close."""
+        """End the run; see GroupBuffer.close."""
         await self._call("close", error)
 
     async def close_once(self) -> None:
-        """Close the buffer if it is there; one that is dead is not waited for.
+        """Close the buffer with one attempt, without waiting for a restart.
 
         Raises:
-            RayActorError: it is dead.
+            RayActorError: the actor is dead.
         """
         await self.actor.close.remote()
 
     def kill(self) -> None:
-        """End the actor for good."""
+        """Kill the actor without a restart."""
         ray.kill(self.actor, no_restart=True)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        """The method's answer; of one with two returns, the ref of the first once the second is there."""
+        """Return a method's answer; of a method with two returns, the ref of the first.
+
+        It returns once the second is there. A call that finds the actor dead is repeated after its restart.
+        """
         while True:
-            async with self._lock:  # not before a new one knows what is in flight
+            async with self._lock:  # a restarted actor must first be told what is in flight
                 life = self._lives
             try:
                 answer = getattr(self.actor, method).remote(*arguments)
@@ -165,10 +174,11 @@ class BufferClient:
                     return answer[0]
                 return await answer
             except ActorUnavailableError as error:
-                await self._again(life, error)
+                await self._reconnect(life, error)
 
-    async def _again(self, life: int, error: RayError) -> None:
-        async with self._lock:  # hundreds of calls fail at once
+    async def _reconnect(self, life: int, error: RayError) -> None:
+        """Tell a restarted actor the driver's state, once per restart."""
+        async with self._lock:  # hundreds of calls fail at once: only the first one reconnects
             while life == self._lives:
                 try:
                     await self.actor.reconnect.remote(*self._state())
@@ -179,8 +189,9 @@ class BufferClient:
 
 
 class LearnerBufferClient:
-    """The buffer actor as the learner sees it: calls that wait. One that died is asked again once it is
-    back.
+    """The learner calls the buffer actor through this client, with calls that block.
+
+    A call that finds the actor dead is repeated once Ray has restarted it.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -193,32 +204,38 @@ class LearnerBufferClient:
                 return ray.get(getattr(self._actor, method).remote(*arguments))
             except ActorUnavailableError:
                 time.sleep(0.2)
-                # where the newest weights are, only the learner knows
+                # Only the learner knows where the newest weights are, and a restarted buffer needs them.
                 if self._published is not None and method != "published":
                     self._call("published", *self._published)
 
     def learner_started(self, step: int) -> None:
+        """Report that the learner is up with the weights of `step`."""
         self._call("learner_started", step)
 
     def next_command(self, step: int, saved: bool) -> Command:
+        """Return what the learner does next; see GroupBuffer.next_command."""
         command: Command = self._call("next_command", step, saved)
         return command
 
     def batch(self, step: int) -> pa.Table | None:
+        """Return the groups of a step, or None if the run was closed; see GroupBuffer.batch."""
         batch = self._call("batch_on_wire", step)
         return None if batch is None else from_wire(batch)
 
     def report_references(self, version: int, references: dict[int, list[float | None]]) -> None:
-        """See GroupBuffer.report_references."""
+        """Report reference log-probs, if any; see GroupBuffer.report_references."""
         if references:
             self._call("report_references", version, references)
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
+        """Report new weights and a step's metrics; see GroupBuffer.published."""
         self._published = (version, weights, metrics)
         self._call("published", version, weights, metrics)
 
     def saved(self, step: int) -> None:
+        """Report that the checkpoint of `step` is written; see GroupBuffer.saved."""
         self._call("saved", step)
 
     def close(self, error: str) -> None:
+        """End the run with an error; see GroupBuffer.close."""
         self._call("close", error)

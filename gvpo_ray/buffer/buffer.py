@@ -1,5 +1,4 @@
-"""The group buffer: where finished groups wait for the learner. The staleness dial lives here, the durable
-log in log.py, replay in replay.py.
+"""The group buffer is where finished groups wait for the learner; it enforces the staleness bound.
 
     rollout loop   start(num) ─ may the next groups start? ─► history(prompt, num) ─► put(group) ─ to the log
     learner        next_command(step) ─ train, save or stop? ─► batch(step)
@@ -7,12 +6,13 @@ log in log.py, replay in replay.py.
     engines        weights(newer_than)
     driver         permit(step) · trained(step) · save() · reconnect(…) · status() · close(error)
 
-A plain class with async methods on one event loop; actor.py makes it an actor. Steps count from 1: step s
-trains the s-th batch and makes version s of the weights; version 0 is what the run started from.
+The durable log is in log.py, replay in replay.py. The buffer is a plain class with async methods on one event
+loop; actor.py makes it an actor. Steps count from 1: step s trains the s-th batch and makes version s of the
+weights. Version 0 is what the run started from.
 
-Groups are in the log alone, and the page cache is the memory: however many wait, the buffer does not grow
-with their tokens. What it knows it rebuilds from the log, but for what `reconnect` tells and what the learner
-publishes next.
+Groups are stored in the log only, and the page cache keeps them in memory. So the buffer does not grow with
+the tokens of the groups that wait. A restarted buffer rebuilds its state from the log, except for what
+`reconnect` tells it and what the learner publishes next.
 """
 
 from __future__ import annotations
@@ -34,31 +34,39 @@ from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.files import append_line, read_lines
 
 STEPS = "steps.jsonl"
-"""Beside the log: each step's metrics, for a driver that was killed before it could write them."""
+"""The file in the log's folder with each step's metrics, for a driver killed before it could write them."""
 
 ORDERS = "orders.jsonl"
-"""In the log's folder: what this process of the driver has ordered so far. The driver begins a new one."""
+"""The file in the log's folder with the commands to the learner; each driver process starts a new one."""
 
 RESTARTS = "learner_restarts.jsonl"
-"""In the log's folder: each time that the learner was started again, from which step and why."""
+"""The file in the log's folder with every restart of the learner: when, from which step and why."""
 
 MAX_LEARNER_DEATHS = 3
-"""In a row, without a step between them: the next attempt would end like them."""
+"""Learner deaths without a finished step in between after which the run stops."""
 
 
 def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its metrics, as the learner told them last."""
+    """Return the metrics of each step, as the learner reported them last; `folder` is the log's."""
     return {entry["step"]: entry["metrics"] for entry in read_lines(folder / STEPS)}
 
 
 class GroupBuffer:
-    """See the module. `max_staleness` None: unbounded. A log with groups in it is taken up where it stands.
+    """A GroupBuffer hands groups from the rollout loop to the learner, within the staleness bound.
 
-    `version`: of the weights that the learner starts from. No other buffer writes to the folder until this
-    one has ended.
+    It continues a log that already has groups. No other buffer writes to the folder until this one has ended.
+
+    Args:
+        folder: the log's folder.
+        groups_per_step: groups that a step trains.
+        num_steps: steps of the run.
+        max_staleness: most versions between the weights that may begin a group and the weights that train it;
+            None: unbounded.
+        version: version of the weights that the learner starts from.
+        replay: which completions are replayed; None: none.
 
     Raises:
-        RuntimeError: one still does after LOCK_WAIT_S.
+        RuntimeError: another buffer still writes to the folder after LOCK_WAIT_S.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class GroupBuffer:
         self.groups_per_step = groups_per_step
         self.num_steps = num_steps
         self.max_staleness = max_staleness
-        # a step is given only to a learner that made all before it
+        # A step is assigned only once the learner has made all versions before it.
         self.version = max(version, max(self.log.assigned, default=0) - 1)
         self._history = (
             ReplayIndex(self.log, replay, self.version) if replay is not None and replay.share > 0 else None
@@ -85,23 +93,23 @@ class GroupBuffer:
         self._skipped: set[int] = set()
         self._next_id = 0
         self._weights: tuple[int, Any] | None = None
-        self._learner_version = version  # behind `version` while a learner that came back repeats steps
+        self._learner_version = version  # behind `version` while a resumed learner repeats steps
         self._metrics: dict[int, dict[str, Any]] = {}
-        self._orders_path = Path(folder) / ORDERS
-        self._orders = {
+        self._commands_path = Path(folder) / ORDERS
+        self._commands = {
             (entry["step"], entry["saved"]): Command(entry["order"])
-            for entry in read_lines(self._orders_path)
+            for entry in read_lines(self._commands_path)
         }
         self._allowed = 0
-        self._saved_step = version if version > 0 else -1  # a run that is taken up starts from a checkpoint
-        self._save_wanted = -1  # version of which, or of a newer one, save() waits for a checkpoint
+        self._saved_step = version if version > 0 else -1  # a resumed run starts from a checkpoint
+        self._save_wanted = -1  # save() waits for a checkpoint of this version or a newer one
         self._closed = False
         self.error: str | None = None
         self._learner_state, self._learner_detail = LearnerState.NOT_STARTED, ""
-        self._learner_waits_for: int | None = None  # step whose groups it has asked for
+        self._learner_waits_for: int | None = None  # the step whose groups it has asked for
         self._learner_since = time.time()
-        self._learner_from: int | None = None  # version that it started from last
-        self._learner_deaths = 0  # in a row
+        self._learner_from: int | None = None  # the version that it started from last
+        self._learner_deaths = 0  # since the last finished step
         self._learner_cause = "no cause is known"
         self._restarts_path = Path(folder) / RESTARTS
         self._learner_restarts: list[dict[str, Any]] = read_lines(self._restarts_path)
@@ -109,12 +117,12 @@ class GroupBuffer:
         self._last_step_at: float | None = None
         self._waits = {"learner": WaitingTime(), "dial": WaitingTime(), "driver": WaitingTime()}
         self._learner_is_up = False
-        # One condition per kind of news: with hundreds of free slots waiting to start, a finished group must
+        # One condition per kind of event: hundreds of free slots may wait to start, and a finished group must
         # not wake them all.
-        self._new_version, self._new_group, self._new_order = (asyncio.Condition() for _ in range(3))
+        self._new_version, self._new_group, self._new_command = (asyncio.Condition() for _ in range(3))
 
     def release(self) -> None:
-        """Let another buffer have the folder, as the end of this process does."""
+        """Release the folder for another buffer, as the end of this process does."""
         self.log.close()
         self._lock.close()
 
@@ -133,14 +141,14 @@ class GroupBuffer:
         )
 
     async def start(self, num: int = 1) -> list[tuple[int, int]] | None:
-        """Wait until the dial lets a group start, and start up to `num` of them.
+        """Wait until the staleness bound lets a group start, and start up to `num` of them.
+
+        The version that comes with a group is the staleness bound for the engine: an engine with older
+        weights waits for newer ones. They will come: the version asked for is never above `version`, and a
+        learner that is behind it needs no new group to get there.
 
         Returns:
-            [(group id, oldest version of the weights that may begin it)], or None when the run is over. The
-            bound on the version is the dial again, seen from the engine: one that still holds older weights
-            waits for newer ones. They
-            come: no group asks for more than `version`, and a learner that is behind it needs no new group to
-                get there.
+            [(group id, oldest version of the weights that may begin it)], or None when the run is over.
         """
         async with self._new_version:
             with self._waits["dial"]:
@@ -160,37 +168,38 @@ class GroupBuffer:
                     if self.max_staleness is None
                     else max(0, self._num_started // self.groups_per_step - self.max_staleness)
                 )
-                # After a resume the log can be ahead of the weights: never ask for a version that is not
-                # there.
+                # After a resume the log can be ahead of the weights: never ask for a version that does not
+                # exist.
                 started.append((self._next_id, min(oldest, self.version)))
                 self._running.add(self._next_id)
             return started
 
     async def history(self, prompt: pa.Table, num: int) -> pa.Table:
-        """At most `num` completions that the policy wrote for this prompt before, as a group of source
-        "replay".
+        """Return at most `num` earlier completions of the policy for this prompt, with the source "replay".
 
-        They come with rewards and sampling log-probs as logged, and with the references that the learner told
-        of. None of them is in a group twice, but it may be in several; there are none unless replay is
-        configured.
+        They come with their logged rewards and sampling log-probs, and with the references that the learner
+        reported. A completion is at most once in a group, but may be in several groups. There are none unless
+        replay is configured.
         """
         return (
             replayed(prompt, []) if self._history is None else self._history.pick(prompt, num, self.version)
         )
 
     async def skip(self, group_id: int) -> None:
-        """A started group that will not be sampled: another one starts in its place."""
+        """Give up a started group that will not be sampled; another one may start in its place."""
         async with self._new_version:
             self._running.discard(group_id)
             self._skipped.add(group_id)
             self._new_version.notify_all()
 
     async def put(self, group: pa.Table) -> bool:
-        """Take one finished group: to the log first, then to whoever waits. A group that is already there is
-        not taken twice.
+        """Append one finished group to the log and wake the learner; a group already there is ignored.
 
         Returns:
-            Whether every check of it hit its limit: the prompt is not worth another try.
+            Whether the checks of all its completions hit a limit: the prompt is not worth another try.
+
+        Raises:
+            GroupError: the group lacks a logged column, or its lists do not fit.
         """
         references = [
             name
@@ -218,17 +227,20 @@ class GroupBuffer:
         return self._saved_step < self._save_wanted < step
 
     def set_learner_state(self, state: LearnerState, detail: str = "", waits_for: int | None = None) -> None:
-        """Remember what the learner does, and since when it does that."""
+        """Record what the learner does, and since when."""
         before = self._learner_state, self._learner_detail, self._learner_waits_for
         if before != (state, detail, waits_for):
             self._learner_state, self._learner_detail, self._learner_waits_for = state, detail, waits_for
             self._learner_since = time.time()
 
     async def learner_started(self, step: int) -> None:
-        """It is here, with the weights of `step`: for the first time, or again after it failed."""
+        """Record that the learner is up with the weights of `step`, for the first time or after a failure.
+
+        MAX_LEARNER_DEATHS restarts without a finished step in between close the run.
+        """
         if self._learner_from is not None:
             self._learner_restarts.append({"time": time.time(), "step": step, "cause": self._learner_cause})
-            # the driver may die before it hears of it
+            # On disk, because the driver may die before it hears of the restart.
             append_line(self._restarts_path, self._learner_restarts[-1])
             self._learner_deaths += 1
             if self._learner_deaths >= MAX_LEARNER_DEATHS:
@@ -240,52 +252,56 @@ class GroupBuffer:
         self.set_learner_state(LearnerState.STARTS, f"from step {step}")
 
     async def learner_failed(self, cause: str) -> None:
-        """It died, and is about to be started again."""
+        """Record that the learner died and is about to be restarted."""
         self._learner_cause, self._learner_is_up = cause, False
         self.set_learner_state(LearnerState.DIED, f"and is started again: {cause}")
 
     async def next_command(self, step: int, saved: bool = False) -> Command:
         """Return what the learner does next: train step `step`, save a checkpoint of step - 1, or stop.
 
-        Waits for permit(), save() or close(). `saved`: a checkpoint of step - 1 exists. Every rank gets the
-        same answer to the same question, whenever it asks.
+        Waits for permit(), save() or close(). Every rank gets the same answer to the same question, whenever
+        it asks.
+
+        Args:
+            step: the step that the learner would train next.
+            saved: a checkpoint of step - 1 exists.
         """
         key = (step, saved)
-        async with self._new_order:
-            # a learner that died before it could say so, and is back from there
+        async with self._new_command:
+            # A learner may have died between writing the checkpoint and reporting it.
             if saved and self._saved_step < step - 1:
                 self._saved_step = step - 1
-                self._new_order.notify_all()
-            if not self._has_order(step, saved):
+                self._new_command.notify_all()
+            if not self._has_command(step, saved):
                 self.set_learner_state(LearnerState.WAITS_FOR_DRIVER)
                 with self._waits["driver"]:
-                    await self._new_order.wait_for(lambda: self._has_order(step, saved))
-            if key not in self._orders:
+                    await self._new_command.wait_for(lambda: self._has_command(step, saved))
+            if key not in self._commands:
                 if self._closed:
                     self.set_learner_state(LearnerState.STOPPED)
                     return Command.STOP
-                self._orders[key] = Command.SAVE if self._must_save(step) and not saved else Command.TRAIN
-                # On disk: the other ranks may ask the buffer that comes after this one.
-                append_line(self._orders_path, {"step": step, "saved": saved, "order": self._orders[key]})
-            if self._orders[key] is Command.TRAIN:
+                self._commands[key] = Command.SAVE if self._must_save(step) and not saved else Command.TRAIN
+                # On disk, because other ranks may ask a restarted buffer.
+                append_line(self._commands_path, {"step": step, "saved": saved, "order": self._commands[key]})
+            if self._commands[key] is Command.TRAIN:
                 self.set_learner_state(LearnerState.TRAINS, f"step {step}")
             else:
                 self.set_learner_state(LearnerState.SAVES, f"step {step - 1}")
-            return self._orders[key]
+            return self._commands[key]
 
-    def _has_order(self, step: int, saved: bool) -> bool:
+    def _has_command(self, step: int, saved: bool) -> bool:
         return (
             self._closed
-            or (step, saved) in self._orders
+            or (step, saved) in self._commands
             or (self._must_save(step) and not saved)
             or step <= self._allowed
         )
 
     async def batch(self, step: int) -> pa.Table | None:
-        """The groups of a step, in order of arrival; waits for them. Asked again, by any rank or after a
-        restart: the same rows.
+        """Return the groups of a step in order of arrival, once there are enough; None: the run was closed.
 
-        The assignment is in the log before it is answered. None: the run was closed.
+        The assignment of groups to the step is in the log before the answer. So any rank, also after a
+        restart, gets the same rows.
         """
         async with self._new_group:
             self._learner_is_up = True
@@ -307,18 +323,25 @@ class GroupBuffer:
             return self.log.read(*self.log.assigned[step])
 
     async def report_references(self, version: int, references: Mapping[int, list[float | None]]) -> None:
-        """Take the log-probs of a step's groups under the reference model of `version`, for who replays them.
+        """Record log-probs of a step's groups under the reference model of `version`, for later replay.
 
-        `references`: group id -> one number per completion; None: it was not trained on.
+        Args:
+            version: version of the reference's weights.
+            references: group id -> one number per completion; None: the completion was not trained on.
         """
         if self._history is not None:
             self._history.report_references(version, references)
 
     async def published(self, version: int, weights: Any, metrics: dict[str, Any] | None = None) -> None:
-        """The learner has made `version`: opens the dial, tells the engines where the weights are and the
-        driver how it went.
+        """Record that the learner has made `version`: groups may start, and engines get new weights.
 
-        One that came back from a checkpoint makes older versions again: engines without newer ones get those.
+        A learner that resumed from a checkpoint publishes older versions again: engines without newer ones
+        get those.
+
+        Args:
+            version: the step that made these weights.
+            weights: where the weights are, for the engines.
+            metrics: the step's metrics, for the driver.
         """
         async with self._new_version:
             self.version = max(self.version, version)
@@ -326,10 +349,10 @@ class GroupBuffer:
             self._weights = (version, weights)
             if metrics is not None:
                 self._metrics[version] = metrics
-                append_line(self._orders_path.with_name(STEPS), {"step": version, "metrics": metrics})
+                append_line(self._commands_path.with_name(STEPS), {"step": version, "metrics": metrics})
                 self._last_step_at = time.time()
             self._new_version.notify_all()
-        if self._learner_from is None:  # it started before this buffer took the place of a dead one
+        if self._learner_from is None:  # the learner started before this buffer was restarted
             self._learner_from = version
         elif version > self._learner_from:
             self._learner_deaths = 0
@@ -338,18 +361,16 @@ class GroupBuffer:
             self._history.forget(self.version)
 
     async def saved(self, step: int) -> None:
-        """The learner has written a checkpoint."""
-        async with self._new_order:
+        """Record that the learner has written the checkpoint of `step`."""
+        async with self._new_command:
             self._saved_step = step
             self.set_learner_state(LearnerState.SAVED, f"step {step}")
-            self._new_order.notify_all()
+            self._new_command.notify_all()
 
     # --- engines --------------------------------------------------------------------------------------------
 
     async def weights(self, newer_than: int) -> tuple[int, Any] | None:
-        """The weights that were published last, once they are newer: (version, where). None: the run was
-        closed.
-        """
+        """Return (version, where) of the last published weights once newer; None: the run was closed."""
         async with self._new_version:
             await self._new_version.wait_for(
                 lambda: self._closed or (self._weights is not None and self._weights[0] > newer_than)
@@ -359,13 +380,13 @@ class GroupBuffer:
     # --- driver ---------------------------------------------------------------------------------------------
 
     async def permit(self, step: int) -> None:
-        """Let the learner train up to and with this step."""
-        async with self._new_order:
+        """Let the learner train up to and including this step."""
+        async with self._new_command:
             self._allowed = max(self._allowed, step)
-            self._new_order.notify_all()
+            self._new_command.notify_all()
 
     async def trained(self, step: int) -> dict[str, Any] | None:
-        """Metrics of a step, once it is trained. None: the run was closed before."""
+        """Return a step's metrics once it is trained; None: the run was closed before."""
         async with self._new_version:
             await self._new_version.wait_for(lambda: self._closed or step in self._metrics)
             for old in [s for s in self._metrics if s < step]:
@@ -373,34 +394,44 @@ class GroupBuffer:
             return self._metrics.get(step)
 
     async def save(self) -> int | None:
-        """A checkpoint of what was published last, written now unless there is one; its step. None: the run
-        was closed before.
+        """Wait for a checkpoint of the last published version and return its step; None: the run was closed.
+
+        The learner writes the checkpoint now unless there is one.
         """
-        async with self._new_order:
+        async with self._new_command:
             wanted = self._save_wanted = self._learner_version
-            self._new_order.notify_all()
-            await self._new_order.wait_for(lambda: self._closed or self._saved_step >= wanted)
+            self._new_command.notify_all()
+            await self._new_command.wait_for(lambda: self._closed or self._saved_step >= wanted)
             return self._saved_step if self._saved_step >= wanted else None
 
     async def close(self, error: str | None = None) -> None:
-        """End the run: everybody who waits is told. The first error is the one that is kept."""
+        """End the run and wake everybody who waits; the first error is kept."""
         self.error = self.error or error
         self._closed = True
-        for condition in (self._new_version, self._new_group, self._new_order):
+        for condition in (self._new_version, self._new_group, self._new_command):
             async with condition:
                 condition.notify_all()
 
     async def waits(self) -> dict[str, float] | None:
-        """Seconds, since this buffer is there, of waiting: "learner" for groups, engines with room for the
-        "dial", the learner for the "driver".
+        """Return the seconds of waiting since this buffer was made.
 
-        None: there is no learner, or it has just come back.
+        "learner" is the learner's waiting for groups, "dial" the engines' waiting for the staleness bound
+        although they have free slots, "driver" the learner's waiting for the driver.
+
+        Returns:
+            Seconds by who waits; None while there is no learner, or until it has asked for groups after a
+                restart.
         """
         return {who: waits.seconds for who, waits in self._waits.items()} if self._learner_is_up else None
 
     async def reconnect(self, running: list[int], allowed: int, closed: bool, error: str | None) -> None:
-        """What a buffer that takes the place of a dead one cannot know from the log: the groups in flight,
-        and how far the run goes.
+        """Tell a restarted buffer what the log does not hold.
+
+        Args:
+            running: ids of the groups in flight.
+            allowed: last step that may be trained.
+            closed: whether the run is over.
+            error: the run's first error.
         """
         async with self._new_version:
             self._running |= {*running} - self._finished
@@ -409,7 +440,10 @@ class GroupBuffer:
             await self.close(error)
 
     async def status(self) -> dict[str, Any]:
-        """Who waits for whom, for the watchdog and for a person who asks. Times are Unix time."""
+        """Return the state of the queue, the staleness bound and the learner, for watchdog and status page.
+
+        Times are Unix seconds.
+        """
         num_waiting = len(self.log) - self.log.end
         learner = f"{self._learner_state} {self._learner_detail}".rstrip()
         if self._learner_waits_for is not None:

@@ -1,4 +1,4 @@
-"""What stays of a run's groups: the log with all of them, and the prompts in quarantine."""
+"""A run's groups are kept on disk: the log has all of them, the quarantine the prompts not tried again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def read_assignments(path: Path) -> dict[int, tuple[int, int]]:
 
 
 class GroupLog:
-    """Durable record of a run's groups, in order of arrival, and of which step trains which of them.
+    """The durable log holds a run's groups in order of arrival, and which step trains which of them.
 
-    `NNNNN.arrow`: Arrow IPC streams, one record batch per group, a new segment per process (a stream cannot
-    be reopened). `assignments.jsonl`: `{"step": s, "begin": a, "end": b}`, rows [a, b) of the log are the
-    batch of step s. In memory is where each row begins, so that any row is read without those before it.
+    `NNNNN.arrow` are Arrow IPC streams with one record batch per group; each process writes a new segment,
+    because a stream cannot be reopened. `assignments.jsonl` has lines `{"step": s, "begin": a, "end": b}`:
+    rows [a, b) of the log are the batch of step s. Only the offset of each row is in memory, so any row can
+    be read without those before it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -32,12 +33,12 @@ class GroupLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.group_ids: list[int] = []
         self._segments: list[tuple[Path, pa.Schema]] = []
-        # of each row: its segment, and the byte of it at which the row begins
+        # Two columns with one entry per row: its segment, and its offset there in bytes.
         self._places = array("q"), array("q")
         for segment in sorted(self.folder.glob("*.arrow")):
             self._scan(segment)
         self._assignments = self.folder / "assignments.jsonl"
-        repair_lines(self._assignments)  # a torn last line was never answered
+        repair_lines(self._assignments)  # a torn last line was never reported to anybody
         self.assigned = read_assignments(self._assignments)
         self._file: Any = None
 
@@ -46,12 +47,13 @@ class GroupLog:
 
     @property
     def end(self) -> int:
-        """First row that no step has been given."""
+        """The first row that is not assigned to a step."""
         return max((end for _, end in self.assigned.values()), default=0)
 
     def _scan(self, segment: Path) -> None:
-        """Find the rows of a segment, up to the last whole one: a killed writer leaves a torn one, or not
-        even a head.
+        """Find the rows of a segment, up to the last whole one.
+
+        A writer that was killed leaves a torn row, or not even the schema.
         """
         if segment.stat().st_size == 0:
             return
@@ -72,8 +74,9 @@ class GroupLog:
         self.group_ids.append(group_id)
 
     def append(self, group: pa.Table) -> None:
-        """Write one group. It survives the death of this process; of the machine, from the next assign()
-        on.
+        """Write one group.
+
+        It survives the death of this process at once, and the death of the machine from the next assign() on.
         """
         batch = groups.log_columns(group).combine_chunks().to_batches()[0]
         if self._file is None:
@@ -92,23 +95,23 @@ class GroupLog:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            # half a group may be in this segment (disk full): what comes after it could not be read
+            # Half a group may be in this segment (disk full), and no row after it could be read.
             self._file = None
             raise
 
     def assign(self, step: int, begin: int, end: int) -> None:
-        """Give rows [begin, end) to a step, on disk before it returns."""
+        """Assign rows [begin, end) to a step, on disk before the return."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         append_line(self._assignments, {"step": step, "begin": begin, "end": end}, sync=True)
         self.assigned[step] = (begin, end)
 
     def read(self, begin: int, end: int) -> pa.Table:
-        """Rows [begin, end) from disk."""
+        """Read rows [begin, end) from disk."""
         return self.rows(range(begin, end))
 
     def rows(self, indices: Sequence[int]) -> pa.Table:
-        """These rows from disk, in this order."""
+        """Read these rows from disk, in this order."""
         numbers, begins = self._places
         sources = {
             number: pa.memory_map(str(self._segments[number][0]))
@@ -123,16 +126,17 @@ class GroupLog:
         return pa.concat_tables(tables) if tables else groups.empty(groups.LOG_COLUMNS)
 
     def close(self) -> None:
+        """Close the segment that is being written, if there is one."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 class Quarantine:
-    """Prompts on which every check hit its limit: sampled once, and never again. One JSON object per line, so
-    that a person can look.
+    """The quarantine lists prompts whose checks all hit a limit: they are sampled once, and never again.
 
-    Their groups are in the log too, without a reward and with the reasons.
+    The file has one JSON object per line, so that a person can read it. The groups of these prompts are in
+    the log too, without rewards and with the reasons.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,13 +147,15 @@ class Quarantine:
         return len(self._keys)
 
     def entries(self) -> list[dict[str, str]]:
-        """{"dataset", "prompt", "answer"} of each, in the order in which they came."""
+        """Return {"dataset", "prompt", "answer"} of each prompt, in order of arrival."""
         return read_lines(self.path)
 
     def holds(self, prompt: pa.Table) -> bool:
+        """Return whether a prompt (one row of the group table) is in quarantine."""
         return bool(self._keys) and prompt_key_of(prompt) in self._keys
 
     def add(self, prompt: pa.Table) -> None:
+        """Put a prompt (one row of the group table) into quarantine, once."""
         row = next(groups.rows(prompt))
         if prompt_key(row) not in self._keys:
             self._keys.add(prompt_key(row))
@@ -157,22 +163,29 @@ class Quarantine:
 
 
 KEY_COLUMNS = ("dataset", "prompt", "answer")
+"""Columns that identify a prompt across groups."""
 
 
 def prompt_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what identifies a prompt across groups: its values of KEY_COLUMNS."""
     return tuple(row[name] for name in KEY_COLUMNS)
 
 
 def prompt_key_of(group: pa.Table) -> tuple[str, ...]:
+    """Return prompt_key of a one-row group."""
     return prompt_key(next(groups.rows(group.select(list(KEY_COLUMNS)))))
 
 
 LOCK_WAIT_S = 60.0
-"""How long a new buffer waits for the one before it, whose process may still be going down."""
+"""Seconds that a new buffer waits for the lock of the one before it, whose process may still be ending."""
 
 
 def lock_folder(folder: Path) -> Any:
-    """The folder's lock file, held until it is closed or its process ends."""
+    """Return the folder's lock file, which is held until it is closed or its process ends.
+
+    Raises:
+        RuntimeError: another process still holds the lock after LOCK_WAIT_S.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return lock(folder / ".lock", LOCK_WAIT_S)

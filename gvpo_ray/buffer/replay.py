@@ -1,6 +1,4 @@
-"""Replay: which completions of a prompt are in the log, and which of them another group of that prompt begins
-with.
-"""
+"""Replay decides which logged completions of a prompt a later group of that prompt begins with."""
 
 from __future__ import annotations
 
@@ -19,17 +17,23 @@ from gvpo_ray.config.data import ReplayConfig
 
 @dataclass(slots=True)
 class _Logged:
-    """A row of the log, and the references that the learner told of last (nan: not trained on)."""
+    """An entry of the index is one row of the log, with the references that the learner reported last."""
 
     row: int
     key: int
-    version: int | None = None  # of the references
+    version: int | None = None  # the version of the reference's weights
     references: array[float] | None = None
 
 
 class ReplayIndex:
-    """Which rows of the log have completions of a prompt that may be replayed; the completions themselves are
-    in the log alone.
+    """The index knows which rows of the log have completions of a prompt that may be replayed.
+
+    The completions themselves are read from the log.
+
+    Args:
+        log: the run's log.
+        replay: how many versions back completions are replayed (`window`).
+        version: current version of the weights.
     """
 
     def __init__(self, log: GroupLog, replay: ReplayConfig, version: int) -> None:
@@ -40,18 +44,22 @@ class ReplayIndex:
             self.add(begin, log.read(begin, min(begin + 1000, len(log))))
 
     def _first_row(self, version: int) -> int:
-        """No row before it is in the window: what step s trains was written before version s."""
+        """Return the first row that may be in the window of `version`.
+
+        The rows of step s were written before version s existed, so the rows of all steps up to version -
+        window are too old.
+        """
         return self._log.assigned.get(version - self._replay.window, (0, 0))[1] if self._replay.window else 0
 
     def add(self, begin: int, logged: pa.Table) -> None:
-        """Take up the rows of the log from `begin` on."""
+        """Index the rows `logged` of the log, which start at row `begin`."""
         for row, prompt in enumerate(groups.rows(logged.select(["group_id", *KEY_COLUMNS])), begin):
             key = hash(prompt_key(prompt))
             self._rows[prompt["group_id"]] = _Logged(row, key)
             self._by_prompt.setdefault(key, []).append(prompt["group_id"])
 
     def forget(self, version: int) -> None:
-        """Drop what has fallen out of the window of `version`."""
+        """Drop the rows that have left the window of `version`."""
         first = self._first_row(version)
         for group_id in list(takewhile(lambda group_id: self._rows[group_id].row < first, self._rows)):
             key = self._rows.pop(group_id).key
@@ -60,13 +68,13 @@ class ReplayIndex:
                 del self._by_prompt[key]
 
     def report_references(self, version: int, references: Mapping[int, list[float | None]]) -> None:
-        """See GroupBuffer.report_references."""
+        """Record references of completions; see GroupBuffer.report_references."""
         for group_id, values in references.items():
             if (entry := self._rows.get(group_id)) is not None:
                 entry.version, entry.references = version, _packed(values)
 
     def pick(self, prompt: pa.Table, num: int, version: int) -> pa.Table:
-        """See GroupBuffer.history."""
+        """Return the newest replayable completions of a prompt; see GroupBuffer.history."""
         key, oldest = prompt_key_of(prompt), version - self._replay.window if self._replay.window else 0
         entries = [self._rows[group_id] for group_id in self._by_prompt.get(hash(key), ())]
         logged = self._log.rows([entry.row for entry in entries])
@@ -84,16 +92,23 @@ class ReplayIndex:
 
 @dataclass(slots=True)
 class _Candidate:
+    """A candidate is one completion that may be replayed; `newest` is its version_max."""
+
     newest: int
     index: int
     entry: _Logged
     group: pa.Table
 
     def newest_first(self) -> tuple[int, int, int]:
+        """Return the sort key that puts the newest completions first."""
         return -self.newest, -self.entry.row, self.index
 
 
 def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
+    """Return the picked completions as one group of the prompt, with the columns of the log.
+
+    Their source is "replay". A reference that the learner did not report is null.
+    """
     if not picked:
         return groups.log_columns(
             groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]])
@@ -118,8 +133,10 @@ def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
 
 
 def _packed(values: Sequence[float | None]) -> array[float]:
+    """Pack references into an array of doubles; nan: not trained on."""
     return array("d", [math.nan if value is None else value for value in values])
 
 
 def _at(values: array[float] | None, index: int) -> float:
+    """Return one packed reference; nan: not known, or not trained on."""
     return math.nan if values is None else values[index]

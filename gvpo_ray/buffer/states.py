@@ -1,4 +1,4 @@
-"""What the buffer says of the learner and of the staleness bound, and what it tells the learner to do."""
+"""The buffer describes the learner and the staleness bound, and commands the learner, by these enums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class LearnerState(StrEnum):
-    """What the learner does, as far as the buffer has heard. The values are labels in Prometheus."""
+    """A LearnerState is what the learner does, as the buffer last heard; values are labels in Prometheus."""
 
     NOT_STARTED = "has not started"
     STARTS = "starts"
@@ -21,7 +21,7 @@ class LearnerState(StrEnum):
 
 
 class BoundState(StrEnum):
-    """Whether the staleness bound lets another group start."""
+    """A BoundState says whether the staleness bound lets another group start."""
 
     OPEN = "open"
     CLOSED = "closed"
@@ -29,7 +29,7 @@ class BoundState(StrEnum):
 
 
 class Command(StrEnum):
-    """What the learner does next."""
+    """A command tells the learner what to do next."""
 
     TRAIN = "train"
     SAVE = "save"

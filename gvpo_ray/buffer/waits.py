@@ -1,4 +1,4 @@
-"""How long somebody has waited."""
+"""WaitingTime measures how long anybody has waited for something."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class WaitingTime:
-    """Seconds in which at least one waited: `with waits: await …`."""
+    """A WaitingTime counts the seconds in which at least one waited: `with waits: await …`."""
 
     def __init__(self) -> None:
         self._num, self._since, self._before = 0, 0.0, 0.0
@@ -23,4 +23,5 @@ class WaitingTime:
 
     @property
     def seconds(self) -> float:
+        """Seconds of waiting so far, including a wait that goes on."""
         return self._before + (time.monotonic() - self._since if self._num else 0.0)

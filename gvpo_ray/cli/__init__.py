@@ -41,23 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
     except (OSError, RuntimeError, ValueError) as error:
-        if (status := _status_of(error)) is None:
-            raise
+        from gvpo_ray.config.base import GvpoError  # it imports pydantic, and `--help` need not wait for that
+
+        if not isinstance(error, (OSError, GvpoError)):
+            raise  # a defect, which deserves its trace
         print(f"error: {error}", file=sys.stderr)
-        return status
+        return error.status if isinstance(error, GvpoError) else 1
     return 0
-
-
-def _status_of(error: Exception) -> int | None:
-    """Exit status of an error that is the user's or the run's; None: a defect, which deserves its trace."""
-    from gvpo_ray.config.base import ConfigError
-
-    if isinstance(error, ConfigError):
-        return 2
-    if isinstance(error, OSError):
-        return 1
-    from gvpo_ray.actors import RunError
-    from gvpo_ray.sandbox.process import SandboxError
-    from gvpo_ray.verifiers.verifier import RewardError
-
-    return 1 if isinstance(error, (RunError, RewardError, SandboxError)) else None

@@ -1,4 +1,4 @@
-"""Which groups are whole groups of an offline source: exact shares, as a pure function of the id."""
+"""The mixture decides which groups are whole groups of an offline source: exact shares, from the id alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from itertools import accumulate, pairwise
 
 
 class SourceSchedule:
-    """Assigns each group id to an offline source or to the policy's prompts, as a pure function of the id.
+    """A schedule assigns each group id to an offline source or to the policy's prompts, by a pure function.
 
-    Tijdeman's schedule (The chairman assignment problem, Discrete Mathematics 32, 1980), with the ordinary
-    prompts as one more source. A source's i-th group (from 0) may come no earlier than its share allows, at
-    floor(i / share), and must come before ceil((i + 1) / share); each id goes to the one that must come first
-    among those that may. So after any n ids every source has had n * share, rounded down or up. It repeats
-    after as many ids as the shares' common denominator: one period is planned, up to the last id asked for,
-    and looked up.
+    It is Tijdeman's schedule (The chairman assignment problem, Discrete Mathematics 32, 1980), with the
+    ordinary prompts as one more source. A source's i-th group (from 0) may come no earlier than its share
+    allows, at floor(i / share), and must come before ceil((i + 1) / share). Each id goes to the source with
+    the earliest deadline among those that may come. So after any n ids every source has had n * share,
+    rounded down or up. The schedule repeats with the common denominator of the shares as its period. One
+    period is planned lazily, up to the largest id asked for, and looked up.
+
+    Args:
+        shares: share of all groups by name of source, each in (0, 1]; their sum is at most 1.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
@@ -35,8 +38,9 @@ class SourceSchedule:
         self._owners, self._numbers, self._num_ordinary = array("i"), array("q"), array("q")
 
     def source_of(self, group_id: int) -> tuple[str, int] | None:
-        """The source whose whole group this is and its number there (0, 1, …), or None: an ordinary prompt.
-        O(1) once planned.
+        """Return the source of a whole group and the group's number there; None for an ordinary prompt.
+
+        A source's numbers are 0, 1, …. A look-up takes O(1) once the schedule is planned up to this id.
         """
         round_, place = self._place(group_id)
         owner = self._owners[place]
@@ -44,8 +48,9 @@ class SourceSchedule:
         return None if name is None else (name, round_ * self._sizes[owner] + self._numbers[place])
 
     def ordinary(self, group_id: int) -> int:
-        """How many ordinary prompts come before this id: what to ask PromptSet.group for, so that it is asked
-        without gaps.
+        """Return how many ordinary prompts come before this id.
+
+        This is the number to ask PromptSet.group for, so that the prompts are used without gaps.
         """
         round_, place = self._place(group_id)
         return round_ * self._sizes[-1] + self._num_ordinary[place]

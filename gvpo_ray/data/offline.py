@@ -1,9 +1,8 @@
-"""Completions from elsewhere (people, other models, logs) -> group rows like those of our engines, but
-without sampling log-probs.
+"""Offline completions (of people, other models, logs) become group rows, without sampling log-probs.
 
-GVPO's optimum does not depend on who wrote a completion, so they join groups of the policy's own (`share`) or
-are groups by themselves (`group_share`). A source is fixed when it is made, and what it hands out is a pure
-function of the seed and a number: nothing to save.
+GVPO's optimum does not depend on who wrote a completion. So offline completions join groups of the policy's
+own (`share`) or form groups by themselves (`group_share`). A source is fixed when it is made, and what it
+returns is a pure function of the seed and a number: there is no position to save.
 """
 
 from __future__ import annotations
@@ -33,21 +32,22 @@ MAX_REWARD = float(np.finfo(np.float32).max)
 
 
 class OfflineSource:
-    """The completions of one file, by prompt.
+    """A source holds the completions of one file, by prompt.
 
     Args:
         config: the section `sources.<name>`; `config.limit` cuts before anything else does.
-        tokenizer: of the model.
-        name: of the source; completions say "offline:<name>".
-        template, system_prompt: of the run's prompts, for a source that does not say its own.
-        max_tokens: longest prompt; the smaller of it and `config.max_tokens` holds.
-        max_length: longest prompt + completion, with the end-of-sequence token.
+        tokenizer: the model's tokenizer.
+        name: name of the source; its completions have the source "offline:<name>".
+        template: the run's prompt template, for a source without its own.
+        system_prompt: the run's system prompt, for a source without its own.
+        max_tokens: longest prompt, in tokens; the smaller of it and `config.max_tokens` holds.
+        max_length: longest prompt + completion, in tokens, with the end-of-sequence token.
         num_completions: k, most completions of a whole group.
-        seed: of the order of each epoch and of which completions join a group.
+        seed: decides the order of each epoch and which completions join a group.
 
     Attributes:
         num_rows: rows read.
-        num_too_long: rows left out because they are longer than a limit (never cut).
+        num_too_long: rows left out because they are longer than a limit (they are never cut).
         num_single: prompts whose only completion makes no whole group; 0 for a source with `share`.
 
     Raises:
@@ -142,28 +142,30 @@ class OfflineSource:
         self._seed = seed
 
     def __len__(self) -> int:
-        """Whole groups in one epoch."""
+        """Return the number of whole groups in one epoch."""
         return len(self._groups)
 
     def group(self, group_id: int, number: int) -> pa.Table:
-        """The whole group of this number, one row. Numbers count through the epochs: each has every
-        completion once, in an order of its own.
+        """Return the whole group of this number, as one row with this group_id.
+
+        Numbers count through the epochs. Each epoch has every completion once, and is shuffled anew where
+        `config.shuffle` says so.
 
         Returns:
             groups.PROMPT_COLUMNS and COMPLETION_COLUMNS; if the file has rewards also `rewards` (null: to be
-            verified) and `reward_reasons`.
+                verified) and `reward_reasons`.
         """
         prompt, rows = self._groups[self._order.row(number)]
         return self._row(groups.with_columns(self._prompts.slice(prompt, 1), group_id=[group_id]), rows)
 
     def completions(self, prompt: pa.Table, num: int) -> pa.Table | None:
-        """At most `num` of the file's completions of this prompt (one row of groups.PROMPT_COLUMNS), by its
-        text; None if there are none.
+        """Return at most `num` of the file's completions of a prompt; None if it has none.
 
-        Which ones is drawn by the seed and the group's id, so that in the long run all get their turn. The
-        answer stays the given row's.
+        The prompt is one row of groups.PROMPT_COLUMNS and is found by its text. The seed and the group's id
+        decide which completions are drawn, so that over many groups all of them are used. The answer stays
+        the given row's.
         """
-        # the run's own template may be longer than this source's
+        # The prompt is rendered by the run's template, which may be longer than this source's.
         room = self._max_length - len(prompt["prompt_ids"][0])
         rows = [
             row for row in self._by_text.get(prompt["prompt"][0].as_py(), ()) if self._num_tokens[row] <= room
@@ -176,8 +178,9 @@ class OfflineSource:
         return self._row(prompt.select(list(groups.PROMPT_COLUMNS)), [rows[i] for i in drawn])
 
     def digest(self) -> str:
-        """SHA-256 of the problems, completions and rewards that are in use, in the file's order: other data,
-        other digest.
+        """Return the SHA-256 of the problems, completions and rewards in use, in the file's order.
+
+        Other data have another digest.
         """
         content = hashlib.sha256()
         in_use = sorted(row for rows in self._by_text.values() for row in rows)
@@ -204,7 +207,10 @@ class OfflineSource:
 
 
 def _read(config: SourceConfig, key: str) -> pa.Table:
-    """prompt, answer, completions: text, and rewards: float32 (null: to be verified), in the file's order."""
+    """Read the file in its order: prompt, answer and completions as text, rewards as float32.
+
+    A null reward is to be verified.
+    """
     columns = {
         "prompt": config.prompt_column,
         "completion": config.completion_column,
@@ -212,7 +218,7 @@ def _read(config: SourceConfig, key: str) -> pa.Table:
     }
     if config.reward_column is not None:
         columns["reward"] = config.reward_column
-    # One that is not the default's was asked for: it must be there.
+    # An answer column other than the default was asked for by name: it must be there.
     is_optional = (
         config.reward_column is not None
         and config.answer_column == SourceConfig.model_fields["answer_column"].default
@@ -249,15 +255,15 @@ def _number(value: Any, where: str) -> float:
 
 
 def _with_end(completions: list[list[int]], end: int) -> list[list[int]]:
-    """Every completion ends with `end`, once: logs may have it in their text."""
+    """Return the completions with `end` as their last token, once: logs may have it in their text."""
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in completions]
 
 
 def _parts(rows: list[int], size: int) -> list[list[int]]:
-    """Near equal parts of at most `size` rows and at least two (so with size 2, one of an odd number has
-    three).
+    """Deal rows into parts of nearly equal size, at most `size` and at least two rows each.
 
-    Dealt like cards: of a file sorted by reward, every part still has good and bad ones.
+    With size 2, one part of an odd number has three. Rows are dealt in turn, like cards, so that every part
+    of a file sorted by reward has good and bad ones.
     """
     num_parts = max(1, min(math.ceil(len(rows) / size), len(rows) // 2))
     return [rows[i::num_parts] for i in range(num_parts)]

@@ -1,8 +1,8 @@
-"""Data sets (Parquet, JSONL, Hugging Face) -> prompt rows.
+"""Data sets (Parquet, JSONL, Hugging Face) become prompt rows of the group table.
 
-A prompt set is fixed when it is made: rows that fit, in the file's order, templated and tokenised.
-`group(id)` is then a pure function of the seed and the id, so a restarted run asks for the same prompts again
-and no position has to be saved.
+A prompt set is fixed when it is made: it holds the rows that fit, in the file's order, templated and
+tokenised. `group(id)` is then a pure function of the seed and the id. So a restarted run asks for the same
+prompts again and no position has to be saved.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 
 Columns = dict[str, pa.ChunkedArray | list[Any]]
-"""A data set as it was read: JSON may mix types within a column, which Arrow cannot hold."""
+"""The columns of a data set as it was read; JSON may mix types within a column, which Arrow cannot hold."""
 
 
 class PromptSet:
-    """The problems of one data set.
+    """A prompt set holds the problems of one data set.
 
     Args:
         config: the section of the config; `config.limit` cuts before anything else does.
-        tokenizer: of the model; its chat template is used where the config has no `template`.
+        tokenizer: the model's tokenizer; its chat template is used where the config has no `template`.
         name: the `dataset` column of the rows.
-        max_tokens: what the context leaves for a prompt, in tokens; the smaller of it and `config.max_tokens`
+        max_tokens: tokens that the context leaves for a prompt; the smaller of it and `config.max_tokens`
             holds.
-        seed: of the order of each epoch.
+        seed: decides the order of each epoch.
         key: where `config` stands in the run's config, for messages: "prompts", "evaluation.sets.heldout".
 
     Attributes:
         num_rows: rows read.
-        num_too_long: rows left out because their prompt is longer than the limit (never cut).
-        longest: tokens of the longest prompt read, the ones left out included.
+        num_too_long: rows left out because their prompt is longer than the limit (it is never cut).
+        longest: tokens of the longest prompt read, including prompts that are left out.
 
     Raises:
         ConfigError: one line that names the key, and the row or line where there is one.
@@ -108,23 +108,24 @@ class PromptSet:
         self._order = EpochOrder(len(self), seed, config.shuffle)
 
     def __len__(self) -> int:
-        """Prompts in one epoch."""
+        """Return the number of prompts in one epoch."""
         return int(self._table.num_rows)
 
     def group(self, group_id: int) -> pa.Table:
-        """One row (groups.PROMPT_COLUMNS): the prompt of this group, a pure function of the seed and the id.
+        """Return the prompt of a group as one row (groups.PROMPT_COLUMNS), by the seed and the id alone.
 
         Ids count through the epochs: id // N is the epoch, id % N the place in that epoch's order.
         """
         return groups.with_columns(self._table.slice(self._order.row(group_id), 1), group_id=[group_id])
 
     def all(self, limit: int | None = None) -> pa.Table:
-        """The first `limit` prompts (default: all) in the file's order, group_id 0, 1, 2, …"""
+        """Return the first `limit` prompts (None: all) in the file's order, with group_id 0, 1, 2, …."""
         return self._table.slice(0, limit)
 
     def digest(self) -> str:
-        """SHA-256 of the problems and answers that are in use, in the file's order: other data, other
-        digest.
+        """Return the SHA-256 of the problems and answers in use, in the file's order.
+
+        Other data have another digest.
         """
         content = hashlib.sha256()
         for prompt, answer in zip(
@@ -135,10 +136,12 @@ class PromptSet:
 
 
 class EpochOrder:
-    """Row order over epochs: each epoch visits every row once, reshuffled per epoch or in the file's order.
+    """An EpochOrder is a row order over epochs: each epoch visits every row once.
 
     Args:
-        num: rows.
+        num: number of rows.
+        seed: decides each epoch's permutation, together with the epoch's number.
+        shuffle: reshuffle per epoch; otherwise rows keep the file's order.
     """
 
     def __init__(self, num: int, seed: int, shuffle: bool) -> None:
@@ -148,7 +151,10 @@ class EpochOrder:
         self._epochs: dict[int, np.ndarray] = {}
 
     def row(self, number: int) -> int:
-        """The row of this number, a pure function of it and the seed. Numbers count through the epochs."""
+        """Return the row of this number, a pure function of the number and the seed.
+
+        Numbers count through the epochs.
+        """
         epoch, place = divmod(number, self._num)
         if not self._shuffle:
             return place
@@ -170,8 +176,8 @@ def load_rows(config: PromptsConfig, columns: Mapping[str, str], key: str) -> pa
         A table of string columns, in the order of `columns`, without nulls; numbers have become text.
 
     Raises:
-        ConfigError: no such file or data set, not readable, no rows, no such column, or an entry that is not
-            text or a number.
+        ConfigError: the file or data set is absent, not readable or empty, lacks a column, or has an entry
+            that is neither text nor a number.
     """
     data = load_columns(config, columns, key)
     texts = {
@@ -187,8 +193,9 @@ def load_rows(config: PromptsConfig, columns: Mapping[str, str], key: str) -> pa
 def load_columns(
     config: PromptsConfig, columns: Mapping[str, str], key: str, optional: Collection[str] = ()
 ) -> dict[str, list[Any]]:
-    """As load_rows, with the values as they are. The result lacks the columns of `optional` that the data
-    lacks.
+    """Read the named columns of a data set as load_rows does, but with the values as they are.
+
+    The result lacks those columns of `optional` that the data lacks.
     """
     data = _read(config, key)
     if not data or not len(next(iter(data.values()))):
@@ -213,7 +220,11 @@ def load_columns(
 
 
 def as_text(value: Any, where: str) -> str:
-    """A text or number as text; `where` starts the message of what is neither."""
+    """Return a text or a number as text.
+
+    Raises:
+        ConfigError: the value is neither; `where` starts the message.
+    """
     if isinstance(value, str):
         try:
             value.encode()
@@ -229,7 +240,10 @@ def as_text(value: Any, where: str) -> str:
 
 
 def _read(config: PromptsConfig, key: str) -> Columns:
-    """The whole data set, all columns of one length. In messages rows count from 0, lines from 1."""
+    """Read the whole data set; all columns have one length.
+
+    In messages rows count from 0, lines from 1.
+    """
     path = Path(config.path).expanduser()
     if path.suffix.lower() not in FILE_SUFFIXES and not path.is_file():
         return _read_hub(config, key)
@@ -252,8 +266,9 @@ def _read(config: PromptsConfig, key: str) -> Columns:
 
 
 def _parse_lines(lines: list[bytes], config: PromptsConfig, key: str) -> Columns:
-    """JSON objects, one per line; blank lines are skipped. A key that only some lines have is null in the
-    others.
+    """Parse JSON objects, one per line; blank lines are skipped.
+
+    A key that only some lines have is null in the others.
     """
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -273,7 +288,7 @@ def _parse_lines(lines: list[bytes], config: PromptsConfig, key: str) -> Columns
 
 
 def _read_hub(config: PromptsConfig, key: str) -> Columns:
-    """A data set by its name on the Hugging Face hub, or a folder of data files."""
+    """Load a data set by its name on the Hugging Face hub, or from a folder of data files."""
     import datasets  # type: ignore[import-untyped]  # takes a second to import, and files do not need it
 
     try:

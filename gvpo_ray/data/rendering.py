@@ -1,7 +1,7 @@
-"""Rendering: the rows of a data set become the model's token ids, and token ids become text again.
+"""A renderer turns the rows of a data set into the model's token ids, and token ids back into text.
 
-No other file calls a tokenizer for prompts and completions. Data of another kind, such as images, is another
-class with the methods of Renderer and a line in renderer_of.
+No other file calls a tokenizer for prompts and completions. A renderer for another kind of data, such as
+images, is another class with the methods of Renderer and a line in renderer_of.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Rendered(NamedTuple):
-    """A prompt as the model gets it."""
+    """A rendered prompt is what the model gets of a row."""
 
     prompt_ids: list[int]
     extras: dict[str, Any]
@@ -26,7 +26,7 @@ class Rendered(NamedTuple):
 
 
 class Renderer(Protocol):
-    """What the data sets and the engines need of a renderer."""
+    """The Renderer protocol says what data sets and engines need of a renderer."""
 
     @property
     def end_id(self) -> int | None:
@@ -39,25 +39,26 @@ class Renderer(Protocol):
         """Tokenise completions as they are, without special tokens of the tokenizer's own."""
 
     def text(self, ids: Sequence[int]) -> str:
-        """Decode tokens of a completion; special tokens are left out."""
+        """Decode the tokens of a completion without special tokens."""
 
 
 def renderer_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Renderer:
-    """Return the renderer of a data set. `key` is where `config` stands in the run's config, for messages."""
+    """Return the renderer of a data set; `key` names the section `config` in messages."""
     return TextRenderer(tokenizer, template=config.template, system_prompt=config.system_prompt, key=key)
 
 
 def completion_renderer(model: ModelConfig) -> Renderer:
-    """Return a renderer with the tokenizer of a model folder, for completions alone."""
+    """Return a renderer with the tokenizer of a model folder, for completions only."""
     from transformers import AutoTokenizer
 
     return TextRenderer(AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
 
 
 class TextRenderer:
-    """Renders text with the template of the config, or with the chat template of the tokenizer.
+    """A TextRenderer renders text with the config's template, or with the tokenizer's chat template.
 
     Args:
+        tokenizer: the model's tokenizer.
         template: text with `{prompt}`; None: the tokenizer's chat template.
         system_prompt: first message of a chat; a template does not use it.
         key: section of the config that the template belongs to, for messages.
@@ -76,11 +77,15 @@ class TextRenderer:
 
     @property
     def end_id(self) -> int | None:
+        """The end-of-sequence token; None where the tokenizer has none."""
         end: int | None = self._tokenizer.eos_token_id
         return end
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
-        """Render prompts. A chat template writes special tokens itself; elsewhere the tokenizer adds its own.
+        """Render prompts; each row has the column `prompt`, a text.
+
+        A chat template writes special tokens itself; with a template of the config the tokenizer adds its
+        own.
 
         Raises:
             ConfigError: there is neither a template nor a chat template.
@@ -95,9 +100,11 @@ class TextRenderer:
         return [Rendered(of_prompt, {}) for of_prompt in ids]
 
     def encode(self, completions: Sequence[str]) -> list[list[int]]:
+        """Tokenise completions as they are, without special tokens of the tokenizer's own."""
         return self._ids(list(completions), add_special_tokens=False)
 
     def text(self, ids: Sequence[int]) -> str:
+        """Decode the tokens of a completion without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _chats(self, prompts: list[str]) -> Any:

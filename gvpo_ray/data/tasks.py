@@ -1,21 +1,21 @@
-"""Tasks that a CPU can afford, made from nothing but a seed: what `warm_start.task` names.
+r"""Synthetic tasks for small models on a CPU are made here from a seed; `warm_start.task` names one.
 
     arithmetic   two-digit addition with some working: answers of a dozen tokens (the quickstart's)
     chain        a row of digits, each the sum of two before it: answers of 60 to 75 tokens
     sort         the digits of a number in order: each digit in its place is worth its share (`in_place`)
 
-Text with answers in \\boxed{}, in three files:
+A task is text with answers in \boxed{}, in three files:
 
     train.parquet     prompt, answer              what GVPO trains on
     heldout.parquet   prompt, answer              never seen in training (nor is a + b where b + a is here,
                                                   nor a number's digits in another order)
-    worked.parquet    prompt, answer, solution    what the warm start imitates: solutions as hurried people
-                                                  write them
+    worked.parquet    prompt, answer, solution    what the warm start imitates: solutions of a simulated
+                                                  hurried person
 
-A hurried person slips now and then, and in one way more often than not: a carry is forgotten, nine is taken
-for ten, a digit that comes twice is written once. So a model that imitates them well is right one time in
-four to one in two, and its likeliest answer is often wrong: what is right is for GVPO to find out, and not a
-matter of temperature.
+A hurried person makes mistakes now and then, mostly in one systematic way: a carry is forgotten, nine is
+taken for ten, a digit that comes twice is written once. So a model that imitates these solutions well is
+right one time in four to one in two, and its likeliest answer is often wrong. Lowering the temperature does
+not help: GVPO has to find out what is right.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,26 @@ from gvpo_ray.files import new_folder
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a task; those with the same `key` are on the same side of the split."""
+    """A problem of a task; problems with the same `key` are on the same side of the train/held-out split."""
 
     prompt: str
     answer: str
     key: Any
     solve: Callable[[random.Random], str]
-    """One worked solution of a hurried person."""
+    """Returns one worked solution, possibly wrong."""
 
 
 SLIP, GUESS, FORGET = 0.25, 0.25, 0.6
-"""How often a sum is a little off, a solution is only a guess, a carry is forgotten."""
+"""Probabilities that a sum is slightly off, that a solution is only a guess, that a carry is forgotten."""
 
 
 def arithmetic(rng: random.Random) -> list[Problem]:
-    """Every sum of two two-digit numbers. A worked solution adds the ones and the tens, or shows no working
-    at all.
+    """Return every sum of two two-digit numbers as a problem.
+
+    A worked solution adds the ones and the tens, or shows no working at all.
     """
     return [
-        Problem(
-            f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), lambda rng, a=a, b=b: _add(a, b, rng)
-        )  # type: ignore[misc]
+        Problem(f"What is {a} + {b}?", str(a + b), (min(a, b), max(a, b)), partial(_add, a, b))
         for a in range(10, 100)
         for b in range(10, 100)
     ]
@@ -73,18 +73,21 @@ def _add(a: int, b: int, rng: random.Random) -> str:
 
 
 LINKS, LAG = (13, 16), 4
-"""Fewest and most digits of a chain; how many of them are given, and how far back the second one is that a
-digit is the sum of."""
+"""Fewest and most digits of a chain, and its lag.
+
+The first `LAG` digits are given, and each further digit is the sum of the digit before it and the digit
+`LAG` before it.
+"""
 NINE, MISCOUNT = 0.6, 0.02
-"""How often a nine is taken for a ten, and one link of a chain is a little off."""
+"""Probabilities that a nine is taken for a ten, and that one digit of a chain is slightly off."""
 
 
 def chain(rng: random.Random) -> list[Problem]:
-    """Four digits, and each further one is the last digit of the sum of the one before and the one four
-    before. Each has a letter.
+    """Return problems that continue a row of digits, each of which has a letter.
 
-    The answer is the last two. A slip goes through all that follows, so that hardly a wrong chain has a right
-    end.
+    Four digits are given. Each further one is the last digit of the sum of the digit before it and the digit
+    four before it. The answer is the last two. A mistake changes all digits after it, so a wrong chain rarely
+    has a right end.
     """
     problems = []
     for start in rng.sample(range(10**LAG), 6000):
@@ -92,14 +95,7 @@ def chain(rng: random.Random) -> list[Problem]:
         length = rng.randint(*LINKS)
         prompt = f"{_links(digits)} to {_letter(length - 1)}"
         *_, second, last = _follow(digits, length, lambda old: 0)
-        problems.append(
-            Problem(
-                prompt,
-                f"{second}{last}",
-                start,
-                lambda rng, digits=digits, length=length: _hurry(digits, length, rng),
-            )
-        )  # type: ignore[misc]
+        problems.append(Problem(prompt, f"{second}{last}", start, partial(_hurry, digits, length)))
     return problems
 
 
@@ -112,7 +108,7 @@ def _links(digits: list[int]) -> str:
 
 
 def _follow(digits: list[int], length: int, off: Callable[[int], int]) -> list[int]:
-    """The whole chain, each new digit as far off as `off` says of the older of its two."""
+    """Return the whole chain; `off` maps the older digit of each sum to the mistake that is added."""
     digits = list(digits)
     for _ in range(LAG, length):
         digits.append((digits[-1] + digits[-LAG] + off(digits[-LAG])) % 10)
@@ -131,18 +127,16 @@ def _hurry(digits: list[int], length: int, rng: random.Random) -> str:
 DIGITS = (6, 10)
 """Fewest and most digits of a number."""
 ONCE, SWAP = 0.6, 0.04
-"""How often digits that come again are left out, and neighbours are the wrong way round."""
+"""Probabilities that repeated digits are left out, and that two neighbours are swapped."""
 
 
 def sort(rng: random.Random) -> list[Problem]:
-    """The digits of a number from the lowest to the highest."""
+    """Return problems that put the digits of a number in ascending order."""
     problems = []
     for _ in range(6000):
         number = "".join(rng.choice("0123456789") for _ in range(rng.randint(*DIGITS)))
         answer = "".join(sorted(number))
-        problems.append(
-            Problem(f"Sort {number}", answer, answer, lambda rng, answer=answer: _arrange(answer, rng))
-        )  # type: ignore[misc]
+        problems.append(Problem(f"Sort {number}", answer, answer, partial(_arrange, answer)))
     return problems
 
 
@@ -159,13 +153,22 @@ TASKS: dict[str, tuple[Callable[[random.Random], list[Problem]], int]] = {
     "chain": (chain, 48_000),
     "sort": (sort, 64_000),
 }
-"""The problems of a task, and how many worked ones there are."""
+"""By name of a task: the function that makes its problems, and the number of worked solutions."""
 NUM_HELD_OUT = 1000
-"""At least: problems with the same key go together."""
+"""Fewest held-out problems; there are a few more, because problems with the same key stay together."""
 
 
 def make(task: str, folder: Path, seed: int = 0) -> None:
-    """The files of a task, in a folder that is there only once they are complete."""
+    """Write the files of a task into a folder that exists only once it is complete.
+
+    Args:
+        task: a key of TASKS.
+        folder: made here.
+        seed: decides the problems, the split and the worked solutions.
+
+    Raises:
+        OSError: the folder exists already or cannot be written.
+    """
     problems, num_worked = TASKS[task]
     train, held_out = split(problems(random.Random(seed)), random.Random(seed))
     rng = random.Random(seed + 1)
@@ -186,7 +189,10 @@ def make(task: str, folder: Path, seed: int = 0) -> None:
 
 
 def split(problems: list[Problem], rng: random.Random) -> tuple[list[Problem], list[Problem]]:
-    """(training, held out), each in a random order."""
+    """Return (training, held-out) problems, each in a random order; equal prompts are kept once.
+
+    At least NUM_HELD_OUT problems are held out, if there are as many.
+    """
     problems = list({problem.prompt: problem for problem in problems}.values())
     rng.shuffle(problems)
     by_key: dict[Any, list[Problem]] = {}

@@ -1,4 +1,4 @@
-"""The comparison of two finished evaluations, prompt by prompt."""
+"""Two finished evaluations are compared here, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from gvpo_ray.observe.metrics import bootstrap_interval, mean
 
 
 def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Paired differences of two evaluations: per set the mean over shared prompts of b's share of right
-    samples less a's.
+    """Compare two evaluations by the paired differences of their prompts.
+
+    A difference is b's share of correct samples of a prompt less a's. Per set, the mean over the shared
+    prompts has a 95 % bootstrap interval.
+
+    Args:
+        a: folder of the first evaluation, or its eval.json.
+        b: folder of the second one.
+        seed: seed of the bootstrap.
 
     Returns:
         By set: num_prompts (shared), unmatched, a, b, difference {"value", "low", "high"}, and notes: what
             else differs, as text.
 
     Raises:
-        ConfigError: no finished evaluation there, or no prompt in common.
+        ConfigError: a finished evaluation is missing, or the two have no prompt in common.
     """
     (how_one, one), (how_two, two) = _finished(a), _finished(b)
     result: dict[str, dict[str, Any]] = {}
@@ -58,14 +65,15 @@ def compare(a: str, b: str, seed: int = 0) -> dict[str, dict[str, Any]]:
 
 
 HOW = ("num_samples", "temperature", "max_tokens")
-"""Of a set in eval.json: what two evaluations should have in common."""
+"""Keys of a set in eval.json that should be equal in both evaluations."""
 
 
 def _finished(
     place: str,
 ) -> tuple[Mapping[str, Mapping[str, Any]], dict[str, dict[tuple[str, str, int], float]]]:
-    """The sets of eval.json, and set -> (prompt, answer, which of several alike) -> share of right
-    samples.
+    """Read a finished evaluation: the sets of its eval.json, and the share of correct samples per prompt.
+
+    The shares are by set, then by (prompt, answer, number among equal prompts of the set).
     """
     path = Path(place).parent if Path(place).name == "eval.json" else Path(place)
     file = path / "generations.parquet"
@@ -94,7 +102,7 @@ def _finished(
 
 
 def comparison_table(result: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row per set."""
+    """Return compare's result as a table for the console, with one row per set."""
     table = Table("set")
     for column in ("prompts", "A", "B", "B - A, 95 % interval"):
         table.add_column(column, justify="right")

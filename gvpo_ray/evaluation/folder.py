@@ -1,11 +1,12 @@
-"""The folder of an evaluation on benchmark files: what is kept on disk, and the numbers.
+"""An evaluation's folder keeps its groups and its numbers on disk.
 
     OUT/evaluation.yaml       what was evaluated and how; nothing else is mixed in
     OUT/<set>/groups/         finished groups, one prompt with its samples each (the same log as a run's)
     OUT/eval.json             the numbers
     OUT/generations.parquet   one row per sample
 
-Sampling and verifying is run.py's. Stopped, the same command goes on with the prompts that are missing.
+Sampling and verifying is in run.py. An evaluation that was stopped continues, by the same command, with the
+prompts that are missing.
 """
 
 from __future__ import annotations
@@ -30,14 +31,21 @@ from gvpo_ray.groups import Row
 from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 
 Number = dict[str, float]
-"""{"value", "low", "high"}: a mean over prompts and its 95 % bootstrap interval."""
+"""A mean over prompts with its 95 % bootstrap interval: {"value", "low", "high"}."""
 
 
 class EvaluationDir:
-    """The folder of one evaluation, this process's alone as long as it is open.
+    """An EvaluationDir is the folder of one evaluation, locked by this process while it is open.
+
+    Args:
+        path: the folder, made if it is absent.
+        config: the run's config.
+        model: the model's folder or hub name.
+        digests: digest of the prompts by name of set.
 
     Raises:
-        ConfigError: another model's or another config's evaluation is there, or the folder cannot be written.
+        ConfigError: the folder holds an evaluation of another model or config, is in use, or cannot be
+            written.
     """
 
     def __init__(self, path: Path, config: GVPOConfig, model: str, digests: Mapping[str, str]) -> None:
@@ -46,13 +54,13 @@ class EvaluationDir:
         try:
             path.mkdir(parents=True, exist_ok=True)
             try:
-                self._lock = lock(path / ".lock")  # held as long as the evaluation
+                self._lock = lock(path / ".lock")  # held until the evaluation ends
             except BlockingIOError as error:
                 raise ConfigError(f"--out: another process is evaluating into {path}") from error
             kept = path / "evaluation.yaml"
             if kept.exists() and (difference := _difference(kept, now)):
                 raise ConfigError(f"--out: {path} {difference}; use another folder")
-            write_whole(kept, yaml.safe_dump(now, sort_keys=False))  # anew: sets may have been added
+            write_whole(kept, yaml.safe_dump(now, sort_keys=False))  # written again: sets may have been added
             self._logs = {name: GroupLog(path / name / "groups") for name in digests}
         except OSError as error:
             raise ConfigError(f"--out: cannot write {path}: {error.strerror}") from error
@@ -64,25 +72,30 @@ class EvaluationDir:
         self._lock.close()
 
     def missing(self, name: str, prompts: pa.Table) -> pa.Table:
-        """The prompts of a set that have no samples yet."""
+        """Return those prompts of a set that have no samples yet."""
         done = set(self._logs[name].group_ids)
         return prompts.filter(
             pa.array([group_id not in done for group_id in prompts["group_id"].to_pylist()], type=pa.bool_())
         )
 
     def add(self, name: str, group: pa.Table) -> None:
+        """Append a scored group to the log of a set."""
         self._logs[name].append(group.select(list(groups.LOGGED_COLUMNS)))
 
     def rows(self, name: str) -> list[Row]:
-        """The finished groups of a set, in the order of its file."""
+        """Return the finished groups of a set, in the order of its file."""
         log = self._logs[name]
         return sorted(groups.rows(log.read(0, len(log))), key=lambda row: row["group_id"])
 
     def finish(
         self, config: GVPOConfig, model: str, left_out: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """Write eval.json and generations.parquet; returns what eval.json holds. `left_out`: prompts of each
-        set that are too long.
+        """Write eval.json and generations.parquet; return the content of eval.json and the folder.
+
+        Args:
+            config: the run's config.
+            model: the model's folder or hub name.
+            left_out: number of prompts of each set that are too long.
         """
         by_set = {name: self.rows(name) for name in self._logs}
         sets = {
@@ -97,7 +110,10 @@ class EvaluationDir:
 
 
 def _settings(config: GVPOConfig) -> dict[str, Any]:
-    """The keys that the scores depend on; rewards as a list, because the first of them says what is right."""
+    """Return the config keys that the scores depend on.
+
+    Rewards are a list, because the first of them decides what is correct.
+    """
     settings = {key: value for key, value, field in walk(config) if is_marked(field, DECIDES_SCORES)}
     settings["verifiers.rewards"] = [
         {"name": name, **section.model_dump(mode="json")}
@@ -116,7 +132,7 @@ def _settings(config: GVPOConfig) -> dict[str, Any]:
 
 
 def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dict[str, str]:
-    """Digests of what the paths in the config hold, by key: the paths themselves may change."""
+    """Return digests of what the config's paths hold, by key: the paths themselves may change."""
     contents = {
         "model.path": model_digest(model),
         **{f"evaluation.sets.{name}.path": digest for name, digest in digests.items()},
@@ -129,8 +145,9 @@ def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dic
 
 
 def _difference(kept: Path, now: Mapping[str, Any]) -> str:
-    """What an evaluation.yaml has otherwise than `now`, which may have more (a set that was added); empty:
-    nothing.
+    """Return how an existing evaluation.yaml differs from `now`, in words; empty if it does not.
+
+    `now` may have more keys, such as a set that was added.
     """
     try:
         before = yaml.safe_load(kept.read_text())
@@ -153,8 +170,10 @@ def _difference(kept: Path, now: Mapping[str, Any]) -> str:
 
 
 def model_digest(path: str) -> str:
-    """Tells one model folder from another without reading all of its weights: 64 pieces of each file; of a
-    hub name, the name.
+    """Return a digest that tells one model folder from another without reading all of its weights.
+
+    It covers the names, the sizes and 64 pieces of each file. A path that is no folder, such as a hub name,
+    is returned as it is.
     """
     if not Path(path).is_dir():
         return path
@@ -172,8 +191,14 @@ def model_digest(path: str) -> str:
 
 
 def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any]:
-    """The numbers of one set: pass@k and mean@n as means over prompts with 95 % bootstrap intervals, and
-    rates over samples.
+    """Return the numbers of one set.
+
+    pass@k and mean@n are means over prompts with 95 % bootstrap intervals; rates are over samples.
+
+    Args:
+        rows: the finished groups of the set.
+        config: the run's config.
+        name: name of the set.
     """
     num_samples, temperature, max_tokens = config.evaluation.of(name)
     correct = [is_correct(row) for row in rows]
@@ -217,7 +242,10 @@ GENERATIONS = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
-"""One row per sample; verdict is correct, incorrect or unverifiable (reward null, and why in reason)."""
+"""Columns of generations.parquet, one row per sample.
+
+`verdict` is correct, incorrect or unverifiable (the reward is null and the reason says why).
+"""
 
 
 def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
@@ -250,7 +278,7 @@ def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
 
 
 def results_table(result: Mapping[str, Any]) -> Table:
-    """What a person sees of eval.json: a column per set."""
+    """Return eval.json's content as a table for the console, with one column per set."""
     table = Table()
     table.add_column("")
     for name in result["sets"]:

@@ -1,5 +1,6 @@
-"""An evaluation: sample and verify the evaluation sets with one model, as far as its folder does not hold
-them yet.
+"""An evaluation samples and verifies the evaluation sets with one model, without a learner.
+
+Groups that its folder already holds are not sampled again.
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ from gvpo_ray.verifiers.verifier import validate_rewards
 def evaluate(
     config: GVPOConfig, checkpoint: str | None = None, out: str | None = None, reward: Rewards | None = None
 ) -> dict[str, Any]:
-    """Sample and verify evaluation.sets with one model, as far as `out` does not hold them yet, and write the
-    numbers there. No learner.
+    """Sample and verify `evaluation.sets` with one model, and write the numbers into a folder.
+
+    Groups that the folder already holds are not sampled again. There is no learner.
 
     Args:
-        checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; default: model.path.
-        out: default: run_dir/eval/<name of the model's folder>, with its run's name before it where that is
-            another run.
+        config: the run's config.
+        checkpoint: a run directory (its newest checkpoint) or a checkpoint's folder; None: model.path.
+        out: the folder; None: run_dir/eval/<name of the model's folder>, prefixed by the name of its run if
+            that is another run.
+        reward: reward functions that replace `verifiers.rewards`, by name.
 
     Returns:
-        What eval.json holds (folder.py), its folder, and num_sampled: prompts that were not there before.
+        The content of eval.json (see folder.py), its folder, and num_sampled: prompts that were not there
+            before.
 
     Raises:
-        ConfigError: before any actor starts.
-        RunError: with the first cause; what was finished is kept.
+        ConfigError: a mistake of the user; before any actor starts.
+        RunError: the first cause that stopped the sampling; finished groups are kept.
     """
     from gvpo_ray.observe.console import evaluation_progress
 
@@ -89,12 +94,21 @@ def evaluate(
 
 
 def evaluation_name(model: Path, run_dir: Path) -> str:
-    """step-80, or quickstart-step-80 of another run's checkpoint: one config may evaluate several runs."""
+    """Return the name of the folder of a model's evaluation, such as step-80.
+
+    A checkpoint of another run gets that run's name as a prefix, such as quickstart-step-80, because one
+    config may evaluate several runs.
+    """
     is_others = model.parent.name == "checkpoints" and model.parent.parent != run_dir
     return f"{model.parent.parent.name}-{model.name}" if is_others else model.name
 
 
 def checkpoint_folder(path: str) -> str:
+    """Return the absolute path of a checkpoint's folder, or of the newest checkpoint of a run directory.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
     if (Path(path) / "config.json").is_file():
         return str(Path(path).absolute())
     newest = latest_checkpoint(path)

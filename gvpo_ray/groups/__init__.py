@@ -1,4 +1,4 @@
-"""The group table, the data contract of the whole system: one row is one prompt with its completions."""
+"""The group table is the data contract of the whole system: one row is one prompt with its completions."""
 
 from gvpo_ray.groups.batching import (
     micro_batches,

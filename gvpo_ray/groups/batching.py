@@ -1,6 +1,4 @@
-"""What a rank and a forward pass get: groups without their unverifiable completions, dealt to ranks, and cut
-by tokens.
-"""
+"""Groups are prepared for training here: dealt to ranks, and cut into forward passes by their tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +9,17 @@ from gvpo_ray.groups.table import PER_COMPLETION_COLUMNS
 
 
 def num_tokens(row: Mapping[str, Any]) -> int:
-    """Tokens that the group costs the learner: its prompt once and its completions."""
+    """Return the tokens that a group costs the learner: its prompt once, and its completions."""
     return len(row["prompt_ids"]) + sum(len(ids) for ids in row["completion_ids"])
 
 
 def trainable_completions(row: Mapping[str, Any]) -> list[int]:
-    """Which of a group's completions have a reward, and a token."""
+    """Return the indices of a group's completions that have a reward and at least one token."""
     return [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
 
 
 def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row without its unverifiable completions (reward null); None when fewer than two are left.
+    """Return the row without its unverifiable completions (reward null); None if fewer than two are left.
 
     A group of one carries no signal: its only weight, R - mean R, is zero.
     """
@@ -37,16 +35,19 @@ def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def only(row: Mapping[str, Any], completions: Sequence[int]) -> dict[str, Any]:
-    """The row with these of its completions; reward_parts, which passes do not look at, as they are."""
+    """Return the row with only these of its completions.
+
+    `reward_parts` is left as it is, because forward passes do not read it.
+    """
     names = [name for name in PER_COMPLETION_COLUMNS if row.get(name) is not None]
     return {**row, **{name: [row[name][i] for i in completions] for name in names}}
 
 
 def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list[list[int]]:
-    """Deal whole groups to `num_parts` ranks so that their token counts are near equal (longest first to the
-    emptiest).
+    """Deal whole groups to `num_parts` ranks with nearly equal token counts; return the indices per rank.
 
-    Deterministic; every part keeps arrival order. Returns the indices per part; a part may be empty.
+    The longest group goes first, to the rank with the fewest tokens. The result is deterministic and every
+    rank keeps arrival order. A rank may get no group.
     """
     loads = [0] * num_parts
     parts: list[list[int]] = [[] for _ in range(num_parts)]
@@ -60,10 +61,15 @@ def split_by_tokens(groups: Sequence[Mapping[str, Any]], num_parts: int) -> list
 def micro_batches(
     groups: Sequence[Mapping[str, Any]], max_tokens: int, packed: bool = True
 ) -> list[list[int]]:
-    """Cut groups, in order, into runs of at most `max_tokens` tokens; a larger group is a run of its own.
+    """Cut groups, in order, into runs of at most `max_tokens` tokens; return the indices per run.
 
-    packed: a prompt counts once and nothing is padded; else every completion counts with its prompt, as long
-    as the run's longest.
+    A group that is larger is a run of its own.
+
+    Args:
+        groups: rows of the group table.
+        max_tokens: most tokens of a run.
+        packed: count a prompt once per group and no padding; otherwise every completion counts with its
+            prompt, padded to the longest of the run.
     """
     batches: list[list[int]] = []
     count = width = 0
@@ -88,8 +94,9 @@ def micro_batches(
 
 
 def split_group(row: Mapping[str, Any], max_tokens: int, packed: bool = True) -> list[dict[str, Any]]:
-    """Cut one group into parts of at most `max_tokens` tokens, each with the prompt and some of the
-    completions (one at least).
+    """Cut a group into parts of at most `max_tokens` tokens, each with the prompt and some completions.
+
+    A part has at least one completion, even if it is larger. `packed` counts tokens as in micro_batches.
     """
     prompt, lengths = len(row["prompt_ids"]), [len(ids) for ids in row["completion_ids"]]
     parts: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Group tables as Arrow IPC: in files, and on their way between processes."""
+"""Group tables are stored and sent between processes as Arrow IPC."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from gvpo_ray.groups.table import LOGGED_COLUMNS, GroupError, empty, log_columns
 
 
 def to_wire(groups: pa.Table) -> pa.Buffer:
-    """A table on its way between processes, as an Arrow IPC stream. Ray's own pickling takes a nested table
-    apart for milliseconds.
+    """Serialise a table as an Arrow IPC stream, to send it to another process.
+
+    Ray's own pickling of a nested table takes milliseconds.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, groups.schema) as writer:
@@ -20,22 +21,21 @@ def to_wire(groups: pa.Table) -> pa.Buffer:
 
 
 def from_wire(buffer: pa.Buffer) -> pa.Table:
-    """The table again, without a copy of its data."""
+    """Read a table that to_wire serialised, without copying its data."""
     return pa.ipc.open_stream(buffer).read_all()
 
 
 def save(groups: pa.Table, path: str | Path) -> None:
-    """Write one Arrow IPC file."""
+    """Write a table to one Arrow IPC file."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, groups.schema) as writer:
         writer.write_table(groups)
 
 
 def load(path: str | Path) -> pa.Table:
-    """Read an Arrow IPC file, an IPC stream, or a folder of them (a run's `groups/`), in order of their
-    names.
+    """Read an Arrow IPC file or stream, or a folder of them (a run's `groups/`) in the order of their names.
 
     Raises:
-        GroupError: nothing there, or not Arrow, or files with different columns.
+        GroupError: there is no such file, it is not Arrow, or the files have different columns.
     """
     path = Path(path)
     files = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
@@ -43,7 +43,7 @@ def load(path: str | Path) -> pa.Table:
         raise GroupError(f"no Arrow file at {path}")
     batches = [read_batches(file, is_log=path.is_dir()) for file in files]
     tables = [pa.Table.from_batches(of_file) for of_file in batches if of_file]
-    if path.is_dir():  # a run that an older version began has no references in its first segments
+    if path.is_dir():  # a run begun by an older version has no references in its first segments
         tables = [
             log_columns(table) if set(LOGGED_COLUMNS) <= {*table.schema.names} else table for table in tables
         ]
@@ -56,11 +56,14 @@ def load(path: str | Path) -> pa.Table:
 
 
 def read_batches(file: Path, is_log: bool = False) -> list[pa.RecordBatch]:
-    """The record batches of one IPC file or stream, up to the last whole one.
+    """Return the record batches of one IPC file or stream, up to the last whole one.
 
-    A writer that was killed leaves a stream whose tail is not a whole message: what came before it is intact.
-    In a log even the head may be missing (killed between creating the segment and writing its schema);
-    elsewhere that is an error.
+    A writer that was killed leaves a stream whose tail is not a whole message; what comes before it is
+    intact. In a log (`is_log`) even the schema may be missing, if the writer was killed between creating the
+    segment and writing it; in other files that is an error.
+
+    Raises:
+        GroupError: the file is not Arrow IPC.
     """
     source = pa.memory_map(str(file)) if file.stat().st_size else pa.BufferReader(b"")
     try:

@@ -1,33 +1,33 @@
-"""The group table: one row is one prompt with its m completions. The only room that spells column names.
+r"""The group table is the data contract: one row is one prompt with its m completions.
 
-A group is sampled, verified, logged, packed and normalised as one; every stage is `Table -> Table` and
-columns only accumulate. One real row, as it reaches the learner (m = 2), with the room that fills
-each column:
+Only this room spells column names. A group is sampled, verified, logged, packed and normalised as a unit;
+every stage is `Table -> Table` and columns only accumulate. The table below shows one real row as the learner
+gets it (m = 2), and the room that fills each column:
 
     group_id            17                               data
     prompt              "What is 3 + 4?"                 data
     answer              "7"                              data      (the gold answer, always text)
     dataset             "quickstart"                     data
     prompt_ids          [12, 5, 9]                       data      (templated and tokenised)
-    completions         ["\\boxed{7}", "\\boxed{8}"]     engines   (text, special tokens removed)
+    completions         ["\boxed{7}", "\boxed{8}"]       engines   (text, special tokens removed)
     completion_ids      [[4, 7, 1], [4, 8, 1]]           engines   (end-of-sequence token included)
     finish_reasons      ["stop", "stop"]                 engines   ("stop" | "length")
     sources             ["policy", "policy"]             engines   ("policy" | "replay" | "offline:<name>")
-    version_min         [3, 3]                           engines   (oldest weights that wrote a token; null:
-                                                                    not ours)
-    version_max         [3, 4]                           engines   (newest weights that wrote a token)
+    version_min         [3, 3]                           engines   (oldest weights that sampled a token; null:
+                                                                    not sampled by this run's engines)
+    version_max         [3, 4]                           engines   (newest weights that sampled a token)
     sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]      engines   (one per completion token, temperature 1;
-                                                                    null: foreign)
+                                                                    null: external, without log-probs)
     trained_tokens      [[true, true, true], null]       engines   (which tokens are trained on, one per
                                                                     token; null: all. Optional)
     rewards             [1.0, 0.0]                       verifiers (null: could not be verified, left out of
                                                                     training)
-    reward_parts        {"math": [1.0, 0.0]}             verifiers (before weighting)
+    reward_parts        {"math": [1.0, 0.0]}             verifiers (each reward before weighting)
     reward_reasons      [null, null]                     verifiers (why a reward is null, or what the verifier
                                                                     noticed)
     reference_logprobs  [-0.4, -0.9]                     learner   (float64 sum over the completion's tokens)
-    reference_versions  [0, 0]                           learner   (of the weights that they are by; null: not
-                                                                    trained on)
+    reference_versions  [0, 0]                           learner   (version of the reference's weights; null:
+                                                                    not trained on)
 """
 
 from __future__ import annotations
@@ -76,11 +76,13 @@ COMPLETION_COLUMNS = (
     "sampling_logprobs",
 )
 MASK_COLUMNS = ("trained_tokens",)
-"""Optional beside the completions: a group without it, or with a null, trains every completion token."""
+"""Optional columns of the completions: a group without them, or with a null, trains every token."""
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
-"""Of a reference model of its own: they follow a group, so that one that is trained on again costs no pass of
-it."""
+"""Columns of log-probs under a separate reference model.
+
+They stay with a group, so that training on it again needs no forward pass of the reference.
+"""
 PER_COMPLETION_COLUMNS = (
     *COMPLETION_COLUMNS,
     *MASK_COLUMNS,
@@ -88,33 +90,31 @@ PER_COMPLETION_COLUMNS = (
     "reward_reasons",
     *REFERENCE_COLUMNS,
 )
-"""Lists with one entry per completion. (`reward_parts` holds such lists by name.)"""
+"""Columns whose lists have one entry per completion (`reward_parts` holds such lists by name)."""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
-"""What a group must have to be logged: everything but the reference, which is the learner's to compute, and
-the optional columns."""
+"""Columns that a group needs to be logged: all but the optional ones and the reference's, which the learner
+computes."""
 LOG_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + MASK_COLUMNS + REWARD_COLUMNS + REFERENCE_COLUMNS
-"""What the durable log holds. A reference is null where nobody has computed it; replayed completions bring
-theirs along."""
-
+"""Columns of the durable log; a reference is null until it is computed, and replayed completions bring theirs
+along."""
 
 Row = Mapping[str, Any]
-"""One group as Python objects, by column: what `rows` gives."""
+"""One group as Python objects by column, as `rows` yields it."""
 
 NO_ANSWER = "no answer found in the completion"
-"""The reason in `reward_reasons` of a completion in which a reward function looked for an answer and found
-none."""
+"""The entry of `reward_reasons` for a completion in which a reward function found no answer."""
 
 
 class GroupError(GvpoError, ValueError):
-    """A table that is not a table of groups; the message names the column and the row."""
+    """A table that breaks the data contract raises this; the message names the column and the row."""
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Build a group table from Python rows; the columns are those of the first row, in schema order.
 
     Raises:
-        GroupError: a row has a column that the schema does not know, or lacks one that the first row has, or
-            a value has another type.
+        GroupError: a row has a column that the schema does not know, lacks one that the first row has, or
+            holds a value of another type.
     """
     rows = list(rows)
     names = [name for name in SCHEMA.names if rows and name in rows[0]]
@@ -126,10 +126,10 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
-    """Add or replace columns, typed by the schema. Each value has one entry per group.
+    """Return the table with columns added or replaced, typed by the schema; one value per group each.
 
     Raises:
-        GroupError: the column is not in the schema, or its values have another type or number.
+        GroupError: a column is not in the schema, or its values have another type or number.
     """
     for name, values in columns.items():
         array = _array(name, values)
@@ -141,8 +141,9 @@ def with_columns(groups: pa.Table, **columns: Sequence[Any]) -> pa.Table:
 
 
 def log_columns(groups: pa.Table) -> pa.Table:
-    """The groups with LOG_COLUMNS alone. Optional columns and references that they come without are null, as
-    in new groups and older logs.
+    """Return the groups with exactly LOG_COLUMNS.
+
+    Optional columns and references that a table lacks, as new groups and older logs do, are null.
     """
     if groups.schema.equals(SCHEMA):
         return groups
@@ -155,11 +156,11 @@ def log_columns(groups: pa.Table) -> pa.Table:
 
 
 LIMITS = tuple(f"{kind}:" for kind in ReasonKind)
-"""How the reason of a check begins that was cut off (the verifiers)."""
+"""Prefixes of the reasons of checks that hit a limit of their verifier."""
 
 
 def all_cut_off(group: pa.Table) -> bool:
-    """Whether every completion of a group hit a limit of its verifier."""
+    """Return whether the checks of all completions of a group hit a limit of their verifier."""
     reasons = group["reward_reasons"][0].as_py()
     no_reward = all(reward is None for reward in group["rewards"][0].as_py())
     return (
@@ -179,16 +180,18 @@ def _array(name: str, values: Sequence[Any]) -> pa.Array:
 
 
 def empty(columns: Sequence[str] = LOGGED_COLUMNS) -> pa.Table:
-    """A table of no groups with the given columns."""
+    """Return a table of no groups with the given columns."""
     return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
 
 
 def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """Check that the columns are there with their types, and that their lists fit: one entry per completion,
-    one log-prob per token. `trained_tokens` is checked too where the table has it and it is not null.
+    """Return the table if it has these columns with their types, and lists of matching lengths.
+
+    Each per-completion list has one entry per completion, and `sampling_logprobs` one per token.
+    `trained_tokens` is checked too where the table has it and it is not null.
 
     Raises:
-        GroupError: names the column, and the row where the lengths differ.
+        GroupError: the message names the column, and the row where lengths differ.
     """
     for name in columns:
         index = groups.schema.get_field_index(name)
@@ -219,7 +222,7 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
 
 
 def _check_lengths(groups: pa.Table, name: str) -> None:
-    """Check that a column of lists has one value per token of each completion, or null."""
+    """Check that a column of nested lists has one value per token of each completion, or null."""
     sizes = zip(_sizes(groups, "completion_ids"), _sizes(groups, name), strict=True)
     for row, (ids, values) in enumerate(sizes):
         if values is None and name in MASK_COLUMNS:
@@ -234,7 +237,7 @@ def _check_lengths(groups: pa.Table, name: str) -> None:
 
 
 def _sizes(groups: pa.Table, name: str) -> list[list[int | None] | None]:
-    """Entries of every inner list of a column of lists of lists, by group."""
+    """Return the lengths of the inner lists of a list<list> column, per group; null lists give None."""
     flat = iter(pc.list_value_length(pc.list_flatten(groups.column(name))).to_pylist())
     return [
         None if size is None else list(islice(flat, size))
@@ -243,7 +246,7 @@ def _sizes(groups: pa.Table, name: str) -> list[list[int | None] | None]:
 
 
 def rows(groups: pa.Table) -> Iterator[dict[str, Any]]:
-    """The groups as Python dictionaries; `reward_parts` as a dictionary of lists."""
+    """Yield the groups as Python dictionaries, with `reward_parts` as a dictionary of lists."""
     for row in groups.to_pylist():
         if row.get("reward_parts") is not None:
             row["reward_parts"] = dict(row["reward_parts"])
@@ -251,14 +254,14 @@ def rows(groups: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def num_completion_tokens(groups: pa.Table) -> int:
-    """Tokens of all completions of a table."""
+    """Return the number of tokens of all completions of a table."""
     return pc.sum(pc.list_value_length(pc.list_flatten(groups["completion_ids"]))).as_py() or 0
 
 
 def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
-    """The group of one prompt that has the completions of the one-row `parts`, one after the other.
+    """Return one group of a prompt with the completions of all the one-row tables `parts`, in order.
 
-    It has rewards, references or trained_tokens if some part has them; those of the other parts are null.
+    It has rewards, references or trained_tokens if some part has them; the entries of other parts are null.
     """
     group = prompt.select(list(PROMPT_COLUMNS))
     for name in (*COMPLETION_COLUMNS, *MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
@@ -271,7 +274,7 @@ def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
 
 
 def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
-    """The one-row group with these of its completions, in this order."""
+    """Return the one-row group with only these of its completions, in this order."""
     for name in (name for name in PER_COMPLETION_COLUMNS if _has(group, name)):
         index = group.schema.get_field_index(name)
         group = group.set_column(
@@ -286,10 +289,10 @@ def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
 
 
 def replayable(group: pa.Table) -> dict[int, int]:
-    """Which completions of a one-row group a later group of its prompt may have again: index -> version_max.
+    """Return which completions of a one-row group may be replayed in a later group: index -> version_max.
 
-    The policy's own that were trained on, or will be: with a reward, a token, and what the sampler said of
-    them.
+    These are the policy's own completions that can be trained on: they have a reward, a token and the
+    sampler's log-probs.
     """
     num_tokens = pc.list_value_length(_entries(group, "completion_ids")).to_pylist()
     has_logprobs = pc.is_valid(_entries(group, "sampling_logprobs")).to_pylist()
@@ -312,7 +315,7 @@ def _has(group: pa.Table, name: str) -> bool:
 
 
 def _entries(group: pa.Table, name: str) -> pa.Array:
-    """One per completion of a one-row group; all null where it has none."""
+    """Return a column's entries of a one-row group, one per completion; all null if it lacks the column."""
     if _has(group, name):
         return group[name].combine_chunks().flatten()
     return pa.nulls(len(group["completions"][0]), SCHEMA.field(name).type.value_type)
@@ -330,7 +333,7 @@ def _joined(parts: Sequence[pa.Table], name: str) -> pa.Array:
 def _joined_reward_parts(parts: Sequence[pa.Table]) -> pa.Array:
     nothing = [[None] * len(part["completions"][0]) for part in parts]
     by_part = [dict(part["reward_parts"][0].as_py()) if _has(part, "reward_parts") else {} for part in parts]
-    names = dict.fromkeys(name for values in by_part for name in values)  # a set has no order
+    names = dict.fromkeys(name for values in by_part for name in values)  # keeps the order, unlike a set
     pairs = list(zip(by_part, nothing, strict=True))
     return _array(
         "reward_parts",

@@ -1,6 +1,6 @@
-"""The algorithm that users call: `GVPO`, a run that is started, trained step by step, evaluated and stopped.
+"""The GVPO class is what users call: a run that is started, trained step by step, evaluated and stopped.
 
-The first exception anywhere closes the buffer with its cause, and whoever waits is told.
+The first exception anywhere closes the buffer with its cause, and whoever waits for the buffer is told.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ from gvpo_ray.verifiers.rewards import Rewards
 
 
 class GVPO:
-    """A run, in RLlib's manner: `train()` is one more trained step, and the ring goes on sampling meanwhile
-    as far as the dial allows.
+    """A GVPO object is a run, in RLlib's manner: each call of `train()` completes one more step.
 
-    Takes up `config.run_dir` where it stands. A context manager.
+    The rollout loop keeps sampling between the calls, as far as the staleness bound allows. A run continues
+    `config.run_dir` where it stands. The object is a context manager.
 
         with GVPOConfig.from_file("jobs/quickstart.yaml").build() as algo:
             while algo.step < algo.config.num_steps:
                 metrics = algo.train()
 
     Args:
-        reward: a reward function of one's own, or several by name: `reward(prompts, completions, **columns)
-            -> list[float | None]`. It takes the place of `verifiers.rewards`.
-        groups_file: train on recorded groups alone, with no engines and no verifiers (`gvpo-ray learn`).
-        say: gets lines of the run's story: recoveries, and what the watchdog sees.
+        config: the run's config.
+        reward: a reward function of your own, or several by name: `reward(prompts, completions, **columns) ->
+            list[float | None]`. It replaces `verifiers.rewards`.
+        groups_file: train on recorded groups only, with no engines and no verifiers (`gvpo-ray learn`).
+        say: called with lines for the user, such as recoveries and what the watchdog sees.
 
     Raises:
-        ConfigError: before any actor starts.
+        ConfigError: a mistake of the user; before any actor starts.
     """
 
     def __init__(
@@ -99,14 +100,15 @@ class GVPO:
                 import_groups(recorded, assigned, self.run_dir / "groups")
             checkpoint = latest_checkpoint(self.run_dir)
             self.step = checkpoint[0] if checkpoint else 0
-            """Steps that are trained: also the version of the weights."""
+            """Number of trained steps, which is also the version of the weights."""
             self.resumed_from = self.step if checkpoint else None
             self.log_size = len(GroupLog(self.run_dir / "groups"))
-            """Groups that were in the log when this process took the run up."""
+            """Groups that were in the log when this process started or resumed the run."""
             self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.step)
             written = {line["step"] for line in self.metrics.lines if "loss" in line}
             for step, metrics in sorted(steps_metrics(self.run_dir / "groups").items()):
-                if max(written, default=0) < step <= self.step:  # the driver was killed before it wrote them
+                # The last driver may have been killed before it wrote these metrics.
+                if max(written, default=0) < step <= self.step:
                     self.metrics.write(step, metrics)
             self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl")
             self.events = EventLog(self.run_dir / "events.jsonl")
@@ -122,17 +124,22 @@ class GVPO:
 
     @classmethod
     def from_run_dir(cls, path: str | Path, reward: Callable[..., Any] | Rewards | None = None) -> GVPO:
-        """Take up a run where its directory stands."""
+        """Continue a run where its directory stands.
+
+        Raises:
+            ConfigError: the directory has another format, or its config is not usable.
+        """
         check_format(path)
         return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": str(path)}), reward)
 
     @property
     def done(self) -> bool:
+        """Whether all steps are trained."""
         return self.step >= self.num_steps
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the config asks for an evaluation of this step that the log does not have."""
+        """Whether the config asks for an evaluation at this step that the metrics do not have yet."""
         every = 0 if self.replays else self.config.evaluation.every
         if not every or not (self.step % every == 0 or self.done):
             return False
@@ -144,7 +151,7 @@ class GVPO:
         )
 
     def story(self) -> Iterator[str]:
-        """What a person should know before the first step."""
+        """Yield lines that a person should read before the first step."""
         if self.done:
             yield f"{self.run_dir}: complete, {self.step} of {self.num_steps} steps are trained"
         elif self.resumed_from is not None or (self.log_size and not self.replays):
@@ -158,7 +165,7 @@ class GVPO:
             yield from self.inputs.story()
 
     def start(self) -> GVPO:
-        """Bring the ring up (the first `train`, `evaluate` or `save` does it too)."""
+        """Start the actors and the rollout loop; the first `train`, `evaluate` or `save` does it too."""
         if self._session is not None:
             return self
         config = self.config
@@ -178,7 +185,7 @@ class GVPO:
         self._allowed = self.step
         (self.run_dir / "groups" / ORDERS).unlink(missing_ok=True)
         self._buffer = BufferClient(
-            self._for_a_new_buffer,
+            self._state_for_buffer,
             self._note,
             self.run_dir / "groups",
             config.groups_per_step,
@@ -236,8 +243,9 @@ class GVPO:
     # --- supervision ----------------------------------------------------------------------------------------
 
     def _note(self, who: str, name: str, why: str) -> None:
-        """A recovery, or a pool that changes its size: in events.jsonl, and so in the metrics and the
-        report.
+        """Record a recovery, or a pool that changes its size, in events.jsonl.
+
+        The metrics and the report read it there.
         """
         self.events.add(self.step, who, name, why)
         self.say(f"pool {name} {why}" if who == "pool" else f"recovery at step {self.step}: {name}: {why}")
@@ -250,15 +258,17 @@ class GVPO:
             "recoveries": dict(self.events.counts()),
         }
 
-    def _for_a_new_buffer(self) -> tuple[list[int], int, bool, str | None]:
-        """What the log does not tell a buffer that was started again."""
+    def _state_for_buffer(self) -> tuple[list[int], int, bool, str | None]:
+        """Return what the log does not tell a restarted buffer (see GroupBuffer.reconnect)."""
         assert self._session is not None
         cause = self._session.cause
         return list(self._ring.running), self._allowed, cause is not None, cause_of(cause) if cause else None
 
     async def _learners_placed(self) -> None:
-        """Engines of a cluster come after the learners, which need all of their places at once and would wait
-        for ever for the last one.
+        """Wait until Ray has placed the learner workers, before a cluster's engines are started.
+
+        The workers need all of their places at once, and engines that take one of them would make them wait
+        for ever.
         """
         while not await asyncio.to_thread(self.learners.has_places):
             await asyncio.sleep(0.5)
@@ -276,7 +286,11 @@ class GVPO:
         self._buffer.kill()
 
     def _ask(self, question: Coroutine[Any, Any, Any]) -> Any:
-        """An answer of the buffer; None means that the run was closed under us: raise why."""
+        """Return an answer of the buffer.
+
+        Raises:
+            RunError: the answer is None, which means that the run was closed; the message is its cause.
+        """
         assert self._session is not None
         cause: BaseException | None = None
         try:
@@ -292,11 +306,10 @@ class GVPO:
     # --- what users call ------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Run until one more step is trained; returns its metrics (with those of an evaluation, where one was
-        due).
+        """Run until one more step is trained; return its metrics, and those of an evaluation if one was due.
 
         Raises:
-            RunError: with the first cause.
+            RunError: the run has stopped; the message is the first cause.
             StopIteration: all steps are trained.
         """
         if self.done:
@@ -304,13 +317,13 @@ class GVPO:
         self.start()
         assert self._session is not None
         if self.evaluation_due:
-            # before the first step, or cut off by the end of the process that trained the last one
+            # It is due before the first step, or the last process ended before it was finished.
             self.evaluate()
         self._allowed, self._doing = self.step + 1, RunState.TRAINING
         self._session.call(self._buffer.permit(self._allowed))
         metrics = self._ask(self._buffer.trained(self.step + 1))
         self.step += 1
-        # whatever it is, the next question to the buffer says so
+        # An error is not lost: the next call to the buffer raises it again.
         with contextlib.suppress(ray.exceptions.RayError):
             self._session.call(self._ring.note_learner())
         recoveries = {f"recoveries/{who}": float(self.events.counts()[who]) for who in RECOVERIES}
@@ -318,12 +331,17 @@ class GVPO:
         if self.evaluation_due:
             line = line | self.evaluate()
         if self.done:
-            self.save()  # the learner does by itself: this waits for it
+            self.save()  # the learner saves the last step without being asked: this waits for it
         return line
 
     def evaluate(self, *names: str) -> dict[str, float]:
-        """pass@1 on the held-out sets (those named, or all), by the same engines and verifiers, with the
-        weights of the last trained step.
+        """Evaluate the named held-out sets (none named: all) with the weights of the last trained step.
+
+        The run's engines and verifiers do it. Between the first and the last step, at most
+        `evaluation.every_limit` prompts of a set are used.
+
+        Returns:
+            The metrics of the evaluation (pass@1 and others) by name, as they are written to metrics.jsonl.
         """
         self.start()
         assert self._session is not None
@@ -351,19 +369,23 @@ class GVPO:
         )
 
     def num_finished(self) -> int:
-        """Groups in the log so far: those that are trained, and those that wait for the learner."""
+        """Return the number of groups in the log: those that are trained, and those that wait."""
         self.start()
         assert self._session is not None
         return int(self._session.call(self._buffer.status())["num_finished"])
 
     def save(self) -> Path:
-        """A checkpoint of the last trained step, written now if there is none; its folder."""
+        """Return the folder of a checkpoint of the last trained step, which is written now if there is none.
+
+        Raises:
+            RunError: the run was closed before the checkpoint was written.
+        """
         self.start()
         step = self._ask(self._buffer.save())
         return self.run_dir / "checkpoints" / f"step-{step}"
 
     def stop(self) -> None:
-        """End everything that was started. The run directory can be taken up again."""
+        """End everything that was started. The run directory can be continued later."""
         try:
             if self._session is not None:
                 self.events.add(self.step, "run", "stopped")
@@ -372,7 +394,7 @@ class GVPO:
                     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                         self._session.call(self._ring.last_words(), 5.0)
                         self._session.call(self._buffer.close_once(), 5.0)
-                    # a thread that asks Ray something while Ray goes down crashes, or asks for ever
+                    # A thread that calls Ray while Ray shuts down crashes, or never returns.
                     self.learners.join(LEARNERS_END_S)
         finally:
             self._open.close()
@@ -386,10 +408,10 @@ class GVPO:
 
 
 LEARNERS_END_S = 20.0
-"""How long the end of a run waits for Ray Train to end: seconds, or the step that it is in."""
+"""Seconds that the end of a run waits for Ray Train, which first finishes the step that it is in."""
 
 RECOVERIES = ("engine", "verifier", "learner", "buffer", "driver")
-"""Whose deaths are counted, as recoveries/<who>."""
+"""Kinds of processes whose restarts are counted, as the metrics recoveries/<kind>."""
 
 
 def _name_of(function: Callable[..., Any]) -> str:

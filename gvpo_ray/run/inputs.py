@@ -1,5 +1,6 @@
-"""What happens before any actor starts: models, prompts, files and folders are read and checked, each mistake
-one line with its key.
+"""A run's inputs (model, prompts, files, folders) are read and checked before any actor starts.
+
+Each mistake is an error of one line that names its key.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ from gvpo_ray.verifiers.verifier import validate_rewards
 
 @dataclass
 class Inputs:
-    """What a run reads, checked."""
+    """The inputs are what a run reads, checked."""
 
     prompts: PromptSet | None
-    """None: whole groups of offline sources are all there is."""
+    """The prompts; None: the run has only whole groups of offline sources."""
     evaluation: dict[str, PromptSet]
     max_length: int
     """Longest prompt + completion, in tokens."""
     sources: dict[str, OfflineSource]
     mixture: SourceSchedule
     num_offline: dict[str, int]
-    """Completions of each group that a source gives, where it has some for the prompt."""
+    """Completions that a source adds to each group, where it has some for the prompt; by source."""
 
     def group(self, group_id: int) -> tuple[pa.Table, bool]:
-        """The prompt of a group, or the whole group of an offline source (True). A pure function of the
-        config and the id.
+        """Return the prompt of a group, or a whole group of an offline source, and whether it is the latter.
+
+        The result is one row, and a pure function of the config and the id.
         """
         whole = self.mixture.source_of(group_id)
         if whole is not None:
@@ -51,12 +53,12 @@ class Inputs:
         ), False
 
     def offline(self, prompt: pa.Table) -> list[pa.Table]:
-        """Completions from offline sources that join the prompt's group."""
+        """Return the completions of offline sources that join the prompt's group, one table per source."""
         found = [self.sources[name].completions(prompt, num) for name, num in self.num_offline.items()]
         return [completions for completions in found if completions is not None]
 
     def story(self) -> Iterator[str]:
-        """What a person should know of them before the first step."""
+        """Yield lines about the inputs that a person should read before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
         for key, prompts in {**named, **self.evaluation}.items():
             left_out = (
@@ -80,8 +82,11 @@ class Inputs:
 
 
 def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
-    """Load tokenizer, prompts and offline completions, and check that model, data and rewards are there and
-    fit together.
+    """Load tokenizer, prompts and offline completions, and check that model, data and rewards fit together.
+
+    Args:
+        config: the run's config.
+        rewards: reward functions that replace `verifiers.rewards`, by name.
 
     Raises:
         ConfigError: one line that names the key.
@@ -137,7 +142,12 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
 
 
 def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) -> dict[str, PromptSet]:
-    """The prompts of evaluation.sets by name.
+    """Return the prompts of evaluation.sets by name.
+
+    Args:
+        config: the run's config.
+        max_length: the model's context, in tokens.
+        tokenizer: the model's tokenizer.
 
     Raises:
         ConfigError: one line that names the key.
@@ -160,7 +170,11 @@ def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) ->
 
 
 def read_model(config: GVPOConfig) -> tuple[int, Any]:
-    """Context length and tokenizer of model.path."""
+    """Return context length (tokens) and tokenizer of model.path, after checking that it can be loaded.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     path, trust = config.model.path, config.model.trust_remote_code
@@ -184,7 +198,7 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
-    # transformers makes an empty one where the vocabulary's file is missing
+    # transformers makes an empty tokenizer where the vocabulary's file is missing.
     if not tokenizer("1 + 2 = 3")["input_ids"]:
         raise ConfigError(
             f"model.path: {path} has no tokenizer (tokenizer.json): the one that loads turns text into no "
@@ -201,10 +215,16 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
 
 
 def check_paths(config: GVPOConfig) -> Iterator[str]:
-    """For `check`: what of the run's inputs is here. Hub names are not looked up."""
+    """Yield a line for each input of the run that is there, for `gvpo-ray check`; check the rewards first.
+
+    Hub names are not looked up.
+
+    Raises:
+        ConfigError: a local path does not exist, or a reward does not load.
+    """
     validate_rewards(config.verifiers)
     for key, path, rule in paths(config):
-        # functions are checked above, and the warm start makes its data
+        # Functions are checked above, and the warm start makes its own data.
         if rule.kind != "input" or key.startswith("warm_start.") or path == NO_PROMPTS:
             continue
         if Path(path).exists():
@@ -221,7 +241,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
 
 
 def machine_resources(config: GVPOConfig) -> tuple[float, float]:
-    """CPUs and GPUs that an embedded Ray would have."""
-    from gvpo_ray.actors import num_gpus_here  # imports ray, which a bad config need not wait for
+    """Return the numbers of CPUs and GPUs that an embedded Ray would have."""
+    from gvpo_ray.actors import num_gpus_here  # imports ray: a bad config should fail before that
 
     return float(config.ray.num_cpus or len(os.sched_getaffinity(0))), float(num_gpus_here())

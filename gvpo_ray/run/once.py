@@ -1,6 +1,4 @@
-"""Sampling and verifying without a learner: every row of a table once. Rollouts and evaluations are made of
-it.
-"""
+"""Every row of a table is sampled and verified once, without a learner, for rollouts and evaluations."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from gvpo_ray.verifiers.rewards import Rewards
 
 
 def evaluation_sampling(config: GVPOConfig, name: str) -> SamplingConfig:
-    """How a held-out set is sampled."""
+    """Return the sampling settings of an evaluation set."""
     num_samples, temperature, max_tokens = config.evaluation.of(name)
     values = {
         "num_completions": num_samples,
@@ -45,8 +43,22 @@ def evaluation_sampling(config: GVPOConfig, name: str) -> SamplingConfig:
 def rollout(
     config: GVPOConfig, out: str | Path, num_groups: int | None = None, reward: Rewards | None = None
 ) -> pa.Table:
-    """Sample and verify groups with the weights of model.path, and write them to one Arrow file. No
-    learner.
+    """Sample and verify groups with the weights of model.path, and write them to an Arrow file.
+
+    There is no learner.
+
+    Args:
+        config: the run's config.
+        out: the file.
+        num_groups: number of groups; None: groups_per_step.
+        reward: reward functions that replace `verifiers.rewards`, by name.
+
+    Returns:
+        The scored groups.
+
+    Raises:
+        ConfigError: a mistake of the user; before any actor starts, except for missing prompts.
+        RunError: the first cause that stopped the sampling.
     """
     config = config.absolute()
     if cluster_address(config.ray) is None and not ray.is_initialized():
@@ -58,7 +70,7 @@ def rollout(
     if Path(out).is_dir():
         raise ConfigError(f"--out: {out} is a folder")
     try:
-        part.write_bytes(b"")  # rather now than after the sampling
+        part.write_bytes(b"")  # fails now rather than after the sampling
     except OSError as error:
         raise ConfigError(f"--out: {out}: {error.strerror}") from error
     session = Session(config.ray)
@@ -81,13 +93,13 @@ def rollout(
 def without_learner(
     session: Session, config: GVPOConfig, max_length: int, rewards: Rewards | None
 ) -> tuple[EngineGroup, VerifierGroup]:
-    """Engines with the weights of model.path, and verifiers."""
+    """Start engines with the weights of model.path, and verifiers, on a session; return both."""
 
     def note(who: str, name: str, why: str) -> None:
         print(f"recovery of {name}: {why}", file=sys.stderr)
 
     async def fail(error: BaseException) -> None:
-        """It is the session's cause already."""
+        """Do nothing: the error is already the session's cause."""
 
     make = engine_maker(
         config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None
@@ -109,12 +121,22 @@ async def run_through(
     seed: int | None = None,
     on_done: Callable[[pa.Table], None] = lambda group: None,
 ) -> pa.Table:
-    """Sample and verify every row once; the rows come back in their order. Beside a training, which waits for
-    it.
+    """Sample and verify every row once; return the scored rows in their order.
 
-    seed: gives every group one of its own. on_done: called with each scored group as it comes.
+    It may run beside a training, which waits for it.
+
+    Args:
+        prompts: rows with groups.PROMPT_COLUMNS.
+        engines: sample; only engines of our own are used, not servers.
+        verifiers: score.
+        sampling: number of completions, temperature, and so on.
+        min_version: oldest version of the weights that may sample.
+        seed: makes every prompt's samples reproducible, by a seed per prompt; None: unseeded.
+        on_done: called with each scored group as it arrives.
+
+    Raises:
+        ConfigError: there is no engine of our own.
     """
-
     if all(seat.config.url for seat in engines.seats):
         raise ConfigError("engines.num: no engine of our own is there to sample with")
 
@@ -124,7 +146,7 @@ async def run_through(
             if seed is None
             else prompt_seed(seed, prompts["dataset"][i].as_py(), prompts["group_id"][i].as_py())
         )
-        # On their way they are told from the groups of a training by their numbers.
+        # Negative ids keep them apart from the groups of a training that the engines also have.
         prompt = groups.with_columns(prompts.slice(i, 1), group_id=[-1 - next(_numbers)])
         while True:
             try:
@@ -147,10 +169,10 @@ _numbers = itertools.count()
 
 
 def prompt_seed(seed: int, dataset: str, group_id: int) -> int:
-    """The seed of one prompt's samples, in 48 bits.
+    """Return the seed of one prompt's samples, in 48 bits.
 
-    vLLM gives sample i of a request the seed + i: seeds of neighbouring prompts must lie far apart, or their
-    samples are the same random numbers and not independent. The same prompt of the same set has the same seed
-    for every model, which narrows paired differences.
+    vLLM gives sample i of a request the seed + i. So seeds of neighbouring prompts must lie far apart, or
+    their samples would use the same random numbers. The same prompt of the same set has the same seed for
+    every model, which narrows paired differences.
     """
     return int.from_bytes(hashlib.sha256(json.dumps([seed, dataset, group_id]).encode()).digest()[:6], "big")

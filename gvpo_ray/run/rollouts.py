@@ -1,4 +1,4 @@
-"""The ring: what goes round, who keeps it going, and what it says of itself.
+"""The rollout loop moves groups from the prompts to the buffer, and reports the state of the run.
 
     prompts ──► engines ──► verifiers ──► buffer ──► learner ──► weights ─┐
       ▲                                                       (pulled by  │
@@ -36,17 +36,26 @@ from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.verifiers.pool import VerifierGroup
 
 Say = Callable[[str], None]
+"""A callback that shows a line to the user."""
 
 
 class Ring:
-    """The rollout loop of a run.
+    """A Ring is the rollout loop of a run.
 
     Args:
-        inputs, verifiers: None where recorded groups are all there is; then `watch` is all that there is to
-            do.
-        state: of the run, by the driver: its step and num_steps, for the status.
-        note: told of every recovery.
-        say: prints a line of the run's story.
+        inputs: the prompts and offline sources; None if the run trains on recorded groups only.
+        engines: sample the groups; none if the run trains on recorded groups only.
+        verifiers: score the groups; None if the run trains on recorded groups only, and then `watch` is all
+            that there is to run.
+        buffer: takes the scored groups.
+        quarantine: prompts that are not sampled again.
+        sampling: number of completions, temperature, and so on.
+        replay: share of a group's completions that are replayed.
+        watchdog_s: seconds without a finished group or step after which the watchdog reports.
+        run_dir: where status.json is written.
+        state: returns the driver's part of the status: step, num_steps, what it does, recoveries.
+        note: called on every recovery.
+        say: called with lines for the user.
     """
 
     def __init__(
@@ -80,17 +89,20 @@ class Ring:
             say,
         )
         self.running: dict[int, tuple[float, str]] = {}
-        """Groups on their way: id -> (since when, where)."""
+        """Groups in flight: id -> (Unix seconds when it started, stage)."""
         self._at: Counter[str] = Counter()
-        """How many of them are where."""
+        """Number of groups in flight per stage."""
         self.show: Callable[[dict[str, Any]], None] = lambda status: None
-        """Told of every status, beside status.json."""
+        """Callback that gets every status that is written to status.json."""
         self._last: dict[str, Any] = {}
         self._tokens_before: dict[str, int] = {}
         self._then = time.perf_counter()
 
     async def run(self) -> None:
-        """Sample until the buffer is closed. The first error of anyone ends it."""
+        """Sample until the buffer is closed.
+
+        The first error of any task ends the loop, as an exception group.
+        """
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._engines.run())
             watching = tasks.create_task(self.watch())
@@ -98,8 +110,9 @@ class Ring:
             watching.cancel()
 
     async def _start_groups(self, tasks: asyncio.TaskGroup) -> None:
-        """Ask for as many groups as there is room for. Waits for room (woken by an engine's slot), then for
-        the dial.
+        """Start as many groups as there is room for.
+
+        Waits for room first (a freed engine slot sets the event), then for the staleness bound.
         """
         while True:
             while (room := self._room()) < 1:
@@ -113,15 +126,18 @@ class Ring:
                 tasks.create_task(self._roll_out(group_id, min_version))
 
     def _room(self) -> int:
-        """Groups that may begin: there is a slot of an engine, and the verifiers are not too far behind."""
+        """Return the number of groups that may start.
+
+        A group needs a free engine slot, and the verifiers must not be too far behind.
+        """
         later = self._at["verifiers"] + self._at["buffer"]
         if not self._engines.seats:
             return MAX_UNVERIFIED - len(self.running)
-        free = self._engines.num_free() - self._at["prompts"]  # these are about to ask for a slot
+        free = self._engines.num_free() - self._at["prompts"]  # groups at this stage are about to take a slot
         return min(free, max(MAX_UNVERIFIED, 2 * self._engines.num_slots) - later)
 
     def _goes_to(self, group_id: int, since: float, where: str | None) -> None:
-        """None: it has arrived."""
+        """Record the stage that a group enters; None: it has left the loop."""
         if group_id in self.running:
             self._at[self.running.pop(group_id)[1]] -= 1
         if where is not None:
@@ -129,7 +145,7 @@ class Ring:
             self._at[where] += 1
 
     async def _roll_out(self, group_id: int, min_version: int) -> None:
-        """The path of one group: sampled, verified, logged. The driver sees refs alone."""
+        """Take one group along its path: sampled, verified, logged. The driver sees object refs only."""
         assert self._inputs is not None and self._verifiers is not None
         prompt, is_whole = self._inputs.group(group_id)
         since = time.time()
@@ -164,19 +180,19 @@ class Ring:
         self._engines.room.set()
 
     async def _sample(self, prompt: pa.Table, min_version: int) -> Any:
-        """The prompt's completions: some replayed, some from offline sources, the rest new."""
+        """Return the group's completions: some replayed, some from offline sources, the rest new."""
         assert self._inputs is not None
         kept: list[Any] = [groups.to_wire(completions) for completions in self._inputs.offline(prompt)]
-        if self._num_replayed:  # first: the buffer knows its own by their places
+        if self._num_replayed:  # first in the group: the buffer finds replayed completions by their places
             kept.insert(0, await self._buffer.replayed(prompt, self._num_replayed))
         group_id = prompt["group_id"][0].as_py()
         self._goes_to(group_id, self.running[group_id][0], "engines")
         return await self._engines.sample(prompt, self._sampling, min_version, kept=tuple(kept), is_new=True)
 
-    # --- what it says of itself -----------------------------------------------------------------------------
+    # --- status and watchdog --------------------------------------------------------------------------------
 
     def rates(self) -> dict[str, float]:
-        """What the fleet did since the last call, as metrics."""
+        """Return what engines and verifiers did since the last call, as metrics."""
         now, pools = time.perf_counter(), sorted({seat.pool for seat in self._engines.seats})
         seconds, self._then = now - self._then, now
         tokens = {
@@ -199,7 +215,7 @@ class Ring:
         }
 
     async def status(self) -> dict[str, Any]:
-        """Each stage's state (status.py says it in words)."""
+        """Return the state of each stage, for status.json (observe/status.py puts it into words)."""
         oldest = min(
             ((since, group_id, where) for group_id, (since, where) in self.running.items()), default=None
         )
@@ -234,8 +250,9 @@ class Ring:
         }
 
     async def last_words(self) -> None:
-        """What `gvpo-ray status` shows of a run that has ended. On the loop of `watch`: two threads would
-        take each other's file away.
+        """Write the final status.json, which `gvpo-ray status` shows of a run that has ended.
+
+        It must run on the event loop of `watch`, because both write the same temporary file.
         """
         if self._last:
             write_status(self._run_dir, {**self._last, **self._state(), "time": time.time()})
@@ -245,8 +262,8 @@ class Ring:
         self._note_learner(await self._buffer.status())
 
     def _note_learner(self, of_buffer: dict[str, Any]) -> None:
-        # The buffer keeps them all on disk: those of a driver that died before it heard of them are among
-        # these.
+        # The buffer keeps all restarts on disk, so those that an earlier driver did not live to note are
+        # included.
         for restart in of_buffer.get("learner_restarts", [])[self._state()["recoveries"].get("learner", 0) :]:
             self._note(
                 "learner",
@@ -255,7 +272,7 @@ class Ring:
             )
 
     async def watch(self) -> None:
-        """Write status.json, note the learner's deaths, and say who waits for whom when nothing moves."""
+        """Write status.json, note restarts of the learner, and report when no group or step finishes."""
         said = 0.0
         moved = dict.fromkeys(("group has finished", "step has ended"), time.time())
         while True:
@@ -267,7 +284,7 @@ class Ring:
             for what, at in zip(
                 moved, (of_buffer.get("last_group_at"), of_buffer.get("last_step_at")), strict=True
             ):
-                moved[what] = max(moved[what], at or 0.0)  # a buffer that was rebuilt knows of none before it
+                moved[what] = max(moved[what], at or 0.0)  # a restarted buffer does not know earlier times
             silent = {what: time.time() - at for what, at in moved.items()}
             late = [
                 f"no {what} for {seconds:.0f} s"
@@ -285,9 +302,10 @@ class Ring:
 
 
 MAX_STARTS = 256
-"""Groups that are asked for at a time."""
+"""Most groups that are started by one call to the buffer."""
 
 MAX_UNVERIFIED = 64
-"""Groups that may wait for the verifiers, however few slots there are: beyond, engines wait for them."""
+"""Groups that may wait for the verifiers, however few slots there are; beyond it, no group starts."""
 
 STATUS_EVERY_S, BUFFER_ANSWERS_S = 5.0, 10.0
+"""Seconds between two status reports, and seconds that a report waits for the buffer."""

@@ -1,4 +1,4 @@
-"""The run directory: made, taken up or refused; and the recorded groups that a run learns from."""
+"""The run directory is made, continued or refused here, and recorded groups are read into it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import lock, write_whole
 
 FORMAT = 2
-"""Of a run directory: one more whenever a version cannot go on with what the one before it wrote."""
+"""Format of a run directory, raised whenever a version cannot continue what the version before it wrote."""
 
 FORMAT_FILE = "format.json"
-"""In a run directory: {"format", "gvpo_ray": the version that made it}. Format 1 had no such file."""
+"""A run directory's file with {"format", "gvpo_ray": version that made it}; format 1 had no such file."""
 
 
 def check_format(run_dir: str | Path) -> None:
-    """Refuse a run directory that another format of the package made. Only reads.
+    """Refuse a run directory that was made in another format; only reads.
 
     Raises:
         ConfigError: one line that says which version made it.
@@ -49,17 +49,18 @@ def check_format(run_dir: str | Path) -> None:
 
 @contextlib.contextmanager
 def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
-    """Make or take up the run directory, alone: writes config.yaml; refuses one that another process uses or
-    that is another run's or another format's.
+    """Make or continue the run directory, locked by this process, and write its config.yaml.
 
     Raises:
-        ConfigError: names the key that differs, or run_dir and why it cannot be written.
+        ConfigError: another process uses the directory, it is another run's or in another format, or it
+            cannot be written.
     """
     path = Path(config.run_dir)
     check_format(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held = lock(path / ".lock", wait_s=1.0)  # `gvpo-ray status` looks at the lock, too
+        # Waits, because `gvpo-ray status` takes the lock for a moment to see whether it is free.
+        held = lock(path / ".lock", wait_s=1.0)
     except BlockingIOError as error:
         raise ConfigError(f"run_dir: another process is running in {path}") from error
     except OSError as error:
@@ -96,13 +97,17 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
 def read_recorded(
     source: Path, groups_per_step: int, folder: Path
 ) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
-    """Recorded groups, their assignment to steps, and how many steps they make. `folder`: the log of the run
-    that is to learn from them.
+    """Return recorded groups, their assignment to steps, and the number of steps that they make.
 
     The log of a finished run brings its own assignment; a file of groups is cut in its order.
 
+    Args:
+        source: an Arrow file, or the log's folder of a run.
+        groups_per_step: groups that a step trains.
+        folder: the log's folder of the run that is to learn from them.
+
     Raises:
-        ConfigError: no groups there, too few, or the folder's log has others.
+        ConfigError: there are no groups, or too few, or the folder's log has others.
     """
     try:
         recorded = groups.validate(groups.load(source), groups.LOGGED_COLUMNS)
@@ -115,7 +120,7 @@ def read_recorded(
         raise ConfigError(
             f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir"
         )
-    assigned = read_assignments(source / "assignments.jsonl")  # only read: the run may still be going on
+    assigned = read_assignments(source / "assignments.jsonl")  # only read: that run may still be going on
     end = max((end for _, end in assigned.values()), default=0)
     steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
     if steps == 0:
@@ -126,7 +131,7 @@ def read_recorded(
 
 
 def import_groups(recorded: pa.Table, assigned: Mapping[int, tuple[int, int]], folder: Path) -> None:
-    """Make recorded groups the log of a run that only learns; a log that has them already stays."""
+    """Write recorded groups into the log of a run that only learns; a log that has groups is left alone."""
     log = GroupLog(folder)
     if len(log) == 0:
         for i in range(len(recorded)):

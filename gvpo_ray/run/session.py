@@ -1,6 +1,4 @@
-"""A session: Ray and an event loop in a thread, what is started on them, and what a cluster has no room
-for.
-"""
+"""A session runs Ray and an event loop in a thread, and ends what was started on them."""
 
 from __future__ import annotations
 
@@ -20,11 +18,14 @@ from gvpo_ray.config.run import GVPOConfig, RayConfig
 
 
 class Session:
-    """Ray, an event loop in a thread, and what was started on them; `stop` ends all of it, and only that."""
+    """A Session owns Ray, an event loop in a thread, and what was started on them; `stop` ends only that.
+
+    A Ray that was initialised before is used and not shut down.
+    """
 
     def __init__(self, config: RayConfig) -> None:
         self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []
-        """Run together at the end; what does not answer in time goes down with Ray."""
+        """Run together at the end; whatever does not finish in time ends with Ray."""
         self.cause: BaseException | None = None
         self._stopped = False
         self._owns_ray = not ray.is_initialized()
@@ -36,8 +37,8 @@ class Session:
                 "include_dashboard": config.dashboard,
             }
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            # A call to an engine that died has two answers, of which the driver takes one: the other's error
-            # is no news.
+            # A call to an engine has two return values, and the driver reads one: when the engine dies, the
+            # error of the other must not be printed.
             os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             handler = signal.getsignal(signal.SIGTERM)
             ray.init(
@@ -47,14 +48,19 @@ class Session:
                 **({} if address else embedded),
             )
             if threading.current_thread() is threading.main_thread():
-                # ray.init takes it for a handler of its own that prints a stack trace
+                # ray.init replaces it by a handler that prints a stack trace.
                 signal.signal(signal.SIGTERM, handler)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
         self._thread.start()
 
     def call(self, coroutine: Coroutine[Any, Any, Any] | Any, timeout_s: float | None = None) -> Any:
-        """Run a coroutine (or await an object ref) on the loop and wait for its result."""
+        """Run a coroutine (or await an object ref) on the loop, and wait for its result.
+
+        Raises:
+            TimeoutError: there is no result after `timeout_s` seconds; the coroutine's own errors pass
+                through.
+        """
 
         async def run() -> Any:
             return await coroutine
@@ -66,10 +72,10 @@ class Session:
         coroutine: Coroutine[Any, Any, Any],
         on_error: Callable[[BaseException], Coroutine[Any, Any, None]],
     ) -> None:
-        """Run a coroutine in the background; its exception, if it is the first, becomes the cause of the
-        run's end.
-        """
+        """Run a coroutine in the background; the first exception of any becomes the session's cause.
 
+        `on_error` is awaited with it.
+        """
         if self._stopped:
             coroutine.close()
             return
@@ -79,7 +85,7 @@ class Session:
                 await coroutine
             except asyncio.CancelledError:
                 raise
-            # supervision: recorded as the cause and raised in the driver's thread
+            # Supervision: the error is recorded as the cause and raised in the driver's thread.
             except BaseException as error:
                 if self.cause is None and not self._stopped:
                     self.cause = error
@@ -88,7 +94,9 @@ class Session:
         asyncio.run_coroutine_threadsafe(run(), self.loop)
 
     def guard(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine that would wait for ever if something in the background broke meanwhile.
+        """Run a coroutine and wait for its result, or until something in the background fails.
+
+        Without the latter, a coroutine that needs the failed part would wait for ever.
 
         Raises:
             RunError: the first cause of either.
@@ -113,10 +121,11 @@ class Session:
         return result
 
     def on_stop(self, close: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Register a coroutine function that `stop` calls."""
         self._closers.append(close)
 
     def stop(self) -> None:
-        """Close what was started, within seconds, and then Ray, if it is ours."""
+        """Close what was started, within seconds, and then Ray, if this session started it."""
         if self._stopped:
             return
         self._stopped = True
@@ -131,7 +140,7 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            # a thread that asks Ray something while Ray goes down would crash
+            # A thread that calls Ray while Ray shuts down would crash.
             await self.loop.shutdown_default_executor()
 
         with contextlib.suppress(TimeoutError):
@@ -143,8 +152,9 @@ class Session:
 
 
 def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
-    """What no node of the cluster, as it is now, has room for even when it is empty: it waits for the
-    autoscaler, or for ever.
+    """Yield a line for each actor that no node of the cluster, as it is now, could hold even when empty.
+
+    Such an actor waits for the autoscaler, or for ever.
     """
     wanted = {"learner worker": resources_of(config.learner)}
     if engines:
