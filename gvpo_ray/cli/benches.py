@@ -1,4 +1,4 @@
-"""The verbs below `gvpo-ray bench`, one for each benchmark."""
+"""Defines the verbs of `gvpo-ray bench`, one for each benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs about runs, evaluations and files of responses."""
+"""Defines the verbs about runs, evaluations and files of responses."""
 
 from __future__ import annotations
 

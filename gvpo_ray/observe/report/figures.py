@@ -134,7 +134,9 @@ def chart(
     """Draw lines against the step.
 
     Args:
-        title: of the chart; `name` is its key in metrics.jsonl, `text` its caption.
+        title: of the chart.
+        name: the metric's key in metrics.jsonl.
+        text: the caption.
         lines: of all runs.
         limits: the first and the last step of the axis.
         marks: the events of each run that are marked below the lines.
@@ -231,12 +233,15 @@ def histogram(
     """Draw shares over time: a row for each bucket between those ever used, a column for some steps.
 
     Args:
-        title: of the chart; `name` is its key in metrics.jsonl, `text` its caption.
+        title: of the chart.
+        name: the metric's key in metrics.jsonl.
+        text: the caption.
         shares: of each bucket by its upper edge, from the lowest to "inf".
         limits: the first and the last step of the axis.
-        num_columns: at most so many; each shows the mean of its steps.
+        num_columns: largest number of columns; each shows the mean of its steps.
 
-    Returns None where no bucket was used.
+    Returns:
+        The figure; None where no bucket was used.
     """
     used = [label for label, points in shares.items() if any(value for _, value in points)]
     if not used:

@@ -1,13 +1,12 @@
-"""`gvpo-ray report RUN_DIR`: one self-contained HTML page of a run, or of two beside each other, that needs
-no network.
+"""Writes the page of `gvpo-ray report`: self-contained HTML about a run, or about two beside each other.
 
     RUN_DIR/metrics.jsonl     charts against the step; first and last value of every metric
-    RUN_DIR/events.jsonl      {"time", "step", "who", "name", "why"} per line: what failed and was replaced, a
-                              mark in the charts. who "run" (started, stopped) and "pool" (grew, shrank) are
-                              no recoveries: marks in the time-line alone
+    RUN_DIR/events.jsonl      {"time", "step", "who", "name", "why"} per line: what failed and was replaced.
+                              It is marked in the charts; events of who "run" (started, stopped) and "pool"
+                              (grew, shrank) are no recoveries, and are marked in the time-line alone
     RUN_DIR/config.yaml       the resolved config
     RUN_DIR/evaluations/      best and worst completions of the evaluations
-    RUN_DIR/groups/           and of the newest groups that were trained on
+    RUN_DIR/groups/           best and worst completions of the newest trained groups
 
 Only metrics.jsonl must be there. Everything that a model, a data set or a config wrote is untrusted: Jinja
 escapes it in the page, JSON in the script's data, `figures.plain` in plotly's texts. Should that fail, the
