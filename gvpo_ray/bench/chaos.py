@@ -71,7 +71,7 @@ class Outcome:
     """Output of all commands."""
     run_dir: Path
     seconds: float
-    """From the start of the first command to the end of the last."""
+    """Duration from the start of the first command to the end of the last."""
     problems: list[str] = field(default_factory=list)
     """One line per thing that went wrong."""
 

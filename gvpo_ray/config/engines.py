@@ -110,7 +110,7 @@ class PoolConfig(Section):
             raise ValueError("url_model and url_key_variable need a url")
         if self.max_num is not None and self.max_num < self.num:
             raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
-        # a part of a GPU holds one shard
+        # an engine on a part of a GPU has one shard
         if self.num_gpus and max(self.num_gpus, 1) != self.tensor_parallel_size:
             raise ValueError(
                 f"num_gpus ({self.num_gpus:g}) must equal tensor_parallel_size ({self.tensor_parallel_size})"

@@ -24,7 +24,7 @@ class EvaluationSet(PromptsConfig):
 
 
 class EvaluationConfig(Section):
-    """Which held-out data sets are evaluated, when, and how they are sampled."""
+    """Evaluations: the held-out data sets, when they are evaluated, and how they are sampled."""
 
     every: int = Field(default=0, ge=0)
     """Steps between evaluations; the model is also evaluated before the first step and after the last. 0:

@@ -37,8 +37,8 @@ class LearnerConfig(Section):
     """ZeRO stage of DeepSpeed: 0 replicates everything, 1 shards the optimizer's state, 2 also gradients, 3
     also parameters. In bfloat16, stage 1 runs as 2, so that gradients accumulate in float32."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What ZeRO keeps in the CPU's memory: the optimizer's state (stages 1 to 3), or also the parameters
-    (stage 3)."""
+    """Part of the training state that ZeRO keeps in the CPU's memory: the optimizer's (stages 1 to 3), or
+    also the parameters (stage 3)."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Learning rate of AdamW after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -19,7 +19,7 @@ START_BETA = 0.1
 
 @dataclass(frozen=True)
 class Need:
-    """Which log-probs a loss needs, and of which policy, to compare the current policy with."""
+    """The log-probs with which a loss compares those of the current policy."""
 
     detail: Literal["nothing", "sums", "tokens"]
     """How many log-probs: none, one per completion (the sum over its tokens), or one per token."""
@@ -53,12 +53,12 @@ class LossOptions(Section):
 
     @property
     def sampler_need(self) -> Need:
-        """Which log-probs of the sampling policy the loss needs."""
+        """The log-probs of the sampling policy that the loss needs."""
         return Need("nothing", "behaviour")
 
     @property
     def reference_need(self) -> Need:
-        """Which log-probs of the reference policy the loss, or one of its statistics, needs."""
+        """The log-probs of the reference policy that the loss, or one of its statistics, needs."""
         return Need("sums", self._reference_policy)
 
     @property
@@ -173,7 +173,7 @@ class GvpoLoss(LossOptions):
 
     @property
     def sampler_need(self) -> Need:
-        """Which log-probs of the sampling policy the loss needs: sums, for the importance weights."""
+        """The log-probs of the sampling policy that the loss needs: sums, for the importance weights."""
         return Need("nothing" if self.importance_cap is None else "sums", "behaviour")
 
     @property
@@ -218,7 +218,7 @@ class _WithKL(LossOptions):
 
     @property
     def reference_need(self) -> Need:
-        """Which log-probs of the reference the loss needs: tokens for the KL term, sums for statistics."""
+        """The log-probs of the reference that are needed: tokens for a KL term, sums for statistics."""
         return Need("tokens" if self.kl_coefficient else "sums", self._reference_policy)
 
 
@@ -234,7 +234,7 @@ class _Clipped(_WithKL):
 
     @property
     def sampler_need(self) -> Need:
-        """Which log-probs the probability ratio needs: one per token of `old_policy`."""
+        """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
         return Need("tokens", self.old_policy)
 
 

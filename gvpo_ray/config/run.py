@@ -220,7 +220,7 @@ class GVPOConfig(Section):
         has_sets = (isinstance(own, dict) and bool(own.get("sets"))) or any(
             key.startswith("evaluation.sets") for key in overrides or ()
         )
-        # with one of them it is a run that lacks the other
+        # a config with one of the two is a run that lacks the other
         if for_evaluation and has_sets and "prompts" not in data and "num_steps" not in data:
             data |= {"num_steps": 1, "prompts": {"path": NO_PROMPTS}}
         return cls.from_dict(data, overrides, where=str(path))

@@ -8,7 +8,7 @@ from gvpo_ray.config.base import Section
 
 
 class MLflowConfig(Section):
-    """Where MLflow keeps the run."""
+    """The place of a run in MLflow."""
 
     tracking_uri: str | None = None
     """Address of a tracking server or database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""

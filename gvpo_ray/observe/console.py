@@ -80,7 +80,7 @@ class RunConsole:
         self._lines.append(line)
         if self._hints_at_beta and (hint := beta_hint(list(self._lines))):
             self.say(hint)
-            self._hints_at_beta = False  # once is enough
+            self._hints_at_beta = False  # one hint per run is enough
         self._progress.update(self._bar, completed=step, description=f"left {duration(left)}")
 
     def evaluated(self, line: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ class Tracker(Protocol):
     """The adapter of a tracker's library."""
 
     run: str | None
-    """What a resumed run finds its place by, such as an id; it is kept in run_dir."""
+    """Id or folder with which a resumed run finds its place again; kept in run_dir."""
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
         """Log the values of a line, and return when the tracker has them.
@@ -250,7 +250,7 @@ class _Feed(threading.Thread):
                         "there is sent again later"
                     )
             if is_ending:
-                with contextlib.suppress(Exception):  # as above
+                with contextlib.suppress(Exception):  # nor must an error of the last call
                     self._tracker.close()
                 return
 

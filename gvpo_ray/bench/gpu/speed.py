@@ -171,7 +171,8 @@ def _extrapolate(report: Report, seconds: dict[tuple[str, int, int], float], pea
 def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
     """Measure a forward and backward pass with one choice changed at a time.
 
-    The choices are attention, chunk size of the head, checkpointing, precision and compilation of the layers.
+    The choices are attention, chunk size of the head, checkpointing and precision. On a GPU, if a minute is
+    left, compiled layers are measured too.
     """
     sizes = {
         "1.5B, 512/512": (QWEN_15B, [(512, [512] * 8)] * 3),
@@ -212,7 +213,7 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
             _checkpoint(model, True)
             cast(model, torch.bfloat16)
             measure("bf16 parameters", autocast=False)
-            if on_gpu and box.has(60):  # inductor takes a minute on a CPU, and says nothing of a GPU
+            if on_gpu and box.has(60):  # inductor takes a minute; its code for a CPU says nothing of a GPU
                 for layer in model.base_model.layers:
                     layer.compile(dynamic=True)
                 measure("bf16 parameters, layers compiled", autocast=False)
@@ -242,7 +243,7 @@ def _pass(
         begin = now(device)
         inputs["layout"] = packing.pack(rows, device, flex)[0][
             "layout"
-        ]  # a step makes the mask once per pass
+        ]  # as a step does, which makes the block mask anew for each pass
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             out = module(**inputs)
         out.double().mean().backward()

@@ -18,14 +18,14 @@ Point = tuple[float, float]
 Event = Mapping[str, Any]
 """A line of events.jsonl: step, who, name, why."""
 Figure = dict[str, Any]
-"""title, name and text of the caption; kind, limits and traces for the script."""
+"""A figure as JSON: title, name and text of its caption; kind, limits and traces for the script."""
 
 NUM_COLUMNS = 500
-"""A line has at most two points for each of so many parts of the axis."""
+"""Number of parts of the step axis; a line has at most two points in each."""
 NUM_MARKS = 150
-"""Events in the same of so many parts of the axis share a mark."""
+"""Number of parts of the step axis for events; those in the same part share a mark."""
 NO_RECOVERY = ("run", "pool")
-"""Events of these are no recoveries: a run is started or stopped, a pool grows or shrinks."""
+"""Values of `who` whose events are no recoveries: a run starts or stops, a pool grows or shrinks."""
 
 
 def printable(text: str) -> str:

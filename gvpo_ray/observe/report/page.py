@@ -65,10 +65,11 @@ SECTIONS = ("Curves", "Three terms", "Histograms", "Time-line", "Values", "Compl
 def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
     """Write RUN_DIR/report.html from what the run has written so far, or RUN_DIR/compare.html of two runs.
 
-    Returns its path.
+    Returns:
+        The path of the page.
 
     Raises:
-        ConfigError: not the directory of a run, twice the same one, or the page cannot be written.
+        ConfigError: a folder is not the directory of a run, both are the same, or the page cannot be written.
     """
     paths = [Path(run_dir)] if other_run_dir is None else [Path(run_dir), Path(other_run_dir)]
     for path in paths:
@@ -121,7 +122,7 @@ def _asset(name: str) -> Markup:
 
 
 def _page(runs: Sequence[Run]) -> str:
-    from plotly.offline import get_plotlyjs  # half a second
+    from plotly.offline import get_plotlyjs  # the import takes half a second
 
     style, plotly_style, script = map(_asset, ("report.css", "plotly.css", "report.js"))
     plotly = Markup(get_plotlyjs())
@@ -163,7 +164,7 @@ def _page(runs: Sequence[Run]) -> str:
 
 
 def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """Content-Security-Policy: only these styles and scripts act, and nothing is loaded.
+    """Return a Content-Security-Policy with which only these styles and scripts act, and nothing is loaded.
 
     Images may be made by the page itself: plotly draws its PNG from them.
     """
