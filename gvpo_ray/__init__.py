@@ -40,7 +40,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that `gvpo-ray --help` loads none of them."""
+    """Import a public name when it is first used, so that `gvpo-ray --help` loads neither torch nor Ray."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"gvpo_ray.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m gvpo_ray` is the command line."""
+"""Runs the command line: `python -m gvpo_ray` is `gvpo-ray`."""
 
 import sys
 

@@ -255,9 +255,7 @@ def test_a_run_says_what_it_last_did_and_its_report_marks_the_recoveries(killed_
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, _: scripts.append(tag) if tag == "script" else None  # type: ignore[method-assign]
     parser.feed(page)
-    assert (
-        len(scripts) == 3
-    )  # the figures' data, plotly and ours: nothing that an event or a completion brought
+    assert len(scripts) == 3  # the data, plotly and ours: none that an event or a completion brought
 
 
 def test_nothing_that_a_run_started_outlives_it(killed_run: dict[str, Any]) -> None:

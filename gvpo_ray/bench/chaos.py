@@ -1,10 +1,9 @@
-"""`gvpo-ray bench chaos CONFIG`: one real run whose processes are killed, each kind of them, at random
-moments fixed by a seed.
+"""Runs `gvpo-ray bench chaos`: kills processes of a real run, and checks that nothing is lost.
 
-The run is the command `gvpo-ray train CONFIG` in a process of its own, started again whenever it is the
-driver that is killed. At the end the log has to hold every group once, every step has to have trained its
-own, and learning from that log without any engine and undisturbed has to end in the same weights, bit for
-bit.
+The run is the command `gvpo-ray train CONFIG` in a process of its own, which is started again when its driver
+is killed. Each kind of process is killed in turn, at random moments; a seed fixes both. At the end the log
+must hold every group once, every step must have trained its own groups, and learning from the log alone,
+undisturbed, must give the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -38,53 +37,64 @@ TITLES = {
     "learner worker": "ray::RayTrainWorker",
     "learner controller": "ray::TrainController",
 }
-"""How the processes of each kind are called; the driver is the command itself."""
+"""Beginning of the process title of each kind; the driver is the command itself."""
 
 KINDS = (*TITLES, "driver")
 
 
 @dataclass
 class Kill:
+    """One planned kill, and what became of it. Times are in seconds since the epoch."""
+
     kind: str
+    """Kind of process, of KINDS."""
     step: int
-    """Steps trained when it was due."""
+    """Steps trained when the kill is due."""
     part: float
-    """Of a step's time, after that step."""
+    """Time to wait after that step, as a share of the duration of a step."""
     due: float = 0.0
-    """When its step was seen; 0: the run was over before."""
+    """When that step was seen; 0: the run ended before."""
     at: float = 0.0
-    """When it was done; 0: the run was over before."""
+    """When the process was killed; 0: the run ended before."""
     until_step: float = 0.0
-    """Seconds from it to the end of the next step."""
+    """Seconds from the kill to the end of the next step."""
 
 
 @dataclass
 class Outcome:
+    """The end of a run whose processes were killed."""
+
     kills: list[Kill]
     status: int
+    """Exit status of the last command."""
     output: str
+    """Output of all commands."""
     run_dir: Path
     seconds: float
+    """Duration from the start of the first command to the end of the last."""
     problems: list[str] = field(default_factory=list)
+    """One line per thing that went wrong."""
 
 
 def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
-    """Kinds in turn, each round in a new order; steps at random, none of the last tenth: there must be
-    something left to recover for.
+    """Plan kills: the kinds in turn, each round in a new order, at random steps.
+
+    No kill falls into the last tenth of the run, so that there is something left to recover for.
     """
     rng = random.Random(seed)
     kinds: list[str] = []
     while len(kinds) < num_kills:
         kinds += rng.sample(KINDS, len(KINDS))
     last = max(1, round(0.9 * num_steps))
-    # One kill per stretch of the run, so that they do not all meet the same start.
+    # One kill per stretch of the run, so that they do not all hit the same start.
     steps = [round((i + rng.random()) * last / num_kills) for i in range(num_kills)]
     return [Kill(kind, step, rng.random()) for kind, step in zip(kinds, steps, strict=False)]
 
 
 def descendants(pid: int, title: str) -> list[int]:
-    """Processes below `pid` whose title begins so. (Process.children() goes by the clock, and leaves some out
-    when that is adjusted meanwhile.)
+    """Return the processes below `pid` whose title begins with `title`.
+
+    psutil's Process.children() compares start times, and omits processes when the clock was adjusted.
     """
     children = defaultdict(list)
     for process in psutil.process_iter(["ppid", "cmdline"]):
@@ -99,7 +109,7 @@ def descendants(pid: int, title: str) -> list[int]:
 
 
 class Command:
-    """`gvpo-ray …` as a process, whose output is read as it comes."""
+    """A `gvpo-ray` command as a process; `on_line` gets each line of its output at once."""
 
     def __init__(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -121,6 +131,7 @@ class Command:
             self._on_line(line)
 
     def wait(self) -> int:
+        """Wait for the end of the process and of its output; return its exit status."""
         status = self.process.wait()
         self._thread.join(timeout=30)
         return status
@@ -134,7 +145,16 @@ def run(
     seed: int,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Train under fire, and check what came of it."""
+    """Train while processes are killed, and check the result.
+
+    Args:
+        config_file: of the run.
+        overrides: of its keys, as "key=value".
+        run_dir: of the run.
+        num_kills: number of processes to kill.
+        seed: fixes kinds, moments and victims.
+        say: gets lines about steps, kills and recoveries.
+    """
     config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={run_dir}"])
     kills, rng = schedule(num_kills, config.num_steps, seed), random.Random(seed + 1)
     lines: list[str] = []
@@ -164,7 +184,7 @@ def run(
             )
             if found:
                 break
-            time.sleep(0.2)  # one that was killed just now is not back yet
+            time.sleep(0.2)  # a process that was killed just now may not be back yet
         if (waited := time.monotonic() - began_to_look) > 5:
             say(f"chaos: no {kill.kind} was there for {waited:.0f} s")
         if command.process.poll() is not None:
@@ -184,7 +204,7 @@ def run(
 
 
 def _wait(condition: Callable[[], bool], command: Command) -> bool:
-    """Whether it came to hold while the command ran."""
+    """Wait for a condition while the command runs; return whether it came to hold."""
     while not condition():
         if command.process.poll() is not None:
             return False
@@ -193,7 +213,7 @@ def _wait(condition: Callable[[], bool], command: Command) -> bool:
 
 
 def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
-    """What should not be."""
+    """Return a line for each promise that the run has broken; none: all is well."""
     found = []
     if outcome.status != 0:
         return [f"the command ended with status {outcome.status}: {outcome.output[-2000:]}"]
@@ -214,7 +234,7 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
 def replays_bit_for_bit(
     config_file: str, overrides: Sequence[str], outcome: Outcome, config: GVPOConfig, folder: Path
 ) -> list[str]:
-    """Learn from the run's log in another folder; the files of the last checkpoint that differ."""
+    """Learn from the run's log in another folder; return the files of the last checkpoint that differ."""
     arguments = [
         "learn",
         config_file,
@@ -240,7 +260,7 @@ def replays_bit_for_bit(
 
 
 def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) -> int:
-    """Returns how many things went wrong."""
+    """Run the benchmark and print its table; return how many things went wrong."""
     with tempfile.TemporaryDirectory(prefix="gvpo_chaos_") as folder:
         config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={folder}/run"])
         outcome = run(config_file, overrides, Path(folder) / "run", num_kills, seed)

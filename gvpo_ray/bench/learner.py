@@ -1,15 +1,14 @@
-"""`gvpo-ray bench learner`: a learner's step beside what plain trainers do, same model, same groups, in one
-run.
+"""Runs `gvpo-ray bench learner`: compares a step of the learner with plain trainers on the same groups.
 
-    ours      learner.train_step: group-packed forward, chunked head, GVPO loss, backward, clipping, AdamW,
-              metrics
-    padded    every completion with its prompt, right-padded, logits of all positions, log-softmax; the same
+    ours      learner.step.train_step: packed forward pass, chunked head, GVPO loss, backward pass, clipping,
+              AdamW, metrics
+    padded    each completion with its prompt, right-padded, logits of all positions, log-softmax; the same
               loss, clipping and AdamW
-    trl       the same with the per-token log-probs of TRL's trainers (its fused head), if trl is installed
+    trl       as padded, with the per-token log-probs of TRL's trainers (its fused head), if trl is installed
               (the `bench` extra)
 
-Every figure comes from a process of its own: its peak memory is its own too. float32 on CPU, bfloat16 on a
-GPU.
+Each figure is measured in a process of its own, so that its peak memory is its own too. Precision is float32
+on a CPU and bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from gvpo_ray.losses.gvpo import gvpo_loss
 SHAPES = [
     (prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)
 ]
-"""Tokens of the prompt, of each completion, completions."""
+"""Tokens of the prompt, tokens of each completion, and number of completions."""
 
 CPU_MODELS = {
     "small": {
@@ -66,12 +65,17 @@ GPU_MODELS = {
         "num_key_value_heads": 4,
     },
 }
-"""In the shape of Qwen2.5's, with random weights."""
+"""Sizes of Qwen2.5 models; the weights are random."""
 
 BIG_VOCABULARY = 151_936
 
 
 def main(tokens_per_step: int = 4096) -> None:
+    """Run the benchmark and print a table for each model.
+
+    Args:
+        tokens_per_step: tokens of one step, a prompt counted once per group.
+    """
     on_gpu = torch.cuda.is_available()
     vocab_size = BIG_VOCABULARY if on_gpu else 8192
     console = Console(highlight=False)
@@ -109,7 +113,7 @@ def main(tokens_per_step: int = 4096) -> None:
                     name: _in_process(work, str(Path(folder) / str(vocabulary)), rows)
                     for name, work in ways.items()
                 }
-                # A token counts once, whoever computes it how often: the prompt's, and the completions'.
+                # A prompt's tokens count once per group, even where a way computes them k times.
                 tokens = num_groups * (prompt + k * completion)
                 flops = num_groups * useful_flops(shape, vocabulary, prompt, completion, k)
 
@@ -139,8 +143,16 @@ def main(tokens_per_step: int = 4096) -> None:
 
 
 def useful_flops(model: Mapping[str, int], vocab_size: int, prompt: int, completion: int, k: int) -> float:
-    """Of forward and backward of one group, each token once: 6 per weight, the head on completion tokens
-    alone, and causal attention.
+    """Return the useful FLOPs of the forward and backward pass of one group.
+
+    Each token counts once: 6 FLOPs per weight, the head on completion tokens alone, and causal attention.
+
+    Args:
+        model: sizes by their name in transformers' Qwen2Config.
+        vocab_size: of the head.
+        prompt: tokens of the prompt.
+        completion: tokens of each completion.
+        k: completions of the group.
     """
     hidden, layers = model["hidden_size"], model["num_hidden_layers"]
     head_size = hidden // model["num_attention_heads"]
@@ -154,7 +166,7 @@ def useful_flops(model: Mapping[str, int], vocab_size: int, prompt: int, complet
 
 
 def make_model(folder: Path, vocab_size: int, shape: Mapping[str, int]) -> None:
-    """A Qwen2 of random weights with a tokenizer that nobody reads."""
+    """Write a Qwen2 model with random weights, and a tokenizer that is not used, to a folder."""
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
@@ -168,6 +180,7 @@ def make_model(folder: Path, vocab_size: int, shape: Mapping[str, int]) -> None:
 
 
 def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> list[Row]:
+    """Make `num` groups of random tokens, each with k completions, rewarded 0 and 1 in turn."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(size: int) -> list[int]:
@@ -198,8 +211,11 @@ def _loss(logprobs: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
-    """Seconds of a step, the peak of its memory beyond the model's in bytes, and the share of our own code;
-    None: no memory.
+    """Measure a step of our learner.
+
+    Returns:
+        Its seconds, its peak memory in bytes beyond what was held before, and the share of its time outside
+        the model's passes and the optimizer. None: the GPU's memory did not suffice.
     """
     from gvpo_ray.learner.policy import Policy
     from gvpo_ray.learner.step import Settings, train_step
@@ -234,6 +250,12 @@ def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
 
 
 def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[float, float] | None:
+    """Measure a step of a plain trainer on padded completions; `with_trl`: with TRL's fused head.
+
+    Returns:
+        Its seconds, and its peak memory in bytes beyond what was held before. None: the GPU's memory did not
+        suffice.
+    """
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,7 +313,7 @@ def _now() -> float:
 
 
 def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
-    """The fastest of a few, after one that warms up (and makes the optimizer's state)."""
+    """Return seconds of the fastest of a few steps, and peak memory in bytes, after a step that warms up."""
     on_gpu = torch.cuda.is_available()
     step()
     before = torch.cuda.memory_allocated() if on_gpu else _resident()
@@ -315,7 +337,7 @@ def _resident() -> int:
 
 
 def _matmul_peak() -> float:
-    """FLOP/s of a large matrix product, the best of a few."""
+    """Return FLOP/s of a large matrix product, the best of a few."""
     on_gpu = torch.cuda.is_available()
     size, dtype = (8192, torch.bfloat16) if on_gpu else (1536, torch.float32)
     a = torch.randn(size, size, device="cuda" if on_gpu else "cpu", dtype=dtype)

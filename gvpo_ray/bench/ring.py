@@ -1,7 +1,7 @@
-"""`gvpo-ray bench ring CONFIG`: how fast the parts of one real run are, all from the same run.
+"""Runs `gvpo-ray bench ring`: measures how fast the parts of one real run are.
 
-Trains `num_steps` steps (at most 24) of the config in a folder of its own, without evaluations, and leaves
-nothing behind.
+The benchmark trains `num_steps` steps of the config, at least 5 and at most 24, in a folder of its own. It
+makes no evaluations and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from gvpo_ray.observe.metrics import mean
 from gvpo_ray.run.algorithm import GVPO
 
 MAX_STEPS, WARM_STEPS = 24, 4
-"""Steps of the run, and how many of them are not counted: the first generations are slower."""
+"""Largest number of steps, and number of first steps that do not count: sampling is slower at first."""
 
 
 def main(config: GVPOConfig) -> None:
+    """Run the benchmark and print its table."""
     me = psutil.Process()
     with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
         num_steps = max(WARM_STEPS + 1, min(MAX_STEPS, config.num_steps))
@@ -77,8 +78,9 @@ def main(config: GVPOConfig) -> None:
 
 
 def tree_memory(process: psutil.Process) -> float:
-    """Bytes that the driver and all that it started hold, shared pages counted once (proportional set
-    size).
+    """Return the bytes that a process and its descendants hold, with shared pages counted once.
+
+    The sum is that of the proportional set sizes.
     """
     total = 0.0
     for member in [process, *process.children(recursive=True)]:

@@ -1,8 +1,8 @@
-"""`gvpo-ray bench scale`: the ring with everything real but the models, from 1 to 256 engines on one machine.
+"""Runs `gvpo-ray bench scale`: the training loop without models, with 1 to 256 engines on one machine.
 
-Fake engines (real Ray actors; random tokens, the latency of a heavy-tailed number of them), real verifiers
-with a reward that costs nothing, the real buffer with its log, and a learner that sleeps. What is measured is
-the driver and the ring, not a GPU.
+Engines are real Ray actors that make random tokens, after the latency of a heavy-tailed number of tokens.
+Verifiers are real and have a reward that costs nothing; the buffer and its log are real; the learner sleeps.
+The benchmark measures the driver and the training loop, not a GPU.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Reward completions of an odd number of characters, which costs nothing to compute."""
     return [float(len(text) % 2) for text in completions]
 
 
 class _Learner:
-    """Takes every batch, sleeps, and publishes nothing as new weights. Without a `step_s` it takes none
-    before it is given a pace.
+    """A learner that takes every batch, sleeps, and publishes a version without weights.
+
+    Without a `step_s` it takes no batch before `pace` is called.
     """
 
     def __init__(self, buffer: Any, num_steps: int, step_s: float | None) -> None:
@@ -54,15 +56,16 @@ class _Learner:
             self.pace(step_s)
 
     def pace(self, step_s: float) -> None:
-        """Seconds of a step from now on; what `waited` tells begins anew."""
+        """Set the seconds of a step from now on; `waited` counts anew."""
         self._step_s, self._waited, self._began = step_s, 0.0, time.perf_counter()
         self._has_pace.set()
 
     def waited(self) -> float:
-        """Share of the time since `pace` that it had no batch."""
+        """Return the share of the time since `pace` in which there was no batch."""
         return self._waited / (time.perf_counter() - self._began)
 
     def run(self) -> None:
+        """Train all steps, or until the buffer has no more batches."""
         self._buffer.published(0, {"probe": None}, None)
         self._has_pace.wait()
         for step in range(1, self._num_steps + 1):
@@ -75,7 +78,7 @@ class _Learner:
 
 
 class Prompts:
-    """`num` prompts again and again; 2^40 of them are as good as endless."""
+    """A fake data set: `num` prompts, again and again; 2^40 are practically endless."""
 
     def __init__(self, num: int = 1 << 40) -> None:
         self._num = num
@@ -84,6 +87,7 @@ class Prompts:
         return self._num
 
     def group(self, group_id: int) -> pa.Table:
+        """Return the prompt row of a group."""
         prompt = f"prompt {group_id % self._num}"
         row = {
             "group_id": group_id,
@@ -96,13 +100,25 @@ class Prompts:
 
 
 class FakeRun:
-    """The ring of a run without a model. Tests of failures use it too.
+    """A run without a model: fake engines and a fake learner around the real rest. Tests use it too.
 
     Args:
-        make: engines other than FakeEngine (`maker`).
-        num_prompts: after which they come again.
+        folder: of the logs.
+        engines: pools of the fake engines.
+        groups_per_step: groups of one batch.
+        num_steps: steps after which the run is complete.
+        step_s: seconds of a step; None: the learner waits for its method `pace`.
+        max_staleness: in steps; None: unbounded.
+        sampling: number of completions, and their longest length in tokens.
+        make: starts engines other than FakeEngine (see `maker`).
+        num_verifiers: number of verifiers.
+        watchdog_s: seconds without progress after which the watchdog prints the status.
+        replay: of earlier completions; default: none.
+        num_prompts: number of prompts before the first comes again.
         reward: `module:function` or `path.py:function`.
-        address: of the cluster to join.
+        address: of the cluster to join; None: an embedded Ray.
+        verifier_resources: custom Ray resources of one verifier.
+        learner_resources: custom Ray resources of the learner.
     """
 
     def __init__(
@@ -125,7 +141,7 @@ class FakeRun:
         verifier_resources: dict[str, float] | None = None,
         learner_resources: dict[str, float] | None = None,
     ) -> None:
-        # Here and not above: these import torch, and this file is imported by every fake engine.
+        # Imported here because they import torch, and every fake engine imports this file.
         from gvpo_ray.buffer.log import Quarantine
         from gvpo_ray.data.mixture import SourceSchedule
         from gvpo_ray.run.events import EventLog
@@ -197,23 +213,33 @@ class FakeRun:
         await self.buffer.close(cause_of(error))
 
     def status(self) -> dict[str, Any]:
+        """Return the status of every stage of the run."""
         status: dict[str, Any] = self.session.call(self.ring.status())
         return status
 
     def num_finished(self) -> int:
+        """Return the number of groups that have reached the buffer."""
         return int(self.session.call(self.buffer.status())["num_finished"])
 
     def check(self) -> None:
-        """Raises what has gone wrong meanwhile, as a run's end does."""
+        """Raise the error that stopped the training loop, if there was one.
+
+        Raises:
+            RunError: with the cause.
+        """
         if self.session.cause is not None:
             raise RunError(cause_of(self.session.cause)) from self.session.cause
 
     def close(self) -> None:
+        """Stop the training loop and its actors."""
         self.session.stop()
 
 
 def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
-    """Makes FakeEngines, or what is derived from them, with the arguments in pool.vllm."""
+    """Return a function that starts actors of FakeEngine, or of a class derived from it.
+
+    The arguments of an engine are those in pool.vllm.
+    """
 
     class Actor(Remote, engine):  # type: ignore[misc,valid-type]
         pass
@@ -233,6 +259,12 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
 
 
 def main(sizes: list[int], seconds: float) -> None:
+    """Run the benchmark and print its table.
+
+    Args:
+        sizes: numbers of engines, one for each row.
+        seconds: time of each of the two measurements of a row.
+    """
     title = (
         f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions} in flight per engine, "
         f"{os.cpu_count()} CPUs"
@@ -274,11 +306,17 @@ LATENCY = {"seconds_per_token": 0.01, "median_tokens": 40.0, "sigma": 1.0}
 
 
 def measure(size: int, seconds: float) -> dict[str, float]:
-    """One row of the table."""
+    """Measure one row of the table, with `size` engines.
+
+    Returns:
+        rate: groups per second; cpu and total: CPU seconds per group, of the driver and of all processes;
+        waited: share of the time that a learner waits which asks for 1/1.2 of that rate; noticed, replaced
+        and busy: seconds after an engine was killed.
+    """
     with tempfile.TemporaryDirectory(prefix="gvpo_scale_") as folder:
         config = EnginesConfig(num=size, num_cpus=0.1, max_groups=MAX_GROUPS, vllm=LATENCY)
-        # The dial holds the fleet until all of it is there: on a busy machine the last ones would never
-        # start.
+        # Without a pace the learner takes no batch, so the staleness bound holds the engines back until all
+        # have started: on a busy machine the last would otherwise never start.
         run = FakeRun(
             Path(folder),
             config,
@@ -303,9 +341,7 @@ def measure(size: int, seconds: float) -> dict[str, float]:
 
 
 def _rate(run: FakeRun, seconds: float) -> tuple[float, float, float]:
-    """Groups per second that reach the log, and the CPU seconds of the driver and of all processes for
-    each.
-    """
+    """Return groups per second that reach the log, and CPU seconds per group of the driver and of all."""
 
     def used() -> dict[int, float]:
         times = {}

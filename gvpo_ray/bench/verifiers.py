@@ -1,12 +1,12 @@
-"""`gvpo-ray bench verifiers INPUT`: checks per second of the verifiers beside plain math-verify, on the same
-rows in the same run.
+"""Runs `gvpo-ray bench verifiers`: compares checks per second of the verifiers and of plain math-verify.
+
+It prints a row for each of these:
 
     n plain      math_verify.parse and verify with their own limits, as most trainers call them, in n
-                 processes: 1, 2, ... up to the CPUs
-    in process   our grading without a sandbox: what the verifier needs more is the sandbox's overhead per
-                 check
-    n verifiers  with their sandboxes, each in a thread
-    poisoned     one verifier with 1 % of the rows replaced by completions that run into the limits
+                 processes: 1, 2, ... up to the number of CPUs
+    in process   our grading without a sandbox; the further time of a verifier is the sandbox's overhead
+    n verifiers  n verifiers with their sandboxes, each in a thread
+    poisoned     one verifier, with 1 % of the rows replaced by completions that run into the time limit
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from gvpo_ray.verifiers.score_file import GOLD, RESPONSE
 from gvpo_ray.verifiers.verifier import Verifier
 
 POISON_SHARE = 0.01
+"""Share of the rows that are poisoned."""
 
 Rows = list[tuple[str, str]]
 WARM_UP: Rows = [("The answer is $\\frac{1}{2}$.", "0.5")] * 8
-"""Imports, and tables that the first call compiles."""
+"""Rows that are checked first, because the first call imports modules and compiles tables."""
 
 
 def loops(prompts: list[str], completions: list[str], **columns: list[str]) -> list[float]:
-    """A reward function that a completion can hang: the poison must not depend on what a version of sympy is
-    bad at.
+    """A reward function that never ends on the completion "poison".
+
+    A completion that is hard for sympy would not do, because the next version may solve it.
     """
     while completions[0] == "poison":
         pass
@@ -45,6 +47,15 @@ def loops(prompts: list[str], completions: list[str], **columns: list[str]) -> l
 
 
 def main(source: str, num_rows: int = 2000) -> None:
+    """Run the benchmark and print its table.
+
+    Args:
+        source: JSONL file with a response and a gold answer in each row.
+        num_rows: rows to check, spread evenly over the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or lacks these columns.
+    """
     rows = _read(source, num_rows)
     table = Table(
         title=f"bench verifiers: {len(rows)} rows of {os.path.basename(source)}", title_justify="left"
@@ -92,7 +103,7 @@ def main(source: str, num_rows: int = 2000) -> None:
 
 
 def _read(source: str, num_rows: int) -> Rows:
-    """(response, gold) of rows spread evenly over a JSONL file."""
+    """Return (response, gold) of rows spread evenly over a JSONL file."""
     try:
         with open(source) as file:
             rows = [json.loads(line) for line in file if line.strip()]
@@ -114,8 +125,9 @@ def _counts(num_cpus: int) -> list[int]:
 
 
 def _in_processes(work: Callable[[Rows], None], rows: Rows, n: int) -> float:
-    """Seconds for all rows by n fresh processes, their start not counted: what one of them has cached helps
-    no other.
+    """Return the seconds that n fresh processes need for all rows, without their start.
+
+    The processes are fresh, so that what one measurement has cached does not help the next.
     """
     with multiprocessing.get_context("spawn").Pool(n) as pool:
         shares = [rows[i::n] for i in range(n)]
@@ -142,7 +154,7 @@ def _in_process(rows: Rows) -> None:
 
 
 def _fleet(rows: Rows, config: VerifiersConfig, num_workers: int) -> float:
-    """Seconds for all rows by so many verifiers, each in a thread; their start is not counted."""
+    """Return the seconds that verifiers, each in a thread, need for all rows, without their start."""
     left = iter(rows)
     lock = threading.Lock()
     ready = threading.Barrier(num_workers + 1)

@@ -1,4 +1,4 @@
-"""The command line: each verb is one function, and its docstring is its help.
+"""The command line `gvpo-ray`: each verb is a function, and its docstring is its help.
 
 Each verb imports what it needs when it runs, so that `--help` and a mistake in a config are answered before
 torch and Ray are loaded.
@@ -15,13 +15,13 @@ from gvpo_ray.cli import benches, runs  # noqa: F401 - which add their verbs to 
 from gvpo_ray.cli.app import app
 
 RESUMES = ("train", "learn", "evaluate", "verify", "bench paper", "bench staleness")
-"""Verbs that go on where they were interrupted."""
+"""Verbs that go on where they stopped, when the same command is given again."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; each failure is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # `ray job stop` and Kubernetes end a run as Ctrl-C does; a shell's `&` has it ignored
+    # SIGTERM, of `ray job stop` and Kubernetes, is to act as Ctrl-C; a shell's `&` makes SIGINT ignored
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     command = typer.main.get_command(app)

@@ -1,6 +1,6 @@
-"""What the verbs of the command line share: the app, arguments and checks.
+"""The typer app of the command line, and the arguments and checks that its verbs share.
 
-Typer alone is imported at once.
+Nothing heavier than typer is imported at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def verb(example: str, into: typer.Typer = app) -> Callable[[Function], Function]:
-    """Make a function a verb of the command line, named by the first word of its example."""
+    """Make a function a verb of the command line, named by the first word of its example.
+
+    The function's docstring is the help, and `example` its last line.
+    """
     path = "gvpo-ray bench" if into is bench else "gvpo-ray"
     return into.command(example.split()[0], epilog=f"example: {path} {example}")
 
@@ -61,13 +64,22 @@ Overrides = Annotated[
 
 
 def read_config(config: str, overrides: list[str] | None, for_evaluation: bool = False) -> GVPOConfig:
+    """Read the config of a verb, as `GVPOConfig.from_file` does.
+
+    Raises:
+        ConfigError: one line that names the wrong key.
+    """
     from gvpo_ray.config.run import GVPOConfig
 
     return GVPOConfig.from_file(config, overrides, for_evaluation)
 
 
 def names_of(option: str, given: str | None, known: list[str]) -> list[str]:
-    """The names of a list such as "sort,chain"; all known ones where none is given."""
+    """Split a list such as "sort,chain"; return all known names where none is given.
+
+    Raises:
+        ConfigError: a name is not known.
+    """
     from gvpo_ray.config.base import ConfigError
 
     names = known if given is None else [name.strip() for name in given.split(",")]
@@ -78,6 +90,11 @@ def names_of(option: str, given: str | None, known: list[str]) -> list[str]:
 
 
 def at_least_one(option: str, number: int | None) -> None:
+    """Refuse a number below 1.
+
+    Raises:
+        ConfigError: one line that names the option.
+    """
     from gvpo_ray.config.base import ConfigError
 
     if number is not None and number < 1:
@@ -85,7 +102,7 @@ def at_least_one(option: str, number: int | None) -> None:
 
 
 def print_table(table: Table, title: str) -> None:
-    """Print a table; in a log, where no window bounds them, its lines are as long as they need to be."""
+    """Print a table below its title; outside a terminal its lines are as long as they need to be."""
     from rich.console import Console
 
     console = Console(highlight=False)

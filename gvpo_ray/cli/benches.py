@@ -1,4 +1,4 @@
-"""The verbs below `gvpo-ray bench`, one for each benchmark."""
+"""Defines the verbs of `gvpo-ray bench`, one for each benchmark."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bench_learner(
 ) -> None:
     """Measure a training step: speed, share of peak, memory.
 
-    It stands beside a padded transformers loop and TRL's log-probs.
+    It is compared with a padded transformers loop and with TRL's log-probs.
     """
     from gvpo_ray.bench import learner
 
@@ -61,10 +61,10 @@ def bench_gpu(
         str | None, typer.Option(metavar="NAME,...", help="the sections to run, in order (default: all)")
     ] = None,
 ) -> None:
-    """Check the learner on one GPU: right, fast, and where not.
+    """Check that the learner is right and fast on one GPU.
 
-    Each section has its share of the time, and a failure is a result. Ends with status 1 where a decision
-    rule does not hold. Without a GPU the sizes are toys.
+    Each section has its share of the time, and a failure is a result. The exit status is 1 where a decision
+    rule does not hold or anything failed. Without a GPU the sizes are toys.
     """
     from gvpo_ray.bench.gpu import main as gpu
 
@@ -81,7 +81,8 @@ def bench_chaos(
 ) -> None:
     """Kill processes of a real run; check that nothing is lost.
 
-    The processes are killed at random moments, in a folder of its own. Nothing may be lost or done twice.
+    The run has a folder of its own, and its processes are killed at random moments. Nothing may be lost or
+    done twice.
     """
     read_config(config, overrides)
     from gvpo_ray.actors import RunError
@@ -129,7 +130,8 @@ BenchDir = Annotated[
 def bench_paper(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/bench") -> None:
     """Repeat the paper's table and figures in miniature.
 
-    They are about methods, beta, k and history. Takes hours; the same command goes on.
+    The table compares methods, the figures vary beta, k and history. This takes hours; the same command
+    resumes it.
     """
     names = names_of("--tasks", tasks, TASKS)
     at_least_one("--seeds", seeds)
@@ -142,7 +144,7 @@ def bench_paper(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/ben
 def bench_staleness(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/bench") -> None:
     """Measure what each objective learns from data of a given age.
 
-    Takes hours; the same command goes on.
+    This takes hours; the same command resumes it.
     """
     names = names_of("--tasks", tasks, TASKS)
     at_least_one("--seeds", seeds)

@@ -1,4 +1,4 @@
-"""The verbs about runs, evaluations and files of responses."""
+"""Defines the verbs about runs, evaluations and files of responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="run_dir of the r
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train, or resume the run in run_dir.
 
-    The same command goes on where it stopped.
+    The same command resumes a run that stopped.
     """
     _train(read_config(config, overrides))
 
@@ -85,7 +85,8 @@ def evaluate(
 ) -> None:
     """Sample a model on evaluation.sets and report its scores.
 
-    The scores are pass@1, mean@n and pass@k with 95 % intervals. Stopped, the same command goes on.
+    The scores are pass@1, mean@n and pass@k with 95 % intervals. The same command resumes an evaluation that
+    stopped.
     """
     read = read_config(config, overrides, for_evaluation=True)
     from gvpo_ray.evaluation import run as evaluation
@@ -149,7 +150,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 def status(run_dir: RunDir) -> None:
     """Print what every stage of a run does or waits for now.
 
-    It also says where the oldest prompt is; of a run that stopped, what it last said.
+    It also says where the oldest group is. For a run that stopped, it prints the last status.
     """
     from gvpo_ray.observe.status import read_status
 
@@ -193,7 +194,7 @@ def verify(
     Each row of INPUT gets a reward, verdict (correct, incorrect, unverifiable), reason and seconds, in the
     rows' order. Rows hold response (or prediction) and gold (or answer); prompt, finish_reason and other
     columns go to the reward functions. With expected or label_correct, the agreement with these labels is
-    printed, and false negatives and false positives. Stopped, the same command goes on.
+    printed, and false negatives and false positives. The same command goes on where it stopped.
     """
     at_least_one("--workers", workers)
     from gvpo_ray.config.run import verifiers_config

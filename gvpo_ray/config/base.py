@@ -1,7 +1,4 @@
-"""What every section of the config stands on.
-
-Section, ConfigError, which keys are paths, marks of keys, and the one walk over all keys.
-"""
+"""The base of all config sections: errors, marks of keys, which keys are paths, and a walk over all keys."""
 
 from __future__ import annotations
 
@@ -40,8 +37,9 @@ Resources = dict[str, Annotated[float, Field(gt=0)]]
 
 
 def is_local(path: str, root: Path = Path()) -> bool:
-    """Whether a path is of this machine. Hub names are `name` or `owner/name`, without the suffix of a file,
-    and nothing is there.
+    """Return whether a path is on this machine and not a name on the Hugging Face hub.
+
+    A hub name is `name` or `owner/name`, without a file's suffix, and nothing exists there below `root`.
     """
     looks_local = (
         path.startswith((".", "/", "~"))
@@ -60,7 +58,7 @@ class LocalPath:
     written, always local. `function`: `path.py:function`, or the name of a function that is no path."""
 
     def absolute(self, text: str, root: Path) -> str:
-        """The value with a local path made absolute, a relative one from `root`; other values as they are."""
+        """Make a local path absolute, a relative one from `root`; return other values unchanged."""
         file, colon, function = text.rpartition(":") if self.kind == "function" else (text, "", "")
         is_path = {"input": is_local(file, root), "output": True, "function": file.endswith(".py")}[self.kind]
         return f"{(root / Path(file).expanduser()).absolute()}{colon}{function}" if is_path else text
@@ -74,13 +72,16 @@ DECIDES_SCORES: dict[str, Any] = {"decides_scores": True}
 
 
 def is_marked(field: FieldInfo, mark: dict[str, Any]) -> bool:
-    """Whether a field has a mark such as RESUMABLE."""
+    """Return whether a field has a mark such as RESUMABLE."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and mark.items() <= extra.items()
 
 
 def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, FieldInfo]]:
-    """Every key of a section and of the sections in it: (evaluation.sets.NAME.path, its value, its field)."""
+    """Yield every key of a section and of the sections in it, with its value and field.
+
+    Keys are dotted, such as evaluation.sets.NAME.path.
+    """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         yield prefix + name, value, field
@@ -96,7 +97,7 @@ def _children(key: str, value: Any) -> Iterator[tuple[str, Section]]:
 
 
 def paths(section: Section) -> Iterator[tuple[str, str, LocalPath]]:
-    """Every key that may be a path and has a value: (key, value, what kind of path)."""
+    """Yield every key that may be a path and has a value, with the value and the kind of path."""
     for key, value, field in walk(section):
         if value is not None and (rule := _path_rule(field)):
             yield key, value, rule
@@ -110,7 +111,7 @@ Some = TypeVar("Some", bound=Section)
 
 
 def with_paths(section: Some, change: Callable[[str, LocalPath], str]) -> Some:
-    """A copy in which every path is changed."""
+    """Return a copy of a section in which `change` was applied to every path."""
     updates: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)

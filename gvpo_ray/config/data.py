@@ -1,4 +1,4 @@
-"""The sections `prompts`, `sources` and `replay`: what is trained on."""
+"""The config sections `prompts`, `sources` and `replay`: the data that a run trains on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from gvpo_ray.config.base import LocalPath, Section
 
 
 class PromptsConfig(Section):
+    """A data set of prompts and reference answers, and how a prompt is rendered."""
+
     path: Annotated[str, LocalPath()]
     """A Parquet or JSONL file, or the name of a Hugging Face data set."""
     split: str = "train"
@@ -17,20 +19,20 @@ class PromptsConfig(Section):
     subset: str | None = None
     """Configuration name of a Hugging Face data set ("main" for openai/gsm8k)."""
     prompt_column: str = "prompt"
-    """Column of the problem's text."""
+    """Column that holds the problem's text."""
     answer_column: str = "answer"
-    """Column of the reference answer, as text."""
+    """Column that holds the reference answer, as text."""
     template: str | None = None
     """Plain template such as "Question: {prompt}\\nAnswer:"; default: the tokenizer's chat template."""
     system_prompt: str | None = None
     """System message for the chat template."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Longer prompts are left out, counted and reported (never cut). Default: what the context leaves beside
-    a completion."""
+    """Longest prompt, in tokens. Longer ones are left out, counted and reported, never cut. Default: the
+    context less the longest completion."""
     limit: int | None = Field(default=None, ge=1)
-    """Use the first so many rows."""
+    """Number of rows to use, from the first on; default: all."""
     shuffle: bool = True
-    """A new order, fixed by the seed, in each epoch. Evaluation always keeps the file's order."""
+    """Visit the rows in a new order in each epoch, fixed by the seed. Evaluations keep the file's order."""
 
     @field_validator("template")
     @classmethod
@@ -41,29 +43,34 @@ class PromptsConfig(Section):
 
 
 class ReplayConfig(Section):
-    """Completions of the same prompt that the policy wrote earlier, in place of new ones (paper, Figure 4:
-    historical to current from 0:8 to 4:4). They are in the log with their log-probs, and so are data like any
-    other."""
+    """Replay: completions that the policy wrote earlier to the same prompt take the place of new ones.
+
+    The paper's Figure 4 varies historical to current completions from 0:8 to 4:4. The log holds replayed
+    completions with their log-probs, so they are trained like any others.
+    """
 
     share: float = Field(default=0.0, ge=0, lt=1)
-    """Of each group's completions, as far as the log has that many; the newest first."""
+    """Share of each group's completions that are replayed, as far as the log has that many; the newest
+    first."""
     window: int | None = Field(default=None, ge=1)
-    """Only completions of the last so many steps; default: of the whole run."""
+    """Number of the last steps whose completions may be replayed; default: all steps of the run."""
 
 
 class SourceConfig(PromptsConfig):
-    """Completions from elsewhere: Parquet or JSONL of (prompt, completion, and reward or answer), from
-    people, other models or logs.
+    """An offline source: completions from people, other models or logs.
+
+    The file is Parquet or JSONL, with a prompt, a completion, and a reward or an answer in each row.
     """
 
     completion_column: str = "completion"
-    """Column of the completion's text."""
+    """Column that holds the completion's text."""
     reward_column: str | None = None
-    """A number per row; without it the completions are verified, for which answer_column must be there."""
+    """Column that holds the reward, a number. Without it, the completions are verified, which needs
+    answer_column."""
     share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each group's completions that the source gives, where it has some for the prompt."""
+    """Share of each group's completions that come from the source, where it has some for the prompt."""
     group_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of all groups that consist of one prompt of the file and its completions alone."""
+    """Share of all groups that come from the source alone: one of its prompts and its completions."""
 
     @model_validator(mode="after")
     def _one_way(self) -> SourceConfig:
@@ -73,4 +80,4 @@ class SourceConfig(PromptsConfig):
 
 
 NO_PROMPTS = "(none)"
-"""prompts.path of a file without `prompts`: for evaluations, and where offline sources are all there is."""
+"""The value of prompts.path where a config has no `prompts`: an evaluation, or offline sources alone."""

@@ -1,4 +1,4 @@
-"""The sections `sampling` and `engines`."""
+"""The config sections `sampling` and `engines`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from gvpo_ray.config.base import DECIDES_SCORES, Resources, Section
 
 
 class SamplingConfig(Section):
-    """How engines sample. GVPO's theory needs the sampler to cover the reference's support: values that cut
-    it are refused.
+    """How engines sample completions.
+
+    GVPO's optimum needs a sampler that covers the reference's support, so values that cut it are refused.
     """
 
     num_completions: int = Field(default=8, ge=2)
-    """k: completions per prompt, one group. One alone carries no signal."""
+    """Completions per prompt, which form one group (the paper's k). One alone carries no signal."""
     max_tokens: int = Field(default=256, ge=1)
     """Longest completion, in tokens; one that reaches it has finish_reason "length"."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1, json_schema_extra=DECIDES_SCORES)
-    """Sample from the likeliest tokens that hold this much probability; 1: from all."""
+    """Sample from the likeliest tokens that hold this much probability together; 1: from all."""
     top_k: int = Field(default=0, ge=-1, json_schema_extra=DECIDES_SCORES)
     """Sample from the k likeliest tokens only; 0 or -1: from all."""
     min_p: float = Field(default=0.0, ge=0, le=1, json_schema_extra=DECIDES_SCORES)
     """Drop tokens less likely than this share of the likeliest one; 0: none."""
     allow_truncated_support: bool = False
-    """Opt out of the refusal of top_p < 1, top_k and min_p: warns instead. The optimum is then no longer
-    GVPO's."""
+    """Warn of top_p < 1, top_k and min_p instead of refusing them. The optimum is then no longer GVPO's."""
 
     @model_validator(mode="after")
     def _full_support(self) -> SamplingConfig:
@@ -50,22 +50,23 @@ class SamplingConfig(Section):
 
 
 class PoolConfig(Section):
-    """One pool of engines alike. Pools may differ in everything here: GVPO's optimum does not depend on who
-    samples.
+    """One pool of equal engines.
+
+    Pools may differ in everything here, because GVPO's optimum does not depend on who samples.
     """
 
     num: int = Field(default=1, ge=0)
-    """Engine actors that are started at once, and replaced when they die. 0 in all pools: train on offline
-    sources alone."""
+    """Number of engine actors, started at once and replaced when they die. An elastic pool shrinks to this
+    number. 0 in all pools: train on offline sources alone."""
     max_num: int | None = Field(default=None, ge=1)
     """Largest number of engines of an elastic pool; default: num. The pool scales up while the learner waits
-    for groups, and down to num while the buffer stays full. The run goes on meanwhile."""
+    for groups, and down to num while the buffer stays full, without stopping the run."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of one engine (= tensor_parallel_size on GPU); 0: vLLM's CPU build."""
+    """GPUs of one engine; must equal tensor_parallel_size, or be a part of one GPU. 0: vLLM's CPU build."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs that one engine asks Ray for."""
     accelerator_type: str | None = None
-    """Ray's name of the GPU that one engine needs, such as H100 or L4."""
+    """Ray's name for the type of GPU that one engine needs, such as H100 or L4."""
     resources: Resources = {}
     """Custom Ray resources of one engine, such as {spot: 0.001}."""
     tensor_parallel_size: int = Field(default=1, ge=1)
@@ -73,22 +74,22 @@ class PoolConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the engines of this pool; default: model.dtype."""
     quantization: str | None = None
-    """vLLM's online quantisation of the weights, such as fp8 (GPU only)."""
+    """Method by which vLLM quantises the weights when it loads them, such as fp8 (GPU only)."""
     max_groups: int = Field(default=64, ge=1)
-    """Most groups in flight on one engine. An engine below it gets the next prompt."""
+    """Largest number of groups in flight on one engine."""
     memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (GPU only)."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Key-value cache on CPU, in GiB (CPU only)."""
+    """Size of the key-value cache in GiB (CPU only)."""
     enforce_eager: bool = True
-    """No CUDA graphs and no compilation: starts sooner, decodes slower on GPU."""
+    """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)
     """Largest mean difference from the learner's log-probs, in nats per token; default 1e-3 in float32, 0.1
     in other precisions."""
     vllm: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
-    """More vLLM engine arguments (`AsyncEngineArgs`), passed as they are."""
+    """Further engine arguments for vLLM (`AsyncEngineArgs`), passed unchanged."""
     url: str | None = None
     """Address of an external server with an OpenAI-compatible API, up to and with /v1. The server gets no
     weights, and its completions are external data (source offline:<pool>). max_groups bounds the requests in
@@ -98,8 +99,8 @@ class PoolConfig(Section):
     url_key_variable: str | None = None
     """Environment variable of the driver that holds the server's API key."""
     max_restarts_per_hour: int = Field(default=20, ge=0)
-    """Deaths of this pool's engines within an hour beyond which none of them is replaced until an hour is
-    over; when no engine of any pool is left then, the run stops."""
+    """Largest number of deaths of this pool's engines within an hour. Beyond it no engine of the pool is
+    replaced until the hour is over; if no pool has an engine left, the run stops."""
 
     @model_validator(mode="after")
     def _of_one_engine(self) -> PoolConfig:
@@ -109,7 +110,7 @@ class PoolConfig(Section):
             raise ValueError("url_model and url_key_variable need a url")
         if self.max_num is not None and self.max_num < self.num:
             raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
-        # a part of a GPU holds one shard
+        # an engine on a part of a GPU has one shard
         if self.num_gpus and max(self.num_gpus, 1) != self.tensor_parallel_size:
             raise ValueError(
                 f"num_gpus ({self.num_gpus:g}) must equal tensor_parallel_size ({self.tensor_parallel_size})"
@@ -120,26 +121,27 @@ class PoolConfig(Section):
 
 
 class EnginesConfig(PoolConfig):
-    """One pool, or the defaults of those in `pools`."""
+    """The sampling fleet: the settings of its one pool, or the defaults of those in `pools`."""
 
     pools: dict[str, PoolConfig] = {}
-    """Pools by name, the cheapest first: it grows first and shrinks last. What one does not say is as in this
-    section. Default: one pool, `engines`, of what this section says."""
+    """Pools by name, the cheapest first: it grows first and shrinks last. A key that a pool leaves out has
+    the value of this section. Default: one pool named `engines`, with the settings of this section."""
     scale_window_s: float = Field(default=60.0, gt=0)
     """Seconds over which an elastic pool measures its load before it scales up or down by one engine."""
     weight_transfer: Literal["objects", "nccl"] = "objects"
-    """`objects`: through Ray's object store and shared memory, once per node, late engines may join. `nccl`:
-    vLLM's broadcast from learner rank 0 to a fixed fleet of GPU engines: the death of one ends the run, and
-    the same command resumes it."""
+    """How weights reach the engines. `objects`: through Ray's object store and shared memory, once per node;
+    engines may join later. `nccl` (experimental): vLLM's broadcast from learner rank 0 to a fixed fleet of
+    GPU engines; the death of one ends the run, and the same command resumes it."""
     parity_every: int = Field(default=20, ge=0)
-    """Compare engine and learner log-probs after the first weight transfer and then every so many; 0: only
-    the first."""
+    """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
+    0: only the first."""
     hang_s: float = Field(default=300.0, gt=0)
-    """An engine with groups in flight that has written no token for so many seconds, or does not answer at
-    all, is replaced."""
+    """Seconds after which an engine is replaced that has groups in flight and writes no token, or does not
+    answer at all."""
     drain_s: float = Field(default=30.0, ge=0)
-    """Seconds that an engine goes on with its groups in flight after a preemption notice of its node
-    (SIGTERM, Ray's drain notice) that names no deadline. Unfinished completions then migrate to others."""
+    """Seconds that an engine still works on its groups in flight after a preemption notice of its node
+    (SIGTERM, or Ray's drain notice without a deadline). Unfinished completions then migrate to other
+    engines."""
 
     @model_validator(mode="before")
     @classmethod
@@ -164,7 +166,7 @@ class EnginesConfig(PoolConfig):
         return value
 
     def all_pools(self) -> dict[str, PoolConfig]:
-        """Every pool with all of its settings, by name."""
+        """Return every pool by name, with all of its settings."""
         return self.pools or {
             "engines": PoolConfig.model_validate({key: getattr(self, key) for key in PoolConfig.model_fields})
         }

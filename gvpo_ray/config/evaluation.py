@@ -1,4 +1,4 @@
-"""The section `evaluation`."""
+"""The config section `evaluation`."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from gvpo_ray.config.data import PromptsConfig
 
 
 class EvaluationSet(PromptsConfig):
-    """A held-out prompt file; what it does not say is as in the evaluation section."""
+    """A held-out data set; settings that it leaves out are those of the evaluation section."""
 
     num_samples: int | None = Field(default=None, ge=1)
     """Completions per prompt; default: as in the evaluation section."""
     temperature: float | None = Field(default=None, ge=0)
     """Sampling temperature; default: as in the evaluation section."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    """Longest completion (`max_tokens` is the longest prompt)."""
+    """Longest completion, in tokens (`max_tokens` is the longest prompt); default: as in the evaluation
+    section."""
 
 
 class EvaluationConfig(Section):
+    """Evaluations: the held-out data sets, when they are evaluated, and how they are sampled."""
+
     every: int = Field(default=0, ge=0)
-    """Evaluate before the first step, every so many steps and after the last; 0: only on request."""
+    """Steps between evaluations; the model is also evaluated before the first step and after the last. 0:
+    only on request."""
     sets: dict[str, EvaluationSet] = {}
-    """Held-out prompt files by name; metrics are eval/<name>/pass@1."""
+    """Held-out data sets by name. The metrics of each are named eval/<name>/pass@1 and so on."""
     num_samples: int = Field(default=1, ge=1)
-    """n: completions per prompt; pass@1 is their mean."""
+    """Completions per prompt (n); pass@1 is the share of right ones."""
     pass_k: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8, 16, 32, 64]
-    """Report the unbiased pass@k for those of them that are at most n."""
+    """Values of k for which the unbiased pass@k is reported, as far as k is at most num_samples."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature. 0 is greedy decoding, which allows one sample only."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest completion, in tokens; default: as in sampling."""
     every_limit: int | None = Field(default=None, ge=1)
-    """Prompts per set for the evaluations inside training; the first and the last always use the whole
-    set."""
+    """Prompts per set in the evaluations during training; the first and the last use the whole set."""
 
     @field_validator("sets")
     @classmethod
@@ -51,7 +54,7 @@ class EvaluationConfig(Section):
         return value
 
     def of(self, name: str) -> tuple[int, float, int | None]:
-        """(num_samples, temperature, max_tokens) of a set; max_tokens None: as in sampling."""
+        """Return (num_samples, temperature, max_tokens) of a set; max_tokens None: as in sampling."""
         own = self.sets[name]
         return (
             self.num_samples if own.num_samples is None else own.num_samples,

@@ -1,4 +1,4 @@
-"""The sections `learner` and `checkpoint`."""
+"""The config sections `learner` and `checkpoint`."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from gvpo_ray.config.base import Resources, Section
 
 
 class LearnerConfig(Section):
+    """The learner: its workers, their backend, the optimizer and the size of a pass."""
+
     num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers. Each trains on whole groups."""
+    """Number of Ray Train workers. Each trains on whole groups."""
     max_workers: int | None = Field(default=None, ge=1)
-    """Elastic: Ray Train goes on with as many workers as the cluster has room for, from num_workers to so
-    many. Default: num_workers."""
+    """Largest number of workers (experimental): Ray Train runs as many as the cluster has room for, from
+    num_workers to max_workers. Default: num_workers."""
     max_restarts: int = Field(default=20, ge=0)
-    """Deaths of workers after which the run goes on from its last checkpoint. Three in a row without a step
-    between them end it."""
+    """Number of workers' deaths that a run survives, each time from its last checkpoint. Three in a row
+    without a finished step between them end it."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs per worker; 0: gloo on CPU."""
+    """GPUs of one worker, at most 1; 0: train on CPU, with gloo."""
     num_cpus: float = Field(default=0.25, gt=0)
     """CPUs that one worker asks Ray for."""
     accelerator_type: str | None = None
-    """Ray's name of the GPU that a worker needs, such as H100."""
+    """Ray's name for the type of GPU that one worker needs, such as H100."""
     resources: Resources = {}
     """Custom Ray resources of one worker."""
     num_threads: int = Field(default=1, ge=1)
-    """Torch threads of one worker; matters on CPU only."""
+    """Torch threads of one worker (CPU only)."""
     backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
-    """`deepspeed`, or torch's own: `ddp` replicates everything, `fsdp` (FSDP2) shards everything."""
+    """Library that trains in parallel: `deepspeed` (see zero_stage), or torch's `ddp`, which replicates the
+    model, or `fsdp` (FSDP2), which shards it."""
     zero_stage: int = Field(default=0, ge=0, le=3)
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards the optimizer, 2 gradients too, 3 parameters too. In
-    bfloat16 stage 1 runs as 2, so that gradients are added up in float32."""
+    """ZeRO stage of DeepSpeed: 0 replicates everything, 1 shards the optimizer's state, 2 also gradients, 3
+    also parameters. In bfloat16, stage 1 runs as 2, so that gradients accumulate in float32."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What ZeRO keeps in the CPU's memory: the optimizer (stages 1 to 3), or the parameters too (stage 3)."""
+    """Part of the training state that ZeRO keeps in the CPU's memory: the optimizer's (stages 1 to 3), or
+    also the parameters (stage 3)."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Learning rate of AdamW after the warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -46,20 +50,21 @@ class LearnerConfig(Section):
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of AdamW's first and second moments."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    """Largest global norm of the gradient; larger ones are scaled down to it."""
     num_mini_batches: int = Field(default=4, ge=1)
-    """Optimizer updates per step. With 1, the log-ratio is always 0 in a synchronous run: GVPO is then
-    REINFORCE with a mean baseline."""
+    """Mini-batches of a step, each with one optimizer update. With 1, the log-ratio is always 0 in a
+    synchronous run, and GVPO is REINFORCE with a mean baseline."""
     packing: bool = True
-    """A group is one sequence, its prompt computed once (learner/packing.py), where the model allows it; else
-    completions are padded."""
+    """Pack each group into one sequence, so that its prompt is computed once (learner/packing.py). Models
+    that do not allow this, and `false`, pad the completions."""
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one forward pass. A larger group takes several, and one more without gradients."""
+    """Largest number of tokens in one forward pass. A group with more takes several passes, and an extra one
+    without gradients."""
     max_skipped_updates: int = Field(default=3, ge=0)
-    """An update whose gradient is not a number is skipped and counted; one more than so many in a row stop
-    the run."""
+    """Largest number of updates in a row that are skipped because their gradient is not a number; one more
+    stops the run."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass, to save memory."""
 
     @field_validator("num_gpus")
     @classmethod
@@ -72,7 +77,9 @@ class LearnerConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, and how many are kept."""
+
     every: int = Field(default=10, ge=1)
     """Steps between checkpoints; the last step always writes one."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""

@@ -1,5 +1,6 @@
-"""From text to a config: YAML, `key=value` overrides, and one line for each mistake, an unknown key with the
-nearest right one.
+"""Reads YAML and `key=value` overrides, and describes a mistake in a config in one line.
+
+For an unknown key the line suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from gvpo_ray.config.base import ConfigError, Section
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """Read the keys and values of a YAML file.
 
     Raises:
-        ConfigError: one line that names the file.
+        ConfigError: the file cannot be read, or holds no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -38,6 +39,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
+    """Split "key=value" and read the value as YAML.
+
+    Raises:
+        ConfigError: there is no key, no equals sign or no YAML.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r} is not key=value")
@@ -48,6 +54,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of nested dictionaries in place, making sections that are not there.
+
+    Raises:
+        ConfigError: a part of the key but the last holds no section.
+    """
     *parents, last = key.split(".")
     for name in parents:
         child = data.setdefault(name, {})
@@ -60,7 +71,7 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def one_line(error: ValidationError, model: type[Section]) -> str:
-    """The first problem, with its key; an unknown key with the nearest right one."""
+    """Describe the first problem in one line, with its key; an unknown key goes first, with a suggestion."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     parents, location = _without_tags(model, [str(part) for part in first["loc"]])
@@ -88,9 +99,9 @@ def _sections(annotation: Any) -> list[type[Section]]:
 
 
 def _without_tags(root: type[Section], location: list[str]) -> tuple[type[Section] | None, list[str]]:
-    """The section that the last part of pydantic's location is in, and the location as a config has it.
+    """Return the section that holds the last part of pydantic's location, and the location without tags.
 
-    Pydantic puts the tag of a union into it: ("loss", "gvpo", "beta") is the key loss.beta.
+    Pydantic puts the tag of a union into a location: ("loss", "gvpo", "beta") is the key loss.beta.
     """
     model: type[Section] | None = root
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""The section `loss`: one class of options for each objective, and what the objective needs.
+"""The config section `loss`: a class of options for each objective, and the log-probs that it needs.
 
 A new objective is a class here, its name in `LossConfig`, a file in losses/ and a line in losses/registry.py.
 """
@@ -14,28 +14,30 @@ from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model
 from gvpo_ray.config.base import Section
 
 START_BETA = 0.1
-"""The paper's beta: where `loss.beta: auto` begins, and what gvpo's statistics of other objectives use."""
+"""The paper's beta, with which `loss.beta: auto` begins and other objectives compute gvpo's statistics."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a loss needs of a policy that it measures the current one against."""
+    """The log-probs with which a loss compares those of the current policy."""
 
     detail: Literal["nothing", "sums", "tokens"]
-    """Nothing, one log-prob per completion, or one per token."""
+    """How many log-probs: none, one per completion (the sum over its tokens), or one per token."""
     policy: Literal["behaviour", "previous", "model"]
-    """The policy that sampled the completion, the one at the start of the step, or a model of its own."""
+    """Whose log-probs: `behaviour`, the policy that sampled the completion; `previous`, the policy at the
+    start of the step; or `model`, a reference model with weights of its own."""
 
 
 class LossOptions(Section):
-    """The options that every objective has, and what the learner asks it. Subclasses name the objective."""
+    """The options that all objectives share, and the questions that the learner asks of an objective."""
 
     objective: str
-    """`gvpo`; the others are for comparison, on the same data and in the same training loop."""
+    """Name of the objective: `gvpo`, or one to compare it with, on the same data and in the same loop."""
     reference: str = "behaviour"
-    """Which policy is pi_ref: `behaviour` (the one that sampled the completion; of one from elsewhere the one
-    that the run began with), `previous` (the policy at the start of the step), `initial` (frozen), or `every:
-    N` (refreshed every N steps)."""
+    """Policy that is the reference, pi_ref: `behaviour` (the one that sampled the completion), `previous`
+    (the policy at the start of the step), `initial` (the policy that the run began with, frozen), or `every:
+    N` (a copy of the policy, refreshed every N steps). For external completions gvpo's `behaviour` is
+    `initial`."""
 
     @field_validator("reference", mode="before")
     @classmethod
@@ -51,19 +53,19 @@ class LossOptions(Section):
 
     @property
     def sampler_need(self) -> Need:
-        """What the loss needs of the policy that sampled."""
+        """The log-probs of the sampling policy that the loss needs."""
         return Need("nothing", "behaviour")
 
     @property
     def reference_need(self) -> Need:
-        """What the loss, or a statistic of it, needs of the reference policy."""
+        """The log-probs of the reference policy that the loss, or one of its statistics, needs."""
         return Need("sums", self._reference_policy)
 
     @property
     def foreign_is_initial(self) -> bool:
-        """Whether a completion that no policy of this run wrote counts as the initial policy's.
+        """Whether an external completion counts as one of the initial policy.
 
-        Otherwise it counts as that of the policy at the start of the step.
+        Otherwise it counts as one of the policy at the start of the step.
         """
         return False
 
@@ -84,7 +86,7 @@ class LossOptions(Section):
 
     @property
     def depends_on_beta(self) -> bool:
-        """Whether beta is a part of the loss, and not of its statistics alone."""
+        """Whether the loss depends on beta, and not only its statistics."""
         return False
 
     @property
@@ -94,12 +96,12 @@ class LossOptions(Section):
 
     @property
     def caches_reference(self) -> bool:
-        """Whether the reference model is asked for one number per completion, which then follows it."""
+        """Whether the reference model's log-prob of a completion is computed once and kept with it."""
         return self.reference_need == Need("sums", "model")
 
     @property
     def reference_every(self) -> int | None:
-        """N of `every: N`."""
+        """Steps between refreshes of the reference, N of `every: N`; None for other references."""
         return int(self.reference.partition(":")[2]) if self.reference.startswith("every") else None
 
     @property
@@ -110,34 +112,35 @@ class LossOptions(Section):
 
 
 PAPER: dict[str, Any] = {"beta": START_BETA, "importance_cap": None, "damped": False, "reference": "previous"}
-"""What `loss.preset: paper` stands for."""
+"""The options that `loss.preset: paper` stands for."""
 
 
 class GvpoLoss(LossOptions):
-    """GVPO's options. The paper is `{preset: paper}`; by default our rules for old data are on."""
+    """GVPO's options. By default the corrections for old data are on; `{preset: paper}` is the paper."""
 
     objective: Literal["gvpo"] = "gvpo"
     preset: Literal["paper"] | None = None
-    """`paper`: the paper's loss and nothing else: beta 0.1 unless another number is given, the reference
-    `previous`, no importance weights, no likelihood floor, no damping."""
+    """Name of a set of options. `paper`: the paper's loss and nothing else, with beta 0.1 unless another
+    number is given, the reference `previous`, no importance weights, no likelihood floor and no damping."""
     beta: float | Literal["auto"] = "auto"
-    """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so 1/beta nats are worth
-    one unit of reward. It is the trust region: gvpo/binding says how often it binds, and a run in which it
-    hardly ever does says so. auto: 0.1, the paper's, and with the `behaviour` reference moved from there
-    after each step until beta D varies half as much as the rewards do."""
+    """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so a log-ratio of 1/beta
+    nats is worth one unit of reward. Beta is the trust region: gvpo/binding measures how often it binds, and
+    a run in which it hardly ever does says so. auto: 0.1 as in the paper, and with the `behaviour` reference
+    adapted after each step until beta D varies half as much as the rewards."""
     importance_cap: float | None = Field(default=1.0, gt=0)
-    """A completion is weighted by min(importance_cap, pi / pi_sampled), relative to its group: one that the
-    policy would not write any more counts less. No bias with one reference per prompt: GVPO's optimum is the
-    same for every sampler, and weights choose one. Where right completions have become less likely since they
-    were sampled, the others are pushed down less (the likelihood floor, gvpo/kept): no bias where residuals
-    can vanish; where rewards are noisy, completions gain whose rewards vary most. null: neither, as in the
-    paper; the same thing where an update trains what was sampled just before. Old data is then followed where
-    the policy no longer goes."""
+    """Upper bound of the importance weight pi / pi_sampled of a completion, relative to its group, so that
+    completions which the policy would no longer write count less. The weights add no bias with one reference
+    per prompt: GVPO's optimum is the same for every sampler, and weights only choose one. With weights, the
+    likelihood floor is on too (gvpo/kept): where right completions have become less likely since they were
+    sampled, the others are pushed down less. It adds no bias where residuals can vanish; where rewards are
+    noisy, completions gain whose rewards vary most. null: neither of them, as in the paper. This is the same
+    for data that was sampled just before its update; old data then pulls the policy to completions that it no
+    longer writes."""
     damped: bool = True
-    """With the `behaviour` reference, multiply the learning rate of an update by the squared correlation of
-    its residuals with its rewards (gvpo/damping): what is left of a residual beside the reward is where the
-    policy has gone since the completion was sampled, and a step of full length after it overshoots. 1 for
-    what was sampled at the start of the step. false: the schedule's learning rate as it is."""
+    """Multiply the learning rate of each update by the squared correlation of its residuals with its rewards
+    (gvpo/damping); only with the `behaviour` reference. The part of a residual that the rewards do not
+    explain is how far the policy has moved since the completion was sampled, and a full step would overshoot.
+    The factor is 1 for completions sampled at the start of the step. false: the schedule's learning rate."""
 
     @model_validator(mode="before")
     @classmethod
@@ -170,59 +173,68 @@ class GvpoLoss(LossOptions):
 
     @property
     def sampler_need(self) -> Need:
-        """The importance weights need sums of the policy that sampled."""
+        """The log-probs of the sampling policy that the loss needs: sums, for the importance weights."""
         return Need("nothing" if self.importance_cap is None else "sums", "behaviour")
 
     @property
     def foreign_is_initial(self) -> bool:
-        """With the `behaviour` reference: against the policy that meets it D would always be 0, and nothing
+        """Whether an external completion counts as one of the initial policy: with the `behaviour` reference.
+
+        If its reference were the policy at the start of the step, the first D would always be 0, and nothing
         would limit the update.
         """
         return self.reference == "behaviour"
 
     @property
     def start_beta(self) -> float:
-        """The beta of the first step, and of every one where it is not adapted."""
+        """The beta of the first step, and of all steps where it is not adapted."""
         return START_BETA if self.beta == "auto" else self.beta
 
     @property
     def adapts_beta(self) -> bool:
-        """With `beta: auto` and the `behaviour` reference; other references are targets to return to."""
+        """Whether beta is adapted after each step: with `beta: auto` and the `behaviour` reference.
+
+        Other references are targets to return to.
+        """
         return self.beta == "auto" and self.reference == "behaviour"
 
     @property
     def is_damped(self) -> bool:
-        """With `damped` and the `behaviour` reference; other references are targets to return to."""
+        """Whether the learning rate is damped: with `damped` and the `behaviour` reference.
+
+        Other references are targets to return to.
+        """
         return self.damped and self.reference == "behaviour"
 
     @property
     def depends_on_beta(self) -> bool:
-        """It does."""
+        """Whether the loss depends on beta: always."""
         return True
 
 
 class _WithKL(LossOptions):
     kl_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the reference, which `reference` names."""
+    """Weight of the KL divergence from the reference policy (see `reference`); 0: none."""
 
     @property
     def reference_need(self) -> Need:
-        """The KL term needs tokens; without one there are statistics, of sums."""
+        """The log-probs of the reference that are needed: tokens for a KL term, sums for statistics."""
         return Need("tokens" if self.kl_coefficient else "sums", self._reference_policy)
 
 
 class _Clipped(_WithKL):
     clip_low: float = Field(default=0.2, gt=0)
-    """The probability ratio is clipped at 1 - clip_low …"""
+    """Lower end of clipping: the probability ratio is clipped at 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
-    """… and at 1 + clip_high."""
+    """Upper end of clipping: the probability ratio is clipped at 1 + clip_high."""
     old_policy: Literal["behaviour", "previous"] = "behaviour"
-    """What the ratio is taken to: the policy that sampled the token, or the one at the start of the step, as
-    if that had sampled it. Bias: older data then counts as if it were new."""
+    """Policy in the denominator of the probability ratio: `behaviour`, the one that sampled the token, or
+    `previous`, the one at the start of the step. `previous` is biased: it treats older data as if it were
+    new."""
 
     @property
     def sampler_need(self) -> Need:
-        """The ratio of each token needs the policy that sampled it."""
+        """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
         return Need("tokens", self.old_policy)
 
 
@@ -249,7 +261,7 @@ class ReinforceLoss(_WithKL):
 
     objective: Literal["reinforce"] = "reinforce"
     baseline: float = 0.0
-    """Subtracted from every reward."""
+    """Constant that is subtracted from every reward."""
 
 
 _Any = GvpoLoss | GrpoLoss | DrGrpoLoss | RlooLoss | ReinforceLoss
@@ -259,9 +271,9 @@ _BY_NAME: dict[str, type[LossOptions]] = {
 
 
 def _of_the_objective(value: Any) -> Any:
-    """Fill in the default objective, and leave out defaults of other objectives' options.
+    """Fill in the default objective, and drop options of other objectives that have their default value.
 
-    So an override of `loss.objective` needs no other one, where a file writes out the defaults.
+    A file that writes out all defaults then needs no override but `loss.objective`.
     """
     if not isinstance(value, dict):
         return value
@@ -287,5 +299,5 @@ _ADAPTER: TypeAdapter[_Any] = TypeAdapter(LossConfig)
 
 
 def loss_config(**options: Any) -> _Any:
-    """The section `loss` with these keys, as a config file would have them."""
+    """Return the section `loss` with these keys, as a config file would give them."""
     return _ADAPTER.validate_python(options)

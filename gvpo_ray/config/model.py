@@ -1,4 +1,4 @@
-"""The sections `model` and `warm_start`."""
+"""The config sections `model` and `warm_start`."""
 
 from __future__ import annotations
 
@@ -11,57 +11,61 @@ from gvpo_ray.config.data import PromptsConfig
 
 
 class LoraConfig(Section):
-    """Train a low-rank adapter (peft) and leave the model as it is: the reference is the model without it,
-    and engines receive it alone.
+    """A low-rank adapter (peft), which is trained in place of the model's weights.
+
+    The initial policy is the model without its adapter, and engines receive the adapter alone.
     """
 
     rank: int = Field(default=16, ge=1)
-    """Rank of the two matrices of the adapter."""
+    """Rank of the adapter's two matrices."""
     alpha: float = Field(default=32.0, gt=0)
-    """The adapter's product is scaled by alpha / rank."""
+    """Scale of the adapter: the product of its matrices is multiplied by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the linear layers that get an adapter; `all-linear`: all but the head."""
+    """Names of the linear layers that get an adapter; `all-linear`: all except the head."""
 
 
 class ModelConfig(Section):
+    """The model that is trained: its place, precision and context."""
+
     path: Annotated[str, LocalPath()]
-    """A Hugging Face model folder or hub name; its tokenizer is beside it."""
+    """Folder or hub name of a Hugging Face model, with its tokenizer."""
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=DECIDES_SCORES)
-    """Precision of the engines and of the learner's forward pass. Master weights and the optimizer stay in
+    """Precision of the engines and of the learner's passes. Master weights and the optimizer's state stay in
     float32."""
     max_length: int | None = Field(default=None, ge=8, json_schema_extra=DECIDES_SCORES)
-    """Longest prompt + completion in tokens; default: what the model's config.json says."""
+    """Context, in tokens: longest prompt and completion together; default: that of config.json."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model folder."""
+    """Allow transformers and vLLM to run Python code of the model's folder."""
     lora: LoraConfig | None = None
-    """Train an adapter in place of all weights. `{}`: with the defaults."""
+    """Train an adapter in place of all weights; `{}`: with the defaults of an adapter."""
 
 
 class WarmStartConfig(Section):
-    """Make a small model from scratch and teach it by supervised learning (jobs/train.py,
-    jobs/warm_start.py); writes model.path.
+    """How a small model is made from scratch, taught by supervised learning and written to model.path.
+
+    Only jobs/train.py and jobs/warm_start.py read this section.
     """
 
     data: PromptsConfig
-    """Worked problems."""
+    """Data set of worked problems to imitate."""
     task: Literal["arithmetic", "chain", "sort"] | None = None
-    """Make the data of one of gvpo_ray/data/tasks.py first, in the folder of data.path, if that is not
-    there."""
+    """Task of gvpo_ray/data/tasks.py whose data is made first, in the folder of data.path, if that does not
+    exist."""
     solution_column: str = "solution"
-    """Column of the worked solution; `column.key` looks into a column of JSON text."""
+    """Column that holds the worked solution; `column.key` is a key in a column of JSON text."""
     remove: str | None = None
-    """Regular expression; what it matches is left out of the solutions, such as GSM8K's "<<48/2=24>>"."""
+    """Regular expression of parts to remove from the solutions, such as GSM8K's "<<48/2=24>>"."""
     completion: str = "{solution}"
-    """What the model learns to write, such as "{solution}\\n\\\\boxed{{answer}}"."""
+    """Template of the text that the model learns to write, such as "{solution}\\n\\\\boxed{{answer}}"."""
     vocab_size: int = Field(default=4096, ge=257)
     """Vocabulary size of the byte-level BPE tokenizer that is trained on the texts. Each digit is a token."""
     architecture: dict[str, Any] = {}
-    """Arguments of transformers' Qwen2Config."""
+    """Arguments for transformers' Qwen2Config."""
     num_epochs: float = Field(default=1.0, gt=0)
     """Passes over the worked problems."""
     batch_size: int = Field(default=64, ge=1)
     """Examples per update."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """Peak learning rate. It rises over the first twentieth of the updates, then falls to a 20th."""
+    """Peak learning rate. It rises over the first 5 % of the updates, then falls to 5 % of the peak."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Torch threads; default: the machine's CPUs."""
+    """Torch threads; default: as many as the machine has CPUs."""

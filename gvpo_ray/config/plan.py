@@ -1,4 +1,4 @@
-"""What a run asks of a cluster; refuses a plan that a machine can never place."""
+"""Computes the resources that a run asks for, and refuses a plan that a machine can never place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gvpo_ray.config.run import GVPOConfig, RayConfig
 
 
 def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
-    """What the run asks Ray for: (who, how many, CPUs each, GPUs each)."""
+    """Return the actors that the run asks Ray for, as (kind, number, CPUs of each, GPUs of each)."""
     pools = config.engines.all_pools()
     engines = {name: "engine" if len(pools) == 1 else f"engine of {name}" for name in pools}
     return [
@@ -27,10 +27,17 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
 def check_resources(
     config: GVPOConfig, num_cpus: float, num_gpus: float, engines: bool = True, learner: bool = True
 ) -> None:
-    """Refuse a plan that the machine can never place. `engines`, `learner`: whether this run has them.
+    """Refuse a plan that the machine can never place.
+
+    Args:
+        config: of the run.
+        num_cpus: logical CPUs of the machine.
+        num_gpus: GPUs of the machine.
+        engines: whether this run starts engines, verifiers and reward models.
+        learner: whether this run starts a learner.
 
     Raises:
-        ConfigError: names the key to lower.
+        ConfigError: one line that names what asks for too much.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
     absent = (
@@ -56,5 +63,5 @@ def check_resources(
 
 
 def cluster_address(config: RayConfig) -> str | None:
-    """Address of the cluster to join; None for an embedded Ray."""
+    """Return the address of the cluster to join; None for an embedded Ray."""
     return config.address or os.environ.get("RAY_ADDRESS") or None

@@ -1,8 +1,6 @@
-"""A run is one file: GVPOConfig, the pydantic model behind a YAML file, and every check that concerns two
-sections.
+"""GVPOConfig, the pydantic model of a run's YAML file, and every check that concerns two sections.
 
-Unknown keys are refused with the nearest right one. Functions elsewhere take the part they need, never the
-whole config.
+Functions elsewhere take the section that they need, never the whole config.
 """
 
 from __future__ import annotations
@@ -35,56 +33,73 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 
 
 class RayConfig(Section):
+    """The Ray cluster that a run joins, or the embedded Ray that it starts."""
+
     address: str | None = None
-    """Address of a running cluster; default: RAY_ADDRESS (set under `ray job submit`), else an embedded
-    Ray of the run's own."""
+    """Address of a running cluster; default: RAY_ADDRESS (which `ray job submit` sets), else the run starts
+    an embedded Ray."""
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of the embedded Ray; default: the machine's."""
     object_store_gib: float = Field(default=1.0, gt=0)
     """Size of the object store of the embedded Ray, in GiB."""
     dashboard: bool = False
-    """Whether the embedded Ray has its dashboard."""
+    """Start the dashboard of the embedded Ray."""
 
 
 class GVPOConfig(Section):
+    """The config of a run. Unknown keys are refused, with the nearest known one."""
+
     run_dir: Annotated[str, LocalPath("output")] = Field(json_schema_extra=RESUMABLE)
     """Folder of the run: config.yaml, metrics.jsonl, groups/, checkpoints/. Running `train` on it again
     resumes it."""
     root: str | None = Field(default=None, json_schema_extra=RESUMABLE)
-    """Folder that relative paths begin at; default: the current one. On a cluster: of a file system that
-    every node sees."""
+    """Folder that relative paths start from; default: the current one. On a cluster it must be on a file
+    system that every node sees."""
     seed: int = Field(default=0, json_schema_extra=DECIDES_SCORES)
-    """Seed of sampling, of the prompts' order and of every other random choice."""
+    """Seed of sampling, of the order of the prompts and of every other random choice."""
     num_steps: int = Field(ge=1, json_schema_extra=RESUMABLE)
-    """Training steps; one step trains one batch of groups."""
+    """Number of training steps; each trains one batch of groups."""
     groups_per_step: int = Field(default=64, ge=1)
-    """n: groups in the batch of one step."""
+    """Number of groups in the batch of one step."""
     max_staleness: int | None = Field(default=0, ge=0, json_schema_extra=RESUMABLE)
     """Maximum staleness (off-policy bound), in steps: a group may start while started // groups_per_step <=
     version + max_staleness. 0: synchronous, 1: one step ahead, n: asynchronous, null: unbounded."""
     model: ModelConfig
+    """The model that is trained."""
     prompts: PromptsConfig
+    """The prompts that the policy is trained on."""
     sampling: SamplingConfig = SamplingConfig()
+    """How engines sample completions."""
     replay: ReplayConfig = Field(default=ReplayConfig(), json_schema_extra=RESUMABLE)
+    """Replay of earlier completions."""
     sources: dict[str, SourceConfig] = {}
-    """Offline sources by name; what one does not say about its prompts' template is as in prompts."""
+    """Offline sources by name. Without a template or system_prompt, a source has those of prompts."""
     loss: LossConfig = Field(default=GvpoLoss(), json_schema_extra=RESUMABLE)
+    """The objective and its options."""
     engines: EnginesConfig = Field(default=EnginesConfig(), json_schema_extra=RESUMABLE)
+    """The engines that sample."""
     verifiers: VerifiersConfig = Field(default=VerifiersConfig(), json_schema_extra=RESUMABLE)
+    """The reward functions and the actors that compute them."""
     learner: LearnerConfig = Field(default=LearnerConfig(), json_schema_extra=RESUMABLE)
+    """The learner and its optimizer."""
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), json_schema_extra=RESUMABLE)
+    """Evaluations on held-out data sets."""
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), json_schema_extra=RESUMABLE)
+    """When checkpoints are written, and how many are kept."""
     ray: RayConfig = Field(default=RayConfig(), json_schema_extra=RESUMABLE)
+    """The Ray cluster to join or to start."""
     tracking: TrackingConfig = Field(default=TrackingConfig(), json_schema_extra=RESUMABLE)
+    """Trackers that get the metrics."""
     watchdog_s: float = Field(default=300.0, gt=0, json_schema_extra=RESUMABLE)
-    """When no group finishes or no step ends for so many seconds, say who waits for whom; and again after as
-    many."""
+    """Seconds without a finished group, or without a finished step, after which the run prints who waits for
+    whom; it repeats this as often as they pass again."""
     warm_start: WarmStartConfig | None = Field(default=None, json_schema_extra=RESUMABLE)
+    """How a small model is made from scratch first; only jobs/train.py and jobs/warm_start.py do so."""
 
     @model_validator(mode="before")
     @classmethod
     def _offline_only(cls, value: Any) -> Any:
-        """Without engines there is nobody to ask: no prompts are needed."""
+        """Fill in `prompts` where engines.num is 0: without engines no prompts are sampled."""
         if (
             isinstance(value, dict)
             and "prompts" not in value
@@ -96,7 +111,7 @@ class GVPOConfig(Section):
 
     @model_validator(mode="after")
     def _across(self) -> GVPOConfig:
-        """Every check that concerns two keys."""
+        """Check everything that concerns two sections."""
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:
             raise ValueError(
@@ -189,21 +204,23 @@ class GVPOConfig(Section):
         overrides: list[str] | dict[str, Any] | None = None,
         for_evaluation: bool = False,
     ) -> GVPOConfig:
-        """Read a YAML file and apply overrides: `["learner.num_workers=1", …]` or `{"learner.num_workers":
-        1}`.
+        """Read a YAML file and apply overrides.
 
-        for_evaluation: a file with evaluation.sets but neither `prompts` nor `num_steps`, which only training
-        needs, will do.
+        Args:
+            path: of the file.
+            overrides: `["learner.num_workers=1", …]` or `{"learner.num_workers": 1}`.
+            for_evaluation: accept a file that has evaluation.sets but lacks both `prompts` and `num_steps`,
+                which only training needs.
 
         Raises:
-            ConfigError: one line that names the key.
+            ConfigError: one line that names the wrong key.
         """
         data = read_yaml(path)
         own = data.get("evaluation")
         has_sets = (isinstance(own, dict) and bool(own.get("sets"))) or any(
             key.startswith("evaluation.sets") for key in overrides or ()
         )
-        # with one of them it is a run that lacks the other
+        # a config with one of the two is a run that lacks the other
         if for_evaluation and has_sets and "prompts" not in data and "num_steps" not in data:
             data |= {"num_steps": 1, "prompts": {"path": NO_PROMPTS}}
         return cls.from_dict(data, overrides, where=str(path))
@@ -212,7 +229,16 @@ class GVPOConfig(Section):
     def from_dict(
         cls, data: dict[str, Any], overrides: list[str] | dict[str, Any] | None = None, where: str = "config"
     ) -> GVPOConfig:
-        """As from_file, from a dictionary. It and the overrides stay as they are."""
+        """Make a config from a dictionary and overrides, which stay unchanged.
+
+        Args:
+            data: keys and values, as in a YAML file.
+            overrides: as in `from_file`.
+            where: name of the data in error messages.
+
+        Raises:
+            ConfigError: one line that names the wrong key.
+        """
         data, overrides = copy.deepcopy((data, overrides))
         items = (
             overrides.items()
@@ -228,30 +254,35 @@ class GVPOConfig(Section):
         return config.absolute() if config.root else config
 
     def absolute(self) -> GVPOConfig:
-        """With local paths made absolute: actors do not run in this folder, and a run may be taken up from
-        another one.
+        """Return a copy in which local paths are absolute, relative ones from `root`.
+
+        Actors do not run in this folder, and a run may be resumed from another one.
         """
         root = Path(self.root or "").expanduser()
         return with_paths(self, lambda text, rule: rule.absolute(text, root))
 
     def dump(self) -> str:
-        """The resolved config as YAML, in the order of the fields."""
+        """Return the resolved config as YAML, in the order of the fields."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
 
     def build(self, **rewards: Any) -> Any:
-        """Start (or resume) the run: returns a `GVPO`. See `gvpo_ray.run.algorithm.GVPO`."""
-        # the only place where config looks up the layers: a convenience for users
+        """Start (or resume) the run, and return it as a `gvpo_ray.run.algorithm.GVPO`.
+
+        Args:
+            rewards: keyword arguments of `GVPO`, such as `reward`, a function or several by name.
+        """
+        # the only place where config imports a room above it: a convenience for users
         from gvpo_ray.run.algorithm import GVPO
 
         return GVPO(self, **rewards)
 
 
 def verifiers_config(overrides: list[str]) -> VerifiersConfig:
-    """The verifiers section alone, its defaults with overrides such as "timeout_s=3".
+    """Return the section `verifiers` alone: its defaults with overrides such as "timeout_s=3".
 
     Raises:
-        ConfigError: one line that names the key.
+        ConfigError: one line that names the wrong key.
     """
     data: dict[str, Any] = {}
     for key, value in map(parse_override, overrides):

@@ -1,4 +1,4 @@
-"""The section `tracking`."""
+"""The config section `tracking`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from gvpo_ray.config.base import Section
 
 
 class MLflowConfig(Section):
+    """The place of a run in MLflow."""
+
     tracking_uri: str | None = None
-    """A tracking server or database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""
+    """Address of a tracking server or database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""
     experiment: str = "gvpo"
     """Name of the MLflow experiment."""
     run_name: str | None = None
@@ -19,14 +21,15 @@ class MLflowConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Who gets every line of metrics.jsonl beside it; a run that is resumed goes on in the same place. `{}`:
-    with the defaults.
+    """The trackers that get every line of metrics.jsonl.
+
+    A resumed run goes on in the same place. `{}` turns a tracker on with its defaults.
     """
 
     tensorboard: dict[str, Any] | None = None
-    """Into run_dir/tensorboard: arguments of tensorboardX's SummaryWriter."""
+    """Arguments for tensorboardX's SummaryWriter, which writes to run_dir/tensorboard."""
     wandb: dict[str, Any] | None = None
-    """Weights & Biases: arguments of wandb.init, such as {project: gvpo, mode: offline}; its files are in
+    """Arguments for wandb.init of Weights & Biases, such as {project: gvpo, mode: offline}; its files are in
     run_dir/wandb."""
     mlflow: MLflowConfig | None = None
-    """Log to MLflow; the section says where."""
+    """Section that turns MLflow on, and says where it keeps the run."""

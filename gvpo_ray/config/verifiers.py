@@ -1,4 +1,4 @@
-"""The section `verifiers`."""
+"""The config section `verifiers`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from gvpo_ray.config.base import DECIDES_SCORES, LocalPath, Resources, Section
 
 
 class ReasonKind(StrEnum):
-    """Which limit ended a check. The reason of a completion without a reward then begins with it and a
-    colon.
+    """The limit that ended a check.
+
+    The reason of a completion without a reward then begins with this word and a colon.
     """
 
     TIMEOUT = "timeout"
@@ -21,22 +22,24 @@ class ReasonKind(StrEnum):
 
 
 class RewardConfig(Section):
-    """One part of the reward. At most one of `function`, `url` and `model`; without any, the reward's name
-    says which function it is.
+    """One part of the reward: a function, a server or a reward model.
+
+    At most one of `function`, `url` and `model` may be set. Without any, the reward's name is the function.
     """
 
     weight: float = 1.0
-    """Factor of this part in the sum that is the reward."""
+    """Factor of this part in the weighted sum that is the reward."""
     function: Annotated[str | None, LocalPath("function")] = None
-    """`math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or `path.py:function`."""
+    """Name of the function: `math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or
+    `path.py:function`."""
     arguments: dict[str, Any] = {}
-    """Keyword arguments of the function, such as {relative_tolerance: 0.01}; fields of every request where
-    there is a url."""
+    """Keyword arguments of the function, such as {relative_tolerance: 0.01}; with `url`, further fields of
+    every request."""
     trusted: bool = False
-    """Run a user's function in the verifier itself, whole groups at once: with network and files, and without
-    any limit."""
+    """Run a user's function in the verifier itself and not in the sandbox: on whole groups at once, with
+    network and files, and without any limit."""
     url: str | None = None
-    """A reward served over HTTP: POST {prompts, completions, columns} -> {rewards}."""
+    """Address of a reward server: POST {prompts, completions, columns} answers {rewards}."""
     timeout_s: float = Field(default=30.0, gt=0)
     """Time limit of one HTTP request, in seconds."""
     num_retries: int = Field(default=3, ge=0)
@@ -44,14 +47,14 @@ class RewardConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Completions in one HTTP request or one forward pass of the reward model."""
     model: Annotated[str | None, LocalPath()] = None
-    """A reward model: a Hugging Face sequence classifier with one output, a folder or hub name, in actors of
-    its own."""
+    """Folder or hub name of a reward model: a Hugging Face sequence classifier with one output. It runs in
+    actors of its own."""
     num: int = Field(default=1, ge=1)
-    """Actors of the reward model."""
+    """Number of actors of the reward model."""
     num_cpus: float = Field(default=1, ge=0)
-    """CPUs that one of them asks Ray for."""
+    """CPUs that one actor of the reward model asks Ray for."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of one of them; 0: on CPU."""
+    """GPUs of one actor of the reward model; 0: run on CPU."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardConfig:
@@ -64,11 +67,14 @@ class RewardConfig(Section):
 
 
 class VerifiersConfig(Section):
+    """The reward functions, the verifiers that compute them, and the limits of one check."""
+
     num: int = Field(default=2, ge=1)
-    """Verifier actors, spread over the nodes; each checks one group at a time. The fewest, where max_num says
-    more."""
+    """Number of verifier actors, spread over the nodes; each checks one group at a time. With max_num, the
+    smallest number."""
     max_num: int | None = Field(default=None, ge=1)
-    """Grow to so many while every verifier has groups waiting, and shrink again; default: num."""
+    """Largest number of verifiers: there are more while every verifier has groups waiting, and fewer again
+    afterwards. Default: num."""
     num_cpus: float = Field(default=0.1, ge=0)
     """CPUs that one verifier asks Ray for."""
     resources: Resources = {}
@@ -76,25 +82,25 @@ class VerifiersConfig(Section):
     rewards: dict[str, RewardConfig] = Field(
         default={"math": RewardConfig()}, json_schema_extra=DECIDES_SCORES
     )
-    """Reward functions: `name: weight`, or a section. The name is `math`, `exact_match`, `numeric`, `format`,
-    `length`, `module:function`, `path.py:function`, that of a callable passed from Python, or free where the
-    section says what it is. The reward is the weighted sum; the first one named says whether a completion is
-    correct (> 0)."""
+    """Reward functions by name, each with its weight or a section. The name is `math`, `exact_match`,
+    `numeric`, `format`, `length`, `module:function`, `path.py:function` or that of a callable passed from
+    Python; it is free where the section has a function, url or model. The reward is the weighted sum. A
+    completion is correct where the first function gives more than 0."""
     timeout_s: float = Field(default=10.0, gt=0, json_schema_extra=DECIDES_SCORES)
-    """Wall-clock limit of one check; past it the child that runs it is killed and the completion has no
+    """Wall-clock limit of one check, in seconds. A check that exceeds it is killed, and its completion has no
     reward (never 0)."""
     cpu_s: int = Field(default=5, ge=1, json_schema_extra=DECIDES_SCORES)
-    """CPU-time limit of one check, in whole seconds; the verdict does not depend on what else the machine
-    does."""
+    """CPU-time limit of one check, in whole seconds. Unlike wall-clock time, it does not depend on other load
+    of the machine."""
     memory_gib: float = Field(default=2.0, gt=0, json_schema_extra=DECIDES_SCORES)
-    """What the child that runs the checks may allocate beside its loaded functions."""
+    """Memory, in GiB, that the process of the checks may allocate beyond its loaded functions."""
     max_checks: int = Field(default=10_000, ge=1)
-    """Checks after which a child is replaced: what sympy caches does not pile up."""
+    """Number of checks after which their process is replaced, because sympy's caches grow with each."""
 
     @field_validator("rewards", mode="before")
     @classmethod
     def _weights(cls, value: Any) -> Any:
-        """`name: 0.5` is short for `name: {weight: 0.5}`; a name such as `path.py:f` is its `function`."""
+        """Expand `name: 0.5` to `name: {weight: 0.5}`, and set `function` where the name is `path.py:f`."""
         if not isinstance(value, dict) or not value:
             raise ValueError("name at least one reward function")
         for name, entry in value.items():

@@ -1,6 +1,4 @@
-"""What a person sees of a run: one line per step, a progress bar on a terminal, a table and completions at
-the end.
-"""
+"""Prints the progress of runs and evaluations: a line per step, bars on a terminal, a table at the end."""
 
 from __future__ import annotations
 
@@ -26,12 +24,12 @@ from gvpo_ray.observe.metrics_log import MetricsLog
 
 
 class RunConsole:
-    """The story of a run, at the driver. Logs are one plain line per step where there is no terminal."""
+    """Prints a run's progress at the driver: one plain line per step, and a bar where there is a terminal."""
 
     def __init__(self, config: GVPOConfig, done: int, num_steps: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self._num_steps = num_steps
-        self._ends = deque([(done, time.monotonic())], maxlen=32)  # of the last steps, for the time left
+        self._ends = deque([(done, time.monotonic())], maxlen=32)  # ends of steps, for the time left
         self._passes: dict[str, float] = {}
         self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
         self._hints_at_beta = config.loss.depends_on_beta
@@ -53,14 +51,15 @@ class RunConsole:
         self._progress.stop()
 
     def say(self, text: str) -> None:
+        """Print a line; its brackets are no markup of rich."""
         self.console.print(escape(text))
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """One trained step, with the evaluation that came with it."""
+        """Print the line of a trained step, and remember the evaluation that came with it."""
         self.evaluated(line)
         step = line["step"]
         self._ends.append((step, time.monotonic()))
-        # not the first: it had the start in it
+        # not from the first step, whose time includes the run's start
         (first, began), (last, now) = self._ends[min(1, len(self._ends) - 2)], self._ends[-1]
         left = (now - began) / max(1, last - first) * (self._num_steps - step)
         parts = [
@@ -81,16 +80,17 @@ class RunConsole:
         self._lines.append(line)
         if self._hints_at_beta and (hint := beta_hint(list(self._lines))):
             self.say(hint)
-            self._hints_at_beta = False  # once is enough
+            self._hints_at_beta = False  # one hint per run is enough
         self._progress.update(self._bar, completed=step, description=f"left {duration(left)}")
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
+        """Remember the pass@1 of each held-out set in `line`, for the lines of steps."""
         for key, value in line.items():
             if key.startswith("eval/") and key.endswith("/pass@1"):
                 self._passes[key.split("/")[1]] = value
 
     def summary(self, run_dir: Path, metrics: MetricsLog, num_examples: int = 3) -> None:
-        """Before and after, some completions of both, and where everything is."""
+        """Print a table of the first and last evaluations, some completions of both, and what went wrong."""
         table = Table(title="before and after", title_justify="left")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
@@ -144,8 +144,10 @@ class RunConsole:
 
 @contextlib.contextmanager
 def evaluation_progress(sets: Mapping[str, tuple[int, int]]) -> Iterator[Callable[[str], None]]:
-    """Progress bars of an evaluation, set -> (prompts, of which missing); yields a function that counts one
-    prompt of a set.
+    """Show progress bars of an evaluation; yield a function that counts one prompt of a named set.
+
+    Args:
+        sets: number of prompts and of those that are not sampled yet, by the name of the set.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -163,7 +165,7 @@ def evaluation_progress(sets: Mapping[str, tuple[int, int]]) -> Iterator[Callabl
 
 
 def plan_table(config: GVPOConfig) -> Table:
-    """The resource plan as `check` prints it."""
+    """Return the table of the resource plan that `gvpo-ray check` prints."""
     table = Table(title="resource plan", title_justify="left")
     for column in ("actor", "number", "CPUs each", "GPUs each", "CPUs", "GPUs"):
         table.add_column(column, justify="left" if column == "actor" else "right")
@@ -179,11 +181,13 @@ def plan_table(config: GVPOConfig) -> Table:
 
 
 def one_line(text: str, width: int = 110) -> str:
+    """Join the lines of a text into one, and cut it to `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def duration(seconds: float) -> str:
+    """Write a duration as h:mm:ss, or as m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,7 +1,7 @@
-"""The names of all metrics, in one registry, and how those of a batch and of an evaluation are computed.
+"""The registry of all metrics, and the computation of those of a batch and of an evaluation.
 
-A new metric is one line of METRICS. Its name on Ray and Prometheus, its place and its caption in the report
-and the description of its Grafana panel come from that line.
+A new metric is one line of METRICS. Its name in Ray and Prometheus, its place and caption in the report and
+the description of its Grafana panel come from that line.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from gvpo_ray.groups import NO_ANSWER, Row
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of metrics.jsonl, or a quotient of two ("a / b"), which only the report draws."""
+    """A metric of metrics.jsonl, or the quotient of two ("a / b"), which only the report draws."""
 
     name: str
-    """Its key in metrics.jsonl. `{set}` stands for a part that is free; Prometheus makes it a label."""
+    """Key in metrics.jsonl. `{set}` is a free part, which becomes a label in Prometheus."""
     unit: str
-    """A unit, or "" for a plain number. Prometheus names end with those of SUFFIXES."""
+    """Unit, or "" for a plain number. Those in SUFFIXES end the name in Prometheus."""
     label: str
-    """A short title for people."""
+    """Short title for people."""
     text: str
-    """What it measures, as a caption."""
+    """Caption: what the metric measures."""
     section: str = ""
-    """Where the report draws it: "curves", "terms", "histograms" or "engines"; "": with all the others."""
+    """Section of the report: "curves", "terms", "histograms" or "engines"; "": that of all other metrics."""
     chart: str = ""
-    """The title of the chart that it shares with other metrics; "": one of its own."""
+    """Title of the chart that the metric shares with others; "": it has a chart of its own."""
     series: str = ""
-    """Its name on Prometheus without `gvpo_`, where that does not follow from `name` and `unit`."""
+    """Name in Prometheus without `gvpo_`, where it does not follow from `name` and `unit`."""
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the keys of metrics.jsonl that are this metric; a group for each free part."""
+        """Pattern of the keys of metrics.jsonl that are this metric, with a group for each free part."""
         parts = re.split(r"\{(\w+)\}", self.name)
         return re.compile(
             "".join(
@@ -60,7 +60,7 @@ SUFFIXES = {
     "tokens/s": "per_second",
     "bytes": "bytes",
 }
-"""What a Prometheus name ends with, by unit."""
+"""Ends of names in Prometheus, by unit."""
 
 CURVES, TERMS, HISTOGRAMS, ENGINES = "curves", "terms", "histograms", "engines"
 THREE_TERMS, VARIANCES = "Three terms of the loss", "Variances within the group"
@@ -193,7 +193,7 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 def find(name: str) -> tuple[Metric | None, dict[str, str]]:
     """Find the metric of a key of metrics.jsonl.
 
-    Returns the metric and the values of its free parts; (None, {}) for a key that nobody registered.
+    Returns the metric and the values of its free parts; (None, {}) for a key that is not registered.
     """
     if name in _BY_NAME and "{" not in name:
         return _BY_NAME[name], {}
@@ -204,12 +204,15 @@ def find(name: str) -> tuple[Metric | None, dict[str, str]]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; 0.0 of nothing."""
+    """Return the arithmetic mean; 0.0 where there are no values."""
     return math.fsum(values) / len(values) if values else 0.0
 
 
 def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
-    """What a batch of groups says by itself, before it is trained on by weights of `version`."""
+    """Compute the metrics of a batch of groups that do not depend on training.
+
+    Staleness counts from `version`, the weights with which the step begins.
+    """
     rewards = [reward for row in rows for reward in row["rewards"] if reward is not None]
     total = sum(len(row["rewards"]) for row in rows)
     sizes = [sum(reward is not None for reward in row["rewards"]) for row in rows]
@@ -242,12 +245,13 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
 
 
 STALENESS_EDGES = (0, 1, 2, 4, 8, 16, 32, 64)
-"""The largest of each bucket; one more is open."""
+"""Largest value of each bucket; one more bucket holds all larger values. Group sizes share the edges."""
 
 
 def age_bucket(version_min: int | None, version: int) -> int:
-    """Index of the staleness bucket of a completion; the last, after the open one, is for those that no
-    version of ours wrote.
+    """Return the index of a completion's staleness bucket.
+
+    External completions (version_min None) have a bucket of their own, after the one of all larger values.
     """
     return (
         len(STALENESS_EDGES) + 1
@@ -264,7 +268,7 @@ def _histogram(name: str, values: Sequence[int]) -> dict[str, float]:
 
 
 def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
-    """Completions without a reward, by what their reason begins with."""
+    """Count the completions without a reward by the first word of their reason."""
     counts = dict.fromkeys(("timeout", "memory", "crash", "other"), 0)
     for row in rows:
         for reward, reason in zip(
@@ -280,8 +284,9 @@ BINDING_STEPS, BINDING_SHARE = 20, 0.01
 
 
 def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to say of training lines in the last BINDING_STEPS of which beta bound next to nothing, or all
-    that there was; None: nothing.
+    """Return advice where beta was far too small or far too large in the last BINDING_STEPS training lines.
+
+    None: beta seems right, is adapted, or there are too few lines or no differences of rewards.
     """
     recent = lines[-BINDING_STEPS:]
     rewards, implied, fit = (
@@ -289,11 +294,11 @@ def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
         for name in ("reward_var", "implicit_reward_var", "reward_correlation")
     )
     if len(recent) < BINDING_STEPS or rewards == 0:
-        return None  # no signal at all: nothing that beta could be compared with
+        return None  # equal rewards say nothing about beta
     beta = recent[-1]["gvpo/beta"]
     if implied > rewards and fit < 0.5:
-        # What D says besides the rewards is where the policy went for no reason, or for those of other
-        # prompts, and beta wants all of it undone.
+        # The log-ratios vary more than the rewards and follow them little: most of the update only undoes
+        # earlier drift.
         fitting = beta * math.sqrt(rewards / implied) / 2
         return (
             f"in {BINDING_STEPS} steps the policy went further than the rewards sent it: beta ({beta:g}) "
@@ -302,7 +307,7 @@ def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
             f"learner.learning_rate keeps it nearer, or loss.beta of some {fitting:.2g} lets it go"
         )
     if any(line["gvpo/binding"] >= BINDING_SHARE for line in recent) or beta != recent[0]["gvpo/beta"]:
-        return None  # one that is steered gets there by itself
+        return None  # a beta that is adapted gets there by itself
     start = (
         f"in {BINDING_STEPS} steps beta ({beta:g}) bound hardly any completion (gvpo/binding "
         f"{recent[-1]['gvpo/binding']:.3f})"
@@ -320,8 +325,9 @@ def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def is_correct(row: Row) -> list[bool]:
-    """Whether each completion of a group is right: by the first reward function, more than 0. Unverifiable
-    ones count as wrong.
+    """Return for each completion of a group whether the first reward function gave more than 0.
+
+    Completions without a reward count as wrong.
     """
     parts = row.get("reward_parts")
     first = next(iter(parts.values())) if parts else row["rewards"]
@@ -332,10 +338,9 @@ def is_correct(row: Row) -> list[bool]:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n of which c are: 1 - C(n - c, k)
-    / C(n, k).
+    """Estimate without bias the chance that at least one of k samples is right.
 
-    Chen et al. 2021 (arXiv 2107.03374), equation 1.
+    Of n samples c are right: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
@@ -343,12 +348,12 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def bootstrap_interval(
     values: Sequence[float], confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` (one per prompt), by resampling them."""
+    """Return the bootstrap percentile interval of the mean of `values`, one per prompt; (0, 0) of none."""
     if not values:
         return 0.0, 0.0
     data, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    # Of a resample only the counts matter, and of the values only the distinct ones, which are few: right or
-    # wrong.
+    # The mean of a resample depends only on how often it has each distinct value, and there are few of these:
+    # multinomial counts are enough.
     levels, counts = np.unique(data, return_counts=True)
     means = generator.multinomial(len(data), counts / len(data), size=num_resamples) @ levels / len(data)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -356,7 +361,10 @@ def bootstrap_interval(
 
 
 def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (1,)) -> dict[str, float]:
-    """One held-out set: pass@k as the mean over prompts, for every k that all of them have samples for."""
+    """Compute the metrics of one held-out set.
+
+    pass@k is the mean over prompts, for each of `pass_k` that is at most the fewest samples of a prompt.
+    """
     correct = [is_correct(row) for row in rows]
     per_prompt = [mean(row) for row in correct]
     average = mean(per_prompt)

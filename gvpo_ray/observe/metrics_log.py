@@ -1,4 +1,4 @@
-"""metrics.jsonl: the metrics of every step."""
+"""Writes metrics.jsonl, which has a line of metrics for every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from gvpo_ray.files import append_line, read_lines, write_whole
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, with `step`. Lines after the checkpoint that a run resumes
-    from are written anew.
+    """The file metrics.jsonl: one JSON object per line, with `step`.
 
-    `on_line` is told of every new one.
+    A resumed run drops the lines after its checkpoint and writes them again. `on_line` gets every new line.
     """
 
     def __init__(self, path: str | Path, resume_step: int) -> None:
@@ -27,6 +26,7 @@ class MetricsLog:
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Append the metrics of a step, and return the line."""
         line = {"step": step, **metrics}
         self.lines.append(line)
         append_line(self.path, line)
@@ -34,5 +34,5 @@ class MetricsLog:
         return line
 
     def last(self, name: str, default: Any = None) -> Any:
-        """The newest value of a metric."""
+        """Return the newest value of a metric, or `default` where no line has it."""
         return next((line[name] for line in reversed(self.lines) if name in line), default)

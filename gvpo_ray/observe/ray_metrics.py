@@ -1,4 +1,4 @@
-"""The numbers of a run as Ray's gauges, which Ray exports to Prometheus.
+"""Exports the metrics and the status of a run to Prometheus, as gauges of Ray.
 
 The name of a metric comes from the registry in metrics.py: `gvpo_` before it, `_` for every other sign, its
 unit at the end, and a label for each of its free parts. Every series has the label `run`, the name of the
@@ -42,12 +42,13 @@ from gvpo_ray.observe import metrics
 from gvpo_ray.observe.status import EngineState, RunState
 
 Series = tuple[str, dict[str, str], float]
-"""(name, labels, value)"""
+"""Name, labels and value of a time series."""
 
 Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
 
 PLACES = ("prompts", "engines", "verifiers", "buffer")
+"""Stages of a group in progress."""
 
 
 def series_of(name: str) -> tuple[str, dict[str, str]]:

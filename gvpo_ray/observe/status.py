@@ -1,5 +1,6 @@
-"""What a run says of itself at any moment: status.json, kept new by the ring, read by `gvpo-ray status` and
-by the watchdog's lines.
+"""Writes, reads and explains status.json, which holds the state of every stage of a run.
+
+The training loop writes it every few seconds; `gvpo-ray status` and the watchdog print it in words.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Status = Mapping[str, Any]
 
 
 class RunState(StrEnum):
-    """What the driver of a run does. The values are labels in Prometheus."""
+    """States of the driver of a run. The values are labels in Prometheus."""
 
     STARTING = "starting"
     TRAINING = "training"
@@ -28,29 +29,30 @@ class RunState(StrEnum):
 
 
 class EngineState(StrEnum):
-    """What became of an engine's place in its pool. The values are labels in Prometheus."""
+    """States of a slot of an engine pool. The values are labels in Prometheus."""
 
     OFF = "off"
-    """It is not asked for."""
+    """The pool does not want an engine here now."""
     WANTED = "wanted"
-    """Ray was asked for a place."""
+    """Ray was asked for the resources."""
     STARTING = "starting"
     WAITS_FOR_WEIGHTS = "waits for weights"
     RUNNING = "running"
     LEAVING = "leaving"
     DEAD = "dead"
-    """It waits for its next try."""
+    """The engine died, and its replacement waits for its turn."""
 
 
 def write_status(run_dir: Path, status: Status) -> None:
+    """Replace status.json of a run."""
     write_whole(run_dir / "status.json", json.dumps(status))
 
 
 def read_status(run_dir: str | Path) -> list[str]:
-    """What `gvpo-ray status` prints.
+    """Return the lines that `gvpo-ray status` prints.
 
     Raises:
-        ConfigError: not the directory of a run.
+        ConfigError: the folder is not the directory of a run.
     """
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
@@ -84,7 +86,7 @@ def _ago(then: float) -> str:
 
 
 def status_lines(status: Status) -> list[str]:
-    """One line per stage: what it does or waits for, and since when."""
+    """Describe every stage in a line or more: what it does or waits for, and since when."""
     buffer = status["buffer"]
     lines = [f"driver: step {status['step']} of {status['num_steps']}, {status['doing']}"]
     if buffer is None:

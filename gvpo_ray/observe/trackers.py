@@ -1,7 +1,4 @@
-"""The trackers that the config names: where the numbers of a run go beside metrics.jsonl.
-
-The trackers get the lines of metrics.jsonl as they are.
-"""
+"""Sends the lines of metrics.jsonl to Ray and to the trackers of the config."""
 
 from __future__ import annotations
 
@@ -25,29 +22,34 @@ from gvpo_ray.observe.ray_metrics import Gauges, Line, numbers_of, of_line, of_s
 
 
 class Tracker(Protocol):
-    """A tracker's library.
-
-    `run` is None until there is one, and then what finds it again: it is kept in run_dir.
-    """
+    """The adapter of a tracker's library."""
 
     run: str | None
+    """Id or folder with which a resumed run finds its place again; kept in run_dir."""
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
-        """Returns when the values are kept. `at`: the place of the line in the run: it grows from line to
-        line, while several have one step.
+        """Log the values of a line, and return when the tracker has them.
+
+        Args:
+            step: of the line; a training line and an evaluation may share it.
+            at: position of the line in the run, which grows from line to line.
+            values: by metric.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the run in the tracker."""
 
 
 class TensorBoard:
+    """Writes event files of TensorBoard to run_dir/tensorboard."""
+
     def __init__(
         self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]
     ) -> None:
         from tensorboardX import SummaryWriter
 
-        # Its files are named by the second: a process that begins within the one of another would write over
-        # that one's.
+        # tensorboardX names its files by the second, so two processes that begin in the same second would
+        # write to the same file.
         self._writer = SummaryWriter(
             **{"logdir": str(run_dir / "tensorboard"), "filename_suffix": f".{time.time_ns()}", **arguments}
         )
@@ -58,15 +60,19 @@ class TensorBoard:
         self.run = str(self._writer.logdir)
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
+        """Add the values at `step`, and flush the file."""
         for name, value in values.items():
             self._writer.add_scalar(_tag(name), value, step)
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._writer.close()
 
 
 class WandB:
+    """Logs to a run of Weights & Biases; a resumed run has the same id."""
+
     def __init__(
         self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]
     ) -> None:
@@ -81,7 +87,7 @@ class WandB:
             "reinit": "create_new",
             "allow_val_change": True,
         }
-        # the run's own lines are not W&B's to catch
+        # W&B would wrap stdout, to which the run itself writes
         settings = {"console": "off", **arguments.get("settings", {})}
         self._run = wandb.init(
             **{**ours, **arguments, "id": self.run, "config": parameters, "settings": settings}
@@ -89,14 +95,18 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
-        # W&B's own step must grow with every line, also over the process that takes the run up.
+        """Log the values as one line of history."""
+        # W&B's own step must grow with every line, also after the run was resumed.
         self._run.log({"step": step, **values}, step=at, commit=True)
 
     def close(self) -> None:
+        """Finish the run in W&B."""
         self._run.finish()
 
 
 class MLflow:
+    """Logs to a run of MLflow, on a server or in a database in run_dir/mlflow."""
+
     def __init__(
         self, config: MLflowConfig, run_dir: Path, run: str | None, parameters: dict[str, Any]
     ) -> None:
@@ -128,17 +138,19 @@ class MLflow:
         self.run: str | None = run
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
+        """Log the values at `step`."""
         now = int(1000 * time.time())
         self._client.log_batch(
             self.run, metrics=[self._metric(_tag(name), value, now, step) for name, value in values.items()]
         )
 
     def close(self) -> None:
+        """Mark the run as finished."""
         self._client.set_terminated(self.run)
 
 
 def _tag(name: str) -> str:
-    """A name that TensorBoard and MLflow take."""
+    """Make a metric's name one that TensorBoard and MLflow accept."""
     return re.sub(r"[^\w./-]", "_", name.replace("@", "_at_"))
 
 
@@ -147,11 +159,15 @@ TRACKERS: dict[str, tuple[Callable[..., Tracker], str]] = {
     "wandb": (WandB, "wandb"),
     "mlflow": (MLflow, "mlflow"),
 }
-"""By their key in the config: what makes one, and the package that it needs."""
+"""Class of each tracker and the package that it needs, by the key in the config."""
 
 
 def check_trackers(config: TrackingConfig) -> None:
-    """Raises ConfigError where the library of a tracker is missing."""
+    """Check that the libraries of the configured trackers are installed.
+
+    Raises:
+        ConfigError: one line that names the missing package.
+    """
     for name, (_, package) in TRACKERS.items():
         if getattr(config, name) is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
@@ -161,8 +177,9 @@ def check_trackers(config: TrackingConfig) -> None:
 
 
 def parameters_of(config: GVPOConfig) -> dict[str, Any]:
-    """The resolved config as flat keys (learner.num_workers), without what looks like a secret, and without
-    `tracking`.
+    """Return the resolved config by dotted keys (learner.num_workers), without `tracking` and secrets.
+
+    A key whose name looks like a secret is left out; credentials in URLs become "…".
     """
     flat: dict[str, Any] = {}
 
@@ -182,16 +199,15 @@ SECRET_NAME = re.compile(r"(?i)api_?key|secret|passw|credential|authorization|(^
 SECRET_PART = re.compile(
     r"(?i)(?<=://)[^/@\s\"]+(?=@)|(?<=key=)[^&\s\"]+|(?<=token=)[^&\s\"]+|(?<=secret=)[^&\s\"]+"
 )
-"""Of a URL: who logs in, and a key that it ends with."""
+"""Secret parts of a URL: user and password, and the values of parameters such as `token`."""
 
 
 class _Feed(threading.Thread):
-    """Gives one tracker the lines that it has not had yet, in a thread of its own: nobody waits for somebody
-    else's server.
+    """Sends new lines to one tracker, in a thread of its own, so that training never waits for a server.
 
-    What it has had is in run_dir/tracking/<name>.json. A run that is resumed computes the steps after its
-    checkpoint again, and they come out the same: the tracker is not told of them twice. What a tracker that
-    failed has missed, it gets with the next line, or when the run is resumed.
+    run_dir/tracking/<name>.json holds the position of the last line that was sent. A resumed run computes the
+    steps after its checkpoint again, with the same results, and does not send them twice. Lines that a
+    tracker missed while it failed are sent with the next line, or when the run is resumed.
     """
 
     def __init__(
@@ -218,14 +234,14 @@ class _Feed(threading.Thread):
         self._wake.set()
 
     def run(self) -> None:
-        """Waits for lines (woken by Tracking) until the run ends."""
+        """Wait for lines and send them until the run ends; `wake` announces them."""
         while True:
             self._wake.wait()
             self._wake.clear()
             is_ending = self._is_ending
             try:
                 self._log_new()
-            # a library's of others, most often its network's: the training is not to end with it
+            # any error of a tracker's library, most often of its network, must not end the training
             except Exception as error:
                 if not self._has_warned:
                     self._has_warned = True
@@ -234,7 +250,7 @@ class _Feed(threading.Thread):
                         "there is sent again later"
                     )
             if is_ending:
-                with contextlib.suppress(Exception):  # as above
+                with contextlib.suppress(Exception):  # nor must an error of the last call
                     self._tracker.close()
                 return
 
@@ -252,14 +268,14 @@ class _Feed(threading.Thread):
             self._next += 1
 
     def close(self) -> None:
-        """Send what is left, for a while."""
+        """Send the lines that are left, for at most CLOSE_S seconds."""
         self._is_ending = True
         self.wake()
         self.join(CLOSE_S)
 
 
 CLOSE_S = 30.0
-"""How long the end of a run waits for a tracker that still sends."""
+"""Seconds that the end of a run waits for a tracker that still sends."""
 
 
 def _first_line(error: BaseException) -> str:
@@ -267,14 +283,15 @@ def _first_line(error: BaseException) -> str:
 
 
 class Tracking:
-    """Shows a run's numbers to Ray and to the trackers of its config.
+    """Sends the metrics of a run to Ray and to the trackers of its config.
 
     Args:
-        lines: of metrics.jsonl, those of the process before included; it grows, and `line` tells of it.
+        config: of the run.
+        lines: of metrics.jsonl, including those from before a resume. The list grows; `line` announces it.
         say: gets one line when a tracker fails.
 
     Raises:
-        ConfigError: a tracker that does not start: its arguments, its server, its account.
+        ConfigError: a tracker does not start, because of its arguments, its server or its account.
     """
 
     def __init__(self, config: GVPOConfig, lines: Sequence[Line], say: Callable[[str], None]) -> None:
@@ -290,22 +307,23 @@ class Tracking:
             known = json.loads(state.read_text()) if state.exists() else {"run": None, "last": -1}
             try:
                 tracker = make(arguments, run_dir, known["run"], parameters_of(config))
-            except Exception as error:  # whatever the library raises, it is the config's, or its server's
+            except Exception as error:  # whatever the library raises, the config or the server is at fault
                 self.close()
                 raise ConfigError(f"tracking.{name}: {_first_line(error)}") from error
             self._feeds.append(_Feed(name, tracker, lines, state, known["last"], say))
             self._feeds[-1].start()
 
     def line(self, line: Line) -> None:
-        """A new line of metrics.jsonl."""
+        """Send a new line of metrics.jsonl."""
         self._gauges.show("evaluation" if place(line) % 2 else "training", of_line(line))
         for feed in self._feeds:
             feed.wake()
 
     def status(self, status: Mapping[str, Any]) -> None:
-        """What the ring says of itself, every few seconds."""
+        """Send the status of the run, which the training loop reports every few seconds."""
         self._gauges.show("status", of_status(status))
 
     def close(self) -> None:
+        """Send the lines that are left, and close the trackers."""
         for feed in self._feeds:
             feed.close()

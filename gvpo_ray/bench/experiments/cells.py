@@ -1,9 +1,9 @@
-"""Experiments on the real ring: what `gvpo-ray bench paper` and `gvpo-ray bench staleness` share.
+"""Runs the training runs of `gvpo-ray bench paper` and `gvpo-ray bench staleness`, called cells.
 
-A cell is one training run: a task, what of its config differs, a seed, the age of its data. Each runs in a
-folder of its own, where a killed one resumes; what a finished one gave is a row of results.parquet, and it is
-not run again. Tables and pictures are made of the rows. Commands can run side by side in one folder: each
-takes cells that nobody else is at.
+A cell is a task, overrides of its config, a seed and the age of its data. It runs in a folder of its own, and
+resumes there when it was killed. A finished cell is a row of results.parquet and does not run again; tables
+and pictures are made from the rows. Several commands can share a folder: each takes cells that no other
+command runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TASKS = {
             "learner.num_workers": 1,
             "learner.backend": "ddp",
             "learner.zero_stage": 0,
-            # says the same as math of whole numbers in a box
+            # says the same as `math` does of boxed whole numbers
             "verifiers.num": 1,
             "verifiers.rewards": {"exact_match": 1.0},
         },
@@ -54,23 +54,23 @@ TASKS = {
     "chain": ("chain_cpu.yaml", {}),
     "sort": ("sort_cpu.yaml", {"groups_per_step": 16}),
 }
-"""The config of each task, and what of it is otherwise here.
+"""Config file of each task in jobs/, and overrides of it.
 
-MODELS has what its warm start made (`python jobs/warm_start.py CONFIG`), for another machine's arithmetic
-would end in another model (chains: right 11 times in 100, and 32), and rows of two such models are not to be
-compared.
+MODELS holds the models that warm starts made (`python jobs/warm_start.py CONFIG`). Another machine's
+arithmetic would end in another model (chains: pass@1 of 0.11 and of 0.32), and results from two such models
+cannot be compared.
 """
 EVERY, TRAIN_LIMIT = 20, 1000
-"""Steps between evaluations of 64 held-out prompts, four completions each; training prompts by which trials
-are compared: with 256 of them the standard error would be two points, which is as far as trials lie apart."""
+"""Steps between evaluations for the curve (64 held-out prompts, four completions each), and number of
+training prompts by which trials are compared. With 256 prompts the standard error would be two points, as
+large as the differences between trials."""
 MEASURED, COMPARED = ("heldout", "greedy"), ("train",)
-"""Evaluated at the end: of trials the second alone, so that no choice is made by what the tables report; of
-all other cells the first."""
+"""Sets that are evaluated at the end: those of the tables, and that of trials. Trials are not evaluated on
+the held-out sets, so that no choice depends on what the tables report."""
 
 
 def require_checkout() -> None:
-    """Refuse to run from a wheel, which holds the package alone: neither the configs nor the models that
-    cells start from.
+    """Refuse to run from a wheel, which lacks the configs and the models that cells start from.
 
     Raises:
         ConfigError: one line that names what is missing.
@@ -84,19 +84,18 @@ def require_checkout() -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run.
-
-    `age`: every batch is trained so many steps after it was sampled (as far as there are so many): the
-    learner waits until all that the dial allows is sampled.
-    """
+    """One training run."""
 
     task: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     age: int = 0
+    """Steps between the sampling of a batch and its training, except for the first batches. Before each step
+    the learner waits until all that the maximum staleness allows is sampled."""
 
     @property
     def key(self) -> str:
+        """Name of the cell's folder and row, from a hash of its contents."""
         what = [
             self.task,
             sorted((name, str(value)) for name, value in self.overrides.items()),
@@ -110,7 +109,7 @@ ResultRow = dict[str, Any]
 
 
 class Results:
-    """results.parquet in a folder: a row per finished cell."""
+    """The file results.parquet of a folder, with a row for each finished cell."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.parquet"
@@ -118,12 +117,13 @@ class Results:
         self.read()
 
     def read(self) -> None:
-        """What others have added, too."""
+        """Read the file again, with rows that other processes have added."""
         self.rows = (
             {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
         )
 
     def add(self, row: ResultRow) -> None:
+        """Add a row to the file, under a lock."""
         with locked(self.path.with_suffix(".lock")):
             self.read()
             self.rows[row["cell"]] = row
@@ -131,13 +131,13 @@ class Results:
                 pq.write_table(pa.Table.from_pylist(list(self.rows.values())), part, compression="zstd")
 
     def of(self, cells: Iterable[Cell]) -> list[ResultRow]:
-        """Of those that are finished."""
+        """Return the rows of those cells that are finished."""
         return [self.rows[cell.key] for cell in cells if cell.key in self.rows]
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock among processes; False: another has it, and this one does not `wait`."""
+    """Hold a lock among processes and yield True; yield False where another holds it and `wait` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         held = lock(path, wait_s=None if wait else 0.0)
@@ -150,17 +150,16 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class Method:
-    """An objective and its options as they usually are, and the option that is tuned beside the learning
-    rate, its usual value first.
-
-    Without an option the learning rate is all there is to tune, and gets all trials.
-    """
+    """An objective with its options, and what is tuned for it."""
 
     overrides: Mapping[str, Any]
     option: str | None = None
+    """Key that is tuned beside the learning rate; None: the learning rate gets all trials."""
     values: tuple[Any, Any] = (None, None)
+    """Values of the option to try, the usual one first."""
 
     def at(self, rate: float, value: Any) -> dict[str, Any]:
+        """Return the overrides for a learning rate and a value of the option."""
         if self.option is None:
             return {**self.overrides, "learner.learning_rate": rate}
         options = (
@@ -180,14 +179,14 @@ RATES, TUNING_SEED = (
     1000,
 )
 NUM_TRIALS = 4
-"""The budget of each method: the two learning rates in the middle with the usual value of its own option, the
-one beyond the better of them, and the option's other value at the best of the three; without an option, the
-rate between that one and the better of its neighbours."""
+"""Number of trials of each method: the two middle learning rates with the usual value of the option, the rate
+beyond the better of them, and the option's other value at the best of the three rates. Without an option, the
+last trial is the rate between the best one and the better of its neighbours."""
 
 
 def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results) -> None:
-    """Run the trials of all methods, on a seed of their own."""
-    for _ in range(3):  # a trial is known when those before it have ended
+    """Run the trials of all methods, with a seed that no other cell has."""
+    for _ in range(3):  # later trials depend on the results of earlier ones
         run_all(
             [
                 cell
@@ -200,7 +199,7 @@ def tune(tasks: Sequence[str], methods: Mapping[str, Method], age: int, results:
 
 
 def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
-    """As far as they are known."""
+    """Return the trials of a method, as far as the results so far determine them."""
     usual, other = method.values
 
     def at(rate: float, value: Any) -> Cell:
@@ -225,8 +224,9 @@ def trials(task: str, method: Method, age: int, results: Results) -> list[Cell]:
 
 
 def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, Any] | None:
-    """Overrides of the trial that was right most often on training prompts; None until all of them are
-    there.
+    """Return the overrides of the trial with the best pass@1 on training prompts.
+
+    None: some trials have no result yet.
     """
     cells = trials(task, method, age, results)
     rows = results.of(cells)
@@ -236,11 +236,13 @@ def tuned(task: str, method: Method, age: int, results: Results) -> dict[str, An
 
 
 WRITE_EVERY_S = 60.0
+"""Seconds between two writes of the tables."""
 
 
 def run_all(cells: Iterable[Cell], results: Results, write: Callable[[], None] = lambda: None) -> None:
-    """Run what has no row yet, and wait for what others run; `write` the tables now and then, and at the
-    end.
+    """Run the cells that have no row yet, and wait for those that other processes run.
+
+    `write` is called about every WRITE_EVERY_S seconds, and at the end.
     """
     todo = {cell.key: cell for cell in cells if cell.key not in results.rows}
     num, began = len(todo), time.monotonic()
@@ -279,7 +281,7 @@ def _run_and_say(cell: Cell, results: Results, place: str) -> None:
 
 
 def prepare(task: str, folder: Path) -> dict[str, Any]:
-    """The task's files, and what the model is worth that all of its cells start from: its evaluation."""
+    """Make the data of a task, and return the evaluation of the model that its cells start from, by set."""
     with locked(folder / "tasks" / f"{task}.lock"):
         if not (data := folder / "tasks" / task / "data").exists():
             make(task, data)
@@ -290,6 +292,7 @@ def prepare(task: str, folder: Path) -> dict[str, Any]:
 
 
 def config_of(cell: Cell, folder: Path) -> GVPOConfig:
+    """Return the config of a cell, whose run directory is below `folder`."""
     file, changes = TASKS[cell.task]
     task = folder / "tasks" / cell.task
     held_out, train = (
@@ -310,8 +313,8 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
         "warm_start.data.path": str(task / "data" / "worked.parquet"),
         "evaluation": {"every": 0, "sets": sets},
     }
-    # In its core's own process, as on a GPU, vLLM starts sooner and leaves more of two cores to others than
-    # with a process beside it.
+    # In the process of its engine core, as on a GPU, vLLM's worker starts sooner and takes less of two cores
+    # than in one of its own.
     in_the_core = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
     here = {
         "seed": cell.seed,
@@ -320,7 +323,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
         "engines.parity_every": 0,
         "engines.vllm": in_the_core,
     }
-    # those whose solutions the warm start imitates
+    # the source is the warm start's worked problems
     if any(name.startswith("sources.people.") for name in cell.overrides):
         paths |= {
             "sources.people.path": paths["warm_start.data.path"],
@@ -330,7 +333,7 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
 
 
 def run(cell: Cell, folder: Path) -> ResultRow:
-    """Train one cell, or go on with it."""
+    """Train one cell, or resume it, and return its row of results."""
     config = config_of(cell, folder)
     final = COMPARED if cell.seed == TUNING_SEED else MEASURED
     if not ray.is_initialized():
@@ -357,7 +360,7 @@ def run(cell: Cell, folder: Path) -> ResultRow:
                 config.model.path, run_dir / "evaluations" / f"{name}-step-{line['step']:06d}.arrow"
             )
             curve.append({"step": line["step"], "pass@1": line[f"eval/{name}/pass@1"], "kl": kl})
-    # of the newest line
+    # later lines overwrite earlier ones
     ends = {
         name: line[f"eval/{name}/pass@1"] for line in lines for name in final if f"eval/{name}/pass@1" in line
     }
@@ -405,18 +408,23 @@ STEP_METRICS = (
     "gvpo/damping",
     "gvpo/beta",
 )
-"""Of every step, in a row's `steps`."""
+"""Metrics of each step that a row keeps, in the column `steps`."""
 
 
 @torch.inference_mode()
 def divergence(model_path: str, evaluation: Path) -> float:
-    """KL(pi || pi_0) in nats per completion: mean of log pi - log pi_0 over the completions of an evaluation,
-    which pi sampled.
+    """Estimate KL(pi || pi_0) in nats per completion.
+
+    The estimate is the mean of log pi - log pi_0 over the completions of an evaluation, which pi sampled.
+
+    Args:
+        model_path: folder of pi_0.
+        evaluation: Arrow file of the evaluation of pi.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # one for each point of a curve, among the lines that say what the cells gave
+    # a bar for each point of a curve would hide the lines about the cells
     logging.disable_progress_bar()
     start = CompletionLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
     rows = list(groups.rows(groups.load(evaluation)))

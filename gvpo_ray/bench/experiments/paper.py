@@ -1,5 +1,4 @@
-"""`gvpo-ray bench paper`: the paper's table and figures (arXiv 2504.19599) in miniature, on tasks that a CPU
-can afford.
+"""Runs `gvpo-ray bench paper`: the paper's table and figures (arXiv 2504.19599) on tasks for a CPU.
 
     Table 1    base, GRPO, Dr. GRPO, RLOO, REINFORCE and GVPO at equal samples
     beta       pass@1 against beta, for short answers (at two learning rates) and long ones (the paper: flat
@@ -8,8 +7,8 @@ can afford.
     history    historical to current completions from 0:8 to 4:4 in a group (Figure 4)
     frontier   pass@1 against the distance from the start, along the runs of Table 1
 
-Each method is tuned first with the same budget of four runs (cells.py: `tune`), on a seed of their own and by
-training prompts, so that nobody has seen the held-out ones.
+Each method is tuned first with the same budget of four runs (cells.py: `tune`). These runs have a seed of
+their own and are compared on training prompts, so that no choice depends on the held-out ones.
 """
 
 from __future__ import annotations
@@ -49,17 +48,22 @@ METHODS = {
     "GVPO": Method({"loss.beta": "auto"}),
 }
 TABLES = {"arithmetic": ("methods", "beta", "k", "history"), "chain": ("beta",), "sort": ("methods",)}
-"""Of each task."""
+"""Tables of each task."""
 BETAS = (0.01, 0.1, 0.5, 1.0, 5.0)
 SHARES_OF_THE_RATE = {"arithmetic": (1.0, 0.5), "chain": (1.0,), "sort": (1.0,)}
-"""Learning rates of the beta table, of the tuned one: what rate and beta do together is seen on short
-answers, what length does at the tuned one."""
+"""Learning rates of the beta table, as shares of the tuned rate. Short answers show how rate and beta act
+together; the other tasks, at the tuned rate alone, show the effect of length."""
 SIZES = {"GVPO": (2, 4, 8, 16, 32), "GRPO": (2, 8, 32)}
 HISTORICAL = (0, 1, 2, 3, 4)
-"""Of 8 completions."""
+"""Numbers of historical completions among the 8 of a group."""
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
+    """Run the cells that have no result yet, and write paper.md and its pictures to `folder`.
+
+    Raises:
+        ConfigError: this is no checkout of the repository.
+    """
     require_checkout()
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
@@ -72,11 +76,11 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
 
 
 Tables = dict[str, dict[tuple[Any, str], list[Cell]]]
-"""By name; the cells of each by row and column."""
+"""Cells by row and column of each table, by its name."""
 
 
 def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
-    """What there is to run, once the methods are tuned."""
+    """Return the cells of a task's tables; those of methods that are not tuned yet are left out."""
     best = {name: tuned(task, method, 0, results) for name, method in METHODS.items()}
     gvpo = best["GVPO"]
     tables: Tables = {
@@ -110,7 +114,7 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
 
 
 def write(results: Results, seeds: Sequence[int]) -> None:
-    """paper.md and the pictures, from what is there."""
+    """Write paper.md and its pictures from the results so far."""
     intervals = f"± 95 % over up to {len(seeds)} seeds, without it one run"
     text = [
         "# The paper in miniature",
@@ -175,7 +179,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
             method: mean_curve(results.of(cells), "kl")
             for (method, _), cells in tables[task]["methods"].items()
         }
-        # Linear up to 2 nats, where most runs stay, logarithmic where one of them went to dozens.
+        # Linear up to 2 nats, within which most runs stay; logarithmic beyond, where one goes to dozens.
         picture(
             results.folder / f"frontier-{task}.png",
             {task: lines},

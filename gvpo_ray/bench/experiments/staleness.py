@@ -1,12 +1,11 @@
-"""`gvpo-ray bench staleness`: how well each objective learns from data of a given age, the same number of
-trained groups for all.
+"""Runs `gvpo-ray bench staleness`: compares how well objectives learn from data of a given age.
 
-Age a: each batch is trained a steps after it was sampled, which is what a fleet that is always ahead by the
-dial's whole width gives (`max_staleness: a`). Unbounded: everything is sampled from the first policy, before
-the first step. Nothing is discarded at any age.
+All cells train the same number of groups. At age a, each batch is trained a steps after it was sampled, as
+with a fleet that is always as far ahead as `max_staleness: a` allows. At the age `unbounded`, everything is
+sampled from the first policy, before the first step. No group is discarded at any age.
 
-Each method is tuned once with the same budget of four runs (cells.py: `tune`), at age 16, and keeps what was
-best there at every age.
+Each method is tuned once, at age 16, with the same budget of four runs (cells.py: `tune`), and keeps these
+options at every age.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from gvpo_ray.bench.experiments.cells import Cell, Method, Results, require_chec
 from gvpo_ray.bench.experiments.tables import markdown, mean_curve, percent, picture, tuned_options
 
 AGES = (0, 1, 4, 16, 64, 100)
-"""In steps; the last is the number of steps: unbounded."""
+"""Ages in steps. The last is the number of steps of a run, and so unbounded."""
 TUNED_AT = 16
 BETAS, CLIPS = (0.1, 0.3), (0.2, 0.4)
 METHODS = {
@@ -41,24 +40,29 @@ FEW = (0, 16, 100)
 OUTLINE = dict.fromkeys(("gvpo (default)", "grpo, with the ratio"), FEW)
 WHOLE = {name: FEW if name == "gvpo, behaviour alone" else AGES for name in METHODS}
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
-"""Ages of each method: the whole table of one task, the outlines of the others."""
+"""Ages at which each method is run, by task: all of them for one task, a few for the others."""
 
 FOREIGN = {
     "none": {},
     "half": {"sources.people.group_share": 0.5},
     "all": {"sources.people.group_share": 1.0},
 }
-"""Of all groups, those of people's completions: the rest is the policy's own, of age 0."""
+"""Overrides that give the share of groups of people's completions; all other groups have age 0."""
 MEASURES = {"pass@1": "at temperature 1", "greedy": "greedy"}
 
 
 def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Results) -> list[Cell]:
-    """None of them before the method is tuned: its options are not known."""
+    """Return the cells of a method at an age, one per seed; none before the method is tuned."""
     options = tuned(task, METHODS[method], TUNED_AT, results)
     return [] if options is None else [Cell(task, options, seed, age) for seed in seeds]
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
+    """Run the cells that have no result yet, and write staleness.md and its pictures to `folder`.
+
+    Raises:
+        ConfigError: this is no checkout of the repository.
+    """
     require_checkout()
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
@@ -77,6 +81,7 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
 
 
 def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell]]:
+    """Return the cells with people's completions by their share; none before the method is tuned."""
     options = tuned("arithmetic", METHODS["gvpo (default)"], TUNED_AT, results)
     return (
         {}
@@ -89,8 +94,9 @@ def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell
 
 
 def write(results: Results, seeds: Sequence[int]) -> None:
-    """staleness.md and for each task a picture of the ends and one of the whole curves, from what is
-    there.
+    """Write staleness.md and its pictures from the results so far.
+
+    Each task has a picture of the final pass@1 and one of the curves.
     """
     tasks = []
     intervals = f"± 95 % over up to {len(seeds)} seeds, without it one run"

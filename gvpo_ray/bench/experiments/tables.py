@@ -1,4 +1,4 @@
-"""Tables and pictures of the experiments."""
+"""Makes the tables and pictures of the experiments."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def percent(values: Sequence[float]) -> str:
+    """Write the mean in percent, with its interval where there are several values; "" for none."""
     if not values:
         return ""
     mean, interval = mean_and_interval(values)
@@ -29,6 +30,7 @@ def percent(values: Sequence[float]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
@@ -36,7 +38,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def tuned_options(
     tasks: Sequence[str], methods: Mapping[str, Method], age: int, results: Results
 ) -> list[str]:
-    """Lines that say what each method was tuned to."""
+    """Write the learning rate and the option that each method was tuned to, as lines of Markdown."""
     body = []
     for name, method in methods.items():
         found = [tuned(task, method, age, results) for task in tasks]
@@ -59,14 +61,21 @@ def tuned_options(
 
 
 Lines = Mapping[str, Sequence[tuple[float, ...]]]
-"""Points (x, y), or (x, y, from, to) with a range to draw, by the name of their line."""
+"""Points of each line by its name: (x, y), or (x, y, low, high) where a range is drawn."""
 
 
 def picture(
     path: Path, panels: Mapping[str, Lines], x: str, y: str, scale: str = "linear", ticks: Sequence[str] = ()
 ) -> None:
-    """Write a PNG with a panel for each title, three in a row; a line has the same colour in all. `ticks`:
-    names of x = 0, 1, …
+    """Write a PNG with a panel for each title, three in a row.
+
+    Args:
+        path: of the file.
+        panels: lines of each panel by its title; lines of the same name have the same colour.
+        x: label of the x axis.
+        y: label of the y axis.
+        scale: of the x axis, as matplotlib names it.
+        ticks: names of x = 0, 1, ...; default: numbers.
     """
     from matplotlib.figure import Figure
 
@@ -106,7 +115,7 @@ def picture(
 
 
 def mean_curve(rows: Sequence[ResultRow], x: str) -> list[tuple[float, ...]]:
-    """(x, pass@1) along runs of other seeds, as means over them; `x` is `step` or `kl`."""
+    """Average the curves of runs that differ in their seed, as points (x, pass@1); `x` is `step` or `kl`."""
     places = zip(*(row["curve"] for row in rows), strict=True)
     return [
         tuple(statistics.mean(point[name] for point in alike) for name in (x, "pass@1")) for alike in places

@@ -1,8 +1,8 @@
-"""`gvpo-ray bench gpu`: the learner on one GPU in eight minutes: right, fast, and where not.
+"""Runs `gvpo-ray bench gpu`: checks in eight minutes that the learner is right and fast on one GPU.
 
-It needs torch and transformers alone: neither ray nor vllm nor deepspeed. Each section has a time box, writes
-each result as soon as it is known, and a failure is a result. On a CPU it runs at toy sizes, which shows that
-it works and nothing else.
+The check needs neither ray nor vllm nor deepspeed. Each section has a time limit and writes each result as
+soon as it is known; a failure is a result too. On a CPU the sizes are toys, which shows only that the check
+itself works.
 
     python -m gvpo_ray.bench.gpu.main --out FOLDER [--seconds 450] [--sections probe,semantics,...]
 """
@@ -35,19 +35,28 @@ SECTIONS = {
     "numerics": (numerics.run, 25),
     "profile": (profile.run, 25),
 }
-"""What runs, and its share of the time in seconds of 450; what a cut would cost most comes first."""
+"""Function of each section, and its time in seconds where all of them have 450.
+
+The sections whose loss would cost most come first. Time that one leaves over is not given to others.
+"""
 
 GRACE_S = 20
-"""A section that is still at one piece of work so long after its end is given up: it hangs, or compiles
-without end.
-"""
+"""Seconds after its time limit at which a section is given up, because it hangs or compiles without end."""
 
 
 def main(
     out: str | Path, seconds: float = 450, sections: Sequence[str] = tuple(SECTIONS), goes_on: bool = False
 ) -> int:
-    """Run the sections; write gpu.jsonl and traces to `out`. Returns 1 where a decision rule does not hold or
-    a section failed.
+    """Run the sections, and write gpu.jsonl and traces to a folder.
+
+    Args:
+        out: the folder.
+        seconds: time for all sections, which they share in the proportions of SECTIONS.
+        sections: names of SECTIONS, in the order in which they run.
+        goes_on: add to the gpu.jsonl of the folder in place of replacing it.
+
+    Returns:
+        Exit status: 1 where a decision rule does not hold or anything failed, else 0.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -81,10 +90,10 @@ def _give_up(
     again: list[str],
     rest: list[str],
 ) -> None:
-    """Where a section does not end: record what it was at, and start this program anew with the sections
-    after it.
+    """Watch a section in a thread; if it does not end, start this program anew with the sections after it.
 
-    A thread cannot be stopped, and neither can a kernel that never ends: only a new process goes on for sure.
+    The stack of the section is recorded first. Neither a thread nor a kernel that never ends can be stopped,
+    so only a new process can go on.
     """
     if done.wait(limit + GRACE_S):
         return

@@ -1,4 +1,4 @@
-"""Models of random weights in the shapes of real ones, built on the device, and groups to train them on."""
+"""Builds models with random weights in the sizes of real ones, and groups of random tokens."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of a transformer: architecture, layers, heads and what differs from its defaults."""
+    """The sizes of a transformer."""
 
     kind: str
+    """Architecture, a `model_type` of transformers."""
     heads: int
     kv_heads: int
     head_dim: int
     layers: int
     intermediate: int
     hidden: int = 0
+    """Hidden size; 0: heads times head_dim."""
     tied: bool = True
     vocab: int = 151_936
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the transformers config."""
 
     @property
     def hidden_size(self) -> int:
+        """Size of the residual stream."""
         return self.hidden or self.heads * self.head_dim
 
     def config(self) -> Any:
-        """The transformers config of this shape."""
+        """Return the transformers config of this shape."""
         return AutoConfig.for_model(
             self.kind,
             vocab_size=self.vocab,
@@ -52,8 +56,14 @@ class Shape:
         )
 
     def flops(self, prompt: int, completion: int, k: int) -> float:
-        """FLOPs of forward and backward of one group, each token once: 6 per weight, the head on completions
-        alone, causal attention.
+        """Return the useful FLOPs of the forward and backward pass of one group.
+
+        Each token counts once: 6 FLOPs per weight, the head on completion tokens alone, causal attention.
+
+        Args:
+            prompt: tokens of the prompt.
+            completion: tokens of each completion.
+            k: completions of the group.
         """
         attention = (
             2 * self.hidden_size * self.heads * self.head_dim
@@ -72,8 +82,9 @@ QWEN_7B = Shape("qwen2", 28, 4, 128, 28, 18944, tied=False, vocab=152_064)
 
 
 def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """A model of random weights on the device, with logits of a standard deviation near 4, as trained models
-    have.
+    """Build a model with random weights on the device.
+
+    The head is scaled so that logits have a standard deviation near 4, as those of trained models.
     """
     torch.manual_seed(seed)
     with torch.device(device):
@@ -85,8 +96,9 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) 
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Give the parameters another dtype. Buffers stay: in bfloat16 the rotary frequencies would be those of
-    another model.
+    """Convert the parameters of a model to a dtype in place, drop their gradients, and return the model.
+
+    Buffers keep their dtype, because rotary frequencies in bfloat16 would be those of another model.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -95,7 +107,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def make_folder(folder: Path, config: Any) -> Path:
-    """A model folder without weights: the config, and a tokenizer that nobody reads."""
+    """Write a model folder without weights: the config, and a tokenizer that is not used."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +118,7 @@ def make_folder(folder: Path, config: Any) -> Path:
 
 
 class BuiltPolicy(Policy):
-    """A policy whose weights are made on the device in place of being read."""
+    """A policy whose weights are made on the device, and not read from its folder."""
 
     def _load(self, path: str | Path) -> nn.Module:
         return build(AutoConfig.from_pretrained(path), self.device, self._dtype)
@@ -115,8 +127,13 @@ class BuiltPolicy(Policy):
 def make_rows(
     groups: Sequence[tuple[int, Sequence[int]]], vocab: int, seed: int = 0, version: int = 0
 ) -> list[Row]:
-    """Groups of random tokens: of each the prompt's length and its completions' lengths; sampled by the
-    policy of `version`.
+    """Make groups of random tokens, as if the policy of `version` had sampled them.
+
+    Args:
+        groups: number of prompt tokens of each group, and of each of its completions.
+        vocab: size of the vocabulary.
+        seed: of the tokens.
+        version: of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,5 +1,6 @@
-"""How far bfloat16 passes lie from float32 ones on the same weights, per token and per completion: D's noise
-floor.
+"""Measures how far bfloat16 log-probs lie from float32 ones with the same weights.
+
+The differences per completion are the noise floor of the log-ratio D.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Differences to float32 of: bfloat16 heads, float32 products in the head, a float32 residual stream
-    (autocast).
+    """Compare passes in bfloat16 with a pass in float32: under autocast, and with bfloat16 parameters.
+
+    Each is measured with the learner's head, whose logits are float32, and with a plain head ("bf16 head"),
+    whose logits are bfloat16. Under autocast the residual stream is float32.
     """
     shape = TOY if toy else dataclasses.replace(QWEN_15B, layers=28)
     flex = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""What the machine is: versions, the peak of a matrix product, and the speed of each way that bytes take."""
+"""Measures the machine: versions, FLOP/s of a large matrix product, and the speed of copies."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import transformers
 from gvpo_ray.bench.gpu.report import Box, Report, now
 
 HEAVY = ("ray", "vllm", "deepspeed")
+"""Packages that the check does without; those that are not installed are reported as absent."""
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Measure the machine: what other sections' figures are divided by."""
+    """Measure the machine; the share of peak in other sections is relative to its matrix product."""
     on_gpu = device.type == "cuda"
     absent = [name for name in HEAVY if importlib.util.find_spec(name) is None]
     report.add(
@@ -58,7 +59,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
 
 
 def _best(work: Any, device: torch.device, repeats: int = 8) -> float:
-    """Seconds of the fastest of a few."""
+    """Return the seconds of the fastest of a few repeats, after one that warms up."""
     work()
     best = float("inf")
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Where the time of a pass goes on the device: kernels by kind, and a trace to look at."""
+"""Profiles one pass on the device: time by kind of kernel, the longest kernels, and a trace."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ KINDS = {
     "copies and casts": ("copy", "Memcpy", "cat"),
     "elementwise": ("elementwise", "triton_poi"),
 }
+"""Parts of kernel names by kind; the first kind with a match counts."""
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Profile one forward and backward pass each of the 1.5B and the 7B shape; write the traces, gzipped."""
+    """Profile a forward and backward pass of 1.5B and of 7B (4 layers) sizes; write gzipped traces."""
     sizes = {
         "1.5B": (QWEN_15B, [(512, [512] * 8)] * 3),
         "7B 4 layers": (dataclasses.replace(QWEN_7B, layers=4), [(1024, [2048] * 8)]),

@@ -1,4 +1,4 @@
-"""What one version of the weights costs on its way from the device to an engine's memory, stage by stage."""
+"""Measures the stages of a weight transfer, from the learner's device to an engine's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Publish as the learner does, then the same bytes by pinned memory; lay them out in shared memory and
-    read them back.
+    """Publish weights as the learner does, then measure each stage in seconds per GiB.
+
+    The stages are copies to the host, with and without pinned memory, files in shared memory, and reading
+    these back to the device.
     """
     model = build((TOY if toy else QWEN_15B).config(), device, torch.float32)
     shards: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""What the GPU check writes: one JSON line per result at once, verdicts in a table at the end."""
+"""Records the results of the GPU check: a JSON line for each at once, and a table of verdicts at the end."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ RULES = {
 
 
 class Box:
-    """A time limit: sections ask it before each piece of work."""
+    """A time limit, which sections ask before each piece of work."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
+        """Seconds until the limit; negative after it."""
         return self._end - time.monotonic()
 
     def has(self, seconds: float) -> bool:
+        """Return whether more than so many seconds are left."""
         return self.left > seconds
 
 
 class Report:
-    """Results of all sections. `add` writes a line to gpu.jsonl at once: a cut run keeps what it saw."""
+    """The results of all sections; `add` writes each to gpu.jsonl at once, so that a cut run keeps them.
+
+    Args:
+        folder: of gpu.jsonl.
+        console: where results are printed.
+        goes_on: add to the file that is there in place of replacing it.
+    """
 
     def __init__(self, folder: Path, console: Console, goes_on: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,11 +59,11 @@ class Report:
 
     @property
     def peak(self) -> float:
-        """FLOP/s of a large bfloat16 product, from the section `probe`; not a number before it has run."""
+        """FLOP/s of a large bfloat16 matrix product, from the section `probe`; nan before it has run."""
         return next((line["tflops"] * 1e12 for line in self.lines if "tflops" in line), float("nan"))
 
     def add(self, section: str, name: str, **values: Any) -> None:
-        """Record one result. `rule` and `ok` among the values: a decision rule and whether it holds."""
+        """Record one result; values `rule` and `ok` name a decision rule and say whether it holds."""
         line = {"section": section, "name": name, **{key: _plain(value) for key, value in values.items()}}
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
@@ -67,8 +75,9 @@ class Report:
 
     @contextmanager
     def attempt(self, section: str, name: str) -> Iterator[None]:
-        """Record what goes wrong inside, by its first line, and go on: one kernel that fails must not hide
-        the rest.
+        """Record the first line of an error inside the context, and suppress the error.
+
+        One kernel that fails must not hide the results of the others.
         """
         try:
             yield
@@ -102,7 +111,7 @@ def _short(value: Any) -> str:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, after everything that was asked of the device is done."""
+    """Return a time in seconds, after the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

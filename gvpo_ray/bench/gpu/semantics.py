@@ -1,6 +1,4 @@
-"""Whether packed passes compute what padded ones do, per architecture and precision, and how often attention
-is compiled.
-"""
+"""Checks that packed passes compute what padded ones do, and counts how often attention is compiled."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ Rows = list[dict[str, Any]]
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Compare each way of one pass, its log-probs and gradients, with float64 padded blocks."""
+    """Compare log-probs and gradients of each way of a pass with those of a padded pass in float64."""
     groups = (
         [(30, [9, 20, 4]), (12, [7, 1])] if toy else [(300, [61, 700, 128, 333]), (129, [450, 20, 256, 1])]
     )
@@ -64,7 +62,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
 
 
 def _ways(device: torch.device) -> dict[str, tuple[torch.dtype, bool, bool | None]]:
-    """Parameters' dtype, autocast, FlexAttention (None: padded). The first are the ones that runs use."""
+    """Return (dtype of the parameters, autocast, FlexAttention) of each way; FlexAttention None: padded."""
     on_gpu = device.type == "cuda"
     full, half = torch.float32, torch.bfloat16
     flex = {
@@ -118,7 +116,7 @@ def _compare(
 
 
 def _outputs(module: nn.Module, inputs: dict[str, Any], lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Token log-probs, and the gradient of a fixed random combination of them, both float64 on the device."""
+    """Return token log-probs, and the gradient of a fixed random combination of them, both in float64."""
     module.zero_grad()
     out = module(**inputs)
     weights = torch.randn(len(out), generator=torch.Generator().manual_seed(1)).to(out.device, torch.float64)
@@ -131,12 +129,11 @@ def _reset_compiler() -> None:
     torch._dynamo.reset()
 
 
-# --- how often attention is compiled
-# -------------------------------------------------------------------------------
+# --- how often attention is compiled ---
 
 
 def recompiles(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Run 40 ragged passes and count the entries that Dynamo keeps of FlexAttention and of its masks."""
+    """Run 40 ragged passes, and count the compiled versions of FlexAttention and of its block masks."""
     if device.type != "cuda":
         report.add("recompiles", "skipped", why="FlexAttention has no backward pass on this device")
         return
@@ -152,7 +149,7 @@ def recompiles(report: Report, device: torch.device, toy: bool, box: Box) -> Non
 
 
 class _Heard(logging.Handler):
-    """What torch warns of meanwhile."""
+    """Collects the warnings that torch logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -223,7 +220,7 @@ def _checkpointing(module: nn.Module, on: bool) -> None:
 
 
 def _entries() -> dict[str, int]:
-    """Dynamo's cache entries of the two functions that FlexAttention compiles."""
+    """Return the number of Dynamo's cache entries of both functions that FlexAttention compiles."""
     import torch.nn.attention.flex_attention as flex
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 

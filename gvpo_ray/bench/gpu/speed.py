@@ -1,6 +1,4 @@
-"""How fast the learner is on the device: whole steps in the shapes of Qwen2.5, and one choice at a time on
-single passes.
-"""
+"""Measures how fast the learner is on the device: whole steps at sizes of Qwen2.5, and single passes."""
 
 from __future__ import annotations
 
@@ -35,15 +33,20 @@ from gvpo_ray.learner.step import train_step
 
 TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 CELLS = [(512, 512, 8, 3), (512, 512, 16, 2), (1024, 2048, 8, 1), (1024, 2048, 16, 1)]
-"""Prompt, completion, k, groups. With k = 16 and 2,048 tokens a group is larger than the budget, and is
-passed in parts.
+"""Tokens of the prompt and of each completion, completions per group, and groups.
+
+The group of 16 completions of 2,048 tokens is larger than BUDGET, and takes several passes.
 """
 
 BUDGET = 24_576
+"""Tokens of one forward pass."""
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Whole steps: forward, loss, backward, clipping, AdamW. Then single passes."""
+    """Measure whole steps (forward, loss, backward, clipping, AdamW), packed and padded.
+
+    Of the 7B model 2 and 4 layers are measured, and a step of all 28 is extrapolated from them.
+    """
     sizes: dict[str, tuple[Shape, list[tuple[int, int, int, int]]]] = {
         "1.5B": (QWEN_15B, CELLS),
         "7B, 4 of 28 layers": (dataclasses.replace(QWEN_7B, layers=4), [CELLS[0], CELLS[2]]),
@@ -58,7 +61,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
         if not box.has(15):
             report.add("speed", name, skipped="no time left")
             continue
-        torch._dynamo.reset()  # its limit of entries is a run's, and each size here stands for a run
+        torch._dynamo.reset()  # Dynamo's limit of entries counts per run, and each size here stands for a run
         with report.attempt("speed", name), tempfile.TemporaryDirectory(prefix="gvpo_gpu_") as folder:
             make_folder(Path(folder), shape.config())
             given = settings(
@@ -98,8 +101,9 @@ def _step(
     device: torch.device,
     peak: float,
 ) -> float:
-    """Seconds of a step, the median of three after one that warms up. Padded: the same chunked head,
-    checkpointing and loss.
+    """Measure a step, and return its seconds: the median of three, after one that warms up.
+
+    A padded step has the same chunked head, checkpointing and loss as a packed one.
     """
     prompt, completion, k, num = cell
     rows = make_rows([(prompt, [completion] * k)] * num, shape.vocab)
@@ -142,7 +146,7 @@ def _step(
 
 
 def _extrapolate(report: Report, seconds: dict[tuple[str, int, int], float], peak: float) -> None:
-    """A step of all 28 layers from those of two and of four."""
+    """Extrapolate a step with 28 layers linearly from steps with two and with four layers."""
     for prompt, completion, k, num in CELLS:
         pair = [seconds.get((f"7B, {layers} of 28 layers", completion, k)) for layers in (2, 4)]
         if pair[0] is not None and pair[1] is not None:
@@ -161,13 +165,14 @@ def _extrapolate(report: Report, seconds: dict[tuple[str, int, int], float], pea
             )
 
 
-# --- one choice at a time
-# --------------------------------------------------------------------------------------------
+# --- one choice at a time ---
 
 
 def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Forward and backward of one pass with one thing changed: head, attention, precision, checkpointing,
-    compilation.
+    """Measure a forward and backward pass with one choice changed at a time.
+
+    The choices are attention, chunk size of the head, checkpointing and precision. On a GPU, if a minute is
+    left, compiled layers are measured too.
     """
     sizes = {
         "1.5B, 512/512": (QWEN_15B, [(512, [512] * 8)] * 3),
@@ -208,7 +213,7 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
             _checkpoint(model, True)
             cast(model, torch.bfloat16)
             measure("bf16 parameters", autocast=False)
-            if on_gpu and box.has(60):  # inductor takes a minute on a CPU, and says nothing of a GPU
+            if on_gpu and box.has(60):  # inductor takes a minute; its code for a CPU says nothing of a GPU
                 for layer in model.base_model.layers:
                     layer.compile(dynamic=True)
                 measure("bf16 parameters, layers compiled", autocast=False)
@@ -220,7 +225,10 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
 def _pass(
     model: nn.Module, rows: Any, device: torch.device, autocast: bool, flex: bool
 ) -> tuple[float, float, float]:
-    """Median seconds of three passes, of the first, and the peak in GiB beyond what was there."""
+    """Return the median seconds of three passes, those of the first pass before them, and peak memory in GiB.
+
+    The peak counts beyond what was allocated before the last pass.
+    """
     model.set_attn_implementation(packing.NAME)
     if getattr(model, "_bench_checkpoints", True):
         _checkpoint(model, True)
@@ -235,7 +243,7 @@ def _pass(
         begin = now(device)
         inputs["layout"] = packing.pack(rows, device, flex)[0][
             "layout"
-        ]  # a step makes the mask once per pass
+        ]  # as a step does, which makes the block mask anew for each pass
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             out = module(**inputs)
         out.double().mean().backward()

@@ -1,4 +1,4 @@
-"""Whether a training step on the device is the step on the CPU, for every backend one process can run."""
+"""Checks that training steps on the device equal those on the CPU, with torch's backends in one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_STEPS = 3
 
 
 def settings(folder: str | Path, **learner: Any) -> Settings:
-    """A learner's settings for one process that trains on data of the current policy."""
+    """Return settings of a learner in one process with GVPO's defaults; `learner`: keys of its config."""
     options = {
         "backend": "ddp",
         "learning_rate": 1e-5,
@@ -45,7 +45,7 @@ def settings(folder: str | Path, **learner: Any) -> Settings:
 
 
 def of_version(rows: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
-    """The rows as if the policy of `version` had sampled them."""
+    """Return the groups as if the policy of `version` had sampled them."""
     return [
         {
             **row,
@@ -57,7 +57,11 @@ def of_version(rows: list[dict[str, Any]], version: int) -> list[dict[str, Any]]
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
-    """Three steps in each way, against three steps in float32 on the CPU."""
+    """Compare three steps with each choice of options on the device with three float32 steps on the CPU.
+
+    A checkpoint must also resume to the same weights, and a LoRA adapter train as on the CPU (if peft is
+    installed).
+    """
     with tempfile.TemporaryDirectory(prefix="gvpo_gpu_") as name:
         folder = make_folder(Path(name) / "model", SHAPE.config())
         torch.manual_seed(0)
@@ -134,7 +138,7 @@ def _steps(
 
 
 def _resume(report: Report, folder: Path, rows: Any, device: torch.device, checkpoint: Path) -> None:
-    """A checkpoint of the device goes on to the same weights as the policy that wrote it."""
+    """Check that a policy resumed from a checkpoint trains to the same weights as the one that wrote it."""
     given = settings(folder)
     model = ModelConfig(path=str(folder))
     policy = Policy(model, given.learner, folder, device)

@@ -14,12 +14,13 @@ from gvpo_ray.observe.report.figures import finite, shown
 from gvpo_ray.observe.report.reading import Run
 
 MAX_CHARACTERS = 4000
+"""Length to which each text is cut."""
 MAX_EVALUATIONS = 12
-"""Evaluations of a set whose completions are shown."""
+"""Number of evaluations of a set whose completions are shown."""
 NUM_EXAMPLES = 3
+"""Number of completions of each kind under one heading."""
 NUM_TRAINED = 64
-"""Newest trained groups, from which the examples of the training are taken."""
-
+"""Number of the newest trained groups, from which the examples of the training are taken."""
 
 COLUMNS = ("prompt", "answer", "completions", "rewards")
 DETAILS = ("reward_parts", "reward_reasons", "finish_reasons", "sources", "version_min", "version_max")
@@ -30,7 +31,7 @@ class Case:
     """One completion with what is known of it; its texts are cut to MAX_CHARACTERS."""
 
     kind: str
-    """best, worst or unverifiable."""
+    """One of best, worst and unverifiable."""
     reward: str
     details: str
     prompt: str
@@ -44,9 +45,9 @@ class Examples:
 
     title: str
     cases: list[list[Case]] = field(default_factory=list)
-    """By kind."""
+    """Completions of each kind."""
     note: str = ""
-    """Instead of cases: why there are none."""
+    """Reason why there are no cases."""
     is_open: bool = False
 
 

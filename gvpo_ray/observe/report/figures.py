@@ -18,14 +18,14 @@ Point = tuple[float, float]
 Event = Mapping[str, Any]
 """A line of events.jsonl: step, who, name, why."""
 Figure = dict[str, Any]
-"""title, name and text of the caption; kind, limits and traces for the script."""
+"""A figure as JSON: title, name and text of its caption; kind, limits and traces for the script."""
 
 NUM_COLUMNS = 500
-"""A line has at most two points for each of so many parts of the axis."""
+"""Number of parts of the step axis; a line has at most two points in each."""
 NUM_MARKS = 150
-"""Events in the same of so many parts of the axis share a mark."""
+"""Number of parts of the step axis for events; those in the same part share a mark."""
 NO_RECOVERY = ("run", "pool")
-"""Events of these are no recoveries: a run is started or stopped, a pool grows or shrinks."""
+"""Values of `who` whose events are no recoveries: a run starts or stops, a pool grows or shrinks."""
 
 
 def printable(text: str) -> str:
@@ -134,7 +134,9 @@ def chart(
     """Draw lines against the step.
 
     Args:
-        title: of the chart; `name` is its key in metrics.jsonl, `text` its caption.
+        title: of the chart.
+        name: the metric's key in metrics.jsonl.
+        text: the caption.
         lines: of all runs.
         limits: the first and the last step of the axis.
         marks: the events of each run that are marked below the lines.
@@ -231,12 +233,15 @@ def histogram(
     """Draw shares over time: a row for each bucket between those ever used, a column for some steps.
 
     Args:
-        title: of the chart; `name` is its key in metrics.jsonl, `text` its caption.
+        title: of the chart.
+        name: the metric's key in metrics.jsonl.
+        text: the caption.
         shares: of each bucket by its upper edge, from the lowest to "inf".
         limits: the first and the last step of the axis.
-        num_columns: at most so many; each shows the mean of its steps.
+        num_columns: largest number of columns; each shows the mean of its steps.
 
-    Returns None where no bucket was used.
+    Returns:
+        The figure; None where no bucket was used.
     """
     used = [label for label, points in shares.items() if any(value for _, value in points)]
     if not used:

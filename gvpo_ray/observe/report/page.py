@@ -1,13 +1,12 @@
-"""`gvpo-ray report RUN_DIR`: one self-contained HTML page of a run, or of two beside each other, that needs
-no network.
+"""Writes the page of `gvpo-ray report`: self-contained HTML about a run, or about two beside each other.
 
     RUN_DIR/metrics.jsonl     charts against the step; first and last value of every metric
-    RUN_DIR/events.jsonl      {"time", "step", "who", "name", "why"} per line: what failed and was replaced, a
-                              mark in the charts. who "run" (started, stopped) and "pool" (grew, shrank) are
-                              no recoveries: marks in the time-line alone
+    RUN_DIR/events.jsonl      {"time", "step", "who", "name", "why"} per line: what failed and was replaced.
+                              It is marked in the charts; events of who "run" (started, stopped) and "pool"
+                              (grew, shrank) are no recoveries, and are marked in the time-line alone
     RUN_DIR/config.yaml       the resolved config
     RUN_DIR/evaluations/      best and worst completions of the evaluations
-    RUN_DIR/groups/           and of the newest groups that were trained on
+    RUN_DIR/groups/           best and worst completions of the newest trained groups
 
 Only metrics.jsonl must be there. Everything that a model, a data set or a config wrote is untrusted: Jinja
 escapes it in the page, JSON in the script's data, `figures.plain` in plotly's texts. Should that fail, the
@@ -66,10 +65,11 @@ SECTIONS = ("Curves", "Three terms", "Histograms", "Time-line", "Values", "Compl
 def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
     """Write RUN_DIR/report.html from what the run has written so far, or RUN_DIR/compare.html of two runs.
 
-    Returns its path.
+    Returns:
+        The path of the page.
 
     Raises:
-        ConfigError: not the directory of a run, twice the same one, or the page cannot be written.
+        ConfigError: a folder is not the directory of a run, both are the same, or the page cannot be written.
     """
     paths = [Path(run_dir)] if other_run_dir is None else [Path(run_dir), Path(other_run_dir)]
     for path in paths:
@@ -122,7 +122,7 @@ def _asset(name: str) -> Markup:
 
 
 def _page(runs: Sequence[Run]) -> str:
-    from plotly.offline import get_plotlyjs  # half a second
+    from plotly.offline import get_plotlyjs  # the import takes half a second
 
     style, plotly_style, script = map(_asset, ("report.css", "plotly.css", "report.js"))
     plotly = Markup(get_plotlyjs())
@@ -164,7 +164,7 @@ def _page(runs: Sequence[Run]) -> str:
 
 
 def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """Content-Security-Policy: only these styles and scripts act, and nothing is loaded.
+    """Return a Content-Security-Policy with which only these styles and scripts act, and nothing is loaded.
 
     Images may be made by the page itself: plotly draws its PNG from them.
     """
