@@ -714,3 +714,32 @@ def test_ray_up_has_the_images_mounts_and_commands_of_the_rest(name):
     assert not any("--dashboard-host" in start for start in starts)  # localhost
     for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / name).read_text()):
         assert list(submit) == ENTRYPOINT[1:3]
+
+
+def without_machines(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return a `ray up` file without what its cloud decides, and its kinds of nodes without their machines.
+
+    The cloud decides the provider, how many machines there are, how /shared is mounted, and which client
+    library the autoscaler needs.
+    """
+    (config,) = documents(name)
+    kinds = config.pop("available_node_types")
+    del config["provider"], config["max_workers"]
+    for key, of_the_cloud in (
+        ("initialization_commands", "(?<= sudo mount ).*(?= /shared$)"),
+        ("head_setup_commands", "(?<= --target ~/autoscaler ).*"),
+    ):
+        config[key] = [re.sub(of_the_cloud, "(of the cloud)", command) for command in config[key]]
+    for kind in kinds.values():
+        del kind["node_config"]
+    return config, kinds
+
+
+def test_ray_up_files_differ_in_their_machines_alone():
+    """Ray reads one file and knows no include, so what the two share stands in both."""
+    (aws, aws_kinds), (gcp, gcp_kinds) = map(without_machines, UP_FILES)
+    assert aws == gcp
+    # AWS has no machine with fewer than eight of the A100s
+    assert aws_kinds.keys() ^ gcp_kinds.keys() == {"learner-and-a100", "learner", "engine-a100"}
+    both = aws_kinds.keys() & gcp_kinds.keys()
+    assert {kind: aws_kinds[kind] for kind in both} == {kind: gcp_kinds[kind] for kind in both}
