@@ -2,8 +2,8 @@
 ask for.
 
 Schemas: KubeRay 1.7's own, with unknown fields refused at every level. Their parts of Kubernetes (volume
-claims, network policy rules) check shared.yaml too; kustomization.yaml and what surrounds those parts are
-compared by hand. Rules that the CRDs write in CEL are not evaluated.
+claims, network policy rules) check shared.yaml too; the kustomization files and what surrounds those parts
+are compared by hand, without kubectl. Rules that the CRDs write in CEL are not evaluated.
 """
 
 from __future__ import annotations
@@ -52,8 +52,37 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((CLUSTER / name).read_text()))
 
 
+def patched(document: dict[str, Any], patch: str) -> dict[str, Any]:
+    """Return an object as a JSON patch leaves it (RFC 6902; only its operations replace and move).
+
+    Raises KeyError where the patch names a place that the object lacks, ValueError for another operation.
+    """
+    root = {"": copy.deepcopy(document)}
+
+    def place(path: str) -> tuple[dict[str, Any], str]:
+        *parents, last = path.split("/")
+        holder: dict[str, Any] = root
+        for name in parents:
+            holder = holder[name]
+        if last not in holder:
+            raise KeyError(path)
+        return holder, last
+
+    for step in yaml.safe_load(patch):
+        if (step["op"], set(step)) == ("replace", {"op", "path", "value"}):
+            value = step["value"]
+        elif (step["op"], set(step)) == ("move", {"op", "path", "from"}):
+            origin, name = place(step["from"])
+            value = origin.pop(name)
+        else:
+            raise ValueError(f"{step} is neither replace nor move")
+        holder, last = place(step["path"])
+        holder[last] = value
+    return root[""]
+
+
 (JOB,) = documents("rayjob.yaml")
-(STANDING,) = documents("raycluster.yaml")
+STANDING = patched(JOB, documents("standing/kustomization.yaml")[0]["patches"][0]["patch"])
 SPEC = JOB["spec"]["rayClusterSpec"]
 HEAD = SPEC["headGroupSpec"]
 GROUPS = {group["groupName"]: group for group in SPEC["workerGroupSpecs"]}
@@ -242,17 +271,41 @@ def test_one_short_file_is_all_that_a_user_edits_and_it_fits_the_others():
             for document in [JOB, *documents("shared.yaml")]
             if document["kind"] == patch["target"]["kind"]
         ]
-        assert target["metadata"]["name"] == patch["target"]["name"]
-        for step in yaml.safe_load(patch["patch"]):
-            old: Any = target
-            for name in step["path"].split("/")[1:]:
-                old = old[name]  # "replace" fails where nothing is
-            # what is tested here is what a user begins with
-            assert step["op"] == "replace" and old == step["value"]
+        assert set(patch) == {"target", "patch"} and target["metadata"]["name"] == patch["target"]["name"]
+        # what is tested here is what a user begins with
+        assert patched(target, patch["patch"]) == target
 
 
-def test_the_standing_cluster_is_the_jobs_cluster():
-    assert STANDING["spec"] == SPEC and STANDING["metadata"] == {"name": "gvpo-ray"}
+def test_one_line_makes_the_jobs_cluster_a_standing_one():
+    text = (CLUSTER / "kustomization.yaml").read_text()
+    chosen = yaml.safe_load(text.replace("\n# components: ", "\ncomponents: "))
+    assert chosen == {**yaml.safe_load(text), "components": ["standing"]}
+    (component,) = documents("standing/kustomization.yaml")
+    (patch,) = component["patches"]
+    kind = {"apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component"}
+    assert component == {**kind, "patches": [patch]}
+    target = {"target": {"kind": "RayJob", "name": "gvpo-ray"}, "options": {"allowKindChange": True}}
+    assert patch == {**target, "patch": patch["patch"]}
+    assert STANDING == {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": {"name": "gvpo-ray"},
+        "spec": SPEC,
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("{op: replace, path: /spec/entryPoint, value: python}", KeyError),
+        ("{op: move, from: /spec/clusterSpec, path: /spec}", KeyError),
+        ("{op: add, path: /spec/entrypoint, value: python}", ValueError),
+        ("{op: move, from: /spec/rayClusterSpec, path: /spec, value: {}}", ValueError),
+    ],
+)
+def test_a_patch_that_names_what_is_not_there_or_is_of_another_form_is_an_error(step, error):
+    with pytest.raises(error):
+        patched(JOB, f"[{step}]")
 
 
 # ------------------------------------------------------------------------------- who sits where, and how many
@@ -362,8 +415,8 @@ def test_the_entry_point_is_in_the_image_and_its_config_is_right():
         and (ROOT / "jobs/train.py").is_file()
     )
     assert JOB_FILE.is_file() and any(argument.startswith("run_dir=") for argument in ENTRYPOINT[3:])
-    for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / "raycluster.yaml").read_text()):
-        assert list(submit) == ENTRYPOINT[1:3]
+    how_to_submit = (CLUSTER / "standing/kustomization.yaml").read_text()
+    assert re.findall(r"-- python (\S+) (\S+)", how_to_submit) == [tuple(ENTRYPOINT[1:3])]
 
 
 @pytest.mark.parametrize("name", [name for name in PODS if name != "submitter"])
@@ -661,3 +714,32 @@ def test_ray_up_has_the_images_mounts_and_commands_of_the_rest(name):
     assert not any("--dashboard-host" in start for start in starts)  # localhost
     for submit in re.findall(r"-- python (\S+) (\S+)", (CLUSTER / name).read_text()):
         assert list(submit) == ENTRYPOINT[1:3]
+
+
+def without_machines(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return a `ray up` file without what its cloud decides, and its kinds of nodes without their machines.
+
+    The cloud decides the provider, how many machines there are, how /shared is mounted, and which client
+    library the autoscaler needs.
+    """
+    (config,) = documents(name)
+    kinds = config.pop("available_node_types")
+    del config["provider"], config["max_workers"]
+    for key, of_the_cloud in (
+        ("initialization_commands", "(?<= sudo mount ).*(?= /shared$)"),
+        ("head_setup_commands", "(?<= --target ~/autoscaler ).*"),
+    ):
+        config[key] = [re.sub(of_the_cloud, "(of the cloud)", command) for command in config[key]]
+    for kind in kinds.values():
+        del kind["node_config"]
+    return config, kinds
+
+
+def test_ray_up_files_differ_in_their_machines_alone():
+    """Ray reads one file and knows no include, so what the two share stands in both."""
+    (aws, aws_kinds), (gcp, gcp_kinds) = map(without_machines, UP_FILES)
+    assert aws == gcp
+    # AWS has no machine with fewer than eight of the A100s
+    assert aws_kinds.keys() ^ gcp_kinds.keys() == {"learner-and-a100", "learner", "engine-a100"}
+    both = aws_kinds.keys() & gcp_kinds.keys()
+    assert {kind: aws_kinds[kind] for kind in both} == {kind: gcp_kinds[kind] for kind in both}
