@@ -120,7 +120,9 @@ def linear_logprobs(
         [N], float32, or float64 for float64 inputs; under autocast products are taken in autocast's dtype.
     """
     chunk = max(1, ELEMENTS[hidden.device.type] // len(weight))
-    result: Tensor = LinearLogprobs.apply(hidden, weight, bias, targets, chunk, scale, softcap)
+    result: Tensor = LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, chunk, scale, softcap
+    )
     return result
 
 

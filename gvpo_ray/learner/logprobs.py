@@ -23,14 +23,13 @@ class CompletionLogprobs(nn.Module):
         TypeError: the model's output head is not a plain linear layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # a PreTrainedModel, whose methods have no types
         head = model.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise TypeError(
-                f"the model's output head is a {type(head).__name__}: only a plain linear one is known"
-            )
+        kind = type(head)
+        if kind is not nn.Linear:
+            raise TypeError(f"the model's output head is a {kind.__name__}: only a plain linear one is known")
         usual = head.forward
         scale, softcap = logit_transform(model)
 
@@ -56,9 +55,11 @@ class CompletionLogprobs(nn.Module):
         if by_model:
             logits = self.model(**inputs, use_cache=False).logits[rows, positions]
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            return logits.to(dtype).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+            by_logits: Tensor = logits.to(dtype).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+            return by_logits
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
-        return self.model.get_output_embeddings()(hidden, targets)
+        by_head: Tensor = self.model.get_output_embeddings()(hidden, targets)
+        return by_head
 
 
 def logit_transform(model: Any) -> tuple[float, float | None]:

@@ -89,7 +89,7 @@ def learn(
         buffer.learner_started(policy.step)
     if settings.loss.reference == "initial" and not policy.has_reference:
         policy.load_reference(settings.model_path)
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None)
     saved = policy.step > 0
     while (command := buffer.next_command(policy.step + 1, saved)) != "stop":

@@ -130,6 +130,7 @@ def gradient_weights_of_parts(
         known = ReferenceLogprobs.cat([measured[i] for i in group])
         loss, group_sums = objective(logprobs, known, [{**rows[0], **lists}], num_groups)
         (gradient,) = torch.autograd.grad(loss, logprobs)
-        weights |= dict(zip(group, gradient.split([len(t) for t in tokens]), strict=True))
+        parts_of = gradient.split([len(t) for t in tokens])  # type: ignore[no-untyped-call]
+        weights |= dict(zip(group, parts_of, strict=True))
         sums.append(group_sums)
     return weights, sums

@@ -89,7 +89,7 @@ def _block_mask(owners: Tensor, window: int) -> Any:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    group, completion, position = owners
+    group, completion, position = owners.unbind()
     width = torch.tensor(window, device=owners.device)  # a tensor, because a number would be compiled in
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -100,18 +100,18 @@ def _block_mask(owners: Tensor, window: int) -> Any:
     places = torch.arange(size, device=owners.device)
     rows = BLOCK * max(1, (1 << 25) // (BLOCK * size))  # rows of [T, T] that are held at a time
     some, every = [], []
-    for part in places.split(rows):
+    for part in places.split(rows):  # type: ignore[no-untyped-call]
         seen = sees(part, part, part[:, None], places[None, :]).view(-1, BLOCK, size // BLOCK, BLOCK)
         some.append(seen.any(3).any(1))
         every.append(seen.all(3).all(1))
     full = torch.cat(every)
-    columns = []
-    for blocks in (torch.cat(some) & ~full, full):
-        columns.append(blocks.sum(1, dtype=torch.int32)[None, None])
-        columns.append(
-            blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)[None, None]
-        )
-    return BlockMask.from_kv_blocks(*columns, BLOCK_SIZE=BLOCK, mask_mod=sees)
+
+    def columns(blocks: Tensor) -> tuple[Tensor, Tensor]:  # their number in each row, and they before others
+        order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    partial = torch.cat(some) & ~full
+    return BlockMask.from_kv_blocks(*columns(partial), *columns(full), BLOCK_SIZE=BLOCK, mask_mod=sees)
 
 
 @functools.cache
@@ -259,7 +259,9 @@ def packed_attention(
     num_completions, longest = layout.completions.shape
 
     def block(states: Tensor, tokens: Tensor) -> Tensor:  # [1, H, T, D], [B, L] -> [B, H, L, D]
-        return states[0].index_select(1, tokens.flatten()).unflatten(1, tokens.shape).transpose(0, 1)
+        flat = states[0].index_select(1, tokens.flatten())
+        blocks: Tensor = flat.unflatten(1, tokens.shape)  # type: ignore[no-untyped-call]
+        return blocks.transpose(0, 1)
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -333,9 +335,13 @@ def check_kernel(config: Any, rows: Sequence[Row], device: torch.device, dtype: 
             state = torch.randn((1, number, num_tokens, size), generator=generator, device=device).to(dtype)
             states.append(torch.nn.functional.pad(state, (0, 0, 0, length - num_tokens)).requires_grad_())
         with torch.enable_grad():
-            out = packed_attention(nn.Module().eval(), *states, None, layout=layout)[0][:, :num_tokens]
-            (out.float() * torch.randn(out.shape, generator=generator, device=device)).sum().backward()
-        results.append([out.detach(), *(state.grad[:, :, :num_tokens] for state in states)])
+            query, key, value = states
+            out, _ = packed_attention(nn.Module().eval(), query, key, value, None, layout=layout)
+            out = out[:, :num_tokens]
+            loss = (out.float() * torch.randn(out.shape, generator=generator, device=device)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [state.grad[:, :, :num_tokens] for state in states if state.grad is not None]
+        results.append([out.detach(), *gradients])
     for name, ours, theirs in zip(
         ("output", "query's gradient", "key's gradient", "value's gradient"), *results, strict=True
     ):

@@ -44,13 +44,17 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     import peft
 
     lora = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by r and needs no whole number
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same adapter on every rank and in every start of a run
         peft.inject_adapter_in_model(lora, model)
     layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    return {**lora.to_dict(), "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
+    known: dict[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
+    return {**known, "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
 
 
 class _Tensors:
@@ -92,7 +96,7 @@ class Policy:
         self.data_rank, self.data_size = self._backend.data_rank, self._backend.data_size
         """The share of the groups that this rank computes, and the number of shares."""
         self._dtype = self._backend.dtype
-        whole = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
+        whole: Any = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
         self.adapter: dict[str, Any] | None = None
         """The contents of adapter_config.json, where a LoRA adapter is trained; else None."""
         if model.lora is not None:
@@ -126,13 +130,13 @@ class Policy:
         if (self._path / "state.json").exists():
             self._resume()
 
-    def _load(self, path: str | Path) -> nn.Module:
+    def _load(self, path: str | Path) -> Any:
         trust = self._model_config.trust_remote_code
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            model.set_attn_implementation("eager")  # others silently leave it out
+            model.set_attn_implementation("eager")  # other implementations silently leave it out
         return model.eval()
 
     @torch.no_grad()
@@ -216,7 +220,7 @@ class Policy:
         """
         with self._as_reference() if reference else contextlib.nullcontext():
             tokens, lengths = self.forward(rows)
-        return list(tokens.split(lengths))
+        return list(tokens.split(lengths))  # type: ignore[no-untyped-call]
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of this rank's share of a global sum. Every rank.
@@ -281,6 +285,7 @@ class Policy:
 
     @torch.no_grad()
     def _swap_reference(self) -> None:
+        assert isinstance(self._reference, list)
         for part, other in zip(self._parts(), self._reference, strict=True):
             kept = part.clone()
             part.copy_(other)
@@ -331,6 +336,7 @@ class Policy:
 
     def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Gather the whole model, with the adapter merged into it, under Hugging Face names."""
+        config = self.adapter or {}
         adapters = dict(_trained(self._module.model)) if self.adapter is not None else {}
         for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
             if name in adapters:
@@ -339,8 +345,7 @@ class Policy:
             layer, is_adapted, _ = name.partition(".base_layer.")
             if is_adapted and name.endswith(".weight"):
                 a, b = (self._backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
-                scale = self.adapter["lora_alpha"] / self.adapter["r"]
-                value = merged(value, a, b, scale).to(value.dtype)
+                value = merged(value, a, b, config["lora_alpha"] / config["r"]).to(value.dtype)
             yield name.replace(".base_layer.", "."), value
 
     def save(self, folder: str | Path) -> None:
@@ -418,7 +423,7 @@ class Policy:
             state["reference_version"],
         )
         self.beta = state["beta"]
-        files = [
+        files: list[Any] = [
             safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))
         ]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -91,7 +91,7 @@ def refresh_reference(policy: Policy, loss: LossOptions) -> None:
 class Update:
     """An Update is one optimizer update: a mini-batch and this rank's passes through it."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     """The groups of the mini-batch, of all ranks."""
     plan: Plan
     """This rank's passes."""
@@ -164,7 +164,7 @@ class Step:
             forward: the pass.
             logprobs: [T] its token log-probs, with gradients.
         """
-        if forward.rows == [NOTHING]:  # only another rank has something to do
+        if forward.rows == [NOTHING]:  # this rank has no groups left, and takes part in the collectives
             return logprobs.sum() * 0
         if forward.gradient_weights is not None:
             return (forward.gradient_weights * logprobs).sum()
@@ -223,7 +223,7 @@ class Step:
         }
 
 
-def _cut(rows: Sequence[Row], num_parts: int) -> list[list[Row]]:
+def _cut(rows: Sequence[dict[str, Any]], num_parts: int) -> list[list[dict[str, Any]]]:
     """Split the rows, in order of arrival, into parts of nearly equal numbers; a part may be empty."""
     bounds = [round(i * len(rows) / num_parts) for i in range(num_parts + 1)]
     return [list(rows[a:b]) for a, b in itertools.pairwise(bounds)]

@@ -115,7 +115,7 @@ def libraries_write_to(path: Path) -> Iterator[None]:
         return False
 
     of_deepspeed, bars = logging.getLogger("DeepSpeed"), of_transformers.is_progress_bar_enabled()
-    of_transformers.disable_progress_bar()
+    of_transformers.disable_progress_bar()  # type: ignore[no-untyped-call]
     of_transformers.disable_default_handler()
     of_transformers.add_handler(file)
     of_deepspeed.addFilter(to_file)
@@ -126,7 +126,7 @@ def libraries_write_to(path: Path) -> Iterator[None]:
         of_transformers.remove_handler(file)
         of_transformers.enable_default_handler()
         if bars:
-            of_transformers.enable_progress_bar()
+            of_transformers.enable_progress_bar()  # type: ignore[no-untyped-call]
         file.close()
 
 
@@ -165,7 +165,7 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
                     f"warm_start.solution_column: row {i}: {inside!r} in {column} is "
                     f"{type(solution).__name__}, not text"
                 )
-        parts = {"{solution}": remove.sub("", solution).strip(), "{answer}": row["answer"]}
+        parts: dict[str, str] = {"{solution}": remove.sub("", solution).strip(), "{answer}": row["answer"]}
         # Split, not replaced one after the other, because solutions may contain braces.
         completion = "".join(
             parts.get(part, part) for part in re.split(r"(\{solution\}|\{answer\})", section.completion)
@@ -201,7 +201,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
         ),
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
     )
 
@@ -234,7 +234,7 @@ def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> 
         **architecture,
     }
     try:
-        model = Qwen2ForCausalLM(Qwen2Config(**arguments))
+        model = Qwen2ForCausalLM(Qwen2Config(**arguments))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             model(input_ids=torch.tensor([[vocab_size - 1, 0]]))  # some errors show only in a forward pass
     except (ValueError, RuntimeError, LookupError, StrictDataclassError) as error:

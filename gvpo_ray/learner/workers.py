@@ -56,6 +56,11 @@ class LearnerGroup:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         learner = config.learner
+        # mypy reads the classes of Train v1, which had other types; Ray runs v2.
+        workers: Any = (
+            (learner.num_workers, learner.max_workers) if learner.max_workers else learner.num_workers
+        )
+        callbacks: list[Any] = [_ReportFailures(buffer)]
         for left in run_dir.glob(".ray_train_*"):  # left by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         if cluster_address(config.ray) or config.ray.dashboard:
@@ -74,9 +79,7 @@ class LearnerGroup:
             },
             torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=(learner.num_workers, learner.max_workers)
-                if learner.max_workers
-                else learner.num_workers,
+                num_workers=workers,
                 use_gpu=learner.num_gpus > 0,
                 resources_per_worker=resources_of(learner),
             ),
@@ -84,7 +87,7 @@ class LearnerGroup:
                 name=run_dir.name,
                 storage_path=self._scratch,
                 failure_config=FailureConfig(max_failures=learner.max_restarts),
-                callbacks=[_ReportFailures(buffer)],
+                callbacks=callbacks,
             ),
         )
         self._buffer, self._num_left = buffer, learner.max_restarts
@@ -144,7 +147,7 @@ def _placement_groups() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-class _ReportFailures(UserCallback):  # type: ignore[misc]
+class _ReportFailures(UserCallback):
     """This callback runs in Ray Train's controller and tells the buffer why the workers are restarted."""
 
     def __init__(self, buffer: Any) -> None:
@@ -209,7 +212,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
                 ]
             )
 
-        address = ray.util.get_node_ip_address()
+        address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         (pool,) = config.engines.all_pools().values()
         publisher = NcclPublisher(
             call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address)

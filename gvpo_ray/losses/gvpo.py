@@ -96,7 +96,7 @@ def with_gradient(
         denominator: |D|.
     """
     surrogate = factor * (gradient_weights * logprobs.double()).sum() / denominator
-    # the bracket is exactly 0 and carries the gradient
+    # The bracket's value is exactly 0; only its gradient counts.
     return value / denominator + (surrogate - surrogate.detach())
 
 

@@ -204,6 +204,6 @@ def adapted_beta(beta: float, reward_var: float, implicit_reward_var: float) -> 
         implicit_reward_var: gvpo/implicit_reward_var.
     """
     if reward_var <= 0 or implicit_reward_var <= 0:
-        return beta  # nothing that it could be compared with
+        return beta  # there is nothing to compare
     missing = 1 - math.sqrt(implicit_reward_var / reward_var) / WANTED_SPREAD
     return min(BETAS[1], max(BETAS[0], beta * math.exp(ADAPT_BY * max(-2.0, missing))))

@@ -306,9 +306,9 @@ def die_with_parent() -> None:
     vLLM's core notices a dead parent while it runs, but not while it starts, and would hold its memory for
     minutes.
     """
-    is_child = multiprocessing.parent_process() is not None
-    if is_child and sys.platform == "linux":
+    parent = multiprocessing.parent_process()
+    if parent is not None and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if not multiprocessing.parent_process().is_alive():  # it died before the call
+        if not parent.is_alive():  # it died before the call
             os._exit(1)

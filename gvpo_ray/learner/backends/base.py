@@ -7,7 +7,7 @@ except through the order of float32 sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Spread the module over the ranks and make its optimizer; the methods below need this."""
         ...
 
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+    def forward(self, inputs: dict[str, Any], is_last: bool) -> Tensor:
         """Call the module with these keyword arguments.
 
         Args:

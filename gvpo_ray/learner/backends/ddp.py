@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +40,20 @@ class DDPBackend:
             self._module = nn.parallel.DistributedDataParallel(module)
 
     def _no_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        ddp = isinstance(self._module, nn.parallel.DistributedDataParallel)
-        return self._module.no_sync() if ddp and not is_last else contextlib.nullcontext()
+        if isinstance(self._module, nn.parallel.DistributedDataParallel) and not is_last:
+            return self._module.no_sync()
+        return contextlib.nullcontext()
 
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+    def forward(self, inputs: dict[str, Any], is_last: bool) -> Tensor:
         """Call the module; gradients are reduced over the ranks in the update's last pass only."""
         with self._no_sync(is_last), autocast_to(self._device, self._compute_dtype):
-            return self._module(**inputs)
+            output: Tensor = self._module(**inputs)
+        return output
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients; they are reduced over the ranks in the update's last pass only."""
         with self._no_sync(is_last):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def _clip(self) -> float:
         return float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))

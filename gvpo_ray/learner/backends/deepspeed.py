@@ -36,7 +36,7 @@ class DeepSpeedBackend:
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Read the model to this rank's device; ZeRO-3 shards it while it is read."""
-        import deepspeed
+        import deepspeed  # type: ignore[import-untyped]
 
         if self._device.type == "cpu":
             # This op would be built with g++ for a minute at the first start, and only DeepSpeed's inference
@@ -44,9 +44,10 @@ class DeepSpeedBackend:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self._config.zero_stage < 3:
             return read().to(self._device)
-        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-        shards = HfDeepSpeedConfig(self._settings)  # from_pretrained shards while this object lives
+        # from_pretrained shards while this object lives
+        shards = HfDeepSpeedConfig(self._settings)  # type: ignore[no-untyped-call]
         model = read().to(self._device)
         del shards
         rebuild_rotary(model)
@@ -64,13 +65,15 @@ class DeepSpeedBackend:
             dist_init_required=False,
         )
 
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+    def forward(self, inputs: dict[str, Any], is_last: bool) -> Tensor:
         """Call DeepSpeed's engine, or without gradients the module itself."""
-        if not torch.is_grad_enabled():  # DeepSpeed's engine has no part in these
+        if not torch.is_grad_enabled():  # passes without gradients bypass DeepSpeed's engine
             with autocast_to(self._device, self._autocast_dtype):
-                return self._module(**inputs)
+                output: Tensor = self._module(**inputs)
+            return output
         self._engine.set_gradient_accumulation_boundary(is_last)
-        return self._engine(**inputs)
+        output = self._engine(**inputs)
+        return output
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients, which are reduced as the ZeRO stage says."""
@@ -80,7 +83,7 @@ class DeepSpeedBackend:
         """Clip the gradient and make one AdamW update, unless the gradient's norm is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._is_zero:  # ZeRO skips an update with a gradient that is not finite by itself
+        if self._is_zero:  # the engine itself skips an update whose gradient is not finite
             self._engine.step()
             return float("inf") if self._optimizer.overflow else float(self._engine.get_global_grad_norm())
         # DeepSpeed clips plain gradients too, but does not say what their norm was.
@@ -119,15 +122,19 @@ class DeepSpeedBackend:
         """Return this rank's part of the parameter: its shard under ZeRO-3, else the whole."""
         if not hasattr(parameter, "ds_id"):
             return [parameter.data]
+        sharded: Any = parameter
         # ZeRO-3 keeps small parameters gathered: partition them, so that they are gathered anew from the
         # shards, which the caller may write to.
-        if parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()
-        return [parameter.ds_tensor.data]
+        if sharded.ds_status.name == "AVAILABLE":
+            sharded.partition()
+        return [sharded.ds_tensor.data]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Gather AdamW's moments of a parameter, and with ZeRO its master weight; {} before any update."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import (  # type: ignore[import-untyped]
+            safe_get_full_fp32_param,
+            safe_get_full_optimizer_state,
+        )
 
         if not self._base.state:
             return {}
@@ -138,7 +145,7 @@ class DeepSpeedBackend:
 
     def init_state(self, num_updates: int) -> None:
         """Make AdamW's state as after `num_updates` updates, for `set_state` to fill."""
-        # ZeRO-3 shows AdamW its flat shards only while it steps.
+        # ZeRO-3 gives AdamW its flat shards only during a step, so they are taken from ZeRO's optimizer.
         stage = self._settings["zero_optimization"]["stage"]
         flat = (
             self._optimizer.fp32_partitioned_groups_flat
@@ -164,7 +171,8 @@ class DeepSpeedBackend:
     @property
     def _base(self) -> torch.optim.Optimizer:
         """The AdamW of torch that DeepSpeed's sharded optimizer steps."""
-        return self._optimizer.optimizer if self._is_zero else self._optimizer
+        base: torch.optim.Optimizer = self._optimizer.optimizer if self._is_zero else self._optimizer
+        return base
 
 
 def rebuild_rotary(model: nn.Module) -> None:
@@ -189,7 +197,8 @@ def rebuild_rotary(model: nn.Module) -> None:
                 f"{type(module).__name__}: ZeRO-3 has rounded its {wrong[0]}, and it cannot be made "
                 "again; use learner.zero_stage: 2 or learner.backend: fsdp"
             )
-        fresh = dict(type(module)(config=module.config).named_buffers(recurse=False))
+        make: Any = type(module)
+        fresh = dict(make(config=module.config).named_buffers(recurse=False))
         for name in wrong:
             old = getattr(module, name)
             setattr(module, name, fresh[name].to(old.device))
@@ -221,7 +230,7 @@ def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
-        # torch's AdamW also on the CPU: DeepSpeed's own would have to be compiled
+        # torch's AdamW is used on the CPU too, because DeepSpeed's own would have to be compiled
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": is_half_zero},
         **(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.learner.backends.base import adamw
 from gvpo_ray.learner.backends.ddp import DDPBackend
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class FSDPBackend(DDPBackend):
@@ -27,8 +30,9 @@ class FSDPBackend(DDPBackend):
         from torch.distributed.device_mesh import init_device_mesh
 
         if not dist.is_initialized():  # one process without a group, as in a test or a notebook
+            store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(
-                "gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1
+                "gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1
             )
         super().__init__(config, dtype, device)
         self._mesh = init_device_mesh(device.type, (self.data_size,))
@@ -46,15 +50,15 @@ class FSDPBackend(DDPBackend):
             "mesh": self._mesh,
             "mp_policy": half if self._compute_dtype == torch.bfloat16 else MixedPrecisionPolicy(),
         }
-        layers = set(module.model._no_split_modules or ())
-        self._sharded = [part for part in module.modules() if type(part).__name__ in layers] + [module]
-        for part in self._sharded:
-            fully_shard(part, **options)
+        model: Any = module.model
+        layers = set(model._no_split_modules or ())
+        parts = [part for part in module.modules() if type(part).__name__ in layers] + [module]
+        self._sharded = [fully_shard(part, **options) for part in parts]
         self._optimizer = adamw(module, self._config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._module = module
 
-    def forward(self, inputs: dict[str, Tensor], is_last: bool) -> Tensor:
+    def forward(self, inputs: dict[str, Any], is_last: bool) -> Tensor:
         """Call the module, whose layers are gathered one after the other."""
         # Gradients are reduced after every pass: without that FSDP2 would keep them unsharded, in float32, on
         # every rank (4 bytes per parameter).
@@ -69,38 +73,45 @@ class FSDPBackend(DDPBackend):
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients, which are reduced and sharded in each pass."""
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def _clip(self) -> float:
         self._reshard()
-        return float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm).full_tensor())
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)
+        return float(_dtensor(norm).full_tensor())
 
     def full(self, parameter: nn.Parameter) -> Tensor:
         """Gather the whole parameter from its shards, on every rank."""
-        return parameter.detach().full_tensor()
+        return _dtensor(parameter.detach()).full_tensor()
 
-    def _part(self, like: Tensor, value: Tensor) -> Tensor:
-        """Return this rank's shard of a whole tensor, sharded as `like` is."""
+    def _part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """Return this rank's shard of a whole tensor, sharded as the parameter is."""
         from torch.distributed.tensor import distribute_tensor
 
+        like = _dtensor(parameter)
         return distribute_tensor(
             value.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
         ).to_local()
 
     def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Copy this rank's shard of a whole value into the parameter."""
-        parameter.data.to_local().copy_(self._part(parameter, value))
+        _dtensor(parameter.data).to_local().copy_(self._part(parameter, value))
 
     def local(self, parameter: nn.Parameter) -> list[Tensor]:
         """Return this rank's shard of the parameter."""
-        return [parameter.data.to_local()]
+        return [_dtensor(parameter.data).to_local()]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Gather AdamW's moments of a parameter, whole; {} before the first update."""
-        return {name: value.full_tensor() for name, value in super().get_state(parameter).items()}
+        return {name: _dtensor(value).full_tensor() for name, value in super().get_state(parameter).items()}
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Copy this rank's shards of saved moments and master weight to where they belong."""
         for name, value in state.items():
             whole = parameter.data if name == "master" else self._optimizer.state[parameter][name]
-            whole.to_local().copy_(self._part(parameter, value))
+            _dtensor(whole).to_local().copy_(self._part(parameter, value))
+
+
+def _dtensor(tensor: Tensor) -> DTensor:
+    """Return the tensor with the type that FSDP2 has given it."""
+    return cast("DTensor", tensor)
