@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,19 +18,36 @@ from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 
 
+class _Engine(Protocol):
+    """The methods of an engine that Remote calls."""
+
+    async def start(self) -> dict[str, Any]: ...
+
+    async def generate(
+        self,
+        group: pa.Table,
+        sampling: SamplingConfig,
+        min_version: int = 0,
+        seed: int | None = None,
+        *kept: pa.Table,
+    ) -> tuple[pa.Table, int]: ...
+
+    async def finished(self) -> tuple[list[int], pa.Table]: ...
+
+
 class Remote:
     """The methods that an engine has as a Ray actor.
 
     A mix-in beside an engine of base.py. Group tables travel as Arrow IPC buffers, made by groups.to_wire.
     """
 
-    async def start_here(self) -> dict[str, Any]:
+    async def start_here(self: _Engine) -> dict[str, Any]:
         """Start the engine; return the report of its `start` and `node`, the id of its Ray node."""
-        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}  # type: ignore[attr-defined]
+        return {**await self.start(), "node": ray.get_runtime_context().get_node_id()}
 
     @ray.method(num_returns=2)
     async def sample(
-        self,
+        self: _Engine,
         prompt: pa.Buffer,
         sampling: SamplingConfig,
         min_version: int,
@@ -58,19 +75,19 @@ class Remote:
             for table in tables
             if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))
         ]
-        sampled, missing = await self.generate(group, sampling, min_version, seed, *own)  # type: ignore[attr-defined]
+        sampled, missing = await self.generate(group, sampling, min_version, seed, *own)
         return to_wire(sampled), (
             missing,
             num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)),
         )
 
     @ray.method(num_returns=2)
-    async def hand_over(self) -> tuple[pa.Buffer, list[int]]:
+    async def hand_over(self: _Engine) -> tuple[pa.Buffer, list[int]]:
         """Wait for finished completions of unfinished groups; return their rows and the rows' group ids.
 
         No group ids: the engine is closed.
         """
-        group_ids, table = await self.finished()  # type: ignore[attr-defined]
+        group_ids, table = await self.finished()
         return to_wire(table), group_ids
 
 

@@ -1,7 +1,7 @@
 """Scaling of elastic pools: which pool gets another engine, and which one loses one.
 
 There are too few engines while the learner waits for groups. There are too many while the bound on staleness
-keeps engines with free slots from starting new groups. A pool changes by at most one engine every
+keeps engines with room from starting new groups. A pool changes by at most one engine every
 `engines.scale_window_s`. Scaling up makes a cluster's autoscaler bring a node; scaling down drains the engine
 and frees its node. Pools are listed with the cheapest first: it grows first and shrinks last.
 """
@@ -63,7 +63,7 @@ def slot_to_clear(seats: Sequence[Any], waited: float, closed: float) -> Any | N
         seats: the seats (seats.Seat) of all pools, in the order of the pools.
         waited: share of the window in which the learner waited for groups, 0 to 1.
         closed: share of the window in which the bound on staleness let no group start although engines had
-            free slots, 0 to 1.
+            room, 0 to 1.
     """
     running = [seat for seat in seats if seat.state == EngineState.RUNNING]
     spare = [seat for seat in seats if seat.is_asked and seat.is_elastic]

@@ -77,7 +77,7 @@ class BaseEngine:
         self._drain_s = drain_s
         self.version = -1
         self._is_leaving = self._is_draining = self._is_closed = self._is_updating = False
-        self._begin = asyncio.Condition()  # notified when groups that wait may begin, or have to go elsewhere
+        self._begin = asyncio.Condition()  # notified when waiting groups may begin, or must go elsewhere
         self._in_flight: dict[InFlight, None] = {}  # the oldest first
         self._num_tokens = 0
         self._last_token_at = time.time()
@@ -95,7 +95,7 @@ class BaseEngine:
             due = time.time() - HAND_OVER_S
             found = []
             for running in self._in_flight:
-                if running.since > due:  # and so are the rest
+                if running.since > due:  # the rest began even later
                     break
                 if new := [i for i in running.finished(due) if i not in running.handed_over]:
                     running.handed_over.update(new)

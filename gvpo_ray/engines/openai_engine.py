@@ -217,7 +217,7 @@ class ServerEngine(BaseEngine):
 
     async def status(self) -> dict[str, Any]:
         """Return the status of BaseEngine; `last_token_at` is always now, so that it never looks hung."""
-        # Requests have a time limit of their own, and say nothing before they end.
+        # A request reports no tokens before it ends, and has a time limit of its own.
         return {**await super().status(), "last_token_at": time.time()}
 
     async def close(self) -> None:

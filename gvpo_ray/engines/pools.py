@@ -94,7 +94,7 @@ class EngineGroup:
                     seat.is_asked, seat.state = False, EngineState.OFF
         self._num_completions = num_completions
         self._is_fixed = config.weight_transfer == "nccl"
-        if self._is_fixed:  # the learner has to know them all
+        if self._is_fixed:  # the learner's broadcast group has to include all engines
             for seat in self.seats:
                 seat.engine = make(seat.pool, seat.config, seat.number)
         self._deaths: dict[str, deque[float]] = {seat.pool: deque() for seat in self.seats}
@@ -150,7 +150,7 @@ class EngineGroup:
         on_wire = to_wire(prompt)
         while True:
             seat = await self._seat(size, 2 if is_new else 1, only_ours)
-            if seat.state != EngineState.RUNNING:  # since it was given to us
+            if seat.state != EngineState.RUNNING:  # it stopped running after it was assigned
                 seat.load -= size
                 self._changed()
                 continue
@@ -189,7 +189,7 @@ class EngineGroup:
         return await future
 
     def _changed(self) -> None:
-        """Assign waiting groups to engines with free slots, lowest priority number first."""
+        """Assign waiting groups to engines with room, lowest priority number first."""
         while self._waiting:
             _, _, size, only_ours, future = self._waiting[0]
             free = [seat for seat in self.seats if seat.has_room and not (only_ours and seat.config.url)]

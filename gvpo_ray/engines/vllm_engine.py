@@ -76,9 +76,9 @@ class Engine(BaseEngine):
         )
         if not on_gpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib)))
-            # vLLM would compile one small kernel for log-probs, for 4 to 9 s of the first generation.
+            # vLLM would compile a small kernel for log-probs, which delays the first generation by 4 to 9 s.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
-            # Pinning cores would set engine and learner on the same ones: let the kernel spread the threads.
+            # Pinning would put engine and learner on the same cores: let the kernel spread the threads.
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             os.environ["OMP_NUM_THREADS"] = str(pool.num_threads or len(os.sched_getaffinity(0)))
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -107,10 +107,10 @@ class Engine(BaseEngine):
         if on_gpu:
             arguments["gpu_memory_utilization"] = pool.memory_fraction
         else:
-            # After a part of a prompt vLLM winds the generator of a request with a seed back, which those of
-            # a CPU cannot: its core would die.
+            # After a chunk of a prompt vLLM rewinds the generator of a request with a seed. Generators on a
+            # CPU cannot be rewound, and vLLM's core would die.
             arguments["enable_chunked_prefill"] = False
-        if self._drain_s is not None:  # a node that goes sends SIGTERM to vLLM's core too
+        if self._drain_s is not None:  # a node that is about to go sends SIGTERM to vLLM's core too
             arguments["shutdown_timeout"] = math.ceil(self._drain_s)
         if not self._load_weights and self._model.lora is None:
             arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
@@ -201,9 +201,9 @@ class Engine(BaseEngine):
             top_k=max(0, sampling.top_k),
             min_p=sampling.min_p,
             max_tokens=most - len(ids),
-            logprobs=0,  # the sampled token's own
+            logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
-            # token by token it costs this process twice what all the rest of a completion does
+            # decoding token by token costs this process twice as much as all the rest of a completion
             detokenize=False,
             seed=None if seed is None else seed + index,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -274,7 +274,7 @@ class Engine(BaseEngine):
         task = asyncio.ensure_future(work)
         await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            # nobody else asks for it
+            # marks a later error as seen, since nobody awaits this task
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             task.cancel()
             self._death.result()
@@ -387,8 +387,8 @@ class Engine(BaseEngine):
     async def status(self) -> dict[str, Any]:
         """Return the status of BaseEngine, with the tokens that vLLM has written so far."""
         if self._llm is not None:
-            # vLLM's own count (its stat loggers) costs a quarter more per token in this process. What is on
-            # its way from a request to its completion is in neither sum for a moment.
+            # vLLM's own count (its stat loggers) costs this process a quarter more per token. Tokens on their
+            # way from a request to its completion are in neither sum for a moment, so the count may fall.
             states = self._llm.output_processor.request_states.values()
             num_tokens = self._num_finished_tokens + sum(
                 state.detokenizer.num_output_tokens() for state in states

@@ -138,7 +138,7 @@ _REFUSED: _Numbers = dict(
     socket=(41, 198), connect=(42, 203), bind=(49, 200), listen=(50, 201), accept=(43, 202),
     accept4=(288, 242),
     sendmsg=(46, 211), sendmmsg=(307, 269),
-    # processes, and leaving the group that is killed
+    # new processes, and leaving the process group that is killed
     fork=(57, None), vfork=(58, None), execve=(59, 221), execveat=(322, 281), setsid=(112, 157),
     setpgid=(109, 154),
     # other processes
@@ -153,7 +153,7 @@ _REFUSED: _Numbers = dict(
     semtimedop=(220, 192), semctl=(66, 191),
     msgget=(68, 186), msgsnd=(69, 189), msgrcv=(70, 188), msgctl=(71, 187), mq_open=(240, 180),
     mq_unlink=(241, 181),
-    # wide doors into the kernel
+    # large attack surfaces of the kernel
     io_uring_setup=(425, 425), io_uring_enter=(426, 426), io_uring_register=(427, 427), io_setup=(206, 0),
     io_submit=(209, 2),
     bpf=(321, 280), userfaultfd=(323, 282), perf_event_open=(298, 241), add_key=(248, 217),
@@ -388,7 +388,7 @@ def _install(program: list[_Instruction], all_threads: bool = True) -> None:
     _give_up_privileges()
     number, set_mode_filter = _ARCHITECTURES[platform.machine()][2], 1
     status = _checked("seccomp", _syscall(number, set_mode_filter, ctypes.c_ulong(all_threads), header))
-    if status:  # the thread that would not follow
+    if status:  # id of a thread that could not take the filter
         raise OSError(errno.EBUSY, f"seccomp: thread {status} has a filter of its own")
 
 

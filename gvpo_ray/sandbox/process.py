@@ -200,7 +200,7 @@ class Sandbox:
         child, self._child = self._child, None
         try:
             status = self._template.end(child)
-        except _GoneError:  # the template died too, and the child with it
+        except _GoneError:  # the template died too, and its children die with it
             self._template.kill()
             self._template, status = None, -signal.SIGKILL
         for entry in self._scratch.iterdir():

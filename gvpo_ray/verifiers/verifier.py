@@ -139,7 +139,7 @@ class Verifier:
                 memory_gib=config.memory_gib,
                 max_checks=config.max_checks,
             )
-        self._worked: set[str] = set()  # reward functions
+        self._worked: set[str] = set()  # reward functions that have given a value
         self._faults: Counter[str] = Counter()
 
     def score(self, groups: pa.Table) -> pa.Table:

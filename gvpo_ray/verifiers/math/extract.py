@@ -126,7 +126,7 @@ def _boxes(text: str) -> str | None:
             + content
             + ("%" if _PERCENT.match(text, close + 1) else "")
         )
-        if not contents or close > next_begin:  # the first, or one around those so far
+        if not contents or close > next_begin:  # the first box, or one around those so far
             contents = [content]
         elif not _BETWEEN_BOXES.fullmatch(text, close + 1, next_begin):
             break
@@ -158,7 +158,7 @@ def _statement(rest: str) -> str | None:
         return " , ".join(parts) + ("%" if percent else "")
     statement = _SENTENCE_END.split(rest, maxsplit=1)[0].strip().strip("*").strip()
     if not statement or re.match(r"\$(?!\s?\d[\d,.]*(?:\s|$))|\\[(\[]", statement):
-        return None  # mathematics that never ends; "$80" is money
+        return None  # mathematics without its closing delimiter; "$80" is money
     return statement if _is_bare(statement) else _conclusion(statement).text
 
 
@@ -171,7 +171,7 @@ def _conclusion(text: str) -> Extraction:
     if CODE.search(sentence):
         return Extraction(None)  # no number in a program is an answer
     maths = list(_MATH.finditer(sentence))
-    # "36 - 24 = 12 of 30 are left"
+    # Of "36 - 24 = 12 of 30 are left" the answer is 12.
     left, _, right = sentence[maths[-1].end() if maths else 0 :].rpartition("=")
     if numbers := _NUMBER_IN_TEXT.findall(right):
         return Extraction(numbers[0] if left else numbers[-1], sentence)

@@ -82,7 +82,7 @@ def normalise(text: str) -> str:
 
     Delimiters, needless spaces, synonyms, thousands separators and Unicode signs are removed or replaced.
     """
-    for _ in range(3):  # boxes in boxes
+    for _ in range(3):  # boxes may be nested
         match = BOX.search(text)
         close = closing_brace(text, match.end()) if match else -1
         if match is None or close < 0:

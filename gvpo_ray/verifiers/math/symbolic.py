@@ -41,7 +41,7 @@ def parse(text: str) -> Any:
         or _EXPLOSIVE.search(re.sub(r"[\s{}()\[\]]", "", text))
     ):
         return None
-    # 10(26) and (10)(26), which the grammar adds like a mixed number.
+    # 10(26) and (10)(26) are products; the grammar would add them like a mixed number.
     text = re.sub(r"(?<![\w.^_}\\])(\d[\d.]*)\s*\(", r"\1 \\cdot (", text)
     text = re.sub(r"\)\s*(?=[\d(])", r") \\cdot ", text)
     text = re.sub(r"(?<![A-Za-z\\])[eEiI](?=_)", lambda m: _INDEXED[m[0]], text)
@@ -164,7 +164,7 @@ def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bo
     only_gold, only_pred = gold.free_symbols - pred.free_symbols, pred.free_symbols - gold.free_symbols
     if len(only_gold) == len(only_pred) == 1:
         name, other = only_gold.pop(), only_pred.pop()
-        # the name of an integer parameter is free
+        # an integer parameter may have any name
         if str(name).lower() == str(other).lower() or str(other) in set("jklmnt"):
             pred = pred.subs(other, name)
     symbols = sorted(gold.free_symbols | pred.free_symbols, key=str)
