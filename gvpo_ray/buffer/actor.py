@@ -62,7 +62,7 @@ class BufferClient:
         self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any
     ) -> None:
         on_the_head = {"node:__internal_head__": 0.001}  # other nodes may be removed
-        self.actor = (
+        self.actor: Any = (  # Ray gives its methods `remote` when it runs
             ray.remote(_BufferActor)
             .options(
                 name=actor_name("buffer"),

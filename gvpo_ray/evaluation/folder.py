@@ -121,7 +121,7 @@ def _settings(config: GVPOConfig) -> dict[str, Any]:
     ]
     for name, section in config.evaluation.sets.items():
         num_samples, temperature, max_tokens = config.evaluation.of(name)
-        own = {
+        own: dict[str, Any] = {
             "num_samples": num_samples,
             "temperature": temperature,
             "max_completion_tokens": max_tokens or config.sampling.max_tokens,

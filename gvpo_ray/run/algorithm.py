@@ -270,6 +270,7 @@ class GVPO:
         The workers need all of their places at once, and engines that take one of them would make them wait
         for ever.
         """
+        assert self.learners is not None
         while not await asyncio.to_thread(self.learners.has_places):
             await asyncio.sleep(0.5)
 
@@ -282,6 +283,7 @@ class GVPO:
 
     async def _close_buffer(self) -> None:
         await self._buffer.close_once()
+        assert self.learners is not None
         await asyncio.to_thread(self.learners.join, 4.0)
         self._buffer.kill()
 

@@ -219,9 +219,7 @@ class Ring:
         oldest = min(
             ((since, group_id, where) for group_id, (since, where) in self.running.items()), default=None
         )
-        available, total = await asyncio.to_thread(
-            lambda: (ray.available_resources(), ray.cluster_resources())
-        )
+        available, total = await asyncio.to_thread(_cluster_resources)
         try:
             of_buffer = await asyncio.wait_for(self._buffer.status(), BUFFER_ANSWERS_S)
         except TimeoutError:
@@ -299,6 +297,13 @@ class Ring:
                     )
                 )
             await asyncio.sleep(min(STATUS_EVERY_S, self._watchdog_s))
+
+
+def _cluster_resources() -> tuple[dict[str, float], dict[str, float]]:
+    """Return what the cluster has free, and what it has in all, by Ray's names of resources."""
+    available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return available, total
 
 
 MAX_STARTS = 256

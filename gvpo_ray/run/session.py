@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -44,7 +45,7 @@ class Session:
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 **({} if address else embedded),
             )
             if threading.current_thread() is threading.main_thread():
@@ -164,7 +165,8 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
             if pool.num or pool.max_num
         }
         wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = (node for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive]
     for who, resources in wanted.items():
         if not any(
             all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes
