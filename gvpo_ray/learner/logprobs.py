@@ -35,7 +35,8 @@ class CompletionLogprobs(nn.Module):
 
         def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
             if targets is None:
-                return usual(hidden)
+                logits: Tensor = usual(hidden)
+                return logits
             return linear_logprobs(hidden, head.weight, targets, head.bias, scale, softcap)
 
         head.forward = forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +12,7 @@ def partition(group_ids: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         group_ids: [N] integers, equal for the completions of one prompt.
     """
-    _, index, counts = group_ids.unique(return_inverse=True, return_counts=True)
+    _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
     return index, counts
 
 

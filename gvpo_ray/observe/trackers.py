@@ -136,17 +136,18 @@ class MLflow:
         else:
             self._client.update_run(run, status="RUNNING")
         self.run: str | None = run
+        self._run: str = run
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
         """Log the values at `step`."""
         now = int(1000 * time.time())
         self._client.log_batch(
-            self.run, metrics=[self._metric(_tag(name), value, now, step) for name, value in values.items()]
+            self._run, metrics=[self._metric(_tag(name), value, now, step) for name, value in values.items()]
         )
 
     def close(self) -> None:
         """Mark the run as finished."""
-        self._client.set_terminated(self.run)
+        self._client.set_terminated(self._run)
 
 
 def _tag(name: str) -> str:
@@ -154,7 +155,7 @@ def _tag(name: str) -> str:
     return re.sub(r"[^\w./-]", "_", name.replace("@", "_at_"))
 
 
-TRACKERS: dict[str, tuple[Callable[..., Tracker], str]] = {
+TRACKERS: dict[str, tuple[Callable[..., Any], str]] = {
     "tensorboard": (TensorBoard, "tensorboardX"),
     "wandb": (WandB, "wandb"),
     "mlflow": (MLflow, "mlflow"),
@@ -304,7 +305,9 @@ class Tracking:
                 continue
             state = run_dir / "tracking" / f"{name}.json"
             state.parent.mkdir(exist_ok=True)
-            known = json.loads(state.read_text()) if state.exists() else {"run": None, "last": -1}
+            known: dict[str, Any] = (
+                json.loads(state.read_text()) if state.exists() else {"run": None, "last": -1}
+            )
             try:
                 tracker = make(arguments, run_dir, known["run"], parameters_of(config))
             except Exception as error:  # whatever the library raises, the config or the server is at fault

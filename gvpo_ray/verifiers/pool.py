@@ -49,7 +49,7 @@ class VerifierGroup:
                 and module.__name__ != "__main__"
                 and "site-packages" not in (module.__file__ or "site-packages")
             ):
-                ray.cloudpickle.register_pickle_by_value(module)
+                ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
         self.config, self._rewards, self._note = config, dict(rewards or {}), note
         self._processes: dict[Any, int] = {}
         self._models: list[Any] = []
@@ -191,4 +191,6 @@ class _RemoteReward:
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         self._next += 1
-        return ray.get(self._actors[self._next % len(self._actors)].score.remote(prompts, completions))
+        actor = self._actors[self._next % len(self._actors)]
+        scores: list[float] = ray.get(actor.score.remote(prompts, completions))
+        return scores

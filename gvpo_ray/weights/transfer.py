@@ -203,7 +203,8 @@ class NcclPublisher:
             info = NCCLTrainerInitInfo(
                 rank=self._rank, master_address=self._address, master_port=self._port, world_size=world_size
             )
-            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=self, source=Source())
+            client: Any = self  # its methods are those of vLLM's client, fanned out to all engines
+            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
         self._trainer.send_weights()
         if self._rank != 0:
             return None

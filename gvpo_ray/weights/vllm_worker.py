@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -65,18 +66,18 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
         Raises:
             ValueError: the adapter does not fit the model.
         """
+        model: Any = self.model  # vLLM's models have load_weights, torch's Module does not
+        dtype: Any = self.model_config.dtype  # resolved by now
         if update_info.adapter_scale is not None:
             adapter = {name: tensor for path in update_info.paths for name, tensor in load_file(path).items()}
             with torch.no_grad():
-                self.model.load_weights(
-                    merge(
-                        self._base(), adapter, update_info.adapter_scale, self.model_config.dtype, self.device
-                    )
+                model.load_weights(
+                    merge(self._base(), adapter, update_info.adapter_scale, dtype, self.device)
                 )
             return
         for path in update_info.paths:
             with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
-                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dict
+                model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dict
 
     def _base(self) -> NamedTensors:
         """Read the base model's tensors from disk, mostly from the page cache.
@@ -92,7 +93,7 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
 
     def finish_weight_update(self) -> None:
         """Let the layers re-pack what was loaded."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:
         """Do nothing: there is no connection to close."""

@@ -84,5 +84,5 @@ def same_words(gold: str, pred: str) -> bool:
     if several and sorted(set(wanted) - {"and"}) == sorted(set(found) - {"and"}):
         return True
     if len(wanted) == 1 and wanted[0] in ("yes", "no", "true", "false"):
-        return found[0] == wanted[0]
+        return bool(found[0] == wanted[0])
     return not several and len(wanted) >= 3 * len(found) and wanted[: len(found)] == found
