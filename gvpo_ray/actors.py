@@ -49,6 +49,10 @@ class Hang(GvpoError, RuntimeError):
     """An engine that produces no token, or does not answer, raises this."""
 
 
+class UpdateFailed(GvpoError, RuntimeError):
+    """An engine that cannot take new weights raises this: its disk or its memory is full, or vLLM failed."""
+
+
 def draining_nodes() -> dict[str, float]:
     """Return the nodes that Ray will remove: node id -> deadline in Unix seconds (0: none given).
 
@@ -73,7 +77,8 @@ def num_gpus_here() -> int:
 Note = Callable[[str, str, str], None]
 """A callback note(who, name, why) for recoveries, such as ("engine", "engines-0", "EngineDeadError: …").
 
-`who` is the kind of actor that died and was replaced, or "pool" for a pool that changes its size.
+`who` is the kind of actor that died and was replaced, or "pool" for what a pool does: it changes its size, or
+its server refuses a prompt.
 """
 
 
@@ -148,6 +153,7 @@ def is_death(error: BaseException) -> bool:
         WorkerCrashedError,
         Hang,
         Draining,
+        UpdateFailed,
         ConnectionError,
         TimeoutError,
     )

@@ -175,7 +175,7 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
 
     def running() -> int:
         run.check()
-        return sum(seat.state == "running" for seat in run.engines.seats)
+        return sum(slot.state == "running" for slot in run.engines.slots)
 
     try:
         _until(lambda: running() == 3, "a learner that waits has the pool grow")
@@ -183,19 +183,19 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
         (raylet, *_) = (
             process for process in _processes(mark, RAY_NODE_TYPE_NAME="engine") if process.name() == "raylet"
         )
-        before_that = {seat.node for seat in run.engines.seats}
+        before_that = {slot.node for slot in run.engines.slots}
         raylet.kill()
         _until(lambda: running() == 2, "its engine is missed")
         _until(
             lambda: running() == 3 and nodes()["engine"] == 3,
-            "another node takes its place, and another engine the seat",
+            "another node takes its place, and another engine the slot",
         )
-        assert {seat.node for seat in run.engines.seats} != before_that
+        assert {slot.node for slot in run.engines.slots} != before_that
         before = run.num_finished()
         _until(lambda: run.num_finished() > before + 16, "groups come in")
         ray.get(run.learner.pace.remote(1e6))  # from now on it is busy for ever
         _until(
-            lambda: all(seat.state == "off" for seat in run.engines.seats),
+            lambda: all(slot.state == "off" for slot in run.engines.slots),
             "a full buffer has the pool shrink",
         )
         _until(lambda: nodes() == {"learner": 1, "verifier": 1}, "nodes without an engine leave")

@@ -38,7 +38,7 @@ from ray.scripts.scripts import start as ray_start
 from gvpo_ray.actors import resources_of
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.engines.pools import HAND_OVER_MARGIN_S
+from gvpo_ray.engines.supervisor import HAND_OVER_MARGIN_S
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

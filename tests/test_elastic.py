@@ -10,24 +10,24 @@ from gvpo_ray.engines.autoscale import START_PATIENCE_S, slot_to_clear, slot_to_
 
 
 @dataclass
-class Seat:
+class Slot:
     pool: str
     state: str = "off"
     is_elastic: bool = True
     capacity: int = 64
-    asked_at: float = 0.0
+    wanted_at: float = 0.0
 
     @property
-    def is_asked(self) -> bool:
+    def is_wanted(self) -> bool:
         return self.state != "off"
 
 
-def seats(**pools: str) -> list[Seat]:
-    """`cheap="running off"`: states of the pool's seats, in order; one that is not running was asked for just
+def slots(**pools: str) -> list[Slot]:
+    """`cheap="running off"`: states of the pool's slots, in order; one that is not running was asked for just
     now.
     """
     return [
-        Seat(pool, state, asked_at=time.time()) for pool, states in pools.items() for state in states.split()
+        Slot(pool, state, wanted_at=time.time()) for pool, states in pools.items() for state in states.split()
     ]
 
 
@@ -49,13 +49,13 @@ def seats(**pools: str) -> list[Seat]:
 def test_a_pool_grows_while_the_learner_waits_for_groups(
     waited: float, states: dict[str, str], which: int | None
 ) -> None:
-    found = seats(**states)
+    found = slots(**states)
     assert slot_to_fill(found, waited) is (None if which is None else found[which])
 
 
 def test_a_pool_whose_engines_do_not_come_is_passed_over() -> None:
-    found = seats(cheap="running wanted off", dear="off")
-    found[1].asked_at -= START_PATIENCE_S + 1
+    found = slots(cheap="running wanted off", dear="off")
+    found[1].wanted_at -= START_PATIENCE_S + 1
     assert slot_to_fill(found, 0.4) is found[3]
 
 
@@ -75,18 +75,18 @@ def test_a_pool_whose_engines_do_not_come_is_passed_over() -> None:
 def test_a_pool_shrinks_while_the_dial_is_closed_and_those_that_are_left_will_do(
     waited: float, closed: float, states: dict[str, str], which: int | None
 ) -> None:
-    found = seats(**states)
+    found = slots(**states)
     assert slot_to_clear(found, waited, closed) is (None if which is None else found[which])
 
 
 def test_a_pool_keeps_its_fewest_and_lets_go_of_one_at_a_time() -> None:
-    found: list[Any] = seats(cheap="running running")
-    for seat in found:
-        seat.is_elastic = False
+    found: list[Any] = slots(cheap="running running")
+    for slot in found:
+        slot.is_elastic = False
     assert slot_to_clear(found, 0.0, 1.0) is None
 
-    class Leaving(Seat):
-        is_asked = False
+    class Leaving(Slot):
+        is_wanted = False
 
-    assert slot_to_clear([*seats(cheap="running running"), Leaving("cheap", "leaving")], 0.0, 0.9) is None
-    assert slot_to_clear(seats(cheap="running running"), 0.0, 0.9) is not None
+    assert slot_to_clear([*slots(cheap="running running"), Leaving("cheap", "leaving")], 0.0, 0.9) is None
+    assert slot_to_clear(slots(cheap="running running"), 0.0, 0.9) is not None

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ import pytest
 import ray
 import tiny
 import torch
+from clocks import leaping
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gvpo_ray import groups
@@ -82,29 +81,8 @@ async def ready(engine: FakeEngine) -> FakeEngine:
 
 @pytest.fixture
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any, Any, None]], None]:
-    """Runs FakeEngines on a clock that stands still while anyone has work to do and then leaps: how long what
-    takes is exact on any machine.
-    """
-    now = 1000.0
-    for module in (base, fake_engine):
-        monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
-
-    class Selector(selectors.DefaultSelector):
-        def select(self, timeout: float | None = None) -> Any:
-            nonlocal now
-            now += timeout or 0.0
-            return super().select(0.0 if timeout else timeout)
-
-    def loop() -> asyncio.AbstractEventLoop:
-        loop = asyncio.SelectorEventLoop(Selector())
-        monkeypatch.setattr(loop, "time", lambda: now)
-        return loop
-
-    def run(main: Coroutine[Any, Any, None]) -> None:
-        with asyncio.Runner(loop_factory=loop) as runner:
-            runner.run(main)
-
-    return run
+    """Runs FakeEngines on a clock that leaps."""
+    return leaping(monkeypatch, base, fake_engine)
 
 
 # ------------------------------------------------------------------------------------ what is kept of a group

@@ -32,7 +32,7 @@ from gvpo_ray.bench.scale import FakeRun, maker
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
-from gvpo_ray.engines import pools as engine_group
+from gvpo_ray.engines import supervisor
 from gvpo_ray.engines.base import BaseEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.observe.status import read_status, status_lines
@@ -153,14 +153,14 @@ def until(run: FakeRun, condition: Callable[[], Any], seconds: float = 120) -> A
     return answer
 
 
-def seat_of(run: FakeRun, name: str) -> Any:
-    (seat,) = [seat for seat in run.engines.seats if seat.name == name]
-    return seat
+def slot_of(run: FakeRun, name: str) -> Any:
+    (slot,) = [slot for slot in run.engines.slots if slot.name == name]
+    return slot
 
 
-def is_new(seat: Any, pid: int) -> bool:
-    """Whether the seat is filled again."""
-    return seat.state == "running" and seat.status.get("pid", pid) != pid
+def is_new(slot: Any, pid: int) -> bool:
+    """Whether the slot is filled again."""
+    return slot.state == "running" and slot.status.get("pid", pid) != pid
 
 
 def recoveries(run: FakeRun) -> list[tuple[str, str, str]]:
@@ -204,20 +204,20 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
 ) -> None:
     # so that the new engine, too, has something to do
     run = start({"num": 2, "vllm": SLOW}, Signed, num_steps=24)
-    seat = seat_of(run, "engines-0")
-    until(run, lambda: sum(bool(group.kept) for group in list(seat.in_flight.values())) >= 2)
-    pid = seat.status["pid"]
+    slot = slot_of(run, "engines-0")
+    until(run, lambda: sum(bool(group.kept) for group in list(slot.in_flight.values())) >= 2)
+    pid = slot.status["pid"]
     os.kill(pid, signal.SIGSTOP)
     time.sleep(1)  # for what it has sent: a group may be wholly there
-    kept = {group_id: list(group.kept) for group_id, group in list(seat.in_flight.items())}
+    kept = {group_id: list(group.kept) for group_id, group in list(slot.in_flight.items())}
     os.kill(pid, signal.SIGKILL)
-    until(run, lambda: is_new(seat, pid))
+    until(run, lambda: is_new(slot, pid))
     assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
     rows = {row["group_id"]: row for row in finish(run, tmp_path, 24)}
     assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
     handed_over: dict[int, list[Any]] = {group_id: [] for group_id in kept}
     for group_id, refs in kept.items():
-        for part in map(ray.get, refs):
+        for part in refs:
             own = [row for row in groups.rows(groups.from_wire(part)) if row["group_id"] == group_id]
             handed_over[group_id] += [ids for row in own for ids in row["completion_ids"]]
     assert sum(bool(completions) for completions in handed_over.values()) >= 2
@@ -228,13 +228,13 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
         assert writers(row) - {pid}, "it was not finished when its engine died"
         assert bool(completions) <= (len(writers(row)) >= 2)
     # the new one works
-    assert seat.status["pid"] in {writer for row in rows.values() for writer in writers(row)}
+    assert slot.status["pid"] in {writer for row in rows.values() for writer in writers(row)}
 
 
 def test_the_engines_of_a_stopped_run_go_in_a_ray_that_goes_on(start: Start, tmp_path: Path) -> None:
     run = start({"num": 2}, num_steps=2)
     pids = [
-        until(run, lambda name=name: seat_of(run, name).status.get("pid"))
+        until(run, lambda name=name: slot_of(run, name).status.get("pid"))
         for name in ("engines-0", "engines-1")
     ]
     finish(run, tmp_path, 2)
@@ -257,12 +257,12 @@ def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(
         num_steps=40,
         make=lambda name, pool, number: (make_mute if name == "mute" else make)(name, pool, number),
     )
-    seats = stopped, mute = seat_of(run, "stopped-0"), seat_of(run, "mute-0")
+    slots = stopped, mute = slot_of(run, "stopped-0"), slot_of(run, "mute-0")
     until(run, lambda: stopped.in_flight and mute.in_flight and stopped.status and mute.status)
-    pids = [seat.status["pid"] for seat in seats]
+    pids = [slot.status["pid"] for slot in slots]
     os.kill(pids[0], signal.SIGSTOP)  # from now on nothing moves
     until(run, lambda: is_new(stopped, pids[0]) and is_new(mute, pids[1]))
-    successors = {seat.status["pid"] for seat in seats}
+    successors = {slot.status["pid"] for slot in slots}
     why = {name: text for _, name, text in reversed(recoveries(run))}  # the first of each
     assert why["stopped-0"] == "Hang: no answer for 5 s"
     assert re.fullmatch(r"Hang: no token for \d+ s with \d+ completions in flight", why["mute-0"])
@@ -275,13 +275,13 @@ def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new
     start: Start, tmp_path: Path
 ) -> None:
     run = start({"num": 2, "vllm": {**SLOW, "drain_s": 100.0}}, Signed, max_tokens=200, num_steps=16)
-    seat = seat_of(run, "engines-0")
-    until(run, lambda: len(seat.in_flight) == 8 and seat.status.get("num_groups") == 8)
-    pid, had = seat.status["pid"], set(seat.in_flight)
+    slot = slot_of(run, "engines-0")
+    until(run, lambda: len(slot.in_flight) == 8 and slot.status.get("num_groups") == 8)
+    pid, had = slot.status["pid"], set(slot.in_flight)
     os.kill(pid, signal.SIGTERM)
-    until(run, lambda: seat.state == "leaving")
+    until(run, lambda: slot.state == "leaving")
     begun = max(run.ring.running)
-    until(run, lambda: is_new(seat, pid))
+    until(run, lambda: is_new(slot, pid))
     assert [(who, name) for who, name, _ in recoveries(run)] == [("engine", "engines-0")]
     assert recoveries(run)[0][2].startswith("left: ")
     rows = {row["group_id"]: row for row in finish(run, tmp_path, 16)}
@@ -290,7 +290,7 @@ def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new
     # another's.
     assert len(finished) >= 4 and all(pid not in writers(rows[group_id]) for group_id in had - {*finished})
     assert not any(pid in writers(row) for group_id, row in rows.items() if group_id > begun)
-    assert any(seat.status["pid"] in writers(row) for row in rows.values())
+    assert any(slot.status["pid"] in writers(row) for row in rows.values())
 
 
 def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_when_another_node_joins(
@@ -302,15 +302,15 @@ def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_wh
     def waits() -> bool:
         lines = status_lines(run.status())
         return (
-            seat.state == "wanted"
+            slot.state == "wanted"
             and "no engine is running: the run waits for the first that comes back" in lines
         )
 
     node = join()
     run = start({"num_cpus": 0, "resources": {"spot": 1}, "vllm": SLOW}, Signed, num_steps=6)
-    seat = seat_of(run, "engines-0")
-    until(run, lambda: seat.in_flight and seat.status)
-    pids, node_id = [seat.status["pid"]], seat.node
+    slot = slot_of(run, "engines-0")
+    until(run, lambda: slot.in_flight and slot.status)
+    pids, node_id = [slot.status["pid"]], slot.node
     accepted, why_not = ray._raylet.GcsClient(address=cluster.address).drain_node(
         node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", int(1000 * (time.time() + 7))
     )
@@ -323,31 +323,31 @@ def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_wh
     until(
         run,
         lambda: (
-            is_new(seat, pids[0]) and any(len(group.kept) >= 2 for group in list(seat.in_flight.values()))
+            is_new(slot, pids[0]) and any(len(group.kept) >= 2 for group in list(slot.in_flight.values()))
         ),
     )
-    assert seat.node != node_id
-    pids.append(seat.status["pid"])
+    assert slot.node != node_id
+    pids.append(slot.status["pid"])
     cluster.remove_node(node)  # without a word
     until(run, waits)
     assert recoveries(run)[1:] == [("engine", "engines-0", "its process or its node died")]
     assert run.num_finished() < 24
     node = join()
     written = {writer for row in finish(run, tmp_path, 6) for writer in writers(row)}
-    assert written == {*pids, seat.status["pid"]} and len(written) == 3
+    assert written == {*pids, slot.status["pid"]} and len(written) == 3
     run.close()
     cluster.remove_node(node)
 
 
 def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: Start, tmp_path: Path) -> None:
     run = start({"max_restarts_per_hour": 1, "vllm": SLOW}, num_steps=1000)
-    seat, pid = seat_of(run, "engines-0"), 0
+    slot, pid = slot_of(run, "engines-0"), 0
     for _ in range(2):
-        until(run, lambda pid=pid: is_new(seat, pid))
-        pid = seat.status["pid"]
+        until(run, lambda pid=pid: is_new(slot, pid))
+        pid = slot.status["pid"]
         os.kill(pid, signal.SIGKILL)
     cause = (
-        r"engines of pool engines died 2 times within an hour \(max_restarts_per_hour: 1\), last: its "
+        r"engine engines-0 died 2 times within an hour \(max_restarts_per_hour: 1\), last: its "
         r"process or its node died"
     )
     with pytest.raises(RunError, match=cause):
@@ -357,7 +357,7 @@ def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: St
 
 
 @pytest.mark.parametrize(
-    ("error", "num_tries"), [("ValueError", 1), ("RuntimeError", engine_group.MAX_FAILED_STARTS)]
+    ("error", "num_tries"), [("ValueError", 1), ("RuntimeError", supervisor.MAX_FAILED_STARTS)]
 )
 def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
     start: Start, tmp_path: Path, error: str, num_tries: int
@@ -384,9 +384,9 @@ def test_a_buffer_that_is_killed_loses_no_group_and_no_step_and_repeats_none(
         os.kill(pid, signal.SIGKILL)
         until(run, lambda number=number: len(recoveries(run)) == number)
     num_tokens = sum(len(ids) for row in finish(run, tmp_path, 30) for ids in row["completion_ids"])
-    until(run, lambda: sum(seat.num_tokens for seat in run.engines.seats) >= num_tokens)
+    until(run, lambda: sum(slot.num_tokens for slot in run.engines.slots) >= num_tokens)
     # what was in flight was not begun again
-    assert sum(seat.num_tokens for seat in run.engines.seats) == num_tokens
+    assert sum(slot.num_tokens for slot in run.engines.slots) == num_tokens
     assert [(who, name) for who, name, _ in recoveries(run)] == [("buffer", "buffer")] * 2
     assert all("it is rebuilt from its log" in why for _, _, why in recoveries(run))
     assert run.status()["buffer"]["num_finished"] == 120 and not run.ring.running
@@ -448,8 +448,8 @@ def test_long_completions_are_all_trained_on_while_a_pool_without_a_place_stays_
     assert lengths == sampled and len(lengths) == 300 * K
     assert lengths[-1] > 20 * lengths[len(lengths) // 2]  # there is a tail
     assert [row["group_id"] for row in rows] != list(range(300))  # overtaken, not left out
-    until(run, lambda: sum(seat.num_tokens for seat in run.engines.seats) == sum(lengths))
-    nowhere = seat_of(run, "nowhere-0")
+    until(run, lambda: sum(slot.num_tokens for slot in run.engines.slots) == sum(lengths))
+    nowhere = slot_of(run, "nowhere-0")
     assert nowhere.state == "wanted" and not nowhere.num_tokens and not recoveries(run)
     lines = status_lines(run.status())
     assert (
@@ -469,8 +469,8 @@ def test_the_watchdog_and_the_status_command_say_who_waits_for_whom(start: Start
         watchdog_s=2.0,
         replay=ReplayConfig(share=0.5),
     )
-    seat = seat_of(run, "engines-0")
-    until(run, lambda: seat.state == "running" and len(seat.in_flight) == 3)
+    slot = slot_of(run, "engines-0")
+    until(run, lambda: slot.state == "running" and len(slot.in_flight) == 3)
     before = len(run.said)
     until(run, lambda: len(run.said) >= before + 3)
     assert len(run.said) <= (time.time() - began) / 2.0

@@ -29,7 +29,7 @@ from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.run import RayConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.engines.actor import MakeEngine, Remote
+from gvpo_ray.engines.actor import ActorMethods, MakeEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.observe.status import EngineState, RunState
@@ -241,7 +241,7 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
     The arguments of an engine are those in pool.vllm.
     """
 
-    class Actor(Remote, engine):  # type: ignore[misc,valid-type]
+    class Actor(ActorMethods, engine):  # type: ignore[misc,valid-type]
         pass
 
     Actor.__name__ = f"_{engine.__name__}Actor"
@@ -326,7 +326,7 @@ def measure(size: int, seconds: float) -> dict[str, float]:
             max_staleness=MAX_STALENESS,
         )
         try:
-            while any(seat.state != EngineState.RUNNING for seat in run.engines.seats):
+            while any(slot.state != EngineState.RUNNING for slot in run.engines.slots):
                 run.check()
                 time.sleep(0.2)
             ray.get(run.learner.pace.remote(0.0))
@@ -359,14 +359,14 @@ def _rate(run: FakeRun, seconds: float) -> tuple[float, float, float]:
 
 
 def _kill_one(run: FakeRun) -> dict[str, float]:
-    seat = run.engines.seats[0]
+    slot = run.engines.slots[0]
     killed = time.perf_counter()
-    os.kill(seat.status["pid"], signal.SIGKILL)
+    os.kill(slot.status["pid"], signal.SIGKILL)
     times = {}
     for name, reached in (
-        ("noticed", lambda: seat.state != EngineState.RUNNING),
-        ("replaced", lambda: seat.state == EngineState.RUNNING),
-        ("busy", lambda: bool(seat.in_flight)),
+        ("noticed", lambda: slot.state != EngineState.RUNNING),
+        ("replaced", lambda: slot.state == EngineState.RUNNING),
+        ("busy", lambda: bool(slot.in_flight)),
     ):
         while not reached():
             run.check()

@@ -99,8 +99,8 @@ class PoolConfig(Section):
     url_key_variable: str | None = None
     """Environment variable of the driver that holds the server's API key."""
     max_restarts_per_hour: int = Field(default=20, ge=0)
-    """Largest number of deaths of this pool's engines within an hour. Beyond it no engine of the pool is
-    replaced until the hour is over; if no pool has an engine left, the run stops."""
+    """How often an engine of this pool is replaced within an hour after it died. Beyond that its place stays
+    empty until the hour is over; if all places of all pools are empty for this reason, the run stops."""
 
     @model_validator(mode="after")
     def _of_one_engine(self) -> PoolConfig:

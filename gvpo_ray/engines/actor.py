@@ -1,4 +1,4 @@
-"""An engine as a Ray actor: its methods, its handle, and how one is made."""
+"""Engines become Ray actors here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 
 
 class _Engine(Protocol):
-    """The methods of an engine that Remote calls."""
+    """The part of an engine that ActorMethods uses."""
+
+    refusals: dict[int, str]
 
     async def start(self) -> dict[str, Any]: ...
 
@@ -35,10 +37,10 @@ class _Engine(Protocol):
     async def finished(self) -> tuple[list[int], pa.Table]: ...
 
 
-class Remote:
-    """The methods that an engine has as a Ray actor.
+class ActorMethods:
+    """ActorMethods are the methods that an engine has as a Ray actor, beside those of base.py.
 
-    A mix-in beside an engine of base.py. Group tables travel as Arrow IPC buffers, made by groups.to_wire.
+    It is a mix-in for an engine. Group tables travel as Arrow IPC buffers, made by groups.to_wire.
     """
 
     async def start_here(self: _Engine) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Remote:
         min_version: int,
         seed: int | None,
         *kept: pa.Buffer,
-    ) -> tuple[pa.Buffer, tuple[int, int]]:
+    ) -> tuple[pa.Buffer, tuple[int, int, str]]:
         """Sample the completions of one group, as the engine's `generate` does.
 
         Two return values, so that the driver can await the numbers while the table stays in the object store.
@@ -66,7 +68,8 @@ class Remote:
             kept: tables with finished or begun completions; rows of other groups are ignored.
 
         Returns:
-            The sampled group, and (number of completions that are missing, number of new tokens).
+            The sampled group, and (number of completions that another engine has to sample, number of new
+            tokens, why a server refused to sample the rest of them, or "").
         """
         group = from_wire(prompt)
         tables = [from_wire(part) for part in kept]
@@ -76,26 +79,24 @@ class Remote:
             if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))
         ]
         sampled, missing = await self.generate(group, sampling, min_version, seed, *own)
-        return to_wire(sampled), (
-            missing,
-            num_completion_tokens(sampled) - sum(map(num_completion_tokens, own)),
-        )
+        num_tokens = num_completion_tokens(sampled) - sum(map(num_completion_tokens, own))
+        refusal = self.refusals.pop(group["group_id"][0].as_py(), "")
+        return to_wire(sampled), (missing, num_tokens, refusal)
 
-    @ray.method(num_returns=2)
-    async def hand_over(self: _Engine) -> tuple[pa.Buffer, list[int]]:
-        """Wait for finished completions of unfinished groups; return their rows and the rows' group ids.
+    async def hand_over(self: _Engine) -> tuple[list[int], pa.Buffer]:
+        """Wait for finished completions of unfinished groups; return the rows' group ids, and the rows.
 
         No group ids: the engine is closed.
         """
         group_ids, table = await self.finished()
-        return to_wire(table), group_ids
+        return group_ids, to_wire(table)
 
 
-class _EngineActor(Remote, Engine):
+class _EngineActor(ActorMethods, Engine):
     pass
 
 
-class _ServerActor(Remote, ServerEngine):
+class _ServerActor(ActorMethods, ServerEngine):
     pass
 
 
@@ -142,4 +143,4 @@ def engine_maker(
 
 
 MakeEngine = Callable[[str, PoolConfig, int], Any]
-"""(pool's name, pool, number) -> handle of a new actor with Engine's methods, `sample` and `hand_over`."""
+"""(pool's name, pool, number) -> handle of a new actor with an engine's methods and ActorMethods."""

@@ -28,53 +28,53 @@ START_PATIENCE_S = 600.0
 instead."""
 
 
-def slot_to_fill(seats: Sequence[Any], waited: float) -> Any | None:
-    """Return the seat that should get an engine, or None to add no engine.
+def slot_to_fill(slots: Sequence[Any], waited: float) -> Any | None:
+    """Return the slot that should get an engine, or None to add no engine.
 
     Args:
-        seats: the seats (seats.Seat) of all pools, in the order of the pools.
+        slots: the slots (slots.Slot) of all pools, in the order of the pools.
         waited: share of the window in which the learner waited for groups, 0 to 1.
     """
-    free = [seat for seat in seats if not seat.is_asked]
+    free = [slot for slot in slots if not slot.is_wanted]
     if waited <= GROW_ABOVE_WAIT_SHARE or not free:
         return None
     late = {
-        seat.pool
-        for seat in seats
-        if seat.is_asked
-        and seat.state != EngineState.RUNNING
-        and time.time() - seat.asked_at > START_PATIENCE_S
+        slot.pool
+        for slot in slots
+        if slot.is_wanted
+        and slot.state != EngineState.RUNNING
+        and time.time() - slot.wanted_at > START_PATIENCE_S
     }
-    running = sum(seat.capacity for seat in seats if seat.state == EngineState.RUNNING)
+    running = sum(slot.capacity for slot in slots if slot.state == EngineState.RUNNING)
     coming = sum(
-        seat.capacity
-        for seat in seats
-        if seat.is_asked and seat.state != EngineState.RUNNING and seat.pool not in late
+        slot.capacity
+        for slot in slots
+        if slot.is_wanted and slot.state != EngineState.RUNNING and slot.pool not in late
     )
     if running and running + coming >= running / max(1e-9, 1 - waited):
         return None  # the engines that are coming up suffice
-    return next((seat for seat in free if seat.pool not in late), None)
+    return next((slot for slot in free if slot.pool not in late), None)
 
 
-def slot_to_clear(seats: Sequence[Any], waited: float, closed: float) -> Any | None:
-    """Return the seat whose engine should go, or None to remove no engine.
+def slot_to_clear(slots: Sequence[Any], waited: float, closed: float) -> Any | None:
+    """Return the slot whose engine should go, or None to remove no engine.
 
     Args:
-        seats: the seats (seats.Seat) of all pools, in the order of the pools.
+        slots: the slots (slots.Slot) of all pools, in the order of the pools.
         waited: share of the window in which the learner waited for groups, 0 to 1.
         closed: share of the window in which the bound on staleness let no group start although engines had
             room, 0 to 1.
     """
-    running = [seat for seat in seats if seat.state == EngineState.RUNNING]
-    spare = [seat for seat in seats if seat.is_asked and seat.is_elastic]
+    running = [slot for slot in slots if slot.state == EngineState.RUNNING]
+    spare = [slot for slot in slots if slot.is_wanted and slot.is_elastic]
     if (
         waited > SHRINK_BELOW_WAIT_SHARE
         or not spare
-        or any(not seat.is_asked and seat.state != "off" for seat in seats)
+        or any(not slot.is_wanted and slot.state != "off" for slot in slots)
     ):
         return None  # the engine that was removed last is still draining
-    if coming := [seat for seat in spare if seat.state != EngineState.RUNNING]:
+    if coming := [slot for slot in spare if slot.state != EngineState.RUNNING]:
         return coming[-1] if closed > 1 - MAX_LOAD_AFTER_SHRINK else None
-    all_of_it = sum(seat.capacity for seat in running)
-    seat = spare[-1]
-    return seat if (1 - closed) * all_of_it <= MAX_LOAD_AFTER_SHRINK * (all_of_it - seat.capacity) else None
+    all_of_it = sum(slot.capacity for slot in running)
+    slot = spare[-1]
+    return slot if (1 - closed) * all_of_it <= MAX_LOAD_AFTER_SHRINK * (all_of_it - slot.capacity) else None

@@ -16,6 +16,7 @@ This module imports neither torch nor vLLM.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import faulthandler
@@ -47,7 +48,7 @@ ABORTED = "abort"
 
 @dataclass(eq=False)
 class InFlight:
-    """A group that an engine is sampling."""
+    """InFlight is a group that an engine is sampling."""
 
     group: pa.Table
     """One row, without completions."""
@@ -65,8 +66,8 @@ class InFlight:
         return [i for i, at in self.finished_at.items() if at <= before]
 
 
-class BaseEngine:
-    """The common part of all engines: groups in flight, migration of finished completions, draining.
+class BaseEngine(abc.ABC):
+    """BaseEngine is what all engines share: groups in flight, migration of finished completions, draining.
 
     Args:
         drain_s: seconds to drain after SIGTERM (the node is about to go), before the process ends. None:
@@ -79,6 +80,8 @@ class BaseEngine:
         self._is_leaving = self._is_draining = self._is_closed = self._is_updating = False
         self._begin = asyncio.Condition()  # notified when waiting groups may begin, or must go elsewhere
         self._in_flight: dict[InFlight, None] = {}  # the oldest first
+        self.refusals: dict[int, str] = {}
+        """Group id -> why a server refuses to sample (the rest of) a group that `generate` has returned."""
         self._num_tokens = 0
         self._last_token_at = time.time()
 
@@ -122,8 +125,8 @@ class BaseEngine:
     async def status(self) -> dict[str, Any]:
         """Return what the engine is doing, as a dict of plain values.
 
-        `last_token_at` (seconds of time.time()) is when the newest token was written. It is now while nothing
-        is in flight, and it moves when groups arrive at an idle engine or new weights come.
+        `last_token_at` (seconds of time.time()) is when the newest token was written. It is now while the
+        engine has nothing to do, and it moves when groups arrive at an idle engine or new weights come.
         """
         now = time.time()
         num_completions = sum(running.size - len(running.finished(now)) for running in self._in_flight)
@@ -133,7 +136,7 @@ class BaseEngine:
             "num_groups": len(self._in_flight),
             "num_completions": num_completions,
             "num_tokens": self._num_tokens,
-            "last_token_at": self._last_token_at if num_completions else now,
+            "last_token_at": self._last_token_at if num_completions or self._is_updating else now,
             "oldest": oldest and {"group_id": oldest.group["group_id"][0].as_py(), "since": oldest.since},
             "updating": self._is_updating,
             "leaving": self._is_leaving,
@@ -192,13 +195,60 @@ class BaseEngine:
         await self.close()
         os._exit(0)
 
+    @abc.abstractmethod
+    async def start(self) -> dict[str, Any]:
+        """Start the engine; return `seconds`, how long that took, and `pid`."""
+
+    @abc.abstractmethod
+    async def generate(
+        self,
+        group: pa.Table,
+        sampling: SamplingConfig,
+        min_version: int = 0,
+        seed: int | None = None,
+        *kept: pa.Table,
+    ) -> tuple[pa.Table, int]:
+        """Sample the completions of one group.
+
+        Args:
+            group: one row with the prompt columns.
+            sampling: how to sample, and how many completions the group has.
+            min_version: oldest weights to start with; the call waits for them.
+            seed: seed of this group alone, so that its samples do not depend on what else is sampled.
+            kept: tables of one row with completions that the group already has. Finished ones come first and
+                are not sampled again; those that were cut off ("abort") are continued.
+
+        Returns:
+            The group with its completions, and how many of them another engine has to sample or to continue:
+            0, unless this one was drained meanwhile.
+
+        Raises:
+            Draining: the engine takes no new work; another one has to sample the group.
+        """
+
+    @abc.abstractmethod
+    async def update(
+        self, version: int, weights: dict[str, Any], probe: dict[str, Any] | None = None
+    ) -> dict[str, float]:
+        """Fetch newer weights and swap them in.
+
+        Args:
+            version: the new version.
+            weights: what the learner published.
+            probe: sequences with the learner's log-probs, to compare this engine's with.
+
+        Returns:
+            `copy_s` and `pause_s`, the seconds of the copy (generation goes on) and of the pause (it stops),
+            and with a probe `parity_mean` and `parity_max`, differences of log-probs in nats per token.
+        """
+
+    @abc.abstractmethod
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         """Return the group's row with its new completions of the indices `which`, in this order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def _cut_off(self) -> None:
         """Make the groups in flight return with the tokens that they have."""
-        raise NotImplementedError
 
 
 def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[dict[str, Any]], int]:

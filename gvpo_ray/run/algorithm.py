@@ -215,7 +215,7 @@ class GVPO:
         session.on_stop(self.engines.close)
         for text in placement_notes(config, engines=not self.replays):
             self.say(text)
-        fixed = [seat.engine for seat in self.engines.seats if seat.engine is not None]
+        fixed = [slot.engine for slot in self.engines.slots if slot.engine is not None]
         self.learners = LearnerGroup(config, self.run_dir, self._buffer.actor, fixed, self.num_steps)
         self.learners.start()
         self.learners.ended.add_done_callback(

@@ -137,7 +137,7 @@ async def run_through(
     Raises:
         ConfigError: there is no engine of our own.
     """
-    if all(seat.config.url for seat in engines.seats):
+    if all(not slot.is_ours for slot in engines.slots):
         raise ConfigError("engines.num: no engine of our own is there to sample with")
 
     async def one(i: int) -> pa.Table:

@@ -131,10 +131,10 @@ class Ring:
         A group needs a free engine slot, and the verifiers must not be too far behind.
         """
         later = self._at["verifiers"] + self._at["buffer"]
-        if not self._engines.seats:
+        if not self._engines.slots:
             return MAX_UNVERIFIED - len(self.running)
         free = self._engines.num_free() - self._at["prompts"]  # groups at this stage are about to take a slot
-        return min(free, max(MAX_UNVERIFIED, 2 * self._engines.num_slots) - later)
+        return min(free, max(MAX_UNVERIFIED, 2 * self._engines.max_groups) - later)
 
     def _goes_to(self, group_id: int, since: float, where: str | None) -> None:
         """Record the stage that a group enters; None: it has left the loop."""
@@ -193,17 +193,17 @@ class Ring:
 
     def rates(self) -> dict[str, float]:
         """Return what engines and verifiers did since the last call, as metrics."""
-        now, pools = time.perf_counter(), sorted({seat.pool for seat in self._engines.seats})
+        now, pools = time.perf_counter(), sorted({slot.pool for slot in self._engines.slots})
         seconds, self._then = now - self._then, now
         tokens = {
-            pool: sum(seat.num_tokens for seat in self._engines.seats if seat.pool == pool) for pool in pools
+            pool: sum(slot.num_tokens for slot in self._engines.slots if slot.pool == pool) for pool in pools
         }
         new = {pool: tokens[pool] - self._tokens_before.get(pool, 0) for pool in pools}
         self._tokens_before, total = tokens, sum(new.values())
         metrics = {"tokens/generated": float(total), "tokens/generated_per_s": total / seconds}
         for pool in pools:
             metrics[f"pools/{pool}/engines"] = float(
-                sum(seat.pool == pool and seat.state == EngineState.RUNNING for seat in self._engines.seats)
+                sum(slot.pool == pool and slot.state == EngineState.RUNNING for slot in self._engines.slots)
             )
             metrics[f"pools/{pool}/tokens_per_s"] = new[pool] / seconds
             metrics[f"pools/{pool}/token_share"] = new[pool] / total if total else 0.0

@@ -1,0 +1,111 @@
+"""A slot is an engine's place in its pool; it also knows the groups that are in flight there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gvpo_ray.actors import resources_of
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.groups import from_wire, to_wire
+from gvpo_ray.observe.status import EngineState
+
+
+@dataclass
+class Request:
+    """A Request is a group in flight at an engine."""
+
+    since: float
+    """When the group was first given to an engine, in seconds of time.time()."""
+    kept: list[Any]
+    """Tables with completions that survive the engine's death, as Arrow IPC buffers in the driver's memory
+    (rows of other groups included), or, of those that the group began with, object refs of them."""
+
+    def rescued(self, group_id: int) -> tuple[Any, ...]:
+        """Return `kept` without the rows of other groups; object refs are returned as they are."""
+        return tuple(_own(part, group_id) if isinstance(part, pa.Buffer) else part for part in self.kept)
+
+
+def _own(part: pa.Buffer, group_id: int) -> pa.Buffer:
+    table = from_wire(part)
+    return to_wire(table.filter(pc.equal(table["group_id"], group_id)))
+
+
+@dataclass(eq=False)
+class Slot:
+    """A Slot is the place of one engine in its pool; when the engine dies, another one takes its place."""
+
+    pool: str
+    """Name of the pool."""
+    config: PoolConfig
+    number: int
+    """Position in the pool, from 0."""
+    capacity: int
+    """Largest number of completions in flight."""
+    load: int = 0
+    """Number of completions in flight, those of groups that are just being assigned included."""
+    engine: Any = None
+    """Handle of the engine's actor; None while the slot is empty."""
+    node: str = ""
+    """Id of the engine's Ray node."""
+    is_wanted: bool = True
+    """Whether there should be an engine. For an elastic pool's slots beyond `num`, autoscale.py decides."""
+    wanted_at: float = field(default_factory=time.time)
+    """When the pool last asked for an engine here, in seconds of time.time()."""
+    state: EngineState = EngineState.WANTED
+    since: float = field(default_factory=time.time)
+    """When the state last changed, in seconds of time.time()."""
+    status: dict[str, Any] = field(default_factory=dict)
+    """The engine's last answer to `status`."""
+    num_tokens: int = 0
+    """Number of tokens that engines of this slot have written, in groups that came back."""
+    in_flight: dict[int, Request] = field(default_factory=dict)
+    """Group id -> the group in flight."""
+    failed: asyncio.Future[None] | None = None
+    """Gets the error of the first call that found the engine dead."""
+    leaves: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the engine has to leave: preemption notice of its node, SIGTERM, or its pool scales down."""
+    deaths: deque[float] = field(default_factory=deque)
+    """When engines of this slot died within the last hour, in seconds of time.monotonic()."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name, `<pool>-<number>`."""
+        return f"{self.pool}-{self.number}"
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the engine runs and can take another group."""
+        return self.state == EngineState.RUNNING and self.load < self.capacity
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the slot is beyond the pool's `num`, so that autoscale.py may fill and clear it."""
+        return self.number >= self.config.num
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the engine samples with the policy's weights, and not at an external server."""
+        return self.config.url is None
+
+    @property
+    def wants(self) -> dict[str, float]:
+        """The resources that the engine asks Ray for: resource name -> amount."""
+        return resources_of(self.config)
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the engines here died more than max_restarts_per_hour times within the last hour."""
+        while self.deaths and time.monotonic() - self.deaths[0] > 3600:
+            self.deaths.popleft()
+        return len(self.deaths) > self.config.max_restarts_per_hour
+
+    def becomes(self, state: EngineState) -> None:
+        """Change the state, and note the time."""
+        self.state, self.since = state, time.time()

@@ -1,0 +1,538 @@
+"""The pools of engines on the driver: which group goes where, and what becomes of an engine that fails, hangs
+or has to leave. Engines are fakes in this process, on a clock that leaps; there is no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from clocks import leaping
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from gvpo_ray import groups
+from gvpo_ray.actors import RunError, cause_of
+from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
+from gvpo_ray.engines import base, dispatcher, fake_engine, pools, slots, supervisor
+from gvpo_ray.engines.actor import ActorMethods
+from gvpo_ray.engines.fake_engine import FakeEngine
+from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.observe.status import EngineState
+from gvpo_ray.weights.transfer import WeightMismatch
+
+K = 2
+SAMPLING = SamplingConfig(num_completions=K, max_tokens=1000)
+
+
+class Actor(ActorMethods, FakeEngine):
+    """A FakeEngine with an actor's methods, on a node that is named after it."""
+
+    node = "n"
+
+    async def start_here(self) -> dict[str, Any]:
+        return {**await self.start(), "node": self.node}
+
+
+def as_ray_brings_it(error: BaseException) -> BaseException:
+    return RayTaskError("method", "Traceback …", error).as_instanceof_cause()
+
+
+class Handle:
+    """A handle of an actor in this process. When it is killed, its calls fail and its objects are lost."""
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor, self.dead = actor, asyncio.get_running_loop().create_future()
+
+    def __getattr__(self, name: str) -> Any:
+        return _Method(self, name)
+
+    def kill(self) -> None:
+        if not self.dead.done():
+            self.dead.set_result(None)
+
+
+class _Method:
+    def __init__(self, handle: Handle, name: str) -> None:
+        self.handle, self.name = handle, name
+
+    def remote(self, *arguments: Any) -> Any:
+        call = asyncio.ensure_future(self._call(arguments))
+        if self.name != "sample":
+            return call
+        call.add_done_callback(lambda call: call.cancelled() or call.exception())
+        return _Ref(self.handle, call, 0), _Ref(None, call, 1)
+
+    async def _call(self, arguments: tuple[Any, ...]) -> Any:
+        if self.name == "__ray_ready__":
+            return None
+        arguments = tuple([await each if isinstance(each, _Ref) else each for each in arguments])
+        call = asyncio.ensure_future(getattr(self.handle.actor, self.name)(*arguments))
+        await asyncio.wait([call, self.handle.dead], return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            call.cancel()
+            raise RayActorError()
+        try:
+            return call.result()
+        except Exception as error:
+            raise as_ray_brings_it(error) from None
+
+
+class _Ref:
+    """A reference to a return value, lost with the actor's node unless it is small (`handle` None)."""
+
+    def __init__(self, handle: Handle | None, call: asyncio.Future[Any], index: int) -> None:
+        self.handle, self.call, self.index = handle, call, index
+
+    def __await__(self) -> Any:
+        result = yield from asyncio.shield(self.call).__await__()
+        if self.handle is not None and self.handle.dead.done():
+            raise ObjectLostError("ab" * 28, None, "")
+        return result[self.index]
+
+
+class Fleet:
+    """An EngineGroup with fakes, their handles in the order in which they were made, and what was noted."""
+
+    def __init__(
+        self, config: dict[str, Any], make: Callable[[int], Actor] = lambda i: Actor(i), **more: Any
+    ):
+        self.handles: list[Handle] = []
+        self.notes: list[tuple[str, str, str]] = []
+        self.newest = 0
+        self.published = asyncio.Event()
+        self.is_over = False
+
+        def make_one(*_: Any) -> Handle:
+            actor = make(len(self.handles))
+            actor.node = f"node-{len(self.handles)}"
+            self.handles.append(Handle(actor))
+            return self.handles[-1]
+
+        self.group = EngineGroup(
+            EnginesConfig.model_validate(config),
+            K,
+            make_one,  # type: ignore[arg-type]
+            self.weights,
+            more.pop("note", lambda *note: self.notes.append(note)),
+            **more,
+        )
+
+    async def weights(self, newer_than: int) -> tuple[int, Any] | None:
+        while self.newest <= newer_than and not self.is_over:
+            await self.published.wait()
+        return None if self.is_over else (self.newest, {"probe": None})
+
+    def publish(self, version: int) -> None:
+        self.newest = version
+        self._wake()
+
+    def end(self) -> None:
+        self.is_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        before, self.published = self.published, asyncio.Event()
+        before.set()
+
+    def states(self) -> list[EngineState]:
+        return [slot.state for slot in self.group.slots]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    monkeypatch.setattr(supervisor.asyncio, "to_thread", at_once)
+    monkeypatch.setattr(supervisor, "draining_nodes", dict)
+    for module in (supervisor, pools):
+        monkeypatch.setattr(module.ray, "kill", lambda handle, no_restart: handle.kill())
+    yield leaping(monkeypatch, base, fake_engine, dispatcher, supervisor, slots)
+
+
+@contextlib.asynccontextmanager
+async def running(fleet: Fleet) -> Any:
+    """Supervises the fleet; its error is raised at the end."""
+    task = asyncio.ensure_future(fleet.group.run())
+    try:
+        await asyncio.sleep(1)
+        yield task
+    finally:
+        if task.done():
+            task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def prompt(group_id: int = 0) -> pa.Table:
+    row = {"group_id": group_id, "prompt": "p", "answer": "1", "dataset": "d", "prompt_ids": [1]}
+    return groups.table([row])
+
+
+async def row_of(sampled: Any) -> dict[str, Any]:
+    (row,) = groups.rows(groups.from_wire(await sampled))
+    return row
+
+
+# --- updates that fail --------------------------------------------------------------------------------------
+
+
+class Failing(Actor):
+    """Its update to `at` and later versions fails with `error`."""
+
+    error: BaseException | None = None
+    at = 1
+
+    async def update(self, version: int, weights: Any, probe: Any = None) -> dict[str, float]:
+        if self.error is not None and version >= self.at:
+            raise self.error
+        return await super().update(version, weights, probe)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "1048576 requested and 0 written"),
+        RuntimeError("CUDA out of memory"),
+        Exception("Call to update_weights method failed: [Errno 28] No space left on device"),  # vLLM's core
+    ],
+)
+def test_an_engine_that_cannot_take_an_update_is_replaced_and_the_others_go_on(
+    run: Callable[..., Any], error: Exception
+) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "max_groups": 4}, Failing)
+        async with running(fleet):
+            assert fleet.states() == [EngineState.RUNNING] * 2
+            fleet.handles[0].actor.error = error  # type: ignore[attr-defined]
+            fleet.publish(1)
+            await asyncio.sleep(5)
+            assert fleet.states() == [EngineState.RUNNING] * 2 and len(fleet.handles) == 3
+            assert [handle.actor.version for handle in fleet.handles] == [0, 1, 1]
+        ((who, name, why),) = fleet.notes
+        assert (who, name) == ("engine", "engines-0") and "version 1" in why
+        assert str(error).splitlines()[0] in why
+
+    run(main())
+
+
+def test_weights_that_no_engine_can_take_stop_the_run_after_a_few_and_wrong_ones_at_once(
+    run: Callable[..., Any],
+) -> None:
+    async def main(error: Exception, num_made: int) -> None:
+        def make(number: int) -> Actor:
+            actor = Failing(number)
+            actor.error = error
+            return actor
+
+        fleet = Fleet({"num": 1}, make)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(fleet):
+                fleet.publish(1)
+                await asyncio.sleep(600)
+        assert cause_of(raised.value) == f"{type(error).__name__}: {error}"
+        assert len(fleet.handles) == num_made
+
+    run(main(RuntimeError("no such layer"), supervisor.MAX_FAILED_STARTS))
+    run(main(WeightMismatch("version 1: they differ"), 1))
+    run(main(ValueError("a mistake of the code"), 1))
+
+
+# --- engines that have to leave -----------------------------------------------------------------------------
+
+
+def test_a_thousand_engines_hear_of_their_nodes_notice_within_two_seconds(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, float] = {}
+
+    class Told(Actor):
+        async def drain(self, seconds: float) -> None:
+            told[self.node] = asyncio.get_running_loop().time()
+            await super().drain(seconds)
+
+    async def main() -> None:
+        fleet = Fleet({"num": 1000}, Told)
+        async with running(fleet):
+            await asyncio.sleep(20.3)  # in the midst of everything
+            assert fleet.states() == [EngineState.RUNNING] * 1000
+            at = asyncio.get_running_loop().time()
+            going = {handle.actor.node: at + 20 for handle in fleet.handles[:1000]}
+            monkeypatch.setattr(supervisor, "draining_nodes", lambda: going)
+            await asyncio.sleep(2)
+            assert set(told) == set(going) and max(told.values()) - at <= supervisor.NODE_CHECK_S
+
+    run(main())
+
+
+def test_an_engine_that_refuses_a_group_because_it_leaves_is_drained_at_once(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "max_groups": 1, "scale_window_s": 1000})
+        async with running(fleet):
+            fleet.handles[0].actor._is_draining = True  # SIGTERM
+            fleet.group.slots[1].load = 1
+            row = await row_of(await fleet.group.sample(prompt(), SAMPLING, 0))
+            assert len(row["completions"]) == K
+            fleet.group.slots[1].load = 0
+            await asyncio.sleep(3)
+            assert fleet.notes == [("engine", "engines-0", "left: node node-0 is about to go")]
+            assert fleet.states() == [EngineState.RUNNING] * 2 and len(fleet.handles) == 3
+
+    run(main())
+
+
+def test_a_drain_that_does_not_end_is_a_hang_and_its_groups_go_on_elsewhere(run: Callable[..., Any]) -> None:
+    class Stuck(Actor):
+        async def drain(self, seconds: float) -> None:
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        def make(number: int) -> Actor:
+            return (Stuck if number == 0 else Actor)(number, seconds_per_token=10.0 if number == 0 else 0.0)
+
+        fleet = Fleet({"num": 1, "drain_s": 30, "hang_s": 100}, make)
+        async with running(fleet):
+            group = asyncio.ensure_future(fleet.group.sample(prompt(), SAMPLING, 0))
+            await asyncio.sleep(1)
+            fleet.group.slots[0].leaves.set()
+            await asyncio.sleep(129)
+            assert not fleet.notes and fleet.states() == [EngineState.LEAVING]
+            await asyncio.sleep(3)
+            assert fleet.notes == [("engine", "engines-0", "Hang: not drained within 130 s")]
+            assert len((await row_of(await group))["completions"]) == K
+
+    run(main())
+
+
+def test_an_update_that_does_not_end_is_a_hang_also_of_an_idle_engine(
+    run: Callable[..., Any],
+) -> None:
+    class Stuck(Failing):
+        async def update(self, version: int, weights: Any, probe: Any = None) -> dict[str, float]:
+            if self.error is not None:
+                self._is_updating = True
+                await asyncio.Event().wait()
+            return await super().update(version, weights, probe)
+
+        async def status(self) -> dict[str, Any]:
+            return await base.BaseEngine.status(self)
+
+    async def main() -> None:
+        fleet = Fleet({"num": 1, "hang_s": 50}, Stuck)
+        async with running(fleet):
+            fleet.handles[0].actor.error = OSError()  # type: ignore[attr-defined]
+            fleet.publish(1)
+            await asyncio.sleep(60)
+            ((_, _, why),) = fleet.notes
+            assert why.startswith("Hang: new weights are not in place after 5")
+            assert fleet.states() == [EngineState.RUNNING] and fleet.handles[1].actor.version == 1
+
+    run(main())
+
+
+# --- what survives ------------------------------------------------------------------------------------------
+
+
+def test_finished_siblings_survive_the_node_that_wrote_them(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 1}, lambda i: Actor(i, seconds_per_token=0.01, median_tokens=400, sigma=0.0))
+        sampling = SamplingConfig(num_completions=K, max_tokens=400)
+        begun = groups.with_columns(
+            prompt(7),
+            completions=[["x"]],
+            completion_ids=[[[3] * 300]],
+            finish_reasons=[["abort"]],
+            sources=[["policy"]],
+            version_min=[[0]],
+            version_max=[[0]],
+            sampling_logprobs=[[[-1.0] * 300]],
+        )
+        async with running(fleet):
+            sample = functools.partial(fleet.group.sample, sampling=sampling, min_version=0)
+            work = asyncio.ensure_future(sample(prompt(7), kept=(groups.to_wire(begun),)))
+            other = asyncio.ensure_future(sample(prompt(8)))
+            await asyncio.sleep(3.5)  # one has taken a little more than a second, and was handed over
+            kept = fleet.group.slots[0].in_flight[7].kept
+            assert len(kept) == 2 and all(isinstance(part, pa.Buffer) for part in kept)
+            ((finished,),) = groups.from_wire(kept[1])["completion_ids"].to_pylist()
+            assert finished[:300] == [3] * 300 and len(finished) > 300
+            fleet.handles[0].kill()
+            row = await row_of(await work)
+            assert finished in row["completion_ids"] and len(row["completion_ids"]) == K
+            assert len((await row_of(await other))["completion_ids"]) == K
+            assert fleet.notes == [("engine", "engines-0", "its process or its node died")]
+
+    run(main())
+
+
+def test_what_a_drained_engine_returned_waits_for_the_next_one_at_the_driver(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        fleet = Fleet(
+            {"num": 1, "drain_s": 1, "max_groups": 1},
+            lambda i: Actor(i, seconds_per_token=0.01, median_tokens=800, sigma=0.0),
+        )
+        async with running(fleet):
+            work = asyncio.ensure_future(fleet.group.sample(prompt(), SAMPLING, 0))
+            await asyncio.sleep(1)
+            fleet.group.slots[0].leaves.set()
+            await asyncio.sleep(1.5)  # the node goes: whatever is in its store is lost
+            assert fleet.handles[0].dead.done() and len(fleet.handles) == 2
+            row = await row_of(await work)
+            # 2 s of tokens were there, and only the rest was sampled
+            assert fleet.group.slots[0].num_tokens == sum(map(len, row["completion_ids"]))
+
+    run(main())
+
+
+# --- restarts -----------------------------------------------------------------------------------------------
+
+
+def test_each_engine_has_its_own_back_off_and_its_own_restarts_of_an_hour(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "max_restarts_per_hour": 5})
+        first, second = fleet.group.slots
+        async with running(fleet):
+            for _ in range(6):
+                first.engine.kill()
+                await asyncio.sleep(61)
+            assert first.state == EngineState.DEAD and second.state == EngineState.RUNNING
+            assert len(fleet.handles) == 2 + 5
+            second.engine.kill()  # its first death
+            await asyncio.sleep(1.1)
+            assert second.state == EngineState.RUNNING and len(fleet.handles) == 2 + 6
+            await asyncio.sleep(3600)
+            assert first.state == EngineState.RUNNING  # the hour is over
+
+    run(main())
+
+
+def test_a_run_stops_when_the_restarts_of_all_its_engines_are_used_up(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "max_restarts_per_hour": 1})
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(fleet) as task:
+                for slot in (0, 0, 1):
+                    fleet.group.slots[slot].engine.kill()
+                    await asyncio.sleep(10)
+                assert not task.done()
+                fleet.group.slots[1].engine.kill()
+                await asyncio.sleep(10)
+        error = raised.value
+        while isinstance(error, BaseExceptionGroup):
+            (error,) = error.exceptions
+        assert isinstance(
+            error, RunError
+        ) and "died 2 times within an hour (max_restarts_per_hour: 1)" in str(error)
+
+    run(main())
+
+
+# --- errors beside ------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_what_scales_the_pools_and_reads_the_notices_ends_the_run_with_its_cause(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scaling() -> None:
+        async def waits() -> dict[str, float]:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(Fleet({"num": 1, "max_num": 2}, waits=waits)):
+                await asyncio.sleep(100)
+        assert "Stale file handle" in cause_of(raised.value)
+
+    async def notices() -> None:
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(Fleet({"num": 1})):
+                monkeypatch.setattr(supervisor, "draining_nodes", lambda: {}["x"])
+                await asyncio.sleep(100)
+        assert cause_of(raised.value) == "KeyError: 'x'"
+
+    run(scaling())
+    run(notices())
+
+
+def test_the_run_ends_with_the_weights(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "pools": {"own": {}, "teacher": {"url": "http://t/v1"}}})
+        async with running(fleet) as task:
+            fleet.end()
+            await asyncio.sleep(1)
+            assert task.done()
+
+    run(main())
+
+
+# --- which group goes where ---------------------------------------------------------------------------------
+
+
+def mixed() -> tuple[EngineGroup, Any, Any]:
+    pools = {"own": {"num": 1, "max_groups": 1}, "teacher": {"url": "http://t/v1", "max_groups": 100}}
+    config = EnginesConfig.model_validate({"pools": pools})
+    group = EngineGroup(config, K, lambda *_: None, None, lambda *_: None)
+    for slot in group.slots:
+        slot.state = EngineState.RUNNING
+    return group, *group.slots
+
+
+def test_groups_that_only_our_own_engines_may_take_hold_up_nobody_at_an_idle_server(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        group, own, teacher = mixed()
+        own.load = K
+        slot = group._dispatcher._slot
+        ours = [asyncio.ensure_future(slot(K, 1, True)) for _ in range(200)]
+        new = [asyncio.ensure_future(slot(K, 2, False)) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert [future.result() for future in new] == [teacher] * 5 and teacher.load == 5 * K
+        assert not any(future.done() for future in ours)
+        assert group.num_free() == 95 and group.max_groups == 101
+        own.load = 0
+        group._dispatcher.changed()
+        await asyncio.sleep(0)
+        assert [future.done() for future in ours] == [True] + [False] * 199 and ours[0].result() is own
+        for future in ours:
+            future.cancel()
+
+    run(main())
+
+
+def test_groups_are_served_by_priority_and_then_in_order_and_cancelled_ones_take_no_room(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        group, own, teacher = mixed()
+        teacher.state, own.load = EngineState.DEAD, K
+        slot = group._dispatcher._slot
+        waiting = {
+            name: asyncio.ensure_future(slot(K, priority, ours))
+            for name, priority, ours in (
+                ("new", 2, False),
+                ("gone", 1, True),
+                ("evaluation", 1, True),
+                ("again", 1, False),
+            )
+        }
+        await asyncio.sleep(0)
+        waiting["gone"].cancel()
+        order = []
+        for _ in range(3):
+            own.load = 0
+            group._dispatcher.changed()
+            await asyncio.sleep(0)
+            order += [name for name, future in waiting.items() if future.done() and name not in order]
+        assert order == ["gone", "evaluation", "again", "new"] and group.num_free() == 0
+
+    run(main())
