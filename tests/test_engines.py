@@ -31,7 +31,8 @@ from gvpo_ray import groups
 from gvpo_ray.actors import Draining
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.engines import base, fake_engine, vllm_engine
+from gvpo_ray.engines import base, fake_engine, openai_engine, vllm_engine
+from gvpo_ray.engines.actor import ActorMethods
 from gvpo_ray.engines.base import HAND_OVER_S, BaseEngine, sort_out
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.openai_engine import ServerEngine
@@ -314,11 +315,13 @@ def test_sigterm_lets_an_actor_finish_its_work_and_ends_it() -> None:
 
 
 class Server:
-    """An OpenAI-compatible server: `answer(body)` says what it answers to POSTs, (status, JSON)."""
+    """An OpenAI-compatible server: `answer(body)` says what it answers to POSTs, (status, JSON) or (status,
+    JSON, headers).
+    """
 
     def __init__(
         self,
-        answer: Callable[[dict[str, Any]], tuple[int, Any]],
+        answer: Callable[[dict[str, Any]], tuple[Any, ...]],
         models: tuple[int, Any] = (200, {"data": [{"id": "m"}]}),
     ) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -335,9 +338,11 @@ class Server:
                 server.headers.append(self.headers)
                 self._send(*answer(body))
 
-            def _send(self, status: int, answer: Any) -> None:
+            def _send(self, status: int, answer: Any, headers: dict[str, str] | None = None) -> None:
                 data = json.dumps(answer).encode()
                 self.send_response(status)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -361,7 +366,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def served(
-    folder: Path, answer: Callable[[dict[str, Any]], tuple[int, Any]], **pool: Any
+    folder: Path, answer: Callable[[dict[str, Any]], tuple[Any, ...]], **pool: Any
 ) -> Iterator[tuple[Server, ServerEngine]]:
     server = Server(answer)
     model, config = ModelConfig(path=str(folder)), PoolConfig(url=server.url + "/", **pool)
@@ -430,12 +435,14 @@ def test_a_server_that_ignores_n_is_asked_again_for_the_rest_with_other_seeds(to
         asyncio.run(run(server, engine))
 
 
-def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_quoted(tokenizer_folder: Path) -> None:
+def test_a_server_that_is_busy_is_asked_again_and_one_without_our_model_is_quoted(
+    tokenizer_folder: Path,
+) -> None:
     answers = [
         (503, {}),
         (429, {}),
         choices("1", "2", reason="length"),
-        (400, {"error": {"message": "no such\nmodel"}}),
+        (404, {"error": {"message": "no such\nmodel"}}),
     ]
 
     async def run(server: Server, engine: ServerEngine) -> None:
@@ -446,12 +453,151 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_quoted(tok
             and row["completion_ids"] == [ids_of("1"), ids_of("2")]
             and len(server.asked) == 3
         )
-        with pytest.raises(RuntimeError, match=r"/v1/chat/completions answered 400: no such model$"):
+        with pytest.raises(RuntimeError, match=r"/v1/chat/completions answered 404: no such model$"):
             await engine.generate(prompt(), sampling(2))
         server.close()
         engine._client = engine._client.with_options(max_retries=0)
         with pytest.raises(ConnectionError, match=r"/v1/chat/completions: "):
             await engine.generate(prompt(), sampling(2))
+
+    with served(tokenizer_folder, lambda body: answers.pop(0)) as (server, engine):
+        asyncio.run(run(server, engine))
+
+
+REFUSALS: list[tuple[tuple[int, Any], str]] = [
+    ((400, {"error": {"message": "maximum context length is 4096"}}), "answered 400: maximum context length"),
+    ((422, {"detail": "no"}), "answered 422"),
+    ((200, {"error": {"message": "upstream"}}), "answered without choices"),
+    ((200, {"choices": {}}), "answered without choices"),
+    ((200, ["?"]), "answered 200"),
+    ((200, {"choices": ["?"]}), "answered a choice without message"),
+    ((200, {"choices": [{"text": "x"}]}), "answered a choice without message"),
+    ((200, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}), "a message without text"),
+    ((200, {"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}), "a message without text"),
+    ((200, {"choices": [{"message": {"content": []}, "finish_reason": "stop"}]}), "a message without text"),
+    (choices("", reason="length"), "answered with no token"),
+    (choices("half of it", reason="content_filter"), "answered with a refusal"),
+]
+
+
+@pytest.mark.parametrize(("answer", "why"), REFUSALS)
+def test_a_prompt_that_a_server_refuses_is_a_group_without_its_completions_and_says_why(
+    tokenizer_folder: Path, answer: tuple[int, Any], why: str
+) -> None:
+    class Actor(ActorMethods, ServerEngine):
+        pass
+
+    asked = iter([answer, choices("1", "2")])
+    server = Server(lambda body: next(asked))
+    engine = Actor("big", ModelConfig(path=str(tokenizer_folder)), PoolConfig(url=server.url))
+
+    async def run() -> None:
+        await engine.start()
+        kept = groups.to_wire(part([3, 1]))
+        for texts in (["kept"], ["kept", "1", "2"]):
+            table, (missing, num_tokens, refusal) = await engine.sample(
+                groups.to_wire(prompt()), sampling(3), 0, None, kept
+            )
+            row = row_of(groups.from_wire(table))
+            assert row["completions"] == texts and missing == 0
+            assert num_tokens == sum(map(len, row["completion_ids"][1:]))
+            if texts == ["kept"]:
+                assert refusal.startswith(server.url) and why in refusal and "\n" not in refusal
+            else:
+                assert refusal == ""
+        await engine.close()
+
+    asyncio.run(run())
+    server.close()
+
+
+def test_a_refused_sibling_is_left_out_and_the_others_stay(tokenizer_folder: Path) -> None:
+    answer = choices("1", "2", "3")
+    answer[1]["choices"][1]["finish_reason"] = "content_filter"
+
+    async def run(server: Server, engine: ServerEngine) -> None:
+        await engine.start()
+        table, missing = await engine.generate(prompt(), sampling(3))
+        assert row_of(table)["completions"] == ["1", "3"] and missing == 0
+        assert len(server.asked) == 1 and "content_filter" in engine.refusals[0]
+
+    with served(tokenizer_folder, lambda body: answer) as (server, engine):
+        asyncio.run(run(server, engine))
+
+
+def test_a_server_that_refuses_every_prompt_stops_the_run_with_its_words(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_engine, "MAX_REFUSALS", 3)
+    refused = (400, {"error": {"message": "n must be 1"}})
+    answers = [refused, refused, choices("1", "2"), refused, refused, refused]
+
+    async def run(server: Server, engine: ServerEngine) -> None:
+        await engine.start()
+        sizes = [
+            len(row_of((await engine.generate(prompt(), sampling(2)))[0])["completions"]) for _ in range(5)
+        ]
+        assert sizes == [0, 0, 2, 0, 0]
+        with pytest.raises(RuntimeError, match=r"answered 400: n must be 1 \(3 prompts in a row"):
+            await engine.generate(prompt(), sampling(2))
+
+    with served(tokenizer_folder, lambda body: answers.pop(0)) as (server, engine):
+        asyncio.run(run(server, engine))
+
+
+def test_texts_of_a_server_may_be_parts_or_hold_half_a_surrogate_pair(tokenizer_folder: Path) -> None:
+    answers = [
+        choices("1\ud83d", "\ud83d\ude00"),
+        (
+            200,
+            {
+                "choices": [
+                    {"message": {"content": content}, "finish_reason": "stop"}
+                    for content in (
+                        [{"type": "text", "text": "1 "}, {"type": "image"}, {"type": "text", "text": "2"}],
+                        "",
+                    )
+                ]
+            },
+        ),
+    ]
+
+    async def run(server: Server, engine: ServerEngine) -> None:
+        await engine.start()
+        texts = [row_of((await engine.generate(prompt(), sampling(2)))[0])["completions"] for _ in range(2)]
+        assert texts == [["1\ufffd", "\U0001f600"], ["1 2", ""]]
+
+    with served(tokenizer_folder, lambda body: answers.pop(0)) as (server, engine):
+        asyncio.run(run(server, engine))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "3600"},
+        {"Retry-After": "inf"},
+        {"Retry-After-Ms": "3600000"},
+        {"Retry-After": "Fri, 31 Dec 2100 23:59:59 GMT"},
+    ],
+)
+def test_a_server_that_asks_for_an_hour_is_asked_again_after_the_longest_wait(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    monkeypatch.setattr(openai_engine, "MAX_RETRY_AFTER_S", 0.25)
+    waited = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        waited.append(seconds)
+        await sleep(0)
+
+    answers: list[tuple[Any, ...]] = [(429, {}, headers), (503, {}, headers), choices("1", "2")]
+
+    async def run(server: Server, engine: ServerEngine) -> None:
+        await engine.start()
+        monkeypatch.setattr("openai._base_client.anyio.sleep", noted)
+        row = row_of((await engine.generate(prompt(), sampling(2)))[0])
+        assert row["completions"] == ["1", "2"] and waited == [0.25, 0.25]
 
     with served(tokenizer_folder, lambda body: answers.pop(0)) as (server, engine):
         asyncio.run(run(server, engine))
@@ -529,7 +675,7 @@ def test_a_server_engine_that_is_drained_leaves_its_requests_behind(tokenizer_fo
             r"^engines\.pools\.big\.url: http://\S+/v1/models answered 401: no key$",
         ),
         (
-            (200, {"data": []}),
+            (200, {"data": [{}]}),
             r"^engines\.pools\.big\.url: http://\S+ lists no model; name one with url_model$",
         ),
         ((200, ["?"]), r"^engines\.pools\.big\.url: http://\S+/v1/models answered 200"),

@@ -115,6 +115,35 @@ def test_shared_memory_is_there_inside_the_with_and_gone_after_it():
     assert not folder.exists()
 
 
+def test_shared_memory_that_fills_up_while_it_is_written_is_in_the_temporary_folder_instead(
+    tmp_path, monkeypatch
+):
+    shm, temporary = tmp_path / "shm", tmp_path / "tmp"
+    shm.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr("gvpo_ray.weights.transfer.SHM", shm)
+    monkeypatch.setattr("gvpo_ray.weights.transfer.tempfile.tempdir", str(temporary))
+
+    class OfNineBytes:
+        """As much of an array as is written: /dev/shm has room for one of two."""
+
+        nbytes = 9
+
+        def tofile(self, path: str) -> None:
+            if Path(path).parent.parent == shm and Path(path).name[0] == "1":
+                raise OSError(28, "9 requested and 0 written")
+            Path(path).write_bytes(b"x" * 9)
+
+    with SharedMemory([OfNineBytes(), OfNineBytes()]) as memory:
+        assert [Path(path).parent.parent for path in memory.paths] == [temporary] * 2
+        assert [Path(path).read_bytes() for path in memory.paths] == [b"x" * 9] * 2
+        assert list(shm.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+    monkeypatch.setattr("gvpo_ray.weights.transfer.SHM", tmp_path / "there is none")
+    with SharedMemory([OfNineBytes()]) as memory:
+        assert Path(memory.paths[0]).parent.parent == temporary
+
+
 def test_shared_memory_is_gone_also_after_an_error_inside_and_while_it_is_filled(tmp_path, monkeypatch):
     monkeypatch.setattr("gvpo_ray.weights.transfer.tempfile.tempdir", str(tmp_path))
     # /dev/shm is full: a folder

@@ -199,7 +199,6 @@ class BaseEngine(abc.ABC):
     async def start(self) -> dict[str, Any]:
         """Start the engine; return `seconds`, how long that took, and `pid`."""
 
-    @abc.abstractmethod
     async def generate(
         self,
         group: pa.Table,
@@ -224,6 +223,25 @@ class BaseEngine(abc.ABC):
 
         Raises:
             Draining: the engine takes no new work; another one has to sample the group.
+        """
+        await self._may_begin(min_version)
+        done, begun, num_new = sort_out(kept, sampling.num_completions)
+        table, missing = await self._rest(group, num_new, begun, sampling, seed_beside(kept, sampling, seed))
+        return groups.join(group, *done, table) if kept else table, missing
+
+    @abc.abstractmethod
+    async def _rest(
+        self,
+        group: pa.Table,
+        size: int,
+        begun: list[dict[str, Any]],
+        sampling: SamplingConfig,
+        seed: int | None,
+    ) -> tuple[pa.Table, int]:
+        """Sample `size` completions of a group, of which the first continue those in `begun`.
+
+        The group is in flight meanwhile (`_at_work`). Returns what `generate` returns, without the
+        completions that were finished before.
         """
 
     @abc.abstractmethod

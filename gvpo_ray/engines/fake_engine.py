@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
+from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
 
 
 class FakeEngine(BaseEngine):
@@ -59,35 +59,29 @@ class FakeEngine(BaseEngine):
         self._leave_on_sigterm()
         return {"seconds": 0.0, "pid": os.getpid()}
 
-    async def generate(
+    async def _rest(
         self,
         group: pa.Table,
+        size: int,
+        begun: list[dict[str, Any]],
         sampling: SamplingConfig,
-        min_version: int = 0,
-        seed: int | None = None,
-        *kept: pa.Table,
+        seed: int | None,
     ) -> tuple[pa.Table, int]:
-        """Return the group with random completions, as Engine.generate does with sampled ones."""
-        await self._may_begin(min_version)
-        done, begun, num_new = sort_out(kept, sampling.num_completions)
-        seed = seed_beside(kept, sampling, seed)
         random = self._random if seed is None else np.random.default_rng(seed)
-        room = np.full(num_new, sampling.max_tokens)
+        room = np.full(size, sampling.max_tokens)
         room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)
         lengths = (self._median_tokens or sampling.max_tokens / 4) * np.exp(
-            self._sigma * random.standard_normal(num_new)
+            self._sigma * random.standard_normal(size)
         )
         new = np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
         tokens = (
             np.split(
                 random.integers(self._vocab_size, size=int(new.sum()), dtype=np.int32), np.cumsum(new)[:-1]
             )
-            if num_new
+            if size
             else []
         )
-        running = _Tokens(
-            group, num_new, version=self.version, begun=begun, tokens=tokens, is_full=new == room
-        )
+        running = _Tokens(group, size, version=self.version, begun=begun, tokens=tokens, is_full=new == room)
         running.finished_at = dict(enumerate((running.since + self._seconds_per_token * new).tolist()))
         with self._at_work(running):
             if seconds := self._seconds_per_token * int(new.max(initial=0)):
@@ -96,11 +90,11 @@ class FakeEngine(BaseEngine):
                     await running.over
                 finally:
                     timer.cancel()
-            table = self._table(running, range(num_new))
+            table = self._table(running, range(size))
         written = self._written(running)
         self._num_tokens += sum(written)
         missing = sum(n < len(ids) for n, ids in zip(written, running.tokens, strict=True))
-        return groups.join(group, *done, table) if kept else table, missing
+        return table, missing
 
     def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:
         """Return the number of new tokens that each completion has at the time `now`."""

@@ -7,6 +7,7 @@ versions and log-probs.
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,17 +21,29 @@ from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.rendering import completion_renderer
-from gvpo_ray.engines.base import BaseEngine, InFlight, seed_beside, sort_out
+from gvpo_ray.engines.base import BaseEngine, InFlight
 
 NUM_RETRIES = 4
-"""Retries of a request that found no connection or was answered with 408, 409, 429 or 5xx. The openai client
-waits half a second, then twice as long each time, or as long as `Retry-After` says (up to two minutes)."""
+"""Retries of a request that found no connection or was answered with 408, 409, 429 or 5xx; an answer's header
+`x-should-retry` overrides its status.
+
+The openai client (3.52) waits half a second before the first retry and twice as long before each next one,
+less up to a quarter at random. If the answer has a `Retry-After` of at most two minutes, the client waits
+that long instead; with a longer one it does not retry at all. So `_shorten_wait` bounds the header before.
+"""
+
+MAX_RETRY_AFTER_S = 60.0
+"""Longest wait, in seconds, that a server's `Retry-After` may ask for between two tries."""
 
 TIMEOUT_S = 600.0
-"""Time limit of one request with its retries, in seconds."""
+"""Time limit of one request with its retries and the waits between them, in seconds."""
 
 CONNECT_TIMEOUT_S = 10.0
 """Time limit of one connection attempt, in seconds."""
+
+MAX_REFUSALS = 64
+"""Number of prompts that a server may refuse in a row. After that it is the server or its section in the
+config that is wrong, and not the prompts: the run stops."""
 
 
 class ServerEngine(BaseEngine):
@@ -65,6 +78,7 @@ class ServerEngine(BaseEngine):
         self._key = "engines.url" if name == "engines" else f"engines.pools.{name}.url"
         self._model_name = pool.url_model
         self._knows_n = True
+        self._num_refusals = 0  # since the last prompt that was answered
         self._room = asyncio.Semaphore(pool.max_groups)
         self._client = _client(self._url, api_key)
         # Without a key in the config the client must send none, and not the OPENAI_API_KEY of another server.
@@ -87,36 +101,39 @@ class ServerEngine(BaseEngine):
         except (OSError, RuntimeError) as error:
             raise ConnectionError(f"{self._key}: {error}") from error
         if self._model_name is None:
-            if not models.get("data"):
+            listed = models.get("data")
+            first = listed[0] if isinstance(listed, list) and listed else None
+            if not isinstance(first, dict) or not isinstance(first.get("id"), str):
                 raise ConnectionError(f"{self._key}: {self._url} lists no model; name one with url_model")
-            self._model_name = models["data"][0]["id"]
+            self._model_name = first["id"]
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
-    async def generate(
+    async def _may_begin(self, min_version: int = -1) -> None:
+        """Raise Draining if the engine drains; the server's weights have no version to wait for."""
+        await super()._may_begin()
+
+    async def _rest(
         self,
         group: pa.Table,
+        size: int,
+        begun: list[dict[str, Any]],
         sampling: SamplingConfig,
-        min_version: int = 0,
-        seed: int | None = None,
-        *kept: pa.Table,
+        seed: int | None,
     ) -> tuple[pa.Table, int]:
-        """Sample the completions of one group, as Engine.generate does.
+        """Sample the completions of a group.
 
-        A server cannot continue a completion that was cut off, so such a completion is sampled anew.
+        A server cannot continue a completion that was cut off, so such a completion is sampled anew. If the
+        server refuses the prompt, the group gets no further completions, and `refusals` says why.
 
         Raises:
-            ConnectionError: no answer, or none but 429 and 5xx.
-            RuntimeError: the server refuses the request; the message holds the server's.
-            Draining: the engine takes no new work.
+            ConnectionError: no answer, or none but 408, 409, 429 and 5xx.
+            RuntimeError: the server cannot be used: it does not know the key, the model or the address, or it
+                has refused MAX_REFUSALS prompts in a row. The message holds the server's.
         """
-        await self._may_begin()
-        done, _, num_new = sort_out(kept, sampling.num_completions)
-        running = _Answers(group, num_new)
+        running = _Answers(group, size)
         with self._at_work(running):
-            running.work = asyncio.ensure_future(
-                self._ask_for_all(running, sampling, seed_beside(kept, sampling, seed))
-            )
+            running.work = asyncio.ensure_future(self._ask_for_all(running, sampling, seed))
             try:
                 await asyncio.wait([running.work])
             finally:
@@ -124,39 +141,64 @@ class ServerEngine(BaseEngine):
             if not running.work.cancelled():
                 running.work.result()
         table = self._table(running, range(len(running.rows)))
-        return groups.join(group, *done, table) if kept else table, num_new - len(running.rows)
+        if running.refusal is None:
+            self._num_refusals = 0
+            return table, size - len(running.rows)
+        self._num_refusals += 1
+        if self._num_refusals >= MAX_REFUSALS:
+            raise RuntimeError(f"{running.refusal} ({MAX_REFUSALS} prompts in a row were refused)")
+        self.refusals[group["group_id"][0].as_py()] = running.refusal
+        return table, 0
 
     async def _ask_for_all(self, running: _Answers, sampling: SamplingConfig, seed: int | None) -> None:
-        while missing := running.size - len(running.rows):
+        while running.refusal is None and (missing := running.size - len(running.rows)):
             sizes = [missing] if self._knows_n else [1] * missing
             seeds = [None if seed is None else seed + len(running.rows) + i for i in range(len(sizes))]
             await asyncio.gather(
                 *(self._ask(running, sampling, *of_one) for of_one in zip(sizes, seeds, strict=True))
             )
-            self._knows_n = self._knows_n and len(running.rows) >= running.size
+            is_whole = len(running.rows) >= running.size or running.refusal is not None
+            self._knows_n = self._knows_n and is_whole
 
     async def _ask(self, running: _Answers, sampling: SamplingConfig, n: int, seed: int | None) -> None:
+        """Ask for `n` completions; note in `running` why there are fewer, if the server refuses some."""
         system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
-        answer = await self._call(
-            "chat/completions",
-            self._client.chat.completions.with_raw_response.create,
-            model=self._model_name,
-            messages=[*system, {"role": "user", "content": running.group["prompt"][0].as_py()}],
-            n=n,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            seed=openai.omit if seed is None else seed,
-        )
+        path = "chat/completions"
+        try:
+            answer = await self._call(
+                path,
+                self._client.chat.completions.with_raw_response.create,
+                model=self._model_name,
+                messages=[*system, {"role": "user", "content": running.group["prompt"][0].as_py()}],
+                n=n,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=openai.omit if seed is None else seed,
+            )
+        except _Refusal as refusal:
+            running.refusal = str(refusal)
+            return
         choices = answer.get("choices")
-        if not choices:
-            raise RuntimeError(f"{self._url}/chat/completions answered without choices: {_one_line(answer)}")
+        if not isinstance(choices, list) or not choices:
+            running.refusal = f"{self._url}/{path} answered without choices: {_one_line(answer)}"
+            return
         for choice in choices[:n]:
+            try:
+                row = self._completion(choice, sampling.max_tokens)
+            except _Refusal as refusal:
+                running.refusal = f"{self._url}/{path} answered {refusal}: {_one_line(choice)}"
+                continue
             running.finished_at[len(running.rows)] = time.time()
-            running.rows.append(self._completion(choice, sampling.max_tokens))
-            self._num_tokens += len(running.rows[-1]["completion_ids"])
+            running.rows.append(row)
+            self._num_tokens += len(row["completion_ids"])
 
-    def _completion(self, choice: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-        text = choice["message"].get("content") or ""
+    def _completion(self, choice: Any, max_tokens: int) -> dict[str, Any]:
+        """Return one choice of an answer as completion columns.
+
+        Raises:
+            _Refusal: there is nothing in it to train on; the message says what is missing.
+        """
+        text = _text_of(choice)
         (ids,) = self._renderer.encode([text])
         reason = "stop" if choice.get("finish_reason") == "stop" else "length"
         if reason == "stop":
@@ -164,6 +206,8 @@ class ServerEngine(BaseEngine):
         if len(ids) > max_tokens:  # the policy's tokenizer needs more tokens than the server's
             ids, reason = ids[:max_tokens], "length"
             text = self._renderer.text(ids)
+        if not ids:
+            raise _Refusal("with no token")
         return {"completions": text, "completion_ids": ids, "finish_reasons": reason, "sources": self._source}
 
     async def _call(
@@ -174,9 +218,11 @@ class ServerEngine(BaseEngine):
         The client's own parser takes an answer of any form and fails later, on a missing attribute.
 
         Raises:
-            ConnectionError: no answer, or none but 429 and 5xx. The message is one line that names the URL.
-            RuntimeError: the server refuses, or its answer is no JSON object. The message is one line that
-                names the URL.
+            ConnectionError: no answer, or none but 408, 409, 429 and 5xx.
+            _Refusal: the server refuses what is asked, or its answer is no JSON object.
+            RuntimeError: the server does not know the key, the model or the address.
+
+        Every message is one line that names the URL.
         """
         url = f"{self._url}/{path}"
         try:
@@ -184,9 +230,12 @@ class ServerEngine(BaseEngine):
                 response = await method(**arguments, extra_headers=self._headers)
             answer = response.http_response.json()
         except openai.APIStatusError as error:
-            is_busy = error.status_code == 429 or error.status_code >= 500
-            kind = ConnectionError if is_busy else RuntimeError
-            raise kind(f"{url} answered {error.status_code}: {_message(error)}") from error
+            status, kind = error.status_code, _Refusal
+            if status in (408, 409, 429) or status >= 500:
+                kind = ConnectionError
+            elif status in (401, 402, 404, 405):  # whatever the prompt
+                kind = RuntimeError
+            raise kind(f"{url} answered {status}: {_message(error)}") from error
         except openai.APIConnectionError as error:
             raise ConnectionError(f"{url}: {_one_line(error.__cause__ or error)}") from error
         except TimeoutError as error:
@@ -194,7 +243,7 @@ class ServerEngine(BaseEngine):
         except ValueError as error:
             raise ConnectionError(f"{url}: {_one_line(error)}") from error
         if not isinstance(answer, dict):
-            raise RuntimeError(f"{url} answered 200: {_one_line(answer)}")
+            raise _Refusal(f"{url} answered 200: {_one_line(answer)}")
         return answer
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
@@ -231,9 +280,54 @@ class _Answers(InFlight):
     """A group whose requests are at the server."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    refusal: str | None = None
+    """Why the server gives this group no more completions."""
 
     def __post_init__(self) -> None:
         self.work: asyncio.Future[None]
+
+
+class _Refusal(RuntimeError):
+    """A server refuses to complete a prompt, or its answer has no completion in it."""
+
+
+def _text_of(choice: Any) -> str:
+    """Return the text of one choice of an answer; half a surrogate pair in it becomes U+FFFD.
+
+    Raises:
+        _Refusal: the choice has no text; the message says why.
+    """
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        raise _Refusal("a choice without message")
+    if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
+        raise _Refusal("with a refusal")
+    content = message.get("content")
+    if isinstance(content, list):  # parts: texts, and things that are no text
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(part for part in parts if isinstance(part, str)) if parts else None
+    if not isinstance(content, str):
+        raise _Refusal("a message without text")
+    return _without_surrogates(content)
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+async def _shorten_wait(response: Any) -> None:
+    """Bound the wait before the next try that an answer's headers ask for, in seconds or as a date."""
+    for header, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        value = response.headers.get(header, "")
+        try:
+            seconds = float(value) / per_second
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            except ValueError:  # no such header, or no date: the client does not read it either
+                continue
+        if seconds > MAX_RETRY_AFTER_S:
+            response.headers[header] = f"{MAX_RETRY_AFTER_S * per_second:g}"
 
 
 def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
@@ -241,6 +335,7 @@ def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
     http = openai.DefaultAsyncHttpxClient(
         trust_env=False,
         timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT_S),
+        event_hooks={"response": [_shorten_wait]},
     )
     unset: Any = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
     return openai.AsyncOpenAI(
@@ -259,4 +354,4 @@ def _message(error: openai.APIStatusError) -> str:
 
 
 def _one_line(text: Any) -> str:
-    return " ".join(str(text).split())[:300]
+    return _without_surrogates(" ".join(str(text).split())[:300])

@@ -17,7 +17,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.rendering import TextRenderer
-from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
+from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
 
 CORPSE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
@@ -127,50 +127,28 @@ class Engine(BaseEngine):
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
-    async def generate(
+    async def _rest(
         self,
         group: pa.Table,
+        size: int,
+        begun: list[dict[str, Any]],
         sampling: SamplingConfig,
-        min_version: int = 0,
-        seed: int | None = None,
-        *kept: pa.Table,
+        seed: int | None,
     ) -> tuple[pa.Table, int]:
-        """Sample the completions of one group.
-
-        Args:
-            group: one row with the prompt columns.
-            sampling: how to sample, and how many completions the group has.
-            min_version: oldest weights to start with; the call waits for them.
-            seed: seed of this group alone, so that its samples do not depend on what else is sampled; costs
-                speed.
-            kept: tables of one row with completions that the group already has. Finished ones come first and
-                are not sampled again; those that were cut off ("abort") are continued.
-
-        Returns:
-            The group with its completions, and how many of them are missing or cut off: 0, unless the engine
-            was drained meanwhile.
-
-        Raises:
-            Draining: the engine takes no new work; another one has to sample the group.
-        """
-        await self._may_begin(min_version)
-        done, begun, num_new = sort_out(kept, sampling.num_completions)
-        running = _Requests(group, num_new)
-        seed = seed_beside(kept, sampling, seed)
+        running = _Requests(group, size)
         with self._at_work(running):
             requests = [
                 asyncio.create_task(
                     self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)
                 )
-                for i in range(num_new)
+                for i in range(size)
             ]
             try:
                 await self._unless_dead(asyncio.gather(*requests))
             finally:
                 for request in requests:
                     request.cancel()
-        table = self._table(running, sorted(running.completions))
-        return groups.join(group, *done, table) if kept else table, num_new - len(running.finished_at)
+        return self._table(running, sorted(running.completions)), size - len(running.finished_at)
 
     async def _complete(
         self,

@@ -19,6 +19,7 @@ that do not fit.
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import multiprocessing
 import os
@@ -43,6 +44,9 @@ SHARD_BYTES = 512 * 2**20
 
 A larger tensor is a shard of its own.
 """
+
+SHM = Path("/dev/shm")
+"""Where shared memory is a file system."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -220,27 +224,33 @@ class NcclPublisher:
 class SharedMemory:
     """A SharedMemory holds safetensors files that vLLM's processes of this node can map, until it is left.
 
-    The files are in /dev/shm, or in a temporary folder where that is missing or has too little room.
+    The files are in /dev/shm, or in the temporary folder where that is missing, not writable or full.
 
     Args:
         arrays: the bytes of each file.
 
     Raises:
-        OSError: there is no room for the files.
+        OSError: there is no room in the temporary folder either.
     """
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
         need = sum(array.nbytes for array in arrays)
-        shm = Path("/dev/shm")
-        roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2 * need
-        self._folder = Path(
-            tempfile.mkdtemp(prefix=f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_", dir=shm if roomy else None)
-        )
+        try:
+            if shutil.disk_usage(SHM).free <= 2 * need:
+                raise OSError(errno.ENOSPC, "too little room", str(SHM))
+            self._write(arrays, SHM)
+        except OSError:  # full, perhaps because another engine of this node was faster
+            self._write(arrays, None)
+
+    def _write(self, arrays: list[np.ndarray], parent: Path | None) -> None:
+        """Write the files into a new folder in `parent` (None: the temporary folder), or leave nothing."""
+        prefix = f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self.paths = [str(self._folder / f"{i}.safetensors") for i in range(len(arrays))]
         try:
             for path, array in zip(self.paths, arrays, strict=True):
                 array.tofile(path)
-        except OSError:  # no room left: another engine of this node has taken it meanwhile
+        except OSError:
             self.__exit__()
             raise
 
