@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from gvpo_ray.actors import Draining, Fate, Hang, RunError, classify, num_gpus_here
+from gvpo_ray.actors import Draining, Fate, Hang, RunError, UpdateFailed, cause_of, classify, num_gpus_here
 from gvpo_ray.config.base import ConfigError, GvpoError
 
 
@@ -34,6 +34,7 @@ class EngineDeadError(Exception):
         (RayActorError(), Fate.DEAD),
         (OutOfMemoryError("out of memory"), Fate.DEAD),
         (Hang("no token for 60 s"), Fate.DEAD),
+        (UpdateFailed("version 3: OSError: full"), Fate.DEAD),
         (task_error(EngineDeadError("core")), Fate.DEAD),
         (task_error(ConnectionError("refused")), Fate.DEAD),
         (ExceptionGroup("tasks", [task_error(TimeoutError("slow"))]), Fate.DEAD),
@@ -48,6 +49,16 @@ def test_an_error_says_whether_its_actor_lost_something_leaves_died_or_is_wrong(
     assert classify(error) is fate
 
 
+def test_a_dead_core_is_said_with_its_first_cause_where_that_is_known() -> None:
+    error = EngineDeadError("See stack trace (above) for the root cause.")
+    assert cause_of(task_error(error)) == "vLLM's core process died: (EngineDeadError)"
+    error.add_note("torch.OutOfMemoryError: CUDA out of memory")
+    again = pickle.loads(pickle.dumps(error))
+    assert (
+        cause_of(task_error(again)) == "vLLM's core process died: torch.OutOfMemoryError: CUDA out of memory"
+    )
+
+
 def test_the_private_names_of_ray_that_are_used_are_there() -> None:
     assert callable(importlib.import_module("ray._private.state").state.get_draining_nodes)
     assert num_gpus_here() >= 0 and not ray.is_initialized()
@@ -60,6 +71,7 @@ def test_the_private_names_of_ray_that_are_used_are_there() -> None:
         ("actors", "RunError"),
         ("actors", "Draining"),
         ("actors", "Hang"),
+        ("actors", "UpdateFailed"),
         ("groups.table", "GroupError"),
         ("sandbox.process", "SandboxError"),
         ("verifiers.verifier", "RewardError"),

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -944,6 +945,97 @@ def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
         assert ended == [1]
 
     running.run(run())
+
+
+IN_FILES = """
+import asyncio, os, subprocess, sys
+sys.path.insert(0, {root!r})
+from gvpo_ray.engines.process_log import ProcessLog
+print("ValueError: of an earlier one", flush=True)
+log = ProcessLog()
+subprocess.run([sys.executable, "-c", {core!r}], check=True)
+open({answer!r}, "w").write(f"{{log.last_error({after!r})}}|{{log.paths[0].name}}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "after", "error"),
+    [
+        (
+            "(EngineCore pid=7) ERROR 11-27 [core.py:1510] EngineCore failed to start.\n"
+            "(EngineCore pid=7) ERROR 11-27 [core.py:1510] ValueError: Seed must be between 0 and 2**32 - 1",
+            "Exception: WorkerProc initialization failed. See stack trace for root cause.",
+            "",
+            "ValueError: Seed must be between 0 and 2**32 - 1",
+        ),
+        (
+            "\x1b[31mtorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB\x1b[0m",
+            "/usr/lib/x.py:3: UserWarning: an Error: is not one",
+            "",
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB",
+        ),
+        ("KeyError: 1", "AssertionError", "", "AssertionError"),
+        ("all is well", "", "", "None"),
+        (
+            "KeyError: before\nencountered a fatal error\nx.Y.KeyError: 2",
+            "KeyError: 3",
+            "fatal error",
+            "x.Y.KeyError: 2",
+        ),
+        ("KeyError: before", "KeyError: 3", "fatal error", "None"),
+    ],
+)
+def test_the_first_cause_is_read_from_what_a_child_process_writes_to_our_log(
+    tmp_path: Path, stdout: str, stderr: str, after: str, error: str
+) -> None:
+    answer, root = str(tmp_path / "answer"), str(Path(__file__).parents[1])
+    core = f"import sys; print({stdout!r}); print({stderr!r}, file=sys.stderr)"
+    code = IN_FILES.format(root=root, core=core, after=after, answer=answer)
+    with open(tmp_path / "1.out", "a") as out, open(tmp_path / "2.err", "a") as err:
+        assert subprocess.run([sys.executable, "-c", code], stdout=out, stderr=err).returncode == 0
+    assert Path(answer).read_text() == f"{error}|1.out"
+
+
+def test_a_process_whose_output_goes_to_a_pipe_has_no_log_to_read() -> None:
+    code = "from gvpo_ray.engines.process_log import ProcessLog as P; print(P().paths, P().last_error())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout == "[] None\n", told.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (
+            "Engine core initialization failed. See root cause above. Failed core proc(s): {'Core': -9}",
+            "vLLM did not start: its core process was ended by SIGKILL",
+        ),
+        ("CUDA is not\navailable", "CUDA is not available"),
+    ],
+)
+def test_a_start_that_failed_without_a_word_says_by_which_signal(text: str, why: str) -> None:
+    silent: Any = SimpleNamespace(paths=[], last_error=lambda: None)
+    assert vllm_engine._why_not_started(RuntimeError(text), silent) == why
+
+
+def test_what_vllm_cannot_start_with_is_said_itself_and_not_pointed_to(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path)
+    code = f"""
+import asyncio, sys
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.engines.vllm_engine import Engine
+if __name__ == "__main__":
+    pool = PoolConfig(kv_cache_gib=1, num_threads=1)
+    try:
+        asyncio.run(Engine(ModelConfig(path={str(folder)!r}), pool, "objects", -1, True).start())
+    except RuntimeError as error:
+        open({str(tmp_path / "why")!r}, "w").write(str(error))
+"""
+    (tmp_path / "start.py").write_text(code)
+    with open(tmp_path / "out", "a") as out, open(tmp_path / "err", "a") as err:
+        subprocess.run([sys.executable, tmp_path / "start.py"], stdout=out, stderr=err)
+    why = (tmp_path / "why").read_text()
+    assert why == "vLLM did not start: ValueError: Seed must be between 0 and 2**32 - 1"
 
 
 def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(

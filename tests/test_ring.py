@@ -429,7 +429,7 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         until(lambda: bool(cores.extend(tiny.descendants("VLLM::EngineCore")) or cores))
         os.kill(*cores, signal.SIGKILL)
         with pytest.raises(
-            RunError, match=r"engines of pool engines died 1 times .* last: vLLM's core process died"
+            RunError, match=r"engine engines-0 died 1 times .* last: vLLM's core process died"
         ):
             algo.evaluate()
     assert written_by == {"ring"}  # two threads would take each other's file away

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
+import signal
 import time
 import uuid
 from collections.abc import Awaitable, Sequence
@@ -18,10 +20,15 @@ from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.rendering import TextRenderer
 from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
+from gvpo_ray.engines.process_log import ProcessLog
 
 CORPSE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
 must not reach a dead engine (ray#60088)."""
+
+
+FATAL = "encountered a fatal error"
+"""What vLLM's core writes before the traceback of the error that ends it."""
 
 
 class Engine(BaseEngine):
@@ -69,7 +76,11 @@ class Engine(BaseEngine):
         self._num_finished_tokens = 0
 
     async def start(self) -> dict[str, Any]:
-        """Start vLLM, which takes 20 s and more; return the seconds and the pid."""
+        """Start vLLM, which takes 20 s and more; return the seconds and the pid.
+
+        Raises:
+            RuntimeError: vLLM's processes do not start; the message holds the first cause.
+        """
         pool, on_gpu = self._pool, self._pool.num_gpus > 0
         os.environ.update(
             VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
@@ -115,7 +126,11 @@ class Engine(BaseEngine):
         if not self._load_weights and self._model.lora is None:
             arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         started = time.perf_counter()
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
+        self._log = ProcessLog()
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
+        except RuntimeError as error:
+            raise RuntimeError(_why_not_started(error, self._log)) from error
         self._renderer = TextRenderer(self._llm.get_tokenizer())
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
@@ -248,15 +263,25 @@ class Engine(BaseEngine):
         os._exit(1)
 
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
-        """Return the result of `work`; raise vLLM's EngineDeadError as soon as vLLM's core is dead."""
+        """Return the result of `work`; raise vLLM's EngineDeadError as soon as vLLM's core is dead.
+
+        The error has the first cause as a note, if the core wrote one.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         task = asyncio.ensure_future(work)
         await asyncio.wait([task, self._death], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             # marks a later error as seen, since nobody awaits this task
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             task.cancel()
-            self._death.result()
-        return task.result()
+        try:
+            return task.result() if task.done() else self._death.result()
+        except EngineDeadError as error:
+            cause = self._log.last_error(after=FATAL)
+            if cause is not None and not hasattr(error, "__notes__"):
+                error.add_note(cause)
+            raise
 
     # --- weights --------------------------------------------------------------------------------------------
 
@@ -382,6 +407,18 @@ class Engine(BaseEngine):
             self._watcher.cancel()
             self._llm.shutdown()
             self._llm = None
+
+
+def _why_not_started(error: RuntimeError, log: ProcessLog) -> str:
+    """Return one line with the first cause of an error of vLLM's start."""
+    text = " ".join(str(error).split())
+    if "root cause" not in text:
+        return text
+    if cause := log.last_error():
+        return f"vLLM did not start: {cause}"
+    if killed := re.search(r": -(\d+)\b", text):  # "Failed core proc(s): {'EngineCore': -9}"
+        return f"vLLM did not start: its core process was ended by {signal.Signals(int(killed[1])).name}"
+    return " ".join([text, *(f"(log: {path})" for path in log.paths)])
 
 
 @dataclass(eq=False)
