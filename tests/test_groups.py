@@ -14,6 +14,7 @@ ROW = {
     "answer": "7",
     "dataset": "quickstart",
     "prompt_ids": [12, 5, 9],
+    "data": '{"columns": {"level": 2}}',
     "completions": ["\\boxed{7}", "\\boxed{8}", "siebzehn ✓"],
     "completion_ids": [[4, 7, 1], [4, 8], [3, 3, 3, 1]],
     "finish_reasons": ["stop", "length", "stop"],
@@ -115,7 +116,7 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
     for end in [*range(0, len(whole), 50), len(whole)]:
         (log / "00000.arrow").write_bytes(whole[:end])
         loaded = groups.load(log)
-        nothing = dict.fromkeys((*groups.MASK_COLUMNS, *groups.REFERENCE_COLUMNS))
+        nothing = dict.fromkeys((*groups.DATA_COLUMNS, *groups.MASK_COLUMNS, *groups.REFERENCE_COLUMNS))
         assert list(groups.rows(loaded)) == [
             row(i, num_completions=2 + i) | nothing for i in range(len(loaded))
         ], end
@@ -178,7 +179,7 @@ def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
 
 def test_a_good_table_is_valid_and_comes_back():
     references = {"reference_logprobs": [0.0, 0.0], "reference_versions": [0, 0]}
-    table = groups.table([ROW, row(1) | references | {"trained_tokens": None}])
+    table = groups.table([ROW, row(1) | references | {"trained_tokens": None, "data": None}])
     assert groups.validate(table, groups.SCHEMA.names) is table
 
 
@@ -385,7 +386,8 @@ def test_the_log_holds_every_column_and_nothing_where_nobody_has_computed_it():
 
 
 def test_the_parts_of_a_group_are_joined_in_their_order():
-    prompt = groups.table([{**{name: ROW[name] for name in groups.PROMPT_COLUMNS}, "group_id": 99}])
+    of_prompt = (*groups.PROMPT_COLUMNS, *groups.DATA_COLUMNS)
+    prompt = groups.table([{**{name: ROW[name] for name in of_prompt}, "group_id": 99}])
     referenced = groups.table([ROW])
     rewarded = groups.table(
         [row(5, num_completions=1) | {"reward_parts": {"style": [0.75]}, "reward_reasons": ["short"]}]
@@ -394,7 +396,7 @@ def test_the_parts_of_a_group_are_joined_in_their_order():
     joined = groups.join(prompt, rewarded, sampled, referenced)
     assert joined.schema == groups.SCHEMA
     (group,) = groups.rows(groups.validate(joined, groups.SCHEMA.names))
-    assert {name: group[name] for name in groups.PROMPT_COLUMNS} == next(groups.rows(prompt))
+    assert {name: group[name] for name in of_prompt} == next(groups.rows(prompt))
     assert group["completions"] == ["text", "text", "text", *ROW["completions"]]
     assert group["completion_ids"] == [[2] * 4] * 3 + ROW["completion_ids"]
     assert group["sources"] == ["policy"] * 3 + ROW["sources"]

@@ -260,8 +260,8 @@ def test_a_missing_file_is_named_with_the_key_it_came_from(tmp_path: Path) -> No
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text("prompt,answer\n1,2\n")
-    assert "ends in .parquet, .jsonl, .json" in _error(_config(tmp_path / "data.csv"))
+    (tmp_path / "data.xls").write_text("prompt,answer\n1,2\n")
+    assert "ends in .parquet, .jsonl, .json" in _error(_config(tmp_path / "data.xls"))
 
 
 def test_a_missing_column_is_named_with_those_that_are_there_and_the_nearest(tmp_path: Path) -> None:
@@ -291,10 +291,11 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     ("row", "complaint"),
     [
         ({"prompt": None, "answer": "1"}, "row 1: prompt is empty (null)"),
-        ({"prompt": "a"}, "row 1: answer is empty (null)"),
-        ({"prompt": "a", "answer": float("nan")}, "row 1: answer is empty (null)"),
         ({"prompt": ["a"], "answer": "1"}, "row 1: prompt is list, not text or a number"),
-        ({"prompt": "a", "answer": True}, "row 1: answer is bool, not text or a number"),
+        (
+            {"prompt": "a", "answer": {"x": 1}},
+            "row 1: answer has fields of its own: name one of them (answer.x)",
+        ),
         (
             {"prompt": "\ud800", "answer": "1"},
             "row 1: prompt is not valid Unicode text (surrogates not allowed)",
@@ -308,9 +309,24 @@ def test_an_entry_that_is_not_text_or_a_number_is_named_by_its_row(
     assert _error(_config(path)) == f"prompts.path: {path}: {complaint}"
 
 
-def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+def test_rows_without_a_gold_are_left_out_and_counted(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b", "c"], "answer": [1, 2, None]}), tmp_path / "data.parquet")
-    assert "row 2: answer is empty (null)" in _error(_config(tmp_path / "data.parquet"))
+    prompts = _set(_config(tmp_path / "data.parquet"))
+    assert (prompts.num_rows, prompts.num_without_gold, len(prompts)) == (3, 1, 2)
+    golds = [None, "", "  ", float("nan"), [], [None], "5"]
+    rows = [{"prompt": f"p{i}", "answer": gold} for i, gold in enumerate(golds)]
+    prompts = _set(_config(_jsonl(tmp_path, [*rows, {"prompt": "no key"}])))
+    assert prompts.num_without_gold == 7 and prompts.all()["prompt"].to_pylist() == ["p6"]
+
+
+def test_data_without_any_gold_are_refused_unless_the_config_says_so(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path, [{"prompt": "a", "answer": ""}, {"prompt": "b", "answer": None}])
+    assert _error(_config(path)) == (
+        f"prompts.path: {path}: no row has a gold answer: answer is empty in all 2 rows "
+        '(prompts.answer_column: "" trains without golds, if no reward function needs them)'
+    )
+    prompts = _set(_config(path, answer_column=""))
+    assert prompts.all()["answer"].to_pylist() == ["", ""] and prompts.num_without_gold == 0
 
 
 def test_what_is_not_json_is_named_by_its_line(tmp_path: Path) -> None:

@@ -357,8 +357,7 @@ GOOD = {"prompt": "q", "answer": "1", "completion": "1", "score": 0.5}
         ({"completion": None}, "row 1: completion is empty (null)"),
         ({"completion": {"a": 1}}, "row 1: completion is dict, not text or a number"),
         ({"completion": "\ud800"}, "row 1: completion is not valid Unicode text (surrogates not allowed)"),
-        ({"answer": ["1"]}, "row 1: answer is list, not text or a number"),
-        ({"answer": None, "score": None}, "row 1: answer is empty (null)"),
+        ({"answer": {"a": "1"}}, "row 1: answer has fields of its own: name one of them (answer.a)"),
         ({"score": "good"}, "row 1: score is 'good', not a finite number"),
         ({"score": "0.5"}, "row 1: score is '0.5', not a finite number"),
         ({"score": float("nan")}, "row 1: score is 'nan', not a finite number"),
@@ -377,11 +376,15 @@ def test_an_entry_that_is_not_right_is_named_by_its_row(
     )
 
 
-def test_a_row_without_reward_needs_a_column_of_answers(make: Maker) -> None:
-    rows = [{"prompt": "q", "completion": "1", "score": score} for score in (1, None)]
-    assert make.error(rows, reward_column="score") == (
-        "sources.people.path: FILE: row 1: score is empty (null), and there is no column 'answer' to "
-        "verify by"
+def test_a_row_without_reward_and_answer_is_left_out_and_counted(make: Maker) -> None:
+    rows = [{"prompt": "q", "completion": "1", "score": score} for score in (1, None, 0)]
+    source = make(rows, reward_column="score")
+    assert (source.num_rows, source.num_without_gold, len(source)) == (3, 1, 1)
+    empty = [{**row, "answer": ""} for row in rows]
+    assert make(empty, reward_column="score").num_without_gold == 1
+    nothing = [{"prompt": "q", "completion": "1", "score": None}]
+    assert make.error(nothing, reward_column="score").startswith(
+        "sources.people.path: FILE: no row has a gold answer: answer is empty in all 1 rows"
     )
 
 

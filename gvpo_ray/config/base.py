@@ -36,6 +36,10 @@ Resources = dict[str, Annotated[float, Field(gt=0)]]
 """Custom Ray resources of one actor: names that the cluster's nodes were started with, and amounts."""
 
 
+LOCAL_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".gz", ".bz2", ".zst", ".py")
+"""Suffixes of files; a name on the hub ends in none of them."""
+
+
 def is_local(path: str, root: Path = Path()) -> bool:
     """Return whether a path is on this machine and not a name on the Hugging Face hub.
 
@@ -44,7 +48,8 @@ def is_local(path: str, root: Path = Path()) -> bool:
     looks_local = (
         path.startswith((".", "/", "~"))
         or path.count("/") > 1
-        or Path(path).suffix in (".parquet", ".jsonl", ".json", ".py")
+        or Path(path).suffix in LOCAL_SUFFIXES
+        or any(letter in path for letter in "*?[")
     )
     return looks_local or (root / path).exists()
 
@@ -100,7 +105,7 @@ def paths(section: Section) -> Iterator[tuple[str, str, LocalPath]]:
     """Yield every key that may be a path and has a value, with the value and the kind of path."""
     for key, value, field in walk(section):
         if value is not None and (rule := _path_rule(field)):
-            yield key, value, rule
+            yield from ((key, path, rule) for path in ([value] if isinstance(value, str) else value))
 
 
 def _path_rule(field: FieldInfo) -> LocalPath | None:
@@ -116,7 +121,9 @@ def with_paths(section: Some, change: Callable[[str, LocalPath], str]) -> Some:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if value is not None and (rule := _path_rule(field)):
-            updates[name] = change(value, rule)
+            updates[name] = (
+                change(value, rule) if isinstance(value, str) else [change(path, rule) for path in value]
+            )
         elif isinstance(value, Section):
             updates[name] = with_paths(value, change)
         elif isinstance(value, dict):

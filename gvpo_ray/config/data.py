@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from gvpo_ray.config.base import LocalPath, Section
 
+DataLayout = Literal[
+    "plain",
+    "verl",
+    "skyrl",
+    "trl",
+    "openrlhf",
+    "slime",
+    "areal",
+    "nemo",
+    "nemo_gym",
+    "orz",
+    "deepscaler",
+    "gsm8k",
+    "olympiadbench",
+    "rlvr",
+    "sharegpt",
+]
+"""Names of the layouts of data/layouts.py."""
+
 
 class PromptsConfig(Section):
     """A data set of prompts and reference answers, and how a prompt is rendered."""
 
-    path: Annotated[str, LocalPath()]
-    """A Parquet or JSONL file, or the name of a Hugging Face data set."""
+    path: Annotated[str | list[str], LocalPath()]
+    """A file (Parquet, JSON, CSV, Arrow; text also compressed), a folder, a glob such as data/*.parquet, the
+    name of a Hugging Face data set, or a list of these."""
     split: str = "train"
-    """Split of a Hugging Face data set; files have none."""
+    """Split, where the data has splits. It may end in a slice of rows: train[:1000], train[10%:20%]."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set ("main" for openai/gsm8k)."""
-    prompt_column: str = "prompt"
-    """Column that holds the problem's text."""
-    answer_column: str = "answer"
-    """Column that holds the reference answer, as text."""
+    layout: DataLayout | None = None
+    """Layout of the data, by the system that it was made for; it says what the column keys leave open.
+    Default: found by the columns, and said when the run starts."""
+    prompt_column: str | None = None
+    """Column of the problem: text, or a list of messages. It may be a path, such as messages[0].content, or a
+    template over columns, such as "{question}\\nA. {choices[0]}". Default: the layout's, else prompt."""
+    answer_column: str | None = None
+    """Column of the reference answer: text, a number, a boolean or a list of these. It may be a path, such as
+    reward_model.ground_truth. "": the data has no answers. Default: the layout's, else answer."""
+    answer_match: Literal["any", "all"] = "any"
+    """Where the reference answer is a list: whether a completion must match any or all of its entries."""
     template: str | None = None
     """Plain template such as "Question: {prompt}\\nAnswer:"; default: the tokenizer's chat template."""
     system_prompt: str | None = None
-    """System message for the chat template."""
+    """System message for the chat template, for prompts that have none of their own."""
+    template_arguments: dict[str, Any] = {}
+    """Further arguments of the tokenizer's chat template, such as {enable_thinking: false}."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, in tokens. Longer ones are left out, counted and reported, never cut. Default: the
     context less the longest completion."""

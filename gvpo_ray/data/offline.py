@@ -20,7 +20,10 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
-from gvpo_ray.data.prompts import EpochOrder, as_text, load_columns
+from gvpo_ray.data.columns import as_text
+from gvpo_ray.data.messages import as_messages, is_messages
+from gvpo_ray.data.problems import Problems, group_columns, read_problems
+from gvpo_ray.data.prompts import EpochOrder
 from gvpo_ray.data.rendering import renderer_of
 
 if TYPE_CHECKING:
@@ -47,6 +50,9 @@ class OfflineSource:
 
     Attributes:
         num_rows: rows read.
+        num_without_gold: rows left out because they have neither a reward nor a gold answer.
+        columns: names of the columns that reward functions get of each row.
+        layout: where prompt and gold were found, if the config does not say it itself; else "".
         num_too_long: rows left out because they are longer than a limit (they are never cut).
         num_single: prompts whose only completion makes no whole group; 0 for a source with `share`.
 
@@ -78,16 +84,20 @@ class OfflineSource:
                 f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end "
                 "with one"
             )
-        self._rows = _read(config, key)
+        found = read_problems(
+            config, key, _more(config), without_gold="reward" if config.reward_column else None
+        )
+        problems, self._rows = found.problems, _as_table(config, found, key)
         self._has_rewards = config.reward_column is not None
         prompts = self._rows["prompt"].to_pylist()
+        first = {problem.prompt: problem for problem in reversed(problems)}
         distinct = list(dict.fromkeys(prompts))
         rendered = dict(
-            zip(distinct, renderer.render([{"prompt": prompt} for prompt in distinct]), strict=True)
+            zip(distinct, renderer.render([first[prompt].to_render() for prompt in distinct]), strict=True)
         )
         if empty := [prompt for prompt in distinct if not rendered[prompt].prompt_ids]:
             raise ConfigError(
-                f"{key}.path: {config.path}: row {prompts.index(empty[0])}: the prompt has no tokens"
+                f"{key}.path: {config.path}: row {first[empty[0]].row}: the prompt has no tokens"
             )
         completion_ids = _with_end(renderer.encode(self._rows["completions"].to_pylist()), renderer.end_id)
         self._rows = self._rows.append_column(
@@ -101,7 +111,9 @@ class OfflineSource:
             len(rendered[prompt].prompt_ids) <= min(longest_prompt, max_length - tokens)
             for prompt, tokens in zip(prompts, self._num_tokens, strict=True)
         ]
-        self.num_rows, self.num_too_long = len(fits), fits.count(False)
+        self.num_rows, self.num_too_long = found.num_rows, fits.count(False)
+        self.num_without_gold, self.layout = found.num_without_gold, found.found.story()
+        self.columns = found.columns
         if not any(fits):
             raise ConfigError(
                 f"{key}.path: {config.path}: all {len(fits)} rows are too long: a prompt may have "
@@ -121,16 +133,16 @@ class OfflineSource:
                     f"({self.num_single} have one, {self.num_too_long} of {self.num_rows} rows are too long)"
                 )
             by_prompt = several
+        columns = group_columns([problems[rows[0]] for rows in by_prompt.values()])
         self._prompts = groups.table(
             {
                 "group_id": 0,
-                "prompt": prompt,
-                "answer": answer,
                 "dataset": name,
-                "prompt_ids": rendered[prompt].prompt_ids,
-                **rendered[prompt].extras,
+                "prompt_ids": rendered[of_row["prompt"]].prompt_ids,
+                **of_row,
+                **rendered[of_row["prompt"]].extras,
             }
-            for prompt, answer in by_prompt
+            for of_row in columns
         )
         self._groups = [
             (i, part) for i, rows in enumerate(by_prompt.values()) for part in _parts(rows, num_completions)
@@ -172,10 +184,11 @@ class OfflineSource:
         ]
         if not rows or num < 1:
             return None
+        own = [name for name in groups.DATA_COLUMNS if name in prompt.column_names]
         drawn = np.random.default_rng([self._seed, prompt["group_id"][0].as_py()]).permutation(len(rows))[
             :num
         ]
-        return self._row(prompt.select(list(groups.PROMPT_COLUMNS)), [rows[i] for i in drawn])
+        return self._row(prompt.select([*groups.PROMPT_COLUMNS, *own]), [rows[i] for i in drawn])
 
     def digest(self) -> str:
         """Return the SHA-256 of the problems, completions and rewards in use, in the file's order.
@@ -206,43 +219,25 @@ class OfflineSource:
         )
 
 
-def _read(config: SourceConfig, key: str) -> pa.Table:
-    """Read the file in its order: prompt, answer and completions as text, rewards as float32.
+def _more(config: SourceConfig) -> dict[str, str]:
+    reward = {} if config.reward_column is None else {"reward": config.reward_column}
+    return {"completion": config.completion_column, **reward}
 
-    A null reward is to be verified.
-    """
-    columns = {
-        "prompt": config.prompt_column,
-        "completion": config.completion_column,
-        "answer": config.answer_column,
-    }
-    if config.reward_column is not None:
-        columns["reward"] = config.reward_column
-    # An answer column other than the default was asked for by name: it must be there.
-    is_optional = (
-        config.reward_column is not None
-        and config.answer_column == SourceConfig.model_fields["answer_column"].default
-    )
-    data = load_columns(config, columns, key, optional=("answer",) if is_optional else ())
-    num_rows = len(data["prompt"])
-    answers, rewards = data.get("answer", [None] * num_rows), data.get("reward", [None] * num_rows)
+
+def _as_table(config: SourceConfig, found: Problems, key: str) -> pa.Table:
+    """Return prompt, answer, completions (text) and rewards (float32; null: to be verified) of each row."""
     rows: dict[str, list[Any]] = {"prompt": [], "answer": [], "completions": [], "rewards": []}
-    for i in range(num_rows):
-        where = f"{key}.path: {config.path}: row {i}"
-        rows["prompt"].append(as_text(data["prompt"][i], f"{where}: {columns['prompt']}"))
-        rows["completions"].append(as_text(data["completion"][i], f"{where}: {columns['completion']}"))
+    for problem in found.problems:
+        where = f"{key}.path: {config.path}: row {problem.row}"
+        completion, reward = problem.more["completion"], problem.more.get("reward")
+        if is_messages(completion):
+            completion = as_messages(completion, f"{where}: {config.completion_column}")[-1]["content"]
+        rows["prompt"].append(problem.prompt)
+        rows["answer"].append(problem.answer)
+        rows["completions"].append(as_text(completion, f"{where}: {config.completion_column}"))
         rows["rewards"].append(
-            None if rewards[i] is None else _number(rewards[i], f"{where}: {config.reward_column}")
+            None if reward is None else _number(reward, f"{where}: {config.reward_column}")
         )
-        if answers[i] is None and rewards[i] is not None:
-            rows["answer"].append("")
-        elif "answer" in data:
-            rows["answer"].append(as_text(answers[i], f"{where}: {columns['answer']}"))
-        else:
-            raise ConfigError(
-                f"{where}: {config.reward_column} is empty (null), and there is no column "
-                f"{config.answer_column!r} to verify by"
-            )
     texts = pa.schema([(name, pa.string()) for name in ("prompt", "answer", "completions")])
     return pa.table(rows, schema=texts.append(pa.field("rewards", pa.float32())))
 

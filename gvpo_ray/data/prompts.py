@@ -1,4 +1,4 @@
-"""Data sets (Parquet, JSONL, Hugging Face) become prompt rows of the group table.
+"""Data sets become prompt rows of the group table.
 
 A prompt set is fixed when it is made: it holds the rows that fit, in the file's order, templated and
 tokenised. `group(id)` is then a pure function of the seed and the id. So a restarted run asks for the same
@@ -7,33 +7,24 @@ prompts again and no position has to be saved.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
-import numbers
-from collections.abc import Collection, Mapping
-from decimal import Decimal
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.data.columns import as_text, values
+from gvpo_ray.data.files import read
+from gvpo_ray.data.problems import check_path, group_columns, read_problems
 from gvpo_ray.data.rendering import renderer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
-
-Columns = dict[str, pa.ChunkedArray | list[Any]]
-"""The columns of a data set as it was read; JSON may mix types within a column, which Arrow cannot hold."""
 
 
 class PromptSet:
@@ -50,6 +41,9 @@ class PromptSet:
 
     Attributes:
         num_rows: rows read.
+        num_without_gold: rows left out because they have no gold answer.
+        columns: names of the columns that reward functions get of each row.
+        layout: where prompt and gold were found, if the config does not say it itself; else "".
         num_too_long: rows left out because their prompt is longer than the limit (it is never cut).
         longest: tokens of the longest prompt read, including prompts that are left out.
 
@@ -67,42 +61,39 @@ class PromptSet:
         seed: int = 0,
         key: str = "prompts",
     ) -> None:
-        rows = load_rows(config, {"prompt": config.prompt_column, "answer": config.answer_column}, key)
-        rendered = renderer_of(config, tokenizer, key).render(rows.to_pylist())
+        found = read_problems(config, key)
+        problems = found.problems
+        rendered = renderer_of(config, tokenizer, key).render([problem.to_render() for problem in problems])
         lengths = np.array([len(ids) for ids, _ in rendered])
         if not lengths.all():
             raise ConfigError(
-                f"{key}.path: {config.path}: row {int(np.argmin(lengths))}: the prompt has no tokens"
+                f"{key}.path: {config.path}: row {problems[int(np.argmin(lengths))].row}: the prompt has no "
+                "tokens"
             )
         limit = min((n for n in (config.max_tokens, max_tokens) if n is not None), default=None)
         keep = np.arange(len(lengths)) if limit is None else np.flatnonzero(lengths <= limit)
-        self.num_rows = len(lengths)
+        self.num_rows, self.num_without_gold = found.num_rows, found.num_without_gold
         self.num_too_long = len(lengths) - len(keep)
         self.longest = int(lengths.max())
+        self.columns, self.layout = found.columns, found.found.story()
         if not len(keep):
-            found = f"all {len(lengths)} prompts are longer (the shortest has {lengths.min()} tokens)"
+            all_long = f"all {len(lengths)} prompts are longer (the shortest has {lengths.min()} tokens)"
             if limit == config.max_tokens:
-                raise ConfigError(f"{key}.max_tokens: {limit} tokens are too few: {found}")
+                raise ConfigError(f"{key}.max_tokens: {limit} tokens are too few: {all_long}")
             raise ConfigError(
-                f"{key}.path: {config.path}: the context leaves {limit} tokens for a prompt, and {found}; "
+                f"{key}.path: {config.path}: the context leaves {limit} tokens for a prompt, and {all_long}; "
                 "lower sampling.max_tokens or raise model.max_length"
             )
         self._table = groups.table(
             {
                 "group_id": i,
-                "prompt": prompt,
-                "answer": answer,
                 "dataset": name,
                 "prompt_ids": rendered[row].prompt_ids,
+                **columns,
                 **rendered[row].extras,
             }
-            for i, (row, prompt, answer) in enumerate(
-                zip(
-                    keep,
-                    rows["prompt"].take(keep).to_pylist(),
-                    rows["answer"].take(keep).to_pylist(),
-                    strict=True,
-                )
+            for i, (row, columns) in enumerate(
+                zip(keep, group_columns([problems[row] for row in keep]), strict=True)
             )
         )
         self._order = EpochOrder(len(self), seed, config.shuffle)
@@ -123,15 +114,14 @@ class PromptSet:
         return self._table.slice(0, limit)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the problems and answers in use, in the file's order.
+        """Return the SHA-256 of the problems, answers and further columns in use, in the file's order.
 
         Other data have another digest.
         """
         content = hashlib.sha256()
-        for prompt, answer in zip(
-            self._table["prompt"].to_pylist(), self._table["answer"].to_pylist(), strict=True
-        ):
-            content.update(json.dumps([prompt, answer]).encode())
+        names = [n for n in ("prompt", "answer", *groups.DATA_COLUMNS) if n in self._table.column_names]
+        for row in zip(*(self._table[name].to_pylist() for name in names), strict=True):
+            content.update(json.dumps(row).encode())
         return content.hexdigest()
 
 
@@ -179,128 +169,15 @@ def load_rows(config: PromptsConfig, columns: Mapping[str, str], key: str) -> pa
         ConfigError: the file or data set is absent, not readable or empty, lacks a column, or has an entry
             that is neither text nor a number.
     """
-    data = load_columns(config, columns, key)
+    data = read(config, key)
+    for name, path in columns.items():
+        check_path(data, path, config, key, name)
+    data = {name: column[: config.limit] for name, column in data.items()}
     texts = {
         name: [
-            as_text(value, f"{key}.path: {config.path}: row {i}: {columns[name]}")
-            for i, value in enumerate(values)
+            as_text(value, f"{key}.path: {config.path}: row {i}: {path}")
+            for i, value in enumerate(values(data, path))
         ]
-        for name, values in data.items()
+        for name, path in columns.items()
     }
     return pa.table(texts, schema=pa.schema([(name, pa.string()) for name in columns]))
-
-
-def load_columns(
-    config: PromptsConfig, columns: Mapping[str, str], key: str, optional: Collection[str] = ()
-) -> dict[str, list[Any]]:
-    """Read the named columns of a data set as load_rows does, but with the values as they are.
-
-    The result lacks those columns of `optional` that the data lacks.
-    """
-    data = _read(config, key)
-    if not data or not len(next(iter(data.values()))):
-        raise ConfigError(f"{key}.path: {config.path} has no rows")
-    columns = {name: column for name, column in columns.items() if column in data or name not in optional}
-    for name, column in columns.items():
-        if column not in data:
-            near = difflib.get_close_matches(column, data, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            # A column that is not the section's own (the solution of a warm start) is named by its role.
-            field = (
-                f"{key}.{name}_column" if f"{name}_column" in type(config).model_fields else f"{key} ({name})"
-            )
-            raise ConfigError(
-                f"{field}: {config.path} has no column {column!r}; it has {', '.join(data)}{hint}"
-            )
-    cut = {name: data[column][: config.limit] for name, column in columns.items()}
-    return {
-        name: values.to_pylist() if isinstance(values, pa.ChunkedArray) else values
-        for name, values in cut.items()
-    }
-
-
-def as_text(value: Any, where: str) -> str:
-    """Return a text or a number as text.
-
-    Raises:
-        ConfigError: the value is neither; `where` starts the message.
-    """
-    if isinstance(value, str):
-        try:
-            value.encode()
-        # JSON can spell half a surrogate pair; neither Arrow nor a tokenizer can hold it
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"{where} is not valid Unicode text ({error.reason})") from error
-        return value
-    is_number = isinstance(value, (numbers.Real, Decimal)) and not isinstance(value, bool)
-    if is_number and not math.isnan(value):
-        return str(value)
-    found = "empty (null)" if value is None or is_number else f"{type(value).__name__}, not text or a number"
-    raise ConfigError(f"{where} is {found}")
-
-
-def _read(config: PromptsConfig, key: str) -> Columns:
-    """Read the whole data set; all columns have one length.
-
-    In messages rows count from 0, lines from 1.
-    """
-    path = Path(config.path).expanduser()
-    if path.suffix.lower() not in FILE_SUFFIXES and not path.is_file():
-        return _read_hub(config, key)
-    if not path.is_file():
-        raise ConfigError(f"{key}.path: no file {config.path}")
-    if path.suffix.lower() not in FILE_SUFFIXES:
-        raise ConfigError(f"{key}.path: {config.path}: a data file ends in {', '.join(FILE_SUFFIXES)}")
-    try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path)
-            return dict(zip(table.column_names, table.columns, strict=True))
-        lines = path.read_bytes().split(b"\n")
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{key}.path: {config.path} is not Parquet: {_one_line(error)}") from error
-    except OSError as error:
-        raise ConfigError(
-            f"{key}.path: {config.path} cannot be read: {error.strerror or _one_line(error)}"
-        ) from error
-    return _parse_lines(lines, config, key)
-
-
-def _parse_lines(lines: list[bytes], config: PromptsConfig, key: str) -> Columns:
-    """Parse JSON objects, one per line; blank lines are skipped.
-
-    A key that only some lines have is null in the others.
-    """
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-            raise ConfigError(
-                f"{key}.path: {config.path}: line {number} is not JSON: {_one_line(error)}"
-            ) from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"{key}.path: {config.path}: line {number} is not a JSON object, one per line")
-        records.append(record)
-    names = list(dict.fromkeys(name for record in records for name in record))
-    return {name: [record.get(name) for record in records] for name in names}
-
-
-def _read_hub(config: PromptsConfig, key: str) -> Columns:
-    """Load a data set by its name on the Hugging Face hub, or from a folder of data files."""
-    import datasets  # type: ignore[import-untyped]  # takes a second to import, and files do not need it
-
-    try:
-        data = datasets.load_dataset(config.path, config.subset, split=config.split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        what = f"subset {config.subset}, split {config.split}" if config.subset else f"split {config.split}"
-        raise ConfigError(
-            f"{key}.path: {config.path} is no file, and no data set that loads ({what}): {_one_line(error)}"
-        ) from error
-    table = data.with_format("arrow")[:]
-    return dict(zip(table.column_names, table.columns, strict=True))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -33,7 +33,7 @@ class Renderer(Protocol):
         """The end-of-sequence token; None where the tokenizer has none."""
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
-        """Render prompts. Each row has at least the column `prompt`, a text."""
+        """Render prompts. A row has `prompt`, a text, and may have `messages`: then it is a conversation."""
 
     def encode(self, completions: Sequence[str]) -> list[list[int]]:
         """Tokenise completions as they are, without special tokens of the tokenizer's own."""
@@ -44,7 +44,13 @@ class Renderer(Protocol):
 
 def renderer_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Renderer:
     """Return the renderer of a data set; `key` names the section `config` in messages."""
-    return TextRenderer(tokenizer, template=config.template, system_prompt=config.system_prompt, key=key)
+    return TextRenderer(
+        tokenizer,
+        template=config.template,
+        system_prompt=config.system_prompt,
+        template_arguments=config.template_arguments,
+        key=key,
+    )
 
 
 def completion_renderer(model: ModelConfig) -> Renderer:
@@ -60,7 +66,8 @@ class TextRenderer:
     Args:
         tokenizer: the model's tokenizer.
         template: text with `{prompt}`; None: the tokenizer's chat template.
-        system_prompt: first message of a chat; a template does not use it.
+        system_prompt: first message of a chat that has no system message; a template does not use it.
+        template_arguments: further arguments of the chat template.
         key: section of the config that the template belongs to, for messages.
     """
 
@@ -70,10 +77,11 @@ class TextRenderer:
         *,
         template: str | None = None,
         system_prompt: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         key: str = "prompts",
     ) -> None:
         self._tokenizer, self._template, self._system_prompt = tokenizer, template, system_prompt
-        self._key = key
+        self._key, self._arguments = key, template_arguments or {}
 
     @property
     def end_id(self) -> int | None:
@@ -82,7 +90,7 @@ class TextRenderer:
         return end
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
-        """Render prompts; each row has the column `prompt`, a text.
+        """Render prompts; each row has the column `prompt`, a text, and `messages` if it is a conversation.
 
         A chat template writes special tokens itself; with a template of the config the tokenizer adds its
         own.
@@ -95,7 +103,7 @@ class TextRenderer:
             # str.replace: problems are full of braces that str.format would read as fields.
             texts = [self._template.replace("{prompt}", prompt) for prompt in prompts]
         else:
-            texts = self._chats(prompts)
+            texts = self._chats(rows)
         ids = self._ids(texts, add_special_tokens=self._template is not None)
         return [Rendered(of_prompt, {}) for of_prompt in ids]
 
@@ -107,15 +115,19 @@ class TextRenderer:
         """Decode the tokens of a completion without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _chats(self, prompts: list[str]) -> Any:
+    def _chats(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 f"{self._key}.template: required, because the tokenizer has no chat template; for example "
                 '"Question: {prompt}\\nAnswer:"'
             )
         system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
-        chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-        return self._tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        given = [row.get("messages") or [{"role": "user", "content": row["prompt"]}] for row in rows]
+        # a row's own system message holds, and the config's is for the others
+        chats = [messages if messages[0]["role"] == "system" else [*system, *messages] for messages in given]
+        return self._tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False, **self._arguments
+        )
 
     def _ids(self, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:

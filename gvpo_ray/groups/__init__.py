@@ -18,6 +18,7 @@ from gvpo_ray.groups.storage import (
 )
 from gvpo_ray.groups.table import (
     COMPLETION_COLUMNS,
+    DATA_COLUMNS,
     LIMITS,
     LOG_COLUMNS,
     LOGGED_COLUMNS,
@@ -45,6 +46,7 @@ from gvpo_ray.groups.table import (
 
 __all__ = [
     "COMPLETION_COLUMNS",
+    "DATA_COLUMNS",
     "LIMITS",
     "LOGGED_COLUMNS",
     "LOG_COLUMNS",

@@ -9,6 +9,8 @@ gets it (m = 2), and the room that fills each column:
     answer              "7"                              data      (the gold answer, always text)
     dataset             "quickstart"                     data
     prompt_ids          [12, 5, 9]                       data      (templated and tokenised)
+    data                '{"columns": {"level": 2}}'      data      (the row's other columns as JSON, for the
+                                                                    reward functions. Optional)
     completions         ["\boxed{7}", "\boxed{8}"]       engines   (text, special tokens removed)
     completion_ids      [[4, 7, 1], [4, 8, 1]]           engines   (end-of-sequence token included)
     finish_reasons      ["stop", "stop"]                 engines   ("stop" | "length")
@@ -49,6 +51,7 @@ SCHEMA = pa.schema(
         ("answer", pa.string()),
         ("dataset", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
+        ("data", pa.string()),
         ("completions", pa.list_(pa.string())),
         ("completion_ids", pa.list_(pa.list_(pa.int32()))),
         ("finish_reasons", pa.list_(pa.string())),
@@ -66,6 +69,8 @@ SCHEMA = pa.schema(
 )
 
 PROMPT_COLUMNS = ("group_id", "prompt", "answer", "dataset", "prompt_ids")
+DATA_COLUMNS = ("data",)
+"""Optional column of the prompt: a group whose data set has no further columns has none, or a null."""
 COMPLETION_COLUMNS = (
     "completions",
     "completion_ids",
@@ -94,7 +99,9 @@ PER_COMPLETION_COLUMNS = (
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
 """Columns that a group needs to be logged: all but the optional ones and the reference's, which the learner
 computes."""
-LOG_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + MASK_COLUMNS + REWARD_COLUMNS + REFERENCE_COLUMNS
+LOG_COLUMNS = (
+    PROMPT_COLUMNS + DATA_COLUMNS + COMPLETION_COLUMNS + MASK_COLUMNS + REWARD_COLUMNS + REFERENCE_COLUMNS
+)
 """Columns of the durable log; a reference is null until it is computed, and replayed completions bring theirs
 along."""
 
@@ -147,7 +154,8 @@ def log_columns(groups: pa.Table) -> pa.Table:
     """
     if groups.schema.equals(SCHEMA):
         return groups
-    missing = [name for name in (*MASK_COLUMNS, *REFERENCE_COLUMNS) if name not in groups.schema.names]
+    optional = (*DATA_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS)
+    missing = [name for name in optional if name not in groups.schema.names]
     return (
         with_columns(groups, **{name: [None] * len(groups) for name in missing})
         .select(list(LOG_COLUMNS))
@@ -263,7 +271,7 @@ def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
 
     It has rewards, references or trained_tokens if some part has them; the entries of other parts are null.
     """
-    group = prompt.select(list(PROMPT_COLUMNS))
+    group = prompt.select(list(PROMPT_COLUMNS) + [name for name in DATA_COLUMNS if _has(prompt, name)])
     for name in (*COMPLETION_COLUMNS, *MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
         if name in COMPLETION_COLUMNS or any(_has(part, name) for part in parts):
             group = group.append_column(

@@ -147,7 +147,11 @@ def read_examples(section: WarmStartConfig) -> list[tuple[str, str]]:
     data = section.data
     table = load_rows(
         data,
-        {"prompt": data.prompt_column, "answer": data.answer_column, "solution": column},
+        {
+            "prompt": data.prompt_column or "prompt",
+            "answer": data.answer_column or "answer",
+            "solution": column,
+        },
         "warm_start.data",
     )
     examples = []

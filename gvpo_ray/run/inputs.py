@@ -5,6 +5,7 @@ Each mistake is an error of one line that names its key.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,24 +62,28 @@ class Inputs:
         """Yield lines about the inputs that a person should read before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
         for key, prompts in {**named, **self.evaluation}.items():
-            left_out = (
-                f", {prompts.num_too_long} longer than the context allows: left out"
-                if prompts.num_too_long
-                else ""
-            )
-            yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{left_out})"
+            yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{_left_out(prompts)})"
+            if prompts.layout:
+                yield f"{key}: {prompts.layout}"
         for name, source in self.sources.items():
-            left_out = (
-                f", {source.num_too_long} longer than the context allows: left out"
-                if source.num_too_long
-                else ""
-            )
             single = (
                 f", {source.num_single} prompts have one completion and make no group"
                 if source.num_single
                 else ""
             )
-            yield f"{name}: {source.num_rows} offline completions{left_out}{single}"
+            yield f"{name}: {source.num_rows} offline completions{_left_out(source)}{single}"
+            if source.layout:
+                yield f"{name}: {source.layout}"
+
+
+def _left_out(data: PromptSet | OfflineSource) -> str:
+    """Return what was left out of a data set, and why, for behind its number of rows."""
+    reasons = []
+    if data.num_without_gold:
+        reasons.append(f"{data.num_without_gold} without a gold answer")
+    if data.num_too_long:
+        reasons.append(f"{data.num_too_long} longer than the context allows")
+    return "".join(f", {reason}: left out" for reason in reasons)
 
 
 def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
@@ -104,7 +109,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
         prompts = PromptSet(
             config.prompts,
             tokenizer,
-            name=Path(config.prompts.path).stem,
+            name=Path(given if isinstance(given := config.prompts.path, str) else given[0]).stem,
             max_tokens=room,
             seed=config.seed,
             key="prompts",
@@ -227,7 +232,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         # Functions are checked above, and the warm start makes its own data.
         if rule.kind != "input" or key.startswith("warm_start.") or path == NO_PROMPTS:
             continue
-        if Path(path).exists():
+        if Path(path).exists() or glob.glob(path, recursive=True):
             yield f"{key}: {path} is here"
         elif is_local(path):
             hint = (

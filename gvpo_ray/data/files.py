@@ -1,0 +1,345 @@
+"""Data sets are read here: files in the forms that people have, folders, and names on the Hugging Face hub.
+
+`datasets` reads what is a data set by itself (hub names, folders, `save_to_disk`, Arrow files). JSON, CSV and
+Parquet files are read directly, so that a message can name the line, a column may mix types as JSON does, and
+golds such as "007" stay text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig
+
+Columns = dict[str, pa.ChunkedArray | list[Any]]
+"""The columns of a data set as it was read; JSON may mix types within a column, which Arrow cannot hold."""
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+FILE_SUFFIXES = (".parquet", *TEXT_SUFFIXES, ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
+"""Suffixes behind that of a text file, such as data.jsonl.gz."""
+
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}\.")
+"""Name of a shard of a data set, such as train-00000-of-00002.parquet."""
+
+
+def read(config: PromptsConfig, key: str) -> Columns:
+    """Read a whole data set, or the slice of its rows that `split` asks for.
+
+    Args:
+        config: `path` is a file, a folder, a glob, a name on the hub, or a list of these, whose rows follow
+            each other. `split` chooses a split where the data has splits, and may end in a slice as in
+            `datasets`: "train[:100]", "train[10%:20%]".
+        key: where `config` stands in the run's config, for messages.
+
+    Returns:
+        The columns, all of one length. A column that only some files or rows have is null in the others.
+
+    Raises:
+        ConfigError: one line that names the key, the file, and the line (from 1) or row (from 0).
+    """
+    given = [config.path] if isinstance(config.path, str) else config.path
+    parts = [_read_one(path, config, key) for path in given]
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
+    """Read one entry of prompts.path; a slice counts the rows of this entry."""
+    place = Path(path).expanduser()
+    if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
+        return _read_saved(place, config, key)
+    if not place.exists() and any(letter in path for letter in "*?["):
+        files = _of_split(sorted(Path(name) for name in glob.glob(str(place), recursive=True)), config, key)
+        if not files:
+            raise ConfigError(f"{key}.path: no file matches {path}")
+    elif place.is_file() or _kind(place) is not None:
+        files = [place]
+    else:
+        return _read_set(path, config, key)
+    parts = [_read_file(file, f"{key}.path: {path if len(files) == 1 else file}") for file in files]
+    return _sliced(parts[0] if len(parts) == 1 else _joined(parts), config.split, key)
+
+
+def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
+    """Return the shards of the wanted split, if all names say which split they belong to; else all files."""
+    names = [SHARD.match(file.name) for file in files]
+    splits = {name["split"] for name in names if name}
+    if len(splits) < 2 or None in names:
+        return files
+    wanted = config.split.partition("[")[0]
+    if wanted not in splits:
+        raise ConfigError(
+            f"{key}.split: the files of {config.path} are of the splits {', '.join(sorted(splits))}, "
+            f"not {wanted}"
+        )
+    return [file for file, name in zip(files, names, strict=True) if name and name["split"] == wanted]
+
+
+def _kind(path: Path) -> str | None:
+    """Return the suffix that says how a file is read, without that of a compression; None: no data file."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    suffixes = TEXT_SUFFIXES if compression else FILE_SUFFIXES
+    return next((suffix for suffix in suffixes if name.endswith(suffix + compression)), None)
+
+
+def _read_file(path: Path, where: str) -> Columns:
+    """Read one file; `where` starts messages."""
+    kind = _kind(path)
+    if not path.is_file():
+        raise ConfigError(f"{where.replace(': ', ': no file ', 1)}")
+    if kind is None:
+        raise ConfigError(
+            f"{where}: a data file ends in {', '.join(FILE_SUFFIXES)} (text: also {', '.join(COMPRESSIONS)})"
+        )
+    try:
+        if kind == ".parquet":
+            return _columns(pq.read_table(path))
+        if kind == ".arrow":
+            with quiet_datasets() as datasets:
+                return _columns(datasets.Dataset.from_file(str(path)).data.table)
+        with pa.input_stream(str(path), compression="detect") as stream:
+            content = stream.read()
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{where} is not {kind[1:].title()}: {one_line(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror or one_line(error)}") from error
+    content = _utf8(content, where)
+    return _from_rows(
+        parse_json(content, where) if kind in (".jsonl", ".json") else _parse_csv(content, kind, where)
+    )
+
+
+def _utf8(content: bytes, where: str) -> bytes:
+    """Return the content without a byte order mark; refuse UTF-16 and UTF-32, which look like broken JSON."""
+    encoding = json.detect_encoding(content[:4])
+    if not encoding.startswith("utf-8"):
+        raise ConfigError(
+            f"{where} is not UTF-8 but looks like {encoding[:6].upper()}: save it as UTF-8 "
+            f"(iconv -f {encoding[:6]} -t utf-8)"
+        )
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def parse_json(content: bytes, where: str) -> list[dict[str, Any]]:
+    """Parse JSON in the forms of data files: lines, one array, pretty-printed values, an object of rows.
+
+    An object with one list of objects (`{"version": 1, "data": [...]}`) holds these rows; an object of lists
+    of one length holds columns. A row that is itself a list is a conversation: {"messages": row}.
+
+    Args:
+        content: UTF-8 text.
+        where: starts messages.
+
+    Raises:
+        ConfigError: something is not JSON, or not a row; the message names the line.
+    """
+    values: list[tuple[int, Any]] = []
+    begin = content.lstrip()[:1]
+    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+    if begin == b"[" or (lines and not _is_json(lines[0][1])):
+        values = _consecutive(content, where)
+        if len(values) == 1 and isinstance(values[0][1], list):
+            values = [(values[0][0], row) for row in values[0][1]]
+    else:
+        for number, line in lines:
+            try:
+                values.append((number, json.loads(line)))
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{where}: line {number} is not JSON: it is not UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{where}: line {number} is not JSON: {one_line(error)}") from error
+    if len(values) == 1 and isinstance(values[0][1], dict):
+        return _unwrapped(values[0][1])
+    rows = []
+    for i, (number, value) in enumerate(values):
+        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+            value = {"messages": value}
+        if not isinstance(value, dict):
+            place = f"line {number}" if number != values[0][0] or i == 0 else f"row {i}"
+            raise ConfigError(f"{where}: {place} is not a JSON object, one per line")
+        rows.append(value)
+    return rows
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _consecutive(content: bytes, where: str) -> list[tuple[int, Any]]:
+    """Parse JSON values that follow each other, each over several lines; return them with their lines."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{where}: line {line} is not JSON: it is not UTF-8") from error
+    decoder, values, at, line = json.JSONDecoder(), [], 0, 1
+    while (begin := _skip_space(text, at)) < len(text):
+        line += text.count("\n", at, begin)
+        try:
+            value, at = decoder.raw_decode(text, begin)
+        except RecursionError as error:
+            raise ConfigError(f"{where}: line {line} is not JSON: {one_line(error)}") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where}: line {error.lineno} is not JSON: {error.msg}") from error
+        values.append((line, value))
+        line += text.count("\n", begin, at)
+    return values
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = re.compile(r"\s*").match(text, at)
+    assert match is not None
+    return match.end()
+
+
+WRAPPERS = ("data", "rows", "train", "test", "validation", "examples", "instances")
+"""Keys under which a JSON object may hold the rows of a data set."""
+
+
+def _unwrapped(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows that one JSON object holds; it may be a single row."""
+    lists = [entry for entry in value.values() if isinstance(entry, list)]
+    for name, rows in value.items():
+        if (
+            name in WRAPPERS
+            and isinstance(rows, list)
+            and rows
+            and all(isinstance(row, dict) for row in rows)
+        ):
+            return rows
+    has_messages = any(entry and isinstance(entry[0], dict) for entry in lists)
+    if len(lists) == len(value) > 1 and len({len(entries) for entries in lists}) == 1 and not has_messages:
+        return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+    return [value]
+
+
+def _parse_csv(content: bytes, kind: str, where: str) -> list[dict[str, Any]]:
+    """Parse CSV or TSV with a header; every cell is text, as it stands in the file."""
+    import io
+
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(
+            io.BytesIO(content), sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False
+        )
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8: {one_line(error)}") from error
+    except pd.errors.EmptyDataError:
+        return []
+    except ValueError as error:  # pandas' ParserError
+        raise ConfigError(f"{where} is not {kind[1:].upper()}: {one_line(error)}") from error
+    rows: list[dict[str, Any]] = table.to_dict("records")
+    return rows
+
+
+def _read_saved(path: Path, config: PromptsConfig, key: str) -> Columns:
+    """Read a folder that `save_to_disk` of `datasets` wrote."""
+    with quiet_datasets() as datasets:
+        try:
+            data = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{key}.path: {path} cannot be read: {one_line(error)}") from error
+        if isinstance(data, datasets.DatasetDict):
+            wanted = config.split.partition("[")[0]
+            if wanted not in data:
+                raise ConfigError(f"{key}.split: {path} has no split {wanted}; it has {', '.join(data)}")
+            data = data[wanted]
+        return _sliced(_columns(data.with_format("arrow")[:]), config.split, key)
+
+
+def _read_set(path: str, config: PromptsConfig, key: str) -> Columns:
+    """Load a data set by its name on the Hugging Face hub, or from a folder of data files."""
+    with quiet_datasets() as datasets:
+        try:
+            data = datasets.load_dataset(path, config.subset, split=config.split)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            what = (
+                f"subset {config.subset}, split {config.split}" if config.subset else f"split {config.split}"
+            )
+            raise ConfigError(
+                f"{key}.path: {path} is no file, and no data set that loads ({what}): {one_line(error)}"
+            ) from error
+        return _columns(data.with_format("arrow")[:])
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[Any]:
+    """Give the module `datasets`, without its progress bars and notes among this program's lines."""
+    import datasets  # type: ignore[import-untyped]  # takes a second to import, and files do not need it
+
+    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield datasets
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def _sliced(data: Columns, split: str, key: str) -> Columns:
+    """Return the rows that the slice of a split asks for, such as those of "train[10:20]"."""
+    if "[" not in split:
+        return data
+    from datasets import ReadInstruction
+
+    num_rows = len(next(iter(data.values()), []))
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: num_rows})
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ConfigError(
+            f"{key}.split: {split!r} is no slice of {num_rows} rows, such as train[:100] or train[10%:20%]"
+        ) from error
+    rows = slice(part.from_, part.to)
+    return {name: values[rows] for name, values in data.items()}
+
+
+def _columns(table: pa.Table) -> Columns:
+    return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def _from_rows(rows: Sequence[dict[str, Any]]) -> Columns:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    """Put the rows of several files one behind the other."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    sizes = [len(next(iter(part.values()), [])) for part in parts]
+    joined: Columns = {}
+    for name in names:
+        pieces: list[Any] = [part.get(name, [None] * size) for part, size in zip(parts, sizes, strict=True)]
+        types = {piece.type if isinstance(piece, pa.ChunkedArray) else None for piece in pieces}
+        if len(types) == 1 and None not in types:
+            joined[name] = pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], *types)
+        else:
+            joined[name] = [value for piece in pieces for value in to_list(piece)]
+    return joined
+
+
+def to_list(values: pa.ChunkedArray | list[Any]) -> list[Any]:
+    """Return a column's values as Python objects."""
+    return values.to_pylist() if isinstance(values, pa.ChunkedArray) else values
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,97 @@
+"""Lists of messages, in the dialects of other systems, become lists of {"role", "content"} with text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.data.columns import as_text
+
+Message = dict[str, Any]
+"""One message: {"role": ..., "content": text}, and what else a chat template may read, such as tool_calls."""
+
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""Names of roles in other dialects (ShareGPT and its kin) -> names that chat templates know."""
+
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value is a list of messages in some dialect."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, Mapping) and any(key in message for key in ROLE_KEYS) for message in value
+        )
+    )
+
+
+def as_messages(value: Any, where: str) -> list[Message]:
+    """Return a list of messages in some dialect as [{"role", "content"}, ...].
+
+    Dialects: role/content, from/value, and content in parts ([{"type": "text", "text": ...}, ...]).
+
+    Raises:
+        ConfigError: a message has no text, or a part is no text; `where` starts the message.
+    """
+    messages = []
+    for i, message in enumerate(value):
+        role = next(message[key] for key in ROLE_KEYS if key in message)
+        content = next((message[key] for key in CONTENT_KEYS if message.get(key) is not None), None)
+        rest = {
+            key: entry
+            for key, entry in message.items()
+            if key not in (*ROLE_KEYS, *CONTENT_KEYS) and entry is not None
+        }
+        if content is None and not rest:
+            raise ConfigError(f"{where}[{i}] has no content")
+        messages.append(
+            {"role": ROLES.get(str(role), str(role)), "content": _text(content, f"{where}[{i}]"), **rest}
+        )
+    return messages
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return as_text(content, f"{where}.content")
+    texts = []
+    for part in content:
+        kind = "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, dict) else ""
+        if kind not in ("text", "input_text", "output_text"):
+            raise ConfigError(f"{where}.content has a part of type {kind or type(part).__name__}, not text")
+        texts.append(as_text(part if isinstance(part, str) else part.get("text"), f"{where}.content"))
+    return "".join(texts)
+
+
+def split_answer(messages: list[Message]) -> tuple[list[Message], Any]:
+    """Return a conversation without its last message of the assistant, and that message (None: it has none).
+
+    What the assistant says last is what the policy is to write: it is the gold, or is left out.
+    """
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]
+    return messages, None
+
+
+def as_prompt(messages: list[Message]) -> str:
+    """Return the text that stands for a conversation in tables and lines: what the only user message says.
+
+    Where there is more than that, all messages are shown with their roles.
+    """
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
