@@ -380,7 +380,7 @@ class Policy:
                 "reference_version": self.reference_version,
                 "beta": self.beta,
             }
-            (part / "state.json").write_text(json.dumps(state))
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
             for file in part.rglob("*"):
                 if file.is_file():
                     with open(file, "rb") as written:
@@ -406,7 +406,9 @@ class Policy:
         if self.rank == 0:
             folder.mkdir()
             save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            (folder / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2, default=list))
+            (folder / "adapter_config.json").write_text(
+                json.dumps(self.adapter, indent=2, default=list), encoding="utf-8"
+            )
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in _trained(self._module.model):
@@ -416,7 +418,7 @@ class Policy:
 
     @torch.no_grad()
     def _resume(self) -> None:
-        state = json.loads((self._path / "state.json").read_text())
+        state = json.loads((self._path / "state.json").read_text(encoding="utf-8"))
         self.step, self.num_updates, self.reference_version = (
             state["step"],
             state["num_updates"],
