@@ -10,13 +10,16 @@ import io
 import os
 import pickle
 import pwd
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -27,7 +30,7 @@ from gvpo_ray.actors import cause_of, tag_of
 from gvpo_ray.cli.terminal import plain, print_plainly
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
-from gvpo_ray.config.run import RayConfig
+from gvpo_ray.config.run import GVPOConfig, RayConfig
 from gvpo_ray.files import DiskFull, append_line, lock, replacing, writing
 from gvpo_ray.home import ensure_home
 from gvpo_ray.run import machine
@@ -128,18 +131,49 @@ def test_rays_own_temporary_folder_goes_before_a_long_one_and_holds_vllms_socket
     assert os.environ["VLLM_RPC_BASE_PATH"] == "/tmp"
 
 
-def test_shared_memory_may_be_small_but_must_be_there(
+def config_with(**sections: Any) -> GVPOConfig:
+    data = {"run_dir": "run", "num_steps": 1, "model": {"path": "model"}, "prompts": {"path": "p.jsonl"}}
+    return GVPOConfig.from_dict({**data, **sections})
+
+
+def room(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
+    """Shared memory has so much room."""
+    usage = shutil.disk_usage("/")._replace(free=mib * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "0")  # put back at the end of the test
+    monkeypatch.delenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE")
+
+
+def test_too_little_shared_memory_for_an_engine_is_refused_with_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", raising=False)
-    machine.check_shared_memory(RayConfig(object_store_gib=1e-9), str(tmp_path))
-    assert "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE" not in os.environ
-    monkeypatch.setenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "")  # put back at the end of this test
-    monkeypatch.delenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE")
-    machine.check_shared_memory(RayConfig(object_store_gib=1e9), str(tmp_path))
-    assert os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] == "1"
+    usual, gpu = config_with(), config_with(engines={"num_gpus": 1})
+    room(monkeypatch, 64)
+    with pytest.raises(ConfigError, match=r"has 64 MiB of room, and an engine needs 240: .* --shm-size"):
+        machine.check_shared_memory(usual, True, str(tmp_path))
+    machine.check_shared_memory(usual, False, str(tmp_path))  # a run that only learns
+    machine.check_shared_memory(gpu, True, str(tmp_path))  # one process, without a queue
+    with pytest.raises(ConfigError, match="an engine needs 240"):
+        two = config_with(engines={"num_gpus": 2, "tensor_parallel_size": 2})
+        machine.check_shared_memory(two, True, str(tmp_path))
     with pytest.raises(ConfigError, match=r"absent is missing, .* --shm-size"):
-        machine.check_shared_memory(RayConfig(), str(tmp_path / "absent"))
+        machine.check_shared_memory(usual, True, str(tmp_path / "absent"))
+
+
+def test_an_object_store_that_does_not_fit_into_shared_memory_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room(monkeypatch, 300)
+    machine.check_shared_memory(config_with(ray={"object_store_gib": 0.2}), True, str(tmp_path))
+    assert "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE" not in os.environ
+    machine.check_shared_memory(config_with(ray={"object_store_gib": 16}), True, str(tmp_path))
+    assert os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] == "1"
+
+
+def test_the_size_of_vllms_queue_is_the_one_that_is_checked() -> None:
+    source = Path(find_spec("vllm").origin).parent / "distributed/device_communicators/shm_broadcast.py"  # type: ignore[arg-type,union-attr]
+    text = source.read_text(encoding="utf-8")
+    assert "max_chunk_bytes: int = 1024 * 1024 * 24" in text and "max_chunks: int = 10" in text
 
 
 # --- accounts -----------------------------------------------------------------------------------------------

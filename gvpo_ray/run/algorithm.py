@@ -27,6 +27,7 @@ from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.learner.families import check_trainable
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
@@ -91,6 +92,7 @@ class GVPO:
             )
         else:
             self.inputs = read_inputs(config, rewards)
+        check_trainable(config.model)
         self._open = contextlib.ExitStack()
         self._open.enter_context(open_run_dir(config))
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import check_resources, cluster_address
-from gvpo_ray.config.run import GVPOConfig, RayConfig
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.home import ensure_home
 from gvpo_ray.run.inputs import machine_resources
 
@@ -23,6 +23,10 @@ ANSWER_S = 10.0
 
 SOCKET_BYTES = 107
 """Longest path of a Unix socket on Linux."""
+
+VLLM_QUEUE_MIB = 240
+"""Room in shared memory that vLLM wants for a queue between its core and a worker: the larger of its two,
+shm_broadcast.MessageQueue's default of 10 chunks of 24 MiB. It writes to little of it."""
 
 
 def check_machine(config: GVPOConfig, engines: bool = True, learner: bool = True) -> None:
@@ -47,7 +51,7 @@ def check_machine(config: GVPOConfig, engines: bool = True, learner: bool = True
         return
     check_resources(config, *machine_resources(config), engines=engines, learner=learner)
     check_temporary_folder()
-    check_shared_memory(config.ray)
+    check_shared_memory(config, engines)
 
 
 def check_address(address: str, key: str, answer_s: float = ANSWER_S) -> None:
@@ -124,8 +128,15 @@ def check_temporary_folder() -> None:
         os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
 
 
-def check_shared_memory(config: RayConfig, path: str = "/dev/shm") -> None:
-    """Refuse a machine without shared memory; where there is little, Ray and the engines use TMPDIR.
+def check_shared_memory(config: GVPOConfig, engines: bool, path: str = "/dev/shm") -> None:
+    """Refuse a machine with less shared memory than vLLM's queues need.
+
+    Ray's object store is in the folder of temporary files where it does not fit into shared memory.
+
+    Args:
+        config: of the run.
+        engines: whether this run starts engines.
+        path: of the file system of shared memory.
 
     Raises:
         ConfigError: one line that says how to get more.
@@ -133,6 +144,15 @@ def check_shared_memory(config: RayConfig, path: str = "/dev/shm") -> None:
     advice = "start the container with --shm-size=2g (Kubernetes: an emptyDir of medium Memory there)"
     if not Path(path).is_dir():
         raise ConfigError(f"{path} is missing, which Ray needs: {advice}")
-    wanted = int(config.object_store_gib * 2**30)
-    if shutil.disk_usage(path).free < wanted:
+    free = shutil.disk_usage(path).free
+    pools = config.engines.all_pools().values()
+    queues = any(
+        (pool.num or pool.max_num) and not pool.url and (not pool.num_gpus or pool.tensor_parallel_size > 1)
+        for pool in pools
+    )
+    if engines and queues and free < VLLM_QUEUE_MIB * 2**20:
+        raise ConfigError(
+            f"{path} has {free / 2**20:.0f} MiB of room, and an engine needs {VLLM_QUEUE_MIB}: {advice}"
+        )
+    if free < config.ray.object_store_gib * 2**30:
         os.environ.setdefault("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "1")
