@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.files import append_line, lock, read_lines, repair_lines
+from gvpo_ray.files import append_line, lock, read_lines, repair_lines, writing
 
 
 def read_assignments(path: Path) -> dict[int, tuple[int, int]]:
@@ -82,7 +82,8 @@ class GroupLog:
         if self._file is None:
             number = int(max((p.stem for p in self.folder.glob("*.arrow")), default="-1")) + 1
             segment = self.folder / f"{number:05d}.arrow"
-            self._file = open(segment, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
+            with writing(segment):
+                self._file = open(segment, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
             self._segments.append((segment, groups.SCHEMA))
             self._write(groups.SCHEMA.serialize())
         begin = self._file.tell()
@@ -92,8 +93,9 @@ class GroupLog:
     def _write(self, message: pa.Buffer) -> None:
         left = memoryview(message)
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            with writing(self._segments[-1][0]):
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError:
             # Half a group may be in this segment (disk full), and no row after it could be read.
             self._file = None

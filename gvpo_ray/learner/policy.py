@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import LoraConfig, ModelConfig
@@ -30,6 +30,7 @@ from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.backends.registry import make_backend
 from gvpo_ray.learner.checkpoints import remove_checkpoint
+from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
 from gvpo_ray.weights.lora import merged
 from gvpo_ray.weights.transfer import shards
@@ -115,8 +116,9 @@ class Policy:
         for name, buffer in self._module.named_buffers():
             if name.endswith("inv_freq") and buffer.itemsize < 4:
                 raise RuntimeError(f"{name} is in {buffer.dtype}: rotary frequencies need float32")
-        self.vocab_size: int = self._module.model.config.vocab_size
-        self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
+        text = self._module.model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.max_length: int = model.max_length or text.max_position_embeddings
         self._reference: list[Tensor] | Literal["without adapter"] | None = None
         self._keep_reference = False
         self.reference_version = 0
@@ -132,8 +134,9 @@ class Policy:
 
     def _load(self, path: str | Path) -> Any:
         trust = self._model_config.trust_remote_code
+        config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0
+            path, config=config, dtype=self._dtype, trust_remote_code=trust
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # other implementations silently leave it out
@@ -380,7 +383,7 @@ class Policy:
                 "reference_version": self.reference_version,
                 "beta": self.beta,
             }
-            (part / "state.json").write_text(json.dumps(state))
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
             for file in part.rglob("*"):
                 if file.is_file():
                     with open(file, "rb") as written:
@@ -406,7 +409,9 @@ class Policy:
         if self.rank == 0:
             folder.mkdir()
             save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            (folder / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2, default=list))
+            (folder / "adapter_config.json").write_text(
+                json.dumps(self.adapter, indent=2, default=list), encoding="utf-8"
+            )
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in _trained(self._module.model):
@@ -416,7 +421,7 @@ class Policy:
 
     @torch.no_grad()
     def _resume(self) -> None:
-        state = json.loads((self._path / "state.json").read_text())
+        state = json.loads((self._path / "state.json").read_text(encoding="utf-8"))
         self.step, self.num_updates, self.reference_version = (
             state["step"],
             state["num_updates"],

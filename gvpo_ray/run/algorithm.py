@@ -21,19 +21,21 @@ from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.buffer import ORDERS, steps_metrics
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.plan import check_resources, cluster_address
+from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.learner.families import check_trainable
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.status import RunState
 from gvpo_ray.observe.trackers import Tracking, check_trackers
 from gvpo_ray.run.events import EventLog
-from gvpo_ray.run.inputs import machine_resources, read_inputs, read_model
+from gvpo_ray.run.inputs import read_inputs, read_model
+from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.once import evaluation_sampling, run_through
 from gvpo_ray.run.rollouts import Ring, Say
 from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
@@ -82,8 +84,7 @@ class GVPO:
         self.config, self._rewards, self.run_dir, self.say = config, rewards, Path(config.run_dir), say
         self.replays = groups_file is not None
         check_trackers(config.tracking)
-        if cluster_address(config.ray) is None and not ray.is_initialized():
-            check_resources(config, *machine_resources(config), engines=not self.replays)
+        check_machine(config, engines=not self.replays)
         if self.replays:
             read_model(config)
             recorded, assigned, num_recorded_steps = read_recorded(
@@ -91,6 +92,7 @@ class GVPO:
             )
         else:
             self.inputs = read_inputs(config, rewards)
+        check_trainable(config.model)
         self._open = contextlib.ExitStack()
         self._open.enter_context(open_run_dir(config))
         try:
