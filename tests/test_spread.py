@@ -20,6 +20,7 @@ from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
+from gvpo_ray.losses.registry import OBJECTIVES
 
 NUM_STEPS, LEARNING_RATE, BETA = 5, 1e-3, 0.1
 LONG = 10_000
@@ -158,9 +159,7 @@ ZERO |= {
     f"lora, zero {stage}": {"backend": "deepspeed", "zero_stage": stage, "dtype": "float32", "lora": True}
     for stage in (0, 2, 3)
 }
-OTHERS: dict[str, dict[str, Any]] = {
-    name: {"objective": name} for name in ("grpo", "dr_grpo", "rloo", "reinforce")
-}
+OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in OBJECTIVES if name != "gvpo"}
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
 OTHERS |= {"beta adapted": {"beta": "auto"}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}

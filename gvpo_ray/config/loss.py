@@ -264,7 +264,105 @@ class ReinforceLoss(_WithKL):
     """Constant that is subtracted from every reward."""
 
 
-_Any = GvpoLoss | GrpoLoss | DrGrpoLoss | RlooLoss | ReinforceLoss
+class GspoLoss(LossOptions):
+    """GSPO's options."""
+
+    objective: Literal["gspo"] = "gspo"
+    clip_low: float = Field(default=3e-4, gt=0)
+    """Lower end of clipping: the completion's probability ratio, its geometric mean per token, is clipped at
+    1 - clip_low."""
+    clip_high: float = Field(default=4e-4, gt=0)
+    """Upper end of clipping: the completion's probability ratio is clipped at 1 + clip_high."""
+    old_policy: Literal["behaviour", "previous"] = "behaviour"
+    """Policy in the denominator of the probability ratio: `behaviour`, the one that sampled the token, or
+    `previous`, the one at the start of the step."""
+
+    @property
+    def sampler_need(self) -> Need:
+        """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
+        return Need("tokens", self.old_policy)
+
+
+class CispoLoss(LossOptions):
+    """CISPO's options."""
+
+    objective: Literal["cispo"] = "cispo"
+    ratio_cap: float = Field(default=5.0, gt=0)
+    """Upper bound of the probability ratio that multiplies a token's gradient."""
+    old_policy: Literal["behaviour", "previous"] = "behaviour"
+    """Policy in the denominator of the probability ratio: `behaviour`, the one that sampled the token, or
+    `previous`, the one at the start of the step."""
+
+    @property
+    def sampler_need(self) -> Need:
+        """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
+        return Need("tokens", self.old_policy)
+
+
+class MaxrlLoss(LossOptions):
+    """MaxRL has no options of its own."""
+
+    objective: Literal["maxrl"] = "maxrl"
+
+
+class _WithBeta(LossOptions):
+    beta: float = Field(default=START_BETA, gt=0)
+    """Reward units per nat of log-ratio."""
+
+    @property
+    def foreign_is_initial(self) -> bool:
+        """Whether an external completion counts as one of the initial policy: only for `behaviour`."""
+        return self.reference == "behaviour"
+
+    @property
+    def start_beta(self) -> float:
+        """The beta of all steps."""
+        return self.beta
+
+    @property
+    def depends_on_beta(self) -> bool:
+        """Whether the loss depends on beta: always."""
+        return True
+
+
+class OaplLoss(_WithBeta):
+    """OAPL's options."""
+
+    objective: Literal["oapl"] = "oapl"
+    value_beta: float | None = Field(default=None, gt=0)
+    """Temperature of the soft maximum of a group's rewards, in reward units; null: beta."""
+
+
+class DpoLoss(_WithBeta):
+    """DPO's options."""
+
+    objective: Literal["dpo"] = "dpo"
+    reference: str = "initial"
+    """Policy that is the reference, as for the other objectives: `initial` is the published one."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to be labelled the wrong way round."""
+    ipo: bool = False
+    """Use IPO's squared loss in place of DPO's."""
+
+    @model_validator(mode="after")
+    def _ipo_has_no_labels(self) -> DpoLoss:
+        if self.ipo and self.label_smoothing:
+            raise ValueError("label_smoothing has no meaning with ipo: true: leave one of them out")
+        return self
+
+
+_Any = (
+    GvpoLoss
+    | GrpoLoss
+    | DrGrpoLoss
+    | RlooLoss
+    | ReinforceLoss
+    | GspoLoss
+    | CispoLoss
+    | MaxrlLoss
+    | OaplLoss
+    | DpoLoss
+)
 _BY_NAME: dict[str, type[LossOptions]] = {
     options.model_fields["objective"].default: options for options in get_args(_Any)
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gvpo_ray.losses import dr_grpo, grpo, reinforce, rloo, stale_data
+from gvpo_ray.losses import cispo, dpo, dr_grpo, grpo, gspo, maxrl, oapl, reinforce, rloo, stale_data
 from gvpo_ray.losses.batch import Computed, LossBatch
 
 OBJECTIVES: dict[str, Callable[[LossBatch, Any], Computed]] = {
@@ -17,5 +17,10 @@ OBJECTIVES: dict[str, Callable[[LossBatch, Any], Computed]] = {
     "dr_grpo": dr_grpo.objective,
     "rloo": rloo.objective,
     "reinforce": reinforce.objective,
+    "gspo": gspo.objective,
+    "cispo": cispo.objective,
+    "maxrl": maxrl.objective,
+    "oapl": oapl.objective,
+    "dpo": dpo.objective,
 }
 """The objective of each `loss.objective`; its second argument is that objective's class in config/loss.py."""

@@ -125,6 +125,10 @@ class Batch:
         lowest = start.scatter_reduce(0, self.index, self.rewards, "amin", include_self=False)
         return torch.where((highest > lowest)[self.index], self.centre(self.rewards), 0.0)
 
+    def sum_group(self, values: Tensor) -> Tensor:
+        """Return for each completion the sum over its group; [N] -> [N]."""
+        return self.rewards.new_zeros(len(self.counts)).index_add(0, self.index, values)[self.index]
+
     def sum_tokens(self, values: Tensor) -> Tensor:
         """Return the sum over the tokens of each completion; [T] -> [N]."""
         return self.rewards.new_zeros(len(self.rewards)).index_add(0, self.completion_ids, values)

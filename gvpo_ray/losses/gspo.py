@@ -1,0 +1,56 @@
+"""GSPO is Group Sequence Policy Optimization (arXiv 2507.18071): the objective on one page.
+
+A prompt x has m completions y_i with rewards R_i, sampled by pi_old. With log pi(y_i|x) summed over the
+tokens of y_i, |y_i| of them,
+
+    loss = -1/|D| sum_x 1/m sum_i min[ r_i A_i, clip(r_i, 1 - clip_low, 1 + clip_high) A_i ]
+    r_i  = ( pi(y_i|x) / pi_old(y_i|x) )^(1/|y_i|)      one ratio for the whole completion
+    A_i  = (R_i - mean R) / std R                       as in losses/grpo.py
+
+The equation is known here from the implementations in TRL and verl, and so are the default widths of the clip
+interval, which are far smaller than GRPO's because r_i is a geometric mean. There is no KL term.
+
+The arguments and the result are described in gvpo_ray/losses/token_losses.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gvpo_ray.config.loss import GspoLoss
+from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.grpo import grpo_advantages
+from gvpo_ray.losses.token_losses import Batch, computed
+
+
+def gspo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    completion_ids: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    num_groups: float | None = None,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of this module's docstring; autograd differentiates it as it stands.
+
+    The arguments and the result are described in losses/token_losses.py.
+    """
+    batch = Batch.of(
+        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
+    )
+    advantages = grpo_advantages(batch)
+    log_ratios = batch.sum_tokens(batch.logprobs - batch.old_logprobs) / batch.lengths.clamp(min=1)
+    ratios = log_ratios.exp()
+    terms = torch.minimum(ratios * advantages, ratios.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    clipped = ((advantages > 0) & (ratios > 1 + clip_high)) | ((advantages < 0) & (ratios < 1 - clip_low))
+    return batch.loss(terms, clipped[batch.completion_ids])
+
+
+def objective(batch: LossBatch, options: GspoLoss) -> Computed:
+    """Compute GSPO on one forward pass; this is the entry in losses/registry.py."""
+    return computed(gspo_loss, batch, clip_low=options.clip_low, clip_high=options.clip_high)
