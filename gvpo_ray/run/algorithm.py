@@ -28,6 +28,7 @@ from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.learner.workers import LearnerGroup
+from gvpo_ray.observe.advice import FirstSteps
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.status import RunState
@@ -120,6 +121,7 @@ class GVPO:
             raise
         self._session: Session | None = None
         self.learners: LearnerGroup | None = None
+        self._first_steps = FirstSteps(config)
         self._doing = RunState.STARTING
 
     @classmethod
@@ -330,6 +332,8 @@ class GVPO:
             self._session.call(self._ring.note_learner())
         recoveries = {f"recoveries/{who}": float(self.events.counts()[who]) for who in RECOVERIES}
         line = self.metrics.write(self.step, {**metrics, **self._ring.rates(), **recoveries})
+        if why := self._first_steps.judge(line):
+            self.say(why)
         if self.evaluation_due:
             line = line | self.evaluate()
         if self.done:
