@@ -90,6 +90,11 @@ class LossOptions(Section):
         return False
 
     @property
+    def learns_from_equal_rewards(self) -> bool:
+        """Whether a group of equal rewards teaches something too: with a teacher as the reference."""
+        return self.reference.startswith("model")
+
+    @property
     def has_reference_model(self) -> bool:
         """Whether the reference has weights of its own."""
         return self.reference not in ("behaviour", "previous")

@@ -156,8 +156,8 @@ def measure_passes(
     asks_initial = loss.foreign_is_initial and Origin.FOREIGN in origins
     if asks_initial:
         origins.remove(Origin.FOREIGN)
-        if not policy.has_reference:
-            policy.load_reference(model_path)
+        if not policy.reference.exists:
+            policy.reference.load(model_path)
     asks_start = not is_first and ("previous" in asked or ("behaviour" in asked and bool(origins)))
     measured = []
     for micro in plan.passes:  # also empty passes, because they are collectives
@@ -213,7 +213,7 @@ def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], m
             rank's are changed in place.
         max_tokens: the token budget of a pass.
     """
-    version = policy.reference_version
+    version = policy.reference.version
     unknown = [[(row, _unknown(row, version)) for row in rows] for rows in rows_of_ranks(policy, mini_batch)]
     asked = [[(row, which) for row, which in rows if which] for rows in unknown]
     sums: list[float] = []
