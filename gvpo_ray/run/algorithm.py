@@ -18,7 +18,8 @@ import ray
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.buffer.actor import BufferClient
-from gvpo_ray.buffer.buffer import ORDERS, steps_metrics
+from gvpo_ray.buffer.buffer import steps_metrics
+from gvpo_ray.buffer.control import ORDERS
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import check_resources, cluster_address
