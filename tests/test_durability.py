@@ -8,9 +8,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from buffers import make
+from tiny import make_group, table
 
-from gvpo_ray import files
+from gvpo_ray import files, groups
+from gvpo_ray.buffer import log as log_module
+from gvpo_ray.buffer.log import GroupLog, LogError
 from gvpo_ray.learner.checkpoints import finish_checkpoint, latest_checkpoint, prune_checkpoints
 
 
@@ -131,3 +136,166 @@ def test_a_copied_checkpoint_and_other_foreign_names_are_neither_read_nor_remove
         "step-40",
         *foreign,
     }
+
+
+# ---------------------------------------------------------------------------------------------- the group log
+
+
+def log_of(folder: Path, *group_ids: int) -> GroupLog:
+    log = GroupLog(folder)
+    for group_id in group_ids:
+        log.append(table(make_group(group_id)))
+    return log
+
+
+def test_an_assignment_covers_the_rows_of_a_process_before_and_their_names(
+    synced: list[str], tmp_path: Path
+) -> None:
+    log_of(tmp_path / "groups", 0, 1, 2).close()  # that process is killed before it assigns anything
+    log = log_of(tmp_path / "groups", 3)
+    assert synced == ["."]  # the new folder groups/
+    log.assign(1, 0, 2)
+    assert synced[1:] == ["groups/00000.arrow", "groups", "groups/assignments.jsonl", "groups"]
+    del synced[:]
+    log.assign(2, 2, 4)
+    assert synced == ["groups/00001.arrow", "groups", "groups/assignments.jsonl"]
+    del synced[:]
+    log.append(table(make_group(4)))
+    log.assign(3, 4, 5)
+    assert synced == ["groups/00001.arrow", "groups/assignments.jsonl"]
+
+
+def test_a_new_writer_puts_the_last_assignment_of_a_killed_one_on_the_disk(
+    synced: list[str], tmp_path: Path
+) -> None:
+    log_of(tmp_path, 0, 1).close()
+    (tmp_path / "assignments.jsonl").write_text('{"step": 1, "begin": 0, "end": 1}\n')  # not yet synced
+    log = GroupLog(tmp_path)
+    assert synced == []
+    log.repair()
+    assert synced == ["assignments.jsonl", "00000.arrow", "."]
+
+
+def test_several_steps_are_assigned_with_one_sync_of_the_rows(synced: list[str], tmp_path: Path) -> None:
+    log = log_of(tmp_path, *range(6))
+    log.assign_all({1: (0, 2), 2: (2, 4), 3: (4, 6)})
+    assert synced == ["00000.arrow", ".", "assignments.jsonl", "."]
+    assert GroupLog(tmp_path).assigned == log.assigned == {1: (0, 2), 2: (2, 4), 3: (4, 6)}
+
+
+def test_an_assignment_beyond_the_log_is_an_error_and_no_place_for_new_groups(tmp_path: Path) -> None:
+    log = log_of(tmp_path, *range(4))
+    log.assign(1, 0, 4)
+    log.close()
+    segment = tmp_path / "00000.arrow"
+    os.truncate(segment, segment.stat().st_size - 50)  # the power failed
+    for opened in (GroupLog, lambda folder: make(folder, groups_per_step=4)):
+        with pytest.raises(LogError, match="step 1 was trained on the groups up to row 4, and only 3 are"):
+            opened(tmp_path)
+    assert LogError.status == 2 and [path.name for path in groups.segments(tmp_path)] == ["00000.arrow"]
+
+
+def test_a_reader_changes_nothing_while_a_writer_is_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "groups", 0, 1)
+    log.assign(1, 0, 1)
+    with open(tmp_path / "groups" / "assignments.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "beg')
+    before = {path: path.read_bytes() for path in (tmp_path / "groups").iterdir()}
+    assert GroupLog(tmp_path / "groups").assigned == {1: (0, 1)}
+    assert {path: path.read_bytes() for path in (tmp_path / "groups").iterdir()} == before
+    assert len(GroupLog(tmp_path / "nothing")) == 0 and not (tmp_path / "nothing").exists()
+
+
+def test_a_reader_never_sees_an_assignment_of_rows_that_it_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_of(tmp_path, 0, 1)
+    real = log_module.read_assignments
+
+    def read(path: Path) -> dict[int, tuple[int, int]]:
+        found = real(path)
+        log.append(table(make_group(2)))  # the writer goes on between the reader's two looks
+        log.assign(1, 0, 3)
+        return found
+
+    monkeypatch.setattr(log_module, "read_assignments", read)
+    reader = GroupLog(tmp_path)
+    assert reader.assigned == {} and reader.group_ids == [0, 1, 2]
+
+
+def test_copies_of_segments_and_other_files_of_a_person_are_not_part_of_the_log(tmp_path: Path) -> None:
+    log_of(tmp_path, 0, 1).close()
+    for name in ("00000 (copy).arrow", "backup.arrow", "00000.arrow.bak", "-1.arrow", "notes.txt"):
+        (tmp_path / name).write_bytes((tmp_path / "00000.arrow").read_bytes())
+    log = log_of(tmp_path, 2)
+    assert log.group_ids == GroupLog(tmp_path).group_ids == [0, 1, 2]
+    assert groups.load(tmp_path)["group_id"].to_pylist() == [0, 1, 2]
+
+
+def test_segments_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    log_of(tmp_path, 1).close()
+    (tmp_path / "00000.arrow").rename(tmp_path / "100000.arrow")
+    log_of(tmp_path / "other", 0).close()
+    (tmp_path / "other" / "00000.arrow").rename(tmp_path / "99999.arrow")
+    log = log_of(tmp_path, 2)
+    assert log.group_ids == [0, 1, 2] and (tmp_path / "100001.arrow").exists()
+
+
+# ------------------------------------------------------------------------------------ the log at memory speed
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with each message that is read of a log."""
+    real, count = pa.ipc.read_message, []
+    monkeypatch.setattr(pa.ipc, "read_message", lambda source: (count.append(1), real(source))[1])
+    return count
+
+
+@pytest.mark.parametrize("num", [40, 160])
+def test_opening_a_log_reads_the_rows_that_are_not_assigned_and_one_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int
+) -> None:
+    for begin in (0, num // 2):  # two processes
+        log = log_of(tmp_path, *range(begin, begin + num // 2))
+        log.assign(begin + 1, begin, begin + num // 2 - 5)
+        log.assign(begin + 2, begin + num // 2 - 5, begin + num // 2 - 3)
+        log.close()
+    count = reads(monkeypatch)
+    again = GroupLog(tmp_path)
+    # Of each segment the last row of the index and the end, and the three rows behind the last assignment.
+    assert again.group_ids == list(range(num)) and len(count) == 2 * (1 + 1) + 3
+    assert again.rows(range(num))["group_id"].to_pylist() == list(range(num))
+
+
+def test_an_index_is_made_again_where_it_is_absent_and_is_not_believed_where_it_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = log_of(tmp_path, *range(9))
+    log.assign(1, 0, 8)
+    log.close()
+    index = tmp_path / "00000.index"
+    right = index.read_bytes()
+    assert len(right) == 8 * 16
+    count = reads(monkeypatch)
+    index.unlink()  # as an older version leaves it
+    log = GroupLog(tmp_path)
+    assert log.group_ids == list(range(9)) and len(count) == 10
+    log.repair()
+    assert index.read_bytes() == right
+    wrong = [
+        b"",
+        right[:-1],  # torn
+        right[:16] + bytes(len(right) - 16),  # pages that did not reach the disk
+        bytes(len(right)),
+        right + right[-16:],
+        right + (10**6).to_bytes(8, "little") + bytes(8),  # a row that the segment lacks
+        right[:-8] + (77).to_bytes(8, "little"),  # another group's
+        os.urandom(128),
+    ]
+    for data in wrong:
+        index.write_bytes(data)
+        log = GroupLog(tmp_path)
+        assert log.group_ids == list(range(9)), data
+        log.repair()
+        assert index.read_bytes() == right
+        assert log.rows([8, 0, 7])["group_id"].to_pylist() == [8, 0, 7]

@@ -57,6 +57,7 @@ class GroupBuffer(LearnerControl):
 
     Raises:
         RuntimeError: another buffer still writes to the folder after LOCK_WAIT_S.
+        LogError: the log lacks groups that are assigned to a step.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class GroupBuffer(LearnerControl):
         self._lock = lock_folder(Path(folder))
         super().__init__(Path(folder), version)
         self.log = GroupLog(folder)
+        self.log.repair()
         self.groups_per_step = groups_per_step
         self.num_steps = num_steps
         self.max_staleness = max_staleness
