@@ -111,7 +111,8 @@ def sync_tree(folder: Path) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder and its parents where they are absent, so that they survive a power failure."""
     if not path.is_dir():
-        make_folder(path.parent)
+        if not path.parent.exists():
+            make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_to_disk(path.parent)
 

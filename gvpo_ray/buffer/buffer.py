@@ -56,8 +56,8 @@ class GroupBuffer(LearnerControl):
         replay: which completions are replayed; None: none.
 
     Raises:
-        RuntimeError: another buffer still writes to the folder after LOCK_WAIT_S.
-        LogError: the log lacks groups that are assigned to a step.
+        LogError: another buffer still writes to the folder after LOCK_WAIT_S, or the log lacks groups that
+            are assigned to a step.
     """
 
     def __init__(

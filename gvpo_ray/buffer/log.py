@@ -25,7 +25,7 @@ from gvpo_ray.files import (
 
 
 class LogError(GvpoError, RuntimeError):
-    """A log lacks groups that a step was trained on."""
+    """A log lacks groups that a step was trained on, or another process writes to it."""
 
     status = 2
 
@@ -315,10 +315,10 @@ def lock_folder(folder: Path) -> Any:
     """Return the folder's lock file, which is held until it is closed or its process ends.
 
     Raises:
-        RuntimeError: another process still holds the lock after LOCK_WAIT_S.
+        LogError: another process still holds the lock after LOCK_WAIT_S.
     """
     make_folder(folder)
     try:
         return lock(folder / ".lock", LOCK_WAIT_S)
     except BlockingIOError:
-        raise RuntimeError(f"another process writes to {folder}") from None
+        raise LogError(f"another process writes to {folder}") from None

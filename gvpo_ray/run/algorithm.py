@@ -93,7 +93,7 @@ class GVPO:
         else:
             self.inputs = read_inputs(config, rewards)
         self._open = contextlib.ExitStack()
-        self._open.enter_context(open_run_dir(config))
+        self._open.enter_context(open_run_dir(config, None if self.replays else self.inputs.digests()))
         try:
             self.num_steps = config.num_steps
             if self.replays:
@@ -131,7 +131,8 @@ class GVPO:
             ConfigError: the directory has another format, or its config is not usable.
         """
         check_format(path)
-        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": str(path)}), reward)
+        run_dir = str(Path(path).absolute())  # a relative one would be taken from the config's `root`
+        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": run_dir}), reward)
 
     @property
     def done(self) -> bool:
