@@ -8,7 +8,6 @@ finds and removes the checkpoints of a run.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from gvpo_ray.files import part_of
 from gvpo_ray.learner.adapter import adapter_name, trained_parameters
 from gvpo_ray.learner.backends.base import Backend
-from gvpo_ray.learner.checkpoints import remove_checkpoint
+from gvpo_ray.learner.checkpoints import finish_checkpoint
 from gvpo_ray.learner.logprobs import CompletionLogprobs
 from gvpo_ray.learner.reference_model import ReferenceModel
 from gvpo_ray.learner.whole_weights import WholeWeights
@@ -84,12 +83,7 @@ class Checkpoint:
         if writes:
             tokenizer.save_pretrained(part)
             (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            for file in part.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as written:
-                        os.fsync(written.fileno())
-            remove_checkpoint(folder)
-            part.rename(folder)
+            finish_checkpoint(part, folder)
         if dist.is_initialized():
             dist.barrier()
 

@@ -5,32 +5,48 @@ For the contents of a checkpoint see learner/checkpoint.py.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
-from gvpo_ray.files import part_of
+from gvpo_ray.files import part_of, sync_to_disk, sync_tree
+
+NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+"""The name of a checkpoint. Whatever else is in checkpoints/, such as a copy of one, is the user's."""
+
+
+def _checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """Return step and folder of everything that has a checkpoint's name, in order; some are not complete."""
+    folders = [path for path in Path(run_dir).glob("checkpoints/step-*") if path.is_dir()]
+    return sorted((int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name)))
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
     """Return step and folder of the newest complete checkpoint of a run; None where there is none."""
-    found = [
-        (int(path.parent.name.removeprefix("step-")), path.parent)
-        for path in Path(run_dir).glob("checkpoints/step-*/state.json")
-    ]
-    return max(found, default=None)
+    whole = [entry for entry in _checkpoints(run_dir) if (entry[1] / "state.json").is_file()]
+    return whole[-1] if whole else None
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the remains of interrupted saves and removals."""
-    folder = Path(run_dir) / "checkpoints"
-    whole = sorted(
-        (path.parent for path in folder.glob("step-*/state.json")),
-        key=lambda path: int(path.name.removeprefix("step-")),
-    )
-    for path in {*folder.glob("step-*"), *folder.glob(part_of(Path("step-*")).name)}.difference(
-        whole[-keep:]
-    ):
+    """Remove all but the newest `keep` checkpoints, and the remains of interrupted saves and removals.
+
+    Files and folders with other names than a checkpoint's are left alone.
+    """
+    there = _checkpoints(run_dir)
+    kept = [path for _, path in there if (path / "state.json").is_file()][-keep:]
+    for path in (path for _, path in there if path not in kept):
         remove_checkpoint(path)
+    unfinished = Path(run_dir).glob(f"checkpoints/{part_of(Path('step-*')).name}")
+    for path in (path for path in unfinished if NAME.fullmatch(path.name[1:].removesuffix(".part"))):
+        remove_checkpoint(path)
+
+
+def finish_checkpoint(part: Path, checkpoint: Path) -> None:
+    """Give a written folder the name of its checkpoint, once all of it is on the disk."""
+    sync_tree(part)
+    remove_checkpoint(checkpoint)
+    part.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

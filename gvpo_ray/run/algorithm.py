@@ -17,7 +17,8 @@ import ray
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
-from gvpo_ray.buffer.buffer import ORDERS, steps_metrics
+from gvpo_ray.buffer.buffer import steps_metrics
+from gvpo_ray.buffer.control import ORDERS
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
@@ -92,7 +93,7 @@ class GVPO:
             self.inputs = read_inputs(config, rewards)
         check_trainable(config.model)
         self._open = contextlib.ExitStack()
-        self._open.enter_context(open_run_dir(config))
+        self._open.enter_context(open_run_dir(config, None if self.replays else self.inputs.digests()))
         try:
             self.num_steps = config.num_steps
             if self.replays:
@@ -131,7 +132,8 @@ class GVPO:
             ConfigError: the directory has another format, or its config is not usable.
         """
         check_format(path)
-        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": str(path)}), reward)
+        run_dir = str(Path(path).absolute())  # a relative one would be taken from the config's `root`
+        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": run_dir}), reward)
 
     @property
     def done(self) -> bool:

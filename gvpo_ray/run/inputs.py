@@ -58,6 +58,11 @@ class Inputs:
         found = [self.sources[name].completions(prompt, num) for name, num in self.num_offline.items()]
         return [completions for completions in found if completions is not None]
 
+    def digests(self) -> dict[str, str]:
+        """Return digests of the prompts and of each source, by key; other data have others."""
+        prompts = {} if self.prompts is None else {"prompts.path": self.prompts.digest()}
+        return prompts | {f"sources.{name}.path": source.digest() for name, source in self.sources.items()}
+
     def story(self) -> Iterator[str]:
         """Yield lines about the inputs that a person should read before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
