@@ -20,6 +20,7 @@ from ray.exceptions import (
 from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.shown import mask
 
 
 def actor_name(text: str) -> str:
@@ -108,8 +109,11 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return one line for the user: the innermost cause of an error, without tracebacks."""
-    error = innermost(error)
+    """Return one line for the user: the innermost cause of an error, without tracebacks and secrets."""
+    return mask(_cause_of(innermost(error)))
+
+
+def _cause_of(error: BaseException) -> str:
     if isinstance(error, RayActorError) and "creation task" not in str(error):
         return "its process or its node died"  # Ray's text says no more
     if _is_dead_core(error):

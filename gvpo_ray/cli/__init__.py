@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
+from types import TracebackType
 
 import typer
 
@@ -34,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     # SIGTERM, of `ray job stop` and Kubernetes, is to act as Ctrl-C; a shell's `&` makes SIGINT ignored
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    sys.excepthook = _show_trace
     command = typer.main.get_command(app)
     try:
         # not command.main(), which turns a KeyboardInterrupt into something else and prints an empty line
@@ -42,19 +45,30 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as exit:
         return exit.exit_code
     except typer.TyperException as error:
+        from gvpo_ray.config.shown import visible
+
         path = getattr(getattr(error, "ctx", None), "command_path", "gvpo-ray")
         message = " ".join(error.format_message().split()).rstrip(".")
-        print(f"error: {message}; `{path} --help` says what there is", file=sys.stderr)
+        print(visible(f"error: {message}; `{path} --help` says what there is"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = " ".join(arguments[:2]).startswith(RESUMES)
         print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
     except (OSError, RuntimeError, ValueError) as error:
-        from gvpo_ray.config.base import GvpoError  # it imports pydantic, and `--help` need not wait for that
+        # they import pydantic, and `--help` need not wait for that
+        from gvpo_ray.config.base import GvpoError
+        from gvpo_ray.config.shown import visible
 
         if not isinstance(error, (OSError, GvpoError)):
             raise  # a defect, which deserves its trace
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return error.status if isinstance(error, GvpoError) else 1
     return 0
+
+
+def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the trace of a defect as Python does, without the config's secrets."""
+    from gvpo_ray.config.shown import visible
+
+    print(visible("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

@@ -131,13 +131,14 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from gvpo_ray.config.plan import cluster_address
+    from gvpo_ray.config.shown import visible
     from gvpo_ray.observe.console import plan_table
     from gvpo_ray.run.inputs import check_paths, machine_resources
 
-    print(read.dump())
+    print(visible(read.dump(with_secrets=False)))
     Console(highlight=False).print(plan_table(read))
     for note in check_paths(read):
-        print(note)
+        print(visible(note))
     if cluster_address(read.ray) is None:
         cpus, gpus = machine_resources(read)
         print(
@@ -152,9 +153,10 @@ def status(run_dir: RunDir) -> None:
 
     It also says where the oldest group is. For a run that stopped, it prints the last status.
     """
+    from gvpo_ray.config.shown import visible
     from gvpo_ray.observe.status import read_status
 
-    print("\n".join(read_status(run_dir)))
+    print(visible("\n".join(read_status(run_dir))))
 
 
 @verb("report runs/quickstart")

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from gvpo_ray.config.base import ConfigError, Section
+from gvpo_ray.config.shown import hide, is_secret, mask
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -46,11 +47,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {text!r} is not key=value")
+        raise ConfigError(f"override {mask(text)!r} is not key=value")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: {value!r} is not a YAML value") from error
+        raise ConfigError(f"override {key}: {hide(value, key)!r} is not a YAML value") from error
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
@@ -88,7 +89,8 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
     if first["type"] == "missing":
         return f"{key}: required, and not given"
     message = first["msg"].removeprefix("Value error, ")
-    shown = f" (got {first['input']!r})" if isinstance(first["input"], (int, float, str, bool)) else ""
+    is_short = isinstance(first["input"], (int, float, str, bool))
+    shown = f" (got {first['input']!r})" if is_short and not is_secret(key) else ""
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
     return (f"{key}: " if key else "") + message + shown + more
 

@@ -28,6 +28,7 @@ from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loading import one_line, parse_override, read_yaml, set_key
 from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig, WarmStartConfig
+from gvpo_ray.config.shown import hide, know, mask
 from gvpo_ray.config.tracking import TrackingConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 
@@ -247,10 +248,11 @@ class GVPOConfig(Section):
         )
         for key, value in items:
             set_key(data, key, value)
+        know(data)
         try:
             config = cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{where}: {one_line(error, cls)}") from error
+            raise ConfigError(mask(f"{where}: {one_line(error, cls)}")) from error
         return config.absolute() if config.root else config
 
     def absolute(self) -> GVPOConfig:
@@ -261,9 +263,11 @@ class GVPOConfig(Section):
         root = Path(self.root or "").expanduser()
         return with_paths(self, lambda text, rule: rule.absolute(text, root))
 
-    def dump(self) -> str:
-        """Return the resolved config as YAML, in the order of the fields."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    def dump(self, with_secrets: bool = True) -> str:
+        """Return the resolved config as YAML, in the order of the fields; secrets only for the run itself."""
+        data = self.model_dump(mode="json")
+        data = data if with_secrets else hide(data)
+        text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         return text
 
     def build(self, **rewards: Any) -> Any:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.shown import know, mask
 from gvpo_ray.data.rendering import completion_renderer
 from gvpo_ray.engines.base import BaseEngine, InFlight
 
@@ -68,6 +69,7 @@ class ServerEngine(BaseEngine):
         drain_s: float | None = None,
     ) -> None:
         super().__init__(drain_s)
+        know({"url": pool.url, "api_key": api_key})
         assert pool.url is not None
         self._source, self._model, self._url, self._system_prompt = (
             f"offline:{name}",
@@ -224,7 +226,7 @@ class ServerEngine(BaseEngine):
 
         Every message is one line that names the URL.
         """
-        url = f"{self._url}/{path}"
+        url = mask(f"{self._url}/{path}")
         try:
             async with self._room, asyncio.timeout(TIMEOUT_S):
                 response = await method(**arguments, extra_headers=self._headers)
@@ -354,4 +356,4 @@ def _message(error: openai.APIStatusError) -> str:
 
 
 def _one_line(text: Any) -> str:
-    return _without_surrogates(" ".join(str(text).split())[:300])
+    return _without_surrogates(" ".join(mask(str(text)).split())[:300])

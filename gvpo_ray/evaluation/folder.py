@@ -26,6 +26,7 @@ from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.base import DECIDES_SCORES, ConfigError, is_marked, paths, walk
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.shown import hide
 from gvpo_ray.files import lock, replacing, write_whole
 from gvpo_ray.groups import Row
 from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
@@ -110,7 +111,7 @@ class EvaluationDir:
 
 
 def _settings(config: GVPOConfig) -> dict[str, Any]:
-    """Return the config keys that the scores depend on.
+    """Return the config keys that the scores depend on, without secrets.
 
     Rewards are a list, because the first of them decides what is correct.
     """
@@ -128,7 +129,7 @@ def _settings(config: GVPOConfig) -> dict[str, Any]:
         }
         own |= {"template": section.template, "system_prompt": section.system_prompt}
         settings |= {f"evaluation.sets.{name}.{key}": value for key, value in own.items()}
-    return settings
+    return {key: hide(value) for key, value in settings.items()}
 
 
 def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from gvpo_ray.buffer.log import Quarantine
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.shown import visible
 from gvpo_ray.observe.metrics import BINDING_STEPS, beta_hint, evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 
@@ -52,8 +52,8 @@ class RunConsole:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Print a line; its brackets are no markup of rich."""
-        self.console.print(escape(text))
+        """Print a line as it is: nothing in it is markup or an emoji of rich, or acts on the terminal."""
+        self.console.print(visible(text), markup=False, emoji=False)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Print the line of a trained step, and remember the evaluation that came with it."""

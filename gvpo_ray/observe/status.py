@@ -5,6 +5,7 @@ The training loop writes it every few seconds; `gvpo-ray status` and the watchdo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.loading import read_yaml
+from gvpo_ray.config.shown import know
 from gvpo_ray.files import is_locked, write_whole
 
 Status = Mapping[str, Any]
@@ -57,6 +60,8 @@ def read_status(run_dir: str | Path) -> list[str]:
     folder = Path(run_dir)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no config.yaml: not the directory of a run")
+    with contextlib.suppress(ConfigError):  # of a file that somebody edited; the status is worth showing
+        know(read_yaml(folder / "config.yaml"))
     try:
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from gvpo_ray.actors import tag_of
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.shown import hide, mask
 from gvpo_ray.config.tracking import MLflowConfig, TrackingConfig
 from gvpo_ray.files import write_whole
 from gvpo_ray.observe.ray_metrics import Gauges, Line, numbers_of, of_line, of_status, place
@@ -90,9 +92,14 @@ class WandB:
         }
         # W&B would wrap stdout, to which the run itself writes
         settings = {"console": "off", **arguments.get("settings", {})}
-        self._run = wandb.init(
-            **{**ours, **arguments, "id": self.run, "config": parameters, "settings": settings}
-        )
+        # W&B keeps the command line, whose overrides may hold secrets
+        given, sys.argv = sys.argv, [mask(argument) for argument in sys.argv]
+        try:
+            self._run = wandb.init(
+                **{**ours, **arguments, "id": self.run, "config": parameters, "settings": settings}
+            )
+        finally:
+            sys.argv = given
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, at: int, values: dict[str, float]) -> None:
@@ -179,29 +186,18 @@ def check_trackers(config: TrackingConfig) -> None:
 
 
 def parameters_of(config: GVPOConfig) -> dict[str, Any]:
-    """Return the resolved config by dotted keys (learner.num_workers), without `tracking` and secrets.
-
-    A key whose name looks like a secret is left out; credentials in URLs become "…".
-    """
+    """Return the resolved config by dotted keys (learner.num_workers), without `tracking` and secrets."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict) and value:
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif not SECRET_NAME.search(prefix):
-            text = json.dumps(value) if isinstance(value, (list, dict)) else value
-            flat[prefix] = SECRET_PART.sub("…", text) if isinstance(text, str) else text
+        else:
+            flat[prefix] = json.dumps(value) if isinstance(value, (list, dict)) else value
 
-    walk("", config.model_dump(mode="json", exclude={"tracking"}))
+    walk("", hide(config.model_dump(mode="json", exclude={"tracking"})))
     return flat
-
-
-SECRET_NAME = re.compile(r"(?i)api_?key|secret|passw|credential|authorization|(^|[._])(token|auth|key)($|\.)")
-SECRET_PART = re.compile(
-    r"(?i)(?<=://)[^/@\s\"]+(?=@)|(?<=key=)[^&\s\"]+|(?<=token=)[^&\s\"]+|(?<=secret=)[^&\s\"]+"
-)
-"""Secret parts of a URL: user and password, and the values of parameters such as `token`."""
 
 
 class _Feed(threading.Thread):
@@ -281,7 +277,7 @@ CLOSE_S = 30.0
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".rstrip(": ")
+    return mask(f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".rstrip(": "))
 
 
 class Tracking:

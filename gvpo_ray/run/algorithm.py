@@ -23,6 +23,7 @@ from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.shown import mask
 from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.learner.families import check_trainable
@@ -226,6 +227,7 @@ class GVPO:
 
         The metrics and the report read it there.
         """
+        why = mask(why)
         self.events.add(self.step, who, name, why)
         self.say(f"pool {name} {why}" if who == "pool" else f"recovery at step {self.step}: {name}: {why}")
 

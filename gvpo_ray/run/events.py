@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gvpo_ray.config.shown import mask
 from gvpo_ray.files import append_line, read_lines
 
 
@@ -23,7 +24,7 @@ class EventLog:
 
     def add(self, step: int, who: str, name: str, why: str = "") -> None:
         """Append an event, with the current time."""
-        entry = {"time": round(time.time(), 3), "step": step, "who": who, "name": name, "why": why}
+        entry = {"time": round(time.time(), 3), "step": step, "who": who, "name": name, "why": mask(why)}
         self.entries.append(entry)
         append_line(self.path, entry)
 

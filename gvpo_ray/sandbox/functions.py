@@ -24,6 +24,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.shown import know, mask
 
 Score = float | None | tuple[float | None, str]
 """A reward function's result for one completion: the reward, or None (it cannot be verified), alone or in a
@@ -98,7 +99,7 @@ async def _await(awaitable: Any) -> Any:
 def _part(name: str, score: Any) -> Part:
     """Check one value that a reward function returned."""
     score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
-    remark = None if remark is None else str(remark)[:500]
+    remark = None if remark is None else mask(str(remark))[:500]
     if score is None:
         return Part(None, remark or f"{name} gave no reward (None)")
     if not isinstance(score, numbers.Real):
@@ -109,7 +110,7 @@ def _part(name: str, score: Any) -> Part:
 
 
 def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
+    return f"{type(value).__name__} {mask(str(value))[:60]!r}"
 
 
 def fits_float32(value: float) -> bool:
@@ -120,8 +121,8 @@ def fits_float32(value: float) -> bool:
 def describe(error: BaseException) -> str:
     """Return one line, of limited length, for an error that a user's code raised."""
     if isinstance(error, ConfigError):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return mask(str(error))
+    return f"{type(error).__name__}: {' '.join(mask(str(error)).split())[:300]}"
 
 
 def load(source: Mapping[str, Any]) -> RewardFunction:
@@ -138,6 +139,7 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
         ConfigError: no such file, module, function or argument. Errors of a user's module come through as
             they are.
     """
+    know(source["arguments"])
     function = (
         _callable(cloudpickle.loads(base64.b64decode(source["pickle"])), "it")
         if "pickle" in source

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.shown import hide
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.files import part_of, repair_lines, replacing
 from gvpo_ray.groups import LIMITS
@@ -35,7 +36,6 @@ RESPONSE, GOLD = ("response", "prediction"), ("gold", "answer")
 LABELS = ("expected", "label_correct")
 """Columns that say (true or false) whether the response is correct; the first one that a row has is read."""
 
-ADDED = ("reward", "verdict", "reason", "seconds")
 PARQUET_ROWS = 1024
 """Number of rows in one row group of a Parquet file."""
 
@@ -73,7 +73,7 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
     num_rows = _count(source)
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    work = _Work(Path(out), {"input": digest, "verifiers": config.model_dump(mode="json")})
+    work = _Work(Path(out), {"input": digest, "verifiers": hide(config.model_dump(mode="json"))})
     summary: Counter[str] = Counter()
     limits: deque[int] = deque(maxlen=10)  # the last lines that hit a limit
     columns = (

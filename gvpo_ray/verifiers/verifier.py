@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.functions import Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
@@ -114,6 +115,7 @@ class Verifier:
         functions: Mapping[str, RewardFunction] | None = None,
         models: Mapping[str, RewardFunction] | None = None,
     ) -> None:
+        know(config)
         functions = functions or {}
         self._rewards = {
             **config.rewards,
@@ -198,6 +200,7 @@ class Verifier:
             each = (time.perf_counter() - begin) / max(1, len(completions))
             seconds = [before + each for before in seconds]
         for name, parts in by_name.items():
+            parts[:] = [replace(part, reason=part.reason and mask(part.reason)) for part in parts]
             self._count(name, parts, columns.get("group_id"))
         return [
             self._combine({name: parts[i] for name, parts in by_name.items()}, seconds[i])

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gvpo_ray.config.shown import mask
 from gvpo_ray.observe.metrics import mean
 
 Point = tuple[float, float]
@@ -29,8 +30,8 @@ NO_RECOVERY = ("run", "pool")
 
 
 def printable(text: str) -> str:
-    """Replace the characters that neither HTML nor UTF-8 can hold."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+    """Mask secrets, and replace the characters that neither HTML nor UTF-8 can hold."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", mask(text))
 
 
 def plain(text: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from gvpo_ray.config.shown import hide, know
 from gvpo_ray.files import read_lines
 from gvpo_ray.observe.metrics import METRICS
 from gvpo_ray.observe.report.figures import NO_RECOVERY, Point, finite
@@ -26,6 +27,7 @@ class Run:
     """Points by the key of metrics.jsonl, the quotients of METRICS among them."""
     events: list[dict[str, Any]]
     config: str
+    """Text of config.yaml, without secrets."""
 
     @property
     def recoveries(self) -> list[dict[str, Any]]:
@@ -48,25 +50,35 @@ def read_run(path: Path, name: str, number: int) -> Run:
             one, other = (values.get(part, {}) for part in metric.name.split(" / "))
             quotients = {step: finite(value / other[step]) for step, value in one.items() if other.get(step)}
             values[metric.name] = {step: value for step, value in quotients.items() if value is not None}
-    config = (
-        (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        if (path / "config.yaml").is_file()
-        else ""
-    )
+    file = path / "config.yaml"
+    config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     return Run(
         name,
         number,
         path,
         {key: sorted(points.items()) for key, points in values.items() if points},
         read_lines(path / "events.jsonl", skip_malformed=True),
-        config,
+        _without_secrets(config),
     )
 
 
+def _without_secrets(config: str) -> str:
+    """Return a config's text without its secrets, which `mask` knows from now on."""
+    if not (data := _parsed(config)):
+        return config  # no YAML: the page masks what it shows
+    know(data)
+    text: str = yaml.safe_dump(hide(data), sort_keys=False, allow_unicode=True)
+    return text
+
+
 def config_of(run: Run) -> dict[str, Any]:
-    """Return the resolved config of a run; empty where it cannot be read."""
+    """Return the resolved config of a run without secrets; empty where it cannot be read."""
+    return _parsed(run.config)
+
+
+def _parsed(config: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(run.config)
+        data = yaml.safe_load(config)
     except yaml.YAMLError:
         return {}
     return data if isinstance(data, dict) else {}

@@ -1,0 +1,169 @@
+"""Nothing that a run shows holds a secret, or a character that acts on a terminal.
+
+Secrets of the config, of the environment and of URLs become "…". `hide` is for data (configs, parameters,
+settings), `mask` for text (errors, reasons, events, pages), `visible` for text that goes to a terminal.
+The only file that keeps secrets is run_dir/config.yaml, because a resumed run needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from pydantic import BaseModel
+
+MASK = "…"
+"""The text that stands for a secret."""
+
+SECRETS = re.compile(
+    r"password|passwd|passphrase|passcode|secret|credential|authorization|apikey"
+    r"|(^| )(api|access|auth|bearer|refresh|session|private|hf|hub|id|github|wandb) ?(key|token)( |$)"
+)
+"""What makes a name, as `_words` writes it, one of a secret."""
+
+AMBIGUOUS = re.compile(r"(^| )(key|token|auth|pwd|sig|signature|cookie|bearer)$")
+"""Ends of names of secrets, and of other names as well, such as the `key` of a sort."""
+
+
+def is_secret(name: object) -> bool:
+    """Return whether a key of this name may hold a secret, such as api_key, hf_token or X-Api-Key."""
+    return _is_surely_secret(name) or AMBIGUOUS.search(_words(name)) is not None
+
+
+def _is_surely_secret(name: object) -> bool:
+    return SECRETS.search(_words(name)) is not None
+
+
+def _words(name: object) -> str:
+    """Write a name in lower-case words: hf_token, hfToken and HF-Token are "hf token"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", str(name)).strip().lower()
+
+
+# ---------------------------------------------------------------------------------------------- what is known
+
+_known: set[str] = set()
+_pattern: re.Pattern[str] | None = None
+
+
+def know(data: Any) -> None:
+    """Remember the secrets of a config or a part of one: `mask` hides them anywhere from now on.
+
+    Each process remembers for itself. Those of its environment (HF_TOKEN, WANDB_API_KEY) come along.
+    """
+    global _pattern
+    _known.update(_values(data.model_dump() if isinstance(data, BaseModel) else data))
+    # not paths, such as SSH_AUTH_SOCK's and PWD's, nor words such as `token` in RAY_AUTH_MODE
+    environment = {name: text for name, text in os.environ.items() if text[:1] != "/" and len(text) >= 8}
+    _known.update(_values(environment))
+    # The longest first: one secret may begin with another. A short one counts as a word of its own alone.
+    texts = sorted({form for text in _known for form in _forms(text)}, key=len, reverse=True)
+    parts = [re.escape(text) if len(text) >= 8 else rf"(?<!\w){re.escape(text)}(?!\w)" for text in texts]
+    _pattern = re.compile("|".join(parts)) if parts else None
+
+
+def _forms(text: str) -> Iterable[str]:
+    """Return how a text may be spelled: as it is, decoded from a URL, and as repr and JSON write it."""
+    return {text, unquote(text), repr(text)[1:-1]}
+
+
+def _values(data: Any, name: object = "") -> Iterator[str]:
+    """Yield the secret values in nested data."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            # everything below a secret's name is secret: {auth: {user: …, bearer: …}}
+            yield from _values(value, name if is_secret(name) else key)
+    elif isinstance(data, (list, tuple, set)):
+        for value in data:
+            yield from _values(value, name)
+    elif isinstance(data, (str, int)) and not isinstance(data, bool):
+        if is_secret(name):
+            # "Bearer abc" is also looked for as "abc"
+            spellings = {str(data).strip(), str(data).rpartition(" ")[2]}
+            yield from (text for text in spellings if _is_distinct(text, name))
+        if isinstance(data, str):
+            yield from (secret for secret in _in_urls(data) if len(secret) >= 4)
+
+
+def _is_distinct(value: str, name: object) -> bool:
+    """Return whether a value is hidden outside its key too, where it could be a word of any text."""
+    if _is_surely_secret(name):
+        return len(value) >= 4
+    return re.fullmatch(r"(?=.*[0-9A-Z])[\w.+/=~-]{6,}", value) is not None
+
+
+def _in_urls(text: str) -> Iterator[str]:
+    for found in CREDENTIALS.finditer(text):
+        user, _, password = found[0].removesuffix("@").partition(":")
+        yield password or user
+    for begin, end in _assigned(text):
+        yield text[begin:end]
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+CREDENTIALS = re.compile(
+    r"(?<=://)(?:[^/\s\"'<>?#]+@(?:[^\s\"'<>?#]*@)?|[^/\s\"'<>?#:@]+:(?!\d+[/?#])[^\s\"'<>@]+@)"
+)
+"""User and password of a URL; a password may hold a slash or an @ that nobody encoded."""
+
+QUERY = re.compile(r"(?P<before>[?&;](?P<name>[\w.-]+)=)(?P<value>[^&\s\"'<>\\#]+)")
+"""A parameter of a URL, as in ?key=abc."""
+
+ASSIGNED = re.compile(
+    r"(?P<before>(?P<name>(?<![\w.-])[\w.-]+)(?P<quote>\\?[\"'])?\s?(?:=|:(?!//))\s?(?(quote)\\?[\"']?|))"
+    r"(?P<value>(?(quote)[^\\\"']+|(?:(?i:bearer|basic) )?[^\s&\"'<>\\,;)}\]]+))"
+)
+"""A name and its value, as in api_key=abc, api_key: abc, "api_key": "abc" and Authorization: Bearer abc."""
+
+TOKENS = re.compile(
+    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|xox[bp]-[\w-]{10,}|AKIA[A-Z0-9]{16}\b)"
+    r"|(?i:(?<=\bbearer ))(?=\S*\d)[\w.~+/=-]{8,}"
+)
+"""Secrets that show by their form: of Hugging Face, OpenAI, GitHub, Slack, AWS, and bearer tokens."""
+
+
+def _assigned(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where the values of secret names are in a text: begin and end."""
+    for found in QUERY.finditer(text):
+        if is_secret(found["name"]):
+            yield found.span("value")
+    for found in ASSIGNED.finditer(text):
+        # `key=` and `token:` alone may be anything outside a URL
+        if _is_surely_secret(found["name"]):
+            yield found.span("value")
+
+
+def mask(text: str) -> str:
+    """Return a text without secrets: known ones, credentials in URLs, and values of names such as api_key."""
+    if _pattern is not None:
+        text = _pattern.sub(MASK, text)
+    text = TOKENS.sub(MASK, CREDENTIALS.sub(f"{MASK}@", text))
+    for begin, end in sorted(set(_assigned(text)), reverse=True):
+        text = text[:begin] + MASK + text[end:]
+    return text
+
+
+def hide(data: Any, name: object = "") -> Any:
+    """Return a copy of nested data in which every secret is "…"; what is null stays so."""
+    if data is not None and is_secret(name):
+        return MASK
+    if isinstance(data, Mapping):
+        return {key: hide(value, key) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [hide(value) for value in data]
+    return mask(data) if isinstance(data, str) else data
+
+
+def visible(text: str) -> str:
+    """Return masked text whose control characters are spelled out, as repr does. Lines and tabs stay.
+
+    A model's output may hold sequences that move the cursor, clear the screen or reorder the text.
+    """
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], mask(text))
+
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters of C0 and C1, marks that change the direction of writing, and halves of surrogate pairs."""
