@@ -200,7 +200,7 @@ class GroupLog:
     def _write(self, message: pa.Buffer) -> None:
         left = memoryview(message)
         try:
-            with writing(self._segments[-1][0]):
+            with writing(self._segments[-1].path):
                 while left:
                     left = left[self._file.write(left) :]
         except OSError:

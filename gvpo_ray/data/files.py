@@ -232,7 +232,7 @@ def _parse_csv(content: bytes, kind: str, where: str) -> list[dict[str, Any]]:
     """Parse CSV or TSV with a header; every cell is text, as it stands in the file."""
     import io
 
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped]
 
     try:
         table = pd.read_csv(

@@ -44,7 +44,8 @@ def warm_start(config: GVPOConfig) -> Path:
     """
     if config.warm_start is None:
         raise ConfigError("warm_start: this config has no such section")
-    data = Path(config.warm_start.data.path).expanduser().parent
+    paths = config.warm_start.data.path
+    data = Path(paths if isinstance(paths, str) else paths[0]).expanduser().parent
     if config.warm_start.task and not data.exists():
         try:
             make(config.warm_start.task, data)
