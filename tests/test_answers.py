@@ -38,7 +38,7 @@ PRINCIPLES = {
         [(r"\frac{1}{2}", "12"), (r"\frac{3}{2}", "32"), ("3/4", "4/3")],
     ),
     "products without a sign": (
-        [("2xy", "2 y x"), ("26000", "1000(26)"), ("6", "(2)(3)"), ("x^2+3x+2", "(x+1)(x+2)"),
+        [("2xy", "2 y x"), ("1000(26)", "26000"), ("(2)(3)", "6"), ("x^2+3x+2", "(x+1)(x+2)"),
          (r"6\pi", r"6 \pi")],
         [("26000", "1026"), ("5", "(2)(3)"), ("x^2+3x+2", "(x+1)(x+3)")],
     ),
@@ -78,9 +78,10 @@ PRINCIPLES = {
         [(r"\begin{pmatrix}1\\2\end{pmatrix}", "(1, 2)"), (r"\begin{pmatrix} 1/5 \\ 2 "
                                                            r"\end{pmatrix}", r"\begin{bmatrix} 0.2 \\ 2 "
                                                                              r"\end{bmatrix}"),
-         (r"\begin{pmatrix}6&8\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix} + "
-                                              r"\begin{pmatrix}5&6\end{pmatrix}")],
-        [(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}")],
+         (r"\begin{pmatrix}6&8\end{pmatrix}", r"\begin{bmatrix}6 & 8\end{bmatrix}")],
+        [(r"\begin{pmatrix}6&8\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix} + "
+                                              r"\begin{pmatrix}5&6\end{pmatrix}"),
+         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}")],
     ),
     "degrees": (
         [(r"90^\circ", "90"), ("90", r"90^{\circ}"), (r"90^\circ", r"\frac{\pi}{2}"), ("60", "60 degrees")],
@@ -184,7 +185,11 @@ def test_the_sample_of_other_projects_cases_is_graded_as_they_expect():
         .read_text(encoding="utf-8")
         .splitlines()
     ]
-    verdicts = [(bool(grade(row["prediction"], row["gold"]).correct), row["expected"]) for row in rows]
+    verdicts = [
+        # One project takes 3+2 for 5; here the model has to evaluate it.
+        (bool(grade(row["prediction"], row["gold"]).correct), row["expected"] and row["prediction"] != "3+2")
+        for row in rows
+    ]
     assert sum(verdict == expected for verdict, expected in verdicts) >= 58
     assert sum(verdict and not expected for verdict, expected in verdicts) == 0
 

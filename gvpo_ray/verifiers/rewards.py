@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import base64
 import itertools
-import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -21,8 +22,9 @@ import cloudpickle  # type: ignore[import-untyped]
 from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.sandbox.functions import RewardFunction, Score
+from gvpo_ray.verifiers.math.compare import quantity
 from gvpo_ray.verifiers.math.extract import extract
-from gvpo_ray.verifiers.math.numbers import quantity
+from gvpo_ray.verifiers.math.numbers import unit_words
 from gvpo_ray.verifiers.math.reward import math_reward
 
 Rewards = Mapping[str, RewardFunction]
@@ -35,7 +37,7 @@ def exact_match(
     """Score 1 if the completion's answer, or the whole completion, is the gold answer letter by letter.
 
     The score is 0 otherwise. The number of spaces, Unicode compatibility forms (full-width digits) and a
-    final full stop make no difference, nor does case with `ignore_case`.
+    final full stop make no difference, nor does case with `ignore_case`. An empty gold answer gives None.
     """
 
     def plain(text: str) -> str:
@@ -44,6 +46,8 @@ def exact_match(
 
     return [
         float(plain(gold) in (plain(extract(completion).text or ""), plain(completion)))
+        if plain(gold)
+        else (None, "exact_match: there is no gold answer")
         for completion, gold in zip(completions, answer, strict=True)
     ]
 
@@ -60,9 +64,11 @@ def numeric(
 ) -> list[Score]:
     """Score 1 if the answer's number is within a tolerance of the gold number and their units agree, else 0.
 
-    The tolerance is |x - gold| <= max(relative_tolerance |gold|, absolute_tolerance). Units, the text behind
-    the number, are compared as text and never converted. An answer without a unit agrees with any unit,
-    unless `require_unit` is set. A gold answer without a number gives None.
+    The tolerance is |x - gold| <= max(relative_tolerance |gold|, absolute_tolerance). The answer must be the
+    number: an expression, several numbers or "5 or more" score 0. Units, the words behind the number, are
+    compared as text and never converted. An answer without a unit agrees with any unit, unless `require_unit`
+    is set. A percent sign may be left out, or be meant as a hundredth. A gold answer without a number gives
+    None.
     """
     return [
         _numeric_score(
@@ -76,13 +82,21 @@ def _numeric_score(
     text: str, gold: str, relative_tolerance: float, absolute_tolerance: float, require_unit: bool
 ) -> Score:
     wanted, found = quantity(gold), quantity(text)
-    if wanted is None or not math.isfinite(wanted[0]):
+    if wanted is None:
         return None, f"numeric: the gold answer {gold[:100]!r} has no number"
     if found is None:
         return 0.0, f"numeric: {NO_ANSWER}"
-    if wanted[1] != found[1] and wanted[1] and (found[1] or require_unit):
+    (gold_value, number), (value, other) = wanted, found
+    units, others = unit_words(gold_value.unit), unit_words(value.unit)
+    if units != others and units and (others or require_unit):
         return 0.0
-    return float(abs(found[0] - wanted[0]) <= max(relative_tolerance * abs(wanted[0]), absolute_tolerance))
+    tolerance = max(Fraction(relative_tolerance) * abs(number), Fraction(absolute_tolerance))
+    if abs(other - number) <= tolerance:
+        return 1.0
+    if gold_value.is_percent == value.is_percent:
+        return 0.0
+    other = 100 * other if gold_value.is_percent else other / 100  # 0.5 is 50 %
+    return float(abs(other - number) <= tolerance)
 
 
 def format_reward(
@@ -91,17 +105,15 @@ def format_reward(
     r"""Score 1 if the completion has the required form, else 0.
 
     With `boxed` the completion must have exactly one \boxed{...} outside of the thoughts, closed and not
-    empty. With `think` it must begin with its only <think>...</think>, with text inside and behind it.
+    empty. With `think` it must begin with its only <think>...</think>, with text inside and behind it; the
+    opening tag may be missing, because many chat templates end with it.
     """
 
     def good(text: str) -> bool:
         thoughts, closing, rest = text.rpartition("</think>")
+        inside = thoughts.lstrip().removeprefix("<think>")
         if think and not (
-            closing
-            and text.count("<think>") == text.count("</think>") == 1
-            and thoughts.lstrip().startswith("<think>")
-            and thoughts.partition("<think>")[2].strip()
-            and rest.strip()
+            closing and inside.strip() and rest.strip() and not re.search("</?think>", inside + rest)
         ):
             return False
         final = rest if closing else text

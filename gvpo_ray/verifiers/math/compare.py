@@ -1,12 +1,24 @@
-"""Comparison of two normalised answers: lists and structure first, then words and numbers, and sympy last."""
+"""Comparison of two normalised answers: the gold answer's kind decides how, with one comparer per kind."""
 
 from __future__ import annotations
 
+import enum
 import re
+from collections.abc import Callable
+from fractions import Fraction
 
-from gvpo_ray.verifiers.math.extract import MAX_ITEMS
-from gvpo_ray.verifiers.math.normalise import trim
-from gvpo_ray.verifiers.math.numbers import BASE, as_number, is_close, same_unit, value_and_unit
+from gvpo_ray.verifiers.math.evaluated import is_exact_form, is_notation
+from gvpo_ray.verifiers.math.extract import MAX_CHARS, MAX_ITEMS
+from gvpo_ray.verifiers.math.normalise import normalise, trim
+from gvpo_ray.verifiers.math.numbers import (
+    BASE,
+    Value,
+    as_number,
+    is_close,
+    is_stated,
+    read_value,
+    same_unit,
+)
 from gvpo_ray.verifiers.math.structure import (
     QUALIFIER,
     RELATION,
@@ -17,8 +29,53 @@ from gvpo_ray.verifiers.math.structure import (
     right_side,
     too_large,
 )
-from gvpo_ray.verifiers.math.symbolic import equal_equations, sympy_equal
-from gvpo_ray.verifiers.math.words import NUMERALS, as_option, is_words, same_words
+from gvpo_ray.verifiers.math.symbolic import equal_equations, is_irrational, is_unevaluated, sympy_equal
+from gvpo_ray.verifiers.math.words import as_option, is_words, same_words
+
+MAX_NESTING = 6
+"""Depth of lists and brackets below which only equal texts are equal."""
+
+
+_SET_OPERATOR = re.compile(r"(\\(?:setminus|cup|cap)(?![a-z]))")
+_NAMES = re.compile(r"(?<![A-Za-z\\])[a-zA-Z](?![A-Za-z])")
+
+
+class Kind(enum.Enum):
+    """What a gold answer is."""
+
+    CHOICE = "the letter of an option"
+    WORDS = "language, without a number or formula"
+    LIST = "several items in any order: a list, or a union"
+    SET = "a set of elements"
+    ORDERED = "a tuple, a vector, an interval, an inequality in one name, or a matrix"
+    REGION = "an intersection or a difference of sets"
+    INEQUALITY = "another inequality"
+    EQUATION = "an equation, or a name with its value"
+    VALUE = "a number, with its unit, or an expression"
+
+
+def kind_of(gold: str) -> Kind:
+    """Return the kind of a normalised gold answer."""
+    if as_number(read_value(gold).text) is not None:
+        return Kind.VALUE
+    if re.search(r"[A-J]", gold) and as_option(gold) is not None:
+        return Kind.CHOICE
+    if is_words(gold):
+        return Kind.WORDS
+    items = items_of(gold)
+    if len(items) > 1:
+        return Kind.LIST
+    if _SET_OPERATOR.search(items[0]):
+        return Kind.REGION
+    text = as_interval(unqualified(items[0]))
+    if RELATION.search(text):
+        return Kind.INEQUALITY
+    inside = bracketed(text)
+    if inside is not None and (len(inside[1]) != 1 or inside[0] in ("[", "matrix")):
+        return Kind.SET if inside[0] == r"\{" else Kind.ORDERED
+    if inside is not None:
+        return kind_of(inside[1][0])  # (5), {5}
+    return Kind.EQUATION if "=" in text or right_side(text) != text else Kind.VALUE
 
 
 def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
@@ -27,62 +84,257 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
     Args:
         gold: the gold answer, normalised.
         pred: the answer to compare, normalised.
-        nesting: depth of the recursion into lists and brackets; beyond 6 only equal texts are equal.
+        nesting: depth of the recursion into lists and brackets.
     """
     if gold == pred or _letters(gold) == _letters(pred):
         return True
-    if not pred or nesting > 6:
+    if not pred or nesting > MAX_NESTING or too_large(pred) or too_large(gold):
         return False
-    number, other = as_number(gold), as_number(NUMERALS.get(pred.lower(), pred))
-    if number is not None and other is not None:
-        return is_close(number, other, gold, pred)
-    if too_large(pred) or too_large(gold):
-        return False
-    if re.search(r"[A-J]", gold) and (letter := as_option(gold)) is not None:
-        return as_option(pred) == letter
-    if is_words(gold):
-        return same_words(gold, pred)
-    option = re.fullmatch(r"(?:\\text\{)?\s*\([A-J]\)\s*\}?\s*(.+)", pred)
-    if option and not gold.startswith("("):
-        pred = trim(option[1])  # "(C) 12"
-    golds, preds = items_of(gold), items_of(pred)
-    if len(golds) == len(preds) == 1:
-        return _equal_items(golds[0], preds[0], nesting)
-    return _equal_lists(golds, preds, nesting) or (r"\setminus" in gold + pred and sympy_equal(gold, pred))
+    kind = kind_of(gold)
+    if kind not in (Kind.CHOICE, Kind.WORDS) and not gold.startswith("("):
+        option = re.fullmatch(r"(?:\\text\{)?\s*\([A-J]\)\s*\}?\s*(.+)", pred)
+        pred = _with_gold_parameter(gold, trim(option[1]) if option else pred)  # "(C) 12"
+    return _COMPARERS[kind](gold, pred, nesting + 1)
+
+
+def unqualified(text: str) -> str:
+    """Return a text without a condition behind it, such as "for all x > 0"."""
+    return trim(QUALIFIER.sub("", text)) or text
+
+
+def _with_gold_parameter(gold: str, pred: str) -> str:
+    r"""Rename the parameter of an answer such as "3t + 1 for some integer t" to the gold answer's.
+
+    A parameter is bound by a condition, or counts periods, as in \pi + 2k\pi. Other names are the question's.
+    """
+    names, others = ({*_NAMES.findall(right_side(unqualified(text)))} for text in (gold, pred))
+    if len(names - others) != 1 or len(others - names) != 1:
+        return pred
+    (name,), (other,) = names - others, others - names
+    is_bound = any(
+        re.search(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", condition[0])
+        for letter, text in ((name, gold), (other, pred))
+        if (condition := QUALIFIER.search(text))
+    )
+    counts_periods = {name, other} <= set("jklmnt") and re.search(r"\\(?:pi|circ)(?![a-z])", gold)
+    if not (is_bound or counts_periods):
+        return pred
+    return re.sub(rf"(?<![A-Za-z\\]){other}(?![A-Za-z])", name, pred)
 
 
 def _letters(text: str) -> str:
-    r"""Return a text without spaces, needless braces and \text{}."""
-    return re.sub(r"([_^])\{\s*(\w)\s*\}|\s+", r"\1\2", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    r"""Return a text without spaces, needless braces and \text{}; digits with a space between stay apart."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"([_^])\{\s*(\w)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1\2", text)
 
 
-def _equal_lists(golds: list[str], preds: list[str], nesting: int) -> bool:
-    """Return whether two answers are equal of which at least one lists several items."""
-    if max(len(golds), len(preds)) > MAX_ITEMS:
+def _single(text: str) -> str | None:
+    """Return an answer that is one item, without brackets around it and conditions behind it; else None."""
+    items = items_of(text)
+    if len(items) != 1:
+        return None
+    text = as_interval(unqualified(items[0]))
+    inside = bracketed(text)
+    while inside is not None and len(inside[1]) == 1 and inside[0] not in ("[", "matrix"):
+        text = inside[1][0]
+        inside = bracketed(text)
+    return text
+
+
+def _equal_choices(gold: str, pred: str, _: int) -> bool:
+    wanted, found = as_option(gold), as_option(pred)
+    if wanted is not None and found is not None:
+        return wanted[0] == found[0]
+    return bool(wanted and wanted[1]) and equal_answers(wanted[1], pred)  # 12 for "(C) 12"
+
+
+def _equal_words(gold: str, pred: str, _: int) -> bool:
+    return same_words(gold, pred)
+
+
+def _equal_lists(gold: str, pred: str, nesting: int) -> bool:
+    """Return whether a list has a gold list's items; a set or tuple may stand for it."""
+    golds, preds = items_of(gold), items_of(pred)
+    if len(preds) == 1:
+        if (number := _decimal_comma(gold)) is not None:
+            return equal_answers(number, pred, nesting)
+        opening, elements, _ = bracketed(right_side(preds[0])) or ("", [], "")
+        if opening == "(":  # (1, 2) for x = 1, y = 2
+            return _equal_in_order(golds, elements, nesting)
+        if opening == r"\{":
+            preds = _signed(elements)
+    if len(preds) > 1 and _match(golds, preds, nesting):
+        return True
+    return _equal_regions(gold, pred)
+
+
+def _equal_sets(gold: str, pred: str, nesting: int) -> bool:
+    """Return whether an answer has a gold set's elements; a list may stand for the set."""
+    elements = (bracketed(_single(gold) or gold) or ("", [], ""))[1]
+    items = items_of(pred)
+    if len(items) == 1:
+        inside = bracketed(right_side(_single(pred) or pred))
+        if inside is None or inside[0] != r"\{":
+            return _equal_regions(gold, pred)
+        items = inside[1]
+    return _match(_signed(elements), _signed(items), nesting)
+
+
+def _equal_ordered(gold: str, pred: str, nesting: int) -> bool:
+    """Return whether two tuples, vectors, matrices or intervals are equal.
+
+    A list may stand for a tuple (x = 1, y = 2), and an inequality for an interval.
+    """
+    text, items = _single(gold) or gold, items_of(pred)
+    opening, elements, closing = bracketed(text) or ("", [], "")
+    if len(items) > 1:
+        if opening == "(" and closing == ")" and r"\cup" not in pred:
+            return _equal_in_order(elements, items, nesting)
+        return _equal_regions(gold, pred)
+    found = right_side(_single(pred) or pred)
+    inside = bracketed(found)
+    if inside is not None:
+        is_alike = (opening, closing) == (inside[0], inside[2]) or len(elements) == len(inside[1]) == 1
+        return is_alike and _equal_in_order(elements, inside[1], nesting)
+    if RELATION.search(items[0]):
+        return sympy_equal(unqualified(items_of(gold)[0]), unqualified(items[0]))
+    return _equal_regions(gold, pred)
+
+
+def _equal_regions(gold: str, pred: str) -> bool:
+    """Return whether two unions, intersections or differences of sets and intervals are equal."""
+    if not any(_SET_OPERATOR.search(text) for text in (gold, pred)):
         return False
-    if min(len(golds), len(preds)) > 1:
-        return _match(golds, preds, nesting)
-    one, many = (golds[0], preds) if len(golds) == 1 else (preds[0], golds)
-    decimal = re.fullmatch(r"(-?\d+),(\d{1,2}|\d{4,})", ",".join(many))
-    if decimal and ("." in one or many is preds):  # a decimal comma
-        number = f"{decimal[1]}.{decimal[2]}"
-        return (
-            equal_answers(one, number, nesting + 1)
-            if many is preds
-            else equal_answers(number, one, nesting + 1)
-        )
-    opening, elements, _ = bracketed(right_side(one)) or ("", [], "")
-    if opening == "(":  # x = 1, y = 2 for (1, 2)
-        return len(elements) == len(many) and all(
-            equal_answers(a, b, nesting + 1)
-            for a, b in (
-                zip(elements, many, strict=True) if many is preds else zip(many, elements, strict=True)
+    return sympy_equal(
+        *(
+            "".join(
+                as_interval(trim(part)) if i % 2 == 0 else part
+                for i, part in enumerate(_SET_OPERATOR.split(text))
             )
+            for text in (gold, pred)
         )
-    if opening != r"\{":
+    )
+
+
+def _equal_in_order(golds: list[str], preds: list[str], nesting: int) -> bool:
+    return len(golds) == len(preds) and all(
+        equal_answers(a, b, nesting) for a, b in zip(golds, preds, strict=True)
+    )
+
+
+def _equal_inequalities(gold: str, pred: str, _: int) -> bool:
+    return sympy_equal(unqualified(gold), unqualified(pred))
+
+
+def _equal_equations(gold: str, pred: str, nesting: int) -> bool:
+    """Return whether two equations are equal, or an answer is what a gold equation gives as a value."""
+    found = _single(pred)
+    if found is None:
+        value = right_side(_single(gold) or gold)
+        return bracketed(value) is not None and equal_answers(value, pred, nesting)
+    wanted = _single(gold) or gold
+    value, found_value = right_side(wanted), right_side(found)
+    argument, other = (re.match(r"[A-Za-z]\s*\(\s*([a-z])\s*\)\s*=", text) for text in (wanted, found))
+    if argument and other:  # f(z) = z is f(x) = x
+        found_value = re.sub(rf"(?<![a-zA-Z\\]){other[1]}(?![a-zA-Z])", argument[1], found_value)
+    if (value, found_value) != (wanted, found) and equal_answers(value, found_value, nesting):
+        return True
+    return equal_equations(wanted, found)
+
+
+def _equal_values(gold: str, pred: str, nesting: int) -> bool:
+    """Return whether an answer is one number or expression, equal to a gold one; units are included.
+
+    A percent sign may be left out (35 for 35%) or be meant as a hundredth (0.35 for 35%).
+    """
+    wanted, items = read_value(_single(gold) or gold), items_of(pred)
+    if len(items) > 1:
+        number = _decimal_comma(pred)
+        if number is not None and "." in gold:
+            return equal_answers(gold, number, nesting)
+        return all(equal_answers(gold, item, nesting) for item in items)  # 1/2 or 0.5
+    found = plain_value(items[0])
+    if found is None or not same_unit(wanted.unit, found.unit):
         return False
-    elements = [sign for element in elements for sign in both_signs(element)]
-    return _match(elements, many, nesting) if many is preds else _match(many, elements, nesting)
+    base, other_base = BASE.fullmatch(wanted.text), BASE.fullmatch(found.text)
+    if base or other_base:  # 1011_2; one of both may leave the base out
+        return (base[1] if base else wanted.text) == (other_base[1] if other_base else found.text) and not (
+            base and other_base and base[2] != other_base[2]
+        )
+    if as_number(wanted.text) is not None and as_number(found.text) is not None:
+        return equal_numbers(wanted, found)
+    is_number = as_number(wanted.text) is not None
+    if not _stands_for_number(wanted, found) if is_number else is_unevaluated(wanted.text, found.text):
+        return False
+    if sympy_equal(wanted.text, found.text, wanted.in_degrees, found.in_degrees):
+        return True
+    return wanted.is_percent != found.is_percent and sympy_equal(
+        *(value.text if value.is_percent else f"100({value.text})" for value in (wanted, found))
+    )
+
+
+def plain_value(text: str) -> Value | None:
+    """Read an answer that is one value, such as "x = 5 km"; None for lists, tuples and the like."""
+    single = _single(text)
+    if single is None or RELATION.search(single) or bracketed(right_side(single)) is not None:
+        return None
+    return read_value(right_side(single))
+
+
+def quantity(text: str) -> tuple[Value, Fraction] | None:
+    r"""Read a number and its unit from an answer such as "$1,250.50", "x = 3/4 cup" or "2.5 \\times 10^3 m".
+
+    None means that the text is no quantity: no number, a number that it says something else about, several
+    numbers, or an expression. A unit that is set apart by a space may be any sign: "5 V".
+    """
+    normal = normalise(text) if len(text) <= MAX_CHARS else ""
+    value = plain_value(normal) if normal and not too_large(normal) else None
+    if value is None:
+        return None
+    apart = re.fullmatch(r"(.*\d)\s+([A-Za-z\u00b5\u03bc\u03a9][\w/^.-]{0,20})", value.text)
+    if apart and not is_stated([apart[2]]):
+        value = value._replace(text=apart[1], unit=apart[2])
+    number = as_number(value.text)
+    return None if number is None else (value, number)
+
+
+def equal_numbers(wanted: Value, found: Value) -> bool:
+    """Return whether two plain numbers are equal; the side without a percent sign counts as exact."""
+    number, other = as_number(wanted.text), as_number(found.text)
+    if number is None or other is None:
+        return False
+    if is_close(number, other, wanted.text, found.text):
+        return True
+    if wanted.is_percent == found.is_percent:
+        return False
+    if wanted.is_percent:  # 41/125 and 0.328 alike are 32.8 %
+        return is_close(number, 100 * other, wanted.text, "")
+    # 5% is 0.05, but a question for a fraction is not answered by a percentage.
+    is_decimal = not re.search(r"/|\\frac", wanted.text)
+    return found.is_percent and is_decimal and is_close(100 * number, other, "", found.text)
+
+
+def _stands_for_number(gold: Value, pred: Value) -> bool:
+    r"""Return whether an expression may stand for a gold number without being evaluated.
+
+    It may if it is one root or power of numerals, an exact form with roots or \pi for a rounded decimal, or
+    an angle in radians for degrees.
+    """
+    return is_notation(pred.text) or (
+        ("." in gold.text or gold.is_percent or gold.in_degrees)
+        and is_exact_form(pred.text)
+        and is_irrational(pred.text)
+    )
+
+
+def _signed(items: list[str]) -> list[str]:
+    return [sign for item in items for sign in both_signs(item)]
+
+
+def _decimal_comma(text: str) -> str | None:
+    """Return a number with a decimal comma with a point, or None for other texts and for lists of digits."""
+    match = re.fullmatch(r"(-?(?:\d+(?=,\d\d)|0|\d{2,})),(\d{1,2}|\d{4,})", text)
+    return f"{match[1]}.{match[2]}" if match else None
 
 
 def _match(golds: list[str], preds: list[str], nesting: int) -> bool:
@@ -92,88 +344,33 @@ def _match(golds: list[str], preds: list[str], nesting: int) -> bool:
     """
     if len(golds) != len(preds):  # an element may be repeated
         golds, preds = list(dict.fromkeys(golds)), list(dict.fromkeys(preds))
-    if len(golds) != len(preds):
+    if len(golds) != len(preds) or len(golds) > MAX_ITEMS:
         return False
     by_name, rest_by_name = (
         {_letters(item.partition("=")[0]): item for item in items if item.count("=") == 1}
         for items in (golds, preds)
     )
     if len(by_name) == len(golds) and by_name.keys() == rest_by_name.keys():
-        return all(_equal_items(by_name[name], rest_by_name[name], nesting + 1) for name in by_name)
+        return all(equal_answers(by_name[name], rest_by_name[name], nesting) for name in by_name)
     rest = list(preds)
     for wanted in golds:
         index = next((i for i, found in enumerate(rest) if _letters(wanted) == _letters(found)), None)
         if index is None:
-            index = next(
-                (i for i, found in enumerate(rest) if _equal_items(wanted, found, nesting + 1)), None
-            )
+            index = next((i for i, found in enumerate(rest) if equal_answers(wanted, found, nesting)), None)
         if index is None:
             return False
         del rest[index]
     return True
 
 
-def _equal_items(gold: str, pred: str, nesting: int) -> bool:
-    """Return whether two answers are equal of which neither lists several items."""
-    gold, pred = (trim(QUALIFIER.sub("", text)) or text for text in (gold, pred))
-    relations, (gold, pred) = (gold, pred), (as_interval(gold), as_interval(pred))
-    if (RELATION.search(gold) or RELATION.search(pred)) and sympy_equal(*relations):
-        return True
-    gold_value, pred_value = right_side(gold), right_side(pred)
-    if gold_value != gold or pred_value != pred:
-        argument, other = (re.match(r"[A-Za-z]\s*\(\s*([a-z])\s*\)\s*=", text) for text in (gold, pred))
-        if argument and other:  # f(z) = z is f(x) = x
-            pred_value = re.sub(rf"(?<![a-zA-Z\\]){other[1]}(?![a-zA-Z])", argument[1], pred_value)
-        return equal_answers(gold_value, pred_value, nesting + 1) or equal_equations(gold, pred)
-    inside, other_inside = bracketed(gold), bracketed(pred)
-    if inside and other_inside:
-        elements, other_elements = inside[1], other_inside[1]
-        if (inside[0], inside[2]) != (other_inside[0], other_inside[2]) and not len(elements) == len(
-            other_elements
-        ) == 1:
-            return False
-        if inside[0] == r"\{":
-            return _match(
-                [s for e in elements for s in both_signs(e)],
-                [s for e in other_elements for s in both_signs(e)],
-                nesting,
-            )
-        return len(elements) == len(other_elements) and all(
-            equal_answers(a, b, nesting + 1) for a, b in zip(elements, other_elements, strict=True)
-        )
-    if inside and len(inside[1]) == 1 and inside[0] != "[":  # (5), {5}
-        return equal_answers(inside[1][0], pred, nesting + 1)
-    if other_inside and len(other_inside[1]) == 1 and other_inside[0] != "[":
-        return equal_answers(gold, other_inside[1][0], nesting + 1)
-    return _equal_values(gold, pred) or equal_equations(gold, pred)
-
-
-def _equal_values(gold: str, pred: str) -> bool:
-    """Return whether two numbers or expressions are equal, units included.
-
-    A percent sign may be left out (35 for 35%) or be meant as a hundredth (0.35 for 35%).
-    """
-    gold, gold_unit, gold_percent, gold_degrees = value_and_unit(gold)
-    pred, pred_unit, pred_percent, pred_degrees = value_and_unit(pred)
-    if not same_unit(gold_unit, pred_unit):
-        return False
-    base, other_base = BASE.fullmatch(gold), BASE.fullmatch(pred)
-    if base or other_base:  # 1011_2; one of both may leave the base out
-        return (base[1] if base else gold) == (other_base[1] if other_base else pred) and not (
-            base and other_base and base[2] != other_base[2]
-        )
-    number, other = as_number(gold), as_number(pred)
-    if number is not None and other is not None and gold_degrees == pred_degrees:
-        if is_close(number, other, gold, pred):
-            return True
-        # The side without a percent sign counts as exact: 41/125 and 0.328 alike are 32.8 %.
-        return gold_percent != pred_percent and (
-            is_close(number, 100 * other, gold, "")
-            if gold_percent
-            else is_close(100 * number, other, "", pred)
-        )
-    if sympy_equal(gold, pred, gold_degrees, pred_degrees):
-        return True
-    return gold_percent != pred_percent and sympy_equal(
-        gold if gold_percent else f"100({gold})", pred if pred_percent else f"100({pred})"
-    )
+_COMPARERS: dict[Kind, Callable[[str, str, int], bool]] = {
+    Kind.CHOICE: _equal_choices,
+    Kind.WORDS: _equal_words,
+    Kind.LIST: _equal_lists,
+    Kind.SET: _equal_sets,
+    Kind.ORDERED: _equal_ordered,
+    Kind.REGION: lambda gold, pred, _: _equal_regions(gold, pred),
+    Kind.INEQUALITY: _equal_inequalities,
+    Kind.EQUATION: _equal_equations,
+    Kind.VALUE: _equal_values,
+}

@@ -32,7 +32,7 @@ class Extraction:
 _TURN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end|user)\|>|</s>")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _UNBRACED_BOX = re.compile(r"\\boxed\s+(\d+(?:\.\d+)?|[^\s${}\\.]+)")
-_BEFORE_BOX = re.compile(r"(?:=|\$|\bis|\\\(|\\\[)\s*-\s*$")
+_BEFORE_BOX = re.compile(r"(?:^|=|\$|\bis|\\\(|\\\[)\s*-\s*$")
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;.&}]|\\[()\[\],;! "
     r"]|\\\\|\\q?quad|\\text\s*\{|\b(?:and|or)\b|[A-Za-z](?:_\{?\w{1,3}\}?)?(?:\(\w\))?\s*=){0,40}"

@@ -17,13 +17,14 @@ import unicodedata
 from dataclasses import dataclass
 
 from gvpo_ray.groups import NO_ANSWER
-from gvpo_ray.verifiers.math.compare import equal_answers
+from gvpo_ray.verifiers.math.compare import Kind, equal_answers, kind_of
+from gvpo_ray.verifiers.math.evaluated import is_copied
 from gvpo_ray.verifiers.math.extract import CODE, MAX_CHARS, extract
 from gvpo_ray.verifiers.math.normalise import normalise
-from gvpo_ray.verifiers.math.numbers import as_number, value_and_unit
-from gvpo_ray.verifiers.math.structure import as_interval, bracketed, items_of, right_side
+from gvpo_ray.verifiers.math.numbers import as_number, read_value
+from gvpo_ray.verifiers.math.structure import right_side
 from gvpo_ray.verifiers.math.symbolic import parse
-from gvpo_ray.verifiers.math.words import as_option, is_words
+from gvpo_ray.verifiers.math.words import is_words
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Grade:
     """The text that was taken for the completion's answer; None if there is none."""
 
 
-def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
+def grade(completion: str, gold: str, *, truncated: bool = False, prompt: str = "") -> Grade:
     r"""Grade a completion: does its answer equal the gold answer?
 
     Args:
@@ -46,6 +47,7 @@ def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
         gold: the right answer, bare or marked in a solution.
         truncated: whether the completion was cut at the token limit, so that only a complete \boxed{...} is
             an answer.
+        prompt: the question; an expression copied from it is no answer where gold is its value.
 
     Raises:
         MemoryError: sympy ran out of memory. Its other errors mean "not equal".
@@ -67,7 +69,10 @@ def grade(completion: str, gold: str, *, truncated: bool = False) -> Grade:
     if equal_answers(wanted, normalise(text)) or (
         found.sentence and is_words(wanted) and equal_answers(wanted, normalise(found.sentence[:MAX_CHARS]))
     ):
-        return Grade(True, None, text)
+        is_copy = (
+            prompt and kind_of(wanted) is Kind.VALUE and is_copied(wanted, normalise(text), normalise(prompt))
+        )
+        return Grade(not is_copy, None, text)
     if not _understood(wanted):
         return Grade(None, f"the gold answer {gold[:100]!r} cannot be understood", text)
     return Grade(False, None, text)
@@ -82,10 +87,8 @@ def _gold_text(gold: str) -> str:
 
 def _understood(gold: str) -> bool:
     """Return whether a normalised gold answer is understood well enough to call other answers wrong."""
-    items = items_of(gold)
-    if len(items) > 1 or as_number(gold) is not None or as_option(gold) or is_words(right_side(items[0])):
+    if kind_of(gold) not in (Kind.EQUATION, Kind.VALUE, Kind.INEQUALITY):
         return True
-    return (
-        bracketed(as_interval(items[0])) is not None
-        or parse(value_and_unit(right_side(items[0]))[0]) is not None
-    )
+    value = right_side(gold)
+    text = read_value(value).text
+    return as_number(text) is not None or is_words(value) or parse(text) is not None

@@ -32,7 +32,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"<(sup|sub)>(.*?)</\1>", lambda m: ("^" if m[1] == "sup" else "_") + "{" + m[2] + "}"),
     (r"^\s*\*\*|\*\*\s*$", ""),  # bold
     (r"\*\*", "^"),
-    (r",\s*\\!\s*|\{,\}(?=\d{3})", ""),  # the typesetter's thousands separator
+    (r",\s*\\!\s*|\s*\{\s*,\s*\}\s*(?=\d{3})", ""),  # the typesetter's thousands separator
     (r"\\\$|\$|\\[()](?![A-Za-z])|\\\[(?!\d+(?:pt|em|ex))|\\\](?!\w)", " "),  # money and delimiters
     (r"\\(?:left|right|[bB]ig{1,2}[lrm]?)(?![a-zA-Z])\.?"
      r"|\\(?:displaystyle|limits|rm|it|bf|q?quad|thinspace)(?![a-zA-Z])", " "),
@@ -50,6 +50,8 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\\(?:mid|vert|middle\|)(?![a-z])", "|"),
     (r"\\cupdot(?![a-z])", r"\\cup "),
+    (r"(?<=\\\})\s*-\s*(?=\\\{)|\\backslash(?![a-z])", r" \\setminus "),
+    (r"\\text(?=circ|degree)", r"\\"),
     # Words. After this only units and language are in \text{}.
     (r"\\(?:text(?:bf|it|rm|sf|normal|tt)?|mbox|mathrm|mathbf|mathit|boldsymbol|operatorname|emph)"
      r"(?![a-z])\s*", r"\\text"),
@@ -65,6 +67,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\binfinitely many\b|(?<![a-zA-Z\\])(?:infinity|oo)\b|\+\s*\\infty", r"\\infty "),
     (r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1"),
     (r"\\ln(?![a-z])", r"\\log"),
+    (r"(?i)^\s*(?:\\text\{)?\s*(?:minus|negative)\s*\}?\s*(?=\S)", "-"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\{\s+", "{"),
     (r"^\s*Eq\((.*),([^,]*)\)\s*$", r"\1 = \2"),  # sympy's way to write an equation
@@ -73,6 +76,10 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\d.,(\[{])\d{1,3}(?:,\d{3})+(?![\d,)\]}])", lambda m: m[0].replace(",", "")),
     (r"^\s*-?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*$", lambda m: m[0].replace(" ", "")),
 )]  # fmt: skip
+_LOST_BACKSLASH = re.compile(
+    r"\t(?=ext|imes|heta|an\b|frac)|\f(?=rac)|\x08(?=oxed|inom|egin|eta\b)|\r(?=ight|angle|ho\b)|\v(?=ec)"
+)
+"""Control characters that were the first two letters of a command: \\t of \\text, read as an escape."""
 _DOUBLY_ESCAPED = re.compile(r"\\\\(?=(?:[dt]?frac|sqrt|left|right|text|pi|circ|cup|infty)\b)")
 
 
@@ -89,6 +96,7 @@ def normalise(text: str) -> str:
             break
         text = text[: match.start()] + text[match.end() + 1 : close] + text[close + 1 :]
     text = re.sub(r"\\+(?:boxed|fbox)\s*\{?", "", text)
+    text = _LOST_BACKSLASH.sub(lambda m: "\\" + "tfbrv"["\t\f\b\r\v".index(m[0])], text)
     if "matrix" not in text:  # where \\ is the end of a row
         text = _DOUBLY_ESCAPED.sub(r"\\", text)
     for i, (pattern, replacement) in enumerate(_REWRITES):

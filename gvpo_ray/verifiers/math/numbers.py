@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from fractions import Fraction
-
-MAX_QUANTITY_CHARS = 1000
-"""Length in characters to which a text is cut before a quantity is read from it, because the regular
-expressions take quadratic time at worst."""
+from typing import NamedTuple
 
 _PLAIN = re.compile(
     r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\frac\s*\{\s*\d)|\s+(?=\d+\s*/)))?"
@@ -20,15 +16,21 @@ _DECIMAL = re.compile(r"-?\d*\.(\d+)")
 _RATIO = re.compile(r"{0}\s*:\s*{0}".format(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\(?[-\d./ ]+\)?|\([^():]*\))"))
 BASE = re.compile(r"([\dA-Fa-f]+)\s*_\s*\{?\s*(?:\\text\{)?\s*(\d{1,2}|two|three|eight|ten)\s*\}*")
 _SHORT_UNITS = (
-    "km cm mm kg mg ml mL ft lbs? oz hrs? mph kph min sec ms pm am sq in m g s L [dD]ays? yd mi hour".replace(
-        " ", "|"
-    )
+    "km cm mm kg mg ml mL ft lbs? oz hrs? mph kph min sec ms pm am sq in m g s L Hz Pa mol eV kW kV kJ kN "
+    "kPa MPa GHz MHz kHz kWh mA mV [dD]ays? yd mi hour".replace(" ", "|")
 )
 _UNIT = re.compile(
-    rf"(?<=[\d}}%)\w\s])\s*(?:\\text\{{([^{{}}]*)\}}|(?<=[\d}}\s])((?:{_SHORT_UNITS}|[A-Za-z]{{4,}}(?: "
-    rf"[A-Za-z]{{2,}})*)\b))"
-    r"\s*(?:\^\s*\{?\s*(\d)\s*\}?)?\s*\.?$"
+    rf"(?<=[\d}}%)\w\s])\s*(?:\\text\{{([^{{}}]*)\}}|(?<=[\d}}\s])((?:(?:{_SHORT_UNITS})"
+    rf"(?:\s*(?:/|\\cdot|\*)\s*(?:{_SHORT_UNITS}))*|[A-Za-z]{{4,}}(?: [A-Za-z]{{2,}})*)(?![A-Za-z])))"
+    r"\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?\s*\.?$"
 )
+_NO_NAME = frozenset(["unit", "of", "the", "per", "square", "sq", "cubic"])
+_NO_UNIT = frozenset(
+    "or but nor not no never is are was were be plus minus times over by divided multiplied squared cubed "  # noqa: SIM905
+    "factorial mod modulo to than then maybe perhaps possibly if unless except if least most".split()
+)
+"""Words that state something else about a number than what it counts. Nouns are an open class, these a closed
+one, and a text with one of them is no unit: "5 or more", "10 minus three", "5 squared"."""
 _SAME_UNIT = {
     "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
     "millimeter": "mm",
@@ -56,43 +58,71 @@ def as_number(text: str) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
-_QUANTITY = re.compile(
-    r"(?P<sign>[-+\u2212]?)\s*(?:\\[dt]?frac\s*\{(?P<top>\d{1,30})\}\s*\{(?P<bottom>\d{1,30})\}"
-    r"|(?P<whole>\d{1,3}(?:(?:,|\{,\})\d{3}){1,20}(?!\d)|\d{0,60})(?P<decimals>\.\d{1,60})?)"
-    r"(?:\s*/\s*(?P<over>\d{1,30}))?(?:[eE](?P<e>[-+]?\d{1,3})|\s*(?:\\times|\\cdot|\*|x|×)\s*10\s*\^\s*\{?(?P<ten>[-+]?\d{1,3})\}?)?"
-)
-
-
-_BEFORE_NUMBER = re.compile(r"[\s$£€\\({~≈]*(?:\\?[A-Za-z]\w{0,20}\s*(?:=|≈|\\approx|is|:))?[\s$£€\\({~≈]*")
-"""What may stand before a quantity's number: currency, brackets and a name. So exp(2) is not read as 2."""
-_A_UNIT = re.compile(r"[A-Za-z°%µΩ][A-Za-z°%µΩ\d/^·-]{0,40}")
-"""What may stand behind a quantity's number: a unit. So 2**3 is not read as 2."""
-
-
-def quantity(text: str) -> tuple[float, str] | None:
-    r"""Read (number, unit) from a text such as "$1,250.50", "3/4 cup" or "2.5 \times 10^3 \text{ m}".
-
-    None means that the text is no quantity. While as_number reads exact values from normalised LaTeX, this
-    function reads floats from prose, with currency, thousands separators and a unit.
-    """
-    text = text[:MAX_QUANTITY_CHARS]
-    match = next((m for m in _QUANTITY.finditer(text) if m["top"] or m["whole"] or m["decimals"]), None)
-    if match is None or not _BEFORE_NUMBER.fullmatch(text[: match.start()]):
-        return None
-    if match["top"]:
-        value = int(match["top"]) / int(match["bottom"]) if int(match["bottom"]) else math.nan
-    else:
-        value = float(re.sub(r"[,{}]", "", match["whole"] or "0") + (match["decimals"] or ""))
-    if match["over"]:
-        value = value / int(match["over"]) if int(match["over"]) else math.nan
-    value *= 10.0 ** int(match["e"] or match["ten"] or 0)
-    unit = re.sub(
-        r"\\(?:text|mathrm|mbox|textbf)\b|\\[ ,;!]|[\\{}$~\s]|\^?circ\b|[.,;]$", "", text[match.end() :]
+_BELOW_100 = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "  # noqa: SIM905
+        "sixteen seventeen eighteen nineteen".split()
     )
-    if unit and not _A_UNIT.fullmatch(unit):
-        return None
-    unit = unit[:-1] if len(unit) > 3 and unit.endswith("s") else unit  # metres and metre
-    return (-value if match["sign"] in ("-", "\u2212") else value), unit
+}
+_BELOW_100 |= {
+    f"{tens} {one}".removesuffix(" zero"): 10 * value + digit
+    for value, tens in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)  # noqa: SIM905
+    for one, digit in list(_BELOW_100.items())[:10]
+}
+SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+"""Words behind a number that multiply it."""
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4} | {
+    word: value
+    for value, word in enumerate(["fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"], 4)
+}
+_WORDED = re.compile(r"(-?\s*)([A-Za-z]+(?:[ -][A-Za-z]+)*)")
+_PART = re.compile(rf"(?:(?P<whole>.+) and )?(?P<top>.+) (?P<part>{'|'.join(_PARTS)})s?")
+
+
+def in_digits(text: str) -> str:
+    """Write the number in words with which a text begins in digits: "twenty-one apples" is "21 apples"."""
+    match = _WORDED.fullmatch(text)
+    if match is None:
+        return text
+    words = re.split(r"[ -]", match[2])
+    for end in range(min(len(words), 12), 0, -1):
+        value = _number_in_words(" ".join(words[:end]).lower())
+        if value is not None:
+            return " ".join([match[1].strip() + str(value), *words[end:]])
+    return text
+
+
+def _number_in_words(text: str) -> Fraction | None:
+    """Return the value of a number in words, such as "two hundred and five" or "two and a half"."""
+    if text == "half":
+        return Fraction(1, 2)
+    if match := _PART.fullmatch(text):
+        whole = _number_in_words(match["whole"]) if match["whole"] else Fraction(0)
+        top = Fraction(1) if match["top"] == "a" else _number_in_words(match["top"])
+        return None if whole is None or top is None else whole + top / _PARTS[match["part"]]
+    total = 0
+    for scale in ("trillion", "billion", "million", "thousand", "hundred"):
+        head, found, rest = text.partition(f" {scale}")
+        if found:
+            count = 1 if head == "a" else _number_in_words(head)
+            if not count or (rest and not rest.startswith(" ")):
+                return None
+            total, text = total + count * SCALES[scale], rest.strip().removeprefix("and ")
+    return (
+        total + Fraction(_BELOW_100[text])
+        if text in _BELOW_100
+        else Fraction(total)
+        if total and not text
+        else None
+    )
 
 
 def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> bool:
@@ -120,19 +150,47 @@ def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> 
     return bool(rounded and gold_decimal and difference < Fraction(1, 10 ** len(gold_decimal[1])))
 
 
+class Value(NamedTuple):
+    """A normalised answer that is one number or expression, taken apart."""
+
+    text: str
+    """The number or expression, without unit, percent sign and sign of degrees."""
+    unit: str
+    """The words of the unit; "" if there are none."""
+    is_percent: bool
+    in_degrees: bool
+
+
 @functools.lru_cache(maxsize=512)
-def value_and_unit(text: str) -> tuple[str, str, bool, bool]:
-    """Split a normalised answer into (value, unit, whether it is a percentage, whether it is in degrees)."""
-    unit = ""
-    while (match := _UNIT.search(text)) and match.start() > 0:
-        if match[2] and len(match[2]) < 4 and as_number(text[: match.start()].strip()) is None:
-            break  # 3n + 2m
-        unit = f"{match[1] or match[2]} {unit}"
-        text = text[: match.start()].strip()
-    text = re.sub(r"(?<=\w)_\s*\{?\s*\\text\{([^{}]*)\}\s*\}?", r"_{\1}", text).strip()
-    percent, degrees = text.endswith("%"), r"\circ" in text
-    text = re.sub(r"\^\\circ\s*[CF]?|\^\s*$", "", text.rstrip("% ")).strip()
-    return _RATIO.sub(r"(\1)/(\2)", text) if _RATIO.fullmatch(text) else text, unit.strip(), percent, degrees
+def read_value(text: str) -> Value:
+    """Split a normalised answer into number and unit; "12 million people" is 12000000 people."""
+    unit, number = "", in_digits(text)
+    while (match := _UNIT.search(number)) and match.start() > 0:
+        rest, words = number[: match.start()].rstrip("/ "), (match[1] or match[2] or "").split()
+        is_known = not match[2] or len(match[2]) >= 4 or as_number(rest) is not None  # 3n + 2m
+        if not is_known or is_stated(words):
+            break
+        while words and words[0].lower() in SCALES and (value := as_number(rest)) is not None:
+            rest = str(value * SCALES[words.pop(0).lower()])
+        unit = " ".join([*words, *([match[3]] if match[3] else []), unit]).strip()
+        number = rest
+    number = re.sub(r"(?<=\w)_\s*\{?\s*\\text\{([^{}]*)\}\s*\}?", r"_{\1}", number).strip()
+    percent, degrees = number.endswith("%"), r"\circ" in number
+    number = re.sub(r"\^\\circ\s*[CF]?|\^\s*$", "", number.rstrip("% ")).strip()
+    if ratio := _RATIO.fullmatch(number):
+        number = "/".join(part if part.isdigit() else f"({part})" for part in ratio.groups())
+    return Value(number, unit, percent, degrees)
+
+
+def is_stated(words: list[str]) -> bool:
+    """Return whether words behind a number change what it says, so that they are no unit."""
+    return any(word.strip(".,;").lower() in _NO_UNIT or in_digits(word) != word for word in words)
+
+
+def unit_words(unit: str) -> frozenset[str]:
+    """Return the words of a unit, in one spelling and in the singular."""
+    words = (w.removesuffix("s") if len(w) > 2 else w for w in re.findall(r"[^\W\d_]+|\d", unit))
+    return frozenset(_SAME_UNIT.get(word.lower(), word) for word in words) - _NO_NAME
 
 
 def same_unit(gold: str, pred: str) -> bool:
@@ -140,14 +198,5 @@ def same_unit(gold: str, pred: str) -> bool:
 
     A missing unit is implied by the question. Nothing is converted.
     """
-    words, others = (
-        {
-            _SAME_UNIT.get(word, word)
-            for word in (
-                w.removesuffix("s") if len(w) > 2 else w for w in re.findall(r"[a-z]+", unit.lower())
-            )
-        }
-        - {"unit", "of", "the", "per", "square", "sq", "cubic"}
-        for unit in (gold, pred)
-    )
+    words, others = ({w.lower() for w in unit_words(unit) if not w.isdigit()} for unit in (gold, pred))
     return not words or not others or bool(words & others)

@@ -42,14 +42,15 @@ def math_reward(
 ) -> list[Score]:
     """Score 1 for an answer that equals the gold answer mathematically (math/grade.py), else 0.
 
-    A completion without an answer scores 0. A gold answer that cannot be understood gives None, unless the
-    completion's answer is the same text.
+    A completion without an answer scores 0, and so does one whose answer is still to be evaluated, such as
+    an expression of the prompt whose value is the gold answer. A gold answer that cannot be understood gives
+    None, unless the completion's answer is the same text.
 
     Raises:
         MemoryError: a check came near the process's memory limit, so its verdict cannot be trusted.
     """
     reasons = finish_reasons or [None] * len(completions)
-    return [_score(*row) for row in zip(completions, answer, reasons, strict=True)]
+    return [_score(*row) for row in zip(prompts, completions, answer, reasons, strict=True)]
 
 
 def _warm_up() -> None:
@@ -63,11 +64,11 @@ def _warm_up() -> None:
 math_reward.warm_up = _warm_up  # type: ignore[attr-defined]
 
 
-def _score(completion: str, gold: str, finish_reason: str | None) -> Score:
+def _score(prompt: str, completion: str, gold: str, finish_reason: str | None) -> Score:
     """Score one completion; raise MemoryError if a negative verdict may come from a lack of memory."""
     peak_before, limit = _peak_memory(), resource.getrlimit(resource.RLIMIT_AS)[0]
     loaded = _memory_when_loaded()
-    result = grade(completion, gold, truncated=finish_reason == "length")
+    result = grade(completion, gold, truncated=finish_reason == "length", prompt=prompt)
     if result.correct:
         return 1.0
     # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no

@@ -17,7 +17,6 @@ _TOKEN = re.compile(r"\\[{}]|\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+|\\.|[A-Za-z]+
 _OPENING = frozenset(["(", "[", "{", r"\{", r"\langle", r"\lceil", r"\lfloor"])
 _CLOSING = frozenset([")", "]", "}", r"\}", r"\rangle", r"\rceil", r"\rfloor"])
 _NAME = r"(?:[A-Za-z]|\\[a-z]+(?![a-z]))(?:_\{?[\w+-]{1,6}\}?)?'*"
-_AND_OR = re.compile(r"(?<![a-zA-Z\\])(?:and|or)(?![a-z])")
 _PLUS_MINUS = re.compile(r"\\pm(?![a-z])")
 _LABEL = re.compile(r"^(?:\\text\{)?\s*[A-Za-z]{3,}[A-Za-z ]*\d*\s*\}?\s*:\s*(?=\S)")
 _DOMAIN = r"(?:\\text\{\s*)?[a-z]\s*\}?\s*\\in\s*\\mathbb\s*\{?[ZNQR]\}?"
@@ -64,18 +63,24 @@ def items_of(text: str) -> list[str]:
 
     Lists are texts such as "1, 2 and 3", "x < 1 or x > 2", "1 \pm 2" or a union. Their order means nothing.
     """
-    text = trim(re.split(r"\\approx|\\simeq", text)[0]) or text  # "\\frac{1}{3} \\approx 0.33"
-    groups = _split(text if ";" in text else _AND_OR.sub(";", text), (";",))
+    text = _without_rounding(text)
+    groups = _split(text, (";",) if ";" in text else ("and", "or"))
     sizes = {len(_split(part, (",",))) for part in groups}
     if len(groups) > 1 and len(sizes) == 1 and sizes != {1} and all("=" in part for part in groups):
         return [f"({part})" for part in groups]  # "p = 5, q = 2; p = 7, q = 2"
-    parts = _split(_AND_OR.sub(" , ", text), (",", ";", "\\cup"))
+    parts = _split(text, (",", ";", "and", "or", r"\cup"))
     kept = [
         trim(_LABEL.sub("", QUALIFIER.sub("", part)))
         for part in parts
         if not re.fullmatch(_DOMAIN + r"(?:_\S+)?", part)
     ]
     return [sign for part in [part for part in kept if part] or [text] for sign in both_signs(part)]
+
+
+def _without_rounding(text: str) -> str:
+    r"""Return the exact value of "\frac{1}{3} \approx 0.33", and the rounded one of "x \approx 11"."""
+    exact, *rounded = [trim(part) for part in re.split(r"\\(?:approx|simeq)(?![a-z])", text)]
+    return rounded[0] if rounded and (not exact or re.fullmatch(_NAME, exact)) else exact or text
 
 
 def both_signs(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from gvpo_ray.verifiers.math.evaluated import has_more_operators, has_more_to_compute
 from gvpo_ray.verifiers.math.numbers import is_close
 from gvpo_ray.verifiers.math.structure import too_large
 
@@ -99,6 +100,32 @@ def sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees: 
         return False
 
 
+def is_irrational(text: str) -> bool:
+    """Return whether an expression is a number, and surely no fraction."""
+    return getattr(parse(text), "is_rational", None) is False
+
+
+def is_unevaluated(gold: str, pred: str) -> bool:
+    """Return whether an answer has operators left that the gold answer has not (math/evaluated.py).
+
+    Raises:
+        MemoryError: sympy ran out of memory.
+    """
+    value = parse(gold)
+    if has_more_operators(gold, pred):
+        return True
+    if value is None or getattr(value, "free_symbols", True):
+        return False
+    from sympy import expand, latex
+
+    try:
+        return has_more_to_compute(gold, latex(expand(value)), pred)
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        return True
+
+
 def equal_equations(gold: str, pred: str) -> bool:
     """Return whether two equations are equal, or a gold equation and its solution are.
 
@@ -159,14 +186,15 @@ def _same_expression(gold: Any, pred: Any, gold_text: str, pred_text: str) -> bo
 
     Simplifying their difference would be slower and find less.
     """
-    from sympy import Float
+    from sympy import Float, I
 
     only_gold, only_pred = gold.free_symbols - pred.free_symbols, pred.free_symbols - gold.free_symbols
     if len(only_gold) == len(only_pred) == 1:
         name, other = only_gold.pop(), only_pred.pop()
-        # an integer parameter may have any name
-        if str(name).lower() == str(other).lower() or str(other) in set("jklmnt"):
+        if str(name).lower() == str(other).lower():
             pred = pred.subs(other, name)
+    if not gold.free_symbols and gold.is_real is False:
+        pred = pred.subs({name: I for name in pred.free_symbols if str(name) == "i"})
     symbols = sorted(gold.free_symbols | pred.free_symbols, key=str)
     if not symbols:
         a, b = gold.evalf(30), pred.evalf(30)
