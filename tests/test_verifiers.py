@@ -188,9 +188,13 @@ def test_a_check_that_computes_too_long_is_ended_by_its_cpu_time_whatever_the_cl
 
 
 def test_a_child_is_replaced_after_its_number_of_checks() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, max_checks=3), {"math": _pid}) as verifier:
-        pids = _rewards(verifier.score(_group("1", ["a"] * 7)))
-    assert [pids.index(pid) for pid in pids] == [0, 0, 0, 3, 3, 3, 6]
+    pids = []
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, max_checks=3, rewards={"format": 1})) as verifier:
+        for _ in range(7):
+            pids.append(_shared_pid(verifier))
+            verifier.score(_group("1", ["a"]))
+    # the first is None: a child starts with the first check that needs it, and its last check ends it
+    assert [pids.index(pid) for pid in pids] == [0, 1, 1, 0, 4, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_the_scratch_folder_of_a_killed_verifier_is_removed_by_the_next_one() ->
         "import os, signal; from gvpo_ray.config.run import VerifiersConfig; from "
         "gvpo_ray.verifiers.verifier import Verifier\n"
         "verifier = Verifier(VerifiersConfig(rewards={'format': 1}))\n"
-        "print(verifier._sandbox._scratch, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(verifier._sandbox._scratch.folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", program],
@@ -424,38 +428,64 @@ def test_the_child_gets_no_secrets_and_a_scratch_home(monkeypatch: pytest.Monkey
     assert home != os.environ.get("HOME") and not Path(home).exists()  # removed by close
 
 
-def _pid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    return [float(os.getpid())]
+def _shared_pid(verifier: Verifier) -> int | None:
+    """The pid of the child that serves many checks."""
+    assert verifier._sandbox is not None
+    return verifier._sandbox._child and verifier._sandbox._child.pid
 
 
-def test_one_child_serves_many_checks_and_none_is_left_after_close() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        pids = {
-            int(reward)
-            for _ in range(3)
-            for reward in _rewards(verifier.score(_group("1", ["a", "b"])))
-            if reward
-        }
-        assert len(pids) == 1 and _is_running(min(pids))
-    assert not _is_running(min(pids))
+def _template_pid(verifier: Verifier) -> int:
+    assert verifier._sandbox is not None and verifier._sandbox._template is not None
+    return verifier._sandbox._template._process.pid
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_functions_of_ours_share_a_child_and_none_is_left_after_close() -> None:
+    rewards = {"math": 1, "format": 1, "gvpo_ray.verifiers.rewards:in_place": 1}
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards=rewards)) as verifier:
+        pids = []
+        for _ in range(3):
+            verifier.score(_group("1", ["a", "b"]))
+            pids.append(_children(_template_pid(verifier)))
+        assert pids == [[_shared_pid(verifier)]] * 3
+    assert not _is_running(pids[0][0])
+
+
+def test_a_check_of_a_users_function_has_a_child_of_its_own_which_ends_with_it() -> None:
+    def own(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [float(os.getpid())]
+
+    with Verifier(
+        VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, "math": 1, "also": 1}),
+        {"own": own, "also": own},
+    ) as verifier:
+        (row,) = groups.rows(verifier.score(_group("1", ["a", "b", "c"])))
+        pids = {int(pid) for name in ("own", "also") for pid in row["reward_parts"][name]}
+        assert len(pids) == 6
+        assert _children(_template_pid(verifier)) == [_shared_pid(verifier)]
 
 
 def test_a_child_that_died_while_idle_is_replaced_without_loss() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        first = int(_rewards(verifier.score(_group("1", ["a"])))[0] or 0)
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S)) as verifier:
+        assert _rewards(verifier.score(_group("1", ["\\boxed{1}"]))) == [1.0]
+        first = _shared_pid(verifier)
+        assert first is not None
         os.kill(first, signal.SIGKILL)
-        second = _rewards(verifier.score(_group("1", ["a"])))[0]
-        assert second is not None and second != first
+        assert _rewards(verifier.score(_group("1", ["\\boxed{1}"]))) == [1.0]
+        assert _shared_pid(verifier) != first
 
 
-def test_a_template_that_died_is_replaced_without_loss() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        first = _rewards(verifier.score(_group("1", ["a"])))[0]
-        assert verifier._sandbox is not None and verifier._sandbox._template is not None
-        os.kill(verifier._sandbox._template._process.pid, signal.SIGKILL)
-        assert _wait_until_gone(int(first or 0))  # its child dies with it
-        second = _rewards(verifier.score(_group("1", ["a"])))[0]
-        assert second is not None and second != first
+@pytest.mark.parametrize("functions", [{}, {"also": lambda prompts, completions, **_: [0.0]}])
+def test_a_template_that_died_is_replaced_without_loss(functions: dict[str, Callable[..., Any]]) -> None:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), functions) as verifier:
+        verifier.score(_group("1", ["a"]))
+        child = _shared_pid(verifier)
+        os.kill(_template_pid(verifier), signal.SIGKILL)
+        assert child is not None and _wait_until_gone(child)  # it dies with the template
+        assert _rewards(verifier.score(_group("1", ["\\boxed{1}"]))) == [1.0]
 
 
 def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None:
@@ -465,7 +495,7 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
         "gvpo_ray.verifiers.verifier import Verifier\n"
         "verifier = Verifier(VerifiersConfig(timeout_s=600, cpu_s=600, "
         f"rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
-        "print(verifier._sandbox._child.pid, verifier._sandbox._template._process.pid, flush=True)\n"
+        "print(verifier._sandbox._template._process.pid, flush=True)\n"
         "verifier.score(groups.table([{'prompt': 'p', 'answer': '1', 'completions': ['a']}]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -473,8 +503,12 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    child, template = map(int, parent.stdout.readline().split())
+    template = int(parent.stdout.readline())
     deadline = time.monotonic() + START_UP_S
+    while not (children := _children(template)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = children
     while time.clock_gettime((~child << 3) | 2) < 0.5:  # until it computes
         assert time.monotonic() < deadline
         time.sleep(0.01)
