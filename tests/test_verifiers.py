@@ -517,6 +517,202 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
     assert _wait_until_gone(child) and _wait_until_gone(template)
 
 
+def test_a_completion_that_is_run_changes_no_later_verdict() -> None:
+    def runs(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        scope: dict[str, Any] = {}
+        exec(completions[0], scope)
+        return [float(scope.get("result") == int(answer[0]))]
+
+    poison = (
+        "import builtins, os, tempfile\n"
+        "import gvpo_ray.verifiers.math.reward as reward\n"
+        "import gvpo_ray.sandbox.template as template\n"
+        "reward.grade = lambda *_, **__: reward.Grade(True, None, 'x')\n"
+        "builtins.int = lambda text: 7\n"
+        "open(os.environ['TMPDIR'] + '/left', 'w').close()\n"
+        "os.chdir(os.environ['TMPDIR'])\n"
+        "os.set_blocking(1, False)\n"
+        "result = 0\n"
+    )
+    innocent = "import os; print('x' * 2**20); result = 8 if os.listdir(os.environ['TMPDIR']) == [] else 9"
+    with Verifier(
+        VerifiersConfig(timeout_s=START_UP_S, rewards={"runs": 1, "math": 1}), {"runs": runs}
+    ) as verifier:
+        scored = verifier.score(_group("8", ["result = 7", poison, "result = 7", "\\boxed{7}", innocent]))
+    (row,) = groups.rows(scored)
+    assert row["reward_parts"]["runs"][:3] == [0.0, 0.0, 0.0]
+    assert row["reward_parts"]["math"][:3] == [0.0, 0.0, 0.0]
+    assert row["reward_parts"]["runs"][4] == 1.0
+
+
+def test_a_print_costs_no_reward_and_little_of_it_reaches_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import os
+
+        print("\x1b[31mred", completions[0])
+        for _ in range(64):
+            os.write(1, b"x" * 2**20)
+            os.write(2, b"y" * 2**20)
+        if completions[0] == "closes":
+            os.close(1)
+            os.close(2)
+        return [1.0]
+
+    scored = _score_with(talks, ["a", "closes", "b"], timeout_s=START_UP_S)
+    assert _rewards(scored) == [1.0, 1.0, 1.0]
+    printed = capfd.readouterr()
+    assert printed.out == "" and len(printed.err) < 100_000
+    assert printed.err.count("\\x1b[31mred") == 3 and "\x1b" not in printed.err
+    assert printed.err.count("the rest of what this reward function prints is left out") == 3
+
+
+def test_what_all_checks_print_is_limited_as_well(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gvpo_ray.sandbox.channel.MAX_PRINTED_BYTES_IN_ALL", 100)
+
+    def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        print(completions[0] * 40)
+        return [1.0]
+
+    assert _rewards(_score_with(talks, ["a", "b", "c", "d"])) == [1.0] * 4
+    printed = capfd.readouterr().err
+    assert [printed.count(letter * 20) for letter in "abcd"] == [2, 2, 0, 0]
+    assert printed.count("left out") == 1
+
+
+def test_no_descriptor_of_a_check_is_a_file_of_the_verifier() -> None:
+    def looks(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+        import os
+        import stat
+
+        tried = []
+        for descriptor in range(256):
+            try:
+                is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+                tried.append(is_file)
+                os.ftruncate(descriptor, 0)
+                tried.append(True)
+            except OSError:
+                pass
+        return [(float(any(tried)), str(tried))]
+
+    assert _rewards(_score_with(looks, ["a"])) == [0.0]
+
+
+@pytest.mark.parametrize("result", ["10**400", "-10**400", "__import__('fractions').Fraction(10**400)"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_number_beyond_all_limits_is_a_fault(result: str, trusted: bool) -> None:
+    scored = _score_with(
+        lambda prompts, completions, **_: [eval(result) if text == "bad" else 1.0 for text in completions],
+        ["a", "bad"],
+        rewards={"math": {"trusted": trusted}},
+    )
+    assert _rewards(scored) == [1.0, None]
+    assert _reasons(scored) == [None, "math returned a number beyond 1e308, not a finite float32"]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_half_a_surrogate_pair_in_a_reason_is_replaced(trusted: bool) -> None:
+    scored = _score_with(
+        lambda prompts, completions, **_: [(0.5, "half \ud83d\nof it")] * len(completions),
+        ["a"],
+        rewards={"math": {"trusted": trusted}},
+    )
+    assert (_rewards(scored), _reasons(scored)) == ([0.5], ["half ? of it"])
+
+    def raises(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        raise ValueError("half \ud83d")
+
+    scored = _score_with(raises, ["a"], rewards={"math": {"trusted": trusted}})
+    assert _reasons(scored) == ["math raised ValueError: half ?"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["1" + "0" * 400, "1" + "0" * 5000, "1e999", "NaN", "[1.0]", '"1.0"', "true", "{}", '1.0, "reason": 3'],
+)
+def test_a_forged_answer_costs_its_own_check_alone(part: str) -> None:
+    def forges(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import os
+        import sys
+
+        frame = sys._getframe()
+        while frame is not None and "check" not in frame.f_locals:
+            frame = frame.f_back  # type: ignore[assignment]
+        if completions[0] == "forge":
+            check, channel = frame.f_locals["check"], frame.f_locals["channel"]
+            channel.sendall(f'{{"number": "{check["number"]}", "part": {part}}}\n'.encode() * 3)
+            os._exit(0)
+        return [1.0]
+
+    scored = _score_with(forges, ["a", "forge", "b"])
+    assert _rewards(scored) == [1.0, None, 1.0]
+    assert (_reasons(scored)[1] or "").startswith("crash: math: an answer that is not ")
+
+
+def test_a_check_that_ignores_the_signal_is_killed_a_second_after_its_cpu_time() -> None:
+    def ignores(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import signal
+
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+        while completions[0] == "loop":
+            pass
+        return [1.0]
+
+    scored = _score_with(ignores, ["a", "loop", "b"], cpu_s=1, timeout_s=600)
+    assert _rewards(scored) == [1.0, None, 1.0]
+    assert _reasons(scored)[1] == "timeout: math used more than 1 s of CPU time"
+
+
+@pytest.mark.parametrize(
+    "take", [lambda scratch: scratch.folder.rmdir(), lambda scratch: Path(scratch._lock.name).unlink()]
+)
+def test_a_scratch_folder_that_a_cleaner_took_is_made_again(take: Callable[[Any], None]) -> None:
+    def writes(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import tempfile
+
+        tempfile.TemporaryDirectory().cleanup()
+        if completions[0] == "ends":
+            os._exit(1)
+        return [1.0]
+
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": writes}) as verifier:
+        assert verifier._sandbox is not None
+        for completion, reward in (("a", 1.0), ("ends", None), ("b", 1.0)):
+            take(verifier._sandbox._scratch)
+            assert _rewards(verifier.score(_group("1", [completion]))) == [reward]
+        folder = verifier._sandbox._scratch.folder
+        assert folder.is_dir()
+    assert not folder.exists() and not folder.with_suffix(".lock").exists()
+
+
+def test_whatever_a_check_leaves_in_the_scratch_folder_is_gone_for_the_next() -> None:
+    def leaves(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+        import os
+
+        here = os.environ["TMPDIR"]
+        found = os.listdir(here)
+        os.chdir(here)
+        open(b"\xff name", "w").close()
+        os.symlink("/", "link")
+        os.mkfifo("pipe")
+        os.mkdir("closed", 0o000)
+        for _ in range(3000):  # deeper than recursion goes
+            os.mkdir("d")
+            os.chdir("d")
+        return [(float(len(found)), str(found))]
+
+    scored = _score_with(leaves, ["a", "b", "c"], timeout_s=START_UP_S)
+    assert _rewards(scored) == [0.0, 0.0, 0.0]
+
+
+def test_an_argument_of_the_config_holds_where_the_data_have_a_column_of_its_name() -> None:
+    with Verifier(VerifiersConfig(rewards={"length": {"arguments": {"limit": 10}}})) as verifier:
+        (check,) = verifier.check(["p"], ["a b c d e"], {"limit": [1000]})
+    assert check.reward == -0.5
+
+
 def test_validate_rewards_accepts_what_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "helper_of_mine.py").write_text("HALF = 0.5\n")
     (tmp_path / "module_of_mine.py").write_text(
