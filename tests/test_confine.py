@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gvpo_ray.sandbox import confine
+from gvpo_ray.sandbox import confine, landlock
 
 PREAMBLE = """
 import ctypes, os, resource, signal, socket, sys, threading
-from gvpo_ray.sandbox import confine
+from gvpo_ray.sandbox import confine, landlock
 scratch, outside = sys.argv[1:3]
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -279,7 +280,7 @@ def test_what_a_check_needs_goes_on_working(folders: tuple[Path, Path], files: b
     before = (
         f"import numpy, sympy\nseen = []\ninherited = socket.socket(fileno={theirs.fileno()})\ncpus = "
         "os.sched_getaffinity(0)\n"
-        f"confine.restrict_writes(scratch); confine.restrict_calls(files={files})\n"
+        f"landlock.restrict_files(scratch, ['/']); confine.restrict_calls(files={files})\n"
     )
     with ours, theirs:
         ran = _run(folders, before + _try(ALLOWED), pass_fds=(theirs.fileno(),))
@@ -461,7 +462,12 @@ DECISIONS = [
     ("fchmodat", (268, 53), (BIG - 100, 99), "EPERM", "EPERM"),
     ("clone3", (435, 435), (99, 64), "ENOSYS", "ENOSYS"),
     ("openat2", (437, 437), (99, 64), "ENOSYS", "ENOSYS"),
-    ("mseal", (462, 462), (), "allow", "allow"),
+    ("ftruncate", (77, 46), (3, 0), "EPERM", "allow"),
+    ("wait4", (61, 260), (), "EPERM", "EPERM"),
+    ("mseal", (462, 462), (), "EPERM", "EPERM"),
+    ("PR_SET_NAME", (157, 167), (15, 99), "allow", "allow"),
+    ("PR_SET_DUMPABLE", (157, 167), (4, 1), "EPERM", "EPERM"),
+    ("F_SETLEASE", (72, 25), (3, 1024, 0), "EPERM", "EPERM"),
     ("setxattrat", (463, 463), (), "ENOSYS", "ENOSYS"),
 ]
 
@@ -495,14 +501,37 @@ def test_the_filter_kills_foreign_calls(machine: str, number: int, architecture:
     assert _verdict(machine, number, architecture=architecture) == "kill"
 
 
-def test_the_filter_refuses_every_call_of_its_tables_and_fits_the_kernels_limits() -> None:
+def test_the_filter_allows_what_its_tables_name_and_refuses_every_other_call() -> None:
     for machine, (column, _) in MACHINES.items():
-        tables = {**confine._REFUSED, **confine._REFUSED_FILES}
-        numbers = [number for entry in tables.values() if (number := entry[column]) is not None]
+        for files in (False, True):
+            tables = {**confine._ALLOWED, **({} if files else confine._FILES)}
+            allowed = {number for entry in tables.values() if (number := entry[column]) is not None}
+            by_arguments = {entry[column] for entry in confine._BY_ARGUMENTS.values()}
+            for number in set(range(600)) - by_arguments:
+                expected = "ENOSYS" if number in (435, 437) or number > 462 else "EPERM"
+                verdict = _verdict(machine, number, 99, 99, 99, 99, 99, 99, files=files)
+                assert verdict == ("allow" if number in allowed else expected), number
+        everything = {**confine._ALLOWED, **confine._FILES, **confine._ABSENT, **confine._BY_ARGUMENTS}
+        numbers = [number for entry in everything.values() if (number := entry[column]) is not None]
         assert len(set(numbers)) == len(numbers)
-        assert {_verdict(machine, number, files=True) for number in numbers} == {"EPERM"}
-        program = confine._filter(machine, ME, True)
+        program = confine._filter(machine, ME, False)
         assert len(program) <= 4096 and max(max(i.if_true, i.if_false) for i in program) < 256
+
+
+HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")
+
+
+@pytest.mark.parametrize(
+    ("column", "header"), [each for each in enumerate(HEADERS) if Path(each[1]).exists()]
+)
+def test_the_numbers_of_the_tables_are_those_of_the_kernels_headers(column: int, header: str) -> None:
+    found = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text()))
+    found = {{"fstatat": "newfstatat"}.get(name, name): int(number) for name, number in found.items()}
+    tables = {**confine._ALLOWED, **confine._FILES, **confine._ABSENT, **confine._BY_ARGUMENTS}
+    newer = ("map_shadow_stack", "futex_wake", "futex_wait", "futex_requeue")  # than the headers of some
+    assert {name: entry[column] for name, entry in tables.items() if name in found or name not in newer} == {
+        name: found.get(name) for name in tables if name in found or name not in newer
+    }
 
 
 def test_another_machine_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,8 +559,9 @@ WRITES = {
     "delete": "os.unlink(at + '/there')",
 }
 CONFINED = {
-    "Landlock": "assert confine.restrict_writes(scratch)",
-    "Landlock and seccomp": "assert confine.restrict_writes(scratch); confine.restrict_calls(files=False)",
+    "Landlock": "assert landlock.restrict_files(scratch, ['/'])",
+    "Landlock and seccomp": "assert landlock.restrict_files(scratch, ['/'])\n"
+    "confine.restrict_calls(files=False)",
     "seccomp": "confine.restrict_calls(files=True)",
 }
 """Landlock is there on every kernel since 5.13 that was built with it; where it is not, the first two of
@@ -586,7 +616,7 @@ def test_there_is_no_way_round_the_scratch_folder(folders: tuple[Path, Path]) ->
         "shared memory": "open('/dev/shm/of-a-test', 'x')",
         "a device of its own": "os.mknod(scratch + '/disk', 0o60600, os.makedev(7, 0))",
         "the scratch folder itself": "os.rename(scratch, outside + '/scratch')",
-        "once more, more widely": "confine.restrict_writes(outside); open(outside + '/there', 'w')",
+        "once more, more widely": "landlock.restrict_files(outside, ['/']); open(outside + '/there', 'w')",
     }
     before = _state(folders[1])
     before_ways = (
@@ -610,7 +640,7 @@ def test_what_it_starts_is_confined_as_well(folders: tuple[Path, Path]) -> None:
 
 
 def test_a_scratch_folder_that_is_not_there_is_an_error(folders: tuple[Path, Path]) -> None:
-    assert _outcomes(folders, "", {"it": "confine.restrict_writes(scratch + '/no')"}) == {
+    assert _outcomes(folders, "", {"it": "landlock.restrict_files(scratch + '/no', [])"}) == {
         "it": "FileNotFoundError"
     }
 
@@ -624,7 +654,7 @@ def test_a_kernel_without_landlock_is_told_by_false_and_nothing_is_restricted(
 confine._install([
     confine._load(0), confine._skip_unless_equal(444, 1),
     confine._return(confine._ENOSYS), confine._return(confine._ALLOW)])
-print(confine.restrict_writes(scratch))
+print(landlock.restrict_files(scratch, ["/"]))
 open(outside + "/there", "w").close()
 confine.restrict_calls(files=True)
 """ + _try({"then": "open(outside + '/there', 'w')"})
@@ -649,16 +679,103 @@ def test_an_old_landlock_is_asked_only_for_what_it_knows(
                 rights.append(int.from_bytes(arguments[2][:8], sys.byteorder))  # type: ignore[index]
             return 0
 
-        monkeypatch.setattr(confine, "_syscall", call)
-        monkeypatch.setattr(confine, "_give_up_privileges", lambda: None)
-        assert confine.restrict_writes(tmp_path)
-        ruleset, scratch, null = rights
-        assert scratch & ~ruleset == 0 and null & ~ruleset == 0  # else the kernel answers EINVAL
+        monkeypatch.setattr(landlock, "syscall", call)
+        monkeypatch.setattr(landlock, "give_up_privileges", lambda: None)
+        assert landlock.restrict_files(str(tmp_path), ["/usr"])
+        ruleset, *rules = rights
+        assert not any(rule & ~ruleset for rule in rules)  # else the kernel answers EINVAL
         handled[version] = ruleset
-    # LANDLOCK_ACCESS_FS_*: 1 write, 4 and 5 remove, 6 to 12 make; then 13 refer, 14 truncate, 15 ioctl
-    first = 1 << 1 | 0b11 << 4 | 0b1111111 << 6
+    # LANDLOCK_ACCESS_FS_*: 1 write, 2 and 3 read, 4 and 5 remove, 6 to 12 make; then 13 refer, 14 truncate,
+    # 15 ioctl
+    first = 0b111 << 1 | 0b11 << 4 | 0b1111111 << 6
     second, third, fifth = first | 1 << 13, first | 0b11 << 13, first | 0b111 << 13
     assert handled == {1: first, 2: second, 3: third, 4: third, 5: fifth, 6: fifth, 7: fifth}
+
+
+READS = {
+    "a file": "open(outside + '/there').read()",
+    "a folder": "os.listdir(outside)",
+    "by a link": "os.symlink(outside + '/there', scratch + '/link'); open(scratch + '/link').read()",
+    "by two dots": "open(scratch + '/../outside/there').read()",
+    "the parent's environment": "open(f'/proc/{os.getppid()}/environ').read()",
+    "the parent's memory": "open(f'/proc/{os.getppid()}/maps').read()",
+    "the parent's files": "os.listdir(f'/proc/{os.getppid()}/fd')",
+    "the parent's folder": "os.readlink(f'/proc/{os.getppid()}/cwd')",
+    "another's environment": "open('/proc/1/environ').read()",
+    "the kernel's log": "os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)",
+    "passwords": "open('/etc/shadow').read()",
+    "shared memory": "os.listdir('/dev/shm')",
+    "the home": "os.listdir(os.path.expanduser('~'))",
+    "what others run": "os.listdir('/proc')",
+}
+CONFINED_TO_PYTHON = "confine.drop_capabilities()\nassert landlock.restrict_files(scratch, *files)\n"
+
+
+def test_only_what_python_needs_and_the_scratch_folder_is_read(folders: tuple[Path, Path]) -> None:
+    before = f"files = landlock.files_of_python()\n{CONFINED_TO_PYTHON}confine.restrict_calls(files=False)\n"
+    assert _outcomes(folders, before, READS) == dict.fromkeys(READS, "PermissionError")
+    needed = {
+        "the scratch folder": "assert open(scratch + '/there').read() == 'as it was'; os.listdir(scratch)",
+        "itself": "open('/proc/self/status').read(); open('/proc/self/environ').read()",
+        "a module of the library": "import wave, sqlite3, email.mime.text, zoneinfo",
+        "a module of a package": "import pyarrow.csv",
+        "a module of ours": "import gvpo_ray.data.tasks",
+        "the source of a module": "import inspect, json; assert inspect.getsource(json.dumps)",
+        "chance": "open('/dev/urandom', 'rb').read(1); __import__('secrets').token_bytes(3)",
+        "local time": "__import__('time').localtime(0)",
+        "the number of CPUs": "assert os.cpu_count()",
+    }
+    assert _outcomes(folders, before, needed) == dict.fromkeys(needed, "done")
+
+
+def test_of_the_users_folders_the_modules_are_read_and_not_the_data(folders: tuple[Path, Path]) -> None:
+    (folders[1] / "helper_of_mine.py").write_text("import package_of_mine.inner\n")
+    (folders[1] / "package_of_mine").mkdir()
+    for name in ("__init__.py", "inner.py", "answers.jsonl"):
+        (folders[1] / "package_of_mine" / name).write_text("")
+    before = f"sys.path.append(outside); files = landlock.files_of_python()\n{CONFINED_TO_PYTHON}"
+    attempts = {
+        "the module": "import helper_of_mine",
+        "data beside it": "open(outside + '/there')",
+        "data in the package": "open(outside + '/package_of_mine/answers.jsonl')",
+    }
+    assert _outcomes(folders, before, attempts) == {
+        "the module": "done",
+        "data beside it": "PermissionError",
+        "data in the package": "PermissionError",
+    }
+
+
+def test_what_is_read_above_can_be_read_without_the_restriction(folders: tuple[Path, Path]) -> None:
+    readable = [
+        "a file",
+        "a folder",
+        "by a link",
+        "by two dots",
+        "the parent's environment",
+        "what others run",
+    ]
+    assert _outcomes(folders, "", {name: READS[name] for name in readable}) == dict.fromkeys(readable, "done")
+
+
+def test_all_capabilities_are_gone_and_do_not_come_back(folders: tuple[Path, Path]) -> None:
+    program = """
+confine.drop_capabilities()
+sets = ("CapInh", "CapPrm", "CapEff", "CapAmb")
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith(sets)])
+print(libc.capset(__import__("struct").pack("Ii", 0x20080522, 0), b"\\xff" * 24))
+"""
+    none = "0" * 16
+    assert _run(folders, program).stdout == f"{[none] * 4}\n-1\n"
+
+
+def test_a_kernel_that_offers_less_says_what_is_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert confine.unprotected() == []
+    monkeypatch.setattr(confine, "landlock_version", lambda: -1)
+    (sentence,) = confine.unprotected()
+    assert "no Landlock" in sentence and "read every file" in sentence
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert "can use the network" in confine.unprotected()[1]
 
 
 # --- limits -------------------------------------------------------------------------------------------------

@@ -188,9 +188,13 @@ def test_a_check_that_computes_too_long_is_ended_by_its_cpu_time_whatever_the_cl
 
 
 def test_a_child_is_replaced_after_its_number_of_checks() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, max_checks=3), {"math": _pid}) as verifier:
-        pids = _rewards(verifier.score(_group("1", ["a"] * 7)))
-    assert [pids.index(pid) for pid in pids] == [0, 0, 0, 3, 3, 3, 6]
+    pids = []
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, max_checks=3, rewards={"format": 1})) as verifier:
+        for _ in range(7):
+            pids.append(_shared_pid(verifier))
+            verifier.score(_group("1", ["a"]))
+    # the first is None: a child starts with the first check that needs it, and its last check ends it
+    assert [pids.index(pid) for pid in pids] == [0, 1, 1, 0, 4, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_the_scratch_folder_of_a_killed_verifier_is_removed_by_the_next_one() ->
         "import os, signal; from gvpo_ray.config.run import VerifiersConfig; from "
         "gvpo_ray.verifiers.verifier import Verifier\n"
         "verifier = Verifier(VerifiersConfig(rewards={'format': 1}))\n"
-        "print(verifier._sandbox._scratch, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(verifier._sandbox._scratch.folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run(
         [sys.executable, "-c", program],
@@ -424,38 +428,64 @@ def test_the_child_gets_no_secrets_and_a_scratch_home(monkeypatch: pytest.Monkey
     assert home != os.environ.get("HOME") and not Path(home).exists()  # removed by close
 
 
-def _pid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    return [float(os.getpid())]
+def _shared_pid(verifier: Verifier) -> int | None:
+    """The pid of the child that serves many checks."""
+    assert verifier._sandbox is not None
+    return verifier._sandbox._child and verifier._sandbox._child.pid
 
 
-def test_one_child_serves_many_checks_and_none_is_left_after_close() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        pids = {
-            int(reward)
-            for _ in range(3)
-            for reward in _rewards(verifier.score(_group("1", ["a", "b"])))
-            if reward
-        }
-        assert len(pids) == 1 and _is_running(min(pids))
-    assert not _is_running(min(pids))
+def _template_pid(verifier: Verifier) -> int:
+    assert verifier._sandbox is not None and verifier._sandbox._template is not None
+    return verifier._sandbox._template._process.pid
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_functions_of_ours_share_a_child_and_none_is_left_after_close() -> None:
+    rewards = {"math": 1, "format": 1, "gvpo_ray.verifiers.rewards:in_place": 1}
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards=rewards)) as verifier:
+        pids = []
+        for _ in range(3):
+            verifier.score(_group("1", ["a", "b"]))
+            pids.append(_children(_template_pid(verifier)))
+        assert pids == [[_shared_pid(verifier)]] * 3
+    assert not _is_running(pids[0][0])
+
+
+def test_a_check_of_a_users_function_has_a_child_of_its_own_which_ends_with_it() -> None:
+    def own(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [float(os.getpid())]
+
+    with Verifier(
+        VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, "math": 1, "also": 1}),
+        {"own": own, "also": own},
+    ) as verifier:
+        (row,) = groups.rows(verifier.score(_group("1", ["a", "b", "c"])))
+        pids = {int(pid) for name in ("own", "also") for pid in row["reward_parts"][name]}
+        assert len(pids) == 6
+        assert _children(_template_pid(verifier)) == [_shared_pid(verifier)]
 
 
 def test_a_child_that_died_while_idle_is_replaced_without_loss() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        first = int(_rewards(verifier.score(_group("1", ["a"])))[0] or 0)
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S)) as verifier:
+        assert _rewards(verifier.score(_group("1", ["\\boxed{1}"]))) == [1.0]
+        first = _shared_pid(verifier)
+        assert first is not None
         os.kill(first, signal.SIGKILL)
-        second = _rewards(verifier.score(_group("1", ["a"])))[0]
-        assert second is not None and second != first
+        assert _rewards(verifier.score(_group("1", ["\\boxed{1}"]))) == [1.0]
+        assert _shared_pid(verifier) != first
 
 
-def test_a_template_that_died_is_replaced_without_loss() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": _pid}) as verifier:
-        first = _rewards(verifier.score(_group("1", ["a"])))[0]
-        assert verifier._sandbox is not None and verifier._sandbox._template is not None
-        os.kill(verifier._sandbox._template._process.pid, signal.SIGKILL)
-        assert _wait_until_gone(int(first or 0))  # its child dies with it
-        second = _rewards(verifier.score(_group("1", ["a"])))[0]
-        assert second is not None and second != first
+@pytest.mark.parametrize("functions", [{}, {"also": lambda prompts, completions, **_: [0.0]}])
+def test_a_template_that_died_is_replaced_without_loss(functions: dict[str, Callable[..., Any]]) -> None:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), functions) as verifier:
+        verifier.score(_group("1", ["a"]))
+        child = _shared_pid(verifier)
+        os.kill(_template_pid(verifier), signal.SIGKILL)
+        assert child is not None and _wait_until_gone(child)  # it dies with the template
+        assert _rewards(verifier.score(_group("1", ["\\boxed{1}"]))) == [1.0]
 
 
 def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None:
@@ -465,7 +495,7 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
         "gvpo_ray.verifiers.verifier import Verifier\n"
         "verifier = Verifier(VerifiersConfig(timeout_s=600, cpu_s=600, "
         f"rewards={{{str(tmp_path / 'loops.py') + ':reward'!r}: 1}}))\n"
-        "print(verifier._sandbox._child.pid, verifier._sandbox._template._process.pid, flush=True)\n"
+        "print(verifier._sandbox._template._process.pid, flush=True)\n"
         "verifier.score(groups.table([{'prompt': 'p', 'answer': '1', 'completions': ['a']}]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -473,14 +503,214 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
-    child, template = map(int, parent.stdout.readline().split())
+    template = int(parent.stdout.readline())
     deadline = time.monotonic() + START_UP_S
+    while not (children := _children(template)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = children
     while time.clock_gettime((~child << 3) | 2) < 0.5:  # until it computes
         assert time.monotonic() < deadline
         time.sleep(0.01)
     parent.kill()
     parent.wait()
     assert _wait_until_gone(child) and _wait_until_gone(template)
+
+
+def test_a_completion_that_is_run_changes_no_later_verdict() -> None:
+    def runs(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        scope: dict[str, Any] = {}
+        exec(completions[0], scope)
+        return [float(scope.get("result") == int(answer[0]))]
+
+    poison = (
+        "import builtins, os, tempfile\n"
+        "import gvpo_ray.verifiers.math.reward as reward\n"
+        "import gvpo_ray.sandbox.template as template\n"
+        "reward.grade = lambda *_, **__: reward.Grade(True, None, 'x')\n"
+        "builtins.int = lambda text: 7\n"
+        "open(os.environ['TMPDIR'] + '/left', 'w').close()\n"
+        "os.chdir(os.environ['TMPDIR'])\n"
+        "os.set_blocking(1, False)\n"
+        "result = 0\n"
+    )
+    innocent = "import os; print('x' * 2**20); result = 8 if os.listdir(os.environ['TMPDIR']) == [] else 9"
+    with Verifier(
+        VerifiersConfig(timeout_s=START_UP_S, rewards={"runs": 1, "math": 1}), {"runs": runs}
+    ) as verifier:
+        scored = verifier.score(_group("8", ["result = 7", poison, "result = 7", "\\boxed{7}", innocent]))
+    (row,) = groups.rows(scored)
+    assert row["reward_parts"]["runs"][:3] == [0.0, 0.0, 0.0]
+    assert row["reward_parts"]["math"][:3] == [0.0, 0.0, 0.0]
+    assert row["reward_parts"]["runs"][4] == 1.0
+
+
+def test_a_print_costs_no_reward_and_little_of_it_reaches_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import os
+
+        print("\x1b[31mred", completions[0])
+        for _ in range(64):
+            os.write(1, b"x" * 2**20)
+            os.write(2, b"y" * 2**20)
+        if completions[0] == "closes":
+            os.close(1)
+            os.close(2)
+        return [1.0]
+
+    scored = _score_with(talks, ["a", "closes", "b"], timeout_s=START_UP_S)
+    assert _rewards(scored) == [1.0, 1.0, 1.0]
+    printed = capfd.readouterr()
+    assert printed.out == "" and len(printed.err) < 100_000
+    assert printed.err.count("\\x1b[31mred") == 3 and "\x1b" not in printed.err
+    assert printed.err.count("the rest of what this reward function prints is left out") == 3
+
+
+def test_what_all_checks_print_is_limited_as_well(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gvpo_ray.sandbox.channel.MAX_PRINTED_BYTES_IN_ALL", 100)
+
+    def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        print(completions[0] * 40)
+        return [1.0]
+
+    assert _rewards(_score_with(talks, ["a", "b", "c", "d"])) == [1.0] * 4
+    printed = capfd.readouterr().err
+    assert [printed.count(letter * 20) for letter in "abcd"] == [2, 2, 0, 0]
+    assert printed.count("left out") == 1
+
+
+def test_no_descriptor_of_a_check_is_a_file_of_the_verifier() -> None:
+    def looks(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+        import os
+        import stat
+
+        tried = []
+        for descriptor in range(256):
+            try:
+                is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+                tried.append(is_file)
+                os.ftruncate(descriptor, 0)
+                tried.append(True)
+            except OSError:
+                pass
+        return [(float(any(tried)), str(tried))]
+
+    assert _rewards(_score_with(looks, ["a"])) == [0.0]
+
+
+@pytest.mark.parametrize("result", ["10**400", "-10**400", "__import__('fractions').Fraction(10**400)"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_number_beyond_all_limits_is_a_fault(result: str, trusted: bool) -> None:
+    scored = _score_with(
+        lambda prompts, completions, **_: [eval(result) if text == "bad" else 1.0 for text in completions],
+        ["a", "bad"],
+        rewards={"math": {"trusted": trusted}},
+    )
+    assert _rewards(scored) == [1.0, None]
+    assert _reasons(scored) == [None, "math returned a number beyond 1e308, not a finite float32"]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_half_a_surrogate_pair_in_a_reason_is_replaced(trusted: bool) -> None:
+    scored = _score_with(
+        lambda prompts, completions, **_: [(0.5, "half \ud83d\nof it")] * len(completions),
+        ["a"],
+        rewards={"math": {"trusted": trusted}},
+    )
+    assert (_rewards(scored), _reasons(scored)) == ([0.5], ["half ? of it"])
+
+    def raises(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        raise ValueError("half \ud83d")
+
+    scored = _score_with(raises, ["a"], rewards={"math": {"trusted": trusted}})
+    assert _reasons(scored) == ["math raised ValueError: half ?"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["1" + "0" * 400, "1" + "0" * 5000, "1e999", "NaN", "[1.0]", '"1.0"', "true", "{}", '1.0, "reason": 3'],
+)
+def test_a_forged_answer_costs_its_own_check_alone(part: str) -> None:
+    def forges(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import os
+        import sys
+
+        frame = sys._getframe()
+        while frame is not None and "check" not in frame.f_locals:
+            frame = frame.f_back  # type: ignore[assignment]
+        if completions[0] == "forge":
+            check, channel = frame.f_locals["check"], frame.f_locals["channel"]
+            channel.sendall(f'{{"number": "{check["number"]}", "part": {part}}}\n'.encode() * 3)
+            os._exit(0)
+        return [1.0]
+
+    scored = _score_with(forges, ["a", "forge", "b"])
+    assert _rewards(scored) == [1.0, None, 1.0]
+    assert (_reasons(scored)[1] or "").startswith("crash: math: an answer that is not ")
+
+
+def test_a_check_that_ignores_the_signal_is_killed_a_second_after_its_cpu_time() -> None:
+    def ignores(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import signal
+
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+        while completions[0] == "loop":
+            pass
+        return [1.0]
+
+    scored = _score_with(ignores, ["a", "loop", "b"], cpu_s=1, timeout_s=600)
+    assert _rewards(scored) == [1.0, None, 1.0]
+    assert _reasons(scored)[1] == "timeout: math used more than 1 s of CPU time"
+
+
+@pytest.mark.parametrize(
+    "take", [lambda scratch: scratch.folder.rmdir(), lambda scratch: Path(scratch._lock.name).unlink()]
+)
+def test_a_scratch_folder_that_a_cleaner_took_is_made_again(take: Callable[[Any], None]) -> None:
+    def writes(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import tempfile
+
+        tempfile.TemporaryDirectory().cleanup()
+        if completions[0] == "ends":
+            os._exit(1)
+        return [1.0]
+
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), {"math": writes}) as verifier:
+        assert verifier._sandbox is not None
+        for completion, reward in (("a", 1.0), ("ends", None), ("b", 1.0)):
+            take(verifier._sandbox._scratch)
+            assert _rewards(verifier.score(_group("1", [completion]))) == [reward]
+        folder = verifier._sandbox._scratch.folder
+        assert folder.is_dir()
+    assert not folder.exists() and not folder.with_suffix(".lock").exists()
+
+
+def test_whatever_a_check_leaves_in_the_scratch_folder_is_gone_for_the_next() -> None:
+    def leaves(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
+        import os
+
+        here = os.environ["TMPDIR"]
+        found = os.listdir(here)
+        os.chdir(here)
+        open(b"\xff name", "w").close()
+        os.symlink("/", "link")
+        os.mkfifo("pipe")
+        os.mkdir("closed", 0o000)
+        for _ in range(3000):  # deeper than recursion goes
+            os.mkdir("d")
+            os.chdir("d")
+        return [(float(len(found)), str(found))]
+
+    scored = _score_with(leaves, ["a", "b", "c"], timeout_s=START_UP_S)
+    assert _rewards(scored) == [0.0, 0.0, 0.0]
+
+
+def test_an_argument_of_the_config_holds_where_the_data_have_a_column_of_its_name() -> None:
+    with Verifier(VerifiersConfig(rewards={"length": {"arguments": {"limit": 10}}})) as verifier:
+        (check,) = verifier.check(["p"], ["a b c d e"], {"limit": [1000]})
+    assert check.reward == -0.5
 
 
 def test_validate_rewards_accepts_what_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

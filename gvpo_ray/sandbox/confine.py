@@ -1,19 +1,19 @@
-"""Confinement of a process that is to run untrusted code: no files, no network, no other processes.
+"""Confinement of a process that is to run untrusted code: no secrets, no network, no other processes.
 
 All of it works without privileges, without namespaces and inside containers, and holds for root as well. The
 process itself cannot undo it. It needs Linux on x86-64 or aarch64, and nothing but the standard library. The
 order of the calls is:
 
-    limit_resources(...)            memory, size and number of files
-    restrict_writes(scratch)        Landlock; it holds for the calling thread and those that it starts, so it
-                                    must come before there are others
-    (import what is needed)
-    restrict_calls(files=not ...)   seccomp; it also holds for threads that run already
+    limit_resources(...)                memory, size and number of files
+    drop_capabilities()                 root is then a user like any other
+    restrict_files(scratch, readable)   Landlock (landlock.py); it holds for the calling thread and those that
+                                        it starts, so it must come before there are others
+    restrict_calls(files=not ...)       seccomp; it also holds for threads that run already
 
-Not covered are reading (the process may read whatever the user may read, and tell it through its answer),
-descriptors that are open already (the log on stderr can be filled), the number of files in the scratch folder
-and of threads (memory and time bound them), CPU time (the caller limits it), side channels, and bugs of the
-kernel in the calls that stay allowed.
+Not covered are the existence, the sizes and the times of files (a path that is not readable can still be
+looked at), the number of files in the scratch folder and of threads (memory and time bound them), CPU time
+(the caller limits it), side channels, and bugs of the kernel in the calls that are allowed. `unprotected`
+says what else is not covered on this kernel.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import platform
 import resource
 import struct
 import sys
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from gvpo_ray.sandbox.landlock import checked, give_up_privileges, landlock_version, libc, syscall
 
 
 def limit_resources(memory_bytes: int, file_bytes: int, num_files: int) -> None:
@@ -53,71 +53,35 @@ def limit_resources(memory_bytes: int, file_bytes: int, num_files: int) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-# --- Landlock -----------------------------------------------------------------------------------------------
+def drop_capabilities() -> None:
+    """Give up all capabilities of the calling thread for good.
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
-_GET_VERSION = 1
-_PATH_BENEATH = 1
-
-# LANDLOCK_ACCESS_FS_*; reading and executing are not named and stay as they are.
-_WRITE_FILE, _REMOVE_DIR, _REMOVE_FILE = 1 << 1, 1 << 4, 1 << 5
-_MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM = (
-    1 << bit for bit in range(6, 13)
-)
-_REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
-_WRITES = (
-    _WRITE_FILE
-    | _REMOVE_DIR
-    | _REMOVE_FILE
-    | _MAKE_DIR
-    | _MAKE_REG
-    | _MAKE_FIFO
-    | _MAKE_SYM
-    | _REFER
-    | _TRUNCATE
-)
-_NOWHERE = _MAKE_CHAR | _MAKE_BLOCK | _MAKE_SOCK | _IOCTL_DEV
-"""Rights that are refused in the scratch folder too: root could make a device file there and write to the
-disk behind it."""
-_SINCE_VERSION = {_REFER: 2, _TRUNCATE: 3, _IOCTL_DEV: 5}
-
-
-def restrict_writes(scratch: str | os.PathLike[str]) -> bool:
-    """Allow this thread, and what it starts, to change files below `scratch` only, by Landlock.
-
-    Creating, writing, truncating, linking, renaming and deleting are restricted. Writing to /dev/null stays
-    allowed, and so does all reading. Versions 1 and 2 of Landlock (before Linux 6.2) do not cover truncation
-    by path, and no version covers modes, owners, times and attributes; restrict_calls refuses those.
-
-    Returns:
-        False if the kernel, or the container's own filter, has no Landlock; then nothing is restricted.
+    Root is then an ordinary user to the kernel: it may neither look into processes that have capabilities nor
+    pass over the modes of files.
 
     Raises:
-        OSError: no such folder, or the kernel refuses.
+        OSError: the kernel refuses.
     """
-    version = (
-        _syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GET_VERSION) if sys.platform == "linux" else -1
-    )
-    if version < 1:
-        return False
-    known = ~sum(right for right, since in _SINCE_VERSION.items() if since > version)
-    ruleset = _checked(
-        "landlock_create_ruleset",
-        _syscall(_CREATE_RULESET, struct.pack("Q", (_WRITES | _NOWHERE) & known), ctypes.c_size_t(8), 0),
-    )
-    try:
-        for path, rights in ((scratch, _WRITES), (os.devnull, _WRITE_FILE | _TRUNCATE)):
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            try:
-                rule = struct.pack("=Qi", rights & known, place)
-                _checked("landlock_add_rule", _syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0))
-            finally:
-                os.close(place)
-        _give_up_privileges()
-        _checked("landlock_restrict_self", _syscall(_RESTRICT_SELF, ruleset, 0))
-    finally:
-        os.close(ruleset)
-    return True
+    version_3 = 0x20080522  # two words of flags in each set, for up to 64 capabilities
+    header, no_sets = struct.pack("Ii", version_3, 0), bytes(24)
+    checked("capset", libc.capset(header, no_sets))
+    give_up_privileges()
+
+
+def unprotected() -> list[str]:
+    """Return a sentence for each protection that this machine's kernel does not offer."""
+    missing = []
+    if landlock_version() < 1:
+        missing.append(
+            "this kernel has no Landlock: a reward function in the sandbox can read every file that the user "
+            "can, secrets in the environment of other processes included; it can write none"
+        )
+    if not has_seccomp():
+        missing.append(
+            "this machine has no seccomp filter for us (Linux on x86-64 or aarch64): a reward function in "
+            "the sandbox can use the network and start and signal processes"
+        )
+    return missing
 
 
 # --- seccomp ------------------------------------------------------------------------------------------------
@@ -129,71 +93,57 @@ _Numbers = dict[str, tuple[int | None, int | None]]
 """System call -> its number on x86-64 and on aarch64; None: the architecture does not have it."""
 
 _LAST = 462
-"""Number of mseal, the newest system call that the tables below take into account (Linux 6.10). From 424 on
-all architectures have the same numbers."""
+"""Number of mseal, the newest system call that was looked at (Linux 6.10). From 424 on all architectures have
+the same numbers."""
 
 # fmt: off
-_REFUSED: _Numbers = dict(
-    # sockets; sendmsg because it takes an address from memory, where a filter cannot look
-    socket=(41, 198), connect=(42, 203), bind=(49, 200), listen=(50, 201), accept=(43, 202),
-    accept4=(288, 242),
-    sendmsg=(46, 211), sendmmsg=(307, 269),
-    # new processes, and leaving the process group that is killed
-    fork=(57, None), vfork=(58, None), execve=(59, 221), execveat=(322, 281), setsid=(112, 157),
-    setpgid=(109, 154),
-    # other processes
-    ptrace=(101, 117), process_vm_readv=(310, 270), process_vm_writev=(311, 271), process_madvise=(440, 440),
-    process_mrelease=(448, 448), pidfd_open=(434, 434), pidfd_getfd=(438, 438), pidfd_send_signal=(424, 424),
-    kcmp=(312, 272),
-    migrate_pages=(256, 238), move_pages=(279, 239), setpriority=(141, 140), ioprio_set=(251, 30),
-    sched_setscheduler=(144, 119), sched_setparam=(142, 118), sched_setattr=(314, 274),
-    # limits; memory that they do not count, or that outlives the process
-    setrlimit=(160, 164), memfd_create=(319, 279), memfd_secret=(447, 447),
-    shmget=(29, 194), shmat=(30, 196), shmctl=(31, 195), semget=(64, 190), semop=(65, 193),
-    semtimedop=(220, 192), semctl=(66, 191),
-    msgget=(68, 186), msgsnd=(69, 189), msgrcv=(70, 188), msgctl=(71, 187), mq_open=(240, 180),
-    mq_unlink=(241, 181),
-    # large attack surfaces of the kernel
-    io_uring_setup=(425, 425), io_uring_enter=(426, 426), io_uring_register=(427, 427), io_setup=(206, 0),
-    io_submit=(209, 2),
-    bpf=(321, 280), userfaultfd=(323, 282), perf_event_open=(298, 241), add_key=(248, 217),
-    request_key=(249, 218), keyctl=(250, 219),
-    fanotify_init=(300, 262), fanotify_mark=(301, 263), name_to_handle_at=(303, 264),
-    open_by_handle_at=(304, 265),
-    modify_ldt=(154, None), iopl=(172, None), ioperm=(173, None), uselib=(134, None), personality=(135, 92),
-    # privileges of root
-    setuid=(105, 146), setgid=(106, 144), setreuid=(113, 145), setregid=(114, 143), setresuid=(117, 147),
-    setresgid=(119, 149),
-    setgroups=(116, 159), setfsuid=(122, 151), setfsgid=(123, 152), capset=(126, 91),
-    mount=(165, 40), umount2=(166, 39), pivot_root=(155, 41), chroot=(161, 51), unshare=(272, 97),
-    setns=(308, 268),
-    open_tree=(428, 428), move_mount=(429, 429), fsopen=(430, 430), fsconfig=(431, 431), fsmount=(432, 432),
-    fspick=(433, 433),
-    mount_setattr=(442, 442), swapon=(167, 224), swapoff=(168, 225), acct=(163, 89), quotactl=(179, 60),
-    quotactl_fd=(443, 443),
-    init_module=(175, 105), finit_module=(313, 273), delete_module=(176, 106), kexec_load=(246, 104),
-    kexec_file_load=(320, 294),
-    reboot=(169, 142), syslog=(103, 116), vhangup=(153, 58), sethostname=(170, 161), setdomainname=(171, 162),
-    settimeofday=(164, 170), clock_settime=(227, 112), adjtimex=(159, 171), clock_adjtime=(305, 266),
-    lsm_set_self_attr=(460, 460),
-    # modes, owners, times, attributes and sizes of files, also of those that are only open for reading:
-    # Landlock leaves them alone
-    chmod=(90, None), fchmod=(91, 52), fchmodat=(268, 53), fchmodat2=(452, 452),
-    chown=(92, None), fchown=(93, 55), lchown=(94, None), fchownat=(260, 54),
-    utime=(132, None), utimes=(235, None), futimesat=(261, None), utimensat=(280, 88),
-    setxattr=(188, 5), lsetxattr=(189, 6), fsetxattr=(190, 7), removexattr=(197, 14), lremovexattr=(198, 15),
-    fremovexattr=(199, 16),
-    truncate=(76, 45), fallocate=(285, 47),  # reserves space beyond the limit of a file's size
+_ALLOWED: _Numbers = dict(
+    # descriptors that are open
+    read=(0, 63), write=(1, 64), readv=(19, 65), writev=(20, 66), pread64=(17, 67), pwrite64=(18, 68),
+    preadv=(295, 69), pwritev=(296, 70), lseek=(8, 62), close=(3, 57), close_range=(436, 436), dup=(32, 23),
+    dup2=(33, None), dup3=(292, 24), fsync=(74, 82), fdatasync=(75, 83), flock=(73, 32), sendfile=(40, 71),
+    copy_file_range=(326, 285), fadvise64=(221, 223),
+    # pipes, connected sockets, waiting for them
+    pipe=(22, None), pipe2=(293, 59), recvfrom=(45, 207), shutdown=(48, 210), getsockname=(51, 204),
+    getpeername=(52, 205), getsockopt=(55, 209), poll=(7, None), ppoll=(271, 73), select=(23, None),
+    pselect6=(270, 72), epoll_create=(213, None), epoll_create1=(291, 20), epoll_ctl=(233, 21),
+    epoll_wait=(232, None), epoll_pwait=(281, 22), epoll_pwait2=(441, 441), eventfd=(284, None),
+    eventfd2=(290, 19),
+    # looking at files and folders
+    stat=(4, None), fstat=(5, 80), lstat=(6, None), newfstatat=(262, 79), statx=(332, 291),
+    access=(21, None), faccessat=(269, 48), faccessat2=(439, 439), readlink=(89, None), readlinkat=(267, 78),
+    getdents=(78, None), getdents64=(217, 61), getcwd=(79, 17), chdir=(80, 49), fchdir=(81, 50),
+    statfs=(137, 43), fstatfs=(138, 44), umask=(95, 166),
+    # memory
+    brk=(12, 214), mmap=(9, 222), munmap=(11, 215), mprotect=(10, 226), mremap=(25, 216), madvise=(28, 233),
+    msync=(26, 227), membarrier=(324, 283), map_shadow_stack=(453, 453),
+    # threads and their end
+    futex=(202, 98), futex_waitv=(449, 449), futex_wake=(454, 454), futex_wait=(455, 455),
+    futex_requeue=(456, 456), set_robust_list=(273, 99), set_tid_address=(218, 96), rseq=(334, 293),
+    gettid=(186, 178), sched_yield=(24, 124), getcpu=(309, 168), sched_getaffinity=(204, 123),
+    sched_getscheduler=(145, 120), sched_getparam=(143, 121), sched_get_priority_max=(146, 125),
+    sched_get_priority_min=(147, 126), exit=(60, 93), exit_group=(231, 94),
+    # signals that the process handles or waits for
+    rt_sigaction=(13, 134), rt_sigprocmask=(14, 135), rt_sigpending=(127, 136), rt_sigtimedwait=(128, 137),
+    rt_sigsuspend=(130, 133), rt_sigreturn=(15, 139), sigaltstack=(131, 132), pause=(34, None),
+    alarm=(37, None), setitimer=(38, 103), getitimer=(36, 102), restart_syscall=(219, 128),
+    # time, chance, and what the process is
+    clock_gettime=(228, 113), clock_getres=(229, 114), clock_nanosleep=(230, 115), nanosleep=(35, 101),
+    gettimeofday=(96, 169), time=(201, None), times=(100, 153), getrandom=(318, 278), getpid=(39, 172),
+    getppid=(110, 173), getpgrp=(111, None), getpgid=(121, 155), getsid=(124, 156), getuid=(102, 174),
+    geteuid=(107, 175), getgid=(104, 176), getegid=(108, 177), getgroups=(115, 158), getresuid=(118, 148),
+    getresgid=(120, 150), capget=(125, 90), uname=(63, 160), sysinfo=(99, 179), getrlimit=(97, 163),
+    getrusage=(98, 165),
 )
-"""System calls that fail with EPERM."""
+"""System calls that are allowed with any arguments. All that are named nowhere here fail with EPERM."""
 
-_REFUSED_FILES: _Numbers = dict(
+_FILES: _Numbers = dict(
     creat=(85, None), rename=(82, None), renameat=(264, 38), renameat2=(316, 276), unlink=(87, None),
-    unlinkat=(263, 35),
-    link=(86, None), linkat=(265, 37), symlink=(88, None), symlinkat=(266, 36),
+    unlinkat=(263, 35), link=(86, None), linkat=(265, 37), symlink=(88, None), symlinkat=(266, 36),
     mkdir=(83, None), mkdirat=(258, 34), rmdir=(84, None), mknod=(133, None), mknodat=(259, 33),
+    ftruncate=(77, 46),
 )
-"""System calls that fail with EPERM if there is no Landlock to restrict them."""
+"""System calls that are allowed as well where Landlock says which files they may change."""
 
 _ABSENT: _Numbers = dict(clone3=(435, 435), openat2=(437, 437))
 """System calls that fail with ENOSYS, so that libc uses older ones. Their flags are in memory, where a filter
@@ -224,18 +174,20 @@ _IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """Requests of ioctl that are allowed: TCGETS and TCGETS2 (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX,
 FIOCLEX. Others push keys into terminals (TIOCSTI), have the kernel send signals (FIOSETOWN) or change a
 file's flags (FS_IOC_SETFLAGS)."""
-_FCNTLS = (8, 10, 15, 1024, 1026)
-"""Commands of fcntl that are refused: F_SETOWN, F_SETSIG and F_SETOWN_EX (the kernel sends the signal),
-F_SETLEASE (makes other processes' open wait), F_NOTIFY."""
-_PRCTLS = (1, 28, 35, 57, 62)
-"""Options of prctl that are refused: PR_SET_PDEATHSIG (the child must die with its parent), SET_SECUREBITS,
-SET_MM, SET_IO_FLUSHER, SCHED_CORE."""
+_FCNTLS = (*range(8), 36, 37, 38, 1030, 1032)
+"""Commands of fcntl that are allowed: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK,
+F_SETLKW, F_OFD_*, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. Others have the kernel send signals (F_SETOWN) or make other
+processes' open wait (F_SETLEASE)."""
+_PR_GET_SECCOMP = 21
+_PRCTLS = (2, 3, 15, 16, _PR_GET_SECCOMP, 23, 39, 0x53564D41)
+"""Options of prctl that are allowed: PR_GET_PDEATHSIG, GET_DUMPABLE, SET_NAME, GET_NAME, GET_SECCOMP,
+CAPBSET_READ, GET_NO_NEW_PRIVS and SET_VMA (names of memory)."""
 
 
 class _Test(NamedTuple):
     """A test of one 32-bit word of a system call's arguments.
 
-    The test holds if `word & mask` is among `values`, or, with `refuse`, if it is not.
+    The test holds if `word & mask` is among `values`.
     """
 
     word: int
@@ -243,8 +195,6 @@ class _Test(NamedTuple):
     the low word alone."""
     values: tuple[int, ...]
     mask: int = 0xFFFFFFFF
-    refuse: bool = False
-    """Whether `values` are the refused ones and not the allowed ones."""
 
 
 def _is_null(argument: int) -> list[_Test]:
@@ -259,7 +209,7 @@ def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
         if files:
             return [_Test(2 * argument, (0,), _O_ACCMODE | _O_CREAT | _O_TRUNC | _O_TMPFILE)]
         # Landlock 1 and 2 do not notice the truncation of a file that is opened for reading.
-        return [_Test(2 * argument, (_O_TRUNC,), _O_ACCMODE | _O_TRUNC, refuse=True)]
+        return [_Test(2 * argument, (0, 1, 2, _O_TRUNC | 1, _O_TRUNC | 2), _O_ACCMODE | _O_TRUNC)]
 
     # 0 means the own process group to kill, and the own process to the other calls
     own, own_or_0 = [_Test(0, (pid,))], [_Test(0, (0, pid))]
@@ -269,8 +219,8 @@ def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
         "socketpair": [_Test(0, (_AF_UNIX,))],  # asyncio wakes its event loop through a socket pair
         "sendto": _is_null(4),
         "ioctl": [_Test(2, _IOCTLS)],
-        "fcntl": [_Test(2, _FCNTLS, refuse=True)],
-        "prctl": [_Test(0, _PRCTLS, refuse=True)],
+        "fcntl": [_Test(2, _FCNTLS)],
+        "prctl": [_Test(0, _PRCTLS)],
         "prlimit64": own_or_0 + _is_null(2),
         "sched_setaffinity": own_or_0,
         "open": opens(1),
@@ -322,47 +272,43 @@ def _filter(machine: str, pid: int, files: bool) -> list[_Instruction]:
 
     The program is a chain of blocks, one per system call. A block is skipped for other calls, and else ends
     in a verdict. So the number of the call stays loaded all along the chain, and a call that reaches its end
-    is allowed. A call that is newer than the tables gets ENOSYS, as on an older kernel.
+    is refused. A call that is newer than the tables gets ENOSYS, as on an older kernel, because libc tries
+    the older call then.
     """
     column, architecture, _ = _ARCHITECTURES[machine]
     program = [_load(4), _skip_if_equal(architecture, 1), _return(_KILL), _load(0)]
     if machine == "x86_64":
         program += [_skip_unless_greater(_X32_BIT - 1, 1), _return(_KILL)]
     program += [_skip_unless_greater(_LAST, 1), _return(_ENOSYS)]
-    blocks: dict[str, Iterable[_Instruction]] = {
+    blocks: dict[str, Sequence[_Instruction]] = {
+        **{name: [_return(_ALLOW)] for name in (*_ALLOWED, *(() if files else _FILES))},
         **{name: [_return(_ENOSYS)] for name in _ABSENT},
-        **{name: [_return(_EPERM)] for name in (*_REFUSED, *(_REFUSED_FILES if files else ()))},
-        **{name: _decide(tests) for name, tests in _tests(pid, files).items()},
+        **{name: list(_decide(tests)) for name, tests in _tests(pid, files).items()},
     }
-    numbers = _REFUSED | _REFUSED_FILES | _ABSENT | _BY_ARGUMENTS
+    numbers = _ALLOWED | _FILES | _ABSENT | _BY_ARGUMENTS
     for name, block in blocks.items():
         if (number := numbers[name][column]) is not None:
-            block = list(block)
             program += [_skip_unless_equal(number, len(block)), *block]
-    return [*program, _return(_ALLOW)]
+    return [*program, _return(_EPERM)]
 
 
 def _decide(tests: list[_Test]) -> Iterable[_Instruction]:
     """Build the block that allows a system call if all tests hold, and refuses it otherwise."""
     for test in tests:
         yield from (_load(16 + 4 * test.word), _and(test.mask))
-        if test.refuse:
-            for value in test.values:
-                yield from (_skip_unless_equal(value, 1), _return(_EPERM))
-        else:
-            for left, value in zip(range(len(test.values), 0, -1), test.values, strict=True):
-                yield _skip_if_equal(value, left)
-            yield _return(_EPERM)
+        for left, value in zip(range(len(test.values), 0, -1), test.values, strict=True):
+            yield _skip_if_equal(value, left)
+        yield _return(_EPERM)
     yield _return(_ALLOW)
 
 
 def restrict_calls(files: bool) -> None:
     """Restrict the system calls of all threads of this process for good, by seccomp.
 
-    The process can still compute, read files and use its descriptors. Sockets, new processes and programs,
-    signals to others, changed limits and all else in _REFUSED fail with EPERM (PermissionError). Threads,
-    pipes, socket pairs (AF_UNIX) and send on a connected socket stay allowed. A system call by another
-    architecture's number (i386, x32) kills the process.
+    The process can compute, look at and read files, use its descriptors, start threads, and make pipes,
+    socket pairs (AF_UNIX) and, where Landlock says which, files. All else fails with EPERM (PermissionError):
+    sockets, new processes and programs, signals to others, changed limits, modes and owners of files, and any
+    call that nobody thought of. A system call by another architecture's number (i386, x32) kills the process.
 
     Args:
         files: whether to refuse opening for writing, creating, renaming and removing of files everywhere, for
@@ -371,7 +317,7 @@ def restrict_calls(files: bool) -> None:
     Raises:
         OSError: the kernel refuses, or this is not Linux on x86-64 or aarch64.
     """
-    machine = platform.machine() if sys.platform == "linux" and sys.maxsize > 2**32 else ""
+    machine = _machine()
     if machine not in _ARCHITECTURES:
         raise OSError(
             errno.ENOSYS,
@@ -381,36 +327,22 @@ def restrict_calls(files: bool) -> None:
     _install(_filter(machine, os.getpid(), files))
 
 
+def has_seccomp() -> bool:
+    """Return whether restrict_calls works on this machine."""
+    return _machine() in _ARCHITECTURES and libc.prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) >= 0
+
+
+def _machine() -> str:
+    """Return the name of this machine's architecture; "" where there is no seccomp, or not in 64 bits."""
+    return platform.machine() if sys.platform == "linux" and sys.maxsize > 2**32 else ""
+
+
 def _install(program: list[_Instruction], all_threads: bool = True) -> None:
     """Give the filter program to the kernel, for all threads or the calling one."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = struct.pack("HP", len(program), ctypes.addressof(code))  # struct sock_fprog
-    _give_up_privileges()
+    give_up_privileges()
     number, set_mode_filter = _ARCHITECTURES[platform.machine()][2], 1
-    status = _checked("seccomp", _syscall(number, set_mode_filter, ctypes.c_ulong(all_threads), header))
+    status = checked("seccomp", syscall(number, set_mode_filter, ctypes.c_ulong(all_threads), header))
     if status:  # id of a thread that could not take the filter
         raise OSError(errno.EBUSY, f"seccomp: thread {status} has a filter of its own")
-
-
-def _give_up_privileges() -> None:
-    """Set no_new_privs, without which the kernel lets only root restrict itself.
-
-    Programs that are started later can then gain no rights.
-    """
-    pr_set_no_new_privs = 38
-    _checked(
-        "prctl(PR_SET_NO_NEW_PRIVS)", _libc.prctl(pr_set_no_new_privs, *map(ctypes.c_ulong, (1, 0, 0, 0)))
-    )
-
-
-def _syscall(number: int, *arguments: Any) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    return result
-
-
-def _checked(name: str, result: int) -> int:
-    """Return the result of a system call; raise OSError with its errno if it failed."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-    return result

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import importlib
 import importlib.util
 import inspect
-import math
 import numbers
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.shown import know, mask
 
 Score = float | None | tuple[float | None, str]
@@ -54,6 +53,7 @@ def call(
     completions: list[str],
     columns: Mapping[str, Any],
     catch: type[BaseException] = Exception,
+    may_wait: bool = False,
 ) -> list[Part]:
     """Call a reward function and return one Part per completion, also if it raises or returns nonsense.
 
@@ -66,8 +66,11 @@ def call(
         catch: the class of exceptions that count as faults of the function. BaseException fits a process that
             does nothing else: a completion may cause SystemExit, and the time limits of some libraries are no
             Exception either.
+        may_wait: whether a service that cannot be reached is an OutOfReach, and not a fault of the function.
 
     Raises:
+        OutOfReach: with `may_wait`: the function calls a service that does not answer, so that its
+            completions should be scored later.
         MemoryError: the function ran out of memory. This is never counted as a fault, because the function's
             leftovers may still fill the memory.
     """
@@ -75,21 +78,59 @@ def call(
         returned = function(prompts=prompts, completions=completions, **columns)
         if inspect.isawaitable(returned):
             returned = asyncio.run(_await(returned))
+        # inside `try` as well: what comes back may be of the user's own classes
+        return _parts(name, returned, len(completions))
     except MemoryError:
         raise
     except catch as error:  # untrusted output is scored here
-        return [Part(None, f"{name} raised {describe(error)}", is_fault=True)] * len(completions)
+        if may_wait and (unreachable := _unreachable(error)):
+            raise unreachable from error
+        return [Part(None, _clean(f"{name} raised {describe(error)}"), is_fault=True)] * len(completions)
+
+
+class OutOfReach(GvpoError, ConnectionError):
+    """A service that a reward function calls does not answer; the message is the cause in one line.
+
+    Args:
+        cause: the cause.
+        is_answer: whether the service was reached, and failed at this request or took too long.
+        is_own: whether the service is there and refuses the request (wrong address, wrong form, no right to
+            it), which no waiting mends if it has never worked.
+    """
+
+    def __init__(self, cause: str, is_answer: bool = False, is_own: bool = False) -> None:
+        super().__init__(cause)
+        self.is_answer, self.is_own = is_answer, is_own
+
+
+def _unreachable(error: BaseException | None) -> OutOfReach | None:
+    """Return the OutOfReach for an error that comes from a connection, else None.
+
+    Clients have errors of their own, and all raise them because of the system's.
+    """
+    cause = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OutOfReach):
+            return cause
+        if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror)):
+            assert error is not None
+            return OutOfReach(describe(error), is_answer=isinstance(cause, TimeoutError))
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _parts(name: str, returned: Any, number: int) -> list[Part]:
+    """Check what a reward function returned for a number of completions."""
     returned = returned.tolist() if hasattr(returned, "tolist") else returned  # numpy, torch
     if not isinstance(returned, (list, tuple)):
-        return [
-            Part(None, f"{name} returned {_shown(returned)}, not a list of rewards", is_fault=True)
-        ] * len(completions)
-    if len(returned) != len(completions):
-        count = f"{len(completions)} completion{'s' * (len(completions) > 1)}"
-        return [Part(None, f"{name} returned {len(returned)} rewards for {count}", is_fault=True)] * len(
-            completions
-        )
-    return [_part(name, score) for score in returned]
+        fault = f"{name} returned {_shown(returned)}, not a list of rewards"
+    elif len(returned) != number:
+        fault = f"{name} returned {len(returned)} rewards for {number} completion{'s' * (number > 1)}"
+    else:
+        return [_part(name, score) for score in returned]
+    return [Part(None, _clean(fault), is_fault=True)] * number
 
 
 async def _await(awaitable: Any) -> Any:
@@ -99,30 +140,50 @@ async def _await(awaitable: Any) -> Any:
 def _part(name: str, score: Any) -> Part:
     """Check one value that a reward function returned."""
     score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
-    remark = None if remark is None else mask(str(remark))[:500]
+    remark = None if remark is None else _clean(mask(str(remark))[:500])
     if score is None:
         return Part(None, remark or f"{name} gave no reward (None)")
     if not isinstance(score, numbers.Real):
-        return Part(None, f"{name} returned {_shown(score)}, not a number", is_fault=True)
-    if not fits_float32(float(score)):
-        return Part(None, f"{name} returned {float(score)}, not a finite float32", is_fault=True)
+        return Part(None, _clean(f"{name} returned {_shown(score)}, not a number"), is_fault=True)
+    if not fits_float32(score):
+        return Part(None, f"{name} returned {_shown_number(score)}, not a finite float32", is_fault=True)
     return Part(float(score), remark)
+
+
+def _clean(text: str) -> str:
+    """Return a reason as one line of valid Unicode.
+
+    The lines of `reward_reasons` are reasons, and Arrow holds no half surrogate pairs.
+    """
+    return " ".join(text.encode("utf-8", "replace").decode().splitlines())
 
 
 def _shown(value: Any) -> str:
     return f"{type(value).__name__} {mask(str(value))[:60]!r}"
 
 
-def fits_float32(value: float) -> bool:
+def _shown_number(value: Any) -> str:
+    try:
+        return str(float(value))
+    except OverflowError:
+        return "a number beyond 1e308"
+
+
+def fits_float32(value: Any) -> bool:
     """Return whether a number is finite, also as a float32."""
-    return math.isfinite(value) and abs(value) <= 3.4028234e38
+    # no conversion: an int or a fraction may be too large for one; and NaN fails every comparison
+    return bool(-3.4028234e38 <= value <= 3.4028234e38)
 
 
 def describe(error: BaseException) -> str:
     """Return one line, of limited length, for an error that a user's code raised."""
     if isinstance(error, ConfigError):
         return mask(str(error))
-    return f"{type(error).__name__}: {' '.join(mask(str(error)).split())[:300]}"
+    try:
+        text = " ".join(mask(str(error)).split())[:300]
+    except Exception:  # a user's class of errors may be at fault itself
+        text = "its text cannot be shown"
+    return f"{type(error).__name__}: {text}"
 
 
 def load(source: Mapping[str, Any]) -> RewardFunction:
@@ -146,16 +207,20 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
         else _find(source["place"])
     )
     parameters = inspect.signature(function).parameters.values()
+    arguments = source["arguments"]
     named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not source["is_strict"]
-    for name in source["arguments"]:
-        if name not in named and not takes_any:
+    for name in arguments:
+        if name in ("prompts", "completions") or (name not in named and not takes_any):
             raise ConfigError(
                 f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}"
             )
     if warm_up := getattr(function, "warm_up", None):
         warm_up()
-    return functools.partial(function, **source["arguments"]) if source["arguments"] else function
+    if not arguments:
+        return function
+    # an argument of the config also holds where the data have a column of its name
+    return lambda **columns: function(**{**columns, **arguments})
 
 
 def _find(place: str) -> RewardFunction:

@@ -1,54 +1,47 @@
-"""The sandbox: reward functions run in a child process under hard limits, forked from a template process.
+"""The sandbox: reward functions run in child processes under hard limits, forked from a template process.
 
 A completion is hostile text: sympy evaluates what a model wrote, and a user's function may do anything with
 it. So a check runs in a child that can only compute. It has limits on wall-clock time, CPU time and memory,
-no network, no other processes, no files but in a scratch folder, and none of the environment's secrets
-(confine.py). Whatever goes wrong costs that one check.
+no network, no other processes, no capabilities, no secrets, and no files but Python's own to read and a
+scratch folder (confine.py, landlock.py). Whatever goes wrong costs that one check.
 
     Sandbox (in the verifier) ── spawn, wait ──► template: fork server with the reward functions loaded
         │                                            │ fork: 10 ms instead of a second of imports
         └─ {"prompt", "completion", columns} ──► child: calls the reward functions one after the other
         ◄─ {"begun"}, {"part", "reason"}, ... ───── or no answer: killed at its limit, and forked anew
 
-Frames are lines of ASCII JSON over a socket pair. They are JSON because the child's answers are untrusted,
-and unpickling would run code. The template reaps children only on request, so a pid cannot be reused before
-the sandbox has killed it.
+The functions of this package share a child, because they only look at a completion. A user's function may run
+it, and then it could change what the child says of later ones: each check of such a function has a child of
+its own, which ends with it, and an empty scratch folder. The template reaps children only on request, so a
+pid cannot be reused before the sandbox has killed it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.verifiers import ReasonKind
-from gvpo_ray.files import lock
+from gvpo_ray.sandbox.channel import Channel, GoneError, Printed, as_frame
+from gvpo_ray.sandbox.confine import unprotected
 from gvpo_ray.sandbox.functions import Part, fits_float32
+from gvpo_ray.sandbox.scratch import Scratch
 
 START_TIMEOUT_S = 120.0
 """Seconds that a template may take to import the reward functions, also on a busy machine."""
 
 KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 """The only variables that a child inherits, because the environment also holds tokens and keys."""
-
-SCRATCH_PREFIX = "gvpo-verifier-"
-"""Start of the scratch folders' names, and of their lock files'."""
-
-MAX_FRAME_BYTES = 1 << 20
-"""Size at which an answer without an end is refused."""
 
 MAX_SCRATCH_FILE_BYTES = 64 << 20
 """Largest file that a child may write."""
@@ -64,15 +57,28 @@ class SandboxError(GvpoError, RuntimeError):
     """The sandbox's processes do not start, or keep dying before a check begins."""
 
 
-class _GoneError(Exception):
-    """The process at the other end is gone, or it wrote something that our code never writes.
+class _Stage(NamedTuple):
+    """Reward functions that run one after the other in the same child."""
 
-    Without a message it is gone, and its exit status says why.
-    """
+    names: list[str]
+    is_shared: bool
+    """Whether the child is used for other checks as well."""
+
+
+def _stages(functions: Mapping[str, Mapping[str, Any]]) -> list[_Stage]:
+    """Put the functions into stages, in their order: ours together, each of the user's alone."""
+    stages: list[_Stage] = []
+    for name, source in functions.items():
+        is_ours = str(source.get("place", "")).startswith("gvpo_ray.")
+        if is_ours and stages and stages[-1].is_shared:
+            stages[-1].names.append(name)
+        else:
+            stages.append(_Stage([name], is_ours))
+    return stages
 
 
 class Sandbox:
-    """Runs reward functions on completions in a child process.
+    """Runs reward functions on completions in child processes.
 
     A sandbox must be used from one thread. It starts at once, so that a bad function fails here.
 
@@ -81,7 +87,7 @@ class Sandbox:
         timeout_s: seconds that one check of all functions together may take.
         cpu_s: seconds of CPU time that one check may take.
         memory_gib: GiB that a child may allocate beside the loaded functions.
-        max_checks: number of checks after which a child is replaced.
+        max_checks: number of checks after which a child that serves many is replaced.
 
     Raises:
         ConfigError: a reward function cannot be loaded; the message names verifiers.rewards.<name>.
@@ -97,23 +103,21 @@ class Sandbox:
         memory_gib: float,
         max_checks: int,
     ) -> None:
-        self._names = list(functions)
+        self._functions, self._stages = dict(functions), _stages(functions)
         self._timeout_s, self._cpu_s, self._memory_gib, self._max_checks = (
             timeout_s,
             cpu_s,
             memory_gib,
             max_checks,
         )
-        self._scratch, self._lock = _new_scratch()
-        self._setup = {
-            "functions": dict(functions),
-            "memory_bytes": int(memory_gib * 2**30),
-            "scratch": str(self._scratch),
-        }
+        self.unprotected = unprotected()
+        """What this machine's kernel does not protect, in sentences."""
+        self._printed = Printed()
+        self._scratch = Scratch()
         self._template: _Template | None = None
         self._child: _Child | None = None
         try:
-            self._living_child()
+            self._living_template()
         except BaseException:
             self.close()
             raise
@@ -127,162 +131,119 @@ class Sandbox:
         Raises:
             SandboxError: no child can be started that takes up the check.
         """
-        parts: dict[str, Part] = dict.fromkeys(self._names, Part(None))
-        child, number = self._begin({"prompt": prompt, "completion": completion, "columns": dict(columns)})
-        deadline = time.monotonic() + self._timeout_s
-        child.limit_cpu(self._cpu_s)
-        name = self._names[0]
-        try:
-            for name in parts:
-                parts[name] = _parse_part(child.channel.receive(deadline), number)
+        parts: dict[str, Part] = dict.fromkeys(self._functions, Part(None))
+        request = {"prompt": prompt, "completion": completion, "columns": dict(columns)}
+        left_s, cpu_left = self._timeout_s, float(self._cpu_s)
+        for stage in self._stages:
+            child, number = self._begin(stage, request)
+            begun, cpu_begun = time.monotonic(), child.limit_cpu(cpu_left, is_hard=not stage.is_shared)
+            name, failure = stage.names[0], None
+            try:
+                for name in stage.names:
+                    parts[name] = _parse_part(child.channel.receive(begun + left_s), number)
+            except TimeoutError:
+                failure = f"{ReasonKind.TIMEOUT}: {name} took more than {self._timeout_s:g} s"
+            except GoneError as error:
+                failure = str(error) and f"{ReasonKind.CRASH}: {name}: {error}"
+            left_s -= time.monotonic() - begun
+            cpu_left = max(0.0, cpu_left - (child.cpu_used() - cpu_begun))
             child.num_checks += 1
-            if child.num_checks >= self._max_checks:
-                self._end_child()
-        except TimeoutError:
-            self._end_child()
-            parts[name] = Part(None, f"{ReasonKind.TIMEOUT}: {name} took more than {self._timeout_s:g} s")
-        except _GoneError as error:
-            status = self._end_child()
-            parts[name] = Part(
-                None, f"{ReasonKind.CRASH}: {name}: {error}" if str(error) else self._ending(name, status)
-            )
+            if failure is not None or not stage.is_shared or child.num_checks >= self._max_checks:
+                status, cpu_used = self._end(child)
+                if failure is not None:
+                    failure = failure or self._ending(name, status, cpu_used - cpu_begun)
+                    parts[name] = Part(None, failure)
+                    break
         return parts
 
     def close(self) -> None:
-        """Kill both processes and remove the scratch folder."""
+        """Kill the processes and remove the scratch folder."""
         if self._child is not None:
-            self._end_child()  # waits for its end
+            self._end(self._child)  # waits for its end
         if self._template is not None:
             self._template.kill()
-        self._template = self._child = None
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        Path(self._lock.name).unlink(missing_ok=True)
-        self._lock.close()
+        self._template = None
+        self._scratch.remove()
 
-    def _begin(self, request: Mapping[str, Any]) -> tuple[_Child, str]:
-        """Give a check to a living child; return the child, and the number that its answers must carry.
+    def _begin(self, stage: _Stage, request: Mapping[str, Any]) -> tuple[_Child, str]:
+        """Give a check to a child; return the child, and the number that its answers must carry.
 
         A child that died before it took up the check, idle or on receipt, is replaced. Only from here on is
         a child's death the completion's fault.
 
         Raises:
-            SandboxError: three children in a row died before they took up the check.
+            SandboxError: the child cannot confine itself, or three children in a row died before they took
+                up the check.
         """
         for _ in range(3):
-            child = self._living_child()
+            try:
+                child = self._shared_child() if stage.is_shared else self._new_child()
+            except GoneError:  # the template, which is started anew
+                continue
             deadline = time.monotonic() + START_TIMEOUT_S
             # Answers that an earlier check has left in the channel, forged ones included, lack this number.
             number = secrets.token_hex(8)
-            with contextlib.suppress(_GoneError, TimeoutError):
-                child.channel.send({**request, "number": number}, deadline)
-                if child.channel.receive(deadline) == {"begun": number}:
+            answer: dict[str, Any] = {}
+            with contextlib.suppress(GoneError, TimeoutError):
+                child.channel.send({**request, "functions": stage.names, "number": number}, deadline)
+                answer = child.channel.receive(deadline)
+                if answer == {"begun": number}:
                     return child, number
-            self._end_child()
+            self._end(child)
+            if "error" in answer:
+                raise SandboxError(f"the verifier's child process cannot confine itself: {answer['error']}")
         raise SandboxError("the verifier's child process dies before it takes up a check")
 
-    def _living_child(self) -> _Child:
-        """Return the child; start one, and a template, if there is none."""
+    def _shared_child(self) -> _Child:
+        """Return the child that serves many checks; start one if there is none."""
         if self._child is None:
-            if self._template is None or not self._template.is_alive():
-                if self._template is not None:
-                    self._template.kill()
-                self._template = _Template(self._setup)
-            self._child = self._template.spawn()
+            self._child = self._new_child()
         return self._child
 
-    def _end_child(self) -> int:
-        """Kill the child and empty its scratch folder.
+    def _new_child(self) -> _Child:
+        """Fork a child; raise GoneError if the template has died just now."""
+        return self._living_template().spawn(self._printed)
 
-        Returns:
-            Exit status of the child; minus the signal's number, if a signal ended it.
-        """
-        assert self._template is not None and self._child is not None
-        child, self._child = self._child, None
+    def _living_template(self) -> _Template:
+        """Return the template, with a scratch folder; start it if there is none."""
+        if not self._scratch.is_usable():
+            if self._template is not None:  # it has the folder's path in its environment
+                self._template.kill()
+            self._scratch.remove()
+            self._scratch = Scratch()
+        if self._template is None or not self._template.is_alive():
+            if self._template is not None:
+                self._template.kill()
+            setup = {
+                "functions": self._functions,
+                "memory_bytes": int(self._memory_gib * 2**30),
+                "scratch": str(self._scratch.folder),
+            }
+            self._template = _Template(setup)
+        return self._template
+
+    def _end(self, child: _Child) -> tuple[int, float]:
+        """End a child and empty the scratch folder; return its exit status and its seconds of CPU time."""
+        if child is self._child:
+            self._child = None
+        assert self._template is not None  # of which it is a child
         try:
-            status = self._template.end(child)
-        except _GoneError:  # the template died too, and its children die with it
+            ending = self._template.end(child)
+        except GoneError:  # the template died too, and its children die with it
             self._template.kill()
-            self._template, status = None, -signal.SIGKILL
-        for entry in self._scratch.iterdir():
-            shutil.rmtree(
-                entry, ignore_errors=True
-            ) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
-        return status
+            self._template, ending = None, (-signal.SIGKILL, 0.0)
+        child.channel.close()
+        self._scratch.wipe()
+        return ending
 
-    def _ending(self, name: str, status: int) -> str:
+    def _ending(self, name: str, status: int, cpu_used: float) -> str:
         """Return the reason for a child that died with this status while the function `name` ran."""
         if status == OUT_OF_MEMORY:
             return f"{ReasonKind.MEMORY}: {name} needed more than {self._memory_gib:g} GiB"
-        if status == -signal.SIGXCPU:
+        # a child that ignores SIGXCPU is killed a second later
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu_used >= self._cpu_s):
             return f"{ReasonKind.TIMEOUT}: {name} used more than {self._cpu_s} s of CPU time"
         return f"{ReasonKind.CRASH}: {name}: {_ending(status)}"
-
-
-def _new_scratch() -> tuple[Path, Any]:
-    """Make a scratch folder; return it with the lock that marks it as in use.
-
-    Folders whose owner was killed, so that nobody holds their lock, are removed.
-    """
-    for old in Path(tempfile.gettempdir()).glob(SCRATCH_PREFIX + "*.lock"):
-        with contextlib.suppress(OSError), lock(old):
-            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
-            old.unlink()
-    while True:
-        descriptor, name = tempfile.mkstemp(prefix=SCRATCH_PREFIX, suffix=".lock")
-        os.close(descriptor)
-        held = lock(Path(name), wait_s=None)
-        if os.path.exists(name):
-            break
-        held.close()  # another process removed the file as an old one before it was locked
-    folder = Path(name).with_suffix("")
-    folder.mkdir(mode=0o700)
-    return folder, held
-
-
-class Channel:
-    """One end of a socket pair, over which JSON objects are sent and received, one per line.
-
-    Deadlines are times of time.monotonic(). An end that is gone, or a line that is no JSON object, raises
-    _GoneError; a missed deadline raises TimeoutError.
-    """
-
-    def __init__(self, end: socket.socket) -> None:
-        self.socket = end
-        self._received = b""
-
-    def send(self, frame: Mapping[str, Any], deadline: float) -> None:
-        """Send one object."""
-        self.socket.settimeout(_remaining(deadline))
-        try:
-            self.socket.sendall(as_frame(frame))
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise _GoneError from error
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """Wait for the next object and return it."""
-        while b"\n" not in self._received:
-            if len(self._received) > MAX_FRAME_BYTES:
-                raise _GoneError("an answer without end")
-            self.socket.settimeout(_remaining(deadline))
-            try:
-                data = self.socket.recv(1 << 16)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise _GoneError from error
-            if not data:
-                raise _GoneError
-            self._received += data
-        line, _, self._received = self._received.partition(b"\n")
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _GoneError("an answer that is not JSON") from error
-        if not isinstance(answer, dict):
-            raise _GoneError("an answer that is not an object")
-        return answer
 
 
 class _Child:
@@ -291,14 +252,30 @@ class _Child:
     def __init__(self, pid: int, channel: Channel) -> None:
         self.pid, self.channel, self.num_checks = pid, channel, 0
 
-    def limit_cpu(self, seconds: int) -> None:
-        """Allow the child `seconds` of CPU time from now on; the child itself may not change its limits."""
+    def cpu_used(self) -> float:
+        """Return the seconds of CPU time that the child has used; 0 if it is gone."""
         # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) computes it
-        cpu_clock = (~self.pid << 3) | 2
-        with contextlib.suppress(OSError):  # the child is gone, which the channel will report
-            used = time.clock_gettime(cpu_clock)
-            hard = resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
-            resource.prlimit(self.pid, resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)
+        except OSError:  # the channel will report it
+            return 0.0
+
+    def limit_cpu(self, seconds: float, is_hard: bool) -> float:
+        """Allow the child some CPU time from now on, in whole seconds and one; return what it has used.
+
+        The child may not change its limits, but it may ignore the signal that comes with the soft one.
+
+        Args:
+            seconds: the CPU time.
+            is_hard: whether the child is killed a second later. That is for good, because only root may raise
+                a hard limit again.
+        """
+        used = self.cpu_used()
+        with contextlib.suppress(OSError):
+            limit = int(used + seconds) + 1
+            hard = limit + 1 if is_hard else resource.prlimit(self.pid, resource.RLIMIT_CPU)[1]
+            resource.prlimit(self.pid, resource.RLIMIT_CPU, (limit, hard))
+        return used
 
 
 class _Template:
@@ -324,19 +301,20 @@ class _Template:
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "PYTHONHASHSEED": "0",  # sympy orders terms by hash, and verdicts must be reproducible
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",  # a child ends without a flush
             "OMP_NUM_THREADS": "1",
         }
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "gvpo_ray.sandbox.template", str(os.getpid())],
                 stdin=theirs.fileno(),
-                stdout=2,  # what user code prints goes to the log; the protocol has descriptors of its own
+                stdout=2,  # what an import prints goes to the log; the protocol has descriptors of its own
                 env=environment,
                 start_new_session=True,  # a process group of its own: killed with all that it started
             )
         try:
             answer = self._ask(setup)
-        except _GoneError as error:
+        except GoneError as error:
             raise SandboxError(
                 f"the verifier's child process did not start ({str(error) or _ending(self.kill())})"
             ) from error
@@ -357,34 +335,46 @@ class _Template:
         """Return whether the process runs."""
         return self._process.poll() is None
 
-    def spawn(self) -> _Child:
-        """Fork a child; raise SandboxError if the template is gone."""
+    def spawn(self, printed: Printed) -> _Child:
+        """Fork a child, and give it what it prints to; raise GoneError if the template is gone."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        # a socket and not a pipe: a pipe could be opened again through /proc, and read
+        output, their_output = socket.socketpair()
+        printed.begin()
+        with theirs, their_output:
             try:
                 self._control.socket.settimeout(START_TIMEOUT_S)
-                socket.send_fds(self._control.socket, [as_frame({"do": "spawn"})], [theirs.fileno()])
-                child = _Child(
-                    self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"], Channel(ours)
+                socket.send_fds(
+                    self._control.socket,
+                    [as_frame({"do": "spawn"})],
+                    [theirs.fileno(), their_output.fileno()],
                 )
-            except (_GoneError, OSError) as error:
-                raise SandboxError(
-                    f"the verifier's template process is gone ({_ending(self.kill())})"
-                ) from error
+                child = _Child(
+                    self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"],
+                    Channel(ours, output, printed),
+                )
+            except (GoneError, OSError) as error:
+                ours.close()
+                output.close()
+                self.kill()
+                raise GoneError from error
         return child
 
-    def end(self, child: _Child) -> int:
-        """Kill a child if it still lives; return its exit status (minus the signal's number).
+    def end(self, child: _Child) -> tuple[int, float]:
+        """Kill a child if it still lives.
 
         The child's pid cannot be reused before the template reaps the child, which happens here.
+
+        Returns:
+            (its exit status, or minus the signal's number; the seconds of CPU time that it used).
         """
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)
-        child.channel.socket.close()
         try:
-            return int(self._ask({"do": "wait", "pid": child.pid})["status"])
+            answer = self._ask({"do": "wait", "pid": child.pid})
+            return int(answer["status"]), float(answer["cpu_s"])
         except TimeoutError as error:
-            raise _GoneError from error
+            raise GoneError from error
 
     def kill(self) -> int:
         """Kill the template and its process group; return its exit status.
@@ -408,35 +398,19 @@ def _ending(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
-def as_frame(message: Mapping[str, Any]) -> bytes:
-    """Encode a message as one line of ASCII JSON; NUL, newlines and lone surrogates are escaped."""
-    return json.dumps(message, default=str).encode("ascii") + b"\n"
-
-
-def _remaining(deadline: float) -> float:
-    """Return the seconds to a deadline; raise TimeoutError if there are none left.
-
-    Zero must not be returned: for a socket it means "do not wait".
-    """
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError
-    return remaining
-
-
 def _parse_part(answer: Mapping[str, Any], number: str) -> Part:
     """Check a child's answer and make a Part of it; a completion may have taken the child over.
 
     Raises:
-        _GoneError: the answer belongs to another check, or holds no reward.
+        GoneError: the answer belongs to another check, or holds no reward.
     """
     if answer.get("number") != number:
-        raise _GoneError("an answer to another question")
+        raise GoneError("an answer to another question")
     value, reason = answer.get("part"), answer.get("reason")
     if not (value is None or (type(value) in (int, float) and fits_float32(value))) or not (
         reason is None or isinstance(reason, str)
     ):
-        raise _GoneError("an answer that is not a reward")
+        raise GoneError("an answer that is not a reward")
     # Arrow holds valid Unicode only.
     return Part(
         value, (reason.encode("utf-8", "replace").decode() if reason else None), answer.get("fault") is True

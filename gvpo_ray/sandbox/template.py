@@ -17,8 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gvpo_ray.sandbox import confine
+from gvpo_ray.sandbox.channel import Channel, as_frame
 from gvpo_ray.sandbox.functions import RewardFunction, call, describe, load
-from gvpo_ray.sandbox.process import MAX_OPEN_FILES, MAX_SCRATCH_FILE_BYTES, OUT_OF_MEMORY, Channel, as_frame
+from gvpo_ray.sandbox.landlock import Files, files_of_python, restrict_files
+from gvpo_ray.sandbox.process import MAX_OPEN_FILES, MAX_SCRATCH_FILE_BYTES, OUT_OF_MEMORY
 
 
 def main() -> None:
@@ -37,25 +40,32 @@ def main() -> None:
         except BaseException as error:
             control.socket.sendall(as_frame({"name": name, "error": describe(error)}))
             return
+    files = files_of_python()
     gc.freeze()  # the children share these pages as long as nobody writes into them
     control.socket.sendall(as_frame({"ready": True}))
     while True:
-        line, descriptors, _, _ = socket.recv_fds(control.socket, 4096, 1)
+        line, descriptors, _, _ = socket.recv_fds(control.socket, 4096, 2)
         if not line:
             return
         command = json.loads(line)
         if command["do"] == "wait":
-            _, status = os.waitpid(command["pid"], 0)
-            control.socket.sendall(as_frame({"status": os.waitstatus_to_exitcode(status)}))
+            _, status, usage = os.wait4(command["pid"], 0)
+            cpu_s = usage.ru_utime + usage.ru_stime
+            control.socket.sendall(as_frame({"status": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}))
             continue
         template = os.getpid()
         if (pid := os.fork()) == 0:
             control.socket.close()
+            channel, output = descriptors
+            for standard in (1, 2):
+                os.dup2(output, standard)
+            os.close(output)
             try:
-                _serve(socket.socket(fileno=descriptors[0]), functions, setup, template)
+                _serve(socket.socket(fileno=channel), functions, setup, files, template)
             finally:
                 os._exit(0)
-        os.close(descriptors[0])
+        for descriptor in descriptors:
+            os.close(descriptor)
         control.socket.sendall(as_frame({"pid": pid}))
 
 
@@ -71,36 +81,47 @@ def _read_line(channel: socket.socket) -> bytes:
 
 
 def _serve(
-    channel: socket.socket, functions: Mapping[str, RewardFunction], setup: Mapping[str, Any], template: int
+    channel: socket.socket,
+    functions: Mapping[str, RewardFunction],
+    setup: Mapping[str, Any],
+    files: Files,
+    template: int,
 ) -> None:
     """Run the child: confine this process, then answer checks until the verifier closes the channel."""
-    from gvpo_ray.sandbox import confine
-
     _die_with_parent(template)
-    confine.limit_resources(_address_space() + setup["memory_bytes"], MAX_SCRATCH_FILE_BYTES, MAX_OPEN_FILES)
-    confine.restrict_calls(files=not confine.restrict_writes(setup["scratch"]))
+    try:
+        _confine(setup, files)
+    except OSError as error:
+        channel.sendall(as_frame({"error": describe(error)}))
+        return
     for line in channel.makefile("rb"):
         check = json.loads(line)
         channel.sendall(as_frame({"begun": check["number"]}))
         columns = {key: [value] for key, value in check["columns"].items()}
-        for name, function in functions.items():
+        for name in check["functions"]:
             try:
                 (part,) = call(
-                    name, function, [check["prompt"]], [check["completion"]], columns, catch=BaseException
+                    name,
+                    functions[name],
+                    [check["prompt"]],
+                    [check["completion"]],
+                    columns,
+                    catch=BaseException,
                 )
             except MemoryError:
                 # the function's leftovers still fill the address space: only a new process is clean
                 os._exit(OUT_OF_MEMORY)
-            channel.sendall(
-                as_frame(
-                    {
-                        "number": check["number"],
-                        "part": part.value,
-                        "reason": part.reason,
-                        "fault": part.is_fault,
-                    }
-                )
-            )
+            answer = {"number": check["number"], "part": part.value, "reason": part.reason}
+            channel.sendall(as_frame({**answer, "fault": part.is_fault}))
+
+
+def _confine(setup: Mapping[str, Any], files: Files) -> None:
+    """Give up all that a check does not need, as far as this kernel can take it (confine.unprotected)."""
+    confine.limit_resources(_address_space() + setup["memory_bytes"], MAX_SCRATCH_FILE_BYTES, MAX_OPEN_FILES)
+    confine.drop_capabilities()
+    is_restricted = restrict_files(setup["scratch"], *files)
+    if confine.has_seccomp():
+        confine.restrict_calls(files=not is_restricted)
 
 
 def _address_space() -> int:

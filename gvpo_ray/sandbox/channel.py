@@ -1,0 +1,155 @@
+"""The channel between the verifier and the sandbox's processes, and what those print.
+
+Frames are lines of ASCII JSON over a socket pair. They are JSON because the child's answers are untrusted,
+and unpickling would run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+MAX_FRAME_BYTES = 1 << 20
+"""Size at which an answer without an end is refused."""
+
+MAX_PRINTED_BYTES, MAX_PRINTED_BYTES_IN_ALL = 16 << 10, 4 << 20
+"""How much of what a child prints, and of what all children of a sandbox print, is passed on."""
+
+
+class GoneError(Exception):
+    """The process at the other end is gone, or it wrote something that our code never writes.
+
+    Without a message it is gone, and its exit status says why.
+    """
+
+
+class Printed:
+    """Takes what children print, so that they never wait, and passes a limited part of it on to stderr."""
+
+    def __init__(self) -> None:
+        self._left_in_all = MAX_PRINTED_BYTES_IN_ALL
+        self._left = 0
+
+    def begin(self) -> None:
+        """Allow for another child."""
+        self._left = MAX_PRINTED_BYTES
+
+    def take(self, output: socket.socket) -> bool:
+        """Take what there is, without waiting; return whether there may be more later."""
+        try:
+            data = output.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        left = min(self._left, self._left_in_all)
+        text = data[:left].decode("utf-8", "backslashreplace")
+        if len(data) > left > 0:
+            text += "\n(the rest of what this reward function prints is left out)\n"
+        self._left, self._left_in_all = self._left - len(data), self._left_in_all - len(data[:left])
+        if text:
+            # no escape sequence of a completion may reach a terminal, and a full disk costs no check
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(
+                    "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+                )
+        return bool(data)
+
+
+class Channel:
+    """One end of a socket pair, over which JSON objects are sent and received, one per line.
+
+    Deadlines are times of time.monotonic(). An end that is gone, or a line that is no JSON object, raises
+    GoneError; a missed deadline raises TimeoutError.
+
+    Args:
+        end: the socket.
+        output: what the process at the other end prints; it is taken while an object is awaited.
+        printed: what takes it.
+    """
+
+    def __init__(
+        self, end: socket.socket, output: socket.socket | None = None, printed: Printed | None = None
+    ) -> None:
+        self.socket = end
+        self._output, self._printed = output, printed
+        self._received = b""
+        self._is_open = output is not None
+
+    def send(self, frame: Mapping[str, Any], deadline: float) -> None:
+        """Send one object."""
+        self.socket.settimeout(_remaining(deadline))
+        try:
+            self.socket.sendall(as_frame(frame))
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise GoneError from error
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """Wait for the next object and return it."""
+        while b"\n" not in self._received:
+            if len(self._received) > MAX_FRAME_BYTES:
+                raise GoneError("an answer without end")
+            self._wait(deadline)
+            self.socket.settimeout(_remaining(deadline))
+            try:
+                data = self.socket.recv(1 << 16)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise GoneError from error
+            if not data:
+                raise GoneError
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise GoneError("an answer that is not JSON") from error
+        if not isinstance(answer, dict):
+            raise GoneError("an answer that is not an object")
+        return answer
+
+    def _wait(self, deadline: float) -> None:
+        """Wait until there is something to receive, and take what is printed meanwhile."""
+        while self._is_open and self._output and self._printed:
+            poll = select.poll()  # unlike select.select, it takes descriptors beyond 1023
+            poll.register(self.socket, select.POLLIN)
+            poll.register(self._output, select.POLLIN)
+            ready = dict(poll.poll(1000 * _remaining(deadline)))
+            if self._output.fileno() in ready:
+                self._is_open = self._printed.take(self._output)
+            if self.socket.fileno() in ready:
+                return
+
+    def close(self) -> None:
+        """Take what is still printed, and close the sockets."""
+        self.socket.close()
+        if self._output and self._printed:
+            for _ in range(16):  # enough for what a socket holds
+                if not (self._is_open and self._printed.take(self._output)):
+                    break
+            self._output.close()
+
+
+def as_frame(message: Mapping[str, Any]) -> bytes:
+    """Encode a message as one line of ASCII JSON; NUL, newlines and lone surrogates are escaped."""
+    return json.dumps(message, default=str).encode("ascii") + b"\n"
+
+
+def _remaining(deadline: float) -> float:
+    """Return the seconds to a deadline; raise TimeoutError if there are none left.
+
+    Zero must not be returned: for a socket it means "do not wait".
+    """
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    return remaining
