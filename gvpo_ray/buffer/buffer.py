@@ -84,8 +84,7 @@ class GroupBuffer(LearnerControl):
         )
         self._finished = set(self.log.group_ids)
         self._running: set[int] = set()
-        self._skipped: set[int] = set()
-        self._next_id = 0
+        self._next_id = 0  # no id from here on was started
         self._weights: tuple[int, Any] | None = None
         self._metrics: dict[int, dict[str, Any]] = {}
         self._last_group_at: float | None = None
@@ -127,11 +126,7 @@ class GroupBuffer(LearnerControl):
                 return None
             started: list[tuple[int, int]] = []
             while len(started) < num and self._may_start():
-                while (
-                    self._next_id in self._finished
-                    or self._next_id in self._running
-                    or self._next_id in self._skipped
-                ):
+                while self._next_id in self._finished or self._next_id in self._running:
                     self._next_id += 1
                 oldest = (
                     0
@@ -142,6 +137,7 @@ class GroupBuffer(LearnerControl):
                 # exist.
                 started.append((self._next_id, min(oldest, self.version)))
                 self._running.add(self._next_id)
+                self._next_id += 1
             return started
 
     async def history(self, prompt: pa.Table, num: int) -> pa.Table:
@@ -159,7 +155,6 @@ class GroupBuffer(LearnerControl):
         """Give up a started group that will not be sampled; another one may start in its place."""
         async with self._new_version:
             self._running.discard(group_id)
-            self._skipped.add(group_id)
             self._new_version.notify_all()
 
     async def put(self, group: pa.Table) -> bool:
@@ -266,14 +261,34 @@ class GroupBuffer(LearnerControl):
             )
             return None if self._closed else self._weights
 
+    async def has_weights(self) -> bool:
+        """Return whether the learner has told where its weights are; a restarted buffer does not know."""
+        return self._weights is not None
+
     # --- driver ---------------------------------------------------------------------------------------------
 
+    async def reached(self, version: int) -> int | None:
+        """Return the version of the published weights once it is `version` or newer; None: closed.
+
+        After a resume, the log and so `start` may be ahead of the learner's weights.
+        """
+        weights = await self.weights(version - 1)
+        return None if weights is None else weights[0]
+
     async def trained(self, step: int) -> dict[str, Any] | None:
-        """Return a step's metrics once it is trained; None: the run was closed before."""
+        """Return a step's metrics once it is trained; None: the run was closed before.
+
+        A learner that started from a newer checkpoint than the driver saw has trained the steps before it:
+        their metrics are on disk.
+        """
         async with self._new_version:
-            await self._new_version.wait_for(lambda: self._closed or step in self._metrics)
+            await self._new_version.wait_for(
+                lambda: self._closed or step in self._metrics or step <= (self._learner_from or 0)
+            )
             for old in [s for s in self._metrics if s < step]:
                 del self._metrics[old]
+            if step not in self._metrics and step <= (self._learner_from or 0):
+                return steps_metrics(self.log.folder).get(step, {})
             return self._metrics.get(step)
 
     async def waits(self) -> dict[str, float] | None:

@@ -87,7 +87,9 @@ class LearnerControl:
                     f"the learner died {self._learner_deaths} times in a row without a step between: "
                     f"{self._learner_cause}"
                 )
-        self._learner_from = step
+        async with self._new_version:
+            self._learner_from = step
+            self._new_version.notify_all()
         self.set_learner_state(LearnerState.STARTS, f"from step {step}")
 
     async def learner_failed(self, cause: str) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.config.base import GvpoError
+from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.files import (
     append_line,
     append_lines,
@@ -267,22 +268,33 @@ def _group_id(source: Any, schema: pa.Schema) -> int:
 
 
 class Quarantine:
-    """The quarantine lists prompts whose checks all hit a limit: they are sampled once, and never again.
+    """The quarantine lists prompts whose checks all hit a limit: they are not sampled again.
 
     The file has one JSON object per line, so that a person can read it. The groups of these prompts are in
     the log too, without rewards and with the reasons.
+
+    Args:
+        path: the file.
+        verifiers: has the limits of a check. A prompt that was put in under a lower one is released.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, verifiers: VerifiersConfig | None = None) -> None:
         self.path = Path(path)
+        self._limits = {name: getattr(verifiers, name) for name in LIMITS} if verifiers else {}
         self._keys = {prompt_key(entry) for entry in self.entries()}
+        self._num_covered = 0  # prompts, from the first on, that were seen to be in quarantine
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def entries(self) -> list[dict[str, str]]:
-        """Return {"dataset", "prompt", "answer"} of each prompt, in order of arrival."""
-        return read_lines(self.path)
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the file's entry of each prompt that is not released, in order of arrival."""
+        by_key = {prompt_key(entry): entry for entry in read_lines(self.path)}
+        return [entry for entry in by_key.values() if not self._releases(entry)]
+
+    def _releases(self, entry: Mapping[str, Any]) -> bool:
+        limits = entry.get("limits", {})
+        return any(self._limits.get(name, value) > value for name, value in limits.items())
 
     def holds(self, prompt: pa.Table) -> bool:
         """Return whether a prompt (one row of the group table) is in quarantine."""
@@ -293,8 +305,20 @@ class Quarantine:
         row = next(groups.rows(prompt))
         if prompt_key(row) not in self._keys:
             self._keys.add(prompt_key(row))
-            append_line(self.path, {name: row[name] for name in KEY_COLUMNS})
+            append_line(self.path, {**{name: row[name] for name in KEY_COLUMNS}, "limits": self._limits})
 
+    def holds_all(self, prompts: pa.Table) -> bool:
+        """Return whether every row of a table is in quarantine; it is the same table in each call.
+
+        A row that was found there is not looked at again, so all calls together look at each row once.
+        """
+        while self._num_covered < len(prompts) and self.holds(prompts.slice(self._num_covered, 1)):
+            self._num_covered += 1
+        return self._num_covered == len(prompts)
+
+
+LIMITS = ("timeout_s", "cpu_s", "memory_gib")
+"""Keys of the section `verifiers` that are limits of one check."""
 
 KEY_COLUMNS = ("dataset", "prompt", "answer")
 """Columns that identify a prompt across groups."""

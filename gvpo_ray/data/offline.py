@@ -190,6 +190,10 @@ class OfflineSource:
         ]
         return self._row(prompt.select([*groups.PROMPT_COLUMNS, *own]), [rows[i] for i in drawn])
 
+    def all(self) -> pa.Table:
+        """Return the source's prompts, one row each (groups.PROMPT_COLUMNS)."""
+        return self._prompts
+
     def digest(self) -> str:
         """Return the SHA-256 of the problems, completions and rewards in use, in the file's order.
 

@@ -5,14 +5,21 @@ For the contents of a checkpoint see learner/checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
 
-from gvpo_ray.files import part_of, sync_to_disk, sync_tree
+from gvpo_ray.files import lock, part_of, sync_to_disk, sync_tree
 
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 """The name of a checkpoint. Whatever else is in checkpoints/, such as a copy of one, is the user's."""
+
+LOCK = Path("checkpoints", ".lock")
+"""The file in a run directory that the learner which writes checkpoints has locked."""
+
+LEARNER_END_S = 60.0
+"""Seconds that a new process waits for the learner of a killed one to end."""
 
 
 def _checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
@@ -25,6 +32,18 @@ def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
     """Return step and folder of the newest complete checkpoint of a run; None where there is none."""
     whole = [entry for entry in _checkpoints(run_dir) if (entry[1] / "state.json").is_file()]
     return whole[-1] if whole else None
+
+
+def settled_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
+    """Return latest_checkpoint once no learner of an earlier process writes another one.
+
+    After LEARNER_END_S it is returned in any case.
+    """
+    held = Path(run_dir) / LOCK
+    if held.parent.is_dir():
+        with contextlib.suppress(BlockingIOError):
+            lock(held, LEARNER_END_S).close()
+    return latest_checkpoint(run_dir)
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:

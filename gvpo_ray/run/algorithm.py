@@ -25,7 +25,7 @@ from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import mask
 from gvpo_ray.config.verifiers import RewardConfig
-from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.learner.checkpoints import settled_checkpoint
 from gvpo_ray.learner.families import check_trainable
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.advice import FirstSteps
@@ -100,7 +100,7 @@ class GVPO:
             if self.replays:
                 self.num_steps = min(config.num_steps, num_recorded_steps)
                 import_groups(recorded, assigned, self.run_dir / "groups")
-            checkpoint = latest_checkpoint(self.run_dir)
+            checkpoint = settled_checkpoint(self.run_dir)
             self.step = checkpoint[0] if checkpoint else 0
             """Number of trained steps, which is also the version of the weights."""
             self.resumed_from = self.step if checkpoint else None
@@ -112,7 +112,7 @@ class GVPO:
                 # The last driver may have been killed before it wrote these metrics.
                 if max(written, default=0) < step <= self.step:
                     self.metrics.write(step, metrics)
-            self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl")
+            self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl", config.verifiers)
             self.events = EventLog(self.run_dir / "events.jsonl")
         except OSError as error:
             self._open.close()

@@ -58,6 +58,12 @@ class Inputs:
         found = [self.sources[name].completions(prompt, num) for name, num in self.num_offline.items()]
         return [completions for completions in found if completions is not None]
 
+    def problems(self) -> pa.Table:
+        """Return the prompts, or where there are none, those of the sources' whole groups."""
+        if self.prompts is not None:
+            return self.prompts.all()
+        return pa.concat_tables([source.all() for source in self.sources.values()], promote_options="default")
+
     def digests(self) -> dict[str, str]:
         """Return digests of the prompts and of each source, by key; other data have others."""
         prompts = {} if self.prompts is None else {"prompts.path": self.prompts.digest()}
