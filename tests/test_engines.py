@@ -32,7 +32,7 @@ from gvpo_ray import groups
 from gvpo_ray.actors import Draining
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.engines import base, fake_engine, openai_engine, vllm_engine
+from gvpo_ray.engines import base, fake_engine, openai_engine, rollout, vllm_engine
 from gvpo_ray.engines.actor import ActorMethods
 from gvpo_ray.engines.base import HAND_OVER_S, BaseEngine, sort_out
 from gvpo_ray.engines.fake_engine import FakeEngine
@@ -1091,7 +1091,7 @@ def test_an_update_is_a_sign_of_life() -> None:
         core = _Core()
         core.output_processor = type("OutputProcessor", (), {"request_states": {}})
         engine._llm, engine._last_token_at = core, 0.0
-        running = vllm_engine._Requests(prompt(), 2)
+        running = rollout.Completions(prompt(), 2)
         with engine._at_work(running):
             engine._last_token_at = 0.0
             assert (await engine.status())["last_token_at"] == 0.0

@@ -93,6 +93,7 @@ class BaseEngine(abc.ABC):
             new since the last call. Both are empty once the engine is closed.
         """
         columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
+        wanted = {*columns, *groups.MASK_COLUMNS}
         while not self._is_closed:
             await asyncio.sleep(HAND_OVER_S)
             due = time.time() - HAND_OVER_S
@@ -102,7 +103,8 @@ class BaseEngine(abc.ABC):
                     break
                 if new := [i for i in running.finished(due) if i not in running.handed_over]:
                     running.handed_over.update(new)
-                    found.append(self._table(running, new).select(columns))
+                    table = self._table(running, new)
+                    found.append(table.select([name for name in table.column_names if name in wanted]))
             if found:
                 table = pa.concat_tables(found)
                 return table["group_id"].to_pylist(), table
@@ -295,7 +297,11 @@ def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[
         if len(finished) < len(reasons):
             (row,) = groups.rows(part)
             begun += [
-                {name: row[name][i] for name in groups.COMPLETION_COLUMNS}
+                {
+                    name: row[name][i]
+                    for name in (*groups.COMPLETION_COLUMNS, *groups.MASK_COLUMNS)
+                    if row.get(name) is not None
+                }
                 for i, reason in enumerate(reasons)
                 if reason == ABORTED
             ]
