@@ -20,7 +20,7 @@ from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 
 
 class _Engine(Protocol):
-    """The part of an engine that ActorMethods uses."""
+    """_Engine is the part of an engine that ActorMethods uses."""
 
     refusals: dict[int, str]
 
@@ -84,7 +84,7 @@ class ActorMethods:
         refusal = self.refusals.pop(group["group_id"][0].as_py(), "")
         return to_wire(sampled), (missing, num_tokens, refusal)
 
-    async def hand_over(self: _Engine) -> tuple[list[int], pa.Buffer]:
+    async def take_finished(self: _Engine) -> tuple[list[int], pa.Buffer]:
         """Wait for finished completions of unfinished groups; return the rows' group ids, and the rows.
 
         No group ids: the engine is closed.

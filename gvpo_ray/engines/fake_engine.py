@@ -1,4 +1,4 @@
-"""An engine without a model, for tests and for `gvpo-ray bench scale`."""
+"""FakeEngine stands in for an engine in tests and in `gvpo-ray bench scale`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, 
 
 
 class FakeEngine(RolloutEngine):
-    r"""An engine without a model, for unit and scale tests.
+    r"""A FakeEngine is an engine without a model, for unit and scale tests.
 
     Tokens are random, texts are `\boxed{digit}`, and lengths have a heavy tail. The version stands for the
     weights. Its group tables have the same columns as those of Engine.
@@ -203,7 +203,7 @@ class FakeEngine(RolloutEngine):
 
 @dataclass(eq=False, kw_only=True)
 class _Tokens(InFlight):
-    """A group at a FakeEngine, whose tokens are all drawn at the beginning."""
+    """_Tokens is a group at a FakeEngine, whose tokens are all drawn at the beginning."""
 
     version: int
     """Version of the weights that it began with."""

@@ -193,7 +193,7 @@ class Transcript:
 
 @dataclass(eq=False)
 class Completions(InFlight):
-    """A group whose completions are made by a rollout function each."""
+    """Completions is a group of which a rollout function makes each completion."""
 
     completions: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Index of a completion -> its completion columns, once it is finished or cut off."""

@@ -1,4 +1,4 @@
-"""The engine that samples with vLLM's AsyncLLM. This module imports neither torch nor vLLM."""
+"""Engine samples with vLLM's AsyncLLM. This module imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gvpo_ray.data.rendering import TextRenderer
 from gvpo_ray.engines.process_log import ProcessLog
 from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, Transcript, one_call
 
-CORPSE_S = 10.0
+ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
 must not reach a dead engine (ray#60088)."""
 
@@ -28,7 +28,7 @@ FATAL = "encountered a fatal error"
 
 
 class Engine(RolloutEngine):
-    """An engine that runs vLLM in its own process.
+    """An Engine runs vLLM in a process of its own.
 
     With `load_weights=False` vLLM starts with dummy weights and cannot be used before the first update,
     because the learner is the only source of weights in training. A model with tied embeddings is then run
@@ -204,7 +204,7 @@ class Engine(RolloutEngine):
         return final
 
     async def _watch(self) -> None:
-        """Check once a second whether vLLM's core is dead, and then end this process after CORPSE_S.
+        """Check once a second whether vLLM's core is dead, and then end this process after ZOMBIE_S.
 
         Callers of vLLM that wait for a core that was killed (SIGKILL, out of memory) are never woken.
         """
@@ -212,7 +212,7 @@ class Engine(RolloutEngine):
             await asyncio.sleep(1.0)
         self._death.set_exception(self._llm.dead_error)
         self._death.exception()  # marks it as seen: asyncio complains of an exception that nobody awaited
-        await asyncio.sleep(CORPSE_S)
+        await asyncio.sleep(ZOMBIE_S)
         os._exit(1)
 
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
