@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
-def leaping(
-    monkeypatch: pytest.MonkeyPatch, *modules: ModuleType
-) -> Callable[[Coroutine[Any, Any, Any]], Any]:
+
+def leaping(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> Run:
     """Returns a function that runs a coroutine on a clock that stands still while anyone has work to do and
     then leaps to the next moment for which something is planned. `modules` see the same clock as `time`.
     """

@@ -38,7 +38,7 @@ from ray.scripts.scripts import start as ray_start
 from gvpo_ray.actors import resources_of
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.engines.supervisor import HAND_OVER_MARGIN_S
+from gvpo_ray.engines.supervisor import MIGRATION_MARGIN_S
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -465,7 +465,7 @@ def test_the_notice_is_as_long_as_engines_need_and_the_pods_grace_is_longer(name
     assert hasattr(ray_constants, variable)
     notice = float(environment(name)[variable])
     # the driver asks Ray and its engines about once a second each
-    assert notice >= CONFIG.engines.drain_s + HAND_OVER_MARGIN_S + 4
+    assert notice >= CONFIG.engines.drain_s + MIGRATION_MARGIN_S + 4
     # no cloud's spot machines stay longer
     assert notice + 5 <= PODS[name]["terminationGracePeriodSeconds"] <= 30
 

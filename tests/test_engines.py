@@ -32,9 +32,9 @@ from gvpo_ray import groups
 from gvpo_ray.actors import Draining
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.engines import base, fake_engine, openai_engine, vllm_engine
+from gvpo_ray.engines import base, fake_engine, openai_engine, rollout, vllm_engine
 from gvpo_ray.engines.actor import ActorMethods
-from gvpo_ray.engines.base import HAND_OVER_S, BaseEngine, sort_out
+from gvpo_ray.engines.base import MIGRATE_AFTER_S, BaseEngine, split_kept
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.openai_engine import ServerEngine
 from gvpo_ray.engines.vllm_engine import Engine
@@ -93,11 +93,11 @@ def without_waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Coroutine[Any,
 def test_what_was_gone_on_with_and_finished_since_is_not_gone_on_with_again() -> None:
     """An engine left with two cut off; the next one finished the first of them, handed it over, and died."""
     left = part([5, 6], [5], [7, 8], reason="abort")
-    done, begun, num_new = sort_out([part([3]), left, part([5, 6, 9]), part([4, 4])], size=6)
+    done, begun, num_new = split_kept([part([3]), left, part([5, 6, 9]), part([4, 4])], size=6)
     assert [row_of(table)["completion_ids"] for table in done] == [[[3]], [[5, 6, 9]], [[4, 4]]]
     assert [row["completion_ids"] for row in begun] == [[5], [7, 8]] and num_new == 3
-    assert sort_out([part([3], [4], [5])], size=2)[1:] == ([], 0)
-    assert [row["completion_ids"] for row in sort_out([left], size=2)[1]] == [[5, 6], [5]]
+    assert split_kept([part([3], [4], [5])], size=2)[1:] == ([], 0)
+    assert [row["completion_ids"] for row in split_kept([left], size=2)[1]] == [[5, 6], [5]]
 
 
 def test_kept_completions_come_first_and_only_the_rest_is_sampled() -> None:
@@ -167,7 +167,7 @@ def test_siblings_of_a_long_group_are_handed_over_once_and_those_of_short_groups
         long = asyncio.ensure_future(engine.generate(prompt(2), sampling(4, 400), 0, None, part([5]), almost))
         began = (now := asyncio.get_running_loop().time)()
         # looked for as often as they have to be old
-        for first, seconds in ((3, 2 * HAND_OVER_S), (4, 3 * HAND_OVER_S)):
+        for first, seconds in ((3, 2 * MIGRATE_AFTER_S), (4, 3 * MIGRATE_AFTER_S)):
             ids, table = await engine.finished()
             assert ids == [2] and now() - began == pytest.approx(seconds)
             (tokens,) = row_of(table)["completion_ids"]
@@ -180,7 +180,7 @@ def test_siblings_of_a_long_group_are_handed_over_once_and_those_of_short_groups
             and list(map(len, row["completion_ids"])) == [1, 400, 400, 400]
         )
         waiting = asyncio.ensure_future(engine.finished())
-        await asyncio.sleep(100 * HAND_OVER_S)
+        await asyncio.sleep(100 * MIGRATE_AFTER_S)
         assert not waiting.done()
         await engine.close()
         ids, table = await waiting
@@ -920,7 +920,7 @@ def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
 ) -> None:
     """Last: there is no engine any more."""
     engine, ended = running.engine, []
-    monkeypatch.setattr(vllm_engine, "CORPSE_S", 0.5)
+    monkeypatch.setattr(vllm_engine, "ZOMBIE_S", 0.5)
     monkeypatch.setattr(vllm_engine.os, "_exit", ended.append)
 
     async def run() -> None:
@@ -1091,7 +1091,7 @@ def test_an_update_is_a_sign_of_life() -> None:
         core = _Core()
         core.output_processor = type("OutputProcessor", (), {"request_states": {}})
         engine._llm, engine._last_token_at = core, 0.0
-        running = vllm_engine._Requests(prompt(), 2)
+        running = rollout.Completions(prompt(), 2)
         with engine._at_work(running):
             engine._last_token_at = 0.0
             assert (await engine.status())["last_token_at"] == 0.0

@@ -215,13 +215,13 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
     assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
     rows = {row["group_id"]: row for row in finish(run, tmp_path, 24)}
     assert recoveries(run) == [("engine", "engines-0", "its process or its node died")]
-    handed_over: dict[int, list[Any]] = {group_id: [] for group_id in kept}
+    migrated: dict[int, list[Any]] = {group_id: [] for group_id in kept}
     for group_id, refs in kept.items():
         for part in refs:
             own = [row for row in groups.rows(groups.from_wire(part)) if row["group_id"] == group_id]
-            handed_over[group_id] += [ids for row in own for ids in row["completion_ids"]]
-    assert sum(bool(completions) for completions in handed_over.values()) >= 2
-    for group_id, completions in handed_over.items():
+            migrated[group_id] += [ids for row in own for ids in row["completion_ids"]]
+    assert sum(bool(completions) for completions in migrated.values()) >= 2
+    for group_id, completions in migrated.items():
         row = rows[group_id]
         assert Counter(row["completions"])[f"pid {pid}"] >= len(completions)
         assert all(ids in row["completion_ids"] for ids in completions)

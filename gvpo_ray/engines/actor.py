@@ -14,12 +14,13 @@ from gvpo_ray.actors import actor_name
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.openai_engine import ServerEngine
+from gvpo_ray.engines.rollout import Rollout, one_call
 from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 
 
 class _Engine(Protocol):
-    """The part of an engine that ActorMethods uses."""
+    """_Engine is the part of an engine that ActorMethods uses."""
 
     refusals: dict[int, str]
 
@@ -83,7 +84,7 @@ class ActorMethods:
         refusal = self.refusals.pop(group["group_id"][0].as_py(), "")
         return to_wire(sampled), (missing, num_tokens, refusal)
 
-    async def hand_over(self: _Engine) -> tuple[list[int], pa.Buffer]:
+    async def take_finished(self: _Engine) -> tuple[list[int], pa.Buffer]:
         """Wait for finished completions of unfinished groups; return the rows' group ids, and the rows.
 
         No group ids: the engine is closed.
@@ -101,7 +102,12 @@ class _ServerActor(ActorMethods, ServerEngine):
 
 
 def engine_maker(
-    model: ModelConfig, config: EnginesConfig, seed: int, load_weights: bool, system_prompt: str | None
+    model: ModelConfig,
+    config: EnginesConfig,
+    seed: int,
+    load_weights: bool,
+    system_prompt: str | None,
+    rollout: Rollout = one_call,
 ) -> MakeEngine:
     """Return the function that makes an engine actor: a client if its pool has a `url`, else vLLM.
 
@@ -111,6 +117,7 @@ def engine_maker(
         seed: the run's seed; engine `number` of a vLLM pool gets seed + number.
         load_weights: whether vLLM starts with the weights of model.path, or waits for the learner's.
         system_prompt: first message of every request to a server.
+        rollout: makes one completion at an engine of our own.
     """
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
@@ -136,7 +143,7 @@ def engine_maker(
         return (
             ray.remote(_EngineActor)
             .options(**options)
-            .remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s)
+            .remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s, rollout)
         )
 
     return make

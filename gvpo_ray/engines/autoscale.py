@@ -1,4 +1,4 @@
-"""Scaling of elastic pools: which pool gets another engine, and which one loses one.
+"""Autoscaling decides which elastic pool gets another engine, and which one loses one.
 
 There are too few engines while the learner waits for groups. There are too many while the bound on staleness
 keeps engines with room from starting new groups. A pool changes by at most one engine every
@@ -70,7 +70,7 @@ def slot_to_clear(slots: Sequence[Any], waited: float, closed: float) -> Any | N
     if (
         waited > SHRINK_BELOW_WAIT_SHARE
         or not spare
-        or any(not slot.is_wanted and slot.state != "off" for slot in slots)
+        or any(not slot.is_wanted and slot.state != EngineState.OFF for slot in slots)
     ):
         return None  # the engine that was removed last is still draining
     if coming := [slot for slot in spare if slot.state != EngineState.RUNNING]:

@@ -1,4 +1,4 @@
-"""The base class of the engines, which sample completions.
+"""Engines sample completions; their base class is here.
 
 Engine (vLLM's AsyncLLM), ServerEngine (an OpenAI-compatible API) and FakeEngine have the same few methods:
 
@@ -33,12 +33,12 @@ from gvpo_ray import groups
 from gvpo_ray.actors import Draining
 from gvpo_ray.config.engines import SamplingConfig
 
-HAND_OVER_S = 1.0
+MIGRATE_AFTER_S = 1.0
 """Age in seconds at which a finished completion of an unfinished group leaves the engine, so that it survives
 the engine's death. It is also the interval between two such batches: sending completions one by one would
 cost short groups more than sampling them."""
 
-LAST_WORDS_S = 2.0
+FLUSH_S = 2.0
 """Seconds between the end of a drain after SIGTERM and the end of the process, in which the results of the
 last calls reach their callers."""
 
@@ -58,7 +58,7 @@ class InFlight:
     """When sampling began, in seconds of time.time()."""
     finished_at: dict[int, float] = field(default_factory=dict)
     """Index of a completion -> when it was finished. FakeEngine fills it in beforehand."""
-    handed_over: set[int] = field(default_factory=set)
+    migrated: set[int] = field(default_factory=set)
     """Indices of the completions that `BaseEngine.finished` has returned."""
 
     def finished(self, before: float) -> list[int]:
@@ -86,23 +86,25 @@ class BaseEngine(abc.ABC):
         self._last_token_at = time.time()
 
     async def finished(self) -> tuple[list[int], pa.Table]:
-        """Wait for completions, finished HAND_OVER_S ago, of unfinished groups; return each of them once.
+        """Wait for completions, finished MIGRATE_AFTER_S ago, of unfinished groups; return each of them once.
 
         Returns:
             Group ids and a table with one row per group id: the prompt columns, and the completions that are
             new since the last call. Both are empty once the engine is closed.
         """
         columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
+        wanted = {*columns, *groups.MASK_COLUMNS}
         while not self._is_closed:
-            await asyncio.sleep(HAND_OVER_S)
-            due = time.time() - HAND_OVER_S
+            await asyncio.sleep(MIGRATE_AFTER_S)
+            due = time.time() - MIGRATE_AFTER_S
             found = []
             for running in self._in_flight:
                 if running.since > due:  # the rest began even later
                     break
-                if new := [i for i in running.finished(due) if i not in running.handed_over]:
-                    running.handed_over.update(new)
-                    found.append(self._table(running, new).select(columns))
+                if new := [i for i in running.finished(due) if i not in running.migrated]:
+                    running.migrated.update(new)
+                    table = self._table(running, new)
+                    found.append(table.select([name for name in table.column_names if name in wanted]))
             if found:
                 table = pa.concat_tables(found)
                 return table["group_id"].to_pylist(), table
@@ -191,7 +193,7 @@ class BaseEngine(abc.ABC):
     async def _drain_and_exit(self) -> None:
         assert self._drain_s is not None
         await self.drain(self._drain_s)
-        await asyncio.sleep(LAST_WORDS_S)
+        await asyncio.sleep(FLUSH_S)
         await self.close()
         os._exit(0)
 
@@ -225,7 +227,7 @@ class BaseEngine(abc.ABC):
             Draining: the engine takes no new work; another one has to sample the group.
         """
         await self._may_begin(min_version)
-        done, begun, num_new = sort_out(kept, sampling.num_completions)
+        done, begun, num_new = split_kept(kept, sampling.num_completions)
         table, missing = await self._rest(group, num_new, begun, sampling, seed_beside(kept, sampling, seed))
         return groups.join(group, *done, table) if kept else table, missing
 
@@ -269,7 +271,7 @@ class BaseEngine(abc.ABC):
         """Make the groups in flight return with the tokens that they have."""
 
 
-def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
+def split_kept(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[dict[str, Any]], int]:
     """Split the completions that a group already has into finished ones and cut-off ones.
 
     Args:
@@ -295,7 +297,11 @@ def sort_out(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], list[
         if len(finished) < len(reasons):
             (row,) = groups.rows(part)
             begun += [
-                {name: row[name][i] for name in groups.COMPLETION_COLUMNS}
+                {
+                    name: row[name][i]
+                    for name in (*groups.COMPLETION_COLUMNS, *groups.MASK_COLUMNS)
+                    if row.get(name) is not None
+                }
                 for i, reason in enumerate(reasons)
                 if reason == ABORTED
             ]

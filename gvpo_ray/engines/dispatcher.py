@@ -42,7 +42,7 @@ class Dispatcher:
         self._for_ours: list[_Waiting] = []
         self._order = itertools.count()
         self.room = asyncio.Event()
-        """Set whenever an engine may have got room."""
+        """An event that is set whenever an engine may have got room."""
 
     @property
     def max_groups(self) -> int:

@@ -1,8 +1,9 @@
-"""An engine without a model, for tests and for `gvpo-ray bench scale`."""
+"""FakeEngine stands in for an engine in tests and in `gvpo-ray bench scale`."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import time
@@ -15,11 +16,12 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
+from gvpo_ray.engines.base import ABORTED, InFlight
+from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, Transcript, one_call
 
 
-class FakeEngine(BaseEngine):
-    r"""An engine without a model, for unit and scale tests.
+class FakeEngine(RolloutEngine):
+    r"""A FakeEngine is an engine without a model, for unit and scale tests.
 
     Tokens are random, texts are `\boxed{digit}`, and lengths have a heavy tail. The version stands for the
     weights. Its group tables have the same columns as those of Engine.
@@ -33,6 +35,7 @@ class FakeEngine(BaseEngine):
             default: a quarter of that.
         sigma: standard deviation of the logarithm of a completion's length.
         drain_s: as for BaseEngine.
+        rollout: makes one completion. With the default all of a group's tokens are drawn at once.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class FakeEngine(BaseEngine):
         median_tokens: float | None = None,
         sigma: float = 1.0,
         drain_s: float | None = None,
+        rollout: Rollout = one_call,
     ) -> None:
-        super().__init__(drain_s)
+        super().__init__(drain_s, rollout)
         self._random = np.random.default_rng(seed)
         self._vocab_size, self._seconds_per_token, self._median_tokens, self._sigma = (
             vocab_size,
@@ -67,13 +71,12 @@ class FakeEngine(BaseEngine):
         sampling: SamplingConfig,
         seed: int | None,
     ) -> tuple[pa.Table, int]:
+        if self._rollout is not one_call:
+            return await super()._rest(group, size, begun, sampling, seed)
         random = self._random if seed is None else np.random.default_rng(seed)
         room = np.full(size, sampling.max_tokens)
         room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)
-        lengths = (self._median_tokens or sampling.max_tokens / 4) * np.exp(
-            self._sigma * random.standard_normal(size)
-        )
-        new = np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
+        new = self._lengths(random, sampling, room)
         tokens = (
             np.split(
                 random.integers(self._vocab_size, size=int(new.sum()), dtype=np.int32), np.cumsum(new)[:-1]
@@ -96,6 +99,40 @@ class FakeEngine(BaseEngine):
         missing = sum(n < len(ids) for n, ids in zip(written, running.tokens, strict=True))
         return table, missing
 
+    def _lengths(self, random: np.random.Generator, sampling: SamplingConfig, room: np.ndarray) -> np.ndarray:
+        """Draw lengths of at least 1, if there is room, and at most `room`."""
+        median = self._median_tokens or sampling.max_tokens / 4
+        lengths = median * np.exp(self._sigma * random.standard_normal(len(room)))
+        return np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
+
+    async def _span(
+        self,
+        running: Completions,
+        index: int,
+        ids: list[int],
+        max_tokens: int,
+        sampling: SamplingConfig,
+        seed: int | None,
+    ) -> Span:
+        """Draw tokens, and wait as long as writing them takes, or until a drain cuts them off."""
+        random = self._random if seed is None else np.random.default_rng(seed)
+        (length,) = self._lengths(random, sampling, np.array([max_tokens])).tolist()
+        tokens: list[int] = random.integers(self._vocab_size, size=length).tolist()
+        reason, began = "length" if length == max_tokens else "stop", time.time()
+        if seconds := self._seconds_per_token * length:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(running.cut.wait(), seconds)
+                tokens = tokens[: int((time.time() - began) / self._seconds_per_token)]
+                reason = ABORTED
+        self._num_tokens += len(tokens)
+        return Span(tokens, [-math.log(self._vocab_size)] * len(tokens), reason, [self.version])
+
+    def _longest(self, running: Completions) -> int:
+        return 1 << 30
+
+    def _text(self, transcript: Transcript) -> str:
+        return self._texts[transcript.ids[-1] % 10]
+
     def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:
         """Return the number of new tokens that each completion has at the time `now`."""
         seconds = min(now, running.cut_at) - running.since
@@ -107,7 +144,8 @@ class FakeEngine(BaseEngine):
         )
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
-        assert isinstance(running, _Tokens)
+        if not isinstance(running, _Tokens):
+            return super()._table(running, which)
         ids, logprobs, reasons, oldest = [], [], [], []
         written = self._written(running)
         uniform = np.full(max(written, default=0), -math.log(self._vocab_size), np.float32)
@@ -141,9 +179,9 @@ class FakeEngine(BaseEngine):
         )
 
     async def _cut_off(self) -> None:
+        await super()._cut_off()
         for running in self._in_flight:
-            assert isinstance(running, _Tokens)
-            if not running.over.done():
+            if isinstance(running, _Tokens) and not running.over.done():
                 running.cut_at = time.time()
                 running.end()
 
@@ -165,7 +203,7 @@ class FakeEngine(BaseEngine):
 
 @dataclass(eq=False, kw_only=True)
 class _Tokens(InFlight):
-    """A group at a FakeEngine, whose tokens are all drawn at the beginning."""
+    """_Tokens is a group at a FakeEngine, whose tokens are all drawn at the beginning."""
 
     version: int
     """Version of the weights that it began with."""

@@ -1,4 +1,4 @@
-"""The engine that samples at an external OpenAI-compatible server.
+"""ServerEngine samples at an external OpenAI-compatible server.
 
 The server's model is not the policy. Its completions are external data (source `offline:<pool>`), without
 versions and log-probs.
@@ -48,7 +48,7 @@ config that is wrong, and not the prompts: the run stops."""
 
 
 class ServerEngine(BaseEngine):
-    """A client of the server at pool.url, with at most pool.max_groups requests in flight.
+    """A ServerEngine is a client of the server at pool.url, with at most pool.max_groups requests in flight.
 
     Args:
         name: name of the pool.
@@ -280,7 +280,7 @@ class ServerEngine(BaseEngine):
 
 @dataclass(eq=False)
 class _Answers(InFlight):
-    """A group whose requests are at the server."""
+    """_Answers is a group whose requests are at the server."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     refusal: str | None = None

@@ -1,4 +1,4 @@
-"""The pools of engine actors, as the driver sees them.
+"""The driver sees the pools of engine actors as one EngineGroup.
 
 This module imports neither torch nor vLLM, because actors import it.
 """
@@ -22,7 +22,7 @@ from gvpo_ray.observe.status import EngineState
 
 
 class EngineGroup:
-    """The engines of all pools, seen from the driver.
+    """An EngineGroup is the engines of all pools, seen from the driver.
 
     `sample` gives a group to the engine with the most room (dispatcher.py). `run` keeps every slot filled
     with a living engine (supervisor.py). All methods run on the session's event loop.
@@ -71,7 +71,7 @@ class EngineGroup:
 
     @property
     def room(self) -> asyncio.Event:
-        """Set whenever an engine may have got room."""
+        """An event that is set whenever an engine may have got room."""
         return self._dispatcher.room
 
     @property
@@ -123,7 +123,7 @@ class EngineGroup:
             await self._placed()
         await self._supervisor.run()
 
-    def who_has(self, group_id: int) -> str | None:
+    def engine_with(self, group_id: int) -> str | None:
         """Return the name of the engine that a group is in flight at, or None."""
         return next((slot.name for slot in self.slots if group_id in slot.in_flight), None)
 

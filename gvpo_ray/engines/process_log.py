@@ -29,7 +29,7 @@ class ProcessLog:
 
     @property
     def paths(self) -> list[Path]:
-        """The files."""
+        """The files that stdout and stderr go to, each once."""
         return sorted({Path(f"/proc/self/fd/{fd}").resolve() for fd in self._begins})
 
     def last_error(self, after: str = "") -> str | None:

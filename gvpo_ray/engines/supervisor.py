@@ -51,7 +51,7 @@ NODE_CHECK_S = 0.5
 SCALE_CHECK_S = 0.5
 """Seconds between two looks at whether an empty slot of an elastic pool is wanted."""
 
-HAND_OVER_MARGIN_S = 5.0
+MIGRATION_MARGIN_S = 5.0
 """Seconds of a node's notice that are reserved for moving completions away from it."""
 
 
@@ -232,7 +232,7 @@ class Supervisor:
     async def _collect(self, slot: Slot, engine: Any) -> None:
         """Bring finished completions of unfinished groups to the driver, where they survive the node."""
         while True:
-            group_ids, table = await engine.hand_over.remote()
+            group_ids, table = await engine.take_finished.remote()
             if not group_ids:
                 return  # the engine is closed
             for group_id in group_ids:
@@ -274,7 +274,7 @@ class Supervisor:
         seconds = (
             self._config.drain_s
             if notice <= 0
-            else max(0.0, min(self._config.drain_s, notice - HAND_OVER_MARGIN_S))
+            else max(0.0, min(self._config.drain_s, notice - MIGRATION_MARGIN_S))
         )
         slot.becomes(EngineState.LEAVING)
         limit = seconds + self._config.hang_s

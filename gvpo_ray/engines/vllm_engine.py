@@ -1,4 +1,4 @@
-"""The engine that samples with vLLM's AsyncLLM. This module imports neither torch nor vLLM."""
+"""Engine samples with vLLM's AsyncLLM. This module imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ import re
 import signal
 import time
 import uuid
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable
 from typing import Any
 
-import pyarrow as pa
-
-from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.rendering import TextRenderer
-from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
 from gvpo_ray.engines.process_log import ProcessLog
+from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, Transcript, one_call
 
-CORPSE_S = 10.0
+ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
 must not reach a dead engine (ray#60088)."""
 
@@ -31,8 +27,8 @@ FATAL = "encountered a fatal error"
 """What vLLM's core writes before the traceback of the error that ends it."""
 
 
-class Engine(BaseEngine):
-    """An engine that runs vLLM in its own process.
+class Engine(RolloutEngine):
+    """An Engine runs vLLM in a process of its own.
 
     With `load_weights=False` vLLM starts with dummy weights and cannot be used before the first update,
     because the learner is the only source of weights in training. A model with tied embeddings is then run
@@ -50,6 +46,7 @@ class Engine(BaseEngine):
         seed: vLLM's seed, for groups without a seed of their own.
         load_weights: whether vLLM loads the weights of model.path, as version 0.
         drain_s: as for BaseEngine.
+        rollout: makes one completion.
     """
 
     def __init__(
@@ -60,8 +57,9 @@ class Engine(BaseEngine):
         seed: int,
         load_weights: bool = False,
         drain_s: float | None = None,
+        rollout: Rollout = one_call,
     ) -> None:
-        super().__init__(drain_s)
+        super().__init__(drain_s, rollout)
         self._model, self._pool, self._transfer, self._seed, self._load_weights = (
             model,
             pool,
@@ -142,101 +140,56 @@ class Engine(BaseEngine):
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
-    async def _rest(
+    async def _span(
         self,
-        group: pa.Table,
-        size: int,
-        begun: list[dict[str, Any]],
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> tuple[pa.Table, int]:
-        running = _Requests(group, size)
-        with self._at_work(running):
-            requests = [
-                asyncio.create_task(
-                    self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)
-                )
-                for i in range(size)
-            ]
-            try:
-                await self._unless_dead(asyncio.gather(*requests))
-            finally:
-                for request in requests:
-                    request.cancel()
-        return self._table(running, sorted(running.completions)), size - len(running.finished_at)
-
-    async def _complete(
-        self,
-        running: _Requests,
+        running: Completions,
         index: int,
+        ids: list[int],
+        max_tokens: int,
         sampling: SamplingConfig,
         seed: int | None,
-        begun: dict[str, Any] | None,
-    ) -> None:
-        """Sample one completion, or the rest of one, as a request of its own.
+    ) -> Span:
+        """Call the model, as a request of its own.
 
         vLLM returns a request with several completions only when all of them are finished.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        ids: list[int] = begun["completion_ids"] if begun else []
-        most = min(sampling.max_tokens, self._llm.model_config.max_model_len - len(running.prompt_ids))
-        if begun and len(ids) >= most:
-            running.completions[index], running.finished_at[index] = (
-                {**begun, "finish_reasons": "length"},
-                time.time(),
-            )
-            return
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=max(0, sampling.top_k),
             min_p=sampling.min_p,
-            max_tokens=most - len(ids),
+            max_tokens=max_tokens,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             # decoding token by token costs this process twice as much as all the rest of a completion
             detokenize=False,
-            seed=None if seed is None else seed + index,
+            seed=seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
         )
-        (new,) = (await self._final(running.prompt_ids + ids, params, f"{running.name}-{index}")).outputs
+        (new,) = (await self._final(ids, params, f"{running.name}-{index}")).outputs
         self._num_finished_tokens += len(new.token_ids)
-        if not new.token_ids:  # cut off before its first token
-            if begun:
-                running.completions[index] = begun
-            return
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
-        if begun:
-            versions.append(begun["version_min"])
-        ids = ids + list(new.token_ids)
-        running.completions[index] = {
-            "completions": self._renderer.text(ids[: -1 if new.finish_reason == "stop" else None]),
-            "completion_ids": ids,
-            "finish_reasons": new.finish_reason,
-            "sources": "policy",
-            "version_min": min(versions),
-            "version_max": max(versions),
-            "sampling_logprobs": (begun["sampling_logprobs"] if begun else []) + list(new.logprobs.logprobs),
-        }
-        if new.finish_reason != ABORTED:
-            running.finished_at[index] = time.time()
+        logprobs = list(new.logprobs.logprobs) if new.token_ids else []
+        return Span(list(new.token_ids), logprobs, new.finish_reason, versions)
 
-    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
-        assert isinstance(running, _Requests)
-        rows = [running.completions[i] for i in which]
-        return groups.with_columns(
-            running.group, **{name: [[row[name] for row in rows]] for name in groups.COMPLETION_COLUMNS}
-        )
+    def _longest(self, running: Completions) -> int:
+        return int(self._llm.model_config.max_model_len) - len(running.prompt_ids)
+
+    def _text(self, transcript: Transcript) -> str:
+        has_end = transcript.finish_reason == "stop" and transcript.trained[-1]
+        return self._renderer.text(transcript.ids[: -1 if has_end else None])
 
     async def _cut_off(self) -> None:
+        await super()._cut_off()
         # vLLM returns an aborted request's tokens so far without asking its core, which may hang.
         names = [
             f"{running.name}-{i}"
             for running in self._in_flight
-            if isinstance(running, _Requests)
+            if isinstance(running, Completions)
             for i in range(running.size)
         ]
         if not self._llm.errored:
@@ -251,7 +204,7 @@ class Engine(BaseEngine):
         return final
 
     async def _watch(self) -> None:
-        """Check once a second whether vLLM's core is dead, and then end this process after CORPSE_S.
+        """Check once a second whether vLLM's core is dead, and then end this process after ZOMBIE_S.
 
         Callers of vLLM that wait for a core that was killed (SIGKILL, out of memory) are never woken.
         """
@@ -259,7 +212,7 @@ class Engine(BaseEngine):
             await asyncio.sleep(1.0)
         self._death.set_exception(self._llm.dead_error)
         self._death.exception()  # marks it as seen: asyncio complains of an exception that nobody awaited
-        await asyncio.sleep(CORPSE_S)
+        await asyncio.sleep(ZOMBIE_S)
         os._exit(1)
 
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
@@ -419,15 +372,3 @@ def _why_not_started(error: RuntimeError, log: ProcessLog) -> str:
     if killed := re.search(r": -(\d+)\b", text):  # "Failed core proc(s): {'EngineCore': -9}"
         return f"vLLM did not start: its core process was ended by {signal.Signals(int(killed[1])).name}"
     return " ".join([text, *(f"(log: {path})" for path in log.paths)])
-
-
-@dataclass(eq=False)
-class _Requests(InFlight):
-    """A group at vLLM, whose requests have the ids `name`-0, `name`-1 and so on."""
-
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    completions: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Index of a completion -> its completion columns, once it is finished or cut off."""
-
-    def __post_init__(self) -> None:
-        self.prompt_ids: list[int] = self.group["prompt_ids"][0].as_py()

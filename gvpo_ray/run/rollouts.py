@@ -259,7 +259,7 @@ class Ring:
             and {
                 "group_id": oldest[1],
                 "since": oldest[0],
-                "where": self._engines.who_has(oldest[1]) or oldest[2],
+                "where": self._engines.engine_with(oldest[1]) or oldest[2],
                 "prompt": self._inputs and self._inputs.group(oldest[1])[0]["prompt"][0].as_py()[:80],
             },
             "resources": {

@@ -1,0 +1,304 @@
+"""A rollout function makes one completion of a prompt, with one call of the model or with several.
+
+    async def with_a_tool(prompt_ids: list[int], sample: Sample) -> list[int]:
+        call = await sample(prompt_ids)
+        result = tokens_of(run(call))                          # written by the tool, and not trained
+        return call + result + await sample(prompt_ids + call + result)
+
+It runs in the engine's process, once per completion. This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from gvpo_ray import groups
+from gvpo_ray.config.base import GvpoError
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
+
+Sample = Callable[[list[int]], Awaitable[list[int]]]
+"""One call of the model: `await sample(ids)` -> the tokens that the model writes behind `ids`.
+
+`ids` are the prompt and everything that is there of the completion. What was added since the last call is not
+trained. An empty answer means that the completion is as long as it may be.
+"""
+
+Rollout = Callable[[list[int], Sample], Awaitable[list[int]]]
+"""`await rollout(prompt_ids, sample)` -> the tokens of a completion, the untrained ones included.
+
+When an engine leaves, another one calls the function again for the same completion, and `sample` answers with
+the tokens that are there already, as long as the function adds the same tokens in between.
+"""
+
+
+class RolloutError(GvpoError, RuntimeError):
+    """A rollout function that does not only append tokens to a completion raises this."""
+
+
+async def one_call(prompt_ids: list[int], sample: Sample) -> list[int]:
+    """Complete a prompt with one call of the model: the default rollout function."""
+    return await sample(prompt_ids)
+
+
+class Span(NamedTuple):
+    """A Span is what one call of the model has written."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    """"stop", "length", or ABORTED if a drain cut it off."""
+    versions: list[int]
+    """Versions of the weights that wrote it."""
+
+
+class CutOff(Exception):
+    """`sample` raises this inside a rollout function when a drain has cut the model's call off."""
+
+
+Call = Callable[[list[int], int, int], Awaitable[Span]]
+"""`await call(ids, max_tokens, begin)` -> at most `max_tokens` tokens behind `ids`; `begin` is the place in
+the completion where the call began, also if another engine has sampled its first tokens."""
+
+
+class Transcript:
+    """A Transcript is a completion while a rollout function makes it.
+
+    Args:
+        prompt_ids: of the group.
+        max_tokens: longest completion.
+        call: samples at this engine.
+        begun: completion columns of what another engine has made of this completion, or None.
+    """
+
+    def __init__(
+        self, prompt_ids: list[int], max_tokens: int, call: Call, begun: dict[str, Any] | None
+    ) -> None:
+        self._prompt_ids, self._max_tokens, self._call, self._begun = prompt_ids, max_tokens, call, begun
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        """One per token; 0 for those that the model has not written."""
+        self.trained: list[bool] = []
+        """Whether the model has written each token."""
+        self.versions: list[int] = []
+        self.finish_reason = "length"
+        self._work: asyncio.Future[list[int]] | None = None
+        self._is_cut = self._is_in_call = False
+
+    async def run(self, rollout: Rollout) -> None:
+        """Make the completion, or as much of it as there is when a drain cuts it off.
+
+        Raises:
+            RolloutError: the function does not only append.
+        """
+        self._work = asyncio.ensure_future(rollout(list(self._prompt_ids), self._sample))
+        try:
+            self._appended(await self._work)
+        except CutOff:
+            self.finish_reason = ABORTED
+        except asyncio.CancelledError:
+            if not self._is_cut:
+                raise
+            self.finish_reason = ABORTED
+        if not any(self.trained) and self.finish_reason != ABORTED:
+            raise RolloutError("a rollout function has made a completion without a token of the model")
+        if len(self.ids) > self._max_tokens:
+            self.finish_reason = "length"
+            for column in (self.ids, self.logprobs, self.trained):
+                del column[self._max_tokens :]
+
+    def cut(self) -> None:
+        """Let the completion end with what is there; a call of the model that is under way ends by itself."""
+        if not self._is_cut and not self._is_in_call and self._work is not None:
+            self._work.cancel()
+        self._is_cut = True
+
+    def _appended(self, ids: list[int]) -> None:
+        """Take over the tokens that the function has added since the last call of the model."""
+        if ids[: len(self.ids)] != self.ids:
+            raise RolloutError("a rollout function may only append to what `sample` has returned")
+        new = list(ids[len(self.ids) :])
+        self.ids += new
+        self.logprobs += [0.0] * len(new)
+        self.trained += [False] * len(new)
+
+    def _wrote(self, ids: Sequence[int], logprobs: Sequence[float], versions: Sequence[int]) -> None:
+        self.ids += ids
+        self.logprobs += logprobs
+        self.trained += [True] * len(ids)
+        self.versions += versions
+
+    async def _sample(self, ids: list[int]) -> list[int]:
+        num_prompt = len(self._prompt_ids)
+        if ids[:num_prompt] != self._prompt_ids:
+            raise RolloutError("`sample` needs the prompt, and what is there of the completion behind it")
+        self._appended(ids[num_prompt:])
+        begin = len(self.ids)
+        self.finish_reason = "stop"
+        if not self._repeat():
+            span = await self._one_call(begin)
+            self._wrote(span.ids, span.logprobs, span.versions)
+            self.finish_reason = span.finish_reason
+            if span.finish_reason == ABORTED:
+                raise CutOff
+        return self.ids[begin:]
+
+    async def _one_call(self, begin: int) -> Span:
+        room = self._max_tokens - len(self.ids)
+        if room <= 0:
+            return Span([], [], "length", [])
+        if self._is_cut:
+            return Span([], [], ABORTED, [])
+        self._is_in_call = True
+        try:
+            return await self._call(self._prompt_ids + self.ids, room, begin)
+        finally:
+            self._is_in_call = False
+
+    def _repeat(self) -> bool:
+        """Write what another engine has sampled here; return whether that was the end of its call."""
+        begun, begin = self._begun, len(self.ids)
+        if begun is None or begun["completion_ids"][:begin] != self.ids:
+            return False
+        trained = begun.get("trained_tokens") or [True] * len(begun["completion_ids"])
+        end = next((i for i in range(begin, len(trained)) if not trained[i]), len(trained))
+        self._wrote(
+            begun["completion_ids"][begin:end],
+            begun["sampling_logprobs"][begin:end],
+            [begun["version_min"], begun["version_max"]] if end > begin else [],
+        )
+        return begin < end < len(trained)
+
+    def columns(self, text: str) -> dict[str, Any]:
+        """Return the completion columns; trained_tokens is null where all tokens are trained."""
+        return {
+            "completions": text,
+            "completion_ids": self.ids,
+            "finish_reasons": self.finish_reason,
+            "sources": "policy",
+            "version_min": min(self.versions),
+            "version_max": max(self.versions),
+            "sampling_logprobs": self.logprobs,
+            "trained_tokens": None if all(self.trained) else self.trained,
+        }
+
+
+@dataclass(eq=False)
+class Completions(InFlight):
+    """Completions is a group of which a rollout function makes each completion."""
+
+    completions: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Index of a completion -> its completion columns, once it is finished or cut off."""
+    transcripts: list[Transcript] = field(default_factory=list)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Different for each group; completion i has the name `name`-i at vLLM."""
+    cut: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a drain cuts the group off."""
+
+    def __post_init__(self) -> None:
+        self.prompt_ids: list[int] = self.group["prompt_ids"][0].as_py()
+
+
+class RolloutEngine(BaseEngine):
+    """A RolloutEngine is an engine whose completions are made by a rollout function, one call at a time.
+
+    Args:
+        drain_s: as for BaseEngine.
+        rollout: makes one completion.
+    """
+
+    def __init__(self, drain_s: float | None = None, rollout: Rollout = one_call) -> None:
+        super().__init__(drain_s)
+        self._rollout = rollout
+
+    async def _rest(
+        self,
+        group: pa.Table,
+        size: int,
+        begun: list[dict[str, Any]],
+        sampling: SamplingConfig,
+        seed: int | None,
+    ) -> tuple[pa.Table, int]:
+        running = Completions(group, size)
+        with self._at_work(running):
+            tasks = [
+                asyncio.create_task(
+                    self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)
+                )
+                for i in range(size)
+            ]
+            try:
+                await self._unless_dead(asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+        return self._table(running, sorted(running.completions)), size - len(running.finished_at)
+
+    async def _unless_dead(self, work: Awaitable[Any]) -> Any:
+        """Return the result of `work`, or raise an error as soon as it can have none."""
+        return await work
+
+    async def _cut_off(self) -> None:
+        for running in self._in_flight:
+            if isinstance(running, Completions):
+                running.cut.set()
+                for transcript in running.transcripts:
+                    transcript.cut()
+
+    async def _complete(
+        self,
+        running: Completions,
+        index: int,
+        sampling: SamplingConfig,
+        seed: int | None,
+        begun: dict[str, Any] | None,
+    ) -> None:
+        async def call(ids: list[int], max_tokens: int, begin: int) -> Span:
+            own = None if seed is None else seed + index + sampling.num_completions * begin
+            return await self._span(running, index, ids, max_tokens, sampling, own)
+
+        most = min(sampling.max_tokens, self._longest(running))
+        transcript = Transcript(running.prompt_ids, most, call, begun)
+        running.transcripts.append(transcript)
+        await transcript.run(self._rollout)
+        if not any(transcript.trained):  # cut off before the model's first token
+            return
+        running.completions[index] = transcript.columns(self._text(transcript))
+        if transcript.finish_reason != ABORTED:
+            running.finished_at[index] = time.time()
+
+    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
+        assert isinstance(running, Completions)
+        rows = [running.completions[i] for i in which]
+        names = [*groups.COMPLETION_COLUMNS]
+        if self._rollout is not one_call:
+            names += groups.MASK_COLUMNS
+        return groups.with_columns(running.group, **{name: [[row[name] for row in rows]] for name in names})
+
+    @abc.abstractmethod
+    async def _span(
+        self,
+        running: Completions,
+        index: int,
+        ids: list[int],
+        max_tokens: int,
+        sampling: SamplingConfig,
+        seed: int | None,
+    ) -> Span:
+        """Call the model: sample at most `max_tokens` tokens behind `ids`."""
+
+    @abc.abstractmethod
+    def _longest(self, running: Completions) -> int:
+        """Return the number of tokens for which the model has room behind the group's prompt."""
+
+    @abc.abstractmethod
+    def _text(self, transcript: Transcript) -> str:
+        """Return the text of a completion."""
