@@ -16,7 +16,7 @@ from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.evaluation.folder import EvaluationDir
 from gvpo_ray.learner.checkpoints import latest_checkpoint
-from gvpo_ray.run.inputs import machine_resources, read_evaluation_sets, read_model
+from gvpo_ray.run.inputs import columns_by_key, machine_resources, read_evaluation_sets, read_model
 from gvpo_ray.run.once import evaluation_sampling, run_through, without_learner
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.rewards import Rewards
@@ -58,7 +58,7 @@ def evaluate(
         check_resources(config, *machine_resources(config), learner=False)
     max_length, tokenizer = read_model(config)
     sets = read_evaluation_sets(config, max_length, tokenizer)
-    validate_rewards(config.verifiers, reward)
+    validate_rewards(config.verifiers, reward, columns_by_key({}, sets, {}))
     model = config.model.path
     folder = (
         Path(out)

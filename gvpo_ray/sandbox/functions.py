@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -24,6 +23,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_columns
 
 Score = float | None | tuple[float | None, str]
 """A reward function's result for one completion: the reward, or None (it cannot be verified), alone or in a
@@ -78,7 +78,7 @@ def call(
         raise
     except catch as error:  # untrusted output is scored here
         return [Part(None, f"{name} raised {describe(error)}", is_fault=True)] * len(completions)
-    returned = returned.tolist() if hasattr(returned, "tolist") else returned  # numpy, torch
+    returned = as_list(returned, len(completions))
     if not isinstance(returned, (list, tuple)):
         return [
             Part(None, f"{name} returned {_shown(returned)}, not a list of rewards", is_fault=True)
@@ -98,7 +98,9 @@ async def _await(awaitable: Any) -> Any:
 def _part(name: str, score: Any) -> Part:
     """Check one value that a reward function returned."""
     score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
-    remark = None if remark is None else str(remark)[:500]
+    score, said = as_number(score)
+    remark = said if remark is None else str(remark)
+    remark = None if remark is None else remark[:500]
     if score is None:
         return Part(None, remark or f"{name} gave no reward (None)")
     if not isinstance(score, numbers.Real):
@@ -132,7 +134,8 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
 
     Args:
         source: `place` (`module:function` or `path.py:function`) or `pickle` (base64), `arguments`, and
-            `is_strict`, which refuses arguments that only **kwargs would take.
+            `is_strict` (built in), which refuses arguments that only **kwargs would take. With `columns`
+            (key of a data set -> names), the function's required arguments must be among them.
 
     Raises:
         ConfigError: no such file, module, function or argument. Errors of a user's module come through as
@@ -151,9 +154,11 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
             raise ConfigError(
                 f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}"
             )
+    if source.get("columns") is not None:
+        check_columns(function, source["arguments"], source["columns"])
     if warm_up := getattr(function, "warm_up", None):
         warm_up()
-    return functools.partial(function, **source["arguments"]) if source["arguments"] else function
+    return adapted(function, source["arguments"], source["is_strict"])
 
 
 def _find(place: str) -> RewardFunction:
