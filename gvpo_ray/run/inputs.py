@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,6 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             f"sampling.max_tokens: {config.sampling.max_tokens} tokens leave no room for a prompt in a "
             f"context of {max_length}"
         )
-    validate_rewards(config.verifiers, rewards)
     prompts = None
     if config.prompts.path != NO_PROMPTS:
         prompts = PromptSet(
@@ -141,9 +140,17 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
         )
         for name, source in config.sources.items()
     }
+    evaluation = read_evaluation_sets(config, max_length, tokenizer)
+    to_verify = {
+        f"sources.{name}": source
+        for name, source in sources.items()
+        if config.sources[name].reward_column is None
+    }
+    of_prompts = {} if prompts is None else {"prompts": prompts}
+    validate_rewards(config.verifiers, rewards, columns_by_key(of_prompts, evaluation, to_verify))
     return Inputs(
         prompts=prompts,
-        evaluation=read_evaluation_sets(config, max_length, tokenizer),
+        evaluation=evaluation,
         max_length=max_length,
         sources=sources,
         mixture=SourceSchedule(
@@ -155,6 +162,17 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             if source.share
         },
     )
+
+
+def columns_by_key(
+    prompts: Mapping[str, PromptSet],
+    evaluation: Mapping[str, PromptSet],
+    sources: Mapping[str, OfflineSource],
+) -> dict[str, list[str]]:
+    """Return the columns that reward functions get of each data set, by its key in the config."""
+    sets = {f"evaluation.sets.{name}": of_set.columns for name, of_set in evaluation.items()}
+    by_key = {**prompts, **sources}
+    return {key: of_key.columns for key, of_key in by_key.items()} | sets
 
 
 def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) -> dict[str, PromptSet]:

@@ -24,6 +24,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.shown import know, mask
+from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_columns
 
 Score = float | None | tuple[float | None, str]
 """A reward function's result for one completion: the reward, or None (it cannot be verified), alone or in a
@@ -123,7 +124,7 @@ def _unreachable(error: BaseException | None) -> OutOfReach | None:
 
 def _parts(name: str, returned: Any, number: int) -> list[Part]:
     """Check what a reward function returned for a number of completions."""
-    returned = returned.tolist() if hasattr(returned, "tolist") else returned  # numpy, torch
+    returned = as_list(returned, number)
     if not isinstance(returned, (list, tuple)):
         fault = f"{name} returned {_shown(returned)}, not a list of rewards"
     elif len(returned) != number:
@@ -140,7 +141,9 @@ async def _await(awaitable: Any) -> Any:
 def _part(name: str, score: Any) -> Part:
     """Check one value that a reward function returned."""
     score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
-    remark = None if remark is None else _clean(mask(str(remark))[:500])
+    score, said = as_number(score)
+    remark = said if remark is None else str(remark)
+    remark = None if remark is None else _clean(mask(remark)[:500])
     if score is None:
         return Part(None, remark or f"{name} gave no reward (None)")
     if not isinstance(score, numbers.Real):
@@ -194,7 +197,8 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
 
     Args:
         source: `place` (`module:function` or `path.py:function`) or `pickle` (base64), `arguments`, and
-            `is_strict`, which refuses arguments that only **kwargs would take.
+            `is_strict` (built in), which refuses arguments that only **kwargs would take. With `columns`
+            (key of a data set -> names), the function's required arguments must be among them.
 
     Raises:
         ConfigError: no such file, module, function or argument. Errors of a user's module come through as
@@ -215,12 +219,11 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
             raise ConfigError(
                 f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}"
             )
+    if source.get("columns") is not None:
+        check_columns(function, source["arguments"], source["columns"])
     if warm_up := getattr(function, "warm_up", None):
         warm_up()
-    if not arguments:
-        return function
-    # an argument of the config also holds where the data have a column of its name
-    return lambda **columns: function(**{**columns, **arguments})
+    return adapted(function, source["arguments"], source["is_strict"])
 
 
 def _find(place: str) -> RewardFunction:

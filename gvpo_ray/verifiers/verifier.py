@@ -7,9 +7,10 @@ group. A completion without an answer is incorrect.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.sandbox.adapters import MATCH, MESSAGES, check_columns
 from gvpo_ray.sandbox.functions import Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -29,6 +31,10 @@ COLUMNS = ("group_id", "answer", "dataset", "completion_ids", "finish_reasons")
 
 MAX_FAULTS = 16
 """Number of faults after which a reward function that has never worked stops the run."""
+
+
+DataColumns = Mapping[str, Sequence[str]]
+"""Key of a data set in the config -> names of the columns that its rows give to reward functions."""
 
 
 class RewardError(GvpoError, RuntimeError):
@@ -61,14 +67,23 @@ class Check:
         )
 
 
-def validate_rewards(config: VerifiersConfig, functions: Mapping[str, RewardFunction] | None = None) -> None:
+def validate_rewards(
+    config: VerifiersConfig,
+    functions: Mapping[str, RewardFunction] | None = None,
+    columns: DataColumns | None = None,
+) -> None:
     """Load every reward function once, as the verifiers will, to find mistakes before a run.
 
     This takes about a second, and no time when all functions are built in and have no arguments.
 
+    Args:
+        config: the reward functions.
+        functions: callables by name, as for a Verifier.
+        columns: the columns of the run's data sets; every required argument of a function must be one.
+
     Raises:
-        ConfigError: no such file, module, function or argument, or its import fails; the message names
-            verifiers.rewards.<name>.
+        ConfigError: no such file, module, function, argument or column, or its import fails; the message
+            names verifiers.rewards.<name>.
     """
     for name, reward in config.rewards.items():
         place = reward.function or name
@@ -84,12 +99,19 @@ def validate_rewards(config: VerifiersConfig, functions: Mapping[str, RewardFunc
                 "module:function or path.py:function, a callable is passed as reward= from Python, and a "
                 "section says url or model"
             )
+        if (built_in := BUILT_IN.get(place)) and name not in (functions or {}) and columns:
+            try:
+                check_columns(built_in, reward.arguments, columns)
+            except ConfigError as error:
+                raise ConfigError(f"verifiers.rewards.{name}: {error}") from error
     plain = all(
         (reward.function or name) in BUILT_IN and not reward.arguments
         for name, reward in config.rewards.items()
     )
     if functions or not plain:
-        Verifier(config, functions).close()  # reward models are left out: their own actors load them
+        Verifier(
+            config, functions, columns=columns
+        ).close()  # reward models are left out: their own actors load them
 
 
 class Verifier:
@@ -103,6 +125,7 @@ class Verifier:
             function and keeps its section; any other is added with weight 1. Callables travel to the sandbox
             with cloudpickle.
         models: callables that call the reward models, by the name of their reward (pool.py makes them).
+        columns: what the functions' arguments are checked against; None: nothing.
 
     Raises:
         ConfigError: a reward function cannot be loaded; the message names verifiers.rewards.<name>.
@@ -114,6 +137,7 @@ class Verifier:
         config: VerifiersConfig,
         functions: Mapping[str, RewardFunction] | None = None,
         models: Mapping[str, RewardFunction] | None = None,
+        columns: DataColumns | None = None,
     ) -> None:
         know(config)
         functions = functions or {}
@@ -127,7 +151,7 @@ class Verifier:
             if reward.url:
                 self._trusted[name] = HttpReward(reward)
             elif not reward.model:
-                source = source_of(name, reward, functions.get(name))
+                source = source_of(name, reward, functions.get(name)) | {"columns": columns}
                 if reward.trusted:
                     self._trusted[name] = _load_trusted(name, source)
                 else:
@@ -155,7 +179,13 @@ class Verifier:
         """
         names = [
             name
-            for name in ("prompt", "completions", *COLUMNS, *group_tables.REWARD_COLUMNS)
+            for name in (
+                "prompt",
+                "completions",
+                *COLUMNS,
+                *group_tables.DATA_COLUMNS,
+                *group_tables.REWARD_COLUMNS,
+            )
             if name in groups.column_names
         ]
         rewards, all_parts, all_reasons = [], [], []
@@ -228,6 +258,8 @@ class Verifier:
             for name in COLUMNS
             if name in row
         }
+        for name, value in _of_data(row).items():
+            columns[name] = [value] * len(which)
         return self.check([row["prompt"]] * len(which), [row["completions"][i] for i in which], columns)
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
@@ -257,6 +289,21 @@ class Verifier:
                     )
             elif part.value is not None:
                 self._worked.add(name)
+
+
+def _of_data(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the column `data` of a group adds to the arguments of reward functions, or replaces there.
+
+    A column of the data takes the place of one of ours only if it is called `dataset`.
+    """
+    data = json.loads(row.get("data") or "{}")
+    ours = set(COLUMNS) - {"dataset"}
+    added = {name: value for name, value in data.get("columns", {}).items() if name not in ours}
+    if "messages" in data:
+        added[MESSAGES] = data["messages"]
+    if "golds" in data:
+        added |= {"answer": data["golds"], MATCH: data["match"]}
+    return added
 
 
 def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:

@@ -1,0 +1,257 @@
+"""Reward functions in the shapes of other systems are called as they expect, and what they return is read.
+
+The signature decides: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` gets a row
+at a time, its batched form and OpenRLHF's `reward_func(queries, prompts, labels)` get lists, and every other
+function is called as TRL does, with `prompts`, `completions` and every column of the data by its name.
+
+If the data's prompts are lists of messages, a function of TRL's form gets them as such, and each completion
+as [{"role": "assistant", "content": text}]. Built-in functions, adapters and reward servers always get texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import difflib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from gvpo_ray.config.base import ConfigError
+
+Function = Callable[..., Any]
+
+MESSAGES, MATCH = "prompt_messages", "answer_match"
+"""Arguments beside the data's columns: the prompt's messages where it is a conversation; "any" or "all" where
+`answer` is a list of several golds. Only functions that name them get them as arguments."""
+
+GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "group_id", "dataset")
+"""Arguments that are there for every data set."""
+
+OF_TRL = ("log_extra", "log_metric")
+"""Callbacks that TRL passes; what they are told is not kept."""
+
+
+def adapted(function: Function, arguments: Mapping[str, Any], is_built_in: bool) -> Function:
+    """Return a function of this package's form, `f(prompts, completions, **columns)`, that calls another.
+
+    Args:
+        function: a reward function in one of the shapes above.
+        arguments: keyword arguments of the config; they hold where the data has a column of the same name.
+        is_built_in: whether it is one of this package's own, which change nothing and get all golds.
+    """
+    if is_built_in:
+        return lambda **columns: _over_golds(function, {**columns, **arguments})
+    named, takes_any = _parameters(function)
+    arrange = _arrangement(named) or _as_trl
+    bound = functools.partial(function, **arguments) if arguments else function
+    wanted = None if takes_any else named - set(arguments)
+
+    def call(**columns: Any) -> Any:
+        given = {name: values for name, values in columns.items() if name not in arguments}
+        # functions may empty or change what they get, and the next one must not see it
+        return arrange(bound, copy.deepcopy(given), wanted)
+
+    return call
+
+
+def check_columns(
+    function: Function,
+    arguments: Collection[str],
+    columns: Mapping[str, Collection[str]],
+) -> None:
+    """Check that a reward function's required arguments are columns of every data set.
+
+    Args:
+        function: the reward function as the user wrote it.
+        arguments: names of the config's arguments.
+        columns: key of a data set in the config -> its columns, `answer` included if it has golds.
+
+    Raises:
+        ConfigError: one line that names the argument and the data set.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    arranged = _arrangement({p.name for p in parameters})
+    given = {*GIVEN, MESSAGES, MATCH, *arguments, *(ARRANGED[arranged] if arranged else OF_TRL)}
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in given:
+            continue
+        for key, names in columns.items():
+            if parameter.default is parameter.empty and parameter.name not in names:
+                near = difflib.get_close_matches(parameter.name, names, n=1)
+                raise ConfigError(
+                    f"it needs the argument {parameter.name!r}, and {key} has no such column; it has "
+                    f"{', '.join(names) or 'no further ones'}{f'; did you mean {near[0]}?' if near else ''}"
+                )
+
+
+def _parameters(function: Function) -> tuple[set[str], bool]:
+    """Return the names of a function's parameters, and whether it takes any others."""
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+Arrange = Callable[[Function, dict[str, Any], set[str] | None], Any]
+"""Calls a function with the arguments of a table, as far as it takes them (None: it takes any)."""
+
+
+def _arrangement(named: Collection[str]) -> Arrange | None:
+    """Return how a function with these parameters is called; None: as TRL does."""
+    if "solution_str" in named:
+        return _verl
+    if "solution_strs" in named:
+        return _verl_batch
+    return _openrlhf if "queries" in named else None
+
+
+def _as_trl(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    messages = columns.pop(MESSAGES, None)
+    match = columns.pop(MATCH, None)
+    if messages is not None and any(messages):
+        # each prompt of a group is the same, so all of them are conversations, or none is
+        columns["prompts"] = messages
+        columns["completions"] = [[{"role": "assistant", "content": text}] for text in columns["completions"]]
+    for name, value in ((MESSAGES, messages), (MATCH, match)):
+        if named is not None and name in named:
+            columns[name] = value
+    if named is not None:
+        columns |= {name: _ignore for name in OF_TRL if name in named}
+        columns = {name: value for name, value in columns.items() if name in named}
+    return function(**columns)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Take what a function tells TRL's logs."""
+
+
+def _verl(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    """Call verl's form for each row, with the columns of the row by name."""
+    allowed = named or ARRANGED[_verl]
+    calls = []
+    for row in _rows(columns):
+        row |= _of_verl(row) | {"solution_str": row["completions"]}
+        calls.append({name: value for name, value in row.items() if name in allowed})
+    if inspect.iscoroutinefunction(function):
+        return _all(function, calls)
+    return [function(**arguments) for arguments in calls]
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Return the arguments of each completion by itself."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+async def _all(function: Function, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return list(await asyncio.gather(*(function(**arguments) for arguments in calls)))
+
+
+def _of_verl(row: dict[str, Any]) -> dict[str, Any]:
+    """Return verl's arguments of a row: where its data has them, else from what every data set has."""
+    gold = row.get("answer")
+    for column in ("reward_model", "reward_spec"):
+        if isinstance(row.get(column), Mapping) and "ground_truth" in row[column]:
+            gold = row[column]["ground_truth"]
+    found = {"data_source": row.get("dataset"), "ground_truth": gold, "extra_info": {}}
+    return {name: row[name] if row.get(name) is not None else value for name, value in found.items()}
+
+
+def _verl_batch(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    """Call verl's batched form: data_sources, solution_strs, ground_truths, extra_infos."""
+    rows = [_of_verl(row) for row in _rows(columns)]
+    given = {
+        f"{name}s": [row[name] for row in rows] for name in ("data_source", "ground_truth", "extra_info")
+    }
+    given["solution_strs"] = columns["completions"]
+    return function(**{name: value for name, value in given.items() if named is None or name in named})
+
+
+def _openrlhf(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    """Call OpenRLHF's form: queries (prompt and completion as one text), prompts and labels."""
+    prompts, completions = columns["prompts"], columns["completions"]
+    given = {
+        "queries": [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
+        "prompts": prompts,
+        "labels": columns.get("label") or columns.get("answer") or [None] * len(prompts),
+    }
+    others = {name: value for name, value in columns.items() if named is not None and name in named}
+    return function(**{name: v for name, v in (others | given).items() if named is None or name in named})
+
+
+ARRANGED: dict[Arrange, tuple[str, ...]] = {
+    _verl: ("data_source", "solution_str", "ground_truth", "extra_info"),
+    _verl_batch: ("data_sources", "solution_strs", "ground_truths", "extra_infos"),
+    _openrlhf: ("queries", "labels"),
+}
+"""The arguments that each form gets, whatever the data's columns are called."""
+
+
+def _over_golds(function: Function, columns: dict[str, Any]) -> Any:
+    """Call a built-in function, for each gold where a row has several.
+
+    A completion that must match any of them gets the best of its scores, and none where no gold gives a
+    reward and one cannot be compared. One that must match all is compared with all of them as one answer.
+    """
+    match, _ = columns.pop(MATCH, None), columns.pop(MESSAGES, None)
+    answers = columns.get("answer")
+    if answers is None or not any(isinstance(gold, list) for gold in answers):
+        return function(**columns)
+    scores = []
+    for i, gold in enumerate(answers):
+        options = gold if isinstance(gold, list) else [gold]
+        if match is not None and match[i] == "all":
+            options = [", ".join(options)]
+        row = {
+            name: [values[i]] if isinstance(values, list) and len(values) == len(answers) else values
+            for name, values in columns.items()
+        }
+        found = [function(**{**row, "answer": [option]})[0] for option in options]
+        scores.append(_best(found))
+    return scores
+
+
+def _best(scores: list[Any]) -> Any:
+    values = [score[0] if isinstance(score, tuple) else score for score in scores]
+    known = [i for i, value in enumerate(values) if value is not None]
+    best = max(known, key=lambda i: values[i], default=0)
+    unknown = [i for i, value in enumerate(values) if value is None]
+    return scores[unknown[0] if unknown and (not known or values[best] <= 0) else best]
+
+
+# ------------------------------------------------------------------------------------------- what is returned
+
+
+def as_list(returned: Any, number: int) -> Any:
+    """Return a function's result as a list where it is one in another dress, else unchanged.
+
+    Dresses are numpy and torch arrays, generators (read up to one more than `number`), and OpenRLHF's
+    {"rewards": ...} or {"scores": ...}.
+    """
+    if isinstance(returned, Mapping):
+        returned = next((returned[key] for key in ("rewards", "scores") if key in returned), returned)
+    if isinstance(returned, Iterator):
+        return list(itertools.islice(returned, number + 1))
+    return returned.tolist() if hasattr(returned, "tolist") else returned
+
+
+def as_number(score: Any) -> tuple[Any, str | None]:
+    """Return one score as a Python number where it is one in another dress, and what a dict says beside it.
+
+    Dresses are numpy and torch scalars, decimals, and dicts with `score` (verl's), whose other entries become
+    a remark. Texts stay texts: they are no numbers.
+    """
+    remark = None
+    if isinstance(score, Mapping) and "score" in score:
+        remark = ", ".join(f"{name}={value}" for name, value in score.items() if name != "score") or None
+        score = score["score"]
+    if isinstance(score, Decimal):
+        score = float(score)
+    elif hasattr(score, "item"):
+        try:
+            score = score.item()
+        except (ValueError, RuntimeError):
+            return score, remark  # an array of several numbers
+    return score, remark

@@ -1,0 +1,314 @@
+"""Reward functions in the shapes of other systems: what each gets of the data, and what it may return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from test_prompts import _tokenizer
+
+from gvpo_ray import groups
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.data.prompts import PromptSet
+from gvpo_ray.sandbox.adapters import adapted, check_columns
+from gvpo_ray.sandbox.functions import call
+from gvpo_ray.verifiers.rewards import BUILT_IN
+from gvpo_ray.verifiers.verifier import Verifier, validate_rewards
+
+USER = [{"role": "user", "content": "12 + 34?"}]
+VERL = {
+    "data_source": "openai/gsm8k",
+    "prompt": USER,
+    "reward_model": {"style": "rule", "ground_truth": "46"},
+    "extra_info": {"index": 7},
+}
+
+
+def prompt_set(folder: Path, *rows: dict[str, Any], **keys: Any) -> PromptSet:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PromptsConfig(**{"path": str(path), "template": "{prompt}", **keys})
+    return PromptSet(config, _tokenizer(), name="mine", max_tokens=None)
+
+
+def sampled(prompt: pa.Table, completions: list[str]) -> pa.Table:
+    """What engines make of a prompt: its columns, and the completions, here twice."""
+    num = len(completions)
+    values = {
+        "completions": completions,
+        "completion_ids": [[1]] * num,
+        "finish_reasons": ["stop"] * num,
+        "sources": ["policy"] * num,
+        "version_min": [0] * num,
+        "version_max": [0] * num,
+        "sampling_logprobs": [[-1.0]] * num,
+    }
+    group = groups.with_columns(prompt, **{name: [value] for name, value in values.items()})
+    return groups.join(group, group, group)  # twice, joined as engines do that migrate completions
+
+
+def scored(
+    prompts: PromptSet, completions: list[str], function: Callable[..., Any], **section: Any
+) -> pa.Table:
+    config = VerifiersConfig(timeout_s=60, rewards={"f": section or {"trusted": True}})
+    with Verifier(config, {"f": function}) as verifier:
+        return verifier.score(sampled(prompts.group(0), completions))
+
+
+def rewards(table: pa.Table) -> list[float | None]:
+    return table["rewards"][0].as_py()
+
+
+# ---------------------------------------------------------------------------------------- columns of the data
+
+
+def trl(completions: list[Any], ground_truth: list[Any], **kwargs: Any) -> list[float]:
+    return [float(gold in text) for text, gold in zip(completions, ground_truth, strict=True)]
+
+
+@pytest.mark.parametrize("section", [{"trusted": True}, {"weight": 1.0}])
+def test_a_function_written_for_trl_gets_the_columns_by_their_names(tmp_path: Path, section: dict) -> None:
+    prompts = prompt_set(tmp_path, {"prompt": "12 + 34?", "ground_truth": "46", "level": 3})
+    assert prompts.columns == ["ground_truth", "level", "answer"]
+    assert rewards(scored(prompts, ["is 46", "is 45"], trl, **section)) == [1.0, 0.0] * 2
+
+
+def test_columns_keep_their_types_and_are_given_to_every_completion(tmp_path: Path) -> None:
+    row = {"prompt": "q", "answer": 5, "golds": [5, -5], "info": {"a": [None, 1.5]}, "dataset": "theirs"}
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
+        return [(0.0, json.dumps(columns))] * len(completions)
+
+    table = scored(prompt_set(tmp_path, row), ["a"], reward)
+    assert json.loads(table["reward_reasons"][0].as_py()[1]) == {
+        "golds": [[5, -5]] * 2,
+        "info": [{"a": [None, 1.5]}] * 2,
+        "dataset": ["theirs"] * 2,
+        "answer": ["5"] * 2,
+        "group_id": [0] * 2,
+        "completion_ids": [[1]] * 2,
+        "finish_reasons": ["stop"] * 2,
+    }
+
+
+def test_a_conversational_prompt_gives_messages_as_trl_does(tmp_path: Path) -> None:
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        assert prompts[0] == USER
+        return [float(completion == [{"role": "assistant", "content": "46"}]) for completion in completions]
+
+    prompts = prompt_set(tmp_path, VERL)
+    assert rewards(scored(prompts, ["46", "45"], reward)) == [1.0, 0.0] * 2
+    config = VerifiersConfig(timeout_s=60, rewards={"exact_match": 1.0})
+    with Verifier(config) as verifier:  # a built-in function gets texts
+        assert rewards(verifier.score(sampled(prompts.group(0), ["46", "45"]))) == [1.0, 0.0] * 2
+
+
+def test_verls_compute_score_gets_a_row_at_a_time(tmp_path: Path) -> None:
+    def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict) -> dict:
+        assert (data_source, extra_info["index"]) == ("openai/gsm8k", 7)
+        return {"score": float(solution_str == ground_truth), "acc": solution_str == ground_truth}
+
+    table = scored(prompt_set(tmp_path, VERL), ["46", "45"], compute_score)
+    assert rewards(table) == [1.0, 0.0] * 2
+    assert table["reward_reasons"][0].as_py() == ["acc=True", "acc=False"] * 2
+
+    # for data of another layout the gold and the data set's name stand in
+    def short(solution_str: str, ground_truth: str, method: str = "strict", **_: Any) -> float:
+        assert method == "strict"
+        return float(solution_str == ground_truth)
+
+    assert (
+        rewards(scored(prompt_set(tmp_path, {"prompt": "q", "answer": 46}), ["46", "4"], short)) == [1, 0] * 2
+    )
+
+
+def test_an_async_and_a_batched_compute_score_run_too(tmp_path: Path) -> None:
+    async def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any) -> float:
+        return float(solution_str == ground_truth)
+
+    def batched(data_sources: Any, solution_strs: Any, ground_truths: Any, extra_infos: Any) -> Any:
+        assert len(data_sources) == len(extra_infos) == 4
+        return np.array([x == y for x, y in zip(solution_strs, ground_truths, strict=True)])
+
+    for function in (compute_score, batched):
+        assert rewards(scored(prompt_set(tmp_path, VERL), ["46", "45"], function)) == [1.0, 0.0] * 2
+
+
+def test_openrlhfs_reward_func_gets_queries_prompts_and_labels(tmp_path: Path) -> None:
+    def reward_func(
+        queries: list[str], prompts: list[str], labels: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        assert [query.removeprefix(prompts[0]) for query in queries] == ["46", "45"] * 2
+        found = torch.tensor([float(q.endswith(label)) for q, label in zip(queries, labels, strict=True)])
+        return {"rewards": found, "scores": found, "extra_logs": {"dummy": found}}
+
+    prompts = prompt_set(tmp_path, {"input": "12 + 34?", "label": "46"})
+    assert rewards(scored(prompts, ["46", "45"], reward_func)) == [1.0, 0.0] * 2
+
+
+def test_a_function_that_names_its_arguments_gets_no_others(tmp_path: Path) -> None:
+    def only(completions: list[str], answer: list[str]) -> list[float]:
+        return [float(x == y) for x, y in zip(completions, answer, strict=True)]
+
+    def logs(completions: list[str], log_metric: Callable[..., None]) -> list[float]:
+        log_metric("length", 1.0)
+        return [0.5] * len(completions)
+
+    prompts = prompt_set(tmp_path, {"prompt": "q", "answer": "46", "level": 1})
+    assert rewards(scored(prompts, ["46"], only)) == [1.0, 1.0]
+    assert rewards(scored(prompts, ["46"], logs)) == [0.5, 0.5]
+
+
+def test_a_function_that_empties_its_arguments_harms_nobody(tmp_path: Path) -> None:
+    def empties(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        num = len(completions)
+        for values in (prompts, completions, *columns.values()):
+            values.clear()
+        return [1.0] * num
+
+    prompts = prompt_set(tmp_path, {"prompt": "q", "answer": "46", "info": {"a": 1}})
+    config = VerifiersConfig(timeout_s=60, rewards={"a": {"trusted": True}, "b": {"trusted": True}})
+    with Verifier(config, {"a": empties, "b": lambda completions, info: [i["a"] for i in info]}) as verifier:
+        assert rewards(verifier.score(sampled(prompts.group(0), ["46"]))) == [2.0, 2.0]
+
+
+# ---------------------------------------------------------------------------------------------- several golds
+
+
+@pytest.mark.parametrize(("match", "want"), [("any", [1.0, 1.0, 0.0, 0.0]), ("all", [0.0, 0.0, 1.0, 0.0])])
+def test_any_or_all_of_several_golds_must_be_matched(tmp_path: Path, match: str, want: list[float]) -> None:
+    prompts = prompt_set(tmp_path, {"prompt": "q", "answer": ["5", "-5"]}, answer_match=match)
+    completions = [r"\boxed{5}", r"\boxed{-5}", r"\boxed{-5, 5}", r"\boxed{6}"]
+    config = VerifiersConfig(timeout_s=60, cpu_s=30, rewards={"math": {"trusted": True}})
+    with Verifier(config) as verifier:
+        assert rewards(verifier.score(sampled(prompts.group(0), completions))) == want * 2
+
+
+def test_a_users_function_gets_several_golds_as_a_list(tmp_path: Path) -> None:
+    def reward(completions: list[str], answer: list[Any], answer_match: list[str]) -> list[float]:
+        assert answer_match[0] == "any"
+        return [float(x in golds) for x, golds in zip(completions, answer, strict=True)]
+
+    prompts = prompt_set(tmp_path, {"prompt": "q", "answer": ["5", "-5"]})
+    assert rewards(scored(prompts, ["-5", "6"], reward)) == [1.0, 0.0] * 2
+
+
+def test_a_gold_that_cannot_be_compared_hides_no_match_and_no_doubt() -> None:
+    numeric = adapted(BUILT_IN["numeric"], {}, True)
+    for text, want in (("\\boxed{5}", 1.0), ("\\boxed{6}", None)):
+        (part,) = call(
+            "numeric", numeric, ["q"], [text], {"answer": [["none", "5"]], "answer_match": ["any"]}
+        )
+        assert part.value == want
+
+
+# ------------------------------------------------------------------------------------------- what is returned
+
+
+def _generates(completions: list[str], **_: Any) -> Iterator[float]:
+    yield from (0.5 for _ in completions)
+
+
+RETURNED = [
+    [0.5, 0.5],
+    (0.5, 0.5),
+    np.array([0.5, 0.5]),
+    torch.tensor([0.5, 0.5]),
+    [np.float32(0.5), np.float64(0.5)],
+    [torch.tensor(0.5), torch.tensor([0.5], requires_grad=True)],
+    [np.array(0.5), Decimal("0.5")],
+    [{"score": 0.5, "acc": True}, {"score": np.float32(0.5)}],
+    {"rewards": [0.5, 0.5]},
+    {"scores": torch.tensor([0.5, 0.5]), "extra_logs": {}},
+    map(float, [0.5, 0.5]),
+]
+
+
+@pytest.mark.parametrize("returned", RETURNED, ids=lambda value: str(value)[:40])
+def test_numbers_in_any_dress_are_taken(returned: Any) -> None:
+    parts = call("f", adapted(lambda completions: returned, {}, False), ["q"] * 2, ["a"] * 2, {})
+    assert [part.value for part in parts] == [0.5, 0.5] and not any(part.is_fault for part in parts)
+
+
+def test_generators_and_booleans_of_numpy_and_torch_are_taken() -> None:
+    assert [p.value for p in call("f", adapted(_generates, {}, False), ["q"] * 2, ["a"] * 2, {})] == [
+        0.5,
+        0.5,
+    ]
+    for returned in ([np.bool_(True), False], [torch.tensor(True), np.False_]):
+        parts = call("f", adapted(lambda completions, r=returned: r, {}, False), ["q"] * 2, ["a"] * 2, {})
+        assert [part.value for part in parts] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "complaint"),
+    [
+        (["1.0"], "str '1.0', not a number"),
+        ([{"acc": 1}], "not a number"),
+        ([{"score": "1"}], "str '1', not a number"),
+        ([np.array([1.0, 2.0])], "not a number"),
+        ([torch.ones(2)], "not a number"),
+        ({"reward": 1}, "not a list of rewards"),
+        (1.0, "not a list of rewards"),
+        (iter([1.0, 2.0]), "returned 2 rewards for 1 completion"),
+    ],
+)
+def test_what_is_no_reward_stays_refused(returned: Any, complaint: str) -> None:
+    (part,) = call("f", adapted(lambda completions: returned, {}, False), ["q"], ["a"], {})
+    assert part.is_fault and part.value is None and complaint in str(part.reason)
+
+
+# ---------------------------------------------------------------------------------- before any actor starts
+
+
+def _needs_solution(completions: Any, solution: Any, **_: Any) -> Any: ...
+
+
+def _verl_form(data_source: Any, solution_str: Any, ground_truth: Any, extra_info: Any = None) -> Any: ...
+
+
+def _verl_with_more(solution_str: Any, ground_truth: Any, tests: Any) -> Any: ...
+
+
+def _has_default(completions: Any, solution: Any = None) -> Any: ...
+
+
+def test_the_signature_is_checked_against_the_columns() -> None:
+    columns = {"prompts": ["solutions", "answer"], "evaluation.sets.held": ["solution", "tests"]}
+    for fits in (_verl_form, _has_default, _generates, lambda queries, prompts, labels: None):
+        check_columns(fits, [], columns)
+    check_columns(_needs_solution, ["solution"], columns)  # an argument of the config
+    with pytest.raises(ConfigError) as caught:
+        check_columns(_needs_solution, [], columns)
+    assert str(caught.value) == (
+        "it needs the argument 'solution', and prompts has no such column; it has solutions, answer; did you "
+        "mean solutions?"
+    )
+    with pytest.raises(ConfigError, match="argument 'tests', and prompts has no such column"):
+        check_columns(_verl_with_more, [], columns)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_validate_rewards_names_the_reward_and_the_column(trusted: bool) -> None:
+    config = VerifiersConfig(rewards={"mine": {"trusted": trusted}})
+    with pytest.raises(ConfigError, match=r"verifiers\.rewards\.mine: it needs the argument 'solution'"):
+        validate_rewards(config, {"mine": _needs_solution}, {"prompts": ["answer"]})
+    validate_rewards(config, {"mine": _needs_solution}, {"prompts": ["solution"]})
+
+
+def test_a_built_in_function_that_needs_golds_is_refused_without(tmp_path: Path) -> None:
+    prompts = prompt_set(tmp_path, {"prompt": "q"}, answer_column="")
+    with pytest.raises(
+        ConfigError, match=r"verifiers\.rewards\.math: it needs the argument 'answer', and prompts"
+    ):
+        validate_rewards(VerifiersConfig(), None, {"prompts": prompts.columns})
+    validate_rewards(VerifiersConfig(rewards={"format": 1.0}), None, {"prompts": prompts.columns})
