@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.data.turns import end_of_turn, fixed_time, one_begin_no_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +86,12 @@ class TextRenderer:
 
     @property
     def end_id(self) -> int | None:
-        """The end-of-sequence token; None where the tokenizer has none."""
+        """The token that ends completions of people and servers; None where the tokenizer has none.
+
+        It is the one that ends a turn of the chat template, or with a template of the config the tokenizer's.
+        """
         end: int | None = self._tokenizer.eos_token_id
-        return end
+        return end if self._template is not None else end_of_turn(self._tokenizer)
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
         """Render prompts; each row has the column `prompt`, a text, and `messages` if it is a conversation.
@@ -105,7 +109,7 @@ class TextRenderer:
         else:
             texts = self._chats(rows)
         ids = self._ids(texts, add_special_tokens=self._template is not None)
-        return [Rendered(of_prompt, {}) for of_prompt in ids]
+        return [Rendered(one_begin_no_end(of_prompt, self._tokenizer), {}) for of_prompt in ids]
 
     def encode(self, completions: Sequence[str]) -> list[list[int]]:
         """Tokenise completions as they are, without special tokens of the tokenizer's own."""
@@ -126,7 +130,10 @@ class TextRenderer:
         # a row's own system message holds, and the config's is for the others
         chats = [messages if messages[0]["role"] == "system" else [*system, *messages] for messages in given]
         return self._tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=False, **self._arguments
+            chats,
+            add_generation_prompt=True,
+            tokenize=False,
+            **{"strftime_now": fixed_time} | self._arguments,
         )
 
     def _ids(self, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:

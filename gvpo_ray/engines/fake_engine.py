@@ -130,7 +130,7 @@ class FakeEngine(RolloutEngine):
     def _longest(self, running: Completions) -> int:
         return 1 << 30
 
-    def _text(self, transcript: Transcript) -> str:
+    def _text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
         return self._texts[transcript.ids[-1] % 10]
 
     def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:

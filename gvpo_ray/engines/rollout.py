@@ -58,6 +58,8 @@ class Span(NamedTuple):
     """"stop", "length", or ABORTED if a drain cut it off."""
     versions: list[int]
     """Versions of the weights that wrote it."""
+    stop_reason: Any = None
+    """The text of `sampling.stop` that ended it; anything else: a token or a limit did."""
 
 
 class CutOff(Exception):
@@ -82,7 +84,7 @@ class Transcript:
     def __init__(
         self, prompt_ids: list[int], max_tokens: int, call: Call, begun: dict[str, Any] | None
     ) -> None:
-        self._prompt_ids, self._max_tokens, self._call, self._begun = prompt_ids, max_tokens, call, begun
+        self.prompt_ids, self._max_tokens, self._call, self._begun = prompt_ids, max_tokens, call, begun
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         """One per token; 0 for those that the model has not written."""
@@ -90,6 +92,8 @@ class Transcript:
         """Whether the model has written each token."""
         self.versions: list[int] = []
         self.finish_reason = "length"
+        self.stop_reason: Any = None
+        """As in the last Span."""
         self._work: asyncio.Future[list[int]] | None = None
         self._is_cut = self._is_in_call = False
 
@@ -99,7 +103,7 @@ class Transcript:
         Raises:
             RolloutError: the function does not only append.
         """
-        self._work = asyncio.ensure_future(rollout(list(self._prompt_ids), self._sample))
+        self._work = asyncio.ensure_future(rollout(list(self.prompt_ids), self._sample))
         try:
             self._appended(await self._work)
         except CutOff:
@@ -137,8 +141,8 @@ class Transcript:
         self.versions += versions
 
     async def _sample(self, ids: list[int]) -> list[int]:
-        num_prompt = len(self._prompt_ids)
-        if ids[:num_prompt] != self._prompt_ids:
+        num_prompt = len(self.prompt_ids)
+        if ids[:num_prompt] != self.prompt_ids:
             raise RolloutError("`sample` needs the prompt, and what is there of the completion behind it")
         self._appended(ids[num_prompt:])
         begin = len(self.ids)
@@ -146,7 +150,7 @@ class Transcript:
         if not self._repeat():
             span = await self._one_call(begin)
             self._wrote(span.ids, span.logprobs, span.versions)
-            self.finish_reason = span.finish_reason
+            self.finish_reason, self.stop_reason = span.finish_reason, span.stop_reason
             if span.finish_reason == ABORTED:
                 raise CutOff
         return self.ids[begin:]
@@ -159,7 +163,7 @@ class Transcript:
             return Span([], [], ABORTED, [])
         self._is_in_call = True
         try:
-            return await self._call(self._prompt_ids + self.ids, room, begin)
+            return await self._call(self.prompt_ids + self.ids, room, begin)
         finally:
             self._is_in_call = False
 
@@ -271,7 +275,7 @@ class RolloutEngine(BaseEngine):
         await transcript.run(self._rollout)
         if not any(transcript.trained):  # cut off before the model's first token
             return
-        running.completions[index] = transcript.columns(self._text(transcript))
+        running.completions[index] = transcript.columns(self._text(transcript, sampling))
         if transcript.finish_reason != ABORTED:
             running.finished_at[index] = time.time()
 
@@ -300,5 +304,5 @@ class RolloutEngine(BaseEngine):
         """Return the number of tokens for which the model has room behind the group's prompt."""
 
     @abc.abstractmethod
-    def _text(self, transcript: Transcript) -> str:
+    def _text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
         """Return the text of a completion."""

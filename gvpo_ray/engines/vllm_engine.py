@@ -14,7 +14,7 @@ from typing import Any
 
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.data.rendering import TextRenderer
+from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.process_log import ProcessLog
 from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, Transcript, one_call
 
@@ -72,6 +72,7 @@ class Engine(RolloutEngine):
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
         self._num_finished_tokens = 0
+        self._known_turns: dict[tuple[int, ...], Turns] = {}
 
     async def start(self) -> dict[str, Any]:
         """Start vLLM, which takes 20 s and more; return the seconds and the pid.
@@ -129,7 +130,6 @@ class Engine(RolloutEngine):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
         except RuntimeError as error:
             raise RuntimeError(_why_not_started(error, self._log)) from error
-        self._renderer = TextRenderer(self._llm.get_tokenizer())
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
         await self._llm.update_weight_version(str(self.version))
@@ -156,6 +156,7 @@ class Engine(RolloutEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        turns = self._turns(sampling)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -164,8 +165,12 @@ class Engine(RolloutEngine):
             max_tokens=max_tokens,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
+            # these tokens and no others, whatever vLLM reads in the model's folder
+            ignore_eos=True,
+            stop_token_ids=turns.ends,
+            stop=sampling.stop or None,
             # decoding token by token costs this process twice as much as all the rest of a completion
-            detokenize=False,
+            detokenize=bool(sampling.stop),
             seed=seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
@@ -174,14 +179,21 @@ class Engine(RolloutEngine):
         self._num_finished_tokens += len(new.token_ids)
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []
-        return Span(list(new.token_ids), logprobs, new.finish_reason, versions)
+        return Span(list(new.token_ids), logprobs, new.finish_reason, versions, new.stop_reason)
 
     def _longest(self, running: Completions) -> int:
         return int(self._llm.model_config.max_model_len) - len(running.prompt_ids)
 
-    def _text(self, transcript: Transcript) -> str:
-        has_end = transcript.finish_reason == "stop" and transcript.trained[-1]
-        return self._renderer.text(transcript.ids[: -1 if has_end else None])
+    def _text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
+        turns = self._turns(sampling)
+        return turns.text(transcript.prompt_ids, transcript.ids, transcript.stop_reason)
+
+    def _turns(self, sampling: SamplingConfig) -> Turns:
+        """Return where completions end with these settings; a run and its evaluations have their own."""
+        key = (*sampling.stop_token_ids,)
+        if key not in self._known_turns:
+            self._known_turns[key] = Turns(self._model, self._llm.get_tokenizer(), sampling)
+        return self._known_turns[key]
 
     async def _cut_off(self) -> None:
         await super()._cut_off()
