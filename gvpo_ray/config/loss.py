@@ -288,15 +288,15 @@ def _of_the_objective(value: Any) -> Any:
     if name not in _BY_NAME:
         raise ValueError(f"objective must be one of {', '.join(_BY_NAME)}, not {name}")
     own = _BY_NAME[name].model_fields
-    kept = {"objective": name}
+    result = {"objective": name}
     for key, given in value.items():
         fields = [options.model_fields[key] for options in _BY_NAME.values() if key in options.model_fields]
         if key in own or not fields:  # what no objective has is refused as an unknown key
-            kept[key] = given
+            result[key] = given
         elif given != fields[0].default:
-            options = ", ".join(sorted(set(own) - {"objective"}))
-            raise ValueError(f"{key} is not an option of {name}; it has {options}")
-    return kept
+            known = ", ".join(sorted(set(own) - {"objective"}))
+            raise ValueError(f"{key} is not an option of {name}; it has {known}")
+    return result
 
 
 LossConfig = Annotated[_Any, Field(discriminator="objective"), BeforeValidator(_of_the_objective)]
