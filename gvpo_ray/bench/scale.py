@@ -187,10 +187,10 @@ class FakeRun:
         )
         self.buffer, self.engines, self.ring = parts.buffer, parts.engines, parts.ring
         self.session.spawn(self.ring.run(), self._fail)
-        learner = ray.remote(_Learner).options(
+        learner: Any = ray.remote(_Learner).options(
             num_cpus=0.1, resources=learner_resources, name=actor_name("learner"), max_concurrency=2
         )
-        self.learner: Any = learner.remote(self.buffer.actor, num_steps, step_s)
+        self.learner = learner.remote(self.buffer.actor, num_steps, step_s)
         self.done = self.learner.run.remote()
 
     def _note(self, who: str, name: str, why: str) -> None:
