@@ -133,7 +133,7 @@ class TextRenderer:
             chats,
             add_generation_prompt=True,
             tokenize=False,
-            **{"strftime_now": fixed_time} | self._arguments,
+            **{"strftime_now": fixed_time, **self._arguments},
         )
 
     def _ids(self, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:

@@ -157,7 +157,7 @@ class Turns:
 def _named_ends(model: ModelConfig) -> set[int]:
     """Return the end-of-sequence tokens in a model's config.json and generation_config.json."""
     from transformers import AutoConfig
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found: list[Any] = []
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)

@@ -171,7 +171,7 @@ def columns_by_key(
 ) -> dict[str, list[str]]:
     """Return the columns that reward functions get of each data set, by its key in the config."""
     sets = {f"evaluation.sets.{name}": of_set.columns for name, of_set in evaluation.items()}
-    by_key = {**prompts, **sources}
+    by_key: dict[str, PromptSet | OfflineSource] = {**prompts, **sources}
     return {key: of_key.columns for key, of_key in by_key.items()} | sets
 
 
