@@ -35,6 +35,11 @@ def test_exact_match_compares_letters(gold: str, completion: str, expected: floa
     assert exact_match(["p"], [completion], answer=[gold]) == [expected]
 
 
+def test_numeric_gives_nothing_for_a_fraction_of_the_prompt() -> None:
+    for prompt, score in (("What is 48 divided by 2?", 0.0), ("Think.", 1.0)):
+        assert numeric([prompt], ["\\boxed{48/2}"], answer=["24"]) == [score]
+
+
 @pytest.mark.parametrize("gold", ["", " ", "."])
 def test_exact_match_without_a_gold_answer_gives_null(gold: str) -> None:
     (score,) = exact_match(["p"], ["<think>foo"], answer=[gold])
