@@ -8,6 +8,7 @@ import pytest
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.verifiers.math.extract import extract
 from gvpo_ray.verifiers.math.grade import grade
+from gvpo_ray.verifiers.math.reward import math_reward
 
 PRINCIPLES = {
     "percent as the gold implies": (
@@ -69,7 +70,9 @@ PRINCIPLES = {
          (r"x=1 \text{ or } x=2", "1, 2"),
          ("(1,2)", "x=1, y=2"), ("(1,2)", "(x,y)=(1,2)"), (r"1\pm\sqrt2", r"1-\sqrt2, 1+\sqrt2"),
          ("(0,1),(1,0)", r"(1,0) \text{ and } (0,1)"),
-         ("7, 14", "Ann: 14, Bob: 7")],
+         ("7, 14", "Ann: 14, Bob: 7"), (r"\{3,5\}", "5, 3"), (r"\{-3,5\}", "-3, 5"),
+         (r"\{3, 5\}", r"3\text{ and }5"),
+         ("(3,5)", "3, 5"), (r"\{-3,3\}", r"\pm 3"), (r"x=\pm 3", "x=3 or x=-3"), (r"\{3,5\}", "x=5, x=3")],
         [("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", r"\{1,2\}"), ("1,2,3", "1,2"), ("7", "6 or 7"),
          (r"\pm 3", "3"), ("3", r"\pm 3"),
          ("x=1,y=2", "x=2,y=1")],
@@ -90,8 +93,43 @@ PRINCIPLES = {
     "bases": ([("1011_2", "1011"), ("1011_2", "1011_{2}")], [("1011_2", "1011_3"), ("1011_2", "1101_2")]),
     "multiple choice": (
         [("B", "(B)"), ("B", r"\text{B}"), ("(B)", "b"), ("B", "B. blue"),
-         ("B", r"\textbf{(B)}\ 12"), ("12", "(C) 12"), ("C", "The answer is (C).")],
-        [("B", "C"), ("B", "(C) B"), ("A", "A+1"), ("a", "A+1")],
+         ("B", r"\textbf{(B)}\ 12"), ("12", "(C) 12"), ("(C) 12", "12"), ("D", "D, because A is too large"),
+         ("C", "The answer is (C).")],
+        [("B", "C"), ("B", "(C) B"), ("A", "(A) or (B)"), ("A", "A or B"), ("A", "A: 3; B: 4"),
+         ("A", "(A) 3, (B) 4, (C) 5"), ("A", "A+1"), ("a", "A+1")],
+    ),
+    "a value has to be evaluated": (
+        [("23 + 45", "68"), (r"2^{10}", "1024"), ("15", "x = 7 + 8 = 15"),
+         (r"2\sqrt6-2\sqrt3", r"-2\sqrt{3} + 2\sqrt{6}"),
+         ("14", r"\frac{84}{6}"), ("2.45", r"\sqrt{6}")],
+        [("68", "23 + 45"), ("4368", r"\dbinom{16}{5}"), ("2002", r"\frac{14!}{5!9!}"), ("2.18", "2.5-0.32"),
+         (r"\frac{1}{3}", r"\int_0^1 x^2 dx"), ("5050", r"\sum_{i=1}^{100} i"),
+         ("680", "(17+10)^2-(17-10)^2"),
+         ("60", r"\sqrt[3]{30^3+40^3+50^3}"), ("26000", "1000(26)"), ("6", "(2)(3)"), ("120", "5!"),
+         ("15", "x = 7 + 8"),
+         (r"2 \sqrt{6} - 2 \sqrt{3}", r"\tan \frac{\pi}{24} + \tan \frac{7 \pi}{24}"),
+         (r"\sqrt{13}", r"\sqrt{4+9}"),
+         ("0.2", r"\sqrt{\sqrt[3]{0.000064}}"), ("5050", r"\frac{100 \cdot 101}{2}"), ("7", "-(3 - 10)"),
+         (r"\frac{x^3}{3}", r"\int_0^x t^2 dt"), ("(3, 4)", "(1 + 2, 4)"), (r"\{2, 3\}", r"\{1 + 1, 3\}")],
+    ),
+    "numbers in words and behind signs": (
+        [("11", "eleven"), ("-5", "minus 5"), ("-5", "negative five"), ("1/2", "half"),
+         ("12,000,000", "12 million"),
+         ("36", "3 dozen"), ("24 eggs", "two dozen eggs"), (r"\frac{5}{2}", "two and a half"), ("12", "12th"),
+         ("12", r"12^\text{th}"), ("1000.99", "1,000.99 m\u00b2"), ("11", r"x \approx 11"),
+         ("0.05", "5 percent"),
+         (r"\sqrt{-1}", "i"), ("0.5", r"\frac{1}{2} \text{ or } 0.5"), ("12.34", "12,34")],
+        [("5", "negative 5"), ("12", "12 thousand"), ("12", r"12 \text{million}"), ("3", "3 dozen"),
+         ("3", "third"),
+         ("12", "one two"), ("123", "1 2 3"), ("1.2", "1, 2"), ("1.2", "1,2"), ("3.14", "3 or 14"),
+         ("3.14", "3; 14"),
+         (r"\frac{1}{2}", r"50\%"), ("1 1/2", "11/2"), ("23/4", "2 3/4"), ("3", "[3]"), ("3", "3x"),
+         ("5", "5 or more")],
+    ),
+    "names": (
+        [(r"\frac{\pi}{2} + k\pi", r"\frac{\pi}{2} + n\pi"),
+         ("(k, l) = (3x, 5x)", r"(3t, 5t) \text{ for some integer } t")],
+        [("x", "n"), ("m", "t"), ("2x+1", "2n+1"), ("(3x, 5x)", "(3t, 5t)")],
     ),
     "words": (
         [(r"\text{Evelyn}", "Evelyn"), ("Yes", "yes, because 4 is even"),
@@ -99,7 +137,9 @@ PRINCIPLES = {
          ("Tuesday", r"\textbf{tuesday}."),
          ("Petya will receive the last token.", "Petya"), ("2", "two"),
          (r"\text{infinitely many}", r"\infty")],
-        [("Evelyn", "Carla"), ("yes", "no"), ("Alice and Bob", "Alice"), ("Alice", "Alice and Bob"),
+        [("Evelyn", "Carla"), ("yes", "no"), ("yes", "yes or no"), ("yes", "yes/no"),
+         ("True", "True or False"),
+         ("odd", "odd or even"), ("Alice and Bob", "Alice"), ("Alice", "Alice and Bob"),
          (r"\text{infinitely many}", "3")],
     ),
 }  # fmt: skip
@@ -129,6 +169,7 @@ def test_a_wrong_answer_is_incorrect_bare_and_in_a_box(principle, gold, answer):
         (r"\boxed{3} \boxed{3}", "3"),
         (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
         (r"so $a = -\boxed{256}$", "-256"),
+        (r"-\boxed{5}", "-5"),
         (r"about $\boxed{28}\%$", "28%"),
         (r"<think>\boxed{3}, or is it</think> It is \boxed{4}.", "4"),
         (r"It is $\boxed{4}$. Wait, \boxed{", "4"),
@@ -158,6 +199,32 @@ def test_the_answer_is_what_a_completion_ends_with(completion, answer):
 def test_a_completion_without_an_answer_is_incorrect_and_says_so(completion):
     result = grade(completion, "42")
     assert (result.correct, result.reason, result.answer) == (False, NO_ANSWER, None)
+
+
+def test_answers_in_several_boxes_make_one_answer_where_gold_has_several():
+    text = r"The first root is $\boxed{2}$. By symmetry we see that the other one has to be $\boxed{3}$."
+    for gold in ("2, 3", r"\{3, 2\}", "(2, 3)"):
+        assert grade(text, gold).correct is True
+    assert grade(text, "3").correct is True
+    for gold in ("2", "2, 4", "1, 2, 3", "(3, 2)"):
+        assert grade(text, gold).correct is False
+
+
+def test_what_is_copied_from_the_prompt_is_no_answer_unless_gold_is_written_so():
+    for prompt, copied, gold in (
+        (r"Simplify $\frac{84}{144}.$", r"\frac{84}{144}", r"\frac{7}{12}"),
+        (r"Simplify $\sqrt{180}$", r"\sqrt{180}", r"6\sqrt5"),
+        ("What is 48 divided by 2?", "48/2", "24"),
+        ("Write $0.4$ as a common fraction.", "0.4", r"\frac{2}{5}"),
+        (r"Expand $(x+1)(x+2)$.", "(x+1)(x+2)", "x^2+3x+2"),
+        ("Compute $2^5$.", "2^5", "32"),
+    ):
+        assert grade(rf"\boxed{{{copied}}}", gold, prompt=prompt).correct is False
+        assert grade(rf"\boxed{{{copied}}}", gold, prompt="Think.").correct is True
+        assert grade(rf"\boxed{{{gold}}}", gold, prompt=prompt + " " + gold).correct is True
+    assert grade(r"\boxed{\frac12}", "1/2", prompt="Is it 1/2 or 1/3?").correct is True
+    assert grade(r"\boxed{36}", "36.00", prompt="Ann has 36 dollars.").correct is True
+    assert math_reward(["Compute $2^5$."], [r"\boxed{2^5}"], answer=["32"]) == [0.0]
 
 
 def test_of_a_truncated_completion_only_a_complete_box_counts():

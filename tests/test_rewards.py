@@ -35,6 +35,17 @@ def test_exact_match_compares_letters(gold: str, completion: str, expected: floa
     assert exact_match(["p"], [completion], answer=[gold]) == [expected]
 
 
+def test_numeric_gives_nothing_for_a_fraction_of_the_prompt() -> None:
+    for prompt, score in (("What is 48 divided by 2?", 0.0), ("Think.", 1.0)):
+        assert numeric([prompt], ["\\boxed{48/2}"], answer=["24"]) == [score]
+
+
+@pytest.mark.parametrize("gold", ["", " ", "."])
+def test_exact_match_without_a_gold_answer_gives_null(gold: str) -> None:
+    (score,) = exact_match(["p"], ["<think>foo"], answer=[gold])
+    assert score == (None, "exact_match: there is no gold answer")
+
+
 def test_exact_match_minds_case_where_it_is_told_to() -> None:
     assert exact_match(
         ["p", "p"], ["\\boxed{paris}", "\\boxed{Paris}"], answer=["Paris"] * 2, ignore_case=False
@@ -63,6 +74,27 @@ def test_exact_match_minds_case_where_it_is_told_to() -> None:
         ("1/0", "\\boxed{0}", {}, None),
         ("many", "\\boxed{3}", {}, None),
         ("3", "\\boxed{many}", {}, 0.0),
+        ("2\\frac{1}{2}", "\\boxed{2.5}", {}, 1.0),
+        ("2\\frac{1}{2}", "\\boxed{2}", {}, 0.0),
+        ("1 1/2", "\\boxed{1.5}", {}, 1.0),
+        ("5 million", "\\boxed{5,000,000}", {}, 1.0),
+        ("5 million", "\\boxed{5}", {}, 0.0),
+        ("5", "\\boxed{5 million}", {}, 0.0),
+        ("5", "\\boxed{5 to 7}", {}, 0.0),
+        ("5", "\\boxed{5or7}", {}, 0.0),
+        ("5", "\\boxed{5 \\pm 3}", {}, 0.0),
+        ("3", "\\boxed{3\\pi}", {}, 0.0),
+        ("3", "\\boxed{3i}", {}, 0.0),
+        ("3", "\\boxed{3x}", {}, 0.0),
+        ("68", "\\boxed{23 + 45}", {}, 0.0),
+        ("12%", "\\boxed{0.12}", {}, 1.0),
+        ("12%", "\\boxed{12}", {}, 1.0),
+        ("5 V", "\\boxed{5.0 \\text{ V}}", {}, 1.0),
+        ("9.8 m/s^2", "\\boxed{9.8 \\text{ m}/\\text{s}^2}", {}, 1.0),
+        ("9.8 m/s^2", "\\boxed{9.8 \\text{ m}/\\text{s}}", {}, 0.0),
+        ("5", "\\boxed{1e999}", {}, 0.0),
+        ("1e999", "\\boxed{5}", {}, 0.0),
+        ("10 or 12", "\\boxed{10}", {}, None),
     ],
 )
 def test_numeric_compares_numbers_within_a_tolerance_and_their_units(
@@ -84,6 +116,8 @@ def test_numeric_compares_numbers_within_a_tolerance_and_their_units(
         ("<think>\\boxed{7}?</think> \\boxed{8}", 1.0, 1.0),
         ("<think>\\boxed{7}</think> eight", 0.0, 0.0),
         ("<think></think> \\boxed{8}", 1.0, 0.0),
+        ("a chat template opened it</think> \\boxed{8}", 1.0, 1.0),
+        ("</think> \\boxed{8}", 1.0, 0.0),
         ("first <think>x</think> \\boxed{8}", 1.0, 0.0),
         ("<think>a</think><think>b</think> \\boxed{8}", 1.0, 0.0),
         ("\\boxed{" * 10_000, 0.0, 0.0),

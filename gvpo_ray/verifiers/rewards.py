@@ -23,7 +23,9 @@ from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.sandbox.functions import RewardFunction, Score
 from gvpo_ray.verifiers.math.compare import quantity
+from gvpo_ray.verifiers.math.evaluated import is_copied
 from gvpo_ray.verifiers.math.extract import extract
+from gvpo_ray.verifiers.math.normalise import normalise
 from gvpo_ray.verifiers.math.numbers import unit_words
 from gvpo_ray.verifiers.math.reward import math_reward
 
@@ -72,14 +74,19 @@ def numeric(
     """
     return [
         _numeric_score(
-            extract(completion).text or "", gold, relative_tolerance, absolute_tolerance, require_unit
+            prompt, extract(completion).text or "", gold, relative_tolerance, absolute_tolerance, require_unit
         )
-        for completion, gold in zip(completions, answer, strict=True)
+        for prompt, completion, gold in zip(prompts, completions, answer, strict=True)
     ]
 
 
 def _numeric_score(
-    text: str, gold: str, relative_tolerance: float, absolute_tolerance: float, require_unit: bool
+    prompt: str,
+    text: str,
+    gold: str,
+    relative_tolerance: float,
+    absolute_tolerance: float,
+    require_unit: bool,
 ) -> Score:
     wanted, found = quantity(gold), quantity(text)
     if wanted is None:
@@ -90,6 +97,8 @@ def _numeric_score(
     units, others = unit_words(gold_value.unit), unit_words(value.unit)
     if units != others and units and (others or require_unit):
         return 0.0
+    if is_copied(normalise(gold), normalise(text), normalise(prompt)):
+        return 0.0  # 48/2 is no answer to "48 divided by 2"
     tolerance = max(Fraction(relative_tolerance) * abs(number), Fraction(absolute_tolerance))
     if abs(other - number) <= tolerance:
         return 1.0

@@ -14,6 +14,7 @@ from gvpo_ray.verifiers.math.numbers import (
     BASE,
     Value,
     as_number,
+    in_digits,
     is_close,
     is_stated,
     read_value,
@@ -78,6 +79,13 @@ def kind_of(gold: str) -> Kind:
     return Kind.EQUATION if "=" in text or right_side(text) != text else Kind.VALUE
 
 
+def num_elements(gold: str) -> int:
+    """Return how many elements a normalised list, set or tuple has; 1 for other answers."""
+    items = items_of(gold)
+    inside = bracketed(items[0]) if len(items) == 1 else None
+    return len(inside[1]) if inside is not None else len(items)
+
+
 def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
     """Return whether two normalised answers are the same mathematics, or the same words.
 
@@ -91,9 +99,11 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
     if not pred or nesting > MAX_NESTING or too_large(pred) or too_large(gold):
         return False
     kind = kind_of(gold)
-    if kind not in (Kind.CHOICE, Kind.WORDS) and not gold.startswith("("):
+    if kind not in (Kind.CHOICE, Kind.WORDS):
         option = re.fullmatch(r"(?:\\text\{)?\s*\([A-J]\)\s*\}?\s*(.+)", pred)
-        pred = _with_gold_parameter(gold, trim(option[1]) if option else pred)  # "(C) 12"
+        if option and not gold.startswith("("):
+            pred = trim(option[1])  # "(C) 12"
+        pred = _with_gold_parameter(gold, pred)
     return _COMPARERS[kind](gold, pred, nesting + 1)
 
 
@@ -247,7 +257,7 @@ def _equal_values(gold: str, pred: str, nesting: int) -> bool:
 
     A percent sign may be left out (35 for 35%) or be meant as a hundredth (0.35 for 35%).
     """
-    wanted, items = read_value(_single(gold) or gold), items_of(pred)
+    wanted, items = read_value(_single(gold) or gold), items_of(in_digits(pred))
     if len(items) > 1:
         number = _decimal_comma(pred)
         if number is not None and "." in gold:
@@ -275,7 +285,7 @@ def _equal_values(gold: str, pred: str, nesting: int) -> bool:
 
 def plain_value(text: str) -> Value | None:
     """Read an answer that is one value, such as "x = 5 km"; None for lists, tuples and the like."""
-    single = _single(text)
+    single = _single(in_digits(text))
     if single is None or RELATION.search(single) or bracketed(right_side(single)) is not None:
         return None
     return read_value(right_side(single))

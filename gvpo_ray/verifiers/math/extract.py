@@ -65,7 +65,7 @@ _NUMBER_IN_TEXT = re.compile(
 )
 
 
-def extract(completion: str, *, truncated: bool = False) -> Extraction:
+def extract(completion: str, *, truncated: bool = False, num_boxes: int = 1) -> Extraction:
     """Find the answer in a completion.
 
     The answer is the content of the last boxes; else what follows the last "answer is", "####" or "A:"; else
@@ -76,10 +76,11 @@ def extract(completion: str, *, truncated: bool = False) -> Extraction:
     Args:
         completion: a response, or a bare answer.
         truncated: whether it was cut at the token limit, so that only a box counts.
+        num_boxes: how many boxes, wherever they stand, make one answer.
     """
     text = completion.rpartition("</think>")[2].partition("<think>")[0]
     text = next((part for part in _TURN.split(text) if part.strip()), "").strip()
-    boxed = _boxes(text)
+    boxed = _boxes(text, num_boxes)
     if boxed is not None:
         final = (
             -1
@@ -102,10 +103,10 @@ def extract(completion: str, *, truncated: bool = False) -> Extraction:
     return _conclusion(tail)
 
 
-def _boxes(text: str) -> str | None:
-    r"""Return the content of the last box, or None if there is no box.
+def _boxes(text: str, num_boxes: int) -> str | None:
+    r"""Return the content of the last boxes, `num_boxes` different ones, or None if there is no box.
 
-    Boxes before it that belong to the same statement ("\boxed{1} and \boxed{2}") are joined by commas.
+    Boxes before them that belong to the same statement ("\boxed{1} and \boxed{2}") are joined by commas.
     """
     contents: list[str] = []
     begin = next_begin = len(text)
@@ -128,7 +129,7 @@ def _boxes(text: str) -> str | None:
         )
         if not contents or close > next_begin:  # the first box, or one around those so far
             contents = [content]
-        elif not _BETWEEN_BOXES.fullmatch(text, close + 1, next_begin):
+        elif len(contents) >= num_boxes and not _BETWEEN_BOXES.fullmatch(text, close + 1, next_begin):
             break
         elif content.strip() != contents[0].strip():
             contents.insert(0, content)

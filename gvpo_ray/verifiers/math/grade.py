@@ -17,7 +17,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from gvpo_ray.groups import NO_ANSWER
-from gvpo_ray.verifiers.math.compare import Kind, equal_answers, kind_of
+from gvpo_ray.verifiers.math.compare import Kind, equal_answers, kind_of, num_elements
 from gvpo_ray.verifiers.math.evaluated import is_copied
 from gvpo_ray.verifiers.math.extract import CODE, MAX_CHARS, extract
 from gvpo_ray.verifiers.math.normalise import normalise
@@ -66,9 +66,12 @@ def grade(completion: str, gold: str, *, truncated: bool = False, prompt: str = 
         return Grade(False, None, text[:MAX_CHARS])
     if CODE.search(text):
         return Grade(normalise(text) == wanted, None, text)
-    if equal_answers(wanted, normalise(text)) or (
-        found.sentence and is_words(wanted) and equal_answers(wanted, normalise(found.sentence[:MAX_CHARS]))
-    ):
+    answers = [text]
+    if found.sentence and is_words(wanted):
+        answers.append(found.sentence[:MAX_CHARS])
+    if (num := num_elements(wanted)) > 1:  # each may have a box of its own
+        answers.append((extract(completion, truncated=truncated, num_boxes=num).text or "")[:MAX_CHARS])
+    if any(equal_answers(wanted, normalise(answer)) for answer in dict.fromkeys(answers)):
         is_copy = (
             prompt and kind_of(wanted) is Kind.VALUE and is_copied(wanted, normalise(text), normalise(prompt))
         )

@@ -20,7 +20,7 @@ _SHORT_UNITS = (
     "kPa MPa GHz MHz kHz kWh mA mV [dD]ays? yd mi hour".replace(" ", "|")
 )
 _UNIT = re.compile(
-    rf"(?<=[\d}}%)\w\s])\s*(?:\\text\{{([^{{}}]*)\}}|(?<=[\d}}\s])((?:(?:{_SHORT_UNITS})"
+    rf"(?<=[\d}}%)\w\s/])\s*(?:\\text\{{([^{{}}]*)\}}|(?<=[\d}}\s])((?:(?:{_SHORT_UNITS})"
     rf"(?:\s*(?:/|\\cdot|\*)\s*(?:{_SHORT_UNITS}))*|[A-Za-z]{{4,}}(?: [A-Za-z]{{2,}})*)(?![A-Za-z])))"
     r"\s*(?:\^\s*\{?\s*(-?\d)\s*\}?)?\s*\.?$"
 )

@@ -13,7 +13,9 @@ MAX_DEPTH = 40
 """Depth of brackets above which a text is not parsed, because the LaTeX parser recurses."""
 
 
-_TOKEN = re.compile(r"\\[{}]|\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+|\\.|[A-Za-z]+|.", re.DOTALL)
+_TOKEN = re.compile(
+    r"\\[{}]|\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+|\\.|(?:and|or)(?![a-z])|[A-Za-z]+|.", re.DOTALL
+)
 _OPENING = frozenset(["(", "[", "{", r"\{", r"\langle", r"\lceil", r"\lfloor"])
 _CLOSING = frozenset([")", "]", "}", r"\}", r"\rangle", r"\rceil", r"\rfloor"])
 _NAME = r"(?:[A-Za-z]|\\[a-z]+(?![a-z]))(?:_\{?[\w+-]{1,6}\}?)?'*"

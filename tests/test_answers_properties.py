@@ -1,0 +1,295 @@
+"""Properties of grading: a value is right however it is written, and no other value or expression is."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from gvpo_ray.verifiers.math.grade import grade
+from gvpo_ray.verifiers.rewards import numeric
+
+settings.register_profile("grading", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("grading")
+
+WHOLE = st.integers(-9999, 9999)
+COUNT = st.integers(2, 30)
+FRACTION = st.builds(Fraction, st.integers(-99, 99), st.integers(2, 40)).filter(lambda f: f.denominator > 1)
+NAME = st.sampled_from("abcpqrxyzuvw")
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: SIM905
+    "seventeen eighteen nineteen".split()
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+
+
+def is_right(answer: str, gold: str, **where: Any) -> bool:
+    return grade(f"So it is $\\boxed{{{answer}}}$.", gold, **where).correct is True
+
+
+def in_words(n: int) -> str:
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10 - 2] + ("" if n % 10 == 0 else f"-{ONES[n % 10]}")
+    for size, word in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
+        if n >= size:
+            return f"{in_words(n // size)} {word}" + ("" if n % size == 0 else f" {in_words(n % size)}")
+    raise AssertionError
+
+
+@st.composite
+def whole_forms(draw: st.DrawFn) -> tuple[int, str]:
+    """An integer, and a way to write it."""
+    n = draw(WHOLE)
+    k = draw(st.integers(1, 9))
+    forms = [
+        f"{n}", f"{n:,}", f"{n:,}".replace(",", "{,}"), f"{n}.0", f"{n:,}.00", f"({n})", f"x = {n}",
+        f"x \\approx {n}", f"\\text{{Total: }} {n}" if k == 0 else f"{n}", f"{n}\\text{{ apples}}", f"{n} km",
+        f"{n:,}.00\\text{{ m}}^2", f"{n}^{{th}}", f"{n}^\\circ", f"\\${n}", f"({'ABCDE'[k % 5]}) {n}",
+        f"\\frac{{{n * k}}}{{{k}}}", f"{n + k} - {k} = {n}", f"\\text{{minus }} {-n}" if n < 0 else f"+{n}",
+        f"\\text{{negative {in_words(-n)}}}" if n < 0 else f"\\text{{{in_words(n)}}}",
+        f"{n} \\text{{ thousand}}" if n == 0 else f"{n}", f"{n} \\text{{ or }} {n}",
+    ]  # fmt: skip
+    return n, draw(st.sampled_from(forms))
+
+
+@given(whole_forms(), WHOLE)
+def test_an_integer_is_right_however_it_is_written_and_another_one_wrong(
+    form: tuple[int, str], other: int
+) -> None:
+    n, text = form
+    assert is_right(text, str(n))
+    assert n == other or not is_right(text, str(other))
+
+
+@given(FRACTION, COUNT, st.integers(1, 40))
+def test_a_fraction_is_right_however_it_is_written_and_another_one_wrong(
+    f: Fraction, k: int, shift: int
+) -> None:
+    n, d = f.numerator, f.denominator
+    whole, rest = divmod(abs(n), d)
+    sign = "-" if n < 0 else ""
+    forms = [
+        f"{n}/{d}",
+        f"\\frac{{{n}}}{{{d}}}",
+        f"\\dfrac{{{k * n}}}{{{k * d}}}",
+        f"{sign}\\tfrac{{{abs(n)}}}{{{d}}}",
+    ]
+    if whole:
+        forms += [f"{sign}{whole}\\frac{{{rest}}}{{{d}}}", f"{sign}{whole} {rest}/{d}"]
+        concatenated = Fraction(int(f"{whole}{rest}"), d)
+        if concatenated != abs(f):  # 1 1/10 is 11/10
+            assert not is_right(f"{sign}{whole} {rest}/{d}", f"{sign}{concatenated}")
+            assert not is_right(f"{sign}{whole}{rest}/{d}", f"{sign}{whole} {rest}/{d}")
+    for gold in (f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", *forms[4:]):
+        for text in forms:
+            assert is_right(text, gold), (text, gold)
+            assert not is_right(text, f"\\frac{{{n + shift}}}{{{d}}}"), (text, gold)
+    assert numeric(
+        ["p"] * len(forms), [f"\\boxed{{{text}}}" for text in forms], answer=[forms[0]] * len(forms)
+    ) == [1.0] * len(forms)
+
+
+@st.composite
+def expressions(draw: st.DrawFn, depth: int = 2) -> tuple[str, Fraction]:
+    """An arithmetic expression with an operator, and its value."""
+
+    def operand() -> tuple[str, Fraction]:
+        if depth > 1 and draw(st.booleans()):
+            text, value = draw(expressions(depth - 1))
+            return f"({text})", value
+        n = draw(st.integers(1, 60))
+        return (f"{n}", Fraction(n)) if draw(st.booleans()) else (f"{n / 10:.1f}", Fraction(n, 10))
+
+    kind = draw(
+        st.sampled_from(["+", "-", "*", "/", "power", "binomial", "factorial", "root", "sum", "gcd", "mod"])
+    )
+    a, b = draw(st.integers(2, 12)), draw(st.integers(2, 6))
+    if kind == "power":
+        return f"{a}^{{{b}}}", Fraction(a**b)
+    if kind == "binomial":
+        return f"\\binom{{{a + b}}}{{{b}}}", Fraction(math.comb(a + b, b))
+    if kind == "factorial":
+        return f"\\frac{{{a + b}!}}{{{a}!{b}!}}", Fraction(math.comb(a + b, b))
+    if kind == "root":
+        return f"\\sqrt{{{(a * b) ** 2}}}", Fraction(a * b)
+    if kind == "sum":
+        return f"\\sum_{{k=1}}^{{{a}}} k", Fraction(a * (a + 1), 2)
+    if kind == "gcd":
+        return f"\\gcd({a * b}, {b})", Fraction(b)
+    if kind == "mod":
+        return f"{a * b + 1} \\bmod {b}", Fraction(1)
+    (left, x), (right, y) = operand(), operand()
+    if kind == "/":
+        assume(y != 0)
+        return (f"\\frac{{{left}}}{{{right}}}" if a % 2 else f"{left} / {right}"), x / y
+    sign = {"+": "+", "-": "-", "*": ("\\cdot", "\\times", "*")[b % 3]}[kind]
+    return f"{left} {sign} {right}", {"+": x + y, "-": x - y, "*": x * y}[kind]
+
+
+@settings(max_examples=150)
+@given(expressions(), st.sampled_from(["What is ${}$?", "Evaluate {}.", "${}=$"]))
+def test_an_expression_of_the_prompt_earns_nothing_where_its_value_is_the_gold_answer(
+    expression: tuple[str, Fraction], prompt: str
+) -> None:
+    text, value = expression
+    gold = str(value) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    assume(text.replace(" ", "") not in (gold, str(value)))  # an irreducible fraction is its own value
+    where = {"prompt": prompt.format(text)}
+    assert not is_right(text, gold, **where)
+    assert is_right(gold, gold, **where)
+    assert numeric([where["prompt"]], [f"\\boxed{{{text}}}"], answer=[gold])[0] != 1.0
+    if len(text.split()) > 1 and "/" not in text:  # not a fraction, a root or a power alone
+        assert not is_right(text, gold)
+
+
+@given(st.integers(2, 9), st.sampled_from([2, 3, 5, 6, 7, 10, 11]), st.integers(2, 9))
+def test_a_root_is_right_in_its_usual_forms_and_wrong_where_something_is_left_to_compute(
+    a: int, b: int, c: int
+) -> None:
+    gold = f"{a}\\sqrt{{{b}}}"
+    for text in (
+        f"\\sqrt{{{a * a * b}}}",
+        f"{a} \\cdot \\sqrt{{{b}}}",
+        f"\\frac{{{a * b}}}{{\\sqrt{{{b}}}}}",
+    ):
+        assert is_right(text, gold), text
+        assert not is_right(text, f"{a + c}\\sqrt{{{b}}}"), text
+    for text in (
+        f"{a + c}\\sqrt{{{b}}} - {c}\\sqrt{{{b}}}",
+        f"\\sqrt{{{a * a * b - c} + {c}}}",
+        f"\\sqrt{{{a}^2 \\cdot {b}}}",
+        f"\\sqrt{{{b}}} \\int_0^{{{a}}} 1 dx",
+    ):
+        assert not is_right(text, gold), text
+    assert is_right(f"{c} + {gold}", f"{gold}+{c}")
+    assert not is_right(f"\\sqrt{{{a * a * b}}}", gold, prompt=f"Simplify $\\sqrt{{{a * a * b}}}$.")
+
+
+ELEMENTS = st.lists(st.integers(-50, 50), min_size=2, max_size=4, unique=True)
+
+
+@given(ELEMENTS, st.data())
+def test_a_set_or_list_has_no_order_and_a_tuple_has_one(numbers: list[int], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(numbers))
+    other = [numbers[0] + 100, *numbers[1:]]
+    as_set = "\\{" + ", ".join(map(str, numbers)) + "\\}"
+    as_list, as_tuple = ", ".join(map(str, numbers)), "(" + ", ".join(map(str, numbers)) + ")"
+
+    def forms(items: list[int]) -> list[str]:
+        texts = list(map(str, items))
+        return [
+            ", ".join(texts), ",".join(texts), "\\{" + ",".join(texts) + "\\}", " \\text{ and } ".join(texts),
+            ", ".join(texts[:-1]) + " or " + texts[-1], ", ".join(f"x={text}" for text in texts),
+        ]  # fmt: skip
+
+    for gold in (as_set, as_list):
+        for form in forms(shuffled):
+            assert is_right(form, gold), (form, gold)
+        for items in (other, numbers[1:], [*numbers, 77]):
+            for form in forms(items)[:5]:
+                assert not is_right(form, gold), (form, gold)
+        boxes = ". Then ".join(f"the case gives $\\boxed{{{number}}}$" for number in shuffled)
+        assert grade(f"First {boxes}.", gold).correct is True
+    assert is_right(as_tuple, as_tuple)
+    assert is_right(as_list, as_tuple)
+    assert (shuffled == numbers) == is_right(", ".join(map(str, shuffled)), as_tuple)
+    assert not is_right(as_set, as_tuple)
+    assert not any(is_right(form, str(numbers[0])) for form in forms(numbers))
+    assert not any(
+        is_right(form, f"{abs(numbers[0])}.{abs(numbers[1])}") for form in forms(numbers) if ", " in form
+    )
+
+
+@given(st.integers(-20, 20), st.integers(1, 20), st.booleans(), st.booleans())
+def test_an_interval_is_an_inequality_and_its_ends_count(
+    low: int, size: int, left: bool, right: bool
+) -> None:
+    high = low + size
+    gold = f"{'[' if left else '('}{low}, {high}{']' if right else ')'}"
+    signs = ("\\le" if left else "<"), ("\\leq" if right else "<")
+    wrong = "<" if left else "\\le"
+    assert is_right(f"{low} {signs[0]} x {signs[1]} {high}", gold)
+    assert is_right(f"x \\in {gold}", gold)
+    assert is_right(f"\\{{x \\mid {low} {signs[0]} x {signs[1]} {high}\\}}", gold)
+    assert not is_right(f"{low} {wrong} x {signs[1]} {high}", gold)
+    assert not is_right(f"{low} {signs[0]} x {signs[1]} {high + 1}", gold)
+
+
+@given(NAME, NAME, st.integers(-9, 9), st.integers(-9, 9))
+def test_an_expression_is_right_in_another_form_and_wrong_with_another_name(
+    x: str, y: str, a: int, b: int
+) -> None:
+    gold = f"{x}^2 + ({a + b}){x} + ({a * b})"
+    for text in (f"({x} + ({a}))({x} + ({b}))", f"({a * b}) + ({a + b}){x} + {x}^2"):
+        assert is_right(text, gold), text
+        assert not is_right(f"{text} + 1", gold), text
+        assert x == y or not is_right(text.replace(x, y), gold), text
+    assert x == y or not is_right(x, y)
+
+
+@pytest.mark.parametrize("period", ["\\pi", "360^\\circ"])
+@given(st.sampled_from("kmn"), st.sampled_from("kmn"))
+def test_the_name_of_an_integer_parameter_is_free(period: str, k: str, n: str) -> None:
+    assert is_right(f"45 + {n}{period}", f"45 + {k}{period}")
+    assert is_right(f"3{n} + 1 \\text{{ for any integer }} {n}", f"3{k} + 1")
+
+
+@given(st.permutations("ABCDE"))
+def test_a_choice_is_one_letter(letters: list[str]) -> None:
+    a, b, c = letters[:3]
+    for text in (
+        a,
+        f"({a})",
+        f"\\text{{({a})}}",
+        f"{a}. blue",
+        f"\\textbf{{({a})}}\\ 12",
+        f"{a} because ({b}) is too large",
+    ):
+        assert is_right(text, a), text
+        assert is_right(text, f"({a})"), text
+        assert not is_right(text, b), text
+    for text in (
+        f"{a} or {b}",
+        f"({a}) or ({b})",
+        f"{a}: 3; {b}: 4",
+        f"({a}) 3, ({b}) 4, ({c}) 5",
+        f"{a}/{b}",
+        f"{a}{b}",
+    ):
+        assert not any(is_right(text, letter) for letter in (a, b)), text
+        assert grade(text, a).correct is not True
+
+
+STATEMENTS = (
+    "or more", "or less", "plus two", "times three", "squared", "factorial", "thousand", "million", "dozen",
+    "hundred people", "but maybe six", "is wrong", "minus three", "to 7",
+)  # fmt: skip
+
+
+@given(st.integers(1, 99), st.sampled_from(STATEMENTS))
+def test_what_is_said_about_a_number_is_no_unit(n: int, statement: str) -> None:
+    for text in (f"{n} {statement}", f"{n} \\text{{ {statement}}}"):
+        assert not is_right(text, str(n)), text
+        score = numeric(["p"], [f"\\boxed{{{text}}}"], answer=[str(n)])[0]
+        assert (score[0] if isinstance(score, tuple) else score) == 0.0, text
+
+
+@given(st.sampled_from([("yes", "no"), ("True", "False"), ("no", "yes"), ("false", "true")]))
+def test_a_truth_is_not_two(pair: tuple[str, str]) -> None:
+    gold, other = pair
+    for text in (gold, gold.upper(), f"{gold}, because it holds", f"\\text{{{gold}}}"):
+        assert is_right(text, gold) and not is_right(text, other)
+    for text in (
+        f"{gold} or {other}",
+        f"{gold}/{other}",
+        f"{gold} and {other}",
+        f"{gold}, {other}",
+        f"not {gold}",
+    ):
+        assert not is_right(text, gold), text
