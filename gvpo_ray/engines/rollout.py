@@ -134,7 +134,7 @@ class Transcript:
         self.ids += ids
         self.logprobs += logprobs
         self.trained += [True] * len(ids)
-        self.versions += versions
+        self.versions += versions if ids else []
 
     async def _sample(self, ids: list[int]) -> list[int]:
         num_prompt = len(self._prompt_ids)
@@ -173,7 +173,7 @@ class Transcript:
         self._wrote(
             begun["completion_ids"][begin:end],
             begun["sampling_logprobs"][begin:end],
-            [begun["version_min"], begun["version_max"]] if end > begin else [],
+            [begun["version_min"], begun["version_max"]],
         )
         return begin < end < len(trained)
 
