@@ -223,7 +223,8 @@ class ServerEngine(BaseEngine):
                 response = await method(**arguments, extra_headers=self._headers)
             answer = response.http_response.json()
         except openai.APIStatusError as error:
-            status, kind = error.status_code, _Refusal
+            status = error.status_code
+            kind: type[Exception] = _Refusal
             if status in (408, 409, 429) or status >= 500:
                 kind = ConnectionError
             elif status in (401, 402, 404, 405):  # whatever the prompt
