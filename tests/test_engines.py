@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining
+from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import base, fake_engine, openai_engine, rollout, vllm_engine
@@ -510,6 +511,22 @@ def test_a_prompt_that_a_server_refuses_is_a_group_without_its_completions_and_s
 
     asyncio.run(run())
     server.close()
+
+
+def test_a_group_that_was_refused_wholly_is_logged_so_that_a_resumed_run_does_not_ask_again_and_not_trained(
+    tmp_path: Path,
+) -> None:
+    nothing: dict[str, Any] = {name: [[]] for name in groups.COMPLETION_COLUMNS}
+    group = groups.with_columns(prompt(3), **nothing, rewards=[[]], reward_parts=[[]], reward_reasons=[[]])
+
+    async def run() -> None:
+        buffer = GroupBuffer(tmp_path, groups_per_step=1, num_steps=1, max_staleness=None)
+        assert not await buffer.put(group)
+        assert (await buffer.status())["num_finished"] == 1
+
+    asyncio.run(run())
+    (row,) = groups.rows(groups.load(tmp_path))
+    assert row["group_id"] == 3 and groups.trainable(row) is None
 
 
 def test_a_refused_sibling_is_left_out_and_the_others_stay(tokenizer_folder: Path) -> None:

@@ -123,6 +123,12 @@ def test_a_completion_that_is_cut_off_in_its_second_call_is_continued_there_by_a
         assert missing == 3 and cut["finish_reasons"] == ["abort"] * 3
         assert [len(ids) for ids in cut["completion_ids"]] == [153] * 3
         assert cut["trained_tokens"] == [[True] * 100 + [False] * 3 + [True] * 50] * 3
+        leaving = await ready(counted, seconds_per_token=1000.0)
+        await leaving.update(3, {})
+        work = asyncio.ensure_future(leaving.generate(prompt(), sampling(), 0, None, table))
+        await asyncio.sleep(1)
+        await leaving.drain(0)
+        assert row_of((await work)[0]) == cut  # it wrote nothing: not a version more
         other = await ready(counted, median_tokens=30, sigma=0.0, vocab_size=3)
         await other.update(4, {})
         table, missing = await other.generate(prompt(), sampling(), 0, None, table)
@@ -133,7 +139,7 @@ def test_a_completion_that_is_cut_off_in_its_second_call_is_continued_there_by_a
         assert whole["trained_tokens"] == [[True] * 100 + [False] * 3 + [True] * 80] * 3
         assert whole["version_min"] == [0] * 3 and whole["version_max"] == [4] * 3
         assert (await other.status())["num_tokens"] == 3 * 30  # the first calls were not made again
-        assert len(asked) == 6
+        assert len(asked) == 9
 
     run(main())
 

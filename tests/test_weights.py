@@ -144,6 +144,22 @@ def test_shared_memory_that_fills_up_while_it_is_written_is_in_the_temporary_fol
         assert Path(memory.paths[0]).parent.parent == temporary
 
 
+def test_what_a_killed_engine_left_in_shared_memory_is_removed_and_what_others_use_stays(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gvpo_ray.weights.transfer.SHM", tmp_path)
+    array = np.arange(4, dtype=np.uint8)
+    killed, used = SharedMemory([array]), SharedMemory([array])
+    foreign = tmp_path / "gvpo_weights_of somebody else"
+    foreign.mkdir()
+    killed._lock.close()  # as the end of its process does
+    with SharedMemory([array]) as memory:
+        left = {Path(path).parent for path in (*used.paths, *memory.paths)}
+        assert {*tmp_path.iterdir()} == {*left, foreign}
+    used.__exit__()
+    assert [*tmp_path.iterdir()] == [foreign]
+
+
 def test_shared_memory_is_gone_also_after_an_error_inside_and_while_it_is_filled(tmp_path, monkeypatch):
     monkeypatch.setattr("gvpo_ray.weights.transfer.tempfile.tempdir", str(tmp_path))
     # /dev/shm is full: a folder

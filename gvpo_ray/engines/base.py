@@ -25,7 +25,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -64,6 +64,19 @@ class InFlight:
     def finished(self, before: float) -> list[int]:
         """Return the indices of the completions that were finished at the time `before` or earlier."""
         return [i for i, at in self.finished_at.items() if at <= before]
+
+
+class Work(NamedTuple):
+    """Work is what an engine has to sample of a group, besides the completions that are finished."""
+
+    group: pa.Table
+    """One row, without completions."""
+    size: int
+    """Number of completions to sample."""
+    begun: list[dict[str, Any]]
+    """Completion columns of those that another engine was cut off at; the first ones continue them."""
+    sampling: SamplingConfig
+    seed: int | None
 
 
 class BaseEngine(abc.ABC):
@@ -228,19 +241,13 @@ class BaseEngine(abc.ABC):
         """
         await self._may_begin(min_version)
         done, begun, num_new = split_kept(kept, sampling.num_completions)
-        table, missing = await self._rest(group, num_new, begun, sampling, seed_beside(kept, sampling, seed))
+        work = Work(group, num_new, begun, sampling, seed_beside(kept, sampling, seed))
+        table, missing = await self._rest(work)
         return groups.join(group, *done, table) if kept else table, missing
 
     @abc.abstractmethod
-    async def _rest(
-        self,
-        group: pa.Table,
-        size: int,
-        begun: list[dict[str, Any]],
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> tuple[pa.Table, int]:
-        """Sample `size` completions of a group, of which the first continue those in `begun`.
+    async def _rest(self, work: Work) -> tuple[pa.Table, int]:
+        """Sample what is missing of a group.
 
         The group is in flight meanwhile (`_at_work`). Returns what `generate` returns, without the
         completions that were finished before.

@@ -16,8 +16,16 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines.base import ABORTED, InFlight
-from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, Transcript, one_call
+from gvpo_ray.engines.base import ABORTED, InFlight, Work
+from gvpo_ray.engines.rollout import (
+    Completions,
+    ModelCall,
+    Rollout,
+    RolloutEngine,
+    Span,
+    Transcript,
+    one_call,
+)
 
 
 class FakeEngine(RolloutEngine):
@@ -63,16 +71,10 @@ class FakeEngine(RolloutEngine):
         self._leave_on_sigterm()
         return {"seconds": 0.0, "pid": os.getpid()}
 
-    async def _rest(
-        self,
-        group: pa.Table,
-        size: int,
-        begun: list[dict[str, Any]],
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> tuple[pa.Table, int]:
+    async def _rest(self, work: Work) -> tuple[pa.Table, int]:
         if self._rollout is not one_call:
-            return await super()._rest(group, size, begun, sampling, seed)
+            return await super()._rest(work)
+        group, size, begun, sampling, seed = work
         random = self._random if seed is None else np.random.default_rng(seed)
         room = np.full(size, sampling.max_tokens)
         room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)
@@ -105,23 +107,15 @@ class FakeEngine(RolloutEngine):
         lengths = median * np.exp(self._sigma * random.standard_normal(len(room)))
         return np.clip(np.rint(lengths).astype(np.int64), np.minimum(1, room), room)
 
-    async def _span(
-        self,
-        running: Completions,
-        index: int,
-        ids: list[int],
-        max_tokens: int,
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> Span:
+    async def _span(self, call: ModelCall) -> Span:
         """Draw tokens, and wait as long as writing them takes, or until a drain cuts them off."""
-        random = self._random if seed is None else np.random.default_rng(seed)
-        (length,) = self._lengths(random, sampling, np.array([max_tokens])).tolist()
+        random = self._random if call.seed is None else np.random.default_rng(call.seed)
+        (length,) = self._lengths(random, call.sampling, np.array([call.max_tokens])).tolist()
         tokens: list[int] = random.integers(self._vocab_size, size=length).tolist()
-        reason, began = "length" if length == max_tokens else "stop", time.time()
+        reason, began = "length" if length == call.max_tokens else "stop", time.time()
         if seconds := self._seconds_per_token * length:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(running.cut.wait(), seconds)
+                await asyncio.wait_for(call.running.cut.wait(), seconds)
                 tokens = tokens[: int((time.time() - began) / self._seconds_per_token)]
                 reason = ABORTED
         self._num_tokens += len(tokens)

@@ -22,7 +22,7 @@ from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.data.rendering import completion_renderer
-from gvpo_ray.engines.base import BaseEngine, InFlight
+from gvpo_ray.engines.base import BaseEngine, InFlight, Work
 
 NUM_RETRIES = 4
 """Retries of a request that found no connection or was answered with 408, 409, 429 or 5xx; an answer's header
@@ -115,14 +115,7 @@ class ServerEngine(BaseEngine):
         """Raise Draining if the engine drains; the server's weights have no version to wait for."""
         await super()._may_begin()
 
-    async def _rest(
-        self,
-        group: pa.Table,
-        size: int,
-        begun: list[dict[str, Any]],
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> tuple[pa.Table, int]:
+    async def _rest(self, work: Work) -> tuple[pa.Table, int]:
         """Sample the completions of a group.
 
         A server cannot continue a completion that was cut off, so such a completion is sampled anew. If the
@@ -133,9 +126,9 @@ class ServerEngine(BaseEngine):
             RuntimeError: the server cannot be used: it does not know the key, the model or the address, or it
                 has refused MAX_REFUSALS prompts in a row. The message holds the server's.
         """
-        running = _Answers(group, size)
+        running = _Answers(work.group, work.size)
         with self._at_work(running):
-            running.work = asyncio.ensure_future(self._ask_for_all(running, sampling, seed))
+            running.work = asyncio.ensure_future(self._ask_for_all(running, work.sampling, work.seed))
             try:
                 await asyncio.wait([running.work])
             finally:
@@ -145,11 +138,11 @@ class ServerEngine(BaseEngine):
         table = self._table(running, range(len(running.rows)))
         if running.refusal is None:
             self._num_refusals = 0
-            return table, size - len(running.rows)
+            return table, work.size - len(running.rows)
         self._num_refusals += 1
         if self._num_refusals >= MAX_REFUSALS:
             raise RuntimeError(f"{running.refusal} ({MAX_REFUSALS} prompts in a row were refused)")
-        self.refusals[group["group_id"][0].as_py()] = running.refusal
+        self.refusals[work.group["group_id"][0].as_py()] = running.refusal
         return table, 0
 
     async def _ask_for_all(self, running: _Answers, sampling: SamplingConfig, seed: int | None) -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight
+from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, Work
 
 Sample = Callable[[list[int]], Awaitable[list[int]]]
 """One call of the model: `await sample(ids)` -> the tokens that the model writes behind `ids`.
@@ -138,7 +138,7 @@ class Transcript:
         self.ids += ids
         self.logprobs += logprobs
         self.trained += [True] * len(ids)
-        self.versions += versions
+        self.versions += versions if ids else []
 
     async def _sample(self, ids: list[int]) -> list[int]:
         num_prompt = len(self.prompt_ids)
@@ -177,7 +177,7 @@ class Transcript:
         self._wrote(
             begun["completion_ids"][begin:end],
             begun["sampling_logprobs"][begin:end],
-            [begun["version_min"], begun["version_max"]] if end > begin else [],
+            [begun["version_min"], begun["version_max"]],
         )
         return begin < end < len(trained)
 
@@ -211,6 +211,19 @@ class Completions(InFlight):
         self.prompt_ids: list[int] = self.group["prompt_ids"][0].as_py()
 
 
+class ModelCall(NamedTuple):
+    """A ModelCall is one call of the model: at most `max_tokens` tokens behind `ids`."""
+
+    running: Completions
+    """The group."""
+    index: int
+    """The completion, from 0."""
+    ids: list[int]
+    max_tokens: int
+    sampling: SamplingConfig
+    seed: int | None
+
+
 class RolloutEngine(BaseEngine):
     """A RolloutEngine is an engine whose completions are made by a rollout function, one call at a time.
 
@@ -223,28 +236,19 @@ class RolloutEngine(BaseEngine):
         super().__init__(drain_s)
         self._rollout = rollout
 
-    async def _rest(
-        self,
-        group: pa.Table,
-        size: int,
-        begun: list[dict[str, Any]],
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> tuple[pa.Table, int]:
-        running = Completions(group, size)
+    async def _rest(self, work: Work) -> tuple[pa.Table, int]:
+        running, begun = Completions(work.group, work.size), work.begun
         with self._at_work(running):
             tasks = [
-                asyncio.create_task(
-                    self._complete(running, i, sampling, seed, begun[i] if i < len(begun) else None)
-                )
-                for i in range(size)
+                asyncio.create_task(self._complete(running, i, work, begun[i] if i < len(begun) else None))
+                for i in range(work.size)
             ]
             try:
                 await self._unless_dead(asyncio.gather(*tasks))
             finally:
                 for task in tasks:
                     task.cancel()
-        return self._table(running, sorted(running.completions)), size - len(running.finished_at)
+        return self._table(running, sorted(running.completions)), work.size - len(running.finished_at)
 
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
         """Return the result of `work`, or raise an error as soon as it can have none."""
@@ -258,16 +262,13 @@ class RolloutEngine(BaseEngine):
                     transcript.cut()
 
     async def _complete(
-        self,
-        running: Completions,
-        index: int,
-        sampling: SamplingConfig,
-        seed: int | None,
-        begun: dict[str, Any] | None,
+        self, running: Completions, index: int, work: Work, begun: dict[str, Any] | None
     ) -> None:
+        sampling = work.sampling
+
         async def call(ids: list[int], max_tokens: int, begin: int) -> Span:
-            own = None if seed is None else seed + index + sampling.num_completions * begin
-            return await self._span(running, index, ids, max_tokens, sampling, own)
+            seed = None if work.seed is None else work.seed + index + sampling.num_completions * begin
+            return await self._span(ModelCall(running, index, ids, max_tokens, sampling, seed))
 
         most = min(sampling.max_tokens, self._longest(running))
         transcript = Transcript(running.prompt_ids, most, call, begun)
@@ -288,16 +289,8 @@ class RolloutEngine(BaseEngine):
         return groups.with_columns(running.group, **{name: [[row[name] for row in rows]] for name in names})
 
     @abc.abstractmethod
-    async def _span(
-        self,
-        running: Completions,
-        index: int,
-        ids: list[int],
-        max_tokens: int,
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> Span:
-        """Call the model: sample at most `max_tokens` tokens behind `ids`."""
+    async def _span(self, call: ModelCall) -> Span:
+        """Call the model."""
 
     @abc.abstractmethod
     def _longest(self, running: Completions) -> int:

@@ -16,7 +16,15 @@ from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.process_log import ProcessLog
-from gvpo_ray.engines.rollout import Completions, Rollout, RolloutEngine, Span, Transcript, one_call
+from gvpo_ray.engines.rollout import (
+    Completions,
+    ModelCall,
+    Rollout,
+    RolloutEngine,
+    Span,
+    Transcript,
+    one_call,
+)
 
 ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
@@ -140,15 +148,7 @@ class Engine(RolloutEngine):
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
-    async def _span(
-        self,
-        running: Completions,
-        index: int,
-        ids: list[int],
-        max_tokens: int,
-        sampling: SamplingConfig,
-        seed: int | None,
-    ) -> Span:
+    async def _span(self, call: ModelCall) -> Span:
         """Call the model, as a request of its own.
 
         vLLM returns a request with several completions only when all of them are finished.
@@ -156,26 +156,26 @@ class Engine(RolloutEngine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        turns = self._turns(sampling)
+        turns = self._turns(call.sampling)
         params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=max(0, sampling.top_k),
-            min_p=sampling.min_p,
-            max_tokens=max_tokens,
+            temperature=call.sampling.temperature,
+            top_p=call.sampling.top_p,
+            top_k=max(0, call.sampling.top_k),
+            min_p=call.sampling.min_p,
+            max_tokens=call.max_tokens,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             # these tokens and no others, whatever vLLM reads in the model's folder
             ignore_eos=True,
             stop_token_ids=turns.ends,
-            stop=sampling.stop or None,
+            stop=call.sampling.stop or None,
             # decoding token by token costs this process twice as much as all the rest of a completion
-            detokenize=bool(sampling.stop),
-            seed=seed,
+            detokenize=bool(call.sampling.stop),
+            seed=call.seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
         )
-        (new,) = (await self._final(ids, params, f"{running.name}-{index}")).outputs
+        (new,) = (await self._final(call.ids, params, f"{call.running.name}-{call.index}")).outputs
         self._num_finished_tokens += len(new.token_ids)
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []

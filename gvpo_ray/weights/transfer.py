@@ -18,6 +18,7 @@ that do not fit.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import math
@@ -27,7 +28,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from gvpo_ray.config.base import GvpoError
+from gvpo_ray.files import is_locked, lock
 from gvpo_ray.weights.lora import merged
 
 SHARD_BYTES = 512 * 2**20
@@ -47,6 +48,9 @@ A larger tensor is a shard of its own.
 
 SHM = Path("/dev/shm")
 """Where shared memory is a file system."""
+
+PREFIX, LOCK = "gvpo_weights_", "lock"
+"""Names of the folders in shared memory, and of the file in each that its living engine has locked."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -235,6 +239,8 @@ class SharedMemory:
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
         need = sum(array.nbytes for array in arrays)
+        for parent in (SHM, Path(tempfile.gettempdir())):
+            _remove_abandoned(parent)
         try:
             if shutil.disk_usage(SHM).free <= 2 * need:
                 raise OSError(errno.ENOSPC, "too little room", str(SHM))
@@ -244,14 +250,14 @@ class SharedMemory:
 
     def _write(self, arrays: list[np.ndarray], parent: Path | None) -> None:
         """Write the files into a new folder in `parent` (None: the temporary folder), or leave nothing."""
-        prefix = f"gvpo_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
-        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         self.paths = [str(self._folder / f"{i}.safetensors") for i in range(len(arrays))]
         try:
+            self._lock = lock(self._folder / LOCK)
             for path, array in zip(self.paths, arrays, strict=True):
                 array.tofile(path)
         except OSError:
-            self.__exit__()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
     def __enter__(self) -> SharedMemory:
@@ -259,6 +265,15 @@ class SharedMemory:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the folders in `parent` of engines that were killed while they took new weights."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or another engine removes it at this moment
+            if (folder / LOCK).exists() and not is_locked(folder / LOCK):
+                shutil.rmtree(folder)
 
 
 def merge(
