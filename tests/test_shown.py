@@ -127,7 +127,7 @@ def test_what_the_config_holds_is_nowhere_in_what_a_run_shows(
         "tracking.tensorboard",
         "tracking.mlflow.tracking_uri",
         "tracking.mlflow.tags",
-        "prompts.system_prompt",
+        "prompts.template",
         "warm_start.architecture",
         "ray.address",
     } <= set(keys)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from gvpo_ray.config.base import LocalPath, Section
+
+Data = TypeVar("Data", bound="PromptsConfig")
 
 
 class PromptsConfig(Section):
@@ -25,7 +27,7 @@ class PromptsConfig(Section):
     template: str | None = None
     """Plain template such as "Question: {prompt}\\nAnswer:"; default: the tokenizer's chat template."""
     system_prompt: str | None = None
-    """System message for the chat template."""
+    """System message for the chat template; a template is the whole prompt, and has none beside it."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, in tokens. Longer ones are left out, counted and reported, never cut. Default: the
     context less the longest completion."""
@@ -40,6 +42,25 @@ class PromptsConfig(Section):
         if value is not None and "{prompt}" not in value:
             raise ValueError("must contain {prompt}")
         return value
+
+    @model_validator(mode="after")
+    def _one_rendering(self) -> PromptsConfig:
+        if self.template is not None and self.system_prompt is not None:
+            raise ValueError(
+                "system_prompt is not used beside a template, which is the whole prompt: write it into the "
+                "template"
+            )
+        return self
+
+    def rendered_like(self: Data, other: PromptsConfig) -> Data:
+        """Return a copy with the template and the system prompt of `other`, unless one of its own is set.
+
+        A null that is written in the file is set too: the tokenizer's chat template without a system prompt.
+        """
+        own = {"template", "system_prompt"}
+        if own & self.model_fields_set:
+            return self
+        return self.model_copy(update={key: getattr(other, key) for key in own})
 
 
 class ReplayConfig(Section):

@@ -245,43 +245,64 @@ def _read(config: PromptsConfig, key: str) -> Columns:
     In messages rows count from 0, lines from 1.
     """
     path = Path(config.path).expanduser()
-    if path.suffix.lower() not in FILE_SUFFIXES and not path.is_file():
+    suffix = path.suffix.lower()
+    if suffix not in FILE_SUFFIXES and not path.is_file():
         return _read_hub(config, key)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"{key}.path: no file {config.path}")
-    if path.suffix.lower() not in FILE_SUFFIXES:
+    if suffix not in FILE_SUFFIXES:
         raise ConfigError(f"{key}.path: {config.path}: a data file ends in {', '.join(FILE_SUFFIXES)}")
+    files = [path] if path.is_file() else _parts(path, suffix)
+    if not files:
+        raise ConfigError(f"{key}.path: {config.path} is a folder without {suffix} files")
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path)
+        if suffix == ".parquet":
+            parts = [pq.read_table(file) for file in files]
+            # a column that is empty in one part has no type there
+            table = pa.concat_tables(parts, promote_options="permissive")
             return dict(zip(table.column_names, table.columns, strict=True))
-        lines = path.read_bytes().split(b"\n")
-    except pa.ArrowInvalid as error:
+        lines = [(str(file), file.read_bytes().split(b"\n")) for file in files]
+    except pa.ArrowException as error:
+        if isinstance(error, OSError):
+            raise _unreadable(error, config, key) from error
         raise ConfigError(f"{key}.path: {config.path} is not Parquet: {_one_line(error)}") from error
     except OSError as error:
-        raise ConfigError(
-            f"{key}.path: {config.path} cannot be read: {error.strerror or _one_line(error)}"
-        ) from error
-    return _parse_lines(lines, config, key)
+        raise _unreadable(error, config, key) from error
+    return _parse_lines([(config.path, lines[0][1])] if path.is_file() else lines, key)
 
 
-def _parse_lines(lines: list[bytes], config: PromptsConfig, key: str) -> Columns:
-    """Parse JSON objects, one per line; blank lines are skipped.
+def _parts(folder: Path, suffix: str) -> list[Path]:
+    """Return the data files below a folder that Spark or Dask wrote, in the order of their names.
+
+    Files and folders whose names begin with a dot or an underscore are their writers' own (_SUCCESS).
+    """
+    return sorted(
+        file
+        for file in folder.rglob(f"*{suffix}")
+        if file.is_file() and not any(part[0] in "._" for part in file.relative_to(folder).parts)
+    )
+
+
+def _unreadable(error: OSError, config: PromptsConfig, key: str) -> ConfigError:
+    return ConfigError(f"{key}.path: {config.path} cannot be read: {error.strerror or _one_line(error)}")
+
+
+def _parse_lines(files: list[tuple[str, list[bytes]]], key: str) -> Columns:
+    """Parse JSON objects, one per line, of files given by name; blank lines are skipped.
 
     A key that only some lines have is null in the others.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
+    for path, number, line in ((path, *each) for path, lines in files for each in enumerate(lines, start=1)):
         if not line.strip():
             continue
+        where = f"{key}.path: {path}: line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-            raise ConfigError(
-                f"{key}.path: {config.path}: line {number} is not JSON: {_one_line(error)}"
-            ) from error
+            raise ConfigError(f"{where} is not JSON: {_one_line(error)}") from error
         if not isinstance(record, dict):
-            raise ConfigError(f"{key}.path: {config.path}: line {number} is not a JSON object, one per line")
+            raise ConfigError(f"{where} is not a JSON object, one per line")
         records.append(record)
     names = list(dict.fromkeys(name for record in records for name in record))
     return {name: [record.get(name) for record in records] for name in names}

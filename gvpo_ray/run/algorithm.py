@@ -203,7 +203,8 @@ class GVPO:
             model = model.model_copy(update={"max_length": self.inputs.max_length})
             self.verifiers = VerifierGroup(config.verifiers, self._rewards, self._note)
             session.on_stop(self.verifiers.close)
-        make = engine_maker(model, engines, config.seed, False, config.prompts.system_prompt)
+        prompts = config.prompts
+        make = engine_maker(model, engines, config.seed, False, prompts.system_prompt, prompts.template)
         self.engines = EngineGroup(
             engines,
             config.sampling.num_completions,

@@ -65,6 +65,8 @@ def rollout(
         check_resources(config, *machine_resources(config), learner=False)
     if num_groups is not None and num_groups < 1:
         raise ConfigError(f"--groups: {num_groups}: must be at least 1")
+    if not config.engines.has_own_engines:
+        raise ConfigError(NO_OWN)
     inputs = read_inputs(config, reward)
     part = part_of(Path(out))
     if Path(out).is_dir():
@@ -138,7 +140,7 @@ async def run_through(
         ConfigError: there is no engine of our own.
     """
     if all(seat.config.url for seat in engines.seats):
-        raise ConfigError("engines.num: no engine of our own is there to sample with")
+        raise ConfigError(NO_OWN)
 
     async def one(i: int) -> pa.Table:
         own_seed = (
@@ -164,6 +166,8 @@ async def run_through(
         scored = [tasks.create_task(one(i)) for i in range(len(prompts))]
     return pa.concat_tables([task.result() for task in scored])
 
+
+NO_OWN = "engines.num: no engine of our own is there to sample with"
 
 _numbers = itertools.count()
 
