@@ -43,8 +43,8 @@ class Renderer(Protocol):
     def encode(self, completions: Sequence[str]) -> list[list[int]]:
         """Tokenise completions as they are, without special tokens of the tokenizer's own."""
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Decode the tokens of a completion without special tokens."""
+    def text(self, ids: Sequence[int], with_special: bool = False) -> str:
+        """Decode tokens, without special tokens or with them."""
 
 
 def renderer_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Renderer:
@@ -132,9 +132,9 @@ class TextRenderer:
                 ids[i] = [*ids[i], self.end_id]
         return ids
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Decode the tokens of a completion without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def text(self, ids: Sequence[int], with_special: bool = False) -> str:
+        """Decode tokens, without special tokens or with them."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not with_special))
 
     def _texts(self, prompts: list[str]) -> list[str]:
         """Return what the model reads, as text, of each problem."""
