@@ -21,6 +21,7 @@ TIERS = {
         "test_recovery",
         "test_report",
         "test_ring",
+        "test_sample",
         "test_setup",
         "test_spread",
         "test_warm_start",

@@ -202,6 +202,7 @@ def _remove(*names: str) -> Callable[[Path], None]:
 
 def _write(name: str, content: str | list[dict[str, Any]]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
         if isinstance(content, str):
             (folder / name).write_text(content)
         else:
@@ -233,9 +234,32 @@ def _nothing(folder: Path) -> None:
             "model.path: model has no tokenizer",
         ),
         (_remove("model/tokenizer.json"), [], "model.path: model has no tokenizer"),
-        (_write("model/config.json", "{"), [], "model.path: cannot load model"),
-        (_write("model/config.json", '{"model_type": "qwen1000"}'), [], "model.path: cannot load model"),
-        (_write("model/tokenizer.json", "{"), [], "model.path: cannot load model"),
+        *(
+            (_write("model/config.json", text), [], "model.path: cannot load config.json of model: ")
+            for text in ("{", "[]", "{}", '{"model_type": "qwen1000"}')
+        ),
+        *(
+            (_write(f"model/{name}", text), [], "model.path: cannot load the tokenizer of model: ")
+            for name in ("tokenizer.json", "tokenizer_config.json")
+            for text in ("{", "[]", "null")
+        ),
+        *(
+            (_write("model/tokenizer.json", text), [], "model.path: cannot load the tokenizer of model: ")
+            for text in ("{}", '{"model": {"type": "BPE"}}', '{"model": {"type": "New"}}', "\x00")
+        ),
+        (
+            _write(
+                "model/chat_template.jinja",
+                "{{ raise_exception('no system') if messages[0].role[0] == 's' }}",
+            ),
+            ["prompts={path: train.jsonl, system_prompt: x}"],
+            "prompts.system_prompt: the tokenizer's chat template does not take one: TemplateError: no ",
+        ),
+        (
+            _write("model/chat_template.jinja", "{% for %}"),
+            ["prompts={path: train.jsonl}"],
+            "model.path: the chat template of the tokenizer fails (TemplateSyntaxError: ",
+        ),
         (_nothing, ["model.max_length=256"], "model.max_length: 256 is more than the model's context of 128"),
         (
             _nothing,
@@ -257,10 +281,28 @@ def _nothing(folder: Path) -> None:
         ),
         (_write("train.jsonl", ""), [], "prompts.path: train.jsonl has no rows"),
         (_write("none.parquet", []), ["prompts.path=none.parquet"], "prompts.path: none.parquet has no rows"),
+        *(
+            (
+                _write("bad.parquet", text),
+                ["prompts.path=bad.parquet"],
+                "prompts.path: bad.parquet is not Parquet",
+            )
+            for text in ("x", "", "PAR1" * 9)
+        ),
         (
-            _write("bad.parquet", "x"),
-            ["prompts.path=bad.parquet"],
-            "prompts.path: bad.parquet is not Parquet",
+            _write("parts.parquet/_SUCCESS", ""),
+            ["prompts.path=parts.parquet"],
+            "is a folder without .parquet files",
+        ),
+        (
+            _write("parts.parquet/a.parquet", ""),
+            ["prompts.path=parts.parquet"],
+            "parts.parquet is not Parquet",
+        ),
+        (
+            _write("parts.jsonl/a.jsonl", "\n{"),
+            ["prompts.path=parts.jsonl"],
+            "parts.jsonl/a.jsonl: line 2 is not JSON",
         ),
         (
             _write("train.jsonl", '{"prompt": "1", "answer": "2"}\n{"prompt"\n'),

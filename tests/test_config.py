@@ -243,6 +243,13 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
             "prompts.template",
             "must contain {prompt} (got 'no placeholder')",
         ),
+        ("seed=-1", "seed", "greater than or equal to 0 (got -1)"),
+        ("seed=4294967296", "seed", "less than 4294967296"),
+        (
+            "prompts={path: x, template: '{prompt}', system_prompt: y}",
+            "prompts: system_prompt is not used beside a template",
+            "write it into the template",
+        ),
         ("engines.num=0", "engines.num is 0", "without engines it must be 1"),
         ("engines.max_num=0", "engines.max_num", "greater than or equal to 1"),
         ("engines={num: 3, max_num: 2}", "engines: max_num (2)", "less than num (3)"),
@@ -609,3 +616,37 @@ def test_the_keys_that_scores_depend_on_are_marked():
         *(f"sampling.{key}" for key in ("top_p", "top_k", "min_p", "stop", "stop_token_ids")),
         *(f"verifiers.{key}" for key in ("timeout_s", "cpu_s", "memory_gib", "rewards")),
     }
+
+
+def test_held_out_sets_and_sources_are_rendered_as_the_prompts_unless_they_say_anything_themselves() -> None:
+    def rendering(prompts: dict[str, Any], one: dict[str, Any]) -> list[tuple[Any, Any]]:
+        data = {
+            "run_dir": "r",
+            "num_steps": 1,
+            "model": {"path": "m"},
+            "prompts": {"path": "p", **prompts},
+            "evaluation": {"sets": {"held": {"path": "e", **one}}},
+            "sources": {"people": {"path": "s", "share": 0.5, **one}},
+        }
+        config = GVPOConfig.from_dict(data)
+        assert GVPOConfig.from_dict(yaml.safe_load(config.dump())) == config
+        both = (config.evaluation.sets["held"], config.sources["people"])
+        return list({(section.template, section.system_prompt) for section in both})
+
+    template, chat = {"template": "Q: {prompt}"}, {"system_prompt": "Be brief."}
+    assert rendering(template, {}) == [("Q: {prompt}", None)]
+    assert rendering(chat, {}) == [(None, "Be brief.")]
+    assert rendering(template, chat) == [(None, "Be brief.")]  # a chat of its own
+    assert rendering(chat, template) == [("Q: {prompt}", None)]
+    assert rendering(template, {"template": None}) == [(None, None)]
+    assert rendering({}, {}) == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    "engines", ["{url: 'http://h/v1'}", "{pools: {a: {url: 'http://h/v1'}, b: {num: 0}}}"]
+)
+def test_servers_alone_evaluate_nothing(engines: str) -> None:
+    overrides = [f"engines={engines}", "evaluation={every: 5, sets: {held: {path: e.jsonl}}}"]
+    assert "evaluation.every needs engines of the policy, and all engines are servers (url)" in refusal(
+        overrides
+    )

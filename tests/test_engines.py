@@ -422,6 +422,26 @@ def test_a_server_is_asked_for_what_is_missing_and_its_answers_are_foreign_data(
         asyncio.run(run(server, engine))
 
 
+def test_a_server_is_asked_what_the_template_makes_of_a_problem_and_ends_a_text_once(
+    tokenizer_folder: Path,
+) -> None:
+    server = Server(lambda body: choices("2<eos>", "s<eos>o"))
+    model, pool = ModelConfig(path=str(tokenizer_folder)), PoolConfig(url=server.url)
+    engine = ServerEngine("big", model, pool, template="Sum: {prompt}\nAnswer:")
+
+    async def run() -> None:
+        await engine.start()
+        table, _ = await engine.generate(prompt(), sampling(2), 0, 1)
+        (asked,) = server.asked
+        assert asked["messages"] == [{"role": "user", "content": "Sum: 1 + 1?\nAnswer:"}]
+        ended, spelled = row_of(table)["completion_ids"]
+        assert ended == [*ids_of("2"), 1] and spelled[-1] == 1 and 1 not in spelled[:-1]
+        await engine.close()
+
+    asyncio.run(run())
+    server.close()
+
+
 def test_a_server_that_ignores_n_is_asked_again_for_the_rest_with_other_seeds(tokenizer_folder: Path) -> None:
     async def run(server: Server, engine: ServerEngine) -> None:
         await engine.start()

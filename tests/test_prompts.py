@@ -369,3 +369,20 @@ def test_load_rows_reads_any_columns_as_text(tmp_path: Path) -> None:
         ConfigError, match=r"warm_start\.data \(solution\): .* has no column 'work'; .* did you mean worked\?"
     ):
         load_rows(_config(path), {"prompt": "q", "solution": "work"}, "warm_start.data")
+
+
+def test_a_folder_of_parts_reads_like_one_file_whatever_its_name(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+{i}", "answer": str(2 * i), "note": None if i < 3 else "n"} for i in range(6)]
+    for suffix in (".parquet", ".jsonl"):
+        folder = tmp_path / f"parts{suffix}"
+        (folder / "_temporary").mkdir(parents=True)
+        for name in ("_SUCCESS", ".part-0.crc", f"_temporary/part-9{suffix}", f".part-8{suffix}"):
+            (folder / name).write_text("no data")
+        for number in (1, 0):  # the second part is written first
+            part = rows[3 * number : 3 * number + 3]
+            if suffix == ".parquet":
+                pq.write_table(pa.Table.from_pylist(part), folder / f"part-{number}.snappy{suffix}")
+            else:
+                _jsonl(folder, part, f"part-{number}{suffix}")
+        assert _set(_config(folder)).all()["answer"].to_pylist() == [row["answer"] for row in rows]
+        assert _set(_config(folder, limit=4)).all()["answer"].to_pylist() == ["0", "2", "4", "6"]

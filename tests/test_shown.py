@@ -5,6 +5,7 @@ every output.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import sys
 import types
@@ -17,6 +18,7 @@ import pytest
 import tiny
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 
 from gvpo_ray import groups
 from gvpo_ray.actors import cause_of
@@ -27,6 +29,7 @@ from gvpo_ray.config.loading import set_key
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import MASK, hide, is_secret, know, mask, visible
 from gvpo_ray.evaluation.folder import _settings
+from gvpo_ray.observe.console import RunConsole
 from gvpo_ray.observe.report import page
 from gvpo_ray.observe.trackers import WandB, parameters_of
 from gvpo_ray.run.events import EventLog
@@ -127,7 +130,7 @@ def test_what_the_config_holds_is_nowhere_in_what_a_run_shows(
         "tracking.tensorboard",
         "tracking.mlflow.tracking_uri",
         "tracking.mlflow.tags",
-        "prompts.system_prompt",
+        "prompts.template",
         "warm_start.architecture",
         "ray.address",
     } <= set(keys)
@@ -280,3 +283,11 @@ def test_what_acts_on_a_terminal_is_spelled_out() -> None:
     assert visible("a\x1b]0;owned\x07\x1b[2J\tb\nc\r\x9b1m\u202e\ud83d é数✓") == (
         "a\\x1b]0;owned\\x07\\x1b[2J\tb\nc\\r\\x9b1m\\u202e\\ud83d é数✓"
     )
+
+
+def test_a_line_of_a_run_is_printed_as_it_is_and_acts_on_no_terminal() -> None:
+    out = io.StringIO()
+    run = RunConsole(GVPOConfig.from_dict(MINIMAL), 0, 2)
+    run.console = Console(file=out, force_terminal=True, highlight=False, soft_wrap=True)
+    run.say("after: [bold]1[/] :100: \x1b]0;owned\x07\x1b[2J  ?api_key=Plant001ed")
+    assert out.getvalue() == f"after: [bold]1[/] :100: \\x1b]0;owned\\x07\\x1b[2J  ?api_key={MASK}\n"

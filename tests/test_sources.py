@@ -45,8 +45,6 @@ class Maker:
         if path is None:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         about = {
-            "template": "{prompt}",
-            "system_prompt": None,
             "max_tokens": None,
             "max_length": 100,
             "num_completions": 4,
@@ -54,7 +52,8 @@ class Maker:
         }
         about |= {key: keys.pop(key) for key in list(keys) if key in about}
         share = {} if "share" in keys else {"group_share": 0.5}
-        config = SourceConfig(**{"path": str(path or self.path), **share, **keys, **(own or {})})
+        said = {"path": str(path or self.path), "template": "{prompt}", **share, **keys, **(own or {})}
+        config = SourceConfig(**said)
         return OfflineSource(config, self.tokenizer, name="people", **about)
 
     def error(self, rows: list[dict[str, object]], path: Path | None = None, **keys: object) -> str:
@@ -123,9 +122,10 @@ def test_a_completion_that_has_the_end_in_its_text_does_not_get_another(make: Ma
     source = make(
         [{"prompt": "q", "answer": "1", "completion": text} for text in ("1<eos>", "2<eos>3")], shuffle=False
     )
-    assert source.group(0, 0)["completion_ids"].to_pylist() == [
-        [[IDS["1"], EOS], [IDS["2"], EOS, IDS["3"], EOS]]
-    ]
+    ((first, second),) = source.group(0, 0)["completion_ids"].to_pylist()
+    assert first == [IDS["1"], EOS]
+    # in the middle of a text it is text
+    assert second[0] == IDS["2"] and second[-2:] == [IDS["3"], EOS] and EOS not in second[:-1]
 
 
 def test_parquet_and_jsonl_give_the_same_groups(make: Maker, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_the_smaller_limit_on_prompts_holds(make: Maker) -> None:
         assert source.num_too_long == 2 and len(source) == 1
 
 
-def test_a_template_that_the_source_does_not_say_is_that_of_the_prompts(
+def test_a_source_is_rendered_as_prompts_with_its_template_are(
     make: Maker, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     source = make(_rows({"1+1": 2}), template="{prompt}=")
@@ -315,14 +315,14 @@ def test_a_chat_has_the_sources_system_prompt_or_that_of_the_prompts(
     chatty.chat_template = "{% for m in messages %}{{ m['content'] }}={% endfor %}"
     about = {
         "name": "people",
-        "template": None,
-        "system_prompt": "3",
         "max_tokens": None,
         "max_length": 100,
         "num_completions": 4,
     }
     for own, first in ((None, [IDS["3"]]), ("0", [IDS["0"]]), ("", [])):
-        config = SourceConfig(path=str(tmp_path / "data.jsonl"), group_share=1, system_prompt=own)
+        said = {} if own is None else {"system_prompt": own}
+        config = SourceConfig(path=str(tmp_path / "data.jsonl"), group_share=1, **said)
+        config = config.rendered_like(PromptsConfig(path="x", system_prompt="3"))
         ids = OfflineSource(config, chatty, **about).group(0, 0)["prompt_ids"][0].as_py()
         assert ids == [*first, IDS["="], IDS["1"], IDS["="]]
 

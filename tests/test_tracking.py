@@ -25,7 +25,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.learner.objective import AGES
 from gvpo_ray.losses.diagnostics import RESIDUAL_EDGES
 from gvpo_ray.observe import trackers as tracking
-from gvpo_ray.observe.metrics import batch_metrics, evaluation_metrics
+from gvpo_ray.observe.metrics import METRICS, batch_metrics, evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.ray_metrics import Gauges, of_line, of_status, series_of
 from gvpo_ray.observe.trackers import Tracking, check_trackers, parameters_of
@@ -606,6 +606,23 @@ def test_the_dashboard_has_a_panel_for_each_theme_with_a_unit_and_a_legend() -> 
         "restarts",
     ):
         assert theme in titles
+
+
+def test_the_dashboard_asks_for_registered_metrics_alone_and_its_units_are_theirs() -> None:
+    keys = {metric.name for metric in METRICS if " / " not in metric.name}
+    keys |= {re.sub(r"\{\w+\}", "1", key) for key in keys} | {"step"}
+    series = {series_of(key)[0] for key in keys} | {name for name, _, _ in of_status(STATUS)}
+    units = {"seconds": "s", "ratio": "percentunit", "bytes": "bytes"}
+    wrong = []
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            for name in re.findall(r"\bray_(\w+)", target["expr"]):
+                ends = units.get(name.rpartition("_")[2], "short")
+                # a state is drawn by how long it lasts
+                ends = "s" if "_seconds{" in target["expr"] else ends
+                if name not in series or panel["fieldConfig"]["defaults"]["unit"] != ends:
+                    wrong.append((panel["title"], name, panel["fieldConfig"]["defaults"]["unit"]))
+    assert not wrong
 
 
 def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:

@@ -125,8 +125,20 @@ def compare(
 
 
 @verb("check jobs/quickstart.yaml seed=1 learner.num_workers=1")
-def check(config: Config, overrides: Overrides = None) -> None:
-    """Print the resolved config and the resource plan; start nothing."""
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="sample and verify N prompts with one engine, and show everything"),
+    ] = None,
+) -> None:
+    """Print the resolved config and the resource plan; start nothing.
+
+    With --sample, one engine and one verifier show N prompts as the model sees them, special tokens included,
+    what it writes, the rewards and their reasons, and how much is cut off: look at this before you train.
+    """
+    at_least_one("--sample", sample)
     read = read_config(config, overrides, for_evaluation=True)
     from rich.console import Console
 
@@ -145,6 +157,11 @@ def check(config: Config, overrides: Overrides = None) -> None:
             f"this machine: {cpus:g} CPUs, {gpus:g} GPUs (a run that needs more is refused here; on a "
             "cluster it waits for the autoscaler)"
         )
+    if sample is not None:
+        from gvpo_ray.run import once
+
+        for line in once.sample(read, sample):
+            print(visible(line))
 
 
 @verb("status runs/quickstart")

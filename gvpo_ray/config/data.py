@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,8 @@ DataLayout = Literal[
     "sharegpt",
 ]
 """Names of the layouts of data/layouts.py."""
+
+Data = TypeVar("Data", bound="PromptsConfig")
 
 
 class PromptsConfig(Section):
@@ -52,7 +54,8 @@ class PromptsConfig(Section):
     template: str | None = None
     """Plain template such as "Question: {prompt}\\nAnswer:"; default: the tokenizer's chat template."""
     system_prompt: str | None = None
-    """System message for the chat template, for prompts that have none of their own."""
+    """System message for the chat template, for prompts that have none of their own; a template is
+    the whole prompt, and has none beside it."""
     template_arguments: dict[str, Any] = {}
     """Further arguments of the tokenizer's chat template, such as {enable_thinking: false}."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -69,6 +72,26 @@ class PromptsConfig(Section):
         if value is not None and "{prompt}" not in value:
             raise ValueError("must contain {prompt}")
         return value
+
+    @model_validator(mode="after")
+    def _one_rendering(self) -> PromptsConfig:
+        if self.template is not None and self.system_prompt is not None:
+            raise ValueError(
+                "system_prompt is not used beside a template, which is the whole prompt: write it into the "
+                "template"
+            )
+        return self
+
+    def rendered_like(self: Data, other: PromptsConfig) -> Data:
+        """Return a copy that is rendered as `other` is, as far as it does not say itself how.
+
+        A null that is written in the file is set too: the tokenizer's chat template without a system prompt.
+        """
+        own = {"template", "system_prompt"}
+        taken = set() if own & self.model_fields_set else own
+        if "template_arguments" not in self.model_fields_set:
+            taken = taken | {"template_arguments"}
+        return self.model_copy(update={key: getattr(other, key) for key in taken})
 
 
 class ReplayConfig(Section):

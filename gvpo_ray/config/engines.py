@@ -112,7 +112,7 @@ class PoolConfig(Section):
     @model_validator(mode="after")
     def _of_one_engine(self) -> PoolConfig:
         if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https:// (got {self.url!r})")
+            raise ValueError("url must start with http:// or https://")  # not shown: it may hold a password
         if self.url is None and (self.url_model or self.url_key_variable):
             raise ValueError("url_model and url_key_variable need a url")
         if self.max_num is not None and self.max_num < self.num:
@@ -171,6 +171,16 @@ class EnginesConfig(PoolConfig):
                     f"the name {name!r} becomes part of a metric's: letters, digits and any of _ -"
                 )
         return value
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether anybody samples: an engine of ours or a server."""
+        return any(pool.num or pool.max_num for pool in self.all_pools().values())
+
+    @property
+    def has_own_engines(self) -> bool:
+        """Whether there are engines with the policy's weights, which alone can be evaluated."""
+        return any((pool.num or pool.max_num) and pool.url is None for pool in self.all_pools().values())
 
     def all_pools(self) -> dict[str, PoolConfig]:
         """Return every pool by name, with all of its settings."""

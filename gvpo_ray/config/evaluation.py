@@ -30,7 +30,8 @@ class EvaluationConfig(Section):
     """Steps between evaluations; the model is also evaluated before the first step and after the last. 0:
     only on request."""
     sets: dict[str, EvaluationSet] = {}
-    """Held-out data sets by name. The metrics of each are named eval/<name>/pass@1 and so on."""
+    """Held-out data sets by name. The metrics of each are named eval/<name>/pass@1 and so on. A set without
+    template and system_prompt has those of prompts; a null that is written there says: neither."""
     num_samples: int = Field(default=1, ge=1)
     """Completions per prompt (n); pass@1 is the share of right ones."""
     pass_k: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8, 16, 32, 64]

@@ -56,8 +56,8 @@ class GVPOConfig(Section):
     root: str | None = Field(default=None, json_schema_extra=RESUMABLE)
     """Folder that relative paths start from; default: the current one. On a cluster it must be on a file
     system that every node sees."""
-    seed: int = Field(default=0, json_schema_extra=DECIDES_SCORES)
-    """Seed of sampling, of the order of the prompts and of every other random choice."""
+    seed: int = Field(default=0, ge=0, lt=2**32, json_schema_extra=DECIDES_SCORES)
+    """Seed of sampling, of the order of the prompts and of every other random choice (vLLM takes 32 bits)."""
     num_steps: int = Field(ge=1, json_schema_extra=RESUMABLE)
     """Number of training steps; each trains one batch of groups."""
     groups_per_step: int = Field(default=64, ge=1)
@@ -74,7 +74,7 @@ class GVPOConfig(Section):
     replay: ReplayConfig = Field(default=ReplayConfig(), json_schema_extra=RESUMABLE)
     """Replay of earlier completions."""
     sources: dict[str, SourceConfig] = {}
-    """Offline sources by name. Without a template or system_prompt, a source has those of prompts."""
+    """Offline sources by name. A source without template and system_prompt has those of prompts."""
     loss: LossConfig = Field(default=GvpoLoss(), json_schema_extra=RESUMABLE)
     """The objective and its options."""
     engines: EnginesConfig = Field(default=EnginesConfig(), json_schema_extra=RESUMABLE)
@@ -112,7 +112,11 @@ class GVPOConfig(Section):
 
     @model_validator(mode="after")
     def _across(self) -> GVPOConfig:
-        """Check everything that concerns two sections."""
+        """Fill in and check everything that concerns two sections."""
+        self.sources = {name: one.rendered_like(self.prompts) for name, one in self.sources.items()}
+        if self.evaluation.sets:
+            sets = {name: one.rendered_like(self.prompts) for name, one in self.evaluation.sets.items()}
+            self.evaluation = self.evaluation.model_copy(update={"sets": sets})
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:
             raise ValueError(
@@ -173,14 +177,15 @@ class GVPOConfig(Section):
         shares = math.fsum(source.group_share for source in self.sources.values())  # 0.6 + 0.3 + 0.1 is 1
         if shares > 1:
             raise ValueError(f"sources: the group_share of all of them is {shares:g}, more than 1")
-        has_engines = any(pool.num or pool.max_num for pool in pools.values())
+        has_engines, has_own = self.engines.has_engines, self.engines.has_own_engines
         if not has_engines and shares < 1:
             raise ValueError(
                 f"engines.num is 0, and the group_share of sources is {shares:g}: without engines it must "
                 "be 1"
             )
-        if not has_engines and self.evaluation.every:
-            raise ValueError("evaluation.every needs engines, and engines.num is 0")
+        if not has_own and self.evaluation.every:
+            only = "all engines are servers (url)" if has_engines else "engines.num is 0"
+            raise ValueError(f"evaluation.every needs engines of the policy, and {only}")
         shares_of_groups = {
             "replay.share": self.replay.share,
             **{f"sources.{name}.share": source.share for name, source in self.sources.items()},

@@ -42,8 +42,6 @@ class OfflineSource:
         config: the section `sources.<name>`; `config.limit` cuts before anything else does.
         tokenizer: the model's tokenizer.
         name: name of the source; its completions have the source "offline:<name>".
-        template: the run's prompt template, for a source without its own.
-        system_prompt: the run's system prompt, for a source without its own.
         max_tokens: longest prompt, in tokens; the smaller of it and `config.max_tokens` holds.
         max_length: longest prompt + completion, in tokens, with the end-of-sequence token.
         num_completions: k, most completions of a whole group.
@@ -67,19 +65,13 @@ class OfflineSource:
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str,
-        template: str | None,
-        system_prompt: str | None,
         max_tokens: int | None,
         max_length: int,
         num_completions: int,
         seed: int = 0,
     ) -> None:
         key, self.source = f"sources.{name}", f"offline:{name}"
-        given = {"template": template, "system_prompt": system_prompt}
-        templated = config.model_copy(
-            update={name: text for name, text in given.items() if getattr(config, name) is None}
-        )
-        renderer = renderer_of(templated, tokenizer, key)
+        renderer = renderer_of(config, tokenizer, key)
         if renderer.end_id is None:
             raise ConfigError(
                 f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end "

@@ -107,6 +107,7 @@ def engine_maker(
     seed: int,
     load_weights: bool,
     system_prompt: str | None,
+    template: str | None = None,
     rollout: Rollout = one_call,
 ) -> MakeEngine:
     """Return the function that makes an engine actor: a client if its pool has a `url`, else vLLM.
@@ -114,9 +115,10 @@ def engine_maker(
     Args:
         model: the policy.
         config: all pools, and what they have in common.
-        seed: the run's seed; engine `number` of a vLLM pool gets seed + number.
+        seed: the run's seed; engine `number` of a vLLM pool gets seed + number, in 32 bits.
         load_weights: whether vLLM starts with the weights of model.path, or waits for the learner's.
         system_prompt: first message of every request to a server.
+        template: of the user's message to a server.
         rollout: makes one completion at an engine of our own.
     """
 
@@ -138,12 +140,20 @@ def engine_maker(
             return (
                 ray.remote(_ServerActor)
                 .options(**options)
-                .remote(name, model, pool, system_prompt, key, config.drain_s)
+                .remote(name, model, pool, system_prompt, template, key, config.drain_s)
             )
         return (
             ray.remote(_EngineActor)
             .options(**options)
-            .remote(model, pool, config.weight_transfer, seed + number, load_weights, config.drain_s, rollout)
+            .remote(
+                model,
+                pool,
+                config.weight_transfer,
+                (seed + number) % 2**32,
+                load_weights,
+                config.drain_s,
+                rollout,
+            )
         )
 
     return make

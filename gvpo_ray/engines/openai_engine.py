@@ -21,7 +21,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.shown import know, mask
-from gvpo_ray.data.rendering import completion_renderer
+from gvpo_ray.data.rendering import completion_renderer, messages_of
 from gvpo_ray.engines.base import BaseEngine, InFlight, Work
 
 NUM_RETRIES = 4
@@ -55,6 +55,7 @@ class ServerEngine(BaseEngine):
         model: the policy; its tokenizer turns the server's texts into the token ids that are trained on.
         pool: the pool's section, with its `url`.
         system_prompt: first message of every request.
+        template: makes the user's message of a problem, as it makes the policy's prompt; None: the problem.
         api_key: sent as a bearer token.
         drain_s: as for BaseEngine.
     """
@@ -65,18 +66,15 @@ class ServerEngine(BaseEngine):
         model: ModelConfig,
         pool: PoolConfig,
         system_prompt: str | None = None,
+        template: str | None = None,
         api_key: str | None = None,
         drain_s: float | None = None,
     ) -> None:
         super().__init__(drain_s)
         know({"url": pool.url, "api_key": api_key})
         assert pool.url is not None
-        self._source, self._model, self._url, self._system_prompt = (
-            f"offline:{name}",
-            model,
-            pool.url.rstrip("/"),
-            system_prompt,
-        )
+        self._source, self._model, self._url = f"offline:{name}", model, pool.url.rstrip("/")
+        self._template, self._system_prompt = template, system_prompt
         self._key = "engines.url" if name == "engines" else f"engines.pools.{name}.url"
         self._model_name = pool.url_model
         self._knows_n = True
@@ -157,14 +155,13 @@ class ServerEngine(BaseEngine):
 
     async def _ask(self, running: _Answers, sampling: SamplingConfig, n: int, seed: int | None) -> None:
         """Ask for `n` completions; note in `running` why there are fewer, if the server refuses some."""
-        system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
         path = "chat/completions"
         try:
             answer = await self._call(
                 path,
                 self._client.chat.completions.with_raw_response.create,
                 model=self._model_name,
-                messages=[*system, {"role": "user", "content": running.group["prompt"][0].as_py()}],
+                messages=messages_of(running.group["prompt"][0].as_py(), self._template, self._system_prompt),
                 n=n,
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
@@ -197,7 +194,7 @@ class ServerEngine(BaseEngine):
         text = _text_of(choice)
         (ids,) = self._renderer.encode([text])
         reason = "stop" if choice.get("finish_reason") == "stop" else "length"
-        if reason == "stop":
+        if reason == "stop" and ids[-1:] != [self._end_id]:
             ids.append(self._end_id)
         if len(ids) > max_tokens:  # the policy's tokenizer needs more tokens than the server's
             ids, reason = ids[:max_tokens], "length"

@@ -16,7 +16,7 @@ from gvpo_ray.evaluation.folder import EvaluationDir
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.run.inputs import columns_by_key, read_evaluation_sets, read_model
 from gvpo_ray.run.machine import check_machine
-from gvpo_ray.run.once import evaluation_sampling, run_through, without_learner
+from gvpo_ray.run.once import NO_OWN, evaluation_sampling, run_through, without_learner
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
@@ -49,6 +49,8 @@ def evaluate(
     config = config.absolute()
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets: name at least one prompt file")
+    if not config.engines.has_own_engines:
+        raise ConfigError(NO_OWN)
     if checkpoint is not None:
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})}

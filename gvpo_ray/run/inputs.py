@@ -124,15 +124,13 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             seed=config.seed,
             key="prompts",
         )
-    elif any(pool.num or pool.max_num for pool in config.engines.all_pools().values()):
+    elif config.engines.has_engines:
         raise ConfigError("prompts: required, and not given")
     sources = {
         name: OfflineSource(
             source,
             tokenizer,
             name=name,
-            template=config.prompts.template,
-            system_prompt=config.prompts.system_prompt,
             max_tokens=None,
             max_length=max_length,
             num_completions=config.sampling.num_completions,
@@ -227,11 +225,7 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
             )
         if not any(Path(path).glob("*.safetensors")):
             raise ConfigError(f"model.path: {path} has no weights (*.safetensors)")
-    try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    model, tokenizer = (_loaded(kind, path, trust) for kind in (AutoConfig, AutoTokenizer))
     # transformers makes an empty tokenizer where the vocabulary's file is missing.
     if not tokenizer("1 + 2 = 3")["input_ids"]:
         raise ConfigError(
@@ -246,6 +240,25 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
             f"model.max_length: {config.model.max_length} is more than the model's context of {context}"
         )
     return config.model.max_length or context, tokenizer
+
+
+def _loaded(kind: Any, path: str, trust_remote_code: bool) -> Any:
+    """Load the config or the tokenizer of a model.
+
+    Raises:
+        ConfigError: one line that names the folder and the first cause.
+    """
+    what = {"AutoConfig": "config.json", "AutoTokenizer": "the tokenizer"}[kind.__name__]
+    try:
+        loaded = kind.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # A broken file raises KeyError, AttributeError and more in transformers, and the Rust library of
+    # tokenizers raises Exception itself.
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        is_plain = isinstance(error, (OSError, ValueError)) and lines[0]
+        why = lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+        raise ConfigError(f"model.path: cannot load {what} of {path}: {why}") from error
+    return loaded
 
 
 def check_paths(config: GVPOConfig) -> Iterator[str]:

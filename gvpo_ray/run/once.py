@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,9 +18,11 @@ from gvpo_ray.actors import is_lost
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.data.rendering import completion_renderer
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.files import part_of
+from gvpo_ray.observe.samples import sample_lines
 from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.session import Session
@@ -63,6 +65,8 @@ def rollout(
     check_machine(config, learner=False)
     if num_groups is not None and num_groups < 1:
         raise ConfigError(f"--groups: {num_groups}: must be at least 1")
+    if not config.engines.has_own_engines:
+        raise ConfigError(NO_OWN)
     inputs = read_inputs(config, reward)
     part = part_of(Path(out))
     if Path(out).is_dir():
@@ -86,6 +90,50 @@ def rollout(
     finally:
         session.stop()
         part.unlink(missing_ok=True)
+
+
+def sample(config: GVPOConfig, num_prompts: int) -> Iterator[str]:
+    """Sample the first prompts of the training with one engine, verify them, and yield lines about them.
+
+    This is for people to read before they train: see observe/samples.py.
+
+    Args:
+        config: the run's config.
+        num_prompts: number of prompts, each with sampling.num_completions completions.
+
+    Raises:
+        ConfigError: a mistake of the user; before any actor starts.
+        RunError: the first cause that stopped the sampling.
+    """
+    config = config.absolute()
+    own = {name: pool for name, pool in config.engines.all_pools().items() if pool.url is None}
+    if not config.engines.has_own_engines:
+        raise ConfigError(NO_OWN)
+    name, pool = next((name, pool) for name, pool in own.items() if pool.num or pool.max_num)
+    one = {"num": 1, "max_num": None}
+    pools = {name: pool.model_copy(update=one)}
+    engines_config = config.engines.model_copy(update={**one, "pools": pools, "weight_transfer": "objects"})
+    verifiers_config = config.verifiers.model_copy(update=one)
+    config = config.model_copy(update={"engines": engines_config, "verifiers": verifiers_config})
+    check_machine(config, learner=False)
+    inputs = read_inputs(config)
+    if inputs.prompts is None:
+        raise ConfigError("prompts: required, and not given")
+    prompts = pa.concat_tables(
+        [inputs.prompts.group(i) for i in range(min(num_prompts, len(inputs.prompts)))]
+    )
+    renderer = completion_renderer(config.model)
+    session = Session(config.ray)
+    try:
+        engines, verifiers = without_learner(session, config, inputs.max_length, None)
+        table = session.guard(run_through(prompts, engines, verifiers, config.sampling, 0, config.seed))
+    finally:
+        session.stop()
+    yield from sample_lines(
+        list(groups.rows(table)),
+        lambda ids: renderer.text(ids, with_special=True),
+        config.sampling.max_tokens,
+    )
 
 
 def without_learner(
@@ -136,7 +184,7 @@ async def run_through(
         ConfigError: there is no engine of our own.
     """
     if all(not slot.is_ours for slot in engines.slots):
-        raise ConfigError("engines.num: no engine of our own is there to sample with")
+        raise ConfigError(NO_OWN)
 
     async def one(i: int) -> pa.Table:
         own_seed = (
@@ -162,6 +210,8 @@ async def run_through(
         scored = [tasks.create_task(one(i)) for i in range(len(prompts))]
     return pa.concat_tables([task.result() for task in scored])
 
+
+NO_OWN = "engines.num: no engine of our own is there to sample with"
 
 _numbers = itertools.count()
 

@@ -101,7 +101,10 @@ def assemble(
     pools = EngineGroup(
         engines,
         config.sampling.num_completions,
-        make or engine_maker(model, engines, config.seed, False, config.prompts.system_prompt),
+        make
+        or engine_maker(
+            model, engines, config.seed, False, config.prompts.system_prompt, config.prompts.template
+        ),
         buffer.weights,
         driver.note,
         buffer.waits,
