@@ -122,14 +122,14 @@ class GVPOConfig(Section):
             raise ValueError(
                 f"learner.num_mini_batches ({learner.num_mini_batches}) must not exceed groups_per_step ({n})"
             )
-        sets = (
+        of_sets = (
             (f"evaluation.sets.{name}.max_completion_tokens", self.evaluation.of(name)[2])
             for name in self.evaluation.sets
         )
         lengths = (
             ("sampling.max_tokens", self.sampling.max_tokens),
             ("evaluation.max_tokens", self.evaluation.max_tokens),
-            *sets,
+            *of_sets,
         )
         for key, max_tokens in lengths:
             if model.max_length is not None and max_tokens is not None and max_tokens >= model.max_length:

@@ -62,6 +62,10 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
         files = _of_split(sorted(Path(name) for name in glob.glob(str(place), recursive=True)), config, key)
         if not files:
             raise ConfigError(f"{key}.path: no file matches {path}")
+    elif place.is_dir() and _kind(place) is not None:
+        files = _parts(place)
+        if not files:
+            raise ConfigError(f"{key}.path: {path} is a folder without {_kind(place)} files")
     elif place.is_file() or _kind(place) is not None:
         files = [place]
     else:
@@ -83,6 +87,20 @@ def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
             f"not {wanted}"
         )
     return [file for file, name in zip(files, names, strict=True) if name and name["split"] == wanted]
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return the data files below a folder that Spark or Dask wrote, in the order of their names.
+
+    Files and folders whose names begin with a dot or an underscore are their writers' own (_SUCCESS).
+    """
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and _kind(file) == _kind(folder)
+        and not any(part[0] in "._" for part in file.relative_to(folder).parts)
+    )
 
 
 def _kind(path: Path) -> str | None:

@@ -99,7 +99,8 @@ class TextRenderer:
         self._key, self._arguments = key, template_arguments or {}
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         named = {
-            str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens
+            str(token): int(tokenizer.convert_tokens_to_ids(str(token)))  # type: ignore[arg-type]
+            for token in tokenizer.all_special_tokens
         }
         self._special_ids: dict[str, int] = {text: i for text, i in (added | named).items() if text}
         spellings = sorted(self._special_ids, key=len, reverse=True)  # <|end|> may begin <|end|>2

@@ -155,7 +155,7 @@ def _of_verl(row: dict[str, Any]) -> dict[str, Any]:
     for column in ("reward_model", "reward_spec"):
         if isinstance(row.get(column), Mapping) and "ground_truth" in row[column]:
             gold = row[column]["ground_truth"]
-    found = {"data_source": row.get("dataset"), "ground_truth": gold, "extra_info": {}}
+    found: dict[str, Any] = {"data_source": row.get("dataset"), "ground_truth": gold, "extra_info": {}}
     return {name: row[name] if row.get(name) is not None else value for name, value in found.items()}
 
 
