@@ -62,11 +62,11 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
         files = _of_split(sorted(Path(name) for name in glob.glob(str(place), recursive=True)), config, key)
         if not files:
             raise ConfigError(f"{key}.path: no file matches {path}")
-    elif place.is_file() or _kind(place) is not None:
+    elif place.is_file() or kind_of(place) is not None:
         files = [place]
     else:
         return _read_set(path, config, key)
-    parts = [_read_file(file, f"{key}.path: {path if len(files) == 1 else file}") for file in files]
+    parts = [read_file(file, f"{key}.path: {path if len(files) == 1 else file}") for file in files]
     return _sliced(parts[0] if len(parts) == 1 else _joined(parts), config.split, key)
 
 
@@ -85,7 +85,7 @@ def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
     return [file for file, name in zip(files, names, strict=True) if name and name["split"] == wanted]
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """Return the suffix that says how a file is read, without that of a compression; None: no data file."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
@@ -93,9 +93,9 @@ def _kind(path: Path) -> str | None:
     return next((suffix for suffix in suffixes if name.endswith(suffix + compression)), None)
 
 
-def _read_file(path: Path, where: str) -> Columns:
+def read_file(path: Path, where: str) -> Columns:
     """Read one file; `where` starts messages."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if not path.is_file():
         raise ConfigError(f"{where.replace(': ', ': no file ', 1)}")
     if kind is None:
@@ -313,6 +313,12 @@ def _sliced(data: Columns, split: str, key: str) -> Columns:
 
 def _columns(table: pa.Table) -> Columns:
     return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def as_rows(data: Columns) -> list[dict[str, Any]]:
+    """Return the rows of a data set as Python objects."""
+    columns = [to_list(values) for values in data.values()]
+    return [dict(zip(data, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _from_rows(rows: Sequence[dict[str, Any]]) -> Columns:
