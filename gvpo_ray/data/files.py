@@ -62,12 +62,31 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
         files = _of_split(sorted(Path(name) for name in glob.glob(str(place), recursive=True)), config, key)
         if not files:
             raise ConfigError(f"{key}.path: no file matches {path}")
+    elif place.is_dir() and (kind := kind_of(place)) is not None:
+        files = _parts(place, kind)
+        if not files:
+            raise ConfigError(f"{key}.path: {path} is a folder without {kind} files")
     elif place.is_file() or kind_of(place) is not None:
         files = [place]
     else:
         return _read_set(path, config, key)
-    parts = [read_file(file, f"{key}.path: {path if len(files) == 1 else file}") for file in files]
+    shown = path if files == [place] else None
+    parts = [read_file(file, f"{key}.path: {shown or file}") for file in files]
     return _sliced(parts[0] if len(parts) == 1 else _joined(parts), config.split, key)
+
+
+def _parts(folder: Path, kind: str) -> list[Path]:
+    """Return the data files below a folder that Spark or Dask wrote, in the order of their names.
+
+    Files and folders whose names begin with a dot or an underscore are their writers' own (_SUCCESS).
+    """
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and kind_of(file) == kind
+        and not any(part[0] in "._" for part in file.relative_to(folder).parts)
+    )
 
 
 def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
@@ -110,9 +129,9 @@ def read_file(path: Path, where: str) -> Columns:
                 return _columns(datasets.Dataset.from_file(str(path)).data.table)
         with pa.input_stream(str(path), compression="detect") as stream:
             content = stream.read()
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{where} is not {kind[1:].title()}: {one_line(error)}") from error
-    except OSError as error:
+    except (pa.ArrowException, OSError) as error:
+        if not isinstance(error, OSError):
+            raise ConfigError(f"{where} is not {kind[1:].title()}: {one_line(error)}") from error
         raise ConfigError(f"{where} cannot be read: {error.strerror or one_line(error)}") from error
     content = _utf8(content, where)
     return _from_rows(
