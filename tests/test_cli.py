@@ -310,9 +310,9 @@ def _nothing(folder: Path) -> None:
             "prompts.path: train.jsonl: line 2 is not JSON",
         ),
         (
-            _write("train.jsonl", '{"prompt": "1", "answer": "2"}\n{"prompt": "1"}\n'),
+            _write("train.jsonl", '{"prompt": "1", "answer": ""}\n{"prompt": "1"}\n'),
             [],
-            "train.jsonl: row 1: answer is empty (null)",
+            "prompts.path: train.jsonl: no row has a gold answer: answer is empty in all 2 rows",
         ),
         (
             _nothing,
@@ -395,6 +395,28 @@ def test_rollout_refuses_what_it_could_not_write(
     refused: Callable[..., str], arguments: list[str], complaint: str
 ) -> None:
     assert complaint in refused("rollout", "config.yaml", *arguments)
+
+
+def test_check_reads_the_data_as_train_does(
+    folder: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "verl.json").write_text(
+        '[{"prompt": [{"role": "user", "content": "1"}], "reward_model": {"ground_truth": "1"}},'
+        ' {"prompt": [{"role": "user", "content": "2"}], "reward_model": {"ground_truth": null}}]'
+    )
+    (folder / "own.py").write_text("def reward(completions, solution): return [1.0 for _ in completions]\n")
+    assert main(["check", "config.yaml", "prompts.path=verl.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "prompts: 1 prompts (longest 2 tokens, 1 without a gold answer: left out)" in printed
+    assert "prompts: layout verl: the prompt is prompt, the gold is reward_model.ground_truth" in printed
+    for verb in ("check", "train"):
+        assert "prompts.answer_column: train.jsonl has no column 'gold'" in refused(
+            verb, "config.yaml", "prompts.answer_column=gold"
+        )
+        assert (
+            "verifiers.rewards.own.py:reward: it needs the argument 'solution', and prompts has"
+            in refused(verb, "config.yaml", "verifiers.rewards={own.py:reward: 1}")
+        )
 
 
 def test_check_names_what_is_not_there(refused: Callable[..., str]) -> None:
@@ -681,6 +703,7 @@ def test_check_accepts_the_cpu_jobs_and_they_fit_two_cores(
     here = [
         "model.path=./model",
         "prompts.path=train.jsonl",
+        "sampling.max_tokens=64",  # the model of these tests has a context of 128
         *(f"evaluation.sets.{held}.path=train.jsonl" for held in config.evaluation.sets),
     ]
     assert main(["check", str(JOBS / name), *here]) == 0

@@ -192,7 +192,7 @@ def test_unfinished_work_on_other_input_or_with_other_settings_is_not_continued(
         (
             '{"question": "?"}\n',
             [],
-            "{source}: no row has one of response or prediction and one of gold or answer",
+            "{source}: no row has one of response or prediction or completion or output or",
         ),
         (
             '{"response": "1", "gold": "1"}\n',

@@ -11,7 +11,6 @@ It prints a row for each of these:
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.verifiers.score_file import GOLD, RESPONSE
+from gvpo_ray.verifiers.responses import MalformedRow, Names, count_rows, read_row, rows_of
 from gvpo_ray.verifiers.verifier import Verifier
 
 POISON_SHARE = 0.01
@@ -103,21 +102,18 @@ def main(source: str, num_rows: int = 2000) -> None:
 
 
 def _read(source: str, num_rows: int) -> Rows:
-    """Return (response, gold) of rows spread evenly over a JSONL file."""
-    try:
-        with open(source, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-        texts = [
-            tuple(str(next(row[name] for name in names if name in row)) for names in (RESPONSE, GOLD))
-            for row in rows
-        ]
-    except OSError as error:
-        raise ConfigError(f"INPUT: {source}: {error.strerror}") from error
-    except (ValueError, StopIteration, RuntimeError) as error:
-        raise ConfigError(
-            f"INPUT: {source}: needs JSON lines with {' or '.join(RESPONSE)} and {' or '.join(GOLD)}"
-        ) from error
-    return [(text[0], text[1]) for text in texts[:: max(1, len(texts) // num_rows)][:num_rows]]
+    """Return (response, gold) of rows spread evenly over a file of responses."""
+    count_rows(source)
+    names, texts = Names(), []
+    for line, row in rows_of(source):
+        try:
+            if isinstance(row, MalformedRow):
+                raise row
+            found = read_row(row, names, line)
+        except MalformedRow as error:
+            raise ConfigError(f"INPUT: {source}: {error}") from error
+        texts.append((found.response, str(found.columns["answer"])))
+    return texts[:: max(1, len(texts) // num_rows)][:num_rows]
 
 
 def _counts(num_cpus: int) -> list[int]:
@@ -138,7 +134,7 @@ def _in_processes(work: Callable[[Rows], None], rows: Rows, n: int) -> float:
 
 
 def _plain(rows: Rows) -> None:
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # type: ignore[import-untyped]
 
     for text, gold in rows:
         verify(parse(gold if "$" in gold or "\\boxed" in gold else f"\\boxed{{{gold}}}"), parse(text))

@@ -198,7 +198,9 @@ def report(
 
 @verb("verify answers.jsonl --out scored.jsonl timeout_s=3 'rewards={math: 1, my_rewards.py:brevity: 0.1}'")
 def verify(
-    input: Annotated[str, typer.Argument(metavar="INPUT", help="a .jsonl or .parquet file")],
+    input: Annotated[
+        str, typer.Argument(metavar="INPUT", help="a .jsonl, .json, .parquet or .csv file of responses")
+    ],
     out: Annotated[str, typer.Option(metavar="OUT", help="the .jsonl or .parquet file to write")],
     overrides: Annotated[
         list[str] | None,
@@ -207,13 +209,21 @@ def verify(
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="checks at a time (default: the CPUs of this machine)")
     ] = None,
+    response_column: Annotated[
+        str | None, typer.Option(metavar="PATH", help="column of the response, or a path into it")
+    ] = None,
+    gold_column: Annotated[
+        str | None, typer.Option(metavar="PATH", help="column of the gold answer, such as reward_model.gold")
+    ] = None,
 ) -> None:
     """Score a file of responses as the verifiers of a run would.
 
     Each row of INPUT gets a reward, verdict (correct, incorrect, unverifiable), reason and seconds, in the
-    rows' order. Rows hold response (or prediction) and gold (or answer); prompt, finish_reason and other
-    columns go to the reward functions. With expected or label_correct, the agreement with these labels is
-    printed, and false negatives and false positives. The same command goes on where it stopped.
+    rows' order. Rows hold a response and a gold answer, under the names of this or other systems (response,
+    prediction, output, ...; gold, answer, ground_truth, ...) or those of the options; a list of messages is a
+    response too. All other columns go to the reward functions. With expected or label_correct, the agreement
+    with these labels is printed, and false negatives and false positives. The same command goes on where it
+    stopped.
     """
     at_least_one("--workers", workers)
     from gvpo_ray.config.run import verifiers_config
@@ -221,7 +231,7 @@ def verify(
     config = verifiers_config(overrides or [])
     from gvpo_ray.verifiers import score_file
 
-    score_file.main(input, out, config, workers)
+    score_file.main(input, out, config, workers, response_column, gold_column)
 
 
 def _train(config: GVPOConfig, groups_file: str | None = None) -> None:

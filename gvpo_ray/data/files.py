@@ -62,16 +62,31 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
         files = _of_split(sorted(Path(name) for name in glob.glob(str(place), recursive=True)), config, key)
         if not files:
             raise ConfigError(f"{key}.path: no file matches {path}")
-    elif place.is_dir() and _kind(place) is not None:
-        files = _parts(place)
+    elif place.is_dir() and (kind := kind_of(place)) is not None:
+        files = _parts(place, kind)
         if not files:
-            raise ConfigError(f"{key}.path: {path} is a folder without {_kind(place)} files")
-    elif place.is_file() or _kind(place) is not None:
+            raise ConfigError(f"{key}.path: {path} is a folder without {kind} files")
+    elif place.is_file() or kind_of(place) is not None:
         files = [place]
     else:
         return _read_set(path, config, key)
-    parts = [_read_file(file, f"{key}.path: {path if len(files) == 1 else file}") for file in files]
+    shown = path if files == [place] else None
+    parts = [read_file(file, f"{key}.path: {shown or file}") for file in files]
     return _sliced(parts[0] if len(parts) == 1 else _joined(parts), config.split, key)
+
+
+def _parts(folder: Path, kind: str) -> list[Path]:
+    """Return the data files below a folder that Spark or Dask wrote, in the order of their names.
+
+    Files and folders whose names begin with a dot or an underscore are their writers' own (_SUCCESS).
+    """
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and kind_of(file) == kind
+        and not any(part[0] in "._" for part in file.relative_to(folder).parts)
+    )
 
 
 def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
@@ -89,21 +104,7 @@ def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
     return [file for file, name in zip(files, names, strict=True) if name and name["split"] == wanted]
 
 
-def _parts(folder: Path) -> list[Path]:
-    """Return the data files below a folder that Spark or Dask wrote, in the order of their names.
-
-    Files and folders whose names begin with a dot or an underscore are their writers' own (_SUCCESS).
-    """
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and _kind(file) == _kind(folder)
-        and not any(part[0] in "._" for part in file.relative_to(folder).parts)
-    )
-
-
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """Return the suffix that says how a file is read, without that of a compression; None: no data file."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
@@ -111,9 +112,9 @@ def _kind(path: Path) -> str | None:
     return next((suffix for suffix in suffixes if name.endswith(suffix + compression)), None)
 
 
-def _read_file(path: Path, where: str) -> Columns:
+def read_file(path: Path, where: str) -> Columns:
     """Read one file; `where` starts messages."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if not path.is_file():
         raise ConfigError(f"{where.replace(': ', ': no file ', 1)}")
     if kind is None:
@@ -128,9 +129,9 @@ def _read_file(path: Path, where: str) -> Columns:
                 return _columns(datasets.Dataset.from_file(str(path)).data.table)
         with pa.input_stream(str(path), compression="detect") as stream:
             content = stream.read()
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{where} is not {kind[1:].title()}: {one_line(error)}") from error
-    except OSError as error:
+    except (pa.ArrowException, OSError) as error:
+        if not isinstance(error, OSError):
+            raise ConfigError(f"{where} is not {kind[1:].title()}: {one_line(error)}") from error
         raise ConfigError(f"{where} cannot be read: {error.strerror or one_line(error)}") from error
     content = _utf8(content, where)
     return _from_rows(
@@ -331,6 +332,12 @@ def _sliced(data: Columns, split: str, key: str) -> Columns:
 
 def _columns(table: pa.Table) -> Columns:
     return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def as_rows(data: Columns) -> list[dict[str, Any]]:
+    """Return the rows of a data set as Python objects."""
+    columns = [to_list(values) for values in data.values()]
+    return [dict(zip(data, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _from_rows(rows: Sequence[dict[str, Any]]) -> Columns:

@@ -10,9 +10,12 @@ images, is another class with the methods of Renderer and a line in renderer_of.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pyarrow as pa
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
@@ -72,6 +75,22 @@ def messages_of(prompt: str, template: str | None, system_prompt: str | None) ->
     # str.replace: problems are full of braces that str.format would read as fields.
     content = prompt if template is None else template.replace("{prompt}", prompt)
     return [*system, {"role": "user", "content": content}]
+
+
+def chat_of(group: pa.Table, template: str | None, system_prompt: str | None) -> list[dict[str, Any]]:
+    """Return the prompt of a one-row group as the messages of a chat: its own, if it is a conversation."""
+    data = group["data"][0].as_py() if "data" in group.column_names else None
+    given: list[dict[str, Any]] = json.loads(data or "{}").get("messages") or []
+    if not given or template is not None:
+        return messages_of(group["prompt"][0].as_py(), template, system_prompt)
+    return _with_system(given, system_prompt)
+
+
+def _with_system(messages: list[dict[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
+    """Return a chat with a system message: its own holds, and the config's is for the others."""
+    if messages[0]["role"] == "system" or system_prompt is None:
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 class TextRenderer:
@@ -154,14 +173,10 @@ class TextRenderer:
         """Return the texts of a row that its prompt is made of."""
         return "\n".join(message["content"] for message in self._messages(row))
 
-    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Return a row's chat; its own system message holds, and the config's is for the others."""
-        messages = row.get("messages")
-        if not messages:
-            return messages_of(row["prompt"], None, self._system_prompt)
-        if messages[0]["role"] == "system" or self._system_prompt is None:
-            return list(messages)
-        return [{"role": "system", "content": self._system_prompt}, *messages]
+    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the chat of a row."""
+        messages = row.get("messages") or messages_of(row["prompt"], None, None)
+        return _with_system(messages, self._system_prompt)
 
     def _texts(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Return what the model reads, as text, of each row."""
@@ -176,7 +191,7 @@ class TextRenderer:
             )
         return [self._chat(self._messages(row)) for row in rows]
 
-    def _chat(self, messages: list[dict[str, str]]) -> str:
+    def _chat(self, messages: list[dict[str, Any]]) -> str:
         from jinja2 import TemplateError
 
         try:

@@ -21,7 +21,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.shown import know, mask
-from gvpo_ray.data.rendering import completion_renderer, messages_of
+from gvpo_ray.data.rendering import chat_of, completion_renderer
 from gvpo_ray.engines.base import BaseEngine, InFlight, Work
 
 NUM_RETRIES = 4
@@ -161,7 +161,7 @@ class ServerEngine(BaseEngine):
                 path,
                 self._client.chat.completions.with_raw_response.create,
                 model=self._model_name,
-                messages=messages_of(running.group["prompt"][0].as_py(), self._template, self._system_prompt),
+                messages=chat_of(running.group, self._template, self._system_prompt),
                 n=n,
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,

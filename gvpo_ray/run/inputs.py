@@ -73,9 +73,7 @@ class Inputs:
         """Yield lines about the inputs that a person should read before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
         for key, prompts in {**named, **self.evaluation}.items():
-            yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{_left_out(prompts)})"
-            if prompts.layout:
-                yield f"{key}: {prompts.layout}"
+            yield from _story(key, prompts)
         for name, source in self.sources.items():
             single = (
                 f", {source.num_single} prompts have one completion and make no group"
@@ -85,6 +83,12 @@ class Inputs:
             yield f"{name}: {source.num_rows} offline completions{_left_out(source)}{single}"
             if source.layout:
                 yield f"{name}: {source.layout}"
+
+
+def _story(key: str, prompts: PromptSet) -> Iterator[str]:
+    yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{_left_out(prompts)})"
+    if prompts.layout:
+        yield f"{key}: {prompts.layout}"
 
 
 def _left_out(data: PromptSet | OfflineSource) -> str:
@@ -262,14 +266,16 @@ def _loaded(kind: Any, path: str, trust_remote_code: bool) -> Any:
 
 
 def check_paths(config: GVPOConfig) -> Iterator[str]:
-    """Yield a line for each input of the run that is there, for `gvpo-ray check`; check the rewards first.
+    """Yield a line for each input of the run that is there, for `gvpo-ray check`, then what is in the data.
 
-    Hub names are not looked up.
+    Data are read as a run reads them, if model and data are files of this machine; hub names are not looked
+    up.
 
     Raises:
-        ConfigError: a local path does not exist, or a reward does not load.
+        ConfigError: a local path does not exist, a reward does not load, or the data do not fit.
     """
     validate_rewards(config.verifiers)
+    on_hub = False
     for key, path, rule in paths(config):
         # Functions are checked above, and the warm start makes its own data.
         if rule.kind != "input" or key.startswith("warm_start.") or path == NO_PROMPTS:
@@ -284,7 +290,18 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             )
             raise ConfigError(f"{key}: nothing at {path}{hint}")
         else:
+            on_hub = True
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
+    if on_hub:
+        return
+    if config.prompts.path != NO_PROMPTS or config.sources:
+        yield from read_inputs(config).story()
+    else:
+        max_length, tokenizer = read_model(config)
+        sets = read_evaluation_sets(config, max_length, tokenizer)
+        validate_rewards(config.verifiers, None, columns_by_key({}, sets, {}))
+        for name, of_set in sets.items():
+            yield from _story(f"evaluation.sets.{name}", of_set)
 
 
 def machine_resources(config: GVPOConfig) -> tuple[float, float]:

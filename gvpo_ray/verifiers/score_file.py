@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,37 +23,46 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import hide
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.files import part_of, repair_lines, replacing
-from gvpo_ray.groups import LIMITS
-from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
-
-RESPONSE, GOLD = ("response", "prediction"), ("gold", "answer")
-"""Columns that hold the response and the gold answer; the first one that a row has is read."""
+from gvpo_ray.groups import limit_of
+from gvpo_ray.sandbox.functions import OutOfReach
+from gvpo_ray.verifiers.outages import NUM_TRIES_ALONE, Record, RewardError, pause
+from gvpo_ray.verifiers.responses import (
+    PARQUET_ROWS,
+    Fields,
+    MalformedRow,
+    Names,
+    count_rows,
+    first_columns,
+    read_row,
+    rows_of,
+)
+from gvpo_ray.verifiers.verifier import Check, Verifier, validate_rewards
 
 LABELS = ("expected", "label_correct")
 """Columns that say (true or false) whether the response is correct; the first one that a row has is read."""
 
-PARQUET_ROWS = 1024
-"""Number of rows in one row group of a Parquet file."""
 
-Record = dict[str, Any]
-
-
-class MalformedRow(GvpoError, ValueError):
-    """A row that cannot be scored; the message says why, with its line."""
-
-
-def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None = None) -> Counter[str]:
+def main(
+    source: str,
+    out: str,
+    config: VerifiersConfig,
+    num_workers: int | None = None,
+    response_column: str | None = None,
+    gold_column: str | None = None,
+) -> Counter[str]:
     """Score every row of a file, write the scored rows, and print progress and a summary.
 
     Args:
-        source: file to read, .jsonl or .parquet.
+        source: file to read, in any form of data/files.py.
         out: file to write, .jsonl or .parquet.
         config: the reward functions and limits; reward models are refused.
         num_workers: number of checks at a time; default: the number of CPUs of this machine.
+        response_column: column or path of the response; None: the usual names (responses.RESPONSES).
+        gold_column: column or path of the gold answer; None: the usual names (responses.GOLDS).
 
     Returns:
         Counts of rows, malformed, correct, incorrect, unverifiable, and, of rows with a label, labelled,
@@ -69,11 +78,13 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
         raise ConfigError(
             f"verifiers.rewards.{unfit[0]}: a reward model needs a cluster; verify runs functions and URLs"
         )
-    validate_rewards(config)
-    num_rows = _count(source)
+    num_rows = count_rows(source)
+    names = Names(response_column, gold_column)
+    validate_rewards(config, columns=first_columns(source, names))
     with open(source, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    work = _Work(Path(out), {"input": digest, "verifiers": hide(config.model_dump(mode="json"))})
+    asked = {name: value for name, value in names._asdict().items() if value is not None}
+    work = _Work(Path(out), asked | {"input": digest, "verifiers": hide(config.model_dump(mode="json"))})
     summary: Counter[str] = Counter()
     limits: deque[int] = deque(maxlen=10)  # the last lines that hit a limit
     columns = (
@@ -85,16 +96,16 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
     )
     with (
         work,
-        _Pool(config, num_workers or len(os.sched_getaffinity(0))) as pool,
+        _Pool(config, names, num_workers or len(os.sched_getaffinity(0)), console.print) as pool,
         Progress(*columns, console=console) as progress,
     ):
         if work.num_done:
             console.print(f"going on after the {work.num_done} rows of {escape(str(work.part))}")
         bar = progress.add_task("", total=num_rows)
 
-        def count(line: int, row: Record) -> None:
+        def count(line: int, row: Fields) -> None:
             summary.update(_counts(row))
-            if str(row["reason"]).startswith(LIMITS):
+            if limit_of(row["reason"]):
                 limits.append(line)
             passed = summary["correct"] / max(1, summary["rows"])
             progress.update(
@@ -103,15 +114,13 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
 
         for line, row in work.done():
             count(line, row)
-        for line, row, error in pool.score(_skip(_rows(source), work.num_done)):
+        for line, row, error in pool.score(_skip(rows_of(source), work.num_done)):
             if error:
                 console.print(f"[yellow]malformed:[/] {escape(error)}")
             work.write(line, row)
             count(line, row)
         if summary["malformed"] == summary["rows"]:
-            raise ConfigError(
-                f"{source}: no row has one of {' or '.join(RESPONSE)} and one of {' or '.join(GOLD)}"
-            )
+            raise ConfigError(f"{source}: {names.complaint()}")
         if pool.all_faults and summary["unverifiable"] == summary["rows"]:
             raise ConfigError(f"a reward function fails on every row: {pool.all_faults}")
         work.finish()
@@ -122,8 +131,12 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
 class _Pool:
     """A pool of threads with a Verifier each; the verifiers' child processes do the work."""
 
-    def __init__(self, config: VerifiersConfig, num_workers: int) -> None:
-        self._config, self._num_workers = config, num_workers
+    def __init__(
+        self, config: VerifiersConfig, names: Names, num_workers: int, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._names, self._num_workers = config, names, num_workers
+        self._say, self._said = say, set[str]()
+        self._record, self._ends = Record(), threading.Event()
         self._local = threading.local()
         self._verifiers: list[Verifier] = []
         self.all_faults = ""
@@ -134,19 +147,20 @@ class _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ends.set()
         self._threads.shutdown(cancel_futures=True)
         for verifier in self._verifiers:
             verifier.close()
 
     def score(
-        self, rows: Iterator[tuple[int, Record | MalformedRow]]
-    ) -> Iterator[tuple[int, Record, str | None]]:
+        self, rows: Iterator[tuple[int, Fields | MalformedRow]]
+    ) -> Iterator[tuple[int, Fields, str | None]]:
         """Score rows, up to 32 per worker ahead of the one that is due.
 
         Yields:
             (line, row with its verdict, the fault of a malformed row or None), in the order of the rows.
         """
-        waiting: deque[tuple[int, Future[tuple[Record, str | None]]]] = deque()
+        waiting: deque[tuple[int, Future[tuple[Fields, str | None]]]] = deque()
         for line, row in rows:
             waiting.append((line, self._threads.submit(self._one, line, row)))
             if len(waiting) >= 32 * self._num_workers:
@@ -155,12 +169,12 @@ class _Pool:
         for line, future in waiting:
             yield line, *future.result()
 
-    def _one(self, line: int, row: Record | MalformedRow) -> tuple[Record, str | None]:
+    def _one(self, line: int, row: Fields | MalformedRow) -> tuple[Fields, str | None]:
         """Score one row on this thread's verifier; return it with its verdict, and what is malformed."""
         try:
             if isinstance(row, MalformedRow):
                 raise row
-            response, gold = (_text(row, names, line) for names in (RESPONSE, GOLD))
+            scored = read_row(row, self._names, line)
         except MalformedRow as error:
             fields = {} if isinstance(row, MalformedRow) else row
             return fields | {
@@ -170,16 +184,13 @@ class _Pool:
                 "seconds": 0.0,
             }, str(error)
         if not hasattr(self._local, "verifier"):
-            self._local.verifier = Verifier(self._config)
+            self._local.verifier = Verifier(self._config, record=self._record)
             self._verifiers.append(self._local.verifier)
-        columns = {
-            name: [value]
-            for name, value in row.items()
-            if name not in ("prompt", "prompts", "completions", *RESPONSE, *LABELS)
-        }
-        columns |= {"answer": [gold], "finish_reasons": [row.get("finish_reason")]}
-        (check,) = self._local.verifier.check([str(row.get("prompt") or "")], [response], columns)
-        if check.reward is None and not str(check.reason).startswith(LIMITS):
+            for sentence in self._local.verifier.unprotected:
+                self._say_once(f"not protected: {sentence}")
+        columns = {name: [value] for name, value in scored.columns.items() if name not in LABELS}
+        check = self._checked(scored.prompt, scored.response, columns)
+        if check.reward is None and limit_of(check.reason) is None:
             self.all_faults = str(check.reason)
         added = {
             "reward": check.reward,
@@ -189,18 +200,31 @@ class _Pool:
         }
         return row | added, None
 
+    def _checked(self, prompt: str, response: str, columns: dict[str, list[Any]]) -> Check:
+        """Score one response; wait while a service that a reward function calls does not answer."""
+        verifier: Verifier = self._local.verifier
+        without: set[str] = set()
+        num_tries = 0
+        while True:
+            try:
+                (check,) = verifier.check([prompt], [response], columns, without)
+            except OutOfReach as error:
+                num_tries += 1
+                self._say_once(
+                    f"verifiers.rewards.{error.reward}: out of reach ({error}); its rows wait for it"
+                )
+                if error.is_answer and num_tries >= NUM_TRIES_ALONE:
+                    without.add(error.reward)  # it fails at this row
+                elif self._ends.wait(pause(num_tries)):
+                    raise
+            else:
+                self._record.check()
+                return check
 
-def _text(row: Record, names: tuple[str, str], line: int) -> str:
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None:
-        if any(name in row for name in names) and names is GOLD:
-            # the row has a column for the gold answer, but no answer in it: the reward functions say so
-            return ""
-        raise MalformedRow(f"line {line}: no {' or '.join(names)}")
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise MalformedRow(f"line {line}: {name} is {type(value).__name__}, not text")
-    return str(value)
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
 
 
 class _Work:
@@ -217,7 +241,7 @@ class _Work:
             another header.
     """
 
-    def __init__(self, out: Path, header: Record) -> None:
+    def __init__(self, out: Path, header: Fields) -> None:
         if out.suffix not in (".jsonl", ".parquet"):
             raise ConfigError(f"--out: {out} must end in .jsonl or .parquet")
         if out.is_dir():
@@ -251,7 +275,7 @@ class _Work:
         if kind is not None and issubclass(kind, (ConfigError, RewardError)):
             self.part.unlink(missing_ok=True)  # all its rows are wrong: nothing to continue
 
-    def done(self) -> Iterator[tuple[int, Record]]:
+    def done(self) -> Iterator[tuple[int, Fields]]:
         """Yield (line, row) of the rows that are scored so far."""
         with open(self.part, "rb") as file:
             next(file)
@@ -259,7 +283,7 @@ class _Work:
                 line, row = json.loads(text)
                 yield line, row
 
-    def write(self, line: int, row: Record) -> None:
+    def write(self, line: int, row: Fields) -> None:
         """Append a scored row."""
         self._file.write(json.dumps([line, row], default=str).encode() + b"\n")
         self._file.flush()
@@ -276,7 +300,7 @@ class _Work:
         self.part.unlink()
 
 
-def _as_table(rows: list[Record]) -> pa.Table:
+def _as_table(rows: list[Fields]) -> pa.Table:
     """Turn JSON rows into an Arrow table.
 
     A column of mixed types becomes text; a lone surrogate becomes a question mark.
@@ -297,69 +321,13 @@ def _as_table(rows: list[Record]) -> pa.Table:
     return pa.table(arrays)
 
 
-def _rows(source: str) -> Iterator[tuple[int, Record | MalformedRow]]:
-    """Yield (line, row) of a file; lines are counted from 1, and blank ones are skipped.
-
-    For a Parquet file, which has no lines, the number of the row takes the line's place.
-    """
-    if source.endswith(".parquet"):
-        number = 0
-        for batch in pq.ParquetFile(source).iter_batches(PARQUET_ROWS):
-            # As bytes, because a file's text may not be UTF-8; the bytes that are not become question marks.
-            texts = [
-                pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-                for field in batch.schema
-            ]
-            columns = [
-                column.cast(pa.large_binary()) if is_text else column
-                for column, is_text in zip(batch.columns, texts, strict=True)
-            ]
-            for values in zip(*(column.to_pylist() for column in columns), strict=True):
-                number += 1
-                yield number, dict(zip(batch.schema.names, map(_decoded, values, texts), strict=True))
-        return
-    with open(source, "rb") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield number, MalformedRow(f"line {number}: not JSON: {error}")
-                continue
-            yield number, row if isinstance(row, dict) else MalformedRow(f"line {number}: not a JSON object")
-
-
-def _decoded(value: Any, is_text: bool) -> Any:
-    return value.decode("utf-8", "replace") if is_text and value is not None else value
-
-
-def _count(source: str) -> int:
-    """Return the number of rows of the input; raise ConfigError if it cannot be read or has none."""
-    try:
-        if source.endswith(".parquet"):
-            num_rows = int(pq.ParquetFile(source).metadata.num_rows)
-        elif source.endswith(".jsonl"):
-            with open(source, "rb") as file:
-                num_rows = sum(bool(text.strip()) for text in file)
-        else:
-            raise ConfigError(f"INPUT: {source} must end in .jsonl or .parquet")
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"INPUT: {source} is not Parquet: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise ConfigError(f"INPUT: {source}: {error.strerror or error}") from error
-    if not num_rows:
-        raise ConfigError(f"INPUT: {source} has no rows")
-    return num_rows
-
-
 def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
     for _ in range(number):
         next(rows)
     return rows
 
 
-def _counts(row: Record) -> Counter[str]:
+def _counts(row: Fields) -> Counter[str]:
     """Return what one scored row adds to the summary."""
     counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
     label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
