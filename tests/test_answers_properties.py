@@ -49,11 +49,11 @@ def whole_forms(draw: st.DrawFn) -> tuple[int, str]:
     k = draw(st.integers(1, 9))
     forms = [
         f"{n}", f"{n:,}", f"{n:,}".replace(",", "{,}"), f"{n}.0", f"{n:,}.00", f"({n})", f"x = {n}",
-        f"x \\approx {n}", f"\\text{{Total: }} {n}" if k == 0 else f"{n}", f"{n}\\text{{ apples}}", f"{n} km",
+        f"x \\approx {n}", f"{n}\\text{{ apples}}", f"{n} km",
         f"{n:,}.00\\text{{ m}}^2", f"{n}^{{th}}", f"{n}^\\circ", f"\\${n}", f"({'ABCDE'[k % 5]}) {n}",
         f"\\frac{{{n * k}}}{{{k}}}", f"{n + k} - {k} = {n}", f"\\text{{minus }} {-n}" if n < 0 else f"+{n}",
         f"\\text{{negative {in_words(-n)}}}" if n < 0 else f"\\text{{{in_words(n)}}}",
-        f"{n} \\text{{ thousand}}" if n == 0 else f"{n}", f"{n} \\text{{ or }} {n}",
+        f"{n} \\text{{ or }} {n}",
     ]  # fmt: skip
     return n, draw(st.sampled_from(forms))
 

@@ -280,7 +280,7 @@ def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error
                 return False
 
         compare.sympy_equal = equal
-        return math_reward(prompts, completions, **columns)
+        return math_reward(prompts, completions, **{**columns, "answer": ["z + 1"]})  # numbers need no sympy
 
     scored = _score_with(
         swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0, timeout_s=START_UP_S
