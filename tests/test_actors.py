@@ -62,7 +62,7 @@ def test_the_private_names_of_ray_that_are_used_are_there() -> None:
         ("actors", "Hang"),
         ("groups.table", "GroupError"),
         ("sandbox.process", "SandboxError"),
-        ("verifiers.verifier", "RewardError"),
+        ("verifiers.outages", "RewardError"),
         ("verifiers.score_file", "MalformedRow"),
         ("weights.transfer", "WeightMismatch"),
     ],

@@ -15,8 +15,10 @@ import pytest
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.observe.metrics import batch_metrics
 from gvpo_ray.verifiers.math.reward import math_reward
-from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
+from gvpo_ray.verifiers.outages import RewardError
+from gvpo_ray.verifiers.verifier import Verifier, validate_rewards
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"
 LIMIT_S = 2.0
@@ -545,6 +547,34 @@ def test_a_completion_that_is_run_changes_no_later_verdict() -> None:
     assert row["reward_parts"]["runs"][4] == 1.0
 
 
+def test_a_limit_counts_whichever_reason_names_it() -> None:
+    def sleeps(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import time
+
+        time.sleep(600)
+        return [1.0]
+
+    with Verifier(VerifiersConfig(timeout_s=0.5), {"sleeps": sleeps}) as verifier:
+        scored = verifier.score(
+            _group("8", ["\\boxed{", "I"], completion_ids=[[1], [2]], finish_reasons=["stop"] * 2)
+        )
+    no_answer, limit = "math: no answer found in the completion", "timeout: sleeps took more than 0.5 s"
+    assert _reasons(scored) == [f"{no_answer}\n{limit}"] * 2
+    assert groups.all_cut_off(scored)
+    (row,) = groups.rows(scored)
+    metrics = batch_metrics([{**row, "version_min": [0, 0]}], 0)
+    assert (metrics["unverifiable/timeout"], metrics["unverifiable/other"]) == (1.0, 0.0)
+
+
+def test_completions_that_bring_a_reward_are_correct_by_it(verifier: Verifier) -> None:
+    graded = _group(
+        "8", ["a", "b"], rewards=[1.0, 0.0], completion_ids=[[1], [2]], finish_reasons=["stop"] * 2
+    )
+    (row,) = groups.rows(verifier.score(graded))
+    metrics = batch_metrics([{**row, "version_min": [None, None]}], 0)
+    assert (metrics["reward/mean"], metrics["completions/correct"]) == (0.5, 0.5)
+
+
 def test_a_print_costs_no_reward_and_little_of_it_reaches_the_log(capfd: pytest.CaptureFixture[str]) -> None:
     def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         import os
@@ -842,7 +872,7 @@ def test_completions_that_have_a_reward_keep_it_and_only_the_others_are_checked(
         "new": [None, 0.5, None, 0.5],
     }
     call = json.dumps([["What?", "What?"], ["b", "d"], ["length", "length"], [7, 7]])
-    assert _reasons(scored) == ["as it was", f"{call}; {call}", None, f"{call}; {call}"]
+    assert _reasons(scored) == ["as it was", f"{call}\n{call}", None, f"{call}\n{call}"]
 
 
 def test_a_group_that_has_all_of_its_rewards_goes_to_no_reward_function(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ class GVPO:
             engines = engines.model_copy(update={"num": 0, "max_num": None, "pools": {}})
         else:
             model = model.model_copy(update={"max_length": self.inputs.max_length})
-            self.verifiers = VerifierGroup(config.verifiers, self._rewards, self._note)
+            self.verifiers = VerifierGroup(config.verifiers, self._rewards, self._note, self.say)
             session.on_stop(self.verifiers.close)
         make = engine_maker(model, engines, config.seed, False, config.prompts.system_prompt)
         self.engines = EngineGroup(

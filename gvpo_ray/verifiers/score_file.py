@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from rich.table import Table
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.files import part_of, repair_lines, replacing
-from gvpo_ray.groups import LIMITS
-from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
+from gvpo_ray.groups import limit_of
+from gvpo_ray.sandbox.functions import OutOfReach
+from gvpo_ray.verifiers.outages import NUM_TRIES_ALONE, Record, RewardError, pause
+from gvpo_ray.verifiers.verifier import Check, Verifier, validate_rewards
 
 RESPONSE, GOLD = ("response", "prediction"), ("gold", "answer")
 """Columns that hold the response and the gold answer; the first one that a row has is read."""
@@ -39,7 +41,7 @@ ADDED = ("reward", "verdict", "reason", "seconds")
 PARQUET_ROWS = 1024
 """Number of rows in one row group of a Parquet file."""
 
-Record = dict[str, Any]
+Fields = dict[str, Any]
 
 
 class MalformedRow(GvpoError, ValueError):
@@ -85,16 +87,16 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
     )
     with (
         work,
-        _Pool(config, num_workers or len(os.sched_getaffinity(0))) as pool,
+        _Pool(config, num_workers or len(os.sched_getaffinity(0)), console.print) as pool,
         Progress(*columns, console=console) as progress,
     ):
         if work.num_done:
             console.print(f"going on after the {work.num_done} rows of {escape(str(work.part))}")
         bar = progress.add_task("", total=num_rows)
 
-        def count(line: int, row: Record) -> None:
+        def count(line: int, row: Fields) -> None:
             summary.update(_counts(row))
-            if str(row["reason"]).startswith(LIMITS):
+            if limit_of(row["reason"]):
                 limits.append(line)
             passed = summary["correct"] / max(1, summary["rows"])
             progress.update(
@@ -122,8 +124,10 @@ def main(source: str, out: str, config: VerifiersConfig, num_workers: int | None
 class _Pool:
     """A pool of threads with a Verifier each; the verifiers' child processes do the work."""
 
-    def __init__(self, config: VerifiersConfig, num_workers: int) -> None:
+    def __init__(self, config: VerifiersConfig, num_workers: int, say: Callable[[str], None]) -> None:
         self._config, self._num_workers = config, num_workers
+        self._say, self._said = say, set[str]()
+        self._record, self._ends = Record(), threading.Event()
         self._local = threading.local()
         self._verifiers: list[Verifier] = []
         self.all_faults = ""
@@ -134,19 +138,20 @@ class _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ends.set()
         self._threads.shutdown(cancel_futures=True)
         for verifier in self._verifiers:
             verifier.close()
 
     def score(
-        self, rows: Iterator[tuple[int, Record | MalformedRow]]
-    ) -> Iterator[tuple[int, Record, str | None]]:
+        self, rows: Iterator[tuple[int, Fields | MalformedRow]]
+    ) -> Iterator[tuple[int, Fields, str | None]]:
         """Score rows, up to 32 per worker ahead of the one that is due.
 
         Yields:
             (line, row with its verdict, the fault of a malformed row or None), in the order of the rows.
         """
-        waiting: deque[tuple[int, Future[tuple[Record, str | None]]]] = deque()
+        waiting: deque[tuple[int, Future[tuple[Fields, str | None]]]] = deque()
         for line, row in rows:
             waiting.append((line, self._threads.submit(self._one, line, row)))
             if len(waiting) >= 32 * self._num_workers:
@@ -155,7 +160,7 @@ class _Pool:
         for line, future in waiting:
             yield line, *future.result()
 
-    def _one(self, line: int, row: Record | MalformedRow) -> tuple[Record, str | None]:
+    def _one(self, line: int, row: Fields | MalformedRow) -> tuple[Fields, str | None]:
         """Score one row on this thread's verifier; return it with its verdict, and what is malformed."""
         try:
             if isinstance(row, MalformedRow):
@@ -170,16 +175,18 @@ class _Pool:
                 "seconds": 0.0,
             }, str(error)
         if not hasattr(self._local, "verifier"):
-            self._local.verifier = Verifier(self._config)
+            self._local.verifier = Verifier(self._config, record=self._record)
             self._verifiers.append(self._local.verifier)
+            for sentence in self._local.verifier.unprotected:
+                self._say_once(f"not protected: {sentence}")
         columns = {
             name: [value]
             for name, value in row.items()
             if name not in ("prompt", "prompts", "completions", *RESPONSE, *LABELS)
         }
         columns |= {"answer": [gold], "finish_reasons": [row.get("finish_reason")]}
-        (check,) = self._local.verifier.check([str(row.get("prompt") or "")], [response], columns)
-        if check.reward is None and not str(check.reason).startswith(LIMITS):
+        check = self._checked(str(row.get("prompt") or ""), response, columns)
+        if check.reward is None and limit_of(check.reason) is None:
             self.all_faults = str(check.reason)
         added = {
             "reward": check.reward,
@@ -189,8 +196,34 @@ class _Pool:
         }
         return row | added, None
 
+    def _checked(self, prompt: str, response: str, columns: dict[str, list[Any]]) -> Check:
+        """Score one response; wait while a service that a reward function calls does not answer."""
+        verifier: Verifier = self._local.verifier
+        without: set[str] = set()
+        num_tries = 0
+        while True:
+            try:
+                (check,) = verifier.check([prompt], [response], columns, without)
+            except OutOfReach as error:
+                num_tries += 1
+                self._say_once(
+                    f"verifiers.rewards.{error.reward}: out of reach ({error}); its rows wait for it"
+                )
+                if error.is_answer and num_tries >= NUM_TRIES_ALONE:
+                    without.add(error.reward)  # it fails at this row
+                elif self._ends.wait(pause(num_tries)):
+                    raise
+            else:
+                self._record.check()
+                return check
 
-def _text(row: Record, names: tuple[str, str], line: int) -> str:
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+
+def _text(row: Fields, names: tuple[str, str], line: int) -> str:
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         if any(name in row for name in names) and names is GOLD:
@@ -217,7 +250,7 @@ class _Work:
             another header.
     """
 
-    def __init__(self, out: Path, header: Record) -> None:
+    def __init__(self, out: Path, header: Fields) -> None:
         if out.suffix not in (".jsonl", ".parquet"):
             raise ConfigError(f"--out: {out} must end in .jsonl or .parquet")
         if out.is_dir():
@@ -251,7 +284,7 @@ class _Work:
         if kind is not None and issubclass(kind, (ConfigError, RewardError)):
             self.part.unlink(missing_ok=True)  # all its rows are wrong: nothing to continue
 
-    def done(self) -> Iterator[tuple[int, Record]]:
+    def done(self) -> Iterator[tuple[int, Fields]]:
         """Yield (line, row) of the rows that are scored so far."""
         with open(self.part, "rb") as file:
             next(file)
@@ -259,7 +292,7 @@ class _Work:
                 line, row = json.loads(text)
                 yield line, row
 
-    def write(self, line: int, row: Record) -> None:
+    def write(self, line: int, row: Fields) -> None:
         """Append a scored row."""
         self._file.write(json.dumps([line, row], default=str).encode() + b"\n")
         self._file.flush()
@@ -276,7 +309,7 @@ class _Work:
         self.part.unlink()
 
 
-def _as_table(rows: list[Record]) -> pa.Table:
+def _as_table(rows: list[Fields]) -> pa.Table:
     """Turn JSON rows into an Arrow table.
 
     A column of mixed types becomes text; a lone surrogate becomes a question mark.
@@ -297,7 +330,7 @@ def _as_table(rows: list[Record]) -> pa.Table:
     return pa.table(arrays)
 
 
-def _rows(source: str) -> Iterator[tuple[int, Record | MalformedRow]]:
+def _rows(source: str) -> Iterator[tuple[int, Fields | MalformedRow]]:
     """Yield (line, row) of a file; lines are counted from 1, and blank ones are skipped.
 
     For a Parquet file, which has no lines, the number of the row takes the line's place.
@@ -359,7 +392,7 @@ def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
     return rows
 
 
-def _counts(row: Record) -> Counter[str]:
+def _counts(row: Fields) -> Counter[str]:
     """Return what one scored row adds to the summary."""
     counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
     label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
