@@ -556,7 +556,7 @@ def test_a_limit_counts_whichever_reason_names_it() -> None:
 
     with Verifier(VerifiersConfig(timeout_s=0.5), {"sleeps": sleeps}) as verifier:
         scored = verifier.score(
-            _group("8", ["\\boxed{", "I"], completion_ids=[[1], [2]], finish_reasons=["stop"] * 2)
+            _group("8", ["\\boxed{"] * 2, completion_ids=[[1], [2]], finish_reasons=["stop"] * 2)
         )
     no_answer, limit = "math: no answer found in the completion", "timeout: sleeps took more than 0.5 s"
     assert _reasons(scored) == [f"{no_answer}\n{limit}"] * 2
@@ -816,7 +816,7 @@ def test_a_function_that_fails_on_every_row_stops_the_run_and_one_that_fails_now
     ):
         verifier.score(_group("1", ["bad"] * 40))
     assert str(caught.value) == (
-        "verifiers.rewards.math fails on every row (16 so far), last on completion 15 of group 7: math "
+        "verifiers.rewards.math fails on every row (40 so far), last on completion 39 of group 7: math "
         "returned nan, not a finite float32"
     )
     assert _rewards(_score_with(fails, ["good"] + ["bad"] * 40)) == [1.0] + [None] * 40
