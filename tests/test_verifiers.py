@@ -893,3 +893,34 @@ def test_a_row_of_several_whose_rewards_are_null_is_checked_like_any_other(verif
         [_group("1", ["\\boxed{1}", "none"], rewards=rewards) for rewards in (None, [0.5, None])]
     )
     assert verifier.score(two)["rewards"].to_pylist() == [[1.0, 0.0], [0.5, 0.0]]
+
+
+USED = {
+    "arrays": "import numpy; numpy.linalg.svd(numpy.random.rand(100, 100))",
+    "formulas": "import sympy; assert sympy.integrate(sympy.Symbol('x')) == sympy.sympify('x**2/2')",
+    "optimisation": "import scipy.optimize; scipy.optimize.minimize(lambda x: (x**2).sum(), [1.0, 2.0])",
+    "tables": "import pandas; pandas.DataFrame({'a': [1]}).to_string()",
+    "tensors": "import torch; assert (torch.ones(9, 9) @ torch.ones(9, 9)).sum() == 729",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+    "    assert list(pool.map(int, '123')) == [1, 2, 3]",
+    "a database": "import os, sqlite3\ndatabase = sqlite3.connect(os.environ['TMPDIR'] + '/x.db')\n"
+    "database.execute('create table t (a)')\ndatabase.commit()",
+    "archives": "import shutil, tempfile, zipfile\nwith tempfile.TemporaryDirectory() as folder:\n"
+    "    with zipfile.ZipFile(folder + '/a.zip', 'w') as file:\n        file.writestr('a', 'b')\n"
+    "    shutil.copyfile(folder + '/a.zip', folder + '/b')\n    shutil.move(folder + '/b', folder + '/c')",
+    "time zones": "import datetime, zoneinfo\ndatetime.datetime.now(zoneinfo.ZoneInfo('Europe/Berlin'))",
+    "an alarm": "import signal, time\n"
+    "def rings(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, rings)\n"
+    "signal.setitimer(signal.ITIMER_REAL, 0.05)\ntry:\n    time.sleep(60)\nexcept TimeoutError:\n    pass\n"
+    "else:\n    raise AssertionError",
+}
+
+
+def test_what_reward_functions_use_works_in_the_sandbox() -> None:
+    def runs(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        exec(completions[0], {})
+        return [1.0]
+
+    scored = _score_with(runs, list(USED.values()), timeout_s=60, cpu_s=30, memory_gib=8.0)
+    assert dict(zip(USED, _reasons(scored), strict=True)) == dict.fromkeys(USED)
+    assert _rewards(scored) == [1.0] * len(USED)
