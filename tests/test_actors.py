@@ -74,7 +74,7 @@ def test_the_private_names_of_ray_that_are_used_are_there() -> None:
         ("actors", "UpdateFailed"),
         ("groups.table", "GroupError"),
         ("sandbox.process", "SandboxError"),
-        ("verifiers.verifier", "RewardError"),
+        ("verifiers.outages", "RewardError"),
         ("verifiers.score_file", "MalformedRow"),
         ("weights.transfer", "WeightMismatch"),
     ],

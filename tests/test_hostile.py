@@ -562,7 +562,12 @@ CODE: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "infinite loops": (infinite_loops, ("timeout: ",)),
     "network": (
         network,
-        ("URLError: <urlopen error [Errno 1]", "RuntimeError: Cannot run the event loop", *REFUSED),
+        (
+            "URLError: <urlopen error [Errno 1]",
+            "RuntimeError: Cannot run the event loop",
+            "gaierror: [Errno -3]",  # a name cannot be looked up
+            *REFUSED,
+        ),
     ),
     "files": (files, ("OperationalError: unable to open database file", *REFUSED)),
     "crashes and signals": (

@@ -15,8 +15,10 @@ import pytest
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.observe.metrics import batch_metrics
 from gvpo_ray.verifiers.math.reward import math_reward
-from gvpo_ray.verifiers.verifier import RewardError, Verifier, validate_rewards
+from gvpo_ray.verifiers.outages import RewardError
+from gvpo_ray.verifiers.verifier import Verifier, validate_rewards
 
 SAMPLE = Path(__file__).parent / "data" / "gsm8k_math_sample.parquet"
 LIMIT_S = 2.0
@@ -545,6 +547,34 @@ def test_a_completion_that_is_run_changes_no_later_verdict() -> None:
     assert row["reward_parts"]["runs"][4] == 1.0
 
 
+def test_a_limit_counts_whichever_reason_names_it() -> None:
+    def sleeps(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        import time
+
+        time.sleep(600)
+        return [1.0]
+
+    with Verifier(VerifiersConfig(timeout_s=0.5), {"sleeps": sleeps}) as verifier:
+        scored = verifier.score(
+            _group("8", ["\\boxed{"] * 2, completion_ids=[[1], [2]], finish_reasons=["stop"] * 2)
+        )
+    no_answer, limit = "math: no answer found in the completion", "timeout: sleeps took more than 0.5 s"
+    assert _reasons(scored) == [f"{no_answer}\n{limit}"] * 2
+    assert groups.all_cut_off(scored)
+    (row,) = groups.rows(scored)
+    metrics = batch_metrics([{**row, "version_min": [0, 0]}], 0)
+    assert (metrics["unverifiable/timeout"], metrics["unverifiable/other"]) == (1.0, 0.0)
+
+
+def test_completions_that_bring_a_reward_are_correct_by_it(verifier: Verifier) -> None:
+    graded = _group(
+        "8", ["a", "b"], rewards=[1.0, 0.0], completion_ids=[[1], [2]], finish_reasons=["stop"] * 2
+    )
+    (row,) = groups.rows(verifier.score(graded))
+    metrics = batch_metrics([{**row, "version_min": [None, None]}], 0)
+    assert (metrics["reward/mean"], metrics["completions/correct"]) == (0.5, 0.5)
+
+
 def test_a_print_costs_no_reward_and_little_of_it_reaches_the_log(capfd: pytest.CaptureFixture[str]) -> None:
     def talks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         import os
@@ -786,7 +816,7 @@ def test_a_function_that_fails_on_every_row_stops_the_run_and_one_that_fails_now
     ):
         verifier.score(_group("1", ["bad"] * 40))
     assert str(caught.value) == (
-        "verifiers.rewards.math fails on every row (16 so far), last on completion 15 of group 7: math "
+        "verifiers.rewards.math fails on every row (40 so far), last on completion 39 of group 7: math "
         "returned nan, not a finite float32"
     )
     assert _rewards(_score_with(fails, ["good"] + ["bad"] * 40)) == [1.0] + [None] * 40
@@ -842,7 +872,7 @@ def test_completions_that_have_a_reward_keep_it_and_only_the_others_are_checked(
         "new": [None, 0.5, None, 0.5],
     }
     call = json.dumps([["What?", "What?"], ["b", "d"], ["length", "length"], [7, 7]])
-    assert _reasons(scored) == ["as it was", f"{call}; {call}", None, f"{call}; {call}"]
+    assert _reasons(scored) == ["as it was", f"{call}\n{call}", None, f"{call}\n{call}"]
 
 
 def test_a_group_that_has_all_of_its_rewards_goes_to_no_reward_function(tmp_path: Path) -> None:
@@ -863,3 +893,34 @@ def test_a_row_of_several_whose_rewards_are_null_is_checked_like_any_other(verif
         [_group("1", ["\\boxed{1}", "none"], rewards=rewards) for rewards in (None, [0.5, None])]
     )
     assert verifier.score(two)["rewards"].to_pylist() == [[1.0, 0.0], [0.5, 0.0]]
+
+
+USED = {
+    "arrays": "import numpy; numpy.linalg.svd(numpy.random.rand(100, 100))",
+    "formulas": "import sympy; assert sympy.integrate(sympy.Symbol('x')) == sympy.sympify('x**2/2')",
+    "optimisation": "import scipy.optimize; scipy.optimize.minimize(lambda x: (x**2).sum(), [1.0, 2.0])",
+    "tables": "import pandas; pandas.DataFrame({'a': [1]}).to_string()",
+    "tensors": "import torch; assert (torch.ones(9, 9) @ torch.ones(9, 9)).sum() == 729",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+    "    assert list(pool.map(int, '123')) == [1, 2, 3]",
+    "a database": "import os, sqlite3\ndatabase = sqlite3.connect(os.environ['TMPDIR'] + '/x.db')\n"
+    "database.execute('create table t (a)')\ndatabase.commit()",
+    "archives": "import shutil, tempfile, zipfile\nwith tempfile.TemporaryDirectory() as folder:\n"
+    "    with zipfile.ZipFile(folder + '/a.zip', 'w') as file:\n        file.writestr('a', 'b')\n"
+    "    shutil.copyfile(folder + '/a.zip', folder + '/b')\n    shutil.move(folder + '/b', folder + '/c')",
+    "time zones": "import datetime, zoneinfo\ndatetime.datetime.now(zoneinfo.ZoneInfo('Europe/Berlin'))",
+    "an alarm": "import signal, time\n"
+    "def rings(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, rings)\n"
+    "signal.setitimer(signal.ITIMER_REAL, 0.05)\ntry:\n    time.sleep(60)\nexcept TimeoutError:\n    pass\n"
+    "else:\n    raise AssertionError",
+}
+
+
+def test_what_reward_functions_use_works_in_the_sandbox() -> None:
+    def runs(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        exec(completions[0], {})
+        return [1.0]
+
+    scored = _score_with(runs, list(USED.values()), timeout_s=60, cpu_s=30, memory_gib=8.0)
+    assert dict(zip(USED, _reasons(scored), strict=True)) == dict.fromkeys(USED)
+    assert _rewards(scored) == [1.0] * len(USED)

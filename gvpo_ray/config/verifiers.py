@@ -13,7 +13,7 @@ from gvpo_ray.config.base import DECIDES_SCORES, LocalPath, Resources, Section
 class ReasonKind(StrEnum):
     """The limit that ended a check.
 
-    The reason of a completion without a reward then begins with this word and a colon.
+    A reason of a completion without a reward then begins with this word and a colon.
     """
 
     TIMEOUT = "timeout"
@@ -41,9 +41,11 @@ class RewardConfig(Section):
     url: str | None = None
     """Address of a reward server: POST {prompts, completions, columns} answers {rewards}."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Time limit of one HTTP request, in seconds."""
+    """Time limit of one HTTP request in all, in seconds: retries, pauses that the server asks for and slow
+    answers included."""
     num_retries: int = Field(default=3, ge=0)
-    """Retries of a failed HTTP request, with exponential back-off."""
+    """Retries of a failed HTTP request within its time limit, with exponential back-off. A server that does
+    not answer then is waited for, with all groups that need it."""
     batch_size: int = Field(default=32, ge=1)
     """Completions in one HTTP request or one forward pass of the reward model."""
     model: Annotated[str | None, LocalPath()] = None
@@ -95,7 +97,8 @@ class VerifiersConfig(Section):
     memory_gib: float = Field(default=2.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """Memory, in GiB, that the process of the checks may allocate beyond its loaded functions."""
     max_checks: int = Field(default=10_000, ge=1)
-    """Number of checks after which their process is replaced, because sympy's caches grow with each."""
+    """Number of checks by built-in functions after which their process is replaced, because sympy's caches
+    grow with each. A user's function has a new process for every check."""
 
     @field_validator("rewards", mode="before")
     @classmethod

@@ -20,7 +20,6 @@ from gvpo_ray.groups.storage import (
 from gvpo_ray.groups.table import (
     COMPLETION_COLUMNS,
     DATA_COLUMNS,
-    LIMITS,
     LOG_COLUMNS,
     LOGGED_COLUMNS,
     MASK_COLUMNS,
@@ -35,6 +34,7 @@ from gvpo_ray.groups.table import (
     all_cut_off,
     empty,
     join,
+    limit_of,
     log_columns,
     num_completion_tokens,
     replayable,
@@ -48,7 +48,6 @@ from gvpo_ray.groups.table import (
 __all__ = [
     "COMPLETION_COLUMNS",
     "DATA_COLUMNS",
-    "LIMITS",
     "LOGGED_COLUMNS",
     "LOG_COLUMNS",
     "MASK_COLUMNS",
@@ -64,6 +63,7 @@ __all__ = [
     "empty",
     "from_wire",
     "join",
+    "limit_of",
     "load",
     "log_columns",
     "micro_batches",

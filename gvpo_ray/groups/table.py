@@ -26,7 +26,7 @@ gets it (m = 2), and the room that fills each column:
                                                                     training)
     reward_parts        {"math": [1.0, 0.0]}             verifiers (each reward before weighting)
     reward_reasons      [null, null]                     verifiers (why a reward is null, or what the verifier
-                                                                    noticed)
+                                                                    noticed; one reason per line)
     reference_logprobs  [-0.4, -0.9]                     learner   (float64 sum over the completion's tokens)
     reference_versions  [0, 0]                           learner   (version of the reference's weights; null:
                                                                     not trained on)
@@ -163,19 +163,18 @@ def log_columns(groups: pa.Table) -> pa.Table:
     )
 
 
-LIMITS = tuple(f"{kind}:" for kind in ReasonKind)
-"""Prefixes of the reasons of checks that hit a limit of their verifier."""
+def limit_of(text: str | None) -> ReasonKind | None:
+    """Return the limit of its verifier that a check hit, by an entry of `reward_reasons`; None: none."""
+    reasons = (text or "").split("\n")
+    kinds = (kind for reason in reasons for kind in ReasonKind if reason.startswith(f"{kind}:"))
+    return next(kinds, None)
 
 
 def all_cut_off(group: pa.Table) -> bool:
     """Return whether the checks of all completions of a group hit a limit of their verifier."""
     reasons = group["reward_reasons"][0].as_py()
     no_reward = all(reward is None for reward in group["rewards"][0].as_py())
-    return (
-        no_reward
-        and bool(reasons)
-        and all(reason is not None and reason.startswith(LIMITS) for reason in reasons)
-    )
+    return no_reward and bool(reasons) and all(limit_of(reason) is not None for reason in reasons)
 
 
 def _array(name: str, values: Sequence[Any]) -> pa.Array:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_ray.groups import NO_ANSWER, Row
+from gvpo_ray.groups import NO_ANSWER, Row, limit_of
 
 
 @dataclass(frozen=True)
@@ -281,15 +281,14 @@ def _extracted(rows: Sequence[Row], total: int) -> float:
 
 
 def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
-    """Count the completions without a reward by the first word of their reason."""
+    """Count the completions without a reward by the limit that their check hit."""
     counts = dict.fromkeys(("timeout", "memory", "crash", "other"), 0)
     for row in rows:
         for reward, reason in zip(
             row["rewards"], row.get("reward_reasons") or [None] * len(row["rewards"]), strict=True
         ):
             if reward is None:
-                kind = str(reason).partition(":")[0]
-                counts[kind if kind in counts else "other"] += 1
+                counts[limit_of(reason) or "other"] += 1
     return counts
 
 
@@ -340,12 +339,13 @@ def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
 def is_correct(row: Row) -> list[bool]:
     """Return for each completion of a group whether the first reward function gave more than 0.
 
-    Completions without a reward count as wrong.
+    Completions without a reward count as wrong. A reward that a completion came with, so that no function was
+    called, counts itself.
     """
     parts = row.get("reward_parts")
     first = next(iter(parts.values())) if parts else row["rewards"]
     return [
-        reward is not None and part is not None and part > 0
+        reward is not None and (reward if part is None else part) > 0
         for reward, part in zip(row["rewards"], first, strict=True)
     ]
 

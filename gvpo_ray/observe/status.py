@@ -125,6 +125,7 @@ def status_lines(status: Status) -> list[str]:
             "verifiers: "
             + ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items())
         )
+    lines += status.get("outages", [])
     if oldest := status["oldest"]:
         lines.append(
             f"oldest group on its way: {oldest['group_id']}, begun {_ago(oldest['since'])}, now at "

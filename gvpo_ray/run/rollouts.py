@@ -253,6 +253,7 @@ class Ring:
             **self._state(),
             "engines": self._engines.status(),
             "verifiers": self._verifiers.status() if self._verifiers else {},
+            "outages": self._verifiers.outages() if self._verifiers else [],
             "buffer": of_buffer,
             "running": dict(self._at),
             "oldest": oldest

@@ -96,7 +96,7 @@ def assemble(
         engines = engines.model_copy(update={"num": 0, "max_num": None, "pools": {}})
     else:
         model = model.model_copy(update={"max_length": inputs.max_length})
-        verifiers = VerifierGroup(config.verifiers, rewards, driver.note)
+        verifiers = VerifierGroup(config.verifiers, rewards, driver.note, driver.say)
         session.on_stop(verifiers.close)
     pools = EngineGroup(
         engines,

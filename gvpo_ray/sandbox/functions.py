@@ -85,6 +85,7 @@ def call(
         raise
     except catch as error:  # untrusted output is scored here
         if may_wait and (unreachable := _unreachable(error)):
+            unreachable.reward = name
             raise unreachable from error
         return [Part(None, _clean(f"{name} raised {describe(error)}"), is_fault=True)] * len(completions)
 
@@ -97,11 +98,16 @@ class OutOfReach(GvpoError, ConnectionError):
         is_answer: whether the service was reached, and failed at this request or took too long.
         is_own: whether the service is there and refuses the request (wrong address, wrong form, no right to
             it), which no waiting mends if it has never worked.
+        reward: name of the reward function, once it is known.
     """
 
-    def __init__(self, cause: str, is_answer: bool = False, is_own: bool = False) -> None:
+    def __init__(self, cause: str, is_answer: bool = False, is_own: bool = False, reward: str = "") -> None:
         super().__init__(cause)
-        self.is_answer, self.is_own = is_answer, is_own
+        self.is_answer, self.is_own, self.reward = is_answer, is_own, reward
+
+    def __reduce__(self) -> Any:
+        """Return how the error is made anew in another process."""
+        return OutOfReach, (str(self), self.is_answer, self.is_own, self.reward)
 
 
 def _unreachable(error: BaseException | None) -> OutOfReach | None:
@@ -180,7 +186,7 @@ def fits_float32(value: Any) -> bool:
 
 def describe(error: BaseException) -> str:
     """Return one line, of limited length, for an error that a user's code raised."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, (ConfigError, OutOfReach)):
         return mask(str(error))
     try:
         text = " ".join(mask(str(error)).split())[:300]

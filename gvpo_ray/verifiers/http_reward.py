@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
 from typing import Any
 
 from gvpo_ray.config.verifiers import RewardConfig
+from gvpo_ray.sandbox.functions import OutOfReach
+
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses of a server that may answer a moment later."""
+
+PAUSE_S = 0.5
+"""Seconds before the second try; they double with each further one. A server may ask for others."""
 
 
 class HttpReward:
@@ -13,55 +23,94 @@ class HttpReward:
     It is called in the verifier's process, because the sandbox has no network. The request is POST
     {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}, **arguments} with at most
     `batch_size` completions, and the answer {"rewards": [number or null, ...]} or the list alone. Connection
-    errors and the statuses 429, 500, 502, 503 and 504 are retried `num_retries` times with exponential
-    back-off from half a second.
+    errors and the statuses RETRIED are tried again up to `num_retries` times. One request takes at most
+    `timeout_s` in all: tries, pauses (Retry-After included) and bodies that come a byte at a time.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3.util import Retry
-
-        assert config.url is not None
-        self._url, self._timeout_s, self._batch_size, self._arguments = (
-            config.url,
-            config.timeout_s,
-            config.batch_size,
-            config.arguments,
-        )
-        retry = Retry(
-            config.num_retries,
-            backoff_factor=0.5,
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,
-        )
-        self._session = requests.Session()
-        self._session.mount("http://", HTTPAdapter(max_retries=retry))
-        self._session.mount("https://", HTTPAdapter(max_retries=retry))
+        self._config = config
+        self._loop = asyncio.new_event_loop()  # requests in it have a limit in all, which sockets have not
+        self._session: Any = None
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[Any]:
         """Return the server's rewards, one per completion; the columns are lists of the same length.
 
         Raises:
-            requests.RequestException: no answer, or an error status after the last retry.
-            ValueError: the answer holds another number of rewards than there are completions.
+            OutOfReach: no rewards, for whatever reason; the text does not name the URL, which may hold a key.
         """
         rewards: list[Any] = []
-        for begin in range(0, len(completions), self._batch_size):
-            part = slice(begin, begin + self._batch_size)
+        for begin in range(0, len(completions), self._config.batch_size):
+            part = slice(begin, begin + self._config.batch_size)
             body = {
                 "prompts": prompts[part],
                 "completions": completions[part],
                 "columns": {name: values[part] for name, values in columns.items()},
-                **self._arguments,
+                **self._config.arguments,
             }
-            response = self._session.post(self._url, json=body, timeout=self._timeout_s)
-            response.raise_for_status()
-            answer = response.json()
-            found = answer.get("rewards") if isinstance(answer, dict) else answer
-            if not isinstance(found, list) or len(found) != len(completions[part]):
-                raise ValueError(
-                    f"{self._url} answered {str(answer)[:200]}, not {len(completions[part])} rewards"
-                )
-            rewards += found
+            rewards += self._loop.run_until_complete(self._rewards(body, len(completions[part])))
         return rewards
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+
+    async def _rewards(self, body: dict[str, Any], number: int) -> list[Any]:
+        """Make one request; return its rewards."""
+        deadline = time.monotonic() + self._config.timeout_s
+        for tries in range(self._config.num_retries + 1):
+            pause_s = PAUSE_S * 2**tries
+            try:
+                status, head, text = await asyncio.wait_for(self._post(body), deadline - time.monotonic())
+            except TimeoutError:
+                raise OutOfReach(f"no answer within {self._config.timeout_s:g} s", is_answer=True) from None
+            except OutOfReach as error:
+                failure = error
+            else:
+                if status < 400:
+                    return _parsed(text, number)
+                failure = OutOfReach(
+                    f"the server answered {status}: {' '.join(text[:200].split())}",
+                    is_answer=status == 500 or status not in RETRIED,
+                    is_own=status not in RETRIED and status < 500,
+                )
+                if status not in RETRIED:
+                    break
+                if head.isdecimal():
+                    pause_s = float(head)
+            if pause_s >= deadline - time.monotonic():
+                break
+            if tries < self._config.num_retries:
+                await asyncio.sleep(pause_s)
+        raise failure
+
+    async def _post(self, body: dict[str, Any]) -> tuple[int, str, str]:
+        """Send one request; return the answer's status, its Retry-After and its text."""
+        import aiohttp
+
+        if self._session is None:
+            # the deadline is ours, and proxies are taken from the environment, as other clients do
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(), trust_env=True)
+        try:
+            async with self._session.post(self._config.url, json=body) as response:
+                text = (await response.read()).decode("utf-8", "replace")
+                return response.status, response.headers.get("Retry-After", ""), text
+        except aiohttp.InvalidURL as error:
+            raise OutOfReach(f"not a URL: {error}", is_own=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            is_answer = isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError))
+            raise OutOfReach(f"{type(error).__name__}: {error}", is_answer) from error
+
+
+def _parsed(text: str, number: int) -> list[Any]:
+    """Return the rewards in an answer."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        answer = text
+    found = answer.get("rewards") if isinstance(answer, dict) else answer
+    if not isinstance(found, list) or len(found) != number:
+        shown = " ".join(text[:200].split())
+        raise OutOfReach(f"the server answered {shown}, not {number} rewards", is_answer=True, is_own=True)
+    return found

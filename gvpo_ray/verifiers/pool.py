@@ -10,16 +10,20 @@ import contextlib
 import inspect
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from gvpo_ray.actors import Note, actor_name
+from gvpo_ray.actors import Note, actor_name, cause_of, is_death
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.groups import from_wire, to_wire
+from gvpo_ray.sandbox.functions import OutOfReach
+from gvpo_ray.verifiers.outages import Failure, Outages, Record
 from gvpo_ray.verifiers.reward_model import RewardModel
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import Verifier
@@ -36,10 +40,15 @@ class VerifierGroup:
         config: the number of verifiers, their resources and the reward functions.
         rewards: reward functions passed as callables, by name.
         note: called with every restart of a verifier.
+        say: called with lines for the user: services out of reach, and what a kernel does not protect.
     """
 
     def __init__(
-        self, config: VerifiersConfig, rewards: Rewards | None, note: Note = lambda *_: None
+        self,
+        config: VerifiersConfig,
+        rewards: Rewards | None,
+        note: Note = lambda *_: None,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         for function in (rewards or {}).values():
             # Functions of the user's own files are pickled by value: the actors' machines may lack the files.
@@ -59,6 +68,8 @@ class VerifierGroup:
         self._in_hand: dict[Any, int] = {}
         self._idle_since: dict[Any, float] = {}
         self._endings: set[asyncio.Future[None]] = set()
+        self._say, self._said = say, set[str]()
+        self._record, self._outages = Record(), Outages(say)
         self._num_started = 0
         for _ in range(config.num):
             self._grow()
@@ -72,24 +83,59 @@ class VerifierGroup:
         """Return the number of groups in hand of each verifier, by its name."""
         return {f"verifier-{i}": number for i, number in enumerate(self._in_hand.values())}
 
+    def outages(self) -> list[str]:
+        """Describe the services of reward functions that do not answer, in a line each."""
+        return self._outages.lines()
+
     async def score(self, sampled: Any) -> Any:
-        """Score a group, given as an object ref; return the ref of the scored group as soon as it exists."""
+        """Score a group, given as an object ref; return the ref of the scored group as soon as it exists.
+
+        While a service that a reward function calls does not answer, the group waits and is tried again.
+
+        Raises:
+            RewardError: a reward function has failed on every row so far, in all verifiers together.
+        """
+        failures: dict[str, Failure] = {}
+        try:
+            while True:
+                without = [name for name, each in failures.items() if self._outages.is_its_own(name, each)]
+                scored, answer = await self._ask(sampled, without)
+                self._take(answer)
+                if answer.failure is None:
+                    return scored
+                name = answer.failure.reward
+                await self._outages.wait(name, answer.failure, failures.setdefault(name, Failure()))
+        finally:
+            self._outages.leave(failures)
+
+    def _take(self, answer: _Answer) -> None:
+        """Take down what a verifier says beside the scored group."""
+        for sentence in answer.unprotected:
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._say(f"not protected: {sentence}")
+        self._record.merge(answer.record)
+        self._record.check()
+        self._outages.answered(answer.record.worked)
+
+    async def _ask(self, sampled: Any, without: list[str]) -> tuple[Any, _Answer]:
+        """Have one verifier score a group; return the scored group's ref, and what else it has to say."""
         if len(self._in_hand) < (self.config.max_num or 0) and min(self._in_hand.values()) >= GROW_AT:
             self._grow()
         verifier = min(self._in_hand, key=lambda actor: self._in_hand[actor])
         self._in_hand[verifier] += 1
         try:
-            scored, process = verifier.score_group.remote(sampled)
-            process = await process
-            if self._processes.setdefault(verifier, process) != process:
-                self._processes[verifier] = process
+            scored, answer = verifier.score_group.remote(sampled, self._record.worked, without)
+            answer = await answer
+            if self._processes.setdefault(verifier, answer.pid) != answer.pid:
+                self._processes[verifier] = answer.pid
                 number = list(self._in_hand).index(verifier)
                 self._note(
                     "verifier",
                     f"verifier-{number}",
                     "its process or its node died; what it had in hand was checked again",
                 )
-            return scored
+            return scored, answer
         finally:
             self._in_hand[verifier] -= 1
             self._shrink(verifier)
@@ -172,14 +218,40 @@ MAX_VERIFIER_DEATHS = 1000
 the reward function kills the verifiers."""
 
 
+@dataclass
+class _Answer:
+    """What a verifier says beside the scored group."""
+
+    pid: int
+    record: Record
+    """What the reward functions did with this group."""
+    unprotected: list[str]
+    failure: OutOfReach | None = None
+    """Why there is no scored group."""
+
+
 class _VerifierActor(Verifier):
     @ray.method(num_returns=2)
-    def score_group(self, sampled: pa.Buffer) -> tuple[pa.Buffer, int]:
-        """Score a group; return the scored group and the pid of this process.
+    def score_group(
+        self, sampled: pa.Buffer, worked: set[str], without: list[str]
+    ) -> tuple[pa.Buffer | None, _Answer]:
+        """Score a group.
 
-        Two return values, so that the driver can await the pid while the table stays in the object store.
+        Two return values, so that the driver can await the answer while the table stays in the object store.
+
+        Args:
+            sampled: the group.
+            worked: names of the reward functions that have worked before, in whichever verifier.
+            without: names of the reward functions whose service is not waited for.
         """
-        return to_wire(self.score(from_wire(sampled))), os.getpid()
+        self.record, self.known, self._checks_record = Record(), worked, False
+        answer = _Answer(os.getpid(), self.record, self.unprotected)
+        scored = None
+        try:
+            scored = to_wire(self.score(from_wire(sampled), without))
+        except OutOfReach as error:
+            answer.failure = error
+        return scored, answer
 
 
 class _RemoteReward:
@@ -192,5 +264,11 @@ class _RemoteReward:
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         self._next += 1
         actor = self._actors[self._next % len(self._actors)]
-        scores: list[float] = ray.get(actor.score.remote(prompts, completions))
+        try:
+            scores: list[float] = ray.get(actor.score.remote(prompts, completions))
+        except ray.exceptions.RayError as error:
+            # a model that cannot be loaded is a mistake; one that is gone for now is waited for
+            if is_death(error) and "creation task" not in str(error):
+                raise OutOfReach(cause_of(error)) from error
+            raise
         return scores

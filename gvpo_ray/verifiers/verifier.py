@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,28 +16,21 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import MATCH, MESSAGES, check_columns
-from gvpo_ray.sandbox.functions import Part, RewardFunction, call, fits_float32, load
+from gvpo_ray.sandbox.functions import OutOfReach, Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.http_reward import HttpReward
+from gvpo_ray.verifiers.outages import Record
 from gvpo_ray.verifiers.rewards import BUILT_IN, source_of
 
 COLUMNS = ("group_id", "answer", "dataset", "completion_ids", "finish_reasons")
 """Columns that a reward function gets beside prompts and completions, as far as the table has them."""
 
-MAX_FAULTS = 16
-"""Number of faults after which a reward function that has never worked stops the run."""
-
-
 DataColumns = Mapping[str, Sequence[str]]
 """Key of a data set in the config -> names of the columns that its rows give to reward functions."""
-
-
-class RewardError(GvpoError, RuntimeError):
-    """A reward function fails on every row; the message names the function, the last row and the fault."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +42,20 @@ class Check:
     parts: Mapping[str, float | None]
     """Name of a reward function -> its value, without the weight."""
     reason: str | None
-    """Why there is no reward, and remarks of the reward functions."""
+    """Why there is no reward, and remarks of the reward functions; one per line."""
     seconds: float
     """Seconds that the check took; a trusted function's time is shared equally by its completions."""
 
     @property
     def verdict(self) -> str:
-        """The verdict "correct", "incorrect" or "unverifiable"; the first reward function decides."""
+        """The verdict "correct", "incorrect" or "unverifiable"; the first reward function decides.
+
+        A reward that the completion came with decides itself, because it has no parts.
+        """
+        if self.reward is None:
+            return "unverifiable"
         first = next(iter(self.parts.values()))
-        return (
-            "unverifiable"
-            if self.reward is None or first is None
-            else "correct"
-            if first > 0
-            else "incorrect"
-        )
+        return "correct" if (self.reward if first is None else first) > 0 else "incorrect"
 
 
 def validate_rewards(
@@ -126,6 +117,8 @@ class Verifier:
             with cloudpickle.
         models: callables that call the reward models, by the name of their reward (pool.py makes them).
         columns: what the functions' arguments are checked against; None: nothing.
+        record: what the reward functions have done so far, where several verifiers share it. None: a record
+            of its own, by which a reward function that fails on every row is an error.
 
     Raises:
         ConfigError: a reward function cannot be loaded; the message names verifiers.rewards.<name>.
@@ -138,8 +131,12 @@ class Verifier:
         functions: Mapping[str, RewardFunction] | None = None,
         models: Mapping[str, RewardFunction] | None = None,
         columns: DataColumns | None = None,
+        record: Record | None = None,
     ) -> None:
         know(config)
+        self.record, self._checks_record = record or Record(), record is None
+        self.known: set[str] = set()
+        """Names of reward functions that have worked elsewhere."""
         functions = functions or {}
         self._rewards = {
             **config.rewards,
@@ -165,16 +162,22 @@ class Verifier:
                 memory_gib=config.memory_gib,
                 max_checks=config.max_checks,
             )
-        self._worked: set[str] = set()  # reward functions that have given a value
-        self._faults: Counter[str] = Counter()
+        self.unprotected = self._sandbox.unprotected if self._sandbox is not None else []
+        """What this machine's kernel does not protect from the reward functions in the sandbox."""
 
-    def score(self, groups: pa.Table) -> pa.Table:
+    def score(self, groups: pa.Table, without: Iterable[str] = ()) -> pa.Table:
         """Add rewards, reward_parts and reward_reasons to a table with prompts and completions.
 
         Completions that already have a reward (replayed ones, and those of an offline file with rewards) keep
         their reward and are not checked again.
 
+        Args:
+            groups: the table.
+            without: names of reward functions whose service is not waited for: where it gives no rewards,
+                the completions have none.
+
         Raises:
+            OutOfReach: a service that a reward function calls does not answer.
             RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
         """
         names = [
@@ -192,7 +195,7 @@ class Verifier:
         for row in group_tables.rows(groups.select(names)):
             given = _given(row, self._rewards)
             to_check = [i for i, check in enumerate(given) if check is None]
-            new = iter(self._check_row(row, to_check) if to_check else ())
+            new = iter(self._check_row(row, to_check, without) if to_check else ())
             checks = [check or next(new) for check in given]
             rewards.append([check.reward for check in checks])
             all_parts.append([(name, [check.parts[name] for check in checks]) for name in self._rewards])
@@ -202,7 +205,11 @@ class Verifier:
         )
 
     def check(
-        self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]]
+        self,
+        prompts: list[str],
+        completions: list[str],
+        columns: Mapping[str, list[Any]],
+        without: Iterable[str] = (),
     ) -> list[Check]:
         """Score completions: one at a time in the sandbox, all in one call by trusted functions.
 
@@ -210,35 +217,59 @@ class Verifier:
             prompts: one text per completion.
             completions: the texts to score.
             columns: further arguments of the reward functions; each is a list of one entry per completion.
+            without: names of reward functions whose service is not waited for.
 
         Raises:
+            OutOfReach: a service that a reward function calls does not answer.
             RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
         """
         by_name: dict[str, list[Part]] = {name: [] for name in self._rewards}
-        seconds = []
-        for i, completion in enumerate(completions):
+        seconds = [0.0] * len(completions)
+        for name, function in self._trusted.items():  # first: they may have to wait, the sandbox never has
             begin = time.perf_counter()
-            if self._sandbox is not None:
-                for name, part in self._sandbox.check(
-                    prompts[i], completion, {key: values[i] for key, values in columns.items()}
-                ).items():
-                    by_name[name].append(part)
-            seconds.append(time.perf_counter() - begin)
-        for name, function in self._trusted.items():
-            begin = time.perf_counter()
-            by_name[name] = call(name, function, prompts, completions, columns)
+            found = self._call(name, function, prompts, completions, columns, name not in without)
+            by_name[name] = [_masked(part) for part in found]
+            self.record.add(name, by_name[name], columns.get("group_id"))
             each = (time.perf_counter() - begin) / max(1, len(completions))
             seconds = [before + each for before in seconds]
-        for name, parts in by_name.items():
-            parts[:] = [replace(part, reason=part.reason and mask(part.reason)) for part in parts]
-            self._count(name, parts, columns.get("group_id"))
+        for i, completion in enumerate(completions if self._sandbox is not None else ()):
+            assert self._sandbox is not None
+            begin = time.perf_counter()
+            of_one = {key: values[i] for key, values in columns.items()}
+            for name, part in self._sandbox.check(prompts[i], completion, of_one).items():
+                by_name[name].append(_masked(part))
+            seconds[i] += time.perf_counter() - begin
+        for name in by_name.keys() - self._trusted.keys():
+            self.record.add(name, by_name[name], columns.get("group_id"))
+        if self._checks_record:
+            self.record.check()
         return [
             self._combine({name: parts[i] for name, parts in by_name.items()}, seconds[i])
             for i in range(len(completions))
         ]
 
+    def _call(
+        self,
+        name: str,
+        function: RewardFunction,
+        prompts: list[str],
+        completions: list[str],
+        columns: Mapping[str, Any],
+        may_wait: bool,
+    ) -> list[Part]:
+        """Call a trusted function; raise OutOfReach if its completions should wait."""
+        try:
+            return call(name, function, prompts, completions, columns, may_wait=may_wait)
+        except OutOfReach as error:
+            if error.is_own and name not in self.record.worked | self.known:
+                return [Part(None, f"{name}: {error}", is_fault=True)] * len(completions)
+            raise
+
     def close(self) -> None:
-        """Kill the sandbox's processes and remove their scratch folder."""
+        """Kill the sandbox's processes, remove their scratch folder, and close connections."""
+        for function in self._trusted.values():
+            if isinstance(function, HttpReward):
+                function.close()
         if self._sandbox is not None:
             self._sandbox.close()
 
@@ -248,7 +279,7 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_row(self, row: Mapping[str, Any], which: list[int]) -> list[Check]:
+    def _check_row(self, row: Mapping[str, Any], which: list[int], without: Iterable[str]) -> list[Check]:
         """Score the completions of one group that have the indices `which`."""
         # Columns about the prompt hold one entry per group, columns about completions one per completion.
         columns = {
@@ -260,7 +291,8 @@ class Verifier:
         }
         for name, value in _of_data(row).items():
             columns[name] = [value] * len(which)
-        return self.check([row["prompt"]] * len(which), [row["completions"][i] for i in which], columns)
+        completions = [row["completions"][i] for i in which]
+        return self.check([row["prompt"]] * len(which), completions, columns, without)
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         """Make one result of the reward functions' parts: the weighted sum and all reasons."""
@@ -273,22 +305,13 @@ class Verifier:
             reward = None
             reasons.append("the weighted sum is not a finite float32")
         return Check(
-            reward, {name: part.value for name, part in parts.items()}, "; ".join(reasons) or None, seconds
+            reward, {name: part.value for name, part in parts.items()}, "\n".join(reasons) or None, seconds
         )
 
-    def _count(self, name: str, parts: list[Part], group_ids: list[int] | None) -> None:
-        """Count a reward function's faults; raise RewardError if it has had MAX_FAULTS and never worked."""
-        for i, part in enumerate(parts):
-            if part.is_fault:
-                self._faults[name] += 1
-                if self._faults[name] >= MAX_FAULTS and name not in self._worked:
-                    where = f"completion {i} of group {group_ids[i]}" if group_ids else f"completion {i}"
-                    raise RewardError(
-                        f"verifiers.rewards.{name} fails on every row ({self._faults[name]} so far), last "
-                        f"on {where}: {part.reason}"
-                    )
-            elif part.value is not None:
-                self._worked.add(name)
+
+def _masked(part: Part) -> Part:
+    """Return the part with no secret in its reason."""
+    return replace(part, reason=part.reason and mask(part.reason))
 
 
 def _of_data(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""What to do when a reward function fails: count its faults, or wait for a service that does not answer.
+
+Both are decided where all verifiers are seen, because a verifier that was added or started again just now
+knows nothing of what has worked before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gvpo_ray.config.base import GvpoError
+from gvpo_ray.sandbox.functions import OutOfReach, Part
+
+MAX_FAULTS = 16
+"""Number of faults after which a reward function that has never worked stops the run."""
+
+MAX_PAUSE_S = 30.0
+"""Longest time between two tries of a service that does not answer, in seconds."""
+
+NUM_TRIES, NUM_TRIES_UNREACHED, NUM_TRIES_ALONE = 3, 10, 8
+"""Tries after which a failure is the group's own and not an outage: the service answered others before each,
+and fails at this group or cannot be reached with it; or it fails at this group, and no other one waits."""
+
+
+class RewardError(GvpoError, RuntimeError):
+    """A reward function fails on every row; the message names the function, the last row and the fault."""
+
+
+@dataclass
+class Record:
+    """A Record says which reward functions have worked, and counts the faults of all."""
+
+    worked: set[str] = field(default_factory=set)
+    """Names of the reward functions that have given a value."""
+    faults: Counter[str] = field(default_factory=Counter)
+    last: dict[str, str] = field(default_factory=dict)
+    """Name -> the last fault, with its row."""
+
+    def add(self, name: str, parts: Iterable[Part], group_ids: list[int] | None) -> None:
+        """Take down what a reward function gave for the completions of a group."""
+        for i, part in enumerate(parts):
+            if part.is_fault:
+                self.faults[name] += 1
+                where = f"completion {i} of group {group_ids[i]}" if group_ids else f"completion {i}"
+                self.last[name] = f"{where}: {part.reason}"
+            elif part.value is not None:
+                self.worked.add(name)
+
+    def merge(self, other: Record) -> None:
+        """Take down what another record holds."""
+        self.worked |= other.worked
+        self.faults += other.faults
+        self.last |= other.last
+
+    def check(self) -> None:
+        """Raise RewardError if a reward function has had MAX_FAULTS faults and never worked."""
+        for name, number in self.faults.items():
+            if number >= MAX_FAULTS and name not in self.worked:
+                raise RewardError(
+                    f"verifiers.rewards.{name} fails on every row ({number} so far), last on "
+                    f"{self.last[name]}"
+                )
+
+
+def pause(num_tries: int) -> float:
+    """Return the seconds to wait after a number of tries in vain."""
+    return min(MAX_PAUSE_S, float(2 ** (min(num_tries, 10) - 1)))
+
+
+@dataclass
+class Failure:
+    """A Failure holds the tries of one group in vain, of one reward function."""
+
+    last: float = field(default_factory=time.monotonic)
+    num_tries: int = 0
+    num_while_others: int = 0
+    """How many of them failed although the service had answered another group since the one before."""
+    is_answer: bool = False
+    """Whether the service was reached the last time."""
+
+
+@dataclass
+class _Outage:
+    """A service that does not answer."""
+
+    since: float
+    cause: str = ""
+    num_tries: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Whose turn it is to try next: one group at a time finds out whether the service answers again."""
+
+
+class Outages:
+    """The Outages of a run are the reward functions whose service does not answer, with the groups that wait.
+
+    Args:
+        say: called with a line when an outage begins and when it ends.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._outages: dict[str, _Outage] = {}
+        self._answered: dict[str, float] = {}
+        self._failing: dict[str, list[Failure]] = {}
+
+    def lines(self) -> list[str]:
+        """Describe each outage in a line."""
+        return [
+            f"verifiers.rewards.{name}: out of reach for {time.monotonic() - outage.since:.0f} s "
+            f"({outage.cause}); {len(self._failing[name])} groups wait for it and are tried again"
+            for name, outage in self._outages.items()
+        ]
+
+    def answered(self, names: Iterable[str]) -> None:
+        """Note the reward functions that have given a value just now."""
+        for name in names:
+            self._answered[name] = time.monotonic()
+            if (outage := self._outages.pop(name, None)) is not None:
+                outage.over.set()
+                if outage.num_tries > 1:
+                    seconds = time.monotonic() - outage.since
+                    self._say(f"verifiers.rewards.{name}: answers again, after {seconds:.0f} s")
+
+    async def wait(self, name: str, error: OutOfReach, failure: Failure) -> None:
+        """Wait until a group may be tried again."""
+        outage = self._outages.setdefault(name, _Outage(time.monotonic()))
+        failure.num_while_others += self._answered.get(name, 0.0) > failure.last
+        failure.last = time.monotonic()
+        failure.num_tries, failure.is_answer = failure.num_tries + 1, error.is_answer
+        outage.cause, outage.num_tries = str(error), outage.num_tries + 1
+        if failure.num_tries == 1:
+            self._failing.setdefault(name, []).append(failure)
+        if outage.num_tries == 2:
+            self._say(self.lines()[list(self._outages).index(name)])
+        async with outage.turn:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(outage.over.wait(), pause(outage.num_tries))
+
+    def leave(self, failures: Mapping[str, Failure]) -> None:
+        """Note that a group is done, or given up."""
+        for name, failure in failures.items():
+            self._failing[name] = [each for each in self._failing.get(name, []) if each is not failure]
+
+    def is_its_own(self, name: str, failure: Failure) -> bool:
+        """Return whether a failure is the group's own, so that the group should do without this reward."""
+        if failure.num_while_others >= (NUM_TRIES if failure.is_answer else NUM_TRIES_UNREACHED):
+            return True
+        is_alone = len(self._failing[name]) == 1
+        return failure.is_answer and is_alone and failure.num_tries >= NUM_TRIES_ALONE
