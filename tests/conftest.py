@@ -26,7 +26,14 @@ TIERS = {
         "test_warm_start",
         "test_weights",
     },
-    "actors": {"test_actors", "test_cli", "test_evaluate", "test_tracking", "test_verifier_group"},
+    "actors": {
+        "test_actors",
+        "test_cli",
+        "test_evaluate",
+        "test_tracking",
+        "test_verifier_group",
+        "test_workers",
+    },
 }
 """Test files by tier; all others are of the tier `unit`: no Ray, no vLLM, no second rank, no browser.
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tiny import make_group, make_model, table
 
+from gvpo_ray.buffer.states import Command
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ModelConfig
@@ -93,8 +94,8 @@ class Recorder:
         self.num_steps = num_steps
         self.told: list[tuple[Any, ...]] = []
 
-    def next_command(self, step: int, saved: bool) -> str:
-        return "train" if step <= self.num_steps else "stop"
+    def next_command(self, step: int, saved: bool) -> Command:
+        return Command.TRAIN if step <= self.num_steps else Command.STOP
 
     def batch(self, step: int) -> Any:
         return table(*mixed_batch(step))

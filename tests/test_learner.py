@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.buffer import GroupBuffer
+from gvpo_ray.buffer.states import Command
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.learner.checkpoints import latest_checkpoint
@@ -366,7 +367,7 @@ def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals
     def first_update(row: dict[str, Any], given: Settings) -> tuple[dict[str, Any], float]:
         policy = load(given.model_path, given)
         if reference == "initial":
-            policy.load_reference(given.model_path)
+            policy.reference.load(given.model_path)
         before, policy.step = weights(policy), 3
         metrics = train_step(policy, [row], given)
         return metrics, max(
@@ -400,7 +401,7 @@ def test_an_adapted_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_pa
     make_model(tmp_path / "model")
     policy = load(given.model_path, given)
     if reference == "initial":
-        policy.load_reference(given.model_path)
+        policy.reference.load(given.model_path)
     first, second = (train_step(policy, [make_group(i), make_group(9 + i)], given) for i in (1, 2))
     assert first["gvpo/beta"] == 0.1
     if reference == "initial":
@@ -476,7 +477,7 @@ class SyncBuffer:
         for i in range(num_groups):
             self._now(self.real.put(table(make_group(i))))
 
-    def next_command(self, step: int, saved: bool) -> str:
+    def next_command(self, step: int, saved: bool) -> Command:
         if step == self._save_before:
             self.real._save_wanted = step - 1  # what save() does before it waits
         self._now(self.real.close() if step > self._last_step and saved else self.real.permit(step))

@@ -48,7 +48,9 @@ def test_batch_metrics_by_hand():
             "reward/std": math.sqrt(0.5 / 3),
             "groups/size_mean": 1.5,
             "groups/untrainable": 1,
+            "groups/equal": 0,  # of one group: the other has a single reward
             "completions/correct": 2 / 5,
+            "completions/extracted": 4 / 5,
             "completions/unverifiable": 2 / 5,
             "unverifiable/timeout": 1 / 5,
             "unverifiable/memory": 0,

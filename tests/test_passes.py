@@ -135,7 +135,7 @@ def asked_of_the_reference(folder: Path, micro_batch_tokens: int) -> dict[str, A
         known = {i: [float(x) for x in start.logprobs([make_group(i, (1.0,) * 5)])] for i in range(3)}
     for name, brought in (("some", known), ("none", {}), ("some again", known)):
         policy, asked = load(path, given), []
-        policy.load_reference(path)
+        policy.reference.load(path)
         train_step(policy, [make_group(9), make_group(10)], given)  # away from the reference
         usual = policy.token_logprobs
 
@@ -167,7 +167,7 @@ CASES |= {
 @pytest.mark.parametrize("reference", ["previous", "behaviour", "initial", "every: 1", "every: 3"])
 def test_the_log_ratio_of_a_synchronous_first_mini_batch_is_exactly_zero(tmp_path, policy, reference):
     given = settings(tmp_path, reference, micro_batch_tokens=80)
-    policy.load_reference(given.model_path) if reference == "initial" else None
+    policy.reference.load(given.model_path) if reference == "initial" else None
     metrics = train_step(policy, [make_group(i, version=0) for i in range(5)], given)
     assert metrics["policy/log_ratio_rms"] == 0.0 and metrics["policy/kl_ref"] == 0.0
     assert (
@@ -197,7 +197,7 @@ def test_a_fresh_completion_counts_its_ratio_to_the_start_of_the_step_whatever_t
     for reference in ("behaviour", "previous", "initial", "every: 3"):
         given = settings(tmp_path, reference, num_mini_batches=2)
         policy = load(given.model_path, given)
-        policy.load_reference(given.model_path) if reference == "initial" else None
+        policy.reference.load(given.model_path) if reference == "initial" else None
         share[reference] = train_step(policy, rows, given)["gvpo/effective_share"]
     assert share["behaviour"] < 1 and set(share.values()) == {share["behaviour"]}
 
@@ -215,7 +215,7 @@ def test_behaviour_is_the_engine_for_old_completions_the_policy_for_fresh_and_th
 ):
     first = load(tmp_path / "model", settings(tmp_path))
     train_step(policy, [make_group(9)], settings(tmp_path))
-    assert not policy.has_reference  # a second copy of the weights, which only foreign data asks for
+    assert not policy.reference.exists  # a second copy of the weights, which only foreign data asks for
     policy.step = 3
     row = make_group(5, (1.0, 0.0, 0.5, 0.25), version_min=[3, 2, 1, None], version_max=[3, 3, 1, None])
     row["sampling_logprobs"][3] = None
@@ -231,13 +231,13 @@ def test_behaviour_is_the_engine_for_old_completions_the_policy_for_fresh_and_th
     assert (
         metrics["staleness/max"] == 2
         and metrics["staleness/mean"] == pytest.approx((0 + 1 + 2) / 3)
-        and policy.has_reference
+        and policy.reference.exists
     )
 
 
 def test_initial_stays_where_it_was(tmp_path, policy):
     given = settings(tmp_path, "initial", num_steps=2)
-    policy.load_reference(given.model_path)
+    policy.reference.load(given.model_path)
     row = make_group(1)
     start = policy.logprobs([row]).detach()
     train_step(policy, [row], given)
@@ -264,11 +264,11 @@ def test_a_reference_models_logprobs_follow_a_completion_while_that_model_is_cur
 ):
     given = settings(tmp_path, reference, num_steps=9, num_mini_batches=2, micro_batch_tokens=60)
     if reference == "initial":
-        policy.load_reference(given.model_path)
+        policy.reference.load(given.model_path)
     first = [make_group(1, (1.0, None, 0.5, 0.0)), make_group(2)]
     train_step(policy, first, given)
     assert [value is None for value in first[0]["reference_logprobs"]] == [False, True, False, False]
-    with policy._as_reference():
+    with policy.reference.computes():
         want = sum(float(tokens.double().sum()) for tokens in policy.token_logprobs([make_group(2)]))
     assert sum(first[1]["reference_logprobs"]) == pytest.approx(want, rel=1e-6)
     passes = []
@@ -278,7 +278,7 @@ def test_a_reference_models_logprobs_follow_a_completion_while_that_model_is_cur
     again = [dict(row) for row in first]
     other = load(given.model_path, given)
     if reference == "initial":
-        other.load_reference(given.model_path)
+        other.reference.load(given.model_path)
     metrics = train_step(policy, again, given)
     assert passes == []  # a completion that comes again costs nothing
     train_step(other, [make_group(1, (1.0, None, 0.5, 0.0)), make_group(2)], given)
@@ -453,7 +453,7 @@ def another_reference(folder: Path, **options: Any) -> tuple[Settings, Policy]:
     """The reference is a model of its own, so that no log-ratio is 0."""
     given = settings(folder, "initial", num_steps=9, **options)
     policy = load(make_model(folder / "model"), given)
-    policy.load_reference(make_model(folder / "reference", seed=1))
+    policy.reference.load(make_model(folder / "reference", seed=1))
     return given, policy
 
 
@@ -512,7 +512,7 @@ def test_what_an_older_reference_said_is_asked_anew_and_what_the_current_one_sai
     losses, asked = {}, {}
     for name in ("all computed", "older and unknown ones computed", "one that is wrong"):
         given, policy = another_reference(tmp_path / name, **options)
-        policy.reference_version = 3
+        policy.reference.version = 3
         row, other = make_group(1, (1.0, 0.0, 0.5, 0.25, None), version=0), make_group(2)
         if name != "all computed":
             right = [tokens.double().sum().item() for tokens in policy.token_logprobs([row], reference=True)]
@@ -540,7 +540,7 @@ def test_what_an_older_reference_said_is_asked_anew_and_what_the_current_one_sai
 def test_columns_without_a_reference_are_as_none_at_all(tmp_path, values):
     given = settings(tmp_path, "initial")
     policy = load(make_model(tmp_path / "model"), given)
-    policy.load_reference(given.model_path)
+    policy.reference.load(given.model_path)
     columns = {} if values == "absent" else dict.fromkeys(groups.REFERENCE_COLUMNS, values)
     row = make_group(1, (1.0, None, 0.0), **columns)
     assert train_step(policy, [row], given)["policy/log_ratio_rms"] == 0

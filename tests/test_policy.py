@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.learner import policy as policy_module
+from gvpo_ray.learner import checkpoint as checkpoint_module
 from gvpo_ray.learner.checkpoints import latest_checkpoint, prune_checkpoints
 from gvpo_ray.learner.logprobs import padded_inputs, sequence_sums
 from gvpo_ray.learner.policy import Policy
@@ -186,7 +186,7 @@ def test_a_fresh_model_starts_at_step_zero_and_a_checkpoint_where_it_was(tmp_pat
         update(policy, step)
     policy.save(tmp_path / "step-2")
     again = load(tmp_path / "step-2")
-    assert (again.step, again.num_updates) == (2, 2) and not again.has_reference
+    assert (again.step, again.num_updates) == (2, 2) and not again.reference.exists
 
 
 def test_random_state_is_resumed(tmp_path):
@@ -215,10 +215,10 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
         return call
 
     def first_shard(*args, **options):
-        yield next(iter(policy_shards(*args, **options)))
+        yield next(iter(all_shards(*args, **options)))
         die()
 
-    policy_shards = policy_module.shards
+    all_shards = checkpoint_module.shards
     policy = load(make_model(tmp_path / "model"))
     checkpoints = tmp_path / "checkpoints"
     policy.save(checkpoints / "step-1")
@@ -231,16 +231,16 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
             case "tokenizer":
                 patch.setattr(policy._tokenizer, "save_pretrained", die)
             case "shards":
-                patch.setattr(policy_module, "shards", first_shard)
+                patch.setattr(checkpoint_module, "shards", first_shard)
             case "state":
-                patch.setattr(policy_module.json, "dumps", die_later(json.dumps, 0))
+                patch.setattr(json, "dumps", die_later(json.dumps, 0))
             case "fsync":
                 patch.setattr(os, "fsync", die_later(os.fsync, 2))
             case "rename":
                 patch.setattr(Path, "rename", die)
         if broken == "state":  # save_pretrained writes JSON too
             patch.setattr(Path, "write_text", die)
-            patch.setattr(policy_module.json, "dumps", json.dumps)
+            patch.setattr(json, "dumps", json.dumps)
         with pytest.raises(Dies):
             policy.save(checkpoints / "step-2")
     assert latest_checkpoint(tmp_path) == (1, checkpoints / "step-1")
@@ -296,14 +296,14 @@ def test_a_run_without_checkpoints_has_none(tmp_path):
 def test_the_reference_survives_a_resume(tmp_path):
     rows = [make_group(1)]
     policy = load(make_model(tmp_path / "model"))
-    policy.refresh_reference()
+    policy.reference.refresh(policy.step)
     update(policy, 1)
     was, now = policy.token_logprobs(rows, reference=True), policy.token_logprobs(rows)
     assert not torch.equal(was[0], now[0])
     policy.save(tmp_path / "step-1")
     again = load(tmp_path / "step-1")
     assert all(map(torch.equal, again.token_logprobs(rows, reference=True), was))
-    again.refresh_reference()
+    again.reference.refresh(again.step)
     assert all(map(torch.equal, again.token_logprobs(rows, reference=True), now))
 
 
@@ -397,7 +397,7 @@ def refreshed_reference(folder: Path, backend: str, zero_stage: int, lora: bool)
     base = shared_model(folder / "model")
     policy = load(base, backend=backend, zero_stage=zero_stage, base=base if lora else None)
     update(policy, 1)
-    policy.refresh_reference()
+    policy.reference.refresh(policy.step)
     rows = [make_group(policy.rank)]
     a, b = policy.token_logprobs(rows), policy.token_logprobs(rows, reference=True)
     policy.save(folder / "step-1")

@@ -92,7 +92,7 @@ def five_steps(
     )
     policy = (Float64Policy if dtype == "float64" else Policy)(model, given.learner, given.model_path)
     if reference == "initial":
-        policy.load_reference(given.model_path)
+        policy.reference.load(given.model_path)
     metrics = []
     usual = groups.split_by_tokens
     try:

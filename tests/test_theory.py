@@ -154,6 +154,100 @@ def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
     assert problem.distance(train_policy_gradient(problem, sampler, gvpo_with_importance)) < 1e-6
 
 
+# ---------------------------------------------------------------- one reference, and one for each completion
+
+COUNTS = torch.tensor([[8, 6, 3, 2, 1], [1, 2, 2, 5, 10]])
+"""How often each of two samplers writes each of five completions, in 20; no two of them are alike."""
+TWO_REWARDS = torch.tensor([0.0, 0.3, 1.0, 0.2, 0.6], dtype=torch.float64)
+
+
+class TwoSamplers:
+    """One group in which `copies[a]` times 20 completions are sampler a's, each as often as it writes it.
+
+    So the group's loss is the expected one, but for the factor m/(m - 1), and training ends where it rests.
+    """
+
+    def __init__(self, copies: tuple[int, int], is_shared: bool) -> None:
+        self.counts = COUNTS * torch.tensor(copies)[:, None]
+        self.samplers = (COUNTS / 20).double().log()
+        self.initial = torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15], dtype=torch.float64).log()
+        pairs = [(a, y) for a in range(2) for y in range(5) for _ in range(int(self.counts[a, y]))]
+        self.who, self.y = torch.tensor(pairs).T
+        self.sampled = self.samplers[self.who, self.y]
+        self.reference = self.initial[self.y] if is_shared else self.sampled
+        self.group_ids = torch.zeros_like(self.y)
+
+    def rest(self, floor: float | None = None, weighted: bool = False, num_updates: int = 700) -> Tensor:
+        """Log-probabilities at which training rests.
+
+        `weighted`: with importance weights. `floor`: with this factor on what pushes completions down.
+        """
+        logits = self.initial.clone().requires_grad_()
+        optimizer = torch.optim.Adam([logits], lr=0.05)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_updates)
+        for _ in range(num_updates):
+            logprobs = logits.log_softmax(0)[self.y]
+            weights, k = torch.ones_like(self.sampled), None
+            if weighted:
+                weights = importance_weights(logprobs, self.sampled, self.group_ids)
+            if floor is not None:
+                k = torch.full_like(self.sampled, floor)
+            loss, _ = stale_gvpo_loss(
+                logprobs, self.reference, TWO_REWARDS[self.y], self.group_ids, BETA, weights, k
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return logits.detach().log_softmax(0)
+
+    def posterior_form(self, counted: Tensor | None = None) -> Tensor:
+        """R/beta + sum_a w_a(y) log pi_a(y) + const; w_a(y) is sampler a's share of what counts at y."""
+        counts = self.counts.double() if counted is None else counted
+        shares = counts / counts.sum(0)
+        return (TWO_REWARDS / BETA + (shares * self.samplers).sum(0)).log_softmax(0)
+
+    def global_form(self) -> Tensor:
+        """The same with a share of each sampler that is equal at all y, which is not where training rests."""
+        shares = self.counts.sum(1, keepdim=True) / self.counts.sum()
+        return (TWO_REWARDS / BETA + (shares * self.samplers).sum(0)).log_softmax(0)
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    return float((p.exp() * (p - q)).sum())
+
+
+@pytest.mark.parametrize("copies", [(1, 1), (1, 3)])
+def test_with_a_reference_of_its_own_for_each_completion_training_rests_at_the_posterior_of_who_wrote_it(
+    copies,
+):
+    group = TwoSamplers(copies, is_shared=False)
+    rest = group.rest()
+    assert kl(group.posterior_form(), rest) < 1e-9
+    # the samplers are unlike, so that shares which do not depend on y describe another policy
+    assert kl(group.global_form(), rest) > 0.02
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weighted": True}, {"floor": 0.5}, {"weighted": True, "floor": 0.5}]
+)
+def test_with_one_reference_two_samplers_and_all_corrections_end_at_the_theorems_optimum(options):
+    group = TwoSamplers((1, 3), is_shared=True)
+    optimum = (group.initial + TWO_REWARDS / BETA).log_softmax(0)
+    assert kl(optimum, group.initial) > 0.1  # there is a way to go
+    assert kl(optimum, group.rest(**options)) < 1e-9
+
+
+def test_with_mixed_references_importance_weights_and_the_likelihood_floor_move_the_rest_point():
+    group = TwoSamplers((1, 1), is_shared=False)
+    plain, weighted, floored = group.rest(), group.rest(weighted=True), group.rest(floor=0.5)
+    assert kl(plain, weighted) > 1e-3 and kl(plain, floored) > 1e-3
+    # the weights change what counts, and the form stays: w_a(y) is the share of sampler a in that
+    s = importance_weights(weighted[group.y], group.sampled, group.group_ids)
+    counted = torch.zeros_like(group.samplers).index_put((group.who, group.y), s, accumulate=True)
+    assert kl(group.posterior_form(counted), weighted) < 1e-9
+
+
 # -------------------------------------------------------------------------------- the optimum, in expectation
 
 

@@ -24,7 +24,15 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.learner import warm_start as module
 from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
-from gvpo_ray.learner.warm_start import END, _batches, new_model, read_examples, train_tokenizer, warm_start
+from gvpo_ray.learner.warm_start import (
+    END,
+    _batches,
+    new_model,
+    read_examples,
+    seeded,
+    train_tokenizer,
+    warm_start,
+)
 
 JOBS = Path(__file__).parent.parent / "jobs"
 NATALIA = {  # the first problem of GSM8K (MIT, see data/LICENSE.md)
@@ -373,6 +381,16 @@ def test_rows_of_like_length_share_a_batch_and_each_is_seen_once_a_round() -> No
 
 
 # --- the folder ---------------------------------------------------------------------------------------------
+
+
+def test_the_random_numbers_and_threads_of_the_callers_process_stay_as_they_are() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    with seeded(7, threads + 1):
+        first = torch.rand(3)
+        assert torch.get_num_threads() == threads + 1
+    with seeded(7, None):
+        assert torch.rand(3).equal(first) and torch.get_num_threads() == threads
+    assert torch.get_num_threads() == threads and torch.get_rng_state().equal(state)
 
 
 def test_again_it_does_nothing(

@@ -19,6 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -171,7 +172,7 @@ def run(
     arguments = ["train", config_file, *overrides, f"run_dir={run_dir}"]
     command = Command(arguments, on_line)
     for kill in kills:
-        if not _wait(lambda kill=kill: max(step for _, step in steps) >= kill.step, command):
+        if not _wait(partial(_reached, steps, kill.step), command):
             break
         kill.due = time.time()
         time.sleep(kill.part * min(3.0, steps[-1][0] - steps[-2][0] if len(steps) > 1 else 3.0))
@@ -201,6 +202,11 @@ def run(
     outcome = Outcome(kills, status, "".join(lines), run_dir, time.time() - began)
     outcome.problems = list(problems(outcome, config))
     return outcome
+
+
+def _reached(steps: Sequence[tuple[float, int]], step: int) -> bool:
+    """Return whether one of the steps, with its time, is `step` or a later one."""
+    return max(number for _, number in steps) >= step
 
 
 def _wait(condition: Callable[[], bool], command: Command) -> bool:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -34,6 +34,8 @@ from gvpo_ray.config.loss import GvpoLoss
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.losses.gvpo import gvpo_loss
+
+Measured = TypeVar("Measured")
 
 SHAPES = [
     (prompt, completion, k) for prompt, completion in ((64, 64), (256, 64), (512, 512)) for k in (4, 8, 16)
@@ -117,22 +119,16 @@ def main(tokens_per_step: int = 4096) -> None:
                 tokens = num_groups * (prompt + k * completion)
                 flops = num_groups * useful_flops(shape, vocabulary, prompt, completion, k)
 
-                def cells(
-                    write: Callable[[Any], str],
-                    names: Sequence[str] = tuple(ways),
-                    results: dict[str, Any] = results,
-                ) -> list[str]:
-                    return [write(results[name]) if results[name] else "no memory" for name in names]
-
                 mine = results["ours"] or (float("nan"), 0.0, 0.0)
+                found = list(results.values())
                 table.add_row(
                     f"{prompt}/{completion}, {k}"
                     + ("" if vocabulary == vocab_size else f", V={vocabulary:,}"),
-                    *cells(lambda result, tokens=tokens: f"{tokens / result[0]:,.0f}"),
-                    *cells(lambda result, mine=mine: f"{result[0] / mine[0]:.2f}", others),
-                    *cells(lambda result, flops=flops: f"{100 * flops / result[0] / peak:.0f} %"),
-                    *cells(lambda result: f"{result[1] / 2**30:.2f}"),
-                    *cells(lambda result: f"{100 * result[2]:.1f} %", ["ours"]),
+                    *_cells("{:,.0f}", [result and tokens / result[0] for result in found]),
+                    *_cells("{:.2f}", [results[name] and results[name][0] / mine[0] for name in others]),
+                    *_cells("{:.0f} %", [result and 100 * flops / result[0] / peak for result in found]),
+                    *_cells("{:.2f}", [result and result[1] / 2**30 for result in found]),
+                    *_cells("{:.1f} %", [results["ours"] and 100 * mine[2]]),
                 )
         console.print(table)
     console.print(
@@ -140,6 +136,11 @@ def main(tokens_per_step: int = 4096) -> None:
         "model's and its optimizer's\n"
         "own code: of a step, what is neither the model's forward and backward nor the optimizer"
     )
+
+
+def _cells(form: str, values: Sequence[float | None]) -> list[str]:
+    """Write numbers as cells of a row; None: the GPU's memory did not suffice."""
+    return ["no memory" if value is None else form.format(value) for value in values]
 
 
 def useful_flops(model: Mapping[str, int], vocab_size: int, prompt: int, completion: int, k: int) -> float:
@@ -171,15 +172,17 @@ def make_model(folder: Path, vocab_size: int, shape: Mapping[str, int]) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
     tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(shape)
     config = Qwen2Config(
-        **shape, vocab_size=vocab_size, max_position_embeddings=2048, tie_word_embeddings=True
+        **sizes, vocab_size=vocab_size, max_position_embeddings=2048, tie_word_embeddings=True
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
-def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> list[Row]:
+def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> list[dict[str, Any]]:
     """Make `num` groups of random tokens, each with k completions, rewarded 0 and 1 in turn."""
     generator = torch.Generator().manual_seed(0)
 
@@ -210,7 +213,7 @@ def _loss(logprobs: Tensor, rows: Sequence[Row]) -> Tensor:
     return gvpo_loss(logprobs, logprobs.detach(), rewards, ids, beta=0.1)[0]
 
 
-def ours(folder: str, rows: Sequence[Row]) -> tuple[float, float, float] | None:
+def ours(folder: str, rows: Sequence[dict[str, Any]]) -> tuple[float, float, float] | None:
     """Measure a step of our learner.
 
     Returns:
@@ -271,8 +274,10 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
     )
     mask, is_completion = (places < lengths).long(), (places >= begins) & (places < lengths)
 
+    load: Any = AutoModelForCausalLM.from_pretrained
+
     def work() -> tuple[float, float]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        model = load(folder, dtype=torch.float32).to(device).eval()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         if with_trl:
             from trl.trainer.utils import add_fused_lm_head
@@ -289,7 +294,7 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
                 else:
                     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
                     tokens = torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-            _loss((tokens * is_completion[:, 1:]).double().sum(1), rows).backward()
+            _loss((tokens * is_completion[:, 1:]).double().sum(1), rows).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -299,7 +304,7 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
     return _unless_out_of_memory(work)
 
 
-def _unless_out_of_memory(work: Callable[[], Any]) -> Any:
+def _unless_out_of_memory(work: Callable[[], Measured]) -> Measured | None:
     try:
         return work()
     except torch.cuda.OutOfMemoryError:

@@ -13,6 +13,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,15 @@ from rich.table import Table
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, actor_name, cause_of
-from gvpo_ray.buffer.actor import BufferClient, LearnerBufferClient
-from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.buffer.actor import LearnerBufferClient
+from gvpo_ray.config.data import PromptsConfig, ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
-from gvpo_ray.config.run import RayConfig
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.engines.actor import MakeEngine, Remote
 from gvpo_ray.engines.fake_engine import FakeEngine
-from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.observe.status import EngineState, RunState
-from gvpo_ray.verifiers.pool import VerifierGroup
 
 SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
 
@@ -143,61 +143,51 @@ class FakeRun:
     ) -> None:
         # Imported here because they import torch, and every fake engine imports this file.
         from gvpo_ray.buffer.log import Quarantine
+        from gvpo_ray.config.run import GVPOConfig, RayConfig
         from gvpo_ray.data.mixture import SourceSchedule
         from gvpo_ray.run.events import EventLog
         from gvpo_ray.run.inputs import Inputs
-        from gvpo_ray.run.rollouts import Ring
         from gvpo_ray.run.session import Session
+        from gvpo_ray.run.wiring import Driver, assemble
 
         self.said: list[str] = []
-        self.session = Session(
-            RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address)
-        )
-        self.events = EventLog(folder / "events.jsonl")
-        replay = replay or ReplayConfig()
-        self.buffer = BufferClient(
-            self._for_a_new_buffer,
-            self._note,
-            folder / "groups",
-            groups_per_step,
-            num_steps,
-            max_staleness,
-            0,
-            replay,
-        )
-        rewards = {"reward": RewardConfig(function=reward, trusted=True)}
-        verifiers = VerifierGroup(
-            VerifiersConfig(
-                num=num_verifiers, num_cpus=0.1, rewards=rewards, resources=verifier_resources or {}
+        config = GVPOConfig(
+            run_dir=str(folder),
+            num_steps=num_steps,
+            groups_per_step=groups_per_step,
+            max_staleness=max_staleness,
+            model=ModelConfig(path="fake"),
+            prompts=PromptsConfig(path="fake"),
+            sampling=sampling,
+            replay=replay or ReplayConfig(),
+            engines=engines,
+            verifiers=VerifiersConfig(
+                num=num_verifiers,
+                num_cpus=0.1,
+                rewards={"reward": RewardConfig(function=reward, trusted=True)},
+                resources=verifier_resources or {},
             ),
-            None,
-            self._note,
+            learner=LearnerConfig(num_mini_batches=1),
+            ray=RayConfig(num_cpus=None if address else 1000, object_store_gib=0.5, address=address),
+            watchdog_s=watchdog_s,
         )
-        self.engines = EngineGroup(
-            engines,
-            sampling.num_completions,
-            make or maker(),
-            self.buffer.weights,
-            self._note,
-            self.buffer.waits,
-        )
-        inputs = Inputs(Prompts(num_prompts), {}, 1 << 20, {}, SourceSchedule({}), {})  # type: ignore[arg-type]
-        self.ring = Ring(
-            inputs,
-            self.engines,
-            verifiers,
-            self.buffer,
-            Quarantine(folder / "quarantine.jsonl"),
-            sampling,
-            replay,
-            watchdog_s,
+        self.session = Session(config.ray)
+        self.events = EventLog(folder / "events.jsonl")
+        state = {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING, "recoveries": {}}
+        parts = assemble(
+            self.session,
+            config,
             folder,
-            lambda: {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING, "recoveries": {}},
-            self._note,
-            self.said.append,
+            Inputs(Prompts(num_prompts), {}, 1 << 20, {}, SourceSchedule({}), {}),  # type: ignore[arg-type]
+            Driver(self._note, self.said.append, lambda: state, self._for_a_new_buffer),
+            num_steps=num_steps,
+            version=0,
+            quarantine=Quarantine(folder / "quarantine.jsonl"),
+            make=make or maker(),
         )
+        self.buffer, self.engines, self.ring = parts.buffer, parts.engines, parts.ring
         self.session.spawn(self.ring.run(), self._fail)
-        learner = ray.remote(_Learner).options(
+        learner: Any = ray.remote(_Learner).options(
             num_cpus=0.1, resources=learner_resources, name=actor_name("learner"), max_concurrency=2
         )
         self.learner = learner.remote(self.buffer.actor, num_steps, step_s)
@@ -363,11 +353,12 @@ def _kill_one(run: FakeRun) -> dict[str, float]:
     killed = time.perf_counter()
     os.kill(seat.status["pid"], signal.SIGKILL)
     times = {}
-    for name, reached in (
-        ("noticed", lambda: seat.state != EngineState.RUNNING),
-        ("replaced", lambda: seat.state == EngineState.RUNNING),
-        ("busy", lambda: bool(seat.in_flight)),
-    ):
+    moments: dict[str, Callable[[], bool]] = {
+        "noticed": lambda: seat.state != EngineState.RUNNING,
+        "replaced": lambda: seat.state == EngineState.RUNNING,
+        "busy": lambda: bool(seat.in_flight),
+    }
+    for name, reached in moments.items():
         while not reached():
             run.check()
             time.sleep(0.005)

@@ -52,7 +52,8 @@ class SamplingConfig(Section):
 class PoolConfig(Section):
     """One pool of equal engines.
 
-    Pools may differ in everything here, because GVPO's optimum does not depend on who samples.
+    Pools may differ in everything here: with one reference per prompt GVPO's optimum does not depend on who
+    samples, and with the `behaviour` reference each completion's own sampler is its reference.
     """
 
     num: int = Field(default=1, ge=0)

@@ -37,7 +37,9 @@ class LossOptions(Section):
     """Policy that is the reference, pi_ref: `behaviour` (the one that sampled the completion), `previous`
     (the policy at the start of the step), `initial` (the policy that the run began with, frozen), or `every:
     N` (a copy of the policy, refreshed every N steps). For external completions gvpo's `behaviour` is
-    `initial`."""
+    `initial`. GVPO's theorems are about one reference per prompt. With `behaviour`, completions of several
+    policies in a group have one each, and training rests at R / beta plus the mean of their log-probs,
+    weighted by the posterior of who wrote the completion."""
 
     @field_validator("reference", mode="before")
     @classmethod
@@ -90,6 +92,11 @@ class LossOptions(Section):
         return False
 
     @property
+    def learns_from_equal_rewards(self) -> bool:
+        """Whether a group of equal rewards teaches something too: with a teacher as the reference."""
+        return self.reference.startswith("model")
+
+    @property
     def has_reference_model(self) -> bool:
         """Whether the reference has weights of its own."""
         return self.reference not in ("behaviour", "previous")
@@ -123,19 +130,19 @@ class GvpoLoss(LossOptions):
     """Name of a set of options. `paper`: the paper's loss and nothing else, with beta 0.1 unless another
     number is given, the reference `previous`, no importance weights, no likelihood floor and no damping."""
     beta: float | Literal["auto"] = "auto"
-    """Reward units per nat of log-ratio: the optimum is pi_ref exp(R / beta) / Z, so a log-ratio of 1/beta
-    nats is worth one unit of reward. Beta is the trust region: gvpo/binding measures how often it binds, and
-    a run in which it hardly ever does says so. auto: 0.1 as in the paper, and with the `behaviour` reference
-    adapted after each step until beta D varies half as much as the rewards."""
+    """Reward units per nat of log-ratio: with one reference the optimum is pi_ref exp(R / beta) / Z, so a
+    log-ratio of 1/beta nats is worth one unit of reward. Beta is the trust region: gvpo/binding measures how
+    often it binds, and a run in which it hardly ever does says so. auto: 0.1 as in the paper, and with the
+    `behaviour` reference adapted after each step until beta D varies half as much as the rewards."""
     importance_cap: float | None = Field(default=1.0, gt=0)
     """Upper bound of the importance weight pi / pi_sampled of a completion, relative to its group, so that
-    completions which the policy would no longer write count less. The weights add no bias with one reference
-    per prompt: GVPO's optimum is the same for every sampler, and weights only choose one. With weights, the
-    likelihood floor is on too (gvpo/kept): where right completions have become less likely since they were
-    sampled, the others are pushed down less. It adds no bias where residuals can vanish; where rewards are
-    noisy, completions gain whose rewards vary most. null: neither of them, as in the paper. This is the same
-    for data that was sampled just before its update; old data then pulls the policy to completions that it no
-    longer writes."""
+    completions which the policy would no longer write count less. With weights, the likelihood floor is on
+    too (gvpo/kept): where right completions have become less likely since they were sampled, the others are
+    pushed down less. Neither moves the optimum where all completions of a prompt have one reference and
+    residuals can vanish. Where references are mixed (`behaviour` on groups of several policies) both move
+    the rest point, the more the policies differ; and where rewards are noisy, the floor favours completions
+    whose rewards vary most. null: neither of them, as in the paper. This is the same for data that was
+    sampled just before its update; old data then pulls the policy to completions that it no longer writes."""
     damped: bool = True
     """Multiply the learning rate of each update by the squared correlation of its residuals with its rewards
     (gvpo/damping); only with the `behaviour` reference. The part of a residual that the rewards do not
@@ -281,15 +288,15 @@ def _of_the_objective(value: Any) -> Any:
     if name not in _BY_NAME:
         raise ValueError(f"objective must be one of {', '.join(_BY_NAME)}, not {name}")
     own = _BY_NAME[name].model_fields
-    kept = {"objective": name}
+    result = {"objective": name}
     for key, given in value.items():
         fields = [options.model_fields[key] for options in _BY_NAME.values() if key in options.model_fields]
         if key in own or not fields:  # what no objective has is refused as an unknown key
-            kept[key] = given
+            result[key] = given
         elif given != fields[0].default:
-            options = ", ".join(sorted(set(own) - {"objective"}))
-            raise ValueError(f"{key} is not an option of {name}; it has {options}")
-    return kept
+            known = ", ".join(sorted(set(own) - {"objective"}))
+            raise ValueError(f"{key} is not an option of {name}; it has {known}")
+    return result
 
 
 LossConfig = Annotated[_Any, Field(discriminator="objective"), BeforeValidator(_of_the_objective)]

@@ -67,8 +67,8 @@ def evaluate(
     )
     with EvaluationDir(
         folder, config, model, {name: prompts.digest() for name, prompts in sets.items()}
-    ) as kept:
-        missing = {name: kept.missing(name, prompts.all()) for name, prompts in sets.items()}
+    ) as results:
+        missing = {name: results.missing(name, prompts.all()) for name, prompts in sets.items()}
         if any(map(len, missing.values())):
             session = Session(config.ray)
             try:
@@ -79,7 +79,7 @@ def evaluate(
                     for name, prompts in missing.items():
 
                         def on_done(group: pa.Table, name: str = name) -> None:
-                            kept.add(name, group)
+                            results.add(name, group)
                             advance(name)
 
                         if len(prompts):
@@ -90,7 +90,7 @@ def evaluate(
             finally:
                 session.stop()
         left_out = {name: prompts.num_too_long for name, prompts in sets.items()}
-        return {"num_sampled": sum(map(len, missing.values())), **kept.finish(config, model, left_out)}
+        return {"num_sampled": sum(map(len, missing.values())), **results.finish(config, model, left_out)}
 
 
 def evaluation_name(model: Path, run_dir: Path) -> str:

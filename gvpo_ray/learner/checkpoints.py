@@ -1,6 +1,6 @@
 """These functions find and remove the checkpoints of a run directory, without importing torch.
 
-For the contents of a checkpoint see `Policy.save` in learner/policy.py.
+For the contents of a checkpoint see learner/checkpoint.py.
 """
 
 from __future__ import annotations

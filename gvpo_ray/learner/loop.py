@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from gvpo_ray import groups
+from gvpo_ray.buffer.states import Command
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.checkpoints import prune_checkpoints
 from gvpo_ray.learner.policy import Policy
@@ -33,8 +34,8 @@ class Buffer(Protocol):
         """Tell the buffer that the learner is there and has finished `step` steps."""
         ...
 
-    def next_command(self, step: int, saved: bool) -> str:
-        """Wait for the next command: train `step`, `save` a checkpoint of step - 1, or `stop`.
+    def next_command(self, step: int, saved: bool) -> Command:
+        """Wait for the next command: train `step`, save a checkpoint of step - 1, or stop.
 
         saved: whether step - 1 has a checkpoint.
         """
@@ -87,13 +88,13 @@ def learn(
     """
     if policy.rank == 0:
         buffer.learner_started(policy.step)
-    if settings.loss.reference == "initial" and not policy.has_reference:
-        policy.load_reference(settings.model_path)
+    if settings.loss.reference == "initial" and not policy.reference.exists:
+        policy.reference.load(settings.model_path)
     rows: list[dict[str, Any]] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None)
     saved = policy.step > 0
-    while (command := buffer.next_command(policy.step + 1, saved)) != "stop":
-        if command == "save":
+    while (command := buffer.next_command(policy.step + 1, saved)) is not Command.STOP:
+        if command is Command.SAVE:
             save(policy, buffer, settings)
             saved = True
             continue
@@ -109,7 +110,7 @@ def learn(
             references = {
                 row["group_id"]: row["reference_logprobs"] for row in rows if "reference_logprobs" in row
             }
-            buffer.report_references(policy.reference_version, references)
+            buffer.report_references(policy.reference.version, references)
         publish(
             policy,
             buffer,

@@ -1,4 +1,6 @@
-"""Policy is the model that is trained: it loads, computes log-probs, updates, and saves checkpoints.
+"""Policy is the model that is trained: it loads, computes log-probs and updates.
+
+Its reference model, whole weights and checkpoints are objects in files of their own.
 
 Each learner worker has one instance. A backend (backends/) spreads the model over the ranks; the rest of the
 project uses only `Policy`. This module imports neither ray nor vllm: the caller sets up torch.distributed
@@ -8,62 +10,27 @@ project uses only `Policy`. This module imports neither ray nor vllm: the caller
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.model import LoraConfig, ModelConfig
-from gvpo_ray.files import part_of
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
+from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
 from gvpo_ray.learner.backends.registry import make_backend
-from gvpo_ray.learner.checkpoints import finish_checkpoint
+from gvpo_ray.learner.checkpoint import Checkpoint
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
-from gvpo_ray.weights.lora import merged
-from gvpo_ray.weights.transfer import shards
-
-
-def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """Put a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into the model, which still computes the same.
-
-    Returns:
-        The contents of peft's adapter_config.json.
-    """
-    import peft
-
-    lora = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it by r and needs no whole number
-        target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same adapter on every rank and in every start of a run
-        peft.inject_adapter_in_model(lora, model)
-    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    known: dict[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
-    return {**known, "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
-
-
-class _Tensors:
-    """This iterable gathers named tensors one at a time, each time that it is iterated over."""
-
-    def __init__(self, gather: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
-        self._gather = gather
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._gather()
+from gvpo_ray.learner.reference_model import ReferenceModel
+from gvpo_ray.learner.whole_weights import WholeWeights
 
 
 class Policy:
@@ -102,8 +69,8 @@ class Policy:
             self.adapter = add_adapter(whole, model.lora) | {"base_model_name_or_path": str(model.path)}
             if (self._path / "adapter").is_dir():
                 values = load_file(self._path / "adapter" / "adapter_model.safetensors")
-                for name, parameter in _trained(whole):
-                    parameter.data.copy_(values[_adapter_name(name)])
+                for name, parameter in trained_parameters(whole):
+                    parameter.data.copy_(values[adapter_name(name)])
         self._module = CompletionLogprobs(whole)
         if config.gradient_checkpointing:
             self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -116,10 +83,15 @@ class Policy:
                 raise RuntimeError(f"{name} is in {buffer.dtype}: rotary frequencies need float32")
         self.vocab_size: int = self._module.model.config.vocab_size
         self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
-        self._reference: list[Tensor] | Literal["without adapter"] | None = None
-        self._keep_reference = False
-        self.reference_version = 0
-        """The step whose weights the reference has; 0: the initial ones."""
+        weights = WholeWeights(self._module, self._backend, self.adapter)
+        self.reference = ReferenceModel(
+            self._module, self._backend, self._load, self.device, self.adapter is not None
+        )
+        """The reference model."""
+        self._checkpoint = Checkpoint(
+            self._module, self._backend, weights, self.reference, self.adapter, self.rank
+        )
+        self._weights = weights
         self.packs = self._flex = False
         self._check_head()
         self.packs = config.packing and self._can_pack()
@@ -127,7 +99,8 @@ class Policy:
         self.beta: float | None = None
         """The beta of the next step, where beta is adaptive; None before the first step."""
         if (self._path / "state.json").exists():
-            self._resume()
+            state = self._checkpoint.read(self._path, self.device)
+            self.step, self.num_updates, self.beta = state["step"], state["num_updates"], state["beta"]
 
     def _load(self, path: str | Path) -> Any:
         trust = self._model_config.trust_remote_code
@@ -217,7 +190,7 @@ class Policy:
 
         They are the policy's, or with `reference` the reference model's.
         """
-        with self._as_reference() if reference else contextlib.nullcontext():
+        with self.reference.computes() if reference else contextlib.nullcontext():
             tokens, lengths = self.forward(rows)
         return list(tokens.split(lengths))  # type: ignore[no-untyped-call]
 
@@ -244,208 +217,23 @@ class Policy:
             self.num_skipped += 1
         return norm
 
-    # --- reference ------------------------------------------------------------------------------------------
-
-    # A reference model is a copy of each rank's part of the trained parameters, which is swapped with them
-    # for a pass. So it is sharded as they are, computes as they do (a log-ratio of 0 is exactly 0), and needs
-    # no second module.
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether there is a reference model."""
-        return self._reference is not None
-
-    def load_reference(self, path: str | Path) -> None:
-        """Take the model in a folder as the reference model. Every rank.
-
-        Where a LoRA adapter is trained, the reference is the base model instead, and `path` is not read.
-        """
-        if self.adapter is not None:
-            self._reference = "without adapter"
-            return
-        self._fill_reference(dict(self._load(path).named_parameters()))
-
-    def refresh_reference(self) -> None:
-        """Make the reference model a copy of the current policy. Every rank."""
-        self._reference = [part.clone() for part in self._parts()]
-        self._keep_reference, self.reference_version = True, self.step
-
-    @torch.no_grad()
-    def _fill_reference(self, values: Mapping[str, Tensor]) -> None:
-        self._reference = [part.clone() for part in self._parts()]
-        for name, parameter in _trained(self._module.model):
-            self._backend.fill(parameter, values[name].to(self.device))
-        self._swap_reference()
-
-    def _parts(self) -> list[Tensor]:
-        return [
-            part for _, parameter in _trained(self._module.model) for part in self._backend.local(parameter)
-        ]
-
-    @torch.no_grad()
-    def _swap_reference(self) -> None:
-        assert isinstance(self._reference, list)
-        for part, other in zip(self._parts(), self._reference, strict=True):
-            kept = part.clone()
-            part.copy_(other)
-            other.copy_(kept)
-
-    @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """Let the module compute as the reference model within this context.
-
-        Raises:
-            RuntimeError: there is no reference model.
-        """
-        if self._reference is None:
-            raise RuntimeError("the policy has no reference")
-        if self._reference == "without adapter":
-            self._switch_adapter(False)
-        else:
-            self._swap_reference()
-        try:
-            yield
-        finally:
-            if self._reference == "without adapter":
-                self._switch_adapter(True)
-            else:
-                self._swap_reference()
-
-    def _switch_adapter(self, on: bool) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in self._module.modules():
-            if isinstance(module, BaseTunerLayer):
-                module._disable_adapters = not on  # enable_adapters() would also change what is trained
-
     # --- whole weights and checkpoints ----------------------------------------------------------------------
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Return what engines need of the current weights, gathered one tensor at a time.
 
         That is all weights under their Hugging Face names, tied ones under each of their names; or where a
-        LoRA adapter is trained its weights alone, under peft's names. Every rank has to iterate to the end.
-        The result can be iterated over more than once: vLLM's NCCL broadcast asks for the shapes first.
+        LoRA adapter is trained its weights alone, under peft's names. Every rank has to iterate to the end,
+        and may do so more than once.
         """
-        return _Tensors(self._model_tensors if self.adapter is None else self._adapter_tensors)
-
-    def _adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in _trained(self._module.model):
-            yield _adapter_name(name), self._backend.full(parameter)
-
-    def _model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Gather the whole model, with the adapter merged into it, under Hugging Face names."""
-        config = self.adapter or {}
-        adapters = dict(_trained(self._module.model)) if self.adapter is not None else {}
-        for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
-            if name in adapters:
-                continue
-            value = self._backend.full(parameter)
-            layer, is_adapted, _ = name.partition(".base_layer.")
-            if is_adapted and name.endswith(".weight"):
-                a, b = (self._backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
-                value = merged(value, a, b, config["lora_alpha"] / config["r"]).to(value.dtype)
-            yield name.replace(".base_layer.", "."), value
+        return self._weights.for_engines()
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint: a Hugging Face model with tokenizer, optimizer and random state. Every rank.
-
-        It is written under another name and then renamed, so that under its name there is a complete
-        checkpoint or none. Beside the model's files it has `state.json` (step, updates, beta), `optimizer/`,
-        and where there are such `adapter/` and `reference/`.
-        """
-        folder = Path(folder)
-        part = part_of(folder)
-        writes = self.rank == 0
-        if writes:
-            shutil.rmtree(part, ignore_errors=True)
-            # In a folder of its own, because vLLM reads every *.safetensors beside config.json as weights.
-            (part / "optimizer").mkdir(parents=True)
-        self._save_model(part)
-        self._save_adapter(part / "adapter")
-        if self._keep_reference:
-            with self._as_reference():
-                self._save_model(part / "reference") if self.adapter is None else self._save_adapter(
-                    part / "reference"
-                )
-        for i, data in enumerate(shards(self._optimizer_tensors(), torch.float32)):
-            if writes:
-                (part / "optimizer" / f"{i:05d}.safetensors").write_bytes(data)
-        if writes:
-            self._tokenizer.save_pretrained(part)
-            state = {
-                "step": self.step,
-                "num_updates": self.num_updates,
-                "reference_version": self.reference_version,
-                "beta": self.beta,
-            }
-            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            finish_checkpoint(part, folder)
-        if dist.is_initialized():
-            dist.barrier()
-
-    def _save_model(self, folder: Path) -> None:
-        weights = {name: tensor.cpu() if self.rank == 0 else None for name, tensor in self._model_tensors()}
-        if self.rank == 0:
-            model = self._module.model
-            for tied in model.all_tied_weights_keys if model.config.tie_word_embeddings else ():
-                weights.pop(tied, None)
-            model.save_pretrained(folder, state_dict=weights)
-
-    def _save_adapter(self, folder: Path) -> None:
-        """Write the adapter, where there is one, in peft's format."""
-        if self.adapter is None:
-            return
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self._adapter_tensors()}
-        if self.rank == 0:
-            folder.mkdir()
-            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            (folder / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2, default=list))
-
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in _trained(self._module.model):
-            for key, value in self._backend.get_state(parameter).items():
-                yield f"{key}.{name}", value
-        yield "torch_rng", torch.get_rng_state()
-
-    @torch.no_grad()
-    def _resume(self) -> None:
-        state = json.loads((self._path / "state.json").read_text())
-        self.step, self.num_updates, self.reference_version = (
-            state["step"],
-            state["num_updates"],
-            state["reference_version"],
-        )
-        self.beta = state["beta"]
-        files: list[Any] = [
-            safe_open(file, framework="pt") for file in sorted(self._path.glob("optimizer/*.safetensors"))
-        ]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
-        if self.num_updates:
-            self._backend.init_state(self.num_updates)
-        for name, parameter in _trained(self._module.model):
-            keys = [key for key in ("exp_avg", "exp_avg_sq", "master") if f"{key}.{name}" in where]
-            self._backend.set_state(
-                parameter,
-                {key: where[f"{key}.{name}"].get_tensor(f"{key}.{name}").to(self.device) for key in keys},
-            )
-        if (self._path / "reference").is_dir():
-            if self.adapter is None:
-                self.load_reference(self._path / "reference")
-            else:
-                values = load_file(self._path / "reference" / "adapter_model.safetensors")
-                self._fill_reference(
-                    {name: values[_adapter_name(name)] for name, _ in _trained(self._module.model)}
-                )
-            self._keep_reference = True
-        torch.set_rng_state(where["torch_rng"].get_tensor("torch_rng"))
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Return the parameters that the optimizer updates: all of the model's, or the adapter's."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _adapter_name(name: str) -> str:
-    """Return the name that peft's files give a parameter of an adapter."""
-    return "base_model.model." + name.replace(".default.", ".")
+        """Write a checkpoint (see checkpoint.py). Every rank."""
+        state = {
+            "step": self.step,
+            "num_updates": self.num_updates,
+            "reference_version": self.reference.version,
+            "beta": self.beta,
+        }
+        self._checkpoint.write(Path(folder), self._tokenizer, state)

@@ -156,22 +156,22 @@ def measure_passes(
     asks_initial = loss.foreign_is_initial and Origin.FOREIGN in origins
     if asks_initial:
         origins.remove(Origin.FOREIGN)
-        if not policy.has_reference:
-            policy.load_reference(model_path)
+        if not policy.reference.exists:
+            policy.reference.load(model_path)
     asks_start = not is_first and ("previous" in asked or ("behaviour" in asked and bool(origins)))
     measured = []
     for micro in plan.passes:  # also empty passes, because they are collectives
         sampled, is_foreign = _sampled(policy, micro)
         if asks_initial:
-            sampled = sampled.filled(_pass(policy, micro, reference=True), is_foreign)
+            sampled = sampled.filled(_token_logprobs(policy, micro, reference=True), is_foreign)
         start = TokenLogprobs.own(sampled.values)
         if asks_start:
-            tokens = _pass(policy, micro)
+            tokens = _token_logprobs(policy, micro)
             start, sampled = start.filled(tokens, start.is_own), sampled.filled(tokens, sampled.is_own)
         by_policy = {"behaviour": sampled, "previous": start}
         if loss.reference_need == Need("tokens", "model"):
             by_policy["model"] = start.filled(
-                _pass(policy, micro, reference=True), torch.ones_like(start.is_own)
+                _token_logprobs(policy, micro, reference=True), torch.ones_like(start.is_own)
             )
         measured.append(
             ReferenceLogprobs(
@@ -213,7 +213,7 @@ def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], m
             rank's are changed in place.
         max_tokens: the token budget of a pass.
     """
-    version = policy.reference_version
+    version = policy.reference.version
     unknown = [[(row, _unknown(row, version)) for row in rows] for rows in rows_of_ranks(policy, mini_batch)]
     asked = [[(row, which) for row, which in rows if which] for rows in unknown]
     sums: list[float] = []
@@ -260,7 +260,7 @@ def attach_references(
                 row[name] = [known.get(i) for i in range(len(row["rewards"]))]
 
 
-def _pass(policy: Policy, rows: Sequence[Row], reference: bool = False) -> Tensor:
+def _token_logprobs(policy: Policy, rows: Sequence[Row], reference: bool = False) -> Tensor:
     """Return the token log-probs of a pass without gradients, float64 [T]."""
     tokens = torch.cat(policy.token_logprobs(rows or [NOTHING], reference)).double()
     return tokens if rows else tokens[:0]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gvpo_ray import groups
+from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.groups import Row
@@ -30,7 +31,7 @@ from gvpo_ray.losses.stale_data import adapted_beta, damping
 from gvpo_ray.observe.metrics import batch_metrics, mean
 
 
-class NonFiniteGradient(RuntimeError):
+class NonFiniteGradient(GvpoError, RuntimeError):
     """The gradient was not finite too often in a row; suspect the named groups, or the learning rate."""
 
 
@@ -83,8 +84,8 @@ def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settin
 def refresh_reference(policy: Policy, loss: LossOptions) -> None:
     """Copy the policy to the reference model in the steps where `loss.reference: every N` asks for it."""
     every = loss.reference_every
-    if every and (policy.step % every == 0 or not policy.has_reference):
-        policy.refresh_reference()
+    if every and (policy.step % every == 0 or not policy.reference.exists):
+        policy.reference.refresh(policy.step)
 
 
 @dataclass

@@ -56,10 +56,35 @@ def warm_start(config: GVPOConfig) -> Path:
         return folder
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ConfigError(f"model.path: {folder} is there and is no model: choose another")
-    section = config.warm_start
-    torch.manual_seed(config.seed)
-    if section.num_threads:
-        torch.set_num_threads(section.num_threads)
+    with seeded(config.seed, config.warm_start.num_threads):
+        make_model(config.warm_start, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def seeded(seed: int, num_threads: int | None) -> Iterator[None]:
+    """Seed torch within this context, and set its threads; the caller's process may do other things after it.
+
+    Args:
+        seed: of torch's random numbers.
+        num_threads: number of torch's threads; None: as they are.
+    """
+    before = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.set_num_threads(num_threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def make_model(section: WarmStartConfig, folder: Path) -> None:
+    """Train a model on worked problems and write it to a folder.
+
+    Raises:
+        ConfigError: the data cannot be read, or the folder cannot be written.
+    """
     examples = read_examples(section)
     tokenizer = train_tokenizer([prompt + completion for prompt, completion in examples], section.vocab_size)
     model = new_model(len(tokenizer), tokenizer, section.architecture)
@@ -95,7 +120,6 @@ def warm_start(config: GVPOConfig) -> Path:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     print(f"wrote {folder}")
-    return folder
 
 
 @contextlib.contextmanager

@@ -20,13 +20,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
 from gvpo_ray.actors import cause_of, innermost, resources_of
 from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.files import lock, make_folder
+from gvpo_ray.files import lock, make_folder, write_whole
 from gvpo_ray.learner.checkpoints import LOCK, latest_checkpoint
 
 WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
@@ -60,7 +61,6 @@ class LearnerGroup:
         workers: Any = (
             (learner.num_workers, learner.max_workers) if learner.max_workers else learner.num_workers
         )
-        callbacks: list[Any] = [_ReportFailures(buffer)]
         for left in run_dir.glob(".ray_train_*"):  # left by a driver that was killed
             shutil.rmtree(left, ignore_errors=True)
         if cluster_address(config.ray) or config.ray.dashboard:
@@ -68,6 +68,8 @@ class LearnerGroup:
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         # Ray Train's own files, in a folder that every node can write to
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
+        self._controller = Path(self._scratch) / "controller"
+        callbacks: list[Any] = [_ReportFailures(buffer), _NoteController(self._controller)]
         self._trainer = TorchTrainer(
             train_loop,
             train_loop_config={
@@ -109,7 +111,7 @@ class LearnerGroup:
                         self.ended.set_exception(error)
                         return
                     self._buffer.learner_failed.remote(cause_of(error))
-                    _remove_placement_groups()
+                    self._remove_places()
                 except BaseException as error:  # carried to the session, which reports it as the cause
                     self.ended.set_exception(error)
                     return
@@ -119,7 +121,24 @@ class LearnerGroup:
 
     def has_places(self) -> bool:
         """Return whether the workers have resources in the cluster, which they get all at once."""
-        return any(group["state"] == "CREATED" for _, group in _placement_groups())
+        return "CREATED" in self._places().values()
+
+    def _places(self) -> dict[str, str]:
+        """Return id and state of the placement groups that the newest of our controllers has made."""
+        try:
+            controller = self._controller.read_text()
+        except FileNotFoundError:
+            return {}  # none has started
+        return placement_groups_of(controller)
+
+    def _remove_places(self) -> None:
+        """Remove the placement groups of a controller that has died, and with them its workers.
+
+        Ray Train's own cleaner would need the dashboard to notice its death.
+        """
+        for number, state in self._places().items():
+            if state != "REMOVED":
+                ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
 
     def join(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` seconds for the workers to end; return whether they have."""
@@ -129,22 +148,32 @@ class LearnerGroup:
         return self._thread is None or not self._thread.is_alive()
 
 
-def _remove_placement_groups() -> None:
-    """Remove this job's placement groups, and with them the workers of a controller that has died.
+def placement_groups_of(actor: str) -> dict[str, str]:
+    """Return id and state of the placement groups that an actor has made; both ids are hexadecimal.
 
-    Ray Train's own cleaner would need the dashboard to notice its death.
+    Other groups of the same job are those of the user's own program, of Tune, or of another run. Who made a
+    group is private in Ray, and read from Ray 2.60.0: `ray.util.placement_group_table` leaves it out.
     """
-    for number, group in _placement_groups():
-        if group["state"] != "REMOVED":
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
+    import ray._private.state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+
+    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    return {
+        group.placement_group_id.hex(): PlacementGroupTableData.PlacementGroupState.Name(group.state)
+        for group in map(PlacementGroupTableData.FromString, table)
+        if group.creator_actor_id.hex() == actor
+    }
 
 
-def _placement_groups() -> list[tuple[str, dict[str, Any]]]:
-    """Return id and description of this job's placement groups; only the learner makes any."""
-    job = ray.get_runtime_context().get_job_id()
-    return [
-        (number, group) for number, group in ray.util.placement_group_table().items() if number.endswith(job)
-    ]
+class _NoteController(ControllerCallback):
+    """This callback runs in Ray Train's controller and writes its actor id to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Write the file, before the controller asks for its workers' resources."""
+        write_whole(self._file, str(ray.get_runtime_context().get_actor_id()))
 
 
 class _ReportFailures(UserCallback):

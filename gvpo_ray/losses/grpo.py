@@ -22,29 +22,17 @@ from torch import Tensor
 
 from gvpo_ray.config.loss import GrpoLoss
 from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, computed
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
 
 
+@of_tokens
 def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    reference_logprobs: Tensor,
-    completion_ids: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    num_groups: float | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coefficient: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coefficient: float = 0.0
+) -> LossAndSums:
     """Return the paper's eq. 3, negated to be minimized; autograd differentiates it as it stands.
 
     The arguments and the result are described in losses/token_losses.py.
     """
-    batch = Batch.of(
-        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
-    )
     terms, clipped = batch.clipped_terms(grpo_advantages(batch), clip_low, clip_high, kl_coefficient)
     return batch.loss(batch.sum_tokens(terms) / batch.lengths.clamp(min=1), clipped)
 

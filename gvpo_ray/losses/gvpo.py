@@ -11,11 +11,19 @@ sum_i w_i = 0:
 
     grad loss = -beta/|D| sum_x 1/(m_x - 1) sum_i w_i grad log pi(y_i|x)                         weighted form
 
-The unique minimum is pi(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) for every sampler that covers the support
-of pi_ref (Theorem 3.1, Corollary 3.2) and for every m >= 2, which may vary by prompt (Corollary 3.5);
-1/(m - 1) keeps the estimator unbiased (Theorem 3.4). |D| is the number of groups in the whole update, so the
-shares of micro-batches and ranks only add up. Corrections for stale data, which are not the paper's, are in
-losses/stale_data.py.
+With one reference pi_ref for all completions of a prompt, the unique minimum is pi(y|x) = pi_ref(y|x)
+exp(R(x,y)/beta) / Z(x) for every sampler that covers the support of pi_ref (Theorem 3.1, Corollary 3.2) and
+for every m >= 2, which may vary by prompt (Corollary 3.5); 1/(m - 1) keeps the estimator unbiased (Theorem
+3.4). |D| is the number of groups in the whole update, so the shares of micro-batches and ranks only add up.
+
+The theorems do not cover a group whose completions have references of their own, as with `behaviour` where
+it mixes completions of several policies pi_a. Then training rests at
+
+    log pi(y|x) = R(x,y)/beta + sum_a w_a(y) log pi_a(y|x) + const,   w_a(y) proportional to p_a q_a(y)
+
+where p_a is the share of policy a's completions and q_a the distribution that they come from, so that w_a(y)
+is the posterior of who wrote y. The residuals do not all vanish there. tests/test_theory.py trains to both
+rest points. Corrections for stale data, which are not the paper's, are in losses/stale_data.py.
 
 Below, N is the number of completions. Groups have any size, and their completions lie in any order. Sums are
 in float64, because sequence log-probs are hundreds of nats and only their differences matter.
@@ -69,7 +77,9 @@ def gvpo_loss(
 def residuals(
     logprobs: Tensor, reference_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, beta: float
 ) -> Tensor:
-    """Return the residuals w_i = (R_i - mean R) - beta (D_i - mean D); all are 0 at GVPO's optimum.
+    """Return the residuals w_i = (R_i - mean R) - beta (D_i - mean D).
+
+    All are 0 at GVPO's optimum for one reference.
 
     The arguments are those of `gvpo_loss`.
 

@@ -17,31 +17,17 @@ The arguments and the result are described in gvpo_ray/losses/token_losses.py; o
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from gvpo_ray.config.loss import RlooLoss
 from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, computed
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
 
 
-def rloo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    reference_logprobs: Tensor,
-    completion_ids: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    num_groups: float | None = None,
-    *,
-    kl_coefficient: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+@of_tokens
+def rloo_loss(batch: Batch, *, kl_coefficient: float = 0.0) -> LossAndSums:
     """Return the surrogate loss of this module's docstring.
 
     The arguments and the result are described in losses/token_losses.py.
     """
-    batch = Batch.of(
-        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
-    )
     # R_i - mean of the others = m/(m - 1) (R_i - mean of all)
     advantages = (
         batch.centre(batch.penalized_rewards(kl_coefficient)) * batch.sizes / (batch.sizes - 1).clamp(min=1)

@@ -2,13 +2,15 @@
 
 They are importance weights, the likelihood floor, damping of the step, and adaptive beta.
 
-GVPO's optimum is the same for every sampler, so we may choose one afterwards: weighting completion i of the
-sampler mu by s_i > 0 is the same as having sampled from mu s. With means of weight s,
+With one reference for all completions of a prompt, GVPO's optimum is the same for every sampler, so we may
+choose one afterwards: weighting completion i of the sampler mu by s_i > 0 is the same as having sampled from
+mu s. With means of weight s,
 
     loss = 1/|D| sum_x 1/(m_x - 1) sum_i s_i 1/2 [ beta (D_i - mean_s D) - (R_i - mean_s R) ]^2     importance
 
 has the minimum of the paper's loss, and the gradient -beta s_i w_i / ((m - 1) |D|). With s = min(1, pi/mu) a
-completion that the policy would hardly sample any more counts less; s = 1 is the paper.
+completion that the policy would hardly sample any more counts less; s = 1 is the paper. 1/(m - 1) is unbiased
+for s = 1 alone; with other weights only the scale of a group differs.
 
 The loss depends only on differences within a group. So it costs nothing if all completions of a group become
 less likely, and unsampled ones more likely. But D = (R - beta log Z) / beta at the minimum, and
@@ -16,9 +18,15 @@ log Z <= max R / beta: the best completions do not become less likely. Therefore
 k = min(1, max pi/mu of the completions better than their group's mean) multiplies the gradients that push
 completions of the group down (w_i < 0): where the better completions have become less likely, the upward
 gradients outweigh the downward ones until their likelihood is back. Where residuals vanish there is no
-gradient, so the minimum stays; where k = 1, as in groups of equal rewards, the gradient is the loss's. Bias:
-k depends on the rewards, so where residuals cannot vanish (a completion's reward is noisy, or no weights of
-the model give the minimum) and k < 1, the completions whose residuals vary most gain.
+gradient, so the minimum stays; where k = 1, as in groups of equal rewards, the gradient is the loss's. Where
+k < 1 the weights of a group no longer sum to 0, and the step is the gradient of no GVPO loss. Bias: k depends
+on the rewards, so where residuals cannot vanish (a completion's reward is noisy, no weights of the model give
+the minimum, or references are mixed) and k < 1, the completions whose residuals vary most gain.
+
+With mixed references, the default `behaviour` on groups of several policies, no policy makes all residuals
+vanish. Then s and k do move the rest point: s counts completions, so it is at log pi = R/beta + sum_a w_a(y)
+log pi_a + const with w_a(y) proportional to p_a q_a(y) s_a(y). How far depends on how far the policies lie
+apart, in second order: between neighbouring versions it is little.
 """
 
 from __future__ import annotations

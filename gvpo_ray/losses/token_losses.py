@@ -27,8 +27,10 @@ whole groups.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
@@ -174,7 +176,7 @@ class Batch:
             terms = terms - kl_coefficient * (torch.expm1(log_ratio) - log_ratio)
         return terms, clipped
 
-    def loss(self, terms: Tensor, clipped: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, terms: Tensor, clipped: Tensor | None = None) -> LossAndSums:
         """Return the loss -1/|D| sum_x 1/m sum_i terms_i and the sums that are reported with it.
 
         Args:
@@ -195,15 +197,62 @@ class Batch:
         return objective / num_groups, stats
 
 
+LossAndSums = tuple[Tensor, dict[str, Tensor]]
+"""A loss, and the sums that are reported with it."""
+
+Options = ParamSpec("Options")
+
+
+class TokenLoss(Protocol[Options]):
+    """A TokenLoss is a function with the arguments of this module's docstring, and options of its own."""
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        reference_logprobs: Tensor,
+        completion_ids: Tensor,
+        rewards: Tensor,
+        group_ids: Tensor,
+        num_groups: float | None = None,
+        *args: Options.args,
+        **options: Options.kwargs,
+    ) -> LossAndSums:
+        """Return the loss and the sums of this module's docstring."""
+        ...
+
+
+def of_tokens(loss: Callable[Concatenate[Batch, Options], LossAndSums]) -> TokenLoss[Options]:
+    """Make a TokenLoss of a function of a Batch: its arguments are checked and made a Batch first."""
+
+    @functools.wraps(loss)
+    def checked(
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        reference_logprobs: Tensor,
+        completion_ids: Tensor,
+        rewards: Tensor,
+        group_ids: Tensor,
+        num_groups: float | None = None,
+        *args: Options.args,
+        **options: Options.kwargs,
+    ) -> LossAndSums:
+        batch = Batch.of(
+            logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
+        )
+        return loss(batch, *args, **options)
+
+    del checked.__wrapped__  # help() then shows the arguments of `checked`
+    return checked
+
+
 def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, as {value} is")
 
 
-def computed(
-    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]], batch: LossBatch, **options: float
-) -> Computed:
+def computed(loss: Callable[..., LossAndSums], batch: LossBatch, **options: float) -> Computed:
     """Call one of the four losses on a LossBatch, and add the statistics that GVPO reports.
 
     Where the options do not need the sampler's or the reference's log-probs, the loss does not read them, and

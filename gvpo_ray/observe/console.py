@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class RunConsole:
     def __init__(self, config: GVPOConfig, done: int, num_steps: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self._num_steps = num_steps
-        self._ends = deque([(done, time.monotonic())], maxlen=32)  # ends of steps, for the time left
+        self._ends: deque[tuple[int, float]] = deque(maxlen=32)
+        """Step and time of the last ends of steps: the run's start, which is slower, is not among them."""
         self._passes: dict[str, float] = {}
         self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
         self._hints_at_beta = config.loss.depends_on_beta
@@ -59,9 +60,7 @@ class RunConsole:
         self.evaluated(line)
         step = line["step"]
         self._ends.append((step, time.monotonic()))
-        # not from the first step, whose time includes the run's start
-        (first, began), (last, now) = self._ends[min(1, len(self._ends) - 2)], self._ends[-1]
-        left = (now - began) / max(1, last - first) * (self._num_steps - step)
+        left = time_left(self._ends, self._num_steps)
         parts = [
             f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}",
             f"reward {line['reward/mean']:.3f}",
@@ -72,8 +71,9 @@ class RunConsole:
             f"staleness {line['staleness/mean']:.1f}",
             f"waited {100 * line['time/wait_for_groups'] / max(1e-9, line['time/step']):.0f}%",
             f"{line['time/step']:.1f} s",
-            f"left {duration(left)}",
         ]
+        if left is not None:
+            parts.append(f"left {duration(left)}")
         if line.get("updates/skipped"):
             parts.append(f"{line['updates/skipped']:.0f} updates skipped: their gradient was not a number")
         self.say(" · ".join(parts))
@@ -81,7 +81,8 @@ class RunConsole:
         if self._hints_at_beta and (hint := beta_hint(list(self._lines))):
             self.say(hint)
             self._hints_at_beta = False  # one hint per run is enough
-        self._progress.update(self._bar, completed=step, description=f"left {duration(left)}")
+        text = "" if left is None else f"left {duration(left)}"
+        self._progress.update(self._bar, completed=step, description=text)
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
         """Remember the pass@1 of each held-out set in `line`, for the lines of steps."""
@@ -186,6 +187,22 @@ def one_line(text: str, width: int = 110) -> str:
     """Join the lines of a text into one, and cut it to `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def time_left(ends: Sequence[tuple[int, float]], num_steps: int) -> float | None:
+    """Return the seconds that the remaining steps take at the mean speed between the known ends of steps.
+
+    None: there is one end or none. What came before it, such as the start of engines, says nothing about the
+    steps after it.
+
+    Args:
+        ends: number and time (s) of finished steps, in order.
+        num_steps: number of the last step.
+    """
+    if len(ends) < 2:
+        return None
+    (first, began), (last, now) = ends[0], ends[-1]
+    return (now - began) / (last - first) * (num_steps - last)
 
 
 def duration(seconds: float) -> str:

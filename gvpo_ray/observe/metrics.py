@@ -130,8 +130,13 @@ METRICS = (
     Metric("groups/size_mean", "", "Group size", "completions with a reward per group, mean"),
     Metric("groups/untrainable", "", "Untrainable groups",
            "groups with fewer than two completions with a reward, which are not trained on"),
+    Metric("groups/equal", "ratio", "Groups of equal rewards",
+           "share of the groups with two or more rewards in which all are equal: they say nothing about "
+           "what is better"),
     Metric("completions/correct", "ratio", "Right completions",
            "share for which the first reward function gave more than 0"),
+    Metric("completions/extracted", "ratio", "Answers found",
+           "share of the completions; 1 where no reward function looks for an answer"),
     Metric("completions/unverifiable", "ratio", "Unverifiable completions", "share without a reward"),
     Metric("unverifiable/{reason}", "ratio", "Unverifiable: {reason}",
            "share of all completions; timeout, memory and crash: limits of the verifier's child; other: no "
@@ -213,9 +218,9 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
 
     Staleness counts from `version`, the weights with which the step begins.
     """
-    rewards = [reward for row in rows for reward in row["rewards"] if reward is not None]
     total = sum(len(row["rewards"]) for row in rows)
-    sizes = [sum(reward is not None for reward in row["rewards"]) for row in rows]
+    rewards_of = [[reward for reward in row["rewards"] if reward is not None] for row in rows]
+    rewards, sizes = [reward for known in rewards_of for reward in known], [len(x) for x in rewards_of]
     ages = [version - oldest for row in rows for oldest in row["version_min"] if oldest is not None]
     average = mean(rewards)
     sources = Counter(source for row in rows for source in row.get("sources") or ())
@@ -225,7 +230,9 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
         "groups/size_mean": mean(sizes),
         "groups/untrainable": float(sum(size < 2 for size in sizes)),
+        "groups/equal": mean([len(set(known)) == 1 for known in rewards_of if len(known) > 1]),
         "completions/correct": sum(sum(is_correct(row)) for row in rows) / max(1, total),
+        "completions/extracted": _extracted(rows, total),
         "completions/unverifiable": 1 - len(rewards) / max(1, total),
         **{f"unverifiable/{kind}": count / max(1, total) for kind, count in _unverifiable(rows).items()},
         "completions/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
@@ -265,6 +272,12 @@ def _histogram(name: str, values: Sequence[int]) -> dict[str, float]:
     return {
         f"{name}/{edge}": counts[i] / max(1, len(values)) for i, edge in enumerate((*STALENESS_EDGES, "inf"))
     }
+
+
+def _extracted(rows: Sequence[Row], total: int) -> float:
+    """Return the share of `total` completions in which an answer was found, as far as one was looked for."""
+    reasons = [reason or "" for row in rows for reason in row.get("reward_reasons") or []]
+    return 1 - sum(NO_ANSWER in reason for reason in reasons) / max(1, total)
 
 
 def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
@@ -370,8 +383,6 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
     average = mean(per_prompt)
     variance = math.fsum((value - average) ** 2 for value in per_prompt) / max(1, len(per_prompt) - 1)
     fewest = min(map(len, correct), default=1)
-    total = max(1, sum(map(len, correct)))
-    reasons = [reason for row in rows for reason in row.get("reward_reasons") or []]
     return {
         f"eval/{name}/pass@1": average,
         **{
@@ -381,7 +392,7 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
         },
         f"eval/{name}/stderr": math.sqrt(variance / max(1, len(per_prompt))),
         f"eval/{name}/num_prompts": float(len(per_prompt)),
-        f"eval/{name}/extracted": 1 - sum(NO_ANSWER in (reason or "") for reason in reasons) / total,
+        f"eval/{name}/extracted": _extracted(rows, sum(map(len, correct))),
         f"eval/{name}/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
         f"eval/{name}/truncated": mean(
             [reason == "length" for row in rows for reason in row["finish_reasons"]]

@@ -17,7 +17,6 @@ import ray
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
-from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.buffer import steps_metrics
 from gvpo_ray.buffer.control import ORDERS
 from gvpo_ray.buffer.log import GroupLog, Quarantine
@@ -25,10 +24,9 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig
-from gvpo_ray.engines.actor import engine_maker
-from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.learner.checkpoints import settled_checkpoint
 from gvpo_ray.learner.workers import LearnerGroup
+from gvpo_ray.observe.advice import FirstSteps
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.status import RunState
@@ -36,10 +34,10 @@ from gvpo_ray.observe.trackers import Tracking, check_trackers
 from gvpo_ray.run.events import EventLog
 from gvpo_ray.run.inputs import machine_resources, read_inputs, read_model
 from gvpo_ray.run.once import evaluation_sampling, run_through
-from gvpo_ray.run.rollouts import Ring, Say
+from gvpo_ray.run.rollouts import Say
 from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
 from gvpo_ray.run.session import Session, placement_notes
-from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.run.wiring import Driver, assemble
 from gvpo_ray.verifiers.rewards import Rewards
 
 
@@ -121,6 +119,7 @@ class GVPO:
             raise
         self._session: Session | None = None
         self.learners: LearnerGroup | None = None
+        self._first_steps = FirstSteps(config)
         self._doing = RunState.STARTING
 
     @classmethod
@@ -186,35 +185,25 @@ class GVPO:
         self.events.add(self.step, "run", "started")
         self._allowed = self.step
         (self.run_dir / "groups" / ORDERS).unlink(missing_ok=True)
-        self._buffer = BufferClient(
-            self._state_for_buffer,
-            self._note,
-            self.run_dir / "groups",
-            config.groups_per_step,
-            self.num_steps,
-            config.max_staleness,
-            self.step,
-            config.replay,
+        parts = assemble(
+            session,
+            config,
+            self.run_dir,
+            None if self.replays else self.inputs,
+            Driver(
+                self._note,
+                self.say,
+                self._state,
+                self._state_for_buffer,
+                self._learners_placed if cluster_address(config.ray) else None,
+            ),
+            num_steps=self.num_steps,
+            version=self.step,
+            quarantine=self.quarantine,
+            rewards=self._rewards,
         )
-        model, engines = config.model, config.engines
-        self.verifiers = None
-        if self.replays:
-            engines = engines.model_copy(update={"num": 0, "max_num": None, "pools": {}})
-        else:
-            model = model.model_copy(update={"max_length": self.inputs.max_length})
-            self.verifiers = VerifierGroup(config.verifiers, self._rewards, self._note)
-            session.on_stop(self.verifiers.close)
-        make = engine_maker(model, engines, config.seed, False, config.prompts.system_prompt)
-        self.engines = EngineGroup(
-            engines,
-            config.sampling.num_completions,
-            make,
-            self._buffer.weights,
-            self._note,
-            self._buffer.waits,
-            self._learners_placed if cluster_address(config.ray) else None,
-        )
-        session.on_stop(self.engines.close)
+        self._buffer, self.engines, self.verifiers = parts.buffer, parts.engines, parts.verifiers
+        self._ring = parts.ring
         for text in placement_notes(config, engines=not self.replays):
             self.say(text)
         fixed = [seat.engine for seat in self.engines.seats if seat.engine is not None]
@@ -224,20 +213,6 @@ class GVPO:
             lambda ended: session.spawn(self._learners_ended(ended), self._fail)
         )
         session.on_stop(self._close_buffer)
-        self._ring = Ring(
-            None if self.replays else self.inputs,
-            self.engines,
-            self.verifiers,
-            self._buffer,
-            self.quarantine,
-            config.sampling,
-            config.replay,
-            config.watchdog_s,
-            self.run_dir,
-            self._state,
-            self._note,
-            self.say,
-        )
         self._ring.show = tracking.status
         session.spawn(self._ring.watch() if self.replays else self._ring.run(), self._fail)
         return self
@@ -332,6 +307,8 @@ class GVPO:
             self._session.call(self._ring.note_learner())
         recoveries = {f"recoveries/{who}": float(self.events.counts()[who]) for who in RECOVERIES}
         line = self.metrics.write(self.step, {**metrics, **self._ring.rates(), **recoveries})
+        if why := self._first_steps.judge(line):
+            self.say(why)
         if self.evaluation_due:
             line = line | self.evaluate()
         if self.done:

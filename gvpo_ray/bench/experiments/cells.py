@@ -38,7 +38,7 @@ from gvpo_ray.run.session import Session
 
 CHECKOUT = Path(__file__).parents[3]
 JOBS, MODELS = CHECKOUT / "jobs", CHECKOUT / "docs" / "results" / "models"
-TASKS = {
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "arithmetic": (
         "quickstart.yaml",
         {
@@ -425,10 +425,11 @@ def divergence(model_path: str, evaluation: Path) -> float:
     from transformers.utils import logging
 
     # a bar for each point of a curve would hide the lines about the cells
-    logging.disable_progress_bar()
-    start = CompletionLogprobs(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval())
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    start = CompletionLogprobs(model.eval())
     rows = list(groups.rows(groups.load(evaluation)))
-    differences = []
+    differences: list[float] = []
     for first in range(0, len(rows), 64):
         batch = rows[first : first + 64]
         inputs, lengths = padded_inputs(batch, "cpu")

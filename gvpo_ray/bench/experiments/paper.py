@@ -56,6 +56,9 @@ together; the other tasks, at the tuned rate alone, show the effect of length.""
 SIZES = {"GVPO": (2, 4, 8, 16, 32), "GRPO": (2, 8, 32)}
 HISTORICAL = (0, 1, 2, 3, 4)
 """Numbers of historical completions among the 8 of a group."""
+REFERENCES: dict[str, dict[str, Any]] = {"": {}, "reference: previous": {"loss.reference": "previous"}}
+"""References of the history table: the default, with which each completion has its own, and one for the whole
+group, as in the paper."""
 
 
 def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
@@ -107,9 +110,9 @@ def cells_of(task: str, results: Results, seeds: Sequence[int]) -> Tables:
                 **({} if k == 8 else {"sampling.num_completions": k, "groups_per_step": num_groups}),
             }
             tables["k"][k, method] = [Cell(task, overrides, seed) for seed in seeds]
-    for n in HISTORICAL:
-        overrides = {**gvpo, **({"replay.share": n / 8} if n else {})}
-        tables["history"][f"{n}:{8 - n}", ""] = [Cell(task, overrides, seed) for seed in seeds]
+    for n, (title, reference) in itertools.product(HISTORICAL, REFERENCES.items()):
+        overrides = {**gvpo, **reference, **({"replay.share": n / 8} if n else {})}
+        tables["history"][f"{n}:{8 - n}", title] = [Cell(task, overrides, seed) for seed in seeds]
     return tables
 
 
@@ -190,14 +193,14 @@ def write(results: Results, seeds: Sequence[int]) -> None:
     for task in tasks:
         if "beta" not in TABLES[task]:
             continue
-        lines = {}
+        by_rate: dict[str, list[Any]] = {}
         for (beta, rate), cells in tables[task]["beta"].items():
-            if beta != "auto" and (rows := results.of(cells)):
-                ends = [row["pass@1"] for row in rows]
-                lines.setdefault(rate, []).append((beta, statistics.mean(ends), min(ends), max(ends)))
+            if beta != "auto" and (found := results.of(cells)):
+                ends = [row["pass@1"] for row in found]
+                by_rate.setdefault(rate, []).append((beta, statistics.mean(ends), min(ends), max(ends)))
         picture(
             results.folder / f"beta-{task}.png",
-            {f"{task}: mean, least and greatest run": lines},
+            {f"{task}: mean, least and greatest run": by_rate},
             "beta",
             "pass@1",
             "log",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gvpo_ray.bench.experiments.cells import Cell, Method, Results, require_checkout, run_all, tune, tuned
 from gvpo_ray.bench.experiments.tables import markdown, mean_curve, percent, picture, tuned_options
@@ -36,13 +37,15 @@ METHODS = {
     ),
 }
 
+Grid = dict[str, tuple[int, ...]]
+
 FEW = (0, 16, 100)
-OUTLINE = dict.fromkeys(("gvpo (default)", "grpo, with the ratio"), FEW)
-WHOLE = {name: FEW if name == "gvpo, behaviour alone" else AGES for name in METHODS}
+OUTLINE: Grid = dict.fromkeys(("gvpo (default)", "grpo, with the ratio"), FEW)
+WHOLE: Grid = {name: FEW if name == "gvpo, behaviour alone" else AGES for name in METHODS}
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 """Ages at which each method is run, by task: all of them for one task, a few for the others."""
 
-FOREIGN = {
+FOREIGN: dict[str, dict[str, Any]] = {
     "none": {},
     "half": {"sources.people.group_share": 0.5},
     "all": {"sources.people.group_share": 1.0},

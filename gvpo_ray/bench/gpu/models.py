@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -81,21 +81,24 @@ QWEN_15B = Shape("qwen2", 12, 2, 128, 28, 8960)
 QWEN_7B = Shape("qwen2", 28, 4, 128, 28, 18944, tied=False, vocab=152_064)
 
 
-def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """Build a model with random weights on the device.
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """Build a Hugging Face model with random weights on the device.
 
     The head is scaled so that logits have a standard deviation near 4, as those of trained models.
     """
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     head = model.get_output_embeddings().weight
     with torch.no_grad():
         head.mul_(4 / (float(head.std()) * head.shape[1] ** 0.5))
     return cast(model, dtype).eval()
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast(model: Model, dtype: torch.dtype) -> Model:
     """Convert the parameters of a model to a dtype in place, drop their gradients, and return the model.
 
     Buffers keep their dtype, because rotary frequencies in bfloat16 would be those of another model.
@@ -112,7 +115,8 @@ def make_folder(folder: Path, config: Any) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     config.save_pretrained(folder)
     return folder
 
@@ -120,7 +124,7 @@ def make_folder(folder: Path, config: Any) -> Path:
 class BuiltPolicy(Policy):
     """A policy whose weights are made on the device, and not read from its folder."""
 
-    def _load(self, path: str | Path) -> nn.Module:
+    def _load(self, path: str | Path) -> Any:
         return build(AutoConfig.from_pretrained(path), self.device, self._dtype)
 
 

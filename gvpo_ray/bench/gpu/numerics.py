@@ -6,6 +6,7 @@ The differences per completion are the noise floor of the log-ratio D.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +57,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
 
 
 @torch.no_grad()
-def _logprobs(
-    model: torch.nn.Module, inputs: dict[str, Tensor], flex: bool, autocast: bool, float_head: bool
-) -> Tensor:
+def _logprobs(model: Any, inputs: dict[str, Any], flex: bool, autocast: bool, float_head: bool) -> Tensor:
     inputs = dict(inputs)
     rows, positions, targets = (inputs.pop(name) for name in ("rows", "positions", "targets"))
     if inputs["layout"].block_masks is not None:
@@ -68,14 +67,14 @@ def _logprobs(
         head = model.get_output_embeddings()
         if float_head:
             return linear_logprobs(hidden, head.weight, targets).double()
-        chunks = zip(hidden.split(1024), targets.split(1024), strict=True)
+        chunks = zip(torch.split(hidden, 1024), torch.split(targets, 1024), strict=True)
         return torch.cat(
             [torch.log_softmax(head(h).float(), -1).gather(1, t[:, None])[:, 0] for h, t in chunks]
         ).double()
 
 
 def _add(report: Report, name: str, difference: Tensor, lengths: list[int]) -> None:
-    sums = torch.stack([part.sum() for part in difference.split(lengths)])
+    sums = torch.stack([part.sum() for part in torch.split(difference, lengths)])
     report.add(
         "numerics",
         name,

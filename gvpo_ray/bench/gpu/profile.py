@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity
 
 from gvpo_ray.bench.gpu.models import QWEN_7B, QWEN_15B, Shape, build, make_rows
 from gvpo_ray.bench.gpu.report import Box, Report
-from gvpo_ray.bench.gpu.speed import _checkpoint
+from gvpo_ray.bench.gpu.speed import checkpoint
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.logprobs import CompletionLogprobs
 
@@ -44,7 +44,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
         with report.attempt("profile", name):
             model: Any = build(shape.config(), device, torch.float32)
             model.set_attn_implementation(packing.NAME)
-            _checkpoint(model, True)
+            checkpoint(model, True)
             module = CompletionLogprobs(model)
             inputs, _ = packing.pack(make_rows(groups, shape.vocab), device, device.type == "cuda")
 

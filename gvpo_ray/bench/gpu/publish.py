@@ -67,7 +67,7 @@ def _stages(report: Report, model: torch.nn.Module, device: torch.device, shards
         largest = max(t.numel() for t in tensors)
         pinned = [torch.empty(largest, dtype=torch.bfloat16).pin_memory() for _ in range(2)]
         target = [torch.empty(t.numel(), dtype=torch.bfloat16) for t in tensors]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
         def through_pinned() -> None:
             events: list[Any] = [None, None]
@@ -79,7 +79,7 @@ def _stages(report: Report, model: torch.nn.Module, device: torch.device, shards
                     pinned[i % 2][: tensor.numel()].copy_(
                         tensor.flatten().to(torch.bfloat16), non_blocking=True
                     )
-                    events[i % 2] = torch.cuda.Event()
+                    events[i % 2] = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     events[i % 2].record()
             for i in range(max(0, len(tensors) - 2), len(tensors)):
                 events[i % 2].synchronize()
@@ -95,10 +95,12 @@ def _stages(report: Report, model: torch.nn.Module, device: torch.device, shards
     parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="gvpo_gpu_", dir=parent) as folder:
         files = [Path(folder) / f"{i}.safetensors" for i in range(len(shards))]
-        add(
-            "into shared memory",
-            lambda: [data.tofile(file) for data, file in zip(shards, files, strict=True)],
-        )
+
+        def write() -> None:
+            for data, file in zip(shards, files, strict=True):
+                data.tofile(file)
+
+        add("into shared memory", write)
         add("shared memory to the device", lambda: [tensor.to(device) for tensor in _read(files)])
 
 

@@ -81,7 +81,7 @@ def _ways(device: torch.device) -> dict[str, tuple[torch.dtype, bool, bool | Non
 def _compare(
     report: Report,
     name: str,
-    module: nn.Module,
+    module: CompletionLogprobs,
     dtype: torch.dtype,
     rows: Rows,
     weights: dict[str, Tensor],
@@ -90,7 +90,7 @@ def _compare(
     autocast: bool,
     flex: bool | None,
 ) -> None:
-    model = cast(module.model, dtype)
+    model: Any = cast(module.model, dtype)
     model.load_state_dict(weights)  # in the model's dtype
     device = want.device
     begin = now(device)
@@ -209,8 +209,8 @@ def _forty(report: Report, name: str, shape: Shape, device: torch.device, box: B
     )
 
 
-def _checkpointing(module: nn.Module, on: bool) -> None:
-    model = module.model
+def _checkpointing(module: CompletionLogprobs, on: bool) -> None:
+    model: Any = module.model
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     else:

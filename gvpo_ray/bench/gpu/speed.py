@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gvpo_ray.bench.gpu.models import (
     QWEN_05B,
@@ -208,9 +207,9 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
             measure("padded blocks", flex=False)
             with _replaced(head.ELEMENTS, device.type, head.ELEMENTS[device.type] // 4):
                 measure("a quarter of the head's chunk")
-            _checkpoint(model, False)
+            checkpoint(model, False)
             measure("no checkpointing")
-            _checkpoint(model, True)
+            checkpoint(model, True)
             cast(model, torch.bfloat16)
             measure("bf16 parameters", autocast=False)
             if on_gpu and box.has(60):  # inductor takes a minute; its code for a CPU says nothing of a GPU
@@ -223,7 +222,7 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
 
 
 def _pass(
-    model: nn.Module, rows: Any, device: torch.device, autocast: bool, flex: bool
+    model: Any, rows: Any, device: torch.device, autocast: bool, flex: bool
 ) -> tuple[float, float, float]:
     """Return the median seconds of three passes, those of the first pass before them, and peak memory in GiB.
 
@@ -231,7 +230,7 @@ def _pass(
     """
     model.set_attn_implementation(packing.NAME)
     if getattr(model, "_bench_checkpoints", True):
-        _checkpoint(model, True)
+        checkpoint(model, True)
     module = CompletionLogprobs(model)
     inputs, _ = packing.pack(rows, device, flex)
     times = []
@@ -253,7 +252,8 @@ def _pass(
     return statistics.median(times[1:]), times[0], peak
 
 
-def _checkpoint(model: Any, on: bool) -> None:
+def checkpoint(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing of a Hugging Face model on or off, without dropout."""
     model._bench_checkpoints = on
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,7 +1,7 @@
 """A backend spreads the learner's parameters, gradients and optimizer over its ranks.
 
-learner/policy.py is the only user of this interface. A result does not depend on which backend computes it,
-except through the order of float32 sums.
+Only the policy (learner/policy.py) and its parts use this interface. A result does not depend on which
+backend computes it, except through the order of float32 sums.
 """
 
 from __future__ import annotations

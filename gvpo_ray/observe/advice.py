@@ -1,0 +1,141 @@
+"""Says in one line why a run learns nothing, from the metrics of its first steps and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.observe.metrics import mean
+
+FIRST_STEPS = 2
+"""Number of steps after which a run is judged; a shorter run is judged at its end."""
+
+NEARLY_ALL, MOST = 0.9, 0.5
+"""Share of groups without a signal from which nothing is learned, and share that makes a likely cause."""
+
+SMALLEST_REACH = 1e-6
+"""Way of a weight over a whole run below which the policy stays as it is.
+
+Weights are of the order of 0.02, where neighbouring bfloat16 numbers are 1e-4 apart.
+"""
+
+
+class FirstSteps:
+    """FirstSteps gets each training line of a process, and says once, after the first ones, what is wrong.
+
+    Args:
+        config: the run's.
+    """
+
+    def __init__(self, config: GVPOConfig) -> None:
+        self._config, self._lines = config, list[Mapping[str, Any]]()
+
+    def judge(self, line: Mapping[str, Any]) -> str | None:
+        """Return a line for the user after the last of the first steps, where they learn nothing."""
+        if len(self._lines) == FIRST_STEPS:
+            return None
+        self._lines.append(line)
+        return why_nothing_is_learned(self._lines, self._config)
+
+
+def why_nothing_is_learned(lines: Sequence[Mapping[str, Any]], config: GVPOConfig) -> str | None:
+    """Return why a run cannot learn, and the key to change; None: it can, or it is too early.
+
+    Args:
+        lines: the lines of metrics.jsonl of the first training steps, up to FIRST_STEPS of them.
+        config: the run's.
+    """
+    if len(lines) < min(FIRST_STEPS, config.num_steps):
+        return None
+    means = {
+        name: mean([line[name] for line in lines])
+        for name in lines[0]
+        if all(isinstance(line.get(name), (int, float)) for line in lines)
+    }
+    cause = (
+        _nothing_verifiable(means, config)
+        or _rewards_are_equal(means, config)
+        or _weights_stay(means, config)
+    )
+    if cause is None:
+        return None
+    steps = f"{len(lines)} steps show" if len(lines) > 1 else "the first step shows"
+    return f"this run cannot learn as it is, {steps}: {cause}"
+
+
+def _nothing_verifiable(means: Mapping[str, float], config: GVPOConfig) -> str | None:
+    share, verifiers = means["completions/unverifiable"], config.verifiers
+    if share < NEARLY_ALL:
+        return None
+    reasons = {
+        ReasonKind.TIMEOUT: f"most checks take longer than verifiers.timeout_s ({verifiers.timeout_s:g}) or "
+        f"verifiers.cpu_s ({verifiers.cpu_s}): raise them, or use a faster function in verifiers.rewards",
+        ReasonKind.MEMORY: f"most checks need more than verifiers.memory_gib ({verifiers.memory_gib:g})",
+        ReasonKind.CRASH: "most checks crash: look at the functions in verifiers.rewards",
+    }
+    most = max(reasons, key=lambda kind: means[f"unverifiable/{kind}"])
+    text = (
+        reasons[most]
+        if means[f"unverifiable/{most}"] >= MOST
+        else f"there is no gold answer in prompts.answer_column ({config.prompts.answer_column}), or a "
+        f"function in verifiers.rewards ({', '.join(verifiers.rewards)}) fails on it"
+    )
+    return f"{share:.0%} of the completions have no reward; {text}"
+
+
+def _rewards_are_equal(means: Mapping[str, float], config: GVPOConfig) -> str | None:
+    equal, right, cut = (
+        means[name] for name in ("groups/equal", "completions/correct", "completions/truncated")
+    )
+    if equal < NEARLY_ALL or config.loss.learns_from_equal_rewards:
+        return None
+    start = f"all rewards are equal in {equal:.0%} of the groups"
+    if right >= NEARLY_ALL:
+        return f"{start}, and {right:.0%} of the completions are right; use harder problems in prompts.path"
+    if cut >= MOST:
+        return (
+            f"{start}, and {cut:.0%} of the completions are cut off; raise sampling.max_tokens "
+            f"({config.sampling.max_tokens})"
+        )
+    if means["completions/length_mean"] < 2:
+        return (
+            f"{start}, and the completions are empty; prompts.template is not the format that this model "
+            "was trained on"
+        )
+    if 1 - means["completions/extracted"] >= MOST:
+        return (
+            f"{start}, and no answer was found in {1 - means['completions/extracted']:.0%} of the "
+            "completions; say in prompts.system_prompt or prompts.template how the answer must be written, "
+            f"or use other functions than {', '.join(config.verifiers.rewards)} in verifiers.rewards"
+        )
+    if right <= 1 - NEARLY_ALL:
+        return (
+            f"{start}, and {1 - right:.0%} of the completions are wrong; use easier problems in "
+            f"prompts.path, or a larger sampling.num_completions ({config.sampling.num_completions})"
+        )
+    return (
+        f"{start}, though they differ between prompts; raise sampling.num_completions "
+        f"({config.sampling.num_completions}) or sampling.temperature ({config.sampling.temperature:g})"
+    )
+
+
+def _weights_stay(means: Mapping[str, float], config: GVPOConfig) -> str | None:
+    """Return a cause where no weight can move: AdamW moves one by about the learning rate in an update."""
+    if means["updates/skipped"]:
+        return None  # the lines of the steps say so
+    damping, learner = means["gvpo/damping"], config.learner
+    num_updates = config.num_steps * learner.num_mini_batches
+    peak = learner.learning_rate * min(1.0, config.num_steps / (learner.warmup_steps + 1))
+    if peak * damping * num_updates >= SMALLEST_REACH:
+        return None
+    start = f"no weight moves by more than {peak * damping * num_updates:.0e} in {num_updates} updates"
+    if peak * num_updates >= SMALLEST_REACH:
+        return (
+            f"{start}, because the rewards explain nothing of the residuals (gvpo/damping {damping:.0e}): "
+            "the data is too old or foreign for this policy; try loss.damped: false, or newer data"
+        )
+    if learner.learning_rate * num_updates >= SMALLEST_REACH:
+        return f"{start}; learner.warmup_steps ({learner.warmup_steps}) is longer than the run"
+    return f"{start}; raise learner.learning_rate ({learner.learning_rate:g})"

@@ -1,0 +1,125 @@
+"""`assemble` makes the parts of a run and connects them: the buffer, the engines, the verifiers and the loop.
+
+    prompts ──► engines ──► verifiers ──► buffer ──► (learner) ──► weights, by way of the buffer
+
+The learner comes afterwards, because it takes its batches from the buffer: GVPO.start starts Ray Train's
+workers, and the scale benchmark and tests a fake one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gvpo_ray.actors import Note
+from gvpo_ray.buffer.actor import BufferClient
+from gvpo_ray.buffer.log import Quarantine
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.engines.actor import MakeEngine, engine_maker
+from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.run.inputs import Inputs
+from gvpo_ray.run.rollouts import Ring, Say
+from gvpo_ray.run.session import Session
+from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.verifiers.rewards import Rewards
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A Driver holds the callbacks by which the parts of a run reach the driver."""
+
+    note: Note
+    """Called on every recovery."""
+    say: Say
+    """Called with lines for the user."""
+    state: Callable[[], dict[str, Any]]
+    """Returns the driver's part of the status: step, num_steps, what it does, recoveries."""
+    state_for_buffer: Callable[[], tuple[list[int], int, bool, str | None]]
+    """Returns what the log does not tell a restarted buffer (see GroupBuffer.reconnect)."""
+    placed: Callable[[], Awaitable[None]] | None = None
+    """Awaited before the first engine takes its place in the cluster."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run, but for the learner. Nothing runs before `ring.run()`, or `ring.watch()`, does."""
+
+    buffer: BufferClient
+    engines: EngineGroup
+    verifiers: VerifierGroup | None
+    """None: the run trains on recorded groups only."""
+    ring: Ring
+
+
+def assemble(
+    session: Session,
+    config: GVPOConfig,
+    run_dir: Path,
+    inputs: Inputs | None,
+    driver: Driver,
+    *,
+    num_steps: int,
+    version: int,
+    quarantine: Quarantine,
+    rewards: Rewards | None = None,
+    make: MakeEngine | None = None,
+) -> Parts:
+    """Make the parts of a run; their actors end with the session.
+
+    Args:
+        session: runs the actors and the event loop.
+        config: the run's.
+        run_dir: folder of the log and of status.json.
+        inputs: prompts and offline sources; None: there are neither engines nor verifiers, and the run trains
+            on the groups that its log already has.
+        driver: the driver's callbacks.
+        num_steps: steps after which the run is complete.
+        version: version of the weights that the learner starts from.
+        quarantine: prompts that are not sampled again.
+        rewards: reward functions that replace `verifiers.rewards`, by name.
+        make: makes an engine's actor; default: vLLM's or a server's, as the config says.
+    """
+    buffer = BufferClient(
+        driver.state_for_buffer,
+        driver.note,
+        run_dir / "groups",
+        config.groups_per_step,
+        num_steps,
+        config.max_staleness,
+        version,
+        config.replay,
+    )
+    model, engines, verifiers = config.model, config.engines, None
+    if inputs is None:
+        engines = engines.model_copy(update={"num": 0, "max_num": None, "pools": {}})
+    else:
+        model = model.model_copy(update={"max_length": inputs.max_length})
+        verifiers = VerifierGroup(config.verifiers, rewards, driver.note)
+        session.on_stop(verifiers.close)
+    pools = EngineGroup(
+        engines,
+        config.sampling.num_completions,
+        make or engine_maker(model, engines, config.seed, False, config.prompts.system_prompt),
+        buffer.weights,
+        driver.note,
+        buffer.waits,
+        driver.placed,
+    )
+    session.on_stop(pools.close)
+    ring = Ring(
+        inputs,
+        pools,
+        verifiers,
+        buffer,
+        quarantine,
+        config.sampling,
+        config.replay,
+        config.watchdog_s,
+        run_dir,
+        driver.state,
+        driver.note,
+        driver.say,
+    )
+    return Parts(buffer, pools, verifiers, ring)

@@ -1,0 +1,81 @@
+"""The learner's workers share a job with the user's own program, whose placement groups are not theirs."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import placement_group, placement_group_table
+
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.learner import workers
+from gvpo_ray.learner.workers import LearnerGroup
+
+
+@pytest.fixture
+def here() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Buffer:
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def learner_failed(self, why: str) -> None:
+        self.failures.append(why)
+
+    def told(self) -> list[str]:
+        return self.failures
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def controller() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if " ".join(child.cmdline()).startswith("ray::TrainController")]
+
+
+def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_removed(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GVPOConfig.from_dict(
+        {"run_dir": str(tmp_path), "num_steps": 1, "model": {"path": "m"}, "prompts": {"path": "p"}},
+        where="test",
+    )
+    theirs = placement_group([{"CPU": config.learner.num_cpus}])  # just like a worker's
+    ray.get(theirs.ready())
+    end = tmp_path / "end"
+
+    def wait_for_the_end(settings: dict[str, Any]) -> None:
+        while not end.exists():
+            time.sleep(0.2)
+
+    monkeypatch.setattr(workers, "train_loop", wait_for_the_end)
+    buffer: Any = Buffer.remote()
+    learners = LearnerGroup(config, tmp_path, buffer, [], 1)
+    assert not learners.has_places()
+    learners.start()
+    until(learners.has_places)
+    (ours,) = learners._places()
+    assert ours != theirs.id.hex()
+    (process,) = controller()
+    process.kill()
+    until(lambda: learners.has_places() and ours not in learners._places())  # those of the next controller
+    table = placement_group_table()
+    assert table[ours]["state"] == "REMOVED" and table[theirs.id.hex()]["state"] == "CREATED"
+    assert len(ray.get(buffer.told.remote())) == 1
+    end.touch()
+    learners.ended.result(60)
+    assert learners.join(5)
+    assert placement_group_table()[theirs.id.hex()]["state"] == "CREATED"
