@@ -1,4 +1,4 @@
-"""This file writes what must outlive a kill: JSON lines, files that are whole or absent, and file locks.
+"""This file writes what must outlive a kill or a power failure: JSON lines, whole files, and file locks.
 
 It also says what is full where a disk is.
 
@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,18 +100,26 @@ def append_line(path: Path, value: Any, sync: bool = False) -> None:
     Args:
         path: the file, made if it is absent.
         value: what is written.
-        sync: return only once the line is on the disk (fsync).
+        sync: return only once the line, and the file's name in its folder, are on the disk (fsync).
     """
+    append_lines(path, [value], sync)
+
+
+def append_lines(path: Path, values: Iterable[Any], sync: bool = False) -> None:
+    """Append values as JSON lines, after cutting off a torn last line; see append_line."""
+    is_new = not path.exists()
     with writing(path), open(path, "ab+") as file:
         _cut_torn_line(file)
-        file.write(json.dumps(value).encode() + b"\n")
+        file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
         if sync:
             file.flush()
             os.fsync(file.fileno())
+    if sync and is_new:
+        sync_to_disk(path.parent)
 
 
 def repair_lines(path: Path) -> None:
-    """Cut off a torn last line, if there is one."""
+    """Cut off a torn last line, if there is one; only a file's sole writer may do that."""
     if path.is_file():
         with path.open("rb+") as file:
             _cut_torn_line(file)
@@ -126,6 +134,40 @@ def _cut_torn_line(file: IO[bytes]) -> None:
             file.seek(0, os.SEEK_END)
 
 
+# ----------------------------------------------------------------------------------------------- on the disk
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return once a file's content, or the names in a folder, are on the disk (fsync).
+
+    A new file is there after a power failure only if its folder was synced too.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        # Some file systems cannot sync a folder; they have no more to offer.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
+    finally:
+        os.close(opened)
+
+
+def sync_tree(folder: Path) -> None:
+    """Return once everything in a folder is on the disk, at any depth."""
+    for path in (*folder.rglob("*"), folder):
+        sync_to_disk(path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are absent, so that they survive a power failure."""
+    if not path.is_dir():
+        if not path.parent.exists():
+            make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_to_disk(path.parent)
+
+
 # -------------------------------------------------------------------------------------------- whole or absent
 
 
@@ -135,28 +177,45 @@ def part_of(path: Path, hidden: bool = True) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to; the file there replaces `path` when the block ends without error."""
+def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
+    """Give a path to write to; the file there replaces `path` when the block ends without error.
+
+    Args:
+        path: the file.
+        sync: return only once the new file is on the disk. Without it, a power failure may leave it empty.
+    """
     part = part_of(path)
     try:
         with writing(path):
             yield part
+            if sync:
+                sync_to_disk(part)
             part.replace(path)
+            if sync:
+                sync_to_disk(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically: a reader sees the old text or the new one, never a part."""
-    with replacing(path) as part:
+def write_whole(path: Path, text: str, sync: bool = False) -> None:
+    """Write a UTF-8 text file atomically: a reader sees the old text or the new one, never a part.
+
+    Args:
+        path: the file.
+        text: its content.
+        sync: see replacing.
+    """
+    with replacing(path, sync) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which becomes `path` when the block ends without error.
+
+    It is on the disk with all its files before it has that name.
 
     Raises:
         OSError: the folder cannot be made, or `path` exists already.
@@ -167,7 +226,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield part
+            sync_tree(part)
             part.rename(path)
+            sync_to_disk(path.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -177,6 +238,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 LOCK_POLL_S = 0.1
 """Seconds between two attempts to take a lock that another process holds."""
+
+
+class NoLocks(OSError):
+    """The file system has no file locks: NFS without its lock service, or Lustre mounted without `flock`."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(
+            error.errno,
+            f"its file system has no file locks (flock: {error.strerror}): mount it with locks, or use "
+            "another file system",
+        )
 
 
 def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
@@ -190,6 +262,7 @@ def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
 
     Raises:
         BlockingIOError: another process still holds the lock.
+        NoLocks: the file system has no locks.
         OSError: the file cannot be written.
     """
     with writing(path):
@@ -204,6 +277,8 @@ def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(LOCK_POLL_S)
+            except OSError as error:
+                raise NoLocks(error) from error
     except BaseException:
         file.close()
         raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 from buffers import answer, ids, make, make_again, put, run, settle, start_all, waits
 
 from gvpo_ray.buffer import buffer as buffer_module
-from gvpo_ray.buffer import log as group_log
 from gvpo_ray.buffer import log as log_module
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.log import GroupLog
@@ -67,9 +67,7 @@ def test_a_new_buffer_on_the_same_folder_gives_the_same_batches_and_goes_on_behi
 
 def test_the_assignment_is_on_disk_before_the_answer(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(
-        group_log.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name)
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
 
     async def main():
         buffer = make(tmp_path)
@@ -77,10 +75,10 @@ def test_the_assignment_is_on_disk_before_the_answer(tmp_path, monkeypatch):
         assert not synced
         await answer(buffer.batch(1))
         # The rows first: an assignment of rows that the disk does not have would be worse than none.
-        assert synced == ["00000.arrow", "assignments.jsonl"]
+        assert synced == ["00000.arrow", tmp_path.name, "assignments.jsonl", tmp_path.name]
         assert json.loads((tmp_path / "assignments.jsonl").read_text()) == {"step": 1, "begin": 0, "end": 2}
         await answer(buffer.batch(1))
-        assert len(synced) == 2
+        assert len(synced) == 4
 
     run(main)
 
@@ -92,7 +90,7 @@ def test_an_assignment_that_cannot_be_written_is_not_answered(tmp_path, monkeypa
     async def main():
         buffer = make(tmp_path)
         await put(buffer, 8, 6)
-        monkeypatch.setattr(group_log.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             await buffer.batch(1)
         assert buffer.log.assigned == {}

@@ -535,9 +535,10 @@ def test_learn_does_not_mix_two_logs(refused: Callable[..., str], folder: Path) 
     _save("g.arrow", *map(make_group, range(4)))(folder)
     with open_run_dir(_config(folder)) as run_dir:
         GroupLog(run_dir / "groups").append(table(make_group(7)))
-    assert "run_dir: run/groups holds 1 groups, g.arrow has 4: use another run_dir" in refused(
-        "learn", "config.yaml", "--groups", "g.arrow"
-    )
+    assert (
+        "run_dir: run/groups holds 1 groups that are not the first ones of g.arrow, which has 4: use another "
+        "run_dir"
+    ) in refused("learn", "config.yaml", "--groups", "g.arrow")
 
 
 # --- what is shipped ----------------------------------------------------------------------------------------

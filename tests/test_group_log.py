@@ -78,13 +78,20 @@ def test_a_torn_line_of_the_assignments_was_never_answered(tmp_path):
 def test_a_torn_line_is_cut_off_and_the_whole_ones_are_never_written_again(tmp_path, monkeypatch):
     # Writing the file anew would leave a moment in which kill -9 loses every assignment, and the run trains
     # everything twice.
-    file = tmp_path / "assignments.jsonl"
-    file.write_bytes(b'{"step": 1, "begin": 0, "end": 2}\n{"st')
+    log = GroupLog(tmp_path)
+    for group_id in (1, 2):
+        log.append(table(make_group(group_id)))
+    log.close()
+    file, whole = tmp_path / "assignments.jsonl", b'{"step": 1, "begin": 0, "end": 2}\n'
+    file.write_bytes(whole + b'{"st')
     inode = file.stat().st_ino
     monkeypatch.setattr(type(file), "write_text", None)
     monkeypatch.setattr("builtins.open", None)
-    assert GroupLog(tmp_path).assigned == {1: (0, 2)}
-    assert file.stat().st_ino == inode
+    log = GroupLog(tmp_path)
+    assert log.assigned == {1: (0, 2)}
+    assert file.read_bytes() == whole + b'{"st'  # a reader changes nothing: the writer may be at it
+    log.repair()
+    assert file.read_bytes() == whole and file.stat().st_ino == inode
 
 
 def test_a_failed_write_does_not_hide_what_comes_after_it(tmp_path):

@@ -235,7 +235,7 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
             case "state":
                 patch.setattr(policy_module.json, "dumps", die_later(json.dumps, 0))
             case "fsync":
-                patch.setattr(policy_module.os, "fsync", die_later(os.fsync, 2))
+                patch.setattr(os, "fsync", die_later(os.fsync, 2))
             case "rename":
                 patch.setattr(Path, "rename", die)
         if broken == "state":  # save_pretrained writes JSON too

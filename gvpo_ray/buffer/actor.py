@@ -119,6 +119,11 @@ class BufferClient:
         weights: tuple[int, Any] | None = await self._call("weights", newer_than)
         return weights
 
+    async def reached(self, version: int) -> int | None:
+        """Wait for the weights of a version; see GroupBuffer.reached."""
+        reached: int | None = await self._call("reached", version)
+        return reached
+
     async def permit(self, step: int) -> None:
         """Let the learner train up to and including a step; see GroupBuffer.permit."""
         await self._call("permit", step)
@@ -208,18 +213,28 @@ class LearnerBufferClient:
                 if self._published is not None and method != "published":
                     self._call("published", *self._published)
 
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Return the answer to a question that may be long in coming.
+
+        A buffer that was restarted between two calls knows of no weights, and the engines would wait for
+        them while the learner waits for the engines' groups.
+        """
+        if self._published is not None and not self._call("has_weights"):
+            self._call("published", *self._published)
+        return self._call(method, *arguments)
+
     def learner_started(self, step: int) -> None:
         """Report that the learner is up with the weights of `step`."""
         self._call("learner_started", step)
 
     def next_command(self, step: int, saved: bool) -> Command:
         """Return what the learner does next; see GroupBuffer.next_command."""
-        command: Command = self._call("next_command", step, saved)
+        command: Command = self._ask("next_command", step, saved)
         return command
 
     def batch(self, step: int) -> pa.Table | None:
         """Return the groups of a step, or None if the run was closed; see GroupBuffer.batch."""
-        batch = self._call("batch_on_wire", step)
+        batch = self._ask("batch_on_wire", step)
         return None if batch is None else from_wire(batch)
 
     def report_references(self, version: int, references: dict[int, list[float | None]]) -> None:

@@ -6,9 +6,9 @@
     engines        weights(newer_than)
     driver         permit(step) · trained(step) · save() · reconnect(…) · status() · close(error)
 
-The durable log is in log.py, replay in replay.py. The buffer is a plain class with async methods on one event
-loop; actor.py makes it an actor. Steps count from 1: step s trains the s-th batch and makes version s of the
-weights. Version 0 is what the run started from.
+The commands to the learner are in control.py, the durable log in log.py, replay in replay.py. The buffer is a
+plain class with async methods on one event loop; actor.py makes it an actor. Steps count from 1: step s
+trains the s-th batch and makes version s of the weights. Version 0 is what the run started from.
 
 Groups are stored in the log only, and the page cache keeps them in memory. So the buffer does not grow with
 the tokens of the groups that wait. A restarted buffer rebuilds its state from the log, except for what
@@ -17,7 +17,6 @@ the tokens of the groups that wait. A restarted buffer rebuilds its state from t
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,24 +25,15 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
+from gvpo_ray.buffer.control import LearnerControl
 from gvpo_ray.buffer.log import GroupLog, lock_folder
 from gvpo_ray.buffer.replay import ReplayIndex, replayed
-from gvpo_ray.buffer.states import BoundState, Command, LearnerState
-from gvpo_ray.buffer.waits import WaitingTime
+from gvpo_ray.buffer.states import BoundState, LearnerState
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.files import append_line, read_lines
 
 STEPS = "steps.jsonl"
 """The file in the log's folder with each step's metrics, for a driver killed before it could write them."""
-
-ORDERS = "orders.jsonl"
-"""The file in the log's folder with the commands to the learner; each driver process starts a new one."""
-
-RESTARTS = "learner_restarts.jsonl"
-"""The file in the log's folder with every restart of the learner: when, from which step and why."""
-
-MAX_LEARNER_DEATHS = 3
-"""Learner deaths without a finished step in between after which the run stops."""
 
 
 def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
@@ -51,7 +41,7 @@ def steps_metrics(folder: Path) -> dict[int, dict[str, Any]]:
     return {entry["step"]: entry["metrics"] for entry in read_lines(folder / STEPS)}
 
 
-class GroupBuffer:
+class GroupBuffer(LearnerControl):
     """A GroupBuffer hands groups from the rollout loop to the learner, within the staleness bound.
 
     It continues a log that already has groups. No other buffer writes to the folder until this one has ended.
@@ -66,7 +56,8 @@ class GroupBuffer:
         replay: which completions are replayed; None: none.
 
     Raises:
-        RuntimeError: another buffer still writes to the folder after LOCK_WAIT_S.
+        LogError: another buffer still writes to the folder after LOCK_WAIT_S, or the log lacks groups that
+            are assigned to a step.
     """
 
     def __init__(
@@ -79,47 +70,25 @@ class GroupBuffer:
         replay: ReplayConfig | None = None,
     ) -> None:
         self._lock = lock_folder(Path(folder))
+        super().__init__(Path(folder), version)
         self.log = GroupLog(folder)
+        self.log.repair()
         self.groups_per_step = groups_per_step
         self.num_steps = num_steps
         self.max_staleness = max_staleness
-        # A step is assigned only once the learner has made all versions before it.
+        # A step is assigned only once the learner has made all versions before it. While a resumed learner
+        # repeats steps, `_learner_version` is behind.
         self.version = max(version, max(self.log.assigned, default=0) - 1)
         self._history = (
             ReplayIndex(self.log, replay, self.version) if replay is not None and replay.share > 0 else None
         )
         self._finished = set(self.log.group_ids)
         self._running: set[int] = set()
-        self._skipped: set[int] = set()
-        self._next_id = 0
+        self._next_id = 0  # no id from here on was started
         self._weights: tuple[int, Any] | None = None
-        self._learner_version = version  # behind `version` while a resumed learner repeats steps
         self._metrics: dict[int, dict[str, Any]] = {}
-        self._commands_path = Path(folder) / ORDERS
-        self._commands = {
-            (entry["step"], entry["saved"]): Command(entry["order"])
-            for entry in read_lines(self._commands_path)
-        }
-        self._allowed = 0
-        self._saved_step = version if version > 0 else -1  # a resumed run starts from a checkpoint
-        self._save_wanted = -1  # save() waits for a checkpoint of this version or a newer one
-        self._closed = False
-        self.error: str | None = None
-        self._learner_state, self._learner_detail = LearnerState.NOT_STARTED, ""
-        self._learner_waits_for: int | None = None  # the step whose groups it has asked for
-        self._learner_since = time.time()
-        self._learner_from: int | None = None  # the version that it started from last
-        self._learner_deaths = 0  # since the last finished step
-        self._learner_cause = "no cause is known"
-        self._restarts_path = Path(folder) / RESTARTS
-        self._learner_restarts: list[dict[str, Any]] = read_lines(self._restarts_path)
         self._last_group_at: float | None = None
         self._last_step_at: float | None = None
-        self._waits = {"learner": WaitingTime(), "dial": WaitingTime(), "driver": WaitingTime()}
-        self._learner_is_up = False
-        # One condition per kind of event: hundreds of free slots may wait to start, and a finished group must
-        # not wake them all.
-        self._new_version, self._new_group, self._new_command = (asyncio.Condition() for _ in range(3))
 
     def release(self) -> None:
         """Release the folder for another buffer, as the end of this process does."""
@@ -157,11 +126,7 @@ class GroupBuffer:
                 return None
             started: list[tuple[int, int]] = []
             while len(started) < num and self._may_start():
-                while (
-                    self._next_id in self._finished
-                    or self._next_id in self._running
-                    or self._next_id in self._skipped
-                ):
+                while self._next_id in self._finished or self._next_id in self._running:
                     self._next_id += 1
                 oldest = (
                     0
@@ -172,6 +137,7 @@ class GroupBuffer:
                 # exist.
                 started.append((self._next_id, min(oldest, self.version)))
                 self._running.add(self._next_id)
+                self._next_id += 1
             return started
 
     async def history(self, prompt: pa.Table, num: int) -> pa.Table:
@@ -189,7 +155,6 @@ class GroupBuffer:
         """Give up a started group that will not be sampled; another one may start in its place."""
         async with self._new_version:
             self._running.discard(group_id)
-            self._skipped.add(group_id)
             self._new_version.notify_all()
 
     async def put(self, group: pa.Table) -> bool:
@@ -222,80 +187,6 @@ class GroupBuffer:
         return groups.all_cut_off(group)
 
     # --- learner --------------------------------------------------------------------------------------------
-
-    def _must_save(self, step: int) -> bool:
-        return self._saved_step < self._save_wanted < step
-
-    def set_learner_state(self, state: LearnerState, detail: str = "", waits_for: int | None = None) -> None:
-        """Record what the learner does, and since when."""
-        before = self._learner_state, self._learner_detail, self._learner_waits_for
-        if before != (state, detail, waits_for):
-            self._learner_state, self._learner_detail, self._learner_waits_for = state, detail, waits_for
-            self._learner_since = time.time()
-
-    async def learner_started(self, step: int) -> None:
-        """Record that the learner is up with the weights of `step`, for the first time or after a failure.
-
-        MAX_LEARNER_DEATHS restarts without a finished step in between close the run.
-        """
-        if self._learner_from is not None:
-            self._learner_restarts.append({"time": time.time(), "step": step, "cause": self._learner_cause})
-            # On disk, because the driver may die before it hears of the restart.
-            append_line(self._restarts_path, self._learner_restarts[-1])
-            self._learner_deaths += 1
-            if self._learner_deaths >= MAX_LEARNER_DEATHS:
-                await self.close(
-                    f"the learner died {self._learner_deaths} times in a row without a step between: "
-                    f"{self._learner_cause}"
-                )
-        self._learner_from = step
-        self.set_learner_state(LearnerState.STARTS, f"from step {step}")
-
-    async def learner_failed(self, cause: str) -> None:
-        """Record that the learner died and is about to be restarted."""
-        self._learner_cause, self._learner_is_up = cause, False
-        self.set_learner_state(LearnerState.DIED, f"and is started again: {cause}")
-
-    async def next_command(self, step: int, saved: bool = False) -> Command:
-        """Return what the learner does next: train step `step`, save a checkpoint of step - 1, or stop.
-
-        Waits for permit(), save() or close(). Every rank gets the same answer to the same question, whenever
-        it asks.
-
-        Args:
-            step: the step that the learner would train next.
-            saved: a checkpoint of step - 1 exists.
-        """
-        key = (step, saved)
-        async with self._new_command:
-            # A learner may have died between writing the checkpoint and reporting it.
-            if saved and self._saved_step < step - 1:
-                self._saved_step = step - 1
-                self._new_command.notify_all()
-            if not self._has_command(step, saved):
-                self.set_learner_state(LearnerState.WAITS_FOR_DRIVER)
-                with self._waits["driver"]:
-                    await self._new_command.wait_for(lambda: self._has_command(step, saved))
-            if key not in self._commands:
-                if self._closed:
-                    self.set_learner_state(LearnerState.STOPPED)
-                    return Command.STOP
-                self._commands[key] = Command.SAVE if self._must_save(step) and not saved else Command.TRAIN
-                # On disk, because other ranks may ask a restarted buffer.
-                append_line(self._commands_path, {"step": step, "saved": saved, "order": self._commands[key]})
-            if self._commands[key] is Command.TRAIN:
-                self.set_learner_state(LearnerState.TRAINS, f"step {step}")
-            else:
-                self.set_learner_state(LearnerState.SAVES, f"step {step - 1}")
-            return self._commands[key]
-
-    def _has_command(self, step: int, saved: bool) -> bool:
-        return (
-            self._closed
-            or (step, saved) in self._commands
-            or (self._must_save(step) and not saved)
-            or step <= self._allowed
-        )
 
     async def batch(self, step: int) -> pa.Table | None:
         """Return the groups of a step in order of arrival, once there are enough; None: the run was closed.
@@ -349,7 +240,7 @@ class GroupBuffer:
             self._weights = (version, weights)
             if metrics is not None:
                 self._metrics[version] = metrics
-                append_line(self._commands_path.with_name(STEPS), {"step": version, "metrics": metrics})
+                append_line(self.log.folder / STEPS, {"step": version, "metrics": metrics})
                 self._last_step_at = time.time()
             self._new_version.notify_all()
         if self._learner_from is None:  # the learner started before this buffer was restarted
@@ -359,13 +250,6 @@ class GroupBuffer:
         self.set_learner_state(LearnerState.PUBLISHED, f"version {version}")
         if self._history is not None:
             self._history.forget(self.version)
-
-    async def saved(self, step: int) -> None:
-        """Record that the learner has written the checkpoint of `step`."""
-        async with self._new_command:
-            self._saved_step = step
-            self.set_learner_state(LearnerState.SAVED, f"step {step}")
-            self._new_command.notify_all()
 
     # --- engines --------------------------------------------------------------------------------------------
 
@@ -377,40 +261,35 @@ class GroupBuffer:
             )
             return None if self._closed else self._weights
 
+    async def has_weights(self) -> bool:
+        """Return whether the learner has told where its weights are; a restarted buffer does not know."""
+        return self._weights is not None
+
     # --- driver ---------------------------------------------------------------------------------------------
 
-    async def permit(self, step: int) -> None:
-        """Let the learner train up to and including this step."""
-        async with self._new_command:
-            self._allowed = max(self._allowed, step)
-            self._new_command.notify_all()
+    async def reached(self, version: int) -> int | None:
+        """Return the version of the published weights once it is `version` or newer; None: closed.
+
+        After a resume, the log and so `start` may be ahead of the learner's weights.
+        """
+        weights = await self.weights(version - 1)
+        return None if weights is None else weights[0]
 
     async def trained(self, step: int) -> dict[str, Any] | None:
-        """Return a step's metrics once it is trained; None: the run was closed before."""
+        """Return a step's metrics once it is trained; None: the run was closed before.
+
+        A learner that started from a newer checkpoint than the driver saw has trained the steps before it:
+        their metrics are on disk.
+        """
         async with self._new_version:
-            await self._new_version.wait_for(lambda: self._closed or step in self._metrics)
+            await self._new_version.wait_for(
+                lambda: self._closed or step in self._metrics or step <= (self._learner_from or 0)
+            )
             for old in [s for s in self._metrics if s < step]:
                 del self._metrics[old]
+            if step not in self._metrics and step <= (self._learner_from or 0):
+                return steps_metrics(self.log.folder).get(step, {})
             return self._metrics.get(step)
-
-    async def save(self) -> int | None:
-        """Wait for a checkpoint of the last published version and return its step; None: the run was closed.
-
-        The learner writes the checkpoint now unless there is one.
-        """
-        async with self._new_command:
-            wanted = self._save_wanted = self._learner_version
-            self._new_command.notify_all()
-            await self._new_command.wait_for(lambda: self._closed or self._saved_step >= wanted)
-            return self._saved_step if self._saved_step >= wanted else None
-
-    async def close(self, error: str | None = None) -> None:
-        """End the run and wake everybody who waits; the first error is kept."""
-        self.error = self.error or error
-        self._closed = True
-        for condition in (self._new_version, self._new_group, self._new_command):
-            async with condition:
-                condition.notify_all()
 
     async def waits(self) -> dict[str, float] | None:
         """Return the seconds of waiting since this buffer was made.

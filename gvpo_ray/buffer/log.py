@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.files import append_line, lock, read_lines, repair_lines, writing
+from gvpo_ray.config.base import GvpoError
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.files import (
+    append_line,
+    append_lines,
+    lock,
+    make_folder,
+    read_lines,
+    repair_lines,
+    sync_to_disk,
+    writing,
+)
+
+
+class LogError(GvpoError, RuntimeError):
+    """A log lacks groups that a step was trained on, or another process writes to it."""
+
+    status = 2
 
 
 def read_assignments(path: Path) -> dict[int, tuple[int, int]]:
     """Return the rows [begin, end) of each step in an assignments.jsonl, which may be absent."""
     return {entry["step"]: (entry["begin"], entry["end"]) for entry in read_lines(path)}
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A segment is one file of the log, which one process wrote."""
+
+    path: Path
+    schema: pa.Schema
+    first: int
+    """Its first row's number in the log."""
+    num_indexed: int = 0
+    """Rows that are in its index."""
+    is_synced: bool = False
+    """Whether its name, and all its rows but those that this process writes, are on the disk."""
+
+    @property
+    def index(self) -> Path:
+        return self.path.with_suffix(".index")
 
 
 class GroupLog:
@@ -25,22 +61,34 @@ class GroupLog:
     `NNNNN.arrow` are Arrow IPC streams with one record batch per group; each process writes a new segment,
     because a stream cannot be reopened. `assignments.jsonl` has lines `{"step": s, "begin": a, "end": b}`:
     rows [a, b) of the log are the batch of step s. Only the offset of each row is in memory, so any row can
-    be read without those before it.
+    be read without those before it. `NNNNN.index` has offset and group id (two int64) of a segment's rows up
+    to the last assigned one; it saves scanning them, and is made again where it is absent.
+
+    Anybody may read a log, also while it is written: opening it changes nothing. Only the holder of the
+    folder's lock may repair it and write to it.
+
+    Raises:
+        LogError: rows that are assigned to a step are not there.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.group_ids: list[int] = []
-        self._segments: list[tuple[Path, pa.Schema]] = []
+        self._segments: list[_Segment] = []
         # Two columns with one entry per row: its segment, and its offset there in bytes.
         self._places = array("q"), array("q")
-        for segment in sorted(self.folder.glob("*.arrow")):
-            self._scan(segment)
         self._assignments = self.folder / "assignments.jsonl"
-        repair_lines(self._assignments)  # a torn last line was never reported to anybody
+        # Before the rows, which are written first: so another process that writes now is never ahead here.
         self.assigned = read_assignments(self._assignments)
+        for path in groups.segments(self.folder):
+            self._scan(path)
         self._file: Any = None
+        if self.end > len(self):
+            step = max(self.assigned, key=lambda step: self.assigned[step][1])
+            raise LogError(
+                f"{self.folder}: step {step} was trained on the groups up to row {self.end}, and only "
+                f"{len(self)} are there: groups were lost (by a power failure, or a file was removed)"
+            )
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -50,63 +98,54 @@ class GroupLog:
         """The first row that is not assigned to a step."""
         return max((end for _, end in self.assigned.values()), default=0)
 
-    def _scan(self, segment: Path) -> None:
+    # --- reading --------------------------------------------------------------------------------------------
+
+    def _scan(self, path: Path) -> None:
         """Find the rows of a segment, up to the last whole one.
 
         A writer that was killed leaves a torn row, or not even the schema.
         """
-        if segment.stat().st_size == 0:
+        if path.stat().st_size == 0:
             return
-        with pa.memory_map(str(segment)) as source:
+        with pa.memory_map(str(path)) as source:
             try:
                 schema = pa.ipc.read_schema(source)
-                self._segments.append((segment, schema))
+                self._segments.append(_Segment(path, schema, len(self)))
+                self._take_index(source)
                 while True:
                     begin = source.tell()
-                    batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
-                    self._add(begin, batch.column("group_id")[0].as_py())
+                    self._add([begin], [_group_id(source, schema)])
             except (pa.ArrowInvalid, OSError, EOFError):
                 pass
 
-    def _add(self, begin: int, group_id: int) -> None:
-        for column, value in zip(self._places, (len(self._segments) - 1, begin), strict=True):
-            column.append(value)
-        self.group_ids.append(group_id)
+    def _take_index(self, source: Any) -> None:
+        """Take the rows that the last segment's index has, and go behind them in `source`.
 
-    def append(self, group: pa.Table) -> None:
-        """Write one group.
-
-        It survives the death of this process at once, and the death of the machine from the next assign() on.
+        After a power failure the index may have pages of zeros, or rows that the segment lacks: then it is
+        not used.
         """
-        batch = groups.log_columns(group).combine_chunks().to_batches()[0]
-        if self._file is None:
-            number = int(max((p.stem for p in self.folder.glob("*.arrow")), default="-1")) + 1
-            segment = self.folder / f"{number:05d}.arrow"
-            with writing(segment):
-                self._file = open(segment, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
-            self._segments.append((segment, groups.SCHEMA))
-            self._write(groups.SCHEMA.serialize())
-        begin = self._file.tell()
-        self._write(batch.serialize())
-        self._add(begin, batch.column("group_id")[0].as_py())
-
-    def _write(self, message: pa.Buffer) -> None:
-        left = memoryview(message)
+        segment, first = self._segments[-1], source.tell()
+        data = segment.index.read_bytes() if segment.index.is_file() else b""
+        entries = array("q", data[: len(data) // 16 * 16])
+        begins, group_ids = entries[0::2], entries[1::2]
+        if not begins or begins[0] != first or not all(one < other for one, other in pairwise(begins)):
+            return
         try:
-            with writing(self._segments[-1][0]):
-                while left:
-                    left = left[self._file.write(left) :]
-        except OSError:
-            # Half a group may be in this segment (disk full), and no row after it could be read.
-            self._file = None
-            raise
+            source.seek(begins[-1])
+            is_right = _group_id(source, segment.schema) == group_ids[-1]
+        except (pa.ArrowInvalid, OSError, EOFError):
+            is_right = False
+        if is_right:
+            self._add(begins, group_ids)
+            segment.num_indexed = len(begins)
+        else:
+            source.seek(first)
 
-    def assign(self, step: int, begin: int, end: int) -> None:
-        """Assign rows [begin, end) to a step, on disk before the return."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-        append_line(self._assignments, {"step": step, "begin": begin, "end": end}, sync=True)
-        self.assigned[step] = (begin, end)
+    def _add(self, begins: Sequence[int], group_ids: Sequence[int]) -> None:
+        numbers, places = self._places
+        numbers.extend([len(self._segments) - 1] * len(begins))
+        places.extend(begins)
+        self.group_ids.extend(group_ids)
 
     def read(self, begin: int, end: int) -> pa.Table:
         """Read rows [begin, end) from disk."""
@@ -116,16 +155,103 @@ class GroupLog:
         """Read these rows from disk, in this order."""
         numbers, begins = self._places
         sources = {
-            number: pa.memory_map(str(self._segments[number][0]))
+            number: pa.memory_map(str(self._segments[number].path))
             for number in {numbers[row] for row in indices}
         }
         tables = []
         for row in indices:
             source = sources[numbers[row]]
             source.seek(begins[row])
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), self._segments[numbers[row]][1])
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), self._segments[numbers[row]].schema)
             tables.append(groups.log_columns(pa.Table.from_batches([batch])))
         return pa.concat_tables(tables) if tables else groups.empty(groups.LOG_COLUMNS)
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def repair(self) -> None:
+        """Make an earlier process's log whole: before anything is appended, and by the lock's holder alone.
+
+        The torn last line of the assignments, which nobody was told of, is cut off. The whole lines are put
+        on the disk, as their writer may have been killed before that.
+        """
+        if self._assignments.is_file():
+            repair_lines(self._assignments)
+            sync_to_disk(self._assignments)
+            self._sync(self.end)
+            self._write_index(self.end)
+
+    def append(self, group: pa.Table) -> None:
+        """Write one group.
+
+        It survives the death of this process at once, and the death of the machine from the next assign() on.
+        """
+        batch = groups.log_columns(group).combine_chunks().to_batches()[0]
+        if self._file is None:
+            make_folder(self.folder)
+            number = max((int(path.stem) for path in groups.segments(self.folder)), default=-1) + 1
+            path = self.folder / f"{number:05d}.arrow"
+            with writing(path):
+                self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
+            self._segments.append(_Segment(path, groups.SCHEMA, len(self)))
+            self._write(groups.SCHEMA.serialize())
+        begin = self._file.tell()
+        self._write(batch.serialize())
+        self._add([begin], [batch.column("group_id")[0].as_py()])
+
+    def _write(self, message: pa.Buffer) -> None:
+        left = memoryview(message)
+        try:
+            with writing(self._segments[-1].path):
+                while left:
+                    left = left[self._file.write(left) :]
+        except OSError:
+            # Half a group may be in this segment (disk full), and no row after it could be read.
+            self._file = None
+            raise
+
+    def assign(self, step: int, begin: int, end: int) -> None:
+        """Assign rows [begin, end) to a step, on disk before the return; see assign_all."""
+        self.assign_all({step: (begin, end)})
+
+    def assign_all(self, rows: Mapping[int, tuple[int, int]]) -> None:
+        """Assign rows [begin, end) to each of several steps.
+
+        On the return all of them are on the disk, and so are the rows themselves, whichever process wrote
+        them.
+        """
+        end = max((end for _, end in rows.values()), default=0)
+        assert end <= len(self), f"row {end} of {len(self)}"
+        self._sync(end)
+        self._write_index(end)
+        lines = [{"step": step, "begin": begin, "end": end} for step, (begin, end) in rows.items()]
+        append_lines(self._assignments, lines, sync=True)
+        self.assigned.update(rows)
+
+    def _sync(self, end: int) -> None:
+        """Put the segments with rows before `end`, and their names, on the disk."""
+        is_new = False
+        for number, segment in enumerate(self._segments):
+            is_written = self._file is not None and number == len(self._segments) - 1
+            if segment.first < end and (is_written or not segment.is_synced):
+                sync_to_disk(segment.path)
+                is_new |= not segment.is_synced
+                segment.is_synced = True
+        if is_new:
+            sync_to_disk(self.folder)
+
+    def _write_index(self, end: int) -> None:
+        """Write the rows before `end` that are not in their segment's index yet."""
+        last = [*(segment.first for segment in self._segments[1:]), len(self)]
+        for segment, after in zip(self._segments, last, strict=True):
+            begin, after = segment.first + segment.num_indexed, min(after, end)
+            if begin < after:
+                places = zip(self._places[1][begin:after], self.group_ids[begin:after], strict=True)
+                # In its place, as a writer that was killed may have left half an entry.
+                with segment.index.open("r+b" if segment.index.exists() else "xb") as file:
+                    file.seek(16 * segment.num_indexed)
+                    file.write(array("q", [number for place in places for number in place]).tobytes())
+                    file.truncate()
+                segment.num_indexed += after - begin
 
     def close(self) -> None:
         """Close the segment that is being written, if there is one."""
@@ -134,23 +260,41 @@ class GroupLog:
             self._file = None
 
 
+def _group_id(source: Any, schema: pa.Schema) -> int:
+    """Read the next row of a segment, and return its group's id."""
+    batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
+    group_id: int = batch.column("group_id")[0].as_py()
+    return group_id
+
+
 class Quarantine:
-    """The quarantine lists prompts whose checks all hit a limit: they are sampled once, and never again.
+    """The quarantine lists prompts whose checks all hit a limit: they are not sampled again.
 
     The file has one JSON object per line, so that a person can read it. The groups of these prompts are in
     the log too, without rewards and with the reasons.
+
+    Args:
+        path: the file.
+        verifiers: has the limits of a check. A prompt that was put in under a lower one is released.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, verifiers: VerifiersConfig | None = None) -> None:
         self.path = Path(path)
+        self._limits = {name: getattr(verifiers, name) for name in LIMITS} if verifiers else {}
         self._keys = {prompt_key(entry) for entry in self.entries()}
+        self._num_covered = 0  # prompts, from the first on, that were seen to be in quarantine
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def entries(self) -> list[dict[str, str]]:
-        """Return {"dataset", "prompt", "answer"} of each prompt, in order of arrival."""
-        return read_lines(self.path)
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the file's entry of each prompt that is not released, in order of arrival."""
+        by_key = {prompt_key(entry): entry for entry in read_lines(self.path)}
+        return [entry for entry in by_key.values() if not self._releases(entry)]
+
+    def _releases(self, entry: Mapping[str, Any]) -> bool:
+        limits = entry.get("limits", {})
+        return any(self._limits.get(name, value) > value for name, value in limits.items())
 
     def holds(self, prompt: pa.Table) -> bool:
         """Return whether a prompt (one row of the group table) is in quarantine."""
@@ -161,8 +305,20 @@ class Quarantine:
         row = next(groups.rows(prompt))
         if prompt_key(row) not in self._keys:
             self._keys.add(prompt_key(row))
-            append_line(self.path, {name: row[name] for name in KEY_COLUMNS})
+            append_line(self.path, {**{name: row[name] for name in KEY_COLUMNS}, "limits": self._limits})
 
+    def holds_all(self, prompts: pa.Table) -> bool:
+        """Return whether every row of a table is in quarantine; it is the same table in each call.
+
+        A row that was found there is not looked at again, so all calls together look at each row once.
+        """
+        while self._num_covered < len(prompts) and self.holds(prompts.slice(self._num_covered, 1)):
+            self._num_covered += 1
+        return self._num_covered == len(prompts)
+
+
+LIMITS = ("timeout_s", "cpu_s", "memory_gib")
+"""Keys of the section `verifiers` that are limits of one check."""
 
 KEY_COLUMNS = ("dataset", "prompt", "answer")
 """Columns that identify a prompt across groups."""
@@ -186,10 +342,10 @@ def lock_folder(folder: Path) -> Any:
     """Return the folder's lock file, which is held until it is closed or its process ends.
 
     Raises:
-        RuntimeError: another process still holds the lock after LOCK_WAIT_S.
+        LogError: another process still holds the lock after LOCK_WAIT_S.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         return lock(folder / ".lock", LOCK_WAIT_S)
     except BlockingIOError:
-        raise RuntimeError(f"another process writes to {folder}") from None
+        raise LogError(f"another process writes to {folder}") from None

@@ -177,6 +177,10 @@ class OfflineSource:
         ]
         return self._row(prompt.select(list(groups.PROMPT_COLUMNS)), [rows[i] for i in drawn])
 
+    def all(self) -> pa.Table:
+        """Return the source's prompts, one row each (groups.PROMPT_COLUMNS)."""
+        return self._prompts
+
     def digest(self) -> str:
         """Return the SHA-256 of the problems, completions and rewards in use, in the file's order.
 

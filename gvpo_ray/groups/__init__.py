@@ -14,6 +14,7 @@ from gvpo_ray.groups.storage import (
     load,
     read_batches,
     save,
+    segments,
     to_wire,
 )
 from gvpo_ray.groups.table import (
@@ -71,6 +72,7 @@ __all__ = [
     "replayable",
     "rows",
     "save",
+    "segments",
     "split_by_tokens",
     "split_group",
     "table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,14 +37,22 @@ def save(groups: pa.Table, path: str | Path) -> None:
         writer.write_table(groups)
 
 
+def segments(folder: Path) -> list[Path]:
+    """Return the segments of a log's folder (NNNNN.arrow) in their order; other files there are not its."""
+    return sorted(
+        (path for path in folder.glob("*.arrow") if re.fullmatch(r"[0-9]+", path.stem)),
+        key=lambda path: int(path.stem),
+    )
+
+
 def load(path: str | Path) -> pa.Table:
-    """Read an Arrow IPC file or stream, or a folder of them (a run's `groups/`) in the order of their names.
+    """Read an Arrow IPC file or stream, or the segments of a log (a run's `groups/`).
 
     Raises:
         GroupError: there is no such file, it is not Arrow, or the files have different columns.
     """
     path = Path(path)
-    files = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
+    files = segments(path) if path.is_dir() else [path]
     if not files or not all(f.is_file() for f in files):
         raise GroupError(f"no Arrow file at {path}")
     batches = [read_batches(file, is_log=path.is_dir()) for file in files]

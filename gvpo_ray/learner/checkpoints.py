@@ -5,32 +5,75 @@ For the contents of a checkpoint see `Policy.save` in learner/policy.py.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 from pathlib import Path
 
-from gvpo_ray.files import part_of
+from gvpo_ray.files import lock, part_of, sync_to_disk, sync_tree
+from gvpo_ray.learner.damage import damage_of
+
+NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+"""The name of a checkpoint. Whatever else is in checkpoints/, such as a copy of one, is the user's."""
+
+LOCK = Path("checkpoints", ".lock")
+"""The file in a run directory that the learner which writes checkpoints has locked."""
+
+LEARNER_END_S = 60.0
+"""Seconds that a new process waits for the learner of a killed one to end."""
+
+
+def _checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """Return step and folder of everything that has a checkpoint's name, in order; some are not complete."""
+    folders = [path for path in Path(run_dir).glob("checkpoints/step-*") if path.is_dir()]
+    return sorted((int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name)))
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
-    """Return step and folder of the newest complete checkpoint of a run; None where there is none."""
-    found = [
-        (int(path.parent.name.removeprefix("step-")), path.parent)
-        for path in Path(run_dir).glob("checkpoints/step-*/state.json")
-    ]
-    return max(found, default=None)
+    """Return step and folder of the newest whole checkpoint of a run; None where there is none."""
+    complete = (entry for entry in _checkpoints(run_dir)[::-1] if (entry[1] / "state.json").is_file())
+    return next((entry for entry in complete if damage_of(entry[1]) is None), None)
+
+
+def damaged_checkpoints(run_dir: str | Path) -> list[str]:
+    """Return what is damaged in each checkpoint that is newer than latest_checkpoint, with its file."""
+    newest = latest_checkpoint(run_dir)
+    newer = (path for step, path in _checkpoints(run_dir) if newest is None or step > newest[0])
+    return [found for path in newer if (path / "state.json").is_file() and (found := damage_of(path))]
+
+
+def settled_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
+    """Return latest_checkpoint once no learner of an earlier process writes another one.
+
+    After LEARNER_END_S it is returned in any case.
+    """
+    held = Path(run_dir) / LOCK
+    if held.parent.is_dir():
+        with contextlib.suppress(BlockingIOError):
+            lock(held, LEARNER_END_S).close()
+    return latest_checkpoint(run_dir)
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the remains of interrupted saves and removals."""
-    folder = Path(run_dir) / "checkpoints"
-    whole = sorted(
-        (path.parent for path in folder.glob("step-*/state.json")),
-        key=lambda path: int(path.name.removeprefix("step-")),
-    )
-    for path in {*folder.glob("step-*"), *folder.glob(part_of(Path("step-*")).name)}.difference(
-        whole[-keep:]
-    ):
+    """Remove all but the newest `keep` checkpoints, and the remains of interrupted saves and removals.
+
+    Files and folders with other names than a checkpoint's are left alone.
+    """
+    there = _checkpoints(run_dir)
+    kept = [path for _, path in there if (path / "state.json").is_file()][-keep:]
+    for path in (path for _, path in there if path not in kept):
         remove_checkpoint(path)
+    unfinished = Path(run_dir).glob(f"checkpoints/{part_of(Path('step-*')).name}")
+    for path in (path for path in unfinished if NAME.fullmatch(path.name[1:].removesuffix(".part"))):
+        remove_checkpoint(path)
+
+
+def finish_checkpoint(part: Path, checkpoint: Path) -> None:
+    """Give a written folder the name of its checkpoint, once all of it is on the disk."""
+    sync_tree(part)
+    remove_checkpoint(checkpoint)
+    part.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from gvpo_ray.files import part_of
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.backends.registry import make_backend
-from gvpo_ray.learner.checkpoints import remove_checkpoint
+from gvpo_ray.learner.checkpoints import finish_checkpoint
 from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
 from gvpo_ray.weights.lora import merged
@@ -384,12 +383,7 @@ class Policy:
                 "beta": self.beta,
             }
             (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            for file in part.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as written:
-                        os.fsync(written.fileno())
-            remove_checkpoint(folder)
-            part.rename(folder)
+            finish_checkpoint(part, folder)
         if dist.is_initialized():
             dist.barrier()
 

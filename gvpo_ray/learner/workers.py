@@ -26,8 +26,8 @@ from gvpo_ray.actors import cause_of, innermost, resources_of, tag_of
 from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.files import DiskFull, lock
-from gvpo_ray.learner.checkpoints import latest_checkpoint
+from gvpo_ray.files import DiskFull, lock, make_folder
+from gvpo_ray.learner.checkpoints import LOCK, latest_checkpoint
 
 WRONG = (
     AssertionError,
@@ -260,8 +260,8 @@ def _sole_writer(run_dir: Path) -> Iterator[None]:
     if ray.train.get_context().get_world_rank() != 0:
         yield
         return
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
-    with lock(run_dir / "checkpoints" / ".lock", wait_s=None):
+    make_folder(run_dir / LOCK.parent)
+    with lock(run_dir / LOCK, wait_s=None):
         yield
 
 

@@ -23,7 +23,7 @@ class MetricsLog:
         if self.path.exists():
             there = read_lines(self.path, skip_malformed=True)
             self.lines = [line for line in there if line.get("step", 0) <= resume_step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines), sync=True)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append the metrics of a step, and return the line."""

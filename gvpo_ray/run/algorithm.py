@@ -18,7 +18,8 @@ import ray
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.buffer.actor import BufferClient
-from gvpo_ray.buffer.buffer import ORDERS, steps_metrics
+from gvpo_ray.buffer.buffer import steps_metrics
+from gvpo_ray.buffer.control import ORDERS
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
@@ -26,8 +27,8 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
-from gvpo_ray.learner.checkpoints import latest_checkpoint
-from gvpo_ray.learner.families import check_trainable
+from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
+from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
@@ -94,13 +95,14 @@ class GVPO:
             self.inputs = read_inputs(config, rewards)
         check_trainable(config.model)
         self._open = contextlib.ExitStack()
-        self._open.enter_context(open_run_dir(config))
+        contents = {} if self.replays else self.inputs.digests()
+        self._open.enter_context(open_run_dir(config, contents | digest_of(config.model)))
         try:
             self.num_steps = config.num_steps
             if self.replays:
                 self.num_steps = min(config.num_steps, num_recorded_steps)
                 import_groups(recorded, assigned, self.run_dir / "groups")
-            checkpoint = latest_checkpoint(self.run_dir)
+            checkpoint = settled_checkpoint(self.run_dir)
             self.step = checkpoint[0] if checkpoint else 0
             """Number of trained steps, which is also the version of the weights."""
             self.resumed_from = self.step if checkpoint else None
@@ -112,7 +114,7 @@ class GVPO:
                 # The last driver may have been killed before it wrote these metrics.
                 if max(written, default=0) < step <= self.step:
                     self.metrics.write(step, metrics)
-            self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl")
+            self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl", config.verifiers)
             self.events = EventLog(self.run_dir / "events.jsonl")
         except OSError as error:
             self._open.close()
@@ -132,7 +134,8 @@ class GVPO:
             ConfigError: the directory has another format, or its config is not usable.
         """
         check_format(path)
-        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": str(path)}), reward)
+        run_dir = str(Path(path).absolute())  # a relative one would be taken from the config's `root`
+        return cls(GVPOConfig.from_file(Path(path) / "config.yaml", {"run_dir": run_dir}), reward)
 
     @property
     def done(self) -> bool:
@@ -154,6 +157,8 @@ class GVPO:
 
     def story(self) -> Iterator[str]:
         """Yield lines that a person should read before the first step."""
+        for found in damaged_checkpoints(self.run_dir):
+            yield f"a checkpoint is damaged and not used: {found}"
         if self.done:
             yield f"{self.run_dir}: complete, {self.step} of {self.num_steps} steps are trained"
         elif self.resumed_from is not None or (self.log_size and not self.replays):

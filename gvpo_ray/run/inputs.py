@@ -57,6 +57,17 @@ class Inputs:
         found = [self.sources[name].completions(prompt, num) for name, num in self.num_offline.items()]
         return [completions for completions in found if completions is not None]
 
+    def problems(self) -> pa.Table:
+        """Return the prompts, or where there are none, those of the sources' whole groups."""
+        if self.prompts is not None:
+            return self.prompts.all()
+        return pa.concat_tables([source.all() for source in self.sources.values()], promote_options="default")
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of the prompts and of each source, by key; other data have others."""
+        prompts = {} if self.prompts is None else {"prompts.path": self.prompts.digest()}
+        return prompts | {f"sources.{name}.path": source.digest() for name, source in self.sources.items()}
+
     def story(self) -> Iterator[str]:
         """Yield lines about the inputs that a person should read before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
@@ -175,6 +186,7 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     Raises:
         ConfigError: one line that names the key.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     path, trust = config.model.path, config.model.trust_remote_code
@@ -196,8 +208,9 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"model.path: cannot load {path}: {text[:300]}") from error
     # transformers makes an empty tokenizer where the vocabulary's file is missing.
     if not tokenizer("1 + 2 = 3")["input_ids"]:
         raise ConfigError(

@@ -80,7 +80,7 @@ def rollout(
             [inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)]
         )
         table = session.guard(run_through(prompts, engines, verifiers, config.sampling, 0))
-        groups.save(table.select(list(groups.LOGGED_COLUMNS)), part)
+        groups.save(groups.log_columns(table), part)
         part.replace(out)
         return table
     finally:

@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from gvpo_ray import groups
 from gvpo_ray.actors import Note, RunError, is_lost
 from gvpo_ray.buffer.actor import BufferClient
-from gvpo_ray.buffer.log import Quarantine
+from gvpo_ray.buffer.log import LIMITS, Quarantine
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.pools import EngineGroup
@@ -94,6 +94,7 @@ class Ring:
         """Number of groups in flight per stage."""
         self.show: Callable[[dict[str, Any]], None] = lambda status: None
         """Callback that gets every status that is written to status.json."""
+        self._version = 0  # of published weights, as far as this loop has asked
         self._last: dict[str, Any] = {}
         self._tokens_before: dict[str, int] = {}
         self._then = time.perf_counter()
@@ -102,7 +103,11 @@ class Ring:
         """Sample until the buffer is closed.
 
         The first error of any task ends the loop, as an exception group.
+
+        Raises:
+            RunError: every prompt was in quarantine when the run was taken up.
         """
+        self._refuse_quarantine()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._engines.run())
             watching = tasks.create_task(self.watch())
@@ -151,7 +156,7 @@ class Ring:
         since = time.time()
         if self._quarantine.holds(prompt):
             await self._buffer.skip(group_id)
-        else:
+        elif is_whole or await self._has_reached(min_version):
             while True:
                 self._goes_to(group_id, since, "prompts")
                 try:
@@ -171,13 +176,30 @@ class Ring:
                         raise
             if hit_limits:
                 self._quarantine.add(prompt)
-                if len(self._quarantine) >= len(self._inputs.prompts or ()) > 0:
-                    raise RunError(
-                        f"every prompt is in {self._quarantine.path}: no check ends within the limits of "
-                        "the verifiers section"
-                    )
+                self._refuse_quarantine()
         self._goes_to(group_id, since, None)
         self._engines.room.set()
+
+    async def _has_reached(self, version: int) -> bool:
+        """Wait until the weights of a version are published; return whether they were before the run ended.
+
+        A group that has a slot keeps it while its engine waits for newer weights. After a resume they come
+        only when the driver lets the learner train, and the driver may wait for a slot: in an evaluation.
+        """
+        while self._version < version:
+            reached = await self._buffer.reached(version)
+            if reached is None:
+                return False
+            self._version = reached
+        return True
+
+    def _refuse_quarantine(self) -> None:
+        """Raise an error where no prompt is left; groups of nothing but quarantine would go on for ever."""
+        if len(self._quarantine) and self._inputs and self._quarantine.holds_all(self._inputs.problems()):
+            raise RunError(
+                f"every prompt is in {self._quarantine.path}: no check ends within the limits of the "
+                f"verifiers section ({', '.join(LIMITS)}); higher ones release the prompts"
+            )
 
     async def _sample(self, prompt: pa.Table, min_version: int) -> Any:
         """Return the group's completions: some replayed, some from offline sources, the rest new."""

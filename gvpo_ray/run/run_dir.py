@@ -8,18 +8,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gvpo_ray import __version__, groups
-from gvpo_ray.buffer.log import GroupLog, read_assignments
+from gvpo_ray.buffer.log import GroupLog, lock_folder, read_assignments
 from gvpo_ray.config.base import RESUMABLE, ConfigError, is_marked
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.files import lock, write_whole
+from gvpo_ray.files import lock, make_folder, write_whole
 
 FORMAT = 2
 """Format of a run directory, raised whenever a version cannot continue what the version before it wrote."""
 
 FORMAT_FILE = "format.json"
 """A run directory's file with {"format", "gvpo_ray": version that made it}; format 1 had no such file."""
+
+CONTENTS_FILE = "contents.json"
+"""A run directory's file with a digest of what each of its data files held when the run began, by key."""
 
 
 def check_format(run_dir: str | Path) -> None:
@@ -48,17 +52,22 @@ def check_format(run_dir: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
+def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Make or continue the run directory, locked by this process, and write its config.yaml.
 
+    Args:
+        config: the run's config.
+        contents: digests of the data that the run reads, by key. They may not change, as a group's id stands
+            for the same prompt in the whole run. None: none are compared.
+
     Raises:
-        ConfigError: another process uses the directory, it is another run's or in another format, or it
-            cannot be written.
+        ConfigError: another process uses the directory, it is another run's or in another format, the data
+            are others, or it cannot be written.
     """
     path = Path(config.run_dir)
     check_format(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         # Waits, because `gvpo-ray status` takes the lock for a moment to see whether it is free.
         held = lock(path / ".lock", wait_s=1.0)
     except BlockingIOError as error:
@@ -84,14 +93,38 @@ def open_run_dir(config: GVPOConfig) -> Iterator[Path]:
                     f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
                     "another run_dir"
                 )
+            _check_contents(path, contents or {})
         try:
             if not kept.exists():
                 made = {"format": FORMAT, "gvpo_ray": __version__}
-                write_whole(path / FORMAT_FILE, json.dumps(made) + "\n")
-            write_whole(kept, config.dump())
+                write_whole(path / FORMAT_FILE, json.dumps(made) + "\n", sync=True)
+            write_whole(kept, config.dump(), sync=True)
+            if contents and not (path / CONTENTS_FILE).exists():
+                write_whole(path / CONTENTS_FILE, json.dumps(dict(contents), indent=2) + "\n", sync=True)
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
         yield path
+
+
+def _check_contents(run_dir: Path, contents: Mapping[str, str]) -> None:
+    """Refuse data that are not those which the run began with.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    file = run_dir / CONTENTS_FILE
+    if not file.exists():
+        return  # an older version began the run
+    try:
+        began = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"run_dir: {file} does not say which data the run began with") from error
+    for key, digest in contents.items():
+        if began.get(key, digest) != digest:
+            raise ConfigError(
+                f"{key}: what is in it differs from what the run in {run_dir} began with: bring that back, "
+                "or use another run_dir"
+            )
 
 
 def read_recorded(
@@ -99,29 +132,39 @@ def read_recorded(
 ) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
     """Return recorded groups, their assignment to steps, and the number of steps that they make.
 
-    The log of a finished run brings its own assignment; a file of groups is cut in its order.
+    The log of a run brings its own assignment, and the run may be still going on; a file of groups is cut in
+    its order.
 
     Args:
         source: an Arrow file, or the log's folder of a run.
         groups_per_step: groups that a step trains.
-        folder: the log's folder of the run that is to learn from them.
+        folder: the log's folder of the run that is to learn from them; it may have some of them already.
 
     Raises:
         ConfigError: there are no groups, or too few, or the folder's log has others.
     """
     try:
+        assigned = read_assignments(
+            source / "assignments.jsonl"
+        )  # before the groups, as they are written first
         recorded = groups.validate(groups.load(source), groups.LOGGED_COLUMNS)
-        here = len(groups.load(folder)) if any(folder.glob("*.arrow")) else 0
+        for name in (name for name in groups.REFERENCE_COLUMNS if name in recorded.schema.names):
+            groups.validate(recorded.filter(pc.is_valid(recorded[name])), ("completions", name))
     except groups.GroupError as error:
         raise ConfigError(f"--groups: {error}") from error
     except OSError as error:
         raise ConfigError(f"--groups: {source} cannot be read: {error.strerror or error}") from error
-    if here not in (0, len(recorded)):
-        raise ConfigError(
-            f"run_dir: {folder} holds {here} groups, {source} has {len(recorded)}: use another run_dir"
-        )
-    assigned = read_assignments(source / "assignments.jsonl")  # only read: that run may still be going on
     end = max((end for _, end in assigned.values()), default=0)
+    if end > len(recorded):
+        raise ConfigError(
+            f"--groups: {source} has {len(recorded)} groups, and steps of its run were trained on {end}"
+        )
+    here = GroupLog(folder)
+    if not _is_beginning(here, recorded, assigned):
+        raise ConfigError(
+            f"run_dir: {folder} holds {len(here)} groups that are not the first ones of {source}, which has "
+            f"{len(recorded)}: use another run_dir"
+        )
     steps = max(assigned, default=0) + (len(recorded) - end) // groups_per_step
     if steps == 0:
         raise ConfigError(
@@ -130,11 +173,33 @@ def read_recorded(
     return recorded, assigned, steps
 
 
+def _is_beginning(log: GroupLog, recorded: pa.Table, assigned: Mapping[int, tuple[int, int]]) -> bool:
+    """Return whether a log holds the first of the recorded groups, with the same assignment.
+
+    The ids of all groups are compared, and of the first and the last one everything.
+    """
+    if recorded["group_id"][: len(log)].to_pylist() != log.group_ids:
+        return False
+    rows = sorted({0, len(log) - 1}) if len(log) else []
+    return all(
+        log.read(row, row + 1).equals(groups.log_columns(recorded.slice(row, 1)).combine_chunks())
+        for row in rows
+    ) and all(log.assigned.get(step, rows) == rows for step, rows in assigned.items())
+
+
 def import_groups(recorded: pa.Table, assigned: Mapping[int, tuple[int, int]], folder: Path) -> None:
-    """Write recorded groups into the log of a run that only learns; a log that has groups is left alone."""
-    log = GroupLog(folder)
-    if len(log) == 0:
-        for i in range(len(recorded)):
-            log.append(recorded.slice(i, 1).select(list(groups.LOGGED_COLUMNS)))
-        for step, (begin, end) in assigned.items():
-            log.assign(step, begin, end)
+    """Write recorded groups into the log of a run that only learns; go on behind those that are there.
+
+    Raises:
+        LogError: another process writes to the log.
+    """
+    with lock_folder(folder):
+        log = GroupLog(folder)
+        log.repair()
+        # Batch by batch, because a slice of a table takes time in proportion to its number of batches.
+        for batch in recorded.slice(len(log)).to_batches(max_chunksize=1):
+            log.append(pa.Table.from_batches([batch]))
+        missing = {step: rows for step, rows in assigned.items() if step not in log.assigned}
+        if missing:
+            log.assign_all(missing)
+        log.close()

@@ -70,7 +70,7 @@ def completions_of(run: Run) -> tuple[list[Examples], list[str]]:
             examples.append(_examples(f"{name}, step {step}", file, is_open=step == picked[0][0]))
         if num < len(files):
             notes.append(f"{num} of the {len(files)} evaluations of {name}.")
-    if logs := sorted((run.path / "groups").glob("*.arrow"))[-1:]:
+    if logs := groups.segments(run.path / "groups")[-1:]:
         title = f"the newest {NUM_TRAINED} groups of the training"
         examples.append(_examples(title, logs[0], newest=NUM_TRAINED))
     return examples, notes
