@@ -30,6 +30,11 @@ def actor_name(text: str) -> str:
     return f"{text}-{uuid.uuid4().hex[:6]}"
 
 
+def tag_of(text: str) -> str:
+    """Return a text as a tag of a metric of Ray, which must be ASCII."""
+    return re.sub(r"[^\x20-\x7e]", "_", text)
+
+
 def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
     """Return what one engine or learner worker reserves, by Ray's names of resources."""
     accelerator = {f"accelerator_type:{actor.accelerator_type}": 0.001} if actor.accelerator_type else {}

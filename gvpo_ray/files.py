@@ -1,5 +1,7 @@
 """This file writes what must outlive a kill or a power failure: JSON lines, whole files, and file locks.
 
+It also says what is full where a disk is.
+
 No other file of the package knows the name of a file that is still being written, or asks the system for a
 lock.
 """
@@ -11,11 +13,60 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+# ------------------------------------------------------------------------------------------------- full disks
+
+
+class DiskFull(OSError):
+    """A write raises this where its file system, or the user's quota of it, is full; the message names it."""
+
+    def __str__(self) -> str:
+        """Return the message alone, without the error's number."""
+        return str(self.strerror)
+
+
+FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+"""How libraries say that a disk is full, where they raise no OSError with its number."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the error of a write within this context to a full disk into one that names path and file system.
+
+    Raises:
+        DiskFull: there is no room for what is written to `path`.
+    """
+    try:
+        yield
+    except Exception as error:  # any library's; all but those that mean a full disk pass through
+        number = getattr(error, "errno", None)
+        if isinstance(error, DiskFull) or not (
+            number in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error))
+        ):
+            raise
+        place = path.absolute()
+        while not place.exists():
+            place = place.parent
+        while not os.path.ismount(place):
+            place = place.parent
+        size = shutil.disk_usage(place)
+        why = (
+            "the quota of this user is used up"
+            if number == errno.EDQUOT or "quota" in str(error)
+            else f"{size.free / 2**20:.0f} of {size.total / 2**20:.0f} MiB are free"
+        )
+        raise DiskFull(
+            number or errno.ENOSPC,
+            f"no room for {path} on the file system at {place} ({why}): make room there, and give the same "
+            "command again",
+        ) from error
+
 
 # ------------------------------------------------------------------------------------------------ JSON lines
 
@@ -57,7 +108,7 @@ def append_line(path: Path, value: Any, sync: bool = False) -> None:
 def append_lines(path: Path, values: Iterable[Any], sync: bool = False) -> None:
     """Append values as JSON lines, after cutting off a torn last line; see append_line."""
     is_new = not path.exists()
-    with open(path, "ab+") as file:
+    with writing(path), open(path, "ab+") as file:
         _cut_torn_line(file)
         file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
         if sync:
@@ -135,12 +186,13 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
     """
     part = part_of(path)
     try:
-        yield part
-        if sync:
-            sync_to_disk(part)
-        part.replace(path)
-        if sync:
-            sync_to_disk(path.parent)
+        with writing(path):
+            yield part
+            if sync:
+                sync_to_disk(part)
+            part.replace(path)
+            if sync:
+                sync_to_disk(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -172,10 +224,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)  # a process that was killed may have left one
     part.mkdir(parents=True)
     try:
-        yield part
-        sync_tree(part)
-        part.rename(path)
-        sync_to_disk(path.parent)
+        with writing(path):
+            yield part
+            sync_tree(part)
+            part.rename(path)
+            sync_to_disk(path.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -212,7 +265,8 @@ def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
         NoLocks: the file system has no locks.
         OSError: the file cannot be written.
     """
-    file = open(path, "a")  # noqa: SIM115 - the caller closes it
+    with writing(path):
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
     deadline = time.monotonic() + (wait_s or 0.0)
     try:
         while True:
@@ -236,7 +290,7 @@ def is_locked(path: Path) -> bool:
     Only read access to the file is needed.
     """
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:

@@ -210,19 +210,19 @@ def ask_pip(verb: str, extra: str, arguments: tuple[str, ...], wanted: dict[str,
         sys.exit(f"pip's configuration: {' '.join(str(error).split())}")
     entries = kept(entries, extra)
     if verb == "explain":
-        print(reason(Path(arguments[0]).read_text(errors="replace"), entries) or "")
+        print(reason(Path(arguments[0]).read_text(encoding="utf-8", errors="replace"), entries) or "")
     if verb == "pip":
         os.execve(sys.executable, [sys.executable, "-m", "pip", *arguments], pip_environment(entries))
 
 
 def main(verb: str, extra: str, *arguments: str) -> None:
-    wanted = pins(PINS.read_text(), extra)
+    wanted = pins(PINS.read_text(encoding="utf-8"), extra)
     if verb == "left-out":
         print(*LEFT_OUT)
     elif verb == "pins":
         print(*(f"{name}=={version}" for name, version in wanted.items()), sep="\n")
         if extra == "cuda":  # where both builds are to be had, pip takes 2.13.0+cpu for newer than 2.13.0
-            print(f"torch!={pins(PINS.read_text(), 'cpu')['torch']}")
+            print(f"torch!={pins(PINS.read_text(encoding='utf-8'), 'cpu')['torch']}")
     elif verb == "verify":
         if wrong := verify(wanted, extra):
             sys.exit("Error: " + "; ".join(wrong))

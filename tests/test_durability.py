@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from buffers import make
 from test_run_format import config
-from tiny import make_group, table
+from tiny import make_checkpoint, make_group, table
 
 from gvpo_ray import files, groups
 from gvpo_ray.buffer import log as log_module
@@ -124,8 +124,7 @@ def test_a_copied_checkpoint_and_other_foreign_names_are_neither_read_nor_remove
     folder = tmp_path / "checkpoints"
     foreign = ["step-20-best", "step-", "step-1e3", "step-007", "step-30.bak", "best", ".step-20-best.part"]
     for name in ("step-9", "step-10", "step-20", *foreign):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "state.json").write_text("{}")
+        make_checkpoint(folder / name)
     (folder / "step-20-mine").mkdir()  # without a state
     (folder / "step-40").write_text("a file")
     (folder / ".step-21.part").mkdir()

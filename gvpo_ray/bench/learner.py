@@ -338,7 +338,7 @@ def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 
 def _matmul_peak() -> float:

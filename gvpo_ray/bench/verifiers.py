@@ -105,7 +105,7 @@ def main(source: str, num_rows: int = 2000) -> None:
 def _read(source: str, num_rows: int) -> Rows:
     """Return (response, gold) of rows spread evenly over a JSONL file."""
     try:
-        with open(source) as file:
+        with open(source, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
         texts = [
             tuple(str(next(row[name] for name in names if name in row)) for names in (RESPONSE, GOLD))

@@ -22,6 +22,7 @@ from gvpo_ray.files import (
     read_lines,
     repair_lines,
     sync_to_disk,
+    writing,
 )
 
 
@@ -189,7 +190,8 @@ class GroupLog:
             make_folder(self.folder)
             number = max((int(path.stem) for path in groups.segments(self.folder)), default=-1) + 1
             path = self.folder / f"{number:05d}.arrow"
-            self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
+            with writing(path):
+                self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - lives as long as the log
             self._segments.append(_Segment(path, groups.SCHEMA, len(self)))
             self._write(groups.SCHEMA.serialize())
         begin = self._file.tell()
@@ -199,8 +201,9 @@ class GroupLog:
     def _write(self, message: pa.Buffer) -> None:
         left = memoryview(message)
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            with writing(self._segments[-1].path):
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError:
             # Half a group may be in this segment (disk full), and no row after it could be read.
             self._file = None

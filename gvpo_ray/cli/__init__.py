@@ -13,6 +13,8 @@ import typer
 
 from gvpo_ray.cli import benches, runs  # noqa: F401 - which add their verbs to the app
 from gvpo_ray.cli.app import app
+from gvpo_ray.cli.terminal import print_plainly, use_utf8
+from gvpo_ray.home import ensure_home
 
 RESUMES = ("train", "learn", "evaluate", "verify", "bench paper", "bench staleness")
 """Verbs that go on where they stopped, when the same command is given again."""
@@ -20,7 +22,15 @@ RESUMES = ("train", "learn", "evaluate", "verify", "bench paper", "bench stalene
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; each failure is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        use_utf8()
+        arguments = sys.argv[1:]
+    print_plainly()
+    for text in arguments:
+        if any("\ud800" <= sign <= "\udfff" for sign in text):  # bytes that are not UTF-8
+            print(f"error: {text}: an argument is not UTF-8 text", file=sys.stderr)
+            return 2
+    ensure_home()
     # SIGTERM, of `ray job stop` and Kubernetes, is to act as Ctrl-C; a shell's `&` makes SIGINT ignored
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,6 +29,12 @@ class SamplingConfig(Section):
     """Sample from the k likeliest tokens only; 0 or -1: from all."""
     min_p: float = Field(default=0.0, ge=0, le=1, json_schema_extra=DECIDES_SCORES)
     """Drop tokens less likely than this share of the likeliest one; 0: none."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], json_schema_extra=DECIDES_SCORES)
+    """Texts that end a completion, such as "\\nQuestion:" for a base model; they are trained, and left out of
+    the text that is graded."""
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default=[], json_schema_extra=DECIDES_SCORES)
+    """Token ids that end a completion, beside the tokenizer's end of sequence, those that the model's config
+    files name, and the one that ends a turn of its chat template."""
     allow_truncated_support: bool = False
     """Warn of top_p < 1, top_k and min_p instead of refusing them. The optimum is then no longer GVPO's."""
 

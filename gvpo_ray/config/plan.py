@@ -64,4 +64,5 @@ def check_resources(
 
 def cluster_address(config: RayConfig) -> str | None:
     """Return the address of the cluster to join; None for an embedded Ray."""
-    return config.address or os.environ.get("RAY_ADDRESS") or None
+    address = config.address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.data.turns import end_of_turn, fixed_time, one_begin_no_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,9 +78,12 @@ class TextRenderer:
 
     @property
     def end_id(self) -> int | None:
-        """The end-of-sequence token; None where the tokenizer has none."""
+        """The token that ends completions of people and servers; None where the tokenizer has none.
+
+        It is the one that ends a turn of the chat template, or with a template of the config the tokenizer's.
+        """
         end: int | None = self._tokenizer.eos_token_id
-        return end
+        return end if self._template is not None else end_of_turn(self._tokenizer)
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
         """Render prompts; each row has the column `prompt`, a text.
@@ -97,7 +101,7 @@ class TextRenderer:
         else:
             texts = self._chats(prompts)
         ids = self._ids(texts, add_special_tokens=self._template is not None)
-        return [Rendered(of_prompt, {}) for of_prompt in ids]
+        return [Rendered(one_begin_no_end(of_prompt, self._tokenizer), {}) for of_prompt in ids]
 
     def encode(self, completions: Sequence[str]) -> list[list[int]]:
         """Tokenise completions as they are, without special tokens of the tokenizer's own."""
@@ -115,7 +119,9 @@ class TextRenderer:
             )
         system = [] if self._system_prompt is None else [{"role": "system", "content": self._system_prompt}]
         chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-        return self._tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        return self._tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=False, strftime_now=fixed_time
+        )
 
     def _ids(self, texts: Any, *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:

@@ -145,6 +145,7 @@ class ServerEngine(BaseEngine):
             n=n,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
+            stop=sampling.stop or openai.omit,
             seed=openai.omit if seed is None else seed,
         )
         choices = answer.get("choices")

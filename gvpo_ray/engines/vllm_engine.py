@@ -16,7 +16,7 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.data.rendering import TextRenderer
+from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
 
 CORPSE_S = 10.0
@@ -67,6 +67,7 @@ class Engine(BaseEngine):
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
         self._num_finished_tokens = 0
+        self._known_turns: dict[tuple[int, ...], Turns] = {}
 
     async def start(self) -> dict[str, Any]:
         """Start vLLM, which takes 20 s and more; return the seconds and the pid."""
@@ -116,7 +117,6 @@ class Engine(BaseEngine):
             arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         started = time.perf_counter()
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
-        self._renderer = TextRenderer(self._llm.get_tokenizer())
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
         await self._llm.update_weight_version(str(self.version))
@@ -195,6 +195,7 @@ class Engine(BaseEngine):
                 time.time(),
             )
             return
+        turns = self._turns(sampling)
         params = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -203,8 +204,12 @@ class Engine(BaseEngine):
             max_tokens=most - len(ids),
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
+            # these tokens and no others, whatever vLLM reads in the model's folder
+            ignore_eos=True,
+            stop_token_ids=turns.ends,
+            stop=sampling.stop or None,
             # decoding token by token costs this process twice as much as all the rest of a completion
-            detokenize=False,
+            detokenize=bool(sampling.stop),
             seed=None if seed is None else seed + index,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
@@ -220,7 +225,7 @@ class Engine(BaseEngine):
             versions.append(begun["version_min"])
         ids = ids + list(new.token_ids)
         running.completions[index] = {
-            "completions": self._renderer.text(ids[: -1 if new.finish_reason == "stop" else None]),
+            "completions": turns.text(running.prompt_ids, ids, new.stop_reason),
             "completion_ids": ids,
             "finish_reasons": new.finish_reason,
             "sources": "policy",
@@ -230,6 +235,13 @@ class Engine(BaseEngine):
         }
         if new.finish_reason != ABORTED:
             running.finished_at[index] = time.time()
+
+    def _turns(self, sampling: SamplingConfig) -> Turns:
+        """Return where completions end with these settings; a run and its evaluations have their own."""
+        key = (*sampling.stop_token_ids,)
+        if key not in self._known_turns:
+            self._known_turns[key] = Turns(self._model, self._llm.get_tokenizer(), sampling)
+        return self._known_turns[key]
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         assert isinstance(running, _Requests)

@@ -80,7 +80,7 @@ def _finished(
     if not (path / "eval.json").is_file() or not file.is_file():
         raise ConfigError(f"compare: no finished evaluation in {place} (eval.json, generations.parquet)")
     try:
-        sets = json.loads((path / "eval.json").read_text()).get("sets", {})
+        sets = json.loads((path / "eval.json").read_text(encoding="utf-8")).get("sets", {})
         rows = pq.read_table(
             file, columns=["dataset", "prompt_id", "prompt", "answer", "correct"]
         ).to_pylist()

@@ -150,7 +150,7 @@ def _difference(kept: Path, now: Mapping[str, Any]) -> str:
     `now` may have more keys, such as a set that was added.
     """
     try:
-        before = yaml.safe_load(kept.read_text())
+        before = yaml.safe_load(kept.read_text(encoding="utf-8"))
         pairs = [
             (part, key, value) for part in ("settings", "contents") for key, value in before[part].items()
         ]

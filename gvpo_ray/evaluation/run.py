@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.evaluation.folder import EvaluationDir
 from gvpo_ray.learner.checkpoints import latest_checkpoint
-from gvpo_ray.run.inputs import machine_resources, read_evaluation_sets, read_model
+from gvpo_ray.run.inputs import read_evaluation_sets, read_model
+from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.once import evaluation_sampling, run_through, without_learner
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.rewards import Rewards
@@ -54,8 +53,7 @@ def evaluate(
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})}
         )
-    if cluster_address(config.ray) is None and not ray.is_initialized():
-        check_resources(config, *machine_resources(config), learner=False)
+    check_machine(config, learner=False)
     max_length, tokenizer = read_model(config)
     sets = read_evaluation_sets(config, max_length, tokenizer)
     validate_rewards(config.verifiers, reward)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from gvpo_ray.files import writing
 from gvpo_ray.groups.table import LOGGED_COLUMNS, GroupError, empty, log_columns
 
 
@@ -28,7 +29,11 @@ def from_wire(buffer: pa.Buffer) -> pa.Table:
 
 def save(groups: pa.Table, path: str | Path) -> None:
     """Write a table to one Arrow IPC file."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, groups.schema) as writer:
+    with (
+        writing(Path(path)),
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, groups.schema) as writer,
+    ):
         writer.write_table(groups)
 
 

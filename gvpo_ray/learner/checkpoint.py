@@ -102,7 +102,9 @@ class Checkpoint:
         if self._rank == 0:
             folder.mkdir()
             save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            (folder / "adapter_config.json").write_text(json.dumps(self._adapter, indent=2, default=list))
+            (folder / "adapter_config.json").write_text(
+                json.dumps(self._adapter, indent=2, default=list), encoding="utf-8"
+            )
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in trained_parameters(self._module.model):
@@ -120,7 +122,7 @@ class Checkpoint:
             folder: the checkpoint.
             device: this rank's.
         """
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         files: list[Any] = [
             safe_open(file, framework="pt") for file in sorted(folder.glob("optimizer/*.safetensors"))
         ]

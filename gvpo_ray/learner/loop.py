@@ -18,6 +18,7 @@ import torch
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.states import Command
+from gvpo_ray.files import writing
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.checkpoints import prune_checkpoints
 from gvpo_ray.learner.policy import Policy
@@ -197,7 +198,9 @@ def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
 
 def save(policy: Policy, buffer: Buffer, settings: Settings) -> None:
     """Write checkpoints/step-N, remove old checkpoints, and tell the buffer; every rank calls this."""
-    policy.save(Path(settings.run_dir) / "checkpoints" / f"step-{policy.step}")
+    folder = Path(settings.run_dir) / "checkpoints" / f"step-{policy.step}"
+    with writing(folder):
+        policy.save(folder)
     if policy.rank == 0:
         prune_checkpoints(settings.run_dir, settings.checkpoint.keep)
         buffer.saved(policy.step)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
@@ -28,6 +28,7 @@ from gvpo_ray.learner import packing
 from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
 from gvpo_ray.learner.backends.registry import make_backend
 from gvpo_ray.learner.checkpoint import Checkpoint
+from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
 from gvpo_ray.learner.reference_model import ReferenceModel
 from gvpo_ray.learner.whole_weights import WholeWeights
@@ -81,8 +82,9 @@ class Policy:
         for name, buffer in self._module.named_buffers():
             if name.endswith("inv_freq") and buffer.itemsize < 4:
                 raise RuntimeError(f"{name} is in {buffer.dtype}: rotary frequencies need float32")
-        self.vocab_size: int = self._module.model.config.vocab_size
-        self.max_length: int = model.max_length or self._module.model.config.max_position_embeddings
+        text = self._module.model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.max_length: int = model.max_length or text.max_position_embeddings
         weights = WholeWeights(self._module, self._backend, self.adapter)
         self.reference = ReferenceModel(
             self._module, self._backend, self._load, self.device, self.adapter is not None
@@ -104,8 +106,9 @@ class Policy:
 
     def _load(self, path: str | Path) -> Any:
         trust = self._model_config.trust_remote_code
+        config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self._dtype, trust_remote_code=trust, attention_dropout=0.0
+            path, config=config, dtype=self._dtype, trust_remote_code=trust
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # other implementations silently leave it out

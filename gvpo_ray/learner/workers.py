@@ -23,15 +23,24 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
-from gvpo_ray.actors import cause_of, innermost, resources_of
+from gvpo_ray.actors import cause_of, innermost, resources_of, tag_of
 from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.files import lock, make_folder, write_whole
+from gvpo_ray.files import DiskFull, lock, make_folder, write_whole
 from gvpo_ray.learner.checkpoints import LOCK, latest_checkpoint
 
-WRONG = (ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ImportError)
-"""Errors of code or data, which would come again after a restart.
+WRONG = (
+    AssertionError,
+    AttributeError,
+    DiskFull,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+"""Errors of code or data, which would come again after a restart, and disks that are full.
 
 Any other error of a worker may be a consequence of another worker's death.
 """
@@ -86,7 +95,7 @@ class LearnerGroup:
                 resources_per_worker=resources_of(learner),
             ),
             run_config=RunConfig(
-                name=run_dir.name,
+                name=tag_of(run_dir.name),  # Ray Train makes it a tag of its metrics
                 storage_path=self._scratch,
                 failure_config=FailureConfig(max_failures=learner.max_restarts),
                 callbacks=callbacks,

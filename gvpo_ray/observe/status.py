@@ -58,7 +58,7 @@ def read_status(run_dir: str | Path) -> list[str]:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no config.yaml: not the directory of a run")
     try:
-        status = json.loads((folder / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         status = None
     runs = is_locked(folder / ".lock")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from gvpo_ray.actors import tag_of
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.tracking import MLflowConfig, TrackingConfig
@@ -297,7 +298,7 @@ class Tracking:
 
     def __init__(self, config: GVPOConfig, lines: Sequence[Line], say: Callable[[str], None]) -> None:
         run_dir = Path(config.run_dir)
-        self._gauges = Gauges(run_dir.name)
+        self._gauges = Gauges(tag_of(run_dir.name))
         self._feeds: list[_Feed] = []
         for name, (make, _) in TRACKERS.items():
             arguments = getattr(config.tracking, name)
@@ -306,7 +307,7 @@ class Tracking:
             state = run_dir / "tracking" / f"{name}.json"
             state.parent.mkdir(exist_ok=True)
             known: dict[str, Any] = (
-                json.loads(state.read_text()) if state.exists() else {"run": None, "last": -1}
+                json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"run": None, "last": -1}
             )
             try:
                 tracker = make(arguments, run_dir, known["run"], parameters_of(config))

@@ -21,10 +21,11 @@ from gvpo_ray.buffer.buffer import steps_metrics
 from gvpo_ray.buffer.control import ORDERS
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.plan import check_resources, cluster_address
+from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig
-from gvpo_ray.learner.checkpoints import settled_checkpoint
+from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
+from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.advice import FirstSteps
 from gvpo_ray.observe.metrics import evaluation_metrics
@@ -32,7 +33,8 @@ from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.status import RunState
 from gvpo_ray.observe.trackers import Tracking, check_trackers
 from gvpo_ray.run.events import EventLog
-from gvpo_ray.run.inputs import machine_resources, read_inputs, read_model
+from gvpo_ray.run.inputs import read_inputs, read_model
+from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.once import evaluation_sampling, run_through
 from gvpo_ray.run.rollouts import Say
 from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
@@ -81,8 +83,7 @@ class GVPO:
         self.config, self._rewards, self.run_dir, self.say = config, rewards, Path(config.run_dir), say
         self.replays = groups_file is not None
         check_trackers(config.tracking)
-        if cluster_address(config.ray) is None and not ray.is_initialized():
-            check_resources(config, *machine_resources(config), engines=not self.replays)
+        check_machine(config, engines=not self.replays)
         if self.replays:
             read_model(config)
             recorded, assigned, num_recorded_steps = read_recorded(
@@ -90,8 +91,10 @@ class GVPO:
             )
         else:
             self.inputs = read_inputs(config, rewards)
+        check_trainable(config.model)
         self._open = contextlib.ExitStack()
-        self._open.enter_context(open_run_dir(config, None if self.replays else self.inputs.digests()))
+        contents = {} if self.replays else self.inputs.digests()
+        self._open.enter_context(open_run_dir(config, contents | digest_of(config.model)))
         try:
             self.num_steps = config.num_steps
             if self.replays:
@@ -153,6 +156,8 @@ class GVPO:
 
     def story(self) -> Iterator[str]:
         """Yield lines that a person should read before the first step."""
+        for found in damaged_checkpoints(self.run_dir):
+            yield f"a checkpoint is damaged and not used: {found}"
         if self.done:
             yield f"{self.run_dir}: complete, {self.step} of {self.num_steps} steps are trained"
         elif self.resumed_from is not None or (self.log_size and not self.replays):

@@ -186,6 +186,7 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     Raises:
         ConfigError: one line that names the key.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     path, trust = config.model.path, config.model.trust_remote_code
@@ -207,8 +208,9 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"model.path: cannot load {path}: {text[:300]}") from error
     # transformers makes an empty tokenizer where the vocabulary's file is missing.
     if not tokenizer("1 + 2 = 3")["input_ids"]:
         raise ConfigError(

@@ -11,19 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import ray
 from ray.exceptions import RayError
 
 from gvpo_ray import groups
 from gvpo_ray.actors import is_lost
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.files import part_of
-from gvpo_ray.run.inputs import machine_resources, read_inputs
+from gvpo_ray.run.inputs import read_inputs
+from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.rewards import Rewards
@@ -61,8 +60,7 @@ def rollout(
         RunError: the first cause that stopped the sampling.
     """
     config = config.absolute()
-    if cluster_address(config.ray) is None and not ray.is_initialized():
-        check_resources(config, *machine_resources(config), learner=False)
+    check_machine(config, learner=False)
     if num_groups is not None and num_groups < 1:
         raise ConfigError(f"--groups: {num_groups}: must be at least 1")
     inputs = read_inputs(config, reward)

@@ -39,7 +39,7 @@ def check_format(run_dir: str | Path) -> None:
     number, version = 1, "0.1.0 or older"
     if file.exists():
         try:
-            made = json.loads(file.read_text())
+            made = json.loads(file.read_text(encoding="utf-8"))
             number, version = int(made["format"]), str(made["gvpo_ray"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"run_dir: {file} does not say which format {path} has") from error

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from gvpo_ray.actors import RunError, cause_of, first_of, resources_of
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig, RayConfig
 
@@ -42,18 +43,28 @@ class Session:
             # error of the other must not be printed.
             os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             handler = signal.getsignal(signal.SIGTERM)
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if address else embedded),
-            )
+            try:
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **({} if address else embedded),
+                )
+            except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+                what = f"cannot join the cluster at {address}" if address else "cannot start on this machine"
+                raise ConfigError(f"ray: {what}: {' '.join(str(error).split())}") from error
             if threading.current_thread() is threading.main_thread():
                 # ray.init replaces it by a handler that prints a stack trace.
                 signal.signal(signal.SIGTERM, handler)
         self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(self._on_unseen)
         self._thread = threading.Thread(target=self.loop.run_forever, name="ring", daemon=True)
         self._thread.start()
+
+    def _on_unseen(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Print an error that nobody awaited, unless the run is over: its first cause is printed last."""
+        if self.cause is None and not self._stopped:
+            loop.default_exception_handler(context)
 
     def call(self, coroutine: Coroutine[Any, Any, Any] | Any, timeout_s: float | None = None) -> Any:
         """Run a coroutine (or await an object ref) on the loop, and wait for its result.

@@ -105,7 +105,9 @@ def _serve(
 
 def _address_space() -> int:
     """Return the size of this process's address space, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+    pages = (
+        int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) if sys.platform == "linux" else 0
+    )
     return pages * resource.getpagesize()
 
 

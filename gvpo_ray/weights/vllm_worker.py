@@ -75,9 +75,13 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
                     merge(self._base(), adapter, update_info.adapter_scale, dtype, self.device)
                 )
             return
+        # Families that are always tied (Gemma 2, Cohere) have no head of their own in vLLM, which reads the
+        # embeddings instead; it would refuse a head that the learner sends beside them.
+        has_head = any(name.endswith("lm_head") for name, _ in model.named_modules())
         for path in update_info.paths:
             with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
-                model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a dict
+                names = [name for name in file.keys() if has_head or not name.startswith("lm_head.")]  # noqa: SIM118 - not a dict
+                model.load_weights((name, file.get_tensor(name)) for name in names)
 
     def _base(self) -> NamedTensors:
         """Read the base model's tensors from disk, mostly from the page cache.

@@ -176,7 +176,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
             markdown(["", *(", ".join(filter(None, column)) for column in columns)], body),
         ]
         text += [f"![beta](beta-{task}.png)\n" for task in shown if name == "beta"]
-    (results.folder / "paper.md").write_text("\n".join(text))
+    (results.folder / "paper.md").write_text("\n".join(text), encoding="utf-8")
     for task in compared:
         lines = {
             method: mean_curve(results.of(cells), "kl")

@@ -161,7 +161,7 @@ def write(results: Results, seeds: Sequence[int]) -> None:
         else []
     )
     text += tuned_options(tasks, METHODS, TUNED_AT, results)
-    (results.folder / "staleness.md").write_text("\n".join(text))
+    (results.folder / "staleness.md").write_text("\n".join(text), encoding="utf-8")
 
 
 def _named(age: int) -> str:

@@ -48,7 +48,11 @@ def read_run(path: Path, name: str, number: int) -> Run:
             one, other = (values.get(part, {}) for part in metric.name.split(" / "))
             quotients = {step: finite(value / other[step]) for step, value in one.items() if other.get(step)}
             values[metric.name] = {step: value for step, value in quotients.items() if value is not None}
-    config = (path / "config.yaml").read_text(errors="replace") if (path / "config.yaml").is_file() else ""
+    config = (
+        (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        if (path / "config.yaml").is_file()
+        else ""
+    )
     return Run(
         name,
         number,

@@ -92,4 +92,4 @@ def _peak_memory() -> int:
     """Return this process's peak address space, in bytes; 0 if the system does not say."""
     if not _STATUS.exists():
         return 0
-    return int(_STATUS.read_text().partition("VmPeak:")[2].split()[0]) * 1024
+    return int(_STATUS.read_text(encoding="utf-8").partition("VmPeak:")[2].split()[0]) * 1024
