@@ -11,12 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from buffers import make
-from tiny import make_group, table
+from test_run_format import config
+from tiny import make_checkpoint, make_group, table
 
 from gvpo_ray import files, groups
 from gvpo_ray.buffer import log as log_module
 from gvpo_ray.buffer.log import GroupLog, LogError
 from gvpo_ray.learner.checkpoints import finish_checkpoint, latest_checkpoint, prune_checkpoints
+from gvpo_ray.observe.console import RunConsole
+from gvpo_ray.observe.metrics_log import MetricsLog
 
 
 @pytest.fixture
@@ -121,8 +124,7 @@ def test_a_copied_checkpoint_and_other_foreign_names_are_neither_read_nor_remove
     folder = tmp_path / "checkpoints"
     foreign = ["step-20-best", "step-", "step-1e3", "step-007", "step-30.bak", "best", ".step-20-best.part"]
     for name in ("step-9", "step-10", "step-20", *foreign):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "state.json").write_text("{}")
+        make_checkpoint(folder / name)
     (folder / "step-20-mine").mkdir()  # without a state
     (folder / "step-40").write_text("a file")
     (folder / ".step-21.part").mkdir()
@@ -299,3 +301,15 @@ def test_an_index_is_made_again_where_it_is_absent_and_is_not_believed_where_it_
         log.repair()
         assert index.read_bytes() == right
         assert log.rows([8, 0, 7])["group_id"].to_pylist() == [8, 0, 7]
+
+
+def test_a_copied_evaluation_does_not_hurt_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evaluations").mkdir()
+    for name in ("aime-step-000000", "aime-step-000004", "aime-step-000004-copy", "aime-step-best"):
+        groups.save(table(make_group(0)), tmp_path / "evaluations" / f"{name}.arrow")
+    console = RunConsole(config(tmp_path), 0, 2)
+    console.summary(tmp_path, MetricsLog(tmp_path / "metrics.jsonl", 0))
+    shown = capsys.readouterr()
+    assert "aime: step" in shown.out + shown.err and "copy" not in shown.out + shown.err

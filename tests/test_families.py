@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import LoraConfig, ModelConfig
-from gvpo_ray.learner.families import check_trainable
+from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.policy import Policy
 
 SIZES: dict[str, Any] = {
@@ -152,3 +152,47 @@ def test_an_adapter_of_a_family_starts_as_its_model(tmp_path: Path) -> None:
             ModelConfig(path=str(path), lora=LoraConfig(rank=2)), LearnerConfig(backend="ddp"), path
         )
         torch.testing.assert_close(adapted.logprobs(ROWS), policy.logprobs(ROWS), rtol=0, atol=1e-5)
+
+
+# --- folders of models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, keys",
+    [
+        ({"do_sample": False, "temperature": 0.7}, "temperature"),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.5}, "temperature, top_p"),
+        ({"do_sample": False, "min_p": 0.1}, "min_p"),
+    ],
+)
+def test_a_generation_config_that_no_checkpoint_could_hold_is_refused_with_its_keys(
+    tmp_path: Path, content: dict[str, Any], keys: str
+) -> None:
+    path = tiny.make_model(tmp_path)
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        check_trainable(ModelConfig(path=str(path)))
+    assert str(error.value).startswith(f"model.path: {file}: {keys}: no checkpoint") and "\n" not in str(
+        error.value
+    )
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.7}), encoding="utf-8")
+    check_trainable(ModelConfig(path=str(path)))
+
+
+def test_a_model_with_another_vocabulary_or_shape_has_another_digest(tmp_path: Path) -> None:
+    def digest(name: str, **changes: Any) -> str:
+        path = tiny.make_model(tmp_path / name, seed=changes.pop("seed", 0))
+        for file, old, new in changes.values():
+            text = (path / file).read_text(encoding="utf-8")
+            assert old in text
+            (path / file).write_text(text.replace(old, new), encoding="utf-8")
+        return digest_of(ModelConfig(path=str(path)))["model.path"]
+
+    first = digest("first")
+    assert digest("other weights", seed=1) == first
+    assert digest("tokens", change=("tokenizer.json", '"z"', '"Z"')) != first
+    assert (
+        digest("width", change=("config.json", '"intermediate_size": 48', '"intermediate_size": 64')) != first
+    )
+    assert digest("note", change=("config.json", '"use_cache": true', '"use_cache": false')) == first

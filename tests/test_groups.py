@@ -465,5 +465,8 @@ def test_replayable_are_the_policys_own_completions_with_reward_token_and_log_pr
         "rewards": [1.0, 0.0, 4.0, 9.0, None],
         "version_max": [3, 4, 4, 4, 4],
     }
-    assert groups.replayable(groups.table([group])) == {0: 3, 1: 4}
-    assert groups.replayable(groups.table([group | {"sampling_logprobs": [None] * 5}])) == {}
+    assert groups.replayable(groups.table([group])) == [[3, 4, None, None, None]]
+    assert groups.replayable(groups.table([group | {"sampling_logprobs": [None] * 5}, group])) == [
+        [None] * 5,
+        [3, 4, None, None, None],
+    ]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 from buffers import answer, make, make_again, put, run, settle, waits
-from tiny import make_group, table
+from tiny import make_checkpoint, make_group, table
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
@@ -329,8 +329,7 @@ def test_a_new_process_takes_the_checkpoint_that_the_learner_before_it_still_wri
     assert settled_checkpoint(tmp_path) is None and not (tmp_path / LOCK).exists()
 
     def save(step: int) -> None:
-        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
-        (tmp_path / "checkpoints" / f"step-{step}" / "state.json").write_text("{}")
+        make_checkpoint(tmp_path / "checkpoints" / f"step-{step}")
 
     save(10)
     dying = lock(tmp_path / LOCK)

@@ -2,14 +2,20 @@
 them.
 """
 
+import tempfile
+
 import pyarrow as pa
 import pytest
 from buffers import answer, make, make_again, run, texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import make_group, table
 
 from gvpo_ray import groups
 from gvpo_ray.buffer import replay as history_module
 from gvpo_ray.buffer.buffer import GroupBuffer
+from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.buffer.replay import ReplayIndex
 from gvpo_ray.config.data import ReplayConfig
 
 
@@ -183,3 +189,50 @@ def test_the_history_is_that_of_the_log_whoever_reads_it(tmp_path):
         assert histories[0] == histories[1] and len(histories[0]) == 5
 
     run(main)
+
+
+def test_picking_reads_only_the_rows_that_it_picks_however_many_came_before(tmp_path, monkeypatch):
+    read: list[int] = []
+    real = GroupLog.rows
+    monkeypatch.setattr(GroupLog, "rows", lambda log, rows: (read.extend(rows), real(log, rows))[1])
+
+    async def main():
+        buffer = replaying(tmp_path)
+        for num in (10, 40, 160):
+            for group_id in range(len(buffer.log), num):
+                await buffer.put(one_prompt(group_id, group_id, group_id))
+            del read[:]
+            assert texts(await buffer.history(PROMPT, 3)) == [f"{num - 1}.0", f"{num - 1}.1", f"{num - 2}.0"]
+            assert read == [num - 1, num - 2]
+
+    run(main)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.none() | st.integers(0, 5), min_size=1, max_size=4), max_size=8),
+    st.integers(0, 6),
+    st.none() | st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_the_pick_is_that_of_sorting_everything(versions, num, window, forgotten):
+    with tempfile.TemporaryDirectory() as folder:
+        log = GroupLog(folder)
+        index = ReplayIndex(log, ReplayConfig(share=0.5, window=window), 0)
+        for group_id, of_group in enumerate(versions):
+            sources = ["policy" if version is not None else "offline:people" for version in of_group]
+            log.append(one_prompt(group_id, *of_group, sources=sources))
+            index.add(group_id, log.read(group_id, group_id + 1))
+        if window and forgotten and forgotten <= len(versions):
+            log.assign(forgotten, 0, forgotten)
+            index.forget(forgotten + window)
+        now = forgotten + (window or 0) if forgotten <= len(versions) else 6
+        first = forgotten if window and forgotten <= len(versions) else 0
+        everything = sorted(
+            (-version, -row, i)
+            for row, of_group in enumerate(versions)
+            for i, version in enumerate(of_group)
+            if row >= first and version is not None and version >= (now - window if window else 0)
+        )
+        want = [f"{-row}.{i}" for _, row, i in everything[:num]]
+        assert texts(index.pick(PROMPT, num, now)) == want

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from tiny import EOS, make_group, make_model
+from tiny import EOS, make_checkpoint, make_group, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
@@ -281,8 +281,7 @@ def test_a_removal_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
 
 def test_prune_keeps_the_newest_by_number(tmp_path):
     for name in ("step-2", "step-9", "step-10", "step-100", ".step-101.part"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+        make_checkpoint(tmp_path / "checkpoints" / name)
     assert latest_checkpoint(tmp_path) == (100, tmp_path / "checkpoints" / "step-100")
     prune_checkpoints(tmp_path, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100"]

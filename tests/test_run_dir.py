@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from test_run_format import config
-from tiny import make_group, table
+from tiny import make_group, make_model, table
 
 from gvpo_ray import GVPO, groups
 from gvpo_ray.buffer.log import GroupLog
@@ -199,3 +199,20 @@ def test_a_file_system_without_locks_is_one_line_that_says_so(
         f"run_dir: cannot write {tmp_path / 'run'}: its file system has no file locks "
         f"(flock: {os.strerror(number)})"
     )
+
+
+def test_a_run_whose_prompts_have_changed_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    rows = [json.dumps({"prompt": f"{i} + 1", "answer": str(i + 1)}) for i in range(4)]
+    prompts = tmp_path / "train.jsonl"
+    prompts.write_text("\n".join(rows[:3]))
+    for _ in range(2):
+        GVPO(config(tmp_path)).stop()
+    prompts.write_text("\n".join(rows))  # a row more, and most group ids stand for another prompt
+    with pytest.raises(ConfigError, match=r"^prompts\.path: what is in it differs from what the run in"):
+        GVPO(config(tmp_path))
+    prompts.write_text("\n".join(rows[:3]))
+    GVPO(config(tmp_path)).stop()

@@ -64,6 +64,16 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
     return Path(folder)
 
 
+def make_checkpoint(folder: Path) -> Path:
+    """Write the smallest folder that is a whole checkpoint."""
+    from safetensors.torch import save_file
+
+    (folder / "optimizer").mkdir(parents=True)
+    save_file({"torch_rng": torch.zeros(1)}, folder / "optimizer" / "00000.safetensors")
+    (folder / "state.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
 def float64(model: torch.nn.Module) -> torch.nn.Module:
     """Norms compute in float32 whatever the model is in: replaced, so that everything is in float64."""
 

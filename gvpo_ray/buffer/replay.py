@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,14 +22,21 @@ class _Logged:
 
     row: int
     key: int
-    version: int | None = None  # the version of the reference's weights
+    versions: array[int]
+    """version_max of each completion; -1: it may not be replayed."""
+    version: int | None = None
+    """Version of the reference's weights."""
     references: array[float] | None = None
+
+    def newest(self) -> tuple[int, int]:
+        """Return the newest version, and the row, by which later rows of the same version are newer."""
+        return max(self.versions), self.row
 
 
 class ReplayIndex:
-    """The index knows which rows of the log have completions of a prompt that may be replayed.
+    """The index knows which completions of a prompt may be replayed, and how new they are.
 
-    The completions themselves are read from the log.
+    The completions themselves are read from the log, and only those that are picked.
 
     Args:
         log: the run's log.
@@ -39,7 +47,7 @@ class ReplayIndex:
     def __init__(self, log: GroupLog, replay: ReplayConfig, version: int) -> None:
         self._log, self._replay = log, replay
         self._rows: dict[int, _Logged] = {}  # by group id, in order of arrival
-        self._by_prompt: dict[int, list[int]] = {}  # hash of the prompt's key -> group ids
+        self._by_prompt: dict[int, list[_Logged]] = {}  # by the hash of the prompt's key, the newest last
         for begin in range(self._first_row(version), len(log), 1000):
             self.add(begin, log.read(begin, min(begin + 1000, len(log))))
 
@@ -53,19 +61,23 @@ class ReplayIndex:
 
     def add(self, begin: int, logged: pa.Table) -> None:
         """Index the rows `logged` of the log, which start at row `begin`."""
-        for row, prompt in enumerate(groups.rows(logged.select(["group_id", *KEY_COLUMNS])), begin):
-            key = hash(prompt_key(prompt))
-            self._rows[prompt["group_id"]] = _Logged(row, key)
-            self._by_prompt.setdefault(key, []).append(prompt["group_id"])
+        prompts, versions = groups.rows(logged.select(["group_id", *KEY_COLUMNS])), groups.replayable(logged)
+        for row, (prompt, of_row) in enumerate(zip(prompts, versions, strict=True), begin):
+            if any(version is not None for version in of_row):
+                newest = array("q", [-1 if version is None else version for version in of_row])
+                entry = _Logged(row, hash(prompt_key(prompt)), newest)
+                self._rows[prompt["group_id"]] = entry
+                insort(self._by_prompt.setdefault(entry.key, []), entry, key=_Logged.newest)
 
     def forget(self, version: int) -> None:
         """Drop the rows that have left the window of `version`."""
         first = self._first_row(version)
         for group_id in list(takewhile(lambda group_id: self._rows[group_id].row < first, self._rows)):
-            key = self._rows.pop(group_id).key
-            self._by_prompt[key].remove(group_id)
-            if not self._by_prompt[key]:
-                del self._by_prompt[key]
+            entry = self._rows.pop(group_id)
+            entries = self._by_prompt[entry.key]
+            del entries[bisect_left(entries, entry.newest(), key=_Logged.newest)]
+            if not entries:
+                del self._by_prompt[entry.key]
 
     def report_references(self, version: int, references: Mapping[int, list[float | None]]) -> None:
         """Record references of completions; see GroupBuffer.report_references."""
@@ -76,32 +88,51 @@ class ReplayIndex:
     def pick(self, prompt: pa.Table, num: int, version: int) -> pa.Table:
         """Return the newest replayable completions of a prompt; see GroupBuffer.history."""
         key, oldest = prompt_key_of(prompt), version - self._replay.window if self._replay.window else 0
-        entries = [self._rows[group_id] for group_id in self._by_prompt.get(hash(key), ())]
-        logged = self._log.rows([entry.row for entry in entries])
-        pairs = [(entry, logged.slice(i, 1)) for i, entry in enumerate(entries)]
-        candidates = [
-            _Candidate(newest, i, entry, group)
-            for entry, group in pairs
-            if prompt_key_of(group) == key  # not another prompt with the same hash
-            for i, newest in groups.replayable(group).items()
-            if newest >= oldest
-        ]
-        candidates.sort(key=_Candidate.newest_first)
-        return replayed(prompt, candidates[:num])
+        entries = self._by_prompt.get(hash(key), [])
+        while True:
+            places = _newest(entries, num, max(0, oldest))
+            rows = list(dict.fromkeys(entry.row for entry, _ in places))
+            logged = self._log.rows(rows)
+            by_row = {row: logged.slice(i, 1) for i, row in enumerate(rows)}
+            wrong = {row for row, group in by_row.items() if prompt_key_of(group) != key}
+            if not wrong:
+                return replayed(prompt, [_Candidate(i, entry, by_row[entry.row]) for entry, i in places])
+            # Another prompt's, with the same hash.
+            entries = [entry for entry in entries if entry.row not in wrong]
+
+
+def _newest(entries: Sequence[_Logged], num: int, oldest: int) -> list[tuple[_Logged, int]]:
+    """Return entry and index of the `num` newest completions, the newest first.
+
+    Of one version, those of later rows come first, and within a row those before others. No entry is looked
+    at that is older than all of them.
+
+    Args:
+        entries: the newest last.
+        num: most completions.
+        oldest: their lowest version.
+    """
+    found: list[tuple[int, int, int, _Logged]] = []
+    for entry in reversed(entries):
+        newest, row = entry.newest()
+        if (
+            num < 1
+            or newest < oldest
+            or (len(found) == num and (newest, row) < (-found[-1][0], -found[-1][1]))
+        ):
+            break
+        found += [(-version, -row, i, entry) for i, version in enumerate(entry.versions) if version >= oldest]
+        found = sorted(found, key=lambda place: place[:3])[:num]
+    return [(entry, i) for _, _, i, entry in found]
 
 
 @dataclass(slots=True)
 class _Candidate:
-    """A candidate is one completion that may be replayed; `newest` is its version_max."""
+    """A candidate is one completion that is replayed, by its index in a group."""
 
-    newest: int
     index: int
     entry: _Logged
     group: pa.Table
-
-    def newest_first(self) -> tuple[int, int, int]:
-        """Return the sort key that puts the newest completions first."""
-        return -self.newest, -self.entry.row, self.index
 
 
 def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:

@@ -295,26 +295,20 @@ def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
     return group
 
 
-def replayable(group: pa.Table) -> dict[int, int]:
-    """Return which completions of a one-row group may be replayed in a later group: index -> version_max.
+def replayable(groups: pa.Table) -> list[list[int | None]]:
+    """Return version_max of each completion that may be replayed in a later group, and None for the others.
 
-    These are the policy's own completions that can be trained on: they have a reward, a token and the
-    sampler's log-probs.
+    Those are the policy's own completions that can be trained on: they have a reward, a token and the
+    sampler's log-probs. Lengths are read, and no tokens.
     """
-    num_tokens = pc.list_value_length(_entries(group, "completion_ids")).to_pylist()
-    has_logprobs = pc.is_valid(_entries(group, "sampling_logprobs")).to_pylist()
-    rewards, sources, versions = (
-        _entries(group, name).to_pylist() for name in ("rewards", "sources", "version_max")
+    ids, logprobs, rewards, sources, versions = (
+        pc.list_flatten(groups[name])
+        for name in ("completion_ids", "sampling_logprobs", "rewards", "sources", "version_max")
     )
-    return {
-        i: versions[i]
-        for i, reward in enumerate(rewards)
-        if reward is not None
-        and num_tokens[i]
-        and sources[i] == "policy"
-        and has_logprobs[i]
-        and versions[i] is not None
-    }
+    can_be = pc.and_(pc.is_valid(rewards), pc.greater(pc.list_value_length(ids), 0))
+    is_own = pc.and_(pc.equal(sources, "policy"), pc.is_valid(logprobs))
+    flat = iter(pc.if_else(pc.and_(can_be, is_own), versions, pa.scalar(None, versions.type)).to_pylist())
+    return [list(islice(flat, size)) for size in pc.list_value_length(groups["completions"]).to_pylist()]
 
 
 def _has(group: pa.Table, name: str) -> bool:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from gvpo_ray.files import lock, part_of, sync_to_disk, sync_tree
+from gvpo_ray.learner.damage import damage_of
 
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 """The name of a checkpoint. Whatever else is in checkpoints/, such as a copy of one, is the user's."""
@@ -29,9 +30,16 @@ def _checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
-    """Return step and folder of the newest complete checkpoint of a run; None where there is none."""
-    whole = [entry for entry in _checkpoints(run_dir) if (entry[1] / "state.json").is_file()]
-    return whole[-1] if whole else None
+    """Return step and folder of the newest whole checkpoint of a run; None where there is none."""
+    complete = (entry for entry in _checkpoints(run_dir)[::-1] if (entry[1] / "state.json").is_file())
+    return next((entry for entry in complete if damage_of(entry[1]) is None), None)
+
+
+def damaged_checkpoints(run_dir: str | Path) -> list[str]:
+    """Return what is damaged in each checkpoint that is newer than latest_checkpoint, with its file."""
+    newest = latest_checkpoint(run_dir)
+    newer = (path for step, path in _checkpoints(run_dir) if newest is None or step > newest[0])
+    return [found for path in newer if (path / "state.json").is_file() and (found := damage_of(path))]
 
 
 def settled_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:

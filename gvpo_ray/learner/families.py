@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
@@ -42,6 +45,54 @@ def check_trainable(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.path: {path} ({config.model_type}) is no causal language model that transformers knows"
         )
+    _check_generation_config(model)
+
+
+def _check_generation_config(model: ModelConfig) -> None:
+    """Refuse a generation_config.json that transformers reads, and would not write beside a checkpoint.
+
+    Raises:
+        ConfigError: one line with the file, its keys and the reason.
+    """
+    from transformers import GenerationConfig
+
+    file = Path(model.path) / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(model.path).validate(strict=True)
+    except (OSError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        keys = ", ".join(dict.fromkeys(re.findall(r"- `(\w+)`:", text))) or "unreadable"
+        raise ConfigError(
+            f"model.path: {file}: {keys}: no checkpoint could be written with it ({text[:300]})"
+        ) from error
+
+
+SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+"""Keys of a config that decide which weights fit a model."""
+
+
+def digest_of(model: ModelConfig) -> dict[str, str]:
+    """Return a digest of the shape and the vocabulary of model.path, by that key.
+
+    A run's log and checkpoints hold token ids and weights, which mean nothing to a model with another one.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust = model.trust_remote_code
+    text = AutoConfig.from_pretrained(model.path, trust_remote_code=trust).get_text_config()
+    vocabulary = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust).get_vocab()
+    content = [[getattr(text, key, None) for key in SHAPE], sorted(vocabulary.items())]
+    return {"model.path": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
 
 
 def without_dropout(config: Any) -> Any:

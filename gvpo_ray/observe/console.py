@@ -96,10 +96,12 @@ class RunConsole:
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         examples: list[str] = []
-        for name in sorted(
-            {path.name.rsplit("-step-", 1)[0] for path in (run_dir / "evaluations").glob("*-step-*.arrow")}
-        ):
-            files = sorted((run_dir / "evaluations").glob(f"{name}-step-*.arrow"))
+        by_set: dict[str, list[Path]] = {}
+        for file in sorted((run_dir / "evaluations").glob("*-step-*.arrow")):
+            name, _, step = file.stem.rpartition("-step-")
+            if step.isdecimal():  # a copy of a person's is none of ours
+                by_set.setdefault(name, []).append(file)
+        for name, files in by_set.items():
             before, after = (list(groups.rows(groups.load(file))) for file in (files[0], files[-1]))
             values = [evaluation_metrics(name, rows) for rows in (before, after)]
             steps = [int(file.stem.rsplit("-", 1)[1]) for file in (files[0], files[-1])]

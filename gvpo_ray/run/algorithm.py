@@ -25,8 +25,8 @@ from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import mask
 from gvpo_ray.config.verifiers import RewardConfig
-from gvpo_ray.learner.checkpoints import settled_checkpoint
-from gvpo_ray.learner.families import check_trainable
+from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
+from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.advice import FirstSteps
 from gvpo_ray.observe.metrics import evaluation_metrics
@@ -94,7 +94,8 @@ class GVPO:
             self.inputs = read_inputs(config, rewards)
         check_trainable(config.model)
         self._open = contextlib.ExitStack()
-        self._open.enter_context(open_run_dir(config, None if self.replays else self.inputs.digests()))
+        contents = {} if self.replays else self.inputs.digests()
+        self._open.enter_context(open_run_dir(config, contents | digest_of(config.model)))
         try:
             self.num_steps = config.num_steps
             if self.replays:
@@ -156,6 +157,8 @@ class GVPO:
 
     def story(self) -> Iterator[str]:
         """Yield lines that a person should read before the first step."""
+        for found in damaged_checkpoints(self.run_dir):
+            yield f"a checkpoint is damaged and not used: {found}"
         if self.done:
             yield f"{self.run_dir}: complete, {self.step} of {self.num_steps} steps are trained"
         elif self.resumed_from is not None or (self.log_size and not self.replays):

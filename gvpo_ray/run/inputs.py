@@ -211,6 +211,7 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     Raises:
         ConfigError: one line that names the key.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     path, trust = config.model.path, config.model.trust_remote_code

@@ -1,0 +1,44 @@
+"""A checkpoint is damaged where a file of it is torn: that is found before it is loaded, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return the first torn file of a checkpoint and what is wrong with it; None: all files are whole.
+
+    JSON files are read; of a file of tensors only the header is, which says how long the file must be.
+    """
+    for file in sorted(checkpoint.rglob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{file}: {' '.join(str(error).split())}"
+    tensors = sorted(checkpoint.rglob("*.safetensors"))
+    if not any(file.parent.name == "optimizer" for file in tensors):
+        return f"{checkpoint / 'optimizer'}: no *.safetensors"
+    for file in [*checkpoint.rglob("*.safetensors.index.json")]:
+        for name in set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()):
+            if not (file.parent / name).is_file():
+                return f"{file.parent / name}: it is missing"
+    for file in tensors:
+        try:
+            if (lack := _lack_of(file)) > 0:
+                return f"{file}: its last {lack} bytes are missing"
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{file}: its header cannot be read"
+    return None
+
+
+def _lack_of(file: Path) -> int:
+    """Return how many bytes a safetensors file lacks: 8 bytes of length, a JSON header, then the tensors."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        size = file.stat().st_size
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(opened.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return int(8 + length + max(ends, default=0) - size)

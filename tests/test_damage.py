@@ -1,0 +1,84 @@
+"""Torn checkpoints are named, and the one before is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gvpo_ray.learner.checkpoints import damaged_checkpoints, latest_checkpoint
+from gvpo_ray.learner.damage import damage_of
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    """A folder with the files of a checkpoint."""
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    (folder / "optimizer").mkdir(parents=True)
+    save_file(
+        {"a": torch.zeros(30), "b": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    save_file({"exp_avg.a": torch.zeros(30)}, folder / "optimizer" / "00000.safetensors")
+    for name in ("config.json", "state.json"):
+        (folder / name).write_text(json.dumps({"step": step}), encoding="utf-8")
+    return folder
+
+
+def cut(file: str, size: int) -> Callable[[Path], None]:
+    """What cuts a file of a checkpoint to its first bytes; a negative size: without its last ones."""
+
+    def damage(folder: Path) -> None:
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[:size])
+
+    return damage
+
+
+def point_nowhere(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (cut("model.safetensors", -1), "model.safetensors: its last 1 bytes are missing"),
+        (cut("model.safetensors", 20), "model.safetensors: its header cannot be read"),
+        (cut("model.safetensors", 0), "model.safetensors: its header cannot be read"),
+        (
+            cut("optimizer/00000.safetensors", -100),
+            "optimizer/00000.safetensors: its last 100 bytes are missing",
+        ),
+        (cut("config.json", 4), "config.json: "),
+        (cut("state.json", 0), "state.json: "),
+        (lambda folder: (folder / "optimizer" / "00000.safetensors").unlink(), "optimizer: no *.safetensors"),
+        (point_nowhere, "model-00001-of-00002.safetensors: it is missing"),
+    ],
+)
+def test_a_torn_file_of_the_newest_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    first, second = (checkpoint(tmp_path, step) for step in (2, 10))
+    assert latest_checkpoint(tmp_path) == (10, second) and damaged_checkpoints(tmp_path) == []
+    damage(second)
+    assert latest_checkpoint(tmp_path) == (2, first)
+    (found,) = damaged_checkpoints(tmp_path)
+    assert found.startswith(str(second / says.rpartition(": ")[0])) and says in found
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_has_none(tmp_path: Path) -> None:
+    for step in (1, 2):
+        cut("model.safetensors", 100)(checkpoint(tmp_path, step))
+    assert latest_checkpoint(tmp_path) is None and len(damaged_checkpoints(tmp_path)) == 2
+
+
+def test_a_checkpoint_of_a_policy_is_whole(tmp_path: Path) -> None:
+    import learners
+    import tiny
+
+    policy = learners.load(tiny.make_model(tmp_path / "model"), learners.settings(tmp_path))
+    policy.save(tmp_path / "checkpoints" / "step-0")
+    assert damage_of(tmp_path / "checkpoints" / "step-0") is None
