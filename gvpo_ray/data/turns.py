@@ -88,6 +88,19 @@ def _marks_of(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
+def check_stop_tokens(sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse sampling.stop_token_ids that the model lacks, which vLLM would do in the middle of a run.
+
+    Raises:
+        ConfigError: one line that names the token.
+    """
+    for token in sampling.stop_token_ids:
+        if token >= len(tokenizer):
+            raise ConfigError(
+                f"sampling.stop_token_ids: {token}: the model's tokenizer has {len(tokenizer)} tokens"
+            )
+
+
 class Turns:
     """Turns knows where a model's completions end, and what their text is.
 
@@ -95,20 +108,11 @@ class Turns:
         model: the section `model`; its folder's config.json and generation_config.json name more tokens.
         tokenizer: the model's.
         sampling: the section `sampling`.
-
-    Raises:
-        ConfigError: sampling.stop_token_ids names a token that the model lacks.
     """
 
     def __init__(
         self, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig
     ) -> None:
-        for token in sampling.stop_token_ids:
-            if token >= len(tokenizer):
-                raise ConfigError(
-                    f"sampling.stop_token_ids: {token} is no token of {model.path}, which has "
-                    f"{len(tokenizer)}"
-                )
         self._tokenizer = tokenizer
         known = _marks_of(tokenizer)
         named = {token for token in _named_ends(model) if token in known}

@@ -18,6 +18,7 @@ from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, seed_beside, sort_out
+from gvpo_ray.home import ensure_home
 
 CORPSE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
@@ -72,6 +73,7 @@ class Engine(BaseEngine):
     async def start(self) -> dict[str, Any]:
         """Start vLLM, which takes 20 s and more; return the seconds and the pid."""
         pool, on_gpu = self._pool, self._pool.num_gpus > 0
+        ensure_home()  # a node of a cluster may lack what the driver's machine has
         os.environ.update(
             VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
         )
