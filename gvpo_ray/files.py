@@ -55,12 +55,13 @@ def writing(path: Path) -> Iterator[None]:
             place = place.parent
         while not os.path.ismount(place):
             place = place.parent
-        size = shutil.disk_usage(place)
-        why = (
-            "the quota of this user is used up"
-            if number == errno.EDQUOT or "quota" in str(error)
-            else f"{size.free / 2**20:.0f} of {size.total / 2**20:.0f} MiB are free"
-        )
+        size, found = shutil.disk_usage(place), os.statvfs(place)
+        if number == errno.EDQUOT or "quota" in str(error):
+            why = "the quota of this user is used up"
+        elif found.f_files and not found.f_favail:
+            why = "it has as many files as it can have"
+        else:
+            why = f"{size.free / 2**20:.0f} of {size.total / 2**20:.0f} MiB are free"
         raise DiskFull(
             number or errno.ENOSPC,
             f"no room for {path} on the file system at {place} ({why}): make room there, and give the same "

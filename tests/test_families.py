@@ -32,6 +32,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": tiny.EOS,
     "pad_token_id": 0,
 }
+HEAD = 8
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -89,7 +90,7 @@ def config_of(family: str) -> Any:
     """A config of the family's own, made small."""
     usual = AutoConfig.for_model(family)
     text = usual.get_text_config()
-    sizes = SIZES | ({"head_dim": 8} if hasattr(text, "head_dim") else {})
+    sizes = SIZES | ({"head_dim": HEAD} if hasattr(text, "head_dim") else {})
     if text is usual:
         return AutoConfig.for_model(family, **sizes)
     return AutoConfig.for_model(

@@ -311,9 +311,11 @@ def test_no_text_file_is_opened_in_the_encoding_of_the_locale() -> None:
                 and call.func.attr in ("read_text", "write_text", "open")
                 and not text.startswith(("os.", "gzip."))
             )
+            mode = call.args[1:2] if text.startswith("open(") else call.args[:1] * (".open(" in text)
             is_bytes = any(
-                isinstance(argument, ast.Constant) and "b" in str(argument.value)
-                for argument in call.args[:2]
+                isinstance(part, ast.Constant) and "b" in str(part.value)
+                for argument in mode
+                for part in ast.walk(argument)
             )
             if opens and not is_bytes and not any(word.arg == "encoding" for word in call.keywords):
                 found.append(f"{file}:{call.lineno}: {text}")

@@ -15,7 +15,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.rendering import TextRenderer
-from gvpo_ray.data.turns import Turns, end_of_turn, one_begin_no_end
+from gvpo_ray.data.turns import Turns, check_stop_tokens, end_of_turn, one_begin_no_end
 from gvpo_ray.verifiers.math.extract import extract
 
 CHATML = (
@@ -129,10 +129,11 @@ def test_a_text_that_ends_a_completion_is_left_out_of_what_is_graded(tmp_path: P
     assert turns.text([], ids, None) == "7 + 1\nq:"
 
 
-def test_a_stop_token_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+def test_a_stop_token_that_the_model_lacks_is_refused() -> None:
     tokenizer = tokenizer_of()
-    with pytest.raises(ConfigError, match=r"^sampling\.stop_token_ids: 999 is no token of "):
-        Turns(folder_of(tmp_path, tokenizer), tokenizer, SamplingConfig(stop_token_ids=[999]))
+    with pytest.raises(ConfigError, match=r"^sampling\.stop_token_ids: 999: the model's tokenizer has "):
+        check_stop_tokens(SamplingConfig(stop_token_ids=[1, 999]), tokenizer)
+    check_stop_tokens(SamplingConfig(stop_token_ids=[1, len(tokenizer) - 1]), tokenizer)
     for bad in ({"stop_token_ids": [-1]}, {"stop": [""]}):
         with pytest.raises(ValueError):
             SamplingConfig(**bad)  # type: ignore[arg-type]

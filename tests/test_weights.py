@@ -385,3 +385,29 @@ def test_other_learner_ranks_gather_and_ask_nothing_of_the_engines(vllm):
     publisher = NcclPublisher(lambda *call: calls.append(call), 2, 1, rank=1, address="host", port=5)
     assert publisher.publish(1, _Weights(1.0)) is None
     assert calls == [] and len(vllm.made[0].broadcast[0]) == 2
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_an_engine_whose_model_has_no_head_of_its_own_gets_none(tmp_path, has_head):
+    """vLLM's Gemma 2 and Cohere read the embeddings instead, and refuse a head."""
+    from gvpo_ray.weights.vllm_worker import ObjectsUpdateInfo, ObjectsWeightTransferEngine
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = torch.nn.Linear(1, 1)
+            if has_head:
+                self.lm_head = torch.nn.Linear(1, 1)
+            self.loaded = []
+
+        def load_weights(self, weights):
+            self.loaded += [name for name, _ in weights]
+
+    (data,) = shards(
+        [("lm_head.weight", torch.ones(2)), ("model.embed_tokens.weight", torch.ones(2))], torch.float32
+    )
+    (tmp_path / "0.safetensors").write_bytes(data)
+    engine = ObjectsWeightTransferEngine.__new__(ObjectsWeightTransferEngine)
+    engine.model, engine.model_config = Model(), type("Config", (), {"dtype": torch.float32})
+    engine.receive_weights(ObjectsUpdateInfo(paths=[str(tmp_path / "0.safetensors")]))
+    assert sorted(engine.model.loaded) == ["lm_head.weight"] * has_head + ["model.embed_tokens.weight"]

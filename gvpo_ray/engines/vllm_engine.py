@@ -25,6 +25,7 @@ from gvpo_ray.engines.rollout import (
     Transcript,
     one_call,
 )
+from gvpo_ray.home import ensure_home
 
 ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
@@ -89,6 +90,7 @@ class Engine(RolloutEngine):
             RuntimeError: vLLM's processes do not start; the message holds the first cause.
         """
         pool, on_gpu = self._pool, self._pool.num_gpus > 0
+        ensure_home()  # a node of a cluster may lack what the driver's machine has
         os.environ.update(
             VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
         )

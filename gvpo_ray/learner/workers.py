@@ -28,6 +28,7 @@ from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import DiskFull, lock, make_folder, write_whole
+from gvpo_ray.home import ensure_home
 from gvpo_ray.learner.checkpoints import LOCK, latest_checkpoint
 
 WRONG = (
@@ -217,6 +218,7 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
+    ensure_home()  # before torch, which asks for the account's name when it is imported
     import ray.train
     import torch
     from ray.train.torch import get_device

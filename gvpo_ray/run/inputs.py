@@ -21,6 +21,7 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
+from gvpo_ray.data.turns import check_stop_tokens
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
 
@@ -118,6 +119,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             f"sampling.max_tokens: {config.sampling.max_tokens} tokens leave no room for a prompt in a "
             f"context of {max_length}"
         )
+    check_stop_tokens(config.sampling, tokenizer)
     prompts = None
     if config.prompts.path != NO_PROMPTS:
         prompts = PromptSet(
@@ -211,7 +213,6 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     Raises:
         ConfigError: one line that names the key.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoTokenizer
 
     path, trust = config.model.path, config.model.trust_remote_code
