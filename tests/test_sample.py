@@ -69,7 +69,7 @@ def test_of_a_long_text_both_ends_are_shown() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.make_model(tmp_path / "model")
-    rows = [{"prompt": f"{a} + {a}", "answer": str(2 * a)} for a in range(6)]
+    rows = [{"prompt": f"{a}+{a}", "answer": str(2 * a)} for a in range(6)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {
         "run_dir": "run",
@@ -78,7 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model": {"path": "./model"},
         "prompts": {"path": "train.jsonl", "template": "{prompt}=<eos>", "shuffle": False},
         "sampling": {"num_completions": 3, "max_tokens": 4},
-        "engines": {"num": 2, "num_cpus": 0.5, "kv_cache_gib": 0.1, "max_num": 3},
+        "engines": {"num": 2, "num_cpus": 0.5, "kv_cache_gib": 1, "num_threads": 1, "max_num": 3},
         "verifiers": {"num": 2},
         "learner": {"num_mini_batches": 1},
     }
@@ -116,18 +116,20 @@ def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_en
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=380)
     assert ran.returncode == 0, ran.stderr
     shown = ran.stdout[ran.stdout.index("prompt 1 of 4") :]
-    heads = re.findall(r"prompt (\d) of 4, 6 tokens, answer '(\d)':\n  \| (.*)\n", shown)
-    assert heads == [(str(i + 1), str(2 * i), f"{i} + {i}=<eos>") for i in range(4)]
-    completions = re.findall(
-        r"completion \d: reward 0 · (ended|cut off) after (\d) tokens.*\n    \| (.*)", shown
-    )
+    heads = re.findall(r"prompt (\d) of 4, 5 tokens, answer '(\d)':\n  \| (.*)\n", shown)
+    assert heads == [(str(i + 1), str(2 * i), f"{i}+{i}=<eos>") for i in range(4)]
+    form = r"completion \d: reward ([01]) · (ended|cut off) after (\d) tokens.*\n    \| (.*)"
+    completions = re.findall(form, shown)
     assert len(completions) == 12
-    for end, num_tokens, text in completions:
+    for _, end, num_tokens, text in completions:
         assert (end == "ended") == text.endswith("<eos>") and (end == "ended" or num_tokens == "4")
-    num_cut = sum(end == "cut off" for end, _, _ in completions)
+    rewards = [int(reward) for reward, *_ in completions]  # a random model may guess right
+    num_cut = sum(end == "cut off" for _, end, *_ in completions)
+    num_equal = sum(len({*rewards[i : i + 3]}) == 1 for i in range(0, 12, 3))
     assert shown.rstrip().splitlines()[-1] == (
-        "in all: 4 prompts, 12 completions · reward 0 on average · 0 right · 0 unverifiable · "
-        f"{num_cut} cut off at sampling.max_tokens (4): {num_cut / 12:.0%} · 4 groups with equal rewards, "
-        "from which nothing is learned"
+        f"in all: 4 prompts, 12 completions · reward {sum(rewards) / 12:.3g} on average · "
+        f"{sum(rewards)} right · 0 unverifiable · {num_cut} cut off at sampling.max_tokens (4): "
+        f"{num_cut / 12:.0%} · {num_equal} groups "
+        "with equal rewards, from which nothing is learned"
     )
     assert not (folder / "run").exists()
