@@ -134,7 +134,7 @@ def _in_processes(work: Callable[[Rows], None], rows: Rows, n: int) -> float:
 
 
 def _plain(rows: Rows) -> None:
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import parse, verify
 
     for text, gold in rows:
         verify(parse(gold if "$" in gold or "\\boxed" in gold else f"\\boxed{{{gold}}}"), parse(text))

@@ -216,7 +216,7 @@ class ModelCall(NamedTuple):
 
     running: Completions
     """The group."""
-    index: int
+    number: int
     """The completion, from 0."""
     ids: list[int]
     max_tokens: int

@@ -177,7 +177,7 @@ class Engine(RolloutEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
         )
-        (new,) = (await self._final(call.ids, params, f"{call.running.name}-{call.index}")).outputs
+        (new,) = (await self._final(call.ids, params, f"{call.running.name}-{call.number}")).outputs
         self._num_finished_tokens += len(new.token_ids)
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []

@@ -155,7 +155,7 @@ def _equal_choices(gold: str, pred: str, _: int) -> bool:
     wanted, found = as_option(gold), as_option(pred)
     if wanted is not None and found is not None:
         return wanted[0] == found[0]
-    return bool(wanted and wanted[1]) and equal_answers(wanted[1], pred)  # 12 for "(C) 12"
+    return wanted is not None and bool(wanted[1]) and equal_answers(wanted[1], pred)  # 12 for "(C) 12"
 
 
 def _equal_words(gold: str, pred: str, _: int) -> bool:
@@ -215,15 +215,14 @@ def _equal_regions(gold: str, pred: str) -> bool:
     """Return whether two unions, intersections or differences of sets and intervals are equal."""
     if not any(_SET_OPERATOR.search(text) for text in (gold, pred)):
         return False
-    return sympy_equal(
-        *(
-            "".join(
-                as_interval(trim(part)) if i % 2 == 0 else part
-                for i, part in enumerate(_SET_OPERATOR.split(text))
-            )
-            for text in (gold, pred)
+    left, right = (
+        "".join(
+            as_interval(trim(part)) if i % 2 == 0 else part
+            for i, part in enumerate(_SET_OPERATOR.split(text))
         )
+        for text in (gold, pred)
     )
+    return sympy_equal(left, right)
 
 
 def _equal_in_order(golds: list[str], preds: list[str], nesting: int) -> bool:
@@ -278,9 +277,10 @@ def _equal_values(gold: str, pred: str, nesting: int) -> bool:
         return False
     if sympy_equal(wanted.text, found.text, wanted.in_degrees, found.in_degrees):
         return True
-    return wanted.is_percent != found.is_percent and sympy_equal(
-        *(value.text if value.is_percent else f"100({value.text})" for value in (wanted, found))
-    )
+    if wanted.is_percent == found.is_percent:
+        return False
+    left, right = (value.text if value.is_percent else f"100({value.text})" for value in (wanted, found))
+    return sympy_equal(left, right)
 
 
 def plain_value(text: str) -> Value | None:

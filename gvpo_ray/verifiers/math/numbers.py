@@ -108,7 +108,7 @@ def _number_in_words(text: str) -> Fraction | None:
         whole = _number_in_words(match["whole"]) if match["whole"] else Fraction(0)
         top = Fraction(1) if match["top"] == "a" else _number_in_words(match["top"])
         return None if whole is None or top is None else whole + top / _PARTS[match["part"]]
-    total = 0
+    total = Fraction(0)
     for scale in ("trillion", "billion", "million", "thousand", "hundred"):
         head, found, rest = text.partition(f" {scale}")
         if found:
@@ -116,13 +116,7 @@ def _number_in_words(text: str) -> Fraction | None:
             if not count or (rest and not rest.startswith(" ")):
                 return None
             total, text = total + count * SCALES[scale], rest.strip().removeprefix("and ")
-    return (
-        total + Fraction(_BELOW_100[text])
-        if text in _BELOW_100
-        else Fraction(total)
-        if total and not text
-        else None
-    )
+    return total + Fraction(_BELOW_100[text]) if text in _BELOW_100 else total if total and not text else None
 
 
 def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> bool:
