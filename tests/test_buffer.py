@@ -1,4 +1,4 @@
-"""The buffer: order of arrival, the dial, every wait and its waker."""
+"""The buffer: order of arrival, the staleness bound, every wait and its waker."""
 
 import asyncio
 import json
@@ -110,7 +110,7 @@ def test_a_group_that_is_there_is_not_stored_twice(tmp_path):
     run(main)
 
 
-# --------------------------------------------------------------------------------------------------- the dial
+# --------------------------------------------------------------------------------------------------- the staleness bound
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_dial_starts_exactly_so_many_groups_per_version(tmp_path, max_stalen
                 # finished or not: it counts
                 await put(buffer, *[group_id for group_id, _ in started[4 * version : 4 * version + 4]])
         assert [group_id for group_id, _ in started] == list(range(20))
-        # The dial from the engine's side: the group in the batch after v + max_staleness others asks for
+        # The bound from the engine's side: the group in the batch after v + max_staleness others asks for
         # version v.
         bound = 99 if max_staleness is None else max_staleness
         assert [oldest for _, oldest in started] == [max(0, i // 4 - bound) for i in range(20)]
@@ -462,13 +462,13 @@ def test_status_counts(tmp_path):
 def test_status_says_what_the_dial_allows(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=4, num_steps=2, max_staleness=0)
-        assert await status(buffer, "dial") == "open"
+        assert await status(buffer, "staleness") == "open"
         await buffer.start(9)
-        assert await status(buffer, "dial") == "closed: 4 groups started, version 0 allows no more"
+        assert await status(buffer, "staleness") == "closed: 4 groups started, version 0 allows no more"
         await buffer.published(1, {})
-        assert await status(buffer, "dial") == "open"
+        assert await status(buffer, "staleness") == "open"
         await buffer.start(9)
-        assert await status(buffer, "dial") == "all groups are started"
+        assert await status(buffer, "staleness") == "all groups are started"
 
     run(main)
 

@@ -481,8 +481,8 @@ def test_the_watchdog_and_the_status_command_say_who_waits_for_whom(start: Start
     stages = [
         "driver: step 0 of 9, training",
         r"learner: waits for groups: step 1 has 0 of 4, since .* ago",
-        "buffer: version 0, 0 groups finished, 0 of them wait for the learner, 3 on their way; the dial is "
-        "open",
+        "buffer: version 0, 0 groups finished, 0 of them wait for the learner, 3 on their way; the "
+        "staleness bound is open",
         "engines of engines: 1 running; 3 groups in flight",
         "verifiers: verifier-0 has 0 groups",
         r"oldest group on its way: 0, begun .* ago, now at engines-0: 'prompt 0'",

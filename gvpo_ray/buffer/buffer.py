@@ -120,7 +120,7 @@ class GroupBuffer(LearnerControl):
             [(group id, oldest version of the weights that may begin it)], or None when the run is over.
         """
         async with self._new_version:
-            with self._waits["dial"]:
+            with self._waits["bound"]:
                 await self._new_version.wait_for(lambda: self._closed or self._may_start())
             if self._closed:
                 return None
@@ -294,7 +294,7 @@ class GroupBuffer(LearnerControl):
     async def waits(self) -> dict[str, float] | None:
         """Return the seconds of waiting since this buffer was made.
 
-        "learner" is the learner's waiting for groups, "dial" the engines' waiting for the staleness bound
+        "learner" is the learner's waiting for groups, "bound" the engines' waiting for the staleness bound
         although they have free slots, "driver" the learner's waiting for the driver.
 
         Returns:
@@ -335,7 +335,7 @@ class GroupBuffer(LearnerControl):
             "oldest_running": min(self._running, default=None),
             "num_waiting": num_waiting,
             "bound": bound,
-            "dial": f"{bound}{why}",
+            "staleness": f"{bound}{why}",
             "learner_state": self._learner_state,
             "learner": learner,
             "learner_since": self._learner_since,

@@ -57,7 +57,7 @@ class LearnerControl:
         self._learner_is_up = False
         self._restarts_path = folder / RESTARTS
         self._learner_restarts: list[dict[str, Any]] = read_lines(self._restarts_path)
-        self._waits = {"learner": WaitingTime(), "dial": WaitingTime(), "driver": WaitingTime()}
+        self._waits = {"learner": WaitingTime(), "bound": WaitingTime(), "driver": WaitingTime()}
         # One condition per kind of event: hundreds of free slots may wait to start, and a finished group must
         # not wake them all.
         self._new_version, self._new_group, self._new_command = (asyncio.Condition() for _ in range(3))

@@ -341,7 +341,7 @@ class Supervisor:
                 }
                 # no evaluation in this window, and the buffer was not restarted
                 if share["driver"] == 0 and min(share.values()) >= 0:
-                    self._grow_or_shrink(share["learner"], share["dial"])
+                    self._grow_or_shrink(share["learner"], share["bound"])
             before, then = waits, now
 
     def _grow_or_shrink(self, waited: float, closed: float) -> None:
@@ -355,7 +355,7 @@ class Supervisor:
             # not placed yet: withdraw the request for its resources
             if slot.state != EngineState.RUNNING and slot.engine is not None:
                 ray.kill(slot.engine, no_restart=True)
-            why = f"the dial was closed {100 * closed:.0f} % of the time"
+            why = f"the staleness bound was closed {100 * closed:.0f} % of the time"
             self._note("pool", slot.pool, f"shrinks to {self._num_wanted(slot.pool)} engines: {why}")
 
     def _num_wanted(self, pool: str) -> int:

@@ -102,7 +102,7 @@ def status_lines(status: Status) -> list[str]:
         lines.append(
             f"buffer: version {buffer['version']}, {buffer['num_finished']} groups finished, "
             f"{buffer['num_waiting']} of them wait for the learner, {buffer['num_running']} on their way; "
-            f"the dial is {buffer['dial']}"
+            f"the staleness bound is {buffer['staleness']}"
         )
     for pool in dict.fromkeys(engine["pool"] for engine in status["engines"]):
         engines = [engine for engine in status["engines"] if engine["pool"] == pool]
