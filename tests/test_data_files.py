@@ -62,15 +62,15 @@ CSV = ("problem,answer\n" + "".join(f"{row['problem']},{row['answer']}\n" for ro
         ("a.json", json.dumps({"version": 1, "data": ROWS}).encode()),
         ("a.json", json.dumps({"train": ROWS}, indent=1).encode()),
         ("a.json", json.dumps(COLUMNS).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.json.gz", gzip.compress(PRETTY)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.json.gz", gzip.compress(PRETTY, mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES)),
         ("a.jsonl.zst", zst(LINES)),
         ("a.json.zst", zst(ARRAY)),
         ("A.CSV", CSV),
         ("a.csv", b"\xef\xbb\xbf" + CSV),
         ("a.tsv", CSV.replace(b",", b"\t")),
-        ("a.csv.gz", gzip.compress(CSV)),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)),
     ],
 )
 def test_every_form_of_a_text_file_gives_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
@@ -112,7 +112,7 @@ def test_a_byte_that_is_not_utf_8_is_named_by_its_line(tmp_path: Path) -> None:
 def test_a_damaged_file_is_one_line_with_its_name(tmp_path: Path) -> None:
     cases = {
         "a.json": (PRETTY[:-30], "is not JSON"),
-        "a.jsonl.gz": (gzip.compress(LINES)[:-20], "cannot be read"),
+        "a.jsonl.gz": (gzip.compress(LINES, mtime=0)[:-20], "cannot be read"),
         "b.jsonl.gz": (LINES, "cannot be read"),
         "a.jsonl.zst": (LINES, "cannot be read"),
         "a.parquet": (LINES, "is not Parquet"),
