@@ -88,7 +88,7 @@ class TextRenderer:
         self._tokenizer, self._template, self._system_prompt = tokenizer, template, system_prompt
         self._key = key
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        named = {
+        named: dict[str, Any] = {
             str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens
         }
         self._special_ids: dict[str, int] = {text: i for text, i in (added | named).items() if text}
