@@ -115,8 +115,8 @@ class GVPOConfig(Section):
         """Fill in and check everything that concerns two sections."""
         self.sources = {name: one.rendered_like(self.prompts) for name, one in self.sources.items()}
         if self.evaluation.sets:
-            sets = {name: one.rendered_like(self.prompts) for name, one in self.evaluation.sets.items()}
-            self.evaluation = self.evaluation.model_copy(update={"sets": sets})
+            held_out = {name: one.rendered_like(self.prompts) for name, one in self.evaluation.sets.items()}
+            self.evaluation = self.evaluation.model_copy(update={"sets": held_out})
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:
             raise ValueError(
