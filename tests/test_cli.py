@@ -297,7 +297,7 @@ def _nothing(folder: Path) -> None:
         (
             _write("parts.parquet/a.parquet", ""),
             ["prompts.path=parts.parquet"],
-            "parts.parquet is not Parquet",
+            "parts.parquet/a.parquet is not Parquet",
         ),
         (
             _write("parts.jsonl/a.jsonl", "\n{"),
