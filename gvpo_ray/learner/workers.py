@@ -136,7 +136,7 @@ class LearnerGroup:
     def _places(self) -> dict[str, str]:
         """Return id and state of the placement groups that the newest of our controllers has made."""
         try:
-            controller = self._controller.read_text()
+            controller = self._controller.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}  # none has started
         return placement_groups_of(controller)
