@@ -110,7 +110,7 @@ def test_a_group_that_is_there_is_not_stored_twice(tmp_path):
     run(main)
 
 
-# --------------------------------------------------------------------------------------------------- the staleness bound
+# ---------------------------------------------------------------------------------------- the staleness bound
 
 
 @pytest.mark.parametrize(

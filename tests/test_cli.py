@@ -419,6 +419,13 @@ def test_check_reads_the_data_as_train_does(
         )
 
 
+def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callable[..., str]) -> None:
+    file = folder / "model" / "generation_config.json"
+    file.write_text('{"do_sample": false, "temperature": 0.7}')
+    for verb in ("check", "train"):
+        assert "generation_config.json: temperature: no checkpoint" in refused(verb, "config.yaml")
+
+
 def test_check_names_what_is_not_there(refused: Callable[..., str]) -> None:
     assert "prompts.path: nothing at nowhere.jsonl" in refused(
         "check", "config.yaml", "prompts.path=nowhere.jsonl"

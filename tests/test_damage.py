@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gvpo_ray.learner.checkpoints import damaged_checkpoints, latest_checkpoint
+from gvpo_ray.learner.checkpoints import damaged_checkpoints, latest_checkpoint, prune_checkpoints
 from gvpo_ray.learner.damage import damage_of
 
 
@@ -73,6 +73,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_has_none(tmp_path: Path) -> Non
     for step in (1, 2):
         cut("model.safetensors", 100)(checkpoint(tmp_path, step))
     assert latest_checkpoint(tmp_path) is None and len(damaged_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("keep, left", [(1, {10, 20}), (2, {8, 10, 20})])
+def test_a_damaged_checkpoint_does_not_take_the_place_of_one_that_was_just_written(
+    tmp_path: Path, keep: int, left: set[int]
+) -> None:
+    for step in (4, 6, 8, 20):
+        checkpoint(tmp_path, step)
+    for step in (4, 20):
+        cut("model.safetensors", -1)(tmp_path / "checkpoints" / f"step-{step}")
+    newest = checkpoint(tmp_path, 10)  # the run went on from step 8
+    prune_checkpoints(tmp_path, keep)
+    assert latest_checkpoint(tmp_path) == (10, newest)
+    assert {path.name for path in newest.parent.iterdir()} == {f"step-{step}" for step in left}
 
 
 def test_a_checkpoint_of_a_policy_is_whole(tmp_path: Path) -> None:

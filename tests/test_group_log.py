@@ -16,6 +16,7 @@ from tiny import make_group, table
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.files import DiskFull
 
 # -------------------------------------------------------------------------------------------------------- log
 
@@ -115,6 +116,20 @@ def test_a_failed_write_does_not_hide_what_comes_after_it(tmp_path):
     log.append(table(make_group(3)))
     assert GroupLog(tmp_path).group_ids == log.group_ids == [1, 3]
     assert ids(log.read(0, 2)) == [1, 3]
+
+
+def test_a_disk_that_is_full_at_the_index_is_named_and_the_step_is_assigned_later(tmp_path):
+    """The learner takes an OSError without a name for a death, and starts again three times."""
+    log = GroupLog(tmp_path)
+    log.append(table(make_group(1)))
+    index = tmp_path / "00000.index"
+    index.symlink_to("/dev/full")
+    with pytest.raises(DiskFull, match=r"no room for .*/00000\.index on the file system at /"):
+        log.assign(1, 0, 1)
+    assert GroupLog(tmp_path).assigned == log.assigned == {}
+    index.unlink()
+    log.assign(1, 0, 1)
+    assert GroupLog(tmp_path).assigned == {1: (0, 1)}
 
 
 def test_any_rows_are_read_in_any_order_across_segments(tmp_path):

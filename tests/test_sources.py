@@ -345,6 +345,11 @@ def test_the_digest_changes_with_the_data_in_use_and_with_nothing_else(make: Mak
     assert make(rows).digest() != digest
 
 
+def test_the_digest_changes_with_a_column_that_reward_functions_read(make: Maker) -> None:
+    first, same, other = (make(_rows({"a": 2}, tests=tests)).digest() for tests in ("1 == 1", "1 == 1", "1"))
+    assert first == same != other
+
+
 GOOD = {"prompt": "q", "answer": "1", "completion": "1", "score": 0.5}
 
 

@@ -188,13 +188,17 @@ class OfflineSource:
         return self._prompts
 
     def digest(self) -> str:
-        """Return the SHA-256 of the problems, completions and rewards in use, in the file's order.
+        """Return the SHA-256 of the problems, completions, rewards and columns in use, in the file's order.
 
         Other data have another digest.
         """
         content = hashlib.sha256()
         in_use = sorted(row for rows in self._by_text.values() for row in rows)
         for row in self._rows.select(["prompt", "answer", "completions", "rewards"]).take(in_use).to_pylist():
+            content.update(json.dumps(list(row.values())).encode())
+        # what reward functions read of each prompt, beside its answer
+        own = [name for name in groups.DATA_COLUMNS if name in self._prompts.column_names]
+        for row in self._prompts.select(own).to_pylist() if own else ():
             content.update(json.dumps(list(row.values())).encode())
         return content.hexdigest()
 

@@ -55,14 +55,18 @@ def settled_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
 
 
 def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the remains of interrupted saves and removals.
+    """Remove all but the newest `keep` whole checkpoints, and the remains of interrupted saves and removals.
 
-    Files and folders with other names than a checkpoint's are left alone.
+    A damaged one takes no other's place, and stays while it is newer than those that are kept. Files and
+    folders with other names than a checkpoint's are left alone.
     """
-    there = _checkpoints(run_dir)
-    kept = [path for _, path in there if (path / "state.json").is_file()][-keep:]
-    for path in (path for _, path in there if path not in kept):
-        remove_checkpoint(path)
+    complete = {path: step for step, path in _checkpoints(run_dir) if (path / "state.json").is_file()}
+    whole = [path for path in complete if damage_of(path) is None]
+    kept = {*whole[-keep:], *(path for path in complete if path not in whole)}
+    oldest = min((complete[path] for path in whole[-keep:]), default=0)
+    for path in (path for _, path in _checkpoints(run_dir)):
+        if path not in kept or complete[path] < oldest:
+            remove_checkpoint(path)
     unfinished = Path(run_dir).glob(f"checkpoints/{part_of(Path('step-*')).name}")
     for path in (path for path in unfinished if NAME.fullmatch(path.name[1:].removesuffix(".part"))):
         remove_checkpoint(path)

@@ -22,6 +22,7 @@ from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.turns import check_stop_tokens
+from gvpo_ray.learner.families import check_trainable
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
 
@@ -274,7 +275,8 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
     up.
 
     Raises:
-        ConfigError: a local path does not exist, a reward does not load, or the data do not fit.
+        ConfigError: a local path does not exist, a reward does not load, the data do not fit, or the model
+            is not one that can be trained.
     """
     validate_rewards(config.verifiers)
     on_hub = False
@@ -298,6 +300,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         return
     if config.prompts.path != NO_PROMPTS or config.sources:
         yield from read_inputs(config).story()
+        check_trainable(config.model)
     else:
         max_length, tokenizer = read_model(config)
         sets = read_evaluation_sets(config, max_length, tokenizer)
