@@ -91,6 +91,20 @@ def test_a_csv_keeps_its_cells_as_text_and_an_empty_cell_empty(tmp_path: Path) -
     assert rows(tmp_path / "a.csv")[0]["problem"] == "one, two\nlines"
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("prompt,answer\nWhat is 1,000 + 1?,1001\n", "line 2 has 3 cells, and the header has 2: quote cells"),
+        ("prompt,answer\na,1\n\nb\n", "line 4 has 1 cells, and the header has 2: quote cells"),
+        ("prompt,answer,answer\na,1,2\n", "two columns are called 'answer'"),
+        ('prompt,answer\n"a,1\nb,2\n', "is not CSV: line 3: unexpected end of data"),
+    ],
+)
+def test_cells_of_a_csv_never_go_to_other_columns(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    assert complaint in error(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_another_encoding_is_named_with_its_file(tmp_path: Path, name: str, encoding: str) -> None:

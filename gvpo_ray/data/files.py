@@ -8,7 +8,9 @@ golds such as "007" stay text.
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -248,22 +250,33 @@ def _unwrapped(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parse_csv(content: bytes, kind: str, where: str) -> list[dict[str, Any]]:
-    """Parse CSV or TSV with a header; every cell is text, as it stands in the file."""
-    import io
+    """Parse CSV or TSV with a header; every cell is text, as it stands in the file.
 
-    import pandas as pd  # type: ignore[import-untyped]
-
+    A row of more or fewer cells than the header is refused: its cells may be in the wrong columns.
+    """
     try:
-        table = pd.read_csv(
-            io.BytesIO(content), sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False
-        )
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8: {one_line(error)}") from error
-    except pd.errors.EmptyDataError:
-        return []
-    except ValueError as error:  # pandas' ParserError
-        raise ConfigError(f"{where} is not {kind[1:].upper()}: {one_line(error)}") from error
-    rows: list[dict[str, Any]] = table.to_dict("records")
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{where} is not UTF-8 in line {line}") from error
+    csv.field_size_limit(2**31 - 1)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True)
+    try:
+        names = next((cells for cells in lines if cells), [])
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{where}: two columns are called {twice!r}")
+        rows = []
+        for cells in lines:
+            if cells and len(cells) != len(names):
+                raise ConfigError(
+                    f"{where}: line {lines.line_num} has {len(cells)} cells, and the header has "
+                    f"{len(names)}: quote cells with a comma or a line break"
+                )
+            if cells:
+                rows.append(dict(zip(names, cells, strict=True)))
+    except csv.Error as error:
+        raise ConfigError(f"{where} is not {kind[1:].upper()}: line {lines.line_num}: {error}") from error
     return rows
 
 
