@@ -130,6 +130,13 @@ def test_it_is_said_once_and_not_after_each_step() -> None:
     assert [text is not None for text in said] == [False, True, False, False, False, False]
 
 
+def test_a_step_whose_metrics_are_lost_is_not_judged_and_ends_no_run() -> None:
+    judge = FirstSteps(config()).judge
+    lines = [{"step": 1, "tokens/generated": 3.0}, *steps(WRONG)]
+    said = [judge(line) for line in lines]
+    assert said[:2] == [None, None] and said[2] is not None
+
+
 def test_the_time_left_counts_whole_steps_and_not_the_start() -> None:
     assert time_left([], 10) is None
     assert time_left([(1, 100.0)], 10) is None  # what came before it was the start of engines

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from buffers import answer, ids, make, make_again, put, run, settle, start_all, waits
+from ray.exceptions import ObjectLostError
 
 from gvpo_ray.buffer import buffer as buffer_module
 from gvpo_ray.buffer import log as log_module
+from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.data import ReplayConfig
@@ -710,3 +712,30 @@ def test_a_buffer_waits_for_the_one_before_it_to_go_down(tmp_path, monkeypatch):
 
     monkeypatch.setattr(buffer_module.time, "sleep", nap)
     assert make(tmp_path).version == 0 and len(naps) == 3
+
+
+# ---------------------------------------------------------------------------------------- the driver's client
+
+
+def test_one_lost_group_of_several_that_are_put_together_costs_no_other(monkeypatch):
+    client = BufferClient.__new__(BufferClient)
+    client._to_put, client._putting = [], None
+    calls = []
+
+    async def call(self, method, *refs):
+        calls.append(refs)
+        await asyncio.sleep(0)
+        if "lost" in refs:  # a verifier's node died with it
+            raise ObjectLostError("ab" * 28, None, "")
+        return [ref == "limits" for ref in refs]
+
+    monkeypatch.setattr(BufferClient, "_call", call)
+
+    async def main():
+        scored = ("a", "b", "lost", "limits")
+        found = await asyncio.gather(*map(client.put, scored), return_exceptions=True)
+        assert [found[0], found[1], found[3]] == [False, False, True]
+        assert isinstance(found[2], ObjectLostError)
+
+    run(main)
+    assert [len(refs) for refs in calls][-4:] == [1, 1, 1, 1]

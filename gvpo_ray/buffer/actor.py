@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from gvpo_ray.actors import Note, actor_name, cause_of
+from gvpo_ray.actors import Note, actor_name, cause_of, is_lost
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.states import Command
 from gvpo_ray.groups import from_wire, to_wire
@@ -92,14 +92,21 @@ class BufferClient:
     async def _put_waiting(self) -> None:
         while self._to_put:
             batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
-            try:
-                answers = await self._call("put_all", *(ref for ref, _ in batch))
-            except Exception as error:  # every caller that waits must get the error
-                for _, future in batch:
-                    future.set_exception(error)
-            else:
-                for (_, future), answer in zip(batch, answers, strict=True):
-                    future.set_result(answer)
+            await self._put_together(batch)
+
+    async def _put_together(self, batch: list[tuple[Any, asyncio.Future[bool]]]) -> None:
+        try:
+            answers = await self._call("put_all", *(ref for ref, _ in batch))
+        except Exception as error:  # every caller that waits must get the error
+            if len(batch) > 1 and is_lost(error):  # of one group; the others need not be sampled again
+                for each in batch:
+                    await self._put_together([each])
+                return
+            for _, future in batch:
+                future.set_exception(error)
+        else:
+            for (_, future), answer in zip(batch, answers, strict=True):
+                future.set_result(answer)
 
     async def start(self, num: int) -> list[tuple[int, int]] | None:
         """Start groups; see GroupBuffer.start."""

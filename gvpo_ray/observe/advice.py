@@ -34,7 +34,8 @@ class FirstSteps:
 
     def judge(self, line: Mapping[str, Any]) -> str | None:
         """Return a line for the user after the last of the first steps, where they learn nothing."""
-        if len(self._lines) == FIRST_STEPS:
+        # A step that another process trained may have no metrics (GroupBuffer.trained).
+        if len(self._lines) == FIRST_STEPS or "completions/unverifiable" not in line:
             return None
         self._lines.append(line)
         return why_nothing_is_learned(self._lines, self._config)
