@@ -138,7 +138,8 @@ class Turns:
         body = ids[:-1] if ids and ids[-1] in self.ends else ids
         text = "".join(self._parts(body))
         if isinstance(stopped_by, str):
-            text = text.partition(stopped_by)[0]
+            # the last one: earlier calls of a rollout may have ended with it too, and go on behind it
+            text = text[: text.rfind(stopped_by)] if stopped_by in text else text
         for mark, plain in MARKS.items():
             text = text.replace(mark, plain)
         before = str(self._tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False)).rstrip()

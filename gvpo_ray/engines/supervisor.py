@@ -51,6 +51,9 @@ NODE_CHECK_S = 0.5
 SCALE_CHECK_S = 0.5
 """Seconds between two looks at whether an empty slot of an elastic pool is wanted."""
 
+RETRY_S = 10.0
+"""Seconds after which work beside the engines is tried again when it has failed."""
+
 MIGRATION_MARGIN_S = 5.0
 """Seconds of a node's notice that are reserved for moving completions away from it."""
 
@@ -99,7 +102,8 @@ class Supervisor:
             ExceptionGroup: with that error.
         """
         async with asyncio.TaskGroup() as tasks:
-            beside = [tasks.create_task(self._watch_nodes()), tasks.create_task(self._scale())]
+            works = {"reading preemption notices": self._watch_nodes, "autoscaling": self._scale}
+            beside = [tasks.create_task(self._go_on(what, work)) for what, work in works.items()]
             async with asyncio.TaskGroup() as keepers:
                 for slot in self._slots:
                     keepers.create_task(self._keep(slot))
@@ -308,6 +312,19 @@ class Supervisor:
             await asyncio.sleep(1.0)
 
     # --- all slots ------------------------------------------------------------------------------------------
+
+    async def _go_on(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do work beside the engines, and again after an error that may pass, which is said.
+
+        Files and the cluster may be out of reach for a while. Any other error is a mistake in the code, and
+        ends the run with its cause.
+        """
+        while True:
+            try:
+                return await work()
+            except (OSError, RayError) as error:
+                self._note("pool", what, f"failed and is tried again: {cause_of(error)}")
+                await asyncio.sleep(RETRY_S)
 
     async def _watch_nodes(self) -> None:
         """Read Ray's preemption notices, as Ray Train and Serve do, and tell the engines of those nodes."""

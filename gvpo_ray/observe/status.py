@@ -119,7 +119,14 @@ def status_lines(status: Status) -> list[str]:
                 wants = f" {engine['wants']}" if engine["state"] == EngineState.WANTED else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
     if status["engines"] and not any(engine["state"] == EngineState.RUNNING for engine in status["engines"]):
-        lines.append("no engine is running: the run waits for the first that comes back")
+        has_run = any(
+            engine["state"] in (EngineState.DEAD, EngineState.WANTED) for engine in status["engines"]
+        )
+        lines.append(
+            "no engine is running: the run waits for the first that comes back"
+            if has_run
+            else "no engine is running: the first is starting"
+        )
     if status["verifiers"]:
         lines.append(
             "verifiers: "

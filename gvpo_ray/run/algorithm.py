@@ -228,10 +228,13 @@ class GVPO:
     def _note(self, who: str, name: str, why: str) -> None:
         """Record a recovery, or a pool that changes its size, in events.jsonl.
 
-        The metrics and the report read it there.
+        The metrics and the report read it there. That the file cannot be written ends no run: it is said.
         """
         why = mask(why)
-        self.events.add(self.step, who, name, why)
+        try:
+            self.events.add(self.step, who, name, why)
+        except OSError as error:
+            self.say(f"events.jsonl lacks what follows: {error}")
         self.say(f"pool {name} {why}" if who == "pool" else f"recovery at step {self.step}: {name}: {why}")
 
     def _state(self) -> dict[str, Any]:
