@@ -210,6 +210,19 @@ def test_answers_in_several_boxes_make_one_answer_where_gold_has_several():
         assert grade(text, gold).correct is False
 
 
+def test_an_equation_that_is_still_to_be_solved_is_no_solution():
+    for answer in ("2x = 10", "10 - x = 5", "x + 3 = 8", "x = 2 + 3", "2 + 3 = x"):
+        assert grade(rf"\boxed{{{answer}}}", "x = 5").correct is False, answer
+    for answer in ("x = 5", "5 = x", "5", "x = 2 + 3 = 5"):
+        assert grade(rf"\boxed{{{answer}}}", "x = 5").correct is True, answer
+    assert grade(r"\boxed{2x - y = -1}", "y = 2x + 1").correct is True
+
+
+def test_a_derivative_that_is_still_to_be_taken_is_no_answer():
+    assert grade(r"\boxed{\frac{d}{dx}(x^3 + x)}", "3x^2 + 1").correct is False
+    assert grade(r"\boxed{\frac{d}{t}}", r"\frac{d}{t}").correct is True
+
+
 def test_what_is_copied_from_the_prompt_is_no_answer_unless_gold_is_written_so():
     for prompt, copied, gold in (
         (r"Simplify $\frac{84}{144}.$", r"\frac{84}{144}", r"\frac{7}{12}"),
@@ -219,9 +232,19 @@ def test_what_is_copied_from_the_prompt_is_no_answer_unless_gold_is_written_so()
         (r"Expand $(x+1)(x+2)$.", "(x+1)(x+2)", "x^2+3x+2"),
         ("Compute $2^5$.", "2^5", "32"),
     ):
-        assert grade(rf"\boxed{{{copied}}}", gold, prompt=prompt).correct is False
+        for around in (
+            "{}", "x = {}", "({})", "{} = {}", r"{}\text{{ apples}}", "{} or {}", "(A) {}", r"\{{{}\}}",
+        ):  # fmt: skip
+            text = around.format(*[copied] * around.count("{}"))
+            assert grade(rf"\boxed{{{text}}}", gold, prompt=prompt).correct is False, text
         assert grade(rf"\boxed{{{copied}}}", gold, prompt="Think.").correct is True
         assert grade(rf"\boxed{{{gold}}}", gold, prompt=prompt + " " + gold).correct is True
+    for prompt, copied, gold in (
+        ("What is 48/2?", "x = 48/2", "x = 24"),
+        ("Solve $x + 1 > 0$.", "x + 1 > 0", "x > -1"),
+    ):
+        assert grade(rf"\boxed{{{copied}}}", gold, prompt=prompt).correct is False
+        assert grade(rf"\boxed{{{copied}}}", gold, prompt="Think.").correct is True
     assert grade(r"\boxed{\frac12}", "1/2", prompt="Is it 1/2 or 1/3?").correct is True
     assert grade(r"\boxed{36}", "36.00", prompt="Ann has 36 dollars.").correct is True
     assert math_reward(["Compute $2^5$."], [r"\boxed{2^5}"], answer=["32"]) == [0.0]

@@ -10,6 +10,7 @@ import json
 import sys
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,12 +201,39 @@ def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(free_port
     }
     data = {**MINIMAL, "verifiers": {"rewards": rewards}}
     with Verifier(GVPOConfig.from_dict(data).verifiers) as verifier:
-        (check,) = verifier.check(["1 + 1"], ["2"], {"answer": ["2"]})
+        (check,) = verifier.check(["1 + 1"], ["2"], {"answer": ["2"]}, without=["judge"])
     assert check.reward is None and check.reason is not None
     for name in rewards:
         assert f"{name} raised" in check.reason
     assert f"key {MASK}: xxx" in check.reason
     assert not [text for text in ("hunter22", "Plant", "bob") if text in check.reason], check.reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "api_key='Plant001ed'",
+        'api_key = "Plant001ed"',
+        "api_key:   'Plant001ed'",
+        "Authorization: Token Plant001ed",
+        "github_pat_Plant001edPlant001ed",
+    ],
+)
+def test_a_secret_that_nobody_knows_is_masked_by_its_name_or_form_in_quotes_too(text: str) -> None:
+    assert "Plant" not in mask(text) and MASK in mask(text)
+
+
+def test_a_known_secret_is_masked_however_json_and_urls_write_it() -> None:
+    secret = 'it\'s "so" se/crét'
+    know({"api_key": secret})
+    for text in (secret, repr(secret), json.dumps(secret), urllib.parse.quote(secret, safe="")):
+        assert mask(text).strip("'\"") == MASK
+
+
+def test_lists_of_keys_are_secret() -> None:
+    data = {"arguments": {"api_keys": ["Plant001ed", "Plant002ed"]}}
+    know(data)
+    assert "Plant" not in str(hide(data)) and mask("Plant002ed") == MASK
 
 
 @pytest.fixture

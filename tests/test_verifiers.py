@@ -717,6 +717,23 @@ def test_a_scratch_folder_that_a_cleaner_took_is_made_again(take: Callable[[Any]
     assert not folder.exists() and not folder.with_suffix(".lock").exists()
 
 
+def test_a_template_that_is_gone_is_started_once_again_with_its_shared_child(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def own(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [1.0]
+
+    with Verifier(
+        VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, "math": 1}), {"own": own}
+    ) as verifier:
+        sandbox = verifier._sandbox
+        assert sandbox is not None
+        assert _rewards(verifier.score(_group("1", ["1"]))) == [2.0]  # from now on math has a child
+        sandbox._scratch.folder.rmdir()
+        assert _rewards(verifier.score(_group("1", ["1"]))) == [2.0]
+    assert "Traceback" not in capfd.readouterr().err  # another template cannot wait for that child
+
+
 def test_whatever_a_check_leaves_in_the_scratch_folder_is_gone_for_the_next() -> None:
     def leaves(prompts: list[str], completions: list[str], **_: Any) -> list[Any]:
         import os

@@ -7,11 +7,12 @@ The only file that keeps secrets is run_dir/config.yaml, because a resumed run n
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from pydantic import BaseModel
 
@@ -20,7 +21,7 @@ MASK = "…"
 
 SECRETS = re.compile(
     r"password|passwd|passphrase|passcode|secret|credential|authorization|apikey"
-    r"|(^| )(api|access|auth|bearer|refresh|session|private|hf|hub|id|github|wandb) ?(key|token)( |$)"
+    r"|(^| )(api|access|auth|bearer|refresh|session|private|hf|hub|id|github|wandb) ?(key|token)s?( |$)"
 )
 """What makes a name, as `_words` writes it, one of a secret."""
 
@@ -65,8 +66,9 @@ def know(data: Any) -> None:
 
 
 def _forms(text: str) -> Iterable[str]:
-    """Return how a text may be spelled: as it is, decoded from a URL, and as repr and JSON write it."""
-    return {text, unquote(text), repr(text)[1:-1]}
+    """Return how a text may be spelled: as it is, decoded from or for a URL, as repr and JSON write it."""
+    written = (repr(text), json.dumps(text), json.dumps(text, ensure_ascii=False))
+    return {text, unquote(text), quote(text, safe=""), *(form[1:-1] for form in written)}
 
 
 def _values(data: Any, name: object = "") -> Iterator[str]:
@@ -113,13 +115,13 @@ QUERY = re.compile(r"(?P<before>[?&;](?P<name>[\w.-]+)=)(?P<value>[^&\s\"'<>\\#]
 """A parameter of a URL, as in ?key=abc."""
 
 ASSIGNED = re.compile(
-    r"(?P<before>(?P<name>(?<![\w.-])[\w.-]+)(?P<quote>\\?[\"'])?\s?(?:=|:(?!//))\s?(?(quote)\\?[\"']?|))"
-    r"(?P<value>(?(quote)[^\\\"']+|(?:(?i:bearer|basic) )?[^\s&\"'<>\\,;)}\]]+))"
+    r"(?P<before>(?P<name>(?<![\w.-])[\w.-]+)\\?[\"']?\s?(?:=|:(?!//))\s?[ \t]*(?P<quote>\\?[\"'])?)"
+    r"(?P<value>(?(quote)[^\\\"']+|(?:(?i:bearer|basic|token|apikey) )?[^\s&\"'<>\\,;)}\]]+))"
 )
-"""A name and its value, as in api_key=abc, api_key: abc, "api_key": "abc" and Authorization: Bearer abc."""
+"""A name and its value, as in api_key=abc, api_key: 'abc', "api_key": "abc" and Authorization: Bearer abc."""
 
 TOKENS = re.compile(
-    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|xox[bp]-[\w-]{10,}|AKIA[A-Z0-9]{16}\b)"
+    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|(?:gh[pousr]|github_pat)_\w{16,}|xox[bp]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}\b)"
     r"|(?i:(?<=\bbearer ))(?=\S*\d)[\w.~+/=-]{8,}"
 )
 """Secrets that show by their form: of Hugging Face, OpenAI, GitHub, Slack, AWS, and bearer tokens."""

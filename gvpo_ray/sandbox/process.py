@@ -207,13 +207,11 @@ class Sandbox:
     def _living_template(self) -> _Template:
         """Return the template, with a scratch folder; start it if there is none."""
         if not self._scratch.is_usable():
-            if self._template is not None:  # it has the folder's path in its environment
-                self._template.kill()
+            self._kill_template()  # it has the folder's path in its environment
             self._scratch.remove()
             self._scratch = Scratch()
         if self._template is None or not self._template.is_alive():
-            if self._template is not None:
-                self._template.kill()
+            self._kill_template()
             setup = {
                 "functions": self._functions,
                 "memory_bytes": int(self._memory_gib * 2**30),
@@ -221,6 +219,14 @@ class Sandbox:
             }
             self._template = _Template(setup)
         return self._template
+
+    def _kill_template(self) -> None:
+        """Kill the template, and with it its children: another template cannot wait for their end."""
+        if self._template is not None:
+            self._template.kill()
+        if self._child is not None:
+            self._child.channel.close()
+        self._template = self._child = None
 
     def _end(self, child: _Child) -> tuple[int, float]:
         """End a child and empty the scratch folder; return its exit status and its seconds of CPU time."""
@@ -230,8 +236,8 @@ class Sandbox:
         try:
             ending = self._template.end(child)
         except GoneError:  # the template died too, and its children die with it
-            self._template.kill()
-            self._template, ending = None, (-signal.SIGKILL, 0.0)
+            self._kill_template()
+            ending = -signal.SIGKILL, 0.0
         child.channel.close()
         self._scratch.wipe()
         return ending

@@ -97,7 +97,10 @@ def _numeric_score(
     units, others = unit_words(gold_value.unit), unit_words(value.unit)
     if units != others and units and (others or require_unit):
         return 0.0
-    if is_copied(normalise(gold), normalise(text), normalise(prompt)):
+    question = normalise(prompt)
+    if is_copied(normalise(gold), normalise(text), question) or is_copied(
+        gold_value.text, value.text.lstrip("+ "), question
+    ):
         return 0.0  # 48/2 is no answer to "48 divided by 2"
     tolerance = max(Fraction(relative_tolerance) * abs(number), Fraction(absolute_tolerance))
     if abs(other - number) <= tolerance:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from gvpo_ray.verifiers.math.evaluated import is_exact_form, is_notation
+from gvpo_ray.verifiers.math.evaluated import is_copied, is_exact_form, is_notation
 from gvpo_ray.verifiers.math.extract import MAX_CHARS, MAX_ITEMS
 from gvpo_ray.verifiers.math.normalise import normalise, trim
 from gvpo_ray.verifiers.math.numbers import (
@@ -100,11 +100,32 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
         return False
     kind = kind_of(gold)
     if kind not in (Kind.CHOICE, Kind.WORDS):
-        option = re.fullmatch(r"(?:\\text\{)?\s*\([A-J]\)\s*\}?\s*(.+)", pred)
-        if option and not gold.startswith("("):
-            pred = trim(option[1])  # "(C) 12"
-        pred = _with_gold_parameter(gold, pred)
+        pred = _with_gold_parameter(gold, _without_option(gold, pred))
     return _COMPARERS[kind](gold, pred, nesting + 1)
+
+
+def _without_option(gold: str, pred: str) -> str:
+    """Return an answer without the letter of its option: 12 for "(C) 12"."""
+    option = re.fullmatch(r"(?:\\text\{)?\s*\([A-J]\)\s*\}?\s*(.+)", pred)
+    return trim(option[1]) if option and not gold.startswith("(") else pred
+
+
+def is_copied_answer(gold: str, pred: str, prompt: str) -> bool:
+    """Return whether an answer that equals the gold answer is taken over from the prompt (math/evaluated.py).
+
+    Gold answers are values, alone or of a name, and solved inequalities. What the answer has around its value
+    makes no difference: a name, brackets, a unit, the letter of an option. All texts are normalised.
+    """
+    kind = kind_of(gold)
+    if kind is Kind.ORDERED and RELATION.search(as_interval(unqualified(pred))):
+        return is_copied(gold, pred, prompt)  # x + 1 > 0 for x > -1
+    if kind is not Kind.VALUE and not _is_solution(gold):
+        return False
+    wanted = read_value(right_side(_single(gold) or gold)).text
+    values = map(plain_value, items_of(in_digits(_without_option(gold, pred))))
+    return is_copied(gold, pred, prompt) or any(
+        value is not None and is_copied(wanted, value.text.lstrip("+ "), prompt) for value in values
+    )
 
 
 def unqualified(text: str) -> str:
@@ -248,7 +269,17 @@ def _equal_equations(gold: str, pred: str, nesting: int) -> bool:
         found_value = re.sub(rf"(?<![a-zA-Z\\]){other[1]}(?![a-zA-Z])", argument[1], found_value)
     if (value, found_value) != (wanted, found) and equal_answers(value, found_value, nesting):
         return True
+    if _is_solution(wanted):
+        # 68 = x for x = 68, and neither 2x = 136 nor x = 23 + 45, which are still to be solved or computed
+        flipped = re.fullmatch(r"(.+?)=\s*\\?[A-Za-z]\w*", found)
+        return flipped is not None and equal_answers(value, trim(flipped[1]), nesting)
     return equal_equations(wanted, found)
+
+
+def _is_solution(gold: str) -> bool:
+    """Return whether a gold equation says that one name has a value without names."""
+    solution = re.fullmatch(r"\\?[A-Za-z]\w*\s*=([^=]+)", gold)
+    return solution is not None and not _NAMES.search(read_value(trim(solution[1])).text)
 
 
 def _equal_values(gold: str, pred: str, nesting: int) -> bool:

@@ -30,7 +30,8 @@ _FAMILIES = {
     }.items()
     for name in names.split()
 }
-_BIG = frozenset(["int", "iint", "oint", "sum", "prod", "lim"])
+_DERIVATIVE = re.compile(r"\\frac\s*\{\s*(?:d|\\partial)\s*\}\s*\{\s*(?:d|\\partial)\s*[a-z]\s*\}")
+_BIG = frozenset(["int", "iint", "oint", "sum", "prod", "lim", "derivative"])
 """Operators that an answer has only where the gold answer has them, even if it holds names."""
 _SUM = re.compile(r"(?<=[\w)}\]!])\s*(?:[+-]|\\pm(?![a-z]))")
 _PRODUCT = re.compile(r"\d\s*\}?\s*(?:\\cdot|\\times|\*|/)\s*\{?\s*\d|\)\s*\(|\d\s*\(\s*-?\d|\)\s*\d")
@@ -44,6 +45,7 @@ def is_notation(text: str) -> bool:
 def functions_in(text: str) -> set[str]:
     """Return the families of functions and operators that a text has, beside roots, fractions and powers."""
     names = {match[1] or match[2] or match[0].strip("\\") for match in _COMMAND.finditer(text)}
+    names |= {"derivative"} if _DERIVATIVE.search(text) else set()
     return {_FAMILIES.get(name, name) for name in names} - _HARMLESS
 
 

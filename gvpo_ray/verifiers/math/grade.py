@@ -17,8 +17,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from gvpo_ray.groups import NO_ANSWER
-from gvpo_ray.verifiers.math.compare import Kind, equal_answers, kind_of, num_elements
-from gvpo_ray.verifiers.math.evaluated import is_copied
+from gvpo_ray.verifiers.math.compare import Kind, equal_answers, is_copied_answer, kind_of, num_elements
 from gvpo_ray.verifiers.math.extract import CODE, MAX_CHARS, extract
 from gvpo_ray.verifiers.math.normalise import normalise
 from gvpo_ray.verifiers.math.numbers import as_number, read_value
@@ -72,9 +71,7 @@ def grade(completion: str, gold: str, *, truncated: bool = False, prompt: str = 
     if (num := num_elements(wanted)) > 1:  # each may have a box of its own
         answers.append((extract(completion, truncated=truncated, num_boxes=num).text or "")[:MAX_CHARS])
     if any(equal_answers(wanted, normalise(answer)) for answer in dict.fromkeys(answers)):
-        is_copy = (
-            prompt and kind_of(wanted) is Kind.VALUE and is_copied(wanted, normalise(text), normalise(prompt))
-        )
+        is_copy = prompt and is_copied_answer(wanted, normalise(text), normalise(prompt))
         return Grade(not is_copy, None, text)
     if not _understood(wanted):
         return Grade(None, f"the gold answer {gold[:100]!r} cannot be understood", text)
