@@ -352,3 +352,17 @@ def test_equal_text_and_plain_numbers_need_no_sympy(monkeypatch):
     assert grade(r"\boxed{\frac{2}{4}}", "0.5").correct
     assert grade(r"\boxed{x + 1}", "x+1").correct
     assert grade("The answer is 1,234.", "1235").correct is False
+
+
+@pytest.mark.parametrize(
+    ("gold", "copied", "own"),
+    [
+        ("(24,3)", "(48/2,3)", "(24,3)"),
+        (r"\{3,24\}", r"\{48/2,3\}", "24, 3"),
+        ("3, 24", "48/2 and 3", "24 and 3"),
+    ],
+)
+def test_an_element_that_is_copied_from_the_prompt_earns_nothing(gold: str, copied: str, own: str) -> None:
+    prompt = "Give 48/2 and 3."
+    assert not grade(f"\\boxed{{{copied}}}", gold, prompt=prompt).correct
+    assert grade(f"\\boxed{{{own}}}", gold, prompt=prompt).correct

@@ -163,3 +163,29 @@ def test_what_a_kernel_does_not_protect_is_said_once() -> None:
 def test_pauses_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert [outages.pause(i) for i in (1, 2, 3, 5, 6, 1000)] == [1.0, 2.0, 4.0, 16.0, 30.0, 30.0]
+
+
+def test_a_fault_counts_once_however_often_its_group_is_tried_again() -> None:
+    """Another reward function, the trusted one, fails at a group whose judge is out of reach for long."""
+
+    class Both(_Verifier):
+        def remote(self, sampled: Any, worked: set[str], without: list[str]) -> tuple[Any, Any]:
+            scored, answers = super().remote(sampled, worked, without)
+
+            async def with_fault() -> Any:
+                answer = await answers
+                answer.record.add("trusted", [Part(None, "trusted raised KeyError", is_fault=True)] * 4, None)
+                return answer
+
+            return scored, with_fault()
+
+    tries = []
+
+    def behave(verifier: int, sampled: Any, without: list[str]) -> OutOfReach | list[Part]:
+        tries.append(sampled)
+        return DOWN if len(tries) <= 40 else GOOD
+
+    group = _Group(behave)
+    group._in_hand = {Both(0, behave, []): 0}
+    assert _score(group, 1) == ["scored 0"] and len(tries) == 41
+    assert group._record.faults["trusted"] == 4

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from gvpo_ray.config.shown import mask
+
 MAX_FRAME_BYTES = 1 << 20
 """Size at which an answer without an end is refused."""
 
@@ -57,7 +59,7 @@ class Printed:
             # no escape sequence of a completion may reach a terminal, and a full disk costs no check
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(
-                    "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+                    "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in mask(text))
                 )
         return bool(data)
 

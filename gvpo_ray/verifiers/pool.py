@@ -114,8 +114,11 @@ class VerifierGroup:
             if sentence not in self._said:
                 self._said.add(sentence)
                 self._say(f"not protected: {sentence}")
-        self._record.merge(answer.record)
-        self._record.check()
+        if answer.failure is None:
+            self._record.merge(answer.record)
+            self._record.check()
+        else:  # the group is tried again, and what fails at it then counts once
+            self._record.worked |= answer.record.worked
         self._outages.answered(answer.record.worked)
 
     async def _ask(self, sampled: Any, without: list[str]) -> tuple[Any, _Answer]:

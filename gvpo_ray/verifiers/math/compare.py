@@ -81,9 +81,13 @@ def kind_of(gold: str) -> Kind:
 
 def num_elements(gold: str) -> int:
     """Return how many elements a normalised list, set or tuple has; 1 for other answers."""
-    items = items_of(gold)
+    return len(_elements(gold))
+
+
+def _elements(text: str) -> list[str]:
+    items = items_of(text)
     inside = bracketed(items[0]) if len(items) == 1 else None
-    return len(inside[1]) if inside is not None else len(items)
+    return items if inside is None else list(inside[1])
 
 
 def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
@@ -113,12 +117,22 @@ def _without_option(gold: str, pred: str) -> str:
 def is_copied_answer(gold: str, pred: str, prompt: str) -> bool:
     """Return whether an answer that equals the gold answer is taken over from the prompt (math/evaluated.py).
 
-    Gold answers are values, alone or of a name, and solved inequalities. What the answer has around its value
-    makes no difference: a name, brackets, a unit, the letter of an option. All texts are normalised.
+    Gold answers are values, alone, of a name or as elements, and solved inequalities. What the answer has
+    around its value makes no difference: a name, brackets, a unit, the letter of an option. All texts are
+    normalised.
     """
     kind = kind_of(gold)
     if kind is Kind.ORDERED and RELATION.search(as_interval(unqualified(pred))):
         return is_copied(gold, pred, prompt)  # x + 1 > 0 for x > -1
+    if kind in (Kind.LIST, Kind.SET, Kind.ORDERED):  # (48/2, 3) for (24, 3)
+        golds = _elements(gold)
+        others = [element for element in _elements(pred) if element not in golds]
+        return any(
+            equal_answers(of_gold, element) and is_copied_answer(of_gold, element, prompt)
+            for element in others
+            for of_gold in golds
+            if kind_of(of_gold) is Kind.VALUE
+        )
     if kind is not Kind.VALUE and not _is_solution(gold):
         return False
     wanted = read_value(right_side(_single(gold) or gold)).text
