@@ -220,6 +220,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
     [
         # one key: its range or type
         ("sampling.num_completions=1", "sampling.num_completions", "greater than or equal to 2 (got 1)"),
+        ("prompts.path=[]", "prompts.path", "is empty: name a file"),
         ("sampling.temperature=0", "sampling.temperature", "greater than 0 (got 0)"),
         ("sampling.top_k=-2", "sampling.top_k", "greater than or equal to -1 (got -2)"),
         ("sampling.top_p=1.5", "sampling.top_p", "less than or equal to 1 (got 1.5)"),

@@ -60,6 +60,18 @@ def test_every_row_keeps_its_columns_and_place_and_gets_its_verdict(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.jsonl"]
 
 
+def test_labels_are_read_in_any_dress_and_others_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [True, 1, 1.0, "true", "True", False, 0, "0", "false", "maybe", 2]
+    rows = [{"response": "\\boxed{5}", "gold": "5", "expected": label} for label in labels]
+    assert _verify(_write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "agree with the label │ 5 │ 55.56 %" in printed
+    assert "false positives │ 4 │ 44.44 %" in printed
+    assert "2 labels are not read: expected or label_correct is none of true, 1, false, 0" in printed
+
+
 def test_a_malformed_row_is_reported_with_its_line_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +238,17 @@ def test_bad_input_is_one_line_and_status_2(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: " + complaint.format(source=source))
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_function_that_ends_its_process_on_every_row_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text("import os\ndef reward(completions, **columns):\n    os._exit(3)\n")
+    source = _write(tmp_path / "in.jsonl", [ROWS[0]] * 2)
+    assert _verify(source, tmp_path / "out.jsonl", f"rewards={{'{tmp_path}/bad.py:reward': 1}}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: a reward function fails on every row: crash: ")
+    assert error.endswith("bad.py:reward: exited with status 3")
 
 
 def test_a_function_that_fails_on_every_row_is_an_error_that_names_it(

@@ -66,6 +66,13 @@ class PromptsConfig(Section):
     shuffle: bool = True
     """Visit the rows in a new order in each epoch, fixed by the seed. Evaluations keep the file's order."""
 
+    @field_validator("path")
+    @classmethod
+    def _has_a_path(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and not all(value or [""]):
+            raise ValueError("is empty: name a file, a folder, a glob or a data set")
+        return value
+
     @field_validator("template")
     @classmethod
     def _template_has_prompt(cls, value: str | None) -> str | None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import hide
-from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.config.verifiers import ReasonKind, VerifiersConfig
 from gvpo_ray.files import part_of, repair_lines, replacing
 from gvpo_ray.groups import limit_of
 from gvpo_ray.sandbox.functions import OutOfReach
@@ -43,7 +43,10 @@ from gvpo_ray.verifiers.responses import (
 from gvpo_ray.verifiers.verifier import Check, Verifier, validate_rewards
 
 LABELS = ("expected", "label_correct")
-"""Columns that say (true or false) whether the response is correct; the first one that a row has is read."""
+"""Columns that say whether the response is correct; the first one that a row has is read."""
+
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+"""Values of such a column, by their text in lower case; 1.0 and 0.0 count as well."""
 
 
 def main(
@@ -140,7 +143,7 @@ class _Pool:
         self._local = threading.local()
         self._verifiers: list[Verifier] = []
         self.all_faults = ""
-        """Reason of the last row that has no reward although it hit no limit."""
+        """Reason of the last row that has no reward although it hit no limit of time or memory."""
 
     def __enter__(self) -> _Pool:
         self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="verify")
@@ -190,7 +193,7 @@ class _Pool:
                 self._say_once(f"not protected: {sentence}")
         columns = {name: [value] for name, value in scored.columns.items() if name not in LABELS}
         check = self._checked(scored.prompt, scored.response, columns)
-        if check.reward is None and limit_of(check.reason) is None:
+        if check.reward is None and limit_of(check.reason) in (None, ReasonKind.CRASH):
             self.all_faults = str(check.reason)
         added = {
             "reward": check.reward,
@@ -330,7 +333,9 @@ def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
 def _counts(row: Fields) -> Counter[str]:
     """Return what one scored row adds to the summary."""
     counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
-    label = next((row[name] for name in LABELS if isinstance(row.get(name), bool)), None)
+    given = next((row[name] for name in LABELS if row.get(name) is not None), None)
+    label = TRUTHS.get(str(given).strip().lower().removesuffix(".0"))
+    counts["no_label"] = int(given is not None and label is None)
     if label is not None:
         correct = row["verdict"] == "correct"
         counts.update(
@@ -366,6 +371,9 @@ def _print(console: Console, out: str, summary: Counter[str], limits: deque[int]
         ):
             add(name, key, "labelled")
     console.print(table)
+    if summary["no_label"]:
+        columns, values = " or ".join(LABELS), ", ".join(TRUTHS)
+        console.print(f"{summary['no_label']} labels are not read: {columns} is none of {values}")
     if limits:
         console.print(f"hit a limit (the last ones): lines {', '.join(map(str, limits))}")
     console.print(f"wrote {escape(out)}")
