@@ -668,7 +668,7 @@ def test_in_a_browser_markup_in_prompts_completions_config_and_names_of_metrics_
     assert PLANTED in said["titles"]  # the name of a metric
     assert any(text.startswith(PLANTED[:11]) for text in said["legends"])  # who an event happened to
     assert said["texts"].count(PLANTED) == 6  # prompts and completions
-    assert any(json.dumps(PLANTED)[1:-1] in text for text in said["texts"])  # the config
+    assert any(PLANTED in text and "run_dir" in text for text in said["texts"])  # the config
 
 
 @pytest.mark.browser
