@@ -77,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "num_steps": 2,
         "groups_per_step": 2,
         "model": {"path": "./model"},
-        "prompts": {"path": "train.jsonl", "template": "{prompt}=<eos>", "shuffle": False},
+        "prompts": {"path": "train.jsonl", "template": "{prompt}<eos>=", "shuffle": False},
         "sampling": {"num_completions": 3, "max_tokens": 4},
         "engines": {"num": 2, "num_cpus": 0.5, "kv_cache_gib": 1, "num_threads": 1, "max_num": 3},
         "verifiers": {"num": 2},
@@ -121,7 +121,7 @@ def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_en
     assert ran.returncode == 0, ran.stderr
     shown = ran.stdout[ran.stdout.index("prompt 1 of 4") :]
     heads = re.findall(r"prompt (\d) of 4, 5 tokens, answer '(\d)':\n  \| (.*)\n", shown)
-    assert heads == [(str(i + 1), str(2 * i), f"{i}+{i}=<eos>") for i in range(4)]
+    assert heads == [(str(i + 1), str(2 * i), f"{i}+{i}<eos>=") for i in range(4)]
     form = r"completion \d: reward ([01]) · (ended|cut off) after (\d) tokens.*\n    \| (.*)"
     completions = re.findall(form, shown)
     assert len(completions) == 12

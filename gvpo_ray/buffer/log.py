@@ -247,11 +247,12 @@ class GroupLog:
             if begin < after:
                 places = zip(self._places[1][begin:after], self.group_ids[begin:after], strict=True)
                 # In its place, as a writer that was killed may have left half an entry.
-                mode = "r+b" if segment.index.exists() else "xb"
-                with writing(segment.index), segment.index.open(mode) as file:
-                    file.seek(16 * segment.num_indexed)
-                    file.write(array("q", [number for place in places for number in place]).tobytes())
-                    file.truncate()
+                with writing(segment.index):
+                    segment.index.touch()
+                    with segment.index.open("r+b") as file:
+                        file.seek(16 * segment.num_indexed)
+                        file.write(array("q", [number for place in places for number in place]).tobytes())
+                        file.truncate()
                 segment.num_indexed += after - begin
 
     def close(self) -> None:
