@@ -229,11 +229,7 @@ class _WithKL(LossOptions):
         return Need("tokens" if self.kl_coefficient else "sums", self._reference_policy)
 
 
-class _Clipped(_WithKL):
-    clip_low: float = Field(default=0.2, gt=0)
-    """Lower end of clipping: the probability ratio is clipped at 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0)
-    """Upper end of clipping: the probability ratio is clipped at 1 + clip_high."""
+class _WithRatio(LossOptions):
     old_policy: Literal["behaviour", "previous"] = "behaviour"
     """Policy in the denominator of the probability ratio: `behaviour`, the one that sampled the token, or
     `previous`, the one at the start of the step. `previous` is biased: it treats older data as if it were
@@ -243,6 +239,13 @@ class _Clipped(_WithKL):
     def sampler_need(self) -> Need:
         """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
         return Need("tokens", self.old_policy)
+
+
+class _Clipped(_WithRatio, _WithKL):
+    clip_low: float = Field(default=0.2, gt=0)
+    """Lower end of clipping: the probability ratio is clipped at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """Upper end of clipping: the probability ratio is clipped at 1 + clip_high."""
 
 
 class GrpoLoss(_Clipped):
@@ -271,7 +274,7 @@ class ReinforceLoss(_WithKL):
     """Constant that is subtracted from every reward."""
 
 
-class GspoLoss(LossOptions):
+class GspoLoss(_WithRatio):
     """GSPO's options."""
 
     objective: Literal["gspo"] = "gspo"
@@ -280,30 +283,14 @@ class GspoLoss(LossOptions):
     1 - clip_low."""
     clip_high: float = Field(default=4e-4, gt=0)
     """Upper end of clipping: the completion's probability ratio is clipped at 1 + clip_high."""
-    old_policy: Literal["behaviour", "previous"] = "behaviour"
-    """Policy in the denominator of the probability ratio: `behaviour`, the one that sampled the token, or
-    `previous`, the one at the start of the step."""
-
-    @property
-    def sampler_need(self) -> Need:
-        """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
-        return Need("tokens", self.old_policy)
 
 
-class CispoLoss(LossOptions):
+class CispoLoss(_WithRatio):
     """CISPO's options."""
 
     objective: Literal["cispo"] = "cispo"
     ratio_cap: float = Field(default=5.0, gt=0)
     """Upper bound of the probability ratio that multiplies a token's gradient."""
-    old_policy: Literal["behaviour", "previous"] = "behaviour"
-    """Policy in the denominator of the probability ratio: `behaviour`, the one that sampled the token, or
-    `previous`, the one at the start of the step."""
-
-    @property
-    def sampler_need(self) -> Need:
-        """The log-probs that the probability ratio needs: one per token, of `old_policy`."""
-        return Need("tokens", self.old_policy)
 
 
 class MaxrlLoss(LossOptions):

@@ -17,32 +17,18 @@ tokens whose weight is cut; they still have a gradient.
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from gvpo_ray.config.loss import CispoLoss
 from gvpo_ray.losses.batch import Computed, LossBatch
 from gvpo_ray.losses.grpo import grpo_advantages
-from gvpo_ray.losses.token_losses import Batch, computed
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
 
 
-def cispo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    reference_logprobs: Tensor,
-    completion_ids: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    num_groups: float | None = None,
-    *,
-    ratio_cap: float = 5.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+@of_tokens
+def cispo_loss(batch: Batch, *, ratio_cap: float = 5.0) -> LossAndSums:
     """Return the surrogate loss of this module's docstring.
 
     The arguments and the result are described in losses/token_losses.py.
     """
-    batch = Batch.of(
-        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
-    )
     ratios = (batch.logprobs.detach() - batch.old_logprobs).exp()
     advantages = grpo_advantages(batch)
     weighted = ratios.clamp(max=ratio_cap) * advantages[batch.completion_ids] * batch.logprobs

@@ -16,33 +16,19 @@ The arguments and the result are described in gvpo_ray/losses/token_losses.py.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gvpo_ray.config.loss import GspoLoss
 from gvpo_ray.losses.batch import Computed, LossBatch
 from gvpo_ray.losses.grpo import grpo_advantages
-from gvpo_ray.losses.token_losses import Batch, computed
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
 
 
-def gspo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    reference_logprobs: Tensor,
-    completion_ids: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    num_groups: float | None = None,
-    *,
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
-) -> tuple[Tensor, dict[str, Tensor]]:
+@of_tokens
+def gspo_loss(batch: Batch, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> LossAndSums:
     """Return the loss of this module's docstring; autograd differentiates it as it stands.
 
     The arguments and the result are described in losses/token_losses.py.
     """
-    batch = Batch.of(
-        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
-    )
     advantages = grpo_advantages(batch)
     log_ratios = batch.sum_tokens(batch.logprobs - batch.old_logprobs) / batch.lengths.clamp(min=1)
     ratios = log_ratios.exp()

@@ -18,29 +18,18 @@ reference_logprobs are not used.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gvpo_ray.config.loss import MaxrlLoss
 from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, computed
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
 
 
-def maxrl_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    reference_logprobs: Tensor,
-    completion_ids: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    num_groups: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+@of_tokens
+def maxrl_loss(batch: Batch) -> LossAndSums:
     """Return the surrogate loss of this module's docstring.
 
     The arguments and the result are described in losses/token_losses.py.
     """
-    batch = Batch.of(
-        logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
-    )
     mean = batch.sum_group(batch.rewards) / batch.sizes
     advantages = torch.where(mean > 0, batch.centred_rewards() / mean, 0.0)
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))

@@ -1,8 +1,8 @@
-"""GRPO, Dr. GRPO, RLOO and REINFORCE share arguments, sums over tokens and groups, and the kind of result.
+"""The objectives of GRPO's kind share arguments, sums over tokens and groups, and the kind of result.
 
-All four are called as `grpo_loss(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards,
-group_ids, num_groups, ...)`. With T the number of completion tokens of a micro-batch and N that of its
-completions:
+GRPO, Dr. GRPO, RLOO, REINFORCE, GSPO, CISPO and MaxRL are called as `grpo_loss(logprobs, old_logprobs,
+reference_logprobs, completion_ids, rewards, group_ids, num_groups, ...)`. With T the number of completion
+tokens of a micro-batch and N that of its completions:
 
     logprobs            [T] log pi(y_t | x, y_<t), float32 or float64; the gradient comes back in this dtype
     old_logprobs        [T] log-probs by the policy that sampled; takes no gradient
@@ -14,7 +14,7 @@ completions:
     num_groups          |D|, the groups with m >= 2 in the whole update; default: those in this call
 
 A group of one has nothing to be compared with: it is not trained on and not counted, whatever the objective.
-All four return the loss, a float64 scalar, and these sums, float64 scalars without gradient, with the same
+They return the loss, a float64 scalar, and these sums, float64 scalars without gradient, with the same
 keys in the same order in every objective:
 
     objective       loss * |D|
@@ -257,7 +257,7 @@ def _check_not_negative(**values: float) -> None:
 
 
 def computed(loss: Callable[..., LossAndSums], batch: LossBatch, **options: float) -> Computed:
-    """Call one of the four losses on a LossBatch, and add the statistics that GVPO reports.
+    """Call one of these losses on a LossBatch, and add the statistics that GVPO reports.
 
     Where the options do not need the sampler's or the reference's log-probs, the loss does not read them, and
     the current policy's are passed in their place.
