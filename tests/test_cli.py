@@ -692,6 +692,7 @@ def test_check_accepts_the_gpu_jobs_on_a_machine_without_gpus(
     assert (
         "Qwen/Qwen2.5-Math" in printed and "is a Hugging Face name, looked up when the run starts" in printed
     )
+    assert "the data are not read and the columns not checked" in printed
     config = GVPOConfig.from_file(JOBS / name)
     check_resources(config, num_cpus=32, num_gpus=8 if "8gpu" in name else 1)
 

@@ -57,8 +57,8 @@ class Engines:
 
     def __init__(self, buffer: GroupBuffer) -> None:
         self.buffer, self.room = buffer, asyncio.Event()
-        self.slots = self.seats = [SimpleNamespace()]
-        self.num_slots = self.max_groups = NUM_SLOTS
+        self.slots = [SimpleNamespace()]
+        self.max_groups = NUM_SLOTS
         self._free = asyncio.Semaphore(NUM_SLOTS)
         self.num_sampled = 0
 

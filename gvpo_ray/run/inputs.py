@@ -297,6 +297,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             on_hub = True
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
     if on_hub:
+        yield "the data are not read and the columns not checked, which needs what is on the hub"
         return
     if config.prompts.path != NO_PROMPTS or config.sources:
         yield from read_inputs(config).story()

@@ -58,7 +58,7 @@ def rollout(
         The scored groups.
 
     Raises:
-        ConfigError: a mistake of the user; before any actor starts, except for missing prompts.
+        ConfigError: a mistake of the user; before any actor starts.
         RunError: the first cause that stopped the sampling.
     """
     config = config.absolute()
@@ -68,6 +68,8 @@ def rollout(
     if not config.engines.has_own_engines:
         raise ConfigError(NO_OWN)
     inputs = read_inputs(config, reward)
+    if inputs.prompts is None:
+        raise ConfigError("prompts: required, and not given")
     part = part_of(Path(out))
     if Path(out).is_dir():
         raise ConfigError(f"--out: {out} is a folder")
@@ -78,8 +80,6 @@ def rollout(
     session = Session(config.ray)
     try:
         engines, verifiers = without_learner(session, config, inputs.max_length, reward)
-        if inputs.prompts is None:
-            raise ConfigError("prompts: required, and not given")
         prompts = pa.concat_tables(
             [inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)]
         )
