@@ -131,18 +131,20 @@ class GvpoLoss(LossOptions):
     number is given, the reference `previous`, no importance weights, no likelihood floor and no damping."""
     beta: float | Literal["auto"] = "auto"
     """Reward units per nat of log-ratio: with one reference the optimum is pi_ref exp(R / beta) / Z, so a
-    log-ratio of 1/beta nats is worth one unit of reward. Beta is the trust region: gvpo/binding measures how
-    often it binds, and a run in which it hardly ever does says so. auto: 0.1 as in the paper, and with the
-    `behaviour` reference adapted after each step until beta D varies half as much as the rewards."""
+    log-ratio of 1/beta nats is worth one unit of reward. Beta is the trust region: gvpo/kl_active_share is
+    the share of residuals in which it counts, and a run in which it hardly ever does says so. auto: 0.1 as in
+    the paper, and with the `behaviour` reference adapted after each step until beta D varies half as much as
+    the rewards."""
     importance_cap: float | None = Field(default=1.0, gt=0)
     """Upper bound of the importance weight pi / pi_sampled of a completion, relative to its group, so that
     completions which the policy would no longer write count less. With weights, the likelihood floor is on
-    too (gvpo/kept): where right completions have become less likely since they were sampled, the others are
-    pushed down less. Neither moves the optimum where all completions of a prompt have one reference and
-    residuals can vanish. Where references are mixed (`behaviour` on groups of several policies) both move
-    the rest point, the more the policies differ; and where rewards are noisy, the floor favours completions
-    whose rewards vary most. null: neither of them, as in the paper. This is the same for data that was
-    sampled just before its update; old data then pulls the policy to completions that it no longer writes."""
+    too (gvpo/likelihood_floor): where right completions have become less likely since they were sampled, the
+    others are pushed down less. Neither moves the optimum where all completions of a prompt have one
+    reference and residuals can vanish. Where references are mixed (`behaviour` on groups of several policies)
+    both move the rest point, the more the policies differ; and where rewards are noisy, the floor favours
+    completions whose rewards vary most. null: neither of them, as in the paper. This is the same for data
+    that was sampled just before its update; old data then pulls the policy to completions that it no longer
+    writes."""
     damped: bool = True
     """Multiply the learning rate of each update by the squared correlation of its residuals with its rewards
     (gvpo/damping); only with the `behaviour` reference. The part of a residual that the rewards do not

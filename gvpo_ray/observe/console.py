@@ -19,7 +19,7 @@ from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import visible
-from gvpo_ray.observe.metrics import BINDING_STEPS, beta_hint, evaluation_metrics
+from gvpo_ray.observe.metrics import HINT_STEPS, beta_hint, evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 
 
@@ -32,7 +32,7 @@ class RunConsole:
         self._ends: deque[tuple[int, float]] = deque(maxlen=32)
         """Step and time of the last ends of steps: the run's start, which is slower, is not among them."""
         self._passes: dict[str, float] = {}
-        self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=HINT_STEPS)
         self._hints_at_beta = config.loss.depends_on_beta
         self._progress = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),

@@ -23,7 +23,7 @@ run directory. Ray puts `ray_` before all names:
     gvpo_verifiers{state}            busy and idle verifiers
     gvpo_buffer_groups{state}        finished: in all; waiting: finished, for the learner; running: begun and
                                      not finished
-    gvpo_dial_open                   1 while the maximum staleness lets another group begin
+    gvpo_staleness_bound_open        1 while the maximum staleness lets another group begin
     gvpo_learner_state{state}        1 for the state of the learner, 0 for the others (LearnerState)
     gvpo_learner_state_seconds       time in this state
 """
@@ -131,7 +131,7 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
             ("gvpo_buffer_groups", {"state": state}, float(buffer[f"num_{state}"]))
             for state in ("finished", "waiting", "running")
         ]
-        series.append(("gvpo_dial_open", {}, float(buffer["bound"] == BoundState.OPEN)))
+        series.append(("gvpo_staleness_bound_open", {}, float(buffer["bound"] == BoundState.OPEN)))
         series += one_of("gvpo_learner_state", LearnerState, buffer["learner_state"])
         since = buffer["learner_since"]
         series.append(("gvpo_learner_state_seconds", {}, max(0.0, status["time"] - since) if since else 0.0))

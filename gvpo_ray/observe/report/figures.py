@@ -166,66 +166,61 @@ def chart(
             traces.append(_trace(trend(line.points), "mean", colour, line.number, **means))
         if len(labels) == 1:
             last.append({"colour": colour, "value": shown(line.points[-1][1])})
-    traces += [_marks(events, limits, number) for number, events in enumerate(marks) if events]
-    has_legend = len(lines) > 1
+    beside = {"yaxis": "y2", "name": "recoveries", "showlegend": False}
+    traces += [
+        _marks(events, limits, 0.97 if number else 0.03, number, **beside)
+        for number, events in enumerate(marks)
+        if events
+    ]
     return {
         "title": title,
         "name": name,
         "text": text,
         "kind": "line",
         "limits": limits,
-        "legend": has_legend,
+        "legend": len(lines) > 1,
         "traces": traces,
         "last": last,
     }
 
 
-def _stories(events: Iterable[Event], limits: Point) -> list[tuple[float, str]]:
-    """Return (step, text) of the marks of some events; those that would overlap share a mark."""
+def _marks(
+    events: Iterable[Event], limits: Point, y: float, run: int = 0, kind: str = "mark", **more: Any
+) -> dict[str, Any]:
+    """Return the trace of some events at a height; those that would overlap share a mark."""
     first, last = limits
     width = max(last - first, 1) / NUM_MARKS
     marks: dict[int, list[tuple[float, str]]] = {}
     for event in events:
         step = finite(event.get("step"))
         x = last if step is None else min(max(step, first), last)
-        story = (
+        text = (
             f"step {event.get('step', '?')}: {event.get('who', '?')} {event.get('name', '')}: "
             f"{event.get('why', '')}"
         )
-        marks.setdefault(int((x - first) / width), []).append((x, plain(_wrapped(story))))
-    return [
-        (
-            found[0][0],
-            "<br>".join(
-                [story.replace("\n", "<br>") for _, story in found[:4]]
-                + ([f"and {len(found) - 4} more"] if len(found) > 4 else [])
-            ),
-        )
-        for found in marks.values()
-    ]
+        marks.setdefault(int((x - first) / width), []).append((x, _wrapped(text)))
 
-
-def _wrapped(story: str, width: int = 60) -> str:
-    """Cut a long text and break it into lines, as plotly does not."""
-    story = " ".join(story.split())
-    story = story if len(story) <= 200 else f"{story[:200]}…"
-    return "\n".join(story[i : i + width] for i in range(0, len(story), width))
-
-
-def _marks(events: Sequence[Event], limits: Point, run: int) -> dict[str, Any]:
-    marks = _stories(events, limits)
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": [x for x, _ in marks],
-        "y": [0.97 if run else 0.03] * len(marks),
-        "yaxis": "y2",
-        "name": "recoveries",
-        "text": [story for _, story in marks],
+        "x": [found[0][0] for found in marks.values()],
+        "y": [y] * len(marks),
+        "text": [
+            "<br>".join(text for _, text in found[:4])
+            + (f"<br>and {len(found) - 4} more" if len(found) > 4 else "")
+            for found in marks.values()
+        ],
         "hoverinfo": "text",
-        "showlegend": False,
-        "meta": {"kind": "mark", "colour": 0, "run": run},
+        "meta": {"kind": kind, "colour": 0, "run": run},
+        **more,
     }
+
+
+def _wrapped(text: str, width: int = 60) -> str:
+    """Cut a long text and break it into lines, as plotly does not."""
+    text = " ".join(printable(text).split())  # a secret is masked before a break may part it
+    text = text if len(text) <= 200 else f"{text[:200]}…"
+    return "<br>".join(plain(text[i : i + width]) for i in range(0, len(text), width))
 
 
 def histogram(
@@ -299,20 +294,11 @@ def lanes(events: Iterable[Event], limits: Point) -> Figure | None:
         by_who.setdefault(str(event.get("who", "?")), []).append(event)
     if not by_who:
         return None
-    traces = []
-    for i, who in enumerate(sorted(by_who, reverse=True)):
-        marks = _stories(by_who[who], limits)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [x for x, _ in marks],
-                "y": [i] * len(marks),
-                "text": [story for _, story in marks],
-                "hoverinfo": "text",
-                "meta": {"kind": "calm" if who in NO_RECOVERY else "mark", "colour": 0, "run": 0},
-            }
-        )
+    names = sorted(by_who, reverse=True)
+    traces = [
+        _marks(by_who[who], limits, i, kind="calm" if who in NO_RECOVERY else "mark")
+        for i, who in enumerate(names)
+    ]
     return {
         "title": "Events",
         "name": "events.jsonl",
@@ -321,6 +307,6 @@ def lanes(events: Iterable[Event], limits: Point) -> Figure | None:
         "limits": limits,
         "legend": False,
         "traces": traces,
-        "rows": [plain(who if len(who) <= 12 else f"{who[:11]}…") for who in sorted(by_who, reverse=True)],
+        "rows": [plain(who if len(who) <= 12 else f"{who[:11]}…") for who in names],
         "last": [],
     }
