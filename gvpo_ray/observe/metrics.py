@@ -235,10 +235,7 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "completions/extracted": _extracted(rows, total),
         "completions/unverifiable": 1 - len(rewards) / max(1, total),
         **{f"unverifiable/{kind}": count / max(1, total) for kind, count in _unverifiable(rows).items()},
-        "completions/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
-        "completions/truncated": mean(
-            [reason == "length" for row in rows for reason in row["finish_reasons"]]
-        ),
+        **_lengths("completions", rows),
         "staleness/mean": mean(ages),
         "staleness/max": float(max(ages, default=0)),
         **_histogram("staleness/histogram", ages),
@@ -271,6 +268,13 @@ def _histogram(name: str, values: Sequence[int]) -> dict[str, float]:
     counts = Counter(bisect.bisect_left(STALENESS_EDGES, value) for value in values)
     return {
         f"{name}/{edge}": counts[i] / max(1, len(values)) for i, edge in enumerate((*STALENESS_EDGES, "inf"))
+    }
+
+
+def _lengths(name: str, rows: Sequence[Row]) -> dict[str, float]:
+    return {
+        f"{name}/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
+        f"{name}/truncated": mean([why == "length" for row in rows for why in row["finish_reasons"]]),
     }
 
 
@@ -394,9 +398,6 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
         f"eval/{name}/stderr": math.sqrt(variance / max(1, len(per_prompt))),
         f"eval/{name}/num_prompts": float(len(per_prompt)),
         f"eval/{name}/extracted": _extracted(rows, sum(map(len, correct))),
-        f"eval/{name}/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
-        f"eval/{name}/truncated": mean(
-            [reason == "length" for row in rows for reason in row["finish_reasons"]]
-        ),
+        **_lengths(f"eval/{name}", rows),
         f"eval/{name}/unverifiable": mean([reward is None for row in rows for reward in row["rewards"]]),
     }

@@ -166,22 +166,20 @@ def chart(
             traces.append(_trace(trend(line.points), "mean", colour, line.number, **means))
         if len(labels) == 1:
             last.append({"colour": colour, "value": shown(line.points[-1][1])})
-    beside = {"yaxis": "y2", "name": "recoveries", "showlegend": False}
+    beside: dict[str, Any] = {"yaxis": "y2", "name": "recoveries", "showlegend": False}
     traces += [
         _marks(events, limits, 0.97 if number else 0.03, number, **beside)
         for number, events in enumerate(marks)
         if events
     ]
-    return {
-        "title": title,
-        "name": name,
-        "text": text,
-        "kind": "line",
-        "limits": limits,
-        "legend": len(lines) > 1,
-        "traces": traces,
-        "last": last,
-    }
+    return _figure(title, name, text, "line", limits, traces, legend=len(lines) > 1, last=last)
+
+
+def _figure(
+    title: str, name: str, text: str, kind: str, limits: Point, traces: list[dict[str, Any]], **more: Any
+) -> Figure:
+    caption = {"title": title, "name": name, "text": text}
+    return {**caption, "kind": kind, "limits": limits, "traces": traces, "legend": False, "last": [], **more}
 
 
 def _marks(
@@ -258,33 +256,29 @@ def histogram(
     ]
     names = [f"step {a:g}" if a >= b else f"steps {a:g} to {b:g}, mean" for a, b in spans]
     newest = shares[keys[0]][-1][0] if shares[keys[0]] else limits[1]
-    return {
-        "title": title,
-        "name": name,
-        "text": text,
-        "kind": "histogram",
-        "limits": limits,
-        "legend": False,
-        "traces": [
-            {
-                "type": "heatmap",
-                "x": [first - 0.5 + (i + 0.5) * width for i in range(num_columns)],
-                "y": list(range(len(keys))),
-                "z": heights,
-                "text": [[f"{span}<br>{plain(row)}" for span in names] for row in rows],
-                "hovertemplate": "%{text}: %{z:.1%}<extra></extra>",
-                "zmin": 0,
-                "zmax": 1,
-                "meta": {"kind": "heat", "colour": 0, "run": 0},
-            }
-        ],
-        "rows": [plain(row) for row in rows],
-        "last": [],
-        "newest": f"step {newest:g}, exactly",
-        "exact": [
-            (row, f"{dict(shares[key]).get(newest, 0):.4%}") for row, key in zip(rows, keys, strict=True)
-        ],
+    heat_map = {
+        "type": "heatmap",
+        "x": [first - 0.5 + (i + 0.5) * width for i in range(num_columns)],
+        "y": list(range(len(keys))),
+        "z": heights,
+        "text": [[f"{span}<br>{plain(row)}" for span in names] for row in rows],
+        "hovertemplate": "%{text}: %{z:.1%}<extra></extra>",
+        "zmin": 0,
+        "zmax": 1,
+        "meta": {"kind": "heat", "colour": 0, "run": 0},
     }
+    exact = [f"{dict(shares[key]).get(newest, 0):.4%}" for key in keys]
+    return _figure(
+        title,
+        name,
+        text,
+        "histogram",
+        limits,
+        [heat_map],
+        rows=[plain(row) for row in rows],
+        newest=f"step {newest:g}, exactly",
+        exact=list(zip(rows, exact, strict=True)),
+    )
 
 
 def lanes(events: Iterable[Event], limits: Point) -> Figure | None:
@@ -299,14 +293,6 @@ def lanes(events: Iterable[Event], limits: Point) -> Figure | None:
         _marks(by_who[who], limits, i, kind="calm" if who in NO_RECOVERY else "mark")
         for i, who in enumerate(names)
     ]
-    return {
-        "title": "Events",
-        "name": "events.jsonl",
-        "text": "what failed and was replaced (red), and when the run was started and stopped",
-        "kind": "lanes",
-        "limits": limits,
-        "legend": False,
-        "traces": traces,
-        "rows": [plain(who if len(who) <= 12 else f"{who[:11]}…") for who in names],
-        "last": [],
-    }
+    rows = [plain(who if len(who) <= 12 else f"{who[:11]}…") for who in names]
+    text = "what failed and was replaced (red), and when the run was started and stopped"
+    return _figure("Events", "events.jsonl", text, "lanes", limits, traces, rows=rows)
