@@ -38,7 +38,7 @@ def row(cell: Cell, **values: Any) -> dict[str, Any]:
         "reward": 0.5,
         "curve": curve,
         "staleness": 0.0,
-        "binding": 0.5,
+        "kl_active_share": 0.5,
         "steps": "[]",
         "seconds": 1.0,
         **values,

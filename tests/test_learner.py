@@ -281,7 +281,7 @@ def test_the_paper_preset_is_the_page_without_a_system_over_three_steps_of_data_
         assert [metrics["grad_norm"] for metrics in result["metrics"]] == pytest.approx(norms, rel=1e-5)
         for metrics in result["metrics"]:
             assert (metrics["gvpo/beta"], metrics["gvpo/damping"]) == (0.1, 1.0)
-            assert (metrics["gvpo/effective_share"], metrics["gvpo/kept"]) == (1.0, 1.0)
+            assert (metrics["gvpo/effective_share"], metrics["gvpo/likelihood_floor"]) == (1.0, 1.0)
         for name, tensor in result["weights"].items():
             torch.testing.assert_close(tensor, want[name], rtol=0, atol=1e-5)
 

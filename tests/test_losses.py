@@ -118,8 +118,8 @@ def test_statistics_of_these_two_groups_by_hand():
             "gvpo/term_reference": 0.5 * (2 + (16 + 1 + 7) / 9 / 2) / 2,
             "gvpo/term_variance": -0.25 * (2 + (64 + 1 + 49) / 9 / 2) / 2,
             "gvpo/effective_share": 1.0,
-            "gvpo/kept": 1.0,
-            "gvpo/binding": 2 / 5,  # beta D' = 1 and -1 beside R' = -1 and 2
+            "gvpo/likelihood_floor": 1.0,
+            "gvpo/kl_active_share": 2 / 5,  # beta D' = 1 and -1 beside R' = -1 and 2
             "policy/kl_ref": 0.0,  # D = (0, 0) and (2, 0, -2)
             "policy/log_ratio_rms": math.sqrt(8 / 5),
             "gvpo/num_groups": 2.0,
@@ -287,7 +287,7 @@ def test_a_group_whose_best_got_less_likely_is_pushed_down_by_what_is_left_of_th
         [-1 / 12, 1 / 96, 1 / 12, -1 / 12, 0, 0], rel=1e-15
     )
     assert finish(stale_gvpo_loss(logprobs, logprobs, rewards, ids, 0.5, ones, floor)[1])[
-        "gvpo/kept"
+        "gvpo/likelihood_floor"
     ] == pytest.approx(17 / 24)
     assert torch.equal(
         likelihood_floor(logprobs.float(), logprobs.float(), rewards, ids), torch.ones_like(logprobs)

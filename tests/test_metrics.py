@@ -7,7 +7,7 @@ import pytest
 
 from gvpo_ray.files import append_line, read_lines
 from gvpo_ray.observe.metrics import (
-    BINDING_STEPS,
+    HINT_STEPS,
     age_bucket,
     batch_metrics,
     beta_hint,
@@ -218,41 +218,41 @@ def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
         ]
 
 
-def training_lines(binding, implied=0.0004, reward=0.25, beta=0.1, correlation=0.3):
+def training_lines(active, implied=0.0004, reward=0.25, beta=0.1, correlation=0.3):
     return [
         {
-            "gvpo/binding": binding,
+            "gvpo/kl_active_share": active,
             "gvpo/implicit_reward_var": implied,
             "gvpo/reward_var": reward,
             "gvpo/beta": beta,
             "gvpo/reward_correlation": correlation,
         }
-        for _ in range(BINDING_STEPS)
+        for _ in range(HINT_STEPS)
     ]
 
 
 def test_a_beta_that_binds_nothing_for_long_is_said_with_one_that_would():
-    lines = training_lines(binding=0.0)
+    lines = training_lines(active=0.0)
     # sd(beta D) = 0.02 and a tenth of sd(R) is 0.05: 2.5 times as much
     assert "loss.beta of some 0.25 would" in beta_hint(lines)
-    assert "num_mini_batches of 2 or more" in beta_hint(training_lines(binding=0.0, implied=0.0))
+    assert "num_mini_batches of 2 or more" in beta_hint(training_lines(active=0.0, implied=0.0))
 
 
 def test_a_beta_that_binds_now_and_then_or_has_had_little_time_or_no_signal_is_not():
-    lines = training_lines(binding=0.0)
+    lines = training_lines(active=0.0)
     assert beta_hint(lines[1:]) is None and beta_hint([]) is None
-    assert beta_hint([*lines[:5], *training_lines(binding=0.02)[:1], *lines[6:]]) is None
-    assert beta_hint([*training_lines(binding=0.5), *lines]) is not None  # it is the last that count
-    assert beta_hint(training_lines(binding=0.0, reward=0.0)) is None
+    assert beta_hint([*lines[:5], *training_lines(active=0.02)[:1], *lines[6:]]) is None
+    assert beta_hint([*training_lines(active=0.5), *lines]) is not None  # it is the last that count
+    assert beta_hint(training_lines(active=0.0, reward=0.0)) is None
 
 
 def test_a_policy_that_beta_only_calls_back_is_said_with_what_would_let_it_go():
-    hint = beta_hint(training_lines(binding=1.0, implied=1.0))
+    hint = beta_hint(training_lines(active=1.0, implied=1.0))
     assert (
         "varies 2.0 times as much as they do, with a correlation of 0.30" in hint
         and "loss.beta of some 0.025 lets it go" in hint
     )
     # it went where it was sent
-    assert beta_hint(training_lines(binding=1.0, implied=1.0, correlation=0.9)) is None
-    assert beta_hint(training_lines(binding=1.0, implied=0.2)) is None
-    assert beta_hint(training_lines(binding=1.0, implied=1.0)[1:]) is None
+    assert beta_hint(training_lines(active=1.0, implied=1.0, correlation=0.9)) is None
+    assert beta_hint(training_lines(active=1.0, implied=0.2)) is None
+    assert beta_hint(training_lines(active=1.0, implied=1.0)[1:]) is None

@@ -241,7 +241,7 @@ def _train(config: GVPOConfig, groups_file: str | None = None) -> None:
     with GVPO(config, groups_file=groups_file) as algo:
         with RunConsole(config, algo.step, algo.num_steps) as console:
             algo.say = console.say
-            for text in algo.story():
+            for text in algo.startup_summary():
                 console.say(text)
             console.evaluated({key: value for line in algo.metrics.lines for key, value in line.items()})
             while not algo.done:

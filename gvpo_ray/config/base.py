@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -99,6 +99,15 @@ def _children(key: str, value: Any) -> Iterator[tuple[str, Section]]:
         yield key, value
     elif isinstance(value, dict):
         yield from ((f"{key}.{name}", child) for name, child in value.items() if isinstance(child, Section))
+
+
+def flattened(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, by dotted keys such as learner.num_workers."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        is_section = isinstance(value, dict) and bool(value)
+        flat |= flattened(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return flat
 
 
 def paths(section: Section) -> Iterator[tuple[str, str, LocalPath]]:

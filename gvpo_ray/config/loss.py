@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
@@ -40,6 +40,8 @@ class LossOptions(Section):
     `initial`. GVPO's theorems are about one reference per prompt. With `behaviour`, completions of several
     policies in a group have one each, and training rests at R / beta plus the mean of their log-probs,
     weighted by the posterior of who wrote the completion."""
+    depends_on_beta: ClassVar[bool] = False
+    """Whether the loss depends on beta, and not only its statistics."""
 
     @field_validator("reference", mode="before")
     @classmethod
@@ -52,6 +54,12 @@ class LossOptions(Section):
         if value in ("behaviour", "previous", "initial"):
             return str(value)
         raise ValueError("must be behaviour, previous, initial or every: N")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the objective's loss: the options that are its alone."""
+        shared = {*LossOptions.model_fields, "old_policy", "beta"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
 
     @property
     def sampler_need(self) -> Need:
@@ -87,16 +95,6 @@ class LossOptions(Section):
         return False
 
     @property
-    def depends_on_beta(self) -> bool:
-        """Whether the loss depends on beta, and not only its statistics."""
-        return False
-
-    @property
-    def learns_from_equal_rewards(self) -> bool:
-        """Whether a group of equal rewards teaches something too: with a teacher as the reference."""
-        return self.reference.startswith("model")
-
-    @property
     def has_reference_model(self) -> bool:
         """Whether the reference has weights of its own."""
         return self.reference not in ("behaviour", "previous")
@@ -122,7 +120,20 @@ PAPER: dict[str, Any] = {"beta": START_BETA, "importance_cap": None, "damped": F
 """The options that `loss.preset: paper` stands for."""
 
 
-class GvpoLoss(LossOptions):
+class _DependsOnBeta(LossOptions):
+    depends_on_beta: ClassVar[bool] = True
+
+    @property
+    def foreign_is_initial(self) -> bool:
+        """Whether an external completion counts as one of the initial policy: with the `behaviour` reference.
+
+        If its reference were the policy at the start of the step, the first D would always be 0, and nothing
+        would limit the update.
+        """
+        return self.reference == "behaviour"
+
+
+class GvpoLoss(_DependsOnBeta):
     """GVPO's options. By default the corrections for old data are on; `{preset: paper}` is the paper."""
 
     objective: Literal["gvpo"] = "gvpo"
@@ -131,18 +142,20 @@ class GvpoLoss(LossOptions):
     number is given, the reference `previous`, no importance weights, no likelihood floor and no damping."""
     beta: float | Literal["auto"] = "auto"
     """Reward units per nat of log-ratio: with one reference the optimum is pi_ref exp(R / beta) / Z, so a
-    log-ratio of 1/beta nats is worth one unit of reward. Beta is the trust region: gvpo/binding measures how
-    often it binds, and a run in which it hardly ever does says so. auto: 0.1 as in the paper, and with the
-    `behaviour` reference adapted after each step until beta D varies half as much as the rewards."""
+    log-ratio of 1/beta nats is worth one unit of reward. Beta is the trust region: gvpo/kl_active_share is
+    the share of residuals in which it counts, and a run in which it hardly ever does says so. auto: 0.1 as in
+    the paper, and with the `behaviour` reference adapted after each step until beta D varies half as much as
+    the rewards."""
     importance_cap: float | None = Field(default=1.0, gt=0)
     """Upper bound of the importance weight pi / pi_sampled of a completion, relative to its group, so that
     completions which the policy would no longer write count less. With weights, the likelihood floor is on
-    too (gvpo/kept): where right completions have become less likely since they were sampled, the others are
-    pushed down less. Neither moves the optimum where all completions of a prompt have one reference and
-    residuals can vanish. Where references are mixed (`behaviour` on groups of several policies) both move
-    the rest point, the more the policies differ; and where rewards are noisy, the floor favours completions
-    whose rewards vary most. null: neither of them, as in the paper. This is the same for data that was
-    sampled just before its update; old data then pulls the policy to completions that it no longer writes."""
+    too (gvpo/likelihood_floor): where right completions have become less likely since they were sampled, the
+    others are pushed down less. Neither moves the optimum where all completions of a prompt have one
+    reference and residuals can vanish. Where references are mixed (`behaviour` on groups of several policies)
+    both move the rest point, the more the policies differ; and where rewards are noisy, the floor favours
+    completions whose rewards vary most. null: neither of them, as in the paper. This is the same for data
+    that was sampled just before its update; old data then pulls the policy to completions that it no longer
+    writes."""
     damped: bool = True
     """Multiply the learning rate of each update by the squared correlation of its residuals with its rewards
     (gvpo/damping); only with the `behaviour` reference. The part of a residual that the rewards do not
@@ -184,15 +197,6 @@ class GvpoLoss(LossOptions):
         return Need("nothing" if self.importance_cap is None else "sums", "behaviour")
 
     @property
-    def foreign_is_initial(self) -> bool:
-        """Whether an external completion counts as one of the initial policy: with the `behaviour` reference.
-
-        If its reference were the policy at the start of the step, the first D would always be 0, and nothing
-        would limit the update.
-        """
-        return self.reference == "behaviour"
-
-    @property
     def start_beta(self) -> float:
         """The beta of the first step, and of all steps where it is not adapted."""
         return START_BETA if self.beta == "auto" else self.beta
@@ -212,11 +216,6 @@ class GvpoLoss(LossOptions):
         Other references are targets to return to.
         """
         return self.damped and self.reference == "behaviour"
-
-    @property
-    def depends_on_beta(self) -> bool:
-        """Whether the loss depends on beta: always."""
-        return True
 
 
 class _WithKL(LossOptions):
@@ -299,24 +298,14 @@ class MaxrlLoss(LossOptions):
     objective: Literal["maxrl"] = "maxrl"
 
 
-class _WithBeta(LossOptions):
+class _WithBeta(_DependsOnBeta):
     beta: float = Field(default=START_BETA, gt=0)
     """Reward units per nat of log-ratio."""
-
-    @property
-    def foreign_is_initial(self) -> bool:
-        """Whether an external completion counts as one of the initial policy: only for `behaviour`."""
-        return self.reference == "behaviour"
 
     @property
     def start_beta(self) -> float:
         """The beta of all steps."""
         return self.beta
-
-    @property
-    def depends_on_beta(self) -> bool:
-        """Whether the loss depends on beta: always."""
-        return True
 
 
 class OaplLoss(_WithBeta):

@@ -62,7 +62,7 @@ class Found(NamedTuple):
     layout: str
     """Name of the layout that said one of them; "": the config said both, or they are `prompt`, `answer`."""
 
-    def story(self) -> str:
+    def description(self) -> str:
         """Return what a person should read of it; "" where the config said it all."""
         gold = f"the gold is {self.gold}" if self.gold else "no gold"
         return f"layout {self.layout}: the prompt is {self.prompt}, {gold}" if self.layout else ""

@@ -105,7 +105,7 @@ class OfflineSource:
             for prompt, tokens in zip(prompts, self._num_tokens, strict=True)
         ]
         self.num_rows, self.num_too_long = found.num_rows, fits.count(False)
-        self.num_without_gold, self.layout = found.num_without_gold, found.found.story()
+        self.num_without_gold, self.layout = found.num_without_gold, found.found.description()
         self.columns = found.columns
         if not any(fits):
             raise ConfigError(

@@ -75,7 +75,7 @@ class PromptSet:
         self.num_rows, self.num_without_gold = found.num_rows, found.num_without_gold
         self.num_too_long = len(lengths) - len(keep)
         self.longest = int(lengths.max())
-        self.columns, self.layout = found.columns, found.found.story()
+        self.columns, self.layout = found.columns, found.found.description()
         if not len(keep):
             all_long = f"all {len(lengths)} prompts are longer (the shortest has {lengths.min()} tokens)"
             if limit == config.max_tokens:

@@ -58,10 +58,10 @@ class EvaluationDir:
                 self._lock = lock(path / ".lock")  # held until the evaluation ends
             except BlockingIOError as error:
                 raise ConfigError(f"--out: another process is evaluating into {path}") from error
-            kept = path / "evaluation.yaml"
-            if kept.exists() and (difference := _difference(kept, now)):
+            file = path / "evaluation.yaml"
+            if file.exists() and (difference := _difference(file, now)):
                 raise ConfigError(f"--out: {path} {difference}; use another folder")
-            write_whole(kept, yaml.safe_dump(now, sort_keys=False))  # written again: sets may have been added
+            write_whole(file, yaml.safe_dump(now, sort_keys=False))  # written again: sets may have been added
             self._logs = {name: GroupLog(path / name / "groups") for name in digests}
         except OSError as error:
             raise ConfigError(f"--out: cannot write {path}: {error.strerror}") from error
@@ -122,12 +122,13 @@ def _settings(config: GVPOConfig) -> dict[str, Any]:
     ]
     for name, section in config.evaluation.sets.items():
         num_samples, temperature, max_tokens = config.evaluation.of(name)
-        own: dict[str, Any] = {
+        own = {
             "num_samples": num_samples,
             "temperature": temperature,
             "max_completion_tokens": max_tokens or config.sampling.max_tokens,
+            "template": section.template,
+            "system_prompt": section.system_prompt,
         }
-        own |= {"template": section.template, "system_prompt": section.system_prompt}
         settings |= {f"evaluation.sets.{name}.{key}": value for key, value in own.items()}
     return {key: hide(value) for key, value in settings.items()}
 
@@ -145,16 +146,14 @@ def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dic
     return contents
 
 
-def _difference(kept: Path, now: Mapping[str, Any]) -> str:
+def _difference(file: Path, now: Mapping[str, Any]) -> str:
     """Return how an existing evaluation.yaml differs from `now`, in words; empty if it does not.
 
     `now` may have more keys, such as a set that was added.
     """
     try:
-        before = yaml.safe_load(kept.read_text(encoding="utf-8"))
-        pairs = [
-            (part, key, value) for part in ("settings", "contents") for key, value in before[part].items()
-        ]
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        pairs = [(part, *item) for part in ("settings", "contents") for item in before[part].items()]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
         return "has an evaluation.yaml that is not an evaluation's"
     for part, key, value in pairs:
@@ -163,10 +162,9 @@ def _difference(kept: Path, now: Mapping[str, Any]) -> str:
         if value != now[part][key]:
             if part == "contents":
                 return f"holds an evaluation with another {key} (what is in it differs)"
-            is_short = not isinstance(value, (dict, list))
-            return f"holds an evaluation with another {key}" + (
-                f" ({value!r} there, {now[part][key]!r} here)" if is_short else ""
-            )
+            is_long = isinstance(value, (dict, list))
+            shown = "" if is_long else f" ({value!r} there, {now[part][key]!r} here)"
+            return f"holds an evaluation with another {key}{shown}"
     return ""
 
 
@@ -260,11 +258,7 @@ def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
                 "sample": i,
                 "completion": row["completions"][i],
                 "correct": correct,
-                "verdict": "correct"
-                if correct
-                else "unverifiable"
-                if row["rewards"][i] is None
-                else "incorrect",
+                "verdict": _verdict(correct, row["rewards"][i]),
                 "reward": row["rewards"][i],
                 "reason": row["reward_reasons"][i],
                 "num_tokens": len(row["completion_ids"][i]),
@@ -276,6 +270,12 @@ def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
         ],
         schema=GENERATIONS,
     )
+
+
+def _verdict(correct: bool, reward: float | None) -> str:
+    if reward is None:
+        return "unverifiable"
+    return "correct" if correct else "incorrect"
 
 
 def results_table(result: Mapping[str, Any]) -> Table:
@@ -290,14 +290,12 @@ def results_table(result: Mapping[str, Any]) -> Table:
         for values in sets:
             value = values.get(key)
             if isinstance(value, Mapping):
-                cells.append(
-                    f"{100 * value['value']:.2f} % [{100 * value['low']:.2f}, {100 * value['high']:.2f}]"
-                )
+                percent, low, high = (100 * value[name] for name in ("value", "low", "high"))
+                cells.append(f"{percent:.2f} % [{low:.2f}, {high:.2f}]")
             elif key in ("extracted", "truncated", "unverifiable"):
                 cells.append(f"{100 * value:.2f} %")
             else:
-                cells.append(
-                    "" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
-                )
+                text = "" if value is None else str(value)
+                cells.append(f"{value:.4g}" if isinstance(value, float) else text)
         table.add_row(key, *cells)
     return table

@@ -1,87 +1,41 @@
 """The group table is the data contract of the whole system: one row is one prompt with its completions."""
 
-from gvpo_ray.groups.batching import (
-    micro_batches,
-    num_tokens,
-    only,
-    split_by_tokens,
-    split_group,
-    trainable,
-    trainable_completions,
-)
-from gvpo_ray.groups.storage import (
-    from_wire,
-    load,
-    read_batches,
-    save,
-    segments,
-    to_wire,
-)
-from gvpo_ray.groups.table import (
-    COMPLETION_COLUMNS,
-    DATA_COLUMNS,
-    LOG_COLUMNS,
-    LOGGED_COLUMNS,
-    MASK_COLUMNS,
-    NO_ANSWER,
-    PER_COMPLETION_COLUMNS,
-    PROMPT_COLUMNS,
-    REFERENCE_COLUMNS,
-    REWARD_COLUMNS,
-    SCHEMA,
-    GroupError,
-    Row,
-    all_cut_off,
-    empty,
-    join,
-    limit_of,
-    log_columns,
-    num_completion_tokens,
-    replayable,
-    rows,
-    table,
-    take,
-    validate,
-    with_columns,
-)
-
-__all__ = [
-    "COMPLETION_COLUMNS",
-    "DATA_COLUMNS",
-    "LOGGED_COLUMNS",
-    "LOG_COLUMNS",
-    "MASK_COLUMNS",
-    "NO_ANSWER",
-    "PER_COMPLETION_COLUMNS",
-    "PROMPT_COLUMNS",
-    "REFERENCE_COLUMNS",
-    "REWARD_COLUMNS",
-    "SCHEMA",
-    "GroupError",
-    "Row",
-    "all_cut_off",
-    "empty",
-    "from_wire",
-    "join",
-    "limit_of",
-    "load",
-    "log_columns",
-    "micro_batches",
-    "num_completion_tokens",
-    "num_tokens",
-    "only",
-    "read_batches",
-    "replayable",
-    "rows",
-    "save",
-    "segments",
-    "split_by_tokens",
-    "split_group",
-    "table",
-    "take",
-    "to_wire",
-    "trainable",
-    "trainable_completions",
-    "validate",
-    "with_columns",
-]
+from gvpo_ray.groups.batching import micro_batches as micro_batches
+from gvpo_ray.groups.batching import num_tokens as num_tokens
+from gvpo_ray.groups.batching import only as only
+from gvpo_ray.groups.batching import split_by_tokens as split_by_tokens
+from gvpo_ray.groups.batching import split_group as split_group
+from gvpo_ray.groups.batching import trainable as trainable
+from gvpo_ray.groups.batching import trainable_completions as trainable_completions
+from gvpo_ray.groups.storage import evaluations as evaluations
+from gvpo_ray.groups.storage import from_wire as from_wire
+from gvpo_ray.groups.storage import load as load
+from gvpo_ray.groups.storage import read_batches as read_batches
+from gvpo_ray.groups.storage import save as save
+from gvpo_ray.groups.storage import segments as segments
+from gvpo_ray.groups.storage import to_wire as to_wire
+from gvpo_ray.groups.table import COMPLETION_COLUMNS as COMPLETION_COLUMNS
+from gvpo_ray.groups.table import DATA_COLUMNS as DATA_COLUMNS
+from gvpo_ray.groups.table import LOG_COLUMNS as LOG_COLUMNS
+from gvpo_ray.groups.table import LOGGED_COLUMNS as LOGGED_COLUMNS
+from gvpo_ray.groups.table import MASK_COLUMNS as MASK_COLUMNS
+from gvpo_ray.groups.table import NO_ANSWER as NO_ANSWER
+from gvpo_ray.groups.table import PER_COMPLETION_COLUMNS as PER_COMPLETION_COLUMNS
+from gvpo_ray.groups.table import PROMPT_COLUMNS as PROMPT_COLUMNS
+from gvpo_ray.groups.table import REFERENCE_COLUMNS as REFERENCE_COLUMNS
+from gvpo_ray.groups.table import REWARD_COLUMNS as REWARD_COLUMNS
+from gvpo_ray.groups.table import SCHEMA as SCHEMA
+from gvpo_ray.groups.table import GroupError as GroupError
+from gvpo_ray.groups.table import Row as Row
+from gvpo_ray.groups.table import all_cut_off as all_cut_off
+from gvpo_ray.groups.table import empty as empty
+from gvpo_ray.groups.table import join as join
+from gvpo_ray.groups.table import limit_of as limit_of
+from gvpo_ray.groups.table import log_columns as log_columns
+from gvpo_ray.groups.table import num_completion_tokens as num_completion_tokens
+from gvpo_ray.groups.table import replayable as replayable
+from gvpo_ray.groups.table import rows as rows
+from gvpo_ray.groups.table import table as table
+from gvpo_ray.groups.table import take as take
+from gvpo_ray.groups.table import validate as validate
+from gvpo_ray.groups.table import with_columns as with_columns

@@ -26,12 +26,10 @@ def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
     keep = trainable_completions(row)
     if len(keep) < 2:
         return None
-    kept = only(row, keep)
-    if row.get("reward_parts") is not None:
-        kept["reward_parts"] = {
-            name: [part[i] for i in keep] for name, part in dict(row["reward_parts"]).items()
-        }
-    return kept
+    result = only(row, keep)
+    if parts := row.get("reward_parts"):
+        result["reward_parts"] = {name: [part[i] for i in keep] for name, part in dict(parts).items()}
+    return result
 
 
 def only(row: Mapping[str, Any], completions: Sequence[int]) -> dict[str, Any]:
@@ -72,24 +70,16 @@ def micro_batches(
             prompt, padded to the longest of the run.
     """
     batches: list[list[int]] = []
-    count = width = 0
+    count = width = 0  # of the run so far: its tokens, or its completions and the longest sequence
     for i, row in enumerate(groups):
-        if packed:
-            if batches and count + num_tokens(row) <= max_tokens:
-                batches[-1].append(i)
-                count += num_tokens(row)
-            else:
-                batches.append([i])
-                count = num_tokens(row)
-            continue
-        m = len(row["completion_ids"])
-        longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
-        if batches and max(width, longest) * (count + m) <= max_tokens:
+        own = num_tokens(row) if packed else len(row["completion_ids"])
+        longest = 1 if packed else len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
+        if batches and max(width, longest) * (count + own) <= max_tokens:
             batches[-1].append(i)
-            count, width = count + m, max(width, longest)
+            count, width = count + own, max(width, longest)
         else:
             batches.append([i])
-            count, width = m, longest
+            count, width = own, longest
     return batches
 
 

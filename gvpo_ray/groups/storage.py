@@ -45,6 +45,19 @@ def segments(folder: Path) -> list[Path]:
     )
 
 
+def evaluations(run_dir: Path) -> dict[str, list[tuple[int, Path]]]:
+    """Return step and file of a run's evaluations, in order, by the name of their set.
+
+    Other files in the folder, such as copies of these, are a person's.
+    """
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for file in (run_dir / "evaluations").glob("*-step-*.arrow"):
+        name, _, step = file.stem.rpartition("-step-")
+        if step.isdecimal():
+            found.setdefault(name, []).append((int(step), file))
+    return {name: sorted(files) for name, files in sorted(found.items())}
+
+
 def load(path: str | Path) -> pa.Table:
     """Read an Arrow IPC file or stream, or the segments of a log (a run's `groups/`).
 

@@ -11,7 +11,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
-from gvpo_ray.learner.passes import NOTHING, Plan
+from gvpo_ray.learner.microbatches import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import ReferenceLogprobs
 from gvpo_ray.losses.batch import LossBatch

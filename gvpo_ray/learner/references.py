@@ -34,7 +34,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions, Need
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
-from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, rows_of_ranks
+from gvpo_ray.learner.microbatches import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.policy import Policy
 
 

@@ -17,8 +17,8 @@ from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import trained_tokens
+from gvpo_ray.learner.microbatches import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.objective import Objective, gradient_weights_of_parts
-from gvpo_ray.learner.passes import NOTHING, Plan, plan_passes, rows_of_ranks
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import (
     ReferenceLogprobs,

@@ -1,7 +1,7 @@
 """The learner hands an objective a LossBatch, and the objective returns a Computed.
 
-An objective is a function `objective(batch: LossBatch, options) -> Computed` in a file of its own, a class of
-options in config/loss.py and a line in registry.py. The learner does not know the objectives by name.
+A new objective is a loss in a file of its own, a class of options in config/loss.py and a line in
+registry.py. The learner does not know the objectives by name.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class LossBatch:
     """The beta of this step, in reward units per nat."""
     num_groups: float
     """|D|, the number of groups with at least two completions in the whole update, on all ranks."""
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """The first arguments of every loss over whole completions, as `gvpo_loss` takes them."""
+        return self.logprob_sums, self.reference_sums, self.rewards, self.group_ids, self.beta
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,13 @@ tokens whose weight is cut; they still have a gradient.
 
 from __future__ import annotations
 
-from gvpo_ray.config.loss import CispoLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
 from gvpo_ray.losses.grpo import grpo_advantages
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def cispo_loss(batch: Batch, *, ratio_cap: float = 5.0) -> LossAndSums:
-    """Return the surrogate loss of this module's docstring.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the surrogate loss of this module's docstring."""
     ratios = (batch.logprobs.detach() - batch.old_logprobs).exp()
     advantages = grpo_advantages(batch)
     weighted = ratios.clamp(max=ratio_cap) * advantages[batch.completion_ids] * batch.logprobs
@@ -36,8 +31,3 @@ def cispo_loss(batch: Batch, *, ratio_cap: float = 5.0) -> LossAndSums:
     num_tokens = batch.sum_group(batch.lengths).clamp(min=1)
     clipped = (ratios > ratio_cap) & (advantages[batch.completion_ids] != 0)
     return batch.loss(batch.sum_tokens(weighted) * batch.sizes / num_tokens, clipped)
-
-
-def objective(batch: LossBatch, options: CispoLoss) -> Computed:
-    """Compute CISPO on one forward pass; this is the entry in losses/registry.py."""
-    return computed(cispo_loss, batch, ratio_cap=options.ratio_cap)

@@ -77,8 +77,8 @@ def gvpo_sums(
         "log_ratio": log_ratio.sum(),
         "log_ratio_square": log_ratio.square().sum(),
         "effective": ((counts >= 2) * counts / squares).sum(),
-        "kept": (trained * likelihood_floor / sizes).sum(),
-        "binding": (trained & (implicit_reward.abs() > 0.1 * reward.abs())).sum().double(),
+        "likelihood_floor": (trained * likelihood_floor / sizes).sum(),
+        "kl_active": (trained & (implicit_reward.abs() > 0.1 * reward.abs())).sum().double(),
         **{f"bin_{i}": count for i, count in enumerate(histogram)},
     }
 
@@ -135,9 +135,9 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
                                     (RESIDUAL_EDGES, then inf)
     gvpo/effective_share     effective sample size as a share of m: (sum s)^2 / (m sum s^2), mean over groups;
                              1 where all weights are equal
-    gvpo/kept                the likelihood floor k, mean over groups: below 1, the better completions have
+    gvpo/likelihood_floor    the likelihood floor k, mean over groups: below 1, the better completions have
                              become less likely than when they were sampled
-    gvpo/binding             share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|:
+    gvpo/kl_active_share     share of the residuals where |beta (D - mean D)| exceeds a tenth of |R - mean R|:
                              near 0 the KL term is hardly active
     policy/kl_ref            mean of -D, in nats per completion: the k1 estimator of KL(pi_ref || pi) on
                              completions that pi_ref sampled, as those of the default `behaviour` reference
@@ -161,8 +161,8 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "gvpo/reward_correlation": s["covariance"] / spread if spread > 0 else 0.0,
         **{f"gvpo/{name}": s[name] / groups for name in ("term_reward", "term_reference", "term_variance")},
         "gvpo/effective_share": s["effective"] / groups,
-        "gvpo/kept": s["kept"] / groups,
-        "gvpo/binding": s["binding"] / completions,
+        "gvpo/likelihood_floor": s["likelihood_floor"] / groups,
+        "gvpo/kl_active_share": s["kl_active"] / completions,
         **{
             f"gvpo/residual_histogram/{edge}": s[f"bin_{i}"] / completions
             for i, edge in enumerate((*RESIDUAL_EDGES, float("inf")))

@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gvpo_ray.config.loss import DpoLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.diagnostics import gvpo_sums
-from gvpo_ray.losses.gvpo import check_arguments, number_of_groups, residuals
+from gvpo_ray.losses.gvpo import check_arguments, number_of_groups
 from gvpo_ray.losses.within_groups import pairs, partition
 
 
@@ -79,11 +76,3 @@ def dpo_loss(
         "margin": (weight * margin).sum(),
     }
     return total / number_of_groups(counts, num_groups), sums
-
-
-def objective(batch: LossBatch, options: DpoLoss) -> Computed:
-    """Compute DPO or IPO on one forward pass; this is the entry in losses/registry.py."""
-    given = (batch.logprob_sums, batch.reference_sums, batch.rewards, batch.group_ids, batch.beta)
-    loss, sums = dpo_loss(*given, batch.num_groups, label_smoothing=options.label_smoothing, ipo=options.ipo)
-    w = residuals(*given)
-    return Computed(loss, gvpo_sums(*given, w, sums["objective"]), w)

@@ -17,29 +17,13 @@ The arguments and the result are described in gvpo_ray/losses/token_losses.py.
 
 from __future__ import annotations
 
-from gvpo_ray.config.loss import DrGrpoLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def dr_grpo_loss(
     batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coefficient: float = 0.0
 ) -> LossAndSums:
-    """Return the loss of this module's docstring, which autograd differentiates as it stands.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the loss of this module's docstring, which autograd differentiates as it stands."""
     terms, clipped = batch.clipped_terms(batch.centred_rewards(), clip_low, clip_high, kl_coefficient)
     return batch.loss(batch.sum_tokens(terms), clipped)
-
-
-def objective(batch: LossBatch, options: DrGrpoLoss) -> Computed:
-    """Compute Dr. GRPO on one forward pass; this is the entry in losses/registry.py."""
-    return computed(
-        dr_grpo_loss,
-        batch,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        kl_coefficient=options.kl_coefficient,
-    )

@@ -20,19 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gvpo_ray.config.loss import GrpoLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def grpo_loss(
     batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coefficient: float = 0.0
 ) -> LossAndSums:
-    """Return the paper's eq. 3, negated to be minimized; autograd differentiates it as it stands.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the paper's eq. 3, negated to be minimized; autograd differentiates it as it stands."""
     terms, clipped = batch.clipped_terms(grpo_advantages(batch), clip_low, clip_high, kl_coefficient)
     return batch.loss(batch.sum_tokens(terms) / batch.lengths.clamp(min=1), clipped)
 
@@ -43,14 +38,3 @@ def grpo_advantages(batch: Batch) -> Tensor:
     squares = torch.zeros_like(batch.counts, dtype=centred.dtype).index_add(0, batch.index, centred.square())
     std = (squares / (batch.counts - 1).clamp(min=1)).sqrt()[batch.index]
     return torch.where(std > 0, centred / std, 0.0)
-
-
-def objective(batch: LossBatch, options: GrpoLoss) -> Computed:
-    """Compute GRPO on one forward pass; this is the entry in losses/registry.py."""
-    return computed(
-        grpo_loss,
-        batch,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        kl_coefficient=options.kl_coefficient,
-    )

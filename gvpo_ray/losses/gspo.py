@@ -17,26 +17,16 @@ from __future__ import annotations
 
 import torch
 
-from gvpo_ray.config.loss import GspoLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
 from gvpo_ray.losses.grpo import grpo_advantages
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def gspo_loss(batch: Batch, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> LossAndSums:
-    """Return the loss of this module's docstring; autograd differentiates it as it stands.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the loss of this module's docstring; autograd differentiates it as it stands."""
     advantages = grpo_advantages(batch)
     log_ratios = batch.sum_tokens(batch.logprobs - batch.old_logprobs) / batch.lengths.clamp(min=1)
     ratios = log_ratios.exp()
     terms = torch.minimum(ratios * advantages, ratios.clamp(1 - clip_low, 1 + clip_high) * advantages)
     clipped = ((advantages > 0) & (ratios > 1 + clip_high)) | ((advantages < 0) & (ratios < 1 - clip_low))
     return batch.loss(terms, clipped[batch.completion_ids])
-
-
-def objective(batch: LossBatch, options: GspoLoss) -> Computed:
-    """Compute GSPO on one forward pass; this is the entry in losses/registry.py."""
-    return computed(gspo_loss, batch, clip_low=options.clip_low, clip_high=options.clip_high)

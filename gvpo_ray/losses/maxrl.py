@@ -19,22 +19,12 @@ from __future__ import annotations
 
 import torch
 
-from gvpo_ray.config.loss import MaxrlLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def maxrl_loss(batch: Batch) -> LossAndSums:
-    """Return the surrogate loss of this module's docstring.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the surrogate loss of this module's docstring."""
     mean = batch.sum_group(batch.rewards) / batch.sizes
     advantages = torch.where(mean > 0, batch.centred_rewards() / mean, 0.0)
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))
-
-
-def objective(batch: LossBatch, options: MaxrlLoss) -> Computed:
-    """Compute MaxRL on one forward pass; this is the entry in losses/registry.py."""
-    return computed(maxrl_loss, batch)

@@ -18,10 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gvpo_ray.config.loss import OaplLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.diagnostics import gvpo_sums
-from gvpo_ray.losses.gvpo import check_arguments, number_of_groups, residuals
+from gvpo_ray.losses.gvpo import check_arguments, number_of_groups
 from gvpo_ray.losses.within_groups import group_log_mean_exp, partition
 
 
@@ -34,7 +31,7 @@ def oapl_loss(
     num_groups: float | None = None,
     *,
     value_beta: float | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of this module's docstring; autograd differentiates it as it stands.
 
     Args:
@@ -48,7 +45,8 @@ def oapl_loss(
         value_beta: temperature of V* in reward units; default: beta.
 
     Returns:
-        The loss, a float64 scalar, and without gradient the loss times |D|.
+        The loss, a float64 scalar, and one sum, a float64 scalar without gradient: `objective`, the loss
+        times |D|.
 
     Raises:
         ValueError: the shapes differ, or beta, value_beta or num_groups is not positive.
@@ -64,12 +62,4 @@ def oapl_loss(
     log_ratio = logprobs.double() - reference_logprobs.detach().double()
     squares = (beta * log_ratio - (reward - value)).square()
     total = (torch.where(m >= 2, squares, 0.0) / m).sum()
-    return total / number_of_groups(counts, num_groups), total.detach()
-
-
-def objective(batch: LossBatch, options: OaplLoss) -> Computed:
-    """Compute OAPL on one forward pass; this is the entry in losses/registry.py."""
-    given = (batch.logprob_sums, batch.reference_sums, batch.rewards, batch.group_ids, batch.beta)
-    loss, total = oapl_loss(*given, batch.num_groups, value_beta=options.value_beta)
-    w = residuals(*given)
-    return Computed(loss, gvpo_sums(*given, w, total), w)
+    return total / number_of_groups(counts, num_groups), {"objective": total.detach()}

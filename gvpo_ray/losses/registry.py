@@ -1,6 +1,6 @@
 """The registry lists the objectives by their names in the config.
 
-A new objective is a file of its own, a class of options in config/loss.py and a line here.
+A new objective is a loss in a file of its own, a class of options in config/loss.py and a line here.
 """
 
 from __future__ import annotations
@@ -8,19 +8,78 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gvpo_ray.losses import cispo, dpo, dr_grpo, grpo, gspo, maxrl, oapl, reinforce, rloo, stale_data
+from gvpo_ray.config.loss import LossOptions
+from gvpo_ray.losses import stale_data
 from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.cispo import cispo_loss
+from gvpo_ray.losses.diagnostics import gvpo_sums
+from gvpo_ray.losses.dpo import dpo_loss
+from gvpo_ray.losses.dr_grpo import dr_grpo_loss
+from gvpo_ray.losses.grpo import grpo_loss
+from gvpo_ray.losses.gspo import gspo_loss
+from gvpo_ray.losses.gvpo import residuals
+from gvpo_ray.losses.maxrl import maxrl_loss
+from gvpo_ray.losses.oapl import oapl_loss
+from gvpo_ray.losses.reinforce import reinforce_loss
+from gvpo_ray.losses.rloo import rloo_loss
+from gvpo_ray.losses.token_losses import LossAndSums
 
-OBJECTIVES: dict[str, Callable[[LossBatch, Any], Computed]] = {
+Loss = Callable[..., LossAndSums]
+"""A loss; its keyword arguments are the options of its class in config/loss.py."""
+
+Objective = Callable[[LossBatch, Any], Computed]
+"""A loss on one forward pass, with GVPO's statistics; its second argument is the section `loss`."""
+
+
+def over_completions(loss: Loss) -> Objective:
+    """Make the objective of a loss that compares whole completions, as `dpo_loss` does."""
+
+    def objective(batch: LossBatch, options: LossOptions) -> Computed:
+        return _computed(batch, *loss(*batch.sequences, batch.num_groups, **options.arguments))
+
+    return objective
+
+
+def over_tokens(loss: Loss) -> Objective:
+    """Make the objective of one of the losses that token_losses.py describes.
+
+    Where the options do not need the sampler's or the reference's log-probs, the loss does not read them, and
+    the current policy's are passed in their place.
+    """
+
+    def objective(batch: LossBatch, options: LossOptions) -> Computed:
+        own = batch.logprobs.detach().double()
+        result = loss(
+            batch.logprobs,
+            own if batch.sampler_logprobs is None else batch.sampler_logprobs,
+            own if batch.reference_logprobs is None else batch.reference_logprobs,
+            batch.completion_ids,
+            batch.rewards,
+            batch.group_ids,
+            batch.num_groups,
+            **options.arguments,
+        )
+        return _computed(batch, *result)
+
+    return objective
+
+
+def _computed(batch: LossBatch, value: Any, sums: dict[str, Any]) -> Computed:
+    w = residuals(*batch.sequences)
+    tokens = {name: sums[name] for name in ("num_tokens", "clipped_tokens") if name in sums}
+    return Computed(value, gvpo_sums(*batch.sequences, w, sums["objective"]) | tokens, w)
+
+
+OBJECTIVES: dict[str, Objective] = {
     "gvpo": stale_data.objective,
-    "grpo": grpo.objective,
-    "dr_grpo": dr_grpo.objective,
-    "rloo": rloo.objective,
-    "reinforce": reinforce.objective,
-    "gspo": gspo.objective,
-    "cispo": cispo.objective,
-    "maxrl": maxrl.objective,
-    "oapl": oapl.objective,
-    "dpo": dpo.objective,
+    "grpo": over_tokens(grpo_loss),
+    "dr_grpo": over_tokens(dr_grpo_loss),
+    "rloo": over_tokens(rloo_loss),
+    "reinforce": over_tokens(reinforce_loss),
+    "gspo": over_tokens(gspo_loss),
+    "cispo": over_tokens(cispo_loss),
+    "maxrl": over_tokens(maxrl_loss),
+    "oapl": over_completions(oapl_loss),
+    "dpo": over_completions(dpo_loss),
 }
-"""The objective of each `loss.objective`; its second argument is that objective's class in config/loss.py."""
+"""The objective of each `loss.objective`."""

@@ -17,26 +17,11 @@ The arguments and the result are described in gvpo_ray/losses/token_losses.py; o
 
 from __future__ import annotations
 
-from gvpo_ray.config.loss import ReinforceLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def reinforce_loss(batch: Batch, *, kl_coefficient: float = 0.0, baseline: float = 0.0) -> LossAndSums:
-    """Return the surrogate loss of this module's docstring.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the surrogate loss of this module's docstring."""
     advantages = batch.penalized_rewards(kl_coefficient) - baseline
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))
-
-
-def objective(batch: LossBatch, options: ReinforceLoss) -> Computed:
-    """Compute REINFORCE on one forward pass; this is the entry in losses/registry.py."""
-    return computed(
-        reinforce_loss,
-        batch,
-        kl_coefficient=options.kl_coefficient,
-        baseline=options.baseline,
-    )

@@ -17,28 +17,14 @@ The arguments and the result are described in gvpo_ray/losses/token_losses.py; o
 
 from __future__ import annotations
 
-from gvpo_ray.config.loss import RlooLoss
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.token_losses import Batch, LossAndSums, computed, of_tokens
+from gvpo_ray.losses.token_losses import Batch, LossAndSums, of_tokens
 
 
 @of_tokens
 def rloo_loss(batch: Batch, *, kl_coefficient: float = 0.0) -> LossAndSums:
-    """Return the surrogate loss of this module's docstring.
-
-    The arguments and the result are described in losses/token_losses.py.
-    """
+    """Return the surrogate loss of this module's docstring."""
     # R_i - mean of the others = m/(m - 1) (R_i - mean of all)
     advantages = (
         batch.centre(batch.penalized_rewards(kl_coefficient)) * batch.sizes / (batch.sizes - 1).clamp(min=1)
     )
     return batch.loss(advantages * batch.sum_tokens(batch.logprobs))
-
-
-def objective(batch: LossBatch, options: RlooLoss) -> Computed:
-    """Compute RLOO on one forward pass; this is the entry in losses/registry.py."""
-    return computed(
-        rloo_loss,
-        batch,
-        kl_coefficient=options.kl_coefficient,
-    )

@@ -41,7 +41,7 @@ from gvpo_ray.config.loss import GvpoLoss
 from gvpo_ray.losses.batch import Computed, LossBatch
 from gvpo_ray.losses.diagnostics import gvpo_sums
 from gvpo_ray.losses.gvpo import check_arguments, gvpo_loss, number_of_groups, residuals, with_gradient
-from gvpo_ray.losses.within_groups import deviations, partition
+from gvpo_ray.losses.within_groups import deviations, group_max, partition, rewards_differ
 
 
 def objective(batch: LossBatch, options: GvpoLoss) -> Computed:
@@ -49,7 +49,7 @@ def objective(batch: LossBatch, options: GvpoLoss) -> Computed:
 
     It is the paper's loss, or with `importance_cap` the loss with importance weights and likelihood floor.
     """
-    given = (batch.logprob_sums, batch.reference_sums, batch.rewards, batch.group_ids, batch.beta)
+    given = batch.sequences
     if options.importance_cap is None or batch.sampler_sums is None:
         return Computed(*gvpo_loss(*given, batch.num_groups), residuals(*given))
     sampled = (batch.logprob_sums, batch.sampler_sums)
@@ -139,9 +139,8 @@ def importance_weights(
     """
     index, counts = partition(group_ids)
     ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=math.log(cap))
-    highest = ratios.new_full((len(counts),), -math.inf).scatter_reduce(0, index, ratios, "amax")
     # A sequence's ratio may be e^-1000, so it is taken relative to the highest of its group.
-    weights = (ratios - highest[index]).exp()
+    weights = (ratios - group_max(ratios, index, len(counts))[index]).exp()
     return weights * (counts / weights.new_zeros(len(counts)).index_add(0, index, weights))[index]
 
 
@@ -163,13 +162,10 @@ def likelihood_floor(
     index, counts = partition(group_ids)
     rewards = rewards.detach().double()
     ratios = (logprobs.detach().double() - sampling_logprobs.detach().double()).clamp(max=0)
-
-    def of_group(how: str, values: Tensor) -> Tensor:
-        return values.new_zeros(len(counts)).scatter_reduce(0, index, values, how, include_self=False)[index]
-
-    differ = of_group("amax", rewards) > of_group("amin", rewards)
+    differ = rewards_differ(rewards, index, len(counts))
     better = differ & (deviations(rewards, index, counts) > 0)
-    return torch.where(differ, of_group("amax", ratios.where(better, -math.inf)).exp(), 1.0)
+    best = group_max(ratios.where(better, -math.inf), index, len(counts))
+    return torch.where(differ, best[index].exp(), 1.0)
 
 
 def damping(sums: Mapping[str, Tensor | float]) -> float:

@@ -29,78 +29,53 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
 
-from gvpo_ray.losses.batch import Computed, LossBatch
-from gvpo_ray.losses.diagnostics import gvpo_sums
-from gvpo_ray.losses.gvpo import residuals
-from gvpo_ray.losses.within_groups import deviations, partition
+from gvpo_ray.losses.gvpo import number_of_groups
+from gvpo_ray.losses.within_groups import deviations, partition, rewards_differ
 
 
-@dataclass(frozen=True)
 class Batch:
-    """A Batch holds the checked arguments of a loss, in float64; `Batch.of` makes one."""
+    """A Batch holds the arguments of a loss, checked and in float64.
 
-    logprobs: Tensor  # [T], carries the gradient
-    old_logprobs: Tensor  # [T]
-    reference_logprobs: Tensor  # [T]
-    completion_ids: Tensor  # [T]
-    rewards: Tensor  # [N]
-    index: Tensor  # [N] which group, 0..G-1
-    counts: Tensor  # [G] sizes m of the groups
-    num_groups: float | None
+    Raises:
+        ValueError: the shapes differ, a token belongs to no completion, or num_groups is not positive.
+    """
 
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         logprobs: Tensor,
         old_logprobs: Tensor,
         reference_logprobs: Tensor,
         completion_ids: Tensor,
         rewards: Tensor,
         group_ids: Tensor,
-        num_groups: float | None,
-    ) -> Batch:
-        """Check the arguments of a loss and make a Batch of them.
-
-        Raises:
-            ValueError: the shapes differ, a token belongs to no completion, or num_groups is not positive.
-        """
-        if (
-            logprobs.ndim != 1
-            or not logprobs.shape == old_logprobs.shape == reference_logprobs.shape == completion_ids.shape
-        ):
-            shapes = [tuple(t.shape) for t in (logprobs, old_logprobs, reference_logprobs, completion_ids)]
+        num_groups: float | None = None,
+    ) -> None:
+        of_tokens = (logprobs, old_logprobs, reference_logprobs, completion_ids)
+        if logprobs.ndim != 1 or any(tensor.shape != logprobs.shape for tensor in of_tokens):
             raise ValueError(
                 "logprobs, old_logprobs, reference_logprobs and completion_ids must be [T] alike, not "
-                f"{shapes}"
+                f"{[tuple(tensor.shape) for tensor in of_tokens]}"
             )
         if rewards.ndim != 1 or rewards.shape != group_ids.shape:
             raise ValueError(
                 "rewards and group_ids must be [N] alike, not "
                 f"{[tuple(rewards.shape), tuple(group_ids.shape)]}"
             )
-        if len(completion_ids) and not 0 <= int(completion_ids.min()) <= int(completion_ids.max()) < len(
-            rewards
-        ):
-            raise ValueError(f"completion_ids must be in 0..{len(rewards) - 1}")
-        if num_groups is not None and not num_groups > 0:
-            raise ValueError(f"num_groups must be positive, not {num_groups}")
-        old, reference = old_logprobs.detach().double(), reference_logprobs.detach().double()
-        index, counts = partition(group_ids)
-        return Batch(
-            logprobs.double(),
-            old,
-            reference,
-            completion_ids,
-            rewards.detach().double(),
-            index,
-            counts,
-            num_groups,
-        )
+        num = len(rewards)
+        if len(completion_ids) and not 0 <= int(completion_ids.min()) <= int(completion_ids.max()) < num:
+            raise ValueError(f"completion_ids must be in 0..{num - 1}")
+        self.logprobs = logprobs.double()  # [T], carries the gradient
+        self.old_logprobs = old_logprobs.detach().double()  # [T]
+        self.reference_logprobs = reference_logprobs.detach().double()  # [T]
+        self.completion_ids = completion_ids  # [T]
+        self.rewards = rewards.detach().double()  # [N]
+        self.index, self.counts = partition(group_ids)  # [N] which group, 0..G-1; [G] sizes m of the groups
+        self.num_groups = number_of_groups(self.counts, num_groups)
 
     @property
     def sizes(self) -> Tensor:
@@ -122,10 +97,8 @@ class Batch:
         It is exactly 0 where all rewards of the group are equal; the mean alone, rounded, may differ from
         them.
         """
-        start = self.rewards.new_zeros(len(self.counts))
-        highest = start.scatter_reduce(0, self.index, self.rewards, "amax", include_self=False)
-        lowest = start.scatter_reduce(0, self.index, self.rewards, "amin", include_self=False)
-        return torch.where((highest > lowest)[self.index], self.centre(self.rewards), 0.0)
+        differ = rewards_differ(self.rewards, self.index, len(self.counts))
+        return torch.where(differ, self.centre(self.rewards), 0.0)
 
     def sum_group(self, values: Tensor) -> Tensor:
         """Return for each completion the sum over its group; [N] -> [N]."""
@@ -189,7 +162,6 @@ class Batch:
         """
         trained = self.sizes >= 2
         objective = -(terms * trained / self.sizes).sum()
-        num_groups = (self.counts >= 2).sum().clamp(min=1) if self.num_groups is None else self.num_groups
         token_trained = trained[self.completion_ids]
         stats = {
             "objective": objective.detach(),
@@ -198,7 +170,7 @@ class Batch:
             if clipped is not None
             else objective.new_zeros(()),
         }
-        return objective / num_groups, stats
+        return objective / self.num_groups, stats
 
 
 LossAndSums = tuple[Tensor, dict[str, Tensor]]
@@ -241,7 +213,7 @@ def of_tokens(loss: Callable[Concatenate[Batch, Options], LossAndSums]) -> Token
         *args: Options.args,
         **options: Options.kwargs,
     ) -> LossAndSums:
-        batch = Batch.of(
+        batch = Batch(
             logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_groups
         )
         return loss(batch, *args, **options)
@@ -254,31 +226,3 @@ def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, as {value} is")
-
-
-def computed(loss: Callable[..., LossAndSums], batch: LossBatch, **options: float) -> Computed:
-    """Call one of these losses on a LossBatch, and add the statistics that GVPO reports.
-
-    Where the options do not need the sampler's or the reference's log-probs, the loss does not read them, and
-    the current policy's are passed in their place.
-
-    Args:
-        loss: `grpo_loss` or another function with its arguments.
-        batch: the groups of one forward pass.
-        options: the keyword arguments of the loss.
-    """
-    own = batch.logprobs.detach().double()
-    value, sums = loss(
-        batch.logprobs,
-        own if batch.sampler_logprobs is None else batch.sampler_logprobs,
-        own if batch.reference_logprobs is None else batch.reference_logprobs,
-        batch.completion_ids,
-        batch.rewards,
-        batch.group_ids,
-        batch.num_groups,
-        **options,
-    )
-    given = (batch.logprob_sums, batch.reference_sums, batch.rewards, batch.group_ids, batch.beta)
-    w = residuals(*given)
-    tokens = {name: sums[name] for name in ("num_tokens", "clipped_tokens")}
-    return Computed(value, gvpo_sums(*given, w, sums["objective"]) | tokens, w)

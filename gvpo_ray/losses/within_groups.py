@@ -35,6 +35,12 @@ def group_max(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
     return start.scatter_reduce(0, index, values, "amax")
 
 
+def rewards_differ(rewards: Tensor, index: Tensor, num_groups: int) -> Tensor:
+    """Return for each completion whether the rewards of its group differ; [N] -> [N] bool."""
+    highest, lowest = group_max(rewards, index, num_groups), -group_max(-rewards, index, num_groups)
+    return (highest > lowest)[index]
+
+
 def group_log_sum_exp(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
     """Return log sum exp of the values of each group; [N] -> [G]; -inf where all values are -inf.
 

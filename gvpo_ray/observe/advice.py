@@ -90,7 +90,7 @@ def _rewards_are_equal(means: Mapping[str, float], config: GVPOConfig) -> str | 
     equal, right, cut = (
         means[name] for name in ("groups/equal", "completions/correct", "completions/truncated")
     )
-    if equal < NEARLY_ALL or config.loss.learns_from_equal_rewards:
+    if equal < NEARLY_ALL:
         return None
     start = f"all rewards are equal in {equal:.0%} of the groups"
     if right >= NEARLY_ALL:

@@ -19,7 +19,7 @@ from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import visible
-from gvpo_ray.observe.metrics import BINDING_STEPS, beta_hint, evaluation_metrics
+from gvpo_ray.observe.metrics import HINT_STEPS, beta_hint, evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 
 
@@ -32,7 +32,7 @@ class RunConsole:
         self._ends: deque[tuple[int, float]] = deque(maxlen=32)
         """Step and time of the last ends of steps: the run's start, which is slower, is not among them."""
         self._passes: dict[str, float] = {}
-        self._lines: deque[Mapping[str, Any]] = deque(maxlen=BINDING_STEPS)
+        self._lines: deque[Mapping[str, Any]] = deque(maxlen=HINT_STEPS)
         self._hints_at_beta = config.loss.depends_on_beta
         self._progress = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
@@ -96,16 +96,10 @@ class RunConsole:
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
         examples: list[str] = []
-        by_set: dict[str, list[Path]] = {}
-        for file in sorted((run_dir / "evaluations").glob("*-step-*.arrow")):
-            name, _, step = file.stem.rpartition("-step-")
-            if step.isdecimal():  # a copy of a person's is none of ours
-                by_set.setdefault(name, []).append(file)
-        for name, files in by_set.items():
-            before, after = (list(groups.rows(groups.load(file))) for file in (files[0], files[-1]))
+        for name, files in groups.evaluations(run_dir).items():
+            before, after = (list(groups.rows(groups.load(file))) for _, file in (files[0], files[-1]))
             values = [evaluation_metrics(name, rows) for rows in (before, after)]
-            steps = [int(file.stem.rsplit("-", 1)[1]) for file in (files[0], files[-1])]
-            table.add_row(f"{name}: step", *(str(step) for step in steps))
+            table.add_row(f"{name}: step", str(files[0][0]), str(files[-1][0]))
             for key, label in (
                 ("pass@1", "pass@1"),
                 ("stderr", "± standard error"),
@@ -121,11 +115,8 @@ class RunConsole:
                     )
         trained = [line for line in metrics.lines if "loss" in line]
         if trained:
-            table.add_row(
-                "reward/mean of a step",
-                f"{trained[0]['reward/mean']:.3f}",
-                f"{trained[-1]['reward/mean']:.3f}",
-            )
+            ends = [f"{line['reward/mean']:.3f}" for line in (trained[0], trained[-1])]
+            table.add_row("reward/mean of a step", *ends)
         self.console.print(table)
         for text in examples:
             self.say(text)

@@ -101,7 +101,7 @@ METRICS = (
            "runs away from the others.", TERMS, THREE_TERMS),
     Metric("gvpo/reward_correlation", "", "Reward correlation",
            "of the implicit reward βD with the reward: 1 at the optimum", TERMS),
-    Metric("gvpo/binding", "ratio", "Binding",
+    Metric("gvpo/kl_active_share", "ratio", "KL active",
            "share of the residuals in which β counts: near 0, nothing "
            "holds the policy near its reference", TERMS),
     Metric("gvpo/beta", "", "β",
@@ -109,9 +109,9 @@ METRICS = (
            "rewards", TERMS),
     Metric("gvpo/effective_share", "ratio", "Effective share",
            "share of the completions that the current policy would still write", TERMS),
-    Metric("gvpo/kept", "ratio", "Likelihood kept",
-           "of the likelihood of right completions since they were sampled; below 1, wrong ones are pushed "
-           "down less", TERMS),
+    Metric("gvpo/likelihood_floor", "ratio", "Likelihood floor",
+           "what is left of the likelihood of right completions since they were sampled; below 1, wrong ones "
+           "are pushed down less", TERMS),
     Metric("gvpo/damping", "ratio", "Damping",
            "factor on the learning rate: the share of the residuals that the rewards explain", TERMS),
     Metric("staleness/histogram/{edge}", "ratio", "Staleness",
@@ -235,10 +235,7 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "completions/extracted": _extracted(rows, total),
         "completions/unverifiable": 1 - len(rewards) / max(1, total),
         **{f"unverifiable/{kind}": count / max(1, total) for kind, count in _unverifiable(rows).items()},
-        "completions/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
-        "completions/truncated": mean(
-            [reason == "length" for row in rows for reason in row["finish_reasons"]]
-        ),
+        **_lengths("completions", rows),
         "staleness/mean": mean(ages),
         "staleness/max": float(max(ages, default=0)),
         **_histogram("staleness/histogram", ages),
@@ -274,6 +271,13 @@ def _histogram(name: str, values: Sequence[int]) -> dict[str, float]:
     }
 
 
+def _lengths(name: str, rows: Sequence[Row]) -> dict[str, float]:
+    return {
+        f"{name}/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
+        f"{name}/truncated": mean([why == "length" for row in rows for why in row["finish_reasons"]]),
+    }
+
+
 def _extracted(rows: Sequence[Row], total: int) -> float:
     """Return the share of `total` completions in which an answer was found, as far as one was looked for."""
     reasons = [reason or "" for row in rows for reason in row.get("reward_reasons") or []]
@@ -292,20 +296,21 @@ def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
     return counts
 
 
-BINDING_STEPS, BINDING_SHARE = 20, 0.01
+HINT_STEPS, ACTIVE_SHARE = 20, 0.01
+"""Steps after which advice on beta is given, and the gvpo/kl_active_share below which beta is too small."""
 
 
 def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return advice where beta was far too small or far too large in the last BINDING_STEPS training lines.
+    """Return advice where beta was far too small or far too large in the last HINT_STEPS training lines.
 
     None: beta seems right, is adapted, or there are too few lines or no differences of rewards.
     """
-    recent = lines[-BINDING_STEPS:]
+    recent = lines[-HINT_STEPS:]
     rewards, implied, fit = (
         mean([line[f"gvpo/{name}"] for line in recent])
         for name in ("reward_var", "implicit_reward_var", "reward_correlation")
     )
-    if len(recent) < BINDING_STEPS or rewards == 0:
+    if len(recent) < HINT_STEPS or rewards == 0:
         return None  # equal rewards say nothing about beta
     beta = recent[-1]["gvpo/beta"]
     if implied > rewards and fit < 0.5:
@@ -313,16 +318,16 @@ def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
         # earlier drift.
         fitting = beta * math.sqrt(rewards / implied) / 2
         return (
-            f"in {BINDING_STEPS} steps the policy went further than the rewards sent it: beta ({beta:g}) "
+            f"in {HINT_STEPS} steps the policy went further than the rewards sent it: beta ({beta:g}) "
             f"times its log-ratios varies {math.sqrt(implied / rewards):.1f} times as much as they do, with "
             f"a correlation of {fit:.2f}, so most of what is learned is to go back; a smaller "
             f"learner.learning_rate keeps it nearer, or loss.beta of some {fitting:.2g} lets it go"
         )
-    if any(line["gvpo/binding"] >= BINDING_SHARE for line in recent) or beta != recent[0]["gvpo/beta"]:
+    if any(line["gvpo/kl_active_share"] >= ACTIVE_SHARE for line in recent) or beta != recent[0]["gvpo/beta"]:
         return None  # a beta that is adapted gets there by itself
     start = (
-        f"in {BINDING_STEPS} steps beta ({beta:g}) bound hardly any completion (gvpo/binding "
-        f"{recent[-1]['gvpo/binding']:.3f})"
+        f"in {HINT_STEPS} steps beta ({beta:g}) counted in hardly any residual (gvpo/kl_active_share "
+        f"{recent[-1]['gvpo/kl_active_share']:.3f})"
     )
     if implied == 0:
         return (
@@ -393,9 +398,6 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
         f"eval/{name}/stderr": math.sqrt(variance / max(1, len(per_prompt))),
         f"eval/{name}/num_prompts": float(len(per_prompt)),
         f"eval/{name}/extracted": _extracted(rows, sum(map(len, correct))),
-        f"eval/{name}/length_mean": mean([len(ids) for row in rows for ids in row["completion_ids"]]),
-        f"eval/{name}/truncated": mean(
-            [reason == "length" for row in rows for reason in row["finish_reasons"]]
-        ),
+        **_lengths(f"eval/{name}", rows),
         f"eval/{name}/unverifiable": mean([reward is None for row in rows for reward in row["rewards"]]),
     }

@@ -23,7 +23,7 @@ run directory. Ray puts `ray_` before all names:
     gvpo_verifiers{state}            busy and idle verifiers
     gvpo_buffer_groups{state}        finished: in all; waiting: finished, for the learner; running: begun and
                                      not finished
-    gvpo_dial_open                   1 while the maximum staleness lets another group begin
+    gvpo_staleness_bound_open        1 while the maximum staleness lets another group begin
     gvpo_learner_state{state}        1 for the state of the learner, 0 for the others (LearnerState)
     gvpo_learner_state_seconds       time in this state
 """
@@ -94,25 +94,17 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
     def one_of(name: str, states: Iterable[str], state: str) -> list[Series]:
         return [(name, {"state": other}, float(other == state)) for other in states]
 
+    def seconds_since(then: float | None) -> float:
+        return max(0.0, status["time"] - then) if then else 0.0
+
+    num_busy = sum(number > 0 for number in status["verifiers"].values())
     series: list[Series] = [
         ("gvpo_num_steps", {}, float(status["num_steps"])),
         *one_of("gvpo_run_state", RunState, status["doing"]),
         *(("gvpo_groups", {"at": place}, float(status["running"].get(place, 0))) for place in PLACES),
-        (
-            "gvpo_oldest_group_seconds",
-            {},
-            max(0.0, status["time"] - status["oldest"]["since"]) if status["oldest"] else 0.0,
-        ),
-        (
-            "gvpo_verifiers",
-            {"state": "busy"},
-            float(sum(number > 0 for number in status["verifiers"].values())),
-        ),
-        (
-            "gvpo_verifiers",
-            {"state": "idle"},
-            float(sum(number == 0 for number in status["verifiers"].values())),
-        ),
+        ("gvpo_oldest_group_seconds", {}, seconds_since(status["oldest"] and status["oldest"]["since"])),
+        ("gvpo_verifiers", {"state": "busy"}, float(num_busy)),
+        ("gvpo_verifiers", {"state": "idle"}, float(len(status["verifiers"]) - num_busy)),
         *((*series_of(f"recoveries/{who}"), float(number)) for who, number in status["recoveries"].items()),
     ]
     for pool in dict.fromkeys(engine["pool"] for engine in status["engines"]):
@@ -121,9 +113,8 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
         series += [
             ("gvpo_engines", {"pool": pool, "state": state}, float(states[state])) for state in EngineState
         ]
-        series.append(
-            ("gvpo_engine_groups", {"pool": pool}, float(sum(engine["num_groups"] for engine in engines)))
-        )
+        num_groups = sum(engine["num_groups"] for engine in engines)
+        series.append(("gvpo_engine_groups", {"pool": pool}, float(num_groups)))
         versions = [engine["version"] for engine in engines if engine["version"] is not None]
         series += [("gvpo_engine_version", {"pool": pool}, float(min(versions)))] if versions else []
     if buffer := status["buffer"]:
@@ -131,10 +122,9 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
             ("gvpo_buffer_groups", {"state": state}, float(buffer[f"num_{state}"]))
             for state in ("finished", "waiting", "running")
         ]
-        series.append(("gvpo_dial_open", {}, float(buffer["bound"] == BoundState.OPEN)))
+        series.append(("gvpo_staleness_bound_open", {}, float(buffer["bound"] == BoundState.OPEN)))
         series += one_of("gvpo_learner_state", LearnerState, buffer["learner_state"])
-        since = buffer["learner_since"]
-        series.append(("gvpo_learner_state_seconds", {}, max(0.0, status["time"] - since) if since else 0.0))
+        series.append(("gvpo_learner_state_seconds", {}, seconds_since(buffer["learner_since"])))
     return series
 
 

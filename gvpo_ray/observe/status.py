@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -106,10 +107,7 @@ def status_lines(status: Status) -> list[str]:
         )
     for pool in dict.fromkeys(engine["pool"] for engine in status["engines"]):
         engines = [engine for engine in status["engines"] if engine["pool"] == pool]
-        states = {
-            state: sum(engine["state"] == state for engine in engines)
-            for state in dict.fromkeys(e["state"] for e in engines)
-        }
+        states = Counter(engine["state"] for engine in engines)
         counts = ", ".join(f"{number} {state}" for state, number in states.items())
         lines.append(
             f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight"
@@ -118,38 +116,28 @@ def status_lines(status: Status) -> list[str]:
             if engine["state"] not in (EngineState.RUNNING, EngineState.OFF):
                 wants = f" {engine['wants']}" if engine["state"] == EngineState.WANTED else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
-    if status["engines"] and not any(engine["state"] == EngineState.RUNNING for engine in status["engines"]):
-        has_run = any(
-            engine["state"] in (EngineState.DEAD, EngineState.WANTED) for engine in status["engines"]
-        )
+    states = Counter(engine["state"] for engine in status["engines"])
+    if states and not states[EngineState.RUNNING]:
+        has_run = states[EngineState.DEAD] or states[EngineState.WANTED]
         lines.append(
             "no engine is running: the run waits for the first that comes back"
             if has_run
             else "no engine is running: the first is starting"
         )
-    if status["verifiers"]:
-        lines.append(
-            "verifiers: "
-            + ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items())
-        )
+    if verifiers := ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items()):
+        lines.append(f"verifiers: {verifiers}")
     lines += status.get("outages", [])
     if oldest := status["oldest"]:
         lines.append(
             f"oldest group on its way: {oldest['group_id']}, begun {_ago(oldest['since'])}, now at "
             f"{oldest['where']}: {oldest['prompt']!r}"
         )
-    shown = {
-        name: values
-        for name, values in status["resources"].items()
+    shown = (
+        f"{name} {free:g} of {total:g}"
+        for name, (free, total) in status["resources"].items()
         if name not in ("memory", "object_store_memory")
-    }
-    lines.append(
-        "free resources: "
-        + ", ".join(f"{name} {free:g} of {total:g}" for name, (free, total) in shown.items())
     )
-    if status["recoveries"]:
-        lines.append(
-            "recoveries so far: "
-            + ", ".join(f"{who} {number}" for who, number in status["recoveries"].items())
-        )
+    lines.append(f"free resources: {', '.join(shown)}")
+    if counts := ", ".join(f"{who} {number}" for who, number in status["recoveries"].items()):
+        lines.append(f"recoveries so far: {counts}")
     return lines

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gvpo_ray.actors import tag_of
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.actors import cause_of, tag_of
+from gvpo_ray.config.base import ConfigError, flattened
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import hide, mask
 from gvpo_ray.config.tracking import MLflowConfig, TrackingConfig
@@ -187,17 +187,10 @@ def check_trackers(config: TrackingConfig) -> None:
 
 def parameters_of(config: GVPOConfig) -> dict[str, Any]:
     """Return the resolved config by dotted keys (learner.num_workers), without `tracking` and secrets."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            flat[prefix] = json.dumps(value) if isinstance(value, (list, dict)) else value
-
-    walk("", hide(config.model_dump(mode="json", exclude={"tracking"})))
-    return flat
+    flat = flattened(hide(config.model_dump(mode="json", exclude={"tracking"})))
+    return {
+        key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in flat.items()
+    }
 
 
 class _Feed(threading.Thread):
@@ -244,7 +237,7 @@ class _Feed(threading.Thread):
                 if not self._has_warned:
                     self._has_warned = True
                     self._say(
-                        f"{self.name}: {_first_line(error)}; the training goes on, and what is missing "
+                        f"{self.name}: {cause_of(error)}; the training goes on, and what is missing "
                         "there is sent again later"
                     )
             if is_ending:
@@ -276,10 +269,6 @@ CLOSE_S = 30.0
 """Seconds that the end of a run waits for a tracker that still sends."""
 
 
-def _first_line(error: BaseException) -> str:
-    return mask(f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".rstrip(": "))
-
-
 class Tracking:
     """Sends the metrics of a run to Ray and to the trackers of its config.
 
@@ -309,7 +298,7 @@ class Tracking:
                 tracker = make(arguments, run_dir, known["run"], parameters_of(config))
             except Exception as error:  # whatever the library raises, the config or the server is at fault
                 self.close()
-                raise ConfigError(f"tracking.{name}: {_first_line(error)}") from error
+                raise ConfigError(f"tracking.{name}: {cause_of(error)}") from error
             self._feeds.append(_Feed(name, tracker, lines, state, known["last"], say))
             self._feeds[-1].start()
 

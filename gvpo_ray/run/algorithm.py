@@ -155,7 +155,7 @@ class GVPO:
             for key in line
         )
 
-    def story(self) -> Iterator[str]:
+    def startup_summary(self) -> Iterator[str]:
         """Yield lines that a person should read before the first step."""
         for found in damaged_checkpoints(self.run_dir):
             yield f"a checkpoint is damaged and not used: {found}"
@@ -169,7 +169,7 @@ class GVPO:
             )
             yield f"resuming {self.run_dir} from the {start}, with {self.log_size} finished groups in its log"
         if not self.replays:
-            yield from self.inputs.story()
+            yield from self.inputs.startup_summary()
 
     def start(self) -> GVPO:
         """Start the actors and the rollout loop; the first `train`, `evaluate` or `save` does it too."""

@@ -71,11 +71,11 @@ class Inputs:
         prompts = {} if self.prompts is None else {"prompts.path": self.prompts.digest()}
         return prompts | {f"sources.{name}.path": source.digest() for name, source in self.sources.items()}
 
-    def story(self) -> Iterator[str]:
+    def startup_summary(self) -> Iterator[str]:
         """Yield lines about the inputs that a person should read before the first step."""
         named = {"prompts": self.prompts} if self.prompts is not None else {}
         for key, prompts in {**named, **self.evaluation}.items():
-            yield from _story(key, prompts)
+            yield from _summary(key, prompts)
         for name, source in self.sources.items():
             single = (
                 f", {source.num_single} prompts have one completion and make no group"
@@ -87,7 +87,7 @@ class Inputs:
                 yield f"{name}: {source.layout}"
 
 
-def _story(key: str, prompts: PromptSet) -> Iterator[str]:
+def _summary(key: str, prompts: PromptSet) -> Iterator[str]:
     yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{_left_out(prompts)})"
     if prompts.layout:
         yield f"{key}: {prompts.layout}"
@@ -300,14 +300,14 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         yield "the data are not read and the columns not checked, which needs what is on the hub"
         return
     if config.prompts.path != NO_PROMPTS or config.sources:
-        yield from read_inputs(config).story()
+        yield from read_inputs(config).startup_summary()
         check_trainable(config.model)
     else:
         max_length, tokenizer = read_model(config)
         sets = read_evaluation_sets(config, max_length, tokenizer)
         validate_rewards(config.verifiers, None, columns_by_key({}, sets, {}))
         for name, of_set in sets.items():
-            yield from _story(f"evaluation.sets.{name}", of_set)
+            yield from _summary(f"evaluation.sets.{name}", of_set)
 
 
 def machine_resources(config: GVPOConfig) -> tuple[float, float]:

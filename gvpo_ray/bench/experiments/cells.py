@@ -380,7 +380,7 @@ def run(cell: Cell, folder: Path) -> ResultRow:
         "reward": statistics.mean(last),
         "curve": curve,
         "staleness": statistics.mean(line["staleness/mean"] for line in trained),
-        "binding": statistics.mean(line["gvpo/binding"] for line in trained),
+        "kl_active_share": statistics.mean(line["gvpo/kl_active_share"] for line in trained),
         "steps": json.dumps(
             [
                 [None if name not in line else float(f"{line[name]:.4g}") for name in STEP_METRICS]
@@ -397,14 +397,14 @@ STEP_METRICS = (
     "gvpo/reward_var",
     "gvpo/implicit_reward_var",
     "gvpo/reward_correlation",
-    "gvpo/binding",
+    "gvpo/kl_active_share",
     "gvpo/effective_share",
     "policy/log_ratio_rms",
     "policy/kl_ref",
     "grad_norm",
     "completions/length_mean",
     "staleness/mean",
-    "gvpo/kept",
+    "gvpo/likelihood_floor",
     "gvpo/damping",
     "gvpo/beta",
 )

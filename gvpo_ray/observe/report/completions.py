@@ -56,14 +56,9 @@ def completions_of(run: Run) -> tuple[list[Examples], list[str]]:
 
     Returns them, the newest evaluation of each set open, and notes on evaluations that were left out.
     """
-    by_set: dict[str, list[tuple[int, Path]]] = {}
-    for file in (run.path / "evaluations").glob("*-step-*.arrow"):
-        name, _, number = file.stem.rpartition("-step-")
-        if number.isdecimal():
-            by_set.setdefault(name, []).append((int(number), file))
     examples, notes = [], []
-    for name, files in sorted(by_set.items()):
-        files.sort(reverse=True)
+    for name, files in groups.evaluations(run.path).items():
+        files.reverse()
         num = min(MAX_EVALUATIONS, len(files))  # spread over the run, the first and the last among them
         picked = [files[i * (len(files) - 1) // max(1, num - 1)] for i in range(num)]
         for step, file in picked:

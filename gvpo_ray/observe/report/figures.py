@@ -166,66 +166,59 @@ def chart(
             traces.append(_trace(trend(line.points), "mean", colour, line.number, **means))
         if len(labels) == 1:
             last.append({"colour": colour, "value": shown(line.points[-1][1])})
-    traces += [_marks(events, limits, number) for number, events in enumerate(marks) if events]
-    has_legend = len(lines) > 1
-    return {
-        "title": title,
-        "name": name,
-        "text": text,
-        "kind": "line",
-        "limits": limits,
-        "legend": has_legend,
-        "traces": traces,
-        "last": last,
-    }
+    beside: dict[str, Any] = {"yaxis": "y2", "name": "recoveries", "showlegend": False}
+    traces += [
+        _marks(events, limits, 0.97 if number else 0.03, number, **beside)
+        for number, events in enumerate(marks)
+        if events
+    ]
+    return _figure(title, name, text, "line", limits, traces, legend=len(lines) > 1, last=last)
 
 
-def _stories(events: Iterable[Event], limits: Point) -> list[tuple[float, str]]:
-    """Return (step, text) of the marks of some events; those that would overlap share a mark."""
+def _figure(
+    title: str, name: str, text: str, kind: str, limits: Point, traces: list[dict[str, Any]], **more: Any
+) -> Figure:
+    caption = {"title": title, "name": name, "text": text}
+    return {**caption, "kind": kind, "limits": limits, "traces": traces, "legend": False, "last": [], **more}
+
+
+def _marks(
+    events: Iterable[Event], limits: Point, y: float, run: int = 0, kind: str = "mark", **more: Any
+) -> dict[str, Any]:
+    """Return the trace of some events at a height; those that would overlap share a mark."""
     first, last = limits
     width = max(last - first, 1) / NUM_MARKS
     marks: dict[int, list[tuple[float, str]]] = {}
     for event in events:
         step = finite(event.get("step"))
         x = last if step is None else min(max(step, first), last)
-        story = (
+        text = (
             f"step {event.get('step', '?')}: {event.get('who', '?')} {event.get('name', '')}: "
             f"{event.get('why', '')}"
         )
-        marks.setdefault(int((x - first) / width), []).append((x, plain(_wrapped(story))))
-    return [
-        (
-            found[0][0],
-            "<br>".join(
-                [story.replace("\n", "<br>") for _, story in found[:4]]
-                + ([f"and {len(found) - 4} more"] if len(found) > 4 else [])
-            ),
-        )
-        for found in marks.values()
-    ]
+        marks.setdefault(int((x - first) / width), []).append((x, _wrapped(text)))
 
-
-def _wrapped(story: str, width: int = 60) -> str:
-    """Cut a long text and break it into lines, as plotly does not."""
-    story = " ".join(story.split())
-    story = story if len(story) <= 200 else f"{story[:200]}…"
-    return "\n".join(story[i : i + width] for i in range(0, len(story), width))
-
-
-def _marks(events: Sequence[Event], limits: Point, run: int) -> dict[str, Any]:
-    marks = _stories(events, limits)
     return {
         "type": "scatter",
         "mode": "markers",
-        "x": [x for x, _ in marks],
-        "y": [0.97 if run else 0.03] * len(marks),
-        "yaxis": "y2",
-        "name": "recoveries",
-        "text": [story for _, story in marks],
+        "x": [found[0][0] for found in marks.values()],
+        "y": [y] * len(marks),
+        "text": [
+            "<br>".join(text for _, text in found[:4])
+            + (f"<br>and {len(found) - 4} more" if len(found) > 4 else "")
+            for found in marks.values()
+        ],
         "hoverinfo": "text",
-        "showlegend": False,
-        "meta": {"kind": "mark", "colour": 0, "run": run},
+        "meta": {"kind": kind, "colour": 0, "run": run},
+        **more,
     }
+
+
+def _wrapped(text: str, width: int = 60) -> str:
+    """Cut a long text and break it into lines, as plotly does not."""
+    text = " ".join(printable(text).split())  # a secret is masked before a break may part it
+    text = text if len(text) <= 200 else f"{text[:200]}…"
+    return "<br>".join(plain(text[i : i + width]) for i in range(0, len(text), width))
 
 
 def histogram(
@@ -263,33 +256,29 @@ def histogram(
     ]
     names = [f"step {a:g}" if a >= b else f"steps {a:g} to {b:g}, mean" for a, b in spans]
     newest = shares[keys[0]][-1][0] if shares[keys[0]] else limits[1]
-    return {
-        "title": title,
-        "name": name,
-        "text": text,
-        "kind": "histogram",
-        "limits": limits,
-        "legend": False,
-        "traces": [
-            {
-                "type": "heatmap",
-                "x": [first - 0.5 + (i + 0.5) * width for i in range(num_columns)],
-                "y": list(range(len(keys))),
-                "z": heights,
-                "text": [[f"{span}<br>{plain(row)}" for span in names] for row in rows],
-                "hovertemplate": "%{text}: %{z:.1%}<extra></extra>",
-                "zmin": 0,
-                "zmax": 1,
-                "meta": {"kind": "heat", "colour": 0, "run": 0},
-            }
-        ],
-        "rows": [plain(row) for row in rows],
-        "last": [],
-        "newest": f"step {newest:g}, exactly",
-        "exact": [
-            (row, f"{dict(shares[key]).get(newest, 0):.4%}") for row, key in zip(rows, keys, strict=True)
-        ],
+    heat_map = {
+        "type": "heatmap",
+        "x": [first - 0.5 + (i + 0.5) * width for i in range(num_columns)],
+        "y": list(range(len(keys))),
+        "z": heights,
+        "text": [[f"{span}<br>{plain(row)}" for span in names] for row in rows],
+        "hovertemplate": "%{text}: %{z:.1%}<extra></extra>",
+        "zmin": 0,
+        "zmax": 1,
+        "meta": {"kind": "heat", "colour": 0, "run": 0},
     }
+    exact = [f"{dict(shares[key]).get(newest, 0):.4%}" for key in keys]
+    return _figure(
+        title,
+        name,
+        text,
+        "histogram",
+        limits,
+        [heat_map],
+        rows=[plain(row) for row in rows],
+        newest=f"step {newest:g}, exactly",
+        exact=list(zip(rows, exact, strict=True)),
+    )
 
 
 def lanes(events: Iterable[Event], limits: Point) -> Figure | None:
@@ -299,28 +288,11 @@ def lanes(events: Iterable[Event], limits: Point) -> Figure | None:
         by_who.setdefault(str(event.get("who", "?")), []).append(event)
     if not by_who:
         return None
-    traces = []
-    for i, who in enumerate(sorted(by_who, reverse=True)):
-        marks = _stories(by_who[who], limits)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [x for x, _ in marks],
-                "y": [i] * len(marks),
-                "text": [story for _, story in marks],
-                "hoverinfo": "text",
-                "meta": {"kind": "calm" if who in NO_RECOVERY else "mark", "colour": 0, "run": 0},
-            }
-        )
-    return {
-        "title": "Events",
-        "name": "events.jsonl",
-        "text": "what failed and was replaced (red), and when the run was started and stopped",
-        "kind": "lanes",
-        "limits": limits,
-        "legend": False,
-        "traces": traces,
-        "rows": [plain(who if len(who) <= 12 else f"{who[:11]}…") for who in sorted(by_who, reverse=True)],
-        "last": [],
-    }
+    names = sorted(by_who, reverse=True)
+    traces = [
+        _marks(by_who[who], limits, i, kind="calm" if who in NO_RECOVERY else "mark")
+        for i, who in enumerate(names)
+    ]
+    rows = [plain(who if len(who) <= 12 else f"{who[:11]}…") for who in names]
+    text = "what failed and was replaced (red), and when the run was started and stopped"
+    return _figure("Events", "events.jsonl", text, "lanes", limits, traces, rows=rows)

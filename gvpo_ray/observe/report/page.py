@@ -28,7 +28,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import ConfigError, flattened
 from gvpo_ray.files import write_whole
 from gvpo_ray.observe.metrics import (
     CURVES,
@@ -43,7 +43,7 @@ from gvpo_ray.observe.metrics import (
 from gvpo_ray.observe.report import figures
 from gvpo_ray.observe.report.completions import completions_of
 from gvpo_ray.observe.report.figures import Figure, Line, Point, finite, in_order, shown
-from gvpo_ray.observe.report.reading import Run, config_of, flattened, read_run, state_of
+from gvpo_ray.observe.report.reading import Run, config_of, read_run, state_of
 
 MAX_EVENTS = 500
 IMAGE_STYLE = "".join(

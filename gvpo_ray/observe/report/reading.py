@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +83,6 @@ def _parsed(config: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def flattened(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dictionary by dotted keys."""
-    flat = {}
-    for key, value in data.items():
-        flat.update(
-            flattened(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
-    return flat
-
-
 def state_of(run: Run) -> str:
     """Return the steps trained and the state of the run, as far as its files say it."""
     trained = int(run.series["loss"][-1][0]) if "loss" in run.series else 0
@@ -104,11 +91,7 @@ def state_of(run: Run) -> str:
     if isinstance(num_steps, int) and trained >= num_steps:
         state = "complete"
     else:
-        state = {"started": "running, or killed", "stopped": "stopped before its end"}.get(
-            str(last), "not complete"
-        )
-    return (
-        f"{trained} of {num_steps} steps trained: {state}"
-        if num_steps is not None
-        else f"{trained} steps trained: {state}"
-    )
+        states = {"started": "running, or killed", "stopped": "stopped before its end"}
+        state = states.get(str(last), "not complete")
+    of_all = "" if num_steps is None else f" of {num_steps}"
+    return f"{trained}{of_all} steps trained: {state}"
