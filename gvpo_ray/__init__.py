@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gvpo_ray.learner.workers import LearnerGroup
     from gvpo_ray.losses.gvpo import gvpo_loss
     from gvpo_ray.run.algorithm import GVPO
+    from gvpo_ray.sandbox.functions import OutOfReach
     from gvpo_ray.verifiers.pool import VerifierGroup
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "EngineGroup",
     "GVPOConfig",
     "LearnerGroup",
+    "OutOfReach",
     "RunError",
     "VerifierGroup",
     "gvpo_loss",
@@ -33,6 +35,7 @@ _HOMES = {
     "EngineGroup": "engines.pools",
     "GVPOConfig": "config.run",
     "LearnerGroup": "learner.workers",
+    "OutOfReach": "sandbox.functions",
     "RunError": "actors",
     "VerifierGroup": "verifiers.pool",
     "gvpo_loss": "losses.gvpo",

@@ -707,6 +707,10 @@ READS = {
     "shared memory": "os.listdir('/dev/shm')",
     "the home": "os.listdir(os.path.expanduser('~'))",
     "what others run": "os.listdir('/proc')",
+    "the system's folders": "os.listdir('/usr')",
+    "programs": "open('/usr/bin/env', 'rb').read(1)",
+    "what people install": "os.listdir('/usr/local')",
+    "what is shared": "os.listdir('/usr/share')",
 }
 CONFINED_TO_PYTHON = "confine.drop_capabilities()\nassert landlock.restrict_files(scratch, *files)\n"
 
@@ -723,6 +727,9 @@ def test_only_what_python_needs_and_the_scratch_folder_is_read(folders: tuple[Pa
         "the source of a module": "import inspect, json; assert inspect.getsource(json.dumps)",
         "chance": "open('/dev/urandom', 'rb').read(1); __import__('secrets').token_bytes(3)",
         "local time": "__import__('time').localtime(0)",
+        "time zones": "__import__('zoneinfo').ZoneInfo('Europe/Berlin')",
+        "types of files": "assert __import__('mimetypes').guess_type('a.png')[0] == 'image/png'",
+        "a shared library": "ctypes.CDLL('libz.so.1')",
         "the number of CPUs": "assert os.cpu_count()",
     }
     assert _outcomes(folders, before, needed) == dict.fromkeys(needed, "done")
@@ -746,6 +753,12 @@ def test_of_the_users_folders_the_modules_are_read_and_not_the_data(folders: tup
     }
 
 
+def test_the_linkers_folders_are_those_of_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "cuda.conf").write_text("# libraries\n/opt/cuda/lib64\n\nrelative\n/opt/more \n")
+    (tmp_path / "other").write_text("/opt/other\n")
+    assert list(landlock._folders_of_the_linker(str(tmp_path))) == ["/opt/cuda/lib64", "/opt/more"]
+
+
 def test_what_is_read_above_can_be_read_without_the_restriction(folders: tuple[Path, Path]) -> None:
     readable = [
         "a file",
@@ -754,6 +767,10 @@ def test_what_is_read_above_can_be_read_without_the_restriction(folders: tuple[P
         "by two dots",
         "the parent's environment",
         "what others run",
+        "the system's folders",
+        "programs",
+        "what people install",
+        "what is shared",
     ]
     assert _outcomes(folders, "", {name: READS[name] for name in readable}) == dict.fromkeys(readable, "done")
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.shown import MASK
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.run import once
 from gvpo_ray.sandbox.functions import OutOfReach, Part
-from gvpo_ray.verifiers import outages, pool
+from gvpo_ray.verifiers import outages, pool, score_file
 from gvpo_ray.verifiers.outages import Record, RewardError
 from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.verifiers.responses import Names
+from gvpo_ray.verifiers.verifier import Check
 
 Behave = Callable[[int, Any, list[str]], OutOfReach | list[Part]]
 """(number of the verifier, group, rewards that are not waited for) -> the parts of `judge`, or an outage."""
@@ -44,7 +52,7 @@ class _Group(VerifierGroup):
     def __init__(self, behave: Behave, num: int = 1, unprotected: tuple[str, ...] = ()) -> None:
         self._behave, self._unprotected = behave, list(unprotected)
         self.lines: list[str] = []
-        super().__init__(VerifiersConfig(num=num), None, say=self.lines.append)
+        super().__init__(VerifiersConfig(num=num), None, lambda *_: None, self.lines.append)
 
     def _grow(self) -> None:
         self._in_hand[_Verifier(self._num_started, self._behave, self._unprotected)] = 0
@@ -152,6 +160,88 @@ def test_the_last_group_of_all_is_not_tried_for_ever_where_the_service_fails_at_
     group = _Group(behave)
     assert _score(group, 1) == ["scored 0"]
     assert tries == [[]] * 8 + [["judge"]]
+
+
+def test_the_only_group_waits_for_a_server_that_hangs_however_long_and_that_is_said_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outages, "SAY_AGAIN_S", 0.0)
+    tries = []
+
+    def behave(verifier: int, sampled: Any, without: list[str]) -> OutOfReach | list[Part]:
+        tries.append(without)
+        return OutOfReach("no answer within 30 s: ?api_key=Plant001ed") if len(tries) <= 40 else GOOD
+
+    group = _Group(behave)
+    assert _score(group, 1) == ["scored 0"]
+    assert tries == [[]] * 41
+    assert len(group.lines) == 40  # from the second try on, and the end
+    said = f"verifiers.rewards.judge: out of reach for 0 s (no answer within 30 s: ?api_key={MASK}); "
+    assert set(group.lines[:-1]) == {said + "1 group waits for it and is tried again"}
+
+
+class _Served:
+    """A verifier of `gvpo-ray verify` whose judge does what the next of its answers says."""
+
+    def __init__(self, answers: list[OutOfReach | None]) -> None:
+        self.answers, self.calls = answers, list[list[str]]()
+
+    def check(self, _: Any, __: Any, ___: Any, without: list[str]) -> list[Check]:
+        self.calls.append(without)
+        answer = None if without else self.answers.pop(0)
+        if answer is not None:
+            raise OutOfReach(str(answer), answer.is_answer, reward="judge")
+        value = None if without else 1.0
+        return [Check(value, {"judge": value}, None, 0.0)]
+
+
+def _row_of_a_file(pool: score_file._Pool, verifier: _Served) -> Check:
+    pool._local.verifier = verifier
+    return pool._checked("p", "a", {})
+
+
+def test_a_row_of_a_file_waits_as_a_group_does() -> None:
+    lines: list[str] = []
+    pool = score_file._Pool(VerifiersConfig(), Names(), 1, lines.append)
+    hangs = OutOfReach("no answer within 30 s")
+    assert _row_of_a_file(pool, _Served([hangs] * 40 + [None])).reward == 1.0
+    assert len(lines) == 2 and "(no answer within 30 s); 1 row waits for it and is tried again" in lines[0]
+    assert "answers again" in lines[1]
+
+    fails = OutOfReach("the server answered 500", is_answer=True)
+    assert _row_of_a_file(pool, verifier := _Served([fails] * 40)).reward is None
+    assert verifier.calls == [[]] * 8 + [["judge"]]
+
+
+def test_a_row_at_which_a_server_hangs_that_answers_others_ends() -> None:
+    pool = score_file._Pool(VerifiersConfig(), Names(), 2, lambda _: None)
+
+    class Beside(_Served):
+        def check(self, *arguments: Any) -> list[Check]:
+            pool._outages.answered(["judge"])  # to the other thread's row
+            return super().check(*arguments)
+
+    assert _row_of_a_file(pool, verifier := Beside([OutOfReach("no answer within 30 s")] * 40)).reward is None
+    assert len(verifier.calls) == 12  # the first failure has nothing before it
+
+
+def test_what_runs_without_a_learner_says_outages_and_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Session:
+        def on_stop(self, _: Any) -> None: ...
+
+        def spawn(self, *_: Any) -> None: ...
+
+    config = SimpleNamespace(model=ModelConfig(path="m"), engines=None, seed=0, sampling=SamplingConfig())
+    config.verifiers = VerifiersConfig()
+    monkeypatch.setattr(once, "EngineGroup", Mock())
+    monkeypatch.setattr(once, "VerifierGroup", verifiers := Mock())
+    once.without_learner(Session(), config, 8, None)  # type: ignore[arg-type]
+    *_, say = verifiers.call_args.args
+    say("verifiers.rewards.judge: out of reach (\x1b[2J?api_key=Plant001ed)")
+    said = capsys.readouterr()
+    assert said.err == f"verifiers.rewards.judge: out of reach (\\x1b[2J?api_key={MASK}\n" and said.out == ""
 
 
 def test_what_a_kernel_does_not_protect_is_said_once() -> None:

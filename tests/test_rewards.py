@@ -1,11 +1,4 @@
 import asyncio
-import contextlib
-import json
-import socket
-import threading
-import urllib.request
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -14,11 +7,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from gvpo_ray import groups
-from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.sandbox.functions import OutOfReach, Part, call
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.sandbox.functions import Part, call
 from gvpo_ray.verifiers import rewards
-from gvpo_ray.verifiers.http_reward import HttpReward, _parsed
-from gvpo_ray.verifiers.outages import RewardError
 from gvpo_ray.verifiers.reward_model import RewardModel
 from gvpo_ray.verifiers.rewards import exact_match, format_reward, length_reward, numeric
 from gvpo_ray.verifiers.verifier import Verifier
@@ -179,180 +170,6 @@ def test_what_a_function_raises_or_returns_in_place_of_rewards_is_a_fault_with_i
     assert call("f", lambda **_: 1 / 0, ["p"], ["a"], {}) == [
         Part(None, "f raised ZeroDivisionError: division by zero", is_fault=True)
     ]
-
-
-class _Judge(BaseHTTPRequestHandler):
-    """Rewards a completion with its length; fails as often as it is told to."""
-
-    requests: list[dict[str, Any]]
-    failures: list[int]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).requests.append(body)
-        status = type(self).failures.pop(0) if type(self).failures else 200
-        answer = json.dumps(
-            {"rewards": [len(text) if text != "null" else None for text in body["completions"]]}
-        ).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def judge() -> Iterator[str]:
-    _Judge.requests, _Judge.failures = [], []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/score"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_a_reward_over_http_comes_in_batches_and_is_tried_again(judge: str) -> None:
-    _Judge.failures = [503, 429]
-    config = VerifiersConfig(
-        rewards={"judge": {"url": judge, "weight": 0.5, "batch_size": 2, "arguments": {"rubric": "short"}}}
-    )
-    with Verifier(config) as verifier:
-        scored = verifier.score(
-            groups.table([{"group_id": 3, "prompt": "p", "answer": "1", "completions": ["a", "null", "ccc"]}])
-        )
-    assert scored["rewards"].to_pylist() == [[0.5, None, 1.5]]
-    # twice refused, then answered, then the rest
-    assert [len(body["completions"]) for body in _Judge.requests] == [2, 2, 2, 1]
-    assert _Judge.requests[-1] == {
-        "prompts": ["p"],
-        "completions": ["ccc"],
-        "columns": {"group_id": [3], "answer": ["1"]},
-        "rubric": "short",
-    }
-
-
-def _score(verifier: Verifier, number: int = 2, **more: Any) -> Any:
-    row = {"group_id": 3, "prompt": "p", "answer": "1", "completions": ["a"] * number, **more}
-    return verifier.score(groups.table([row]))
-
-
-def test_a_server_that_refuses_from_the_start_is_a_fault_with_its_cause(judge: str) -> None:
-    config = VerifiersConfig(rewards={"judge": {"url": judge + "?key=SECRET"}})
-    _Judge.failures = [404] * 10
-    with Verifier(config) as verifier:
-        scored = _score(verifier)
-        assert scored["rewards"].to_pylist() == [[None, None]]
-        assert scored["reward_reasons"].to_pylist() == [
-            ['judge: the server answered 404: {"rewards": [1, 1]}'] * 2
-        ]
-        with pytest.raises(RewardError, match=r"fails on every row.*the server answered 404") as caught:
-            for _ in range(10):
-                _score(verifier)
-    assert "SECRET" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("failures", "error"),
-    [
-        ([500] * 9, OutOfReach("the server answered 500", is_answer=True)),
-        ([503] * 9, OutOfReach("the server answered 503")),
-        ([429] * 9, OutOfReach("the server answered 429")),
-    ],
-)
-def test_a_server_that_has_trouble_is_out_of_reach_from_the_start(
-    judge: str, failures: list[int], error: OutOfReach
-) -> None:
-    _Judge.failures = failures
-    with (
-        Verifier(VerifiersConfig(rewards={"judge": {"url": judge, "num_retries": 1}})) as verifier,
-        pytest.raises(OutOfReach, match=str(error)) as caught,
-    ):
-        _score(verifier)
-    assert (caught.value.is_answer, caught.value.is_own, caught.value.reward) == (
-        error.is_answer,
-        False,
-        "judge",
-    )
-    assert len(_Judge.requests) == 2
-
-
-def test_a_server_that_has_worked_and_refuses_now_is_out_of_reach(judge: str) -> None:
-    with Verifier(VerifiersConfig(rewards={"judge": {"url": judge}})) as verifier:
-        assert _score(verifier)["rewards"].to_pylist() == [[1.0, 1.0]]
-        _Judge.failures = [401]
-        with pytest.raises(OutOfReach, match="the server answered 401"):
-            _score(verifier)
-        _Judge.failures = [401]
-        assert verifier.score(
-            groups.table([{"prompt": "p", "answer": "1", "completions": ["a"]}]), without=["judge"]
-        )["rewards"].to_pylist() == [[None]]
-        assert _score(verifier)["rewards"].to_pylist() == [[1.0, 1.0]]
-
-
-def test_nobody_at_the_address_is_out_of_reach_for_servers_and_trusted_functions() -> None:
-    def asks(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        urllib.request.urlopen("http://127.0.0.1:9/", timeout=5)
-        return [1.0]
-
-    for sections, functions in (
-        ({"judge": {"url": "http://127.0.0.1:9/", "num_retries": 0}}, {}),
-        ({"judge": {"trusted": True}}, {"judge": asks}),
-    ):
-        with (
-            Verifier(VerifiersConfig(rewards=sections), functions) as verifier,
-            pytest.raises(OutOfReach) as caught,
-        ):
-            _score(verifier)
-        assert (caught.value.reward, caught.value.is_answer, caught.value.is_own) == ("judge", False, False)
-
-
-@pytest.mark.parametrize("how", ["later", "body", "head", "silence"])
-def test_the_time_limit_of_a_request_is_one_in_all(how: str) -> None:
-    """What a server may do to keep a client waiting, each part of it shorter than the limit."""
-
-    def serve(connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            connection.recv(1 << 16)
-            if how == "later":
-                connection.sendall(b"HTTP/1.1 429 Busy\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n")
-            elif how == "silence":
-                stop.wait(60)
-            else:
-                connection.sendall(b"HTTP/1.1 200 OK\r\n")
-                connection.sendall(b"Content-Length: 10000\r\n\r\n" if how == "body" else b"X-Slow: ")
-                while not stop.wait(0.05):
-                    connection.sendall(b" ")
-
-    stop = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    reward = HttpReward(RewardConfig(url=url, timeout_s=0.5, num_retries=3))
-    try:
-        with pytest.raises(OutOfReach) as caught:
-            reward(["p"], ["a"])
-        assert caught.value.is_answer == (how != "later")
-    finally:
-        stop.set()
-        reward.close()
-        listener.close()
-
-
-@pytest.mark.parametrize("answer", ["[1, 2, 3]", '{"error": "no"}', "<html>", "[" * 100_000, '"\\ud83d"'])
-def test_an_answer_without_the_rewards_says_what_it_was(answer: str) -> None:
-    with pytest.raises(OutOfReach, match=r"the server answered .*, not 2 rewards") as caught:
-        _parsed(answer, 2)
-    assert caught.value.is_own
 
 
 @pytest.fixture(scope="module")

@@ -217,6 +217,20 @@ def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(free_port
         "api_key:   'Plant001ed'",
         "Authorization: Token Plant001ed",
         "github_pat_Plant001edPlant001ed",
+        "glpat-Plant001edPlant001ed",
+        "AIzaPlant001edPlant001edPlant001edabc",
+        "gsk_Plant001edPlant001ed",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJQbGFudCJ9.Plant001ed",
+        "sk_live_Plant001edPlant001ed",
+        "xapp-1-Plant001ed",
+        "-----BEGIN RSA PRIVATE KEY-----\nPlant001ed\nPlant002ed\n-----END RSA PRIVATE KEY-----",
+        "Set-Cookie: id=Plant001ed; token=Plant002ed",
+        "vllm serve m --api-key Plant001ed --port 1",
+        "Command '['vllm', '--api-key', 'Plant001ed']' failed",
+        '["--hf-token", "Plant001ed"]',
+        "--token=Plant001ed",
+        "--token plantedletters",
+        "--password=Plant001ed,Plant002ed",
     ],
 )
 def test_a_secret_that_nobody_knows_is_masked_by_its_name_or_form_in_quotes_too(text: str) -> None:
@@ -228,6 +242,30 @@ def test_a_known_secret_is_masked_however_json_and_urls_write_it() -> None:
     know({"api_key": secret})
     for text in (secret, repr(secret), json.dumps(secret), urllib.parse.quote(secret, safe="")):
         assert mask(text).strip("'\"") == MASK
+
+
+@pytest.mark.parametrize("name", ["tokens", "keys", "creds", "pass", "db_pass", "cookies", "Cookie", "pwd"])
+def test_a_name_of_secrets_in_data_hides_all_below_it(name: str) -> None:
+    data = {"arguments": {name: ["Plant001ed", {"of": "Plant002ed"}]}}
+    know(data)
+    assert "Plant" not in str(hide(data)) and mask("Plant001ed Plant002ed") == f"{MASK} {MASK}"
+
+
+def test_a_secret_in_small_letters_is_hidden_unless_it_may_be_a_word() -> None:
+    secrets = {"token": "plantedletters", "key": "correct-horse-battery", "pass": "hunter", "auth": "q" * 20}
+    words = {"key": "conversations", "auth": "certificate", "sort": {"key": "problem.gold_answer"}}
+    know([secrets, words])
+    assert mask(" ".join(secrets.values())) == " ".join([MASK] * 4)
+    text = "the certificate of problem.gold_answer in conversations"
+    assert mask(text) == text
+
+
+def test_the_values_of_a_command_lines_flags_are_hidden_by_the_flags_names() -> None:
+    command = ["vllm", "--api-key", "planted two", "--max-tokens", 5, "--token", "--verbose", "--key=a"]
+    data = {"command": command}
+    know(data)
+    assert hide(data) == {"command": [*command[:2], MASK, *command[3:]]}
+    assert mask("said: planted two") == f"said: {MASK}"
 
 
 def test_lists_of_keys_are_secret() -> None:
@@ -250,7 +288,8 @@ def test_wandb_gets_neither_parameters_nor_a_command_line_with_secrets(
 ) -> None:
     import wandb
 
-    monkeypatch.setattr(sys, "argv", given := ["gvpo-ray", "train", "x", "a.api_key=Plant001ed"])
+    given = ["gvpo-ray", "train", "x", "a.api_key=Plant001ed", "--hf-token", "Plant003ed"]
+    monkeypatch.setattr(sys, "argv", given)
     data = {**MINIMAL, "engines": {"vllm": {"hf_token": "Plant002ed"}}}
     config = GVPOConfig.from_dict(data)
     tracker = WandB({"mode": "offline", "project": "p"}, tmp_path, None, parameters_of(config))
@@ -280,6 +319,8 @@ def test_wandb_gets_neither_parameters_nor_a_command_line_with_secrets(
         ("http://host:8000/a@b and me@mail.org", "http://host:8000/a@b and me@mail.org"),
         ("sorted(words, key=len), max_tokens=3", "sorted(words, key=len), max_tokens=3"),
         ("monkey=5&x=2; the token: 7", "monkey=5&x=2; the token: 7"),
+        ("cookies: 12, cookies = 36 to pass: 60", "cookies: 12, cookies = 36 to pass: 60"),
+        ("sort --key 2 --max-tokens 512, a - token is", "sort --key 2 --max-tokens 512, a - token is"),
     ],
 )
 def test_secrets_are_masked_in_text(text: str, masked: str) -> None:

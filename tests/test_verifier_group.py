@@ -33,6 +33,10 @@ def session() -> Iterator[Session]:
     session.stop()
 
 
+def _group(config: VerifiersConfig) -> VerifierGroup:
+    return VerifierGroup(config, None, lambda *_: None, print)
+
+
 def _sampled(number: int, completions: list[str]) -> Any:
     return groups.table([{"group_id": number, "prompt": "p", "answer": "7", "completions": completions}])
 
@@ -50,7 +54,7 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
         "[float(len(completions[0]))]\n"
     )
     config = VerifiersConfig(num=1, max_num=3, num_cpus=0.1, rewards={f"{tmp_path}/slow.py:reward": {}})
-    verifiers = VerifierGroup(config, None)
+    verifiers = _group(config)
     tables = [_sampled(i, ["x" * (i % 5), "yy"]) for i in range(60)]
     work = asyncio.run_coroutine_threadsafe(_score_all(verifiers, tables), session.loop)
     killed = None
@@ -98,7 +102,7 @@ def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: 
         "exact_match": 1.0,
         "rm": {"model": str(tmp_path / "rm"), "weight": 2.0, "num": 2, "num_cpus": 0.1},
     }
-    verifiers = VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1, rewards=rewards), None)
+    verifiers = _group(VerifiersConfig(num=1, num_cpus=0.1, rewards=rewards))
     scored = session.call(_score_all(verifiers, [_sampled(i, ["7", "7" * 40, "8"]) for i in range(3)]))
     from gvpo_ray.verifiers.reward_model import RewardModel
 
@@ -111,7 +115,7 @@ def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: 
 
 def test_a_fleet_starts_while_another_of_the_same_ray_is_still_there(session: Session) -> None:
     """As in a notebook, where a run that was stopped just now may still be going down."""
-    both = [VerifierGroup(VerifiersConfig(num=1, num_cpus=0.1), None) for _ in range(2)]
+    both = [_group(VerifiersConfig(num=1, num_cpus=0.1)) for _ in range(2)]
     for verifiers in both:
         (scored,) = session.call(_score_all(verifiers, [_sampled(0, ["\\boxed{7}"])]))
         assert scored["rewards"][0].as_py() == [1.0]

@@ -16,6 +16,9 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.observe.metrics import batch_metrics
+from gvpo_ray.sandbox.channel import GoneError
+from gvpo_ray.sandbox.functions import Part
+from gvpo_ray.sandbox.process import Sandbox, _stages
 from gvpo_ray.verifiers.math.reward import math_reward
 from gvpo_ray.verifiers.outages import RewardError
 from gvpo_ray.verifiers.verifier import Verifier, validate_rewards
@@ -187,6 +190,41 @@ def test_a_check_that_computes_too_long_is_ended_by_its_cpu_time_whatever_the_cl
     scored = _score_with(loops, ["a", "loop", "b"], cpu_s=1, timeout_s=600)
     assert _rewards(scored) == [0.5, None, 0.5]
     assert _reasons(scored) == [None, "timeout: math used more than 1 s of CPU time", None]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reason"),
+    [
+        (2.5, "timeout: b, with what ran before it, used more than 5 s of CPU time"),
+        (0.5, "crash: b: killed by SIGKILL"),
+    ],
+)
+def test_the_cpu_time_of_a_check_is_that_of_all_its_functions(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, reason: str
+) -> None:
+    """The first function has used 4 of 5 s; the second ignores the signal, and is killed."""
+
+    class Child:
+        num_checks = 0
+
+        def __init__(self, seconds: float, is_killed: bool) -> None:
+            self.cpu_used, self.is_killed, self.channel = lambda: seconds, is_killed, self
+
+        def limit_cpu(self, seconds: float, is_hard: bool) -> float:
+            return 0.0
+
+        def receive(self, deadline: float) -> dict[str, Any]:
+            if self.is_killed:
+                raise GoneError
+            return {"number": "n", "part": 1.0, "reason": None}
+
+    children = [Child(4.0, False), Child(seconds, True)]
+    sandbox = Sandbox.__new__(Sandbox)
+    sandbox._functions, sandbox._stages = {"a": {}, "b": {}}, _stages({"a": {}, "b": {}})
+    sandbox._timeout_s, sandbox._cpu_s, sandbox._max_checks = 10.0, 5, 10
+    monkeypatch.setattr(sandbox, "_begin", lambda *_: (children.pop(0), "n"))
+    monkeypatch.setattr(sandbox, "_end", lambda child: (-signal.SIGKILL, child.cpu_used()))
+    assert sandbox.check("p", "c", {}) == {"a": Part(1.0), "b": Part(None, reason)}
 
 
 def test_a_child_is_replaced_after_its_number_of_checks() -> None:
@@ -376,7 +414,7 @@ def test_parts_before_a_timeout_are_kept_and_the_slow_function_is_named() -> Non
     with Verifier(VerifiersConfig(timeout_s=0.5), {"sleeps": sleeps}) as verifier:
         scored = verifier.score(_group("85", ["$85$"]))
     assert next(groups.rows(scored))["reward_parts"] == {"math": [1.0], "sleeps": [None]}
-    assert _reasons(scored) == ["timeout: sleeps took more than 0.5 s"]
+    assert _reasons(scored) == ["timeout: sleeps, with what ran before it, took more than 0.5 s"]
 
 
 def test_a_callable_is_added_with_weight_1_and_sees_one_completion_with_its_columns() -> None:
@@ -558,7 +596,8 @@ def test_a_limit_counts_whichever_reason_names_it() -> None:
         scored = verifier.score(
             _group("8", ["\\boxed{"] * 2, completion_ids=[[1], [2]], finish_reasons=["stop"] * 2)
         )
-    no_answer, limit = "math: no answer found in the completion", "timeout: sleeps took more than 0.5 s"
+    no_answer = "math: no answer found in the completion"
+    limit = "timeout: sleeps, with what ran before it, took more than 0.5 s"
     assert _reasons(scored) == [f"{no_answer}\n{limit}"] * 2
     assert groups.all_cut_off(scored)
     (row,) = groups.rows(scored)

@@ -23,9 +23,14 @@ SECRETS = re.compile(
     r"password|passwd|passphrase|passcode|secret|credential|authorization|apikey"
     r"|(^| )(api|access|auth|bearer|refresh|session|private|hf|hub|id|github|wandb) ?(key|token)s?( |$)"
 )
-"""What makes a name, as `_words` writes it, one of a secret."""
+"""What makes a name, as `_words` writes it, one of a secret, in data and in text."""
 
-AMBIGUOUS = re.compile(r"(^| )(key|token|auth|pwd|sig|signature|cookie|bearer)$")
+SECRETS_IN_DATA = re.compile(
+    r"(^| )(pwd|creds?|cookies?|bearer)$|(^|(^| )(user|db|database|smtp|proxy|login|root|admin) ?)pass$"
+)
+"""The same in data alone: a text may be about twelve cookies, and `pass` ends other names, as in per_pass."""
+
+AMBIGUOUS = re.compile(r"(^| )(key|token|auth|sig|signature)$|^(keys|tokens)$")
 """Ends of names of secrets, and of other names as well, such as the `key` of a sort."""
 
 
@@ -35,7 +40,8 @@ def is_secret(name: object) -> bool:
 
 
 def _is_surely_secret(name: object) -> bool:
-    return SECRETS.search(_words(name)) is not None
+    words = _words(name)
+    return (SECRETS.search(words) or SECRETS_IN_DATA.search(words)) is not None
 
 
 def _words(name: object) -> str:
@@ -78,8 +84,8 @@ def _values(data: Any, name: object = "") -> Iterator[str]:
             # everything below a secret's name is secret: {auth: {user: …, bearer: …}}
             yield from _values(value, name if is_secret(name) else key)
     elif isinstance(data, (list, tuple, set)):
-        for value in data:
-            yield from _values(value, name)
+        for own_name, value in _named(data, name):
+            yield from _values(value, own_name)
     elif isinstance(data, (str, int)) and not isinstance(data, bool):
         if is_secret(name):
             # "Bearer abc" is also looked for as "abc"
@@ -89,11 +95,23 @@ def _values(data: Any, name: object = "") -> Iterator[str]:
             yield from (secret for secret in _in_urls(data) if len(secret) >= 4)
 
 
+def _named(data: Iterable[Any], name: object) -> Iterator[tuple[object, Any]]:
+    """Yield the values of a list with their names: a flag before it, as in --api-key abc, or the list's."""
+    before: Any = ""
+    for value in data:
+        is_of_flag = re.fullmatch(r"--?[A-Za-z][\w-]*", str(before)) and str(value)[:1] != "-"
+        yield before if is_of_flag else name, value
+        before = value
+
+
 def _is_distinct(value: str, name: object) -> bool:
     """Return whether a value is hidden outside its key too, where it could be a word of any text."""
     if _is_surely_secret(name):
         return len(value) >= 4
-    return re.fullmatch(r"(?=.*[0-9A-Z])[\w.+/=~-]{6,}", value) is not None
+    # words, and names of columns such as gold_answer, are what a `key` may hold; a `token` rarely is a word
+    shortest = 8 if _words(name) in ("token", "tokens") else 16
+    is_mixed = re.fullmatch(r"(?=.*[0-9A-Z])[\w.+/=~-]{6,}", value)
+    return is_mixed is not None or re.fullmatch(rf"[a-z-]{{{shortest},}}", value) is not None
 
 
 def _in_urls(text: str) -> Iterator[str]:
@@ -120,11 +138,22 @@ ASSIGNED = re.compile(
 )
 """A name and its value, as in api_key=abc, api_key: 'abc', "api_key": "abc" and Authorization: Bearer abc."""
 
-TOKENS = re.compile(
-    r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|(?:gh[pousr]|github_pat)_\w{16,}|xox[bp]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}\b)"
-    r"|(?i:(?<=\bbearer ))(?=\S*\d)[\w.~+/=-]{8,}"
+FLAG = re.compile(
+    r"(?P<before>(?<![\w-])--?(?P<name>[A-Za-z][\w-]*)(?:=|\\?[\"']?,?\s+)\\?[\"']?)"
+    r"(?P<value>[^\s\"'\\-][^\s\"'\\]*)"
 )
-"""Secrets that show by their form: of Hugging Face, OpenAI, GitHub, Slack, AWS, and bearer tokens."""
+"""A flag of a command line and its value, as in --api-key abc and '--api-key', 'abc'."""
+
+TOKENS = re.compile(
+    r"\b(?:(?:hf_|gsk_|gh[pousr]_|github_pat_)\w{16,}|(?:r8_|npm_)[A-Za-z0-9]{30,}"
+    r"|(?:sk-|(?:sk|rk)_(?:live|test)_|gl(?:pat|rt|dt|ptt|cbt|soat)-|AIza|GOCSPX-|ya29\.|nvapi-|xai-|pplx-"
+    r"|dckr_pat_|tgp_v1_|lsv2_[ps][tk]_|dop_v1_|pypi-AgE)[\w-]{16,}|(?:xox[a-z]|xapp)-[\w-]{10,}"
+    r"|A[KS]IA[A-Z0-9]{16}\b|SG\.[\w-]{16,}\.[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+    r"|(?i:(?<=\bbearer ))(?=\S*\d)[\w.~+/=-]{8,}|(?i:(?<=\bcookie: ))[\w-]+=[^\r\n\"']+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+)
+"""Secrets that show by their form: keys of Hugging Face, OpenAI and their like, Google, NVIDIA, GitHub,
+GitLab, Slack, AWS, Stripe and others, JSON web tokens, bearer tokens, cookies and private keys."""
 
 
 def _assigned(text: str) -> Iterator[tuple[int, int]]:
@@ -134,7 +163,11 @@ def _assigned(text: str) -> Iterator[tuple[int, int]]:
             yield found.span("value")
     for found in ASSIGNED.finditer(text):
         # `key=` and `token:` alone may be anything outside a URL
-        if _is_surely_secret(found["name"]):
+        if SECRETS.search(_words(found["name"])):
+            yield found.span("value")
+    for found in FLAG.finditer(text):
+        name, value = found["name"], found["value"]
+        if _is_surely_secret(name) or (is_secret(name) and _is_distinct(value, name)):
             yield found.span("value")
 
 
@@ -143,9 +176,12 @@ def mask(text: str) -> str:
     if _pattern is not None:
         text = _pattern.sub(MASK, text)
     text = TOKENS.sub(MASK, CREDENTIALS.sub(f"{MASK}@", text))
-    for begin, end in sorted(set(_assigned(text)), reverse=True):
-        text = text[:begin] + MASK + text[end:]
-    return text
+    masked, done = "", 0
+    for begin, end in sorted(_assigned(text)):
+        if begin >= done:  # else it overlaps with the one before
+            masked += text[done:begin] + MASK
+        done = max(done, end)
+    return masked + text[done:]
 
 
 def hide(data: Any, name: object = "") -> Any:
@@ -155,7 +191,7 @@ def hide(data: Any, name: object = "") -> Any:
     if isinstance(data, Mapping):
         return {key: hide(value, key) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [hide(value) for value in data]
+        return [hide(value, own_name) for own_name, value in _named(data, "")]
     return mask(data) if isinstance(data, str) else data
 
 

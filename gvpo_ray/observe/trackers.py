@@ -93,7 +93,7 @@ class WandB:
         # W&B would wrap stdout, to which the run itself writes
         settings = {"console": "off", **arguments.get("settings", {})}
         # W&B keeps the command line, whose overrides may hold secrets
-        given, sys.argv = sys.argv, [mask(argument) for argument in sys.argv]
+        given, sys.argv = sys.argv, hide(sys.argv)
         try:
             self._run = wandb.init(
                 **{**ours, **arguments, "id": self.run, "config": parameters, "settings": settings}

@@ -18,6 +18,7 @@ from gvpo_ray.actors import is_lost
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.shown import visible
 from gvpo_ray.data.rendering import completion_renderer
 from gvpo_ray.engines.actor import engine_maker
 from gvpo_ray.engines.pools import EngineGroup
@@ -141,8 +142,11 @@ def without_learner(
 ) -> tuple[EngineGroup, VerifierGroup]:
     """Start engines with the weights of model.path, and verifiers, on a session; return both."""
 
+    def say(line: str) -> None:
+        print(visible(line), file=sys.stderr)
+
     def note(who: str, name: str, why: str) -> None:
-        print(f"recovery of {name}: {why}", file=sys.stderr)
+        say(f"recovery of {name}: {why}")
 
     async def fail(error: BaseException) -> None:
         """Do nothing: the error is already the session's cause."""
@@ -152,7 +156,7 @@ def without_learner(
     )
     engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
     session.on_stop(engines.close)
-    verifiers = VerifierGroup(config.verifiers, rewards, note)
+    verifiers = VerifierGroup(config.verifiers, rewards, note, say)
     session.on_stop(verifiers.close)
     session.spawn(engines.run(), fail)
     return engines, verifiers

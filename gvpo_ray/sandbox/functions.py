@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -71,7 +72,8 @@ def call(
 
     Raises:
         OutOfReach: with `may_wait`: the function calls a service that does not answer, so that its
-            completions should be scored later.
+            completions should be scored later: it raises OutOfReach, or the system refused, broke or could
+            not make a connection.
         MemoryError: the function ran out of memory. This is never counted as a fault, because the function's
             leftovers may still fill the memory.
     """
@@ -93,9 +95,11 @@ def call(
 class OutOfReach(GvpoError, ConnectionError):
     """A service that a reward function calls does not answer; the message is the cause in one line.
 
+    A trusted reward function raises it to have its completions scored later.
+
     Args:
         cause: the cause.
-        is_answer: whether the service was reached, and failed at this request or took too long.
+        is_answer: whether the service answered, and failed at this request.
         is_own: whether the service is there and refuses the request (wrong address, wrong form, no right to
             it), which no waiting mends if it has never worked.
         reward: name of the reward function, once it is known.
@@ -110,10 +114,15 @@ class OutOfReach(GvpoError, ConnectionError):
         return OutOfReach, (str(self), self.is_answer, self.is_own, self.reward)
 
 
+_NO_CONNECTION = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT)
+"""Numbers of the system's errors of connections that are no ConnectionError."""
+
+
 def _unreachable(error: BaseException | None) -> OutOfReach | None:
     """Return the OutOfReach for an error that comes from a connection, else None.
 
-    Clients have errors of their own, and all raise them because of the system's.
+    Clients have errors of their own, and all raise them because of the system's. A broken pipe and a time
+    limit may as well be of the function's own processes and loops, so that they are its faults.
     """
     cause = error
     seen: set[int] = set()
@@ -121,9 +130,13 @@ def _unreachable(error: BaseException | None) -> OutOfReach | None:
         seen.add(id(cause))
         if isinstance(cause, OutOfReach):
             return cause
-        if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror)):
+        if (
+            (isinstance(cause, ConnectionError) and not isinstance(cause, BrokenPipeError))
+            or isinstance(cause, socket.gaierror)
+            or (isinstance(cause, OSError) and cause.errno in _NO_CONNECTION)
+        ):
             assert error is not None
-            return OutOfReach(describe(error), is_answer=isinstance(cause, TimeoutError))
+            return OutOfReach(describe(error))
         cause = cause.__cause__ or cause.__context__
     return None
 

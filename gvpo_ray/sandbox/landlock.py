@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.machinery
+import mimetypes
 import os
 import stat
 import struct
 import sys
 import sysconfig
+import zoneinfo
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,11 +120,13 @@ class Files(NamedTuple):
 
 
 _SYSTEM = (
-    *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/timezone"),
-    *("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/mime.types"),
-    *("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
+    *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64", "/usr/share/locale"),
+    *("/etc/ld.so.cache", "/etc/localtime", "/etc/timezone", "/etc/passwd", "/etc/group"),
+    *("/etc/nsswitch.conf", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"),
     *("/proc/cpuinfo", "/proc/meminfo", "/proc/sys/vm/overcommit_memory", "/sys/devices/system/cpu"),
 )
+"""What any program may need. The rest of /usr is left out: programs cannot be started, and /usr/local and
+/usr/src hold what people put there."""
 
 
 def files_of_python() -> Files:
@@ -135,8 +139,9 @@ def files_of_python() -> Files:
     libraries = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     prefixes = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix}
     libraries |= {
-        f"{prefix}/{name}" for prefix in prefixes for name in ("lib", "lib64", "share", "pyvenv.cfg")
+        f"{prefix}/{name}" for prefix in prefixes for name in ("lib", "lib64", "share/locale", "pyvenv.cfg")
     }
+    libraries |= {*zoneinfo.TZPATH, *mimetypes.knownfiles, *_folders_of_the_linker()}
     libraries.add(str(Path(__file__).parents[1]))
     libraries |= set(filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)))
     folders = {os.path.abspath(path) for path in sys.path}
@@ -154,6 +159,14 @@ def files_of_python() -> Files:
         [*_SYSTEM, *sorted(libraries), *sorted(readable | modules | set(filter(os.path.isfile, folders)))],
         sorted(filter(os.path.isdir, folders)),
     )
+
+
+def _folders_of_the_linker(configuration: str = "/etc/ld.so.conf.d") -> Iterator[str]:
+    """Yield the folders of shared libraries that this machine's linker knows beside the usual ones."""
+    for file in Path(configuration).glob("*.conf"):
+        with contextlib.suppress(OSError):
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            yield from filter(os.path.isabs, map(str.strip, lines))
 
 
 def _is_below(path: str, folders: set[str]) -> bool:

@@ -137,12 +137,12 @@ class Sandbox:
         for stage in self._stages:
             child, number = self._begin(stage, request)
             begun, cpu_begun = time.monotonic(), child.limit_cpu(cpu_left, is_hard=not stage.is_shared)
-            name, failure = stage.names[0], None
+            name, failure, cpu_limit = stage.names[0], None, cpu_left
             try:
                 for name in stage.names:
                     parts[name] = _parse_part(child.channel.receive(begun + left_s), number)
             except TimeoutError:
-                failure = f"{ReasonKind.TIMEOUT}: {name} took more than {self._timeout_s:g} s"
+                failure = self._late(name, f"took more than {self._timeout_s:g} s")
             except GoneError as error:
                 failure = str(error) and f"{ReasonKind.CRASH}: {name}: {error}"
             left_s -= time.monotonic() - begun
@@ -151,7 +151,7 @@ class Sandbox:
             if failure is not None or not stage.is_shared or child.num_checks >= self._max_checks:
                 status, cpu_used = self._end(child)
                 if failure is not None:
-                    failure = failure or self._ending(name, status, cpu_used - cpu_begun)
+                    failure = failure or self._ending(name, status, cpu_used - cpu_begun >= cpu_limit)
                     parts[name] = Part(None, failure)
                     break
         return parts
@@ -242,13 +242,25 @@ class Sandbox:
         self._scratch.wipe()
         return ending
 
-    def _ending(self, name: str, status: int, cpu_used: float) -> str:
-        """Return the reason for a child that died with this status while the function `name` ran."""
+    def _late(self, name: str, limit: str) -> str:
+        """Return the reason for a check that came to a limit of time while the function `name` ran."""
+        # what ran before it in this check has used up its part of the limit
+        who = name if name == next(iter(self._functions)) else f"{name}, with what ran before it,"
+        return f"{ReasonKind.TIMEOUT}: {who} {limit}"
+
+    def _ending(self, name: str, status: int, is_at_limit: bool) -> str:
+        """Return the reason for a child that died with this status while the function `name` ran.
+
+        Args:
+            name: the function.
+            status: the child's exit status, or minus the signal's number.
+            is_at_limit: whether the child has used all CPU time that it had for the check.
+        """
         if status == OUT_OF_MEMORY:
             return f"{ReasonKind.MEMORY}: {name} needed more than {self._memory_gib:g} GiB"
         # a child that ignores SIGXCPU is killed a second later
-        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and cpu_used >= self._cpu_s):
-            return f"{ReasonKind.TIMEOUT}: {name} used more than {self._cpu_s} s of CPU time"
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and is_at_limit):
+            return self._late(name, f"used more than {self._cpu_s} s of CPU time")
         return f"{ReasonKind.CRASH}: {name}: {_ending(status)}"
 
 

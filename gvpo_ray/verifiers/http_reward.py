@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import email.utils
 import json
 import time
 from typing import Any
@@ -10,11 +12,18 @@ from typing import Any
 from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.sandbox.functions import OutOfReach
 
-RETRIED = (408, 425, 429, 500, 502, 503, 504)
-"""Statuses of a server that may answer a moment later."""
+RETRIED = (408, 425, 429)
+"""Statuses of a server that may answer a moment later, beside those from 500 on."""
+
+OF_THE_REQUEST = (400, 413, 414, 415, 422, 431, 500)
+"""Statuses of a server that fails at one request and may answer others. With the rest (a key that has run
+out, a server behind the gateway that is down) none is answered."""
 
 PAUSE_S = 0.5
 """Seconds before the second try; they double with each further one. A server may ask for others."""
+
+MAX_ANSWER_BYTES = 16 << 20
+"""Largest body that is read, in bytes."""
 
 
 class HttpReward:
@@ -22,9 +31,10 @@ class HttpReward:
 
     It is called in the verifier's process, because the sandbox has no network. The request is POST
     {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}, **arguments} with at most
-    `batch_size` completions, and the answer {"rewards": [number or null, ...]} or the list alone. Connection
-    errors and the statuses RETRIED are tried again up to `num_retries` times. One request takes at most
-    `timeout_s` in all: tries, pauses (Retry-After included) and bodies that come a byte at a time.
+    `batch_size` completions, and the answer {"rewards": [number or null, ...]} or the list alone, not
+    compressed. Connection errors, the statuses RETRIED and those from 500 on are tried again up to
+    `num_retries` times. One request takes at most `timeout_s` in all: tries, pauses (Retry-After included)
+    and bodies that come a byte at a time.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -64,7 +74,7 @@ class HttpReward:
             try:
                 status, head, text = await asyncio.wait_for(self._post(body), deadline - time.monotonic())
             except TimeoutError:
-                raise OutOfReach(f"no answer within {self._config.timeout_s:g} s", is_answer=True) from None
+                raise OutOfReach(f"no answer within {self._config.timeout_s:g} s") from None
             except OutOfReach as error:
                 failure = error
             else:
@@ -72,14 +82,11 @@ class HttpReward:
                     return _parsed(text, number)
                 failure = OutOfReach(
                     f"the server answered {status}: {' '.join(text[:200].split())}",
-                    is_answer=status == 500 or status not in RETRIED,
+                    is_answer=status in OF_THE_REQUEST,
                     is_own=status not in RETRIED and status < 500,
                 )
-                if status not in RETRIED:
-                    break
-                if head.isdecimal():
-                    pause_s = float(head)
-            if pause_s >= deadline - time.monotonic():
+                pause_s = _asked_pause(head, pause_s)
+            if failure.is_own or pause_s >= deadline - time.monotonic():
                 break
             if tries < self._config.num_retries:
                 await asyncio.sleep(pause_s)
@@ -90,17 +97,44 @@ class HttpReward:
         import aiohttp
 
         if self._session is None:
-            # the deadline is ours, and proxies are taken from the environment, as other clients do
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(), trust_env=True)
+            # The deadline is ours, and proxies are taken from the environment, as other clients do. A body is
+            # not decompressed: a small one could become one of any size.
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(),
+                trust_env=True,
+                headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,
+            )
         try:
             async with self._session.post(self._config.url, json=body) as response:
-                text = (await response.read()).decode("utf-8", "replace")
-                return response.status, response.headers.get("Retry-After", ""), text
+                status, head, read = response.status, response.headers.get("Retry-After", ""), bytearray()
+                async for part in response.content.iter_any():
+                    read += part
+                    if len(read) > MAX_ANSWER_BYTES:
+                        break
         except aiohttp.InvalidURL as error:
             raise OutOfReach(f"not a URL: {error}", is_own=True) from error
         except (aiohttp.ClientError, OSError) as error:
             is_answer = isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ClientResponseError))
             raise OutOfReach(f"{type(error).__name__}: {error}", is_answer) from error
+        if len(read) > MAX_ANSWER_BYTES:
+            fault = f"the server answered {status} and more than {MAX_ANSWER_BYTES} bytes"
+            raise OutOfReach(fault, is_answer=True, is_own=True)
+        return status, head, read.decode("utf-8", "replace")
+
+
+def _asked_pause(retry_after: str, pause_s: float) -> float:
+    """Return the seconds that a server asks for, as a number or as a date; else `pause_s`.
+
+    A date gives at least `pause_s`, because the server's clock may be behind ours.
+    """
+    if retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        date = email.utils.parsedate_to_datetime(retry_after).replace(tzinfo=datetime.UTC)  # GMT in HTTP
+    except ValueError:
+        return pause_s
+    return max(pause_s, date.timestamp() - time.time())
 
 
 def _parsed(text: str, number: int) -> list[Any]:

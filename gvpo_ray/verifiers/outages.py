@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gvpo_ray.config.base import GvpoError
+from gvpo_ray.config.shown import mask
 from gvpo_ray.sandbox.functions import OutOfReach, Part
 
 MAX_FAULTS = 16
@@ -21,6 +22,9 @@ MAX_FAULTS = 16
 
 MAX_PAUSE_S = 30.0
 """Longest time between two tries of a service that does not answer, in seconds."""
+
+SAY_AGAIN_S = 300.0
+"""Seconds after which an outage that goes on is said again."""
 
 NUM_TRIES, NUM_TRIES_UNREACHED, NUM_TRIES_ALONE = 3, 10, 8
 """Tries after which a failure is the group's own and not an outage: the service answered others before each,
@@ -81,7 +85,7 @@ class Failure:
     num_while_others: int = 0
     """How many of them failed although the service had answered another group since the one before."""
     is_answer: bool = False
-    """Whether the service was reached the last time."""
+    """Whether the service answered the last time."""
 
 
 @dataclass
@@ -91,6 +95,8 @@ class _Outage:
     since: float
     cause: str = ""
     num_tries: int = 0
+    said: float | None = None
+    """When it was said the last time."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Whose turn it is to try next: one group at a time finds out whether the service answers again."""
@@ -100,22 +106,27 @@ class Outages:
     """The Outages of a run are the reward functions whose service does not answer, with the groups that wait.
 
     Args:
-        say: called with a line when an outage begins and when it ends.
+        say: called with a line when an outage begins, every SAY_AGAIN_S while it lasts, and when it ends.
+        what: what waits, in the singular.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], None], what: str = "group") -> None:
+        self._say, self._what = say, what
         self._outages: dict[str, _Outage] = {}
         self._answered: dict[str, float] = {}
         self._failing: dict[str, list[Failure]] = {}
 
     def lines(self) -> list[str]:
         """Describe each outage in a line."""
-        return [
+        return [self._line(name, outage) for name, outage in self._outages.items()]
+
+    def _line(self, name: str, outage: _Outage) -> str:
+        number = len(self._failing[name])
+        waits = "waits for it and is tried again" if number == 1 else "wait for it and are tried again"
+        return (
             f"verifiers.rewards.{name}: out of reach for {time.monotonic() - outage.since:.0f} s "
-            f"({outage.cause}); {len(self._failing[name])} groups wait for it and are tried again"
-            for name, outage in self._outages.items()
-        ]
+            f"({outage.cause}); {number} {self._what}{'s' * (number != 1)} {waits}"
+        )
 
     def answered(self, names: Iterable[str]) -> None:
         """Note the reward functions that have given a value just now."""
@@ -123,32 +134,50 @@ class Outages:
             self._answered[name] = time.monotonic()
             if (outage := self._outages.pop(name, None)) is not None:
                 outage.over.set()
-                if outage.num_tries > 1:
+                if outage.said is not None:
                     seconds = time.monotonic() - outage.since
                     self._say(f"verifiers.rewards.{name}: answers again, after {seconds:.0f} s")
 
-    async def wait(self, name: str, error: OutOfReach, failure: Failure) -> None:
-        """Wait until a group may be tried again."""
-        outage = self._outages.setdefault(name, _Outage(time.monotonic()))
-        failure.num_while_others += self._answered.get(name, 0.0) > failure.last
-        failure.last = time.monotonic()
-        failure.num_tries, failure.is_answer = failure.num_tries + 1, error.is_answer
-        outage.cause, outage.num_tries = str(error), outage.num_tries + 1
-        if failure.num_tries == 1:
-            self._failing.setdefault(name, []).append(failure)
-        if outage.num_tries == 2:
-            self._say(self.lines()[list(self._outages).index(name)])
+    async def wait(self, error: OutOfReach, failures: dict[str, Failure]) -> None:
+        """Note that a group has failed, and wait until it may be tried again."""
+        self.failed(error, failures)
+        outage = self._outages[error.reward]
         async with outage.turn:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(outage.over.wait(), pause(outage.num_tries))
+
+    def failed(self, error: OutOfReach, failures: dict[str, Failure]) -> float:
+        """Note that a group has failed; return the seconds after which it should be tried again.
+
+        Args:
+            error: the failure.
+            failures: the group's earlier failures, by the name of the reward; this one is added.
+        """
+        name, now = error.reward, time.monotonic()
+        outage = self._outages.setdefault(name, _Outage(now))
+        if name not in failures:
+            failures[name] = Failure()
+            self._failing.setdefault(name, []).append(failures[name])
+        failure = failures[name]
+        failure.num_while_others += self._answered.get(name, 0.0) > failure.last
+        failure.last = now
+        failure.num_tries, failure.is_answer = failure.num_tries + 1, error.is_answer
+        outage.cause, outage.num_tries = " ".join(mask(str(error)).split()), outage.num_tries + 1
+        if outage.num_tries > 1 and (outage.said is None or now - outage.said >= SAY_AGAIN_S):
+            outage.said = now
+            self._say(self._line(name, outage))
+        return pause(outage.num_tries)
 
     def leave(self, failures: Mapping[str, Failure]) -> None:
         """Note that a group is done, or given up."""
         for name, failure in failures.items():
             self._failing[name] = [each for each in self._failing.get(name, []) if each is not failure]
 
-    def is_its_own(self, name: str, failure: Failure) -> bool:
-        """Return whether a failure is the group's own, so that the group should do without this reward."""
+    def without(self, failures: Mapping[str, Failure]) -> list[str]:
+        """Return the names of the rewards that a group should do without: their failures are its own."""
+        return [name for name, failure in failures.items() if self._is_its_own(name, failure)]
+
+    def _is_its_own(self, name: str, failure: Failure) -> bool:
         if failure.num_while_others >= (NUM_TRIES if failure.is_answer else NUM_TRIES_UNREACHED):
             return True
         is_alone = len(self._failing[name]) == 1

@@ -10,7 +10,6 @@ import contextlib
 import inspect
 import os
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ class VerifierGroup:
         self,
         config: VerifiersConfig,
         rewards: Rewards | None,
-        note: Note = lambda *_: None,
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        note: Note,
+        say: Callable[[str], None],
     ) -> None:
         for function in (rewards or {}).values():
             # Functions of the user's own files are pickled by value: the actors' machines may lack the files.
@@ -98,13 +97,11 @@ class VerifierGroup:
         failures: dict[str, Failure] = {}
         try:
             while True:
-                without = [name for name, each in failures.items() if self._outages.is_its_own(name, each)]
-                scored, answer = await self._ask(sampled, without)
+                scored, answer = await self._ask(sampled, self._outages.without(failures))
                 self._take(answer)
                 if answer.failure is None:
                     return scored
-                name = answer.failure.reward
-                await self._outages.wait(name, answer.failure, failures.setdefault(name, Failure()))
+                await self._outages.wait(answer.failure, failures)
         finally:
             self._outages.leave(failures)
 

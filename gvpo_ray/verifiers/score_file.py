@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.shown import hide
+from gvpo_ray.config.shown import hide, visible
 from gvpo_ray.config.verifiers import ReasonKind, VerifiersConfig
 from gvpo_ray.files import part_of, repair_lines, replacing
 from gvpo_ray.groups import limit_of
 from gvpo_ray.sandbox.functions import OutOfReach
-from gvpo_ray.verifiers.outages import NUM_TRIES_ALONE, Record, RewardError, pause
+from gvpo_ray.verifiers.outages import Failure, Outages, Record, RewardError
 from gvpo_ray.verifiers.responses import (
     PARQUET_ROWS,
     Fields,
@@ -90,6 +90,10 @@ def main(
     work = _Work(Path(out), asked | {"input": digest, "verifiers": hide(config.model_dump(mode="json"))})
     summary: Counter[str] = Counter()
     limits: deque[int] = deque(maxlen=10)  # the last lines that hit a limit
+
+    def say(line: str) -> None:
+        console.print(visible(line), markup=False, emoji=False)
+
     columns = (
         TextColumn("verify"),
         BarColumn(),
@@ -99,7 +103,7 @@ def main(
     )
     with (
         work,
-        _Pool(config, names, num_workers or len(os.sched_getaffinity(0)), console.print) as pool,
+        _Pool(config, names, num_workers or len(os.sched_getaffinity(0)), say) as pool,
         Progress(*columns, console=console) as progress,
     ):
         if work.num_done:
@@ -140,6 +144,7 @@ class _Pool:
         self._config, self._names, self._num_workers = config, names, num_workers
         self._say, self._said = say, set[str]()
         self._record, self._ends = Record(), threading.Event()
+        self._outages, self._lock = Outages(say, "row"), threading.Lock()
         self._local = threading.local()
         self._verifiers: list[Verifier] = []
         self.all_faults = ""
@@ -206,23 +211,28 @@ class _Pool:
     def _checked(self, prompt: str, response: str, columns: dict[str, list[Any]]) -> Check:
         """Score one response; wait while a service that a reward function calls does not answer."""
         verifier: Verifier = self._local.verifier
-        without: set[str] = set()
-        num_tries = 0
-        while True:
-            try:
-                (check,) = verifier.check([prompt], [response], columns, without)
-            except OutOfReach as error:
-                num_tries += 1
-                self._say_once(
-                    f"verifiers.rewards.{error.reward}: out of reach ({error}); its rows wait for it"
-                )
-                if error.is_answer and num_tries >= NUM_TRIES_ALONE:
-                    without.add(error.reward)  # it fails at this row
-                elif self._ends.wait(pause(num_tries)):
-                    raise
-            else:
-                self._record.check()
-                return check
+        failures: dict[str, Failure] = {}
+        try:
+            while True:
+                with self._lock:
+                    without = self._outages.without(failures)
+                try:
+                    (check,) = verifier.check([prompt], [response], columns, without)
+                except OutOfReach as error:
+                    with self._lock:
+                        pause_s = self._outages.failed(error, failures)
+                    if self._ends.wait(pause_s):
+                        raise
+                else:
+                    with self._lock:
+                        self._outages.answered(
+                            name for name, value in check.parts.items() if value is not None
+                        )
+                    self._record.check()
+                    return check
+        finally:
+            with self._lock:
+                self._outages.leave(failures)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
