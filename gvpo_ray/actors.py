@@ -117,8 +117,7 @@ def _cause_of(error: BaseException) -> str:
     if isinstance(error, RayActorError) and "creation task" not in str(error):
         return "its process or its node died"  # Ray's text says no more
     if _is_dead_core(error):
-        (why,) = getattr(error, "__notes__", None) or ["(EngineDeadError)"]
-        return f"vLLM's core process died: {why}"
+        return f"vLLM's core process died: {'; '.join(getattr(error, '__notes__', ['no cause is known']))}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # The text of a RayError is a traceback: the error on its last line says more than its first line.
     if isinstance(error, RayError):

@@ -19,7 +19,6 @@ TIERS = {
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
-        "test_engines",
         "test_hostile",
         "test_lora",
         "test_recovery",
@@ -30,12 +29,14 @@ TIERS = {
         "test_sample",
         "test_setup",
         "test_spread",
+        "test_vllm_engine",
         "test_warm_start",
         "test_weights",
     },
     "actors": {
         "test_actors",
         "test_cli",
+        "test_engines",
         "test_evaluate",
         "test_tracking",
         "test_verifier_group",

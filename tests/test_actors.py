@@ -51,12 +51,14 @@ def test_an_error_says_whether_its_actor_lost_something_leaves_died_or_is_wrong(
 
 def test_a_dead_core_is_said_with_its_first_cause_where_that_is_known() -> None:
     error = EngineDeadError("See stack trace (above) for the root cause.")
-    assert cause_of(task_error(error)) == "vLLM's core process died: (EngineDeadError)"
+    assert cause_of(task_error(error)) == "vLLM's core process died: no cause is known"
     error.add_note("torch.OutOfMemoryError: CUDA out of memory")
     again = pickle.loads(pickle.dumps(error))
     assert (
         cause_of(task_error(again)) == "vLLM's core process died: torch.OutOfMemoryError: CUDA out of memory"
     )
+    again.add_note("at version 3")
+    assert cause_of(again).endswith("died: torch.OutOfMemoryError: CUDA out of memory; at version 3")
 
 
 def test_the_private_names_of_ray_that_are_used_are_there() -> None:

@@ -303,6 +303,37 @@ def test_an_index_is_made_again_where_it_is_absent_and_is_not_believed_where_it_
         assert log.rows([8, 0, 7])["group_id"].to_pylist() == [8, 0, 7]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_an_index_or_a_segment_that_cannot_be_read_is_an_error_and_not_the_end_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    log = GroupLog(tmp_path)
+    for group_id in range(3):
+        log.append(table(make_group(group_id)))
+    log.assign(1, 0, 2)
+    log.close()
+    real = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.suffix == ".index":
+            raise OSError(number, os.strerror(number))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            GroupLog(tmp_path)
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log_module, "_group_id", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            GroupLog(tmp_path)
+    assert GroupLog(tmp_path).group_ids == [0, 1, 2]
+
+
 def test_a_copied_evaluation_does_not_hurt_the_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

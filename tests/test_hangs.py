@@ -24,6 +24,7 @@ from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.files import lock
+from gvpo_ray.learner import workers
 from gvpo_ray.learner.checkpoints import LOCK, settled_checkpoint
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.run.rollouts import Ring
@@ -95,12 +96,32 @@ class Verifiers:
         )
 
 
+class Source(Prompts):
+    """Whole groups of people, with the same prompts in each epoch."""
+
+    def _row(self, group_id: int) -> dict[str, Any]:
+        return {**super()._row(group_id), "dataset": "people"}
+
+    def group(self, group_id: int, number: int) -> pa.Table:  # type: ignore[override]
+        row = self._row(number)
+        texts = {name: row[name] for name in ("prompt", "answer", "dataset")}
+        return table({**make_group(group_id), **texts})
+
+
 def ring_of(
-    folder: Path, buffer: GroupBuffer, texts: list[str], is_slow: Callable[[str], bool] = lambda prompt: False
+    folder: Path,
+    buffer: GroupBuffer,
+    texts: list[str],
+    is_slow: Callable[[str], bool] = lambda prompt: False,
+    share: float = 0.0,
+    offline: list[str] | None = None,
+    say: Callable[[str], None] = print,
 ) -> tuple[Ring, Engines]:
-    """The real rollout loop on a real buffer, in this process."""
+    """The real rollout loop on a real buffer, in this process; a `share` of the groups is `offline`."""
     engines = Engines(buffer)
-    inputs = Inputs(Prompts(texts), {}, 1 << 20, {}, SourceSchedule({}), {})  # type: ignore[arg-type]
+    sources = {"people": Source(offline or [])}
+    schedule = SourceSchedule({"people": share} if share else {})
+    inputs = Inputs(Prompts(texts) if texts else None, {}, 1 << 20, sources, schedule, {})  # type: ignore[arg-type]
     ring = Ring(
         inputs,
         engines,  # type: ignore[arg-type]
@@ -113,7 +134,7 @@ def ring_of(
         folder,
         lambda: {"recoveries": {}},
         lambda who, name, why: None,
-        print,
+        say,
     )
 
     async def watch() -> None:
@@ -201,6 +222,67 @@ def test_a_run_whose_prompts_are_all_in_quarantine_ends_with_one_line(
         with pytest.raises(RunError, match="every prompt is in"):
             await ring.run()
         assert engines.num_sampled == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_taken_up", [False, True])
+def test_a_run_whose_prompts_are_all_in_quarantine_goes_on_with_whole_groups_of_a_source_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_taken_up: bool
+) -> None:
+    monkeypatch.setattr(ray, "put", groups.from_wire)
+
+    async def main() -> None:
+        buffer = make(tmp_path / "groups", groups_per_step=4, num_steps=5)
+        await buffer.published(0, {})
+        said: list[str] = []
+        ring, engines = ring_of(
+            tmp_path, buffer, ["a", "b"], lambda prompt: prompt in "ab", 0.25, ["x", "y"], said.append
+        )
+        if is_taken_up:
+            for i in range(2):
+                ring._quarantine.add(Prompts(["a", "b"]).all().slice(i, 1))
+        running = asyncio.ensure_future(ring.run())
+        while len(buffer.log) < 20:
+            assert not running.done()
+            await asyncio.sleep(0)
+        datasets = buffer.log.read(0, 20)["dataset"].to_pylist()
+        assert datasets.count("people") >= 16 and engines.num_sampled <= NUM_SLOTS
+        assert engines.num_sampled == 0 or not is_taken_up
+        assert said == [
+            f"every prompt of prompts is in {tmp_path / 'quarantine.jsonl'}: the run goes on with "
+            "sources.people"
+        ]
+        running.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("texts", "share", "offline", "is_slow"),
+    [
+        (["a"], 0.5, ["x"], lambda prompt: True),
+        (["a"], 1.0, ["x", "y"], lambda prompt: prompt != "a"),  # no group has an ordinary prompt
+        ([], 1.0, ["x"], lambda prompt: True),
+    ],
+)
+def test_a_run_of_which_no_group_is_left_ends_with_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: list[str],
+    share: float,
+    offline: list[str],
+    is_slow: Callable[[str], bool],
+) -> None:
+    monkeypatch.setattr(ray, "put", groups.from_wire)
+
+    async def main() -> None:
+        buffer = make(tmp_path / "groups", groups_per_step=4)
+        await buffer.published(0, {})
+        ring, _ = ring_of(tmp_path, buffer, texts, is_slow, share, offline)
+        with pytest.raises(ExceptionGroup) as caught:
+            await ring.run()
+        assert "every prompt is in" in cause_of(caught.value)
 
     run(main)
 
@@ -321,6 +403,52 @@ def test_a_learner_tells_a_buffer_that_was_restarted_unnoticed_where_its_weights
         question()
         assert asyncio.run(buffers[-1].weights(2)) == (3, "weights 3")
         assert asyncio.run(buffers[-1].trained(3)) == {"loss": 1.0}
+
+
+@pytest.fixture
+def rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_world_rank=lambda: 0)
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+
+
+def test_a_learner_says_that_it_waits_for_another_and_goes_on_when_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank_0: None
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    other, said = lock(tmp_path / LOCK), list[str]()
+    monkeypatch.setattr("gvpo_ray.files.time.sleep", lambda seconds: other.close())
+    buffer: Any = SimpleNamespace(learner_waits=said.append)
+    with workers._sole_writer(tmp_path, buffer), pytest.raises(BlockingIOError):
+        lock(tmp_path / LOCK)
+    assert said == [f"which still writes to {tmp_path / 'checkpoints'}"]
+    with workers._sole_writer(tmp_path, buffer):
+        assert len(said) == 1  # nobody is waited for
+
+
+def test_a_learner_that_does_not_end_is_named_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank_0: None
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(workers, "WRITER_END_S", 0.0)
+    closed = list[str]()
+    buffer: Any = SimpleNamespace(learner_waits=lambda why: None, close=closed.append)
+    monkeypatch.setattr(workers, "LearnerBufferClient", lambda handle: buffer)
+    with (
+        lock(tmp_path / LOCK),
+        pytest.raises(RunError, match=r"another learner still writes to .*checkpoints after 0 s"),
+    ):
+        workers.train_loop({"run_dir": str(tmp_path), "buffer": None})
+    assert len(closed) == 1 and "another learner" in closed[0]
+
+
+def test_the_status_says_for_whom_a_learner_waits(tmp_path: Path) -> None:
+    async def main() -> None:
+        buffer = make(tmp_path)
+        await buffer.learner_waits("which still writes to runs/a/checkpoints")
+        said = (await buffer.status())["learner"]
+        assert said == "waits for another learner which still writes to runs/a/checkpoints"
+
+    run(main)
 
 
 def test_a_new_process_takes_the_checkpoint_that_the_learner_before_it_still_writes(

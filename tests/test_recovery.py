@@ -358,7 +358,7 @@ def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: St
 
 
 @pytest.mark.parametrize(
-    ("error", "num_tries"), [("ValueError", 1), ("RuntimeError", supervisor.MAX_FAILED_STARTS)]
+    ("error", "num_tries"), [("ValueError", 1), ("RuntimeError", supervisor.MAX_FAILURES)]
 )
 def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
     start: Start, tmp_path: Path, error: str, num_tries: int

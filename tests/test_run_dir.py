@@ -19,6 +19,7 @@ from gvpo_ray import GVPO, groups
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.run_dir import import_groups, open_run_dir, read_recorded
 
 
@@ -151,6 +152,47 @@ def test_a_run_is_not_taken_up_with_other_data(tmp_path: Path) -> None:
     (run_dir / "contents.json").unlink()  # an older version began the run
     with open_run_dir(config(tmp_path), began):
         assert json.loads((run_dir / "contents.json").read_text()) == began
+
+
+def test_data_that_a_run_has_since_it_was_resumed_may_not_change_from_then_on(tmp_path: Path) -> None:
+    with open_run_dir(config(tmp_path), {"model.path": "m"}):
+        pass
+    with open_run_dir(config(tmp_path), {"prompts.path": "abc", "model.path": "m"}) as run_dir:
+        began = {"prompts.path": "abc", "model.path": "m"}
+        assert json.loads((run_dir / "contents.json").read_text()) == began
+    with (
+        pytest.raises(ConfigError, match=r"^prompts\.path: "),
+        open_run_dir(config(tmp_path), {"prompts.path": "other"}),
+    ):
+        pass
+
+
+def test_another_chat_template_is_noticed_when_a_run_is_taken_up(tmp_path: Path) -> None:
+    """The text of the problems is the same, and the model's weights and vocabulary are."""
+    folder = make_model(tmp_path / "model")
+    rows = [{"question": "1 + 2?", "answer": "3"}, {"question": "2 + 2?", "answer": "4"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config(tmp_path).model_dump(mode="json")
+    data["model"]["path"], data["prompts"]["path"] = str(folder), str(tmp_path / "train.jsonl")
+    data["prompts"] |= {"template": None, "prompt_column": "question"}
+    of_run = GVPOConfig.from_dict(data)
+
+    def take_up(template: str) -> None:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings["chat_template"] = template
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        with open_run_dir(of_run, read_inputs(of_run).digests()):
+            pass
+
+    first = "{% for message in messages %}{{ message['content'] }}{% endfor %}="
+    take_up(first)
+    take_up(first)
+    with pytest.raises(
+        ConfigError,
+        match=r"^prompts\.template: with it, or the tokenizer or chat template of model\.path, the model "
+        r"reads tokens that differ from what the run in .* began with",
+    ):
+        take_up(first + "+")
 
 
 def test_a_config_with_letters_of_any_language_is_taken_up_in_any_locale(

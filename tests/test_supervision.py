@@ -236,12 +236,195 @@ def test_weights_that_no_engine_can_take_stop_the_run_after_a_few_and_wrong_ones
             async with running(fleet):
                 fleet.publish(1)
                 await asyncio.sleep(600)
-        assert cause_of(raised.value) == f"{type(error).__name__}: {error}"
+        assert cause_of(raised.value).endswith(f"{type(error).__name__}: {error}")
         assert len(fleet.handles) == num_made
 
-    run(main(RuntimeError("no such layer"), supervisor.MAX_FAILED_STARTS))
+    run(main(RuntimeError("no such layer"), supervisor.MAX_FAILURES))
+    run(main(OSError(errno.ENOSPC, "no room"), supervisor.MAX_FAILURES))
     run(main(WeightMismatch("version 1: they differ"), 1))
     run(main(ValueError("a mistake of the code"), 1))
+
+
+@pytest.mark.parametrize("num", [2, 5])
+def test_engines_that_cannot_take_a_version_end_the_run_only_if_all_others_cannot_either(
+    run: Callable[..., Any], num: int
+) -> None:
+    """However large the fleet is, and whichever engine is first: the last one takes the weights late."""
+    error = RuntimeError("no such layer")
+
+    async def main(one_can: bool) -> None:
+        class Late(Failing):
+            async def update(self, version: int, weights: Any, probe: Any = None) -> dict[str, float]:
+                if version:
+                    await asyncio.sleep(100)
+                return await super().update(version, weights, probe)
+
+        def make(number: int) -> Actor:
+            is_last = number == num - 1
+            actor = (Late if is_last else Failing)(number)
+            actor.error = None if is_last and one_can else error
+            return actor
+
+        fleet = Fleet({"num": num, "max_restarts_per_hour": 1000}, make)
+        async with running(fleet):
+            fleet.publish(1)
+            await asyncio.sleep(90)
+            # each of the others has failed more often than a single engine may
+            assert len(fleet.notes) > (num - 1) * supervisor.MAX_FAILURES
+            await asyncio.sleep(300)
+            assert one_can and fleet.states()[-1] == EngineState.RUNNING
+
+    run(main(one_can=True))
+    with pytest.raises(ExceptionGroup) as raised:
+        run(main(one_can=False))
+    assert cause_of(raised.value) == "UpdateFailed: version 1: RuntimeError: no such layer"
+
+
+# --- engines that die at their work, or do not start --------------------------------------------------------
+
+
+class EngineDeadError(Exception):
+    """Named as vLLM's."""
+
+
+class Dying(Actor):
+    """Its core dies at each prompt, until `lives` is set."""
+
+    lives = False
+
+    async def generate(self, group: pa.Table, *arguments: Any) -> tuple[pa.Table, int]:
+        if self.lives:
+            return await super().generate(group, *arguments)
+        error = EngineDeadError("see above")
+        error.add_note("ValueError: a token that is not in the vocabulary")
+        raise error
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_engines_that_all_die_at_every_prompt_end_the_run_with_the_cause(
+    run: Callable[..., Any], num: int
+) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": num}, Dying)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(fleet) as task:
+                asking = [asyncio.ensure_future(fleet.group.sample(prompt(i), SAMPLING, 0)) for i in range(8)]
+                await asyncio.wait([task], timeout=3600)
+        for each in asking:
+            each.cancel()
+        assert cause_of(raised.value) == (
+            "vLLM's core process died: ValueError: a token that is not in the vocabulary"
+        )
+        assert len(fleet.notes) <= num * supervisor.MAX_FAILURES
+
+    run(main())
+
+
+def test_an_engine_that_dies_at_its_prompts_ends_nothing_while_another_returns_groups(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        def make(number: int) -> Actor:
+            actor = Dying(number)
+            actor.lives = number == 1
+            return actor
+
+        fleet = Fleet({"num": 2, "max_groups": 1, "max_restarts_per_hour": 1000}, make)
+        async with running(fleet):
+            for i in range(40):
+                row = await row_of(await fleet.group.sample(prompt(i), SAMPLING, 0))
+                assert len(row["completions"]) == K
+                await asyncio.sleep(10)
+            assert len(fleet.notes) > 3 * supervisor.MAX_FAILURES
+
+    run(main())
+
+
+def test_processes_that_are_lost_end_nothing_before_the_restarts_of_an_hour_are_used_up(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 1, "max_restarts_per_hour": 5}, lambda i: Actor(i, seconds_per_token=1e6))
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(fleet) as task:
+                group = asyncio.ensure_future(fleet.group.sample(prompt(), SAMPLING, 0))
+                while not task.done():
+                    fleet.handles[-1].kill()
+                    await asyncio.sleep(100)
+        group.cancel()
+        assert "died 6 times within an hour" in cause_of(raised.value) and len(fleet.handles) == 6
+
+    run(main())
+
+
+class Slow(Actor):
+    """Its start takes `seconds`, and fails then if there is an `error`."""
+
+    seconds, error = 0.0, None
+
+    async def start(self) -> dict[str, Any]:
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return await super().start()
+
+
+def test_a_start_that_does_not_end_is_a_hang_that_names_its_key(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        def make(number: int) -> Actor:
+            actor = Slow(number)
+            actor.seconds = 1e9 if number == 0 else 100.0
+            return actor
+
+        fleet = Fleet({"num": 1, "start_s": 200}, make)
+        async with running(fleet):
+            await asyncio.sleep(198)
+            assert not fleet.notes and fleet.states() == [EngineState.STARTING]
+            await asyncio.sleep(120)
+            assert fleet.notes == [
+                ("engine", "engines-0", "Hang: not started within 200 s (engines.start_s)")
+            ]
+            assert fleet.states() == [EngineState.RUNNING]
+
+    run(main())
+
+
+def test_a_timeout_inside_an_engine_is_said_as_its_own_and_not_as_silence(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        def make(number: int) -> Actor:
+            actor = Slow(number)
+            actor.error = TimeoutError("the weights' folder does not answer")
+            return actor
+
+        fleet = Fleet({"num": 1}, make)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(fleet) as task:
+                await asyncio.wait([task], timeout=600)
+        assert cause_of(raised.value) == "TimeoutError: the weights' folder does not answer"
+
+    run(main())
+
+
+def test_one_engine_that_cannot_start_ends_nothing_while_the_others_still_load(
+    run: Callable[..., Any],
+) -> None:
+    async def main() -> None:
+        def make(number: int) -> Actor:
+            actor = Slow(number)
+            if number == 1:
+                actor.seconds = 120.0  # the others' attempts are over before
+            else:
+                actor.error = RuntimeError("no such device")
+            return actor
+
+        fleet = Fleet({"num": 2}, make)
+        async with running(fleet):
+            await asyncio.sleep(100)
+            assert len(fleet.notes) > supervisor.MAX_FAILURES
+            await asyncio.sleep(100)
+            assert fleet.states()[1] == EngineState.RUNNING
+
+    run(main())
 
 
 # --- engines that have to leave -----------------------------------------------------------------------------

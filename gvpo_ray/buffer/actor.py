@@ -230,6 +230,10 @@ class LearnerBufferClient:
             self._call("published", *self._published)
         return self._call(method, *arguments)
 
+    def learner_waits(self, why: str) -> None:
+        """Report that the learner waits for another one; see GroupBuffer.learner_waits."""
+        self._call("learner_waits", why)
+
     def learner_started(self, step: int) -> None:
         """Report that the learner is up with the weights of `step`."""
         self._call("learner_started", step)

@@ -92,6 +92,10 @@ class LearnerControl:
             self._new_version.notify_all()
         self.set_learner_state(LearnerState.STARTS, f"from step {step}")
 
+    async def learner_waits(self, why: str) -> None:
+        """Record that the learner waits for another one, which writes the run's checkpoints."""
+        self.set_learner_state(LearnerState.WAITS_FOR_ANOTHER, why)
+
     async def learner_failed(self, cause: str) -> None:
         """Record that the learner died and is about to be restarted."""
         self._learner_cause, self._learner_is_up = cause, False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -107,16 +108,13 @@ class GroupLog:
         """
         if path.stat().st_size == 0:
             return
-        with pa.memory_map(str(path)) as source:
-            try:
-                schema = pa.ipc.read_schema(source)
-                self._segments.append(_Segment(path, schema, len(self)))
-                self._take_index(source)
-                while True:
-                    begin = source.tell()
-                    self._add([begin], [_group_id(source, schema)])
-            except (pa.ArrowInvalid, OSError, EOFError):
-                pass
+        with pa.memory_map(str(path)) as source, _up_to_a_torn_row():
+            schema = pa.ipc.read_schema(source)
+            self._segments.append(_Segment(path, schema, len(self)))
+            self._take_index(source)
+            while True:
+                begin = source.tell()
+                self._add([begin], [_group_id(source, schema)])
 
     def _take_index(self, source: Any) -> None:
         """Take the rows that the last segment's index has, and go behind them in `source`.
@@ -130,11 +128,10 @@ class GroupLog:
         begins, group_ids = entries[0::2], entries[1::2]
         if not begins or begins[0] != first or not all(one < other for one, other in pairwise(begins)):
             return
-        try:
+        is_right = False
+        with _up_to_a_torn_row():
             source.seek(begins[-1])
             is_right = _group_id(source, segment.schema) == group_ids[-1]
-        except (pa.ArrowInvalid, OSError, EOFError):
-            is_right = False
         if is_right:
             self._add(begins, group_ids)
             segment.num_indexed = len(begins)
@@ -262,6 +259,21 @@ class GroupLog:
             self._file = None
 
 
+@contextlib.contextmanager
+def _up_to_a_torn_row() -> Iterator[None]:
+    """End this block at a row that is not whole, which Arrow calls invalid, or an OSError without a number.
+
+    An OSError with a number is the system's: the file cannot be read, and there may be more rows.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, EOFError):
+        pass
+    except OSError as error:
+        if error.errno is not None:
+            raise
+
+
 def _group_id(source: Any, schema: pa.Schema) -> int:
     """Read the next row of a segment, and return its group's id."""
     batch = pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)
@@ -284,7 +296,7 @@ class Quarantine:
         self.path = Path(path)
         self._limits = {name: getattr(verifiers, name) for name in LIMITS} if verifiers else {}
         self._keys = {prompt_key(entry) for entry in self.entries()}
-        self._num_covered = 0  # prompts, from the first on, that were seen to be in quarantine
+        self._num_covered: dict[str | None, int] = {}  # of each table's prompts, from the first on
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -309,14 +321,16 @@ class Quarantine:
             self._keys.add(prompt_key(row))
             append_line(self.path, {**{name: row[name] for name in KEY_COLUMNS}, "limits": self._limits})
 
-    def holds_all(self, prompts: pa.Table) -> bool:
-        """Return whether every row of a table is in quarantine; it is the same table in each call.
+    def holds_all(self, prompts: pa.Table, of: str | None = None) -> bool:
+        """Return whether every row of a table is in quarantine; `of` stands for the same table in each call.
 
         A row that was found there is not looked at again, so all calls together look at each row once.
         """
-        while self._num_covered < len(prompts) and self.holds(prompts.slice(self._num_covered, 1)):
-            self._num_covered += 1
-        return self._num_covered == len(prompts)
+        covered = self._num_covered.get(of, 0)
+        while covered < len(prompts) and self.holds(prompts.slice(covered, 1)):
+            covered += 1
+        self._num_covered[of] = covered
+        return covered == len(prompts)
 
 
 LIMITS = ("timeout_s", "cpu_s", "memory_gib")

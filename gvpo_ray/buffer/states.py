@@ -9,6 +9,7 @@ class LearnerState(StrEnum):
     """A LearnerState is what the learner does, as the buffer last heard; values are labels in Prometheus."""
 
     NOT_STARTED = "has not started"
+    WAITS_FOR_ANOTHER = "waits for another learner"
     STARTS = "starts"
     WAITS_FOR_GROUPS = "waits for groups"
     WAITS_FOR_DRIVER = "waits for the driver"

@@ -142,9 +142,12 @@ class EnginesConfig(PoolConfig):
     parity_every: int = Field(default=20, ge=0)
     """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
     0: only the first."""
+    start_s: float = Field(default=1800.0, gt=0)
+    """Seconds that an engine may take to load its model, once it has its place; then it is replaced."""
     hang_s: float = Field(default=300.0, gt=0)
-    """Seconds after which an engine is replaced that has groups in flight and writes no token, or does not
-    answer at all."""
+    """Seconds after which a running engine is replaced that writes no token although it has groups in flight,
+    that has not taken new weights, or that does not answer; and seconds that a drain may last beyond
+    drain_s."""
     drain_s: float = Field(default=30.0, ge=0)
     """Seconds that an engine still works on its groups in flight after a preemption notice of its node
     (SIGTERM, or Ray's drain notice without a deadline). Unfinished completions then migrate to other

@@ -47,6 +47,11 @@ class SourceSchedule:
         name = self._names[owner]
         return None if name is None else (name, round_ * self._sizes[owner] + self._numbers[place])
 
+    @property
+    def owners(self) -> list[str | None]:
+        """The sources that have whole groups, by name, and None if there are groups of ordinary prompts."""
+        return [name for name, size in zip(self._names, self._sizes, strict=True) if size]
+
     def ordinary(self, group_id: int) -> int:
         """Return how many ordinary prompts come before this id.
 

@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 TAIL_BYTES = 256 * 1024
 """Size of the end of a log that is read, in bytes."""
 
+FATAL = ("encountered a fatal error", "output_handler failed")
+"""What vLLM's core, or its client in the engine's process, writes before the traceback of what ends it."""
+
 _ERROR = re.compile(r"(?:^|[\])] )((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b(?:: .*)?)$")
 """A traceback's last line, as Python prints it or behind the prefix of vLLM's logger."""
+
+_CRASH = re.compile(r"(?:^|[\])] )(?:  what\(\):  |Fatal Python error: )(.+)$")
+"""The last words of a process that C++ or the interpreter itself ends."""
+
+_WORKER = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
+"""What vLLM's core writes of a worker that has ended without a word to it."""
+
+_POINTERS = ("root cause", "Executor failed")
+"""Texts of errors that only say that another process has failed."""
 
 
 class ProcessLog:
@@ -32,22 +46,50 @@ class ProcessLog:
         """The files that stdout and stderr go to, each once."""
         return sorted({Path(f"/proc/self/fd/{fd}").resolve() for fd in self._begins})
 
-    def last_error(self, after: str = "") -> str | None:
-        """Return the last line that names an error, without those that only point to another one.
-
-        Args:
-            after: only what stands behind the last mention of this text counts.
-        """
-        found = None
+    def lines(self) -> list[str]:
+        """Return the lines at the end of the log, without colours; those of stderr follow those of stdout."""
+        lines = []
         for fd, begin in self._begins.items():
             with open(f"/proc/self/fd/{fd}", "rb") as file:
                 file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL_BYTES))
                 text = file.read().decode(errors="replace")
-            _, mark, tail = text.rpartition(after) if after else ("", "x", text)
-            if not mark:
-                continue
-            for line in re.sub(r"\x1b\[[0-9;]*m", "", tail).splitlines():
-                error = _ERROR.search(line.rstrip())
-                if error and "root cause" not in error[1]:
-                    found = error[1]
-        return found
+            lines += [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+        return lines
+
+
+def last_error(lines: list[str]) -> str | None:
+    """Return the last line that names an error, without those that only point to another one."""
+    found = (error[1] for line in reversed(lines) if (error := _ERROR.search(line)))
+    return next((error for error in found if not any(text in error for text in _POINTERS)), None)
+
+
+def why_it_died(lines: list[str], statuses: Mapping[str, int]) -> str:
+    """Return the first cause of the death of vLLM's core, in one line.
+
+    Args:
+        lines: what the processes of the engine wrote.
+        statuses: exit status, or minus the number of the signal that ended it, of each process that is gone.
+    """
+    marks = [i for i, line in enumerate(lines) if any(text in line for text in FATAL)]
+    if marks and (error := last_error(lines[marks[-1] :])):
+        return error
+    workers = {found[1]: int(found[2]) for line in lines if (found := _WORKER.search(line))}
+    gone = {**workers, **statuses}
+    killed = [name for name, status in gone.items() if status < 0]
+    if marks and not killed and (error := last_error(lines)):
+        return error  # the mark's traceback only points to it
+    if not gone:
+        return "no cause is known, its processes wrote none"
+    name = (killed or list(gone))[0]
+    last_words = [found[1] for line in lines if (found := _CRASH.search(line))]
+    why = f": {last_words[-1]}" if last_words else " and wrote no cause"
+    return f"{name} {how_it_ended(gone[name])}{why}"
+
+
+def how_it_ended(status: int) -> str:
+    """Say how a process ended, by its exit status or minus the signal's number."""
+    if status >= 0:
+        return f"ended with status {status}"
+    names = {number.value: number.name for number in signal.Signals}
+    name = names.get(-status, f"signal {-status}")
+    return f"was ended by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")

@@ -73,6 +73,10 @@ class Slot:
     """Set when the engine has to leave: preemption notice of its node, SIGTERM, or its pool scales down."""
     deaths: deque[float] = field(default_factory=deque)
     """When engines of this slot died within the last hour, in seconds of time.monotonic()."""
+    failed_starts: int = 0
+    """Number of starts in a row that failed here."""
+    failures: int = 0
+    """Number of engines in a row that failed here at their work, since any engine of ours did some."""
 
     @property
     def name(self) -> str:

@@ -40,10 +40,10 @@ of the run."""
 Waits = Callable[[], Awaitable[dict[str, float] | None]]
 """Returns the seconds that the learner and others have waited (GroupBuffer.waits), or None."""
 
-MAX_FAILED_STARTS = 3
-"""Number of failed starts of a slot's engine after which the run stops, if no engine of its pool has ever
-started: the config is wrong then. As many engines in a row may fail to take a version of the weights that no
-engine has taken; then the weights are wrong."""
+MAX_FAILURES = 3
+"""Number of failures in a row of one slot's engines after which the run stops, if all others fail as well: a
+start, while no engine of the pool has ever started; or an update or a prompt, while no engine of ours has
+taken newer weights or returned a completion. Config, weights or prompts are wrong then, and not an engine."""
 
 NODE_CHECK_S = 0.5
 """Seconds between two looks at the nodes that Ray will remove."""
@@ -88,7 +88,9 @@ class Supervisor:
             for slot in slots:
                 slot.engine = make(slot.pool, slot.config, slot.number)
         self._has_started: set[str] = set()
-        self._newest_taken, self._failed_updates = -1, 0
+        self._newest_taken = -1
+        self._num_collected = 0  # completions of unfinished groups
+        self._done_before: tuple[int, ...] = ()  # what engines of ours had done when the last one failed
         self._draining: dict[str, float] = {}
         self.times: dict[str, float] = {}
         """Report of the newest weight update, as Engine.update returns it."""
@@ -114,7 +116,6 @@ class Supervisor:
 
     async def _keep(self, slot: Slot) -> None:
         """Run one engine after the other in one slot, while the slot is wanted, until the weights end."""
-        failed_starts = 0
         while True:
             while not slot.is_wanted:
                 if slot.state != EngineState.OFF:
@@ -135,14 +136,33 @@ class Supervisor:
                 if fate not in (Fate.LEAVING, Fate.DEAD) and not may_pass:
                     raise
                 self._note("engine", slot.name, f"left: {cause}" if is_leaving else cause_of(error))
-                failed_starts = failed_starts + 1 if was_starting else 0
-                if self._is_fixed or (
-                    failed_starts >= MAX_FAILED_STARTS and slot.pool not in self._has_started
-                ):
+                if self._is_fixed or self._is_hopeless(slot, cause, was_starting):
                     raise
                 self._clear(slot)
                 if not is_leaving:
                     await self._may_restart(slot, cause_of(error))
+
+    def _is_hopeless(self, slot: Slot, cause: BaseException, was_starting: bool) -> bool:
+        """Count a failure of the slot's engine; return whether all engines fail, and not this one alone.
+
+        A process or node that is lost, or leaves, says nothing of the others, and a server's silence may
+        pass.
+        """
+        if was_starting:
+            slot.failed_starts += 1
+            of_pool = [other for other in self._slots if other.pool == slot.pool]
+            return slot.pool not in self._has_started and _all_fail(slot, of_pool, "failed_starts")
+        slot.failed_starts = 0
+        if isinstance(cause, (Draining, RayError)) or not slot.is_ours:
+            return False
+        ours = [other for other in self._slots if other.is_ours]
+        done = self._newest_taken, self._num_collected, sum(other.num_tokens for other in ours)
+        if done != self._done_before:
+            self._done_before = done
+            for other in ours:
+                other.failures = 0
+        slot.failures += 1
+        return _all_fail(slot, ours, "failures")
 
     def _clear(self, slot: Slot) -> None:
         """Kill the slot's engine, if there is one."""
@@ -160,8 +180,9 @@ class Supervisor:
         engine = slot.engine
         await engine.__ray_ready__.remote()
         slot.becomes(EngineState.STARTING)
-        report = await engine.start_here.remote()
-        slot.node = report["node"]
+        start_s = self._config.start_s
+        why = f"not started within {start_s:g} s (engines.start_s)"
+        slot.node = (await _within(start_s, engine.start_here.remote(), why))["node"]
         self._has_started.add(slot.pool)
         slot.failed = asyncio.get_running_loop().create_future()
         slot.leaves.clear()
@@ -202,31 +223,14 @@ class Supervisor:
                 if is_lost(error):
                     await asyncio.sleep(0.5)
                     continue
-                if self._may_be_replaced(news[0], error):
+                if _is_its_own(error):
                     raise UpdateFailed(f"version {news[0]}: {cause_of(error)}") from error
                 raise
             version = news[0]
-            self._newest_taken, self._failed_updates = max(version, self._newest_taken), 0
+            self._newest_taken = max(version, self._newest_taken)
             if slot.state == EngineState.WAITS_FOR_WEIGHTS:
                 slot.becomes(EngineState.RUNNING)
                 self._changed()
-
-    def _may_be_replaced(self, version: int, error: RayError) -> bool:
-        """Return whether a failed update is the engine's own failure: its disk, its memory, its vLLM core.
-
-        It is not if the weights do not match, or if no engine can take this version.
-        """
-        cause = innermost(error)
-        # vLLM's core sends errors of its own as plain Exceptions.
-        if (
-            is_death(error)
-            or isinstance(cause, GvpoError)
-            or not (isinstance(cause, (OSError, RuntimeError)) or type(cause) is Exception)
-        ):
-            return False
-        if version > self._newest_taken and not isinstance(cause, OSError):
-            self._failed_updates += 1
-        return self._failed_updates < MAX_FAILED_STARTS
 
     async def _until_the_end(self) -> None:
         assert self._weights is not None
@@ -239,6 +243,7 @@ class Supervisor:
             group_ids, table = await engine.take_finished.remote()
             if not group_ids:
                 return  # the engine is closed
+            self._num_collected += len(group_ids)
             for group_id in group_ids:
                 if group_id in slot.in_flight:
                     slot.in_flight[group_id].kept.append(table)
@@ -251,10 +256,7 @@ class Supervisor:
         """
         hang_s = self._config.hang_s
         while True:
-            try:
-                slot.status = await asyncio.wait_for(engine.status.remote(), hang_s)
-            except TimeoutError:
-                raise Hang(f"no answer for {hang_s:g} s") from None
+            slot.status = await _within(hang_s, engine.status.remote(), f"no answer for {hang_s:g} s")
             silent, num = time.time() - slot.status["last_token_at"], slot.status["num_completions"]
             if num and silent > hang_s:
                 raise Hang(f"no token for {silent:.0f} s with {num} completions in flight")
@@ -282,13 +284,13 @@ class Supervisor:
         )
         slot.becomes(EngineState.LEAVING)
         limit = seconds + self._config.hang_s
-        try:
-            async with asyncio.timeout(limit):
-                await engine.drain.remote(seconds)
-                while slot.load:
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise Hang(f"not drained within {limit:g} s") from None
+
+        async def drained() -> None:
+            await engine.drain.remote(seconds)
+            while slot.load:
+                await asyncio.sleep(0.05)
+
+        await _within(limit, drained(), f"not drained within {limit:g} s")
         raise Draining(f"node {slot.node[:8]} is about to go" if slot.is_wanted else "its pool shrinks")
 
     async def _may_restart(self, slot: Slot, cause: str) -> None:
@@ -377,3 +379,31 @@ class Supervisor:
 
     def _num_wanted(self, pool: str) -> int:
         return sum(slot.is_wanted for slot in self._slots if slot.pool == pool)
+
+
+async def _within(seconds: float, answer: Awaitable[Any], why: str) -> Any:
+    """Return an engine's answer; raise Hang, with this reason, if there is none within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except TimeoutError as error:
+        if isinstance(error, RayError):  # the engine's own
+            raise
+        raise Hang(why) from None
+
+
+def _is_its_own(error: RayError) -> bool:
+    """Return whether a failed update may be the engine's own failure: its disk, its memory, its vLLM core.
+
+    It is not if the weights do not match, which every engine would say.
+    """
+    cause = innermost(error)
+    # vLLM's core sends errors of its own as plain Exceptions.
+    may_be = isinstance(cause, (OSError, RuntimeError)) or type(cause) is Exception
+    return may_be and not is_death(error) and not isinstance(cause, GvpoError)
+
+
+def _all_fail(slot: Slot, fellows: Sequence[Slot], count: str) -> bool:
+    """Return whether a slot has failed MAX_FAILURES times, and each of its fellows that has a place once."""
+    here = (each for each in fellows if each.state not in (EngineState.OFF, EngineState.WANTED))
+    return getattr(slot, count) >= MAX_FAILURES and all(getattr(each, count) for each in here)

@@ -6,7 +6,6 @@ import asyncio
 import math
 import os
 import re
-import signal
 import time
 import uuid
 from collections.abc import Awaitable
@@ -15,7 +14,7 @@ from typing import Any
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.turns import Turns
-from gvpo_ray.engines.process_log import ProcessLog
+from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, why_it_died
 from gvpo_ray.engines.rollout import (
     Completions,
     ModelCall,
@@ -30,10 +29,6 @@ from gvpo_ray.home import ensure_home
 ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
 must not reach a dead engine (ray#60088)."""
-
-
-FATAL = "encountered a fatal error"
-"""What vLLM's core writes before the traceback of the error that ends it."""
 
 
 class Engine(RolloutEngine):
@@ -142,11 +137,9 @@ class Engine(RolloutEngine):
             raise RuntimeError(_why_not_started(error, self._log)) from error
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
-        await self._llm.update_weight_version(str(self.version))
+        await self._unless_dead(self._llm.update_weight_version(str(self.version)))
         if self._transfer == "objects":
-            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            await self.init_transfer({})
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
 
@@ -232,7 +225,7 @@ class Engine(RolloutEngine):
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
         """Return the result of `work`; raise vLLM's EngineDeadError as soon as vLLM's core is dead.
 
-        The error has the first cause as a note, if the core wrote one.
+        Every call of vLLM that asks its core goes through here. The error has the first cause as a note.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -245,9 +238,10 @@ class Engine(RolloutEngine):
         try:
             return task.result() if task.done() else self._death.result()
         except EngineDeadError as error:
-            cause = self._log.last_error(after=FATAL)
-            if cause is not None and not hasattr(error, "__notes__"):
-                error.add_note(cause)
+            if not hasattr(error, "__notes__"):
+                # None: vLLM's core is not a process of its own manager's
+                manager = self._llm and self._llm.engine_core.resources.engine_manager
+                error.add_note(why_it_died(self._log.lines(), manager.finished_procs() if manager else {}))
             raise
 
     # --- weights --------------------------------------------------------------------------------------------
@@ -285,40 +279,39 @@ class Engine(RolloutEngine):
             arrays = [await shard if isinstance(shard, Awaitable) else shard for shard in weights["shards"]]
             with await asyncio.to_thread(SharedMemory, arrays) as memory:
                 copied = time.perf_counter()
-                await self._unless_dead(self._swap(version, {"paths": memory.paths, **update_info}))
+                await self.begin_update()
+                await self.receive({"paths": memory.paths, **update_info})
+                await self.finish_update(version)
             done = time.perf_counter()
             parity = await self._check(probe) if probe else {}
             return {"copy_s": copied - started, "pause_s": done - copied, **parity}
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """Join the learner's NCCL broadcast group; only for engines.weight_transfer: nccl."""
+        """Join what brings the weights; with engines.weight_transfer: nccl, the learner's broadcast group."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
-
-    async def _swap(self, version: int, update_info: dict[str, Any]) -> None:
-        await self.begin_update()
-        await self.receive(update_info)
-        await self.finish_update(version)
+        request = WeightTransferInitRequest(init_info=init_info)
+        await self._unless_dead(self._llm.init_weight_transfer_engine(request))
 
     async def begin_update(self) -> None:
         """Pause generation, and make vLLM ready for new weights."""
         self._is_updating, self._last_token_at = True, time.time()
         # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is
         # never stale and what follows the swap is exactly the new policy given the tokens so far.
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        await self._llm.start_weight_update()
+        await self._unless_dead(self._llm.pause_generation(mode="keep", clear_cache=True))
+        await self._unless_dead(self._llm.start_weight_update())
 
     async def receive(self, update_info: dict[str, Any]) -> None:
         """Load new weights in vLLM's workers; `update_info` says where they are, or how they come."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        await self._unless_dead(self._llm.update_weights(request))
 
     async def finish_update(self, version: int) -> None:
         """Take `version` as the engine's version, and resume generation."""
-        await self._llm.finish_weight_update(str(version))
-        await self._llm.resume_generation()
+        await self._unless_dead(self._llm.finish_weight_update(str(version)))
+        await self._unless_dead(self._llm.resume_generation())
         self._is_updating = False
         await self._has_version(version)
 
@@ -381,8 +374,8 @@ def _why_not_started(error: RuntimeError, log: ProcessLog) -> str:
     text = " ".join(str(error).split())
     if "root cause" not in text:
         return text
-    if cause := log.last_error():
+    if cause := last_error(log.lines()):
         return f"vLLM did not start: {cause}"
-    if killed := re.search(r": -(\d+)\b", text):  # "Failed core proc(s): {'EngineCore': -9}"
-        return f"vLLM did not start: its core process was ended by {signal.Signals(int(killed[1])).name}"
+    if ended := re.search(r": (-?\d+)\b", text):  # "Failed core proc(s): {'EngineCore': -9}"
+        return f"vLLM did not start: its core process {how_it_ended(int(ended[1]))} and wrote no cause"
     return " ".join([text, *(f"(log: {path})" for path in log.paths)])

@@ -23,7 +23,7 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
-from gvpo_ray.actors import cause_of, innermost, resources_of, tag_of
+from gvpo_ray.actors import RunError, cause_of, innermost, resources_of, tag_of
 from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
@@ -45,6 +45,9 @@ WRONG = (
 
 Any other error of a worker may be a consequence of another worker's death.
 """
+
+WRITER_END_S = 600.0
+"""Seconds that a learner waits for the one of a driver that was killed, which first ends its step."""
 
 
 class LearnerGroup:
@@ -210,9 +213,9 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     buffer = LearnerBufferClient(settings["buffer"])
     try:
-        with _sole_writer(Path(settings["run_dir"])):
+        with _sole_writer(Path(settings["run_dir"]), buffer):
             _train(settings, buffer)
-    except (NonFiniteGradient, *WRONG) as error:
+    except (NonFiniteGradient, RunError, *WRONG) as error:
         buffer.close(cause_of(error))  # after that a restarted group has nothing to do
         raise
 
@@ -281,18 +284,33 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
 
 
 @contextlib.contextmanager
-def _sole_writer(run_dir: Path) -> Iterator[None]:
+def _sole_writer(run_dir: Path, buffer: LearnerBufferClient) -> Iterator[None]:
     """Wait on rank 0 until no other learner group writes checkpoints, and keep others waiting.
 
     The group of a driver that was killed may still be ending.
+
+    Raises:
+        RunError: it has not ended after WRITER_END_S.
     """
     import ray.train
 
     if ray.train.get_context().get_world_rank() != 0:
         yield
         return
-    make_folder(run_dir / LOCK.parent)
-    with lock(run_dir / LOCK, wait_s=None):
+    path = run_dir / LOCK
+    make_folder(path.parent)
+    try:
+        held = lock(path)
+    except BlockingIOError:
+        buffer.learner_waits(f"which still writes to {path.parent}")
+        try:
+            held = lock(path, WRITER_END_S)
+        except BlockingIOError:
+            raise RunError(
+                f"another learner still writes to {path.parent} after {WRITER_END_S:g} s: end its process "
+                "(it has that folder's .lock open), or use another run_dir"
+            ) from None
+    with held:
         yield
 
 

@@ -6,12 +6,14 @@ Each mistake is an error of one line that names its key.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from gvpo_ray import groups
@@ -60,16 +62,21 @@ class Inputs:
         found = [self.sources[name].completions(prompt, num) for name, num in self.num_offline.items()]
         return [completions for completions in found if completions is not None]
 
-    def problems(self) -> pa.Table:
-        """Return the prompts, or where there are none, those of the sources' whole groups."""
-        if self.prompts is not None:
-            return self.prompts.all()
-        return pa.concat_tables([source.all() for source in self.sources.values()], promote_options="default")
+    def problems(self) -> dict[str | None, pa.Table]:
+        """Return the prompts of the groups that come, by source of whole groups; None: ordinary groups'."""
+        sets = {None: self.prompts, **self.sources}
+        return {name: found.all() for name in self.mixture.owners if (found := sets[name]) is not None}
 
     def digests(self) -> dict[str, str]:
-        """Return digests of the prompts and of each source, by key; other data have others."""
-        prompts = {} if self.prompts is None else {"prompts.path": self.prompts.digest()}
-        return prompts | {f"sources.{name}.path": source.digest() for name, source in self.sources.items()}
+        """Return digests of the prompts and of each source, by key; other data have others.
+
+        A section's `path` stands for what is in the data, and `template` for what the model reads of it.
+        """
+        prompts = {} if self.prompts is None else {"prompts": self.prompts}
+        sets = prompts | {f"sources.{name}": source for name, source in self.sources.items()}
+        return {f"{key}.path": data.digest() for key, data in sets.items()} | {
+            f"{key}.template": _digest_of_tokens(data.all()) for key, data in sets.items()
+        }
 
     def startup_summary(self) -> Iterator[str]:
         """Yield lines about the inputs that a person should read before the first step."""
@@ -85,6 +92,14 @@ class Inputs:
             yield f"{name}: {source.num_rows} offline completions{_left_out(source)}{single}"
             if source.layout:
                 yield f"{name}: {source.layout}"
+
+
+def _digest_of_tokens(prompts: pa.Table) -> str:
+    """Return the SHA-256 of the prompts' token ids."""
+    content = hashlib.sha256()
+    for ids in prompts["prompt_ids"]:
+        content.update(np.array([len(ids), *ids.as_py()], np.int32).tobytes())
+    return content.hexdigest()
 
 
 def _summary(key: str, prompts: PromptSet) -> Iterator[str]:

@@ -95,6 +95,7 @@ class Ring:
         self.show: Callable[[dict[str, Any]], None] = lambda status: None
         """Callback that gets every status that is written to status.json."""
         self._version = 0  # of published weights, as far as this loop has asked
+        self._num_gone = 0  # sources of groups whose prompts are all in quarantine
         self._last: dict[str, Any] = {}
         self._tokens_before: dict[str, int] = {}
         self._then = time.perf_counter()
@@ -194,12 +195,25 @@ class Ring:
         return True
 
     def _refuse_quarantine(self) -> None:
-        """Raise an error where no prompt is left; groups of nothing but quarantine would go on for ever."""
-        if len(self._quarantine) and self._inputs and self._quarantine.holds_all(self._inputs.problems()):
+        """Raise an error where no group is left, as a run that skips all of them would go on for ever.
+
+        While some source of groups has prompts left, the run goes on with those.
+        """
+        if self._inputs is None or not len(self._quarantine):
+            return
+        gone, left = list[str](), list[str]()
+        for name, prompts in self._inputs.problems().items():
+            is_gone = self._quarantine.holds_all(prompts, name)
+            (gone if is_gone else left).append("prompts" if name is None else f"sources.{name}")
+        if not left:
             raise RunError(
                 f"every prompt is in {self._quarantine.path}: no check ends within the limits of the "
                 f"verifiers section ({', '.join(LIMITS)}); higher ones release the prompts"
             )
+        if len(gone) > self._num_gone:
+            self._num_gone = len(gone)
+            where = f"every prompt of {', '.join(gone)} is in {self._quarantine.path}"
+            self._say(f"{where}: the run goes on with {', '.join(left)}")
 
     async def _sample(self, prompt: pa.Table, min_version: int) -> Any:
         """Return the group's completions: some replayed, some from offline sources, the rest new."""

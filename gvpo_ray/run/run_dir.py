@@ -23,7 +23,7 @@ FORMAT_FILE = "format.json"
 """A run directory's file with {"format", "gvpo_ray": version that made it}; format 1 had no such file."""
 
 CONTENTS_FILE = "contents.json"
-"""A run directory's file with a digest of what each of its data files held when the run began, by key."""
+"""A run directory's file with a digest of what each of its data held when the run began with it, by key."""
 
 
 def check_format(run_dir: str | Path) -> None:
@@ -93,38 +93,44 @@ def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) 
                     f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
                     "another run_dir"
                 )
-            _check_contents(path, contents or {})
+        began = _check_contents(path, contents or {})
         try:
             if not kept.exists():
                 made = {"format": FORMAT, "gvpo_ray": __version__}
                 write_whole(path / FORMAT_FILE, json.dumps(made) + "\n", sync=True)
             write_whole(kept, config.dump(), sync=True)
-            if contents and not (path / CONTENTS_FILE).exists():
-                write_whole(path / CONTENTS_FILE, json.dumps(dict(contents), indent=2) + "\n", sync=True)
+            if (known := {**(contents or {}), **began}) != began:
+                write_whole(path / CONTENTS_FILE, json.dumps(known, indent=2) + "\n", sync=True)
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
         yield path
 
 
-def _check_contents(run_dir: Path, contents: Mapping[str, str]) -> None:
-    """Refuse data that are not those which the run began with.
+def _check_contents(run_dir: Path, contents: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of the data that the run began with; refuse others.
 
     Raises:
         ConfigError: one line that names the key.
     """
     file = run_dir / CONTENTS_FILE
     if not file.exists():
-        return  # an older version began the run
+        return {}  # a new run, or an older version began it
     try:
         began = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"run_dir: {file} does not say which data the run began with") from error
     for key, digest in contents.items():
         if began.get(key, digest) != digest:
-            raise ConfigError(
-                f"{key}: what is in it differs from what the run in {run_dir} began with: bring that back, "
-                "or use another run_dir"
+            what = (
+                "with it, or the tokenizer or chat template of model.path, the model reads tokens that differ"
+                if key.endswith(".template")
+                else "what is in it differs"
             )
+            raise ConfigError(
+                f"{key}: {what} from what the run in {run_dir} began with: bring that back, or use another "
+                "run_dir"
+            )
+    return began
 
 
 def read_recorded(

@@ -1,0 +1,381 @@
+"""An engine that runs a real vLLM on the CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from sampled import PROMPT_IDS, part, prompt, row_of, sampling
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from gvpo_ray import groups
+from gvpo_ray.actors import Draining, cause_of
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.engines import rollout, vllm_engine
+from gvpo_ray.engines.vllm_engine import Engine
+
+
+class Running:
+    """An engine on an event loop of its own, which runs while it is asked something."""
+
+    def __init__(self, folder: Path) -> None:
+        self.engine = Engine(
+            ModelConfig(path=str(folder)),
+            PoolConfig(kv_cache_gib=1, num_threads=1),
+            "objects",
+            seed=0,
+            load_weights=True,
+        )
+        self.runner = asyncio.Runner()
+        self.run = self.runner.run
+        self.report = self.run(self.engine.start())
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def check(self, row: dict[str, Any], sizes: int) -> None:
+        """That log-probs are those of teacher forcing and texts those of the tokens."""
+        columns = ("completions", "completion_ids", "finish_reasons", "sampling_logprobs", "sources")
+        for text, ids, reason, logprobs, source in zip(*(row[name] for name in columns), strict=True):
+            if source != "policy":
+                continue
+            assert 0 < len(ids) <= sizes and (reason in ("stop", "abort") or len(ids) == sizes)
+            with torch.no_grad():
+                logits = self.model(torch.tensor([PROMPT_IDS + ids])).logits[0, len(PROMPT_IDS) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+            assert logprobs == pytest.approx(expected, abs=1e-3)
+            assert text == self.tokenizer.decode(ids, skip_special_tokens=True) and (reason == "stop") == (
+                ids[-1] == tiny.EOS
+            )
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A model that vLLM runs on a CPU (heads of 32). Its completions end by themselves, but seldom within 300
+    tokens: head of EOS at 0.
+    """
+    folder = tiny.make_model(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=tiny.VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tiny.EOS,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.lm_head.weight.data[tiny.EOS] = 0
+    model.save_pretrained(folder)
+    before = dict(os.environ)  # the engine's settings are for a process of its own
+    running = Running(folder)
+    os.environ.clear()
+    os.environ.update(before)
+    yield running
+    running.run(running.engine.close())
+    running.runner.close()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+def test_vllm_samples_only_what_is_missing_of_a_group(running: Running) -> None:
+    assert running.report["pid"] == os.getpid()
+
+    async def sample() -> list[dict[str, Any]]:
+        engine, foreign = running.engine, part([9], [8], version=None, source="offline:people")
+        with_kept, missing = await engine.generate(prompt(), sampling(5, 30), 0, None, foreign)
+        assert missing == 0
+        enough, missing = await engine.generate(prompt(), sampling(2, 30), 0, None, foreign)
+        assert missing == 0 and row_of(enough)["completion_ids"] == [[9], [8]]
+        seeded = [(await engine.generate(prompt(), sampling(3, 30), 0, 7))[0] for _ in range(2)]
+        beside, _ = await engine.generate(prompt(), sampling(3, 30), 0, 7, groups.take(seeded[0], [1]))
+        return [row_of(table) for table in (with_kept, *seeded, beside)]
+
+    before = running.run(running.engine.status())["num_tokens"]
+    with_kept, one, two, beside = running.run(sample())
+    assert with_kept["completion_ids"][:2] == [[9], [8]] and len(with_kept["completion_ids"]) == 5
+    assert (
+        with_kept["version_max"] == [None, None, 0, 0, 0]
+        and with_kept["sources"] == ["offline:people"] * 2 + ["policy"] * 3
+    )
+    assert one["completion_ids"] == two["completion_ids"]
+    assert len({tuple(ids) for ids in one["completion_ids"] + beside["completion_ids"]}) == 3 + 2
+    for row in (with_kept, one, beside):
+        running.check(row, 30)
+    rows = [
+        with_kept["completion_ids"][2:],
+        one["completion_ids"],
+        two["completion_ids"],
+        beside["completion_ids"][1:],
+    ]
+    status = running.run(running.engine.status())
+    assert (
+        status["num_tokens"] - before == sum(len(ids) for row in rows for ids in row)
+        and status["num_completions"] == 0
+    )
+
+
+def test_what_a_seed_samples_is_the_same_alone_and_among_more_prompts_than_vllm_takes_at_a_time(
+    running: Running,
+) -> None:
+    ids = [5 + i % 11 for i in range(60)]  # 60 of them are more tokens than vLLM computes in a step
+    long = [groups.with_columns(prompt(i), prompt_ids=[[*ids, 5 + i % 7]]) for i in range(60)]
+
+    async def run() -> None:
+        (alone, _), (again, _) = [
+            await running.engine.generate(long[59], sampling(2, 8), 0, seed) for seed in (59, 60)
+        ]
+        many = await asyncio.gather(
+            *(running.engine.generate(group, sampling(2, 8), 0, i) for i, group in enumerate(long))
+        )
+        assert (
+            row_of(many[59][0])["completion_ids"]
+            == row_of(alone)["completion_ids"]
+            != row_of(again)["completion_ids"]
+        )
+
+    running.run(run())
+
+
+def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engine_was_cut_off(
+    running: Running,
+) -> None:
+    engine = running.engine
+
+    async def run() -> None:
+        whole, _ = await engine.generate(prompt(), sampling(12, 900))
+        rows = row_of(whole)
+        running.check(rows, 900)
+        assert "stop" in rows["finish_reasons"]
+        longest = max(range(12), key=lambda i: len(rows["completion_ids"][i]))
+        ids, logprobs = rows["completion_ids"][longest][:-3], rows["sampling_logprobs"][longest][:-3]
+        almost = groups.take(whole, [longest])
+        almost = groups.with_columns(
+            almost, finish_reasons=[["abort"]], completion_ids=[[ids]], sampling_logprobs=[[logprobs]]
+        )
+        long = asyncio.ensure_future(engine.generate(prompt(1), sampling(12, len(ids) + 2), 0, None, almost))
+        short = asyncio.ensure_future(engine.generate(prompt(2), sampling(4, 4)))
+        tokens, token_at, asked_at = [], [], []
+        while not long.done():
+            now, status = time.time(), await engine.status()
+            if status["num_completions"]:  # else it has nothing to do, yet or any more
+                asked_at.append(now)
+                tokens.append(status["num_tokens"])
+                token_at.append(status["last_token_at"])
+            if len(tokens) == 3:
+                assert status["oldest"]["group_id"] == 1 and 0 < status["num_completions"] <= 12 + 4
+                handing_over = asyncio.ensure_future(engine.finished())
+            await asyncio.sleep(0.05)
+        assert tokens == sorted(tokens) and len(set(tokens)) > 10
+        for i in range(1, len(tokens)):
+            assert token_at[i] >= asked_at[i] if tokens[i] > tokens[i - 1] else token_at[i] == token_at[i - 1]
+        ids_handed_over, table = await handing_over
+        assert ids_handed_over == [1]  # not those of the short one
+        assert any(row[: len(ids)] == ids for row in row_of(table)["completion_ids"])
+        running.check(row_of(table), len(ids) + 2)
+        (row, missing), (_, missing_of_short) = (row_of((await long)[0]), (await long)[1]), await short
+        assert missing == missing_of_short == 0 and len(row["completion_ids"]) == 12
+        assert (
+            row["completion_ids"][0][: len(ids)] == ids
+            and row["sampling_logprobs"][0][: len(ids)] == logprobs
+        )
+        running.check(row, len(ids) + 2)
+
+    running.run(run())
+
+
+def test_a_drained_vllm_returns_what_it_has_and_another_goes_on_with_it(running: Running) -> None:
+    engine = running.engine
+
+    async def run() -> None:
+        work = asyncio.ensure_future(engine.generate(prompt(), sampling(12, 900)))
+        before = (await engine.status())["num_tokens"]
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_tokens"] > before + 12 * 100)
+
+        await until(has_begun)
+        assert not work.done()
+        drained = asyncio.ensure_future(engine.drain(0.1))
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await engine.generate(prompt(1), sampling())
+        table, missing = await work
+        await drained
+        cut = row_of(table)
+        running.check(cut, 900)
+        assert missing == cut["finish_reasons"].count("abort") > 0 and len(cut["completion_ids"]) == 12
+        engine._is_draining = False  # from here on it is the other engine
+        table, missing = await engine.generate(prompt(), sampling(12, 900), 0, None, table)
+        whole = row_of(table)
+        running.check(whole, 900)
+        assert missing == 0 and "abort" not in whole["finish_reasons"]
+        for ids in cut["completion_ids"]:
+            assert sum(other[: len(ids)] == ids for other in whole["completion_ids"]) == 1
+        # What is as long as it may be needs no engine.
+        full = groups.with_columns(groups.take(table, [0]), finish_reasons=[["abort"]])
+        size = len(whole["completion_ids"][0])
+        assert (
+            row_of((await engine.generate(prompt(), sampling(2, size), 0, None, full))[0])["completion_ids"][
+                0
+            ]
+            == whole["completion_ids"][0]
+        )
+
+    running.run(run())
+
+
+def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last: there is no engine any more."""
+    engine, ended = running.engine, []
+    monkeypatch.setattr(vllm_engine, "ZOMBIE_S", 0.5)
+    monkeypatch.setattr(vllm_engine.os, "_exit", ended.append)
+
+    async def run() -> None:
+        # some of 12 are long
+        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_groups"] == 3)
+
+        await until(has_begun)
+        (core,) = tiny.descendants("VLLM::EngineCore")
+        os.kill(core, signal.SIGKILL)
+        errors = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), timeout=60)
+        assert [type(error).__name__ for error in errors] == ["EngineDeadError"] * 3
+        how = "was ended by SIGKILL (out of memory?) and wrote no cause"
+        assert all(how in cause_of(error) for error in errors)
+        with pytest.raises(type(errors[0])) as dead:
+            await engine.begin_update()  # as an update by NCCL begins
+        assert how in cause_of(dead.value)
+        assert (await engine.status())["num_groups"] == 0
+
+        async def has_ended() -> bool:
+            return bool(ended)
+
+        await until(has_ended, 10)
+        await engine.close()
+        assert ended == [1]
+
+    running.run(run())
+
+
+def test_what_vllm_cannot_start_with_is_said_itself_and_not_pointed_to(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path)
+    code = f"""
+import asyncio, sys
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.engines.vllm_engine import Engine
+if __name__ == "__main__":
+    pool = PoolConfig(kv_cache_gib=1, num_threads=1)
+    try:
+        asyncio.run(Engine(ModelConfig(path={str(folder)!r}), pool, "objects", -1, True).start())
+    except RuntimeError as error:
+        open({str(tmp_path / "why")!r}, "w").write(str(error))
+"""
+    (tmp_path / "start.py").write_text(code)
+    with open(tmp_path / "out", "a") as out, open(tmp_path / "err", "a") as err:
+        subprocess.run([sys.executable, tmp_path / "start.py"], stdout=out, stderr=err)
+    why = (tmp_path / "why").read_text()
+    assert why == "vLLM did not start: ValueError: Seed must be between 0 and 2**32 - 1"
+
+
+def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    given: list[Any] = []
+
+    def refuse(arguments: Any) -> None:
+        given.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", refuse)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    model, gpu = ModelConfig(path=str(tmp_path), dtype="bfloat16"), {"num_gpus": 1, "memory_fraction": 0.5}
+    for pool, drain_s in (
+        (PoolConfig(), None),
+        (PoolConfig(dtype="float16", quantization="fp8", vllm={"max_num_seqs": 7}, **gpu), 2.5),
+    ):
+        with pytest.raises(InterruptedError):
+            asyncio.run(Engine(model, pool, "nccl", 3, drain_s=drain_s).start())
+    plain, special = given
+    assert (plain.dtype, plain.quantization, plain.seed, plain.load_format) == (
+        "bfloat16",
+        None,
+        3,
+        "dummy",
+    ) and plain.shutdown_timeout == 0
+    assert (special.dtype, special.quantization, special.max_num_seqs, special.gpu_memory_utilization) == (
+        "float16",
+        "fp8",
+        7,
+        0.5,
+    )
+    assert special.shutdown_timeout == 3  # a core that gets SIGTERM itself goes on with what it has, too
+    assert special.weight_transfer_config.backend == "nccl"
+
+
+class _Core:
+    """As much of AsyncLLM as an update asks for."""
+
+    def __getattr__(self, name: str) -> Any:
+        async def method(*_: Any, **__: Any) -> None:
+            await asyncio.sleep(0.05)
+
+        return method
+
+
+def test_an_update_is_a_sign_of_life() -> None:
+    async def run() -> None:
+        engine = Engine(ModelConfig(path="m"), PoolConfig(), "nccl", 0)
+        core = _Core()
+        core.output_processor = type("OutputProcessor", (), {"request_states": {}})
+        engine._llm, engine._last_token_at = core, 0.0
+        engine._death = asyncio.get_running_loop().create_future()
+        running = rollout.Completions(prompt(), 2)
+        with engine._at_work(running):
+            engine._last_token_at = 0.0
+            assert (await engine.status())["last_token_at"] == 0.0
+            began = time.time()
+            await engine.begin_update()
+            status = await engine.status()
+            assert status["updating"] and status["last_token_at"] >= began
+            began = time.time()
+            await engine.finish_update(4)
+            status = await engine.status()
+            assert (
+                not status["updating"]
+                and status["last_token_at"] > began
+                and status["version"] == 4
+                and status["num_completions"] == 2
+            )
+        began = time.time()
+        assert (await engine.status())["last_token_at"] >= began
+
+    asyncio.run(run())
