@@ -6,7 +6,7 @@ import pytest
 
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.groups import NO_ANSWER
-from gvpo_ray.observe.advice import FirstSteps, why_nothing_is_learned
+from gvpo_ray.observe.advice import FirstSteps, golds_out_of_reach, why_nothing_is_learned
 from gvpo_ray.observe.console import RunConsole, time_left
 from gvpo_ray.observe.metrics import batch_metrics
 
@@ -89,6 +89,44 @@ def test_each_cause_has_its_line_with_the_key_to_change(
 ) -> None:
     text = why_nothing_is_learned(steps(batch), config(**sections))
     assert text is not None and cause in text and key in text and "\n" not in text
+
+
+WORKED = ["Ann has 3 + 4 = <<3+4=7>>7.\n#### 7", r"So it is \boxed{7}."]
+
+
+@pytest.mark.parametrize(
+    ("golds", "reward", "text"),
+    [
+        (WORKED, "exact_match", "exact_match cannot match 2 of 2 gold answers, which are worked solutions"),
+        (WORKED, "numeric", "name a column of the answers alone in prompts.answer_column"),
+        (
+            ["46.0", "-3.00", "0.5"],
+            "exact_match",
+            "cannot match 2 of 3 gold answers, which are whole numbers",
+        ),
+        (["46.0"] * 2, "exact_match", "(such as '46.0'): use numeric or math in verifiers.rewards"),
+    ],
+)
+def test_golds_that_no_completion_matches_are_said_with_the_key_to_change(
+    golds: list[str], reward: str, text: str
+) -> None:
+    for verifiers in ({"rewards": {reward: 1}}, {"rewards": {"mine": {"function": reward}, "math": 1}}):
+        line = golds_out_of_reach(golds, config(verifiers=verifiers).verifiers, "prompts")
+        assert line is not None and line.startswith("prompts: ") and text in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("golds", "reward"),
+    [
+        (WORKED, "math"),
+        (["46.0"], "numeric"),
+        (["46", "0.5", "1.50", "v2.0 is out", "a.0"], "exact_match"),
+        (["46.0", *["46"] * 99], "exact_match"),  # one in a hundred is no habit of the column
+        ([], "exact_match"),
+    ],
+)
+def test_golds_that_completions_can_match_get_no_line(golds: list[str], reward: str) -> None:
+    assert golds_out_of_reach(golds, config(verifiers={"rewards": {reward: 1}}).verifiers, "prompts") is None
 
 
 def test_a_damping_of_nothing_is_a_cause_of_its_own() -> None:

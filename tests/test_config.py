@@ -251,6 +251,16 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
             "prompts: system_prompt is not used beside a template",
             "write it into the template",
         ),
+        (
+            "prompts={path: x, template: '{prompt}', template_arguments: {a: 1}}",
+            "prompts: template_arguments are not used beside a template",
+            "those of the tokenizer's chat template",
+        ),
+        (
+            "prompts={path: x, layout: verl, prompt_column: a, answer_column: b}",
+            "prompts: layout is not used",
+            "prompt_column and answer_column",
+        ),
         ("engines.num=0", "engines.num is 0", "without engines it must be 1"),
         ("engines.max_num=0", "engines.max_num", "greater than or equal to 1"),
         ("engines={num: 3, max_num: 2}", "engines: max_num (2)", "less than num (3)"),
@@ -641,6 +651,13 @@ def test_held_out_sets_and_sources_are_rendered_as_the_prompts_unless_they_say_a
     assert rendering(chat, template) == [("Q: {prompt}", None)]
     assert rendering(template, {"template": None}) == [(None, None)]
     assert rendering({}, {}) == [(None, None)]
+    thinks = {"template_arguments": {"enable_thinking": False}}
+    assert rendering(thinks, template) == [("Q: {prompt}", None)]  # a template has none beside it
+    assert rendering(template, {"template": None, **thinks}) == [(None, None)]
+    with pytest.raises(
+        ConfigError, match=r"people\.template_arguments are not used beside the template of prompts"
+    ):
+        rendering(template, thinks)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,49 @@ def test_a_slice_of_rows_is_written_as_datasets_does_for_every_form(tmp_path: Pa
         assert error(tmp_path / "a.jsonl", split=wrong).startswith("prompts.split: ")
 
 
+def test_a_split_or_subset_that_the_data_do_not_have_is_refused_and_never_dropped(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.jsonl", "a.json", "a.csv", "a.parquet")]
+    for file, content in zip(files, (LINES, PRETTY, CSV, b""), strict=True):
+        file.write_bytes(content)
+    pq.write_table(pa.Table.from_pylist(ROWS), files[-1])
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "parts.csv").mkdir()
+    (tmp_path / "parts.csv" / "part-0.csv").write_bytes(CSV)
+    for path in (*files, tmp_path / "a*.csv", tmp_path / "parts.csv", tmp_path / "saved"):
+        assert rows(path) == rows(path, split="train") == ROWS
+        for split in ("test", "train+test", "test[:2]"):
+            message = error(path, split=split)
+            assert message.startswith(f"prompts.split: {tmp_path}"), message
+            assert f"has no split {split.partition('[')[0]}; name the file of that split" in message
+        assert error(path, subset="main").startswith(f"prompts.subset: {path} has no subsets")
+
+
+def test_shards_of_one_split_are_no_other_split(tmp_path: Path) -> None:
+    name = tmp_path / "test-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), name)
+    for path in (name, tmp_path / "test-*.parquet"):
+        assert rows(path) == rows(path, split="test") == ROWS
+        assert rows(path, split="test[:2]") == ROWS[:2]
+        assert (
+            error(path, split="dev") == f"prompts.split: the files of {path} are of the split test, not dev"
+        )
+
+
+def test_a_json_object_of_splits_gives_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"test": ROWS[:1], "train": ROWS[1:], "mine": ROWS[2:]}))
+    assert (
+        rows(path) == ROWS[1:]
+        and rows(path, split="test") == ROWS[:1]
+        and rows(path, split="mine") == ROWS[2:]
+    )
+    assert error(path, split="dev") == f"prompts.split: {path} has no split dev; it has test, train"
+    path.write_text(json.dumps({"test": ROWS[:1], "dev": ROWS[1:]}))
+    assert error(path) == f"prompts.split: {path} has no split train; it has test, dev"
+    path.write_text(json.dumps({"test": ROWS}))
+    assert rows(path) == ROWS
+
+
 def test_what_save_to_disk_wrote_is_read_with_its_splits(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,9 @@ Every data set here is one problem, 12 + 34 with the gold 46, as the named syste
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +18,8 @@ from test_prompts import CHAT, _tokenizer
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import DataLayout, PromptsConfig
-from gvpo_ray.data.layouts import LAYOUTS
+from gvpo_ray.data.columns import fields, steps
+from gvpo_ray.data.layouts import LAST, LAYOUTS, Layout, columns_of
 from gvpo_ray.data.prompts import PromptSet
 
 Q = "What is 12 + 34?"
@@ -105,6 +108,24 @@ CASES: dict[str, tuple[str, dict[str, Any] | list[Any], str]] = {
     "NuminaMath": ("deepscaler", {"problem": Q, "solution": "46"}, "solution"),
     "GSM8K": ("gsm8k", {"question": Q, "answer": "46"}, "answer"),
     "OlympiadBench": ("olympiadbench", {"question": Q, "final_answer": ["46"]}, "final_answer"),
+    "Alpaca": ("alpaca", {"instruction": Q, "input": "", "output": "46"}, "output"),
+    "Alpaca, without inputs": ("alpaca", {"instruction": Q, "output": "46", "text": "Below ..."}, "output"),
+    "Alpaca, with its parts": (
+        "alpaca",
+        {"instruction": "What is", "input": "12 + 34?", "output": "46"},
+        "output",
+    ),
+    "verl, with a column of answers": (
+        "verl",
+        {"prompt": USER, "answer": "12 + 34 = 46", "reward_model": {"ground_truth": "46"}},
+        "reward_model.ground_truth",
+    ),
+    "messages as JSON text": ("rlvr", {"messages": json.dumps(USER), "ground_truth": "46"}, "ground_truth"),
+    "a conversation as JSON text": (
+        "nemo",
+        {"messages": json.dumps([*USER, {"role": "assistant", "content": "46"}])},
+        "the assistant's last message",
+    ),
 }
 
 
@@ -113,12 +134,51 @@ def test_a_known_layout_is_found_used_and_said(tmp_path: Path, system: str) -> N
     layout, row, gold = CASES[system]
     path = write(tmp_path, row, ".json" if isinstance(row, list) else ".parquet")
     found = prompts(path)
-    assert rendered(found) == ASKED
+    assert rendered(found).replace("\n\n", " ") == ASKED
     assert found.all()["answer"].to_pylist() == ["46", "46"]
     assert found.layout.startswith(f"layout {layout}: the prompt is ") and found.layout.endswith(
         f"the gold is {gold}"
     )
     assert prompts(path, layout=layout).all().equals(found.all())
+
+
+def put(row: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value at a path of a row, making what is on the way."""
+    at: Any = row
+    *way, last = steps(path)
+    for step, after in zip(way, [*way, last][1:], strict=True):
+        made: Any = {} if isinstance(after, str) else [{"role": "user", "content": Q}]
+        at = at.setdefault(step, made) if isinstance(step, str) else at[step]
+    at[last] = value
+
+
+def files_of(layout: Layout) -> Iterator[dict[str, list[Any]]]:
+    """Every file that a layout's own rule describes: each of its prompts with each of its golds and marks."""
+    for prompt, gold, mark in itertools.product(layout.prompts, layout.golds, layout.marks or ("",)):
+        row: dict[str, Any] = {"id": 3}
+        if gold == LAST:
+            put(row, prompt, [*USER, {"role": "assistant", "content": "46"}])
+        else:
+            put(row, gold, "46")
+            for column in fields(prompt) or [prompt]:
+                if column not in row:
+                    put(row, column, Q)
+        if mark and mark not in row:
+            put(row, mark, "x")
+        yield {name: [value] for name, value in row.items()}
+
+
+def test_no_layout_takes_the_files_of_another() -> None:
+    """Named or found, every file of every layout is read alike, and each layout finds files of its own."""
+    config = PromptsConfig(path="x")
+    for name, layout in LAYOUTS.items():
+        by_name = config.model_copy(update={"layout": name})
+        found = []
+        for data in files_of(layout):
+            got, want = columns_of(config, data, "prompts"), columns_of(by_name, data, "prompts")
+            assert (got.prompt, got.gold) == (want.prompt, want.gold), (name, data)
+            found.append(got.layout or "plain")
+        assert name in found, (name, found)
 
 
 def test_prompt_and_answer_need_no_layout_and_no_words(tmp_path: Path) -> None:
@@ -138,6 +198,67 @@ def test_a_layout_that_the_data_does_not_have_is_refused_with_what_is_there(tmp_
         f"prompts.layout: verl has the gold in reward_model.ground_truth, and {path} has prompt, label, "
         "prompt[0], prompt[0].role, prompt[0].content"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "gold"),
+    [
+        (
+            {"question": Q, "choices": ["1", "46"], "final_answer": "46"},
+            "{question} {choices[0]}",
+            "final_answer",
+        ),
+        (
+            {"prompt": USER, "reward_model": {"ground_truth": "46"}},
+            "prompt[0].content",
+            "reward_model.ground_truth",
+        ),
+        ({"prompt": USER, "level": 1, "label": "46"}, "{level}: {prompt[0].content}", "label"),
+    ],
+)
+def test_a_template_or_path_over_a_layouts_prompt_has_the_layouts_gold(
+    tmp_path: Path, row: dict[str, Any], prompt: str, gold: str
+) -> None:
+    found = prompts(write(tmp_path, row), prompt_column=prompt)
+    assert found.all()["answer"].to_pylist() == ["46", "46"]
+    assert found.layout.endswith(f"the prompt is {prompt}, the gold is {gold}")
+
+
+def test_labels_that_are_true_or_false_are_golds_only_by_the_config(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": Q, "completion": "46", "label": True})
+    assert error(path) == (
+        f"prompts.answer_column: {path} has no column 'answer', and its label is true or false, which may "
+        "say whether a completion is good: name it here if it is the gold answer"
+    )
+    for keys in ({"answer_column": "label"}, {"layout": "slime"}):
+        assert prompts(path, **keys).all()["answer"].to_pylist() == ["True", "True"]
+    assert prompts(write(tmp_path, {"prompt": Q, "label": "true"})).all()["answer"][0].as_py() == "true"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".json"])
+def test_a_column_that_few_rows_have_is_found(tmp_path: Path, suffix: str) -> None:
+    """A thousand rows have nothing there, more than are looked at for a message or at a time."""
+    rows: list[dict[str, Any]] = [{"prompt": Q, "reward_model": {"ground_truth": None}}] * 1001
+    rows.append({"prompt": Q, "reward_model": {"ground_truth": "46"}})
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows))
+    for keys in ({}, {"answer_column": "reward_model.ground_truth"}, {"layout": "verl"}):
+        found = prompts(path, **keys)
+        assert found.all()["answer"].to_pylist() == ["46"] and found.num_without_gold == 1001
+
+
+def test_options_that_are_not_in_the_prompt_are_said(tmp_path: Path) -> None:
+    row = {"prompt": "Which?", "choices": ["apple", "pear"], "answer": "A"}
+    (note,) = prompts(write(tmp_path, row)).notes
+    assert note.startswith(
+        "the column choices is not in the prompt; if it should be, write prompts.prompt_column"
+    )
+    for fine in ({**row, "prompt": "Which? A. apple B. pear"}, {**row, "choices": None}):
+        assert prompts(write(tmp_path, fine, ".json")).notes == []
+    assert prompts(write(tmp_path, row), prompt_column="{prompt} {choices[0]}").notes == []
 
 
 # --------------------------------------------------------------------------------------------------- by path
@@ -254,7 +375,7 @@ def test_a_last_message_of_the_assistant_is_never_in_the_prompt(tmp_path: Path) 
     found = prompts(path)
     assert rendered(found) == ASKED and found.all()["answer"][0].as_py() == "46"
     assert error(write(tmp_path, {"messages": chat[1:], "ground_truth": "46"})) == (
-        f"prompts.path: {path}: row 0: messages has no message to answer"
+        f"prompts.path: {path}: no row has a prompt: messages is empty in all 2 rows"
     )
 
 
@@ -265,6 +386,48 @@ def test_what_is_no_text_in_a_message_is_named(tmp_path: Path) -> None:
         error(path)
         == f"prompts.path: {path}: row 0: prompt[0].content has a part of type image_url, not text"
     )
+
+
+def test_messages_in_json_text_are_read_if_the_whole_column_is_such_and_said(tmp_path: Path) -> None:
+    text = json.dumps(USER)
+    found = prompts(write(tmp_path, {"prompt": text, "answer": "46"}))
+    assert rendered(found) == ASKED and found.layout == "the prompt is prompt (messages in JSON text)"
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"prompt": prompt, "answer": "46"} for prompt in (text, "What is [1, 2]?", "[1, 2]")])
+    )
+    found = prompts(tmp_path / "data.json")
+    assert found.all()["prompt"].to_pylist() == [text, "What is [1, 2]?", "[1, 2]"] and found.layout == ""
+    for no_messages in ("[]", "[1]", "[{}]", '["a"]', '{"role": "user", "content": "a"}', "[" * 10_000):
+        assert prompts(write(tmp_path, {"prompt": no_messages, "answer": "1"})).layout == ""
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"images": [{"bytes": "x"}]}, "row 0 has images"),
+        ({"image": "cat.png"}, "row 0 has image"),
+        ({"Audio": {"path": "a.wav"}}, "row 0 has Audio"),
+        ({"figure": {"bytes": b"x", "path": None}}, "row 0 has figure"),
+        ({"figures": [{"bytes": b"x", "path": None}]}, "row 0 has figures"),
+    ],
+)
+def test_data_with_images_or_sound_are_refused(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
+    path = write(tmp_path, {"prompt": Q, "answer": "46", **row})
+    (column,) = row
+    assert error(path) == (
+        f"prompts.path: {path}: {complaint}, and only text is trained: leave the column {column} out of the "
+        "data if the prompts do not need it"
+    )
+
+
+def test_empty_columns_of_images_and_what_is_only_called_so_are_fine(tmp_path: Path) -> None:
+    row = {"prompt": Q, "answer": "46", "images": [], "image": None, "imagery": "x", "path": "a.png"}
+    assert len(prompts(write(tmp_path, row, ".json"))) == 2
+
+
+def test_images_beside_a_messages_text_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": [{**USER[0], "images": ["a.png"]}], "answer": "46"})
+    assert error(path) == f"prompts.path: {path}: row 0: prompt[0] has images, and only text is trained"
 
 
 def test_a_config_template_takes_the_text_of_a_conversation(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gvpo_ray import groups
@@ -290,7 +290,6 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"prompt": None, "answer": "1"}, "row 1: prompt is empty (null)"),
         ({"prompt": ["a"], "answer": "1"}, "row 1: prompt is list, not text or a number"),
         (
             {"prompt": "a", "answer": {"x": 1}},
@@ -307,6 +306,34 @@ def test_an_entry_that_is_not_text_or_a_number_is_named_by_its_row(
 ) -> None:
     path = _jsonl(tmp_path, [{"prompt": "a", "answer": "1"}, row])
     assert _error(_config(path)) == f"prompts.path: {path}: {complaint}"
+
+
+EMPTY = [None, "", " \n", float("nan"), [], [{"role": "user", "content": " "}]]
+EMPTY += [[{"role": "assistant", "content": "5"}]]
+
+
+def test_rows_without_a_prompt_are_left_out_and_counted(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "asks"}]
+    for given in ("asks", chat, json.dumps(chat)):
+        rows = [{"prompt": empty, "answer": "1"} for empty in EMPTY]
+        prompts = _set(_config(_jsonl(tmp_path, [*rows, {"answer": "1"}, {"prompt": given, "answer": "1"}])))
+        assert (prompts.num_rows, prompts.num_without_prompt, prompts.num_without_gold) == (9, 8, 0), given
+        assert prompts.all()["prompt"].to_pylist() == ["asks"]
+    for empty in EMPTY:
+        path = _jsonl(tmp_path, [{"prompt": empty, "answer": "1"}] * 2)
+        assert _error(_config(path)) == (
+            f"prompts.path: {path}: no row has a prompt: prompt is empty in all 2 rows"
+        )
+
+
+def test_a_template_over_columns_that_are_all_empty_is_no_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"q": "a", "c": None, "answer": "1"},
+        {"q": None, "c": "b", "answer": "1"},
+        {"q": "", "answer": "1"},
+    ]
+    prompts = _set(_config(_jsonl(tmp_path, rows), prompt_column="Q: {q} {c}"))
+    assert prompts.all()["prompt"].to_pylist() == ["Q: a ", "Q:  b"] and prompts.num_without_prompt == 1
 
 
 def test_rows_without_a_gold_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -349,8 +376,9 @@ def test_what_is_not_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path, [{"prompt": "a", "answer": "1"}, {"prompt": "", "answer": "1"}])
+    path = _jsonl(tmp_path, [{"prompt": "a", "answer": "1"}, {"prompt": "z", "answer": "1"}])
     tokenizer = _tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(ConfigError, match=r"row 1: the prompt has no tokens"):
         PromptSet(_config(path), tokenizer, name="sums", max_tokens=None)

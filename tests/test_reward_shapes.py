@@ -15,9 +15,11 @@ import torch
 from test_prompts import _tokenizer
 
 from gvpo_ray import groups
+from gvpo_ray.buffer.replay import replayed
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.data import PromptsConfig, SourceConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.sandbox.adapters import adapted, check_columns
 from gvpo_ray.sandbox.functions import call
@@ -98,6 +100,108 @@ def test_columns_keep_their_types_and_are_given_to_every_completion(tmp_path: Pa
         "completion_ids": [[1]] * 2,
         "finish_reasons": ["stop"] * 2,
     }
+
+
+COLUMNS = {
+    "text": "a",
+    "number": 5,
+    "share": 0.5,
+    "yes": True,
+    "nothing": None,
+    "list": [1, None],
+    "nested": {"a": {"b": [1]}},
+    "answer": "a column of their own",
+    "prompt": "another",
+    "completion": "of somebody",
+    "tools": [{"name": "add"}],
+    "label": 1,
+    "label space": "x",
+}
+
+
+def kept(prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
+    return [
+        (0.0, json.dumps({name: values[i] for name, values in columns.items()}))
+        for i in range(len(completions))
+    ]
+
+
+def test_no_column_of_the_data_is_lost_on_any_way_to_a_reward_function(tmp_path: Path) -> None:
+    """Training, an evaluation (the file's order), an offline source, replay, and the log of a resumed run."""
+    row = {"question": "q", "gold": {"is": ["46", "47"]}, **COLUMNS}
+    keys = {"prompt_column": "question", "answer_column": "gold.is"}
+    prompts = prompt_set(tmp_path, row, **keys)
+    assert set(COLUMNS) | {"question", "gold"} == set(prompts.columns)
+    own = {"completion_column": "text", "group_share": 1}
+    config = SourceConfig(path=str(tmp_path / "data.jsonl"), template="{prompt}", **keys, **own)
+    tokenizer = _tokenizer()
+    tokenizer.eos_token = "<s>"
+    (tmp_path / "data.jsonl").write_text(2 * (tmp_path / "data.jsonl").read_text())
+    about = {"max_tokens": None, "max_length": 100, "num_completions": 2}
+    source = OfflineSource(config, tokenizer, name="s", **about)
+    sampled_ones = [sampled(one, ["a"]) for one in (prompts.group(3), prompts.all())]
+    replayed_one = replayed(prompts.group(0), [])
+    assert json.loads(replayed_one["data"][0].as_py())["columns"] == row
+    logged = [groups.log_columns(with_rewards) for with_rewards in _scored(sampled_ones)]
+    ways = [*sampled_ones, source.group(0, 0), *(one.drop_columns(groups.REWARD_COLUMNS) for one in logged)]
+    for table in ways:
+        with Verifier(VerifiersConfig(rewards={"kept": {"trusted": True}}), {"kept": kept}) as verifier:
+            told = json.loads(verifier.score(table)["reward_reasons"][0].as_py()[0])
+        want = {name: value for name, value in row.items() if name != "text" or "text" in told}
+        assert {name: told[name] for name in want} == want
+    assert "text" not in source.columns  # the completion itself
+
+
+def _scored(tables: list[pa.Table]) -> list[pa.Table]:
+    with Verifier(VerifiersConfig(rewards={"kept": {"trusted": True}}), {"kept": kept}) as verifier:
+        return [verifier.score(table) for table in tables]
+
+
+def test_a_column_answer_beside_the_gold_leaves_the_gold_to_built_in_functions(tmp_path: Path) -> None:
+    """A function of the user's gets the column by its name, verl's and OpenRLHF's the gold."""
+    row = {"prompt": "q", "answer": "12 + 34 = 46", "reward_model": {"ground_truth": "46"}}
+    prompts = prompt_set(tmp_path, row)
+    config = VerifiersConfig(rewards={"exact_match": {"trusted": True}})
+    with Verifier(config) as verifier:
+        assert rewards(verifier.score(sampled(prompts.group(0), ["46", "47"]))) == [1.0, 0.0] * 2
+
+    def own(completions: list[str], answer: list[str]) -> list[float]:
+        return [float(text == "12 + 34 = 46") for text in answer]
+
+    def of_verl(solution_str: str, ground_truth: str) -> float:
+        return float(ground_truth == "46")
+
+    def of_openrlhf(queries: list[str], prompts: list[str], labels: list[str]) -> list[float]:
+        return [float(label == "46") for label in labels]
+
+    for function in (own, of_verl, of_openrlhf):
+        assert rewards(scored(prompts, ["x"], function)) == [1.0, 1.0], function
+
+
+def test_columns_called_like_a_built_in_functions_options_do_not_set_them(tmp_path: Path) -> None:
+    row = {
+        "prompt": "q",
+        "answer": "a",
+        "ignore_case": False,
+        "limit": 1,
+        "boxed": 0,
+        "relative_tolerance": "x",
+    }
+    prompts = prompt_set(tmp_path, row)
+    for name, completion, want in (
+        ("exact_match", "A", 1.0),
+        ("length", "a", -1 / 1024),
+        ("format", "a", 0.0),
+    ):
+        with Verifier(VerifiersConfig(rewards={name: {"trusted": True, "function": name}})) as verifier:
+            assert rewards(verifier.score(sampled(prompts.group(0), [completion]))) == [want] * 2
+
+
+def test_columns_with_the_names_of_the_runs_own_arguments_are_said(tmp_path: Path) -> None:
+    prompts = prompt_set(tmp_path, {"prompt": "q", "answer": "a", "completions": ["b"], "group_id": 9})
+    (note,) = prompts.notes
+    assert note.startswith("reward functions get the run's own completions, group_id, not the data's column")
+    assert rewards(scored(prompts, ["x"], lambda completions, group_id: group_id)) == [0.0, 0.0]
 
 
 def test_a_conversational_prompt_gives_messages_as_trl_does(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_a_chat_has_the_sources_system_prompt_or_that_of_the_prompts(
     for own, first in ((None, [IDS["3"]]), ("0", [IDS["0"]]), ("", [])):
         said = {} if own is None else {"system_prompt": own}
         config = SourceConfig(path=str(tmp_path / "data.jsonl"), group_share=1, **said)
-        config = config.rendered_like(PromptsConfig(path="x", system_prompt="3"))
+        config = config.rendered_like(PromptsConfig(path="x", system_prompt="3"), "sources.people")
         ids = OfflineSource(config, chatty, **about).group(0, 0)["prompt_ids"][0].as_py()
         assert ids == [*first, IDS["="], IDS["1"], IDS["="]]
 
@@ -356,9 +356,7 @@ GOOD = {"prompt": "q", "answer": "1", "completion": "1", "score": 0.5}
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"prompt": None}, "row 1: prompt is empty (null)"),
         ({"prompt": ["q"]}, "row 1: prompt is list, not text or a number"),
-        ({"prompt": ""}, "row 1: the prompt has no tokens"),
         ({"completion": None}, "row 1: completion is empty (null)"),
         ({"completion": {"a": 1}}, "row 1: completion is dict, not text or a number"),
         ({"completion": "\ud800"}, "row 1: completion is not valid Unicode text (surrogates not allowed)"),
@@ -391,6 +389,11 @@ def test_a_row_without_reward_and_answer_is_left_out_and_counted(make: Maker) ->
     assert make.error(nothing, reward_column="score").startswith(
         "sources.people.path: FILE: no row has a gold answer: answer is empty in all 1 rows"
     )
+
+
+def test_a_row_without_a_prompt_is_left_out_and_counted(make: Maker) -> None:
+    source = make([GOOD, GOOD, {**GOOD, "prompt": None}, {**GOOD, "prompt": ""}])
+    assert (source.num_rows, source.num_without_prompt, len(source)) == (4, 2, 1)
 
 
 def test_a_row_with_reward_may_lack_its_answer(make: Maker) -> None:

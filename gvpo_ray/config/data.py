@@ -20,6 +20,7 @@ DataLayout = Literal[
     "nemo_gym",
     "orz",
     "deepscaler",
+    "alpaca",
     "gsm8k",
     "olympiadbench",
     "rlvr",
@@ -37,7 +38,8 @@ class PromptsConfig(Section):
     """A file (Parquet, JSON, CSV, Arrow; text also compressed), a folder, a glob such as data/*.parquet, the
     name of a Hugging Face data set, or a list of these."""
     split: str = "train"
-    """Split, where the data has splits. It may end in a slice of rows: train[:1000], train[10%:20%]."""
+    """Split, where the data has splits; refused where it has none. It may end in a slice of rows:
+    train[:1000], train[10%:20%]."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set ("main" for openai/gsm8k)."""
     layout: DataLayout | None = None
@@ -57,7 +59,8 @@ class PromptsConfig(Section):
     """System message for the chat template, for prompts that have none of their own; a template is
     the whole prompt, and has none beside it."""
     template_arguments: dict[str, Any] = {}
-    """Further arguments of the tokenizer's chat template, such as {enable_thinking: false}."""
+    """Further arguments of the tokenizer's chat template, such as {enable_thinking: false}; a template has
+    none beside it."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, in tokens. Longer ones are left out, counted and reported, never cut. Default: the
     context less the longest completion."""
@@ -87,18 +90,34 @@ class PromptsConfig(Section):
                 "system_prompt is not used beside a template, which is the whole prompt: write it into the "
                 "template"
             )
+        if self.template is not None and self.template_arguments:
+            raise ValueError(
+                "template_arguments are not used beside a template: they are those of the tokenizer's chat "
+                "template"
+            )
+        if self.layout is not None and self.prompt_column is not None and self.answer_column is not None:
+            raise ValueError("layout is not used where prompt_column and answer_column say all of it")
         return self
 
-    def rendered_like(self: Data, other: PromptsConfig) -> Data:
+    def rendered_like(self: Data, other: PromptsConfig, key: str) -> Data:
         """Return a copy that is rendered as `other` is, as far as it does not say itself how.
 
         A null that is written in the file is set too: the tokenizer's chat template without a system prompt.
+
+        Raises:
+            ValueError: it has arguments for a chat template, and takes another's template; `key` names it.
         """
         own = {"template", "system_prompt"}
         taken = set() if own & self.model_fields_set else own
-        if "template_arguments" not in self.model_fields_set:
+        template = other.template if taken else self.template
+        if template is not None and self.template_arguments:
+            raise ValueError(
+                f"{key}.template_arguments are not used beside the template of prompts; {key}.template: null "
+                "is the tokenizer's chat template"
+            )
+        if template is None and "template_arguments" not in self.model_fields_set:
             taken = taken | {"template_arguments"}
-        return self.model_copy(update={key: getattr(other, key) for key in taken})
+        return self.model_copy(update={name: getattr(other, name) for name in taken})
 
 
 class ReplayConfig(Section):

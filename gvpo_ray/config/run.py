@@ -113,9 +113,14 @@ class GVPOConfig(Section):
     @model_validator(mode="after")
     def _across(self) -> GVPOConfig:
         """Fill in and check everything that concerns two sections."""
-        self.sources = {name: one.rendered_like(self.prompts) for name, one in self.sources.items()}
+        self.sources = {
+            name: one.rendered_like(self.prompts, f"sources.{name}") for name, one in self.sources.items()
+        }
         if self.evaluation.sets:
-            held_out = {name: one.rendered_like(self.prompts) for name, one in self.evaluation.sets.items()}
+            held_out = {
+                name: one.rendered_like(self.prompts, f"evaluation.sets.{name}")
+                for name, one in self.evaluation.sets.items()
+            }
             self.evaluation = self.evaluation.model_copy(update={"sets": held_out})
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:

@@ -5,13 +5,14 @@ A path is a column's name or goes on into it: `reward_model.ground_truth`, `answ
 
 from __future__ import annotations
 
+import base64
 import datetime
 import difflib
 import json
 import math
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -22,7 +23,10 @@ ABSENT = object()
 """The value at a path that does not exist in a row."""
 
 SAMPLED_ROWS = 100
-"""Rows that are looked at to find out what a data set holds."""
+"""Rows from which a message takes the paths that a data set has."""
+
+ROWS_AT_ONCE = 1000
+"""Rows that become Python objects at a time while a value is looked for."""
 
 FIELD = re.compile(r"\{([A-Za-z_][\w.\[\]-]*)\}")
 """A field of a template over columns, such as {question} or {choices[0]}; other braces are text."""
@@ -86,14 +90,25 @@ def values(data: Columns, path: str) -> list[Any]:
 
 
 def sample(data: Columns) -> list[dict[str, Any]]:
-    """Return the first rows of a data set as Python objects."""
+    """Return the first rows of a data set as Python objects, to show what it is like."""
     cut = {name: to_list(column[:SAMPLED_ROWS]) for name, column in data.items()}
     return [dict(zip(cut, row, strict=True)) for row in zip(*cut.values(), strict=True)]
 
 
-def has(rows: Iterable[Mapping[str, Any]], path: str) -> bool:
-    """Return whether some of these rows have a value at a path."""
-    return any(value_at(row, path) not in (ABSENT, None) for row in rows)
+def present(data: Columns, path: str) -> Iterator[Any]:
+    """Yield the values at a path, without those rows that have none; all rows are looked at."""
+    column = column_of(data, path)
+    entries = [] if column is None else data[column]
+    for begin in range(0, len(entries), ROWS_AT_ONCE):
+        for entry in to_list(entries[begin : begin + ROWS_AT_ONCE]):
+            value = value_at({str(column): entry}, path)
+            if value is not ABSENT and value is not None:
+                yield value
+
+
+def has(data: Columns, path: str) -> bool:
+    """Return whether some row has a value at a path."""
+    return next(present(data, path), None) is not None
 
 
 def paths(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -202,7 +217,7 @@ def golds(value: Any, where: str) -> list[str]:
 
 
 def as_json(value: Any) -> str:
-    """Return a value of a data set as JSON text; bytes, such as images, are null."""
+    """Return a value of a data set as JSON text; bytes are base64."""
     return json.dumps(value, default=_plain)
 
 
@@ -212,5 +227,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, (bytes, bytearray)):
-        return None
+        return base64.b64encode(value).decode()
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -13,7 +13,7 @@ import glob
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ Columns = dict[str, pa.ChunkedArray | list[Any]]
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 FILE_SUFFIXES = (".parquet", *TEXT_SUFFIXES, ".arrow")
+DEFAULT_SPLIT = "train"
+"""The value of `split` where a config does not say it."""
+
 COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4")
 """Suffixes behind that of a text file, such as data.jsonl.gz."""
 
@@ -61,7 +64,7 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
     if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
         return _read_saved(place, config, key)
     if not place.exists() and any(letter in path for letter in "*?["):
-        files = _of_split(sorted(Path(name) for name in glob.glob(str(place), recursive=True)), config, key)
+        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True))
         if not files:
             raise ConfigError(f"{key}.path: no file matches {path}")
     elif place.is_dir() and (kind := kind_of(place)) is not None:
@@ -72,8 +75,10 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
         files = [place]
     else:
         return _read_set(path, config, key)
+    _refuse_subset(path, config, key)
+    files, split = _of_split(path, files, config, key)
     shown = path if files == [place] else None
-    parts = [read_file(file, f"{key}.path: {shown or file}") for file in files]
+    parts = [read_file(file, f"{key}.path: {shown or file}", split) for file in files]
     return _sliced(parts[0] if len(parts) == 1 else _joined(parts), config.split, key)
 
 
@@ -91,19 +96,32 @@ def _parts(folder: Path, kind: str) -> list[Path]:
     )
 
 
-def _of_split(files: list[Path], config: PromptsConfig, key: str) -> list[Path]:
-    """Return the shards of the wanted split, if all names say which split they belong to; else all files."""
-    names = [SHARD.match(file.name) for file in files]
+def _refuse_subset(path: str, config: PromptsConfig, key: str) -> None:
+    if config.subset is not None:
+        raise ConfigError(f"{key}.subset: {path} has no subsets; only a data set of the hub or a folder has")
+
+
+def _wanted(config: PromptsConfig) -> str:
+    """Return the name of the split that a config asks for, without its slice."""
+    return config.split.partition("[")[0]
+
+
+def _of_split(path: str, files: list[Path], config: PromptsConfig, key: str) -> tuple[list[Path], str | None]:
+    """Return the shards of the wanted split, if all names say which split they belong to; else all files.
+
+    Also returned is the split that is to be looked for in the files; None: the names have said it. Files of
+    one split are read whatever it is, unless the config says another than the default.
+    """
+    wanted, names = _wanted(config), [SHARD.match(file.name) for file in files]
     splits = {name["split"] for name in names if name}
-    if len(splits) < 2 or None in names:
-        return files
-    wanted = config.split.partition("[")[0]
+    if None in names or (len(splits) == 1 and wanted == DEFAULT_SPLIT):
+        return files, wanted
     if wanted not in splits:
         raise ConfigError(
-            f"{key}.split: the files of {config.path} are of the splits {', '.join(sorted(splits))}, "
-            f"not {wanted}"
+            f"{key}.split: the files of {path} are of the split{'s' * (len(splits) > 1)} "
+            f"{', '.join(sorted(splits))}, not {wanted}"
         )
-    return [file for file, name in zip(files, names, strict=True) if name and name["split"] == wanted]
+    return [file for file, name in zip(files, names, strict=True) if name and name["split"] == wanted], None
 
 
 def kind_of(path: Path) -> str | None:
@@ -114,8 +132,17 @@ def kind_of(path: Path) -> str | None:
     return next((suffix for suffix in suffixes if name.endswith(suffix + compression)), None)
 
 
-def read_file(path: Path, where: str) -> Columns:
-    """Read one file; `where` starts messages."""
+def read_file(path: Path, where: str, split: str | None = None) -> Columns:
+    """Read one file.
+
+    Args:
+        path: the file.
+        where: starts messages, such as "prompts.path: FILE".
+        split: the split to read, where the file is one JSON object of splits; None: whatever there is.
+
+    Raises:
+        ConfigError: it cannot be read, or has no such split; no other file than such an object has splits.
+    """
     kind = kind_of(path)
     if not path.is_file():
         raise ConfigError(f"{where.replace(': ', ': no file ', 1)}")
@@ -123,6 +150,8 @@ def read_file(path: Path, where: str) -> Columns:
         raise ConfigError(
             f"{where}: a data file ends in {', '.join(FILE_SUFFIXES)} (text: also {', '.join(COMPRESSIONS)})"
         )
+    if split not in (None, DEFAULT_SPLIT) and kind not in (".json", ".jsonl"):
+        raise _no_split(where, split)
     try:
         if kind == ".parquet":
             return _columns(pq.read_table(path))
@@ -137,8 +166,13 @@ def read_file(path: Path, where: str) -> Columns:
         raise ConfigError(f"{where} cannot be read: {error.strerror or one_line(error)}") from error
     content = _utf8(content, where)
     return _from_rows(
-        parse_json(content, where) if kind in (".jsonl", ".json") else _parse_csv(content, kind, where)
+        parse_json(content, where, split) if kind in (".jsonl", ".json") else _parse_csv(content, kind, where)
     )
+
+
+def _no_split(where: str, split: str | None, splits: Iterable[str] = ()) -> ConfigError:
+    has = f"it has {', '.join(splits)}" if splits else "name the file of that split in path"
+    return ConfigError(f"{where.replace('.path: ', '.split: ', 1)} has no split {split}; {has}")
 
 
 def _utf8(content: bytes, where: str) -> bytes:
@@ -152,18 +186,20 @@ def _utf8(content: bytes, where: str) -> bytes:
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
-def parse_json(content: bytes, where: str) -> list[dict[str, Any]]:
+def parse_json(content: bytes, where: str, split: str | None = None) -> list[dict[str, Any]]:
     """Parse JSON in the forms of data files: lines, one array, pretty-printed values, an object of rows.
 
     An object with one list of objects (`{"version": 1, "data": [...]}`) holds these rows; an object of lists
-    of one length holds columns. A row that is itself a list is a conversation: {"messages": row}.
+    of one length holds columns, and one of several splits the rows of each. A row that is itself a list is a
+    conversation: {"messages": row}.
 
     Args:
         content: UTF-8 text.
         where: starts messages.
+        split: the split that is wanted; None: whatever there is.
 
     Raises:
-        ConfigError: something is not JSON, or not a row; the message names the line.
+        ConfigError: something is not JSON, or not a row; the message names the line. There is no such split.
     """
     values: list[tuple[int, Any]] = []
     begin = content.lstrip()[:1]
@@ -181,7 +217,9 @@ def parse_json(content: bytes, where: str) -> list[dict[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{where}: line {number} is not JSON: {one_line(error)}") from error
     if len(values) == 1 and isinstance(values[0][1], dict):
-        return _unwrapped(values[0][1])
+        return _unwrapped(values[0][1], where, split)
+    if split not in (None, DEFAULT_SPLIT):
+        raise _no_split(where, split)
     rows = []
     for i, (number, value) in enumerate(values):
         if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
@@ -228,21 +266,31 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-WRAPPERS = ("data", "rows", "train", "test", "validation", "examples", "instances")
+WRAPPERS = ("data", "rows", "examples", "instances")
 """Keys under which a JSON object may hold the rows of a data set."""
 
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+"""Keys under which a JSON object may hold the rows of a split."""
 
-def _unwrapped(value: dict[str, Any]) -> list[dict[str, Any]]:
+
+def _unwrapped(value: dict[str, Any], where: str, split: str | None) -> list[dict[str, Any]]:
     """Return the rows that one JSON object holds; it may be a single row."""
     lists = [entry for entry in value.values() if isinstance(entry, list)]
-    for name, rows in value.items():
-        if (
-            name in WRAPPERS
-            and isinstance(rows, list)
-            and rows
-            and all(isinstance(row, dict) for row in rows)
-        ):
-            return rows
+    held: dict[str, list[dict[str, Any]]] = {
+        name: rows
+        for name, rows in value.items()
+        if name in (*WRAPPERS, *SPLITS, split)
+        and isinstance(rows, list)
+        and rows
+        and all(isinstance(row, dict) for row in rows)
+    }
+    splits = [name for name in held if name not in WRAPPERS]
+    if split in splits:
+        return held[split]
+    if split not in (None, DEFAULT_SPLIT) or (split is not None and len(splits) > 1):
+        raise _no_split(where, split, splits)
+    if held:
+        return next(iter(held.values()))
     has_messages = any(entry and isinstance(entry[0], dict) for entry in lists)
     if len(lists) == len(value) > 1 and len({len(entries) for entries in lists}) == 1 and not has_messages:
         return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
@@ -282,16 +330,18 @@ def _parse_csv(content: bytes, kind: str, where: str) -> list[dict[str, Any]]:
 
 def _read_saved(path: Path, config: PromptsConfig, key: str) -> Columns:
     """Read a folder that `save_to_disk` of `datasets` wrote."""
+    _refuse_subset(str(path), config, key)
     with quiet_datasets() as datasets:
         try:
             data = datasets.load_from_disk(str(path))
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{key}.path: {path} cannot be read: {one_line(error)}") from error
         if isinstance(data, datasets.DatasetDict):
-            wanted = config.split.partition("[")[0]
-            if wanted not in data:
-                raise ConfigError(f"{key}.split: {path} has no split {wanted}; it has {', '.join(data)}")
-            data = data[wanted]
+            if _wanted(config) not in data:
+                raise _no_split(f"{key}.split: {path}", _wanted(config), data)
+            data = data[_wanted(config)]
+        elif _wanted(config) not in (DEFAULT_SPLIT, str(data.split)):
+            raise _no_split(f"{key}.split: {path}", _wanted(config))
         return _sliced(_columns(data.with_format("arrow")[:]), config.split, key)
 
 
@@ -332,9 +382,9 @@ def _sliced(data: Columns, split: str, key: str) -> Columns:
         return data
     from datasets import ReadInstruction
 
-    num_rows = len(next(iter(data.values()), []))
+    num_rows, name = len(next(iter(data.values()), [])), split.partition("[")[0]
     try:
-        (part,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: num_rows})
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: num_rows})
     except (ValueError, AssertionError, KeyError) as error:
         raise ConfigError(
             f"{key}.split: {split!r} is no slice of {num_rows} rows, such as train[:100] or train[10%:20%]"

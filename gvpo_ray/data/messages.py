@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,11 @@ ROLES = {
 
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 
+MEDIA = {
+    kind + ending for kind in ("image", "video", "audio") for ending in ("", "s", "_url", "_urls", "_path")
+}
+"""Names of columns, and of keys of messages, that hold what is no text."""
+
 
 def is_messages(value: Any) -> bool:
     """Return whether a value is a list of messages in some dialect."""
@@ -38,6 +44,28 @@ def is_messages(value: Any) -> bool:
     )
 
 
+def from_json(value: Any) -> Any:
+    """Return the list of messages that a text is the JSON of; any other value comes back as it is."""
+    if not (isinstance(value, str) and value.lstrip()[:1] == "["):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return parsed if is_messages(parsed) else value
+
+
+def ends_with_answer(value: Any) -> bool:
+    """Return whether a value is a conversation, as a list or its JSON, in which the assistant speaks last."""
+    messages = from_json(value)
+    return is_messages(messages) and _role(messages[-1]) == "assistant"
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    role = str(next(message[key] for key in ROLE_KEYS if key in message))
+    return ROLES.get(role, role)
+
+
 def as_messages(value: Any, where: str) -> list[Message]:
     """Return a list of messages in some dialect as [{"role", "content"}, ...].
 
@@ -48,18 +76,17 @@ def as_messages(value: Any, where: str) -> list[Message]:
     """
     messages = []
     for i, message in enumerate(value):
-        role = next(message[key] for key in ROLE_KEYS if key in message)
         content = next((message[key] for key in CONTENT_KEYS if message.get(key) is not None), None)
         rest = {
             key: entry
             for key, entry in message.items()
             if key not in (*ROLE_KEYS, *CONTENT_KEYS) and entry is not None
         }
+        if media := next((key for key, entry in rest.items() if key.lower() in MEDIA and entry), None):
+            raise ConfigError(f"{where}[{i}] has {media}, and only text is trained")
         if content is None and not rest:
             raise ConfigError(f"{where}[{i}] has no content")
-        messages.append(
-            {"role": ROLES.get(str(role), str(role)), "content": _text(content, f"{where}[{i}]"), **rest}
-        )
+        messages.append({"role": _role(message), "content": _text(content, f"{where}[{i}]"), **rest})
     return messages
 
 

@@ -49,9 +49,11 @@ class OfflineSource:
 
     Attributes:
         num_rows: rows read.
+        num_without_prompt: rows left out because their prompt is empty.
         num_without_gold: rows left out because they have neither a reward nor a gold answer.
         columns: names of the columns that reward functions get of each row.
         layout: where prompt and gold were found, if the config does not say it itself; else "".
+        notes: further lines about the data that a person should read before a run.
         num_too_long: rows left out because they are longer than a limit (they are never cut).
         num_single: prompts whose only completion makes no whole group; 0 for a source with `share`.
 
@@ -105,8 +107,9 @@ class OfflineSource:
             for prompt, tokens in zip(prompts, self._num_tokens, strict=True)
         ]
         self.num_rows, self.num_too_long = found.num_rows, fits.count(False)
+        self.num_without_prompt = found.num_without_prompt
         self.num_without_gold, self.layout = found.num_without_gold, found.found.description()
-        self.columns = found.columns
+        self.columns, self.notes = found.columns, found.notes
         if not any(fits):
             raise ConfigError(
                 f"{key}.path: {config.path}: all {len(fits)} rows are too long: a prompt may have "

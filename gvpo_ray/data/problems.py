@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as pa
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.columns import (
+    ABSENT,
     as_json,
     as_text,
     column_of,
@@ -17,12 +20,35 @@ from gvpo_ray.data.columns import (
     golds,
     has,
     missing,
-    sample,
+    value_at,
     values,
 )
 from gvpo_ray.data.files import Columns, read, to_list
 from gvpo_ray.data.layouts import LAST, Found, columns_of
-from gvpo_ray.data.messages import Message, as_messages, as_prompt, is_messages, split_answer
+from gvpo_ray.data.messages import (
+    MEDIA,
+    Message,
+    as_messages,
+    as_prompt,
+    from_json,
+    is_messages,
+    split_answer,
+)
+
+TAKEN = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "finish_reasons",
+    "group_id",
+    "prompt_messages",
+    "answer_match",
+    "gold_answer",
+)
+"""Arguments of reward functions that are the run's own, so that a column of such a name cannot reach them."""
+
+OPTIONS = ("choices", "options")
+"""Names of columns with the options of a multiple choice, which belong into the prompt."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +112,13 @@ class Problems:
 
     problems: list[Problem]
     num_rows: int
+    num_without_prompt: int
     num_without_gold: int
     found: Found
     columns: list[str]
     """Names of the columns that every problem has for the reward functions."""
+    notes: list[str]
+    """Lines that a person should read of the data before a run, beside where prompt and gold were found."""
 
 
 def read_problems(
@@ -99,7 +128,7 @@ def read_problems(
     may_lack: Collection[str] = (),
     without_gold: str | None = None,
 ) -> Problems:
-    """Read a data set as problems. Rows without a gold answer are left out and counted.
+    """Read a data set as problems. Rows without a prompt or a gold answer are left out and counted.
 
     Args:
         config: the section of the config; `config.limit` takes the first rows before anything else does.
@@ -109,8 +138,8 @@ def read_problems(
         without_gold: the name in `more` of a column whose value makes a gold unnecessary, such as a reward.
 
     Raises:
-        ConfigError: the data cannot be read, lacks a column, has an entry of another kind, or no row has a
-            gold answer.
+        ConfigError: the data cannot be read, lacks a column, has images or an entry of another kind, or no
+            row has a prompt, or a gold answer.
     """
     data = read(config, key)
     if not data or not len(next(iter(data.values()))):
@@ -131,32 +160,58 @@ def read_problems(
         has_golds = column_of(data, found.gold) is not None
     if has_golds:
         check_path(data, found.gold, config, key, "answer")
+    _check_is_text(data, path)
     num_rows = len(next(iter(data.values())))
-    prompts = _prompts(data, found, path)
+    prompts, is_json = _prompts(data, found, path, is_own=found.prompt == config.prompt_column)
+    found = found._replace(is_json=is_json)
     answers = values(data, found.gold) if has_golds else [None] * num_rows
     extra = {name: values(data, column) for name, column in more.items()}
-    hidden = {"prompt", "prompts", "completion", "completions", "completion_ids", *more.values()}
-    hidden |= {"answer"} if found.gold == "answer" else set()
+    # what reaches reward functions as prompts, answer and completions does not reach them a second time
+    hidden = {*TAKEN, *more.values(), *({found.prompt, found.gold} & {"prompt", "answer"})}
     kept = {name: to_list(column) for name, column in data.items() if name not in hidden}
-    problems, num_without = [], 0
+    problems, num_without_prompt, num_without_gold = [], 0, 0
     for row in range(num_rows):
         where = f"{path}: row {row}"
         prompt, messages, last = _prompt(prompts[row], f"{where}: {found.prompt}")
+        if not prompt.strip():
+            num_without_prompt += 1
+            continue
         answer = last if found.gold == LAST else _answer(answers[row], f"{where}: {found.gold}")
         texts = golds(answer, f"{where}: {found.gold}") if has_golds or found.gold == LAST else []
         own = {name: entries[row] for name, entries in extra.items()}
         if found.gold and not texts and (without_gold is None or own.get(without_gold) is None):
-            num_without += 1
+            num_without_gold += 1
             continue
         columns = {name: entries[row] for name, entries in kept.items()}
         problems.append(Problem(row, prompt, messages, texts, config.answer_match, columns, own))
-    if not problems:
+    if not problems and num_without_gold:
         raise ConfigError(
-            f"{path}: no row has a gold answer: {found.gold} is empty in all {num_rows} rows "
+            f"{path}: no row has a gold answer: {found.gold} is empty in all {num_without_gold} rows "
             f'({key}.answer_column: "" trains without golds, if no reward function needs them)'
         )
-    names = [*kept, *(["answer"] if found.gold else [])]
-    return Problems(problems, num_rows, num_without, found, names)
+    if not problems:
+        raise ConfigError(f"{path}: no row has a prompt: {found.prompt} is empty in all {num_rows} rows")
+    names = list(dict.fromkeys([*kept, *(["answer"] if found.gold else [])]))
+    notes = [*_notes(data, found, problems[0], key)]
+    return Problems(problems, num_rows, num_without_prompt, num_without_gold, found, names, notes)
+
+
+def _notes(data: Columns, found: Found, first: Problem, key: str) -> Iterator[str]:
+    if taken := [name for name in data if name in TAKEN and name != found.prompt]:
+        yield (
+            f"reward functions get the run's own {', '.join(taken)}, not the data's column of that name: "
+            "rename it if they need it"
+        )
+    for name in OPTIONS:
+        options = first.columns.get(name)
+        options = list(options.values()) if isinstance(options, dict) else options
+        if not isinstance(options, list) or not options or fields(found.prompt):
+            continue
+        if str(options[0]) not in first.prompt:
+            yield (
+                f"the column {name} is not in the prompt; if it should be, write {key}.prompt_column as a "
+                f'template, such as "{{{found.prompt}}}\\nA. {{{name}[0]}}"'
+            )
 
 
 def check_path(data: Columns, path: str, config: PromptsConfig, key: str, name: str) -> None:
@@ -170,32 +225,80 @@ def check_path(data: Columns, path: str, config: PromptsConfig, key: str, name: 
         name: what the column is for, such as "prompt": the key `prompt_column` is named if there is one.
     """
     column = column_of(data, path)
-    if column is not None and (column == path or has(sample(data), path)):
+    if column is not None and (column == path or has(data, path)):
         return
     # A column that is not the section's own (the solution of a warm start) is named by its role.
     named = f"{key}.{name}_column" if f"{name}_column" in type(config).model_fields else f"{key} ({name})"
     raise ConfigError(f"{named}: {config.path} {missing(data, path)}")
 
 
-def _prompts(data: Columns, found: Found, where: str) -> list[Any]:
-    if not fields(found.prompt):
-        return values(data, found.prompt)
-    names = list(dict.fromkeys(str(column_of(data, path)) for path in fields(found.prompt)))
+def _check_is_text(data: Columns, where: str) -> None:
+    """Raise a ConfigError for data with images, sound or video, which prompts of text would lack."""
+    for name, entries in data.items():
+        if name.lower() not in MEDIA and not _is_media(entries):
+            continue
+        row = next((i for i, entry in enumerate(to_list(entries)) if entry), None)
+        if row is not None:
+            raise ConfigError(
+                f"{where}: row {row} has {name}, and only text is trained: leave the column {name} out of "
+                "the data if the prompts do not need it"
+            )
+
+
+def _is_media(entries: pa.ChunkedArray | list[Any]) -> bool:
+    """Return whether a column has the type in which `datasets` stores images and sound, or lists of it."""
+    if not isinstance(entries, pa.ChunkedArray):
+        return False
+    kind = entries.type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+
+
+def _prompts(data: Columns, found: Found, where: str, is_own: bool) -> tuple[list[Any], bool]:
+    """Return the prompts of all rows, and whether they are messages that the data hold as JSON text.
+
+    They are if every prompt is a list of messages then; one that is not makes all of them plain text. A
+    template of the config (`is_own`) is filled as it stands, and one of a layout has no blank ends.
+    """
+    paths = fields(found.prompt)
+    if not paths:
+        prompts = values(data, found.prompt)
+        said = [prompt for prompt in prompts if _says(prompt)]
+        is_json = any(isinstance(prompt, str) for prompt in said) and all(
+            is_messages(from_json(prompt)) for prompt in said
+        )
+        return [from_json(prompt) for prompt in prompts] if is_json else prompts, is_json
+    names = list(dict.fromkeys(str(column_of(data, path)) for path in paths))
     columns = [to_list(data[name]) for name in names]
-    return [
-        fill(found.prompt, dict(zip(names, row, strict=True)), f"{where}: row {i}")
-        for i, row in enumerate(zip(*columns, strict=True))
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    texts = [
+        # a template whose fields are all empty asks nothing
+        fill(found.prompt, row, f"{where}: row {i}") if any(_says(value_at(row, p)) for p in paths) else ""
+        for i, row in enumerate(rows)
     ]
+    return texts if is_own else [text.strip() for text in texts], False
 
 
 def _prompt(value: Any, where: str) -> tuple[str, list[Message] | None, Any]:
-    """Return a prompt's text, its messages if it is a conversation, and what the assistant says last."""
+    """Return a prompt's text, its messages if it is a conversation, and what the assistant says last.
+
+    The text is empty where the row has no prompt: an empty entry, or messages that say nothing to answer.
+    """
+    if not _says(value):
+        return "", None, None
     if not is_messages(value):
         return as_text(value, where), None, None
     messages, last = split_answer(as_messages(value, where))
-    if not messages:
-        raise ConfigError(f"{where} has no message to answer")
-    return as_prompt(messages), messages, None if last is None else last["content"]
+    text = as_prompt(messages) if any(message["content"].strip() for message in messages) else ""
+    return text, messages, None if last is None else last["content"]
+
+
+def _says(value: Any) -> bool:
+    """Return whether an entry is more than null, NaN, blanks or an empty list."""
+    if value is ABSENT or value is None or value == [] or value != value:
+        return False
+    return not isinstance(value, str) or bool(value.strip())
 
 
 def _answer(value: Any, where: str) -> Any:

@@ -41,9 +41,11 @@ class PromptSet:
 
     Attributes:
         num_rows: rows read.
+        num_without_prompt: rows left out because their prompt is empty.
         num_without_gold: rows left out because they have no gold answer.
         columns: names of the columns that reward functions get of each row.
         layout: where prompt and gold were found, if the config does not say it itself; else "".
+        notes: further lines about the data that a person should read before a run.
         num_too_long: rows left out because their prompt is longer than the limit (it is never cut).
         longest: tokens of the longest prompt read, including prompts that are left out.
 
@@ -72,10 +74,11 @@ class PromptSet:
             )
         limit = min((n for n in (config.max_tokens, max_tokens) if n is not None), default=None)
         keep = np.arange(len(lengths)) if limit is None else np.flatnonzero(lengths <= limit)
-        self.num_rows, self.num_without_gold = found.num_rows, found.num_without_gold
+        self.num_rows = found.num_rows
+        self.num_without_prompt, self.num_without_gold = found.num_without_prompt, found.num_without_gold
         self.num_too_long = len(lengths) - len(keep)
         self.longest = int(lengths.max())
-        self.columns, self.layout = found.columns, found.found.description()
+        self.columns, self.layout, self.notes = found.columns, found.found.description(), found.notes
         if not len(keep):
             all_long = f"all {len(lengths)} prompts are longer (the shortest has {lengths.min()} tokens)"
             if limit == config.max_tokens:

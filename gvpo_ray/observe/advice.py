@@ -1,12 +1,13 @@
-"""Says in one line why a run learns nothing, from the metrics of its first steps and its config."""
+"""Says in one line why a run learns nothing, from its data, its config and the metrics of its first steps."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.config.verifiers import ReasonKind, VerifiersConfig
 from gvpo_ray.observe.metrics import mean
 
 FIRST_STEPS = 2
@@ -20,6 +21,49 @@ SMALLEST_REACH = 1e-6
 
 Weights are of the order of 0.02, where neighbouring bfloat16 numbers are 1e-4 apart.
 """
+
+
+WORKED = re.compile(r"####|\\boxed\b")
+"""What shows that a gold is a worked solution with its answer in it, as in GSM8K and MATH."""
+
+WHOLE = re.compile(r"^[+-]?\d+\.0+$")
+"""A whole number as a column of floats writes it; a completion writes it without the zeros."""
+
+
+def golds_out_of_reach(golds: Sequence[str], verifiers: VerifiersConfig, key: str) -> str | None:
+    """Return why no completion can match many of a data set's golds; None: nothing shows that.
+
+    Args:
+        golds: the gold answers.
+        verifiers: the config's section.
+        key: the section of the data set in the config.
+    """
+    functions = {reward.function or name for name, reward in verifiers.rewards.items()}
+    for pattern, refused, why, way_out in (
+        (
+            WORKED,
+            ("exact_match", "numeric"),
+            "are worked solutions",
+            f"name a column of the answers alone in {key}.answer_column, or use math in verifiers.rewards",
+        ),
+        (
+            WHOLE,
+            ("exact_match",),
+            "are whole numbers with zeros behind the point, which completions do not write",
+            f"use numeric or math in verifiers.rewards, or text in {key}.answer_column",
+        ),
+    ):
+        found = [gold for gold in golds if pattern.search(gold)]
+        if (name := next((name for name in refused if name in functions), None)) and (
+            len(found) > (1 - NEARLY_ALL) * len(golds)
+        ):
+            shown = " ".join(found[0].split())
+            shown = repr(shown if len(shown) <= 30 else f"…{shown[-29:]}")
+            return (
+                f"{key}: {name} cannot match {len(found)} of {len(golds)} gold answers, which {why} (such as "
+                f"{shown}): {way_out}"
+            )
+    return None
 
 
 class FirstSteps:

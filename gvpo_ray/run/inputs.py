@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local, paths
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.turns import check_stop_tokens
 from gvpo_ray.learner.families import check_trainable
+from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
 
@@ -42,6 +44,8 @@ class Inputs:
     mixture: SourceSchedule
     num_offline: dict[str, int]
     """Completions that a source adds to each group, where it has some for the prompt; by source."""
+    verifiers: VerifiersConfig = field(default_factory=VerifiersConfig)
+    """What the golds of the data are for."""
 
     def group(self, group_id: int) -> tuple[pa.Table, bool]:
         """Return the prompt of a group, or a whole group of an offline source, and whether it is the latter.
@@ -80,18 +84,19 @@ class Inputs:
 
     def startup_summary(self) -> Iterator[str]:
         """Yield lines about the inputs that a person should read before the first step."""
-        named = {"prompts": self.prompts} if self.prompts is not None else {}
-        for key, prompts in {**named, **self.evaluation}.items():
-            yield from _summary(key, prompts)
+        sets = {} if self.prompts is None else {"prompts": self.prompts}
+        sets |= {f"evaluation.sets.{name}": of_set for name, of_set in self.evaluation.items()}
+        for key, prompts in sets.items():
+            yield from _summary(key, prompts, self.verifiers)
         for name, source in self.sources.items():
+            key = f"sources.{name}"
             single = (
                 f", {source.num_single} prompts have one completion and make no group"
                 if source.num_single
                 else ""
             )
-            yield f"{name}: {source.num_rows} offline completions{_left_out(source)}{single}"
-            if source.layout:
-                yield f"{name}: {source.layout}"
+            yield f"{key}: {source.num_rows} offline completions{_left_out(source)}{single}"
+            yield from _notes(key, source, self.verifiers)
 
 
 def _digest_of_tokens(prompts: pa.Table) -> str:
@@ -102,15 +107,24 @@ def _digest_of_tokens(prompts: pa.Table) -> str:
     return content.hexdigest()
 
 
-def _summary(key: str, prompts: PromptSet) -> Iterator[str]:
+def _summary(key: str, prompts: PromptSet, verifiers: VerifiersConfig) -> Iterator[str]:
     yield f"{key}: {len(prompts)} prompts (longest {prompts.longest} tokens{_left_out(prompts)})"
-    if prompts.layout:
-        yield f"{key}: {prompts.layout}"
+    yield from _notes(key, prompts, verifiers)
+
+
+def _notes(key: str, data: PromptSet | OfflineSource, verifiers: VerifiersConfig) -> Iterator[str]:
+    for note in (data.layout, *data.notes):
+        if note:
+            yield f"{key}: {note}"
+    if advice := golds_out_of_reach(data.all()["answer"].to_pylist(), verifiers, key):
+        yield advice
 
 
 def _left_out(data: PromptSet | OfflineSource) -> str:
     """Return what was left out of a data set, and why, for behind its number of rows."""
     reasons = []
+    if data.num_without_prompt:
+        reasons.append(f"{data.num_without_prompt} without a prompt")
     if data.num_without_gold:
         reasons.append(f"{data.num_without_gold} without a gold answer")
     if data.num_too_long:
@@ -181,6 +195,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             for name, source in config.sources.items()
             if source.share
         },
+        verifiers=config.verifiers,
     )
 
 
@@ -322,7 +337,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         sets = read_evaluation_sets(config, max_length, tokenizer)
         validate_rewards(config.verifiers, None, columns_by_key({}, sets, {}))
         for name, of_set in sets.items():
-            yield from _summary(f"evaluation.sets.{name}", of_set)
+            yield from _summary(f"evaluation.sets.{name}", of_set, config.verifiers)
 
 
 def machine_resources(config: GVPOConfig) -> tuple[float, float]:

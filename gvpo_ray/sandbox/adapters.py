@@ -28,6 +28,10 @@ MESSAGES, MATCH = "prompt_messages", "answer_match"
 """Arguments beside the data's columns: the prompt's messages where it is a conversation; "any" or "all" where
 `answer` is a list of several golds. Only functions that name them get them as arguments."""
 
+GOLD = "gold_answer"
+"""The gold where the data has a column `answer` that is not the gold: users' functions get that column as
+`answer`, and built-in ones the gold."""
+
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "group_id", "dataset")
 """Arguments that are there for every data set."""
 
@@ -44,7 +48,13 @@ def adapted(function: Function, arguments: Mapping[str, Any], is_built_in: bool)
         is_built_in: whether it is one of this package's own, which change nothing and get all golds.
     """
     if is_built_in:
-        return lambda **columns: _over_golds(function, {**columns, **arguments})
+        options = {
+            p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty
+        }
+        own = options - set(GIVEN)  # what the config says, and no column of the data that is called so
+        return lambda **columns: _over_golds(
+            function, {name: v for name, v in columns.items() if name not in own} | dict(arguments)
+        )
     named, takes_any = _parameters(function)
     arrange = _arrangement(named) or _as_trl
     bound = functools.partial(function, **arguments) if arguments else function
@@ -111,6 +121,7 @@ def _arrangement(named: Collection[str]) -> Arrange | None:
 def _as_trl(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
     messages = columns.pop(MESSAGES, None)
     match = columns.pop(MATCH, None)
+    columns.pop(GOLD, None)
     if messages is not None and any(messages):
         # each prompt of a group is the same, so all of them are conversations, or none is
         columns["prompts"] = messages
@@ -151,7 +162,7 @@ async def _all(function: Function, calls: Sequence[Mapping[str, Any]]) -> list[A
 
 def _of_verl(row: dict[str, Any]) -> dict[str, Any]:
     """Return verl's arguments of a row: where its data has them, else from what every data set has."""
-    gold = row.get("answer")
+    gold = row.get(GOLD, row.get("answer"))
     for column in ("reward_model", "reward_spec"):
         if isinstance(row.get(column), Mapping) and "ground_truth" in row[column]:
             gold = row[column]["ground_truth"]
@@ -175,7 +186,7 @@ def _openrlhf(function: Function, columns: dict[str, Any], named: set[str] | Non
     given = {
         "queries": [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
         "prompts": prompts,
-        "labels": columns.get("label") or columns.get("answer") or [None] * len(prompts),
+        "labels": columns.get("label") or columns.get(GOLD) or columns.get("answer") or [None] * len(prompts),
     }
     others = {name: value for name, value in columns.items() if named is not None and name in named}
     return function(**{name: v for name, v in (others | given).items() if named is None or name in named})
@@ -196,6 +207,8 @@ def _over_golds(function: Function, columns: dict[str, Any]) -> Any:
     reward and one cannot be compared. One that must match all is compared with all of them as one answer.
     """
     match, _ = columns.pop(MATCH, None), columns.pop(MESSAGES, None)
+    if GOLD in columns:
+        columns["answer"] = columns.pop(GOLD)
     answers = columns.get("answer")
     if answers is None or not any(isinstance(gold, list) for gold in answers):
         return function(**columns)

@@ -19,7 +19,7 @@ from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.sandbox.adapters import MATCH, MESSAGES, check_columns
+from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_columns
 from gvpo_ray.sandbox.functions import OutOfReach, Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -317,15 +317,19 @@ def _masked(part: Part) -> Part:
 def _of_data(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the column `data` of a group adds to the arguments of reward functions, or replaces there.
 
-    A column of the data takes the place of one of ours only if it is called `dataset`.
+    A column of the data takes the place of one of ours only if it is called `dataset` or `answer`; where the
+    gold is not that `answer`, it is GOLD.
     """
     data = json.loads(row.get("data") or "{}")
-    ours = set(COLUMNS) - {"dataset"}
+    ours = set(COLUMNS) - {"dataset", "answer"}
     added = {name: value for name, value in data.get("columns", {}).items() if name not in ours}
     if "messages" in data:
         added[MESSAGES] = data["messages"]
+    gold = GOLD if "answer" in added else "answer"
     if "golds" in data:
-        added |= {"answer": data["golds"], MATCH: data["match"]}
+        added |= {gold: data["golds"], MATCH: data["match"]}
+    elif gold == GOLD and "answer" in row:
+        added[gold] = row["answer"]
     return added
 
 
