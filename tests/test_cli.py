@@ -744,10 +744,8 @@ def test_check_accepts_the_gpu_jobs_where_their_gpus_are_and_says_it_all_elsewhe
     assert main(["check", str(JOBS / name)]) == 2
     printed, error = capsys.readouterr()
     assert printed == there
-    assert (
-        error
-        == f"error: learner.num_workers: {plan[0][1]} x {plan[0][2]} GPUs are more than the 0 GPUs of this machine\n"
-    )
+    asked = "{} x {} GPUs".format(*plan[0][1:])
+    assert error == f"error: learner.num_workers: {asked} are more than the 0 GPUs of this machine\n"
     for who, number, gpus in plan:
         assert re.search(rf"{who} +│ +{number} │ +[\d.]+ │ +{gpus} │ +[\d.]+ │ +{number * gpus:g} ", printed)
     assert (
