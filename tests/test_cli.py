@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -419,6 +420,53 @@ def test_check_reads_the_data_as_train_does(
         )
 
 
+def test_check_shows_the_first_prompt_with_its_special_tokens(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}<eos>a")
+    (folder / "train.jsonl").write_text('{"prompt": "0+0?", "answer": "0"}\n')
+    chat = "prompts={path: train.jsonl}"
+    assert main(["check", "config.yaml", chat]) == 0
+    assert "\nthe first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>a\n" in capsys.readouterr().out
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["evaluation"] = {"sets": {"held": config.pop("prompts") | {"template": "{prompt}<eos>="}}}
+    (folder / "evaluates.yaml").write_text(yaml.safe_dump(config))
+    assert main(["check", "evaluates.yaml"]) == 0
+    shown = "evaluation.sets.held: the first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>=\n"
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("engines.num=100000", "engines.num: 100000 x 0.1 CPUs are more than the "),
+        (
+            "ray.address=http://127.0.0.1:8265",
+            "ray.address: http://127.0.0.1:8265 is the address of a dashboard",
+        ),
+        ("tracking.mlflow={experiment: x}", "tracking.mlflow: the package mlflow is not installed"),
+        ("seed=1", "seed: run holds a run with other values of it"),
+        ("prompts.path=other.jsonl", "prompts: run holds a run with other values of it"),
+        ("run_dir=old", "run_dir: old was made by gvpo_ray 0.1.0 or older, in format 1"),
+        ("model.lora={target_modules: [q]}", "model.lora.target_modules: Target modules {'q'} not found"),
+    ],
+)
+def test_check_refuses_what_train_would_refuse_here(
+    refused: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, complaint: str
+) -> None:
+    shutil.copy(folder / "train.jsonl", folder / "other.jsonl")
+    (folder / "old").mkdir()
+    (folder / "old" / "config.yaml").write_text((folder / "config.yaml").read_text())
+    with open_run_dir(_config(folder)):
+        pass
+    is_there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "mlflow" else is_there(name)
+    )
+    for verb in ("check", "train"):
+        assert complaint in refused(verb, "config.yaml", override)
+
+
 def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callable[..., str]) -> None:
     file = folder / "model" / "generation_config.json"
     file.write_text('{"do_sample": false, "temperature": 0.7}')
@@ -682,11 +730,22 @@ def test_an_interrupted_verb_says_whether_the_same_command_resumes(
         ("qwen2.5_math_1.5b_1gpu.yaml", [("learner worker", 1, 0.5), ("engine", 1, 0.5)]),
     ],
 )
-def test_check_accepts_the_gpu_jobs_on_a_machine_without_gpus(
-    folder: Path, capsys: pytest.CaptureFixture[str], name: str, plan: list[tuple[str, int, float]]
+def test_check_accepts_the_gpu_jobs_where_their_gpus_are_and_says_it_all_elsewhere_too(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    plan: list[tuple[str, int, float]],
 ) -> None:
+    monkeypatch.setattr("gvpo_ray.run.machine.machine_resources", lambda config: (32.0, 8.0))
     assert main(["check", str(JOBS / name)]) == 0
-    printed = capsys.readouterr().out
+    there = capsys.readouterr().out
+    monkeypatch.setattr("gvpo_ray.run.machine.machine_resources", lambda config: (32.0, 0.0))
+    assert main(["check", str(JOBS / name)]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == there
+    asked = "{} x {} GPUs".format(*plan[0][1:])
+    assert error == f"error: learner.num_workers: {asked} are more than the 0 GPUs of this machine\n"
     for who, number, gpus in plan:
         assert re.search(rf"{who} +│ +{number} │ +[\d.]+ │ +{gpus} │ +[\d.]+ │ +{number * gpus:g} ", printed)
     assert (

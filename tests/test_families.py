@@ -146,13 +146,46 @@ def test_no_dropout_is_left_in_attention(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_a_family_starts_as_its_model(tmp_path: Path) -> None:
-    for family in ("gpt2", "gemma3"):
-        path = folder_of(tmp_path / family, family)
-        policy = Policy(ModelConfig(path=str(path)), LearnerConfig(backend="ddp"), path)
-        adapted = Policy(
-            ModelConfig(path=str(path), lora=LoraConfig(rank=2)), LearnerConfig(backend="ddp"), path
-        )
-        torch.testing.assert_close(adapted.logprobs(ROWS), policy.logprobs(ROWS), rtol=0, atol=1e-5)
+    path = folder_of(tmp_path, "gemma3")
+    model = ModelConfig(path=str(path), lora=LoraConfig(rank=2))
+    check_trainable(model)
+    policy = Policy(model.model_copy(update={"lora": None}), LearnerConfig(backend="ddp"), path)
+    adapted = Policy(model, LearnerConfig(backend="ddp"), path)
+    torch.testing.assert_close(adapted.logprobs(ROWS), policy.logprobs(ROWS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "target_modules", "complaint"),
+    [
+        # its layers hold their weights as [in, out], and a square one would be merged wrongly without a word
+        (
+            "gpt2",
+            "all-linear",
+            "transformer.h.0.attn.c_attn of this gpt2 is no torch.nn.Linear but a layer Conv1D",
+        ),
+        (
+            "qwen2",
+            ["q_proj", "lm_head"],
+            "lm_head of this qwen2 is the head, and cannot have an adapter",
+        ),
+        (
+            "qwen2",
+            ["embed_tokens"],
+            "model.embed_tokens of this qwen2 is no torch.nn.Linear but a layer Embedding",
+        ),
+        ("qwen2", ["q_proj", "norm"], "Target module Qwen2RMSNorm((32,), eps=1e-06) is not supported."),
+        ("qwen2", ["q_prj"], "Target modules {'q_prj'} not found in the base model."),
+        ("qwen2", "q_proj(", "missing ), unterminated subpattern at position 6"),
+    ],
+)
+def test_an_adapter_that_a_model_cannot_have_is_refused_before_anything_starts(
+    tmp_path: Path, family: str, target_modules: str | list[str], complaint: str
+) -> None:
+    config_of(family).save_pretrained(tmp_path)  # no weights are read
+    with pytest.raises(ConfigError) as error:
+        check_trainable(ModelConfig(path=str(tmp_path), lora=LoraConfig(target_modules=target_modules)))
+    assert str(error.value).startswith(f"model.lora.target_modules: {complaint}")
+    assert "\n" not in str(error.value)
 
 
 # --- folders of models --------------------------------------------------------------------------------------

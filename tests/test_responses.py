@@ -112,8 +112,9 @@ def test_an_array_or_a_compressed_file_is_scored_with_named_columns(
 def test_a_function_that_asks_for_a_column_the_file_lacks_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "in.jsonl").write_text('{"response": "a", "gold": "1", "level": 2}\n')
-    (tmp_path / "own.py").write_text("def f(completions, levels): return [0.0]\n")
-    reward = f"rewards={{{tmp_path}/own.py:f: 1}}"
-    assert main(["verify", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), reward]) == 2
-    assert "it needs the argument 'levels', and INPUT has no such column" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text('{"response": "a", "gold": "1", "level": 2, "expected": true}\n')
+    for column in ("levels", "expected"):  # the label is not for the functions
+        (tmp_path / "own.py").write_text(f"def f(completions, {column}): return [0.0]\n")
+        reward = f"rewards={{{tmp_path}/own.py:f: {{trusted: true}}}}"
+        assert main(["verify", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), reward]) == 2
+        assert f"it needs the argument '{column}', and INPUT has no such column" in capsys.readouterr().err

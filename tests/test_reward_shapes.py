@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +25,8 @@ from gvpo_ray.config.data import PromptsConfig, SourceConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
-from gvpo_ray.sandbox.adapters import adapted, check_columns
-from gvpo_ray.sandbox.functions import call
+from gvpo_ray.sandbox.adapters import adapted, check_signature
+from gvpo_ray.sandbox.functions import call, load
 from gvpo_ray.verifiers.rewards import BUILT_IN
 from gvpo_ray.verifiers.verifier import Verifier, validate_rewards
 
@@ -259,6 +263,88 @@ def test_openrlhfs_reward_func_gets_queries_prompts_and_labels(tmp_path: Path) -
     assert rewards(scored(prompts, ["46", "45"], reward_func)) == [1.0, 0.0] * 2
 
 
+def slime(args: Any, sample: Any, **kwargs: Any) -> float:
+    assert (sample.prompt, sample.metadata, sample.response_length, args.weight) == ("q", {"a": 1}, 1, 0.5)
+    assert sample.status.value == "completed"
+    return args.weight * (sample.response == sample.label)
+
+
+async def async_slime(args: Any, sample: Any) -> float:
+    return slime(args, sample)
+
+
+async def slime_groups(args: Any, samples: list[Any], **kwargs: Any) -> list[float]:
+    return [await async_slime(args, sample) for sample in samples]
+
+
+@pytest.mark.parametrize(("function", "trusted"), [(slime, True), (async_slime, False), (slime_groups, True)])
+def test_slimes_reward_func_gets_args_and_a_sample(
+    tmp_path: Path, function: Callable[..., Any], trusted: bool
+) -> None:
+    prompts = prompt_set(tmp_path, {"prompt": "q", "label": "46", "metadata": {"a": 1}})
+    section = {"trusted": trusted, "arguments": {"weight": 0.5}}
+    assert rewards(scored(prompts, ["46", "45"], function, **section)) == [0.5, 0.0] * 2
+
+
+def test_a_file_that_imports_slimes_sample_gets_that_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Status(Enum):
+        COMPLETED = "completed"
+        TRUNCATED = "truncated"
+
+    @dataclass
+    class Sample:
+        prompt: str = ""
+        response: str = ""
+        label: Any = None
+        metadata: dict[str, Any] = field(default_factory=dict)
+        response_length: int = 0
+        status: Status = Status.COMPLETED
+        group_index: int | None = None
+
+    Sample.Status = Status  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "slime.utils.types", SimpleNamespace(Sample=Sample))
+
+    def reward(args: Any, sample: Any) -> float:
+        assert isinstance(sample, Sample)
+        return float(sample.status is Status.TRUNCATED)
+
+    columns = {"finish_reasons": ["length", "stop"], "completion_ids": [[1], [2]], "group_id": [3, 3]}
+    parts = call("f", adapted(reward, {}, False), ["q"] * 2, ["a"] * 2, columns)
+    assert [part.value for part in parts] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "gold"),
+    [
+        ({"answer": "right", "label": "wrong", "ground_truth": "wrong"}, "right"),
+        ({"answer": "46", "label": 46, "ground_truth": 46}, 46),  # the same gold, in the data's type
+        ({"answer": ["5", "-5"], "label": [5, -5], "ground_truth": [5, -5]}, [5, -5]),
+        ({"answer": "", "label": {"a": 1}, "ground_truth": {"a": 1}}, {"a": 1}),  # answer_column: ""
+        ({"answer": "46"}, "46"),
+    ],
+)
+def test_the_gold_of_every_form_is_the_configs(row: dict[str, Any], gold: Any) -> None:
+    def verl(solution_str: str, ground_truth: Any) -> tuple[float, str]:
+        return 0.0, json.dumps(ground_truth)
+
+    def verl_batch(solution_strs: Any, ground_truths: Any) -> list[Any]:
+        return [(0.0, json.dumps(truth)) for truth in ground_truths]
+
+    def openrlhf(queries: Any, labels: Any) -> list[Any]:
+        return [(0.0, json.dumps(label)) for label in labels]
+
+    def slime(args: Any, sample: Any) -> tuple[float, str]:
+        return 0.0, json.dumps(sample.label)
+
+    columns = {name: [value] for name, value in row.items()}
+    for function in (verl, verl_batch, openrlhf, slime):
+        (part,) = call("f", adapted(function, {}, False), ["q"], ["a"], columns)
+        assert json.loads(str(part.reason)) == gold
+    in_model = {"answer": ["46"], "ground_truth": ["no"], "reward_model": [{"ground_truth": 46}]}
+    (part,) = call("f", adapted(verl, {}, False), ["q"], ["a"], in_model)
+    assert part.reason == "46"
+
+
 def test_a_function_that_names_its_arguments_gets_no_others(tmp_path: Path) -> None:
     def only(completions: list[str], answer: list[str]) -> list[float]:
         return [float(x == y) for x, y in zip(completions, answer, strict=True)]
@@ -389,16 +475,87 @@ def _has_default(completions: Any, solution: Any = None) -> Any: ...
 def test_the_signature_is_checked_against_the_columns() -> None:
     columns = {"prompts": ["solutions", "answer"], "evaluation.sets.held": ["solution", "tests"]}
     for fits in (_verl_form, _has_default, _generates, lambda queries, prompts, labels: None):
-        check_columns(fits, [], columns)
-    check_columns(_needs_solution, ["solution"], columns)  # an argument of the config
+        check_signature(fits, [], False, columns)
+    check_signature(_needs_solution, ["solution"], False, columns)  # an argument of the config
+    check_signature(slime, ["weight", "rm_url"], False, columns)
     with pytest.raises(ConfigError) as caught:
-        check_columns(_needs_solution, [], columns)
+        check_signature(_needs_solution, [], False, columns)
     assert str(caught.value) == (
         "it needs the argument 'solution', and prompts has no such column; it has solutions, answer; did you "
         "mean solutions?"
     )
     with pytest.raises(ConfigError, match="argument 'tests', and prompts has no such column"):
-        check_columns(_verl_with_more, [], columns)
+        check_signature(_verl_with_more, [], False, columns)
+
+
+class _Scorer:
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        return [self.weight for _ in completions]
+
+
+def _one(completions: list[str], answer: list[str]) -> float | None: ...
+
+
+def _positional(completions: list[str], /, **_: Any) -> list[float]: ...
+
+
+def _single(prompt: str, completion: str) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "complaint"),
+    [
+        (_Scorer, "_Scorer is a class: name a function, or a callable object such as reward = _Scorer()"),
+        (_one, "it says that it returns one number, and it is called with a list of completions"),
+        (_positional, "its argument 'completions' cannot be given by name (there is a / behind it)"),
+        (
+            _single,
+            "it needs the argument 'prompt', and data has no such column; it has answer; did you mean p",
+        ),
+        (lambda: [1.0], "it takes no arguments by name"),
+        (lambda *columns: [1.0], "it takes no arguments by name"),
+    ],
+)
+def test_what_a_signature_shows_is_refused_before_the_first_call(
+    function: Callable[..., Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_signature(function, [], False, {"data": ["answer"]})
+    assert str(caught.value).startswith(complaint)
+    config = VerifiersConfig(rewards={"mine": {"trusted": True}})
+    with pytest.raises(ConfigError, match=r"^verifiers\.rewards\.mine: "):
+        validate_rewards(config, {"mine": function}, {"data": ["answer"]})
+
+
+def test_a_callable_object_is_a_function(tmp_path: Path) -> None:
+    prompts = prompt_set(tmp_path, {"prompt": "q", "answer": "46"})
+    assert rewards(scored(prompts, ["46"], _Scorer(0.5))) == [0.5, 0.5]
+
+
+def test_what_a_function_imports_when_it_runs_is_imported_once_before_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each check has a child of its own, which would import it anew."""
+    for name in ("slow_one", "slow_two", "relative_one"):
+        (tmp_path / f"{name}.py").write_text(f"import sys\nsys.{name} = getattr(sys, '{name}', 0) + 1\n")
+    (tmp_path / "own.py").write_text(
+        "def helper():\n    from slow_two import sys\n"
+        "def unused():\n    from .relative_one import sys\n"
+        "def reward(completions, **columns):\n"
+        "    import slow_one, not_there_at_all\n"
+        "    return [0.0]\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    source = {"place": f"{tmp_path}/own.py:reward", "arguments": {}, "is_strict": False}
+    load(source)
+    assert not {"slow_one", "slow_two"} & set(sys.modules)
+    load(source, imports_ahead=True)
+    assert {"slow_one", "slow_two"} <= set(sys.modules) and "relative_one" not in sys.modules
+    for name in ("slow_one", "slow_two"):
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize("trusted", [True, False])

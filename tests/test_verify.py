@@ -72,6 +72,26 @@ def test_labels_are_read_in_any_dress_and_others_are_counted(
     assert "2 labels are not read: expected or label_correct is none of true, 1, false, 0" in printed
 
 
+TRUSTED = "rewards={exact_match: {trusted: true}}"  # in this process, without the sandbox's second
+
+
+def test_the_files_own_columns_of_our_names_are_kept_under_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"response": "5", "gold": "5", "reward": 0.25, "reason": "theirs"},
+        {"response": "4", "gold": "5"},
+    ]
+    assert _verify(_write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", TRUSTED) == 0
+    assert "INPUT has a column reward of its own, which is input_reward in OUT" in capsys.readouterr().err
+    assert _verify(str(tmp_path / "out.jsonl"), tmp_path / "again.jsonl", TRUSTED) == 0
+    first, second = _read(tmp_path / "again.jsonl")
+    assert (first["input_reward"], first["input_reason"]) == (0.25, "theirs")
+    assert (first["input_input_reward"], first["input_verdict"]) == (1.0, "correct")
+    assert (first["reward"], first["verdict"], first["reason"]) == (1.0, "correct", None)
+    assert (second["reward"], second["input_reward"]) == (0.0, 0.0) and "input_input_reward" not in second
+
+
 def test_a_malformed_row_is_reported_with_its_line_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +157,60 @@ def test_broken_unicode_in_a_row_is_scored_like_any_text(tmp_path: Path) -> None
     )
     assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl") == 0
     assert [row["reward"] for row in _read(tmp_path / "out.jsonl")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "link.jsonl", "../{folder}/in.jsonl"])
+def test_input_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    source = _write(tmp_path / "in.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to(source)
+    before = Path(source).read_text()
+    assert _verify(source, tmp_path / name.format(folder=tmp_path.name)) == 2
+    assert "is INPUT, which would be lost: name another file" in capsys.readouterr().err
+    assert Path(source).read_text() == before
+
+
+def test_lines_that_are_pretty_printed_are_read_as_the_values_that_they_are(tmp_path: Path) -> None:
+    text = "\n".join(json.dumps({"response": answer, "gold": "5"}, indent=2) for answer in ("5", "4"))
+    (tmp_path / "in.jsonl").write_text(text)
+    assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", TRUSTED) == 0
+    assert [row["reward"] for row in _read(tmp_path / "out.jsonl")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (
+            '{"response": "5", "gold": "5"}\n'.encode("utf-16"),
+            "{source} is not UTF-8 but looks like UTF-16: ",
+        ),
+        (b"<html>\n</html>\n", "{source}: no row can be scored: line 1: not JSON: Expecting value"),
+        (
+            b'{"response": ["5"], "gold": "5"}\n' * 2,
+            "{source}: no row can be scored: line 1: response is list",
+        ),
+    ],
+)
+def test_the_last_line_says_why_no_row_can_be_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, complaint: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(content)
+    assert _verify(str(source), tmp_path / "out.jsonl", TRUSTED) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.removeprefix("error: ").removeprefix("INPUT: ").startswith(complaint.format(source=source))
+
+
+def test_nan_is_an_empty_entry_as_null_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pandas writes it where a row has none."""
+    nan = float("nan")
+    rows = {"response": [5.0, 5.0, nan], "gold": [5.0, nan, 5.0], "expected": [nan] * 3}
+    pq.write_table(pa.table(rows), tmp_path / "in.parquet")
+    assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.jsonl", TRUSTED) == 0
+    scored = _read(tmp_path / "out.jsonl")
+    assert [row["verdict"] for row in scored] == ["correct", "unverifiable", "unverifiable"]
+    assert "no response or prediction" in scored[2]["reason"]
+    printed = capsys.readouterr().out
+    assert "labels are not read" not in printed and "agree" not in printed
 
 
 SLOW = """

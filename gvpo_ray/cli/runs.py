@@ -133,19 +133,24 @@ def check(
         typer.Option(metavar="N", help="sample and verify N prompts with one engine, and show everything"),
     ] = None,
 ) -> None:
-    """Print the resolved config and the resource plan; start nothing.
+    """Print the resolved config, the resource plan and what is in the data; start nothing.
 
-    With --sample, one engine and one verifier show N prompts as the model sees them, special tokens included,
-    what it writes, the rewards and their reasons, and how much is cut off: look at this before you train.
+    The first prompt is shown as the model sees it, special tokens included. What `train` would refuse here is
+    refused in the same words, this machine last: it may be too small for a run that is meant for another one.
+    With --sample, one engine and one verifier show N prompts, what the model writes, the rewards and their
+    reasons, and how much is cut off: look at this before you train.
     """
     at_least_one("--sample", sample)
     read = read_config(config, overrides, for_evaluation=True)
     from rich.console import Console
 
+    from gvpo_ray.config.data import NO_PROMPTS
     from gvpo_ray.config.plan import cluster_address
     from gvpo_ray.config.shown import visible
     from gvpo_ray.observe.console import plan_table
+    from gvpo_ray.observe.trackers import check_trackers
     from gvpo_ray.run.inputs import check_paths, machine_resources
+    from gvpo_ray.run.machine import check_machine
 
     print(visible(read.dump(with_secrets=False)))
     Console(highlight=False).print(plan_table(read))
@@ -162,6 +167,10 @@ def check(
 
         for line in once.sample(read, sample):
             print(visible(line))
+    trains = read.prompts.path != NO_PROMPTS or bool(read.sources)
+    if trains:
+        check_trackers(read.tracking)
+    check_machine(read, learner=trains)
 
 
 @verb("status runs/quickstart")

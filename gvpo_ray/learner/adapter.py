@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.model import LoraConfig
 
 
@@ -16,6 +18,9 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
 
     Returns:
         The contents of peft's adapter_config.json.
+
+    Raises:
+        ConfigError: no layer has such a name, or one that has is not linear or is the head.
     """
     import peft
 
@@ -27,8 +32,22 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same adapter on every rank and in every start of a run
-        peft.inject_adapter_in_model(lora, model)
-    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        try:
+            peft.inject_adapter_in_model(lora, model)
+        except (ValueError, re.error) as error:
+            raise ConfigError(f"model.lora.target_modules: {' '.join(str(error).split())}") from error
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name, module in adapted.items():
+        base = module.get_base_layer()  # type: ignore[operator]  # one of peft's, as its lora_A shows
+        if not isinstance(base, nn.Linear) or module is head:
+            # engines and checkpoints merge it into weights that are [out, in], and into those of layers alone
+            family = getattr(getattr(model, "config", None), "model_type", "model")
+            what = "the head" if module is head else f"no torch.nn.Linear but a layer {type(base).__name__}"
+            raise ConfigError(
+                f"model.lora.target_modules: {name} of this {family} is {what}, and cannot have an adapter"
+            )
+    layers = {name.rpartition(".")[2] for name in adapted}
     known: dict[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
     return {**known, "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(layers)}
 

@@ -23,7 +23,7 @@ def check_trainable(model: ModelConfig) -> None:
     Raises:
         ConfigError: one line with the family and the reason.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     path = model.path
     config: Any = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
@@ -46,6 +46,14 @@ def check_trainable(model: ModelConfig) -> None:
             f"model.path: {path} ({config.model_type}) is no causal language model that transformers knows"
         )
     _check_generation_config(model)
+    if model.lora is not None:
+        import torch
+
+        from gvpo_ray.learner.adapter import add_adapter
+
+        with torch.device("meta"):  # its layers alone, without memory for weights
+            layers = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            add_adapter(layers, model.lora)
 
 
 def _check_generation_config(model: ModelConfig) -> None:

@@ -21,9 +21,7 @@ def sample_lines(rows: Sequence[Row], decode: Callable[[list[int]], str], max_to
         max_tokens: longest completion, in tokens.
     """
     for i, row in enumerate(rows, start=1):
-        ids = row["prompt_ids"]
-        yield f"prompt {i} of {len(rows)}, {len(ids)} tokens, answer {row['answer']!r}:"
-        yield _block(decode(ids))
+        yield from prompt_lines(f"prompt {i} of {len(rows)}", row, decode)
         for j, tokens in enumerate(row["completion_ids"]):
             parts = {name: values[j] for name, values in (row.get("reward_parts") or {}).items()}
             end = "cut off" if row["finish_reasons"][j] == "length" else "ended"
@@ -33,6 +31,13 @@ def sample_lines(rows: Sequence[Row], decode: Callable[[list[int]], str], max_to
             yield " · ".join(said)
             yield _block(decode(tokens), "    | ")
     yield summary(rows, max_tokens)
+
+
+def prompt_lines(name: str, row: Row, decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Yield a prompt as the model sees it, below a line with its name, length and gold answer."""
+    ids = row["prompt_ids"]
+    yield f"{name}, {len(ids)} tokens, answer {row['answer']!r}:"
+    yield _block(decode(ids))
 
 
 def summary(rows: Sequence[Row], max_tokens: int) -> str:

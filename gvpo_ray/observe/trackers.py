@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from gvpo_ray.actors import cause_of, tag_of
 from gvpo_ray.config.base import ConfigError, flattened
 from gvpo_ray.config.run import GVPOConfig
-from gvpo_ray.config.shown import hide, mask
+from gvpo_ray.config.shown import hide
 from gvpo_ray.config.tracking import MLflowConfig, TrackingConfig
 from gvpo_ray.files import write_whole
 from gvpo_ray.observe.ray_metrics import Gauges, Line, numbers_of, of_line, of_status, place

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local, paths
 from gvpo_ray.config.data import NO_PROMPTS
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
+from gvpo_ray.data.rendering import completion_renderer
 from gvpo_ray.data.turns import check_stop_tokens
-from gvpo_ray.learner.families import check_trainable
+from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
+from gvpo_ray.observe.samples import prompt_lines
+from gvpo_ray.run.run_dir import check_same_run
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
 
@@ -301,12 +306,12 @@ def _loaded(kind: Any, path: str, trust_remote_code: bool) -> Any:
 def check_paths(config: GVPOConfig) -> Iterator[str]:
     """Yield a line for each input of the run that is there, for `gvpo-ray check`, then what is in the data.
 
-    Data are read as a run reads them, if model and data are files of this machine; hub names are not looked
-    up.
+    Data are read as a run reads them, if model and data are files of this machine, and the first prompt of
+    each set is shown as the model sees it; hub names are not looked up.
 
     Raises:
-        ConfigError: a local path does not exist, a reward does not load, the data do not fit, or the model
-            is not one that can be trained.
+        ConfigError: a local path does not exist, a reward does not load, the data do not fit, the model is
+            not one that can be trained, or run_dir holds another run.
     """
     validate_rewards(config.verifiers)
     on_hub = False
@@ -330,14 +335,24 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         yield "the data are not read and the columns not checked, which needs what is on the hub"
         return
     if config.prompts.path != NO_PROMPTS or config.sources:
-        yield from read_inputs(config).startup_summary()
+        inputs = read_inputs(config)
+        yield from inputs.startup_summary()
+        yield from _shown("the first prompt", inputs.problems(), config.model)
         check_trainable(config.model)
+        check_same_run(config.absolute(), inputs.digests() | digest_of(config.model))
     else:
         max_length, tokenizer = read_model(config)
         sets = read_evaluation_sets(config, max_length, tokenizer)
         validate_rewards(config.verifiers, None, columns_by_key({}, sets, {}))
         for name, of_set in sets.items():
             yield from _summary(f"evaluation.sets.{name}", of_set, config.verifiers)
+            yield from _shown(f"evaluation.sets.{name}: the first prompt", of_set.all(1), config.model)
+
+
+def _shown(name: str, prompts: pa.Table, model: ModelConfig) -> Iterator[str]:
+    """Yield the first of some prompts as the model sees it, with special tokens."""
+    decode = partial(completion_renderer(model).text, with_special=True)
+    yield from prompt_lines(name, next(groups.rows(prompts.slice(0, 1))), decode)
 
 
 def machine_resources(config: GVPOConfig) -> tuple[float, float]:

@@ -76,24 +76,7 @@ def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) 
         raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
     with held:
         kept = path / "config.yaml"
-        if kept.exists():
-            try:
-                old, new = GVPOConfig.from_file(kept).model_dump(mode="json"), config.model_dump(mode="json")
-            except ConfigError as error:
-                raise ConfigError(
-                    f"run_dir: {kept} is not the config of a run ({error}); use another run_dir"
-                ) from error
-            changed = [
-                key
-                for key, field in GVPOConfig.model_fields.items()
-                if not is_marked(field, RESUMABLE) and old[key] != new[key]
-            ]
-            if changed:
-                raise ConfigError(
-                    f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
-                    "another run_dir"
-                )
-        began = _check_contents(path, contents or {})
+        began = check_same_run(config, contents or {})
         try:
             if not kept.exists():
                 made = {"format": FORMAT, "gvpo_ray": __version__}
@@ -104,6 +87,42 @@ def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) 
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
         yield path
+
+
+def check_same_run(config: GVPOConfig, contents: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of the data that the run in the directory began with; refuse another run.
+
+    A directory in another format is refused, too; nothing is written.
+
+    Args:
+        config: the run's config.
+        contents: digests of the data that the run reads, by key.
+
+    Raises:
+        ConfigError: one line that names what is another.
+    """
+    path = Path(config.run_dir)
+    check_format(path)
+    kept = path / "config.yaml"
+    if not kept.exists():
+        return {}
+    try:
+        old, new = GVPOConfig.from_file(kept).model_dump(mode="json"), config.model_dump(mode="json")
+    except ConfigError as error:
+        raise ConfigError(
+            f"run_dir: {kept} is not the config of a run ({error}); use another run_dir"
+        ) from error
+    changed = [
+        key
+        for key, field in GVPOConfig.model_fields.items()
+        if not is_marked(field, RESUMABLE) and old[key] != new[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
+            "another run_dir"
+        )
+    return _check_contents(path, contents)
 
 
 def _check_contents(run_dir: Path, contents: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Reward functions in the shapes of other systems are called as they expect, and what they return is read.
 
-The signature decides: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` gets a row
-at a time, its batched form and OpenRLHF's `reward_func(queries, prompts, labels)` get lists, and every other
-function is called as TRL does, with `prompts`, `completions` and every column of the data by its name.
+The signature decides: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` and slime's
+`reward_func(args, sample)` get a row at a time, their batched forms and OpenRLHF's
+`reward_func(queries, prompts, labels)` get lists, and every other function is called as TRL does, with
+`prompts`, `completions` and every column of the data by its name.
 
 If the data's prompts are lists of messages, a function of TRL's form gets them as such, and each completion
 as [{"role": "assistant", "content": text}]. Built-in functions, adapters and reward servers always get texts.
@@ -16,8 +17,11 @@ import difflib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from decimal import Decimal
+from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
@@ -56,8 +60,12 @@ def adapted(function: Function, arguments: Mapping[str, Any], is_built_in: bool)
             function, {name: v for name, v in columns.items() if name not in own} | dict(arguments)
         )
     named, takes_any = _parameters(function)
-    arrange = _arrangement(named) or _as_trl
-    bound = functools.partial(function, **arguments) if arguments else function
+    arrange = _arrangement(named)
+    bound = (
+        functools.partial(function, SimpleNamespace(**arguments))
+        if arrange in OF_SLIME
+        else functools.partial(function, **arguments)
+    )
     wanted = None if takes_any else named - set(arguments)
 
     def call(**columns: Any) -> Any:
@@ -68,34 +76,71 @@ def adapted(function: Function, arguments: Mapping[str, Any], is_built_in: bool)
     return call
 
 
-def check_columns(
+def check_signature(
     function: Function,
     arguments: Collection[str],
-    columns: Mapping[str, Collection[str]],
+    is_built_in: bool,
+    columns: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Check that a reward function's required arguments are columns of every data set.
+    """Check that a reward function can be called, as far as its signature shows it.
 
     Args:
         function: the reward function as the user wrote it.
         arguments: names of the config's arguments.
-        columns: key of a data set in the config -> its columns, `answer` included if it has golds.
+        is_built_in: whether it is one of this package's own, whose **columns take no arguments of the config.
+        columns: key of a data set in the config -> its columns, `answer` included if it has golds: every
+            required argument must be one. None: that is not checked.
 
     Raises:
-        ConfigError: one line that names the argument and the data set.
+        ConfigError: one line that says what is wrong, or names the argument and the data set.
     """
-    parameters = inspect.signature(function).parameters.values()
-    arranged = _arrangement({p.name for p in parameters})
-    given = {*GIVEN, MESSAGES, MATCH, *arguments, *(ARRANGED[arranged] if arranged else OF_TRL)}
+    if inspect.isclass(function):
+        raise ConfigError(
+            f"{function.__name__} is a class: name a function, or a callable object such as reward = "
+            f"{function.__name__}()"
+        )
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    named, takes_any = _parameters(function)
+    arrange = _arrangement(named)
+    if arrange in OF_SLIME:
+        return  # it is called by position, and the config's arguments are attributes of `args`
+    unknown = set(arguments) - (set(arguments) if takes_any and not is_built_in else named)
+    for name in arguments:
+        if name in unknown | {"prompts", "completions"}:
+            raise ConfigError(
+                f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}"
+            )
+    if hidden := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
+        raise ConfigError(
+            f"its argument {hidden[0]!r} cannot be given by name (there is a / behind it), and arguments are "
+            "given by name alone"
+        )
+    if not named and not takes_any:
+        raise ConfigError("it takes no arguments by name, such as prompts, completions, answer")
+    if arrange is _as_trl and _is_number(signature.return_annotation):
+        raise ConfigError(
+            "it says that it returns one number, and it is called with a list of completions: it must return "
+            "a list with one reward for each"
+        )
+    given = {*GIVEN, MESSAGES, MATCH, *arguments, *ARRANGED[arrange]}
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in given:
             continue
-        for key, names in columns.items():
+        for key, names in (columns or {}).items():
             if parameter.default is parameter.empty and parameter.name not in names:
-                near = difflib.get_close_matches(parameter.name, names, n=1)
+                near = difflib.get_close_matches(parameter.name, [*names, *GIVEN], n=1)
                 raise ConfigError(
                     f"it needs the argument {parameter.name!r}, and {key} has no such column; it has "
                     f"{', '.join(names) or 'no further ones'}{f'; did you mean {near[0]}?' if near else ''}"
                 )
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return whether an annotation, such as float | None, says that a function returns one number."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = set(text.replace(" ", "").split("|"))
+    return kinds <= {"float", "int", "bool", "None"} and kinds != {"None"}
 
 
 def _parameters(function: Function) -> tuple[set[str], bool]:
@@ -109,13 +154,13 @@ Arrange = Callable[[Function, dict[str, Any], set[str] | None], Any]
 """Calls a function with the arguments of a table, as far as it takes them (None: it takes any)."""
 
 
-def _arrangement(named: Collection[str]) -> Arrange | None:
-    """Return how a function with these parameters is called; None: as TRL does."""
-    if "solution_str" in named:
-        return _verl
-    if "solution_strs" in named:
-        return _verl_batch
-    return _openrlhf if "queries" in named else None
+def _arrangement(named: Collection[str]) -> Arrange:
+    """Return how a function with these parameters is called."""
+    if "completions" in named:
+        return _as_trl
+    marks = {"solution_str": _verl, "solution_strs": _verl_batch, "queries": _openrlhf}
+    marks |= {"sample": _slime, "samples": _slime_batch}
+    return next((arrange for name, arrange in marks.items() if name in named), _as_trl)
 
 
 def _as_trl(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
@@ -142,13 +187,11 @@ def _ignore(*_: Any, **__: Any) -> None:
 def _verl(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
     """Call verl's form for each row, with the columns of the row by name."""
     allowed = named or ARRANGED[_verl]
-    calls = []
+    results = []
     for row in _rows(columns):
         row |= _of_verl(row) | {"solution_str": row["completions"]}
-        calls.append({name: value for name, value in row.items() if name in allowed})
-    if inspect.iscoroutinefunction(function):
-        return _all(function, calls)
-    return [function(**arguments) for arguments in calls]
+        results.append(function(**{name: value for name, value in row.items() if name in allowed}))
+    return _awaited(results)
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
@@ -156,18 +199,40 @@ def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-async def _all(function: Function, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return list(await asyncio.gather(*(function(**arguments) for arguments in calls)))
+def _awaited(results: list[Any]) -> Any:
+    """Return the results of several calls; of a coroutine function, one coroutine that gives them all."""
+
+    async def gathered() -> list[Any]:
+        return list(await asyncio.gather(*results))
+
+    return gathered() if any(map(inspect.isawaitable, results)) else results
+
+
+def _gold(row: Mapping[str, Any], *usual: Any) -> Any:
+    """Return the gold of a row, in the data's own type where it stands in a usual column of its system.
+
+    The config decides which column is the gold, and `answer` holds it as text, or texts. Data without golds
+    have what the first of the `usual` columns holds.
+    """
+    answer = row.get(GOLD, row.get("answer"))
+    there = [value for value in usual if value is not None]
+    same = [value for value in there if _texts(value) == _texts(answer)] if _texts(answer) else there
+    return same[0] if same else answer
+
+
+def _texts(gold: Any) -> list[str]:
+    if isinstance(gold, (list, tuple)):
+        return [text for entry in gold for text in _texts(entry)]
+    return [] if gold is None or not str(gold).strip() else [str(gold)]
 
 
 def _of_verl(row: dict[str, Any]) -> dict[str, Any]:
     """Return verl's arguments of a row: where its data has them, else from what every data set has."""
-    gold = row.get(GOLD, row.get("answer"))
-    for column in ("reward_model", "reward_spec"):
-        if isinstance(row.get(column), Mapping) and "ground_truth" in row[column]:
-            gold = row[column]["ground_truth"]
-    found: dict[str, Any] = {"data_source": row.get("dataset"), "ground_truth": gold, "extra_info": {}}
-    return {name: row[name] if row.get(name) is not None else value for name, value in found.items()}
+    inner = [row.get(column) for column in ("reward_model", "reward_spec")]
+    golds = [of_model.get("ground_truth") for of_model in inner if isinstance(of_model, Mapping)]
+    found: dict[str, Any] = {"data_source": row.get("dataset"), "extra_info": {}}
+    found = {name: row[name] if row.get(name) is not None else value for name, value in found.items()}
+    return found | {"ground_truth": _gold(row, *golds, row.get("ground_truth"))}
 
 
 def _verl_batch(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
@@ -186,13 +251,55 @@ def _openrlhf(function: Function, columns: dict[str, Any], named: set[str] | Non
     given = {
         "queries": [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
         "prompts": prompts,
-        "labels": columns.get("label") or columns.get(GOLD) or columns.get("answer") or [None] * len(prompts),
+        "labels": [_gold(row, row.get("label")) for row in _rows(columns)],
     }
     others = {name: value for name, value in columns.items() if named is not None and name in named}
     return function(**{name: v for name, v in (others | given).items() if named is None or name in named})
 
 
+class Status(Enum):
+    """How a sample of slime ended."""
+
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+
+
+def _sample(row: Mapping[str, Any]) -> Any:
+    """Return a row as slime's Sample: of slime's own class where the user's file has imported it.
+
+    It has `prompt` and `response` (texts), `label` (the gold), `metadata` (the column of that name),
+    `response_length` (tokens), `status` and `group_index`.
+    """
+    cut_off = row.get("finish_reasons") == "length"
+    sample = {
+        "prompt": row["prompts"],
+        "response": row["completions"],
+        "label": _gold(row, row.get("label")),
+        "metadata": row.get("metadata") or {},
+        "response_length": len(row.get("completion_ids") or ()),
+        "status": Status.TRUNCATED if cut_off else Status.COMPLETED,
+        "group_index": row.get("group_id"),
+    }
+    theirs = getattr(sys.modules.get("slime.utils.types"), "Sample", None)
+    if theirs is None:
+        return SimpleNamespace(**sample)
+    return theirs(**{**sample, "status": theirs.Status(sample["status"].value)})
+
+
+def _slime(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    """Call slime's form for each row; `args` is bound already."""
+    return _awaited([function(_sample(row)) for row in _rows(columns)])
+
+
+def _slime_batch(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    """Call slime's form for groups (--group-rm), with a list of samples."""
+    return function([_sample(row) for row in _rows(columns)])
+
+
+OF_SLIME = (_slime, _slime_batch)
+
 ARRANGED: dict[Arrange, tuple[str, ...]] = {
+    _as_trl: OF_TRL,
     _verl: ("data_source", "solution_str", "ground_truth", "extra_info"),
     _verl_batch: ("data_sources", "solution_strs", "ground_truths", "extra_infos"),
     _openrlhf: ("queries", "labels"),

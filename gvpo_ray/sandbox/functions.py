@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import dis
 import errno
 import importlib
 import importlib.util
@@ -16,7 +18,8 @@ import inspect
 import numbers
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.shown import know, mask
-from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_columns
+from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_signature
 
 Score = float | None | tuple[float | None, str]
 """A reward function's result for one completion: the reward, or None (it cannot be verified), alone or in a
@@ -145,7 +148,7 @@ def _parts(name: str, returned: Any, number: int) -> list[Part]:
     """Check what a reward function returned for a number of completions."""
     returned = as_list(returned, number)
     if not isinstance(returned, (list, tuple)):
-        fault = f"{name} returned {_shown(returned)}, not a list of rewards"
+        fault = f"{name} returned {_shown(returned)}, not a list of rewards, one for each completion"
     elif len(returned) != number:
         fault = f"{name} returned {len(returned)} rewards for {number} completion{'s' * (number > 1)}"
     else:
@@ -208,7 +211,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def load(source: Mapping[str, Any]) -> RewardFunction:
+def load(source: Mapping[str, Any], imports_ahead: bool = False) -> RewardFunction:
     """Load the function that verifiers.rewards.source_of describes, and bind its configured arguments.
 
     If the function has an attribute `warm_up`, that is called once, without arguments, so that the first
@@ -218,10 +221,11 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
         source: `place` (`module:function` or `path.py:function`) or `pickle` (base64), `arguments`, and
             `is_strict` (built in), which refuses arguments that only **kwargs would take. With `columns`
             (key of a data set -> names), the function's required arguments must be among them.
+        imports_ahead: import now what a user's function would import in each call.
 
     Raises:
-        ConfigError: no such file, module, function or argument. Errors of a user's module come through as
-            they are.
+        ConfigError: no such file, module, function or argument, or a signature that cannot be called. Errors
+            of a user's module come through as they are.
     """
     know(source["arguments"])
     function = (
@@ -229,20 +233,40 @@ def load(source: Mapping[str, Any]) -> RewardFunction:
         if "pickle" in source
         else _find(source["place"])
     )
-    parameters = inspect.signature(function).parameters.values()
-    arguments = source["arguments"]
-    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters) and not source["is_strict"]
-    for name in arguments:
-        if name in ("prompts", "completions") or (name not in named and not takes_any):
-            raise ConfigError(
-                f"no argument {name!r}; it takes {', '.join(sorted(named - {'prompts', 'completions'}))}"
-            )
-    if source.get("columns") is not None:
-        check_columns(function, source["arguments"], source["columns"])
+    check_signature(function, source["arguments"], source["is_strict"], source.get("columns"))
     if warm_up := getattr(function, "warm_up", None):
         warm_up()
+    if imports_ahead and not source["is_strict"]:
+        import_ahead(function)
     return adapted(function, source["arguments"], source["is_strict"])
+
+
+def import_ahead(function: RewardFunction) -> None:
+    """Import what the functions of a reward function's module import when they run.
+
+    A child of the sandbox serves one check of a user's function, and would import it anew each time: a second
+    or two of every check for torch. What cannot be imported is left to the check.
+    """
+    whole = function if inspect.isroutine(function) else type(function).__call__
+    whole = inspect.unwrap(whole)
+    names = getattr(whole, "__globals__", {})
+    parts = [whole, *(value for value in names.values() if getattr(value, "__globals__", None) is names)]
+    codes = [part.__code__ for part in parts if hasattr(part, "__code__")]
+    for module in dict.fromkeys(module for code in codes for module in _imports(code)):
+        with contextlib.suppress(Exception):  # a user's module may raise anything
+            importlib.import_module(module)
+
+
+def _imports(code: types.CodeType) -> Iterator[str]:
+    """Yield the modules that a code imports, without those that are relative to a package."""
+    before: list[Any] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME" and before[-2] == 0:  # two constants: level, names
+            yield str(instruction.argval)
+        before.append(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _imports(constant)
 
 
 def _find(place: str) -> RewardFunction:

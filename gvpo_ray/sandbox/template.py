@@ -35,7 +35,7 @@ def main() -> None:
     functions: dict[str, RewardFunction] = {}
     for name, source in setup["functions"].items():
         try:
-            functions[name] = load(source)
+            functions[name] = load(source, imports_ahead=True)
         # the import of a user's module may raise anything; the verifier reports it as one line
         except BaseException as error:
             control.socket.sendall(as_frame({"name": name, "error": describe(error)}))

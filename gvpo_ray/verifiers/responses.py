@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.data.columns import ABSENT, golds, value_at
-from gvpo_ray.data.files import FILE_SUFFIXES, as_rows, kind_of, read_file
+from gvpo_ray.data.files import FILE_SUFFIXES, as_rows, kind_of, parse_json, read_file
 from gvpo_ray.data.messages import as_messages, as_prompt, is_messages, split_answer
 from gvpo_ray.sandbox.adapters import MATCH
 
@@ -37,6 +37,10 @@ GOLDS = (
 PROMPTS = ("prompt", "input", "question", "problem")
 """Columns that hold the prompt, which no row needs."""
 
+LABELS = ("expected", "label_correct")
+"""Columns that say whether the response is correct; the first one that a row has is read. Reward functions do
+not see them."""
+
 PARQUET_ROWS = 1024
 """Number of rows in one row group of a Parquet file."""
 
@@ -45,6 +49,10 @@ Fields = dict[str, Any]
 
 class MalformedRow(GvpoError, ValueError):
     """A row that cannot be scored; the message says why, with its line."""
+
+
+class NoColumn(MalformedRow):
+    """A row without a response, or without a place for a gold answer."""
 
 
 class Names(NamedTuple):
@@ -85,7 +93,7 @@ def read_row(row: Fields, names: Names, line: int) -> Response:
     responses, answers = names.of()
     path = _first(row, responses, line)
     given = value_at(row, path)
-    prompt: Any = next((row[name] for name in PROMPTS if row.get(name) is not None and name != path), "")
+    prompt: Any = next((row[name] for name in PROMPTS if is_given(row.get(name)) and name != path), "")
     try:
         if is_messages(given):
             earlier, last = split_answer(as_messages(given, path))
@@ -103,7 +111,7 @@ def read_row(row: Fields, names: Names, line: int) -> Response:
     except ConfigError as error:
         message = str(error)
         raise MalformedRow(message if message.startswith("line ") else f"line {line}: {message}") from error
-    hidden = ("prompt", "prompts", "completions", path)
+    hidden = ("prompt", "prompts", "completions", path, *LABELS)
     columns = {name: value for name, value in row.items() if name not in hidden}
     # without a gold in its place the reward functions say so themselves
     columns |= {"answer": texts if len(texts) > 1 else "".join(texts)}
@@ -112,12 +120,17 @@ def read_row(row: Fields, names: Names, line: int) -> Response:
 
 
 def _first(row: Fields, paths: tuple[str, ...], line: int, may_be_empty: bool = False) -> str:
-    """Return the first path at which a row has a value; with `may_be_empty`, else one with a null."""
+    """Return the first path at which a row has a value; with `may_be_empty`, else one that is empty."""
     there = [path for path in paths if value_at(row, path) is not ABSENT]
-    full = [path for path in there if value_at(row, path) is not None]
+    full = [path for path in there if is_given(value_at(row, path))]
     if full or (may_be_empty and there):
         return (full or there)[0]
-    raise MalformedRow(f"line {line}: no {' or '.join(paths)}")
+    raise NoColumn(f"line {line}: no {' or '.join(paths)}")
+
+
+def is_given(value: Any) -> bool:
+    """Return whether an entry is neither null nor NaN, which pandas writes where a column has none."""
+    return value is not None and value == value
 
 
 def _decoded_messages(value: Any) -> Any:
@@ -161,11 +174,26 @@ def rows_of(source: str) -> Iterator[tuple[int, Fields | MalformedRow]]:
 
 
 def _has_lines(source: str) -> bool:
-    """Return whether a file is JSON lines; some files of that name hold an array."""
+    """Return whether a file is JSON lines, and is read a line at a time.
+
+    Some files of that name hold an array or pretty-printed values, or are UTF-16: they are read whole, as any
+    data file, which also says what is wrong with them. One line that is broken is only a malformed row.
+    """
     if not source.endswith(".jsonl"):
         return False
     with open(source, "rb") as file:
-        return next((text.lstrip()[:1] for text in file if text.strip()), b"") != b"["
+        first = next((text for text in file if text.strip()), b"")
+    if not json.detect_encoding(first[:4]).startswith("utf-8"):
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        parse_json(Path(source).read_bytes(), source)
+    except ConfigError:
+        return True
+    return False
 
 
 def _rows_of_parquet(source: str) -> Iterator[tuple[int, Fields]]:

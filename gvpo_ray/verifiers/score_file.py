@@ -1,7 +1,8 @@
 """The command `gvpo-ray verify`: score a file of responses with a run's verifiers, and compare with labels.
 
 Every row of INPUT gives one row of OUT in the same order, with added columns reward, verdict, reason and
-seconds. Unfinished work is in OUT.part, and the same command continues it.
+seconds. A column of INPUT with one of these names is kept as input_reward and so on. Unfinished work is in
+OUT.part, and the same command continues it.
 """
 
 from __future__ import annotations
@@ -31,19 +32,22 @@ from gvpo_ray.groups import limit_of
 from gvpo_ray.sandbox.functions import OutOfReach
 from gvpo_ray.verifiers.outages import Failure, Outages, Record, RewardError
 from gvpo_ray.verifiers.responses import (
+    LABELS,
     PARQUET_ROWS,
     Fields,
     MalformedRow,
     Names,
+    NoColumn,
     count_rows,
     first_columns,
+    is_given,
     read_row,
     rows_of,
 )
 from gvpo_ray.verifiers.verifier import Check, Verifier, validate_rewards
 
-LABELS = ("expected", "label_correct")
-"""Columns that say whether the response is correct; the first one that a row has is read."""
+ADDED = ("reward", "verdict", "reason", "seconds")
+"""Columns that are added to each row."""
 
 TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 """Values of such a column, by their text in lower case; 1.0 and 0.0 count as well."""
@@ -82,6 +86,11 @@ def main(
             f"verifiers.rewards.{unfit[0]}: a reward model needs a cluster; verify runs functions and URLs"
         )
     num_rows = count_rows(source)
+    if any(
+        Path(path).exists() and Path(path).samefile(source)
+        for path in (out, part_of(Path(out), hidden=False))
+    ):
+        raise ConfigError(f"--out: {out} is INPUT, which would be lost: name another file")
     names = Names(response_column, gold_column)
     validate_rewards(config, columns=first_columns(source, names))
     with open(source, "rb") as file:
@@ -90,6 +99,7 @@ def main(
     work = _Work(Path(out), asked | {"input": digest, "verifiers": hide(config.model_dump(mode="json"))})
     summary: Counter[str] = Counter()
     limits: deque[int] = deque(maxlen=10)  # the last lines that hit a limit
+    first: MalformedRow | None = None
 
     def say(line: str) -> None:
         console.print(visible(line), markup=False, emoji=False)
@@ -123,11 +133,14 @@ def main(
             count(line, row)
         for line, row, error in pool.score(_skip(rows_of(source), work.num_done)):
             if error:
-                console.print(f"[yellow]malformed:[/] {escape(error)}")
+                first = first or error
+                console.print(f"[yellow]malformed:[/] {escape(str(error))}")
             work.write(line, row)
             count(line, row)
         if summary["malformed"] == summary["rows"]:
-            raise ConfigError(f"{source}: {names.complaint()}")
+            is_lacking = first is None or isinstance(first, NoColumn)
+            why = names.complaint() if is_lacking else f"no row can be scored: {first}"
+            raise ConfigError(f"{source}: {why}")
         if pool.all_faults and summary["unverifiable"] == summary["rows"]:
             raise ConfigError(f"a reward function fails on every row: {pool.all_faults}")
         work.finish()
@@ -162,13 +175,13 @@ class _Pool:
 
     def score(
         self, rows: Iterator[tuple[int, Fields | MalformedRow]]
-    ) -> Iterator[tuple[int, Fields, str | None]]:
+    ) -> Iterator[tuple[int, Fields, MalformedRow | None]]:
         """Score rows, up to 32 per worker ahead of the one that is due.
 
         Yields:
-            (line, row with its verdict, the fault of a malformed row or None), in the order of the rows.
+            (line, row with its verdict, what is malformed or None), in the order of the rows.
         """
-        waiting: deque[tuple[int, Future[tuple[Fields, str | None]]]] = deque()
+        waiting: deque[tuple[int, Future[tuple[Fields, MalformedRow | None]]]] = deque()
         for line, row in rows:
             waiting.append((line, self._threads.submit(self._one, line, row)))
             if len(waiting) >= 32 * self._num_workers:
@@ -177,7 +190,7 @@ class _Pool:
         for line, future in waiting:
             yield line, *future.result()
 
-    def _one(self, line: int, row: Fields | MalformedRow) -> tuple[Fields, str | None]:
+    def _one(self, line: int, row: Fields | MalformedRow) -> tuple[Fields, MalformedRow | None]:
         """Score one row on this thread's verifier; return it with its verdict, and what is malformed."""
         try:
             if isinstance(row, MalformedRow):
@@ -185,28 +198,29 @@ class _Pool:
             scored = read_row(row, self._names, line)
         except MalformedRow as error:
             fields = {} if isinstance(row, MalformedRow) else row
-            return fields | {
-                "reward": None,
-                "verdict": "unverifiable",
-                "reason": f"malformed: {error}",
-                "seconds": 0.0,
-            }, str(error)
+            return self._with(fields, None, "unverifiable", f"malformed: {error}", 0.0), error
         if not hasattr(self._local, "verifier"):
             self._local.verifier = Verifier(self._config, record=self._record)
             self._verifiers.append(self._local.verifier)
             for sentence in self._local.verifier.unprotected:
                 self._say_once(f"not protected: {sentence}")
-        columns = {name: [value] for name, value in scored.columns.items() if name not in LABELS}
+        columns = {name: [value] for name, value in scored.columns.items()}
         check = self._checked(scored.prompt, scored.response, columns)
         if check.reward is None and limit_of(check.reason) in (None, ReasonKind.CRASH):
             self.all_faults = str(check.reason)
-        added = {
-            "reward": check.reward,
-            "verdict": check.verdict,
-            "reason": check.reason,
-            "seconds": round(check.seconds, 6),
-        }
-        return row | added, None
+        return self._with(row, check.reward, check.verdict, check.reason, round(check.seconds, 6)), None
+
+    def _with(self, row: Fields, *added: Any) -> Fields:
+        """Return a row with the values of ADDED; its own columns of these names get others."""
+        kept = {}
+        for name, value in row.items():
+            free = name
+            while free in ADDED or (free != name and free in row):  # INPUT may be the OUT of another command
+                free = f"input_{free}"
+            if free != name:
+                self._say_once(f"INPUT has a column {name} of its own, which is {free} in OUT")
+            kept[free] = value
+        return kept | dict(zip(ADDED, added, strict=True))
 
     def _checked(self, prompt: str, response: str, columns: dict[str, list[Any]]) -> Check:
         """Score one response; wait while a service that a reward function calls does not answer."""
@@ -343,7 +357,7 @@ def _skip(rows: Iterator[Any], number: int) -> Iterator[Any]:
 def _counts(row: Fields) -> Counter[str]:
     """Return what one scored row adds to the summary."""
     counts = Counter({"rows": 1, row["verdict"]: 1, "malformed": str(row["reason"]).startswith("malformed:")})
-    given = next((row[name] for name in LABELS if row.get(name) is not None), None)
+    given = next((row[name] for name in LABELS if is_given(row.get(name))), None)
     label = TRUTHS.get(str(given).strip().lower().removesuffix(".0"))
     counts["no_label"] = int(given is not None and label is None)
     if label is not None:

@@ -19,7 +19,7 @@ from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_columns
+from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
 from gvpo_ray.sandbox.functions import OutOfReach, Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -92,7 +92,7 @@ def validate_rewards(
             )
         if (built_in := BUILT_IN.get(place)) and name not in (functions or {}) and columns:
             try:
-                check_columns(built_in, reward.arguments, columns)
+                check_signature(built_in, reward.arguments, True, columns)
             except ConfigError as error:
                 raise ConfigError(f"verifiers.rewards.{name}: {error}") from error
     plain = all(
