@@ -123,7 +123,8 @@ class GVPO:
             raise
         self._session: Session | None = None
         self.learners: LearnerGroup | None = None
-        self._first_steps = FirstSteps(config)
+        # recorded groups may be fewer than the config's steps
+        self._first_steps = FirstSteps(config.model_copy(update={"num_steps": self.num_steps}))
         self._doing = RunState.STARTING
 
     @classmethod
@@ -379,12 +380,14 @@ class GVPO:
         """End everything that was started. The run directory can be continued later."""
         try:
             if self._session is not None:
-                self.events.add(self.step, "run", "stopped")
                 self._doing = RunState.COMPLETE if self.done else RunState.STOPPED
+                with contextlib.suppress(OSError):  # a full disk must keep nobody from being told to stop
+                    self.events.add(self.step, "run", "stopped")
                 if self.learners is not None:
-                    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-                        self._session.call(self._ring.last_words(), 5.0)
-                        self._session.call(self._buffer.close_once(), 5.0)
+                    for last in (self._ring.last_words, self._buffer.close_once):
+                        # a TimeoutError is an OSError
+                        with contextlib.suppress(ray.exceptions.RayError, OSError):
+                            self._session.call(last(), 5.0)
                     # A thread that calls Ray while Ray shuts down crashes, or never returns.
                     self.learners.join(LEARNERS_END_S)
         finally:

@@ -18,6 +18,9 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig, RayConfig
 
+CLOSE_S = 4.0
+"""Seconds that what was started gets to close; whatever does not finish in time ends with Ray."""
+
 
 class Session:
     """A Session owns Ray, an event loop in a thread, and what was started on them; `stop` ends only that.
@@ -26,8 +29,7 @@ class Session:
     """
 
     def __init__(self, config: RayConfig) -> None:
-        self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []
-        """Run together at the end; whatever does not finish in time ends with Ray."""
+        self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []  # run together at the end
         self.cause: BaseException | None = None
         self._stopped = False
         self._owns_ray = not ray.is_initialized()
@@ -146,7 +148,7 @@ class Session:
             await asyncio.wait(
                 [asyncio.ensure_future(closer()) for closer in self._closers]
                 or [asyncio.ensure_future(asyncio.sleep(0))],
-                timeout=4,
+                timeout=CLOSE_S,
             )
             tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in tasks:
@@ -156,7 +158,7 @@ class Session:
             await self.loop.shutdown_default_executor()
 
         with contextlib.suppress(TimeoutError):
-            self.call(close(), timeout_s=6)
+            self.call(close(), timeout_s=CLOSE_S + 2)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=3)
         if self._owns_ray:

@@ -1,0 +1,96 @@
+"""A run that is stopped or interrupted tells everybody, and ends within seconds whatever still goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from test_advice import WRONG, steps
+from test_run_dir import source_of
+from test_run_format import config
+from tiny import make_model
+
+from gvpo_ray import GVPO
+from gvpo_ray.config.run import GVPOConfig, RayConfig
+from gvpo_ray.run import session as session_module
+from gvpo_ray.run.session import Session
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> GVPO:
+    """A run that learns from the groups of one step, and has not started."""
+    source_of(tmp_path / "source", 2).close()
+    data = config(tmp_path).model_dump(mode="json")
+    data["model"]["path"], data["num_steps"] = str(make_model(tmp_path / "model")), 100
+    return GVPO(GVPOConfig.from_dict(data), groups_file=str(tmp_path / "source"), say=lambda line: None)
+
+
+def test_learning_from_recorded_groups_is_judged_at_its_own_last_step(run: GVPO) -> None:
+    assert run.num_steps == 1
+    (line,) = steps(WRONG, num=1)
+    said = run._first_steps.judge(line)
+    assert said is not None and "the first step shows" in said
+    run.stop()
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), OSError("no space left"), ray.exceptions.RayError()])
+def test_the_learner_is_told_to_stop_although_the_last_words_cannot_be_written(
+    run: GVPO, error: Exception
+) -> None:
+    done: list[str] = []
+
+    async def last_words() -> None:
+        raise error
+
+    async def close_once() -> None:
+        done.append("closed")
+
+    fake: dict[str, Any] = {
+        "_session": SimpleNamespace(call=lambda asked, timeout_s: asyncio.run(asked)),
+        "_ring": SimpleNamespace(last_words=last_words),
+        "_buffer": SimpleNamespace(close_once=close_once),
+        "learners": SimpleNamespace(join=lambda timeout_s: done.append("joined")),
+    }
+    for name, value in fake.items():
+        setattr(run, name, value)
+    run.events.path = run.run_dir  # a folder: nothing can be appended to it
+    run.stop()
+    assert done == ["closed", "joined"]
+
+
+def test_an_interrupt_ends_a_session_although_engines_start_and_a_step_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(session_module, "CLOSE_S", 0.05)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    session, ended = Session(RayConfig()), list[str]()
+
+    async def for_ever(who: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(who)
+
+    async def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await for_ever("step")
+
+    async def fail(error: BaseException) -> None:
+        ended.append(str(error))
+
+    try:
+        session.spawn(for_ever("start"), fail)
+        session.on_stop(lambda: for_ever("engines"))
+        with pytest.raises(KeyboardInterrupt):
+            session.call(interrupted())
+        session.stop()
+        assert sorted(ended) == ["engines", "start", "step"] and not session._thread.is_alive()
+    finally:
+        signal.signal(signal.SIGINT, before)
