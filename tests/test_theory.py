@@ -95,7 +95,7 @@ class Drawn:
     group_ids: Tensor
 
 
-def train(cases: list[tuple[int, Sampler]], loss: Callable[[Drawn], Tensor]) -> list[float]:
+def train(cases: list[tuple[int, Sampler]], objective: Callable[[Drawn], Tensor]) -> list[float]:
     """The distance from the optimum, of each (seed of a problem, sampler), after NUM_UPDATES updates of Adam,
     each on GROUPS_PER_UPDATE groups of 2 to 32 sampled completions.
 
@@ -137,7 +137,7 @@ def train(cases: list[tuple[int, Sampler]], loss: Callable[[Drawn], Tensor]) -> 
             group_ids,
         )
         optimizer.zero_grad()
-        loss(drawn).backward()
+        objective(drawn).backward()
         optimizer.step()
         schedule.step()
         policies.append(logits.detach().log_softmax(2))
@@ -149,11 +149,11 @@ SAMPLERS = (on_policy, uniform, stale, foreign, mixed)
 
 @functools.cache
 def distances(
-    loss: Callable[..., Tensor], seeds: tuple[int, ...], samplers: tuple[Sampler, ...], **options: Any
+    objective: Callable[..., Tensor], seeds: tuple[int, ...], samplers: tuple[Sampler, ...], **options: Any
 ) -> dict[tuple[int, Sampler], float]:
     """What `train` returns by its cases: once for all tests that ask for one of them."""
     cases = [(seed, sampler) for seed in seeds for sampler in samplers]
-    return dict(zip(cases, train(cases, functools.partial(loss, **options)), strict=True))
+    return dict(zip(cases, train(cases, functools.partial(objective, **options)), strict=True))
 
 
 def gvpo(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
