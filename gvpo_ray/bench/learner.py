@@ -13,12 +13,13 @@ on a CPU and bfloat16 on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,11 +29,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
-from gvpo_ray.config.loss import GvpoLoss
+from gvpo_ray.bench.gpu.models import QWEN_7B, QWEN_15B, Shape, make_folder, make_rows
+from gvpo_ray.bench.gpu.steps import settings
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import train_step
 from gvpo_ray.losses.gvpo import gvpo_loss
 
 Measured = TypeVar("Measured")
@@ -42,34 +46,11 @@ SHAPES = [
 ]
 """Tokens of the prompt, tokens of each completion, and number of completions."""
 
-CPU_MODELS = {
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-}
-GPU_MODELS = {
-    "1.5B": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-}
+CPU_MODELS = {"small": Shape("qwen2", 4, 2, 64, 4, 704, vocab=8192)}
+GPU_MODELS = {"1.5B": QWEN_15B, "7B": dataclasses.replace(QWEN_7B, tied=True, vocab=QWEN_15B.vocab)}
 """Sizes of Qwen2.5 models; the weights are random."""
 
-BIG_VOCABULARY = 151_936
+BIG_VOCABULARY = QWEN_15B.vocab
 
 
 def main(tokens_per_step: int = 4096) -> None:
@@ -79,7 +60,6 @@ def main(tokens_per_step: int = 4096) -> None:
         tokens_per_step: tokens of one step, a prompt counted once per group.
     """
     on_gpu = torch.cuda.is_available()
-    vocab_size = BIG_VOCABULARY if on_gpu else 8192
     console = Console(highlight=False)
     console.width = max(console.width, 170)
     peak = _in_process(_matmul_peak)
@@ -89,7 +69,7 @@ def main(tokens_per_step: int = 4096) -> None:
     others = [name for name in ways if name != "ours"]
     for size, shape in (GPU_MODELS if on_gpu else CPU_MODELS).items():
         table = Table(
-            title=f"bench learner: {size} model on {'GPU' if on_gpu else 'CPU'}, vocabulary {vocab_size:,}",
+            title=f"bench learner: {size} model on {'GPU' if on_gpu else 'CPU'}, vocabulary {shape.vocab:,}",
             title_justify="left",
         )
         headings = [
@@ -101,29 +81,26 @@ def main(tokens_per_step: int = 4096) -> None:
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=heading == headings[0])
         with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
-            cases = [(vocab_size, *case) for case in SHAPES] + (
-                [(BIG_VOCABULARY, 64, 64, 8)] if not on_gpu else []
-            )
-            for vocabulary in sorted({vocabulary for vocabulary, *_ in cases}):
-                make_model(Path(folder) / str(vocabulary), vocabulary, shape)
-            for vocabulary, prompt, completion, k in track(
+            big = dataclasses.replace(shape, vocab=BIG_VOCABULARY)
+            cases = [(shape, *case) for case in SHAPES] + ([] if on_gpu else [(big, 64, 64, 8)])
+            for model in {model.vocab: model for model in (shape, big)}.values():
+                make_model(Path(folder) / str(model.vocab), model)
+            for model, prompt, completion, k in track(
                 cases, description=f"{size} model", console=console, transient=True
             ):
                 num_groups = max(1, tokens_per_step // (prompt + k * completion))
-                rows = groups(num_groups, prompt, completion, k, vocabulary)
+                rows = make_rows([(prompt, [completion] * k)] * num_groups, model.vocab, version=None)
                 results = {
-                    name: _in_process(work, str(Path(folder) / str(vocabulary)), rows)
+                    name: _in_process(work, str(Path(folder) / str(model.vocab)), rows)
                     for name, work in ways.items()
                 }
                 # A prompt's tokens count once per group, even where a way computes them k times.
                 tokens = num_groups * (prompt + k * completion)
-                flops = num_groups * useful_flops(shape, vocabulary, prompt, completion, k)
-
+                flops = num_groups * model.flops(prompt, completion, k)
                 mine = results["ours"] or (float("nan"), 0.0, 0.0)
                 found = list(results.values())
                 table.add_row(
-                    f"{prompt}/{completion}, {k}"
-                    + ("" if vocabulary == vocab_size else f", V={vocabulary:,}"),
+                    f"{prompt}/{completion}, {k}" + ("" if model == shape else f", V={model.vocab:,}"),
                     *_cells("{:,.0f}", [result and tokens / result[0] for result in found]),
                     *_cells("{:.2f}", [results[name] and results[name][0] / mine[0] for name in others]),
                     *_cells("{:.0f} %", [result and 100 * flops / result[0] / peak for result in found]),
@@ -143,66 +120,11 @@ def _cells(form: str, values: Sequence[float | None]) -> list[str]:
     return ["no memory" if value is None else form.format(value) for value in values]
 
 
-def useful_flops(model: Mapping[str, int], vocab_size: int, prompt: int, completion: int, k: int) -> float:
-    """Return the useful FLOPs of the forward and backward pass of one group.
-
-    Each token counts once: 6 FLOPs per weight, the head on completion tokens alone, and causal attention.
-
-    Args:
-        model: sizes by their name in transformers' Qwen2Config.
-        vocab_size: of the head.
-        prompt: tokens of the prompt.
-        completion: tokens of each completion.
-        k: completions of the group.
-    """
-    hidden, layers = model["hidden_size"], model["num_hidden_layers"]
-    head_size = hidden // model["num_attention_heads"]
-    attention = 2 * hidden * hidden + 2 * hidden * model["num_key_value_heads"] * head_size
-    weights = layers * (attention + 3 * hidden * model["intermediate_size"])
-    seen = prompt * prompt / 2 + k * (completion * prompt + completion * completion / 2)
-    return (
-        6.0 * (weights * (prompt + k * completion) + vocab_size * hidden * k * completion)
-        + 12.0 * layers * hidden * seen
-    )
-
-
-def make_model(folder: Path, vocab_size: int, shape: Mapping[str, int]) -> None:
-    """Write a Qwen2 model with random weights, and a tokenizer that is not used, to a folder."""
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-
-    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+def make_model(folder: Path, shape: Shape) -> None:
+    """Write a model with random weights, and a tokenizer that is not used, to a folder."""
+    make_folder(folder, shape.config())
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(shape)
-    config = Qwen2Config(
-        **sizes, vocab_size=vocab_size, max_position_embeddings=2048, tie_word_embeddings=True
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
-
-
-def groups(num: int, prompt: int, completion: int, k: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Make `num` groups of random tokens, each with k completions, rewarded 0 and 1 in turn."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(size: int) -> list[int]:
-        return torch.randint(2, vocab_size, (size,), generator=generator).tolist()
-
-    nothing = {
-        name: [None] * k for name in ("version_min", "version_max", "sampling_logprobs", "reward_reasons")
-    }
-    return [
-        {
-            "group_id": i,
-            "prompt_ids": tokens(prompt),
-            "completion_ids": [tokens(completion) for _ in range(k)],
-            "rewards": [float(j % 2) for j in range(k)],
-            "finish_reasons": ["stop"] * k,
-            **nothing,
-        }
-        for i in range(num)
-    ]
+    AutoModelForCausalLM.from_config(shape.config()).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def _loss(logprobs: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -220,13 +142,9 @@ def ours(folder: str, rows: Sequence[dict[str, Any]]) -> tuple[float, float, flo
         Its seconds, its peak memory in bytes beyond what was held before, and the share of its time outside
         the model's passes and the optimizer. None: the GPU's memory did not suffice.
     """
-    from gvpo_ray.learner.policy import Policy
-    from gvpo_ray.learner.step import Settings, train_step
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ModelConfig(path=folder, dtype="bfloat16" if device == "cuda" else "float32")
-    learner = LearnerConfig(backend="ddp", learning_rate=1e-6, num_mini_batches=1, micro_batch_tokens=10**9)
-    settings = Settings(folder, 10**9, 10**9, GvpoLoss(), learner, CheckpointConfig(), folder, parity_every=0)
+    given = settings(folder, learning_rate=1e-6, micro_batch_tokens=10**9)
     in_library = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,13 +158,13 @@ def ours(folder: str, rows: Sequence[dict[str, Any]]) -> tuple[float, float, flo
         return call
 
     def work() -> tuple[float, float, float]:
-        policy = Policy(model, learner, folder, device)
+        policy = Policy(model, given.learner, folder, device)
         usual = {name: getattr(policy._backend, name) for name in ("forward", "backward", "step")}
-        seconds, memory = _measure(lambda: train_step(policy, rows, settings))
+        seconds, memory = _measure(lambda: train_step(policy, rows, given))
         for name, function in usual.items():
             setattr(policy._backend, name, timed(function))
         begin = _now()
-        train_step(policy, rows, settings)
+        train_step(policy, rows, given)
         return seconds, memory, 1 - in_library / (_now() - begin)
 
     return _unless_out_of_memory(work)
@@ -259,8 +177,6 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
         Its seconds, and its peak memory in bytes beyond what was held before. None: the GPU's memory did not
         suffice.
     """
-    from transformers import AutoModelForCausalLM
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = [row["prompt_ids"] + ids for row in rows for ids in row["completion_ids"]]
     starts = [len(row["prompt_ids"]) for row in rows for _ in row["completion_ids"]]

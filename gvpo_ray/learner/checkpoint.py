@@ -21,9 +21,7 @@ from torch import Tensor
 
 from gvpo_ray.files import part_of
 from gvpo_ray.learner.adapter import adapter_name, trained_parameters
-from gvpo_ray.learner.backends.base import Backend
 from gvpo_ray.learner.checkpoints import finish_checkpoint
-from gvpo_ray.learner.logprobs import CompletionLogprobs
 from gvpo_ray.learner.reference_model import ReferenceModel
 from gvpo_ray.learner.whole_weights import WholeWeights
 from gvpo_ray.weights.transfer import shards
@@ -33,25 +31,14 @@ class Checkpoint:
     """A Checkpoint has access to all that is saved of a policy; its methods are for every rank.
 
     Args:
-        module: the policy's.
-        backend: the policy's.
         weights: the policy's.
         reference: the policy's.
-        adapter: contents of adapter_config.json, where a LoRA adapter is trained; else None.
         rank: rank 0 writes.
     """
 
-    def __init__(
-        self,
-        module: CompletionLogprobs,
-        backend: Backend,
-        weights: WholeWeights,
-        reference: ReferenceModel,
-        adapter: dict[str, Any] | None,
-        rank: int,
-    ) -> None:
-        self._module, self._backend, self._weights = module, backend, weights
-        self._reference, self._adapter, self._rank = reference, adapter, rank
+    def __init__(self, weights: WholeWeights, reference: ReferenceModel, rank: int) -> None:
+        self._weights, self._reference, self._rank = weights, reference, rank
+        self._module, self._backend, self._adapter = weights.module, weights.backend, weights.adapter
 
     def write(self, folder: Path, tokenizer: Any, state: dict[str, Any]) -> None:
         """Write a checkpoint.

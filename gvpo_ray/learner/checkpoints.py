@@ -29,17 +29,21 @@ def _checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name)))
 
 
+def _complete(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """Return step and folder of the checkpoints that were written to their end, in order."""
+    return [entry for entry in _checkpoints(run_dir) if (entry[1] / "state.json").is_file()]
+
+
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
     """Return step and folder of the newest whole checkpoint of a run; None where there is none."""
-    complete = (entry for entry in _checkpoints(run_dir)[::-1] if (entry[1] / "state.json").is_file())
-    return next((entry for entry in complete if damage_of(entry[1]) is None), None)
+    return next((entry for entry in _complete(run_dir)[::-1] if damage_of(entry[1]) is None), None)
 
 
 def damaged_checkpoints(run_dir: str | Path) -> list[str]:
     """Return what is damaged in each checkpoint that is newer than latest_checkpoint, with its file."""
     newest = latest_checkpoint(run_dir)
-    newer = (path for step, path in _checkpoints(run_dir) if newest is None or step > newest[0])
-    return [found for path in newer if (path / "state.json").is_file() and (found := damage_of(path))]
+    newer = (path for step, path in _complete(run_dir) if newest is None or step > newest[0])
+    return [found for path in newer if (found := damage_of(path))]
 
 
 def settled_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
@@ -60,16 +64,15 @@ def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
     A damaged one takes no other's place, and stays while it is newer than those that are kept. Files and
     folders with other names than a checkpoint's are left alone.
     """
-    complete = {path: step for step, path in _checkpoints(run_dir) if (path / "state.json").is_file()}
-    whole = [path for path in complete if damage_of(path) is None]
-    kept = {*whole[-keep:], *(path for path in complete if path not in whole)}
-    oldest = min((complete[path] for path in whole[-keep:]), default=0)
-    for path in (path for _, path in _checkpoints(run_dir)):
-        if path not in kept or complete[path] < oldest:
+    complete = _complete(run_dir)
+    whole = [entry for entry in complete if damage_of(entry[1]) is None]
+    oldest = min(whole[-keep:], default=(0, None))[0]
+    for step, path in _checkpoints(run_dir):
+        if step < oldest or (step, path) not in complete:
             remove_checkpoint(path)
-    unfinished = Path(run_dir).glob(f"checkpoints/{part_of(Path('step-*')).name}")
-    for path in (path for path in unfinished if NAME.fullmatch(path.name[1:].removesuffix(".part"))):
-        remove_checkpoint(path)
+    for path in Path(run_dir).glob(f"checkpoints/{part_of(Path('step-*')).name}"):
+        if NAME.fullmatch(path.name[1:].removesuffix(".part")):
+            remove_checkpoint(path)
 
 
 def finish_checkpoint(part: Path, checkpoint: Path) -> None:

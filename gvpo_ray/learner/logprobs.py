@@ -62,6 +62,16 @@ class CompletionLogprobs(nn.Module):
         by_head: Tensor = self.model.get_output_embeddings()(hidden, targets)
         return by_head
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Switch gradient checkpointing, which computes activations again in the backward pass, on or off."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+        # Layers recompute only in training mode; in other modules that mode would switch dropout on.
+        for module in self.modules():
+            module.training = getattr(module, "gradient_checkpointing", False)
+
 
 def logit_transform(model: Any) -> tuple[float, float | None]:
     """Return what the model does to its head's logits: their factor, and their soft cap or None.

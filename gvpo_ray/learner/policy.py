@@ -26,7 +26,7 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
-from gvpo_ray.learner.backends.registry import make_backend
+from gvpo_ray.learner.backends.registry import BACKENDS
 from gvpo_ray.learner.checkpoint import Checkpoint
 from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
@@ -56,10 +56,10 @@ class Policy:
         self.device = torch.device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._model_config = model
-        self._path = Path(path)  # read only here: a checkpoint is removed when there are newer ones
+        folder = Path(path)  # read only here: a checkpoint is removed when there are newer ones
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         dtype = getattr(torch, model.dtype)
-        self._backend = make_backend(config, dtype, self.device)
+        self._backend = BACKENDS[config.backend](config, dtype, self.device)
         self.data_rank, self.data_size = self._backend.data_rank, self._backend.data_size
         """The share of the groups that this rank computes, and the number of shares."""
         self._dtype = self._backend.dtype
@@ -68,16 +68,13 @@ class Policy:
         """The contents of adapter_config.json, where a LoRA adapter is trained; else None."""
         if model.lora is not None:
             self.adapter = add_adapter(whole, model.lora) | {"base_model_name_or_path": str(model.path)}
-            if (self._path / "adapter").is_dir():
-                values = load_file(self._path / "adapter" / "adapter_model.safetensors")
+            if (folder / "adapter").is_dir():
+                values = load_file(folder / "adapter" / "adapter_model.safetensors")
                 for name, parameter in trained_parameters(whole):
                     parameter.data.copy_(values[adapter_name(name)])
         self._module = CompletionLogprobs(whole)
         if config.gradient_checkpointing:
-            self._module.model.gradient_checkpointing_enable({"use_reentrant": False})
-            # Layers recompute only in training mode; in other modules that mode would switch dropout on.
-            for module in self._module.modules():
-                module.training = getattr(module, "gradient_checkpointing", False)
+            self._module.checkpoint_activations()
         self._backend.wrap(self._module)
         for name, buffer in self._module.named_buffers():
             if name.endswith("inv_freq") and buffer.itemsize < 4:
@@ -85,23 +82,19 @@ class Policy:
         text = self._module.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
         self.max_length: int = model.max_length or text.max_position_embeddings
-        weights = WholeWeights(self._module, self._backend, self.adapter)
+        self._weights = WholeWeights(self._module, self._backend, self.adapter)
         self.reference = ReferenceModel(
             self._module, self._backend, self._load, self.device, self.adapter is not None
         )
-        """The reference model."""
-        self._checkpoint = Checkpoint(
-            self._module, self._backend, weights, self.reference, self.adapter, self.rank
-        )
-        self._weights = weights
+        self._checkpoint = Checkpoint(self._weights, self.reference, self.rank)
         self.packs = self._flex = False
         self._check_head()
         self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = self.num_skipped = 0
         self.beta: float | None = None
         """The beta of the next step, where beta is adaptive; None before the first step."""
-        if (self._path / "state.json").exists():
-            state = self._checkpoint.read(self._path, self.device)
+        if (folder / "state.json").exists():
+            state = self._checkpoint.read(folder, self.device)
             self.step, self.num_updates, self.beta = state["step"], state["num_updates"], state["beta"]
 
     def _load(self, path: str | Path) -> Any:
@@ -132,12 +125,8 @@ class Policy:
         model, longest = self._module.model, min(192, self.max_length)
         ids = [i % self.vocab_size for i in range(7, 7 + 2 * longest)]
         start, middle = longest // 4, longest // 4 + 1
-        rows = [
-            {
-                "prompt_ids": ids[:start],
-                "completion_ids": [ids[start:longest], ids[:1], ids[middle : longest + 1]],
-            }
-        ]
+        completions = [ids[start:longest], ids[:1], ids[middle : longest + 1]]
+        rows = [{"prompt_ids": ids[:start], "completion_ids": completions}]
         is_half = self._model_config.dtype == "bfloat16"
         usual = model.config._attn_implementation
         padded = torch.cat(self.token_logprobs(rows))
@@ -229,7 +218,7 @@ class Policy:
         LoRA adapter is trained its weights alone, under peft's names. Every rank has to iterate to the end,
         and may do so more than once.
         """
-        return self._weights.for_engines()
+        return self._weights
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint (see checkpoint.py). Every rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -13,20 +13,12 @@ from gvpo_ray.learner.logprobs import CompletionLogprobs
 from gvpo_ray.weights.lora import merged
 
 
-class _Tensors:
-    """This iterable gathers named tensors one at a time, each time that it is iterated over."""
-
-    def __init__(self, gather: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
-        self._gather = gather
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._gather()
-
-
 class WholeWeights:
     """WholeWeights are a policy's weights under the names that engines and files give them.
 
-    Every rank has to iterate over what a method returns, to its end.
+    Itself it yields what engines need: the whole model, or where a LoRA adapter is trained its weights alone.
+    Every rank has to iterate over it, or over what a method returns, to the end, and may do so more than
+    once: vLLM's NCCL broadcast asks for the shapes first.
 
     Args:
         module: the policy's.
@@ -35,33 +27,29 @@ class WholeWeights:
     """
 
     def __init__(self, module: CompletionLogprobs, backend: Backend, adapter: dict[str, Any] | None) -> None:
-        self._module, self._backend, self._adapter = module, backend, adapter
+        self.module, self.backend, self.adapter = module, backend, adapter
 
-    def for_engines(self) -> Iterable[tuple[str, Tensor]]:
-        """Return what engines need: the whole model, or where a LoRA adapter is trained its weights alone.
-
-        The result can be iterated over more than once: vLLM's NCCL broadcast asks for the shapes first.
-        """
-        return _Tensors(self.of_model if self._adapter is None else self.of_adapter)
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.of_model() if self.adapter is None else self.of_adapter()
 
     def of_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Gather the adapter, under peft's names."""
-        for name, parameter in trained_parameters(self._module.model):
-            yield adapter_name(name), self._backend.full(parameter)
+        for name, parameter in trained_parameters(self.module.model):
+            yield adapter_name(name), self.backend.full(parameter)
 
     def of_model(self) -> Iterator[tuple[str, Tensor]]:
         """Gather the whole model, with the adapter merged into it, under Hugging Face names.
 
         Tied weights come under each of their names.
         """
-        config = self._adapter or {}
-        adapters = dict(trained_parameters(self._module.model)) if self._adapter is not None else {}
-        for name, parameter in self._module.model.named_parameters(remove_duplicate=False):
+        config = self.adapter or {}
+        adapters = dict(trained_parameters(self.module.model)) if self.adapter is not None else {}
+        for name, parameter in self.module.model.named_parameters(remove_duplicate=False):
             if name in adapters:
                 continue
-            value = self._backend.full(parameter)
+            value = self.backend.full(parameter)
             layer, is_adapted, _ = name.partition(".base_layer.")
             if is_adapted and name.endswith(".weight"):
-                a, b = (self._backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
+                a, b = (self.backend.full(adapters[f"{layer}.lora_{x}.default.weight"]) for x in "AB")
                 value = merged(value, a, b, config["lora_alpha"] / config["r"]).to(value.dtype)
             yield name.replace(".base_layer.", "."), value

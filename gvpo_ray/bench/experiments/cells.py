@@ -69,17 +69,20 @@ MEASURED, COMPARED = ("heldout", "greedy"), ("train",)
 the held-out sets, so that no choice depends on what the tables report."""
 
 
-def require_checkout() -> None:
-    """Refuse to run from a wheel, which lacks the configs and the models that cells start from.
+def open_results(folder: Path) -> Results:
+    """Return the results in a folder, which is made where it is absent.
 
     Raises:
-        ConfigError: one line that names what is missing.
+        ConfigError: this is no checkout of the repository but a wheel, which lacks the configs and the models
+            that cells start from; one line names what is missing.
     """
-    for folder in (JOBS, MODELS):
-        if not folder.is_dir():
+    for needed in (JOBS, MODELS):
+        if not needed.is_dir():
             raise ConfigError(
-                f"bench paper and bench staleness run from a checkout of the repository: there is no {folder}"
+                f"bench paper and bench staleness run from a checkout of the repository: there is no {needed}"
             )
+    folder.mkdir(parents=True, exist_ok=True)
+    return Results(folder)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from gvpo_ray.bench.experiments.cells import (
     Method,
     ResultRow,
     Results,
-    require_checkout,
+    open_results,
     run_all,
     tune,
     tuned,
@@ -67,9 +67,7 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     Raises:
         ConfigError: this is no checkout of the repository.
     """
-    require_checkout()
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder)
+    results = open_results(folder)
     for task in tasks:
         tune([task], METHODS if "methods" in TABLES[task] else {"GVPO": METHODS["GVPO"]}, 0, results)
         for num in range(1, num_seeds + 1):  # whole tables early, better ones later

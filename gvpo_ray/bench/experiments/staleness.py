@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.bench.experiments.cells import Cell, Method, Results, require_checkout, run_all, tune, tuned
+from gvpo_ray.bench.experiments.cells import Cell, Method, Results, open_results, run_all, tune, tuned
 from gvpo_ray.bench.experiments.tables import markdown, mean_curve, percent, picture, tuned_options
 
 AGES = (0, 1, 4, 16, 64, 100)
@@ -66,9 +66,7 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
     Raises:
         ConfigError: this is no checkout of the repository.
     """
-    require_checkout()
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder)
+    results = open_results(folder)
     for task in tasks:
         grid = GRIDS[task]
         tune([task], {name: METHODS[name] for name in grid}, TUNED_AT, results)

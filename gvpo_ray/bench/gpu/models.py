@@ -79,6 +79,8 @@ class Shape:
 QWEN_05B = Shape("qwen2", 14, 2, 64, 24, 4864)
 QWEN_15B = Shape("qwen2", 12, 2, 128, 28, 8960)
 QWEN_7B = Shape("qwen2", 28, 4, 128, 28, 18944, tied=False, vocab=152_064)
+TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
+"""The sizes of a model whose runs on a CPU take seconds."""
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -129,15 +131,15 @@ class BuiltPolicy(Policy):
 
 
 def make_rows(
-    groups: Sequence[tuple[int, Sequence[int]]], vocab: int, seed: int = 0, version: int = 0
+    groups: Sequence[tuple[int, Sequence[int]]], vocab: int, seed: int = 0, version: int | None = 0
 ) -> list[Row]:
-    """Make groups of random tokens, as if the policy of `version` had sampled them.
+    """Make groups of random tokens, rewarded 0 and 1 in turn.
 
     Args:
         groups: number of prompt tokens of each group, and of each of its completions.
         vocab: size of the vocabulary.
         seed: of the tokens.
-        version: of the weights.
+        version: of the weights that are said to have sampled them; None: no policy of the run did.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -153,7 +155,7 @@ def make_rows(
             "finish_reasons": ["stop"] * len(lengths),
             "version_min": [version] * len(lengths),
             "version_max": [version] * len(lengths),
-            "sampling_logprobs": [[0.0] * length for length in lengths],
+            "sampling_logprobs": [None if version is None else [0.0] * length for length in lengths],
             "reward_reasons": [None] * len(lengths),
         }
         for i, (prompt, lengths) in enumerate(groups)

@@ -5,18 +5,15 @@ The differences per completion are the noise floor of the log-ratio D.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gvpo_ray.bench.gpu.models import QWEN_15B, Shape, build, cast, make_rows
+from gvpo_ray.bench.gpu.models import QWEN_15B, TOY, build, cast, make_rows
 from gvpo_ray.bench.gpu.report import Box, Report
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.head import linear_logprobs
-
-TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
@@ -25,8 +22,8 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
     Each is measured with the learner's head, whose logits are float32, and with a plain head ("bf16 head"),
     whose logits are bfloat16. Under autocast the residual stream is float32.
     """
-    shape = TOY if toy else dataclasses.replace(QWEN_15B, layers=28)
-    flex = device.type == "cuda"
+    shape = TOY if toy else QWEN_15B
+
     for length in (16, 32) if toy else (512, 2048):
         if not box.has(10):
             return
@@ -35,29 +32,26 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
             model = build(shape.config(), device, torch.float32)
             model.set_attn_implementation(packing.NAME)
             rows = make_rows([(64, [length] * 4)], shape.vocab)
-            inputs, lengths = packing.pack(rows, device, flex)
-            want = _logprobs(model, inputs, flex, False, True)
-            autocast = _logprobs(model, inputs, flex, True, True)
-            _add(report, f"{length} tokens, autocast less float32", autocast - want, lengths)
-            _add(
-                report,
-                f"{length} tokens, autocast, bf16 head, less float32",
-                _logprobs(model, inputs, flex, True, False) - want,
-                lengths,
-            )
+            inputs, lengths = packing.pack(rows, device, device.type == "cuda")
+            want = _logprobs(model, inputs, autocast=False)
+            autocast = _logprobs(model, inputs, autocast=True)
+            autocast_head = _logprobs(model, inputs, autocast=True, float_head=False)
             cast(model, torch.bfloat16)
-            half, half_head = (
-                _logprobs(model, inputs, flex, False, True),
-                _logprobs(model, inputs, flex, False, False),
-            )
-            _add(report, f"{length} tokens, bf16 less float32", half - want, lengths)
-            _add(report, f"{length} tokens, bf16, bf16 head, less float32", half_head - want, lengths)
-            _add(report, f"{length} tokens, bf16 less autocast", half - autocast, lengths)
-            _add(report, f"{length} tokens, bf16, bf16 head, less autocast", half_head - autocast, lengths)
+            half = _logprobs(model, inputs, autocast=False)
+            half_head = _logprobs(model, inputs, autocast=False, float_head=False)
+            for name, difference in {
+                "autocast less float32": autocast - want,
+                "autocast, bf16 head, less float32": autocast_head - want,
+                "bf16 less float32": half - want,
+                "bf16, bf16 head, less float32": half_head - want,
+                "bf16 less autocast": half - autocast,
+                "bf16, bf16 head, less autocast": half_head - autocast,
+            }.items():
+                _add(report, f"{length} tokens, {name}", difference, lengths)
 
 
 @torch.no_grad()
-def _logprobs(model: Any, inputs: dict[str, Any], flex: bool, autocast: bool, float_head: bool) -> Tensor:
+def _logprobs(model: Any, inputs: dict[str, Any], autocast: bool, float_head: bool = True) -> Tensor:
     inputs = dict(inputs)
     rows, positions, targets = (inputs.pop(name) for name in ("rows", "positions", "targets"))
     if inputs["layout"].block_masks is not None:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from gvpo_ray.bench.gpu.models import QWEN_7B, QWEN_15B, Shape, build, make_rows
+from gvpo_ray.bench.gpu.models import QWEN_7B, QWEN_15B, TOY, build, make_rows
 from gvpo_ray.bench.gpu.report import Box, Report
-from gvpo_ray.bench.gpu.speed import checkpoint
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.logprobs import CompletionLogprobs
 
-TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 KINDS = {
     "flex": ("flex", "sdpa_dense", "triton_tem"),
     "gemm": ("gemm", "cutlass", "nvjet", "sm90_xmma", "cublas", "mkl"),
@@ -44,8 +42,8 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
         with report.attempt("profile", name):
             model: Any = build(shape.config(), device, torch.float32)
             model.set_attn_implementation(packing.NAME)
-            checkpoint(model, True)
             module = CompletionLogprobs(model)
+            module.checkpoint_activations()
             inputs, _ = packing.pack(make_rows(groups, shape.vocab), device, device.type == "cuda")
 
             def once(module: Any = module, inputs: Any = inputs) -> None:

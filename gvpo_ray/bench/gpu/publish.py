@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from gvpo_ray.bench.gpu.models import QWEN_15B, Shape, build, cast
+from gvpo_ray.bench.gpu.models import QWEN_15B, TOY, build, cast
 from gvpo_ray.bench.gpu.report import Box, Report, now
 from gvpo_ray.weights.transfer import ObjectPublisher
-
-TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 
 
 def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:

@@ -44,7 +44,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
             report.add("semantics", name, skipped="no time left")
             continue
         with report.attempt("semantics", name):
-            _reset_compiler()
+            torch._dynamo.reset()
             model = build(shape.config(), device, torch.float64)
             rows = make_rows(groups, shape.vocab)
             module = CompletionLogprobs(model)
@@ -54,7 +54,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
             for way, (dtype, autocast, flex) in _ways(device).items():
                 if not box.has(6):
                     break
-                _reset_compiler()
+                torch._dynamo.reset()
                 with report.attempt("semantics", f"{name}, {way}"):
                     _compare(
                         report, f"{name}, {way}", module, dtype, rows, weights, want, gradient, autocast, flex
@@ -125,10 +125,6 @@ def _outputs(module: nn.Module, inputs: dict[str, Any], lengths: list[int]) -> t
     return out.detach().double(), torch.cat(gradients)
 
 
-def _reset_compiler() -> None:
-    torch._dynamo.reset()
-
-
 # --- how often attention is compiled ---
 
 
@@ -143,7 +139,7 @@ def recompiles(report: Report, device: torch.device, toy: bool, box: Box) -> Non
         with report.attempt("recompiles", name):
             if box.has(20):
                 heard.lines.clear()
-                _reset_compiler()
+                torch._dynamo.reset()
                 _forty(report, name, SHAPES[name], device, box, heard)
     logging.getLogger("torch").removeHandler(heard)
 
@@ -181,7 +177,7 @@ def _forty(report: Report, name: str, shape: Shape, device: torch.device, box: B
             [(p + i, [c + (i if c > 1 else 0) for c in cs]) for p, cs in kinds[i % 8]], shape.vocab, seed=i
         )
         has_gradient, checkpointed = i % 3 != 0, i % 2 == 1
-        _checkpointing(module, checkpointed)
+        module.checkpoint_activations(checkpointed)
         inputs, _ = packing.pack(rows, device, True)
         largest = max(largest, inputs["input_ids"].shape[1])
         begin = now(device)
@@ -207,16 +203,6 @@ def _forty(report: Report, name: str, shape: Shape, device: torch.device, box: B
         rule="entries",
         ok=max(entries.values()) <= 6 and not heard.lines,
     )
-
-
-def _checkpointing(module: CompletionLogprobs, on: bool) -> None:
-    model: Any = module.model
-    if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
-    for part in module.modules():
-        part.training = getattr(part, "gradient_checkpointing", False)
 
 
 def _entries() -> dict[str, int]:

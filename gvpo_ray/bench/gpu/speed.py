@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -16,6 +15,7 @@ from gvpo_ray.bench.gpu.models import (
     QWEN_05B,
     QWEN_7B,
     QWEN_15B,
+    TOY,
     BuiltPolicy,
     Shape,
     build,
@@ -30,7 +30,6 @@ from gvpo_ray.learner import head, packing
 from gvpo_ray.learner.logprobs import CompletionLogprobs
 from gvpo_ray.learner.step import train_step
 
-TOY = Shape("qwen2", 4, 2, 32, 2, 128, vocab=512)
 CELLS = [(512, 512, 8, 3), (512, 512, 16, 2), (1024, 2048, 8, 1), (1024, 2048, 16, 1)]
 """Tokens of the prompt and of each completion, completions per group, and groups.
 
@@ -192,24 +191,23 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
                 name: str,
                 autocast: bool = True,
                 flex: bool = on_gpu,
+                checkpoints: bool = True,
                 size: str = size,
                 model: Any = model,
                 rows: Any = rows,
             ) -> None:
                 if box.has(5):
                     with report.attempt("choices", f"{size}, {name}"):
-                        seconds, first, memory = _pass(model, rows, device, autocast, flex)
+                        seconds, first, memory = _pass(model, rows, device, autocast, flex, checkpoints)
                         report.add(
                             "choices", f"{size}, {name}", pass_s=seconds, first_s=first, peak_gib=memory
                         )
 
             measure("as it is")
             measure("padded blocks", flex=False)
-            with _replaced(head.ELEMENTS, device.type, head.ELEMENTS[device.type] // 4):
+            with mock.patch.dict(head.ELEMENTS, {device.type: head.ELEMENTS[device.type] // 4}):
                 measure("a quarter of the head's chunk")
-            checkpoint(model, False)
-            measure("no checkpointing")
-            checkpoint(model, True)
+            measure("no checkpointing", checkpoints=False)
             cast(model, torch.bfloat16)
             measure("bf16 parameters", autocast=False)
             if on_gpu and box.has(60):  # inductor takes a minute; its code for a CPU says nothing of a GPU
@@ -222,16 +220,15 @@ def choices(report: Report, device: torch.device, toy: bool, box: Box) -> None:
 
 
 def _pass(
-    model: Any, rows: Any, device: torch.device, autocast: bool, flex: bool
+    model: Any, rows: Any, device: torch.device, autocast: bool, flex: bool, checkpoints: bool
 ) -> tuple[float, float, float]:
     """Return the median seconds of three passes, those of the first pass before them, and peak memory in GiB.
 
     The peak counts beyond what was allocated before the last pass.
     """
     model.set_attn_implementation(packing.NAME)
-    if getattr(model, "_bench_checkpoints", True):
-        checkpoint(model, True)
     module = CompletionLogprobs(model)
+    module.checkpoint_activations(checkpoints)
     inputs, _ = packing.pack(rows, device, flex)
     times = []
     for i in range(4):
@@ -240,9 +237,8 @@ def _pass(
         model.zero_grad()
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         begin = now(device)
-        inputs["layout"] = packing.pack(rows, device, flex)[0][
-            "layout"
-        ]  # as a step does, which makes the block mask anew for each pass
+        # as a step does, which makes the block mask anew for each pass
+        inputs["layout"] = packing.pack(rows, device, flex)[0]["layout"]
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             out = module(**inputs)
         out.double().mean().backward()
@@ -250,24 +246,3 @@ def _pass(
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else 0.0
     model.zero_grad()
     return statistics.median(times[1:]), times[0], peak
-
-
-def checkpoint(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing of a Hugging Face model on or off, without dropout."""
-    model._bench_checkpoints = on
-    if on:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
-    for part in model.modules():
-        part.training = getattr(part, "gradient_checkpointing", False)
-
-
-@contextlib.contextmanager
-def _replaced(where: Any, key: Any, value: Any) -> Iterator[None]:
-    usual = where[key]
-    where[key] = value
-    try:
-        yield
-    finally:
-        where[key] = usual

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.learner.backends.base import adamw, autocast_to, fill_state, ranks
+from gvpo_ray.learner.backends.base import adamw, fill_state
+from gvpo_ray.learner.backends.ddp import DDPBackend
 
 
-class DeepSpeedBackend:
+class DeepSpeedBackend(DDPBackend):
     """This backend is DeepSpeed ZeRO 0 to 3 over the existing process group, with torch's AdamW.
 
-    DeepSpeed's own AdamW would have to be compiled.
+    DeepSpeed's own AdamW would have to be compiled. Parameters that are not sharded, and an optimizer that is
+    not, are read and written as in the DDP backend.
 
     Args:
         config: the config section `learner`.
@@ -25,14 +27,13 @@ class DeepSpeedBackend:
     """
 
     def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._config, self._device = config, device
+        super().__init__(config, dtype, device)
         self._settings = deepspeed_config(config, dtype)
         self._is_zero = config.zero_stage > 0
         # With ZeRO the parameters are in bfloat16, and float32 master weights are kept beside them. Without
         # ZeRO the parameters are the master weights, and autocast computes in bfloat16.
-        self.dtype = torch.float32 if dtype == torch.bfloat16 and not self._is_zero else dtype
-        self._autocast_dtype = torch.float32 if self._is_zero else dtype
-        self.data_rank, self.data_size = ranks()
+        if self._is_zero:
+            self.dtype, self._compute_dtype = dtype, torch.float32
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Read the model to this rank's device; ZeRO-3 shards it while it is read."""
@@ -43,7 +44,7 @@ class DeepSpeedBackend:
             # uses it. On a GPU it is not built, and the look-up alone would try every op's compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self._config.zero_stage < 3:
-            return read().to(self._device)
+            return super().load(read)
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         # from_pretrained shards while this object lives
@@ -58,21 +59,17 @@ class DeepSpeedBackend:
         import deepspeed
 
         self._module = module
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=adamw(module, self._config),
-            config=self._settings,
-            dist_init_required=False,
+        self._optimizer = adamw(module, self._config)
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=module, optimizer=self._optimizer, config=self._settings, dist_init_required=False
         )
 
     def forward(self, inputs: dict[str, Any], is_last: bool) -> Tensor:
         """Call DeepSpeed's engine, or without gradients the module itself."""
         if not torch.is_grad_enabled():  # passes without gradients bypass DeepSpeed's engine
-            with autocast_to(self._device, self._autocast_dtype):
-                output: Tensor = self._module(**inputs)
-            return output
+            return super().forward(inputs, is_last)
         self._engine.set_gradient_accumulation_boundary(is_last)
-        output = self._engine(**inputs)
+        output: Tensor = self._engine(**inputs)
         return output
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -85,7 +82,7 @@ class DeepSpeedBackend:
             group["lr"] = learning_rate
         if self._is_zero:  # the engine itself skips an update whose gradient is not finite
             self._engine.step()
-            return float("inf") if self._optimizer.overflow else float(self._engine.get_global_grad_norm())
+            return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
         # DeepSpeed clips plain gradients too, but does not say what their norm was.
         norm = float(
             nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
@@ -102,7 +99,7 @@ class DeepSpeedBackend:
     def full(self, parameter: nn.Parameter) -> Tensor:
         """Return the whole parameter, which ZeRO-3 gathers on every rank."""
         if not hasattr(parameter, "ds_id"):
-            return parameter.detach()
+            return super().full(parameter)
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -111,8 +108,7 @@ class DeepSpeedBackend:
     def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Copy a whole value into the parameter, which ZeRO-3 shards again."""
         if not hasattr(parameter, "ds_id"):
-            parameter.data.copy_(value)
-            return
+            return super().fill(parameter, value)
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -121,7 +117,7 @@ class DeepSpeedBackend:
     def local(self, parameter: nn.Parameter) -> list[Tensor]:
         """Return this rank's part of the parameter: its shard under ZeRO-3, else the whole."""
         if not hasattr(parameter, "ds_id"):
-            return [parameter.data]
+            return super().local(parameter)
         sharded: Any = parameter
         # ZeRO-3 keeps small parameters gathered: partition them, so that they are gathered anew from the
         # shards, which the caller may write to.
@@ -131,15 +127,15 @@ class DeepSpeedBackend:
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Gather AdamW's moments of a parameter, and with ZeRO its master weight; {} before any update."""
+        if not self._is_zero:
+            return super().get_state(parameter)
+        if not self._optimizer.state:
+            return {}
         from deepspeed.utils import (  # type: ignore[import-untyped]
             safe_get_full_fp32_param,
             safe_get_full_optimizer_state,
         )
 
-        if not self._base.state:
-            return {}
-        if not self._is_zero:
-            return {name: self._base.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")}
         state = {name: safe_get_full_optimizer_state(parameter, name) for name in ("exp_avg", "exp_avg_sq")}
         return {**state, "master": safe_get_full_fp32_param(parameter)}
 
@@ -148,31 +144,25 @@ class DeepSpeedBackend:
         # ZeRO-3 gives AdamW its flat shards only during a step, so they are taken from ZeRO's optimizer.
         stage = self._settings["zero_optimization"]["stage"]
         flat = (
-            self._optimizer.fp32_partitioned_groups_flat
+            self._zero.fp32_partitioned_groups_flat
             if stage == 3
-            else [p for g in self._base.param_groups for p in g["params"]]
+            else [p for group in self._optimizer.param_groups for p in group["params"]]
         )
-        fill_state(self._base, flat, num_updates)
+        fill_state(self._optimizer, flat, num_updates)
         if stage in (1, 2):
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Restore saved moments and the master weight of a parameter."""
+        if not self._is_zero:
+            return super().set_state(parameter, state)
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, value in state.items():
-            if not self._is_zero:
-                (parameter.data if name == "master" else self._base.state[parameter][name]).copy_(value)
-            elif name == "master":
+            if name == "master":
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, name)
-
-    @property
-    def _base(self) -> torch.optim.Optimizer:
-        """The AdamW of torch that DeepSpeed's sharded optimizer steps."""
-        base: torch.optim.Optimizer = self._optimizer.optimizer if self._is_zero else self._optimizer
-        return base
 
 
 def rebuild_rotary(model: nn.Module) -> None:
