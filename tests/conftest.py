@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import tiny
 
@@ -71,6 +72,15 @@ def policy(tmp_path: Path) -> Any:
     import learners
 
     return learners.load(tiny.make_model(tmp_path / "model"), learners.settings(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def no_child_left() -> Iterator[None]:
+    """It fails where a process that the tests of a file have started is there after the last of them."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    started = set(psutil.Process().children(recursive=True)) - before
+    assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
 _results: dict[tuple[int, str], dict[str, list[Any]]] = {}
