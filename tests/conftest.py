@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Before torch is imported: the tests and all that they start share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import tiny
 
@@ -93,6 +94,15 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ring.make(
         tmp_path_factory.mktemp("ring"), base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     )
+
+
+@pytest.fixture(scope="module")
+def no_child_left() -> Iterator[None]:
+    """It fails where a process that the tests of a file have started is there after the last of them."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    started = set(psutil.Process().children(recursive=True)) - before
+    assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
 _results: dict[tuple[int, str], dict[str, list[Any]]] = {}

@@ -188,16 +188,22 @@ def test_no_key_of_the_config_itself_looks_like_a_secret() -> None:
     assert [key for key, _ in fields(GVPOConfig.from_dict(MINIMAL)) if is_secret(key)] == []
 
 
-def failing(prompts: list[str], completions: list[str], api_key: str, **columns: Any) -> list[float]:
+FAILING = """
+def failing(prompts, completions, api_key, **columns):
     raise ValueError(f"401 for key {api_key}: {'x' * 240} {api_key}")
+"""
 
 
-def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(free_port: int) -> None:
+def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(
+    free_port: int, tmp_path: Path
+) -> None:
+    own = f"{tmp_path}/own.py:failing"
+    (tmp_path / "own.py").write_text(FAILING)
     url = f"http://bob:hunter22@127.0.0.1:{free_port}/score?key=Plant001ed"
     rewards = {
         "judge": {"url": url, "num_retries": 0, "arguments": {"token": "Plant002ed"}},
-        "own": {"function": f"{__file__}:failing", "arguments": {"api_key": "Plant003ed"}},
-        "here": {"function": f"{__file__}:failing", "arguments": {"api_key": "Plant004ed"}, "trusted": True},
+        "own": {"function": own, "arguments": {"api_key": "Plant003ed"}},
+        "here": {"function": own, "arguments": {"api_key": "Plant004ed"}, "trusted": True},
     }
     data = {**MINIMAL, "verifiers": {"rewards": rewards}}
     with Verifier(GVPOConfig.from_dict(data).verifiers) as verifier:
