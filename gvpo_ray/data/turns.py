@@ -12,6 +12,7 @@ has opened them. So an answer that was cut off inside its thoughts is seen to be
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -121,6 +122,8 @@ class Turns:
         """The tokens that end a completion: the tokenizer's, the template's, those that the model's files
         name, and those of sampling.stop_token_ids."""
         self._special = set(tokenizer.all_special_ids)
+        # all completions of a group have the same prompt: it is decoded once
+        self._opens = functools.lru_cache(maxsize=1024)(self._ends_open)
         self._thoughts = {
             token: MARKS[text]
             for token, text in zip(known, tokenizer.convert_ids_to_tokens(list(known)), strict=True)
@@ -142,9 +145,13 @@ class Turns:
             text = text[: text.rfind(stopped_by)] if stopped_by in text else text
         for mark, plain in MARKS.items():
             text = text.replace(mark, plain)
-        before = str(self._tokenizer.decode(list(prompt_ids[-16:]), skip_special_tokens=False)).rstrip()
-        is_open = any(before.endswith(mark) for mark, plain in MARKS.items() if plain == OPEN)
+        is_open = self._opens(tuple(prompt_ids[-16:]))
         return f"{OPEN}\n{text.lstrip()}" if is_open and not text.lstrip().startswith(OPEN) else text
+
+    def _ends_open(self, tail: tuple[int, ...]) -> bool:
+        """Return whether a prompt that ends with these tokens opens a thought."""
+        before = str(self._tokenizer.decode(list(tail), skip_special_tokens=False)).rstrip()
+        return any(before.endswith(mark) for mark, plain in MARKS.items() if plain == OPEN)
 
     def _parts(self, ids: Sequence[int]) -> Iterable[str]:
         """Yield the text between marks of thoughts that are special tokens, and these marks."""

@@ -239,9 +239,10 @@ class Engine(RolloutEngine):
             return task.result() if task.done() else self._death.result()
         except EngineDeadError as error:
             if not hasattr(error, "__notes__"):
-                # None: vLLM's core is not a process of its own manager's
                 manager = self._llm and self._llm.engine_core.resources.engine_manager
-                error.add_note(why_it_died(self._log.lines(), manager.finished_procs() if manager else {}))
+                # a manager of Ray actors knows no processes
+                statuses = getattr(manager, "finished_procs", dict)()
+                error.add_note(why_it_died(self._log.lines(), statuses))
             raise
 
     # --- weights --------------------------------------------------------------------------------------------
