@@ -429,6 +429,7 @@ def test_check_shows_the_first_prompt_with_its_special_tokens(
     assert main(["check", "config.yaml", chat]) == 0
     assert "\nthe first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>a\n" in capsys.readouterr().out
     config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["num_steps"]
     config["evaluation"] = {"sets": {"held": config.pop("prompts") | {"template": "{prompt}<eos>="}}}
     (folder / "evaluates.yaml").write_text(yaml.safe_dump(config))
     assert main(["check", "evaluates.yaml"]) == 0
