@@ -347,9 +347,13 @@ def test_memory_errors_come_through(monkeypatch):
 
 
 def test_equal_text_and_plain_numbers_need_no_sympy(monkeypatch):
-    for place in ("symbolic.parse", "grade.parse"):
+    for place in ("symbolic.parse", "symbolic.tree_of", "grade.parse", "evaluated.tree_of"):
         monkeypatch.setattr(f"gvpo_ray.verifiers.math.{place}", None)
+    assert grade(r"\boxed{68}", "68").needed_no_parser
+    assert grade(r"\boxed{-068}", "-68", prompt="What is -23 - 45?").correct
+    assert grade(r"\boxed{67}", "68").correct is False
     assert grade(r"\boxed{\frac{2}{4}}", "0.5").correct
+    assert grade("10^{-3}", "0.001").correct
     assert grade(r"\boxed{x + 1}", "x+1").correct
     assert grade("The answer is 1,234.", "1235").correct is False
 

@@ -261,6 +261,8 @@ def test_a_choice_is_one_letter(letters: list[str]) -> None:
         f"({a}) 3, ({b}) 4, ({c}) 5",
         f"{a}/{b}",
         f"{a}{b}",
+        f"({a}) or {b}",
+        f"({a}), maybe {b}",
     ):
         assert not any(is_right(text, letter) for letter in (a, b)), text
         assert grade(text, a).correct is not True
@@ -268,7 +270,7 @@ def test_a_choice_is_one_letter(letters: list[str]) -> None:
 
 STATEMENTS = (
     "or more", "or less", "plus two", "times three", "squared", "factorial", "thousand", "million", "dozen",
-    "hundred people", "but maybe six", "is wrong", "minus three", "to 7",
+    "hundred people", "but maybe six", "is wrong", "minus three", "to 7", "(or 6)", "7",
 )  # fmt: skip
 
 
@@ -291,5 +293,41 @@ def test_a_truth_is_not_two(pair: tuple[str, str]) -> None:
         f"{gold} and {other}",
         f"{gold}, {other}",
         f"not {gold}",
+        f"{gold} for n even, but {other} for odd",
+        f"{gold}, unless n is odd",
+        f"{gold} if n is even",
     ):
         assert not is_right(text, gold), text
+
+
+NOISE = (
+    "-(-{})", "{} + 0", "1({})", r"\frac{{{}}}{{1}}", "({})^1", "{} + 3 - 3", r"2 \cdot \frac{{{}}}{{2}}",
+)  # fmt: skip
+"""What may be written around an expression without changing its value."""
+
+
+@settings(max_examples=12)
+@given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(NOISE))
+def test_noise_around_an_expression_earns_nothing_with_and_without_a_prompt(
+    a: int, b: int, noise: str
+) -> None:
+    for gold, copied in (
+        (str(Fraction(a, a * b + 1)), f"{a * b}/{b * (a * b + 1)}"),
+        (f"{a}\\sqrt{{2}}", f"\\sqrt{{{2 * a * a}}}"),
+        (f"x^2 + {a + b}x + {a * b}", f"(x+{a})(x+{b})"),
+        (f"{a * b}\\pi", f"{a}\\pi \\cdot {b}"),
+    ):
+        text = noise.format(copied)
+        assert not is_right(text, gold), text
+        assert not is_right(text, gold, prompt=f"Simplify ${copied}$."), text
+        assert is_right(gold, gold, prompt=f"Simplify ${copied}$.")
+
+
+@settings(max_examples=8)
+@given(NAME, st.integers(2, 9), st.integers(10, 99))
+def test_a_copy_with_its_terms_in_another_order_is_a_copy(x: str, a: int, b: int) -> None:
+    prompt, gold = f"Expand $({x} + {a})({x} - {b})$.", f"{x}^2 - {b - a}{x} - {a * b}"
+    for text in (f"({x} - {b})({x} + {a})", f"({a} + {x})(-{b} + {x})", f"[({x}+{a})]({x}-{b})"):
+        assert is_right(text, gold, prompt="Think."), text
+        assert not is_right(text, gold, prompt=prompt), text
+    assert is_right(f"-{a * b} + {x}^2 - {b - a}{x}", gold, prompt=prompt)

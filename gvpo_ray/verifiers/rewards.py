@@ -25,7 +25,6 @@ from gvpo_ray.sandbox.functions import RewardFunction, Score
 from gvpo_ray.verifiers.math.compare import quantity
 from gvpo_ray.verifiers.math.evaluated import is_copied
 from gvpo_ray.verifiers.math.extract import extract
-from gvpo_ray.verifiers.math.normalise import normalise
 from gvpo_ray.verifiers.math.numbers import unit_words
 from gvpo_ray.verifiers.math.reward import math_reward
 
@@ -97,10 +96,7 @@ def _numeric_score(
     units, others = unit_words(gold_value.unit), unit_words(value.unit)
     if units != others and units and (others or require_unit):
         return 0.0
-    question = normalise(prompt)
-    if is_copied(normalise(gold), normalise(text), question) or is_copied(
-        gold_value.text, value.text.lstrip("+ "), question
-    ):
+    if is_copied(gold_value.text, value.text.lstrip("+ "), prompt):
         return 0.0  # 48/2 is no answer to "48 divided by 2"
     tolerance = max(Fraction(relative_tolerance) * abs(number), Fraction(absolute_tolerance))
     if abs(other - number) <= tolerance:

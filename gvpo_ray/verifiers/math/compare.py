@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from gvpo_ray.verifiers.math.evaluated import is_copied, is_exact_form, is_notation
+from gvpo_ray.verifiers.math.evaluated import is_copied, is_exact_form, is_notation, is_unevaluated
 from gvpo_ray.verifiers.math.extract import MAX_CHARS, MAX_ITEMS
 from gvpo_ray.verifiers.math.normalise import normalise, trim
 from gvpo_ray.verifiers.math.numbers import (
@@ -30,7 +30,7 @@ from gvpo_ray.verifiers.math.structure import (
     right_side,
     too_large,
 )
-from gvpo_ray.verifiers.math.symbolic import equal_equations, is_irrational, is_unevaluated, sympy_equal
+from gvpo_ray.verifiers.math.symbolic import equal_equations, is_irrational, sympy_equal, tree_of
 from gvpo_ray.verifiers.math.words import as_option, is_words, same_words
 
 MAX_NESTING = 6
@@ -118,8 +118,8 @@ def is_copied_answer(gold: str, pred: str, prompt: str) -> bool:
     """Return whether an answer that equals the gold answer is taken over from the prompt (math/evaluated.py).
 
     Gold answers are values, alone, of a name or as elements, and solved inequalities. What the answer has
-    around its value makes no difference: a name, brackets, a unit, the letter of an option. All texts are
-    normalised.
+    around its value makes no difference: a name, brackets, a unit, the letter of an option. The answers are
+    normalised, the prompt is not.
     """
     kind = kind_of(gold)
     if kind is Kind.ORDERED and RELATION.search(as_interval(unqualified(pred))):
@@ -375,10 +375,14 @@ def _stands_for_number(gold: Value, pred: Value) -> bool:
     It may if it is one root or power of numerals, an exact form with roots or \pi for a rounded decimal, or
     an angle in radians for degrees.
     """
-    return is_notation(pred.text) or (
-        ("." in gold.text or gold.is_percent or gold.in_degrees)
-        and is_exact_form(pred.text)
-        and is_irrational(pred.text)
+    tree = None if (_NAMES.search(pred.text) or RELATION.search(pred.text)) else tree_of(pred.text)
+    return tree is not None and (
+        is_notation(tree)
+        or (
+            ("." in gold.text or gold.is_percent or gold.in_degrees)
+            and is_exact_form(tree)
+            and is_irrational(pred.text)
+        )
     )
 
 

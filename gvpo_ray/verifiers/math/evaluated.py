@@ -1,108 +1,274 @@
 """Whether an answer is evaluated: a value, not the expression that the question asks to evaluate.
 
 An expression that the prompt contains has the right value without any work. So where the gold answer is a
-value, an answer may have no more left to compute than the gold answer has.
+value, an answer may have no more left to compute than the gold answer has. What is left is counted on the
+syntax tree (math/symbolic.py), which keeps every sign, bracket and numeral as the answer has it.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from fractions import Fraction
+from typing import NamedTuple
 
-_FRACTION = re.compile(r"\\frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}")
-_PLAIN_FRACTION = re.compile(r"\d[\d.]*\s*/\s*\d[\d.]*")
-_NUMERAL = r"\{?\s*\d[\d.]*\s*\}?"
-_NOTATION = re.compile(
-    rf"-?\s*(?:\(?\s*-?\d[\d.]*\s*/\s*\d[\d.]*\s*\)?|\\sqrt\s*(?:\[\s*\d\s*\])?\s*{_NUMERAL}|{_NUMERAL}\s*\^\s*{_NUMERAL})"
-)
-"""One fraction, root or power of numerals, which is a way to write a number."""
-_COMMAND = re.compile(r"\\([a-zA-Z]+)|!|\\?\||(?<![a-zA-Z\\])(gcd|lcm|mod|max|min|exp)(?![a-zA-Z])")
-_HARMLESS = frozenset(
-    "frac sqrt cdot times pi left right text circ infty div pm mp phi theta alpha beta gamma lambda omega "  # noqa: SIM905
-    "mu sigma".split()
-)
+from gvpo_ray.verifiers.math.extract import MATH
+from gvpo_ray.verifiers.math.normalise import normalise
+from gvpo_ray.verifiers.math.numbers import as_number
+from gvpo_ray.verifiers.math.symbolic import Tree, tree_of
+
+_NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
+_NAMES = re.compile(r"(?<![A-Za-z\\])[a-zA-Z](?![A-Za-z])")
+_ARITHMETIC = frozenset(["+", "-", "*", "/", "^", "root"])
+_CONSTANTS = frozenset([r"\pi", "e", "i"])
 _FAMILIES = {
     name: family
     for family, names in {
         "trigonometry": "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh",
-        "logarithm": "log ln lg exp",
-        "rounding": "lfloor rfloor lceil rceil",
-        "count": "binom dbinom tbinom choose",
+        "logarithm": "log ln lg",
+        "rounding": "floor_group ceil_group",
     }.items()
     for name in names.split()
 }
-_DERIVATIVE = re.compile(r"\\frac\s*\{\s*(?:d|\\partial)\s*\}\s*\{\s*(?:d|\\partial)\s*[a-z]\s*\}")
 _BIG = frozenset(["int", "iint", "oint", "sum", "prod", "lim", "derivative"])
-"""Operators that an answer has only where the gold answer has them, even if it holds names."""
-_SUM = re.compile(r"(?<=[\w)}\]!])\s*(?:[+-]|\\pm(?![a-z]))")
-_PRODUCT = re.compile(r"\d\s*\}?\s*(?:\\cdot|\\times|\*|/)\s*\{?\s*\d|\)\s*\(|\d\s*\(\s*-?\d|\)\s*\d")
+"""Operators that an answer has only where the gold answer has them, even if they are taken of names."""
+_MAX_RADICAND = 10**9
+"""Radicand above which no square factor is looked for."""
 
 
-def is_notation(text: str) -> bool:
-    """Return whether a text is one fraction, root or power of numerals."""
-    return _NOTATION.fullmatch(_FRACTION.sub(r"\1/\2", text)) is not None
+class _Product(NamedTuple):
+    """A term taken apart into its factors."""
+
+    num_signs: int
+    num_fractions_below: int
+    """Fractions in a denominator."""
+    above: list[Tree]
+    """Factors of the numerator; the 1 of 1/x is left out."""
+    below: list[Tree]
+    """Factors of the denominator."""
 
 
-def functions_in(text: str) -> set[str]:
-    """Return the families of functions and operators that a text has, beside roots, fractions and powers."""
-    names = {match[1] or match[2] or match[0].strip("\\") for match in _COMMAND.finditer(text)}
-    names |= {"derivative"} if _DERIVATIVE.search(text) else set()
-    return {_FAMILIES.get(name, name) for name in names} - _HARMLESS
+def _product(tree: Tree) -> _Product:
+    head, *operands = tree if not isinstance(tree, str) else ("",)
+    if head == "-":
+        inner = _product(operands[0])
+        return inner._replace(num_signs=inner.num_signs + 1)
+    if head == "*":
+        parts = [_product(operand) for operand in operands]
+        return _Product(
+            sum(part.num_signs for part in parts),
+            sum(part.num_fractions_below for part in parts),
+            [factor for part in parts for factor in part.above],
+            [factor for part in parts for factor in part.below],
+        )
+    if head == "/":
+        top, bottom = map(_product, operands)
+        return _Product(
+            top.num_signs + bottom.num_signs,
+            top.num_fractions_below + bottom.num_fractions_below + bool(bottom.below),
+            [*([] if top.above == ["1"] else top.above), *bottom.below],
+            [*top.below, *bottom.above],
+        )
+    return _Product(0, 0, [tree], [])
 
 
-def operations_in(text: str) -> int:
-    """Count the operations of a value, without its factors and fractions: sums, roots, powers, products."""
-    text = _PLAIN_FRACTION.sub("1", _FRACTION.sub("1", text.replace(r"^\circ", "")))
-    num_functions = sum(1 for match in _COMMAND.finditer(text) if (match[1] or "function") not in _HARMLESS)
-    return (
-        len(_SUM.findall(text))
-        + text.count(r"\sqrt")
-        + text.count("^")
-        + len(_PRODUCT.findall(text))
-        + num_functions
+def _leaves(tree: Tree) -> list[str]:
+    return [tree] if isinstance(tree, str) else [leaf for part in tree[1:] for leaf in _leaves(part)]
+
+
+def _is_numeral(tree: Tree) -> bool:
+    return isinstance(tree, str) and _NUMERAL.fullmatch(tree) is not None
+
+
+def _is_zero(tree: Tree) -> bool:
+    return _is_numeral(tree) and Fraction(str(tree)) == 0
+
+
+def _is_rational(tree: Tree) -> bool:
+    """Return whether a tree has numerals and the four operations and powers alone."""
+    return _is_numeral(tree) or (
+        not isinstance(tree, str) and tree[0] in _ARITHMETIC - {"root"} and all(map(_is_rational, tree[1:]))
     )
 
 
-def is_exact_form(text: str) -> bool:
-    r"""Return whether a text is a sum of roots and multiples of \pi in which nothing is left to compute."""
-    plain = _PLAIN_FRACTION.sub("1", _FRACTION.sub("1", text))
-    return not functions_in(text) and "^" not in plain and not _PRODUCT.search(plain)
+def _is_constant(tree: Tree) -> bool:
+    return all(_is_numeral(leaf) or leaf in _CONSTANTS for leaf in _leaves(tree))
 
 
-def has_more_operators(gold: str, pred: str) -> bool:
-    """Return whether an answer has operators such as an integral that the gold answer lacks."""
-    return bool((functions_in(pred) - functions_in(gold)) & _BIG)
+def _radicand(tree: Tree) -> Tree:
+    """Return a root without what can be taken out of it; 1 if nothing is left, as of sqrt(9/4)."""
+    index, inside = tree[1:]
+    top, bottom = (inside[1], inside[2]) if inside[0] == "/" and len(inside) == 3 else (inside, "1")
+    if not (_is_numeral(top) and _is_numeral(bottom) and re.fullmatch("[2-9]", str(index))):
+        return tree
+    value, k = Fraction(top) / (Fraction(bottom) or 1), int(index)
+    n = value.numerator * value.denominator ** (k - 1)
+    if n > _MAX_RADICAND:
+        return tree
+    factor = 2
+    while factor**k <= n:
+        while n % factor**k == 0:
+            n //= factor**k
+        factor += 1
+    return "1" if n == 1 else ("root", index, str(n))
 
 
-def has_more_to_compute(gold: str, expanded: str, pred: str) -> bool:
-    """Return whether an answer has more left to compute than the gold answer, a value.
+def _base(tree: Tree) -> Tree:
+    """Return the base of a power with an exponent in numerals; any other tree is its own base."""
+    return tree[1] if tree[0] == "^" and len(tree) == 3 and _is_rational(tree[2]) else tree
 
-    Args:
-        gold: LaTeX of the gold answer.
-        expanded: LaTeX of the gold answer, multiplied out.
-        pred: LaTeX of the answer.
+
+def _names_of(term: Tree) -> str:
+    """Return what a term has beside its rational factor: equal for terms that can be added up."""
+    _, _, above, below = _product(term)
+    rests = (
+        sorted(
+            str(form(_radicand(factor) if factor[0] == "root" else factor))
+            for factor in factors
+            if not _is_rational(factor)
+        )
+        for factors in (above, below)
+    )
+    return str([[text for text in rest if text != "1"] for rest in rests])
+
+
+def left_to_compute(tree: Tree) -> int:
+    """Count what is left to compute in a value.
+
+    These count: numbers or like terms that can be added; numbers or roots that can be multiplied; a factor 1,
+    a term 0, a second sign, a fraction below a fraction; what can be cancelled; powers of numbers; roots that
+    are rational; and without names also products and powers of sums. A fraction that can be reduced does not
+    count, nor does a root that can be drawn in part.
     """
-    return bool(functions_in(pred) - functions_in(gold)) or operations_in(pred) > max(
-        operations_in(gold), operations_in(expanded)
+    if isinstance(tree, str):
+        return 0
+    head, *parts = tree
+    own = 0
+    if head == "+":
+        names = [_names_of(term) for term in parts]
+        own = len(names) - len(set(names)) + sum(any(map(_is_zero, _product(term).above)) for term in parts)
+    elif head in ("-", "*", "/"):
+        signs, fractions, above, below = _product(tree)
+        own = max(0, signs - 1) + fractions + below.count("1") + (above.count("1") if len(above) > 1 else 0)
+        for factors in (above, below):
+            roots = [f[1] for f in factors if f[0] == "root" and _is_rational(f[2])]
+            sums = [f for f in factors if f[0] == "+" and not isinstance(f, str) and _is_constant(f)]
+            own += max(0, sum(map(_is_rational, factors)) - 1)
+            own += len(roots) - len(set(roots)) + max(0, len(sums) - 1)
+        own += len({str(_base(f)) for f in above} & {str(_base(f)) for f in below})
+        parts = [*above, *below]
+    elif head == "^":
+        base, exponent = parts
+        is_whole = re.fullmatch(r"\d+", str(exponent[1] if exponent[0] == "-" else exponent)) is not None
+        is_number = _is_rational(base) or base == "i" or (base[0] == "+" and _is_constant(base))
+        own = exponent in ("0", "1") or (is_number and is_whole)
+    elif head == "root":
+        own = parts[0] in ("0", "1") or _radicand(tree) == "1"
+    return own + sum(map(left_to_compute, parts))
+
+
+def _depth_of_roots(tree: Tree) -> int:
+    if isinstance(tree, str):
+        return 0
+    return (tree[0] == "root") + max(map(_depth_of_roots, tree[1:]), default=0)
+
+
+def _functions(tree: Tree) -> set[str]:
+    """Return the families of the functions that are taken of constants, and of the operators in _BIG."""
+    if isinstance(tree, str):
+        return set()
+    head = tree[0].lstrip("\\")
+    is_open = head not in _ARITHMETIC and (head in _BIG or _is_constant(tree))
+    return set().union({_FAMILIES.get(head, head)} if is_open else (), *map(_functions, tree[1:]))
+
+
+def is_notation(tree: Tree) -> bool:
+    """Return whether a tree is one fraction, root or power of numerals, which is a way to write a number."""
+    if tree[0] == "-":
+        tree = tree[1]
+    if isinstance(tree, str) or tree[0] not in ("/", "^", "root"):
+        return False
+    *first, last = tree[1:]
+    return all(map(_is_numeral, [*first, last[1] if tree[0] == "^" and last[0] == "-" else last]))
+
+
+def is_exact_form(tree: Tree) -> bool:
+    r"""Return whether a tree is a sum of roots and multiples of \pi in which nothing is left to compute."""
+    return not _functions(tree) and left_to_compute(tree) == 0
+
+
+def is_unevaluated(gold: str, pred: str) -> bool:
+    """Return whether an answer has more left to compute than the gold answer, both LaTeX of a value."""
+    wanted, found = tree_of(gold) or "", tree_of(pred)
+    return (
+        found is None
+        or bool(_functions(found) - _functions(wanted))
+        or left_to_compute(found) > left_to_compute(wanted)
+        or (_is_constant(found) and _depth_of_roots(found) > _depth_of_roots(wanted))
     )
+
+
+def form(tree: Tree) -> Tree:
+    """Return a tree in which terms and factors have one order and equal factors are a power."""
+    if isinstance(tree, str):
+        return str(Fraction(tree)) if _is_numeral(tree) else tree
+    if tree[0] == "+":
+        return ("+", *sorted(map(form, tree[1:]), key=str))
+    if tree[0] not in ("-", "*", "/"):
+        return (tree[0], *map(form, tree[1:]))
+    signs, _, *sides = _product(tree)
+    above, below = (sorted(map(form, side), key=str) for side in sides)
+    return ("*", str(signs % 2), _powers(above), _powers(below))
+
+
+def _powers(factors: list[Tree]) -> Tree:
+    return ("", *(("^", f, str(n)) if (n := factors.count(f)) > 1 else f for f in dict.fromkeys(factors)))
+
+
+@functools.lru_cache(maxsize=64)
+def _forms_in(prompt: str) -> frozenset[Tree]:
+    """Return the forms of all expressions that the mathematics of a prompt contains."""
+
+    def expressions(tree: Tree) -> list[Tree]:
+        return [tree, *([] if isinstance(tree, str) else (e for part in tree[1:] for e in expressions(part)))]
+
+    texts = (normalise(match[0]) for match in MATH.finditer(prompt))
+    trees = (tree for text in texts if (tree := tree_of(text)) is not None)
+    return frozenset(form(expression) for tree in trees for expression in expressions(tree))
 
 
 def is_copied(gold: str, pred: str, prompt: str) -> bool:
     """Return whether an answer that equals the gold answer by value only is taken over from the prompt.
 
-    It is if the prompt contains it and it is not written with the gold answer's numerals, as 0.4 or 84/210
-    for 2/5. One fraction, root or power whose operands the prompt gives is also no answer for an integer.
-    Integers are answers wherever they stand. All texts are normalised.
+    It is if the prompt contains it, whatever the order of its terms, and it is not written as the gold answer
+    is: 0.4 or 84/210 for 2/5. Nor is one fraction, root or power whose numerals the prompt gives an answer.
+    Integers are answers wherever they stand.
+
+    Args:
+        gold: the gold answer, normalised.
+        pred: the answer, normalised.
+        prompt: the question.
     """
     numerals, wanted = (sorted(re.findall(r"\d+(?:\.\d+)?|\.\d+", text)) for text in (pred, gold))
-    if numerals == wanted or re.fullmatch(r"-?\d+", pred):
+    if re.fullmatch(r"[-+]?\d+", pred) or (numerals == wanted and not _NAMES.search(gold)):
         return False
-    if is_notation(pred) and "." not in gold and not re.search(r"[/^]|\\(?:frac|sqrt)", gold):
-        given = set(re.findall(r"\d+(?:\.\d+)?", prompt))
-        return set(numerals) <= given
+    tree = None if as_number(pred) is not None else tree_of(pred)
+    if tree is not None and form(tree) == form(tree_of(gold) or ""):
+        return False
+    question = normalise(prompt)
+    is_alone = re.search(r"[/^]|\\frac", pred) if tree is None else is_notation(tree)
+    if is_alone and as_number(gold) is not None and "." not in gold:
+        return {*numerals} <= {*re.findall(r"\d+(?:\.\d+)?", question)}
     plain, place = (
-        re.sub(r"[{}*]|\\(?:cdot|times)|(?<!\w)\s+|\s+(?!\w)", "", _FRACTION.sub(r"\1/\2", text))
-        for text in (pred, prompt)
+        re.sub(
+            r"[{}()*]|\\(?:cdot|times)|(?<!\w)\s+|\s+(?!\w)",
+            "",
+            re.sub(r"\\frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}", r"\1/\2", text),
+        )
+        for text in (pred, question)
     )
     before = r"(?<![\w.])" if re.match(r"[\w.]", plain) else ""
     after = r"(?!\w|\.\d)" if re.search(r"\w$", plain) else ""
-    return re.search(before + re.escape(plain) + after, place) is not None
+    return re.search(before + re.escape(plain) + after, place) is not None or (
+        tree is not None and not isinstance(tree, str) and form(tree) in _forms_in(prompt)
+    )

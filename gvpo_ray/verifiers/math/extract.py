@@ -47,7 +47,7 @@ _NO_STATEMENT = re.compile(
     r"(?:also |indeed |not )?(?:correct|incorrect|wrong|right|provided|given|as follows|clear|valid)\b",
     re.IGNORECASE,
 )
-_MATH = re.compile(
+MATH = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)"
     # Money is no mathematics: "$8. The total is $21", "$21 - $20".
     r"|(?<!\\)\$((?!\d[^$]*(?:\s[A-Za-z]{2,}\s[^$]*|[-+*/=]\s*)\$)(?:[^$\\]|\\.)+)\$(?!\d)",
@@ -150,10 +150,10 @@ def closing_brace(text: str, opening: int) -> int:
 def _statement(rest: str) -> str | None:
     """Return the answer at the beginning of the text that follows a marker, or None."""
     rest = re.sub(r"^(?:\\?[\"'`*]|\s)+", "", rest)
-    if math := _MATH.match(rest):
+    if math := MATH.match(rest):
         parts, end = [_inner(math)], math.end()
         percent = _PERCENT.match(rest, end)
-        while (connector := _CONNECTOR.match(rest, end)) and (math := _MATH.match(rest, connector.end())):
+        while (connector := _CONNECTOR.match(rest, end)) and (math := MATH.match(rest, connector.end())):
             parts.append(_inner(math))
             end = math.end()
         return " , ".join(parts) + ("%" if percent else "")
@@ -166,38 +166,34 @@ def _statement(rest: str) -> str | None:
 def _conclusion(text: str) -> Extraction:
     """Find the answer in a response without a mark: the last mathematics or number of its last statement."""
     last = [part for part in re.split(r"\n\s*\n", text) if part.strip()][-1].strip()
-    if len(text) > SHORT_CHARS and _UNFINISHED_MATH.search(_MATH.sub(" ", last).replace("\\$", "")):
+    if len(text) > SHORT_CHARS and _UNFINISHED_MATH.search(MATH.sub(" ", last).replace("\\$", "")):
         return Extraction(None)
     sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])", last)[-1]
     if CODE.search(sentence):
         return Extraction(None)  # no number in a program is an answer
-    maths = list(_MATH.finditer(sentence))
+    maths = list(MATH.finditer(sentence))
     # Of "36 - 24 = 12 of 30 are left" the answer is 12.
     left, _, right = sentence[maths[-1].end() if maths else 0 :].rpartition("=")
     if numbers := _NUMBER_IN_TEXT.findall(right):
         return Extraction(numbers[0] if left else numbers[-1], sentence)
-    if maths := maths or list(_MATH.finditer(last)) or list(_MATH.finditer(text)):
+    if maths := maths or list(MATH.finditer(last)) or list(MATH.finditer(text)):
         return Extraction(_inner(maths[-1]), sentence)
     return Extraction(None if len(text) > SHORT_CHARS else sentence, sentence)
 
 
 def _inner(math: re.Match[str]) -> str:
-    """Return the content of a match of _MATH, without its delimiters."""
+    """Return the content of a match of MATH, without its delimiters."""
     return next(group for group in math.groups() if group is not None)
 
 
 def _is_bare(text: str) -> bool:
     """Return whether a text is a bare answer: one line without prose around numbers or mathematics."""
-    if (
-        len(text) > 2 * SHORT_CHARS
-        or len(_MATH.findall(text)) > 8
-        or ("\n" in text and "\\begin" not in text)
-    ):
+    if len(text) > 2 * SHORT_CHARS or len(MATH.findall(text)) > 8 or ("\n" in text and "\\begin" not in text):
         return False
     outside = re.sub(
         r"\\(?:text|mbox|textbf|textit|mathrm|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|</?su[bp]>",
         " ",
-        _MATH.sub(" 1 ", text),
+        MATH.sub(" 1 ", text),
     )
     if len(_LABELS.findall(outside)) > 1:
         outside = _LABELS.sub(" ", outside)  # "Ann: 3, Bob: 4"
@@ -207,7 +203,7 @@ def _is_bare(text: str) -> bool:
     return (
         not prose
         or not re.search(r"\d|\$|\\\(|=", text)
-        or (not _MATH.search(text) and len(prose) <= 2 and not text.endswith(".."))
+        or (not MATH.search(text) and len(prose) <= 2 and not text.endswith(".."))
     )
 
 

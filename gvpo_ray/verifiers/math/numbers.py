@@ -45,8 +45,13 @@ def as_number(text: str) -> Fraction | None:
 
     Plain numbers are 12, -0.5, 1/2, \frac{1}{2}, 2 1/2, 2 \times 10^{-3} and the like.
     """
+    text = re.sub(r"^([-+]?)\s*10\s*\^", r"\g<1>1*10^", text)  # a power of ten is a numeral
     match = _PLAIN.fullmatch(text) if len(text) <= 400 else None
-    if match is None or (match["whole"] and not (match["top"] or match["over"])):
+    if (
+        match is None
+        or (match["sign"] and match["minus"])
+        or (match["whole"] and not (match["top"] or match["over"]))
+    ):
         return None
     denominator = int(match["bottom"] or match["over"] or 1)
     if denominator == 0:
@@ -178,7 +183,8 @@ def read_value(text: str) -> Value:
 
 def is_stated(words: list[str]) -> bool:
     """Return whether words behind a number change what it says, so that they are no unit."""
-    return any(word.strip(".,;").lower() in _NO_UNIT or in_digits(word) != word for word in words)
+    plain = [re.sub(r"^\W+|\W+$", "", word).lower() for word in words]
+    return any(word in _NO_UNIT or word[:1].isdigit() or in_digits(word) != word for word in plain)
 
 
 def unit_words(unit: str) -> frozenset[str]:

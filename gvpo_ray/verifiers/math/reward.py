@@ -14,6 +14,9 @@ from gvpo_ray.verifiers.math.grade import grade
 
 _STATUS = Path("/proc/self/status")
 
+_peak_seen = 0
+"""Peak address space after the last check, in bytes; what a check adds to it is the check's own."""
+
 WARM_UP = [
     ("The answer is $\\frac{1}{2}$.", "0.5"),
     ("I do not know.", "Monday"),
@@ -66,18 +69,18 @@ math_reward.warm_up = _warm_up  # type: ignore[attr-defined]
 
 def _score(prompt: str, completion: str, gold: str, finish_reason: str | None) -> Score:
     """Score one completion; raise MemoryError if a negative verdict may come from a lack of memory."""
-    peak_before, limit = _peak_memory(), resource.getrlimit(resource.RLIMIT_AS)[0]
-    loaded = _memory_when_loaded()
+    global _peak_seen
+    limit, loaded = resource.getrlimit(resource.RLIMIT_AS)[0], _memory_when_loaded()
     result = grade(completion, gold, truncated=finish_reason == "length", prompt=prompt)
+    if result.needed_no_parser:
+        return float(bool(result.correct))
+    peak_before, peak = _peak_seen, 0 if limit == resource.RLIM_INFINITY else _peak_memory()
+    _peak_seen = max(peak_before, peak)
     if result.correct:
         return 1.0
     # sympy and math-verify swallow MemoryError and say "not equal": a check that came near the limit has no
     # verdict. Three quarters, because one large request fails long before the last page is used.
-    if (
-        limit != resource.RLIM_INFINITY
-        and (peak := _peak_memory()) > peak_before
-        and peak > loaded + 0.75 * (limit - loaded)
-    ):
+    if peak > peak_before and peak > loaded + 0.75 * (limit - loaded):
         raise MemoryError
     score = None if result.correct is None else 0.0
     return score if result.reason is None else (score, f"math: {result.reason}")

@@ -7,7 +7,6 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from gvpo_ray.verifiers.math.evaluated import has_more_operators, has_more_to_compute
 from gvpo_ray.verifiers.math.numbers import is_close
 from gvpo_ray.verifiers.math.structure import too_large
 
@@ -29,11 +28,13 @@ _POINTS = (
 )
 
 
-@functools.lru_cache(maxsize=256)
-def parse(text: str) -> Any:
-    """Parse LaTeX into a sympy object; None if it is no mathematics, or would cost more than any answer."""
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
-    from math_verify.grader import should_treat_as_complex
+Tree = str | tuple[Any, ...]
+"""A syntax tree: a name or numeral, or (operator, operand, ...), such as ("+", "x", ("/", "1", "2"))."""
+
+
+def _as_latex(text: str) -> str | None:
+    """Return a text as the LaTeX grammar wants it; None if it is no mathematics, or too costly."""
+    from latex2sympy2_extended import NormalizationConfig, normalize_latex
 
     if (
         not text
@@ -49,8 +50,18 @@ def parse(text: str) -> Any:
     config = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
     )
+    return str(normalize_latex(text, config))
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> Any:
+    """Parse LaTeX into a sympy object; None if it is no mathematics, or would cost more than any answer."""
+    from latex2sympy2_extended import latex2sympy
+    from math_verify.grader import should_treat_as_complex
+
     try:
-        latex = normalize_latex(text, config)
+        if (latex := _as_latex(text)) is None:
+            return None
         return latex2sympy(
             latex,
             is_real=not should_treat_as_complex(latex),
@@ -61,6 +72,75 @@ def parse(text: str) -> Any:
         raise
     except Exception:  # the parser and sympy raise anything on untrusted text
         return None
+
+
+@functools.lru_cache(maxsize=256)
+def tree_of(text: str) -> Tree | None:
+    """Parse LaTeX into the tree that it is written as; None if the grammar of `parse` cannot read it.
+
+    sympy's objects would not do, because some values are computed as they are made: 84/210, and -(-5).
+    """
+    from antlr4 import CommonTokenStream, InputStream
+    from latex2sympy2_extended.antlr_parser import PSLexer, PSParser
+
+    try:
+        if (latex := _as_latex(text)) is None:
+            return None
+        lexer = PSLexer(InputStream(latex))
+        parser = PSParser(CommonTokenStream(lexer))
+        for part in (lexer, parser):
+            part.removeErrorListeners()  # they print
+        found = _tree(parser.math())
+        return None if parser.getNumberOfSyntaxErrors() else found
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        return None
+
+
+def _tree(node: Any) -> Tree:
+    """Return the tree of a node of the grammar, without its brackets."""
+    children = [child for child in getattr(node, "children", None) or () if child.getText() != "<EOF>"]
+    kind = type(node).__name__.removesuffix("Context").removesuffix("_nofunc")
+    rules = [child for child in children if hasattr(child, "children")]
+    first = children[0].getText() if children else ""
+    if kind == "Func" and node.FUNC_SQRT():
+        return "root", _tree(node.root) if node.root else "2", _tree(node.base)
+    if kind == "Func" and not node.EXP_E():
+        name = first.lstrip("\\").strip()
+        return name, *(_tree(rule) for rule in rules if rule is not children[0])
+    if kind == "Frac":
+        is_derivative = re.match(r"(?:d|\\partial)\s*\\?[a-z]+$", rules[1].getText())
+        return ("derivative" if is_derivative else "/"), *map(_tree, rules)
+    if kind in ("Atom_expr", "Func") and (power := node.supexpr()):
+        return "^", "".join(child.getText() for child in children if child is not power), _tree(power)
+    if kind in ("Atom_expr", "Number_subexpr") or not rules:
+        return str(node.getText())
+    if len(children) == 1:
+        return _tree(children[0])
+    sign = {r"\cdot": "*", r"\times": "*", r"\div": "/", ":": "/"}.get(
+        text := children[1].getText().strip(), text
+    )
+    operands = [_tree(rule) for rule in rules]
+    if kind == "Exp" and sign == "^":
+        base, power = operands[:2]
+        is_root = power[0] == "/" and power[1] == "1"
+        return ("root", power[2], base) if is_root else ("^", base, power)
+    if kind in ("Additive", "Mp") and sign in "+-*/":
+        if sign == "/":
+            return "/", *operands
+        left, right = operands[0], ("-", operands[1]) if sign == "-" else operands[1]
+        head = "*" if sign == "*" else "+"
+        return head, *(part for side in (left, right) for part in (side[1:] if side[0] == head else (side,)))
+    if kind == "Unary" and first in ("+", "-"):
+        return operands[0] if first == "+" else ("-", operands[0])
+    if kind == "Unary":
+        return "*", *operands
+    if kind == "Postfix":
+        return (sign if sign == "!" else "postfix"), operands[0]
+    if len(operands) == 1 and not kind.endswith("_group"):
+        return operands[0]
+    return ("*", *operands) if kind == "Unary" else (kind.lower(), *operands)
 
 
 def sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees: bool = False) -> bool:
@@ -103,27 +183,6 @@ def sympy_equal(gold: str, pred: str, gold_degrees: bool = False, pred_degrees: 
 def is_irrational(text: str) -> bool:
     """Return whether an expression is a number, and surely no fraction."""
     return getattr(parse(text), "is_rational", None) is False
-
-
-def is_unevaluated(gold: str, pred: str) -> bool:
-    """Return whether an answer has operators left that the gold answer has not (math/evaluated.py).
-
-    Raises:
-        MemoryError: sympy ran out of memory.
-    """
-    value = parse(gold)
-    if has_more_operators(gold, pred):
-        return True
-    if value is None or getattr(value, "free_symbols", True):
-        return False
-    from sympy import expand, latex
-
-    try:
-        return has_more_to_compute(gold, latex(expand(value)), pred)
-    except MemoryError:
-        raise
-    except Exception:  # as above
-        return True
 
 
 def equal_equations(gold: str, pred: str) -> bool:

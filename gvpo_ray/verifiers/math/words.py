@@ -15,6 +15,15 @@ _OPTION = re.compile(
     re.DOTALL,
 )
 _OPTION_LABEL = re.compile(r"\(\s*([A-Ja-j])\s*\)|(?<![\w\\(])([A-J])(?=\s*\}?[).:])")
+_HEDGE = re.compile(
+    r"^\W*(?:or|and|/|&)(?![a-z])|(?:\b(?:or|and|maybe|perhaps|possibly)\b|[/&,])[^.]*?(?<![\w\\])[A-J](?!\w)"
+)
+"""What behind the letter of an option names another one, or leaves it open."""
+_CONDITION = re.compile(
+    r"\b(?:but|unless|when|only|except|sometimes|maybe|perhaps|possibly|depends|depending)\b"
+    r"|^\W*(?:yes|no|true|false)\W+(?:if|for|in)\b"
+)
+"""What makes a verdict hold in part only."""
 _REASON = re.compile(r"[,;.]?\s+(?:because|since|as|due to)\b.*", re.DOTALL)
 _TRUTH = {"yes": True, "no": False, "true": True, "false": False, "t": True, "f": False}
 
@@ -32,7 +41,8 @@ def as_option(text: str) -> tuple[str, str] | None:
         return None  # a product, a tuple
     labels = {(a or b).upper() for a, b in _OPTION_LABEL.findall(text)}
     content = re.sub(r"^\s*\}?[).:\s]*\}?", "", text[match.end(1) :])
-    return None if labels - {match[1].upper()} else (match[1].upper(), content)
+    is_open = labels - {match[1].upper()} or _HEDGE.search(text[match.end(1) :].lstrip(")} "))
+    return None if is_open else (match[1].upper(), content)
 
 
 def _plain_words(text: str) -> str:
@@ -56,8 +66,8 @@ def same_words(gold: str, pred: str) -> bool:
     """Return whether two answers in words mean the same.
 
     They do if they have the same words (in a list in any order), if the answer begins with a gold yes, no,
-    true or false and does not go on with its contrary, or if it is the beginning, at most a third, of a gold
-    sentence.
+    true or false and says neither its contrary nor a condition, or if it is the beginning, at most a third, of
+    a gold sentence.
     """
     wanted, found = (
         [word for word in words if word not in _STOP_WORDS] or words
@@ -72,7 +82,12 @@ def same_words(gold: str, pred: str) -> bool:
     if several and sorted(set(wanted) - {"and"}) == sorted(set(found) - {"and"}):
         return True
     if len(wanted) == 1 and wanted[0] in _TRUTH:
-        verdict, rest = found[0], [word for word in found[1:3] if word not in ("or", "and")]
-        is_contrary = bool(rest) and _TRUTH.get(rest[0]) is (not _TRUTH[wanted[0]])
-        return verdict in (wanted[0], wanted[0][0]) and not is_contrary
+        verdict = _REASON.sub("", _plain_words(pred).casefold())
+        contrary = "|".join(
+            word for word in _TRUTH if len(word) > 1 and _TRUTH[word] is not _TRUTH[wanted[0]]
+        )
+        is_hedge = _CONDITION.search(verdict) or re.search(
+            rf"(?:\b(?:or|and)\b|[/,;.])\s*(?:{contrary})\b|\b(?:{contrary})\W*$", verdict
+        )
+        return found[0] in (wanted[0], wanted[0][0]) and not is_hedge
     return not several and len(wanted) >= 3 * len(found) and wanted[: len(found)] == found
