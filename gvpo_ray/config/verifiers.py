@@ -30,8 +30,8 @@ class RewardConfig(Section):
     weight: float = 1.0
     """Factor of this part in the weighted sum that is the reward."""
     function: Annotated[str | None, LocalPath("function")] = None
-    """Name of the function: `math`, `exact_match`, `numeric`, `format`, `length`, `module:function` or
-    `path.py:function`."""
+    """Name of the function: `math`, `exact_match`, `numeric`, `format`, `length`, `code`, `module:function`
+    or `path.py:function`."""
     arguments: dict[str, Any] = {}
     """Keyword arguments of the function, such as {relative_tolerance: 0.01}; with `url`, further fields of
     every request."""
@@ -85,9 +85,9 @@ class VerifiersConfig(Section):
         default={"math": RewardConfig()}, json_schema_extra=DECIDES_SCORES
     )
     """Reward functions by name, each with its weight or a section. The name is `math`, `exact_match`,
-    `numeric`, `format`, `length`, `module:function`, `path.py:function` or that of a callable passed from
-    Python; it is free where the section has a function, url or model. The reward is the weighted sum. A
-    completion is correct where the first function gives more than 0."""
+    `numeric`, `format`, `length`, `code`, `module:function`, `path.py:function` or that of a callable
+    passed from Python; it is free where the section has a function, url or model. The reward is the weighted
+    sum. A completion is correct where the first function gives more than 0."""
     timeout_s: float = Field(default=10.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """Wall-clock limit of one check, in seconds. A check that exceeds it is killed, and its completion has no
     reward (never 0)."""

@@ -18,7 +18,7 @@ from typing import Any
 from gvpo_ray.config.shown import mask
 
 MAX_FRAME_BYTES = 1 << 20
-"""Size at which an answer without an end is refused."""
+"""Size at which an answer without an end is refused, unless a channel says another."""
 
 MAX_PRINTED_BYTES, MAX_PRINTED_BYTES_IN_ALL = 16 << 10, 4 << 20
 """How much of what a child prints, and of what all children of a sandbox print, is passed on."""
@@ -82,6 +82,8 @@ class Channel:
         self.socket = end
         self._output, self._printed = output, printed
         self._received = b""
+        self.max_bytes = MAX_FRAME_BYTES
+        """Size at which an object without an end is refused."""
         self._is_open = output is not None
 
     def send(self, frame: Mapping[str, Any], deadline: float) -> None:
@@ -97,7 +99,7 @@ class Channel:
     def receive(self, deadline: float) -> dict[str, Any]:
         """Wait for the next object and return it."""
         while b"\n" not in self._received:
-            if len(self._received) > MAX_FRAME_BYTES:
+            if len(self._received) > self.max_bytes:
                 raise GoneError("an answer without end")
             self._wait(deadline)
             self.socket.settimeout(_remaining(deadline))

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.sandbox import confine
+from gvpo_ray.sandbox import confine, guest
 from gvpo_ray.sandbox.channel import Channel, as_frame
 from gvpo_ray.sandbox.functions import RewardFunction, call, describe, load
 from gvpo_ray.sandbox.landlock import Files, files_of_python, restrict_files
@@ -30,7 +30,7 @@ def main() -> None:
     # The channel moves away from descriptor 0, so that reading stdin finds nothing. Programs that user code
     # starts do not inherit a descriptor made by dup.
     control = Channel(socket.socket(fileno=os.dup(0)))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     setup = json.loads(_read_line(control.socket))
     functions: dict[str, RewardFunction] = {}
     for name, source in setup["functions"].items():
@@ -94,9 +94,12 @@ def _serve(
     except OSError as error:
         channel.sendall(as_frame({"error": describe(error)}))
         return
-    for line in channel.makefile("rb"):
+    lines = channel.makefile("rb")
+    for line in lines:
         check = json.loads(line)
         channel.sendall(as_frame({"begun": check["number"]}))
+        if "guest" in check:
+            guest.serve(channel, lines, check["guest"])
         columns = {key: [value] for key, value in check["columns"].items()}
         for name in check["functions"]:
             try:

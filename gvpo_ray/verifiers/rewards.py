@@ -3,8 +3,9 @@
     def reward(prompts, completions, **columns) -> list[float | None]
 
 A reward function returns one number per completion, or None for a completion that it cannot verify. Built in
-are math, exact_match, numeric, format and length. In the sandbox (sandbox/process.py) a function is called
-with one completion at a time; a trusted function, which runs in the verifier's own process, with a group's.
+are math, exact_match, numeric, format and length, and code (code.py). In the sandbox (sandbox/process.py) a
+function is called with one completion at a time; a trusted function, which runs in the verifier's own
+process, with a group's.
 """
 
 from __future__ import annotations
@@ -187,6 +188,9 @@ BUILT_IN: dict[str, RewardFunction] = {
     "format": format_reward,
     "length": length_reward,
 }
+
+CODE = "code"
+"""Name of the built-in reward that runs programs, code.CodeReward; it has a sandbox of its own."""
 
 
 def source_of(name: str, config: RewardConfig, function: RewardFunction | None) -> dict[str, Any]:

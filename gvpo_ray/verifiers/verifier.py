@@ -22,9 +22,10 @@ from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
 from gvpo_ray.sandbox.functions import OutOfReach, Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
+from gvpo_ray.verifiers.code import CodeReward
 from gvpo_ray.verifiers.http_reward import HttpReward
 from gvpo_ray.verifiers.outages import Record
-from gvpo_ray.verifiers.rewards import BUILT_IN, source_of
+from gvpo_ray.verifiers.rewards import BUILT_IN, CODE, source_of
 
 COLUMNS = ("group_id", "answer", "dataset", "completion_ids", "finish_reasons")
 """Columns that a reward function gets beside prompts and completions, as far as the table has them."""
@@ -79,16 +80,16 @@ def validate_rewards(
     for name, reward in config.rewards.items():
         place = reward.function or name
         if (
-            place not in BUILT_IN
+            place not in (*BUILT_IN, CODE)
             and ":" not in place
             and name not in (functions or {})
             and not reward.url
             and not reward.model
         ):
             raise ConfigError(
-                f"verifiers.rewards.{name}: unknown reward; built in is {', '.join(BUILT_IN)}, your own is "
-                "module:function or path.py:function, a callable is passed as reward= from Python, and a "
-                "section says url or model"
+                f"verifiers.rewards.{name}: unknown reward; built in is {', '.join((*BUILT_IN, CODE))}, "
+                "your own is module:function or path.py:function, a callable is passed as reward= from Python, "
+                "and a section says url or model"
             )
         if (built_in := BUILT_IN.get(place)) and name not in (functions or {}) and columns:
             try:
@@ -147,6 +148,8 @@ class Verifier:
         for name, reward in self._rewards.items():
             if reward.url:
                 self._trusted[name] = HttpReward(reward)
+            elif not reward.model and (reward.function or name) == CODE and name not in functions:
+                self._trusted[name] = CodeReward(name, config, reward, columns)
             elif not reward.model:
                 source = source_of(name, reward, functions.get(name)) | {"columns": columns}
                 if reward.trusted:
@@ -162,7 +165,8 @@ class Verifier:
                 memory_gib=config.memory_gib,
                 max_checks=config.max_checks,
             )
-        self.unprotected = self._sandbox.unprotected if self._sandbox is not None else []
+        with_code = [each for each in self._trusted.values() if isinstance(each, CodeReward)]
+        self.unprotected = next((each.unprotected for each in (self._sandbox, *with_code) if each), [])
         """What this machine's kernel does not protect from the reward functions in the sandbox."""
 
     def score(self, groups: pa.Table, without: Iterable[str] = ()) -> pa.Table:
@@ -268,7 +272,7 @@ class Verifier:
     def close(self) -> None:
         """Kill the sandbox's processes, remove their scratch folder, and close connections."""
         for function in self._trusted.values():
-            if isinstance(function, HttpReward):
+            if isinstance(function, (HttpReward, CodeReward)):
                 function.close()
         if self._sandbox is not None:
             self._sandbox.close()

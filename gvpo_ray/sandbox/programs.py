@@ -1,0 +1,318 @@
+"""Whole programs run in children of the sandbox, and are judged outside of them.
+
+    Programs (in the verifier) ─ program, input ──────────────► guest: runs it
+        │                      ◄───── what it printed ────────
+        ├─ program; calls, one after the other ───────────────► guest: runs it, calls its functions
+        │                      ◄───── values, as data ────────
+        └─ asserts ► guest: runs them ─ calls ► (this process) ► guest with the program ► values, back again
+
+What is expected never enters a process that runs a program, so nothing in such a process is worth reading,
+patching or forging: whatever a program does there can only change its own answers. What it cannot change is
+asked of the kernel: how it ended, and the time that it used.
+
+Not excluded: a program that knows the tests by heart (any answer is as good as a computed one); asserts that
+compare two of the program's own objects; a name of Python's that all asserts call and nothing else (`sum`),
+which is then the program's; and, where the kernel has no Landlock, reading this process's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.sandbox import guest
+from gvpo_ray.sandbox.channel import GoneError, Printed
+from gvpo_ray.sandbox.process import Sandbox, _Stage
+from gvpo_ray.sandbox.values import decode, encode
+
+MAX_ANSWER_BYTES = 16 << 20
+"""Largest value that a function of a program may return, as JSON."""
+
+
+class StoppedError(Exception):
+    """A guest came to its end before it had answered.
+
+    Args:
+        text: how, in one line.
+        is_fault: whether this may be our own machinery's fault, so that nothing is known of the program.
+        status: the exit status, or minus the signal's number; None: it was killed here.
+    """
+
+    def __init__(self, text: str, is_fault: bool = False, status: int | None = None) -> None:
+        super().__init__(text)
+        self.is_fault, self.status = is_fault, status
+
+
+class Result(NamedTuple):
+    """What became of a row's tests."""
+
+    num_passed: int
+    num_tests: int
+    fault: str | None = None
+    """Why nothing is known of the program."""
+    remark: str | None = None
+    """How the first test failed that did."""
+
+
+class Output(Printed):
+    """Keeps what a guest prints, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self.data, self._max_bytes, self.may_raise = bytearray(), max_bytes, True
+
+    def take(self, output: socket.socket) -> bool:
+        """Take what there is, without waiting; raise GoneError where it is too much."""
+        try:
+            data = output.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self.data += data[: max(0, self._max_bytes + 1 - len(self.data))]
+        if self.may_raise and len(self.data) > self._max_bytes:
+            raise GoneError(f"it printed more than {self._max_bytes} bytes")
+        return bool(data)
+
+
+class Guest:
+    """A child that does one request of guest.serve; its limits are per test, where the caller says so."""
+
+    def __init__(self, programs: Programs, request: Mapping[str, Any], max_bytes: int = 0) -> None:
+        self._programs = programs
+        self.output = programs._printed = Output(max_bytes)
+        self._child, _ = programs._begin(_Stage([], False), {"guest": dict(request), "columns": {}})
+        self._child.channel.max_bytes = MAX_ANSWER_BYTES
+        self._has_ended = False
+        self.allow()
+
+    def allow(self) -> None:
+        """Give the guest its time anew."""
+        self._cpu_begun = self._child.limit_cpu(self._programs._cpu_s, is_hard=False)
+        self._left_s, self._waited = self._programs._timeout_s, _waited(self._child.pid)
+
+    def ask(self, frame: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a frame and return the answer; raise StoppedError if there is none."""
+        with self._counted():
+            self._child.channel.send(frame, time.monotonic() + self._left_s)
+        return self.receive()
+
+    def receive(self) -> dict[str, Any]:
+        """Return the next frame; raise StoppedError if there is none."""
+        with self._counted():
+            answer = self._child.channel.receive(time.monotonic() + self._left_s)
+        if self._child.cpu_used() - self._cpu_begun > self._programs._cpu_s + 2:  # it ignores SIGXCPU
+            self.end()
+            raise StoppedError(self._too_slow())
+        return answer
+
+    def end(self) -> tuple[int, float]:
+        """End the guest; return its exit status and its seconds of CPU time."""
+        if self._has_ended:
+            return 0, 0.0
+        self._has_ended, self.output.may_raise = True, False
+        return self._programs._end(self._child)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the time that is spent here, and say what the guest's end means."""
+        begun = time.monotonic()
+        try:
+            yield
+        except TimeoutError:
+            raise self._out_of_time() from None
+        except GoneError as error:
+            status, cpu_s = self.end()
+            if str(error):
+                raise StoppedError(str(error)) from None
+            if status == -signal.SIGXCPU or (
+                status == -signal.SIGKILL and cpu_s - self._cpu_begun >= self._programs._cpu_s
+            ):
+                raise StoppedError(self._too_slow()) from None
+            if status == -signal.SIGKILL:  # the kernel's, where the machine has no memory left
+                text = f"{ReasonKind.CRASH}: killed by SIGKILL, as the kernel does where memory runs out"
+                raise StoppedError(text, True) from None
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
+            raise StoppedError(f"the program was {how}" if status < 0 else how, status=status) from None
+        self._left_s -= time.monotonic() - begun
+
+    def _out_of_time(self) -> StoppedError:
+        """Return whose fault it is that no answer came in time: a program that sleeps is wrong.
+
+        If half of the time went by in waiting for a processor, the machine was too busy.
+        """
+        waited, timeout_s = _waited(self._child.pid), self._programs._timeout_s
+        self.end()
+        if waited is None or self._waited is None or waited - self._waited >= timeout_s / 2:
+            return StoppedError(
+                f"{ReasonKind.TIMEOUT}: no answer within {timeout_s:g} s, and this machine is too busy to "
+                "say whether the program is slow",
+                True,
+            )
+        return StoppedError(f"it took more than {timeout_s:g} s")
+
+    def _too_slow(self) -> str:
+        return f"it used more than {self._programs._cpu_s} s of CPU time"
+
+
+class Programs(Sandbox):
+    """A sandbox for whole programs; it must be used from one thread.
+
+    Args:
+        timeout_s: seconds that a program may take for one test; with asserts, for all of them.
+        cpu_s: seconds of CPU time for the same.
+        memory_gib: GiB that a program may allocate.
+
+    Raises:
+        SandboxError: the processes do not start.
+    """
+
+    def __init__(self, *, timeout_s: float, cpu_s: int, memory_gib: float) -> None:
+        place = {"place": f"{guest.__name__}:{guest.serve.__name__}", "arguments": {}, "is_strict": True}
+        super().__init__(
+            {"program": place}, timeout_s=timeout_s, cpu_s=cpu_s, memory_gib=memory_gib, max_checks=1
+        )
+
+    def run(self, program: str, stdin: str, max_bytes: int) -> str:
+        """Run a program with an input; return what it printed.
+
+        Args:
+            program: its text.
+            stdin: its input.
+            max_bytes: how much it may print.
+
+        Raises:
+            StoppedError: it raised an error, exited with another status than 0 or came to a limit.
+        """
+        child = Guest(self, {"program": program, "stdin": stdin}, max_bytes)
+        try:
+            answer = child.receive()
+        except StoppedError as stopped:
+            if stopped.status != 0:
+                raise
+            return child.output.data.decode("utf-8", "replace")
+        finally:
+            child.end()
+        raise StoppedError(_error(answer))
+
+    def call(self, program: str, name: str, calls: list[list[Any]]) -> Iterator[Any]:
+        """Run a program and call one of its functions; yield for each call what came of it.
+
+        What came of a call is a value of JSON's types, or a StoppedError. After a StoppedError that ends the
+        guest, there is nothing more.
+
+        Args:
+            program: its text.
+            name: name of a global function, or of a method of a class Solution.
+            calls: the arguments of each call.
+        """
+        child = Guest(self, {"program": program})
+        try:
+            ready = child.receive()
+            if "error" not in ready:
+                ready = child.ask({"do": "entry", "arguments": [name]})
+            if "error" in ready:
+                raise StoppedError(_error(ready))
+            for arguments in calls:
+                child.allow()
+                sent = [ready.get("value"), *(encode(value, _no_object) for value in arguments)]
+                answer = child.ask({"do": "call", "arguments": sent})
+                try:
+                    yield StoppedError(_error(answer)) if "error" in answer else _plain(answer.get("value"))
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    yield StoppedError("it returned no data")
+        except StoppedError as stopped:
+            yield stopped
+        finally:
+            child.end()
+
+    def test(self, program: str, tests: list[str], entry_point: str | None, stop: bool) -> Result:
+        """Run a program and asserts about it.
+
+        Args:
+            program: its text.
+            tests: Python texts; every statement of them but definitions, imports and assignments is a test.
+            entry_point: name of the function under test, which a function `check` of the tests gets.
+            stop: whether to stop at the first test that fails.
+        """
+        child = Guest(self, {"program": program})
+        asserts: Guest | None = None
+        num_passed, num_tests, num_done, remark = 0, 1, 0, None
+        try:
+            asserts = Guest(self, {"tests": tests, "entry_point": entry_point})
+            ready = child.receive()
+            if "error" in ready:
+                return Result(0, num_tests, None, _error(ready))
+            frame = self._tests_say(asserts)
+            while "end" not in frame:
+                if "fault" in frame:
+                    return Result(0, num_tests, str(frame["fault"]))
+                if "do" in frame:
+                    answer = child.ask(frame)
+                    known = {name: answer[name] for name in ("value", "changed", "error") if name in answer}
+                    frame = self._tests_say(asserts, known if "error" in known or "value" in known else None)
+                    continue
+                if "total" in frame:
+                    num_tests = frame["total"]
+                    if not num_tests:
+                        return Result(0, 0, "the tests hold no test")
+                if "test" in frame:
+                    num_done, num_passed = num_done + 1, num_passed + frame["test"]
+                    if not frame["test"]:
+                        remark = remark or f"test {num_done}: {frame['text']}"
+                        if stop:
+                            break
+                frame = self._tests_say(asserts)
+        except StoppedError as stopped:
+            if stopped.is_fault:
+                return Result(0, num_tests, str(stopped))
+            remark = remark or f"test {num_done + 1}: {stopped}"
+        finally:
+            child.end()
+            if asserts is not None:
+                asserts.end()
+        return Result(num_passed, num_tests, None, remark)
+
+    def _tests_say(self, asserts: Guest, answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the next frame of the asserts' guest; its own end is no fault of the program."""
+        try:
+            return asserts.receive() if answer is None else asserts.ask(answer)
+        except StoppedError as stopped:
+            raise StoppedError(f"the tests themselves: {stopped}", True) from None
+
+
+def _error(answer: Mapping[str, Any]) -> str:
+    """Return the error in a guest's answer as one line of valid Unicode; a program may have written it."""
+    error = answer.get("error")
+    text = str(error[1] if isinstance(error, list) and len(error) == 2 else "an answer that is none")
+    return " ".join(text[:300].encode("utf-8", "replace").decode().split())
+
+
+def _plain(data: Any) -> Any:
+    """Return data as JSON's own types would have it: tuples are lists, and names of dicts are texts."""
+    if isinstance(data, dict) and "tuple" in data:
+        data = data["tuple"]
+    if isinstance(data, list):
+        return [_plain(entry) for entry in data]
+    if isinstance(data, dict) and "dict" in data:
+        return {name if isinstance(name, str) else str(name): _plain(entry) for name, entry in data["dict"]}
+    return decode(data, _no_object)
+
+
+def _no_object(value: Any) -> Any:
+    raise TypeError("an object that is no data")
+
+
+def _waited(pid: int) -> float | None:
+    """Return the seconds that a process and this thread have waited for a processor; None: unknown."""
+    try:
+        texts = [Path(f"/proc/{name}/schedstat").read_text(encoding="ascii") for name in (pid, "thread-self")]
+        return sum(int(text.split()[1]) for text in texts) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,89 @@
+"""Values travel between processes as JSON data, out of which only Python's own types are made anew."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+MAX_ITEMS = 100_000
+"""Number of items that are read of an iterator that a program returns."""
+
+
+class UnsendableError(BaseException):
+    """A value cannot be made anew in another process; no assert may take this for the program's error."""
+
+
+_COLLECTIONS: dict[str, Callable[..., Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "deque": collections.deque,
+    "iterator": iter,
+}
+_TEXTS: dict[str, Callable[[str], Any]] = {"Decimal": Decimal, "Fraction": Fraction}
+
+
+def encode(value: Any, keep: Callable[[Any], int]) -> Any:
+    """Return a value as JSON data: numbers, texts and lists as they are, others as {type: content}.
+
+    Subclasses become what they derive from, numpy's arrays lists, and iterators end after MAX_ITEMS.
+
+    Args:
+        value: the value.
+        keep: called with an object that is no data; it returns the number that stands for the object.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value).decode("latin-1")}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(name, keep), encode(entry, keep)] for name, entry in value.items()]}
+    if isinstance(value, (list, type({}.keys()), type({}.values()), type({}.items()))):
+        return [encode(entry, keep) for entry in value]
+    for name in ("tuple", "set", "frozenset", "deque"):
+        if isinstance(value, _COLLECTIONS[name]):  # type: ignore[arg-type]
+            return {name: [encode(entry, keep) for entry in value]}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, Iterator):
+        return {"iterator": [encode(entry, keep) for entry in itertools.islice(value, MAX_ITEMS)]}
+    if type(value) in (Decimal, Fraction):
+        return {type(value).__name__: str(value)}
+    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
+        return encode(value.tolist(), keep)
+    return {"object": keep(value)}
+
+
+def decode(data: Any, object_of: Callable[[int], Any]) -> Any:
+    """Return the value that `encode` made data of.
+
+    Raises:
+        ValueError, TypeError, KeyError: the data is of no such form.
+    """
+    if isinstance(data, list):
+        return [decode(entry, object_of) for entry in data]
+    if not isinstance(data, dict):
+        return data
+    ((kind, content),) = data.items()
+    if kind == "object":
+        return object_of(content)
+    if kind == "dict":
+        return {decode(name, object_of): decode(entry, object_of) for name, entry in content}
+    if kind == "bytes":
+        return content.encode("latin-1")
+    if kind == "complex":
+        return complex(*content)
+    if kind == "range":
+        return range(*content)
+    if kind in _TEXTS:
+        return _TEXTS[kind](content)
+    return _COLLECTIONS[kind]([decode(entry, object_of) for entry in content])
