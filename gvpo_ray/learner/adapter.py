@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name, module in adapted.items():
-        base = module.get_base_layer()  # type: ignore[operator]  # one of peft's, as its lora_A shows
+        base = cast(Any, module).get_base_layer()  # one of peft's, as its lora_A shows
         if not isinstance(base, nn.Linear) or module is head:
             # engines and checkpoints merge it into weights that are [out, in], and into those of layers alone
             family = getattr(getattr(model, "config", None), "model_type", "model")

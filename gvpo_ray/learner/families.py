@@ -52,7 +52,9 @@ def check_trainable(model: ModelConfig) -> None:
         from gvpo_ray.learner.adapter import add_adapter
 
         with torch.device("meta"):  # its layers alone, without memory for weights
-            layers = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            layers: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=model.trust_remote_code
+            )
             add_adapter(layers, model.lora)
 
 

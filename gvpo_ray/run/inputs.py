@@ -73,7 +73,7 @@ class Inputs:
 
     def problems(self) -> dict[str | None, pa.Table]:
         """Return the prompts of the groups that come, by source of whole groups; None: ordinary groups'."""
-        sets = {None: self.prompts, **self.sources}
+        sets: dict[str | None, PromptSet | OfflineSource | None] = {None: self.prompts, **self.sources}
         return {name: found.all() for name in self.mixture.owners if (found := sets[name]) is not None}
 
     def digests(self) -> dict[str, str]:
