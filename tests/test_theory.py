@@ -6,8 +6,11 @@ of any sizes (Corollary 3.5), and 1/(m - 1) makes the loss of a group an unbiase
 (Theorem 3.4).
 """
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -49,109 +52,165 @@ class Problem:
 
 # (logprobs, reference, rewards, group ids) -> loss
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# (problem, every policy so far) -> probabilities [prompt, completion]
-Sampler = Callable[[Problem, list[Tensor]], Tensor]
+# (problem, the policy, the policy LAG updates ago) -> probabilities [prompt, completion]
+Sampler = Callable[[Problem, Tensor, Tensor], Tensor]
 
 
-def on_policy(problem: Problem, policies: list[Tensor]) -> Tensor:
-    return policies[-1].exp()
+def on_policy(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
+    return policy.exp()
 
 
-def uniform(problem: Problem, policies: list[Tensor]) -> Tensor:
+def uniform(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
     return torch.ones_like(problem.rewards) / NUM_COMPLETIONS
 
 
-def stale(problem: Problem, policies: list[Tensor]) -> Tensor:
-    return policies[max(len(policies) - 1 - LAG, 0)].exp()
+def stale(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
+    return earlier.exp()
 
 
-def foreign(problem: Problem, policies: list[Tensor]) -> Tensor:
+def foreign(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
     return problem.foreign.exp()
 
 
-def mixed(problem: Problem, policies: list[Tensor]) -> Tensor:
+def mixed(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
     """Each completion of a group comes from one of the four: their mixture."""
-    return sum(sampler(problem, policies) for sampler in (on_policy, uniform, stale, foreign)) / 4
+    return sum(sampler(problem, policy, earlier) for sampler in (on_policy, uniform, stale, foreign)) / 4
 
 
-def never_the_best(problem: Problem, policies: list[Tensor]) -> Tensor:
+def never_the_best(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
     """Uniform over all but the completion that the target likes most, as a truncating sampler would be."""
-    return uniform(problem, policies).scatter(1, problem.target.argmax(1, keepdim=True), 0.0)
+    best = problem.target.argmax(1, keepdim=True)
+    return uniform(problem, policy, earlier).scatter(1, best, 0.0)
 
 
-def train(problem: Problem, sampler: Sampler, objective: Objective) -> Tensor:
-    """The final policy of NUM_UPDATES updates of Adam, each on GROUPS_PER_UPDATE groups of 2 to 32 sampled
-    completions.
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Completions [N] of the groups of an update, of all problems."""
+
+    logprobs: Tensor
+    sampled: Tensor
+    """Log-probabilities by who sampled."""
+    reference: Tensor
+    rewards: Tensor
+    group_ids: Tensor
+
+
+def train(cases: list[tuple[int, Sampler]], objective: Callable[[Drawn], Tensor]) -> list[float]:
+    """The distance from the optimum, of each (seed of a problem, sampler), after NUM_UPDATES updates of Adam,
+    each on GROUPS_PER_UPDATE groups of 2 to 32 sampled completions.
+
+    All are trained at once: each has groups, random numbers and logits of its own, and Adam's step does not
+    depend on the scale of the loss, which is the mean over all groups.
     """
-    logits = problem.first.clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.05)
+    problems = [Problem(seed) for seed, _ in cases]
+    rewards, references, first = (
+        torch.stack([getattr(problem, name) for problem in problems])
+        for name in ("rewards", "reference", "first")
+    )
+    logits = first.clone().requires_grad_()
+    # eps is to the loss's mean over all problems what 1e-8 is to that over one
+    optimizer = torch.optim.Adam([logits], lr=0.05, eps=1e-8 / len(cases))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, NUM_UPDATES)
-    policies = [problem.first]
+    policies = [first]
     for _ in range(NUM_UPDATES):
-        prompts = torch.randint(NUM_PROMPTS, (GROUPS_PER_UPDATE,), generator=problem.random)
-        sizes = torch.randint(2, 33, (GROUPS_PER_UPDATE,), generator=problem.random)
-        group_ids = torch.repeat_interleave(torch.arange(GROUPS_PER_UPDATE), sizes)
-        x = prompts[group_ids]
-        y = torch.multinomial(sampler(problem, policies)[x], 1, generator=problem.random).squeeze(1)
-        loss = objective(
-            logits.log_softmax(1)[x, y], problem.reference[x, y], problem.rewards[x, y], group_ids
+        policy, earlier = policies[-1], policies[max(len(policies) - 1 - LAG, 0)]
+        groups, completions, probabilities = [], [], []
+        for i, (problem, (_, sampler)) in enumerate(zip(problems, cases, strict=True)):
+            prompts = torch.randint(NUM_PROMPTS, (GROUPS_PER_UPDATE,), generator=problem.random)
+            sizes = torch.randint(2, 33, (GROUPS_PER_UPDATE,), generator=problem.random)
+            x = torch.repeat_interleave(prompts, sizes)
+            probabilities.append(sampler(problem, policy[i], earlier[i]))
+            completions.append(torch.multinomial(probabilities[i][x], 1, generator=problem.random).squeeze(1))
+            groups.append((i, prompts, sizes))
+        which = torch.cat([torch.full_like(prompts, i) for i, prompts, _ in groups])
+        group_ids = torch.repeat_interleave(torch.cat([sizes for *_, sizes in groups]))
+        at = (
+            which[group_ids],
+            torch.cat([prompts for _, prompts, _ in groups])[group_ids],
+            torch.cat(completions),
+        )
+        drawn = Drawn(
+            logits.log_softmax(2)[at],
+            torch.stack(probabilities)[at].log(),
+            references[at],
+            rewards[at],
+            group_ids,
         )
         optimizer.zero_grad()
-        loss.backward()
+        objective(drawn).backward()
         optimizer.step()
         schedule.step()
-        policies.append(logits.detach().log_softmax(1))
-    return policies[-1]
+        policies.append(logits.detach().log_softmax(2))
+    return [problem.distance(policy) for problem, policy in zip(problems, policies[-1], strict=True)]
+
+
+SAMPLERS = (on_policy, uniform, stale, foreign, mixed)
+
+
+@functools.cache
+def distances(
+    objective: Callable[..., Tensor], seeds: tuple[int, ...], samplers: tuple[Sampler, ...], **options: Any
+) -> dict[tuple[int, Sampler], float]:
+    """What `train` returns by its cases: once for all tests that ask for one of them."""
+    cases = [(seed, sampler) for seed in seeds for sampler in samplers]
+    return dict(zip(cases, train(cases, functools.partial(objective, **options)), strict=True))
 
 
 def gvpo(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
     return gvpo_loss(logprobs, reference, rewards, group_ids, BETA)[0]
 
 
+def gvpo_of(drawn: Drawn) -> Tensor:
+    return gvpo(drawn.logprobs, drawn.reference, drawn.rewards, drawn.group_ids)
+
+
+def gvpo_with_importance(drawn: Drawn, cap: float) -> Tensor:
+    weights = importance_weights(drawn.logprobs, drawn.sampled, drawn.group_ids, cap)
+    floor = likelihood_floor(drawn.logprobs, drawn.sampled, drawn.rewards, drawn.group_ids)
+    given = (drawn.logprobs, drawn.reference, drawn.rewards, drawn.group_ids)
+    return stale_gvpo_loss(*given, BETA, weights, floor)[0]
+
+
+def gvpo_without_beta(drawn: Drawn) -> Tensor:
+    """Policy gradient with a mean baseline: nothing holds the policy at the reference."""
+    return gvpo(drawn.logprobs, drawn.logprobs.detach(), drawn.rewards, drawn.group_ids)
+
+
+def of_completions(drawn: Drawn, loss: Callable[..., Any], **options: float) -> Tensor:
+    """An objective that also takes the log-probabilities of who sampled; a completion is one token."""
+    alone = torch.arange(len(drawn.rewards))
+    given = (drawn.logprobs, drawn.sampled, drawn.reference, alone, drawn.rewards, drawn.group_ids)
+    return loss(*given, **options)[0]
+
+
 # --------------------------------------------------------------------------------------- the optimum, sampled
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign, mixed])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_gvpo_reaches_the_optimum_whoever_samples(sampler, seed):
     problem = Problem(seed)
     # there is a way to go
     assert problem.distance(problem.first) > 0.1 and problem.distance(problem.reference) > 0.1
     # nats; interpolation: no noise is left there
-    assert problem.distance(train(problem, sampler, gvpo)) < 1e-6
+    assert distances(gvpo_of, (0, 1), (*SAMPLERS, never_the_best))[seed, sampler] < 1e-6
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_sampler_that_never_draws_one_completion_misses_the_optimum(seed):
-    problem = Problem(seed)
-    assert problem.distance(train(problem, never_the_best, gvpo)) > 0.01
+    assert distances(gvpo_of, (0, 1), (*SAMPLERS, never_the_best))[seed, never_the_best] > 0.01
 
 
 @pytest.mark.parametrize("sampler", [on_policy, uniform])
 def test_policy_gradient_with_a_mean_baseline_misses_the_optimum(sampler):
-    """The same without the beta term: nothing holds the policy at the reference."""
-
-    def reinforce(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        return gvpo_loss(logprobs, logprobs.detach(), rewards, group_ids, BETA)[0]
-
-    problem = Problem(0)
-    assert problem.distance(train(problem, sampler, reinforce)) > 0.1
+    assert distances(gvpo_without_beta, (0,), (on_policy, uniform))[0, sampler] > 0.1
 
 
 @pytest.mark.parametrize("cap", [1.0, 5.0])
-@pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign, mixed])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_optimum_is_the_same_however_much_a_completion_counts(sampler, cap):
     """min(cap, pi/mu), which changes with the policy, is one more way to choose the sampler."""
-
-    def gvpo_with_importance(
-        logprobs: Tensor, old: Tensor, reference: Tensor, _: Tensor, rewards: Tensor, group_ids: Tensor
-    ) -> tuple[Tensor]:
-        weights = importance_weights(logprobs, old, group_ids, cap)
-        floor = likelihood_floor(logprobs, old, rewards, group_ids)
-        return (stale_gvpo_loss(logprobs, reference, rewards, group_ids, BETA, weights, floor)[0],)
-
-    problem = Problem(1)
-    assert problem.distance(train_policy_gradient(problem, sampler, gvpo_with_importance)) < 1e-6
+    assert distances(gvpo_with_importance, (1,), SAMPLERS, cap=cap)[1, sampler] < 1e-6
 
 
 # ---------------------------------------------------------------- one reference, and one for each completion
@@ -317,7 +376,7 @@ def test_the_exact_objective_is_zero_at_the_optimum_and_nowhere_near_it(sampling
     there.
     """
     problem = Problem(4)
-    probabilities = sampling(problem, [problem.target])
+    probabilities = sampling(problem, problem.target, problem.target)
     for x in range(NUM_PROMPTS):
         arguments = problem.reference[x], problem.rewards[x], probabilities[x]
         assert exact_objective(problem.target[x], *arguments) < 1e-28
@@ -358,25 +417,6 @@ def test_noisy_rewards_move_the_optimum_only_where_what_pushes_down_counts_less(
 # ------------------------------------------------------------------ where the other objectives end up instead
 
 
-def train_policy_gradient(problem: Problem, sampler: Sampler, loss: Callable, **options: float) -> Tensor:
-    """`train` on the same draws, for objectives that also take the log-probabilities of who sampled; a
-    completion is one token.
-    """
-    sampled = []
-
-    def recording(problem: Problem, policies: list[Tensor]) -> Tensor:
-        sampled.append(sampler(problem, policies))
-        return sampled[-1]
-
-    def objective(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        # rewards all differ: they tell which completion it is
-        drawn = (rewards[:, None] == problem.rewards.flatten()).nonzero()[:, 1]
-        old = sampled[-1].flatten()[drawn].log()
-        return loss(logprobs, old, reference, torch.arange(len(rewards)), rewards, group_ids, **options)[0]
-
-    return train(problem, recording, objective)
-
-
 @pytest.mark.parametrize("loss", [grpo_loss, dr_grpo_loss])
 @pytest.mark.parametrize("sampler", [on_policy, uniform, stale, foreign])
 def test_grpo_and_dr_grpo_with_a_penalty_of_beta_miss_the_optimum(sampler, loss):
@@ -394,26 +434,23 @@ def test_grpo_and_dr_grpo_with_a_penalty_of_beta_miss_the_optimum(sampler, loss)
     Seen with seed 1: GRPO 1.56, 0.12, 1.24, 0.55 and Dr. GRPO 0.11, 0.15, 0.17, 0.32 nats. How far off
     depends on the problem: with seed 0 Dr. GRPO comes as near as 0.012 on its own samples.
     """
-    problem = Problem(1)
-    assert problem.distance(train_policy_gradient(problem, sampler, loss, kl_coefficient=BETA)) > 0.05
+    four = (on_policy, uniform, stale, foreign)
+    assert distances(of_completions, (1,), four, loss=loss, kl_coefficient=BETA)[1, sampler] > 0.05
 
 
 @pytest.mark.parametrize("loss", [grpo_loss, dr_grpo_loss])
 @pytest.mark.parametrize("sampler", [on_policy, foreign])
 def test_grpo_and_dr_grpo_without_a_penalty_miss_the_optimum(sampler, loss):
     """Nothing holds the policy at the reference; on its own samples it collapses onto the best completion."""
-    problem = Problem(1)
-    assert problem.distance(train_policy_gradient(problem, sampler, loss)) > 0.5
+    assert distances(of_completions, (1,), (on_policy, foreign), loss=loss)[1, sampler] > 0.5
 
 
 def test_reinforce_with_a_penalty_of_beta_in_the_reward_misses_the_optimum_on_samples_of_another_policy():
     """At the optimum the penalized reward is beta log Z for every completion: pushed up alike, those that are
     sampled more rise more.
     """
-    problem = Problem(1)
-    assert (
-        problem.distance(train_policy_gradient(problem, foreign, reinforce_loss, kl_coefficient=BETA)) > 0.1
-    )
+    found = distances(of_completions, (1,), (foreign,), loss=reinforce_loss, kl_coefficient=BETA)
+    assert found[1, foreign] > 0.1
 
 
 @pytest.mark.parametrize("sampler", [on_policy, foreign])
@@ -421,5 +458,5 @@ def test_rloo_with_the_penalty_of_the_trained_policy_in_the_reward_reaches_the_o
     """It is GVPO divided by beta. With the penalty fixed when sampling, as it is often implemented, it would
     be so on-policy only.
     """
-    problem = Problem(1)
-    assert problem.distance(train_policy_gradient(problem, sampler, rloo_loss, kl_coefficient=BETA)) < 1e-6
+    found = distances(of_completions, (1,), (on_policy, foreign), loss=rloo_loss, kl_coefficient=BETA)
+    assert found[1, sampler] < 1e-6
