@@ -268,10 +268,10 @@ def test_the_status_says_what_is_in_flight_and_since_when(without_waiting: Calla
     without_waiting(run())
 
 
-def test_a_process_for_a_fake_engine_imports_neither_torch_nor_vllm() -> None:
+def test_a_process_for_a_fake_engine_imports_neither_torch_nor_vllm_nor_the_client_of_servers() -> None:
     code = (
-        "import sys, gvpo_ray.engines.vllm_engine; sys.exit(any(name in sys.modules for name in "
-        "('torch', 'vllm', 'transformers')))"
+        "import sys, gvpo_ray.engines.actor; sys.exit(any(name in sys.modules for name in "
+        "('torch', 'vllm', 'transformers', 'openai')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

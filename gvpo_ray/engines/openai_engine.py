@@ -1,7 +1,8 @@
 """ServerEngine samples at an external OpenAI-compatible server.
 
 The server's model is not the policy. Its completions are external data (source `offline:<pool>`), without
-versions and log-probs.
+versions and log-probs. The openai client is imported only where there is a server: it takes more than a
+second, and every engine's process and the driver import this module.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pyarrow as pa
 
 from gvpo_ray import groups
@@ -23,6 +23,9 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.data.rendering import chat_of, completion_renderer
 from gvpo_ray.engines.base import BaseEngine, InFlight, Work
+
+if TYPE_CHECKING:
+    import openai
 
 NUM_RETRIES = 4
 """Retries of a request that found no connection or was answered with 408, 409, 429 or 5xx; an answer's header
@@ -70,6 +73,8 @@ class ServerEngine(BaseEngine):
         api_key: str | None = None,
         drain_s: float | None = None,
     ) -> None:
+        import openai
+
         super().__init__(drain_s)
         know({"url": pool.url, "api_key": api_key})
         assert pool.url is not None
@@ -155,6 +160,8 @@ class ServerEngine(BaseEngine):
 
     async def _ask(self, running: _Answers, sampling: SamplingConfig, n: int, seed: int | None) -> None:
         """Ask for `n` completions; note in `running` why there are fewer, if the server refuses some."""
+        import openai
+
         path = "chat/completions"
         try:
             answer = await self._call(
@@ -217,6 +224,8 @@ class ServerEngine(BaseEngine):
 
         Every message is one line that names the URL.
         """
+        import openai
+
         url = mask(f"{self._url}/{path}")
         try:
             async with self._room, asyncio.timeout(TIMEOUT_S):
@@ -326,6 +335,8 @@ async def _shorten_wait(response: Any) -> None:
 
 def _client(url: str, api_key: str | None) -> openai.AsyncOpenAI:
     """Make a client of this URL alone: the environment's proxies, organisations and projects do not apply."""
+    import openai
+
     http = openai.DefaultAsyncHttpxClient(
         trust_env=False,
         timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT_S),
