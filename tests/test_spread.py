@@ -169,12 +169,12 @@ CASES = {name: functools.partial(five_steps, **options) for name, options in VAR
 # what is particular to a number of ranks is there with three already; the rest takes minutes on two cores
 CASES_ON_3 = dict(CASES)
 CASES |= {name: functools.partial(five_steps, **options) for name, options in ZERO.items()}
-CASES |= {name: functools.partial(five_steps, **options) for name, options in OTHERS.items()}
 CASES |= {
     f"{name}, {where}": functools.partial(five_steps, **options, **spread)
     for name, options in OTHERS.items()
     for where, spread in ELSEWHERE.items()
 }
+CASES_ON_1 = CASES | {name: functools.partial(five_steps, **options) for name, options in OTHERS.items()}
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -138,18 +138,30 @@ def descendants(title: str) -> list[int]:
     return chaos.descendants(os.getpid(), title)
 
 
+RANKS_IMPORT = [
+    "pytest",
+    "peft",
+    "deepspeed",
+    "transformers.models.qwen2.modeling_qwen2",
+    "gvpo_ray.learner.loop",
+]
+
+
 def run_on_ranks(
     world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path
 ) -> dict[str, list[Any]]:
     """Run every case on every rank of one gloo group; its results by rank. A case that raised has its
     traceback as a string.
 
-    Each case gets a folder of its own that the ranks share. One start for many cases: importing torch takes
-    longer than they do.
+    Each case gets a folder of its own that the ranks share. Importing what they need takes longer than many
+    cases do: a server does it once, and all ranks of all test files are forks of that.
     """
     import torch.multiprocessing
 
-    torch.multiprocessing.spawn(_run, args=(world_size, cases, folder), nprocs=world_size)
+    torch.multiprocessing.set_forkserver_preload(RANKS_IMPORT)
+    torch.multiprocessing.start_processes(
+        _run, args=(world_size, cases, folder), nprocs=world_size, start_method="forkserver"
+    )
     results = [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
     return {name: [result[name] for result in results] for name in cases}
 
