@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported: the tests and all that they start share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import tiny
@@ -21,6 +25,8 @@ TIERS = {
         "test_recovery",
         "test_report",
         "test_ring",
+        "test_ring_jobs",
+        "test_ring_python",
         "test_sample",
         "test_setup",
         "test_spread",
@@ -42,6 +48,10 @@ A test that runs on several ranks is end to end wherever it stands.
 """
 
 
+LONGEST = ["test_ring", "test_ring_python", "test_recovery", "test_setup", "test_engines", "test_ring_jobs"]
+"""Test files that begin first, in this order."""
+
+
 def tier_of(item: pytest.Item) -> str:
     """Return the tier of a test, which is its marker: `tests/run.sh TIER` runs the tests of one."""
     if {"on_ranks", "made"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("setup"):
@@ -51,13 +61,13 @@ def tier_of(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give each test the marker of its tier, and start with the longest file: last, it would end alone.
+    """Give each test the marker of its tier, and start with the longest files: last, one would end alone.
 
     Tests marked `browser` are deselected where there is no Chromium.
     """
     for item in items:  # first of all hooks, so that -m sees them
         item.add_marker(tier_of(item))
-    items.sort(key=lambda item: item.path.name != "test_ring.py")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         return
     without = [item for item in items if item.get_closest_marker("browser")]
@@ -71,6 +81,17 @@ def policy(tmp_path: Path) -> Any:
     import learners
 
     return learners.load(tiny.make_model(tmp_path / "model"), learners.settings(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML file of a run of the whole ring, in a folder of the test file's own, with data and model."""
+    import ring
+
+    base = tmp_path_factory.getbasetemp()
+    return ring.make(
+        tmp_path_factory.mktemp("ring"), base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    )
 
 
 _results: dict[tuple[int, str], dict[str, list[Any]]] = {}
