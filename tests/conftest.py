@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ TIERS = {
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
-        "test_hostile",
+        "test_hostile_code",
+        "test_hostile_text",
         "test_lora",
         "test_recovery",
         "test_report",
@@ -103,6 +106,18 @@ def no_child_left() -> Iterator[None]:
     yield
     started = set(psutil.Process().children(recursive=True)) - before
     assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """`apart(check, …)`: a function, called with a World in a process of its own, in which nobody else
+    opens or closes anything.
+    """
+    import world
+
+    root = tmp_path_factory.mktemp("world")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), world.begin, (root,)) as process:
+        yield lambda check, *arguments: process.submit(world.call, check, arguments).result()
 
 
 _results: dict[tuple[int, str], dict[str, list[Any]]] = {}

@@ -1,34 +1,15 @@
-"""Completions that have hurt other verifiers, at least 60 of each kind, mixed into groups with honest
-neighbours.
+"""Completions that have hurt other verifiers, at least 60 of each kind: texts, and programs.
 
 Text goes to `math` and to the other built-in reward functions; code goes to a user's reward function that
-does what it is told. None may be scored correct, cost a neighbour its reward, or leave a process, a file, a
-connection or a descriptor behind.
+does what it is told.
 """
 
 from __future__ import annotations
 
-import gc
-import json
-import multiprocessing
-import os
 import random
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import psutil  # type: ignore[import-untyped]
-import pytest
-
-from gvpo_ray import groups
-from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.verifiers import score_file as verify
-from gvpo_ray.verifiers.verifier import Verifier
+from typing import NamedTuple
 
 NUM = 60
 """Of every kind."""
@@ -39,8 +20,6 @@ RIGHT = (
     "Thus $x = \\frac{84}{2}$, that is $\\boxed{\\frac{84}{2}}$.",
 )
 WRONG = ("Therefore \\boxed{41}.", "I do not know.")
-MATH_LIMITS: dict[str, Any] = {"timeout_s": 20.0, "cpu_s": 1, "memory_gib": 1.0}
-CODE_LIMITS: dict[str, Any] = {"timeout_s": 0.3, "cpu_s": 2, "memory_gib": 0.25}
 
 
 class Traps(NamedTuple):
@@ -72,7 +51,7 @@ FORMS = (
 """Ways to give an answer."""
 
 
-def _in_forms(values: list[str]) -> list[str]:
+def in_forms(values: list[str]) -> list[str]:
     return [FORMS[i % len(FORMS)].replace("@", value) for i, value in enumerate(values)]
 
 
@@ -98,7 +77,7 @@ def towers_of_exponents(rng: random.Random, _: Traps) -> list[str]:
         "{@}^#",
         "@**#",
     )
-    return _in_forms([tower(styles[i % len(styles)]) for i in range(NUM)])
+    return in_forms([tower(styles[i % len(styles)]) for i in range(NUM)])
 
 
 def factorials_of_factorials(rng: random.Random, _: Traps) -> list[str]:
@@ -117,7 +96,7 @@ def factorials_of_factorials(rng: random.Random, _: Traps) -> list[str]:
             f"\\lim_{{n \\to \\infty}} \\frac{{n!}}{{({n}n)^n}}!",
         ][i % 10]
 
-    return _in_forms([one(i) for i in range(NUM)])
+    return in_forms([one(i) for i in range(NUM)])
 
 
 def numbers_of_a_million_digits(rng: random.Random, _: Traps) -> list[str]:
@@ -136,7 +115,7 @@ def numbers_of_a_million_digits(rng: random.Random, _: Traps) -> list[str]:
             f"2^{{{digits}}}",
         ][i % 10]
 
-    return _in_forms([one(i) for i in range(NUM)])
+    return in_forms([one(i) for i in range(NUM)])
 
 
 def a_megabyte_of_nested_brackets(rng: random.Random, _: Traps) -> list[str]:
@@ -160,7 +139,7 @@ def a_megabyte_of_nested_brackets(rng: random.Random, _: Traps) -> list[str]:
             "".join(rng.choices("(){}[]", k=1000)) * 1000,
         ][i // 6 % 6]
 
-    return _in_forms([one(i) for i in range(NUM)])
+    return in_forms([one(i) for i in range(NUM)])
 
 
 def catastrophic_for_regular_expressions(rng: random.Random, _: Traps) -> list[str]:
@@ -239,14 +218,14 @@ def deep_latex(rng: random.Random, _: Traps) -> list[str]:
         ][i % 12]
         return before * depth + n + after * depth
 
-    return _in_forms([one(i) for i in range(NUM)])
+    return in_forms([one(i) for i in range(NUM)])
 
 
 def bytes_that_are_no_text(rng: random.Random, _: Traps) -> list[str]:
     """As a detokenizer hands them over: with U+FFFD in the place of what is not UTF-8. Half a surrogate pair:
     see the file test below.
     """
-    return _in_forms(
+    return in_forms(
         [
             rng.randbytes(rng.randint(1, 400)).replace(b"42", b"43").decode("utf-8", "replace")
             for _ in range(NUM)
@@ -267,7 +246,7 @@ def nul_and_control_characters(rng: random.Random, _: Traps) -> list[str]:
             f'{{"part": 1.0, "reason": null}}\n{some}',
         ][i % 5]
 
-    return _in_forms([one(i) for i in range(NUM)])
+    return in_forms([one(i) for i in range(NUM)])
 
 
 def right_to_left_and_zero_width(rng: random.Random, _: Traps) -> list[str]:
@@ -289,7 +268,7 @@ def right_to_left_and_zero_width(rng: random.Random, _: Traps) -> list[str]:
             f"\\fr{some}ac{{1}}{{3}}",
         ][i % 8]
 
-    return _in_forms([one(i) for i in range(NUM)])
+    return in_forms([one(i) for i in range(NUM)])
 
 
 def empty(_: random.Random, __: Traps) -> list[str]:
@@ -577,320 +556,3 @@ CODE: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "forged answers": (forged_answers, ("crash: ", "timeout: ")),
 }
 """Kind -> what a reason without a reward may be: an attempt that ends in a SyntaxError would test nothing."""
-
-
-# --- scoring ------------------------------------------------------------------------------------------------
-
-
-class Scored(NamedTuple):
-    completion: str
-    reward: float | None
-    reason: str | None
-    expected: float | None
-    """Of an honest neighbour; None: hostile."""
-
-
-def _group(
-    hostile: list[str], right: tuple[str, ...], wrong: tuple[str, ...]
-) -> tuple[list[str], list[float | None]]:
-    """Honest completions before, between and after the hostile ones, with what they deserve."""
-    honest = [(text, 1.0) for text in right] + [(text, 0.0) for text in wrong]
-    mixed: list[tuple[str, float | None]] = [(right[0], 1.0)]
-    for i, text in enumerate(hostile):
-        mixed += [(text, None), honest[i % len(honest)]]
-    return [text for text, _ in mixed], [expected for _, expected in mixed]
-
-
-class _Fleet:
-    """Two verifiers, each used from a thread of its own."""
-
-    def __init__(
-        self, config: VerifiersConfig, functions: dict[str, Callable[..., Any]] | None = None
-    ) -> None:
-        self._threads = [ThreadPoolExecutor(1) for _ in range(2)]
-        self._verifiers = [thread.submit(Verifier, config, functions) for thread in self._threads]
-
-    def score(
-        self, hostile: list[str], right: tuple[str, ...] = RIGHT, wrong: tuple[str, ...] = WRONG
-    ) -> list[Scored]:
-        """Ten to a group."""
-        waiting = []
-        for i in range(0, len(hostile), 10):
-            completions, expected = _group(hostile[i : i + 10], right, wrong)
-            table = groups.table(
-                [{"group_id": i, "prompt": "What?", "answer": GOLD, "completions": completions}]
-            )
-            turn = i // 10 % 2
-            waiting.append(
-                (
-                    completions,
-                    self._threads[turn].submit(self._verifiers[turn].result().score, table),
-                    expected,
-                )
-            )
-        scored = []
-        for completions, future, expected in waiting:
-            (row,) = groups.rows(future.result())
-            scored += [
-                Scored(*each)
-                for each in zip(completions, row["rewards"], row["reward_reasons"], expected, strict=True)
-            ]
-        return scored
-
-    def close(self) -> None:
-        for thread, verifier in zip(self._threads, self._verifiers, strict=True):
-            thread.submit(verifier.result().close).result()
-            thread.shutdown()
-
-
-def _processes(folder: Path) -> set[int]:
-    """Descendants of this process, and whatever ran away from them: it has the folder for temporary files in
-    its environment.
-    """
-    found = {process.pid for process in psutil.Process().children(recursive=True)}
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("TMPDIR", "").startswith(str(folder)):
-                found.add(process.pid)
-        except psutil.Error:
-            continue
-    return found - {os.getpid()}
-
-
-class World:
-    """A folder for temporary files, a working directory and listeners of our own, and what there is in and of
-    them.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for name in ("temporary", "working", "outside"):
-            (root / name).mkdir()
-        precious = root / "outside" / "precious"
-        precious.write_text("as it was")
-        self._tcp, self._udp = (
-            socket.create_server(("127.0.0.1", 0)),
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
-        )
-        port = self._tcp.getsockname()[1]
-        self._udp.bind(("127.0.0.1", port))
-        for listener in (self._tcp, self._udp):
-            listener.setblocking(False)
-        self.traps = Traps(root / "outside" / "canary", precious, port)
-
-    def count(self) -> dict[str, Any]:
-        gc.collect()
-        return {
-            "processes": _processes(self.root / "temporary"),
-            "files": sorted(
-                (str(path), path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
-                for path in self.root.rglob("*")
-            ),
-            "descriptors": psutil.Process().num_fds(),
-            "sockets": sorted((c.family, c.type, c.status) for c in psutil.Process().net_connections("all")),
-        }
-
-    def num_visitors(self) -> int:
-        """Connections and datagrams that have arrived."""
-        num = 0
-        try:
-            while True:
-                self._tcp.accept()[0].close()
-                num += 1
-        except BlockingIOError:
-            pass
-        try:
-            while True:
-                self._udp.recv(1)
-                num += 1
-        except BlockingIOError:
-            return num
-
-
-class Report(NamedTuple):
-    """What there is when a kind has been scored, all verifiers closed."""
-
-    scored: list[Scored]
-    before: dict[str, Any]
-    after: dict[str, Any]
-    num_visitors: int
-    most_processes: int
-
-
-@pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """`apart(check, …)`: a function of this file, called with a World in a process of its own, in which
-    nobody else opens or closes anything.
-    """
-    root = tmp_path_factory.mktemp("world")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (root,)) as process:
-        yield lambda check, *arguments: process.submit(_call, check, arguments).result()
-
-
-_world: World
-
-
-def _begin(root: Path) -> None:
-    global _world
-    _world = World(root)
-    os.environ["TMPDIR"], tempfile.tempdir = str(root / "temporary"), None
-    os.chdir(root / "working")
-
-
-def _call(check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    check(_world, *arguments)
-
-
-def _report(
-    world: World,
-    kind: Kind,
-    config: VerifiersConfig,
-    functions: dict[str, Callable[..., Any]] | None = None,
-    **honest: Any,
-) -> Report:
-    hostile = kind(random.Random(kind.__name__), world.traps)
-    assert len(hostile) >= NUM
-    before = world.count()
-    fleet = _Fleet(config, functions)
-    try:
-        scored = fleet.score(hostile, **honest)
-        most = len(_processes(world.root / "temporary") - before["processes"])
-    finally:
-        fleet.close()
-    return Report(scored, before, world.count(), world.num_visitors(), most)
-
-
-def _assert_harmless(report: Report) -> None:
-    assert [
-        each for each in report.scored if each.expected is not None and each.reward != each.expected
-    ] == []
-    hostile = [each for each in report.scored if each.expected is None]
-    assert [
-        (each.completion[:200], each.reward, each.reason)
-        for each in hostile
-        if each.reward not in (0.0, None)
-    ] == []
-    assert len(hostile) >= NUM
-    for what, before in report.before.items():
-        assert report.after[what] == before, what
-    assert report.num_visitors == 0
-    assert report.most_processes <= 4  # a template and a child of each verifier
-
-
-@pytest.mark.parametrize("kind", TEXT)
-def test_hostile_text_is_harmless_to_math(apart: Callable[..., None], kind: str) -> None:
-    apart(_text_to_math, kind)
-
-
-def _text_to_math(world: World, kind: str) -> None:
-    _assert_harmless(_report(world, TEXT[kind], VerifiersConfig(**MATH_LIMITS)))
-
-
-def test_hostile_text_is_harmless_to_the_other_reward_functions_and_meets_no_limit(
-    apart: Callable[..., None],
-) -> None:
-    apart(_text_to_others)
-
-
-def _text_to_others(world: World) -> None:
-    def all_kinds(rng: random.Random, traps: Traps) -> list[str]:
-        return [text for kind in TEXT.values() for text in kind(rng, traps)[::4]]
-
-    # The last two look at form and say nothing of right and wrong: they are here for their time and their
-    # memory.
-    rewards: Any = {"numeric": 0.5, "exact_match": 0.5, "format": 0.0, "length": 0.0}
-    report = _report(
-        world,
-        all_kinds,
-        VerifiersConfig(rewards=rewards, **MATH_LIMITS),
-        right=("\\boxed{42}", "I find \\boxed{ 42 }."),
-    )
-    _assert_harmless(report)
-    assert [(each.completion[:200], each.reason) for each in report.scored if each.reward is None] == []
-
-
-@pytest.mark.parametrize("kind", CODE)
-def test_hostile_code_in_a_users_function_is_harmless(apart: Callable[..., None], kind: str) -> None:
-    apart(_code, kind)
-
-
-def _code(world: World, kind: str) -> None:
-    def obeys(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
-        if not completions[0].isdigit():
-            exec(completions[0], {})
-        return [float(completions[0] == answer[0])]
-
-    make, endings = CODE[kind]
-    report = _report(
-        world, make, VerifiersConfig(**CODE_LIMITS), {"math": obeys}, right=(GOLD,), wrong=("41",)
-    )
-    _assert_harmless(report)
-    reasons = [each.reason for each in report.scored if each.expected is None and each.reward is None]
-    assert len(reasons) >= NUM // 3
-    assert [
-        reason for reason in reasons if not (reason or "").removeprefix("math raised ").startswith(endings)
-    ] == []
-
-
-def test_the_traps_work(apart: Callable[..., None]) -> None:
-    """Without confinement the same programs leave what the tests above look for."""
-    apart(_traps)
-
-
-def _traps(world: World) -> None:
-    traps = world.traps._replace(canary=world.traps.canary.with_name("control"))
-    before = world.count()["files"]
-    for program in (files(random.Random(0), traps)[0], network(random.Random(0), traps)[0]):
-        subprocess.run([sys.executable, "-c", program], check=True)
-    assert world.num_visitors() == 1
-    assert world.count()["files"] != before
-    traps.canary.unlink()
-    assert world.count()["files"] == before
-
-
-# --- half a surrogate pair, and bytes that are not UTF-8 ----------------------------------------------------
-
-
-def test_a_table_does_not_take_half_a_surrogate_pair() -> None:
-    with pytest.raises(ValueError, match="surrogate"):
-        groups.table([{"prompt": "What?", "answer": GOLD, "completions": ["\\boxed{4\ud8002}"]}])
-
-
-def test_rows_of_a_file_with_half_surrogate_pairs_and_invalid_utf8_cost_only_themselves(
-    apart: Callable[..., None],
-) -> None:
-    """JSON can escape half a pair; a line that is not UTF-8 is malformed."""
-    apart(_file)
-
-
-def _file(world: World) -> None:
-    rng = random.Random("surrogates")
-    halves = [chr(rng.randint(0xD800, 0xDFFF)) for _ in range(NUM)]
-    hostile = [
-        form.replace("43", f"4{half}3") for half, form in zip(halves, _in_forms(["43"] * NUM), strict=True)
-    ]
-    lines, expected = [], []
-    for text in hostile:
-        broken = (
-            json.dumps({"response": "\\boxed{@}", "gold": GOLD})
-            .encode()
-            .replace(b"@", b"42" + rng.randbytes(3) + b"\xff")
-        )
-        lines += [
-            json.dumps({"response": text, "gold": GOLD}).encode(),
-            json.dumps({"response": RIGHT[0], "gold": GOLD}).encode(),
-            broken,
-            json.dumps({"response": WRONG[0], "gold": GOLD}).encode(),
-        ]
-        expected += ["incorrect", "correct", "unverifiable", "incorrect"]
-    source, out = world.root / "in.jsonl", world.root / "out.jsonl"
-    before = world.count()
-    source.write_bytes(b"\n".join(line.replace(b"\n", b"") for line in lines))
-    summary = verify.main(str(source), str(out), VerifiersConfig(**MATH_LIMITS), num_workers=2)
-    scored = [json.loads(line) for line in out.read_text().splitlines()]
-    source.unlink()
-    out.unlink()
-    assert [row["verdict"] for row in scored] == expected
-    assert summary["malformed"] == NUM
-    assert [row["response"] for row in scored[::4]] == hostile
-    assert world.count() == before
