@@ -101,6 +101,12 @@ def test_the_last_line_that_names_an_error_and_points_to_no_other_is_the_cause(
             {"EngineCore": 1},
             "Worker-1 was ended by SIGKILL (out of memory?) and wrote no cause",
         ),
+        # the client's error is only a consequence where the core was killed
+        (
+            ["ERROR [async_llm.py:1] AsyncLLM output_handler failed.", "asyncio.exceptions.CancelledError"],
+            {"EngineCore": -9},
+            KILLED,
+        ),
         # nobody says anything
         (["KeyError: before"], {"EngineCore": -9}, KILLED),
         ([], {"EngineCore": -9}, KILLED),

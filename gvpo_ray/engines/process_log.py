@@ -16,8 +16,9 @@ from pathlib import Path
 TAIL_BYTES = 256 * 1024
 """Size of the end of a log that is read, in bytes."""
 
-FATAL = ("encountered a fatal error", "output_handler failed")
-"""What vLLM's core, or its client in the engine's process, writes before the traceback of what ends it."""
+FATAL, FAILED = "encountered a fatal error", "output_handler failed"
+"""What vLLM's core, and its client in the engine's process, write before the traceback of what ends it. The
+client fails as well when the core is killed."""
 
 _ERROR = re.compile(r"(?:^|[\])] )((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b(?:: .*)?)$")
 """A traceback's last line, as Python prints it or behind the prefix of vLLM's logger."""
@@ -28,8 +29,8 @@ _CRASH = re.compile(r"(?:^|[\])] )(?:  what\(\):  |Fatal Python error: )(.+)$")
 _WORKER = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
 """What vLLM's core writes of a worker that has ended without a word to it."""
 
-_POINTERS = ("root cause", "Executor failed")
-"""Texts of errors that only say that another process has failed."""
+_POINTERS = ("root cause", "Executor failed", "CancelledError")
+"""Texts of errors that only say that something else has failed."""
 
 
 class ProcessLog:
@@ -70,20 +71,29 @@ def why_it_died(lines: list[str], statuses: Mapping[str, int]) -> str:
         lines: what the processes of the engine wrote.
         statuses: exit status, or minus the number of the signal that ended it, of each process that is gone.
     """
-    marks = [i for i, line in enumerate(lines) if any(text in line for text in FATAL)]
-    if marks and (error := last_error(lines[marks[-1] :])):
+    if error := last_error(_behind(FATAL, lines)):
         return error
     workers = {found[1]: int(found[2]) for line in lines if (found := _WORKER.search(line))}
     gone = {**workers, **statuses}
     killed = [name for name, status in gone.items() if status < 0]
-    if marks and not killed and (error := last_error(lines)):
-        return error  # the mark's traceback only points to it
+    if not killed:
+        if error := last_error(_behind(FAILED, lines)):
+            return error
+        # the core's traceback only points to what stands before it
+        if _behind(FATAL, lines) and (error := last_error(lines)):
+            return error
     if not gone:
         return "no cause is known, its processes wrote none"
     name = (killed or list(gone))[0]
     last_words = [found[1] for line in lines if (found := _CRASH.search(line))]
     why = f": {last_words[-1]}" if last_words else " and wrote no cause"
     return f"{name} {how_it_ended(gone[name])}{why}"
+
+
+def _behind(mark: str, lines: list[str]) -> list[str]:
+    """Return the lines from the last one on that has the mark; none has: no lines."""
+    marked = [i for i, line in enumerate(lines) if mark in line]
+    return lines[marked[-1] :] if marked else []
 
 
 def how_it_ended(status: int) -> str:
