@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil  # type: ignore[import-untyped]
 import pytest
 import tiny
+import yaml
+from tiny import make_model, tree
 
 TIERS = {
     "cluster": {"test_autoscaler", "test_cluster"},
@@ -40,6 +45,8 @@ TIERS = {
     "actors": {
         "test_actors",
         "test_cli",
+        "test_cli_check",
+        "test_cli_inputs",
         "test_engines",
         "test_evaluate",
         "test_tracking",
@@ -53,7 +60,14 @@ A test that runs on several ranks is end to end wherever it stands.
 """
 
 
-LONGEST = ["test_ring", "test_ring_python", "test_recovery", "test_setup", "test_engines", "test_ring_jobs"]
+LONGEST = [
+    "test_ring",
+    "test_ring_python",
+    "test_recovery",
+    "test_setup",
+    "test_vllm_engine",
+    "test_ring_jobs",
+]
 """Test files that begin first, in this order."""
 
 
@@ -145,3 +159,67 @@ def on_ranks(
         return results
 
     return ask
+
+
+PROBLEMS = [{"prompt": f"{a} + {b}?", "answer": str(a + b)} for a in range(2) for b in range(3)]
+
+
+@pytest.fixture(scope="module")
+def command_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No cluster in the environment, no Ray from here on, and the signal handler that `main` sets put
+    back.
+    """
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("gvpo_ray.run.session.Session.__init__", lambda *_: pytest.fail("Ray is started"))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, command_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run's inputs (config.yaml, model, train.jsonl), which is the working directory."""
+    shutil.copytree(command_model, tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    config = {
+        "run_dir": "run",
+        "num_steps": 2,
+        "groups_per_step": 2,
+        "model": {"path": "./model"},
+        "prompts": {"path": "train.jsonl", "template": "{prompt}="},
+        "sampling": {"num_completions": 2, "max_tokens": 16},
+        "engines": {"num_cpus": 0.1},
+        "learner": {"num_mini_batches": 1, "num_cpus": 0.1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(quiet: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused("train", "config.yaml", …)`: the one line on stderr, without the folder, after checking all
+    that a refusal must be.
+    """
+
+    import ray
+
+    from gvpo_ray.cli import main
+
+    def run(*arguments: str) -> str:
+        before = tree(folder)
+        status = main(list(arguments))
+        printed = capsys.readouterr()
+        assert status == 2, printed.err
+        assert re.fullmatch(r"error: [^\n]+\n", printed.err), f"not one line: {printed.err}"
+        assert "Traceback" not in printed.out
+        assert tree(folder) == before
+        assert not ray.is_initialized()
+        return printed.err.removeprefix("error: ").rstrip("\n").replace(f"{folder}/", "")
+
+    return run

@@ -4,6 +4,7 @@ to run on.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import traceback
@@ -62,6 +63,17 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
         )
     ).save_pretrained(folder)
     return Path(folder)
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    """What is in a folder: any change of a name, a content or a time makes it another."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+        )
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def make_checkpoint(folder: Path) -> Path:

@@ -52,7 +52,7 @@ class Session:
                     logging_level=logging.ERROR,
                     **({} if address else embedded),
                 )
-            except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray raises Exception itself, where a node does not start in time
                 what = f"cannot join the cluster at {address}" if address else "cannot start on this machine"
                 raise ConfigError(f"ray: {what}: {' '.join(str(error).split())}") from error
             if threading.current_thread() is threading.main_thread():
