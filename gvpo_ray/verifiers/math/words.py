@@ -66,8 +66,8 @@ def same_words(gold: str, pred: str) -> bool:
     """Return whether two answers in words mean the same.
 
     They do if they have the same words (in a list in any order), if the answer begins with a gold yes, no,
-    true or false and says neither its contrary nor a condition, or if it is the beginning, at most a third, of
-    a gold sentence.
+    true or false and says neither its contrary nor a condition, or if it is the beginning, at most a third,
+    of a gold sentence.
     """
     wanted, found = (
         [word for word in words if word not in _STOP_WORDS] or words
