@@ -217,6 +217,11 @@ def test_an_interval_is_an_inequality_and_its_ends_count(
     assert is_right(f"{low} {signs[0]} x {signs[1]} {high}", gold)
     assert is_right(f"x \\in {gold}", gold)
     assert is_right(f"\\{{x \\mid {low} {signs[0]} x {signs[1]} {high}\\}}", gold)
+    assert is_right(f"{low} {signs[0]} x \\text{{ and }} x {signs[1]} {high}", gold)
+    assert not is_right(f"{low} {signs[0]} x \\text{{ or }} x {signs[1]} {high}", gold)
+    assert not is_right(f"{low} {signs[0]} x \\text{{ and }} y {signs[1]} {high}", gold)
+    assert is_right(f"x \\neq {low}", f"(-\\infty, {low}) \\cup ({low}, \\infty)")
+    assert not is_right(f"x \\neq {high}", f"(-\\infty, {low}) \\cup ({low}, \\infty)")
     assert not is_right(f"{low} {wrong} x {signs[1]} {high}", gold)
     assert not is_right(f"{low} {signs[0]} x {signs[1]} {high + 1}", gold)
 
@@ -331,3 +336,27 @@ def test_a_copy_with_its_terms_in_another_order_is_a_copy(x: str, a: int, b: int
         assert is_right(text, gold, prompt="Think."), text
         assert not is_right(text, gold, prompt=prompt), text
     assert is_right(f"-{a * b} + {x}^2 - {b - a}{x}", gold, prompt=prompt)
+
+
+ALL = (r"\mathbb{R}", r"\mathbb R", r"(-\infty, \infty)", r"x \in \mathbb{R}", r"\text{all real numbers}")
+NONE = (r"\emptyset", r"\varnothing", r"\{\}", r"\text{no solution}", "There are no real solutions", "\u2205")
+
+
+@given(st.sampled_from([(ALL, NONE), (NONE, ALL)]), st.data())
+def test_the_real_numbers_and_the_empty_set_have_many_names(
+    sides: tuple[tuple[str, ...], tuple[str, ...]], data: st.DataObject
+) -> None:
+    same, other = sides
+    gold = data.draw(st.sampled_from(same))
+    for text in same:
+        assert is_right(text, gold), (text, gold)
+    for text in (*other, "0", r"(0, \infty)", r"\{0\}"):
+        assert not is_right(text, gold), (text, gold)
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_a_ratio_may_be_written_with_to_where_gold_is_a_ratio(a: int, b: int) -> None:
+    for text in (f"{a} to {b}", f"{a} \\text{{ to }} {b}", f"{a}:{b}"):
+        assert is_right(text, f"{a}:{b}"), text
+        assert a == b or not is_right(text, f"{b}:{a}"), text
+    assert not is_right(f"{a} to {b}", str(a))

@@ -103,6 +103,8 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
     if not pred or nesting > MAX_NESTING or too_large(pred) or too_large(gold):
         return False
     kind = kind_of(gold)
+    if ":" in gold:  # 3 to 4 is 3:4
+        pred = re.sub(r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":", pred)
     if kind not in (Kind.CHOICE, Kind.WORDS):
         pred = _with_gold_parameter(gold, _without_option(gold, pred))
     return _COMPARERS[kind](gold, pred, nesting + 1)

@@ -87,7 +87,10 @@ def _is_zero(tree: Tree) -> bool:
 def _is_rational(tree: Tree) -> bool:
     """Return whether a tree has numerals and the four operations and powers alone."""
     return _is_numeral(tree) or (
-        not isinstance(tree, str) and tree[0] in _ARITHMETIC - {"root"} and all(map(_is_rational, tree[1:]))
+        not isinstance(tree, str)
+        and tree[0] in _ARITHMETIC - {"root"}
+        and all(map(_is_rational, tree[1:]))
+        and (tree[0] != "^" or tree[2][0] != "/")  # 2^{2/3} is a root
     )
 
 

@@ -69,6 +69,11 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\ln(?![a-z])", r"\\log"),
     (r"(?i)^\s*(?:\\text\{)?\s*(?:minus|negative)\s*\}?\s*(?=\S)", "-"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\(?:mathbb\s*\{?\s*R\s*\}?|R(?![a-zA-Z]))|^\s*(?i:all|any|every) reals?(?: numbers?)?\s*$",
+     r"\\mathbb{R}"),
+    (r"\\varnothing(?![a-z])|^\s*\\?\{\s*\\?\}\s*$"
+     r"|^\s*(?i:(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set)\s*\.?\s*$",
+     r"\\emptyset"),
     (r"\{\s+", "{"),
     (r"^\s*Eq\((.*),([^,]*)\)\s*$", r"\1 = \2"),  # sympy's way to write an equation
     (r"(?i)^\s*(?:\\text\{\s*)?(?:the answer is|it "

@@ -18,6 +18,8 @@ _TOKEN = re.compile(
 )
 _OPENING = frozenset(["(", "[", "{", r"\{", r"\langle", r"\lceil", r"\lfloor"])
 _CLOSING = frozenset([")", "]", "}", r"\}", r"\rangle", r"\rceil", r"\rfloor"])
+RELATION = re.compile(r"(<|>|\\leq(?![a-z])|\\geq(?![a-z]))")
+_FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 _NAME = r"(?:[A-Za-z]|\\[a-z]+(?![a-z]))(?:_\{?[\w+-]{1,6}\}?)?'*"
 _PLUS_MINUS = re.compile(r"\\pm(?![a-z])")
 _LABEL = re.compile(r"^(?:\\text\{)?\s*[A-Za-z]{3,}[A-Za-z ]*\d*\s*\}?\s*:\s*(?=\S)")
@@ -65,7 +67,7 @@ def items_of(text: str) -> list[str]:
 
     Lists are texts such as "1, 2 and 3", "x < 1 or x > 2", "1 \pm 2" or a union. Their order means nothing.
     """
-    text = _without_rounding(text)
+    text = _as_union(_without_rounding(text))
     groups = _split(text, (";",) if ";" in text else ("and", "or"))
     sizes = {len(_split(part, (",",))) for part in groups}
     if len(groups) > 1 and len(sizes) == 1 and sizes != {1} and all("=" in part for part in groups):
@@ -77,6 +79,27 @@ def items_of(text: str) -> list[str]:
         if not re.fullmatch(_DOMAIN + r"(?:_\S+)?", part)
     ]
     return [sign for part in [part for part in kept if part] or [text] for sign in both_signs(part)]
+
+
+def _as_union(text: str) -> str:
+    r"""Write "x > 1 and x < 2" as an interval and "x \neq 2" as a union of two; leave other texts alone."""
+    if match := re.fullmatch(rf"{_NAME}\s*\\neq\s*([^,;=<>\\ ]+|\\frac\{{[^{{}}]*\}}\{{[^{{}}]*\}})", text):
+        return rf"(-\infty,{match[1]})\cup({match[1]},\infty)"
+    sides = [
+        RELATION.split(side) for side in _split(re.sub(r"\\(?:land|wedge)(?![a-z])", " and ", text), ("and",))
+    ]
+    if len(sides) != 2 or any(len(side) != 3 for side in sides):
+        return text
+    bounds = [  # (relation, bound) of the name
+        (_FLIP[relation], trim(left), trim(right))
+        if re.fullmatch(_NAME, trim(right))
+        else (relation, trim(right), trim(left))
+        for left, relation, right in sides
+    ]
+    (first, low, name), (second, high, other) = sorted(bounds, key=lambda bound: bound[0] in ("<", r"\leq"))
+    if name != other or first not in (">", r"\geq") or second not in ("<", r"\leq"):
+        return text
+    return f"{'(' if first == '>' else '['}{low},{high}{')' if second == '<' else ']'}"
 
 
 def _without_rounding(text: str) -> str:
@@ -128,10 +151,6 @@ def bracketed(text: str) -> tuple[str, list[str], str] | None:
     )
 
 
-RELATION = re.compile(r"(<|>|\\leq(?![a-z])|\\geq(?![a-z]))")
-_FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
-
-
 def as_interval(text: str) -> str:
     """Rewrite an inequality in one name, or a set given by one, as an interval; leave other texts alone."""
     if match := re.fullmatch(
@@ -139,6 +158,8 @@ def as_interval(text: str) -> str:
     ):
         text = trim(match[1])
     text = re.sub(rf"^{_NAME}\s*\\in(?![a-z])\s*", "", text)
+    if text == r"\mathbb{R}":
+        return r"(-\infty,\infty)"
     parts = [part.strip() for part in RELATION.split(text)]
     if len(parts) == 5 and re.fullmatch(_NAME, parts[2]):
         left, first, _, second, right = parts
