@@ -88,8 +88,8 @@ def validate_rewards(
         ):
             raise ConfigError(
                 f"verifiers.rewards.{name}: unknown reward; built in is {', '.join((*BUILT_IN, CODE))}, "
-                "your own is module:function or path.py:function, a callable is passed as reward= from Python, "
-                "and a section says url or model"
+                "your own is module:function or path.py:function, a callable is passed as reward= from "
+                "Python, and a section says url or model"
             )
         if (built_in := BUILT_IN.get(place)) and name not in (functions or {}) and columns:
             try:
