@@ -21,7 +21,7 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.sandbox.guest import decode, encode
 from gvpo_ray.verifiers import code_tests
 from gvpo_ray.verifiers.code import last_block
-from gvpo_ray.verifiers.code_tests import APPS, CONTESTS, LIVE, same_output, same_value, tests_of
+from gvpo_ray.verifiers.code_tests import APPS, CONTESTS, LIVE, read_tests, same_output, same_value
 from gvpo_ray.verifiers.verifier import Verifier
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
@@ -48,7 +48,9 @@ def score(verifier: Verifier, program: str, **row: Any) -> float | None:
 
 LIVE_TESTS = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
 PACKED = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(LIVE_TESTS)))).decode()
-SHIFT = "class Solution:\n    def shift(self, values: List[int], by: int):\n        return [v + by for v in values]"
+SHIFT = (
+    "class Solution:\n    def shift(self, values: List[int], by):\n        return [v + by for v in values]"
+)
 EVAL_PLUS = """
 import numpy as np
 def check(candidate):
@@ -226,7 +228,7 @@ def test_values_come_out_of_data_as_they_went_in() -> None:
 def test_a_pickle_in_the_data_runs_no_code() -> None:
     packed = base64.b64encode(zlib.compress(pickle.dumps(os.getcwd))).decode()
     with pytest.raises(ValueError, match="cannot be read: UnpicklingError"):
-        tests_of({"private_test_cases": packed})
+        read_tests({"private_test_cases": packed})
 
 
 @pytest.mark.parametrize(
