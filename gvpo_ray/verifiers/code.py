@@ -18,7 +18,7 @@ from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.sandbox.functions import OutOfReach, Score
 from gvpo_ray.sandbox.programs import Programs, Result, StoppedError
-from gvpo_ray.verifiers.code_tests import COLUMNS, Asserts, Calls, Runs, same_output, same_value, tests_of
+from gvpo_ray.verifiers.code_tests import COLUMNS, Asserts, Calls, Runs, read_tests, same_output, same_value
 from gvpo_ray.verifiers.http_reward import HttpReward
 
 ARGUMENTS: dict[str, type] = {"share": bool, "max_tests": int, "language": str, "sandbox_fusion": str}
@@ -96,7 +96,7 @@ class CodeReward:
             row = {name: values[i] for name, values in columns.items()}
             program = last_block(completion, prompt)
             try:
-                tests = tests_of(row)
+                tests = read_tests(row)
             except ValueError as error:
                 scores.append((None, f"code: {error}"))
                 continue

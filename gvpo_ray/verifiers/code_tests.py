@@ -76,7 +76,7 @@ class Asserts(NamedTuple):
     entry_point: str | None
 
 
-def tests_of(row: Mapping[str, Any]) -> Runs | Calls | Asserts:
+def read_tests(row: Mapping[str, Any]) -> Runs | Calls | Asserts:
     """Return the tests of a row.
 
     Args:
@@ -99,8 +99,8 @@ def tests_of(row: Mapping[str, Any]) -> Runs | Calls | Asserts:
         row["tests"] = gold
     elif isinstance(gold, str) and gold.strip():
         row["test"] = gold
-    for read_tests in (_pairs, _asserts):
-        if (found := read_tests(row)) is not None:
+    for read_form in (_pairs, _asserts):
+        if (found := read_form(row)) is not None:
             return found
     raise ValueError("the row has no tests")
 

@@ -1,0 +1,282 @@
+"""The reward `code`: rows of known data sets, comparison of outputs, and hostile programs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import threading
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.sandbox.guest import decode, encode
+from gvpo_ray.verifiers import code_tests
+from gvpo_ray.verifiers.code import last_block
+from gvpo_ray.verifiers.code_tests import APPS, CONTESTS, LIVE, read_tests, same_output, same_value
+from gvpo_ray.verifiers.verifier import Verifier
+
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+SUMS = json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]})
+CALLS = json.dumps({"inputs": [[1, 2], [3, 4]], "outputs": [[3], [7]], "fn_name": "add"})
+ASSERTS = ["assert add(1, 2) == 3", "assert add(3, 4) == 7"]
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    made = Verifier(VerifiersConfig.model_validate({"rewards": {"code": 1.0}, "timeout_s": 30, "cpu_s": 1}))
+    yield made
+    made.close()
+
+
+def block(program: str) -> str:
+    return f"Let me see.\n```python\n{program}\n```\n"
+
+
+def score(verifier: Verifier, program: str, **row: Any) -> float | None:
+    (check,) = verifier.check(["?"], [block(program)], {name: [value] for name, value in row.items()})
+    return check.reward
+
+
+LIVE_TESTS = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
+PACKED = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(LIVE_TESTS)))).decode()
+SHIFT = (
+    "class Solution:\n    def shift(self, values: List[int], by):\n        return [v + by for v in values]"
+)
+EVAL_PLUS = """
+import numpy as np
+def check(candidate):
+    inputs, results = [[[1, 2]], [[3]]], [[2, 1], [3]]
+    for given, expected in zip(inputs, results):
+        assert np.allclose(candidate(*given), expected)
+"""
+
+
+@pytest.mark.parametrize(
+    "row, right, wrong",
+    [
+        ({"answer": SUMS}, ADD, "print(3)"),
+        ({"input_output": SUMS}, ADD, "print(7)"),
+        ({"reward_model": {"ground_truth": SUMS}}, ADD, "print(7)"),
+        ({"answer": CALLS}, "def add(a, b): return a + b", "def add(a, b): return 3"),
+        (
+            {
+                "public_tests": {"input": ["1 2"], "output": ["3"]},
+                "private_tests": {"input": ["3 4"], "output": ["7"]},
+            },
+            ADD,
+            "print(3)",
+        ),
+        (
+            {"public_test_cases": json.dumps(LIVE_TESTS), "metadata": '{"func_name": "shift"}'},
+            SHIFT,
+            SHIFT.replace("+", "-"),
+        ),
+        ({"private_test_cases": PACKED, "metadata": {"func_name": "shift"}}, SHIFT, SHIFT.replace("+", "-")),
+        ({"answer": ASSERTS}, "def add(a, b): return a + b", "def add(a, b): return 3"),
+        ({"test_list": ["assert sum(1, 2) == 3"]}, "def sum(a, b): return a + b", "def sum(a, b): return 4"),
+        (
+            {"test": EVAL_PLUS, "entry_point": "back"},
+            "def back(x): return x[::-1]",
+            "def back(x): return x",
+        ),
+    ],
+)
+def test_rows_of_known_data_sets_score_right_programs_1_and_wrong_ones_0(
+    verifier: Verifier, row: dict[str, Any], right: str, wrong: str
+) -> None:
+    assert score(verifier, right, **row) == 1
+    assert score(verifier, wrong, **row) == 0
+
+
+LIAR = "class Any_:\n    def __eq__(self, other): return True\n    def __bool__(self): return True\n"
+HOSTILE = [
+    "import os\nwhile True: os.fork()",
+    "import subprocess\nsubprocess.run(['true'])",
+    "import sys\nsys.exit(0)",
+    "import os\nos._exit(0)",
+    "x = [0] * 10**10",
+    "import builtins\nbuiltins.AssertionError = KeyError\ndef add(a, b): raise SystemExit(0)",
+    "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+    "import os\nprint(open(f'/proc/{os.getppid()}/mem', 'rb').read(9))",
+    LIAR + "def add(a, b): return Any_()",
+    "import sys\nsys.modules['json'].dumps = lambda *a, **k: '{\"value\": true}'\ndef add(a, b): return 0",
+    "import gc\nprint([o['outputs'] for o in gc.get_objects() if type(o) is dict and 'outputs' in o])",
+    'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"value": 3}\\n{"end": true}\\n\')\n'
+    "    except OSError: pass\ndef add(a, b): return 0",
+    "import os\nos.closerange(3, 99)\ndef add(a, b): return 0",
+    "def add(a, b): return (x for x in iter(int, 1))",
+]
+
+
+@pytest.mark.parametrize("answer", [SUMS, CALLS, ASSERTS], ids=["output", "calls", "asserts"])
+def test_hostile_programs_earn_nothing_and_the_next_one_is_scored_right(
+    verifier: Verifier, answer: Any
+) -> None:
+    for program in HOSTILE:
+        assert not score(verifier, program, answer=answer), program
+    honest = ADD if answer == SUMS else "def add(a, b): return a + b"
+    assert score(verifier, honest, answer=answer) == 1
+
+
+def test_endless_output_is_cut_and_wrong(verifier: Verifier) -> None:
+    assert score(verifier, "while True: print('7' * 1000)", answer=SUMS) == 0
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    verifier = Verifier(VerifiersConfig.model_validate({"rewards": {"code": 1.0}}))
+    assert score(verifier, "open('/tmp/x', 'w')", answer=SUMS) == 0
+    writes = "import os\nopen(os.environ['TMPDIR'] + '/x', 'w').write('x')\n" + ADD
+    assert score(verifier, writes, answer=SUMS) == 1
+    verifier.close()
+    assert {child.pid for child in psutil.Process().children(recursive=True)} == before
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_share_counts_the_tests_that_passed() -> None:
+    config = {"rewards": {"code": {"arguments": {"share": True}}}, "timeout_s": 30, "cpu_s": 1}
+    verifier = Verifier(VerifiersConfig.model_validate(config))
+    assert score(verifier, "print(3)", answer=SUMS) == 0.5
+    assert score(verifier, "def add(a, b): return 3", answer=CALLS) == 0.5
+    assert score(verifier, "def add(a, b): return 3", answer=ASSERTS) == 0.5
+    assert (
+        score(verifier, "def add(a, b):\n    if a > 1: raise SystemExit\n    return 3", answer=ASSERTS) == 0.5
+    )
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": ""},
+        {"answer": "assert f(1 =="},
+        {"answer": {"inputs": ["1"], "outputs": []}},
+        {"answer": ["assert f(lambda: 1) == 2"]},
+        {"test_list": ["assert f(1) == 2"], "test_setup_code": "import no_such_module"},
+        {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()},
+        {"answer": SUMS, "language": "cpp"},
+    ],
+)
+def test_a_row_whose_tests_are_at_fault_gives_no_reward(verifier: Verifier, row: dict[str, Any]) -> None:
+    assert score(verifier, "def f(x): return 2", **row) is None
+
+
+def test_asserts_see_lists_that_a_program_changes_and_its_objects(verifier: Verifier) -> None:
+    program = (
+        "def put(x): x.append(1)\nclass Pair:\n    def __init__(self, a): self.a = a\ndef get(p): return p.a"
+    )
+    assert score(verifier, program, test="x = []\nput(x)\nassert x == [1]\nassert get(Pair(5)) == 5") == 1
+
+
+def test_a_program_reads_more_than_a_pipe_holds_and_prints_at_its_exit(verifier: Verifier) -> None:
+    big = json.dumps({"inputs": ["1\n" * 200_000], "outputs": ["200000"]})
+    program = "import atexit, sys\nn = len(sys.stdin.read().split())\natexit.register(lambda: print(n))"
+    assert score(verifier, program, answer=big) == 1
+
+
+def test_the_last_closed_block_is_the_program() -> None:
+    assert last_block("```\na\n```\ntext\n~~~py\nb\n```\n~~~\n```\nopen") == "b\n```"
+    assert last_block("<think>\n```\na\n```\n</think> none") is None
+    assert last_block("a\n```", "Go on:\n```python\n") == "a"
+
+
+@pytest.mark.parametrize(
+    "found, gold, style, same",
+    [
+        ("1  2 \n\n3\n", "1 2\n3", APPS, True),
+        ("1 2 3", "1 2\n3", APPS, False),
+        ("1 2 3", "1 2\n3", CONTESTS, True),
+        ("yes", "YES", APPS, False),
+        ("yes", "YES", CONTESTS, True),
+        ("0.333333", "0.3333334", APPS, True),
+        ("0.333333", "0.3333334", LIVE, False),
+        ("0.50", "0.5", LIVE, True),
+        ("1000001", "1000000", APPS, False),
+        ("2.0", "2", APPS, True),
+        ("nan", "nan", LIVE, True),
+        ("nan", "1.0", APPS, False),
+    ],
+)
+def test_outputs_are_compared_as_each_data_set_does(
+    found: str, gold: str, style: code_tests.Style, same: bool
+) -> None:
+    assert same_output(found, gold, style) is same
+
+
+def test_values_are_compared_by_json_types_with_a_tolerance_for_fractions() -> None:
+    assert same_value([1, 0.1 + 0.2], [1, 0.3], False) and same_value(5, [5], True)
+    assert not same_value(5, [5], False) and not same_value("1", 1, False)
+    assert not same_value(10**400, 0.5, False)
+
+
+def test_values_come_out_of_data_as_they_went_in() -> None:
+    value = {(1, 2): {3, 4}, "a": [None, 1.5, 1j, b"\xff", frozenset({5})], 6: range(3)}
+    assert decode(json.loads(json.dumps(encode(value, id))), id) == value
+
+
+def test_a_pickle_in_the_data_runs_no_code() -> None:
+    packed = base64.b64encode(zlib.compress(pickle.dumps(os.getcwd))).decode()
+    with pytest.raises(ValueError, match="cannot be read: UnpicklingError"):
+        read_tests({"private_test_cases": packed})
+
+
+@pytest.mark.parametrize(
+    "arguments, columns, said",
+    [
+        ({"shares": True}, ["answer"], "no argument 'shares'; did you mean share"),
+        ({"max_tests": 0}, ["answer"], "max_tests must be a number from 1 on"),
+        ({"language": "cpp"}, ["answer"], "need sandbox_fusion"),
+        ({}, ["question"], "train has no tests"),
+    ],
+)
+def test_a_mistake_in_the_config_is_one_line(
+    arguments: dict[str, Any], columns: list[str], said: str
+) -> None:
+    config = VerifiersConfig.model_validate({"rewards": {"code": {"arguments": arguments}}})
+    with pytest.raises(ConfigError, match=said):
+        Verifier(config, columns={"train": columns})
+
+
+class Fusion(BaseHTTPRequestHandler):
+    """Answers as Sandbox Fusion does; the program says how."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/run_code" and asked["language"] == "cpp" and "expected" not in asked
+        done = {"status": "Finished", "return_code": 0, "stdout": "3\n"}
+        answer = {
+            "right": {"status": "Success", "compile_result": done, "run_result": done},
+            "wrong": {"status": "Failed", "compile_result": {"status": "Finished", "return_code": 1}},
+            "broken": {"status": "SandboxError", "message": "no disk"},
+        }[asked["code"]]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_other_languages_run_on_a_sandbox_fusion_server() -> None:
+    server = HTTPServer(("127.0.0.1", 0), Fusion)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    arguments = {"language": "c++", "sandbox_fusion": url}
+    verifier = Verifier(VerifiersConfig.model_validate({"rewards": {"code": {"arguments": arguments}}}))
+    one = json.dumps({"inputs": [""], "outputs": ["3"]})
+    found = [score(verifier, program, answer=one) for program in ("right", "wrong", "broken")]
+    verifier.close()
+    server.shutdown()
+    server.server_close()
+    assert found == [1, 0, None]
