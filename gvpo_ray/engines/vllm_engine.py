@@ -241,7 +241,7 @@ class Engine(RolloutEngine):
             if not hasattr(error, "__notes__"):
                 manager = self._llm and self._llm.engine_core.resources.engine_manager
                 # a manager of Ray actors knows no processes
-                statuses = getattr(manager, "finished_procs", dict)()
+                statuses: dict[str, int] = getattr(manager, "finished_procs", dict)()
                 error.add_note(why_it_died(self._log.lines(), statuses))
             raise
 

@@ -36,10 +36,12 @@ def add_adapter(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
             peft.inject_adapter_in_model(lora, model)
         except (ValueError, re.error) as error:
             raise ConfigError(f"model.lora.target_modules: {' '.join(str(error).split())}") from error
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapted: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
     for name, module in adapted.items():
-        base = cast(Any, module).get_base_layer()  # one of peft's, as its lora_A shows
+        base = module.get_base_layer()  # one of peft's, as its lora_A shows
         if not isinstance(base, nn.Linear) or module is head:
             # engines and checkpoints merge it into weights that are [out, in], and into those of layers alone
             family = getattr(getattr(model, "config", None), "model_type", "model")

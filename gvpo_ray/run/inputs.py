@@ -73,8 +73,12 @@ class Inputs:
 
     def problems(self) -> dict[str | None, pa.Table]:
         """Return the prompts of the groups that come, by source of whole groups; None: ordinary groups'."""
-        sets: dict[str | None, PromptSet | OfflineSource | None] = {None: self.prompts, **self.sources}
-        return {name: found.all() for name in self.mixture.owners if (found := sets[name]) is not None}
+        sets: dict[str | None, PromptSet | OfflineSource] = {}
+        if self.prompts is not None:
+            sets[None] = self.prompts
+        for name, source in self.sources.items():
+            sets[name] = source
+        return {name: sets[name].all() for name in self.mixture.owners if name in sets}
 
     def digests(self) -> dict[str, str]:
         """Return digests of the prompts and of each source, by key; other data have others.

@@ -174,7 +174,7 @@ def _answer(program: str, lines: Iterator[bytes], send: Callable[[Mapping[str, A
         return numbers[id(value)]
 
     namespace: dict[str, Any] = {}
-    operations = {
+    operations: dict[str, Callable[..., Any]] = {
         **_OPERATIONS,
         "run": lambda: namespace.update(_execute(program)),
         "global": lambda name: _global(namespace, name),

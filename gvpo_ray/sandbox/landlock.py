@@ -141,7 +141,7 @@ def files_of_python() -> Files:
     libraries |= {
         f"{prefix}/{name}" for prefix in prefixes for name in ("lib", "lib64", "share/locale", "pyvenv.cfg")
     }
-    libraries |= {*map(str, zoneinfo.TZPATH), *mimetypes.knownfiles, *_folders_of_the_linker()}
+    libraries |= {*map(str, zoneinfo.TZPATH), *map(str, mimetypes.knownfiles), *_folders_of_the_linker()}
     libraries.add(str(Path(__file__).parents[1]))
     libraries |= set(filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)))
     folders = {os.path.abspath(path) for path in sys.path}

@@ -255,7 +255,9 @@ class Programs(Sandbox):
                     return Result(0, num_tests, str(frame["fault"]))
                 if "do" in frame:
                     answer = child.ask(frame)
-                    known = {name: answer[name] for name in ("value", "changed", "error") if name in answer}
+                    known: dict[str, Any] = {
+                        name: answer[name] for name in ("value", "changed", "error") if name in answer
+                    }
                     frame = self._tests_say(asserts, known if "error" in known or "value" in known else None)
                     continue
                 if "total" in frame:

@@ -48,14 +48,15 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[encode(name, keep), encode(entry, keep)] for name, entry in value.items()]}
     if isinstance(value, (list, type({}.keys()), type({}.values()), type({}.items()))):
-        return [encode(entry, keep) for entry in value]
+        return [encode(entry, keep) for entry in list(value)]
     for name in ("tuple", "set", "frozenset", "deque"):
         if isinstance(value, _COLLECTIONS[name]):  # type: ignore[arg-type]
             return {name: [encode(entry, keep) for entry in value]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, Iterator):
-        return {"iterator": [encode(entry, keep) for entry in itertools.islice(value, MAX_ITEMS)]}
+        entries: Iterator[Any] = itertools.islice(value, MAX_ITEMS)
+        return {"iterator": [encode(entry, keep) for entry in entries]}
     if type(value) in (Decimal, Fraction):
         return {type(value).__name__: str(value)}
     if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
@@ -60,7 +61,7 @@ class CodeReward:
                 near = difflib.get_close_matches(argument, ARGUMENTS, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(ARGUMENTS)}"
                 raise ConfigError(f"verifiers.rewards.{name}: no argument {argument!r}{hint}")
-            if type(value) is not kind or (kind is int and value < 1):
+            if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
                 wanted = {bool: "true or false", int: "a number from 1 on", str: "text"}[kind]
                 raise ConfigError(f"verifiers.rewards.{name}: {argument} must be {wanted} (got {value!r})")
         for key, names in (columns or {}).items():
@@ -130,29 +131,23 @@ class CodeReward:
         if isinstance(tests, Asserts):
             texts = [*tests.setup, *tests.asserts[: self._max_tests]]
             return self._programs.test(program, texts, tests.entry_point, not self._share)
-        inputs, outputs = tests.inputs[: self._max_tests], tests.outputs[: self._max_tests]
+        golds: list[Any] = list(tests.outputs[: self._max_tests])
+        found: Iterator[Any]
+        is_same: Callable[[Any, Any], bool]
         if isinstance(tests, Calls):
-            values = list(outputs)
-            results = self._programs.call(program, tests.name, inputs)
-            found = (
-                (value, lambda value, gold: same_value(value, gold, tests.may_be_wrapped))
-                for value in results
-            )
+            found = self._programs.call(program, tests.name, tests.inputs[: self._max_tests])
+            is_same = partial(same_value, may_be_wrapped=tests.may_be_wrapped)
         else:
-            values = list(outputs)
-            style = tests.style
+            texts = tests.inputs[: self._max_tests]
             found = (
-                (
-                    self._printed(program, text, gold, language),
-                    lambda text, gold: same_output(text, gold, style),
-                )
-                for text, gold in zip(inputs, outputs, strict=True)
+                self._printed(program, text, gold, language) for text, gold in zip(texts, golds, strict=True)
             )
+            is_same = partial(same_output, style=tests.style)
         num_passed, remark = 0, None
-        for number, (gold, (value, is_same)) in enumerate(zip(values, found, strict=False), 1):
+        for number, (gold, value) in enumerate(zip(golds, found, strict=False), 1):
             if isinstance(value, StoppedError):
                 if value.is_fault:
-                    return Result(0, len(values), str(value))
+                    return Result(0, len(golds), str(value))
                 remark = remark or f"test {number}: {value}"
             elif is_same(value, gold):
                 num_passed += 1
@@ -160,7 +155,7 @@ class CodeReward:
                 remark = remark or f"test {number}: another output than expected"
             if remark and not self._share:
                 break
-        return Result(num_passed, len(values), None, remark)
+        return Result(num_passed, len(golds), None, remark)
 
     def _printed(self, program: str, stdin: str, gold: str, language: str) -> str | StoppedError:
         """Return what a program prints, or why it did not come to its end."""

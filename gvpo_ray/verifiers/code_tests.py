@@ -91,7 +91,7 @@ def read_tests(row: Mapping[str, Any]) -> Runs | Calls | Asserts:
         model = _json(row.get("reward_model"))
         gold = _json(model.get("ground_truth")) if isinstance(model, Mapping) else None
     if isinstance(gold, Mapping):
-        row = {"tests": gold} | row | gold
+        row = {"tests": gold, **row, **gold}
     elif isinstance(gold, list) and gold and all(isinstance(entry, str) for entry in gold):
         read = [_json(entry) for entry in gold]
         row["test_list" if read == gold else "tests"] = gold if read == gold else read[0]
@@ -141,7 +141,7 @@ def _pairs(row: Mapping[str, Any]) -> Runs | Calls | None:
         elif column.endswith("_tests"):
             style = CONTESTS
         if isinstance(held, Mapping):
-            found = [
+            found: list[Any] = [
                 held.get(one, held.get(other)) for one, other in (("inputs", "input"), ("outputs", "output"))
             ]
             if not all(isinstance(entries, list) for entries in found) or len(found[0]) != len(found[1]):

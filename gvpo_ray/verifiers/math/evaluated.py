@@ -100,6 +100,7 @@ def _is_constant(tree: Tree) -> bool:
 
 def _radicand(tree: Tree) -> Tree:
     """Return a root without what can be taken out of it; 1 if nothing is left, as of sqrt(9/4)."""
+    assert not isinstance(tree, str)
     index, inside = tree[1:]
     top, bottom = (inside[1], inside[2]) if inside[0] == "/" and len(inside) == 3 else (inside, "1")
     if not (_is_numeral(top) and _is_numeral(bottom) and re.fullmatch("[2-9]", str(index))):
@@ -173,7 +174,7 @@ def left_to_compute(tree: Tree) -> int:
 def _depth_of_roots(tree: Tree) -> int:
     if isinstance(tree, str):
         return 0
-    return (tree[0] == "root") + max(map(_depth_of_roots, tree[1:]), default=0)
+    return int(tree[0] == "root") + max(map(_depth_of_roots, tree[1:]), default=0)
 
 
 def _functions(tree: Tree) -> set[str]:
