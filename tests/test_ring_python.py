@@ -40,7 +40,7 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         "learner.num_workers": 1,
         "evaluation.every": 0,
         "prompts.limit": 20,
-        "verifiers.timeout_s": 0.3,
+        "verifiers.timeout_s": 1.0,
         "learner.backend": "ddp",
         "learner.zero_stage": 0,
         "checkpoint.every": 100,
