@@ -162,7 +162,11 @@ def test_what_a_function_raises_or_returns_in_place_of_rewards_is_a_fault_with_i
     assert of([1, (0.5, "half")]) == [Part(1.0), Part(0.5, "half")]
     assert of([None, (None, "no unit")]) == [Part(None, "f gave no reward (None)"), Part(None, "no unit")]
     assert of([1.0]) == [Part(None, "f returned 1 rewards for 2 completions", is_fault=True)] * 2
-    assert of({}) == [Part(None, "f returned dict '{}', not a list of rewards", is_fault=True)] * 2
+    assert (
+        of({})
+        == [Part(None, "f returned dict '{}', not a list of rewards, one for each completion", is_fault=True)]
+        * 2
+    )
     assert of(["x", float("inf")]) == [
         Part(None, "f returned str 'x', not a number", is_fault=True),
         Part(None, "f returned inf, not a finite float32", is_fault=True),
