@@ -54,6 +54,14 @@ def test_check_shows_the_first_prompt_with_its_special_tokens(
     chat = "prompts={path: train.jsonl}"
     assert main(["check", "config.yaml", chat]) == 0
     assert "\nthe first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>a\n" in capsys.readouterr().out
+    (folder / "worked.jsonl").write_text(
+        '{"prompt": "0+0?", "answer": "0", "completion": "0", "reward": 1}\n' * 2
+    )
+    source = "sources={worked: {path: worked.jsonl, group_share: 0.5, template: '{prompt}<eos>='}}"
+    assert main(["check", "config.yaml", chat, source]) == 0
+    printed = capsys.readouterr().out
+    assert "\nthe first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>a\n" in printed
+    assert "\nsources.worked: the first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>=\n" in printed
     config = yaml.safe_load((folder / "config.yaml").read_text())
     del config["num_steps"]
     config["evaluation"] = {"sets": {"held": config.pop("prompts") | {"template": "{prompt}<eos>="}}}

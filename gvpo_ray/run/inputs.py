@@ -337,7 +337,9 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
     if config.prompts.path != NO_PROMPTS or config.sources:
         inputs = read_inputs(config)
         yield from inputs.startup_summary()
-        yield from _shown("the first prompt", inputs.problems(), config.model)
+        for source, prompts in inputs.problems().items():
+            name = "the first prompt" if source is None else f"sources.{source}: the first prompt"
+            yield from _shown(name, prompts, config.model)
         check_trainable(config.model)
         check_same_run(config.absolute(), inputs.digests() | digest_of(config.model))
     else:
