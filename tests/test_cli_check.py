@@ -102,6 +102,15 @@ def test_check_refuses_what_train_would_refuse_here(
         assert complaint in refused(verb, "config.yaml", override)
 
 
+def test_check_refuses_the_directory_of_another_run_although_the_model_is_on_the_hub(
+    folder: Path, refused: Callable[..., str]
+) -> None:
+    hub = "model.path=somebody/model"
+    with open_run_dir(_config(folder, hub)):
+        pass
+    assert "seed: run holds a run with other values of it" in refused("check", "config.yaml", hub, "seed=1")
+
+
 def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callable[..., str]) -> None:
     file = folder / "model" / "generation_config.json"
     file.write_text('{"do_sample": false, "temperature": 0.7}')
