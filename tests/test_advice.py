@@ -120,6 +120,7 @@ def test_golds_that_no_completion_matches_are_said_with_the_key_to_change(
     [
         (WORKED, "math"),
         (["46.0"], "numeric"),
+        ([r"\boxed{7}", "\\boxed{46.0}\n"], "numeric"),
         (["46", "0.5", "1.50", "v2.0 is out", "a.0"], "exact_match"),
         (["46.0", *["46"] * 99], "exact_match"),  # one in a hundred is no habit of the column
         ([], "exact_match"),

@@ -54,6 +54,14 @@ def test_check_shows_the_first_prompt_with_its_special_tokens(
     chat = "prompts={path: train.jsonl}"
     assert main(["check", "config.yaml", chat]) == 0
     assert "\nthe first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>a\n" in capsys.readouterr().out
+    (folder / "worked.jsonl").write_text(
+        '{"prompt": "0+0?", "answer": "0", "completion": "0", "reward": 1}\n' * 2
+    )
+    source = "sources={worked: {path: worked.jsonl, group_share: 0.5, template: '{prompt}<eos>='}}"
+    assert main(["check", "config.yaml", chat, source]) == 0
+    printed = capsys.readouterr().out
+    assert "\nthe first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>a\n" in printed
+    assert "\nsources.worked: the first prompt, 6 tokens, answer '0':\n  | 0+0?<eos>=\n" in printed
     config = yaml.safe_load((folder / "config.yaml").read_text())
     del config["num_steps"]
     config["evaluation"] = {"sets": {"held": config.pop("prompts") | {"template": "{prompt}<eos>="}}}
@@ -92,6 +100,15 @@ def test_check_refuses_what_train_would_refuse_here(
     )
     for verb in ("check", "train"):
         assert complaint in refused(verb, "config.yaml", override)
+
+
+def test_check_refuses_the_directory_of_another_run_although_the_model_is_on_the_hub(
+    folder: Path, refused: Callable[..., str]
+) -> None:
+    hub = "model.path=somebody/model"
+    with open_run_dir(_config(folder, hub)):
+        pass
+    assert "seed: run holds a run with other values of it" in refused("check", "config.yaml", hub, "seed=1")
 
 
 def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callable[..., str]) -> None:

@@ -47,14 +47,18 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         "engines.max_restarts_per_hour": 0,
         "engines.vllm": IN_THE_CORE,
     }
-    ended, killed = threading.Event(), []
+    ended = threading.Event()
+    killed: list[int] = []
 
     def kill_verifiers() -> None:
         """Three, at random moments of their work if there is any; then they are left to it."""
         rng = random.Random(0)
+
+        def living(title: str) -> list[int]:  # one that is killed is there for a moment
+            return sorted({*tiny.descendants(title)} - {*killed})
+
         while len(killed) < 3 and not ended.wait(rng.uniform(0, 2)):
-            at_work = tiny.descendants("ray::_VerifierActor.score_group")
-            if found := at_work or tiny.descendants("ray::_VerifierActor"):
+            if found := living("ray::_VerifierActor.score_group") or living("ray::_VerifierActor"):
                 killed.append(rng.choice(found))
                 os.kill(killed[-1], signal.SIGKILL)
 

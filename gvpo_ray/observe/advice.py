@@ -26,6 +26,9 @@ Weights are of the order of 0.02, where neighbouring bfloat16 numbers are 1e-4 a
 WORKED = re.compile(r"####|\\boxed\b")
 """What shows that a gold is a worked solution with its answer in it, as in GSM8K and MATH."""
 
+WORKED_OUT = re.compile(r"^(?!\s*\\boxed\{[^{}]*\}\s*$).*?(?:####|\\boxed\b)", re.DOTALL)
+"""The same, but for a gold that is a box alone: `numeric` reads the number in it."""
+
 WHOLE = re.compile(r"^[+-]?\d+\.0+$")
 """A whole number as a column of floats writes it; a completion writes it without the zeros."""
 
@@ -39,24 +42,20 @@ def golds_out_of_reach(golds: Sequence[str], verifiers: VerifiersConfig, key: st
         key: the section of the data set in the config.
     """
     functions = {reward.function or name for name, reward in verifiers.rewards.items()}
-    for pattern, refused, why, way_out in (
-        (
-            WORKED,
-            ("exact_match", "numeric"),
-            "are worked solutions",
-            f"name a column of the answers alone in {key}.answer_column, or use math in verifiers.rewards",
-        ),
+    worked = "are worked solutions"
+    alone = f"name a column of the answers alone in {key}.answer_column, or use math in verifiers.rewards"
+    for pattern, name, why, way_out in (
+        (WORKED, "exact_match", worked, alone),
+        (WORKED_OUT, "numeric", worked, alone),
         (
             WHOLE,
-            ("exact_match",),
+            "exact_match",
             "are whole numbers with zeros behind the point, which completions do not write",
             f"use numeric or math in verifiers.rewards, or text in {key}.answer_column",
         ),
     ):
         found = [gold for gold in golds if pattern.search(gold)]
-        if (name := next((name for name in refused if name in functions), None)) and (
-            len(found) > (1 - NEARLY_ALL) * len(golds)
-        ):
+        if name in functions and len(found) > (1 - NEARLY_ALL) * len(golds):
             shown = " ".join(found[0].split())
             shown = repr(shown if len(shown) <= 30 else f"…{shown[-29:]}")
             return (

@@ -335,13 +335,18 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         else:
             on_hub = True
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
+    trains = config.prompts.path != NO_PROMPTS or bool(config.sources)
     if on_hub:
         yield "the data are not read and the columns not checked, which needs what is on the hub"
+        if trains:
+            check_same_run(config.absolute(), {})
         return
-    if config.prompts.path != NO_PROMPTS or config.sources:
+    if trains:
         inputs = read_inputs(config)
         yield from inputs.startup_summary()
-        yield from _shown("the first prompt", inputs.problems(), config.model)
+        for source, prompts in inputs.problems().items():
+            name = "the first prompt" if source is None else f"sources.{source}: the first prompt"
+            yield from _shown(name, prompts, config.model)
         check_trainable(config.model)
         check_same_run(config.absolute(), inputs.digests() | digest_of(config.model))
     else:
