@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,18 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     }
     ended = threading.Event()
     killed: list[int] = []
+    lines: list[dict[str, Any]] = []
 
     def kill_verifiers() -> None:
-        """Three, at random moments of their work if there is any; then they are left to it."""
+        """Three, from the steps 1, 5 and 9 on, at a random moment and at work if one is."""
         rng = random.Random(0)
 
         def living(title: str) -> list[int]:  # one that is killed is there for a moment
             return sorted({*tiny.descendants(title)} - {*killed})
 
         while len(killed) < 3 and not ended.wait(rng.uniform(0, 2)):
+            if len(lines) <= 4 * len(killed):
+                continue
             if found := living("ray::_VerifierActor.score_group") or living("ray::_VerifierActor"):
                 killed.append(rng.choice(found))
                 os.kill(killed[-1], signal.SIGKILL)
@@ -70,13 +72,13 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     monkeypatch.setattr("gvpo_ray.run.rollouts.write_status", write)
     killer = threading.Thread(target=kill_verifiers)
     with GVPOConfig.from_file(config_file, overrides).build() as algo:
-        lines = [algo.train()]
+        lines.append(algo.train())
         killer.start()
         try:
             assert lines[0]["step"] == 1 and algo.save() == run_dir / "checkpoints" / "step-1"
-            lines += [algo.train() for _ in range(11)]
-            while len(killed) < 3:
-                time.sleep(0.1)
+            while len(lines) < 12:
+                lines.append(algo.train())
+            until(lambda: len(killed) == 3)
         finally:
             ended.set()
             killer.join()

@@ -134,7 +134,7 @@ def test_hostile_text_arrives_as_it_is(verifier: Verifier) -> None:
         ("['1']", "math returned str '1', not a number"),
         ("[]", "math returned 0 rewards for 1 completion"),
         ("[1.0, 2.0]", "math returned 2 rewards for 1 completion"),
-        ("1.0", "math returned float '1.0', not a list of rewards"),
+        ("1.0", "math returned float '1.0', not a list of rewards, one for each completion"),
         ("1 / 0", "math raised ZeroDivisionError: division by zero"),
         ("exec('raise SystemExit(1)')", "math raised SystemExit: 1"),
         ("exec(r'raise ValueError(\"\\ud800\\n!\")')", "math raised ValueError: ? !"),
