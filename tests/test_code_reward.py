@@ -185,6 +185,15 @@ def test_a_program_reads_more_than_a_pipe_holds_and_prints_at_its_exit(verifier:
     assert score(verifier, program, answer=big) == 1
 
 
+def test_a_program_may_read_lines_as_bytes(verifier: Verifier) -> None:
+    lines = json.dumps({"inputs": ["1234567\n" * 100_000], "outputs": ["100000"]})
+    program = (
+        "import sys\nassert sys.stdin.buffer.peek(1)[:1] == b'1'\n"
+        "print(sum(1 for _ in iter(sys.stdin.buffer.readline, b'')))"
+    )
+    assert score(verifier, program, answer=lines) == 1
+
+
 def test_the_last_closed_block_is_the_program() -> None:
     assert last_block("```\na\n```\ntext\n~~~py\nb\n```\n~~~\n```\nopen") == "b\n```"
     assert last_block("<think>\n```\na\n```\n</think> none") is None

@@ -105,7 +105,7 @@ def _run(program: str, stdin: str, send: Callable[[Mapping[str, Any]], None]) ->
     os.close(read)
     data = stdin.encode("utf-8", "surrogatepass")
     threading.Thread(target=_feed, args=(write, data), daemon=True).start()
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8", "replace")
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False), 1 << 16), "utf-8", "replace")
     out = sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(1, "w", closefd=False), 1 << 16), "utf-8", "replace"
     )
