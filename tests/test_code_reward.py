@@ -127,6 +127,22 @@ def test_hostile_programs_earn_nothing_and_the_next_one_is_scored_right(
     assert score(verifier, honest, answer=answer) == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [{"Decimal": "sNaN"}, {"Fraction": "1e999999999"}, {"Fraction": "1/0"}, {"bytes": 5}, {}, {"a": 1}],
+)
+def test_a_value_that_is_none_costs_its_own_completion_alone(verifier: Verifier, value: Any) -> None:
+    frame = json.dumps({"value": value}) + "\n"
+    forges = (
+        "import os\ndef add(a, b):\n    for fd in range(3, 64):\n"
+        f"        try: os.write(fd, {frame.encode()!r})\n        except OSError: pass\n"
+    )
+    honest = "from decimal import Decimal\ndef add(a, b): return Decimal(a + b)"
+    texts = [block(forges), block(honest)]
+    checks = verifier.check(["?"] * 2, texts, {"answer": [CALLS] * 2})
+    assert [check.reward for check in checks] == [0, 1]
+
+
 def test_endless_output_is_cut_and_wrong(verifier: Verifier) -> None:
     assert score(verifier, "while True: print('7' * 1000)", answer=SUMS) == 0
 

@@ -29,7 +29,7 @@ from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.sandbox import guest
 from gvpo_ray.sandbox.channel import GoneError, Printed
 from gvpo_ray.sandbox.process import Sandbox, _Stage
-from gvpo_ray.sandbox.values import decode, encode
+from gvpo_ray.sandbox.values import encode
 
 MAX_ANSWER_BYTES = 16 << 20
 """Largest value that a function of a program may return, as JSON."""
@@ -225,7 +225,7 @@ class Programs(Sandbox):
                 answer = child.ask({"do": "call", "arguments": sent})
                 try:
                     yield StoppedError(_error(answer)) if "error" in answer else _plain(answer.get("value"))
-                except (ValueError, TypeError, KeyError, RecursionError):
+                except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError):
                     yield StoppedError("it returned no data")
         except StoppedError as stopped:
             yield stopped
@@ -295,14 +295,24 @@ def _error(answer: Mapping[str, Any]) -> str:
 
 
 def _plain(data: Any) -> Any:
-    """Return data as JSON's own types would have it: tuples are lists, and names of dicts are texts."""
+    """Return data as JSON's own types would have it: tuples are lists, and names of dicts are texts.
+
+    Other types are not made here, out of what a program may have written itself: Fraction("1e999999999")
+    would never end, and Decimal("sNaN") cannot be compared.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError, ArithmeticError: the data is of no such form.
+    """
     if isinstance(data, dict) and "tuple" in data:
         data = data["tuple"]
     if isinstance(data, list):
         return [_plain(entry) for entry in data]
-    if isinstance(data, dict) and "dict" in data:
+    if not isinstance(data, dict):
+        return data
+    if "dict" in data:
         return {name if isinstance(name, str) else str(name): _plain(entry) for name, entry in data["dict"]}
-    return decode(data, _no_object)
+    top, _, bottom = str(data.get("Decimal") or data["Fraction"]).partition("/")
+    return float(top) / float(bottom or 1)
 
 
 def _no_object(value: Any) -> Any:
