@@ -112,7 +112,9 @@ HOSTILE = [
     "import gc\nprint([o['outputs'] for o in gc.get_objects() if type(o) is dict and 'outputs' in o])",
     'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"value": 3}\\n{"end": true}\\n\')\n'
     "    except OSError: pass\ndef add(a, b): return 0",
-    "import os\nos.closerange(3, 99)\ndef add(a, b): return 0",
+    "import os, time\nos.closerange(3, 99)\ntime.sleep(9)\ndef add(a, b): return 0",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "import signal, threading\nsignal.pthread_kill(threading.get_ident(), signal.SIGKILL)",
     "def add(a, b): return (x for x in iter(int, 1))",
 ]
 
@@ -122,7 +124,7 @@ def test_hostile_programs_earn_nothing_and_the_next_one_is_scored_right(
     verifier: Verifier, answer: Any
 ) -> None:
     for program in HOSTILE:
-        assert not score(verifier, program, answer=answer), program
+        assert score(verifier, program, answer=answer) == 0, program
     honest = ADD if answer == SUMS else "def add(a, b): return a + b"
     assert score(verifier, honest, answer=answer) == 1
 

@@ -41,6 +41,9 @@ code with List in it, and many solutions, rely on that."""
 RECURSION_LIMIT = 50_000
 """Depth of recursion in a program, as in LiveCodeBench's own checks."""
 
+PLACE = f"{__name__}:serve"
+"""Where a template finds `serve`."""
+
 _names: dict[str, Any] = {}
 """What every program finds imported."""
 

@@ -128,9 +128,10 @@ class Guest:
         except TimeoutError:
             raise self._out_of_time() from None
         except GoneError as error:
+            is_ending = _is_ending(self._child.pid)
             status, cpu_s = self.end()
-            if str(error):
-                raise StoppedError(str(error)) from None
+            if str(error) or not is_ending:
+                raise StoppedError(str(error) or "it closed its channel") from None
             if status == -signal.SIGXCPU or (
                 status == -signal.SIGKILL and cpu_s - self._cpu_begun >= self._programs._cpu_s
             ):
@@ -174,7 +175,7 @@ class Programs(Sandbox):
     """
 
     def __init__(self, *, timeout_s: float, cpu_s: int, memory_gib: float) -> None:
-        place = {"place": f"{guest.__name__}:{guest.serve.__name__}", "arguments": {}, "is_strict": True}
+        place = {"place": guest.PLACE, "arguments": {}, "is_strict": True}
         super().__init__(
             {"program": place}, timeout_s=timeout_s, cpu_s=cpu_s, memory_gib=memory_gib, max_checks=1
         )
@@ -256,7 +257,9 @@ class Programs(Sandbox):
                 if "do" in frame:
                     answer = child.ask(frame)
                     known = {name: answer[name] for name in ("value", "changed", "error") if name in answer}
-                    frame = self._tests_say(asserts, known if "error" in known or "value" in known else None)
+                    if "error" not in known and "value" not in known:
+                        raise StoppedError("an answer that is none")  # the asserts would wait for another
+                    frame = self._tests_say(asserts, known)
                     continue
                 if "total" in frame:
                     num_tests = frame["total"]
@@ -317,6 +320,23 @@ def _plain(data: Any) -> Any:
 
 def _no_object(value: Any) -> Any:
     raise TypeError("an object that is no data")
+
+
+def _is_ending(pid: int) -> bool:
+    """Return whether all threads of a process are at their end, as the kernel says it; True: unknown.
+
+    A process that is not has closed its end of the channel.
+    """
+    exiting = 0x4  # PF_EXITING, which is set before a process's descriptors are closed
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                fields = (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+                if not int(fields.split()[6]) & exiting:
+                    return False
+    except (OSError, ValueError, IndexError):
+        pass
+    return True
 
 
 def _waited(pid: int) -> float | None:
