@@ -83,6 +83,14 @@ def check(candidate):
         ({"private_test_cases": PACKED, "metadata": {"func_name": "shift"}}, SHIFT, SHIFT.replace("+", "-")),
         ({"answer": ASSERTS}, "def add(a, b): return a + b", "def add(a, b): return 3"),
         ({"test_list": ["assert sum(1, 2) == 3"]}, "def sum(a, b): return a + b", "def sum(a, b): return 4"),
+        ({"test_list": ["assert max(1, 2) == 2"]}, "def max(a, b): return 2", "pass"),
+        (
+            {"test": "def check(f):\n    assert f(1, 2) == 2", "entry_point": "max"},
+            "def max(*a): return 2",
+            "import os\nfor fd in range(3, 64):\n    try:\n        "
+            'os.write(fd, b\'{"error": ["KeyError", ""]}\\n\' * 9)\n    except OSError: pass',
+        ),
+        ({"test": "x = []\nput(x)\nassert len(x) == 1"}, "def put(x): x.append(1)", "def put(x): pass"),
         (
             {"test": EVAL_PLUS, "entry_point": "back"},
             "def back(x): return x[::-1]",
@@ -181,6 +189,7 @@ def test_the_share_counts_the_tests_that_passed() -> None:
         {"answer": "assert f(1 =="},
         {"answer": {"inputs": ["1"], "outputs": []}},
         {"answer": ["assert f(lambda: 1) == 2"]},
+        {"answer": ["assert 1 == 1"]},
         {"test_list": ["assert f(1) == 2"], "test_setup_code": "import no_such_module"},
         {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()},
         {"answer": SUMS, "language": "cpp"},

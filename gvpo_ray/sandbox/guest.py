@@ -266,8 +266,8 @@ class _Globals(dict[str, Any]):
             raise KeyError(name)
         try:
             return self._ask("global", name)
-        except NameError:
-            raise KeyError(name) from None
+        except Exception:  # a KeyError would let Python's own take its place
+            raise NameError(f"the program defines no {name}") from None
 
 
 class _Tests:
@@ -311,6 +311,8 @@ class _Tests:
                     break
             if _is_test(statement):
                 self._send({"test": text is None, "text": text})
+        if not self._num_asked:
+            self._send({"fault": "the tests ask for nothing that the program defines"})
         self._send({"end": True})
         return 0
 
@@ -367,17 +369,28 @@ def _is_test(statement: ast.stmt) -> bool:
 def _called_builtins(statements: list[ast.stmt]) -> set[str]:
     """Return the names of Python's that are the program's here, such as `sum` where `sum(1, 2)` is tested.
 
-    They are those that every assert calls, where no assert names anything that only the program can define.
+    They are those that every assert calls, where the tests have no name that only the program can define.
     """
-    asserts = [statement for statement in statements if isinstance(statement, ast.Assert)]
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    defined = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | {*MODULES}
+    defined |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    defined |= {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     called = [
         {
             node.func.id
             for node in ast.walk(statement)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        for statement in asserts
+        for statement in statements
+        if isinstance(statement, ast.Assert)
     ]
-    if not called or any(not hasattr(builtins, name) for names in called for name in names):
+    if not called or any(not hasattr(builtins, name) for name in {node.id for node in names} - defined):
         return set()
-    return set.intersection(*called)
+    return set.intersection(*called) - defined
