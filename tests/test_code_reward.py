@@ -221,6 +221,29 @@ def test_a_program_may_read_lines_as_bytes(verifier: Verifier) -> None:
     assert score(verifier, program, answer=lines) == 1
 
 
+@pytest.mark.parametrize(
+    "program, tests",
+    [
+        ("def f(x): return range(10**12)", ["assert sum(f(1)) == 5"]),
+        ("class A: pass\ndef f(x): return A()", ["assert f(1)[:2] == [1, 2]"]),
+        ("def f(*a, **k): return f\nf.sort = f", ["assert f(1).sort(key=lambda x: x) == 1"]),
+        (
+            "class A:\n    def sort(self, key): pass\ndef f(x): return A()",
+            ["assert f(1).sort(key=lambda x: x) == 1"],
+        ),
+    ],
+)
+def test_a_value_that_the_asserts_cannot_use_is_wrong(
+    verifier: Verifier, program: str, tests: list[str]
+) -> None:
+    assert score(verifier, program, answer=tests) == 0
+
+
+def test_an_object_of_the_program_may_be_sliced(verifier: Verifier) -> None:
+    program = "class A:\n    def __getitem__(self, key): return [1, 2, 3][key]\ndef f(): return A()"
+    assert score(verifier, program, answer=["assert f()[:2] == [1, 2]"]) == 1
+
+
 def test_the_last_closed_block_is_the_program() -> None:
     assert last_block("```\na\n```\ntext\n~~~py\nb\n```\n~~~\n```\nopen") == "b\n```"
     assert last_block("<think>\n```\na\n```\n</think> none") is None

@@ -216,11 +216,12 @@ class Remote:
     It is equal to itself alone and is neither true nor false: the program does not say how it compares.
     """
 
-    __slots__ = ("_ask", "_number")
+    __slots__ = ("_ask", "_is_global", "_number")
 
     def __init__(self, ask: Callable[..., Any], number: int) -> None:
         object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_is_global", False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Have the program's function called, and return its value."""
@@ -319,13 +320,17 @@ class _Tests:
     def _ask(self, do: str, *arguments: Any, **named: Any) -> Any:
         """Have something done in the program's process; return its value, or raise its error."""
         self._num_asked += 1
-        self._send(
-            {
+        try:
+            frame = {
                 "do": do,
                 "arguments": [encode(value, self._number) for value in arguments],
                 "named": {name: encode(value, self._number) for name, value in named.items()},
             }
-        )
+        except UnsendableError as error:
+            if arguments[0]._is_global:
+                raise
+            raise TypeError(str(error)) from None  # the program decides what objects the tests meet
+        self._send(frame)
         answer = json.loads(next(self._lines))
         if "error" in answer:
             name, text = answer["error"]
@@ -336,7 +341,10 @@ class _Tests:
             raise ProgramError(f"{name}: {text}")
         for value, new in zip(arguments, answer.get("changed", ()), strict=False):
             _copy(decode(new, self._object), value)
-        return decode(answer["value"], self._object)
+        value = decode(answer["value"], self._object)
+        if do == "global" and type(value) is Remote:
+            object.__setattr__(value, "_is_global", True)
+        return value
 
     def _object(self, number: int) -> Remote:
         return Remote(self._ask, number)

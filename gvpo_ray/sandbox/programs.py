@@ -244,13 +244,13 @@ class Programs(Sandbox):
         """
         child = Guest(self, {"program": program})
         asserts: Guest | None = None
-        num_passed, num_tests, num_done, remark = 0, 1, 0, None
+        num_passed, num_tests, num_done, remark, has_answered = 0, 1, 0, None, False
         try:
             asserts = Guest(self, {"tests": tests, "entry_point": entry_point})
             ready = child.receive()
             if "error" in ready:
                 return Result(0, num_tests, None, _error(ready))
-            frame = self._tests_say(asserts)
+            frame = self._tests_say(asserts, False)
             while "end" not in frame:
                 if "fault" in frame:
                     return Result(0, num_tests, str(frame["fault"]))
@@ -259,7 +259,8 @@ class Programs(Sandbox):
                     known = {name: answer[name] for name in ("value", "changed", "error") if name in answer}
                     if "error" not in known and "value" not in known:
                         raise StoppedError("an answer that is none")  # the asserts would wait for another
-                    frame = self._tests_say(asserts, known)
+                    has_answered = True
+                    frame = self._tests_say(asserts, has_answered, known)
                     continue
                 if "total" in frame:
                     num_tests = frame["total"]
@@ -271,7 +272,7 @@ class Programs(Sandbox):
                         remark = remark or f"test {num_done}: {frame['text']}"
                         if stop:
                             break
-                frame = self._tests_say(asserts)
+                frame = self._tests_say(asserts, has_answered)
         except StoppedError as stopped:
             if stopped.is_fault:
                 return Result(0, num_tests, str(stopped))
@@ -282,12 +283,19 @@ class Programs(Sandbox):
                 asserts.end()
         return Result(num_passed, num_tests, None, remark)
 
-    def _tests_say(self, asserts: Guest, answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the next frame of the asserts' guest; its own end is no fault of the program."""
+    def _tests_say(
+        self, asserts: Guest, has_answered: bool, answer: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the next frame of the asserts' guest.
+
+        Its end is the tests' own fault where it has no values of the program. Where it has, they may be what
+        takes it so long, such as range(10**12), and a program must not choose to have no reward.
+        """
         try:
             return asserts.receive() if answer is None else asserts.ask(answer)
         except StoppedError as stopped:
-            raise StoppedError(f"the tests themselves: {stopped}", True) from None
+            is_fault = stopped.is_fault or not has_answered
+            raise StoppedError(f"the tests themselves: {stopped}", is_fault) from None
 
 
 def _error(answer: Mapping[str, Any]) -> str:
