@@ -170,6 +170,21 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert os.listdir(tmp_path) == []
 
 
+def test_a_program_whose_own_threads_keep_it_from_a_processor_is_wrong() -> None:
+    program = (
+        "import hashlib, os, signal, threading, time\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\ndata, end = bytes(2**24), time.time() + 3\n"
+        "def burn():\n    while time.time() < end: hashlib.sha256(data).digest()\n"
+        "for _ in range(12): threading.Thread(target=burn, daemon=True).start()\n"
+        "burn()\ntime.sleep(60)"
+    )
+    config = {"rewards": {"code": 1.0}, "timeout_s": 4, "cpu_s": 1}
+    verifier = Verifier(VerifiersConfig.model_validate(config))
+    (check,) = verifier.check(["?"], [block(program)], {"answer": [SUMS]})
+    verifier.close()
+    assert (check.reward, check.reason) == (0, "code: test 1: it took more than 4 s")
+
+
 def test_the_share_counts_the_tests_that_passed() -> None:
     config = {"rewards": {"code": {"arguments": {"share": True}}}, "timeout_s": 30, "cpu_s": 1}
     verifier = Verifier(VerifiersConfig.model_validate(config))

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.sandbox import guest
 from gvpo_ray.sandbox.channel import GoneError, Printed
-from gvpo_ray.sandbox.process import Sandbox, _Stage
+from gvpo_ray.sandbox.process import Sandbox, _Child, _Stage
 from gvpo_ray.sandbox.values import encode
 
 MAX_ANSWER_BYTES = 16 << 20
@@ -95,7 +95,7 @@ class Guest:
     def allow(self) -> None:
         """Give the guest its time anew."""
         self._cpu_begun = self._child.limit_cpu(self._programs._cpu_s, is_hard=False)
-        self._left_s, self._waited = self._programs._timeout_s, _waited(self._child.pid)
+        self._left_s, self._waited = self._programs._timeout_s, _waited(self._child)
 
     def ask(self, frame: Mapping[str, Any]) -> dict[str, Any]:
         """Send a frame and return the answer; raise StoppedError if there is none."""
@@ -148,7 +148,7 @@ class Guest:
 
         If half of the time went by in waiting for a processor, the machine was too busy.
         """
-        waited, timeout_s = _waited(self._child.pid), self._programs._timeout_s
+        waited, timeout_s = _waited(self._child), self._programs._timeout_s
         self.end()
         if waited is None or self._waited is None or waited - self._waited >= timeout_s / 2:
             return StoppedError(
@@ -347,10 +347,17 @@ def _is_ending(pid: int) -> bool:
     return True
 
 
-def _waited(pid: int) -> float | None:
-    """Return the seconds that a process and this thread have waited for a processor; None: unknown."""
+def _waited(child: _Child) -> float | None:
+    """Return the seconds that a child and this thread have waited for a processor; None: unknown.
+
+    That is the child's first thread, less the time for which its other threads, of which it may have started
+    any number, may have kept that one from a processor.
+    """
     try:
-        texts = [Path(f"/proc/{name}/schedstat").read_text(encoding="ascii") for name in (pid, "thread-self")]
-        return sum(int(text.split()[1]) for text in texts) / 1e9
-    except (OSError, ValueError, IndexError):
+        (ran_ns, waited_ns), (_, ours_ns) = (
+            map(int, Path(f"/proc/{name}/schedstat").read_text(encoding="ascii").split()[:2])
+            for name in (child.pid, "thread-self")
+        )
+        return (waited_ns + ours_ns) / 1e9 - max(0.0, child.cpu_used() - ran_ns / 1e9)
+    except (OSError, ValueError):
         return None
