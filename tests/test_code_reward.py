@@ -83,6 +83,14 @@ def check(candidate):
         ({"private_test_cases": PACKED, "metadata": {"func_name": "shift"}}, SHIFT, SHIFT.replace("+", "-")),
         ({"answer": ASSERTS}, "def add(a, b): return a + b", "def add(a, b): return 3"),
         ({"test_list": ["assert sum(1, 2) == 3"]}, "def sum(a, b): return a + b", "def sum(a, b): return 4"),
+        ({"test_list": ["assert max(1, 2) == 2"]}, "def max(a, b): return 2", "pass"),
+        (
+            {"test": "def check(f):\n    assert f(1, 2) == 2", "entry_point": "max"},
+            "def max(*a): return 2",
+            "import os\nfor fd in range(3, 64):\n    try:\n        "
+            'os.write(fd, b\'{"error": ["KeyError", ""]}\\n\' * 9)\n    except OSError: pass',
+        ),
+        ({"test": "x = []\nput(x)\nassert len(x) == 1"}, "def put(x): x.append(1)", "def put(x): pass"),
         (
             {"test": EVAL_PLUS, "entry_point": "back"},
             "def back(x): return x[::-1]",
@@ -112,7 +120,9 @@ HOSTILE = [
     "import gc\nprint([o['outputs'] for o in gc.get_objects() if type(o) is dict and 'outputs' in o])",
     'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\'{"value": 3}\\n{"end": true}\\n\')\n'
     "    except OSError: pass\ndef add(a, b): return 0",
-    "import os\nos.closerange(3, 99)\ndef add(a, b): return 0",
+    "import os, time\nos.closerange(3, 99)\ntime.sleep(9)\ndef add(a, b): return 0",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    "import signal, threading\nsignal.pthread_kill(threading.get_ident(), signal.SIGKILL)",
     "def add(a, b): return (x for x in iter(int, 1))",
 ]
 
@@ -122,9 +132,25 @@ def test_hostile_programs_earn_nothing_and_the_next_one_is_scored_right(
     verifier: Verifier, answer: Any
 ) -> None:
     for program in HOSTILE:
-        assert not score(verifier, program, answer=answer), program
+        assert score(verifier, program, answer=answer) == 0, program
     honest = ADD if answer == SUMS else "def add(a, b): return a + b"
     assert score(verifier, honest, answer=answer) == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"Decimal": "sNaN"}, {"Fraction": "1e999999999"}, {"Fraction": "1/0"}, {"bytes": 5}, {}, {"a": 1}],
+)
+def test_a_value_that_is_none_costs_its_own_completion_alone(verifier: Verifier, value: Any) -> None:
+    frame = json.dumps({"value": value}) + "\n"
+    forges = (
+        "import os\ndef add(a, b):\n    for fd in range(3, 64):\n"
+        f"        try: os.write(fd, {frame.encode()!r})\n        except OSError: pass\n"
+    )
+    honest = "from decimal import Decimal\ndef add(a, b): return Decimal(a + b)"
+    texts = [block(forges), block(honest)]
+    checks = verifier.check(["?"] * 2, texts, {"answer": [CALLS] * 2})
+    assert [check.reward for check in checks] == [0, 1]
 
 
 def test_endless_output_is_cut_and_wrong(verifier: Verifier) -> None:
@@ -142,6 +168,21 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     verifier.close()
     assert {child.pid for child in psutil.Process().children(recursive=True)} == before
     assert os.listdir(tmp_path) == []
+
+
+def test_a_program_whose_own_threads_keep_it_from_a_processor_is_wrong() -> None:
+    program = (
+        "import hashlib, os, signal, threading, time\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\ndata, end = bytes(2**24), time.time() + 3\n"
+        "def burn():\n    while time.time() < end: hashlib.sha256(data).digest()\n"
+        "for _ in range(12): threading.Thread(target=burn, daemon=True).start()\n"
+        "burn()\ntime.sleep(60)"
+    )
+    config = {"rewards": {"code": 1.0}, "timeout_s": 4, "cpu_s": 1}
+    verifier = Verifier(VerifiersConfig.model_validate(config))
+    (check,) = verifier.check(["?"], [block(program)], {"answer": [SUMS]})
+    verifier.close()
+    assert (check.reward, check.reason) == (0, "code: test 1: it took more than 4 s")
 
 
 def test_the_share_counts_the_tests_that_passed() -> None:
@@ -163,6 +204,7 @@ def test_the_share_counts_the_tests_that_passed() -> None:
         {"answer": "assert f(1 =="},
         {"answer": {"inputs": ["1"], "outputs": []}},
         {"answer": ["assert f(lambda: 1) == 2"]},
+        {"answer": ["assert 1 == 1"]},
         {"test_list": ["assert f(1) == 2"], "test_setup_code": "import no_such_module"},
         {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(print))).decode()},
         {"answer": SUMS, "language": "cpp"},
@@ -183,6 +225,38 @@ def test_a_program_reads_more_than_a_pipe_holds_and_prints_at_its_exit(verifier:
     big = json.dumps({"inputs": ["1\n" * 200_000], "outputs": ["200000"]})
     program = "import atexit, sys\nn = len(sys.stdin.read().split())\natexit.register(lambda: print(n))"
     assert score(verifier, program, answer=big) == 1
+
+
+def test_a_program_may_read_lines_as_bytes(verifier: Verifier) -> None:
+    lines = json.dumps({"inputs": ["1234567\n" * 100_000], "outputs": ["100000"]})
+    program = (
+        "import sys\nassert sys.stdin.buffer.peek(1)[:1] == b'1'\n"
+        "print(sum(1 for _ in iter(sys.stdin.buffer.readline, b'')))"
+    )
+    assert score(verifier, program, answer=lines) == 1
+
+
+@pytest.mark.parametrize(
+    "program, tests",
+    [
+        ("def f(x): return range(10**12)", ["assert sum(f(1)) == 5"]),
+        ("class A: pass\ndef f(x): return A()", ["assert f(1)[:2] == [1, 2]"]),
+        ("def f(*a, **k): return f\nf.sort = f", ["assert f(1).sort(key=lambda x: x) == 1"]),
+        (
+            "class A:\n    def sort(self, key): pass\ndef f(x): return A()",
+            ["assert f(1).sort(key=lambda x: x) == 1"],
+        ),
+    ],
+)
+def test_a_value_that_the_asserts_cannot_use_is_wrong(
+    verifier: Verifier, program: str, tests: list[str]
+) -> None:
+    assert score(verifier, program, answer=tests) == 0
+
+
+def test_an_object_of_the_program_may_be_sliced(verifier: Verifier) -> None:
+    program = "class A:\n    def __getitem__(self, key): return [1, 2, 3][key]\ndef f(): return A()"
+    assert score(verifier, program, answer=["assert f()[:2] == [1, 2]"]) == 1
 
 
 def test_the_last_closed_block_is_the_program() -> None:

@@ -392,19 +392,40 @@ for number in (435, 437, 463, 500, 5000):  # clone3, openat2, setxattrat, ...
 
 # --- the filter as a program: also for the architecture that this machine is not ----------------------------
 
+
+def test_a_guest_may_send_itself_all_signals_but_those_that_nothing_can_catch() -> None:
+    for name, numbers, before in (
+        ("kill", (62, 129), (ME,)),
+        ("tkill", (200, 130), (ME,)),
+        ("tgkill", (234, 131), (ME, ME)),
+        ("rt_sigqueueinfo", (129, 138), (ME,)),
+        ("rt_tgsigqueueinfo", (297, 240), (ME, ME)),
+    ):
+        for machine, number in zip(MACHINES, numbers, strict=True):
+            found = {
+                signal: _verdict(machine, number, *before, signal, may_kill=False) for signal in range(65)
+            }
+            assert [key for key, verdict in found.items() if verdict != "allow"] == [9, 19], name
+
+
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 ME = 4242
 BIG = 1 << 32
 
 
 def _verdict(
-    machine: str, number: int, *arguments: int, files: bool = False, architecture: int | None = None
+    machine: str,
+    number: int,
+    *arguments: int,
+    files: bool = False,
+    may_kill: bool = True,
+    architecture: int | None = None,
 ) -> str:
     """Run the filter as the kernel does (net/core/filter.c) on one call."""
     words = [number, MACHINES[machine][1] if architecture is None else architecture, 0, 0]
     for argument in (*arguments, *[0] * (6 - len(arguments))):
         words += [argument & 0xFFFFFFFF, argument >> 32]
-    program, at, accumulator = confine._filter(machine, ME, files), 0, 0
+    program, at, accumulator = confine._filter(machine, ME, files, may_kill), 0, 0
     while True:
         code, if_true, if_false, operand = program[at]
         at += 1

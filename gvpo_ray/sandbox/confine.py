@@ -23,6 +23,7 @@ import errno
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Iterable, Sequence
@@ -202,8 +203,15 @@ def _is_null(argument: int) -> list[_Test]:
     return [_Test(2 * argument, (0,)), _Test(2 * argument + 1, (0,))]
 
 
-def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
+_NO_KILL = tuple(sorted({*range(65)} - {signal.SIGKILL, signal.SIGSTOP}))
+"""Signals but those that no process can catch."""
+
+
+def _tests(pid: int, files: bool, may_kill: bool) -> dict[str, list[_Test]]:
     """Return the tests of the system calls that are allowed if all their tests hold, and else get EPERM."""
+
+    def signals(argument: int) -> list[_Test]:
+        return own if may_kill else [*own, _Test(2 * argument, _NO_KILL)]
 
     def opens(argument: int) -> list[_Test]:
         if files:
@@ -214,7 +222,8 @@ def _tests(pid: int, files: bool) -> dict[str, list[_Test]]:
     # 0 means the own process group to kill, and the own process to the other calls
     own, own_or_0 = [_Test(0, (pid,))], [_Test(0, (0, pid))]
     return {
-        **dict.fromkeys(("kill", "tgkill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"), own),
+        **dict.fromkeys(("kill", "tkill", "rt_sigqueueinfo"), signals(1)),
+        **dict.fromkeys(("tgkill", "rt_tgsigqueueinfo"), signals(2)),
         "clone": [_Test(0, (_CLONE_THREAD,), _CLONE_THREAD | _CLONE_NEW)],
         "socketpair": [_Test(0, (_AF_UNIX,))],  # asyncio wakes its event loop through a socket pair
         "sendto": _is_null(4),
@@ -267,7 +276,7 @@ def _return(verdict: int) -> _Instruction:
     return _Instruction(0x06, 0, 0, verdict)
 
 
-def _filter(machine: str, pid: int, files: bool) -> list[_Instruction]:
+def _filter(machine: str, pid: int, files: bool, may_kill: bool = True) -> list[_Instruction]:
     """Build the program that the kernel runs before each system call.
 
     The program is a chain of blocks, one per system call. A block is skipped for other calls, and else ends
@@ -283,7 +292,7 @@ def _filter(machine: str, pid: int, files: bool) -> list[_Instruction]:
     blocks: dict[str, Sequence[_Instruction]] = {
         **{name: [_return(_ALLOW)] for name in (*_ALLOWED, *(() if files else _FILES))},
         **{name: [_return(_ENOSYS)] for name in _ABSENT},
-        **{name: list(_decide(tests)) for name, tests in _tests(pid, files).items()},
+        **{name: list(_decide(tests)) for name, tests in _tests(pid, files, may_kill).items()},
     }
     numbers = _ALLOWED | _FILES | _ABSENT | _BY_ARGUMENTS
     for name, block in blocks.items():
@@ -302,7 +311,7 @@ def _decide(tests: list[_Test]) -> Iterable[_Instruction]:
     yield _return(_ALLOW)
 
 
-def restrict_calls(files: bool) -> None:
+def restrict_calls(files: bool, may_kill: bool = True) -> None:
     """Restrict the system calls of all threads of this process for good, by seccomp.
 
     The process can compute, look at and read files, use its descriptors, start threads, and make pipes,
@@ -313,6 +322,8 @@ def restrict_calls(files: bool) -> None:
     Args:
         files: whether to refuse opening for writing, creating, renaming and removing of files everywhere, for
             a kernel without Landlock.
+        may_kill: whether the process may send SIGKILL and SIGSTOP to itself. If not, a SIGKILL that ends it
+            comes from outside.
 
     Raises:
         OSError: the kernel refuses, or this is not Linux on x86-64 or aarch64.
@@ -324,7 +335,7 @@ def restrict_calls(files: bool) -> None:
             f"no seccomp filter for {sys.platform} on {platform.machine()}, only for Linux on "
             f"{' and '.join(_ARCHITECTURES)}",
         )
-    _install(_filter(machine, os.getpid(), files))
+    _install(_filter(machine, os.getpid(), files, may_kill))
 
 
 def has_seccomp() -> bool:

@@ -41,6 +41,9 @@ code with List in it, and many solutions, rely on that."""
 RECURSION_LIMIT = 50_000
 """Depth of recursion in a program, as in LiveCodeBench's own checks."""
 
+PLACE = f"{__name__}:serve"
+"""Where a template finds `serve`."""
+
 _names: dict[str, Any] = {}
 """What every program finds imported."""
 
@@ -105,7 +108,7 @@ def _run(program: str, stdin: str, send: Callable[[Mapping[str, Any]], None]) ->
     os.close(read)
     data = stdin.encode("utf-8", "surrogatepass")
     threading.Thread(target=_feed, args=(write, data), daemon=True).start()
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8", "replace")
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False), 1 << 16), "utf-8", "replace")
     out = sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(1, "w", closefd=False), 1 << 16), "utf-8", "replace"
     )
@@ -213,11 +216,12 @@ class Remote:
     It is equal to itself alone and is neither true nor false: the program does not say how it compares.
     """
 
-    __slots__ = ("_ask", "_number")
+    __slots__ = ("_ask", "_is_global", "_number")
 
     def __init__(self, ask: Callable[..., Any], number: int) -> None:
         object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_is_global", False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Have the program's function called, and return its value."""
@@ -263,8 +267,8 @@ class _Globals(dict[str, Any]):
             raise KeyError(name)
         try:
             return self._ask("global", name)
-        except NameError:
-            raise KeyError(name) from None
+        except Exception:  # a KeyError would let Python's own take its place
+            raise NameError(f"the program defines no {name}") from None
 
 
 class _Tests:
@@ -308,19 +312,25 @@ class _Tests:
                     break
             if _is_test(statement):
                 self._send({"test": text is None, "text": text})
+        if not self._num_asked:
+            self._send({"fault": "the tests ask for nothing that the program defines"})
         self._send({"end": True})
         return 0
 
     def _ask(self, do: str, *arguments: Any, **named: Any) -> Any:
         """Have something done in the program's process; return its value, or raise its error."""
         self._num_asked += 1
-        self._send(
-            {
+        try:
+            frame = {
                 "do": do,
                 "arguments": [encode(value, self._number) for value in arguments],
                 "named": {name: encode(value, self._number) for name, value in named.items()},
             }
-        )
+        except UnsendableError as error:
+            if arguments[0]._is_global:
+                raise
+            raise TypeError(str(error)) from None  # the program decides what objects the tests meet
+        self._send(frame)
         answer = json.loads(next(self._lines))
         if "error" in answer:
             name, text = answer["error"]
@@ -331,7 +341,10 @@ class _Tests:
             raise ProgramError(f"{name}: {text}")
         for value, new in zip(arguments, answer.get("changed", ()), strict=False):
             _copy(decode(new, self._object), value)
-        return decode(answer["value"], self._object)
+        value = decode(answer["value"], self._object)
+        if do == "global" and type(value) is Remote:
+            object.__setattr__(value, "_is_global", True)
+        return value
 
     def _object(self, number: int) -> Remote:
         return Remote(self._ask, number)
@@ -364,17 +377,28 @@ def _is_test(statement: ast.stmt) -> bool:
 def _called_builtins(statements: list[ast.stmt]) -> set[str]:
     """Return the names of Python's that are the program's here, such as `sum` where `sum(1, 2)` is tested.
 
-    They are those that every assert calls, where no assert names anything that only the program can define.
+    They are those that every assert calls, where the tests have no name that only the program can define.
     """
-    asserts = [statement for statement in statements if isinstance(statement, ast.Assert)]
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    defined = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | {*MODULES}
+    defined |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    defined |= {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     called = [
         {
             node.func.id
             for node in ast.walk(statement)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
-        for statement in asserts
+        for statement in statements
+        if isinstance(statement, ast.Assert)
     ]
-    if not called or any(not hasattr(builtins, name) for names in called for name in names):
+    if not called or any(not hasattr(builtins, name) for name in {node.id for node in names} - defined):
         return set()
-    return set.intersection(*called)
+    return set.intersection(*called) - defined

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.sandbox import guest
 from gvpo_ray.sandbox.channel import GoneError, Printed
-from gvpo_ray.sandbox.process import Sandbox, _Stage
-from gvpo_ray.sandbox.values import decode, encode
+from gvpo_ray.sandbox.process import Sandbox, _Child, _Stage
+from gvpo_ray.sandbox.values import encode
 
 MAX_ANSWER_BYTES = 16 << 20
 """Largest value that a function of a program may return, as JSON."""
@@ -95,7 +95,7 @@ class Guest:
     def allow(self) -> None:
         """Give the guest its time anew."""
         self._cpu_begun = self._child.limit_cpu(self._programs._cpu_s, is_hard=False)
-        self._left_s, self._waited = self._programs._timeout_s, _waited(self._child.pid)
+        self._left_s, self._waited = self._programs._timeout_s, _waited(self._child)
 
     def ask(self, frame: Mapping[str, Any]) -> dict[str, Any]:
         """Send a frame and return the answer; raise StoppedError if there is none."""
@@ -128,9 +128,10 @@ class Guest:
         except TimeoutError:
             raise self._out_of_time() from None
         except GoneError as error:
+            is_ending = _is_ending(self._child.pid)
             status, cpu_s = self.end()
-            if str(error):
-                raise StoppedError(str(error)) from None
+            if str(error) or not is_ending:
+                raise StoppedError(str(error) or "it closed its channel") from None
             if status == -signal.SIGXCPU or (
                 status == -signal.SIGKILL and cpu_s - self._cpu_begun >= self._programs._cpu_s
             ):
@@ -147,7 +148,7 @@ class Guest:
 
         If half of the time went by in waiting for a processor, the machine was too busy.
         """
-        waited, timeout_s = _waited(self._child.pid), self._programs._timeout_s
+        waited, timeout_s = _waited(self._child), self._programs._timeout_s
         self.end()
         if waited is None or self._waited is None or waited - self._waited >= timeout_s / 2:
             return StoppedError(
@@ -174,7 +175,7 @@ class Programs(Sandbox):
     """
 
     def __init__(self, *, timeout_s: float, cpu_s: int, memory_gib: float) -> None:
-        place = {"place": f"{guest.__name__}:{guest.serve.__name__}", "arguments": {}, "is_strict": True}
+        place = {"place": guest.PLACE, "arguments": {}, "is_strict": True}
         super().__init__(
             {"program": place}, timeout_s=timeout_s, cpu_s=cpu_s, memory_gib=memory_gib, max_checks=1
         )
@@ -225,7 +226,7 @@ class Programs(Sandbox):
                 answer = child.ask({"do": "call", "arguments": sent})
                 try:
                     yield StoppedError(_error(answer)) if "error" in answer else _plain(answer.get("value"))
-                except (ValueError, TypeError, KeyError, RecursionError):
+                except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError):
                     yield StoppedError("it returned no data")
         except StoppedError as stopped:
             yield stopped
@@ -243,13 +244,13 @@ class Programs(Sandbox):
         """
         child = Guest(self, {"program": program})
         asserts: Guest | None = None
-        num_passed, num_tests, num_done, remark = 0, 1, 0, None
+        num_passed, num_tests, num_done, remark, has_answered = 0, 1, 0, None, False
         try:
             asserts = Guest(self, {"tests": tests, "entry_point": entry_point})
             ready = child.receive()
             if "error" in ready:
                 return Result(0, num_tests, None, _error(ready))
-            frame = self._tests_say(asserts)
+            frame = self._tests_say(asserts, False)
             while "end" not in frame:
                 if "fault" in frame:
                     return Result(0, num_tests, str(frame["fault"]))
@@ -258,7 +259,10 @@ class Programs(Sandbox):
                     known: dict[str, Any] = {
                         name: answer[name] for name in ("value", "changed", "error") if name in answer
                     }
-                    frame = self._tests_say(asserts, known if "error" in known or "value" in known else None)
+                    if "error" not in known and "value" not in known:
+                        raise StoppedError("an answer that is none")  # the asserts would wait for another
+                    has_answered = True
+                    frame = self._tests_say(asserts, has_answered, known)
                     continue
                 if "total" in frame:
                     num_tests = frame["total"]
@@ -270,7 +274,7 @@ class Programs(Sandbox):
                         remark = remark or f"test {num_done}: {frame['text']}"
                         if stop:
                             break
-                frame = self._tests_say(asserts)
+                frame = self._tests_say(asserts, has_answered)
         except StoppedError as stopped:
             if stopped.is_fault:
                 return Result(0, num_tests, str(stopped))
@@ -281,12 +285,19 @@ class Programs(Sandbox):
                 asserts.end()
         return Result(num_passed, num_tests, None, remark)
 
-    def _tests_say(self, asserts: Guest, answer: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the next frame of the asserts' guest; its own end is no fault of the program."""
+    def _tests_say(
+        self, asserts: Guest, has_answered: bool, answer: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the next frame of the asserts' guest.
+
+        Its end is the tests' own fault where it has no values of the program. Where it has, they may be what
+        takes it so long, such as range(10**12), and a program must not choose to have no reward.
+        """
         try:
             return asserts.receive() if answer is None else asserts.ask(answer)
         except StoppedError as stopped:
-            raise StoppedError(f"the tests themselves: {stopped}", True) from None
+            is_fault = stopped.is_fault or not has_answered
+            raise StoppedError(f"the tests themselves: {stopped}", is_fault) from None
 
 
 def _error(answer: Mapping[str, Any]) -> str:
@@ -297,24 +308,58 @@ def _error(answer: Mapping[str, Any]) -> str:
 
 
 def _plain(data: Any) -> Any:
-    """Return data as JSON's own types would have it: tuples are lists, and names of dicts are texts."""
+    """Return data as JSON's own types would have it: tuples are lists, and names of dicts are texts.
+
+    Other types are not made here, out of what a program may have written itself: Fraction("1e999999999")
+    would never end, and Decimal("sNaN") cannot be compared.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError, ArithmeticError: the data is of no such form.
+    """
     if isinstance(data, dict) and "tuple" in data:
         data = data["tuple"]
     if isinstance(data, list):
         return [_plain(entry) for entry in data]
-    if isinstance(data, dict) and "dict" in data:
+    if not isinstance(data, dict):
+        return data
+    if "dict" in data:
         return {name if isinstance(name, str) else str(name): _plain(entry) for name, entry in data["dict"]}
-    return decode(data, _no_object)
+    top, _, bottom = str(data.get("Decimal") or data["Fraction"]).partition("/")
+    return float(top) / float(bottom or 1)
 
 
 def _no_object(value: Any) -> Any:
     raise TypeError("an object that is no data")
 
 
-def _waited(pid: int) -> float | None:
-    """Return the seconds that a process and this thread have waited for a processor; None: unknown."""
+def _is_ending(pid: int) -> bool:
+    """Return whether all threads of a process are at their end, as the kernel says it; True: unknown.
+
+    A process that is not has closed its end of the channel.
+    """
+    exiting = 0x4  # PF_EXITING, which is set before a process's descriptors are closed
     try:
-        texts = [Path(f"/proc/{name}/schedstat").read_text(encoding="ascii") for name in (pid, "thread-self")]
-        return sum(int(text.split()[1]) for text in texts) / 1e9
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                fields = (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+                if not int(fields.split()[6]) & exiting:
+                    return False
     except (OSError, ValueError, IndexError):
+        pass
+    return True
+
+
+def _waited(child: _Child) -> float | None:
+    """Return the seconds that a child and this thread have waited for a processor; None: unknown.
+
+    That is the child's first thread, less the time for which its other threads, of which it may have started
+    any number, may have kept that one from a processor.
+    """
+    try:
+        (ran_ns, waited_ns), (_, ours_ns) = (
+            map(int, Path(f"/proc/{name}/schedstat").read_text(encoding="ascii").split()[:2])
+            for name in (child.pid, "thread-self")
+        )
+        return (waited_ns + ours_ns) / 1e9 - max(0.0, child.cpu_used() - ran_ns / 1e9)
+    except (OSError, ValueError):
         return None

@@ -124,7 +124,8 @@ def _confine(setup: Mapping[str, Any], files: Files) -> None:
     confine.drop_capabilities()
     is_restricted = restrict_files(setup["scratch"], *files)
     if confine.has_seccomp():
-        confine.restrict_calls(files=not is_restricted)
+        is_guest = any(source.get("place") == guest.PLACE for source in setup["functions"].values())
+        confine.restrict_calls(files=not is_restricted, may_kill=not is_guest)
 
 
 def _address_space() -> int:

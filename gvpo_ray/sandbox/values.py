@@ -52,8 +52,8 @@ def encode(value: Any, keep: Callable[[Any], int]) -> Any:
     for name in ("tuple", "set", "frozenset", "deque"):
         if isinstance(value, _COLLECTIONS[name]):  # type: ignore[arg-type]
             return {name: [encode(entry, keep) for entry in value]}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, (range, slice)):
+        return {type(value).__name__: [value.start, value.stop, value.step]}
     if isinstance(value, Iterator):
         entries: Iterator[Any] = itertools.islice(value, MAX_ITEMS)
         return {"iterator": [encode(entry, keep) for entry in entries]}
@@ -83,8 +83,8 @@ def decode(data: Any, object_of: Callable[[int], Any]) -> Any:
         return content.encode("latin-1")
     if kind == "complex":
         return complex(*content)
-    if kind == "range":
-        return range(*content)
+    if kind in ("range", "slice"):
+        return (range if kind == "range" else slice)(*content)
     if kind in _TEXTS:
         return _TEXTS[kind](content)
     return _COLLECTIONS[kind]([decode(entry, object_of) for entry in content])
