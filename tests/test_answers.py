@@ -231,6 +231,7 @@ def test_what_is_copied_from_the_prompt_is_no_answer_unless_gold_is_written_so()
         ("Write $0.4$ as a common fraction.", "0.4", r"\frac{2}{5}"),
         (r"Expand $(x+1)(x+2)$.", "(x+1)(x+2)", "x^2+3x+2"),
         ("Compute $2^5$.", "2^5", "32"),
+        ("Factor $x^2+2x+1$.", "x^2+2x+1", "(x+1)^2"),
     ):
         for around in (
             "{}", "x = {}", "({})", "{} = {}", r"{}\text{{ apples}}", "{} or {}", "(A) {}", r"\{{{}\}}",

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import sys
+import time
 import types
 import typing
 import urllib.parse
@@ -35,6 +36,13 @@ from gvpo_ray.observe.report import page
 from gvpo_ray.observe.trackers import WandB, parameters_of
 from gvpo_ray.run.events import EventLog
 from gvpo_ray.verifiers.verifier import Verifier
+
+
+def test_a_text_full_of_beginnings_of_urls_is_masked_in_linear_time() -> None:
+    for part in ("://a:", "://a@", "a=b ", "--a ", "eyJ.", "?a="):
+        begin = time.process_time()
+        mask(part * 20_000)
+        assert time.process_time() - begin < 5, part
 
 
 @pytest.fixture(autouse=True)

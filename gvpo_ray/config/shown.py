@@ -125,9 +125,10 @@ def _in_urls(text: str) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- what is shown
 
 CREDENTIALS = re.compile(
-    r"(?<=://)(?:[^/\s\"'<>?#]+@(?:[^\s\"'<>?#]*@)?|[^/\s\"'<>?#:@]+:(?!\d+[/?#])[^\s\"'<>@]+@)"
+    r"(?<=://)(?:[^/\s\"'<>?#]+@(?:[^\s\"'<>?#]*@)?|[^/\s\"'<>?#:@]+:(?!\d+[/?#])[^\s\"'<>@]{1,1024}@)"
 )
-"""User and password of a URL; a password may hold a slash or an @ that nobody encoded."""
+"""User and password of a URL; a password may hold a slash or an @ that nobody encoded. The limit keeps the
+time linear on a model's text, in which every :// may be followed by all the rest."""
 
 QUERY = re.compile(r"(?P<before>[?&;](?P<name>[\w.-]+)=)(?P<value>[^&\s\"'<>\\#]+)")
 """A parameter of a URL, as in ?key=abc."""

@@ -140,7 +140,8 @@ def is_copied_answer(gold: str, pred: str, prompt: str) -> bool:
     wanted = read_value(right_side(_single(gold) or gold)).text
     values = map(plain_value, items_of(in_digits(_without_option(gold, pred))))
     return is_copied(gold, pred, prompt) or any(
-        value is not None and is_copied(wanted, value.text.lstrip("+ "), prompt) for value in values
+        value is not None and is_copied(wanted, trim(value.text.rpartition("=")[2]).lstrip("+ "), prompt)
+        for value in values
     )
 
 
