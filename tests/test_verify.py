@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gvpo_ray.cli import main
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.verifiers import score_file
+from gvpo_ray.verifiers.outages import MAX_FAULTS
 from gvpo_ray.verifiers.score_file import _as_table
 
 ROWS: list[dict[str, Any]] = [
@@ -255,6 +258,31 @@ def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path, capsys: pytest.
     assert [(row["i"], row["reward"]) for row in _read(tmp_path / "out.jsonl")] == [
         (i, float(i)) for i in range(200)
     ]
+
+
+def test_a_reward_that_worked_in_the_earlier_part_does_not_end_the_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def reward(prompts, completions, **columns):\n"
+        "    if completions[0] == 'bad': raise ValueError\n    return [1.0]\n"
+    )
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"response": "good" if i < 3 else "bad", "gold": "1"} for i in range(3 + MAX_FAULTS)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = VerifiersConfig(rewards={f"{tmp_path}/mine.py:reward": 1.0})  # type: ignore[dict-item]
+    write = score_file._Work.write
+
+    def interrupted(work: Any, line: int, row: Any) -> None:
+        if line == 4:
+            raise KeyboardInterrupt
+        write(work, line, row)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(score_file._Work, "write", interrupted)
+        score_file.main(str(source), str(out), config, 1)
+    summary = score_file.main(str(source), str(out), config, 1)
+    assert (summary["rows"], summary["correct"]) == (3 + MAX_FAULTS, 3)
 
 
 def test_unfinished_work_on_other_input_or_with_other_settings_is_not_continued(

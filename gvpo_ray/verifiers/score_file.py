@@ -131,6 +131,8 @@ def main(
 
         for line, row in work.done():
             count(line, row)
+            if row["reward"] is not None:
+                pool.record.worked.update(config.rewards)  # all of them gave a value there
         for line, row, error in pool.score(_skip(rows_of(source), work.num_done)):
             if error:
                 first = first or error
@@ -156,7 +158,7 @@ class _Pool:
     ) -> None:
         self._config, self._names, self._num_workers = config, names, num_workers
         self._say, self._said = say, set[str]()
-        self._record, self._ends = Record(), threading.Event()
+        self.record, self._ends = Record(), threading.Event()
         self._outages, self._lock = Outages(say, "row"), threading.Lock()
         self._local = threading.local()
         self._verifiers: list[Verifier] = []
@@ -200,7 +202,7 @@ class _Pool:
             fields = {} if isinstance(row, MalformedRow) else row
             return self._with(fields, None, "unverifiable", f"malformed: {error}", 0.0), error
         if not hasattr(self._local, "verifier"):
-            self._local.verifier = Verifier(self._config, record=self._record)
+            self._local.verifier = Verifier(self._config, record=self.record)
             self._verifiers.append(self._local.verifier)
             for sentence in self._local.verifier.unprotected:
                 self._say_once(f"not protected: {sentence}")
@@ -242,7 +244,7 @@ class _Pool:
                         self._outages.answered(
                             name for name, value in check.parts.items() if value is not None
                         )
-                    self._record.check()
+                    self.record.check()
                     return check
         finally:
             with self._lock:
