@@ -90,7 +90,7 @@ class VerifiersConfig(Section):
     sum. A completion is correct where the first function gives more than 0."""
     timeout_s: float = Field(default=10.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """Wall-clock limit of one check, in seconds. A check that exceeds it is killed, and its completion has no
-    reward (never 0)."""
+    reward (never 0); for `code` it is the limit of one test, and a program that exceeds it has 0."""
     cpu_s: int = Field(default=5, ge=1, json_schema_extra=DECIDES_SCORES)
     """CPU-time limit of one check, in whole seconds. Unlike wall-clock time, it does not depend on other load
     of the machine."""
