@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 # Before torch is imported: the tests and all that they start share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's processes are polite by default (15), and would stand still for minutes beside another file's test.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -27,8 +30,6 @@ TIERS = {
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
-        "test_hostile_code",
-        "test_hostile_text",
         "test_lora",
         "test_recovery",
         "test_report",
@@ -53,10 +54,35 @@ TIERS = {
         "test_verifier_group",
         "test_workers",
     },
+    "components": {
+        "test_chaos",
+        "test_code_reward",
+        "test_confine",
+        "test_experiments",
+        "test_hostile_code",
+        "test_hostile_text",
+        "test_http_reward",
+        "test_isolation",
+        "test_process_log",
+        "test_responses",
+        "test_reward_shapes",
+        "test_rewards",
+        "test_rooms",
+        "test_sandbox",
+        "test_theory",
+        "test_verifiers",
+        "test_verify",
+    },
 }
-"""Test files by tier; all others are of the tier `unit`: no Ray, no vLLM, no second rank, no browser.
+"""Test files by tier.
 
-A test that runs on several ranks is end to end wherever it stands.
+A unit test stays in the process of pytest, and trains nothing until it converges. A component runs as in
+production, but without Ray: the sandbox and the command line in processes of their own, training until it
+converges, compiled kernels. Actors are Ray's, with fake engines. An end-to-end test has a real part: vLLM,
+DeepSpeed, several ranks, a browser, a set-up.
+
+A test of another file says its tier by a marker; one that runs on several ranks is end to end wherever it
+stands; all others are unit tests.
 """
 
 
@@ -64,9 +90,22 @@ LONGEST = [
     "test_ring",
     "test_ring_python",
     "test_recovery",
-    "test_setup",
-    "test_vllm_engine",
     "test_ring_jobs",
+    "test_vllm_engine",
+    "test_backends",
+    "test_setup",
+    "test_spread",
+    "test_theory",
+    "test_policy",
+    "test_sample",
+    "test_bench_gpu",
+    "test_lora",
+    "test_learner",
+    "test_report",
+    "test_workers",
+    "test_verifier_group",
+    "test_sandbox",
+    "test_packing",
 ]
 """Test files that begin first, in this order."""
 
@@ -75,7 +114,17 @@ def tier_of(item: pytest.Item) -> str:
     """Return the tier of a test, which is its marker: `tests/run.sh TIER` runs the tests of one."""
     if {"on_ranks", "made"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("setup"):
         return "end_to_end"
+    if own := [tier for tier in TIERS if item.get_closest_marker(tier)]:
+        return own[0]
     return next((tier for tier, files in TIERS.items() if item.path.stem in files), "unit")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test that starts a process fails: its file belongs to another tier."""
+    if request.node.get_closest_marker("unit"):
+        message = "a unit test starts a process: name its tier in tests/conftest.py"
+        monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail(message))
 
 
 @pytest.hookimpl(tryfirst=True)
