@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -121,10 +122,17 @@ def tier_of(item: pytest.Item) -> str:
 
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit test that starts a process fails: its file belongs to another tier."""
+    """A unit test that starts a Python fails: it belongs to another tier."""
+    begin = subprocess.Popen.__init__
+
+    def refuse(self: Any, arguments: Any, *more: Any, **options: Any) -> None:
+        assert sys.executable not in arguments, (
+            "a unit test starts a process: tests/conftest.py has the tiers"
+        )
+        begin(self, arguments, *more, **options)  # libraries ask `uname` and the like
+
     if request.node.get_closest_marker("unit"):
-        message = "a unit test starts a process: name its tier in tests/conftest.py"
-        monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail(message))
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.hookimpl(tryfirst=True)
