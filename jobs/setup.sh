@@ -85,7 +85,7 @@ if [ ! -d .venv ]; then
     [ -n "$python" ] || fail "needs Python 3.11 or 3.12 with venv and headers (Debian and Ubuntu: python3.11 python3.11-venv python3.11-dev); PYTHON=/path/to/python names one"
     mkdir .venv
     echo unfinished >$stamp
-    step "making .venv with $("$python" -V)" "about 5 s" "$python" -m venv .venv
+    step "making .venv with $("$python" -V)" "5 to 10 s" "$python" -m venv .venv
 elif [ ! -f $stamp ] && { ! python_fits .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
     fail ".venv was not made by this script, and its Python is not 3.11 or 3.12 with pip: move it away"
 fi
@@ -115,8 +115,8 @@ else
 fi
 
 # Here, not at the first import: that would be in every Ray worker and engine at the same time, and each time under PYTHONDONTWRITEBYTECODE.
-# A status of 1 means only that some package brings a file for another Python.
-step "compiling bytecode" "about 40 s" bash -c 'python -m compileall -q -j 0 .venv/lib/python3.*/site-packages || true'
+# Packages' own tests are left out. A status of 1 means only that some package brings a file for another Python.
+step "compiling bytecode" "30 to 90 s" bash -c 'python -m compileall -q -j 0 -x /tests/ .venv/lib/python3.*/site-packages || true'
 step "checking the versions" "about 10 s" python jobs/packages.py verify $extra
 step "checking that it fits together" "about 20 s" python -c "
 import torch

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 # Before torch is imported: the tests and all that they start share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's processes are polite by default (15), and would stand still for minutes beside another file's test.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -27,8 +31,6 @@ TIERS = {
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
-        "test_hostile_code",
-        "test_hostile_text",
         "test_lora",
         "test_recovery",
         "test_report",
@@ -53,10 +55,35 @@ TIERS = {
         "test_verifier_group",
         "test_workers",
     },
+    "components": {
+        "test_chaos",
+        "test_code_reward",
+        "test_confine",
+        "test_experiments",
+        "test_hostile_code",
+        "test_hostile_text",
+        "test_http_reward",
+        "test_isolation",
+        "test_process_log",
+        "test_responses",
+        "test_reward_shapes",
+        "test_rewards",
+        "test_rooms",
+        "test_sandbox",
+        "test_theory",
+        "test_verifiers",
+        "test_verify",
+    },
 }
-"""Test files by tier; all others are of the tier `unit`: no Ray, no vLLM, no second rank, no browser.
+"""Test files by tier.
 
-A test that runs on several ranks is end to end wherever it stands.
+A unit test stays in the process of pytest, and trains nothing until it converges. A component runs as in
+production, but without Ray: the sandbox and the command line in processes of their own, training until it
+converges, compiled kernels. Actors are Ray's, with fake engines. An end-to-end test has a real part: vLLM,
+DeepSpeed, several ranks, a browser, a set-up.
+
+A test of another file says its tier by a marker; one that runs on several ranks is end to end wherever it
+stands; all others are unit tests.
 """
 
 
@@ -64,9 +91,22 @@ LONGEST = [
     "test_ring",
     "test_ring_python",
     "test_recovery",
-    "test_setup",
-    "test_vllm_engine",
     "test_ring_jobs",
+    "test_vllm_engine",
+    "test_backends",
+    "test_setup",
+    "test_spread",
+    "test_theory",
+    "test_policy",
+    "test_sample",
+    "test_bench_gpu",
+    "test_lora",
+    "test_learner",
+    "test_report",
+    "test_workers",
+    "test_verifier_group",
+    "test_sandbox",
+    "test_packing",
 ]
 """Test files that begin first, in this order."""
 
@@ -75,7 +115,24 @@ def tier_of(item: pytest.Item) -> str:
     """Return the tier of a test, which is its marker: `tests/run.sh TIER` runs the tests of one."""
     if {"on_ranks", "made"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("setup"):
         return "end_to_end"
+    if own := [tier for tier in TIERS if item.get_closest_marker(tier)]:
+        return own[0]
     return next((tier for tier, files in TIERS.items() if item.path.stem in files), "unit")
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test that starts a Python fails: it belongs to another tier."""
+    begin = subprocess.Popen.__init__
+
+    def refuse(self: Any, arguments: Any, *more: Any, **options: Any) -> None:
+        assert sys.executable not in arguments, (
+            "a unit test starts a process: tests/conftest.py has the tiers"
+        )
+        begin(self, arguments, *more, **options)  # libraries ask `uname` and the like
+
+    if request.node.get_closest_marker("unit"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,7 +23,7 @@ from gvpo_ray import GVPOConfig
 from gvpo_ray.files import lock
 from gvpo_ray.learner.warm_start import warm_start
 
-NUM_STEPS, GROUPS_PER_STEP = 40, 16
+NUM_STEPS, GROUPS_PER_STEP = 32, 16
 IN_THE_CORE = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 """As on a GPU, the model in the core's own process, without the one that vLLM has beside it on a CPU: an
 engine starts sooner."""
@@ -75,7 +75,10 @@ def write_config(folder: Path) -> Path:
         "sampling": {"num_completions": 8, "max_tokens": 12},
         "engines": {"num_threads": 1, "parity_every": 4},
         "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
-        "evaluation": {"every": 20, "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}}},
+        "evaluation": {
+            "every": NUM_STEPS // 2,
+            "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}},
+        },
         "checkpoint": {"every": 4},
         "warm_start": {
             "data": {**prompts, "path": str(folder / "worked.parquet")},

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Set up, check style, rooms and types, run the tests: the same for people and CI.
 #   ./tests/run.sh                  all of it
-#   ./tests/run.sh unit             one tier: unit, actors, end_to_end or cluster (tests/conftest.py says which test is which)
+#   ./tests/run.sh unit             one tier: unit, components, actors, end_to_end or cluster (tests/conftest.py says which is which)
 #   ./tests/run.sh -k losses        arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
-    unit | actors | end_to_end | cluster) set -- -m "$@" ;;
+    unit | components | actors | end_to_end | cluster) set -- -m "$@" ;;
 esac
 ./jobs/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"

@@ -13,13 +13,11 @@ from gvpo_ray import groups
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.verifiers.verifier import Verifier
 
-LIMIT_S = 2.0
+LIMIT_S = 60.0
+"""Limit of a check that ends by itself, also on a busy machine."""
 
-
-START_UP_S = 20.0
-
-
-"""Generous: two cores, shared."""
+SHORT_S = 3.0
+"""Limit of a check that must come to it, and long enough for the ones beside it, which end by themselves."""
 
 
 def group_of(answer: str, completions: list[str], **more: Any) -> pa.Table:
@@ -59,7 +57,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> bool:
-    deadline = time.monotonic() + START_UP_S
+    deadline = time.monotonic() + LIMIT_S
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not is_running(pid)

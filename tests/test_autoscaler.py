@@ -30,7 +30,10 @@ NODE_TYPES = {"learner": 1, "engine": 3, "verifier": 1}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """(address, mark of all of its processes) of a cluster of a head alone, with Ray's autoscaler on it."""
+    """(address, mark of all of its processes) of a cluster of a head alone, with Ray's autoscaler on it.
+
+    It has no tokens, while an embedded Ray of another test may have left them switched on in this process.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as another:
         port, clients_port = free.getsockname()[1], another.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"

@@ -113,10 +113,10 @@ def frequencies(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
 
 
 def small_gradients(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
-    """Norms of a gradient g, and of g with 0.0009 g added 50 times, each of which bfloat16 would lose."""
+    """Norms of a gradient g, and of g with 0.0009 g added 20 times, each of which bfloat16 would lose."""
     policy = load(large_model(folder / "model", False), backend, zero_stage, "bfloat16")
     rows, norms = [group(1, [8, 8])], []
-    for factors in ([1.0], [1.0] + [0.0009] * 50):
+    for factors in ([1.0], [1.0] + [0.0009] * 20):
         for i, factor in enumerate(factors):
             is_last = i == len(factors) - 1
             logprobs = policy.logprobs(rows, is_last)
@@ -205,7 +205,7 @@ def test_gradients_are_added_up_in_float32_on_every_backend_in_bfloat16(
 ) -> None:
     for result in on_ranks(2, f"small gradients {backend} {zero_stage}"):
         once, more = result["norms"]
-        assert once > 0 and more / once == pytest.approx(1.045, abs=0.005)
+        assert once > 0 and more / once == pytest.approx(1.018, abs=0.002)
 
 
 def test_fsdp_keeps_gradients_in_shards_between_passes(on_ranks: Any) -> None:

@@ -344,7 +344,7 @@ class Fusion(BaseHTTPRequestHandler):
 
 def test_other_languages_run_on_a_sandbox_fusion_server() -> None:
     server = HTTPServer(("127.0.0.1", 0), Fusion)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/"
     arguments = {"language": "c++", "sandbox_fusion": url}
     verifier = Verifier(VerifiersConfig.model_validate({"rewards": {"code": {"arguments": arguments}}}))

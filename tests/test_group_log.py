@@ -239,6 +239,7 @@ WRITER = textwrap.dedent(
 )
 
 
+@pytest.mark.components
 def test_kill_9_loses_no_acknowledged_group_and_stores_none_twice(tmp_path):
     seed = random.Random(0)
     groups_there: set[int] = set()

@@ -57,7 +57,7 @@ class _Judge(BaseHTTPRequestHandler):
 def judge() -> Iterator[str]:
     _Judge.requests, _Judge.failures, _Judge.more = [], [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/score"
     server.shutdown()

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from scoring import (
     LIMIT_S,
-    START_UP_S,
     group_of,
     reasons_of,
     rewards_of,
@@ -134,7 +133,7 @@ def test_a_completion_that_is_run_changes_no_later_verdict() -> None:
     )
     innocent = "import os; print('x' * 2**20); result = 8 if os.listdir(os.environ['TMPDIR']) == [] else 9"
     with Verifier(
-        VerifiersConfig(timeout_s=START_UP_S, rewards={"runs": 1, "math": 1}), {"runs": runs}
+        VerifiersConfig(timeout_s=LIMIT_S, rewards={"runs": 1, "math": 1}), {"runs": runs}
     ) as verifier:
         scored = verifier.score(group_of("8", ["result = 7", poison, "result = 7", "\\boxed{7}", innocent]))
     (row,) = groups.rows(scored)
@@ -156,7 +155,7 @@ def test_a_print_costs_no_reward_and_little_of_it_reaches_the_log(capfd: pytest.
             os.close(2)
         return [1.0]
 
-    scored = score_with(talks, ["a", "closes", "b"], timeout_s=START_UP_S)
+    scored = score_with(talks, ["a", "closes", "b"])
     assert rewards_of(scored) == [1.0, 1.0, 1.0]
     printed = capfd.readouterr()
     assert printed.out == "" and len(printed.err) < 100_000
@@ -259,7 +258,7 @@ def test_whatever_a_check_leaves_in_the_scratch_folder_is_gone_for_the_next() ->
             os.chdir("d")
         return [(float(len(found)), str(found))]
 
-    scored = score_with(leaves, ["a", "b", "c"], timeout_s=START_UP_S)
+    scored = score_with(leaves, ["a", "b", "c"])
     assert rewards_of(scored) == [0.0, 0.0, 0.0]
 
 

@@ -15,7 +15,8 @@ import peft
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from ring import IN_THE_CORE
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
@@ -68,22 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=tiny.VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = tiny.vllm_model(tie_word_embeddings=True, eos_token_id=None)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # of q, k and v: none may be lost
             torch.nn.init.normal_(parameter, std=0.2)
@@ -96,7 +82,8 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         model = ModelConfig(path=str(folder), lora=LoraConfig(rank=RANK, alpha=ALPHA))
-        self.engine = Engine(model, PoolConfig(kv_cache_gib=1, num_threads=1), "objects", seed=0)
+        pool = PoolConfig(kv_cache_gib=1, num_threads=1, vllm=IN_THE_CORE)
+        self.engine = Engine(model, pool, "objects", seed=0)
         self.runner = asyncio.Runner()
         self.runner.run(self.engine.start())
         self._version = 0
@@ -182,8 +169,10 @@ def test_completions_in_flight_go_on_with_the_new_adapter(running: Running, fold
     async def swap_while_it_samples() -> Any:
         # The prompt's keys and values of the old adapter are in the prefix cache, from here on.
         await engine.generate(prompt, SamplingConfig(num_completions=2, max_tokens=2))
+        before = (await engine.status())["num_tokens"]
         completions = asyncio.create_task(engine.generate(prompt, sampling))
-        await asyncio.sleep(0.5)
+        while (await engine.status())["num_tokens"] < before + 100:
+            await asyncio.sleep(0.01)
         assert not completions.done()
         await engine.update(running._version + 1, new.published(), None)
         assert not completions.done()

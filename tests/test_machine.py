@@ -241,6 +241,7 @@ def test_an_account_with_name_and_home_keeps_them(tmp_path: Path, monkeypatch: p
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
+@pytest.mark.components
 def test_the_command_line_is_utf8_in_an_ascii_locale(tmp_path: Path) -> None:
     """The name reaches the file system as UTF-8, and the terminal gets plain signs."""
     (tmp_path / "läuf").mkdir()
@@ -254,6 +255,7 @@ def test_the_command_line_is_utf8_in_an_ascii_locale(tmp_path: Path) -> None:
     assert run.stderr == b"error: l\\xe4uf: no config.yaml: not the directory of a run\n"
 
 
+@pytest.mark.components
 def test_an_argument_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable.encode(), b"-m", b"gvpo_ray", b"status", b"l\xe4uf"],

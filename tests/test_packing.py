@@ -155,6 +155,7 @@ def test_the_blocks_of_the_mask_are_those_of_create_block_mask(num_tokens: int) 
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
+@pytest.mark.components
 @pytest.mark.parametrize("name", ["qwen2", "qwen2, a window of 4 in the second layer"])
 def test_attention_is_compiled_a_few_times_whatever_the_passes(name: str, flex_on_cpu: None) -> None:
     """Below and above one and two blocks, one token, with and without gradients, checkpointed or not; and
@@ -209,6 +210,7 @@ def test_attention_is_compiled_a_few_times_whatever_the_passes(name: str, flex_o
     assert not _debug_get_cache_entry_list(create_block_mask.__code__)
 
 
+@pytest.mark.components
 def test_a_kernel_that_is_wrong_is_found(flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = _groups()
     for dtype in (torch.float32, torch.bfloat16):

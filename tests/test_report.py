@@ -558,7 +558,7 @@ def server():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.shutdown()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 import uuid
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +19,7 @@ from ring import GROUPS_PER_STEP, IN_THIS_CORE, NUM_STEPS, Command, left_behind
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.bench import chaos
 from gvpo_ray.buffer.log import GroupLog
+from gvpo_ray.cli import main
 from gvpo_ray.run.events import EventLog
 
 KILLED = {*chaos.KINDS} - {"learner controller", "engine"}
@@ -34,8 +34,7 @@ def killed_run(config_file: Path) -> dict[str, Any]:
     run_dir = config_file.parent / "run"
     facts: dict[str, Any] = {"run_dir": run_dir, "logs": [], "left": []}
     command = Command("train", str(config_file), IN_THIS_CORE)
-    command.wait_for_steps(2)
-    time.sleep(0.5)
+    command.wait_for_steps(1)
     facts["interrupt"] = (command.end(signal.SIGINT), command.output)
     facts["left"] += command.left_behind()
     facts["logs"].append(list(GroupLog(run_dir / "groups").group_ids))
@@ -84,15 +83,14 @@ def test_every_recovery_is_a_line_an_event_and_a_number(killed_run: dict[str, An
     assert killed_run["outcome"].output.count("recovery at step") >= sum(counts.values()) - 1
 
 
-def test_a_run_says_what_it_last_did_and_its_report_marks_the_recoveries(killed_run: dict[str, Any]) -> None:
-    status = Command("status", str(killed_run["run_dir"]))
-    assert status.wait() == 0
-    assert (
-        f"driver: step {NUM_STEPS} of {NUM_STEPS}, complete" in status.output
-        and "recoveries so far: " in status.output
-    )
-    report = Command("report", str(killed_run["run_dir"]))
-    assert report.wait() == 0, report.output
+@pytest.mark.usefixtures("quiet")
+def test_a_run_says_what_it_last_did_and_its_report_marks_the_recoveries(
+    killed_run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", str(killed_run["run_dir"])]) == 0
+    said = capsys.readouterr().out
+    assert f"driver: step {NUM_STEPS} of {NUM_STEPS}, complete" in said and "recoveries so far: " in said
+    assert main(["report", str(killed_run["run_dir"])]) == 0
     page = (killed_run["run_dir"] / "report.html").read_text()
     scripts: list[str] = []
     texts: list[str] = []
@@ -133,7 +131,7 @@ def test_metrics_hold_each_step_once_with_the_names_of_the_contract(killed_run: 
         "time/wait_for_groups",
     }
     assert all(names <= set(line) for line in trained)
-    assert [line["step"] for line in lines if "eval/test/pass@1" in line] == [0, 20, 40]
+    assert [line["step"] for line in lines if "eval/test/pass@1" in line] == [0, NUM_STEPS // 2, NUM_STEPS]
 
 
 def test_the_policy_learns(killed_run: dict[str, Any]) -> None:
@@ -170,7 +168,7 @@ def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(
     assert (
         chaos.replays_bit_for_bit(
             str(config_file),
-            ["checkpoint.every=40"],
+            [f"checkpoint.every={NUM_STEPS}"],
             killed_run["outcome"],
             config,
             config_file.parent / "replay",
@@ -179,14 +177,13 @@ def test_learning_from_the_log_gives_the_same_weights_bit_for_bit(
     )
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(
-    config_file: Path, killed_run: dict[str, Any]
+    config_file: Path, killed_run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    command = Command("train", str(config_file))
-    assert command.wait() == 0
-    assert "complete" in command.output
+    assert main(["train", str(config_file)]) == 0 and "complete" in capsys.readouterr().out
     folder = killed_run["run_dir"] / "checkpoints" / f"step-{NUM_STEPS}"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = AutoModelForCausalLM.from_pretrained(folder).generate(
@@ -195,8 +192,12 @@ def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(
     assert r"\boxed{" in tokenizer.decode(ids[0])
 
 
+@pytest.mark.usefixtures("quiet")
 def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_its_interval(
-    config_file: Path, killed_run: dict[str, Any], at_once: dict[str, Command]
+    config_file: Path,
+    killed_run: dict[str, Any],
+    at_once: dict[str, Command],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, command = config_file.parent / "evaluation", at_once["evaluate"]
     assert command.wait() == 0, command.output
@@ -208,8 +209,8 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     margin = 2.5 * own["eval/test/stderr"] + 0.05
     assert abs(result["pass@1"]["value"] - own["eval/test/pass@1"]) <= margin
     assert result["num_prompts"] == 18 and pq.read_table(out / "generations.parquet").num_rows == 18 * 8
-    again = Command(*command.process.args[3:])
-    assert again.wait() == 0 and "evaluating" not in again.output  # everything is there: no actor starts
+    assert main(command.process.args[3:]) == 0
+    assert "evaluating" not in capsys.readouterr().out  # everything is there: no actor starts
 
 
 def test_rollout_samples_and_verifies_alone(config_file: Path, at_once: dict[str, Command]) -> None:

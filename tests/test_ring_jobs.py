@@ -129,7 +129,7 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
     said = job("logs", "stopped")
     assert "recovery at step" in said.stdout and "the same command resumes the run" in said.stdout, said
 
-    num_steps = num_trained() + 10
+    num_steps = num_trained() + 4
     with ThreadPoolExecutor() as threads:
         beside = threads.submit(submit, "wrong", "lerner.num_workers=1", wait=True)
         finished = submit("finished", f"num_steps={num_steps}", wait=True)

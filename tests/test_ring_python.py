@@ -21,6 +21,8 @@ from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.observe.ray_metrics import place
 from gvpo_ray.observe.status import EngineState, write_status
 
+NUM_STEPS = 9
+
 
 def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
@@ -34,7 +36,7 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     run_dir, rewards = config_file.parent / "mine", {f"{config_file.parent}/mine.py:says_seven": 4.0}
     overrides = {
         "run_dir": str(run_dir),
-        "num_steps": 12,
+        "num_steps": NUM_STEPS,
         "verifiers.rewards": rewards,
         "learner.num_workers": 1,
         "evaluation.every": 0,
@@ -51,14 +53,14 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     lines: list[dict[str, Any]] = []
 
     def kill_verifiers() -> None:
-        """Three, from the steps 1, 5 and 9 on, at a random moment and at work if one is."""
+        """Three, from the steps 1, 4 and 7 on, at a random moment and at work if one is."""
         rng = random.Random(0)
 
         def living(title: str) -> list[int]:  # one that is killed is there for a moment
             return sorted({*tiny.descendants(title)} - {*killed})
 
         while len(killed) < 3 and not ended.wait(rng.uniform(0, 2)):
-            if len(lines) <= 4 * len(killed):
+            if len(lines) <= 3 * len(killed):
                 continue
             if found := living("ray::_VerifierActor.score_group") or living("ray::_VerifierActor"):
                 killed.append(rng.choice(found))
@@ -76,7 +78,7 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         killer.start()
         try:
             assert lines[0]["step"] == 1 and algo.save() == run_dir / "checkpoints" / "step-1"
-            while len(lines) < 12:
+            while len(lines) < NUM_STEPS:
                 lines.append(algo.train())
             until(lambda: len(killed) == 3)
         finally:
@@ -96,7 +98,7 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     assert "learner" not in [thread.name for thread in threading.enumerate()]
     log = groups.load(run_dir / "groups")
     endless = [row for row in groups.rows(log) if row["prompt"] == "12="]
-    # of more than nine rounds through the 20 prompts: quarantined after the first
+    # of more than seven rounds through the 20 prompts: quarantined after the first
     assert 0 < len(endless) < 4
     assert all(
         row["rewards"] == [None] * 8 and row["reward_reasons"][0].startswith("timeout: ") for row in endless
@@ -105,7 +107,7 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         "prompts/quarantined"
     ] == 1
     ids = log["group_id"].to_pylist()
-    assert len(set(ids)) == len(ids) == 12 * GROUPS_PER_STEP
+    assert len(set(ids)) == len(ids) == NUM_STEPS * GROUPS_PER_STEP
     first, last = {}, {}
     for row in groups.rows(log):
         if row["prompt"] != "12=":  # a check that a verifier was killed in is made again
@@ -117,18 +119,18 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
 
     written = (run_dir / "metrics.jsonl").read_text().splitlines()
     (run_dir / "metrics.jsonl").write_text(
-        "".join(f"{line}\n" for line in written if json.loads(line)["step"] < 11)
+        "".join(f"{line}\n" for line in written if json.loads(line)["step"] < NUM_STEPS - 1)
     )
     with (run_dir / "groups" / "steps.jsonl").open("a") as file:
-        file.write('{"step": 12, "metr')  # as of a buffer that was killed while it wrote
+        file.write(f'{{"step": {NUM_STEPS}, "metr')  # as of a buffer that was killed while it wrote
     # a driver that was killed before it wrote the lines of steps: there from now on, once, with what the
     # learner said
     for _ in range(2):
         with GVPO.from_run_dir(run_dir) as algo:
-            assert algo.step == 12
+            assert algo.step == NUM_STEPS
         there = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in there] == list(range(1, 13)) and there[:10] == lines[:10]
-        for line, whole in zip(there[10:], lines[10:], strict=True):
+        assert [line["step"] for line in there] == list(range(1, NUM_STEPS + 1)) and there[:-2] == lines[:-2]
+        for line, whole in zip(there[-2:], lines[-2:], strict=True):
             assert "loss" in line and "time/step" in line and line.items() <= whole.items()
 
 
@@ -164,7 +166,7 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         lines = [algo.train()]
         # A run does not wait for its second engine, which would start slowly beside one that is busy.
         until(lambda: all(slot.state == EngineState.RUNNING for slot in algo.engines.slots))
-        lines += [algo.train() for _ in range(13)]
+        lines += [algo.train() for _ in range(9)]
         while any(
             sum(line[f"pools/{pool}/token_share"] for line in lines) <= 0.5 for pool in ("full", "half")
         ):
@@ -208,4 +210,4 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     assert lines[-1]["sources/offline:people"] == 0.125 and lines[-1]["sources/replay"] > 0
     assert all(line["weights/parity_mean"] < 0.1 for line in lines if "weights/parity_mean" in line)
     with GVPO.from_run_dir(folder / "mixed", reward=says_the_tens) as algo:
-        assert algo.step == algo.resumed_from > 8
+        assert algo.step == algo.resumed_from >= 8

@@ -81,6 +81,7 @@ def test_a_run_dir_without_a_format_is_refused_and_left_as_it_is(tmp_path: Path)
     assert contents(old) == before
 
 
+@pytest.mark.components
 def test_train_ends_with_status_2_and_one_line_on_a_run_dir_without_a_format(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 2?", "answer": "3"}\n')

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from ring import IN_THE_CORE
 
 from gvpo_ray.cli import main
 from gvpo_ray.config.shown import visible
@@ -79,7 +79,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model": {"path": "./model"},
         "prompts": {"path": "train.jsonl", "template": "{prompt}<eos>=", "shuffle": False},
         "sampling": {"num_completions": 3, "max_tokens": 4},
-        "engines": {"num": 2, "num_cpus": 0.5, "kv_cache_gib": 1, "num_threads": 1, "max_num": 3},
+        "engines": {
+            "num": 2,
+            "num_cpus": 0.5,
+            "kv_cache_gib": 1,
+            "num_threads": 1,
+            "max_num": 3,
+            "vllm": IN_THE_CORE,
+        },
         "verifiers": {"num": 2},
         "learner": {"num_mini_batches": 1},
     }
@@ -112,9 +119,7 @@ def test_a_mistake_is_one_line_before_anything_starts(
 
 def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_ends(folder: Path) -> None:
     """A random model, for real: vLLM, a verifier and the process's exit status."""
-    config = Qwen2Config.from_pretrained(folder / "model")  # heads of 32: vLLM has none of 8 on a CPU
-    config.update({"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1})
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tiny.vllm_model().save_pretrained(folder / "model")
     command = [sys.executable, "-m", "gvpo_ray", "check", "config.yaml", "--sample", "4"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=380)

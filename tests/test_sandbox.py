@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scoring import (
     LIMIT_S,
-    START_UP_S,
+    SHORT_S,
     children_of,
     group_of,
     is_running,
@@ -47,13 +47,13 @@ def test_a_function_that_never_returns_is_killed_and_its_neighbours_keep_their_r
             pass
         return [0.5]
 
-    scored = score_with(loops, ["a", "loop", "b", "loop", "c"], timeout_s=0.5)
+    scored = score_with(loops, ["a", "loop", "b", "loop", "c"], timeout_s=SHORT_S)
     assert rewards_of(scored) == [0.5, None, 0.5, None, 0.5]
     assert reasons_of(scored) == [
         None,
-        "timeout: math took more than 0.5 s",
+        "timeout: math took more than 3 s",
         None,
-        "timeout: math took more than 0.5 s",
+        "timeout: math took more than 3 s",
         None,
     ]
 
@@ -138,9 +138,7 @@ def test_math_that_runs_out_of_memory_is_a_crash_though_sympy_swallows_the_error
         compare.sympy_equal = equal
         return math_reward(prompts, completions, **{**columns, "answer": ["z + 1"]})  # numbers need no sympy
 
-    scored = score_with(
-        swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0, timeout_s=START_UP_S
-    )
+    scored = score_with(swallows, ["\\boxed{x}", "bomb \\boxed{x}", "\\boxed{y}"], memory_gib=1.0)
     assert rewards_of(scored) == [0.0, None, 0.0]
     assert reasons_of(scored) == [None, "memory: math needed more than 1 GiB", None]
 
@@ -174,10 +172,10 @@ def test_parts_before_a_timeout_are_kept_and_the_slow_function_is_named() -> Non
         time.sleep(600)
         return [1.0]
 
-    with Verifier(VerifiersConfig(timeout_s=0.5), {"sleeps": sleeps}) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=SHORT_S), {"sleeps": sleeps}) as verifier:
         scored = verifier.score(group_of("85", ["$85$"]))
     assert next(groups.rows(scored))["reward_parts"] == {"math": [1.0], "sleeps": [None]}
-    assert reasons_of(scored) == ["timeout: sleeps, with what ran before it, took more than 0.5 s"]
+    assert reasons_of(scored) == ["timeout: sleeps, with what ran before it, took more than 3 s"]
 
 
 def test_functions_of_ours_share_a_child_and_none_is_left_after_close() -> None:
@@ -241,7 +239,7 @@ def test_a_child_that_never_returns_dies_with_its_parent(tmp_path: Path) -> None
     )
     assert parent.stdout is not None
     template = int(parent.stdout.readline())
-    deadline = time.monotonic() + START_UP_S
+    deadline = time.monotonic() + LIMIT_S
     while not (children := children_of(template)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -261,12 +259,12 @@ def test_a_limit_counts_whichever_reason_names_it() -> None:
         time.sleep(600)
         return [1.0]
 
-    with Verifier(VerifiersConfig(timeout_s=0.5), {"sleeps": sleeps}) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=SHORT_S), {"sleeps": sleeps}) as verifier:
         scored = verifier.score(
             group_of("8", ["\\boxed{"] * 2, completion_ids=[[1], [2]], finish_reasons=["stop"] * 2)
         )
     no_answer = "math: no answer found in the completion"
-    limit = "timeout: sleeps, with what ran before it, took more than 0.5 s"
+    limit = "timeout: sleeps, with what ran before it, took more than 3 s"
     assert reasons_of(scored) == [f"{no_answer}\n{limit}"] * 2
     assert groups.all_cut_off(scored)
     (row,) = groups.rows(scored)

@@ -202,6 +202,7 @@ def failing(prompts, completions, api_key, **columns):
 """
 
 
+@pytest.mark.components
 def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(
     free_port: int, tmp_path: Path
 ) -> None:
@@ -297,6 +298,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.components
 def test_wandb_gets_neither_parameters_nor_a_command_line_with_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

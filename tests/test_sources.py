@@ -160,6 +160,7 @@ def test_rewards_of_the_file_need_no_answers_and_are_kept_as_they_are(make: Make
     ]
 
 
+@pytest.mark.components
 def test_completions_without_a_reward_are_left_to_the_verifier_and_the_others_are_not(make: Maker) -> None:
     rows = [
         {"prompt": "1+1", "answer": "2", "completion": f"\\boxed{{{i}}}", "score": score}

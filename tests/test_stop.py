@@ -94,3 +94,26 @@ def test_an_interrupt_ends_a_session_although_engines_start_and_a_step_goes_on(
         assert sorted(ended) == ["engines", "start", "step"] and not session._thread.is_alive()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("before", [None, "token"])
+def test_a_run_leaves_no_tokens_to_the_next_ray_of_the_process_that_it_did_not_find(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """An embedded Ray switches them on; actors of a cluster without them would end at once."""
+    from ray._private.authentication.authentication_token_setup import _enable_token_auth
+    from ray._raylet import AuthenticationMode, Config, get_authentication_mode
+
+    monkeypatch.setattr(ray, "init", lambda **_: _enable_token_auth())
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # put back at the end, whatever happens
+    if before is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    Config.initialize("")
+    session = Session(RayConfig())
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    session.stop()
+    assert os.environ.get("RAY_AUTH_MODE") == before
+    assert (get_authentication_mode() == AuthenticationMode.TOKEN) == (before is not None)
+    monkeypatch.undo()
+    Config.initialize("")

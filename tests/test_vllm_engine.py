@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ring import IN_THE_CORE
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining, cause_of
@@ -65,22 +66,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     tokens: head of EOS at 0.
     """
     folder = tiny.make_model(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=tiny.VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=tiny.EOS,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = tiny.vllm_model(tie_word_embeddings=False, initializer_range=0.3)
     model.lm_head.weight.data[tiny.EOS] = 0
     model.save_pretrained(folder)
     before = dict(os.environ)  # the engine's settings are for a process of its own
@@ -291,7 +277,7 @@ from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.vllm_engine import Engine
 if __name__ == "__main__":
-    pool = PoolConfig(kv_cache_gib=1, num_threads=1)
+    pool = PoolConfig(kv_cache_gib=1, num_threads=1, vllm={IN_THE_CORE})
     try:
         asyncio.run(Engine(ModelConfig(path={str(folder)!r}), pool, "objects", -1, True).start())
     except RuntimeError as error:

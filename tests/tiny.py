@@ -65,6 +65,27 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
     return Path(folder)
 
 
+def vllm_model(**config: Any) -> Any:
+    """A random model of heads of 32, which vLLM runs on a CPU, for make_model's tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=1024,
+            bos_token_id=None,
+            pad_token_id=0,
+            **{"eos_token_id": EOS, "initializer_range": 0.2, **config},
+        )
+    )
+
+
 def tree(folder: Path) -> dict[str, Any]:
     """What is in a folder: any change of a name, a content or a time makes it another."""
     return {

@@ -22,6 +22,10 @@ CLOSE_S = 4.0
 """Seconds that what was started gets to close; whatever does not finish in time ends with Ray."""
 
 
+AUTH_MODE = "RAY_AUTH_MODE"
+"""ray.init sets it to `token` when it starts a Ray of its own, and ray.shutdown leaves it in the process."""
+
+
 class Session:
     """A Session owns Ray, an event loop in a thread, and what was started on them; `stop` ends only that.
 
@@ -33,6 +37,7 @@ class Session:
         self.cause: BaseException | None = None
         self._stopped = False
         self._owns_ray = not ray.is_initialized()
+        self._had_auth_mode = AUTH_MODE in os.environ
         if self._owns_ray:
             address = cluster_address(config)
             embedded: dict[str, Any] = {
@@ -163,6 +168,20 @@ class Session:
         self._thread.join(timeout=3)
         if self._owns_ray:
             ray.shutdown()
+            if not self._had_auth_mode:
+                forget_auth_mode()
+
+
+def forget_auth_mode() -> None:
+    """Make this process speak to the next Ray as if there had been none before.
+
+    A cluster without tokens would take this process, which still asks for them, for dead, and end its actors.
+    Ray keeps the setting in a private object too, as read from Ray 2.60.0.
+    """
+    from ray._raylet import Config
+
+    os.environ.pop(AUTH_MODE, None)
+    Config.initialize("")
 
 
 def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
