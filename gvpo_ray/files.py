@@ -289,12 +289,15 @@ def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock of a file; a file that is absent is not locked.
 
     Only read access to the file is needed.
+
+    Raises:
+        OSError: the file cannot be opened, or its file system has no locks: nobody knows.
     """
     try:
         with open(path, encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
+    except FileNotFoundError:
+        return False
     except BlockingIOError:
         return True
-    except OSError:
-        return False

@@ -46,6 +46,20 @@ def test_check_reads_the_data_as_train_does(
         )
 
 
+def test_completions_that_join_the_runs_prompts_need_no_columns_and_whole_groups_do(
+    folder: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "levels.jsonl").write_text('{"prompt": "0+0?", "answer": "0", "level": 1}\n')
+    (folder / "worked.jsonl").write_text('{"prompt": "0+0?", "answer": "0", "completion": "0"}\n' * 2)
+    (folder / "own.py").write_text("def reward(completions, level): return [1.0 for _ in completions]\n")
+    given = ("config.yaml", "prompts.path=levels.jsonl", "verifiers.rewards={own.py:reward: 1}")
+    source = "sources={worked: {path: worked.jsonl, template: '{prompt}', %s: 0.5}}"
+    assert main(["check", *given, source % "share"]) == 0
+    assert "it needs the argument 'level', and sources.worked has" in refused(
+        "check", *given, source % "group_share"
+    )
+
+
 def test_check_shows_the_first_prompt_with_its_special_tokens(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

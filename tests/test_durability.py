@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,9 +18,11 @@ from tiny import make_checkpoint, make_group, table
 from gvpo_ray import files, groups
 from gvpo_ray.buffer import log as log_module
 from gvpo_ray.buffer.log import GroupLog, LogError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.learner.checkpoints import finish_checkpoint, latest_checkpoint, prune_checkpoints
 from gvpo_ray.observe.console import RunConsole
 from gvpo_ray.observe.metrics_log import MetricsLog
+from gvpo_ray.run.run_dir import open_run_dir
 
 
 @pytest.fixture
@@ -332,6 +335,43 @@ def test_an_index_or_a_segment_that_cannot_be_read_is_an_error_and_not_the_end_o
         with pytest.raises(OSError, match=os.strerror(number)):
             GroupLog(tmp_path)
     assert GroupLog(tmp_path).group_ids == [0, 1, 2]
+
+
+def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_a_free_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an engine that runs out of descriptors would remove the weights that another one takes."""
+    path = tmp_path / ".lock"
+    assert not files.is_locked(path)
+    with files.lock(path):
+        assert files.is_locked(path)
+    assert not files.is_locked(path)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        files.is_locked(path)
+
+
+@pytest.mark.parametrize("name", ["format.json", "contents.json"])
+def test_a_file_of_the_run_that_cannot_be_read_is_named_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with open_run_dir(config(tmp_path), {"prompts.path": "abc"}):
+        pass
+    real = Path.read_text
+
+    def read_text(path: Path, **options: Any) -> str:
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(ConfigError) as said, open_run_dir(config(tmp_path), {"prompts.path": "abc"}):
+        pass
+    assert str(said.value) == f"run_dir: {tmp_path / 'run' / name} cannot be read: Input/output error"
 
 
 def test_a_copied_evaluation_does_not_hurt_the_summary(

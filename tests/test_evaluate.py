@@ -20,12 +20,14 @@ from gvpo_ray import groups
 from gvpo_ray.cli import main
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.evaluation.compare import compare
 from gvpo_ray.evaluation.folder import EvaluationDir
 from gvpo_ray.evaluation.run import evaluate
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 from gvpo_ray.run.once import evaluation_sampling, prompt_seed
+from gvpo_ray.verifiers.verifier import Verifier
 
 
 def _config(folder: Path, **evaluation: Any) -> GVPOConfig:
@@ -183,6 +185,35 @@ def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_ever
     assert [(row["prompt_id"], row["sample"], row["correct"], row["num_tokens"]) for row in samples] == [
         (i, k, (k == 0 and i > 0) or k == 1, k + 1) for i in range(3) for k in range(4)
     ]
+
+
+def test_every_column_of_the_data_reaches_reward_functions_when_an_evaluation_goes_on(tmp_path: Path) -> None:
+    """Missing prompts bring the data's columns, as the first ones do; stored groups have them, too."""
+    _model(tmp_path)
+    config = _config(tmp_path)
+    levels = [json.dumps({"columns": {"level": i, "tests": ["1 = 1"]}}) for i in range(3)]
+    everything = groups.table([_group(i, [1.0, 0.0]) | {"data": level} for i, level in enumerate(levels)])
+    prompts = everything.select([*groups.PROMPT_COLUMNS, *groups.DATA_COLUMNS])
+    unscored = everything.drop_columns(list(groups.REWARD_COLUMNS))
+
+    def reward(completions: list[str], level: list[int], tests: list[Any]) -> list[float]:
+        return [10.0 * number + len(of_row) for number, of_row in zip(level, tests, strict=True)]
+
+    rewards = {"own": RewardConfig(trusted=True)}
+    verifiers = VerifiersConfig(rewards=rewards)
+    for begin, num in ((0, 1), (1, 2)):
+        with (
+            _open(tmp_path, config) as kept,
+            Verifier(verifiers, {"own": reward}, columns={"evaluation.sets.easy": ["level", "tests"]}) as own,
+        ):
+            missing = kept.missing("easy", prompts)
+            assert missing.equals(prompts.slice(begin))
+            for i in missing["group_id"].to_pylist()[:num]:
+                kept.add("easy", own.score(unscored.slice(i, 1)))
+    with _open(tmp_path, config) as kept:
+        stored = kept.rows("easy")
+    assert [row["rewards"] for row in stored] == [[1.0, 1.0], [11.0, 11.0], [21.0, 21.0]]
+    assert [row["data"] for row in stored] == levels
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """The group table: what goes in comes out, what is cut off is left out, what does not fit is named."""
 
+import errno
+import io
+import os
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -147,6 +151,32 @@ def test_a_single_stream_without_its_end_is_read_too(tmp_path):
     whole = write_stream(tmp_path / "a.arrow", [groups.table([row(0)]), groups.table([row(1)])])
     (tmp_path / "a.arrow").write_bytes(whole[:-100])
     assert groups.load(tmp_path / "a.arrow").column("group_id").to_pylist() == [0]
+
+
+@pytest.mark.parametrize("is_log", [False, True])
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it_and_not_the_end_of_the_log(
+    tmp_path, monkeypatch, is_log
+):
+    tables = [groups.table([row(i)]) for i in range(3)]
+    whole = write_stream(tmp_path / "00000.arrow", tables)
+
+    class Failing(io.BytesIO):
+        """A file of which nothing from the byte `good` on can be read."""
+
+        good = len(whole)
+
+        def read(self, size=-1):
+            if self.tell() + max(size, 0) > self.good:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    monkeypatch.setattr(pa, "memory_map", lambda path: pa.PythonFile(Failing(Path(path).read_bytes()), "r"))
+    place = tmp_path if is_log else tmp_path / "00000.arrow"
+    assert len(groups.load(place)) == 3
+    for Failing.good in (len(whole) - 300, len(whole) // 2, 10):
+        with pytest.raises(OSError, match="Input/output error") as error:
+            groups.load(place)
+        assert error.value.errno == errno.EIO and error.value.filename == str(tmp_path / "00000.arrow")
 
 
 @pytest.mark.parametrize(

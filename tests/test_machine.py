@@ -406,3 +406,35 @@ def test_nothing_is_printed_after_the_first_cause(
         finally:
             session.stop()
         assert ("never retrieved" in caplog.text) is printed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("no GCS there"),
+        RuntimeError("Version mismatch"),
+        ValueError("The given object store memory is too small"),
+        ray.exceptions.RaySystemError("System error"),
+        Exception("The current node timed out\nduring startup."),
+    ],
+)
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError) as said:
+        Session(RayConfig(address="local"))
+    assert str(said.value) == f"ray: cannot start on this machine: {' '.join(str(error).split())}"
+
+
+@pytest.mark.parametrize("error", [TypeError("a mistake"), KeyError("of code"), AssertionError()])
+def test_a_mistake_of_the_code_that_starts_ray_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(type(error)):
+        Session(RayConfig(address="local"))

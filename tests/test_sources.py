@@ -351,6 +351,33 @@ def test_the_digest_changes_with_a_column_that_reward_functions_read(make: Maker
     assert first == same != other
 
 
+def test_reward_functions_get_the_columns_of_a_prompt_and_none_of_one_of_its_completions(
+    make: Maker,
+) -> None:
+    """No completion is scored with what the data say of another one, and a line says what is left out."""
+    rows = _rows({"a": 3, "b": 2}, level=7, weight=float("nan"), tags={"x": 1})
+    for i, row in enumerate(rows):
+        row |= {"writer": f"w{i}", "topic": row["prompt"], "late": i == 4}
+    source = make(rows, num_completions=4)
+    assert source.columns == ["level", "weight", "tags", "topic", "answer"]
+    assert source.notes == [
+        "writer, late: not the same for all completions of a prompt, so that reward functions, which get the "
+        "columns of a prompt, do not get this"
+    ]
+    kept = [json.loads(data)["columns"] for data in source.all()["data"].to_pylist()]
+    assert [(data["level"], data["topic"], data["tags"]) for data in kept] == [
+        (7, "a", {"x": 1}),
+        (7, "b", {"x": 1}),
+    ]
+    assert all(data.keys() == {"level", "weight", "tags", "topic"} for data in kept)
+    same = make([row | {"writer": "w", "late": False} for row in rows])
+    assert same.notes == [] and "writer" in same.columns
+    # such completions are not scored by functions, or come with the columns of the run's own prompt
+    assert make([row | {"score": 1.0} for row in rows], reward_column="score").notes == []
+    joins = make(rows, share=0.5)
+    assert joins.notes == [] and "writer" in joins.columns
+
+
 GOOD = {"prompt": "q", "answer": "1", "completion": "1", "score": 0.5}
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -108,7 +107,7 @@ class GroupLog:
         """
         if path.stat().st_size == 0:
             return
-        with pa.memory_map(str(path)) as source, _up_to_a_torn_row():
+        with pa.memory_map(str(path)) as source, groups.up_to_a_torn_row(path):
             schema = pa.ipc.read_schema(source)
             self._segments.append(_Segment(path, schema, len(self)))
             self._take_index(source)
@@ -129,7 +128,7 @@ class GroupLog:
         if not begins or begins[0] != first or not all(one < other for one, other in pairwise(begins)):
             return
         is_right = False
-        with _up_to_a_torn_row():
+        with groups.up_to_a_torn_row(segment.path):
             source.seek(begins[-1])
             is_right = _group_id(source, segment.schema) == group_ids[-1]
         if is_right:
@@ -257,21 +256,6 @@ class GroupLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-@contextlib.contextmanager
-def _up_to_a_torn_row() -> Iterator[None]:
-    """End this block at a row that is not whole, which Arrow calls invalid, or an OSError without a number.
-
-    An OSError with a number is the system's: the file cannot be read, and there may be more rows.
-    """
-    try:
-        yield
-    except (pa.ArrowInvalid, EOFError):
-        pass
-    except OSError as error:
-        if error.errno is not None:
-            raise
 
 
 def _group_id(source: Any, schema: pa.Schema) -> int:

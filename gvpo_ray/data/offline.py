@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import numbers
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,9 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
-from gvpo_ray.data.columns import as_text
+from gvpo_ray.data.columns import as_json, as_text
 from gvpo_ray.data.messages import as_messages, is_messages
-from gvpo_ray.data.problems import Problems, group_columns, read_problems
+from gvpo_ray.data.problems import Problem, Problems, group_columns, read_problems
 from gvpo_ray.data.prompts import EpochOrder
 from gvpo_ray.data.rendering import renderer_of
 
@@ -51,7 +53,9 @@ class OfflineSource:
         num_rows: rows read.
         num_without_prompt: rows left out because their prompt is empty.
         num_without_gold: rows left out because they have neither a reward nor a gold answer.
-        columns: names of the columns that reward functions get of each row.
+        columns: names of the columns that reward functions get of each prompt. Completions that join a
+            group of the policy (`share`) have those of the run's own prompt instead; columns in which the
+            completions of a prompt differ are left out of whole groups.
         layout: where prompt and gold were found, if the config does not say it itself; else "".
         notes: further lines about the data that a person should read before a run.
         num_too_long: rows left out because they are longer than a limit (they are never cut).
@@ -129,7 +133,15 @@ class OfflineSource:
                     f"({self.num_single} have one, {self.num_too_long} of {self.num_rows} rows are too long)"
                 )
             by_prompt = several
-        columns = group_columns([problems[rows[0]] for rows in by_prompt.values()])
+        of_prompts = [[problems[row] for row in rows] for rows in by_prompt.values()]
+        of_one = _of_one_completion(of_prompts) if config.group_share else []
+        self.columns = [name for name in self.columns if name not in of_one]
+        if of_one and not self._has_rewards:
+            self.notes.append(
+                f"{', '.join(of_one)}: not the same for all completions of a prompt, so that reward "
+                "functions, which get the columns of a prompt, do not get this"
+            )
+        columns = group_columns([_without(of_prompt[0], of_one) for of_prompt in of_prompts])
         self._prompts = groups.table(
             {
                 "group_id": 0,
@@ -221,6 +233,23 @@ class OfflineSource:
             sampling_logprobs=none,
             **rewards,
         )
+
+
+def _of_one_completion(by_prompt: Iterable[Sequence[Problem]]) -> list[str]:
+    """Return the columns in which some rows of a prompt differ: they are of a completion, not of a prompt."""
+    differ: dict[str, None] = {}
+    for first, *others in by_prompt:
+        for other in others:
+            for name, value in first.columns.items():
+                other_value = other.columns[name]
+                # as JSON, where NaN is NaN
+                if name not in differ and value != other_value and as_json(value) != as_json(other_value):
+                    differ[name] = None
+    return [name for name in differ]
+
+
+def _without(problem: Problem, names: Collection[str]) -> Problem:
+    return replace(problem, columns={name: v for name, v in problem.columns.items() if name not in names})
 
 
 def _more(config: SourceConfig) -> dict[str, str]:

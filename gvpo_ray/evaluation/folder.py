@@ -80,8 +80,8 @@ class EvaluationDir:
         )
 
     def add(self, name: str, group: pa.Table) -> None:
-        """Append a scored group to the log of a set."""
-        self._logs[name].append(group.select(list(groups.LOGGED_COLUMNS)))
+        """Append a scored group to the log of a set, with all columns of its data."""
+        self._logs[name].append(group)
 
     def rows(self, name: str) -> list[Row]:
         """Return the finished groups of a set, in the order of its file."""

@@ -14,6 +14,7 @@ from gvpo_ray.groups.storage import read_batches as read_batches
 from gvpo_ray.groups.storage import save as save
 from gvpo_ray.groups.storage import segments as segments
 from gvpo_ray.groups.storage import to_wire as to_wire
+from gvpo_ray.groups.storage import up_to_a_torn_row as up_to_a_torn_row
 from gvpo_ray.groups.table import COMPLETION_COLUMNS as COMPLETION_COLUMNS
 from gvpo_ray.groups.table import DATA_COLUMNS as DATA_COLUMNS
 from gvpo_ray.groups.table import LOG_COLUMNS as LOG_COLUMNS

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,23 +93,37 @@ def read_batches(file: Path, is_log: bool = False) -> list[pa.RecordBatch]:
 
     Raises:
         GroupError: the file is not Arrow IPC.
+        OSError: the file cannot be read; the error names it.
     """
     source = pa.memory_map(str(file)) if file.stat().st_size else pa.BufferReader(b"")
-    try:
+    batches: list[pa.RecordBatch] = []
+    with up_to_a_torn_row(file):
         reader = pa.ipc.open_file(source)
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except (pa.ArrowInvalid, OSError):
-        source.seek(0)
-    try:
+    source.seek(0)
+    is_stream = False
+    with up_to_a_torn_row(file):
         stream = pa.ipc.open_stream(source)
-    except (pa.ArrowInvalid, OSError) as error:
-        if is_log:
-            return []
-        raise GroupError(f"{file} is not an Arrow IPC file: {error}") from error
-    batches: list[pa.RecordBatch] = []
-    try:
+        is_stream = True
         for batch in stream:
             batches.append(batch)
-    except (pa.ArrowInvalid, OSError):
-        pass
+    if not is_stream and not is_log:
+        raise GroupError(f"{file} is not an Arrow IPC file")
     return batches
+
+
+@contextlib.contextmanager
+def up_to_a_torn_row(file: Path) -> Iterator[None]:
+    """End this block at a row that is not whole, which Arrow calls invalid, or an OSError without a number.
+
+    Raises:
+        OSError: the system's, which has a number: the file cannot be read, and there may be more rows. The
+            error names the file.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, EOFError):
+        pass
+    except OSError as error:
+        if error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(file)) from error

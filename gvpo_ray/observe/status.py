@@ -65,9 +65,11 @@ def read_status(run_dir: str | Path) -> list[str]:
         know(read_yaml(folder / "config.yaml"))
     try:
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         status = None
-    runs = is_locked(folder / ".lock")
+    runs = False
+    with contextlib.suppress(OSError):  # no locks here: what the run last said is worth showing
+        runs = is_locked(folder / ".lock")
     if status is None:
         return [f"{run_dir}: {'is starting' if runs else 'has not run yet'}"]
     age = _ago(status["time"])

@@ -187,7 +187,8 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     to_verify = {
         f"sources.{name}": source
         for name, source in sources.items()
-        if config.sources[name].reward_column is None
+        # completions that join the run's own prompts come with those prompts' columns
+        if config.sources[name].reward_column is None and config.sources[name].group_share
     }
     of_prompts = {} if prompts is None else {"prompts": prompts}
     validate_rewards(config.verifiers, rewards, columns_by_key(of_prompts, evaluation, to_verify))

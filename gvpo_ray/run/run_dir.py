@@ -41,8 +41,10 @@ def check_format(run_dir: str | Path) -> None:
         try:
             made = json.loads(file.read_text(encoding="utf-8"))
             number, version = int(made["format"]), str(made["gvpo_ray"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"run_dir: {file} does not say which format {path} has") from error
+        except OSError as error:
+            raise ConfigError(f"run_dir: {file} cannot be read: {error.strerror}") from error
     if number != FORMAT:
         raise ConfigError(
             f"run_dir: {path} was made by gvpo_ray {version}, in format {number}; this is {__version__}, "
@@ -65,7 +67,7 @@ def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) 
             are others, or it cannot be written.
     """
     path = Path(config.run_dir)
-    check_format(path)
+    check_format(path)  # before the lock, which is a file: a folder of another format is left as it is
     try:
         make_folder(path)
         # Waits, because `gvpo-ray status` takes the lock for a moment to see whether it is free.
@@ -76,7 +78,7 @@ def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) 
         raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
     with held:
         kept = path / "config.yaml"
-        began = check_same_run(config, contents or {})
+        began = _began_with(config, contents or {})
         try:
             if not kept.exists():
                 made = {"format": FORMAT, "gvpo_ray": __version__}
@@ -101,8 +103,13 @@ def check_same_run(config: GVPOConfig, contents: Mapping[str, str]) -> dict[str,
     Raises:
         ConfigError: one line that names what is another.
     """
+    check_format(config.run_dir)
+    return _began_with(config, contents)
+
+
+def _began_with(config: GVPOConfig, contents: Mapping[str, str]) -> dict[str, str]:
+    """Do what check_same_run does, in a directory whose format is this one's."""
     path = Path(config.run_dir)
-    check_format(path)
     kept = path / "config.yaml"
     if not kept.exists():
         return {}
@@ -136,8 +143,10 @@ def _check_contents(run_dir: Path, contents: Mapping[str, str]) -> dict[str, str
         return {}  # a new run, or an older version began it
     try:
         began = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"run_dir: {file} does not say which data the run began with") from error
+    except OSError as error:
+        raise ConfigError(f"run_dir: {file} cannot be read: {error.strerror}") from error
     for key, digest in contents.items():
         if began.get(key, digest) != digest:
             what = (
@@ -178,7 +187,9 @@ def read_recorded(
     except groups.GroupError as error:
         raise ConfigError(f"--groups: {error}") from error
     except OSError as error:
-        raise ConfigError(f"--groups: {source} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(
+            f"--groups: {error.filename or source} cannot be read: {error.strerror or error}"
+        ) from error
     end = max((end for _, end in assigned.values()), default=0)
     if end > len(recorded):
         raise ConfigError(

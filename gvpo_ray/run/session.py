@@ -21,6 +21,9 @@ from gvpo_ray.config.run import GVPOConfig, RayConfig
 CLOSE_S = 4.0
 """Seconds that what was started gets to close; whatever does not finish in time ends with Ray."""
 
+REFUSALS = (OSError, RuntimeError, ValueError, ray.exceptions.RayError)
+"""Errors of `ray.init` where the machine, the cluster or what the user set is not as Ray needs it."""
+
 
 AUTH_MODE = "RAY_AUTH_MODE"
 """ray.init sets it to `token` when it starts a Ray of its own, and ray.shutdown leaves it in the process."""
@@ -57,7 +60,10 @@ class Session:
                     logging_level=logging.ERROR,
                     **({} if address else embedded),
                 )
-            except Exception as error:  # Ray raises Exception itself, where a node does not start in time
+            except Exception as error:
+                # Ray raises Exception itself, where a node does not start in time.
+                if not isinstance(error, REFUSALS) and type(error) is not Exception:
+                    raise  # a mistake of this code, or of Ray's: its traceback is needed
                 what = f"cannot join the cluster at {address}" if address else "cannot start on this machine"
                 raise ConfigError(f"ray: {what}: {' '.join(str(error).split())}") from error
             if threading.current_thread() is threading.main_thread():
