@@ -73,7 +73,7 @@ class Policy:
                 for name, parameter in trained_parameters(whole):
                     parameter.data.copy_(values[adapter_name(name)])
         self._module = CompletionLogprobs(whole)
-        if config.gradient_checkpointing:
+        if recomputes_activations(config, self.device):
             self._module.checkpoint_activations()
         self._backend.wrap(self._module)
         for name, buffer in self._module.named_buffers():
@@ -232,3 +232,9 @@ class Policy:
             "beta": self.beta,
         }
         self._checkpoint.write(Path(folder), self._tokenizer, state)
+
+
+def recomputes_activations(config: LearnerConfig, device: torch.device) -> bool:
+    """Return whether activations are computed again in the backward pass; by default they are on GPUs."""
+    given = config.gradient_checkpointing
+    return device.type == "cuda" if given is None else given
