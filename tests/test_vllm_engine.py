@@ -158,6 +158,21 @@ def test_what_a_seed_samples_is_the_same_alone_and_among_more_prompts_than_vllm_
     running.run(run())
 
 
+def test_the_prefix_cache_has_a_prompt_that_was_read_before(running: Running) -> None:
+    engine = running.engine
+    long = groups.with_columns(prompt(), prompt_ids=[[5 + i % 11 for i in range(300)]])
+
+    async def counts() -> tuple[int, int]:
+        before = engine.num_prompt_tokens, engine.num_cached_tokens
+        await engine.generate(long, sampling(2, 4))
+        status = await engine.status()
+        return status["num_prompt_tokens"] - before[0], status["num_cached_tokens"] - before[1]
+
+    assert running.run(counts())[0] == 2 * 300
+    prompts, cached = running.run(counts())
+    assert prompts == 600 and cached >= 2 * 128  # whole blocks, of 128 tokens on a CPU
+
+
 def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engine_was_cut_off(
     running: Running,
 ) -> None:
@@ -317,7 +332,8 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", refuse)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    model, gpu = ModelConfig(path=str(tmp_path), dtype="bfloat16"), {"num_gpus": 1, "memory_fraction": 0.5}
+    folder = str(tiny.make_model(tmp_path))
+    model, gpu = ModelConfig(path=folder, dtype="bfloat16"), {"num_gpus": 1, "memory_fraction": 0.5}
     for pool, drain_s in (
         (PoolConfig(), None),
         (PoolConfig(dtype="float16", quantization="fp8", vllm={"max_num_seqs": 7}, **gpu), 2.5),
@@ -331,6 +347,9 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
         3,
         "dummy",
     ) and plain.shutdown_timeout == 0
+    # vLLM's layer of logits reads this property, which falls back to the model's type without an error
+    found = plain.create_model_config()
+    assert (found.dtype, found.head_dtype) == (torch.bfloat16, torch.float32)
     assert (special.dtype, special.quantization, special.max_num_seqs, special.gpu_memory_utilization) == (
         "float16",
         "fp8",

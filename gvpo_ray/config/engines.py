@@ -83,13 +83,15 @@ class PoolConfig(Section):
     quantization: str | None = None
     """Method by which vLLM quantises the weights when it loads them, such as fp8 (GPU only)."""
     max_groups: int = Field(default=64, ge=1)
-    """Largest number of groups in flight on one engine."""
+    """Largest number of groups in flight on one engine. vLLM decodes all of their completions at once, up to
+    1,024; `vllm: {max_num_seqs: …}` sets another limit."""
     memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (GPU only)."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """Size of the key-value cache in GiB (CPU only)."""
-    enforce_eager: bool = True
-    """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU."""
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU. Default:
+    without them on a CPU, with them on a GPU."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)

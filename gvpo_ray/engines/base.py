@@ -95,6 +95,8 @@ class BaseEngine(abc.ABC):
         self._in_flight: dict[InFlight, None] = {}  # the oldest first
         self.refusals: dict[int, str] = {}
         """Group id -> why a server refuses to sample (the rest of) a group that `generate` has returned."""
+        self.num_prompt_tokens = self.num_cached_tokens = 0
+        """Tokens of all prompts so far, and those of them whose keys and values were in the prefix cache."""
         self._num_tokens = 0
         self._last_token_at = time.time()
 
@@ -151,6 +153,8 @@ class BaseEngine(abc.ABC):
             "num_groups": len(self._in_flight),
             "num_completions": num_completions,
             "num_tokens": self._num_tokens,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
             "last_token_at": self._last_token_at if num_completions or self._is_updating else now,
             "oldest": oldest and {"group_id": oldest.group["group_id"][0].as_py(), "since": oldest.since},
             "updating": self._is_updating,
@@ -266,7 +270,8 @@ class BaseEngine(abc.ABC):
 
         Returns:
             `copy_s` and `pause_s`, the seconds of the copy (generation goes on) and of the pause (it stops),
-            and with a probe `parity_mean` and `parity_max`, differences of log-probs in nats per token.
+            and with a probe `parity_mean`, `parity_rms` and `parity_max`, differences of log-probs in nats
+            per token.
         """
 
     @abc.abstractmethod

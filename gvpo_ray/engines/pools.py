@@ -59,6 +59,7 @@ class EngineGroup:
                 if slot.is_elastic:
                     slot.is_wanted, slot.state = False, EngineState.OFF
         self._placed = placed
+        self._prompts_before: dict[tuple[str, int], tuple[int, int]] = {}
         self._dispatcher = Dispatcher(self.slots, num_completions, note)
         self._supervisor = Supervisor(
             config, self.slots, make, weights, note, waits, self._dispatcher.changed
@@ -78,6 +79,25 @@ class EngineGroup:
     def times(self) -> dict[str, float]:
         """Report of the newest weight update, as Engine.update returns it."""
         return self._supervisor.times
+
+    def prefix_cache(self) -> dict[str, float]:
+        """Return the hit rate of vLLM's prefix cache since the last call, as a metric; {}: no new prompts.
+
+        The engines' counts are those of their last answers to `status`, at most seconds old.
+        """
+        counts = {
+            (slot.name, slot.status["pid"]): (
+                slot.status["num_cached_tokens"],
+                slot.status["num_prompt_tokens"],
+            )
+            for slot in self.slots
+            if slot.is_ours and slot.status
+        }
+        before, self._prompts_before = self._prompts_before, counts
+        cached, prompts = (
+            sum(now[i] - before.get(engine, (0, 0))[i] for engine, now in counts.items()) for i in (0, 1)
+        )
+        return {"engines/prefix_cache_hit_rate": cached / prompts} if prompts else {}
 
     def num_free(self) -> int:
         """Return the number of groups that could begin at once; negative if more than that wait already."""

@@ -31,6 +31,16 @@ ZOMBIE_S = 10.0
 must not reach a dead engine (ray#60088)."""
 
 
+MAX_SEQUENCES = 1024
+"""The most completions that vLLM decodes at once on one engine, unless the pool's `vllm` says otherwise. Each
+costs room for its logits; more of them decode no faster on today's GPUs."""
+
+TOKENS_PER_SEQUENCE = 16
+LEAST_BATCHED_TOKENS, MOST_BATCHED_TOKENS = 8192, 16384
+"""On a GPU, a step of vLLM's scheduler computes up to so many tokens: 16 per completion in flight, within the
+bounds that vLLM itself has for batch jobs. New weights make it read all completions in flight again."""
+
+
 class Engine(RolloutEngine):
     """An Engine runs vLLM in a process of its own.
 
@@ -51,6 +61,8 @@ class Engine(RolloutEngine):
         load_weights: whether vLLM loads the weights of model.path, as version 0.
         drain_s: as for BaseEngine.
         rollout: makes one completion.
+        num_completions: completions per group of the training. vLLM's scheduler takes pool.max_groups times
+            as many at once; its own default would be 128.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class Engine(RolloutEngine):
         load_weights: bool = False,
         drain_s: float | None = None,
         rollout: Rollout = one_call,
+        num_completions: int = SamplingConfig().num_completions,
     ) -> None:
         super().__init__(drain_s, rollout)
         self._model, self._pool, self._transfer, self._seed, self._load_weights = (
@@ -72,6 +85,7 @@ class Engine(RolloutEngine):
             load_weights,
         )
         self._dtype = pool.dtype or model.dtype
+        self._num_sequences = min(pool.max_groups * num_completions, MAX_SEQUENCES)
         self._llm: Any = None
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
@@ -99,13 +113,32 @@ class Engine(RolloutEngine):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        started = time.perf_counter()
+        self._log = ProcessLog()
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments()))
+        except RuntimeError as error:
+            raise RuntimeError(_why_not_started(error, self._log)) from error
+        self._death = asyncio.get_running_loop().create_future()
+        self._watcher = asyncio.create_task(self._watch())
+        await self._unless_dead(self._llm.update_weight_version(str(self.version)))
+        if self._transfer == "objects":
+            await self.init_transfer({})
+        self._leave_on_sigterm()
+        return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
+
+    def arguments(self) -> dict[str, Any]:
+        """Return vLLM's engine arguments: ours, and over them those of the pool's `vllm`."""
+        pool, on_gpu, own = self._pool, self._pool.num_gpus > 0, dict(self._pool.vllm)
         arguments: dict[str, Any] = {
             "model": self._model.path,
             "dtype": self._dtype,
             "max_model_len": self._model.max_length,
             "trust_remote_code": self._model.trust_remote_code,
             "seed": self._seed,
-            "enforce_eager": pool.enforce_eager,
+            "enforce_eager": not on_gpu if pool.enforce_eager is None else pool.enforce_eager,
+            # no more than a step computes tokens, which vLLM would refuse
+            "max_num_seqs": min(self._num_sequences, own.get("max_num_batched_tokens", MAX_SEQUENCES)),
             "tensor_parallel_size": pool.tensor_parallel_size,
             "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
             # the policy's own log-probs at temperature 1, as the learner computes them
@@ -121,27 +154,23 @@ class Engine(RolloutEngine):
             arguments["quantization"] = pool.quantization
         if on_gpu:
             arguments["gpu_memory_utilization"] = pool.memory_fraction
+            tokens = TOKENS_PER_SEQUENCE * self._num_sequences
+            arguments["max_num_batched_tokens"] = min(max(tokens, LEAST_BATCHED_TOKENS), MOST_BATCHED_TOKENS)
         else:
             # After a chunk of a prompt vLLM rewinds the generator of a request with a seed. Generators on a
             # CPU cannot be rewound, and vLLM's core would die.
             arguments["enable_chunked_prefill"] = False
         if self._drain_s is not None:  # a node that is about to go sends SIGTERM to vLLM's core too
             arguments["shutdown_timeout"] = math.ceil(self._drain_s)
+        overrides: dict[str, Any] = {}
+        if self._dtype != "float32":
+            # Logits in float32, as the learner computes them: rounded to bfloat16 they cost half of the
+            # agreement with it.
+            overrides["head_dtype"] = "float32"
         if not self._load_weights and self._model.lora is None:
-            arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
-        started = time.perf_counter()
-        self._log = ProcessLog()
-        try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
-        except RuntimeError as error:
-            raise RuntimeError(_why_not_started(error, self._log)) from error
-        self._death = asyncio.get_running_loop().create_future()
-        self._watcher = asyncio.create_task(self._watch())
-        await self._unless_dead(self._llm.update_weight_version(str(self.version)))
-        if self._transfer == "objects":
-            await self.init_transfer({})
-        self._leave_on_sigterm()
-        return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
+            arguments["load_format"] = "dummy"
+            overrides["tie_word_embeddings"] = False
+        return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
 
     async def _span(self, call: ModelCall) -> Span:
         """Call the model, as a request of its own.
@@ -170,7 +199,10 @@ class Engine(RolloutEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
         )
-        (new,) = (await self._final(call.ids, params, f"{call.running.name}-{call.number}")).outputs
+        output = await self._final(call.ids, params, f"{call.running.name}-{call.number}")
+        self.num_prompt_tokens += len(call.ids)
+        self.num_cached_tokens += output.num_cached_tokens or 0
+        (new,) = output.outputs
         self._num_finished_tokens += len(new.token_ids)
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []
@@ -263,7 +295,8 @@ class Engine(RolloutEngine):
 
         Returns:
             `copy_s` and `pause_s`, the seconds of the copy (generation goes on) and of the pause (it stops),
-            and with a probe `parity_mean` and `parity_max`, differences of log-probs in nats per token.
+            and with a probe `parity_mean`, `parity_rms` and `parity_max`, differences of log-probs in nats
+            per token.
 
         Raises:
             WeightMismatch: the log-probs differ by more than pool.parity_tolerance; the message names the
@@ -322,7 +355,7 @@ class Engine(RolloutEngine):
 
         from gvpo_ray.weights.transfer import WeightMismatch
 
-        worst, worst_text, total, count = 0.0, "", 0.0, 0
+        worst, worst_text, total, squares, count = 0.0, "", 0.0, 0.0, 0
         for sequence, (ids, expected) in enumerate(zip(probe["ids"], probe["logprobs"], strict=True)):
             output = await self._unless_dead(
                 self._final(
@@ -332,7 +365,7 @@ class Engine(RolloutEngine):
             for position in range(1, len(ids)):
                 got = output.prompt_logprobs[position][ids[position]].logprob
                 difference = abs(got - expected[position - 1])
-                total, count = total + difference, count + 1
+                total, squares, count = total + difference, squares + difference**2, count + 1
                 if not difference <= worst:  # also true for nan
                     worst = difference
                     worst_text = (
@@ -346,7 +379,8 @@ class Engine(RolloutEngine):
                 f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average "
                 f"(allowed {tolerance:g}); worst is {worst_text}"
             )
-        return {"parity_mean": mean, "parity_max": worst}
+        rms = math.sqrt(squares / max(1, count))
+        return {"parity_mean": mean, "parity_rms": rms, "parity_max": worst}
 
     async def status(self) -> dict[str, Any]:
         """Return the status of BaseEngine, with the tokens that vLLM has written so far."""

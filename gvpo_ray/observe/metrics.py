@@ -166,12 +166,18 @@ METRICS = (
     Metric("weights/pause_s", "s", "Weight pause", "of an engine's newest update, while it did not generate"),
     Metric("weights/parity_mean", "nats", "Parity, mean",
            "difference of an engine's log-probs from the learner's per token, where an update was checked"),
+    Metric("weights/parity_rms", "nats", "Parity, root mean square",
+           "difference of an engine's log-probs from the learner's per token, where an update was checked: "
+           "0.02 was published of bfloat16 engines and learners of 7B with heads in float32"),
     Metric("weights/parity_max", "nats", "Parity, largest",
            "difference of an engine's log-probs from the learner's per token, where an update was checked"),
     Metric("tokens/generated", "tokens", "Tokens generated",
            "by all engines since the step before, evaluations included"),
     Metric("tokens/generated_per_s", "tokens/s", "Sampling speed",
            "of all engines since the step before, evaluations included"),
+    Metric("engines/prefix_cache_hit_rate", "ratio", "Prefix cache",
+           "share of the tokens of prompts that vLLM's prefix cache held, over the requests of all engines "
+           "since the step before: near (k - 1) / k of the whole blocks of a prompt for groups of k"),
     Metric("pools/{pool}/token_share", "ratio", "Tokens: pool {pool}",
            "share of what all engines wrote", series="pool_token_ratio"),
     Metric("recoveries/{who}", "", "Recoveries: {who}",

@@ -103,7 +103,13 @@ def assemble(
         config.sampling.num_completions,
         make
         or engine_maker(
-            model, engines, config.seed, False, config.prompts.system_prompt, config.prompts.template
+            model,
+            engines,
+            config.seed,
+            False,
+            config.prompts.system_prompt,
+            config.prompts.template,
+            num_completions=config.sampling.num_completions,
         ),
         buffer.weights,
         driver.note,
