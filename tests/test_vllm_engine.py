@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,55 @@ def test_a_drained_vllm_returns_what_it_has_and_another_goes_on_with_it(running:
         )
 
     running.run(run())
+
+
+def test_vllm_holds_the_same_bits_after_deltas_as_after_the_whole(running: Running) -> None:
+    engine, ids = running.engine, [5 + 7 * i % 37 for i in range(90)]
+    learner, tensors = publisher(), {name: x.clone() for name, x in running.model.state_dict().items()}
+    from vllm import SamplingParams
+
+    async def bits() -> Any:
+        """The log-probs of every token of a prompt, and vLLM's own checksums."""
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+        output = await engine._final(ids, params, uuid.uuid4().hex)
+        logprobs = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
+        return logprobs, await engine._llm.compute_weight_checksums()
+
+    def changed(share: float) -> dict[str, torch.Tensor]:
+        for tensor in tensors.values():
+            places = torch.randperm(tensor.numel())[: int(share * tensor.numel())]
+            tensor.view(-1)[places] *= 1.25
+        return tensors
+
+    async def run() -> None:
+        seen = [await bits()]
+        await engine.update(1, learner.publish(1, tensors.items()))
+        assert await bits() == seen[0]
+        for version in (2, 3, 4):
+            published = learner.publish(version, changed(0.02).items())
+            assert len(published["deltas"]) == version - 1
+            if version == 3:
+                continue  # a version that this engine never saw
+            # the node's copy is brought up to date while vLLM still runs the weights before
+            _, reading = await asyncio.to_thread(engine._node_copy.take, published, list)
+            assert await bits() == seen[-1]
+            reading.close()
+            await engine.update(version, published)
+            seen.append(await bits())
+            assert seen[-1] != seen[-2]
+        await engine.update(5, publisher().publish(5, tensors.items()))
+        assert await bits() == seen[-1]
+        # the tests that follow compare with the model
+        await engine.update(6, publisher().publish(6, running.model.state_dict().items()))
+        assert await bits() == seen[0]
+
+    running.run(run())
+
+
+def publisher() -> Any:
+    from gvpo_ray.weights.transfer import ObjectPublisher
+
+    return ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True)
 
 
 def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(

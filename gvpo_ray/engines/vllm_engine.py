@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
@@ -89,6 +89,7 @@ class Engine(RolloutEngine):
         self._llm: Any = None
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
+        self._node_copy: Any = None
         self._num_finished_tokens = 0
         self._known_turns: dict[tuple[int, ...], Turns] = {}
 
@@ -288,8 +289,8 @@ class Engine(RolloutEngine):
 
         Args:
             version: the new version.
-            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes),
-                `bytes`, and `adapter` (peft's adapter_config.json) if they are an adapter's.
+            weights: what the learner published (ObjectPublisher.publish), with object refs or what they refer
+                to, and `adapter` (peft's adapter_config.json) if they are an adapter's.
             probe: token ids of some sequences and the learner's log-probs of them, to check this engine's
                 log-probs against.
 
@@ -302,7 +303,7 @@ class Engine(RolloutEngine):
             WeightMismatch: the log-probs differ by more than pool.parity_tolerance; the message names the
                 worst token.
         """
-        from gvpo_ray.weights.transfer import SharedMemory
+        from gvpo_ray.weights.node_copy import NodeCopy
 
         async with self._updating:
             if self._transfer == "nccl":  # the learner has broadcast the weights already
@@ -310,11 +311,12 @@ class Engine(RolloutEngine):
             started = time.perf_counter()
             adapter = weights.get("adapter")
             update_info = {} if adapter is None else {"adapter_scale": adapter["lora_alpha"] / adapter["r"]}
-            arrays = [await shard if isinstance(shard, Awaitable) else shard for shard in weights["shards"]]
-            with await asyncio.to_thread(SharedMemory, arrays) as memory:
+            self._node_copy = self._node_copy or await asyncio.to_thread(NodeCopy)
+            paths, reading = await asyncio.to_thread(self._node_copy.take, weights, _fetcher())
+            with reading:
                 copied = time.perf_counter()
                 await self.begin_update()
-                await self.receive({"paths": memory.paths, **update_info})
+                await self.receive({"paths": paths, **update_info})
                 await self.finish_update(version)
             done = time.perf_counter()
             parity = await self._check(probe) if probe else {}
@@ -402,6 +404,21 @@ class Engine(RolloutEngine):
             self._watcher.cancel()
             self._llm.shutdown()
             self._llm = None
+        if self._node_copy is not None:
+            self._node_copy.close()
+
+
+def _fetcher() -> Callable[[Sequence[Any]], list[Any]]:
+    """Return a function that another thread may call to await some object refs on this event loop."""
+    loop = asyncio.get_running_loop()
+
+    async def one(part: Any) -> Any:
+        return await part if isinstance(part, Awaitable) else part
+
+    async def fetched(parts: Sequence[Any]) -> list[Any]:
+        return await asyncio.gather(*map(one, parts))
+
+    return lambda parts: asyncio.run_coroutine_threadsafe(fetched(parts), loop).result()
 
 
 def _why_not_started(error: RuntimeError, log: ProcessLog) -> str:
