@@ -12,10 +12,11 @@ from gvpo_ray.engines.vllm_engine import Engine
 GPU = {"num_gpus": 1}
 
 
-def arguments(model: dict[str, Any] | None = None, k: int = 8, **pool: Any) -> dict[str, Any]:
-    return Engine(
-        ModelConfig(path="m", **(model or {})), PoolConfig(**pool), "objects", 0, num_completions=k
-    ).arguments()
+def arguments(
+    model: dict[str, Any] | None = None, k: int = 8, sleeps: bool = False, **pool: Any
+) -> dict[str, Any]:
+    policy = ModelConfig(path="m", **(model or {}))
+    return Engine(policy, PoolConfig(**pool), "objects", 0, num_completions=k, sleeps=sleeps).arguments
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,15 @@ def test_cuda_graphs_are_off_on_a_cpu_and_on_on_a_gpu_unless_the_pool_says_other
     assert arguments(num_gpus=0.5)["enforce_eager"] is False
     assert arguments(enforce_eager=False)["enforce_eager"] is False
     assert arguments(enforce_eager=True, **GPU)["enforce_eager"] is True
+
+
+def test_only_an_engine_that_takes_turns_on_a_gpu_is_made_to_sleep_and_its_cache_may_have_a_size() -> None:
+    assert arguments(sleeps=True, **GPU)["enable_sleep_mode"] is True
+    assert arguments(**GPU)["enable_sleep_mode"] is False
+    assert "enable_sleep_mode" not in arguments(sleeps=True)  # vLLM refuses it on a CPU
+    assert arguments(kv_cache_gib=2.5, **GPU)["kv_cache_memory_bytes"] == 5 * 2**29
+    for without in (arguments(**GPU), arguments(kv_cache_gib=2.5)):
+        assert "kv_cache_memory_bytes" not in without
 
 
 def test_the_head_computes_in_float32_whatever_the_rest_computes_in() -> None:

@@ -87,8 +87,10 @@ class PoolConfig(Section):
     1,024; `vllm: {max_num_seqs: …}` sets another limit."""
     memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (GPU only)."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Size of the key-value cache in GiB (CPU only)."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Size of the key-value cache in GiB; default: 1 on a CPU, and on a GPU what memory_fraction leaves.
+    vLLM finds that out by measuring, which goes wrong if a learner on the same GPU takes or frees memory
+    meanwhile."""
     enforce_eager: bool | None = None
     """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU. Default:
     without them on a CPU, with them on a GPU."""
@@ -141,6 +143,12 @@ class EnginesConfig(PoolConfig):
     """How weights reach the engines. `objects`: through Ray's object store and shared memory, once per node;
     engines may join later. `nccl` (experimental): vLLM's broadcast from learner rank 0 to a fixed fleet of
     GPU engines; the death of one ends the run, and the same command resumes it."""
+    colocated: Literal["sleep", "share"] | None = None
+    """How engines and learner live on the same GPUs. `sleep`: they take turns. While the learner trains, all
+    engines of ours free their memory and stand still. Groups in flight go on afterwards with the new weights,
+    so each turn costs reading their tokens again. `share`: both run all the time, the learner in what
+    memory_fraction leaves; needs kv_cache_gib. Default: they have GPUs of their own. On a CPU `sleep` only
+    pauses the engines."""
     parity_every: int = Field(default=20, ge=0)
     """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
     0: only the first."""
@@ -186,6 +194,17 @@ class EnginesConfig(PoolConfig):
     def has_own_engines(self) -> bool:
         """Whether there are engines with the policy's weights, which alone can be evaluated."""
         return any((pool.num or pool.max_num) and pool.url is None for pool in self.all_pools().values())
+
+    @property
+    def memory_of_learner(self) -> float:
+        """Largest share of a GPU's memory for a learner on the engines' GPUs.
+
+        CUDA itself takes some for each process, and an engine that sleeps keeps its CUDA graphs.
+        """
+        if self.colocated is None:
+            return 1.0
+        fractions = [pool.memory_fraction for pool in self.all_pools().values() if pool.num_gpus]
+        return 0.92 if self.colocated == "sleep" else 0.96 - max(fractions, default=0.0)
 
     def all_pools(self) -> dict[str, PoolConfig]:
         """Return every pool by name, with all of its settings."""

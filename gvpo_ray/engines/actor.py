@@ -156,6 +156,7 @@ def engine_maker(
                 config.drain_s,
                 rollout,
                 num_completions,
+                config.colocated == "sleep",
             )
         )
 

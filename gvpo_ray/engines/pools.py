@@ -18,6 +18,7 @@ from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.dispatcher import Dispatcher
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.engines.supervisor import Supervisor, Waits, Weights
+from gvpo_ray.engines.turns import Turns
 from gvpo_ray.observe.status import EngineState
 
 
@@ -36,6 +37,7 @@ class EngineGroup:
         waits: GroupBuffer.waits, seconds that the learner and others have waited, by which elastic pools grow
             and shrink. None: elastic pools have max_num engines from the beginning.
         placed: awaited before the first engine takes its place in the cluster.
+        turns: says whose turn it is on GPUs that engines and learner share; None: they share none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EngineGroup:
         note: Note,
         waits: Waits | None = None,
         placed: Callable[[], Awaitable[None]] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.slots = [
             Slot(name, pool, number, pool.max_groups * num_completions)
@@ -62,7 +65,7 @@ class EngineGroup:
         self._prompts_before: dict[tuple[str, int], tuple[int, int]] = {}
         self._dispatcher = Dispatcher(self.slots, num_completions, note)
         self._supervisor = Supervisor(
-            config, self.slots, make, weights, note, waits, self._dispatcher.changed
+            config, self.slots, make, weights, note, waits, turns, self._dispatcher.changed
         )
 
     @property

@@ -24,21 +24,12 @@ from gvpo_ray.engines.rollout import (
     Transcript,
     one_call,
 )
+from gvpo_ray.engines.vllm_arguments import vllm_arguments
 from gvpo_ray.home import ensure_home
 
 ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
 must not reach a dead engine (ray#60088)."""
-
-
-MAX_SEQUENCES = 1024
-"""The most completions that vLLM decodes at once on one engine, unless the pool's `vllm` says otherwise. Each
-costs room for its logits; more of them decode no faster on today's GPUs."""
-
-TOKENS_PER_SEQUENCE = 16
-LEAST_BATCHED_TOKENS, MOST_BATCHED_TOKENS = 8192, 16384
-"""On a GPU, a step of vLLM's scheduler computes up to so many tokens: 16 per completion in flight, within the
-bounds that vLLM itself has for batch jobs. New weights make it read all completions in flight again."""
 
 
 class Engine(RolloutEngine):
@@ -63,6 +54,7 @@ class Engine(RolloutEngine):
         rollout: makes one completion.
         num_completions: completions per group of the training. vLLM's scheduler takes pool.max_groups times
             as many at once; its own default would be 128.
+        sleeps: whether the engine must be able to free its GPU's memory while the learner trains.
     """
 
     def __init__(
@@ -75,17 +67,14 @@ class Engine(RolloutEngine):
         drain_s: float | None = None,
         rollout: Rollout = one_call,
         num_completions: int = SamplingConfig().num_completions,
+        sleeps: bool = False,
     ) -> None:
         super().__init__(drain_s, rollout)
-        self._model, self._pool, self._transfer, self._seed, self._load_weights = (
-            model,
-            pool,
-            transfer,
-            seed,
-            load_weights,
+        self._model, self._pool, self._transfer = model, pool, transfer
+        self.arguments = vllm_arguments(
+            model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
         )
-        self._dtype = pool.dtype or model.dtype
-        self._num_sequences = min(pool.max_groups * num_completions, MAX_SEQUENCES)
+        self._dtype = self.arguments["dtype"]
         self._llm: Any = None
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
@@ -105,7 +94,7 @@ class Engine(RolloutEngine):
             VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
         )
         if not on_gpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib)))
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib or 1)))
             # vLLM would compile a small kernel for log-probs, which delays the first generation by 4 to 9 s.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
             # Pinning would put engine and learner on the same cores: let the kernel spread the threads.
@@ -117,7 +106,7 @@ class Engine(RolloutEngine):
         started = time.perf_counter()
         self._log = ProcessLog()
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments()))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments))
         except RuntimeError as error:
             raise RuntimeError(_why_not_started(error, self._log)) from error
         self._death = asyncio.get_running_loop().create_future()
@@ -127,51 +116,6 @@ class Engine(RolloutEngine):
             await self.init_transfer({})
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
-
-    def arguments(self) -> dict[str, Any]:
-        """Return vLLM's engine arguments: ours, and over them those of the pool's `vllm`."""
-        pool, on_gpu, own = self._pool, self._pool.num_gpus > 0, dict(self._pool.vllm)
-        arguments: dict[str, Any] = {
-            "model": self._model.path,
-            "dtype": self._dtype,
-            "max_model_len": self._model.max_length,
-            "trust_remote_code": self._model.trust_remote_code,
-            "seed": self._seed,
-            "enforce_eager": not on_gpu if pool.enforce_eager is None else pool.enforce_eager,
-            # no more than a step computes tokens, which vLLM would refuse
-            "max_num_seqs": min(self._num_sequences, own.get("max_num_batched_tokens", MAX_SEQUENCES)),
-            "tensor_parallel_size": pool.tensor_parallel_size,
-            "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
-            # the policy's own log-probs at temperature 1, as the learner computes them
-            "logprobs_mode": "raw_logprobs",
-            "disable_log_stats": True,
-            "worker_extension_cls": "gvpo_ray.weights.vllm_worker.WorkerExtension",
-            "weight_transfer_config": {"backend": self._transfer},
-            # vLLM must not take sampling defaults from the model folder: they often cut the support (top_p,
-            # top_k).
-            "generation_config": "vllm",
-        }
-        if pool.quantization is not None:
-            arguments["quantization"] = pool.quantization
-        if on_gpu:
-            arguments["gpu_memory_utilization"] = pool.memory_fraction
-            tokens = TOKENS_PER_SEQUENCE * self._num_sequences
-            arguments["max_num_batched_tokens"] = min(max(tokens, LEAST_BATCHED_TOKENS), MOST_BATCHED_TOKENS)
-        else:
-            # After a chunk of a prompt vLLM rewinds the generator of a request with a seed. Generators on a
-            # CPU cannot be rewound, and vLLM's core would die.
-            arguments["enable_chunked_prefill"] = False
-        if self._drain_s is not None:  # a node that is about to go sends SIGTERM to vLLM's core too
-            arguments["shutdown_timeout"] = math.ceil(self._drain_s)
-        overrides: dict[str, Any] = {}
-        if self._dtype != "float32":
-            # Logits in float32, as the learner computes them: rounded to bfloat16 they cost half of the
-            # agreement with it.
-            overrides["head_dtype"] = "float32"
-        if not self._load_weights and self._model.lora is None:
-            arguments["load_format"] = "dummy"
-            overrides["tie_word_embeddings"] = False
-        return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
 
     async def _span(self, call: ModelCall) -> Span:
         """Call the model, as a request of its own.
@@ -350,6 +294,30 @@ class Engine(RolloutEngine):
         await self._unless_dead(self._llm.resume_generation())
         self._is_updating = False
         await self._has_version(version)
+
+    async def sleep(self) -> None:
+        """Move the weights to the host's memory and drop the keys and values; generation stands still.
+
+        The groups in flight keep their tokens; vLLM reads them again after `wake`. On a CPU vLLM only pauses.
+        """
+        async with self._updating:
+            if not self._is_asleep:
+                self._is_updating, self._last_token_at = (
+                    True,
+                    time.time(),
+                )  # a sleep that does not come is a hang
+                await self._unless_dead(self._llm.sleep(level=1, mode="keep"))
+                self._is_updating = False
+                await super().sleep()
+
+    async def wake(self) -> None:
+        """Take the GPU's memory again, and go on."""
+        async with self._updating:
+            if self._is_asleep:
+                self._is_updating, self._last_token_at = True, time.time()
+                await self._unless_dead(self._llm.wake_up())
+                self._is_updating = False
+                await super().wake()
 
     async def _check(self, probe: dict[str, Any]) -> dict[str, float]:
         """Compare this engine's log-probs of the probe with the learner's, token by token."""

@@ -90,6 +90,7 @@ def assemble(
         config.max_staleness,
         version,
         config.replay,
+        takes_turns := inputs is not None and config.engines.colocated == "sleep",
     )
     model, engines, verifiers = config.model, config.engines, None
     if inputs is None:
@@ -115,6 +116,7 @@ def assemble(
         driver.note,
         buffer.waits,
         driver.placed,
+        buffer if takes_turns else None,
     )
     session.on_stop(pools.close)
     ring = Ring(

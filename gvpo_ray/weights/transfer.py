@@ -102,10 +102,15 @@ class ObjectPublisher:
         put: stores arrays and returns a reference to them (`ray.put`).
         dtype: the floating-point type that is transferred.
         is_sender: whether this process is learner rank 0.
+        frees_memory: whether the engines' turn on this GPU begins after each version: PyTorch then keeps no
+            memory that it does not use.
     """
 
-    def __init__(self, put: Callable[[Any], Any], dtype: torch.dtype, is_sender: bool) -> None:
+    def __init__(
+        self, put: Callable[[Any], Any], dtype: torch.dtype, is_sender: bool, frees_memory: bool = False
+    ) -> None:
         self._put, self._dtype, self._is_sender = put, dtype, is_sender
+        self._frees_memory = frees_memory
         self._name, self._num_chains = uuid.uuid4().hex, 0
         self._copy: list[Bytes] = []
         """The newest version, as safetensors shards."""
@@ -133,6 +138,12 @@ class ObjectPublisher:
         Raises:
             ValueError: these are not the tensors of the version before.
         """
+        published = self._publish(named_tensors)
+        if self._frees_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return published
+
+    def _publish(self, named_tensors: NamedTensors) -> dict[str, Any] | None:
         if not self._is_sender:
             for _ in named_tensors:
                 pass
