@@ -168,6 +168,7 @@ def publish(
             "time/train": times["train"],
             "time/publish": now - started,
             "weights/bytes": float(weights["bytes"]),
+            **({"weights/changed": weights["changed"]} if "changed" in weights else {}),
         }
     adapter = {} if policy.adapter is None else {"adapter": policy.adapter}
     buffer.published(policy.step, {**(weights or {}), **adapter, "probe": probe}, metrics)

@@ -234,6 +234,9 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     config: GVPOConfig = settings["config"]
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
+    takes_turns = config.engines.colocated == "sleep"
+    if config.learner.num_gpus and config.engines.colocated:
+        torch.cuda.set_per_process_memory_fraction(config.engines.memory_of_learner)
     rank = ray.train.get_context().get_world_rank()
     newest = [latest_checkpoint(settings["run_dir"])]
     # The other ranks may have looked before a group that was ending wrote its last checkpoint.
@@ -263,7 +266,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     else:
         # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
-        publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
+        publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0, frees_memory=takes_turns)
     learn(
         policy,
         buffer,
