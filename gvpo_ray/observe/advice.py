@@ -121,8 +121,8 @@ def _nothing_verifiable(means: Mapping[str, float], config: GVPOConfig) -> str |
     }
     if means.get("unverifiable/untrained", 0.0) >= MOST:
         return (
-            f"{share:.0%} of the completions have no reward; of most the policy sampled no token: what writes "
-            "them has trained_tokens false everywhere"
+            f"{share:.0%} of the completions have no reward; of most the policy sampled no token: "
+            "trained_tokens is false for all that they hold"
         )
     most = max(reasons, key=lambda kind: means[f"unverifiable/{kind}"])
     text = (
