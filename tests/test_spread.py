@@ -26,8 +26,8 @@ from gvpo_ray.losses.registry import OBJECTIVES
 NUM_STEPS, LEARNING_RATE, BETA = 5, 1e-3, 0.1
 LONG = 10_000
 FEW = (0, 2, 5, 8)
-"""Last digits of the ids of a few groups, which are enough to compare the objectives: fresh ones, a stale one, one
-without holes, and one with a completion that has nothing to train."""
+"""Last digits of the ids of a few groups, which are enough to compare the objectives: fresh ones, a stale
+one, one without holes, and one with a completion that has nothing to train."""
 
 
 class Float64Policy(Policy):
