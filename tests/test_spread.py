@@ -20,7 +20,7 @@ from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
-from gvpo_ray.losses.batch import LossBatch
+from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.registry import OBJECTIVES
 
 NUM_STEPS, LEARNING_RATE, BETA = 5, 1e-3, 0.1
@@ -354,7 +354,8 @@ def test_holes_are_left_out_of_every_objective_packed_and_padded(tmp_path: Path,
                 rewards=torch.tensor([row["rewards"][i] for row, kept, _ in part for i in kept]).double(),
                 group_ids=torch.tensor([g for g, (_, kept, _) in enumerate(part) for _ in kept]),
                 beta=options.start_beta,
-                num_groups=2,
+                is_weak=torch.zeros(len(tokens), dtype=torch.bool),
+                total=Total(len(part), len(tokens), int(lengths.sum())),
             )
             optimizer.zero_grad()
             OBJECTIVES[objective](given, options).loss.backward()

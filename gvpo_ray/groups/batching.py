@@ -26,15 +26,15 @@ def trainable_completions(row: Mapping[str, Any]) -> list[int]:
     return [i for i in has_tokens if row["rewards"][i] is not None]
 
 
-def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the row without the completions that are not trained on; None if fewer than two are left.
+def trainable(row: Mapping[str, Any], least: int = 2) -> dict[str, Any] | None:
+    """Return the row without the completions that are not trained on; None if fewer than `least` are left.
 
     Left out are those that are unverifiable (reward null) and those without a trained token.
 
-    A group of one carries no signal: its only weight, R - mean R, is zero.
+    Where completions are compared, a group of one carries no signal: its only weight, R - mean R, is zero.
     """
     keep = trainable_completions(row)
-    if len(keep) < 2:
+    if len(keep) < least:
         return None
     result = only(row, keep)
     if parts := row.get("reward_parts"):

@@ -129,7 +129,8 @@ METRICS = (
            "over the verifiable completions of the step's batch"),
     Metric("groups/size_mean", "", "Group size", "completions with a reward per group, mean"),
     Metric("groups/untrainable", "", "Untrainable groups",
-           "groups with fewer than two completions with a reward, which are not trained on"),
+           "groups with too few completions with a reward, which are not trained on: fewer than two where "
+           "completions are compared"),
     Metric("groups/equal", "ratio", "Groups of equal rewards",
            "share of the groups with two or more rewards in which all are equal: they say nothing about "
            "what is better"),
@@ -214,10 +215,13 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
+def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str, float]:
     """Compute the metrics of a batch of groups that do not depend on training.
 
-    Staleness counts from `version`, the weights with which the step begins.
+    Args:
+        rows: the groups.
+        version: the weights with which the step begins, from which staleness counts.
+        least: fewest completions of a group that is trained on.
     """
     total = sum(len(row["rewards"]) for row in rows)
     rewards_of = [_known_rewards(row) for row in rows]
@@ -230,7 +234,7 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "reward/mean": average,
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
         "groups/size_mean": mean(sizes),
-        "groups/untrainable": float(sum(size < 2 for size in sizes)),
+        "groups/untrainable": float(sum(size < least for size in sizes)),
         "groups/equal": mean([len(set(known)) == 1 for known in rewards_of if len(known) > 1]),
         "completions/correct": sum(sum(is_correct(row)) for row in rows) / max(1, total),
         "completions/extracted": _extracted(rows, total),
