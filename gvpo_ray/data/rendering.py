@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -49,6 +49,10 @@ class Renderer(Protocol):
 
     def text(self, ids: Sequence[int], with_special: bool = False) -> str:
         """Decode tokens, without special tokens or with them."""
+
+
+MakeRenderer = Callable[[PromptsConfig, "PreTrainedTokenizerBase", str], Renderer]
+"""renderer_of, or another function that makes the renderer of a data set."""
 
 
 def renderer_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Renderer:

@@ -17,6 +17,7 @@ from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, why_it_died
 from gvpo_ray.engines.rollout import (
     Completions,
+    Episodes,
     ModelCall,
     Rollout,
     RolloutEngine,
@@ -50,7 +51,7 @@ class Engine(RolloutEngine):
         seed: vLLM's seed, for groups without a seed of their own.
         load_weights: whether vLLM loads the weights of model.path, as version 0.
         drain_s: as for BaseEngine.
-        rollout: makes one completion.
+        rollout: makes one completion, or the episodes of groups.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Engine(RolloutEngine):
         seed: int,
         load_weights: bool = False,
         drain_s: float | None = None,
-        rollout: Rollout = one_call,
+        rollout: Rollout | Episodes = one_call,
     ) -> None:
         super().__init__(drain_s, rollout)
         self._model, self._pool, self._transfer, self._seed, self._load_weights = (

@@ -27,6 +27,7 @@ from gvpo_ray.observe.samples import sample_lines
 from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.session import Session
+from gvpo_ray.run.wiring import rollout_of
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.rewards import Rewards
 
@@ -152,7 +153,12 @@ def without_learner(
         """Do nothing: the error is already the session's cause."""
 
     make = engine_maker(
-        config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None
+        config.model.model_copy(update={"max_length": max_length}),
+        config.engines,
+        config.seed,
+        True,
+        None,
+        rollout=rollout_of(session, config, note),
     )
     engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
     session.on_stop(engines.close)
