@@ -279,6 +279,11 @@ def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) 
             assert row["reward_parts"] == {ENVIRONMENT: [None] * 2}
             assert row["reward_reasons"] == [reason] * 2
             assert [end["turns"] for end in ends(row)] == [turns] * 2
+            with Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})) as verifier:
+                scored = verifier.score(groups.table([row]))
+                assert scored["reward_reasons"][0].as_py() == [reason] * 2
+                # what the user's class raises stops a run in which nothing else happens
+                assert verifier.record.faults[ENVIRONMENT] == (2 if "raised" in reason else 0)
 
     asyncio.run(main())
 

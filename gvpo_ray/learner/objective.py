@@ -14,7 +14,7 @@ from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import ReferenceLogprobs
-from gvpo_ray.losses.batch import LossBatch
+from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.diagnostics import finish, finish_buckets, residual_sums_by_bucket
 from gvpo_ray.losses.registry import OBJECTIVES
 from gvpo_ray.observe.metrics import STALENESS_EDGES, age_bucket
@@ -39,7 +39,7 @@ class Objective:
         self._loss = OBJECTIVES[options.objective]
 
     def __call__(
-        self, logprobs: Tensor, measured: ReferenceLogprobs, rows: Sequence[Row], num_groups: int
+        self, logprobs: Tensor, measured: ReferenceLogprobs, rows: Sequence[Row], total: Total
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of these whole groups, as a share of the update's loss, and sums for `finish`.
 
@@ -47,7 +47,7 @@ class Objective:
             logprobs: [T] log-probs of all completions' trained tokens, in the rows' order, with gradients.
             measured: the sampler's and the reference's log-probs of the same tokens.
             rows: the groups, without completions that are left out.
-            num_groups: the number of groups in the update, on all ranks.
+            total: what the update holds, on all ranks.
         """
         device = logprobs.device
         lengths = [len(trained) for row in rows for trained in trained_tokens(row)]
@@ -76,7 +76,10 @@ class Objective:
                     [j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device
                 ),
                 beta=self.beta,
-                num_groups=num_groups,
+                is_weak=torch.tensor(
+                    [False for row in rows for _ in row["rewards"]], dtype=torch.bool, device=device
+                ),
+                total=total,
             ),
             self._options,
         )
@@ -86,7 +89,7 @@ class Objective:
 
     def of_nothing(self, device: torch.device) -> dict[str, Tensor]:
         """Return the sums of no groups: zeros with the keys, in the order, that all sums have."""
-        return self(torch.zeros(0, device=device), ReferenceLogprobs.empty(device), [], num_groups=1)[1]
+        return self(torch.zeros(0, device=device), ReferenceLogprobs.empty(device), [], Total(1, 1, 1))[1]
 
     def finish(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the metrics of a step from its sums, added up over passes, ranks and updates."""
@@ -94,7 +97,7 @@ class Objective:
 
 
 def gradient_weights_of_parts(
-    policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, num_groups: int
+    policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, total: Total
 ) -> tuple[dict[int, Tensor], list[dict[str, Tensor]]]:
     """Return d loss / d log-prob of the tokens of groups that are split over several passes.
 
@@ -107,7 +110,7 @@ def gradient_weights_of_parts(
         plan: this rank's passes.
         measured: the sampler's and the reference's log-probs of each pass.
         objective: the loss of the step.
-        num_groups: the number of groups in the update, on all ranks.
+        total: what the update holds, on all ranks.
 
     Returns:
         {index of a pass: [tokens of the pass]}, and the sums of each group that is split.
@@ -128,7 +131,7 @@ def gradient_weights_of_parts(
         }
         logprobs = torch.cat(tokens).requires_grad_()
         known = ReferenceLogprobs.cat([measured[i] for i in group])
-        loss, group_sums = objective(logprobs, known, [{**rows[0], **lists}], num_groups)
+        loss, group_sums = objective(logprobs, known, [{**rows[0], **lists}], total)
         (gradient,) = torch.autograd.grad(loss, logprobs)
         parts_of = gradient.split([len(t) for t in tokens])  # type: ignore[no-untyped-call]
         weights |= dict(zip(group, parts_of, strict=True))

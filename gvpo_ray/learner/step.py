@@ -27,6 +27,7 @@ from gvpo_ray.learner.references import (
     measure_passes,
     score_with_reference,
 )
+from gvpo_ray.losses.batch import Total
 from gvpo_ray.losses.stale_data import adapted_beta, damping
 from gvpo_ray.observe.metrics import batch_metrics, mean
 
@@ -99,11 +100,17 @@ class Update:
     measured: list[ReferenceLogprobs]
     """The sampler's and the reference's log-probs of each pass."""
 
+    @property
+    def total(self) -> Total:
+        """What the update holds, on all ranks."""
+        tokens = [len(places) for row in self.rows for places in trained_tokens(row)]
+        return Total(len(self.rows), len(tokens), sum(tokens))
+
 
 def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> list[Update]:
     """Split the trainable groups into mini-batches and passes, and get what they are compared with."""
     loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
-    trained = [row for row in map(groups.trainable, batch) if row is not None]
+    trained = [row for row in (groups.trainable(row, loss.least) for row in batch) if row is not None]
     mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
     if loss.caches_reference:
         for mini_batch in mini_batches:
@@ -124,8 +131,8 @@ class Forward:
     """The groups of the pass."""
     measured: ReferenceLogprobs
     """The sampler's and the reference's log-probs of the same tokens."""
-    num_groups: int
-    """The number of groups in the update, on all ranks."""
+    total: Total
+    """What the update holds, on all ranks."""
     is_last: bool
     """Whether this is the update's last pass."""
     gradient_weights: Tensor | None
@@ -150,13 +157,13 @@ class Step:
 
     def forward_passes(self, update: Update) -> Iterator[Forward]:
         """Yield the passes of an update; before that, groups that are split have passes without gradients."""
-        plan, num_groups = update.plan, len(update.rows)
+        plan, total = update.plan, update.total
         weights, self._sums_of_update = gradient_weights_of_parts(
-            self._policy, plan, update.measured, self._objective, num_groups
+            self._policy, plan, update.measured, self._objective, total
         )
         for i, rows in enumerate(plan.passes):
             is_last = i == len(plan.passes) - 1
-            yield Forward(rows or [NOTHING], update.measured[i], num_groups, is_last, weights.get(i))
+            yield Forward(rows or [NOTHING], update.measured[i], total, is_last, weights.get(i))
 
     def loss_of(self, forward: Forward, logprobs: Tensor) -> Tensor:
         """Return this pass's share of the update's loss, and keep its statistics.
@@ -169,7 +176,7 @@ class Step:
             return logprobs.sum() * 0
         if forward.gradient_weights is not None:
             return (forward.gradient_weights * logprobs).sum()
-        loss, sums = self._objective(logprobs, forward.measured, forward.rows, forward.num_groups)
+        loss, sums = self._objective(logprobs, forward.measured, forward.rows, forward.total)
         self._sums_of_update.append(sums)
         return loss
 
@@ -210,11 +217,10 @@ class Step:
             policy.beta = adapted_beta(
                 beta, statistics["gvpo/reward_var"], statistics["gvpo/implicit_reward_var"]
             )
-        trained = [places for update in updates for row in update.rows for places in trained_tokens(row)]
         return {
-            **batch_metrics(batch, version),
+            **batch_metrics(batch, version, self._settings.loss.least),
             **statistics,
-            "tokens/trained": float(sum(map(len, trained))),
+            "tokens/trained": float(sum(update.total.tokens for update in updates)),
             "grad_norm": mean(self._norms),
             "learning_rate": self._learning_rate,
             "updates": float(policy.num_updates),

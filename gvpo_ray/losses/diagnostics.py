@@ -118,7 +118,8 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
 
     D is log pi - log pi_ref, and Var, Cov and the term_ rows are within a group, then the mean over groups.
 
-    loss                     mean over groups; for gvpo half of gvpo/residual_var
+    loss                     mean over groups, or over what else the objective counts (`num_counted`: sft
+                             tokens, poft completions); for gvpo half of gvpo/residual_var
     gvpo/residual_var        Var(beta D - R), here and below with completions weighted by s: the part of the
                              rewards that the implicit reward beta D does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
@@ -154,7 +155,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
     clipped = {"policy/clipped": s["clipped_tokens"] / max(1.0, s["num_tokens"])} if "num_tokens" in s else {}
     return {
-        "loss": s["loss"] / groups,
+        "loss": s["loss"] / max(s.get("num_counted", groups), 1.0),
         "gvpo/residual_var": s["residual_var"] / groups,
         "gvpo/reward_var": s["reward_var"] / groups,
         "gvpo/implicit_reward_var": s["implicit_reward_var"] / groups,
