@@ -613,7 +613,7 @@ def test_every_key_whose_help_speaks_of_a_file_or_folder_to_read_is_marked_as_a_
 
 def test_what_may_not_change_on_resuming_is_what_the_log_and_the_checkpoints_stand_on():
     fixed = {key for key, field in GVPOConfig.model_fields.items() if not is_marked(field, RESUMABLE)}
-    assert fixed == {"seed", "groups_per_step", "model", "prompts", "sampling", "sources"}
+    assert fixed == {*("seed", "groups_per_step", "model", "prompts", "sampling", "sources", "environment")}
 
 
 def test_the_keys_that_scores_depend_on_are_marked():

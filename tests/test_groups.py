@@ -33,6 +33,7 @@ ROW = {
     "reward_reasons": [None, None, "timeout"],
     "reference_logprobs": [-0.75, -3.0, -40.123456789012345],  # float64: would not survive float32
     "reference_versions": [0, 2, None],
+    "episodes": ['{"turns": 2}', None, None],
 }
 
 
@@ -121,7 +122,8 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
     for end in [*range(0, len(whole), 50), len(whole)]:
         (log / "00000.arrow").write_bytes(whole[:end])
         loaded = groups.load(log)
-        nothing = dict.fromkeys((*groups.DATA_COLUMNS, *groups.MASK_COLUMNS, *groups.REFERENCE_COLUMNS))
+        optional = (*groups.DATA_COLUMNS, *groups.MASK_COLUMNS, *groups.REFERENCE_COLUMNS)
+        nothing = dict.fromkeys((*optional, *groups.EPISODE_COLUMNS))
         assert list(groups.rows(loaded)) == [
             row(i, num_completions=2 + i) | nothing for i in range(len(loaded))
         ], end
@@ -210,7 +212,7 @@ def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
 
 def test_a_good_table_is_valid_and_comes_back():
     references = {"reference_logprobs": [0.0, 0.0], "reference_versions": [0, 0]}
-    table = groups.table([ROW, row(1) | references | {"trained_tokens": None, "data": None}])
+    table = groups.table([ROW, row(1) | references | dict.fromkeys(("trained_tokens", "data", "episodes"))])
     assert groups.validate(table, groups.SCHEMA.names) is table
 
 
@@ -306,6 +308,7 @@ def test_trainable_leaves_out_completions_without_reward_in_every_column():
         "reward_reasons": [None, None],
         "reference_logprobs": [-0.75, -3.0],
         "reference_versions": [0, 2],
+        "episodes": ['{"turns": 2}', None],
     }
     assert len(ROW["rewards"]) == 3  # and the row itself stays
     groups.validate(groups.table([left]), groups.SCHEMA.names)

@@ -16,6 +16,7 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
         ("learner worker", config.learner.num_workers, config.learner.num_cpus, config.learner.num_gpus),
         *((engines[name], pool.num, pool.num_cpus, pool.num_gpus) for name, pool in pools.items()),
         ("verifier", config.verifiers.num, config.verifiers.num_cpus, 0.0),
+        *([("environment", e.num, e.num_cpus, 0.0)] if (e := config.environment) else []),
         *(
             (f"reward model {name}", r.num, r.num_cpus, r.num_gpus)
             for name, r in config.verifiers.rewards.items()
@@ -40,8 +41,9 @@ def check_resources(
         ConfigError: one line that names what asks for too much.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
+    keys["environment"] = "environment.num"
     absent = (
-        *(() if engines else ("engine", "verifier", "reward model")),
+        *(() if engines else ("engine", "verifier", "environment", "reward model")),
         *(() if learner else ("learner worker",)),
     )
     plan = [row for row in resource_plan(config) if not row[0].startswith(absent)]

@@ -23,6 +23,7 @@ from gvpo_ray.config.base import (
 )
 from gvpo_ray.config.data import NO_PROMPTS, PromptsConfig, ReplayConfig, SourceConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.evaluation import EvaluationConfig
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loading import one_line, parse_override, read_yaml, set_key
@@ -30,7 +31,7 @@ from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig, WarmStartConfig
 from gvpo_ray.config.shown import hide, know, mask
 from gvpo_ray.config.tracking import TrackingConfig
-from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 
 
 class RayConfig(Section):
@@ -81,6 +82,8 @@ class GVPOConfig(Section):
     """The engines that sample."""
     verifiers: VerifiersConfig = Field(default=VerifiersConfig(), json_schema_extra=RESUMABLE)
     """The reward functions and the actors that compute them."""
+    environment: EnvironmentConfig | None = None
+    """What the policy talks to; none: a completion is one turn."""
     learner: LearnerConfig = Field(default=LearnerConfig(), json_schema_extra=RESUMABLE)
     """The learner and its optimizer."""
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), json_schema_extra=RESUMABLE)
@@ -122,6 +125,7 @@ class GVPOConfig(Section):
                 for name, one in self.evaluation.sets.items()
             }
             self.evaluation = self.evaluation.model_copy(update={"sets": held_out})
+        self._across_environment()
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:
             raise ValueError(
@@ -192,6 +196,34 @@ class GVPOConfig(Section):
         if self.evaluation.every and not self.evaluation.sets:
             raise ValueError("evaluation.every is set but evaluation.sets is empty")
         return self
+
+    def _across_environment(self) -> None:
+        """Fill in the reward that an environment gives, and refuse what does not go with one."""
+        named = self.verifiers.rewards if "rewards" in self.verifiers.model_fields_set else {}
+        if self.environment is None:
+            if ENVIRONMENT in named and not named[ENVIRONMENT].is_elsewhere:
+                raise ValueError("verifiers.rewards: environment needs a section environment")
+            return
+        if ENVIRONMENT not in named:
+            rewards = {ENVIRONMENT: RewardConfig(), **named}
+            self.verifiers = self.verifiers.model_copy(update={"rewards": rewards})
+        if self.sources:
+            raise ValueError(f"sources.{next(iter(self.sources))}: offline completions are no episodes")
+        if served := [name for name, pool in self.engines.all_pools().items() if pool.url is not None]:
+            where = "engines.url" if served == ["engines"] else f"engines.pools.{served[0]}.url"
+            raise ValueError(f"{where}: a server makes no episodes")
+        first = self.rendered
+        for name, one in self.evaluation.sets.items():
+            if (one.template, one.system_prompt) != (first.template, first.system_prompt):
+                raise ValueError(
+                    f"evaluation.sets.{name}.template: with an environment, one holds for all data"
+                )
+
+    @property
+    def rendered(self) -> PromptsConfig:
+        """The section that says how prompts are rendered: `prompts`, or without it an evaluation set's."""
+        has_prompts = self.prompts.path != NO_PROMPTS or not self.evaluation.sets
+        return self.prompts if has_prompts else next(iter(self.evaluation.sets.values()))
 
     def _across_sources(self, pools: dict[str, PoolConfig]) -> None:
         if both := sorted(set(self.sources) & set(pools)):

@@ -58,6 +58,11 @@ class RewardConfig(Section):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of one actor of the reward model; 0: run on CPU."""
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the section says what computes it, so that the name is free."""
+        return any((self.function, self.url, self.model))
+
     @model_validator(mode="after")
     def _one_kind(self) -> RewardConfig:
         kinds = [key for key in ("function", "url", "model") if getattr(self, key)]

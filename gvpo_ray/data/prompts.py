@@ -21,7 +21,7 @@ from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.columns import as_text, values
 from gvpo_ray.data.files import read
 from gvpo_ray.data.problems import check_path, group_columns, read_problems
-from gvpo_ray.data.rendering import renderer_of
+from gvpo_ray.data.rendering import MakeRenderer, renderer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,7 @@ class PromptSet:
             holds.
         seed: decides the order of each epoch.
         key: where `config` stands in the run's config, for messages: "prompts", "evaluation.sets.heldout".
+        make_renderer: makes the renderer.
 
     Attributes:
         num_rows: rows read.
@@ -62,10 +63,12 @@ class PromptSet:
         max_tokens: int | None,
         seed: int = 0,
         key: str = "prompts",
+        make_renderer: MakeRenderer = renderer_of,
     ) -> None:
         found = read_problems(config, key)
         problems = found.problems
-        rendered = renderer_of(config, tokenizer, key).render([problem.to_render() for problem in problems])
+        renderer = make_renderer(config, tokenizer, key)
+        rendered = renderer.render([problem.to_render() for problem in problems])
         lengths = np.array([len(ids) for ids, _ in rendered])
         if not lengths.all():
             raise ConfigError(

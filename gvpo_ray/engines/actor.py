@@ -14,7 +14,7 @@ from gvpo_ray.actors import actor_name
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.openai_engine import ServerEngine
-from gvpo_ray.engines.rollout import Rollout, one_call
+from gvpo_ray.engines.rollout import Episodes, Rollout, one_call
 from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
 
@@ -108,7 +108,7 @@ def engine_maker(
     load_weights: bool,
     system_prompt: str | None,
     template: str | None = None,
-    rollout: Rollout = one_call,
+    rollout: Rollout | Episodes = one_call,
     num_completions: int = SamplingConfig().num_completions,
 ) -> MakeEngine:
     """Return the function that makes an engine actor: a client if its pool has a `url`, else vLLM.
@@ -120,7 +120,7 @@ def engine_maker(
         load_weights: whether vLLM starts with the weights of model.path, or waits for the learner's.
         system_prompt: first message of every request to a server.
         template: of the user's message to a server.
-        rollout: makes one completion at an engine of our own.
+        rollout: makes one completion at an engine of our own, or the episodes of groups.
         num_completions: completions per group, by which vLLM's scheduler is sized.
     """
 

@@ -77,6 +77,8 @@ class Work(NamedTuple):
     """Completion columns of those that another engine was cut off at; the first ones continue them."""
     sampling: SamplingConfig
     seed: int | None
+    done: list[str]
+    """Entries of the column `episodes` of the completions that are finished, as far as they are episodes."""
 
 
 class BaseEngine(abc.ABC):
@@ -108,7 +110,7 @@ class BaseEngine(abc.ABC):
             new since the last call. Both are empty once the engine is closed.
         """
         columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
-        wanted = {*columns, *groups.MASK_COLUMNS}
+        wanted = {*columns, *groups.MASK_COLUMNS, *groups.EPISODE_COLUMNS, *groups.REWARD_COLUMNS}
         while not self._is_closed:
             await asyncio.sleep(MIGRATE_AFTER_S)
             due = time.time() - MIGRATE_AFTER_S
@@ -147,7 +149,7 @@ class BaseEngine(abc.ABC):
         """
         now = time.time()
         num_completions = sum(running.size - len(running.finished(now)) for running in self._in_flight)
-        has_work = num_completions > 0 and not self._is_asleep
+        has_work = num_completions > 0 and self._is_sampling() and not self._is_asleep
         oldest = next(iter(self._in_flight), None)
         return {
             "version": self.version,
@@ -162,6 +164,10 @@ class BaseEngine(abc.ABC):
             "leaving": self._is_leaving,
             "pid": os.getpid(),
         }
+
+    def _is_sampling(self) -> bool:
+        """Return whether completions in flight wait for the engine, and not for what is outside of it."""
+        return True
 
     async def close(self) -> None:
         """End the engine; a call of `finished` that waits returns nothing."""
@@ -246,7 +252,10 @@ class BaseEngine(abc.ABC):
         """
         await self._may_begin(min_version)
         done, begun, num_new = split_kept(kept, sampling.num_completions)
-        work = Work(group, num_new, begun, sampling, seed_beside(kept, sampling, seed))
+        episodes = [
+            entry for part in done if "episodes" in part.column_names for entry in part["episodes"][0].as_py()
+        ]
+        work = Work(group, num_new, begun, sampling, seed_beside(kept, sampling, seed), episodes)
         table, missing = await self._rest(work)
         return groups.join(group, *done, table) if kept else table, missing
 
@@ -320,7 +329,7 @@ def split_kept(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], lis
             begun += [
                 {
                     name: row[name][i]
-                    for name in (*groups.COMPLETION_COLUMNS, *groups.MASK_COLUMNS)
+                    for name in (*groups.COMPLETION_COLUMNS, *groups.MASK_COLUMNS, *groups.EPISODE_COLUMNS)
                     if row.get(name) is not None
                 }
                 for i, reason in enumerate(reasons)

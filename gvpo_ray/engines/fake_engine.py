@@ -19,6 +19,7 @@ from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.base import ABORTED, InFlight, Work
 from gvpo_ray.engines.rollout import (
     Completions,
+    Episodes,
     ModelCall,
     Rollout,
     RolloutEngine,
@@ -43,7 +44,8 @@ class FakeEngine(RolloutEngine):
             default: a quarter of that.
         sigma: standard deviation of the logarithm of a completion's length.
         drain_s: as for BaseEngine.
-        rollout: makes one completion. With the default all of a group's tokens are drawn at once.
+        rollout: makes one completion, or the episodes of groups. With the default all of a group's tokens
+            are drawn at once.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class FakeEngine(RolloutEngine):
         median_tokens: float | None = None,
         sigma: float = 1.0,
         drain_s: float | None = None,
-        rollout: Rollout = one_call,
+        rollout: Rollout | Episodes = one_call,
     ) -> None:
         super().__init__(drain_s, rollout)
         self._random = np.random.default_rng(seed)
@@ -74,7 +76,7 @@ class FakeEngine(RolloutEngine):
     async def _rest(self, work: Work) -> tuple[pa.Table, int]:
         if self._rollout is not one_call:
             return await super()._rest(work)
-        group, size, begun, sampling, seed = work
+        group, size, begun, sampling, seed, _ = work
         random = self._random if seed is None else np.random.default_rng(seed)
         room = np.full(size, sampling.max_tokens)
         room[: len(begun)] -= np.array([len(row["completion_ids"]) for row in begun], np.int64)

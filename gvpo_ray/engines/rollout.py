@@ -14,9 +14,9 @@ import abc
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -38,6 +38,42 @@ Rollout = Callable[[list[int], Sample], Awaitable[list[int]]]
 When an engine leaves, another one calls the function again for the same completion, and `sample` answers with
 the tokens that are there already, as long as the function adds the same tokens in between.
 """
+
+
+class Episode(Protocol):
+    """The Episode protocol is a rollout function with a state outside of the engine."""
+
+    begun: dict[str, Any] | None
+    """Completion columns of what there is of it; `is_whole`: they end with a call of the model."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its state is gone, so that it ends as `begun` is."""
+
+    async def run(self, prompt_ids: list[int], sample: Sample, progress: Transcript) -> list[int]:
+        """Make the completion, as a Rollout does; `progress` is what there is of it."""
+
+    def columns(self) -> dict[str, Any]:
+        """Return the episode's own entries of the group table."""
+
+
+@runtime_checkable
+class Episodes(Protocol):
+    """The Episodes protocol makes the episodes of groups (environments/episode.py)."""
+
+    async def of_group(
+        self, group: pa.Table, num: int, begun: Sequence[Mapping[str, Any]], done: Sequence[str]
+    ) -> Sequence[Episode]:
+        """Return the episodes of a group: those that other engines have begun, and new ones."""
+
+    async def release(self, group_id: int) -> None:
+        """Forget a group that is whole."""
+
+    async def stop_token_ids(self) -> Sequence[int]:
+        """Return tokens that end a turn, beside those of the sampling section."""
+
+    def table_columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the columns of a group's row; `rows` are from Episode.columns."""
 
 
 class RolloutError(GvpoError, RuntimeError):
@@ -97,11 +133,15 @@ class Transcript:
         self._work: asyncio.Future[list[int]] | None = None
         self._is_cut = self._is_in_call = False
 
-    async def run(self, rollout: Rollout) -> None:
+    async def run(self, rollout: Rollout, may_be_empty: bool = False) -> None:
         """Make the completion, or as much of it as there is when a drain cuts it off.
 
+        Args:
+            rollout: makes it.
+            may_be_empty: whether it may have no token of the model.
+
         Raises:
-            RolloutError: the function does not only append.
+            RolloutError: the function does not only append, or has no token of the model.
         """
         self._work = asyncio.ensure_future(rollout(list(self.prompt_ids), self._sample))
         try:
@@ -112,7 +152,7 @@ class Transcript:
             if not self._is_cut:
                 raise
             self.finish_reason = ABORTED
-        if not any(self.trained) and self.finish_reason != ABORTED:
+        if not may_be_empty and not any(self.trained) and self.finish_reason != ABORTED:
             raise RolloutError("a rollout function has made a completion without a token of the model")
         if len(self.ids) > self._max_tokens:
             self.finish_reason = "length"
@@ -179,17 +219,35 @@ class Transcript:
             begun["sampling_logprobs"][begin:end],
             [begun["version_min"], begun["version_max"]],
         )
+        if begin < end == len(trained) and begun.get("is_whole"):
+            self.finish_reason = begun["finish_reasons"]
+            return True
         return begin < end < len(trained)
 
+    def so_far(self) -> dict[str, Any]:
+        """Return the completion columns up to the last call of the model, where another engine may go on."""
+        return {
+            "completion_ids": list(self.ids),
+            "sampling_logprobs": list(self.logprobs),
+            "trained_tokens": list(self.trained),
+            "version_min": min(self.versions, default=0),
+            "version_max": max(self.versions, default=0),
+            "finish_reasons": self.finish_reason,
+            "is_whole": True,
+        }
+
     def columns(self, text: str) -> dict[str, Any]:
-        """Return the completion columns; trained_tokens is null where all tokens are trained."""
+        """Return the completion columns; trained_tokens is null where all tokens are trained.
+
+        No version has written a completion without a token of the model.
+        """
         return {
             "completions": text,
             "completion_ids": self.ids,
             "finish_reasons": self.finish_reason,
             "sources": "policy",
-            "version_min": min(self.versions),
-            "version_max": max(self.versions),
+            "version_min": min(self.versions, default=None),
+            "version_max": max(self.versions, default=None),
             "sampling_logprobs": self.logprobs,
             "trained_tokens": None if all(self.trained) else self.trained,
         }
@@ -229,26 +287,37 @@ class RolloutEngine(BaseEngine):
 
     Args:
         drain_s: as for BaseEngine.
-        rollout: makes one completion.
+        rollout: makes one completion, or the episodes of groups.
     """
 
-    def __init__(self, drain_s: float | None = None, rollout: Rollout = one_call) -> None:
+    def __init__(self, drain_s: float | None = None, rollout: Rollout | Episodes = one_call) -> None:
         super().__init__(drain_s)
         self._rollout = rollout
+        self._num_calls = 0
 
     async def _rest(self, work: Work) -> tuple[pa.Table, int]:
-        running, begun = Completions(work.group, work.size), work.begun
+        running = Completions(work.group, work.size)
         with self._at_work(running):
             tasks = [
-                asyncio.create_task(self._complete(running, i, work, begun[i] if i < len(begun) else None))
-                for i in range(work.size)
+                asyncio.create_task(self._complete(running, i, work, episode, begun))
+                for i, (episode, begun) in enumerate(await self._begun(work))
             ]
             try:
                 await self._unless_dead(asyncio.gather(*tasks))
             finally:
                 for task in tasks:
                     task.cancel()
-        return self._table(running, sorted(running.completions)), work.size - len(running.finished_at)
+        missing = work.size - len(running.finished_at)
+        if isinstance(self._rollout, Episodes) and not missing:
+            await self._rollout.release(work.group["group_id"][0].as_py())
+        return self._table(running, sorted(running.completions)), missing
+
+    async def _begun(self, work: Work) -> list[tuple[Episode | None, dict[str, Any] | None]]:
+        """Return, for each completion, its episode if it is one, and what there is of it."""
+        if isinstance(self._rollout, Episodes):
+            episodes = await self._rollout.of_group(work.group, work.size, work.begun, work.done)
+            return [(episode, episode.begun) for episode in episodes]
+        return [(None, one) for one in (*work.begun, *([None] * (work.size - len(work.begun))))]
 
     async def _unless_dead(self, work: Awaitable[Any]) -> Any:
         """Return the result of `work`, or raise an error as soon as it can have none."""
@@ -262,31 +331,66 @@ class RolloutEngine(BaseEngine):
                     transcript.cut()
 
     async def _complete(
-        self, running: Completions, index: int, work: Work, begun: dict[str, Any] | None
+        self,
+        running: Completions,
+        index: int,
+        work: Work,
+        episode: Episode | None,
+        begun: dict[str, Any] | None,
     ) -> None:
         sampling = work.sampling
+        if isinstance(self._rollout, Episodes) and (further := await self._rollout.stop_token_ids()):
+            update = {"stop_token_ids": [*sampling.stop_token_ids, *further]}
+            sampling = sampling.model_copy(update=update)
 
         async def call(ids: list[int], max_tokens: int, begin: int) -> Span:
             seed = None if work.seed is None else work.seed + index + sampling.num_completions * begin
-            return await self._span(ModelCall(running, index, ids, max_tokens, sampling, seed))
+            if not self._num_calls:  # the engine has waited for environments, and not for itself
+                self._last_token_at = time.time()
+            self._num_calls += 1
+            try:
+                return await self._span(ModelCall(running, index, ids, max_tokens, sampling, seed))
+            finally:
+                self._num_calls -= 1
 
+        if episode is not None and episode.is_lost:
+            assert begun is not None
+            running.completions[index] = {**begun, "finish_reasons": "stop", **episode.columns()}
+            running.finished_at[index] = time.time()
+            return
         most = min(sampling.max_tokens, self._longest(running))
         transcript = Transcript(running.prompt_ids, most, call, begun)
         running.transcripts.append(transcript)
-        await transcript.run(self._rollout)
-        if not any(transcript.trained):  # cut off before the model's first token
-            return
-        running.completions[index] = transcript.columns(self._text(transcript, sampling))
+        if episode is None:
+            assert not isinstance(self._rollout, Episodes)
+            await transcript.run(self._rollout)
+        else:
+            of_episode = episode  # for the type checker
+
+            async def rollout(prompt_ids: list[int], sample: Sample) -> list[int]:
+                return await of_episode.run(prompt_ids, sample, transcript)
+
+            await transcript.run(rollout, may_be_empty=True)
+        if not any(transcript.trained) and transcript.finish_reason == ABORTED:
+            return  # cut off before the model's first token
+        own = {} if episode is None else episode.columns()
+        running.completions[index] = {**transcript.columns(self._text(transcript, sampling)), **own}
         if transcript.finish_reason != ABORTED:
             running.finished_at[index] = time.time()
+
+    def _is_sampling(self) -> bool:
+        return self._num_calls > 0 or not isinstance(self._rollout, Episodes)
 
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
         assert isinstance(running, Completions)
         rows = [running.completions[i] for i in which]
         names = [*groups.COMPLETION_COLUMNS]
         if self._rollout is not one_call:
-            names += groups.MASK_COLUMNS
-        return groups.with_columns(running.group, **{name: [[row[name] for row in rows]] for name in names})
+            names.append("trained_tokens")
+        columns = {name: [[row[name] for row in rows]] for name in names}
+        if isinstance(self._rollout, Episodes):
+            columns |= self._rollout.table_columns(rows)
+        return groups.with_columns(running.group, **columns)
 
     @abc.abstractmethod
     async def _span(self, call: ModelCall) -> Span:

@@ -17,6 +17,7 @@ from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, why_it_died
 from gvpo_ray.engines.rollout import (
     Completions,
+    Episodes,
     ModelCall,
     Rollout,
     RolloutEngine,
@@ -51,7 +52,7 @@ class Engine(RolloutEngine):
         seed: vLLM's seed, for groups without a seed of their own.
         load_weights: whether vLLM loads the weights of model.path, as version 0.
         drain_s: as for BaseEngine.
-        rollout: makes one completion.
+        rollout: makes one completion, or the episodes of groups.
         num_completions: completions per group of the training. vLLM's scheduler takes pool.max_groups times
             as many at once; its own default would be 128.
         sleeps: whether the engine must be able to free its GPU's memory while the learner trains.
@@ -65,7 +66,7 @@ class Engine(RolloutEngine):
         seed: int,
         load_weights: bool = False,
         drain_s: float | None = None,
-        rollout: Rollout = one_call,
+        rollout: Rollout | Episodes = one_call,
         num_completions: int = SamplingConfig().num_completions,
         sleeps: bool = False,
     ) -> None:

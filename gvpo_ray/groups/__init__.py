@@ -18,6 +18,7 @@ from gvpo_ray.groups.storage import to_wire as to_wire
 from gvpo_ray.groups.storage import up_to_a_torn_row as up_to_a_torn_row
 from gvpo_ray.groups.table import COMPLETION_COLUMNS as COMPLETION_COLUMNS
 from gvpo_ray.groups.table import DATA_COLUMNS as DATA_COLUMNS
+from gvpo_ray.groups.table import EPISODE_COLUMNS as EPISODE_COLUMNS
 from gvpo_ray.groups.table import LOG_COLUMNS as LOG_COLUMNS
 from gvpo_ray.groups.table import LOGGED_COLUMNS as LOGGED_COLUMNS
 from gvpo_ray.groups.table import MASK_COLUMNS as MASK_COLUMNS

@@ -33,6 +33,9 @@ gets it (m = 2), and the room that fills each column:
     reference_logprobs  [-0.4, -0.9]                     learner   (float64 sum over the completion's tokens)
     reference_versions  [0, 0]                           learner   (version of the reference's weights; null:
                                                                     not trained on)
+    episodes            ['{"turns": 3, ...}', null]      engines   (JSON: name, turns, tool_calls,
+                                                                    tool_errors, end; null: no episode.
+                                                                    Optional)
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ SCHEMA = pa.schema(
         ("reward_reasons", pa.list_(pa.string())),
         ("reference_logprobs", pa.list_(pa.float64())),
         ("reference_versions", pa.list_(pa.int32())),
+        ("episodes", pa.list_(pa.string())),
     ]
 )
 
@@ -92,6 +96,8 @@ MASK_COLUMNS = ("trained_tokens",)
 
 A completion of which no token is trained is left out of training (`batching.trainable_completions`).
 """
+EPISODE_COLUMNS = ("episodes",)
+"""Optional column of the completions: only those of an environment have it."""
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
 """Columns of log-probs under a separate reference model.
@@ -104,13 +110,15 @@ PER_COMPLETION_COLUMNS = (
     "rewards",
     "reward_reasons",
     *REFERENCE_COLUMNS,
+    *EPISODE_COLUMNS,
 )
 """Columns whose lists have one entry per completion (`reward_parts` holds such lists by name)."""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
 """Columns that a group needs to be logged: all but the optional ones and the reference's, which the learner
 computes."""
 LOG_COLUMNS = (
-    PROMPT_COLUMNS + DATA_COLUMNS + COMPLETION_COLUMNS + MASK_COLUMNS + REWARD_COLUMNS + REFERENCE_COLUMNS
+    *(*PROMPT_COLUMNS, *DATA_COLUMNS, *COMPLETION_COLUMNS, *MASK_COLUMNS, *REWARD_COLUMNS),
+    *(*REFERENCE_COLUMNS, *EPISODE_COLUMNS),
 )
 """Columns of the durable log; a reference is null until it is computed, and replayed completions bring theirs
 along."""
@@ -167,7 +175,7 @@ def log_columns(groups: pa.Table) -> pa.Table:
     """
     if groups.schema.equals(SCHEMA):
         return groups
-    optional = (*DATA_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS)
+    optional = (*DATA_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, *EPISODE_COLUMNS)
     missing = [name for name in optional if name not in groups.schema.names]
     return (
         with_columns(groups, **{name: [None] * len(groups) for name in missing})
@@ -226,7 +234,7 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
     for name in per_completion:
         first = per_completion[0]
         for row, (got, want) in enumerate(zip(sizes[name], sizes[first], strict=True)):
-            if got is None and name in MASK_COLUMNS:
+            if got is None and name in (*MASK_COLUMNS, *EPISODE_COLUMNS):
                 continue
             if got is None or got != want:
                 raise GroupError(
@@ -303,7 +311,8 @@ def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
     It has rewards, references or trained_tokens if some part has them; the entries of other parts are null.
     """
     group = prompt.select(list(PROMPT_COLUMNS) + [name for name in DATA_COLUMNS if _has(prompt, name)])
-    for name in (*COMPLETION_COLUMNS, *MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS):
+    optional = (*MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS, *EPISODE_COLUMNS)
+    for name in (*COMPLETION_COLUMNS, *optional):
         if name in COMPLETION_COLUMNS or any(_has(part, name) for part in parts):
             group = group.append_column(
                 SCHEMA.field(name),

@@ -21,6 +21,7 @@ from gvpo_ray.buffer.buffer import steps_metrics
 from gvpo_ray.buffer.control import ORDERS
 from gvpo_ray.buffer.log import GroupLog, Quarantine
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import mask
@@ -76,7 +77,8 @@ class GVPO:
             {} if reward is None else reward if isinstance(reward, Mapping) else {_name_of(reward): reward}
         )
         if rewards:
-            known = {name: config.verifiers.rewards.get(name, RewardConfig()) for name in rewards}
+            names = [*([ENVIRONMENT] if config.environment else []), *rewards]
+            known = {name: config.verifiers.rewards.get(name, RewardConfig()) for name in names}
             config = config.model_copy(
                 update={"verifiers": config.verifiers.model_copy(update={"rewards": known})}
             )

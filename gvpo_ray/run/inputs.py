@@ -23,11 +23,13 @@ from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.data.dialogue import dialogue_of
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
-from gvpo_ray.data.rendering import completion_renderer
+from gvpo_ray.data.rendering import MakeRenderer, completion_renderer, renderer_of
 from gvpo_ray.data.turns import check_stop_tokens
+from gvpo_ray.environments.contract import read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
@@ -168,6 +170,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             max_tokens=room,
             seed=config.seed,
             key="prompts",
+            make_renderer=make_renderer_of(config),
         )
     elif config.engines.has_engines:
         raise ConfigError("prompts: required, and not given")
@@ -243,9 +246,27 @@ def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) ->
                 f"of {max_length}"
             )
         prompts[name] = PromptSet(
-            section, tokenizer, name=name, max_tokens=max_length - max_tokens, seed=config.seed, key=key
+            section,
+            tokenizer,
+            name=name,
+            max_tokens=max_length - max_tokens,
+            seed=config.seed,
+            key=key,
+            make_renderer=make_renderer_of(config),
         )
     return prompts
+
+
+def make_renderer_of(config: GVPOConfig) -> MakeRenderer:
+    """Return what makes the renderers of the data sets: with an environment, prompts name its tools.
+
+    Raises:
+        ConfigError: the environment's class is wrong.
+    """
+    if config.environment is None:
+        return renderer_of
+    contract = read_contract(config.environment, config.verifiers)
+    return partial(dialogue_of, tools=contract.tools, family=config.environment.renderer)
 
 
 def read_model(config: GVPOConfig) -> tuple[int, Any]:

@@ -19,6 +19,9 @@ from gvpo_ray.buffer.log import Quarantine
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.engines.actor import MakeEngine, engine_maker
 from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.engines.rollout import Episodes, Rollout, one_call
+from gvpo_ray.environments.contract import read_contract
+from gvpo_ray.environments.pool import EnvironmentGroup
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.run.rollouts import Ring, Say
 from gvpo_ray.run.session import Session
@@ -93,12 +96,14 @@ def assemble(
         takes_turns := inputs is not None and config.engines.colocated == "sleep",
     )
     model, engines, verifiers = config.model, config.engines, None
+    rollout: Rollout | Episodes = one_call
     if inputs is None:
         engines = engines.model_copy(update={"num": 0, "max_num": None, "pools": {}})
     else:
         model = model.model_copy(update={"max_length": inputs.max_length})
         verifiers = VerifierGroup(config.verifiers, rewards, driver.note, driver.say)
         session.on_stop(verifiers.close)
+        rollout = rollout_of(session, config, driver.note)
     pools = EngineGroup(
         engines,
         config.sampling.num_completions,
@@ -110,6 +115,7 @@ def assemble(
             False,
             config.prompts.system_prompt,
             config.prompts.template,
+            rollout,
             num_completions=config.sampling.num_completions,
         ),
         buffer.weights,
@@ -134,3 +140,18 @@ def assemble(
         driver.say,
     )
     return Parts(buffer, pools, verifiers, ring)
+
+
+def rollout_of(session: Session, config: GVPOConfig, note: Note) -> Rollout | Episodes:
+    """Return what makes completions at engines: one call, or the config's environment, whose actors start."""
+    if config.environment is None:
+        return one_call
+    contract = read_contract(config.environment, config.verifiers)
+    environments = EnvironmentGroup(config.environment, contract, note)
+    session.on_stop(environments.close)
+
+    async def fail(error: BaseException) -> None:
+        """Do nothing: the error is already the session's cause."""
+
+    session.spawn(environments.watch(), fail)
+    return environments.episodes(config.model, config.rendered)

@@ -231,7 +231,7 @@ def load(source: Mapping[str, Any], imports_ahead: bool = False) -> RewardFuncti
     function = (
         _callable(cloudpickle.loads(base64.b64decode(source["pickle"])), "it")
         if "pickle" in source
-        else _find(source["place"])
+        else find(source["place"])
     )
     check_signature(function, source["arguments"], source["is_strict"], source.get("columns"))
     if warm_up := getattr(function, "warm_up", None):
@@ -269,7 +269,7 @@ def _imports(code: types.CodeType) -> Iterator[str]:
             yield from _imports(constant)
 
 
-def _find(place: str) -> RewardFunction:
+def find(place: str) -> RewardFunction:
     """Import the function at `module:function` or `path.py:function`."""
     place, _, attribute = place.rpartition(":")
     if place.endswith(".py"):

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
@@ -80,7 +81,7 @@ def validate_rewards(
     for name, reward in config.rewards.items():
         place = reward.function or name
         if (
-            place not in (*BUILT_IN, CODE)
+            place not in (*BUILT_IN, CODE, ENVIRONMENT)
             and ":" not in place
             and name not in (functions or {})
             and not reward.url
@@ -97,7 +98,7 @@ def validate_rewards(
             except ConfigError as error:
                 raise ConfigError(f"verifiers.rewards.{name}: {error}") from error
     plain = all(
-        (reward.function or name) in BUILT_IN and not reward.arguments
+        (reward.function or name) in (*BUILT_IN, ENVIRONMENT) and not reward.arguments
         for name, reward in config.rewards.items()
     )
     if functions or not plain:
@@ -146,6 +147,8 @@ class Verifier:
         self._trusted: dict[str, RewardFunction] = dict(models or {})
         sandboxed = {}
         for name, reward in self._rewards.items():
+            if name == ENVIRONMENT and not reward.is_elsewhere and name not in functions:
+                continue  # the engines' tables have it
             if reward.url:
                 self._trusted[name] = HttpReward(reward)
             elif not reward.model and (reward.function or name) == CODE and name not in functions:
@@ -156,6 +159,7 @@ class Verifier:
                     self._trusted[name] = _load_trusted(name, source)
                 else:
                     sandboxed[name] = source
+        self._sandboxed = list(sandboxed)
         self._sandbox: Sandbox | None = None
         if sandboxed:
             self._sandbox = Sandbox(
@@ -194,6 +198,7 @@ class Verifier:
                 *group_tables.DATA_COLUMNS,
                 *group_tables.MASK_COLUMNS,
                 *group_tables.REWARD_COLUMNS,
+                *group_tables.EPISODE_COLUMNS,
             )
             if name in groups.column_names
         ]
@@ -204,7 +209,8 @@ class Verifier:
             new = iter(self._check_row(row, to_check, without) if to_check else ())
             checks = [check or next(new) for check in given]
             rewards.append([check.reward for check in checks])
-            all_parts.append([(name, [check.parts[name] for check in checks]) for name in self._rewards])
+            parts = {name: [check.parts.get(name) for check in checks] for name in self._rewards}
+            all_parts.append([*parts.items()])
             all_reasons.append([check.reason for check in checks])
         return group_tables.with_columns(
             groups, rewards=rewards, reward_parts=all_parts, reward_reasons=all_reasons
@@ -216,6 +222,7 @@ class Verifier:
         completions: list[str],
         columns: Mapping[str, list[Any]],
         without: Iterable[str] = (),
+        of_episodes: Sequence[Part | None] = (),
     ) -> list[Check]:
         """Score completions: one at a time in the sandbox, all in one call by trusted functions.
 
@@ -224,12 +231,13 @@ class Verifier:
             completions: the texts to score.
             columns: further arguments of the reward functions; each is a list of one entry per completion.
             without: names of reward functions whose service is not waited for.
+            of_episodes: what their environment gave the completions; None: it gives no rewards.
 
         Raises:
             OutOfReach: a service that a reward function calls does not answer.
             RewardError: a reward function has failed on every row so far, MAX_FAULTS times.
         """
-        by_name: dict[str, list[Part]] = {name: [] for name in self._rewards}
+        by_name: dict[str, list[Part]] = {name: [] for name in (*self._trusted, *self._sandboxed)}
         seconds = [0.0] * len(completions)
         for name, function in self._trusted.items():  # first: they may have to wait, the sandbox never has
             begin = time.perf_counter()
@@ -247,10 +255,17 @@ class Verifier:
             seconds[i] += time.perf_counter() - begin
         for name in by_name.keys() - self._trusted.keys():
             self.record.add(name, by_name[name], columns.get("group_id"))
+        given = list(of_episodes) or [None] * len(completions)
+        known = [part for part in given if part is not None]
+        self.record.add(ENVIRONMENT, known, columns.get("group_id"))
         if self._checks_record:
             self.record.check()
         return [
-            self._combine({name: parts[i] for name, parts in by_name.items()}, seconds[i])
+            self._combine(
+                ({} if given[i] is None else {ENVIRONMENT: given[i]})
+                | {name: parts[i] for name, parts in by_name.items()},
+                seconds[i],
+            )
             for i in range(len(completions))
         ]
 
@@ -298,7 +313,9 @@ class Verifier:
         for name, value in _of_data(row).items():
             columns[name] = [value] * len(which)
         completions = [row["completions"][i] for i in which]
-        return self.check([row["prompt"]] * len(which), completions, columns, without)
+        of_episodes = _of_episodes(row) if ENVIRONMENT in self._rewards else []
+        given = [of_episodes[i] for i in which] if of_episodes else []
+        return self.check([row["prompt"]] * len(which), completions, columns, without, given)
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         """Make one result of the reward functions' parts: the weighted sum and all reasons."""
@@ -318,6 +335,25 @@ class Verifier:
 def _masked(part: Part) -> Part:
     """Return the part with no secret in its reason."""
     return replace(part, reason=part.reason and mask(part.reason))
+
+
+def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
+    """Return what the environment gave each completion of a group; nothing where they are no episodes.
+
+    An episode that the environment itself has ended with an error counts as its fault. None stands for one
+    that has no reward because the environment gives none.
+    """
+    if not any(row.get("episodes") or ()):
+        return []
+    none = [None] * len(row["completions"])
+    values = (row.get("reward_parts") or {}).get(ENVIRONMENT)
+    reasons = row.get("reward_reasons") or none
+    return [
+        None
+        if values is None and reason is None
+        else Part(value, reason, is_fault=value is None and " raised " in (reason or ""))
+        for value, reason in zip(values or none, reasons, strict=True)
+    ]
 
 
 def _of_data(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,7 +386,7 @@ def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
     untrained = group_tables.untrained_completions(row)
     return [
         Check(None, dict.fromkeys(names), group_tables.UNTRAINED, 0.0)
-        if i in untrained
+        if i in untrained and not reasons[i]  # an environment has said why
         else None
         if reward is None
         else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)

@@ -1,0 +1,333 @@
+"""A dialogue turns a conversation of several turns into tokens, and what the model writes into tool calls.
+
+Tokens that are there are never rendered again: a turn of a tool or of an environment is appended to what the
+model has sampled, so that what is trained is what was sampled.
+
+    prompt_ids   everything up to the last user message's content    `render`, the same for a whole group
+    opening      what the environment adds to that message, and the rest of it up to the model's turn
+    turn         sampled
+    extension    what tools or the environment answer, up to the model's next turn
+    turn …
+
+Three classes do it: ChatDialogue with any chat template, FamilyDialogue with a model family's class of the
+package `renderers`, and PlainDialogue with a template of the config.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from
+from gvpo_ray.data.turns import one_begin_no_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+ASSISTANT = "0"
+"""Content of the assistant's message in a conversation that is rendered only for what comes behind it."""
+
+
+class Call(NamedTuple):
+    """A Call is one tool call that the model has written."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+    """What is wrong with it, for the model to read; None: it can be made."""
+
+
+class Turn(NamedTuple):
+    """A Turn is what the model has written in one call of it."""
+
+    text: str
+    """Without thoughts, tool calls and the token that ends it."""
+    calls: list[Call]
+
+
+class Dialogue(TextRenderer, abc.ABC):
+    """A Dialogue renders the prompts of episodes, and their turns.
+
+    Args:
+        tokenizer: the model's.
+        tools: JSON schemas of the tools, as {"type": "function", "function": {...}}.
+        arguments: keyword arguments of TextRenderer.
+    """
+
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end a turn, beside those that engines know (data/turns.py)."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]], **arguments: Any
+    ) -> None:
+        super().__init__(tokenizer, **arguments)
+        self._tools = list(tools)
+
+    def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
+        """Render prompts up to the end of their last user message's content."""
+        return [Rendered(self._halves(row)[0], {}) for row in rows]
+
+    def opening(self, row: Mapping[str, Any], said: str | None) -> list[int]:
+        """Return the tokens between the prompt and the model's first turn.
+
+        Args:
+            row: the prompt, as for `render`.
+            said: what the environment appends to the last user message.
+        """
+        _, rest = self._halves(row)
+        return [*self._plain_text(said or ""), *rest]
+
+    @abc.abstractmethod
+    def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt, and those behind its last user message's content."""
+
+    @abc.abstractmethod
+    def extension(
+        self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
+    ) -> list[int] | None:
+        """Return the tokens of further messages behind a turn, up to the model's next one.
+
+        Args:
+            before: all tokens before the turn.
+            turn: what the model has sampled, the token that ends it included if there is one.
+            messages: of the roles "tool" and "user".
+
+        Returns:
+            The tokens to append; None: this family's conversations cannot go on from here.
+        """
+
+    def turn(self, before: Sequence[int], turn: Sequence[int]) -> Turn:
+        """Read what the model has written.
+
+        A call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the form of Hermes and Qwen; in
+        thoughts it is none.
+        """
+        end = self.end_id
+        body = turn[:-1] if turn and turn[-1] in {end, self._tokenizer.eos_token_id} else turn
+        written = self.text(body, with_special=True).rpartition("</think>")[2]
+        if "<think>" in written:
+            return Turn("", [])
+        return Turn(CALL.sub("", written).strip(), [_call(found[1]) for found in CALL.finditer(written)])
+
+    def _plain_text(self, text: str) -> list[int]:
+        """Tokenise a text of the environment, in which special tokens are text."""
+        if self._special.search(text):
+            return self._plain(text)
+        return self._ids([text], add_special_tokens=False)[0] if text else []
+
+
+CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+"""A tool call, or the beginning of one that has no end."""
+
+
+def _call(text: str) -> Call:
+    """Read the JSON of a call."""
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Call("", {}, f"the tool call is not JSON: {error}")
+    if not isinstance(call, dict) or not isinstance(name := call.get("name"), str):
+        return Call("", {}, 'the tool call is not an object with a "name"')
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):  # OpenAI's form
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            return Call(name, {}, f"the arguments are not JSON: {error}")
+    if not isinstance(arguments, dict):
+        return Call(name, {}, "the arguments are not an object")
+    return Call(name, arguments)
+
+
+class PlainDialogue(Dialogue):
+    """A PlainDialogue appends what the environment writes as it is, behind a template of the config."""
+
+    def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        assert self._template is not None
+        head, _, tail = self._template.rpartition("{prompt}")
+        mark = _absent_from(head + row["prompt"])
+        prompt = self._marked(row["prompt"], mark)
+        ids = self._with_ends(self._without_marks(head.replace("{prompt}", prompt) + prompt, mark))
+        rest = self._ids([tail], add_special_tokens=False)[0] if tail else []
+        return one_begin_no_end(ids, self._tokenizer), rest
+
+    def extension(
+        self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
+    ) -> list[int] | None:
+        """Append texts as they are, and results of tools between <tool_response> and </tool_response>."""
+        parts = [
+            f"<tool_response>\n{message['content']}\n</tool_response>\n"
+            if message["role"] == "tool"
+            else message["content"]
+            for message in messages
+        ]
+        return self._plain_text("".join(parts))
+
+
+class ChatDialogue(Dialogue):
+    """A ChatDialogue renders with the tokenizer's chat template.
+
+    A template shows how it goes on behind an assistant's message when it renders a conversation that has one.
+    """
+
+    def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        messages = [dict(message) for message in self._messages(row)]
+        written = "".join(message["content"] for message in messages)
+        mark, here = _absent_from(written), _absent_from(written, 1)
+        for message in messages:
+            message["content"] = self._marked(message["content"], mark)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+        messages[last]["content"] += here
+        head, found, tail = self._chat(messages, self._tools).rpartition(here)
+        if not found:
+            raise ConfigError(f"{self._key}: the chat template leaves out the last user message")
+        ids = one_begin_no_end(self._without_marks(head, mark), self._tokenizer)
+        return ids, self._without_marks(tail, mark)
+
+    def extension(
+        self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
+    ) -> list[int] | None:
+        """Return what the template writes behind an assistant's message, less what the model wrote of it.
+
+        Raises:
+            ConfigError: the template fails, or leaves out the assistant's message.
+        """
+        written = "".join(message["content"] for message in messages)
+        mark, here = _absent_from(written), _absent_from(written, 1)
+        chat = [
+            {"role": "user", "content": ASSISTANT},
+            {"role": "assistant", "content": ASSISTANT + here},
+            *({**message, "content": self._marked(message["content"], mark)} for message in messages),
+        ]
+        _, found, rest = self._chat(chat).rpartition(here)
+        if not found:
+            raise ConfigError("environment.renderer: the chat template leaves out the assistant's turns")
+        ids = self._without_marks(rest, mark)
+        # the token that ends the turn is there already, as the model has sampled it
+        return ids[1:] if ids and turn and ids[0] == turn[-1] else ids
+
+
+class FamilyDialogue(Dialogue):
+    """A FamilyDialogue renders with the class that the package `renderers` has for a model family.
+
+    Args:
+        tokenizer: the model's.
+        tools: JSON schemas of the tools.
+        family: the family's name in `renderers`, such as "qwen3".
+        arguments: keyword arguments of TextRenderer; `template_arguments` are the family's.
+
+    Raises:
+        ConfigError: no such family, the tokenizer is not of this family, or an argument is not of its.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[dict[str, Any]],
+        family: str,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(tokenizer, tools, **arguments)
+        from renderers import create_renderer
+        from renderers.configs import config_from_name
+
+        options = dict(self._arguments)
+        try:
+            of_family = type(config_from_name(family))
+            if "thinking_retention" in of_family.model_fields:
+                # thoughts of earlier turns stay where they were sampled
+                options["thinking_retention"] = "all"
+            self._renderer = create_renderer(tokenizer, of_family(**options))
+        # a tokenizer of another family fails an assertion, and OpenAI's library has an error of its own
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            raise ConfigError(f"environment.renderer: {family}: {type(error).__name__}: {why}") from error
+        self._specs: list[Any] = [tool["function"] for tool in self._tools]
+        self.stop_token_ids = self._renderer.get_stop_token_ids()
+
+    def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        messages: list[Any] = [
+            {**message, "content": self._harmless(message["content"])} for message in self._messages(row)
+        ]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+        found = self._renderer.render(messages, tools=self._specs or None, add_generation_prompt=True)
+        of_last = [i for i, index in enumerate(found.message_indices) if index == last]
+        content = [i for i in of_last if found.is_content[i]] if found.is_content else of_last
+        end = (content or of_last)[-1] + 1
+        return found.token_ids[:end], found.token_ids[end:]
+
+    def extension(
+        self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
+    ) -> list[int] | None:
+        """Bridge to the next turn as the family does."""
+        harmless: list[Any] = [{**m, "content": self._harmless(m["content"])} for m in messages]
+        there = [*before, *turn]
+        found = self._renderer.bridge_to_next_turn(
+            list(before), list(turn), harmless, tools=self._specs or None
+        )
+        if found is None or found.token_ids[: len(there)] != there:
+            return None
+        return found.token_ids[len(there) :]
+
+    def turn(self, before: Sequence[int], turn: Sequence[int]) -> Turn:
+        """Read what the model has written, as the family's parser does."""
+        found = self._renderer.parse_response(
+            list(turn), tools=self._specs or None, prompt_ids=list(before) or None
+        )
+        calls = []
+        for call in found.tool_calls:
+            arguments = call.arguments
+            is_good = call.status == "ok" and isinstance(arguments, dict)
+            error = None if is_good else f"the tool call cannot be read ({call.status}): {call.raw[:200]}"
+            calls.append(Call(call.name or "", arguments if isinstance(arguments, dict) else {}, error))
+        return Turn(found.content.strip(), calls)
+
+    def _harmless(self, text: str) -> str:
+        """Break special tokens that a text spells with a space of no width, as no family tokenises it."""
+        return self._marked(text, "\u200b")
+
+
+def dialogue_of(
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    *,
+    tools: Sequence[dict[str, Any]],
+    family: str | None,
+) -> Dialogue:
+    """Return the dialogue of a data set; `key` names the section `config` in messages.
+
+    Args:
+        config: with a `template`, a PlainDialogue.
+        tokenizer: the model's.
+        key: of the section.
+        tools: JSON schemas of the tools.
+        family: name of a model family in `renderers`; None: the tokenizer's chat template.
+
+    Raises:
+        ConfigError: the family or its arguments are wrong, or there is neither a template nor a chat
+            template.
+    """
+    arguments: dict[str, Any] = {
+        "template": config.template,
+        "system_prompt": config.system_prompt,
+        "template_arguments": config.template_arguments,
+        "key": key,
+    }
+    if config.template is not None:
+        return PlainDialogue(tokenizer, tools, **arguments)
+    if family is not None:
+        return FamilyDialogue(tokenizer, tools, family, **arguments)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{key}.template: required, because the tokenizer has no chat template; for example "
+            '"Question: {prompt}\\nAnswer:"'
+        )
+    return ChatDialogue(tokenizer, tools, **arguments)

@@ -1,0 +1,109 @@
+"""The contract of an environment: TRL's `environment_factory`, and a method `respond`.
+
+    class Calculator:
+        def __init__(self, digits=3): ...                        # arguments: environment.arguments
+        def reset(self, **row) -> str | None: ...                # appended to the last user message
+        def add(self, a: int, b: int) -> str:                    # each further public method is a tool
+            ...                                                  # with a docstring that has Args
+        def respond(self, message: str) -> str | None: ...       # after a turn without tool calls; None: over
+        def get_reward(self) -> float | None: ...                # None: this episode cannot be scored
+
+Any of the methods may be async. An object belongs to one episode; nothing but its own calls changes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.environments.host import tool_names
+from gvpo_ray.sandbox.functions import find
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A Contract is an environment's class, read."""
+
+    cls: type
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the class."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """JSON schemas of its tools, as {"type": "function", "function": {...}}."""
+
+    @property
+    def responds(self) -> bool:
+        """Whether turns without tool calls are answered."""
+        return hasattr(self.cls, "respond")
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether it scores its episodes."""
+        return hasattr(self.cls, "get_reward")
+
+
+def read_contract(config: EnvironmentConfig, verifiers: VerifiersConfig | None = None) -> Contract:
+    """Load an environment's class and read its tools.
+
+    Args:
+        config: the section.
+        verifiers: the section `verifiers`, which must name a reward if the class has none.
+
+    Raises:
+        ConfigError: no such class, arguments that it does not take, a public method that is no tool, or no
+            reward.
+    """
+    key = "environment.name"
+    try:
+        cls = find(config.name)
+    except Exception as error:  # importing a user's module may raise anything
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{key}: {kind}{error}") from error
+    if not isinstance(cls, type):
+        raise ConfigError(f"{key}: {config.name} is {type(cls).__name__}, not a class")
+    try:
+        inspect.signature(cls).bind(**config.arguments)
+    except TypeError as error:
+        raise ConfigError(f"environment.arguments: {cls.__name__}: {error}") from error
+    names = tool_names(cls)
+    contract = Contract(cls, config.arguments, [_schema(cls, name) for name in names])
+    if not callable(getattr(cls, "reset", None)):
+        raise ConfigError(f"{key}: {cls.__name__} has no method reset")
+    if not names and not contract.responds:
+        raise ConfigError(f"{key}: {cls.__name__} has neither tools (public methods) nor respond")
+    if verifiers is not None and not contract.has_reward and [*verifiers.rewards] == [ENVIRONMENT]:
+        raise ConfigError(f"verifiers.rewards: {cls.__name__} has no get_reward: name a reward function")
+    return contract
+
+
+def _schema(cls: type, name: str) -> dict[str, Any]:
+    """Return a tool's JSON schema, made of its types and its docstring."""
+    from transformers.utils import chat_template_utils as made
+
+    # bound to something, since a tool has no `self`
+    method = types.MethodType(inspect.unwrap(inspect.getattr_static(cls, name)), object())
+    try:
+        schema: dict[str, Any] = made.get_json_schema(method)
+    except (made.DocstringParsingException, made.TypeHintParsingException, NameError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"environment.name: {cls.__name__}.{name}: every public method is a tool, with types and a "
+            f"docstring (Args: of each argument): {why}"
+        ) from error
+    return schema
+
+
+def pickled_by_value(cls: type) -> None:
+    """Let a user's class travel to other machines with its code, as they may lack its file."""
+    import ray
+
+    module = sys.modules.get(cls.__module__)
+    is_installed = module is None or "site-packages" in (getattr(module, "__file__", None) or "site-packages")
+    if module is not None and not is_installed and module.__name__ != "__main__":
+        ray.cloudpickle.register_pickle_by_value(importlib.import_module(cls.__module__))  # type: ignore[no-untyped-call]

@@ -1,0 +1,320 @@
+"""An episode is a completion of several turns, made in the engine's process with an environment in an actor.
+
+    prompt ─► opening ─► turn ─► Host.act ─► extension ─► turn ─► … ─► Host.finish ─► reward
+              (reset)   (model)  (tools)      (tokens)
+
+Nothing of an episode is only here: its tokens are with the host since its last turn, and an engine that takes
+over makes the same steps again, which cost nothing where they have been made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from gvpo_ray.config.base import GvpoError
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.data.dialogue import Dialogue, dialogue_of
+from gvpo_ray.environments.host import GONE, Answer, Opened
+
+MARGIN_S = 30.0
+"""Seconds that a host has beside its calls' time limits before it counts as hanging."""
+
+NO_ROOM = "untrained: what the environment has said leaves no room for a turn"
+"""Reason of an episode that has no token of the model."""
+
+
+class NoEnvironmentError(GvpoError, RuntimeError):
+    """The environments' actors cannot be reached at all; the message is the cause."""
+
+
+class Client(Protocol):
+    """The Client protocol is what an episode needs of a host, wherever that is.
+
+    A method raises LostError where the host's process or node is gone, or does not answer.
+    """
+
+    async def call(self, method: str, *args: Any, limit_s: float | None = None) -> Any:
+        """Call a method of environments/host.Host."""
+
+
+class LostError(Exception):
+    """A host died, or hung and was killed."""
+
+
+class Progress(Protocol):
+    """The Progress protocol is what an episode reads of the completion that it makes."""
+
+    finish_reason: str
+    """Of the last call of the model."""
+
+    def so_far(self) -> dict[str, Any]:
+        """Return the completion columns up to here."""
+
+
+Sample = Callable[[list[int]], Awaitable[list[int]]]
+
+
+@dataclass
+class Episode:
+    """An Episode makes one completion; `run` may be called again at another engine (see engines/rollout.py).
+
+    Args:
+        config: the section.
+        dialogue: of the model.
+        row: the group's prompt, its answer and the further columns of its data.
+        client: of the host that has the environment; None: it is gone.
+        opened: what is known of it.
+        begun: completion columns of what there is of it.
+    """
+
+    config: EnvironmentConfig
+    dialogue: Dialogue
+    row: Mapping[str, Any]
+    client: Client | None
+    opened: Opened
+    begun: dict[str, Any] | None = None
+    num_turns: int = 0
+    num_calls: int = 0
+    num_errors: int = 0
+    end: str = ""
+    """How it has ended: "stop" (the policy or the environment), "max_turns", "length" (no room), "renderer"
+    (the family's conversations cannot go on) or "lost" (no reward, with a reason); "": it has not."""
+    reward: float | None = None
+    reason: str | None = field(default=None)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it cannot go on and is what `begun` is."""
+        return self.client is None
+
+    async def run(self, prompt_ids: list[int], sample: Sample, progress: Progress) -> list[int]:
+        """Make the completion; return its tokens."""
+        ids = self.dialogue.opening(self.row, self.opened.said)
+        if self.opened.reason is not None:
+            self._is_lost(self.opened.reason)
+            return ids
+        while not self.end:
+            before = [*prompt_ids, *ids]
+            turn = await sample(before)
+            ids += turn
+            self.num_turns += bool(turn)
+            if not turn or progress.finish_reason == "length":
+                self.end = "length"
+                break
+            ids += await self._answered(before, turn, progress)
+        if self.end != "lost":
+            await self._finish(progress)
+        return ids
+
+    async def _answered(self, before: list[int], turn: list[int], progress: Progress) -> list[int]:
+        """Let the environment answer a turn; return the tokens of its answer, or set how the episode ends."""
+        read = self.dialogue.turn(before, turn)
+        self.num_calls += len(read.calls)
+        limit_s = self.config.timeout_s * max(1, len(read.calls)) + MARGIN_S
+        try:
+            answer: Answer = await self._host(
+                "act", self.num_turns - 1, progress.so_far(), read.calls, read.text, limit_s=limit_s
+            )
+        except LostError:
+            answer = Answer(reason=GONE)
+        self.num_errors += answer.num_errors
+        if answer.reason is not None:
+            self._is_lost(answer.reason)
+        elif answer.is_over:
+            self.end = "stop"
+        elif self.num_turns >= self.config.max_turns:
+            self.end = "max_turns"
+        else:
+            extension = self.dialogue.extension(before, turn, answer.messages)
+            if extension is not None:
+                return extension
+            self.end = "renderer"
+        return []
+
+    async def _finish(self, progress: Progress) -> None:
+        if not self.num_turns:
+            self._is_lost(NO_ROOM)
+            return
+        try:
+            self.reward, self.reason = await self._host(
+                "finish", progress.so_far(), limit_s=self.config.timeout_s + MARGIN_S
+            )
+        except LostError:
+            self._is_lost(GONE)
+
+    async def _host(self, method: str, *args: Any, limit_s: float) -> Any:
+        assert self.client is not None
+        return await self.client.call(method, self.opened.name, self.opened.lease, *args, limit_s=limit_s)
+
+    def _is_lost(self, reason: str) -> None:
+        self.end, self.reason = "lost", reason
+
+    def columns(self) -> dict[str, Any]:
+        """Return what the group table holds of the episode beside its tokens."""
+        counts = {"turns": self.num_turns, "tool_calls": self.num_calls, "tool_errors": self.num_errors}
+        return {
+            "episodes": json.dumps({"name": self.opened.name, **counts, "end": self.end}),
+            "reward_parts": self.reward,
+            "reward_reasons": self.reason,
+        }
+
+
+class Episodes:
+    """Episodes makes the episodes of groups, in an engine's process.
+
+    Args:
+        config: the section.
+        model: the policy; its tokenizer is loaded with the first group.
+        prompts: of the training; the template is that of all data sets.
+        tools: JSON schemas of the tools.
+        clients: of the hosts.
+        has_reward: whether the environment scores its episodes.
+    """
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        model: ModelConfig,
+        prompts: PromptsConfig,
+        tools: Sequence[dict[str, Any]],
+        clients: Sequence[Client],
+        has_reward: bool = True,
+    ) -> None:
+        self._config, self._model, self._prompts, self._tools = config, model, prompts, tools
+        self._clients, self.has_reward = clients, has_reward
+        self._dialogue: Dialogue | None = None
+        self._next = random.randrange(len(clients))
+
+    async def dialogue(self) -> Dialogue:
+        """Return the model's dialogue."""
+        if self._dialogue is None:
+            self._dialogue = await asyncio.to_thread(self._load)
+        return self._dialogue
+
+    async def stop_token_ids(self) -> Sequence[int]:
+        """Return tokens that end a turn of this family, beside those that engines know."""
+        return (await self.dialogue()).stop_token_ids
+
+    def _load(self) -> Dialogue:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            self._model.path, trust_remote_code=self._model.trust_remote_code
+        )
+        return dialogue_of(
+            self._prompts, tokenizer, "prompts", tools=self._tools, family=self._config.renderer
+        )
+
+    async def of_group(
+        self, group: pa.Table, num: int, begun: Sequence[Mapping[str, Any]], done: Sequence[str]
+    ) -> list[Episode]:
+        """Return `num` episodes of a group: those that other engines have begun, and new ones.
+
+        Args:
+            group: its one row.
+            num: completions that are missing.
+            begun: completion columns of those that a drain has cut off.
+            done: entries of the column `episodes` of those that are finished.
+
+        Raises:
+            NoEnvironmentError: no host takes a new episode.
+        """
+        group_id, row, dialogue = group["group_id"][0].as_py(), row_of(group), await self.dialogue()
+        without = [name_of(entry) for entry in done]
+        cut = {name_of(columns["episodes"]): dict(columns) for columns in begun}
+        claims = await asyncio.gather(*(self._claimed(client, group_id, without) for client in self._clients))
+        found: list[Episode] = []
+        for client, opened in zip(self._clients, claims, strict=True):
+            for one in opened:
+                further = cut.pop(one.name, None)
+                known = one.so_far
+                # the host knows the last whole turn, and a drain what has been sampled since
+                size = len(known["completion_ids"]) if known else 0
+                if further is not None and len(further["completion_ids"]) > size:
+                    known = further
+                found.append(Episode(self._config, dialogue, row, client, one, known))
+        for name, columns in cut.items():
+            lost = Episode(self._config, dialogue, row, None, Opened(name, 0, None), columns)
+            lost.end, lost.reason = "lost", GONE
+            lost.num_turns = json.loads(columns["episodes"])["turns"]
+            found.append(lost)
+        found = found[:num]
+        return found + await self._opened(group_id, row, dialogue, num - len(found))
+
+    async def _claimed(self, client: Client, group_id: int, without: list[str]) -> list[Opened]:
+        try:
+            claimed: list[Opened] = await client.call("claim", group_id, without)
+            return claimed
+        except LostError:
+            return []
+
+    async def _opened(
+        self, group_id: int, row: Mapping[str, Any], dialogue: Dialogue, num: int
+    ) -> list[Episode]:
+        """Begin new episodes, spread over the hosts."""
+        shares = dict.fromkeys(range(len(self._clients)), 0)
+        for _ in range(num):
+            self._next = (self._next + 1) % len(self._clients)
+            shares[self._next] += 1
+        limit_s = 2 * self._config.timeout_s + MARGIN_S
+
+        async def at(number: int, share: int) -> list[Episode]:
+            for tries in range(MAX_TRIES):
+                client = self._clients[(number + tries) % len(self._clients)]
+                try:
+                    opened = await client.call("open", group_id, row, share, limit_s=limit_s)
+                except LostError as error:
+                    last = error
+                    await asyncio.sleep(min(5.0, 0.2 * 2**tries))
+                    continue
+                return [Episode(self._config, dialogue, row, client, one) for one in opened]
+            raise NoEnvironmentError(f"environment: no actor begins an episode: {last}")
+
+        parts = await asyncio.gather(*(at(number, share) for number, share in shares.items() if share))
+        return [episode for part in parts for episode in part]
+
+    async def release(self, group_id: int) -> None:
+        """Let the hosts forget a group's episodes."""
+
+        async def at(client: Client) -> None:
+            try:
+                await client.call("release", group_id)
+            except LostError:
+                return
+
+        await asyncio.gather(*map(at, self._clients))
+
+    def table_columns(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the columns of a group's row beside the tokens; `rows` are from Episode.columns."""
+        columns: dict[str, Any] = {
+            "episodes": [[row["episodes"] for row in rows]],
+            "reward_reasons": [[row["reward_reasons"] for row in rows]],
+        }
+        if self.has_reward:
+            columns["reward_parts"] = [{ENVIRONMENT: [row["reward_parts"] for row in rows]}]
+        return columns
+
+
+MAX_TRIES = 10
+"""Tries to begin an episode, each at another host, before the run stops."""
+
+
+def name_of(entry: str) -> str:
+    """Return the name of an episode, from its entry in the column `episodes`."""
+    return str(json.loads(entry)["name"])
+
+
+def row_of(group: pa.Table) -> dict[str, Any]:
+    """Return what reset gets of a group: prompt, answer, dataset, messages and the data's further columns."""
+    (row,) = group.select([n for n in group.column_names if n in ("prompt", "answer", "dataset")]).to_pylist()
+    data = json.loads((group["data"][0].as_py() if "data" in group.column_names else None) or "{}")
+    return {**data.get("columns", {}), **row, "messages": data.get("messages")}

@@ -1,0 +1,111 @@
+"""The actors that hold environments. Ray starts one again that dies; its episodes end with their reason.
+
+This module imports neither torch nor vLLM, because actors import it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from gvpo_ray.actors import Note, actor_name, cause_of, innermost, is_death
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.environment import EnvironmentConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.environments.contract import Contract, pickled_by_value
+from gvpo_ray.environments.episode import Episodes, LostError
+from gvpo_ray.environments.host import Host
+
+
+class EnvironmentGroup:
+    """The environment actors, seen from the driver.
+
+    Args:
+        config: the section.
+        contract: the environment's class.
+        note: called with every restart of an actor.
+    """
+
+    def __init__(self, config: EnvironmentConfig, contract: Contract, note: Note) -> None:
+        pickled_by_value(contract.cls)
+        self._config, self._contract, self._note = config, contract, note
+        self._processes: dict[int, int] = {}
+        self.actors = [
+            ray.remote(Host)
+            .options(
+                name=actor_name(f"environment-{number}"),
+                num_cpus=config.num_cpus,
+                resources=config.resources,
+                max_concurrency=10_000,
+                scheduling_strategy="SPREAD",
+                max_restarts=-1,
+                max_task_retries=0,
+            )
+            .remote(contract.cls, contract.arguments, config.timeout_s)
+            for number in range(config.num)
+        ]
+        """Handles of the actors."""
+
+    def episodes(self, model: ModelConfig, prompts: PromptsConfig) -> Episodes:
+        """Return what engines make episodes with."""
+        contract = self._contract
+        clients = [ActorClient(actor) for actor in self.actors]
+        return Episodes(self._config, model, prompts, contract.tools, clients, contract.has_reward)
+
+    async def watch(self) -> None:
+        """Note every restart of an actor."""
+        while True:
+            for number, actor in enumerate(self.actors):
+                try:
+                    pid = (await actor.status.remote())["pid"]
+                except RayError as error:
+                    if not is_death(error):
+                        raise
+                    continue
+                if self._processes.setdefault(number, pid) != pid:
+                    self._processes[number] = pid
+                    why = "its process or its node died; its episodes ended without a reward"
+                    self._note("environment", f"environment-{number}", why)
+            await asyncio.sleep(WATCH_S)
+
+    async def close(self) -> None:
+        """Kill the actors."""
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)
+
+
+WATCH_S = 1.0
+"""Seconds between two looks at whether an actor was started again."""
+
+
+class ActorClient:
+    """An ActorClient calls a host that is an actor.
+
+    Args:
+        actor: its handle.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def call(self, method: str, *args: Any, limit_s: float | None = None) -> Any:
+        """Call a method. An actor that does not answer within `limit_s` seconds is killed and started again.
+
+        Raises:
+            LostError: the actor is gone, or was killed here.
+        """
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                return await getattr(self._actor, method).remote(*args)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise LostError(str(error)) from error
+            ray.kill(self._actor, no_restart=False)
+            raise LostError(f"an environment actor gave no answer for {limit_s:g} s") from error
+        except RayError as error:
+            if not is_death(error) or "creation task" in str(innermost(error)):
+                raise
+            raise LostError(cause_of(error)) from error

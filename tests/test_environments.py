@@ -1,0 +1,360 @@
+"""Episodes: what the policy and an environment say to each other, and how each ends, with a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import episodes as worlds
+import pytest
+from episodes import END, Calculator, Database, Files, Guess, Policy, Scripted, contract_of, prompt
+
+from gvpo_ray import groups
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
+from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.data.dialogue import Call
+from gvpo_ray.environments.contract import read_contract
+from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.verifiers.verifier import Verifier
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def binary(turns: list[str], number: int) -> str:
+    """Halves what is left of 1 to 9, but completion 0, which always asks 1."""
+    low, high, guess = 1, 9, 5
+    for turn in turns:
+        if turn.startswith("user\nmore"):
+            low = guess + 1
+        elif turn.startswith("user\nless"):
+            high = guess - 1
+        guess = (low + high) // 2
+    return str(guess if number else 1)
+
+
+def script(*said: str) -> Policy:
+    """Says one text after the other."""
+    return lambda turns, number: said[sum(turn.startswith("assistant\n") for turn in turns) - 1]
+
+
+async def run(made: Any, policy: Policy, num: int = 2, most: int = 1000, **row: Any) -> dict[str, Any]:
+    engine = Scripted(policy, made)
+    await engine.update(0, {})
+    sampling = SamplingConfig(num_completions=num, max_tokens=most)
+    table, missing = await engine.generate(await prompt(made, **row), sampling)
+    assert not missing
+    (found,) = groups.rows(groups.validate(table, (*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS)))
+    return found
+
+
+def ends(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in json.loads(one).items() if k != "name"} for one in row["episodes"]]
+
+
+def text(ids: list[int]) -> str:
+    return str(worlds.tokenizer().decode(ids))
+
+
+def test_a_world_that_answers_in_words_is_read_and_what_the_policy_says_is_trained(tmp_path: Path) -> None:
+    async def main() -> None:
+        made, _ = worlds.episodes(Guess, tmp_path, max_turns=4)
+        row = await run(made, binary, answer="7")
+        assert text(row["prompt_ids"]) == "<|im_start|>user\nFind it."
+        first, second = row["completion_ids"]
+        turns = f" (1 to 9){END}\n<|im_start|>assistant\n"
+        more = f"\n<|im_start|>user\nmore{END}\n<|im_start|>assistant\n"
+        assert text(second) == turns + f"5{END}" + more + f"7{END}"
+        assert text(first) == turns + more.join([f"1{END}"] * 4)
+        for ids, mask, logprobs in zip(
+            row["completion_ids"], row["trained_tokens"], row["sampling_logprobs"], strict=True
+        ):
+            trained = text([i for i, is_trained in zip(ids, mask, strict=True) if is_trained])
+            assert trained == (f"1{END}" * 4 if ids == first else f"5{END}7{END}")
+            assert [value != 0 for value in logprobs] == mask
+        assert row["reward_parts"] == {ENVIRONMENT: [0.0, 1.0]} and row["reward_reasons"] == [None] * 2
+        assert ends(row) == [
+            {"turns": 4, "tool_calls": 0, "tool_errors": 0, "end": "max_turns"},
+            {"turns": 2, "tool_calls": 0, "tool_errors": 0, "end": "stop"},
+        ]
+        assert row["finish_reasons"] == ["stop"] * 2
+
+    asyncio.run(main())
+
+
+def test_under_a_plain_template_texts_are_appended_as_they_are(tmp_path: Path) -> None:
+    async def main() -> None:
+        made, _ = worlds.episodes(Guess, tmp_path, template="Q: {prompt}\n", max_turns=4)
+        row = await run(made, lambda turns, number: "7" if "less" in turns[-1] else "9")
+        assert text(row["prompt_ids"]) == "Q: Find it."
+        assert text(row["completion_ids"][0]) == f" (1 to 9)\n9{END}less7{END}"
+
+    asyncio.run(main())
+
+
+def test_the_examples_of_the_contract_run_unchanged(tmp_path: Path) -> None:
+    scripts: dict[type, tuple[str, ...]] = {
+        Files: (
+            call("list_files"),
+            call("read_file", path="notes.txt"),
+            call("write_file", path="copy.txt", content="7"),
+            "Done.",
+        ),
+        Database: (
+            call("query", sql="SELECT name FROM cities WHERE people > 120"),
+            call("answer", text="Ulm"),
+            "Done.",
+        ),
+        Calculator: (call("add", a=2, b=5) + call("later", a=1), call("add", a=2), "Done."),
+    }
+
+    async def main() -> None:
+        for cls, said in scripts.items():
+            made, _ = worlds.episodes(cls, tmp_path)
+            row = await run(made, script(*said))
+            assert row["reward_parts"] == {ENVIRONMENT: [pytest.approx(1.0)] * 2}, cls
+            num_calls = sum(one.count("<tool_call>") for one in said)
+            expected = {"turns": len(said), "tool_calls": num_calls, "tool_errors": 0, "end": "stop"}
+            assert ends(row) == [expected] * 2
+        assert '<|im_start|>tool\n7<|im_end|>\n<|im_start|>tool\n{"a": 1}' in row["completions"][0]
+
+    asyncio.run(main())
+
+
+def test_what_goes_wrong_with_a_call_is_read_by_the_policy_and_counted(tmp_path: Path) -> None:
+    bad = (
+        (call("fail"), "Error: ZeroDivisionError: integer division or modulo by zero"),
+        (call("leave"), "Error: RuntimeError: SystemExit: 3"),
+        (call("add"), "Error: add: missing a required argument: 'a'"),
+        (call("add", a=1, c=2), "Error: add: got an unexpected keyword argument 'c'"),
+        (
+            call("subtract", a=1),
+            "Error: there is no tool 'subtract', only add, fail, hang, later, leave, sleep",
+        ),
+        (call("reset"), "Error: there is no tool 'reset'"),
+        ("<tool_call>{", "Error: the tool call is not JSON"),
+    )
+
+    async def main() -> None:
+        made, _ = worlds.episodes(Calculator, tmp_path, max_turns=20)
+        row = await run(made, script(*(said for said, _ in bad), call("add", a=4, b=6), "Done."), most=9000)
+        for _, answer in bad:
+            assert answer in row["completions"][0]
+        assert ends(row)[0] == {"turns": 9, "tool_calls": 8, "tool_errors": 7, "end": "stop"}
+        assert row["reward_parts"] == {ENVIRONMENT: [1.0] * 2}  # the environment says so
+
+    asyncio.run(main())
+
+
+def test_calls_of_one_turn_are_made_in_order_and_asynchronous_ones_at_once() -> None:
+    async def main() -> None:
+        host = Host(Calculator, {}, 60)
+        (opened,) = await host.open(0, {}, 1)
+        calls = [
+            Call("add", {"a": 1}),
+            Call("later", {"a": 1}),
+            Call("later", {"a": 2}),
+            Call("add", {"a": 2}),
+        ]
+        answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        assert [message["content"] for message in answer.messages] == ["2", '{"a": 1}', '{"a": 2}', "3"]
+        order = host._episodes[opened.name].environment.order
+        assert order.index("add 1") < order.index("add 2") and sorted(order)[2:] == ["later 1", "later 2"]
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def _hanging() -> Iterator[None]:
+    Calculator.waiting.clear()
+    yield
+    Calculator.waiting.set()  # pytest would wait for the thread
+
+
+@pytest.mark.parametrize("tool", ["hang", "sleep"])
+def test_a_tool_that_hangs_ends_its_episode_with_that_reason(
+    tool: str, tmp_path: Path, _hanging: None
+) -> None:
+    def policy(turns: list[str], number: int) -> str:
+        return "Done." if number else call(tool)
+
+    async def main() -> None:
+        made, (client,) = worlds.episodes(Calculator, tmp_path, hosts=1)
+        host = client.host
+        make = host.act
+
+        async def hurried(*args: Any) -> Any:
+            host._timeout_s = 0.01  # nothing else is called from here on but what hangs
+            return await make(*args)
+
+        host.act = hurried  # type: ignore[method-assign]
+        host._reward = _one  # type: ignore[method-assign,assignment]
+        row = await run(made, policy)
+        assert row["reward_parts"] == {ENVIRONMENT: [None, 1.0]}
+        reason = f"timeout: environment: {tool}: no answer within 0.01 s"
+        assert row["reward_reasons"] == [reason, None]
+        assert [end["end"] for end in ends(row)] == ["lost", "stop"]
+        scored = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})).score(groups.table([row]))
+        assert scored["rewards"][0].as_py() == [None, 1.0]  # not 0
+        assert scored["reward_reasons"][0].as_py()[0] == reason
+
+    asyncio.run(main())
+
+
+async def _one(episode: Any) -> tuple[float, None]:
+    return 1.0, None
+
+
+def test_a_host_with_too_many_calls_that_hang_ends_its_process(
+    monkeypatch: pytest.MonkeyPatch, _hanging: None
+) -> None:
+    async def main() -> None:
+        host, left = Host(Calculator, {}, 60), []
+        monkeypatch.setattr(host, "_worn_out", lambda: left.append(1))
+        opened = await host.open(0, {}, 8)
+        host._timeout_s = 0.01
+        for i, one in enumerate(opened):
+            assert not left
+            answer = await host.act(one.name, 0, 0, {}, [Call("hang", {})], "")
+            assert answer.reason is not None, i
+        assert left == [1]
+
+    asyncio.run(main())
+
+
+def test_an_episode_ends_where_there_is_no_room_and_is_scored_as_the_environment_says(tmp_path: Path) -> None:
+    async def main() -> None:
+        made, _ = worlds.episodes(Guess, tmp_path)
+        opening = len((await made.dialogue()).opening({"prompt": "", "messages": None}, " (1 to 9)"))
+        more = f"\n<|im_start|>user\nmore{END}\n<|im_start|>assistant\n"
+        extension = len(worlds.tokenizer()(more)["input_ids"])
+        for most, turns, reward, reason in (
+            (opening, 0, None, "untrained: what the environment has said leaves no room for a turn"),
+            (opening + 1, 1, 0.0, None),  # in the midst of its first turn
+            (opening + 2, 1, 0.0, None),  # just behind it
+            (opening + 2 + extension, 1, 0.0, None),
+            (opening + 2 + extension + 2, 2, 1.0, None),
+        ):
+            row = await run(made, script("5", "7"), most=most)
+            assert row["reward_parts"] == {ENVIRONMENT: [reward] * 2}, most
+            assert row["reward_reasons"] == [reason] * 2
+            assert [end["turns"] for end in ends(row)] == [turns] * 2
+            assert all(len(ids) <= most for ids in row["completion_ids"])
+            want = "stop" if reward else "length"
+            assert row["finish_reasons"] == [want] * 2, most
+
+    asyncio.run(main())
+
+
+def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) -> None:
+    class Broken(Guess):
+        def respond(self, message: str) -> str | None:
+            raise KeyError("door")
+
+    class Never(Guess):
+        def reset(self, **row: Any) -> None:
+            raise OSError("no server")
+
+    class Silent(Guess):
+        def get_reward(self) -> Any:
+            return float("nan")
+
+    async def main() -> None:
+        for cls, reason, turns in (
+            (Broken, "environment: respond raised KeyError: 'door'", 1),
+            (Never, "environment: reset raised OSError: no server", 0),
+            (Silent, "environment: get_reward gave nan", 1),
+        ):
+            made, clients = worlds.episodes(Guess, tmp_path)
+            for client in clients:
+                client.host = Host(cls, {}, 60)
+            row = await run(made, script("7"))
+            assert row["reward_parts"] == {ENVIRONMENT: [None] * 2}
+            assert row["reward_reasons"] == [reason] * 2
+            assert [end["turns"] for end in ends(row)] == [turns] * 2
+            with Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})) as verifier:
+                scored = verifier.score(groups.table([row]))
+                assert scored["reward_reasons"][0].as_py() == [reason] * 2
+                # what the user's class raises stops a run in which nothing else happens
+                assert verifier.record.faults[ENVIRONMENT] == (2 if "raised" in reason else 0)
+
+    asyncio.run(main())
+
+
+def test_the_environments_reward_is_the_first_part_and_others_are_added() -> None:
+    row = {
+        **{"group_id": 0, "prompt": "p", "answer": "7", "dataset": "d", "prompt_ids": [1]},
+        **{"completions": ["7", "7", "8"], "completion_ids": [[1]] * 3, "finish_reasons": ["stop"] * 3},
+        **{"sources": ["policy"] * 3, "version_min": [0] * 3, "version_max": [0] * 3},
+        "sampling_logprobs": [[-1.0]] * 3,
+        "episodes": ['{"name": "a"}'] * 3,
+        "reward_parts": {ENVIRONMENT: [0.5, None, 0.0]},
+        "reward_reasons": [None, GONE, None],
+    }
+    rewards = {ENVIRONMENT: RewardConfig(weight=2), "exact_match": RewardConfig()}
+    with Verifier(VerifiersConfig(rewards=rewards)) as verifier:
+        (scored,) = groups.rows(verifier.score(groups.table([row])))
+        assert scored["rewards"] == [2.0, None, 0.0] and scored["reward_reasons"] == [None, GONE, None]
+        assert scored["reward_parts"] == {ENVIRONMENT: [0.5, None, 0.0], "exact_match": [1.0, 1.0, 0.0]}
+        # a world without get_reward leaves the others alone, but for episodes that it has lost
+        (scored,) = groups.rows(verifier.score(groups.table([{**row, "reward_parts": {}}])))
+        assert scored["rewards"] == [1.0, None, 0.0]
+
+
+def test_the_config_adds_the_reward_and_refuses_what_does_not_go_with_episodes() -> None:
+    data: dict[str, Any] = {
+        "run_dir": "r",
+        "num_steps": 1,
+        "model": {"path": "m"},
+        "prompts": {"path": "p.jsonl"},
+        "environment": {"name": "episodes:Guess"},
+    }
+    assert [*GVPOConfig.from_dict(data).verifiers.rewards] == [ENVIRONMENT]
+    more = {**data, "verifiers": {"rewards": {"length": 0.5}}}
+    assert [*GVPOConfig.from_dict(more).verifiers.rewards] == [ENVIRONMENT, "length"]
+    own = {**data, "verifiers": {"rewards": {"length": 0.5, "environment": 2}}}
+    again = GVPOConfig.from_dict(own)
+    assert [*again.verifiers.rewards] == ["length", ENVIRONMENT]
+    assert GVPOConfig.from_dict(again.model_dump(mode="json")) == again
+    for change, message in (
+        ({"environment": None, "verifiers": {"rewards": {"environment": 1}}}, "needs a section environment"),
+        ({"environment": {"name": "Guess"}}, "environment.name.*path.py:Class"),
+        ({"environment": {"name": "verifiers:x"}}, "not supported yet"),
+        ({"engines": {"url": "http://localhost:1/v1"}}, "a server makes no episodes"),
+        ({"sources": {"a": {"path": "x.jsonl", "share": 0.5}}}, "sources.a: offline completions are no"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            GVPOConfig.from_dict({**data, **change})
+
+
+def test_a_class_that_does_not_keep_the_contract_is_named() -> None:
+    config, contract = contract_of(Calculator, digits=4)
+    assert [tool["function"]["name"] for tool in contract.tools] == [
+        *("add", "fail", "hang", "later", "leave", "sleep")
+    ]
+    schema = contract.tools[0]["function"]
+    assert schema["description"] == "Add two numbers."
+    assert schema["parameters"]["properties"]["a"] == {"type": "integer", "description": "The first."}
+    assert schema["parameters"]["required"] == ["a"]
+
+    def read(**changes: Any) -> None:
+        read_contract(EnvironmentConfig(**{"name": config.name, **changes}), VerifiersConfig())
+
+    for changes, message in (
+        ({"name": "episodes:Nothing"}, r"environment\.name: episodes has no .*'Nothing'"),
+        ({"name": "nowhere.py:A"}, r"environment\.name: no file .*nowhere\.py"),
+        ({"name": "episodes:binary_"}, r"environment\.name: "),
+        ({"name": "episodes:tokenizer"}, "is function, not a class"),
+        ({"arguments": {"digit": 1}}, r"environment\.arguments: Calculator: got an unexpected .*'digit'"),
+        ({"name": "episodes:Scripted"}, r"environment\.(name|arguments): "),
+        ({"name": "episodes:LocalClient"}, r"environment\.arguments: "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(**changes)

@@ -1,0 +1,206 @@
+"""What becomes of episodes when an engine or an environment's host dies, or an engine leaves: neither tokens
+nor state are lost that need not be, and nothing is made twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import episodes as worlds
+import pytest
+from episodes import Guess, Policy, Scripted, prompt
+from test_environments import binary, ends, text
+
+from gvpo_ray import groups
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.environment import ENVIRONMENT
+from gvpo_ray.environments.host import GONE
+
+SAMPLING = SamplingConfig(num_completions=4, max_tokens=1000)
+
+
+async def engine_of(made: Any, policy: Policy, version: int) -> Scripted:
+    engine = Scripted(policy, made)
+    await engine.update(version, {})
+    return engine
+
+
+class Stops:
+    """A policy that says `policy`, until it stands before its turn of a number, where it waits for ever."""
+
+    def __init__(self, turn: int, policy: Policy = binary) -> None:
+        self._turn, self._policy, self.stands, self._num = turn, policy, asyncio.Event(), 0
+
+    def __call__(self, turns: list[str], number: int) -> Any:
+        if sum(turn.startswith("assistant\n") for turn in turns) < self._turn:
+            return self._policy(turns, number)
+        return self._wait()
+
+    async def _wait(self) -> str:
+        self._num += 1
+        if self._num == SAMPLING.num_completions:
+            self.stands.set()
+        await asyncio.Event().wait()
+        return ""
+
+
+async def alone(made: Any, folder: Path) -> dict[str, Any]:
+    """The group as one engine makes it."""
+    engine = await engine_of(made, binary, 0)
+    (row,) = groups.rows((await engine.generate(await prompt(made), SAMPLING))[0])
+    return row
+
+
+def test_an_engine_dies_in_mid_episode_and_another_goes_on_with_its_tokens(tmp_path: Path) -> None:
+    async def main() -> None:
+        made, clients = worlds.episodes(Guess, tmp_path, max_turns=4)
+        whole = await alone(made, tmp_path)
+        stops = Stops(2)
+        first = await engine_of(made, stops, 3)
+        work = asyncio.ensure_future(first.generate(await prompt(made, group_id=5), SAMPLING))
+        await stops.stands.wait()
+        environments = {e.name: e.environment for c in clients for e in c.host._episodes.values()}
+        assert [guess.asked for guess in environments.values()].count([5]) == 3  # and one asked 1
+        work.cancel()  # with its process
+        second = await engine_of(made, binary, 4)
+        table, missing = await second.generate(await prompt(made, group_id=5), SAMPLING)
+        (row,) = groups.rows(table)
+        assert not missing and sorted(row["completion_ids"]) == sorted(whole["completion_ids"])
+        assert row["version_min"] == [3] * 4 and row["version_max"] == [4] * 4
+        assert sorted(row["reward_parts"][ENVIRONMENT]) == [0.0, 1.0, 1.0, 1.0]
+        assert {json.loads(one)["name"] for one in row["episodes"]} == {*environments}
+        # no turn was made twice, in the environments or at the engine
+        assert sorted(guess.asked for guess in environments.values()) == [[1] * 4, *[[5, 7]] * 3]
+        assert second.num_calls == 3 + 3 * 1
+        assert not any(client.host._episodes for client in clients)
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_dies_has_lost_no_finished_episode_and_no_finished_one_is_made_again(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        made, _ = worlds.episodes(Guess, tmp_path, max_turns=4)
+
+        def stuck(turns: list[str], number: int) -> Any:
+            return binary(turns, number) if number != 2 or len(turns) < 4 else asyncio.Event().wait()
+
+        first = await engine_of(made, stuck, 0)
+        work = asyncio.ensure_future(first.generate(await prompt(made), SAMPLING))
+        (running,) = [*first._in_flight] or await _until(lambda: [*first._in_flight])
+        await _until(lambda: len(running.finished_at) == 3)
+        kept = first._table(running, [1, 3])  # the driver has these; completion 0 is finished as well
+        work.cancel()
+        second = await engine_of(made, binary, 0)
+        table, missing = await second.generate(await prompt(made), SAMPLING, 0, None, kept)
+        (row,) = groups.rows(table)
+        names = [json.loads(one)["name"] for one in row["episodes"]]
+        assert not missing and len(set(names)) == 4
+        assert sorted(end["turns"] for end in ends(row)) == [2, 2, 2, 4]
+        assert second.num_calls == 1  # the last turn of the one that was in flight
+        assert sorted(row["reward_parts"][ENVIRONMENT]) == [0.0, 1.0, 1.0, 1.0]
+
+    asyncio.run(main())
+
+
+async def _until(condition: Any) -> Any:
+    while not (found := condition()):
+        await asyncio.sleep(0)
+    return found
+
+
+@pytest.mark.parametrize("host_dies", [False, True], ids=["hosts live", "a host dies too"])
+def test_an_engine_that_drains_hands_its_episodes_over(host_dies: bool, tmp_path: Path) -> None:
+    async def main() -> None:
+        made, clients = worlds.episodes(Guess, tmp_path, max_turns=4)
+
+        def equal(turns: list[str], number: int) -> str:
+            return binary(turns, 1)
+
+        stops = Stops(2, equal)
+        first = await engine_of(made, stops, 0)
+        work = asyncio.ensure_future(first.generate(await prompt(made), SAMPLING))
+        await stops.stands.wait()
+        await first.drain(0)
+        table, missing = await work
+        (cut,) = groups.rows(table)
+        assert missing == 4 and cut["finish_reasons"] == ["abort"] * 4
+        assert all(ids == cut["completion_ids"][0] for ids in cut["completion_ids"])
+        clients[0].is_dead = host_dies
+        second = await engine_of(made, equal, 0)
+        table, missing = await second.generate(await prompt(made), SAMPLING, 0, None, table)
+        (row,) = groups.rows(table)
+        assert not missing and len(row["completions"]) == 4
+        lost = [reason is not None for reason in row["reward_reasons"]]
+        assert row["reward_reasons"] == [GONE if one else None for one in lost]
+        assert sum(lost) == (2 if host_dies else 0)
+        for is_lost, ids, reward in zip(
+            lost, row["completion_ids"], row["reward_parts"][ENVIRONMENT], strict=True
+        ):
+            asked = text(ids).split("assistant\n")[1:]
+            assert [turn[:1] for turn in asked] == (["5", ""] if is_lost else ["5", "7"])
+            assert (reward is None) == is_lost
+
+    asyncio.run(main())
+
+
+def test_a_host_that_dies_ends_its_episodes_with_that_reason_and_the_group_goes_on_smaller(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        made, clients = worlds.episodes(Guess, tmp_path, max_turns=4)
+
+        def deadly(turns: list[str], number: int) -> str:
+            clients[1].is_dead = clients[1].is_dead or len(turns) > 3
+            return binary(turns, 1)
+
+        engine = await engine_of(made, deadly, 0)
+        table, missing = await engine.generate(await prompt(made), SAMPLING)
+        (row,) = groups.rows(table)
+        assert not missing and sorted(map(str, row["reward_reasons"])) == ["None"] * 2 + [GONE] * 2
+        assert sorted(row["reward_parts"][ENVIRONMENT], key=str) == [1.0, 1.0, None, None]
+        assert all(text(ids).endswith("7<|im_end|>") for ids in row["completion_ids"])
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_lost_its_episodes_to_another_cannot_change_them(tmp_path: Path) -> None:
+    async def main() -> None:
+        _, (client,) = worlds.episodes(Guess, tmp_path, hosts=1)
+        (opened,) = await client.host.open(0, {"answer": "7"}, 1)
+        assert (await client.host.act(opened.name, 0, 0, {}, [], "5")).messages[0]["content"] == "more"
+        (again,) = await client.host.claim(0)
+        assert again.name == opened.name and again.lease == 1
+        assert (await client.host.act(opened.name, 0, 1, {}, [], "7")).reason == GONE
+        assert await client.host.finish(opened.name, 0, {}) == (None, GONE)
+        for _ in range(2):  # the same turn again is answered, and not made
+            assert (await client.host.act(opened.name, 1, 1, {}, [], "6")).messages[0]["content"] == "more"
+        assert client.host._episodes[opened.name].environment.asked == [5, 6]
+
+    asyncio.run(main())
+
+
+def test_an_engine_whose_episodes_wait_for_their_environments_does_not_hang(tmp_path: Path) -> None:
+    async def main() -> None:
+        made, (client,) = worlds.episodes(Guess, tmp_path, hosts=1)
+        engine, go, acts = await engine_of(made, binary, 0), asyncio.Event(), client.host.act
+
+        async def slow(*args: Any) -> Any:
+            await go.wait()
+            return await acts(*args)
+
+        client.host.act = slow  # type: ignore[method-assign]
+        work = asyncio.ensure_future(engine.generate(await prompt(made), SAMPLING))
+        await _until(lambda: engine.num_calls == 4 and not engine._num_calls)
+        engine._last_token_at = 0.0
+        status = await engine.status()
+        assert status["num_completions"] == 4 and status["last_token_at"] > 1e9
+        go.set()
+        await work
+        assert engine._last_token_at > 1e9  # the next calls of the model began anew
+
+    asyncio.run(main())
