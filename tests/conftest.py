@@ -27,6 +27,7 @@ TIERS = {
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
+        "test_docs",
         "test_hostile_code",
         "test_hostile_text",
         "test_lora",
