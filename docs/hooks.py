@@ -117,7 +117,8 @@ def _section(title: str, prefix: str, section: Any, seen: dict[Any, str]) -> Ite
         mark = " ↻" if is_marked(field, RESUMABLE) and not prefix else ""
         kind = "section" if sections else _type(field.annotation)
         meaning = " ".join((field.description or "").split())
-        yield f"| `{prefix}{name}`{mark} | {_cell(kind)} | {_cell(_default(field))} | {_cell(meaning)} |"
+        cells = map(_cell, (kind, _default(field), meaning))
+        yield f"| {_name(prefix + name)}{mark} | {' | '.join(cells)} |"
     yield ""
     for name, sections, is_named in below:
         key = f"{prefix}{name}" + (".NAME" if is_named else "")
@@ -178,6 +179,11 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(value) if value is None or isinstance(value, bool) else value}`"
 
 
+def _name(text: str) -> str:
+    """Return a name as code that a browser may break at its dots, slashes and underscores."""
+    return "<code>" + re.sub(r"([./_])", r"\1<wbr>", text) + "</code>"
+
+
 def _cell(text: str) -> str:
     """Return a text as it may stand in a cell of a table."""
     return text.replace("|", "\\|").replace("\n", " ")
@@ -202,4 +208,4 @@ def metrics() -> Iterator[str]:
         series, labels = series_of(example)
         prometheus = f"ray_{series}" + (f"{{{', '.join(labels)}}}" if labels else "")
         text = _cell(f"{metric.label}: {metric.text}")
-        yield f"| `{metric.name}` | {metric.unit} | `{prometheus}` | {text} |"
+        yield f"| {_name(metric.name)} | {metric.unit} | `{prometheus}` | {text} |"
