@@ -240,6 +240,14 @@ def test_a_command_that_needs_a_gpu_is_known_by_its_plan() -> None:
     check(["gvpo-ray", "train", "jobs/quickstart.yaml"], ROOT / "README.md")
 
 
+def test_a_job_uploads_the_code_and_the_jobs_alone() -> None:
+    rules = [line for name in (".rayignore", ".gitignore") for line in (ROOT / name).read_text().splitlines()]
+    left_out = {rule.strip("/") for rule in rules}
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."}
+    uploaded = {name for name in folders - left_out if not name.endswith(".egg-info")}
+    assert uploaded == {"gvpo_ray", "jobs"}
+
+
 @pytest.mark.parametrize("block", of("yaml"))
 def test_every_piece_of_config_is_one(block: Block) -> None:
     piece = yaml.safe_load(block.text)
