@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of a page as they are on GitHub into those of the site."""
+    """Turn the links of a page as they are on GitHub into those of the site, and show what commands need."""
     uri = page.file.src_uri
     folder = (OUTSIDE[uri] if uri in OUTSIDE else DOCS / uri).parent
     uris = {path: uri for uri, path in OUTSIDE.items()}
@@ -67,6 +67,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         name = there.relative_to(ROOT).as_posix()
         return text if name in text else f"{text} (`{name}`)"
 
+    markdown = re.sub(r"^<!-- needs: (.+) -->$", r"*Needs \1:*\n", markdown, flags=re.MULTILINE)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, parts[i])

@@ -78,6 +78,15 @@ def test_the_reference_has_every_metric_with_its_name_in_prometheus(site: Path) 
     assert "ray_gvpo_eval_pass_ratio{set, k}" in page
 
 
+def test_the_site_says_what_commands_need_and_shows_what_is_outside_its_folder(site: Path) -> None:
+    assert "Needs GPUs:" in text_of(site / "guides" / "first-run.html")
+    assert (
+        'href="guides/first-run.html"' in (site / "index.html").read_text()
+    )  # README.md: docs/guides/first-run.md
+    examples = (site / "examples.html").read_text()  # jobs/README.md
+    assert "<p>The others need data" in examples and 'href="quickstart.yaml"' not in examples
+
+
 # ------------------------------------------------------------------------------------------------ the pages
 
 
