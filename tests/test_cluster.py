@@ -616,8 +616,27 @@ def test_the_dockerfile_has_a_target_for_each_build_from_pinned_bases():
         assert (
             re.search(r":\d+\.\d+", bases[f"{target}-system"]) and "latest" not in bases[f"{target}-system"]
         )
-        assert ("RUN", f"PIP_NO_CACHE_DIR=1 jobs/setup.sh {target}") in dockerfile()
+        (install,) = (rest for word, rest in dockerfile() if rest.endswith(f"jobs/setup.sh {target}"))
+        assert "PIP_NO_CACHE_DIR=1" in install
     assert f"torch {pin('torch')}" in (CLUSTER / "Dockerfile").read_text()  # whose CUDA the base has
+
+
+def test_an_edit_of_the_code_or_the_readme_is_no_reason_to_install_the_packages_again():
+    read = {"pyproject.toml", "constraints.txt", "LICENSE", "jobs/setup.sh", "jobs/packages.py"}
+    before: set[str] = set()
+    for word, rest in dockerfile():
+        if word == "FROM":
+            before = set()
+        elif word == "COPY":
+            before |= set(rest.split()[:-1])
+        elif word == "RUN" and "jobs/setup.sh" in rest:
+            assert before == read
+
+
+def test_hadolint_has_nothing_to_say_about_the_dockerfile():
+    linter = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([linter, CLUSTER / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_dockerfile_puts_the_code_where_the_manifests_look_for_it_and_ends_unprivileged():
