@@ -73,4 +73,4 @@ async def start_all(buffer: GroupBuffer) -> list[tuple[int, int]]:
 
 
 def run(main: Callable[[], Awaitable]) -> None:
-    asyncio.run(asyncio.wait_for(main(), timeout=60))
+    asyncio.run(asyncio.wait_for(main(), timeout=300))

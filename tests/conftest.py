@@ -177,7 +177,7 @@ def no_child_left() -> Iterator[None]:
     before = set(psutil.Process().children(recursive=True))
     yield
     started = set(psutil.Process().children(recursive=True)) - before
-    assert psutil.wait_procs(started, timeout=20)[1] == []
+    assert psutil.wait_procs(started, timeout=60)[1] == []
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,9 @@ FORMS = (
 """Ways to give an answer."""
 
 
-def in_forms(values: list[str]) -> list[str]:
-    return [FORMS[i % len(FORMS)].replace("@", value) for i, value in enumerate(values)]
+def in_forms(one: Callable[[int], str]) -> list[str]:
+    """NUM answers, each in one of the forms."""
+    return [FORMS[i % len(FORMS)].replace("@", one(i)) for i in range(NUM)]
 
 
 def towers_of_exponents(rng: random.Random, _: Traps) -> list[str]:
@@ -77,7 +78,7 @@ def towers_of_exponents(rng: random.Random, _: Traps) -> list[str]:
         "{@}^#",
         "@**#",
     )
-    return in_forms([tower(styles[i % len(styles)]) for i in range(NUM)])
+    return in_forms(lambda i: tower(styles[i % len(styles)]))
 
 
 def factorials_of_factorials(rng: random.Random, _: Traps) -> list[str]:
@@ -96,7 +97,7 @@ def factorials_of_factorials(rng: random.Random, _: Traps) -> list[str]:
             f"\\lim_{{n \\to \\infty}} \\frac{{n!}}{{({n}n)^n}}!",
         ][i % 10]
 
-    return in_forms([one(i) for i in range(NUM)])
+    return in_forms(one)
 
 
 def numbers_of_a_million_digits(rng: random.Random, _: Traps) -> list[str]:
@@ -115,7 +116,7 @@ def numbers_of_a_million_digits(rng: random.Random, _: Traps) -> list[str]:
             f"2^{{{digits}}}",
         ][i % 10]
 
-    return in_forms([one(i) for i in range(NUM)])
+    return in_forms(one)
 
 
 def a_megabyte_of_nested_brackets(rng: random.Random, _: Traps) -> list[str]:
@@ -139,7 +140,7 @@ def a_megabyte_of_nested_brackets(rng: random.Random, _: Traps) -> list[str]:
             "".join(rng.choices("(){}[]", k=1000)) * 1000,
         ][i // 6 % 6]
 
-    return in_forms([one(i) for i in range(NUM)])
+    return in_forms(one)
 
 
 def catastrophic_for_regular_expressions(rng: random.Random, _: Traps) -> list[str]:
@@ -218,7 +219,7 @@ def deep_latex(rng: random.Random, _: Traps) -> list[str]:
         ][i % 12]
         return before * depth + n + after * depth
 
-    return in_forms([one(i) for i in range(NUM)])
+    return in_forms(one)
 
 
 def bytes_that_are_no_text(rng: random.Random, _: Traps) -> list[str]:
@@ -226,10 +227,7 @@ def bytes_that_are_no_text(rng: random.Random, _: Traps) -> list[str]:
     see the file test below.
     """
     return in_forms(
-        [
-            rng.randbytes(rng.randint(1, 400)).replace(b"42", b"43").decode("utf-8", "replace")
-            for _ in range(NUM)
-        ]
+        lambda _: rng.randbytes(rng.randint(1, 400)).replace(b"42", b"43").decode("utf-8", "replace")
     )
 
 
@@ -246,7 +244,7 @@ def nul_and_control_characters(rng: random.Random, _: Traps) -> list[str]:
             f'{{"part": 1.0, "reason": null}}\n{some}',
         ][i % 5]
 
-    return in_forms([one(i) for i in range(NUM)])
+    return in_forms(one)
 
 
 def right_to_left_and_zero_width(rng: random.Random, _: Traps) -> list[str]:
@@ -268,7 +266,7 @@ def right_to_left_and_zero_width(rng: random.Random, _: Traps) -> list[str]:
             f"\\fr{some}ac{{1}}{{3}}",
         ][i % 8]
 
-    return in_forms([one(i) for i in range(NUM)])
+    return in_forms(one)
 
 
 def empty(_: random.Random, __: Traps) -> list[str]:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from gvpo_ray import GVPOConfig
+from gvpo_ray.bench import chaos
 from gvpo_ray.files import lock
 from gvpo_ray.learner.warm_start import warm_start
 
@@ -107,36 +106,23 @@ class Command:
 
     def __init__(self, *arguments: str) -> None:
         self.mark = uuid.uuid4().hex
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "gvpo_ray", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**environment, "GVPO_TEST_MARK": self.mark},
-            start_new_session=True,
-        )
-        self.output = ""
+        self._lines: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GVPO_TEST_MARK", self.mark)
+            self._command = chaos.Command(arguments, self._lines.append)
+        self.process = self._command.process
 
-    def lines(self) -> Iterator[str]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            yield line
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
 
     def wait(self) -> int:
-        for _ in self.lines():
-            pass
-        return self.process.wait()
+        return self._command.wait()
 
     def wait_for_steps(self, number: int) -> None:
         """Until so many steps are trained, or it ends."""
-        if number:
-            seen = 0
-            for line in self.lines():
-                seen += line.startswith("step ")
-                if seen == number:
-                    return
+        while self.process.poll() is None and sum(line.startswith("step ") for line in self._lines) < number:
+            time.sleep(0.05)
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
@@ -166,7 +152,7 @@ def left_behind(mark: str) -> list[str]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)

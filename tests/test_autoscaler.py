@@ -140,7 +140,7 @@ def _processes(mark: str, **environment: str) -> list[psutil.Process]:
     return found
 
 
-def _until(holds: Callable[[], Any], what: str, timeout_s: float = 240) -> None:
+def _until(holds: Callable[[], Any], what: str, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, what

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gvpo_ray.bench.experiments import cells as experiments
 from gvpo_ray.bench.experiments import paper, staleness
 from gvpo_ray.bench.experiments.cells import Cell, Results, run_all
-from gvpo_ray.bench.experiments.tables import mean_and_interval, percent
+from gvpo_ray.bench.experiments.tables import mean_and_interval, percent, picture
 from gvpo_ray.config.run import GVPOConfig
 
 
@@ -57,7 +57,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
         clip = getattr(config.loss, "clip_low", 0.2)
         return row(cell, train=config.learner.learning_rate + (0.0 if beta == "auto" else beta) + clip)
 
+    def draw(path: Path, *arguments: Any, **options: Any) -> None:
+        if not path.exists():  # after each stage, and each takes a second
+            picture(path, *arguments, **options)
+
     monkeypatch.setattr(experiments, "run", run)
+    for bench in (paper, staleness):
+        monkeypatch.setattr(bench, "picture", draw)
     return cells
 
 

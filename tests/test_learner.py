@@ -473,7 +473,7 @@ class SyncBuffer:
         self.shards: dict[int, Any] = {}
 
     def _now(self, question: Any) -> Any:
-        return asyncio.run(asyncio.wait_for(question, timeout=20))
+        return asyncio.run(asyncio.wait_for(question, timeout=120))
 
     def fill(self, num_groups: int) -> None:
         for i in range(num_groups):

@@ -147,7 +147,7 @@ def start(cluster: Cluster, tmp_path: Path) -> Iterator[Start]:
         run.close()
 
 
-def until(run: FakeRun, condition: Callable[[], Any], seconds: float = 120) -> Any:
+def until(run: FakeRun, condition: Callable[[], Any], seconds: float = 300) -> Any:
     """What the condition says once that is true."""
     end = time.monotonic() + seconds
     while not (answer := condition()):

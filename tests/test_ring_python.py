@@ -4,20 +4,23 @@ pools.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import signal
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from ring import GROUPS_PER_STEP, IN_THE_CORE, until
+from ring import GROUPS_PER_STEP, IN_THE_CORE, left_behind, until
 from test_tracking import shows_on_ray, tensorboard_of
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
+from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.observe.ray_metrics import place
 from gvpo_ray.observe.status import EngineState, write_status
 
@@ -140,10 +143,17 @@ def says_the_tens(prompts: list[str], completions: list[str], **columns: Any) ->
     ]
 
 
-def test_two_pools_of_different_precision_replay_and_an_offline_source_train_together_on_a_callable(
-    config_file: Path,
+def test_two_pools_of_different_precision_replay_and_an_offline_source_train_together_until_ctrl_c(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = config_file.parent
+    """On a callable; and what Ctrl-C leaves is resumed."""
+
+    async def interrupted(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    folder, mark = config_file.parent, uuid.uuid4().hex
+    monkeypatch.setenv("GVPO_TEST_MARK", mark)
     right = [
         {"prompt": f"{a}=", "completion": rf"\boxed{{{a // 10}}}", "answer": str(a // 10)}
         for a in range(10, 100)
@@ -162,7 +172,10 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         "replay.share": 0.125,
         "tracking": {"tensorboard": {}},
     }
-    with GVPOConfig.from_file(config_file, overrides).build(reward=says_the_tens) as algo:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        GVPOConfig.from_file(config_file, overrides).build(reward=says_the_tens) as algo,
+    ):
         lines = [algo.train()]
         # A run does not wait for its second engine, which would start slowly beside one that is busy.
         until(lambda: all(slot.state == EngineState.RUNNING for slot in algo.engines.slots))
@@ -172,6 +185,11 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         ):
             lines.append(algo.train())
         shows_on_ray(algo, lines[-1])
+        logged = list(GroupLog(folder / "mixed" / "groups").group_ids)
+        monkeypatch.setattr(algo._buffer, "trained", interrupted)
+        algo.train()  # its step is trained meanwhile
+    assert left_behind(mark) == [] and "Traceback" not in "".join(capfd.readouterr())
+    assert GroupLog(folder / "mixed" / "groups").group_ids[: len(logged)] == logged
     scalars = tensorboard_of(folder / "mixed" / "tensorboard")
     assert [step for name, step, _ in scalars if name == "loss"] == [line["step"] for line in lines]
     assert [step for name, step, _ in scalars if name == "eval/test/pass_at_1"] == [0] and place(
@@ -211,3 +229,4 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
     assert all(line["weights/parity_mean"] < 0.1 for line in lines if "weights/parity_mean" in line)
     with GVPO.from_run_dir(folder / "mixed", reward=says_the_tens) as algo:
         assert algo.step == algo.resumed_from >= 8
+        assert any(line.startswith("resuming ") for line in algo.startup_summary())

@@ -122,7 +122,7 @@ def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_en
     tiny.vllm_model().save_pretrained(folder / "model")
     command = [sys.executable, "-m", "gvpo_ray", "check", "config.yaml", "--sample", "4"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=380)
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert ran.returncode == 0, ran.stderr
     shown = ran.stdout[ran.stdout.index("prompt 1 of 4") :]
     heads = re.findall(r"prompt (\d) of 4, 5 tokens, answer '(\d)':\n  \| (.*)\n", shown)

@@ -19,8 +19,11 @@ def test_the_config_knows_every_task():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_the_seed(task, tmp_path):
-    problems, num_worked = TASKS[task]
+def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_the_seed(
+    task, tmp_path, monkeypatch
+):
+    problems, num_worked = TASKS[task][0], 3000  # of up to 100,000
+    monkeypatch.setitem(TASKS, task, (problems, num_worked))
     train, held_out = split(problems(random.Random(3)), random.Random(3))
     assert NUM_HELD_OUT <= len(held_out) < NUM_HELD_OUT + 50 and len(train) > 4 * len(held_out) > 0
     assert not {problem.key for problem in train} & {problem.key for problem in held_out}
@@ -33,7 +36,7 @@ def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_
     assert pq.read_table(tmp_path / "one" / "train.parquet")["prompt"].to_pylist() == [
         problem.prompt for problem in train
     ]
-    worked = pq.read_table(tmp_path / "one" / "worked.parquet").slice(0, 3000).to_pylist()
+    worked = pq.read_table(tmp_path / "one" / "worked.parquet").to_pylist()
     assert {row["prompt"] for row in worked} <= {problem.prompt for problem in train}
     right = sum(extract(row["solution"]).text == row["answer"] for row in worked) / len(worked)
     assert 0.25 < right < 0.45

@@ -262,7 +262,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
 
 def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -629,7 +629,7 @@ def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:
     """A real run (test_ring.py) shows there every series of the dashboard, and every metric of its lines."""
     last = {**algo.metrics.lines[0], **line}
     # A node's agent is told every 10 s.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and (
         (absent := missing(samples := scrape()))
         or [value for _, value in samples["ray_gvpo_step"]] != [line["step"]]

@@ -80,7 +80,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running.runner.close()
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < end
@@ -316,7 +316,7 @@ def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
         await until(has_begun)
         (core,) = tiny.descendants("VLLM::EngineCore")
         os.kill(core, signal.SIGKILL)
-        errors = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), timeout=60)
+        errors = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), timeout=300)
         assert [type(error).__name__ for error in errors] == ["EngineDeadError"] * 3
         # as an update by NCCL begins
         errors += await asyncio.gather(engine.begin_update(), return_exceptions=True)
@@ -325,7 +325,7 @@ def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
         async def has_ended() -> bool:
             return bool(ended)
 
-        await until(has_ended, 10)
+        await until(has_ended)
         await engine.close()
         assert ended == [1]
         # only now: an engine that is not closed ends this process

@@ -34,7 +34,7 @@ class Buffer:
         return self.failures
 
 
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+def until(condition: Callable[[], Any], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -76,6 +76,6 @@ def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_re
     assert table[ours]["state"] == "REMOVED" and table[theirs.id.hex()]["state"] == "CREATED"
     assert len(ray.get(buffer.told.remote())) == 1
     end.touch()
-    learners.ended.result(60)
-    assert learners.join(5)
+    learners.ended.result(300)
+    assert learners.join(60)
     assert placement_group_table()[theirs.id.hex()]["state"] == "CREATED"

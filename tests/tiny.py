@@ -212,7 +212,7 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=10),
     )
     results: dict[str, Any] = {}
     for name, case in cases.items():
