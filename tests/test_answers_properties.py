@@ -360,3 +360,116 @@ def test_a_ratio_may_be_written_with_to_where_gold_is_a_ratio(a: int, b: int) ->
         assert is_right(text, f"{a}:{b}"), text
         assert a == b or not is_right(text, f"{b}:{a}"), text
     assert not is_right(f"{a} to {b}", str(a))
+
+
+FACTORED = st.tuples(
+    NAME, st.lists(st.integers(-7, 7).filter(bool), min_size=2, max_size=2), st.integers(1, 4)
+)
+"""A name, roots without their signs, and a number: 3(x + 2)(x - 5)."""
+
+
+def _sum(*terms: tuple[int, str]) -> str:
+    """Write a sum of numbers with what stands behind each, as people do: 2x^2 - x + 3."""
+    text = ""
+    for number, rest in terms:
+        if number:
+            size = "" if abs(number) == 1 and rest else str(abs(number))
+            sign = ("-" if number < 0 else "") if not text else " - " if number < 0 else " + "
+            text += f"{sign}{size}{rest}"
+    return text
+
+
+DISGUISES = (
+    "|{}|",
+    r"\sqrt{{({})^2}}",
+    "({})",
+    "y = {}",
+    r"\frac{{({}){x}}}{{{x}}}",
+    "-(-({}))",
+    r"{} \text{{ }}",
+)
+"""What may be written around a polynomial without putting it into factors."""
+
+
+@settings(max_examples=6)
+@given(FACTORED, st.sampled_from(DISGUISES), st.sampled_from(["Factor ${}$.", "Write ${}$ as a product."]))
+def test_a_polynomial_of_the_prompt_is_no_answer_where_gold_is_its_factors(
+    polynomial: tuple[str, list[int], int], disguise: str, question: str
+) -> None:
+    x, (p, q), number = polynomial
+    a, b, c = number, number * (p + q), number * p * q
+    question = question.format(_sum((a, f"{x}^2"), (b, x), (c, "")))
+    one, other = _sum((1, x), (p, "")), _sum((1, x), (q, ""))
+    gold = f"{number if number > 1 else ''}({one})({other})"
+    copies = [_sum((a, square), (b, x), (c, "")) for square in (f"{x}^2", f"{x} \\cdot {x}")]
+    nested = _sum((1, f"{x}({_sum((a, x), (b, ''))})"), (c, ""))
+    for text in (*copies, disguise.format(copies[1], x=x), nested):
+        assert not is_right(text, gold, prompt=question), text
+    assert is_right(copies[1], gold, prompt="Think.")
+    for text in (
+        gold,
+        gold.replace(f"({one})({other})", f"({other})({one})"),
+        f"({_sum((number, x), (number * p, ''))})({other})",
+        f"{number if number > 1 else ''}({_sum((-1, x), (-p, ''))})({_sum((-1, x), (-q, ''))})",
+    ):
+        assert is_right(text, gold, prompt=question), text
+    assert not is_right(f"({one})({_sum((number, x), (number * q + 1, ''))})", gold, prompt=question)
+
+
+@settings(max_examples=6)
+@given(FACTORED)
+def test_factors_of_the_prompt_are_no_answer_where_gold_is_written_out(
+    polynomial: tuple[str, list[int], int],
+) -> None:
+    x, (p, q), number = polynomial
+    assume(p + q)
+    one, other = _sum((number, x), (number * p, "")), _sum((1, x), (q, ""))
+    a, b, c = number, number * (p + q), number * p * q
+    gold, question = _sum((a, f"{x}^2"), (b, x), (c, "")), f"Expand $({one})({other})$."
+    nested = _sum((1, f"{x}({_sum((a, x), (b, ''))})"), (c, ""))
+    for text in (nested, f"|({one})({other})|", f"({other})({one})"):
+        assert not is_right(text, gold, prompt=question), text
+    for text in (
+        gold,
+        _sum((c, ""), (b, x), (a, f"{x}^2")),
+        _sum((b, x), (a, f"{x} \\cdot {x}"), (c, "")),
+    ):
+        assert is_right(text, gold, prompt=question), text
+
+
+TIME = (("hours", "hour", "h", "hr", "hrs"), ("minutes", "minute", "min", "mins"))
+LENGTH = (("feet", "foot", "ft"), ("inches", "inch", "in"))
+
+
+@given(st.sampled_from([(TIME, 60), (LENGTH, 12)]), st.integers(1, 40), st.data())
+def test_a_quantity_in_two_units_is_one_quantity(
+    units: tuple[tuple[tuple[str, ...], tuple[str, ...]], int], whole: int, data: st.DataObject
+) -> None:
+    (large, small), size = units
+    part = data.draw(st.integers(1, size - 1))
+    join = data.draw(st.sampled_from([" ", ", ", " and ", ", and "]))
+    one, other = data.draw(st.sampled_from(large)), data.draw(st.sampled_from(small))
+    golds = (f"{whole * size + part} {small[0]}", f"{whole} {large[0]} {part} {small[0]}")
+    for gold in golds:
+        for text in (
+            f"{whole} {one}{join}{part} {other}",
+            f"{whole}\\text{{ {one}{join}}}{part}\\text{{ {other}}}",
+            f"{whole * size + part} {other}",
+        ):
+            assert is_right(text, gold), (text, gold)
+        for text in (
+            f"{whole + 1} {one}{join}{part} {other}",
+            f"{whole} {one}{join}{size - part} {other}" if 2 * part != size else f"{whole} {one}",
+            f"{whole} {one}",
+            f"{part} {other}",
+            f"{whole} {other}{join}{part} {other}",
+            f"{whole} {'metres' if large is LENGTH[0] else 'days'}{join}{part} {other}",
+        ):
+            assert not is_right(text, gold), (text, gold)
+    assert not is_right(f"{whole} {one}{join}{part} {other}", str(whole * size + part))
+
+
+def test_two_lengths_of_one_unit_are_a_list():
+    for text in ("5 cm and 3 cm", "3 cm, 5 cm"):
+        assert is_right(text, "5 cm, 3 cm")
+    assert not is_right("8 cm", "5 cm, 3 cm")

@@ -13,6 +13,7 @@ from gvpo_ray.verifiers.math.normalise import normalise, trim
 from gvpo_ray.verifiers.math.numbers import (
     BASE,
     Value,
+    as_amounts,
     as_number,
     in_digits,
     is_close,
@@ -57,7 +58,7 @@ class Kind(enum.Enum):
 
 def kind_of(gold: str) -> Kind:
     """Return the kind of a normalised gold answer."""
-    if as_number(read_value(gold).text) is not None:
+    if as_number(read_value(gold).text) is not None or as_amounts(gold) is not None:
         return Kind.VALUE
     if re.search(r"[A-J]", gold) and as_option(gold) is not None:
         return Kind.CHOICE
@@ -102,6 +103,9 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
         return True
     if not pred or nesting > MAX_NESTING or too_large(pred) or too_large(gold):
         return False
+    amounts, others = as_amounts(gold), as_amounts(right_side(pred))
+    if amounts and others and max(amounts.num, others.num) > 1:
+        return amounts[:2] == others[:2]
     kind = kind_of(gold)
     if ":" in gold:  # 3 to 4 is 3:4
         pred = re.sub(r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":", pred)

@@ -2,13 +2,17 @@
 
 An expression that the prompt contains has the right value without any work. So where the gold answer is a
 value, an answer may have no more left to compute than the gold answer has. What is left is counted on the
-syntax tree (math/symbolic.py), which keeps every sign, bracket and numeral as the answer has it.
+syntax tree (math/symbolic.py), which keeps every sign, bracket and numeral as the answer has it. Where the
+prompt gives the gold answer's polynomial in its other form (written out, or in factors), the question is
+about the form, and an answer must have the gold answer's.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -230,23 +234,123 @@ def _powers(factors: list[Tree]) -> Tree:
 
 
 @functools.lru_cache(maxsize=64)
-def _forms_in(prompt: str) -> frozenset[Tree]:
-    """Return the forms of all expressions that the mathematics of a prompt contains."""
+def _expressions_in(prompt: str) -> dict[Tree, Tree]:
+    """Return all expressions that the mathematics of a prompt contains, by their forms."""
 
     def expressions(tree: Tree) -> list[Tree]:
         return [tree, *([] if isinstance(tree, str) else (e for part in tree[1:] for e in expressions(part)))]
 
     texts = (normalise(match[0]) for match in MATH.finditer(prompt))
     trees = (tree for text in texts if (tree := tree_of(text)) is not None)
-    return frozenset(form(expression) for tree in trees for expression in expressions(tree))
+    return {form(expression): expression for tree in trees for expression in expressions(tree)}
+
+
+# --- the form of a polynomial -------------------------------------------------------------------------------
+
+
+def _is_whole(tree: Tree) -> bool:
+    return isinstance(tree, str) and re.fullmatch(r"\d{1,2}", tree) is not None
+
+
+def _is_polynomial(tree: Tree) -> bool:
+    if isinstance(tree, str) or _is_constant(tree):
+        return True
+    if tree[0] in ("+", "-", "*"):
+        return all(map(_is_polynomial, tree[1:]))
+    if tree[0] in ("/", "^"):
+        return _is_polynomial(tree[1]) and (_is_constant if tree[0] == "/" else _is_whole)(tree[2])
+    return False
+
+
+def _factors(tree: Tree) -> list[Tree]:
+    """Return the factors with names of a polynomial as it is written, each as often as it occurs.
+
+    A polynomial that is written in another way, such as with a root or as a fraction of two, has none.
+    """
+    _, _, above, below = _product(tree)
+    if not _is_polynomial(tree) or not all(map(_is_constant, below)):
+        return []
+    factors: list[Tree] = []
+    for factor in above:
+        base, times = (factor[1], int(factor[2])) if factor[0] == "^" else (factor, 1)
+        if base[0] in ("-", "*", "/", "^"):
+            factors += times * _factors(base)
+        elif not _is_constant(base):
+            factors += times * [base]
+    return factors
+
+
+def _is_in_factors(tree: Tree) -> bool:
+    """Return whether a polynomial is a product in which a sum with names is a factor."""
+    factors = _factors(tree)
+    _, _, above, below = _product(tree)
+    is_product = len(factors) > 1 or len(above) + len(below) > 1
+    return is_product and any(factor[0] == "+" for factor in factors)
+
+
+def _is_written_out(tree: Tree) -> bool:
+    """Return whether a polynomial is a sum of products of numbers, names and powers of names."""
+    return tree[0] == "+" and all(
+        _is_polynomial(term) and all(isinstance(factor, str) for factor in _factors(term))
+        for term in tree[1:]
+    )
+
+
+def _value(tree: Tree, at: Mapping[str, Fraction]) -> Fraction | None:
+    """Return the value of a polynomial with rational coefficients; None for other expressions."""
+    if isinstance(tree, str):
+        return Fraction(tree) if _is_numeral(tree) else at.get(tree)
+    head, *parts = tree
+    values = [value for part in parts if (value := _value(part, at)) is not None]
+    if len(values) < len(parts) or (head == "^" and not _is_whole(parts[1])):
+        return None
+    first, last = values[0], values[-1]
+    if head in ("+", "*"):
+        return functools.reduce(operator.add if head == "+" else operator.mul, values)
+    if head == "/":
+        return first / last if last else None
+    return {"-": lambda: -first, "^": lambda: first ** int(last)}.get(head, lambda: None)()
+
+
+def _is_same_polynomial(one: Tree, other: Tree) -> bool:
+    names = sorted({leaf for leaf in _leaves(one) if not _is_numeral(leaf)})
+    if names != sorted({leaf for leaf in _leaves(other) if not _is_numeral(leaf)}):
+        return False
+    points = (
+        {name: Fraction(7 * k + 3 * i + 2, 3 * k + 5) for i, name in enumerate(names)} for k in range(4)
+    )
+    values = [(_value(one, at), _value(other, at)) for at in points]
+    return all(a is not None and a == b for a, b in values)
+
+
+def _lacks_form(gold: Tree, pred: Tree, prompt: str) -> bool:
+    """Return whether the question asks for the gold answer's form, and an answer of its value has another.
+
+    It asks for factors where the prompt has the polynomial written out, with nothing left to compute: an
+    answer must be a product, too, of no fewer factors. It asks to write out where the prompt has factors: an
+    answer must be a sum, but for a common factor that is a number.
+    """
+    if _is_in_factors(gold):
+        is_other = _is_written_out
+        has_form = _is_in_factors(pred) and len(_factors(pred)) >= len(_factors(gold))
+    elif _is_written_out(gold):
+        is_other = _is_in_factors
+        (inner, *more) = _factors(pred) or ["1"]
+        has_form = not more and _is_written_out(inner)
+    else:
+        return False
+    return not has_form and any(
+        is_other(expression) and left_to_compute(expression) == 0 and _is_same_polynomial(expression, gold)
+        for expression in _expressions_in(prompt).values()
+    )
 
 
 def is_copied(gold: str, pred: str, prompt: str) -> bool:
     """Return whether an answer that equals the gold answer by value only is taken over from the prompt.
 
     It is if the prompt contains it, whatever the order of its terms, and it is not written as the gold answer
-    is: 0.4 or 84/210 for 2/5. Nor is one fraction, root or power whose numerals the prompt gives an answer.
-    Integers are answers wherever they stand.
+    is: 0.4 or 84/210 for 2/5. Nor is one fraction, root or power whose numerals the prompt gives an answer,
+    nor a polynomial in another form than the question asks for. Integers are answers wherever they stand.
 
     Args:
         gold: the gold answer, normalised.
@@ -274,5 +378,7 @@ def is_copied(gold: str, pred: str, prompt: str) -> bool:
     before = r"(?<![\w.])" if re.match(r"[\w.]", plain) else ""
     after = r"(?!\w|\.\d)" if re.search(r"\w$", plain) else ""
     return re.search(before + re.escape(plain) + after, place) is not None or (
-        tree is not None and not isinstance(tree, str) and form(tree) in _forms_in(prompt)
+        tree is not None
+        and not isinstance(tree, str)
+        and (form(tree) in _expressions_in(prompt) or _lacks_form(tree_of(gold) or "1", tree, prompt))
     )

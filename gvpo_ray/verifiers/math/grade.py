@@ -21,7 +21,7 @@ from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.verifiers.math.compare import Kind, equal_answers, is_copied_answer, kind_of, num_elements
 from gvpo_ray.verifiers.math.extract import CODE, MAX_CHARS, extract
 from gvpo_ray.verifiers.math.normalise import normalise
-from gvpo_ray.verifiers.math.numbers import as_number, read_value
+from gvpo_ray.verifiers.math.numbers import as_amounts, as_number, read_value
 from gvpo_ray.verifiers.math.structure import right_side
 from gvpo_ray.verifiers.math.symbolic import parse
 from gvpo_ray.verifiers.math.words import is_words
@@ -100,4 +100,5 @@ def _understood(gold: str) -> bool:
         return True
     value = right_side(gold)
     text = read_value(value).text
-    return as_number(text) is not None or is_words(value) or parse(text) is not None
+    is_read = as_number(text) is not None or as_amounts(value) is not None
+    return is_read or is_words(value) or parse(text) is not None

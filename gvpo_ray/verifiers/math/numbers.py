@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 _PLAIN = re.compile(
@@ -38,6 +39,25 @@ _SAME_UNIT = {
     "minute": "min", "second": "sec",
     "s": "sec", "kilogram": "kg", "gram": "g", "liter": "l", "litre": "l", "mile": "mi", "ounce": "oz",
 }  # fmt: skip
+
+
+_SIZES = {
+    unit: (of_kind, Fraction(size))
+    for of_kind, sizes in {
+        "time": {"week": 604800, "day": 86400, "hr": 3600, "min": 60, "sec": 1},
+        "months": {"year": 12, "month": 1},
+        "metres": {"km": 1000, "m": 1, "cm": "1/100", "mm": "1/1000"},
+        "inches": {"mi": 63360, "yard": 36, "yd": 36, "ft": 12, "in": 1},
+        "grams": {"kg": 1000, "g": 1, "mg": "1/1000"},
+        "ounces": {"lb": 16, "oz": 1},
+        "litres": {"l": 1, "ml": "1/1000"},
+        "cups": {"gallon": 16, "quart": 4, "pint": 2, "cup": 1},
+        "money": {"dollar": 100, "cent": 1},
+    }.items()
+    for unit, size in sizes.items()
+}
+"""Unit, as unit_words spells it -> what it measures, and its size among the units of that."""
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{1,11})\.?(?:\s*(?:,?\s*and\b|,)\s*|\s+|$)")
 
 
 def as_number(text: str) -> Fraction | None:
@@ -200,3 +220,38 @@ def same_unit(gold: str, pred: str) -> bool:
     """
     words, others = ({w.lower() for w in unit_words(unit) if not w.isdigit()} for unit in (gold, pred))
     return not words or not others or bool(words & others)
+
+
+class Amounts(NamedTuple):
+    """A quantity that is given in one or several amounts with units."""
+
+    kind: str
+    """What is measured; a foot and a metre are of two kinds, as nothing exact is said about both."""
+    total: Fraction
+    """How much, in the smallest unit of its kind."""
+    num: int
+    """Number of amounts."""
+
+
+@functools.lru_cache(maxsize=512)
+def as_amounts(text: str) -> Amounts | None:
+    """Read amounts that make one quantity: "3 hours and 20 minutes" is 12000 seconds, in 2 amounts.
+
+    Their units differ, and each amount is less than one of the next larger unit. Other texts are None.
+    """
+    rest = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).strip()
+    found: list[tuple[Fraction, Fraction, str]] = []  # size of the unit, amount, kind
+    while rest:
+        match = _AMOUNT.match(rest)
+        unit = next(iter(unit_words(match[2])), "").lower() if match else ""
+        if match is None or unit not in _SIZES:
+            return None
+        kind, size = _SIZES[unit]
+        found.append((size, Fraction(match[1]) * size, kind))
+        rest = rest[match.end() :]
+    found.sort(reverse=True)
+    fits = all(
+        max(size, amount) < above[0] and kind == above[2] for above, (size, amount, kind) in pairwise(found)
+    )
+    total = sum((amount for _, amount, _ in found), Fraction(0))
+    return Amounts(found[0][2], total, len(found)) if found and fits else None
