@@ -226,6 +226,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from gvpo_ray.learner.behind import Behind
     from gvpo_ray.learner.loop import learn
     from gvpo_ray.learner.policy import Policy
     from gvpo_ray.learner.step import Settings
@@ -245,6 +246,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     )
     engines = settings["engines"]
     publisher: NcclPublisher | ObjectPublisher
+    behind = None
     if config.engines.weight_transfer == "nccl" and engines:
 
         def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
@@ -264,6 +266,8 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
+        if config.max_staleness != 0:  # else there is nothing to train before engines have the weights
+            behind = Behind(dtype, is_sender=rank == 0)
     learn(
         policy,
         buffer,
@@ -280,6 +284,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
             reports_references=config.replay.share > 0,
         ),
         on_checkpoint=ray.train.report,
+        behind=behind,
     )
 
 
