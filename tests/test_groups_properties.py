@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 from hypothesis import given, settings
@@ -92,46 +91,30 @@ def test_a_group_that_is_taken_apart_and_joined_again_is_the_group(row: Row, dat
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(rows(), max_size=8), st.integers(1, 5))
-def test_a_split_over_ranks_has_every_group_once_in_order_and_near_equal_loads(
-    batch: list[Row], num_parts: int
+@given(st.lists(rows(), max_size=8), st.integers(1, 5), MAX_TOKENS, st.booleans())
+def test_passes_of_all_ranks_have_every_completion_once_and_hold_what_fits(
+    batch: list[Row], num_ranks: int, max_tokens: int, packed: bool
 ) -> None:
-    parts = groups.split_by_tokens(batch, num_parts)
-    assert len(parts) == num_parts and sorted(num_rows(parts)) == list(range(len(batch)))
-    assert all(part == sorted(part) for part in parts)
-    loads = [sum(groups.num_tokens(batch[i]) for i in part) for part in parts]
-    # longest first to the emptiest: no two ranks lie further apart than the largest group
-    assert max(loads) - min(loads) <= max(map(groups.num_tokens, batch), default=0)
+    dealt = groups.split_over_ranks(batch, num_ranks, max_tokens, packed)
+    assert len(dealt) == num_ranks and sorted(num_rows(dealt)) == list(range(len(batch)))
+    assert all(rank == sorted(rank) for rank in dealt)
+    cut = groups.cut_into_passes([[batch[i] for i in rank] for rank in dealt], max_tokens, packed)
+    assert len({len(passes) for passes in cut}) == 1
+    seen = []
+    for rank, passes in zip(dealt, cut, strict=True):
+        for parts in passes:
+            where = [(rank[part.row], i) for part in parts for i in part.completions]
+            seen += where
+            assert len(where) <= 1 or size(batch, where, packed) <= max_tokens
+            for part in parts:
+                whole = [(rank[part.row], i) for i in range(len(batch[rank[part.row]]["completion_ids"]))]
+                assert len(part.completions) == len(whole) or size(batch, whole, packed) > max_tokens
+    assert sorted(seen) == [(g, i) for g, row in enumerate(batch) for i in range(len(row["completion_ids"]))]
 
 
-def size(batch: list[Row], run: list[int], packed: bool) -> int:
+def size(batch: list[Row], where: list[tuple[int, int]], packed: bool) -> int:
+    lengths = [(g, len(batch[g]["completion_ids"][i])) for g, i in where]
+    prompts = {g: len(batch[g]["prompt_ids"]) for g, _ in where}
     if packed:
-        return sum(groups.num_tokens(batch[i]) for i in run)
-    lengths = [len(batch[i]["prompt_ids"]) + len(ids) for i in run for ids in batch[i]["completion_ids"]]
-    return max(lengths) * len(lengths)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(rows(), max_size=8), MAX_TOKENS, st.booleans())
-def test_micro_batches_have_every_group_once_in_order_and_as_many_as_fit(
-    batch: list[Row], max_tokens: int, packed: bool
-) -> None:
-    runs = groups.micro_batches(batch, max_tokens, packed)
-    assert num_rows(runs) == list(range(len(batch))) and all(runs)
-    for run in runs:
-        assert len(run) == 1 or size(batch, run, packed) <= max_tokens
-    for run, following in pairwise(runs):
-        assert size(batch, [*run, following[0]], packed) > max_tokens  # it would not have fitted
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows(), MAX_TOKENS, st.booleans())
-def test_a_group_is_cut_into_parts_that_fit_and_have_every_completion_once_in_order(
-    row: Row, max_tokens: int, packed: bool
-) -> None:
-    parts = groups.split_group(row, max_tokens, packed)
-    for name in ("completions", "completion_ids", "rewards", "sampling_logprobs"):
-        assert [value for part in parts for value in part[name]] == row[name]
-    for part in parts:
-        assert part["prompt_ids"] == row["prompt_ids"] and part["completions"]
-        assert len(part["completions"]) == 1 or size([part], [0], packed) <= max_tokens
+        return sum(prompts.values()) + sum(length for _, length in lengths)
+    return max(prompts[g] + length for g, length in lengths) * len(lengths)

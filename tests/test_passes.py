@@ -8,12 +8,13 @@ import copy
 import dataclasses
 import functools
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learners import Recorder, load, same, settings, shared_model, weights, with_loss
+from learners import Recorder, difference, load, same, settings, shared_model, weights, with_loss
 from tiny import make_group, make_model, table
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.learner.loop import learn
+from gvpo_ray.learner.microbatches import one_ahead, plan_passes
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
 from gvpo_ray.weights.transfer import ObjectPublisher
@@ -356,7 +358,8 @@ def test_a_group_that_is_larger_than_a_pass_costs_one_pass_more_for_each_part(tm
         passes[torch.is_grad_enabled()] += 1
 
     policy._module.register_forward_pre_hook(count)
-    num_parts = len(groups.split_group(row, 20))
+    ((*parts,),) = groups.cut_into_passes([[row]], 20)
+    num_parts = len(parts)
     train_step(policy, [row], given)
     assert num_parts > 1 and passes == {True: num_parts, False: num_parts}
     train_step(
@@ -560,3 +563,41 @@ def test_engine_logprobs_that_are_not_numbers_stop_the_step_and_name_the_group(
     with pytest.raises(groups.GroupError, match=rf"group 17: sampling_logprobs\[1\] has {value} for token 0"):
         train_step(policy, [make_group(1), row], settings(tmp_path, num_steps=9))
     assert same(weights(policy), before)
+
+
+# -------------------------------------------------------------------------------------------- one pass ahead
+
+
+def test_the_next_pass_is_laid_out_while_one_computes() -> None:
+    began = {number: threading.Event() for number in range(3)}
+
+    def work(number: int) -> int:
+        began[number].set()
+        return 10 * number
+
+    seen = []
+    for number, result in one_ahead(work, range(3)):
+        # only a thread sets it: the consumer is here
+        assert all(began[later].wait(60) for later in range(number, min(3, number + 2)))
+        seen.append((number, result))
+    assert seen == [(0, 0), (1, 10), (2, 20)] and list(one_ahead(work, [])) == []
+
+
+def test_what_fails_in_laying_out_a_pass_is_raised_where_that_pass_is_due() -> None:
+    passes = one_ahead(lambda number: 1 // number, [1, 0, 1])
+    assert next(passes) == (1, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(passes)
+
+
+def test_parts_of_a_large_group_share_a_pass_with_whole_groups_and_come_first(tmp_path, policy):
+    given = settings(tmp_path, micro_batch_tokens=40)
+    large, small = make_group(1, tuple(float(i % 2) for i in range(12))), make_group(2, (1.0, 0.0))
+    plan = plan_passes(policy, [[small, large]], 40)
+    assert any(len(parts) == 2 and parts[0].row == 1 and parts[1].row == 0 for parts in plan.parts)
+    assert {part.row for parts in plan.before for part in parts} == {1}
+    whole = load(given.model_path, given)
+    want = train_step(whole, [small, large], settings(tmp_path, micro_batch_tokens=10_000))
+    got = train_step(policy, [small, large], given)
+    assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
+    assert difference(weights(policy), weights(whole)) < 1e-5

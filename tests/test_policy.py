@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner import checkpoint as checkpoint_module
+from gvpo_ray.learner.backends.base import all_threads
 from gvpo_ray.learner.checkpoints import latest_checkpoint, prune_checkpoints
 from gvpo_ray.learner.logprobs import padded_inputs, sequence_sums
-from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.policy import Policy, recomputes_activations
 
 BACKENDS = [("ddp", 0), ("fsdp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 
@@ -501,3 +502,22 @@ def test_one_rank_without_a_process_group_is_as_one_rank_with_one(tmp_path):
     policy = load(make_model(tmp_path))
     assert (policy.rank, policy.data_rank, policy.data_size) == (0, 0, 1)
     assert policy.vocab_size == tiny.VOCAB_SIZE and policy.max_length == 128
+
+
+@pytest.mark.parametrize(
+    "given, on_cpu, on_gpu", [(None, False, True), (True, True, True), (False, False, False)]
+)
+def test_activations_are_recomputed_on_gpus_unless_the_config_says_otherwise(given, on_cpu, on_gpu):
+    config = LearnerConfig(gradient_checkpointing=given)
+    assert recomputes_activations(config, torch.device("cpu")) == on_cpu
+    assert recomputes_activations(config, torch.device("cuda")) == on_gpu
+
+
+def test_an_offloaded_optimizer_computes_on_a_ranks_share_of_all_cpus(monkeypatch):
+    usual, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12 * usual)))
+    for num_ranks in ("1", "4", "100"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", num_ranks)
+        with all_threads():
+            seen.append(torch.get_num_threads())
+    assert seen == [12 * usual, 3 * usual, usual] and torch.get_num_threads() == usual

@@ -95,10 +95,10 @@ def five_steps(
     if reference == "initial":
         policy.reference.load(given.model_path)
     metrics = []
-    usual = groups.split_by_tokens
+    usual = groups.split_over_ranks
     try:
         if ranks == "turned":
-            groups.split_by_tokens = lambda rows, n: usual(rows, n)[1:] + usual(rows, n)[:1]
+            groups.split_over_ranks = lambda *given: usual(*given)[1:] + usual(*given)[:1]
         for step in range(1, NUM_STEPS + 1):
             rows = batch(step)
             # which is cut after the groups that cannot be trained on are gone
@@ -112,7 +112,7 @@ def five_steps(
                 )
             metrics.append(train_step(policy, rows, given))
     finally:
-        groups.split_by_tokens = usual
+        groups.split_over_ranks = usual
     return {"weights": {name: tensor.clone() for name, tensor in policy.named_tensors()}, "metrics": metrics}
 
 

@@ -29,7 +29,7 @@ class LearnerConfig(Section):
     resources: Resources = {}
     """Custom Ray resources of one worker."""
     num_threads: int = Field(default=1, ge=1)
-    """Torch threads of one worker (CPU only)."""
+    """Torch threads of one worker on a CPU. An optimizer that is offloaded uses all of the machine's."""
     backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
     """Library that trains in parallel: `deepspeed` (see zero_stage), or torch's `ddp`, which replicates the
     model, or `fsdp` (FSDP2), which shards it."""
@@ -63,8 +63,8 @@ class LearnerConfig(Section):
     max_skipped_updates: int = Field(default=3, ge=0)
     """Largest number of updates in a row that are skipped because their gradient is not a number; one more
     stops the run."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, to save memory."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass, to save memory; default: on GPUs."""
 
     @field_validator("num_gpus")
     @classmethod

@@ -1,10 +1,10 @@
 """The group table is the data contract of the whole system: one row is one prompt with its completions."""
 
-from gvpo_ray.groups.batching import micro_batches as micro_batches
+from gvpo_ray.groups.batching import Part as Part
+from gvpo_ray.groups.batching import cut_into_passes as cut_into_passes
 from gvpo_ray.groups.batching import num_tokens as num_tokens
 from gvpo_ray.groups.batching import only as only
-from gvpo_ray.groups.batching import split_by_tokens as split_by_tokens
-from gvpo_ray.groups.batching import split_group as split_group
+from gvpo_ray.groups.batching import split_over_ranks as split_over_ranks
 from gvpo_ray.groups.batching import trainable as trainable
 from gvpo_ray.groups.batching import trainable_completions as trainable_completions
 from gvpo_ray.groups.storage import evaluations as evaluations

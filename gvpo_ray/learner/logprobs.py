@@ -113,17 +113,18 @@ def check_head(by_model: Tensor, ours: Tensor, config: Any, is_half: bool) -> No
     )
 
 
-def trained_tokens(row: Row) -> list[list[int]]:
+def trained_tokens(row: Row) -> list[Sequence[int]]:
     """Return for each completion the indices of the tokens that are trained.
 
     The optional column `trained_tokens` has a bool for each token; null means that all are trained. The other
     tokens are context: the model reads them, but they are no targets.
     """
     masks = row.get("trained_tokens") or [None] * len(row["completion_ids"])
-    result = []
+    result: list[Sequence[int]] = []
     for ids, mask in zip(row["completion_ids"], masks, strict=True):
-        pairs = zip(ids, [True] * len(ids) if mask is None else mask, strict=True)
-        result.append([place for place, (_, is_trained) in enumerate(pairs) if is_trained])
+        pairs = () if mask is None else zip(ids, mask, strict=True)
+        trained = [place for place, (_, is_trained) in enumerate(pairs) if is_trained]
+        result.append(range(len(ids)) if mask is None else trained)
     return result
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions
-from gvpo_ray.groups import Row
+from gvpo_ray.groups import Part, Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
@@ -95,12 +94,12 @@ class Objective:
 
 def gradient_weights_of_parts(
     policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, num_groups: int
-) -> tuple[dict[int, Tensor], list[dict[str, Tensor]]]:
-    """Return d loss / d log-prob of the tokens of groups that are split over several passes.
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Return d loss / d log-prob of the tokens of groups that are spread over several passes.
 
-    The gradient depends on the whole group, but only through one number per token. So each part of a group
-    that does not fit into a pass has a pass without gradients first, and later one with gradients, whose loss
-    is linear in the log-probs. Every rank calls this.
+    The gradient depends on the whole group, but only through one number per token. So a group that does not
+    fit into a pass has passes without gradients first, and later some with gradients, whose loss is linear in
+    the log-probs. Every rank calls this.
 
     Args:
         policy: this rank's part of the policy.
@@ -110,27 +109,36 @@ def gradient_weights_of_parts(
         num_groups: the number of groups in the update, on all ranks.
 
     Returns:
-        {index of a pass: [tokens of the pass]}, and the sums of each group that is split.
+        For each pass the weights of its parts' tokens, in their order, and the sums of each group.
     """
-    seen = []
-    for i in range(plan.num_part_passes):
-        parts = [part for group in plan.parts for part in group]
-        seen.append(torch.cat(policy.token_logprobs(plan.passes[parts[i]] if i < len(parts) else [NOTHING])))
-    weights: dict[int, Tensor] = {}
+    seen: dict[tuple[int, int], Tensor] = {}  # log-probs by group and completion
+    for parts in plan.before:
+        tokens = policy.token_logprobs(plan.rows_of(parts) or [NOTHING])
+        seen |= dict(zip(_completions(parts), tokens, strict=False))
+    known: dict[tuple[int, int], ReferenceLogprobs] = {}
+    for parts, of_pass in zip(plan.parts, measured, strict=True):
+        end = 0
+        for completion in _completions(part for part in parts if not plan.is_whole(part)):
+            start, end = end, end + len(seen[completion])
+            known[completion] = of_pass.between(start, end)
+    weights: dict[tuple[int, int], Tensor] = {}
     sums = []
-    for group in plan.parts:
-        tokens = [seen.pop(0) for _ in group]
-        rows = [plan.passes[i][0] for i in group]
-        lists = {
-            name: [x for row in rows for x in row[name]]
-            for name in groups.PER_COMPLETION_COLUMNS
-            if rows[0].get(name) is not None
-        }
-        logprobs = torch.cat(tokens).requires_grad_()
-        known = ReferenceLogprobs.cat([measured[i] for i in group])
-        loss, group_sums = objective(logprobs, known, [{**rows[0], **lists}], num_groups)
+    for i in sorted({row for row, _ in seen}):
+        mine = sorted(completion for completion in seen if completion[0] == i)
+        logprobs = torch.cat([seen[completion] for completion in mine]).requires_grad_()
+        compared = ReferenceLogprobs.cat([known[completion] for completion in mine])
+        loss, group_sums = objective(logprobs, compared, [plan.rows[i]], num_groups)
         (gradient,) = torch.autograd.grad(loss, logprobs)
-        parts_of = gradient.split([len(t) for t in tokens])  # type: ignore[no-untyped-call]
-        weights |= dict(zip(group, parts_of, strict=True))
+        lengths = [len(seen[completion]) for completion in mine]
+        weights |= dict(zip(mine, gradient.split(lengths), strict=True))  # type: ignore[no-untyped-call]
         sums.append(group_sums)
-    return weights, sums
+    nothing = torch.zeros(0, device=policy.device)
+    return [
+        torch.cat([nothing, *(weights[x] for x in _completions(parts) if x in weights)])
+        for parts in plan.parts
+    ], sums
+
+
+def _completions(parts: Iterable[Part]) -> list[tuple[int, int]]:
+    """Return group and completion of everything in some parts, in their order."""
+    return [(part.row, i) for part in parts for i in part.completions]

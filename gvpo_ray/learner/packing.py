@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -145,62 +146,72 @@ def pack(
     longest_prompt = max(len(row["prompt_ids"]) for row in rows)
     longest = max(len(ids) for row in rows for ids in row["completion_ids"]) - 1
     num_completions = sum(len(row["completion_ids"]) for row in rows)
-    prompts = torch.zeros(len(rows), longest_prompt, dtype=torch.long)
-    completions = torch.zeros(num_completions, longest, dtype=torch.long)
-    tokens: list[int] = []
-    positions: list[int] = []
-    place: list[int] = []
+    prompts = np.zeros((len(rows), longest_prompt), dtype=np.int64)
+    completions = np.zeros((num_completions, longest), dtype=np.int64)
+    # arrays of each prompt and each completion, which are put end to end below
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    place: list[np.ndarray] = []
     owners: list[tuple[int, int]] = []
-    sources: list[int] = []
-    targets: list[int] = []
+    sources: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     group: list[int] = []
-    lengths: list[int] = []
+    length = 0
     for g, row in enumerate(rows):
-        prompt, start = row["prompt_ids"], len(tokens)
-        prompts[g, : len(prompt)] = torch.arange(start, start + len(prompt))
-        tokens += prompt
-        positions += range(len(prompt))
-        place += range(g * longest_prompt, g * longest_prompt + len(prompt))
-        owners += [(g, -1)] * len(prompt)
-        for ids, trained in zip(row["completion_ids"], trained_tokens(row), strict=True):
-            first, size = len(tokens), len(ids) - 1
-            completions[len(group), :size] = torch.arange(first, first + size)
-            place += range(
-                prompts.numel() + len(group) * longest, prompts.numel() + len(group) * longest + size
-            )
-            tokens += ids[:-1]
-            owners += [(g, len(group))] * size
-            positions += range(len(prompt), len(prompt) + size)
-            before = [start + len(prompt) - 1, *range(first, first + size)]  # the token before each
-            sources += [before[t] for t in trained]
-            targets += [ids[t] for t in trained]
+        prompt = np.asarray(row["prompt_ids"], dtype=np.int64)
+        index = np.arange(len(prompt))
+        prompts[g, : len(prompt)] = length + index
+        tokens.append(prompt)
+        positions.append(index)
+        place.append(g * longest_prompt + index)
+        owners.append((g, -1))
+        length += len(prompt)
+        last = length - 1
+        for text, places in zip(row["completion_ids"], trained_tokens(row), strict=True):
+            ids = np.asarray(text, dtype=np.int64)
+            # a range is what most have, and numpy takes it number by number
+            trained = np.arange(len(ids)) if isinstance(places, range) else np.array(places, dtype=np.int64)
+            index = np.arange(len(ids) - 1)
+            completions[len(group), : len(index)] = length + index
+            tokens.append(ids[:-1])
+            positions.append(len(prompt) + index)
+            place.append(prompts.size + len(group) * longest + index)
+            owners.append((g, len(group)))
+            sources.append(np.where(trained == 0, last, length - 1 + trained))  # the token before each
+            targets.append(ids[trained])
             group.append(g)
-            lengths.append(len(trained))
+            length += len(index)
     if flex:
-        missing = max(LEAST, -(-len(tokens) // BLOCK) * BLOCK) - len(tokens)
-        tokens += [0] * missing
-        owners += [(len(rows), -1)] * missing
-        positions += range(missing)
+        index = np.arange(max(LEAST, -(-length // BLOCK) * BLOCK) - length)
+        tokens.append(np.zeros_like(index))
+        positions.append(index)
+        owners.append((len(rows), -1))
+    sizes = [len(part) for part in positions]
+    all_positions, source = np.concatenate(positions), np.concatenate(sources)
+
+    def tensor(array: np.ndarray | list[int]) -> Tensor:
+        return torch.as_tensor(array, dtype=torch.long).to(device)
+
     layout = Layout(
-        prompts=prompts.to(device),
-        prompt_lengths=torch.tensor([len(row["prompt_ids"]) for row in rows], device=device),
-        completions=completions.to(device),
-        group=torch.tensor(group, device=device),
-        place=torch.tensor(place, device=device),
-        owners=torch.tensor([*zip(*owners, strict=True), positions], device=device),
+        prompts=tensor(prompts),
+        prompt_lengths=tensor([len(row["prompt_ids"]) for row in rows]),
+        completions=tensor(completions),
+        group=tensor(group),
+        place=tensor(np.concatenate(place)),
+        owners=tensor(np.stack([*np.repeat(np.array(owners), sizes, axis=0).T, all_positions])),
         block_masks={} if flex else None,
     )
     inputs = {
-        "input_ids": torch.tensor([tokens], device=device),
-        "position_ids": torch.tensor([positions], device=device),
+        "input_ids": tensor(np.concatenate(tokens)[None]),
+        "position_ids": tensor(all_positions[None]),
         # transformers passes a mask of four dimensions on as it is; the layout replaces it
         "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
-        "rows": torch.zeros(len(sources), dtype=torch.long, device=device),
-        "positions": torch.tensor(sources, dtype=torch.long, device=device),
-        "targets": torch.tensor(targets, dtype=torch.long, device=device),
+        "rows": torch.zeros(len(source), dtype=torch.long, device=device),
+        "positions": tensor(source),
+        "targets": tensor(np.concatenate(targets)),
         "layout": layout,
     }
-    return inputs, lengths
+    return inputs, [len(ids) for ids in targets]
 
 
 def packed_attention(

@@ -73,7 +73,7 @@ class Policy:
                 for name, parameter in trained_parameters(whole):
                     parameter.data.copy_(values[adapter_name(name)])
         self._module = CompletionLogprobs(whole)
-        if config.gradient_checkpointing:
+        if recomputes_activations(config, self.device):
             self._module.checkpoint_activations()
         self._backend.wrap(self._module)
         for name, buffer in self._module.named_buffers():
@@ -156,25 +156,27 @@ class Policy:
 
     # --- forward and update ---------------------------------------------------------------------------------
 
-    def forward(self, rows: Sequence[Row], is_last: bool = True) -> tuple[Tensor, list[int]]:
+    def lay_out(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[int]]:
+        """Return the module's inputs for the groups of a pass, and the trained tokens of each completion."""
+        if self.packs:
+            return packing.pack(rows, self.device, self._flex)
+        return padded_inputs(rows, self.device)
+
+    def forward(self, laid_out: tuple[dict[str, Any], list[int]], is_last: bool = True) -> Tensor:
         """Return the log-probs of all completions' trained tokens, [T], with gradients. Every rank.
 
-        Args:
-            rows: the groups of this pass.
-            is_last: whether this is the update's last pass.
+        They are in float32, or float64 for a float64 model.
 
-        Returns:
-            The log-probs in float32 (float64 for a float64 model), and the number of trained tokens of each
-            completion.
+        Args:
+            laid_out: what `lay_out` returned.
+            is_last: whether this is the update's last pass.
         """
-        inputs, lengths = (
-            packing.pack(rows, self.device, self._flex) if self.packs else padded_inputs(rows, self.device)
-        )
-        return self._backend.forward(inputs, is_last), lengths
+        return self._backend.forward(laid_out[0], is_last)
 
     def logprobs(self, rows: Sequence[Row], is_last: bool = True) -> Tensor:
         """Return sequence log-probs with gradients, float64 [completions of all rows]. Every rank."""
-        return sequence_sums(*self.forward(rows, is_last))
+        laid_out = self.lay_out(rows)
+        return sequence_sums(self.forward(laid_out, is_last), laid_out[1])
 
     @torch.no_grad()
     def token_logprobs(self, rows: Sequence[Row], reference: bool = False) -> list[Tensor]:
@@ -182,9 +184,10 @@ class Policy:
 
         They are the policy's, or with `reference` the reference model's.
         """
+        laid_out = self.lay_out(rows)
         with self.reference.computes() if reference else contextlib.nullcontext():
-            tokens, lengths = self.forward(rows)
-        return list(tokens.split(lengths))  # type: ignore[no-untyped-call]
+            tokens = self.forward(laid_out)
+        return list(tokens.split(laid_out[1]))  # type: ignore[no-untyped-call]
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of this rank's share of a global sum. Every rank.
@@ -229,3 +232,9 @@ class Policy:
             "beta": self.beta,
         }
         self._checkpoint.write(Path(folder), self._tokenizer, state)
+
+
+def recomputes_activations(config: LearnerConfig, device: torch.device) -> bool:
+    """Return whether activations are computed again in the backward pass; by default they are on GPUs."""
+    given = config.gradient_checkpointing
+    return device.type == "cuda" if given is None else given

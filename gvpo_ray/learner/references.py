@@ -34,7 +34,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions, Need
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
-from gvpo_ray.learner.microbatches import NOTHING, Plan, plan_passes, rows_of_ranks
+from gvpo_ray.learner.microbatches import NOTHING, Plan, plan_passes
 from gvpo_ray.learner.policy import Policy
 
 
@@ -60,6 +60,10 @@ class TokenLogprobs:
         """Make log-probs that are the pass's own at all tokens; `like` is any [T] float64."""
         return cls(torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool))
 
+    def between(self, start: int, end: int) -> TokenLogprobs:
+        """Return the log-probs of the tokens start..end-1."""
+        return TokenLogprobs(self.values[start:end], self.is_own[start:end])
+
     @classmethod
     def cat(cls, parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
         """Concatenate the log-probs of several passes."""
@@ -81,6 +85,12 @@ class ReferenceLogprobs:
         """Make the log-probs of a pass without tokens."""
         nothing = TokenLogprobs.own(torch.zeros(0, dtype=torch.float64, device=device))
         return cls(nothing, nothing)
+
+    def between(self, start: int, end: int) -> ReferenceLogprobs:
+        """Return the log-probs of the tokens start..end-1."""
+        return ReferenceLogprobs(
+            *(known and known.between(start, end) for known in (self.sampler, self.reference))
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[ReferenceLogprobs]) -> ReferenceLogprobs:
@@ -202,31 +212,36 @@ def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor
     return TokenLogprobs(torch.tensor(values, dtype=torch.float64, device=policy.device), own), foreign
 
 
-def score_with_reference(policy: Policy, mini_batch: Sequence[dict[str, Any]], max_tokens: int) -> None:
+def score_with_reference(
+    policy: Policy, rows_of_ranks: Sequence[Sequence[dict[str, Any]]], max_tokens: int
+) -> None:
     """Write the reference model's sequence log-probs into the rows that this rank trains. Every rank.
 
     A completion that already has those of this version of the reference is not scored again.
 
     Args:
         policy: this rank's part of the policy.
-        mini_batch: the groups of all ranks; the columns `reference_logprobs` and `reference_versions` of this
-            rank's are changed in place.
+        rows_of_ranks: the groups of each rank; the columns `reference_logprobs` and `reference_versions` of
+            this rank's are changed in place.
         max_tokens: the token budget of a pass.
     """
     version = policy.reference.version
-    unknown = [[(row, _unknown(row, version)) for row in rows] for rows in rows_of_ranks(policy, mini_batch)]
+    unknown = [[(row, _unknown(row, version)) for row in rows] for rows in rows_of_ranks]
     asked = [[(row, which) for row, which in rows if which] for rows in unknown]
-    sums: list[float] = []
-    for micro in plan_passes(
+    plan = plan_passes(
         policy, [[groups.only(row, which) for row, which in rows] for rows in asked], max_tokens
-    ).passes:
-        tokens = policy.token_logprobs(micro or [NOTHING], reference=True)
-        sums += sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist() if micro else []
-    for row, which in asked[policy.data_rank]:
-        new, sums = dict(zip(which, sums, strict=False)), sums[len(which) :]
-        known = row.get("reference_logprobs") or [None] * len(row["rewards"])
-        row["reference_logprobs"] = [new.get(i, value) for i, value in enumerate(known)]
-        row["reference_versions"] = [version] * len(known)
+    )
+    mine = asked[policy.data_rank]
+    for row, _ in mine:
+        number = len(row["rewards"])
+        row["reference_logprobs"] = [*(row.get("reference_logprobs") or [None] * number)]
+        row["reference_versions"] = [version] * number
+    for parts in plan.parts:
+        tokens = policy.token_logprobs(plan.rows_of(parts) or [NOTHING], reference=True)
+        sums = sequence_sums(torch.cat(tokens), [len(t) for t in tokens]).tolist()
+        scored = ((mine[part.row], i) for part in parts for i in part.completions)
+        for ((row, which), i), value in zip(scored, sums, strict=False):
+            row["reference_logprobs"][which[i]] = value
 
 
 def _unknown(row: Row, version: int) -> list[int]:
@@ -236,7 +251,7 @@ def _unknown(row: Row, version: int) -> list[int]:
 
 
 def attach_references(
-    policy: Policy, batch: Sequence[dict[str, Any]], mini_batches: Sequence[Sequence[Row]]
+    policy: Policy, batch: Sequence[dict[str, Any]], mini_batches: Sequence[Sequence[Sequence[Row]]]
 ) -> None:
     """Copy the reference model's log-probs from the mini-batches into the batch's rows.
 
@@ -246,11 +261,9 @@ def attach_references(
     Args:
         policy: this rank's part of the policy.
         batch: the step's rows, changed in place.
-        mini_batches: their trainable parts, with the log-probs of `score_with_reference`.
+        mini_batches: their trainable parts of each rank, with the log-probs of `score_with_reference`.
     """
-    own = {
-        row["group_id"]: row for rows in mini_batches for row in rows_of_ranks(policy, rows)[policy.data_rank]
-    }
+    own = {row["group_id"]: row for ranks in mini_batches for row in ranks[policy.data_rank]}
     for row in batch:
         trained = own.get(row["group_id"])
         for name in groups.REFERENCE_COLUMNS:

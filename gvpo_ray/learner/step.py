@@ -17,7 +17,7 @@ from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.logprobs import trained_tokens
-from gvpo_ray.learner.microbatches import NOTHING, Plan, plan_passes, rows_of_ranks
+from gvpo_ray.learner.microbatches import NOTHING, Plan, one_ahead, plan_passes, rows_of_ranks
 from gvpo_ray.learner.objective import Objective, gradient_weights_of_parts
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import (
@@ -74,8 +74,9 @@ def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settin
     updates = plan_updates(policy, batch, settings)
     step = Step(policy, settings)
     for update in updates:
-        for forward in step.forward_passes(update):
-            logprobs, _ = policy.forward(forward.rows, forward.is_last)
+        passes = one_ahead(lambda forward: policy.lay_out(forward.rows), step.forward_passes(update))
+        for forward, laid_out in passes:
+            logprobs = policy.forward(laid_out, forward.is_last)
             policy.backward(step.loss_of(forward, logprobs), forward.is_last)
         step.apply(update)
     return step.finish(batch, updates)
@@ -105,11 +106,12 @@ def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Sett
     loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
     trained = [row for row in map(groups.trainable, batch) if row is not None]
     mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
+    dealt = [rows_of_ranks(policy, rows, max_tokens) for rows in mini_batches]
     if loss.caches_reference:
-        for mini_batch in mini_batches:
-            score_with_reference(policy, mini_batch, max_tokens)
-        attach_references(policy, batch, mini_batches)
-    plans = [plan_passes(policy, rows_of_ranks(policy, rows), max_tokens) for rows in mini_batches]
+        for ranks in dealt:
+            score_with_reference(policy, ranks, max_tokens)
+        attach_references(policy, batch, dealt)
+    plans = [plan_passes(policy, ranks, max_tokens) for ranks in dealt]
     return [
         Update(rows, plan, measure_passes(policy, rows, plan, loss, settings.model_path, is_first=i == 0))
         for i, (rows, plan) in enumerate(zip(mini_batches, plans, strict=True))
@@ -121,15 +123,17 @@ class Forward:
     """A Forward is one forward pass with gradients."""
 
     rows: list[Row]
-    """The groups of the pass."""
+    """The groups of the pass: first parts of groups that are larger than a pass, then whole groups."""
+    num_parts: int
+    """The number of those parts."""
     measured: ReferenceLogprobs
     """The sampler's and the reference's log-probs of the same tokens."""
     num_groups: int
     """The number of groups in the update, on all ranks."""
     is_last: bool
     """Whether this is the update's last pass."""
-    gradient_weights: Tensor | None
-    """[T] d loss / d log-prob, known beforehand, where the pass holds a part of a group; else None."""
+    gradient_weights: Tensor
+    """d loss / d log-prob of the parts' tokens, which is known beforehand; as long as these are many."""
 
 
 class Step:
@@ -154,9 +158,15 @@ class Step:
         weights, self._sums_of_update = gradient_weights_of_parts(
             self._policy, plan, update.measured, self._objective, num_groups
         )
-        for i, rows in enumerate(plan.passes):
-            is_last = i == len(plan.passes) - 1
-            yield Forward(rows or [NOTHING], update.measured[i], num_groups, is_last, weights.get(i))
+        for i, (rows, parts) in enumerate(zip(plan.passes, plan.parts, strict=True)):
+            yield Forward(
+                rows=rows or [NOTHING],
+                num_parts=sum(not plan.is_whole(part) for part in parts),
+                measured=update.measured[i],
+                num_groups=num_groups,
+                is_last=i == len(plan.passes) - 1,
+                gradient_weights=weights[i],
+            )
 
     def loss_of(self, forward: Forward, logprobs: Tensor) -> Tensor:
         """Return this pass's share of the update's loss, and keep its statistics.
@@ -167,10 +177,13 @@ class Step:
         """
         if forward.rows == [NOTHING]:  # this rank has no groups left, and takes part in the collectives
             return logprobs.sum() * 0
-        if forward.gradient_weights is not None:
-            return (forward.gradient_weights * logprobs).sum()
-        loss, sums = self._objective(logprobs, forward.measured, forward.rows, forward.num_groups)
-        self._sums_of_update.append(sums)
+        num = len(forward.gradient_weights)
+        loss = (forward.gradient_weights * logprobs[:num]).sum()
+        if whole := forward.rows[forward.num_parts :]:
+            measured = forward.measured.between(num, len(logprobs))
+            share, sums = self._objective(logprobs[num:], measured, whole, forward.num_groups)
+            self._sums_of_update.append(sums)
+            loss = loss + share
         return loss
 
     def apply(self, update: Update) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.learner.backends.base import adamw, fill_state
+from gvpo_ray.learner.backends.base import adamw, all_threads, fill_state
 from gvpo_ray.learner.backends.ddp import DDPBackend
 
 
 class DeepSpeedBackend(DDPBackend):
-    """This backend is DeepSpeed ZeRO 0 to 3 over the existing process group, with torch's AdamW.
+    """This backend is DeepSpeed ZeRO 0 to 3 over the existing process group, with torch's fused AdamW.
 
-    DeepSpeed's own AdamW would have to be compiled. Parameters that are not sharded, and an optimizer that is
-    not, are read and written as in the DDP backend.
+    DeepSpeed's own AdamW would have to be compiled, also for a CPU. Parameters that are not sharded, and an
+    optimizer that is not, are read and written as in the DDP backend.
 
     Args:
         config: the config section `learner`.
@@ -81,7 +82,8 @@ class DeepSpeedBackend(DDPBackend):
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self._is_zero:  # the engine itself skips an update whose gradient is not finite
-            self._engine.step()
+            with all_threads() if self._config.offload != "none" else contextlib.nullcontext():
+                self._engine.step()
             return float("inf") if self._zero.overflow else float(self._engine.get_global_grad_norm())
         # DeepSpeed clips plain gradients too, but does not say what their norm was.
         norm = float(
