@@ -94,6 +94,12 @@ class PoolConfig(Section):
     enforce_eager: bool | None = None
     """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU. Default:
     without them on a CPU, with them on a GPU."""
+    keep_kv: bool = False
+    """Keep the keys and values of completions in flight when new weights come, in place of reading all their
+    tokens again. What is sampled next is then of neither version: the new weights look at what the old ones
+    saw. The recorded log-probs are of exactly that sampler, so they stay right as `behaviour` reference and
+    in importance weights. But the learner's own log-probs of these tokens differ from them even before it has
+    learned anything. Prompts of new groups are always read with the new weights."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)

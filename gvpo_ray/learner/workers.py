@@ -226,6 +226,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from gvpo_ray.learner.behind import Behind
     from gvpo_ray.learner.loop import learn
     from gvpo_ray.learner.policy import Policy
     from gvpo_ray.learner.step import Settings
@@ -248,6 +249,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     )
     engines = settings["engines"]
     publisher: NcclPublisher | ObjectPublisher
+    behind = None
     if config.engines.weight_transfer == "nccl" and engines:
 
         def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
@@ -267,6 +269,10 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0, frees_memory=takes_turns)
+        # Without staleness there is nothing to train before engines have the weights; a learner that takes
+        # turns with them gives its turn with the weights.
+        if config.max_staleness != 0 and not takes_turns:
+            behind = Behind(dtype, is_sender=rank == 0)
     learn(
         policy,
         buffer,
@@ -283,6 +289,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
             reports_references=config.replay.share > 0,
         ),
         on_checkpoint=ray.train.report,
+        behind=behind,
     )
 
 
