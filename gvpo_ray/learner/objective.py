@@ -77,7 +77,9 @@ class Objective:
                 ),
                 beta=self.beta,
                 is_weak=torch.tensor(
-                    [False for row in rows for _ in row["rewards"]], dtype=torch.bool, device=device
+                    [source.startswith(groups.WEAK) for row in rows for source in row["sources"]],
+                    dtype=torch.bool,
+                    device=device,
                 ),
                 total=total,
             ),
