@@ -21,6 +21,8 @@ from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.data.dialogue import Call
 from gvpo_ray.environments.contract import read_contract
 from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.observe.episodes import episode_metrics
+from gvpo_ray.observe.metrics import find
 from gvpo_ray.verifiers.verifier import Verifier
 
 
@@ -358,3 +360,26 @@ def test_a_class_that_does_not_keep_the_contract_is_named() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             read(**changes)
+
+
+def test_metrics_say_what_episodes_were_like_and_how_they_ended() -> None:
+    def entry(turns: int, calls: int, errors: int, end: str) -> str:
+        counts = {"turns": turns, "tool_calls": calls, "tool_errors": errors, "end": end}
+        return json.dumps({"name": "x", **counts})
+
+    rows = [
+        {"episodes": [entry(1, 0, 0, "stop"), entry(4, 3, 1, "max_turns"), entry(4, 5, 2, "lost")]},
+        {"episodes": [entry(3, 2, 0, "length"), None]},
+        {},
+    ]
+    assert episode_metrics("episodes", rows) == {
+        "episodes/turns_mean": 3.0,
+        "episodes/tool_calls_mean": 2.5,
+        "episodes/tool_errors": 3.0,
+        "episodes/max_turns": 0.25,
+        "episodes/no_room": 0.25,
+        "episodes/lost": 0.25,
+    }
+    assert episode_metrics("episodes", [{}, {"episodes": [None]}]) == {}
+    for prefix in ("episodes", "eval/heldout"):
+        assert all(find(name)[0] is not None for name in episode_metrics(prefix, rows))
