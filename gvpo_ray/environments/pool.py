@@ -20,6 +20,10 @@ from gvpo_ray.environments.episode import Episodes, LostError
 from gvpo_ray.environments.host import Host
 
 
+class _EnvironmentActor(Host):
+    pass
+
+
 class EnvironmentGroup:
     """The environment actors, seen from the driver.
 
@@ -34,7 +38,7 @@ class EnvironmentGroup:
         self._config, self._contract, self._note = config, contract, note
         self._processes: dict[int, int] = {}
         self.actors = [
-            ray.remote(Host)
+            ray.remote(_EnvironmentActor)
             .options(
                 name=actor_name(f"environment-{number}"),
                 num_cpus=config.num_cpus,

@@ -30,7 +30,7 @@ from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.rendering import MakeRenderer, completion_renderer, renderer_of
 from gvpo_ray.data.turns import check_stop_tokens
-from gvpo_ray.environments.contract import read_contract
+from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
@@ -365,6 +365,8 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         else:
             on_hub = True
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
+    if config.environment is not None:
+        yield from described(read_contract(config.environment, config.verifiers), config.environment)
     trains = config.prompts.path != NO_PROMPTS or bool(config.sources)
     if on_hub:
         yield "the data are not read and the columns not checked, which needs what is on the hub"
