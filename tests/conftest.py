@@ -26,8 +26,8 @@ TIERS = {
     "cluster": {"test_autoscaler", "test_cluster"},
     "end_to_end": {
         "test_backends",
-        "test_bench_gpu",
         "test_docs",
+        "test_bench_gpu",
         "test_hostile_code",
         "test_hostile_text",
         "test_lora",
