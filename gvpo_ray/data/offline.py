@@ -169,7 +169,7 @@ class OfflineSource:
         of_prompts = [[problems[row] for row in rows] for rows in by_prompt.values()]
         of_one = _of_one_completion(of_prompts) if config.group_share else []
         self.columns = [name for name in self.columns if name not in of_one]
-        if of_one and not self._has_rewards:
+        if of_one and not self.brings_rewards:
             self.notes.append(
                 f"{', '.join(of_one)}: not the same for all completions of a prompt, so that reward "
                 "functions, which get the columns of a prompt, do not get this"

@@ -37,7 +37,7 @@ class EnvironmentGroup:
         pickled_by_value(contract.cls)
         self._config, self._contract, self._note = config, contract, note
         self._processes: dict[int, int] = {}
-        self.actors = [
+        self.actors: list[Any] = [
             ray.remote(_EnvironmentActor)
             .options(
                 name=actor_name(f"environment-{number}"),

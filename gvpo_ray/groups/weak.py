@@ -30,7 +30,8 @@ def with_weak_negatives(rows: Sequence[Row], num: int, seed: int, max_length: in
 
 
 def _with_weak(row: Row, rows: Sequence[Row], num: int, seed: int, max_length: int) -> dict[str, Any]:
-    ids, donors = row["group_id"], []
+    ids = row["group_id"]
+    donors: list[Any] = []
     others = [other for other in rows if other["prompt"] != row["prompt"]]
     texts, tokens = [*row["completions"]], [*row["completion_ids"]]
     for other in sorted(others, key=lambda other: _draw(seed, ids, other["group_id"])):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class Behind:
         if self._sending is None:
             return ask()
         asked = _in_thread(ask)
-        wait((asked, self._sending), return_when=FIRST_COMPLETED)
+        both: list[Future[Any]] = [asked, self._sending]
+        wait(both, return_when=FIRST_COMPLETED)
         if self._sending.done():
             self.finish()
         return asked.result()

@@ -26,7 +26,7 @@ def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
         return {}
 
     def share(end: str) -> float:
-        return sum(one["end"] == end for one in found) / len(found)
+        return [one["end"] for one in found].count(end) / len(found)
 
     return {
         f"{prefix}/turns_mean": sum(one["turns"] for one in found) / len(found),

@@ -262,11 +262,11 @@ class Verifier:
             self.record.check()
         return [
             self._combine(
-                ({} if given[i] is None else {ENVIRONMENT: given[i]})
+                ({} if part is None else {ENVIRONMENT: part})
                 | {name: parts[i] for name, parts in by_name.items()},
                 seconds[i],
             )
-            for i in range(len(completions))
+            for i, part in enumerate(given)
         ]
 
     def _call(
