@@ -33,7 +33,7 @@ def killed_run(config_file: Path) -> dict[str, Any]:
     run_dir = config_file.parent / "run"
     mark = os.environ["GVPO_TEST_MARK"] = uuid.uuid4().hex
     try:
-        outcome = chaos.run(str(config_file), [], run_dir, num_kills=len(KILLED), seed=41)
+        outcome = chaos.run(str(config_file), [IN_THIS_CORE], run_dir, num_kills=len(KILLED), seed=41)
     finally:
         del os.environ["GVPO_TEST_MARK"]
     return {"run_dir": run_dir, "outcome": outcome, "left": left_behind(mark)}
