@@ -159,7 +159,8 @@ class EnginesConfig(PoolConfig):
     """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
     0: only the first."""
     start_s: float = Field(default=1800.0, gt=0)
-    """Seconds that an engine may take to load its model, once it has its place; then it is replaced."""
+    """Seconds that an engine may take to load its model, once it has its place; then it is replaced. That
+    includes the download from a hub: where that takes longer, raise this or download the model first."""
     hang_s: float = Field(default=300.0, gt=0)
     """Seconds after which a running engine is replaced that writes no token although it has groups in flight,
     that has not taken new weights, or that does not answer; and seconds that a drain may last beyond

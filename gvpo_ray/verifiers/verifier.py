@@ -18,10 +18,10 @@ import pyarrow as pa
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import ENVIRONMENT
-from gvpo_ray.config.shown import know, mask
+from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
-from gvpo_ray.sandbox.functions import OutOfReach, Part, RewardFunction, call, fits_float32, load
+from gvpo_ray.sandbox.functions import MAX_REASON, OutOfReach, Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.code import CodeReward
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -333,8 +333,8 @@ class Verifier:
 
 
 def _masked(part: Part) -> Part:
-    """Return the part with no secret in its reason."""
-    return replace(part, reason=part.reason and mask(part.reason))
+    """Return the part with no secret in its reason, of limited length."""
+    return replace(part, reason=part.reason and masked(part.reason, MAX_REASON))
 
 
 def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
