@@ -191,14 +191,14 @@ class Episodes:
     ) -> None:
         self._config, self._model, self._prompts, self._tools = config, model, prompts, tools
         self._clients, self.has_reward = clients, has_reward
-        self._dialogue: Dialogue | None = None
+        self._loading: asyncio.Future[Dialogue] | None = None
         self._next = random.randrange(len(clients))
 
     async def dialogue(self) -> Dialogue:
         """Return the model's dialogue."""
-        if self._dialogue is None:
-            self._dialogue = await asyncio.to_thread(self._load)
-        return self._dialogue
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        return await asyncio.shield(self._loading)
 
     async def stop_token_ids(self) -> Sequence[int]:
         """Return tokens that end a turn of this family, beside those that engines know."""
