@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> GVPOConfig:
             "sampling": {"num_completions": 4, "max_tokens": 60, "stop_token_ids": list(range(2, 24))},
             "engines": {"num_threads": 1, "parity_every": 1, "vllm": IN_THE_CORE},
             "verifiers": {"num": 1},
-            "learner": {"num_workers": 1, "backend": "ddp", "learning_rate": 1e-3},
+            "learner": {"num_workers": 1, "backend": "ddp", "num_mini_batches": 1},
             "evaluation": {"every": 3, "sets": {"heldout": {"path": str(tmp_path / "p.jsonl")}}},
         }
     )
