@@ -45,7 +45,7 @@ def config(tmp_path: Path) -> GVPOConfig:
             "num_steps": 3,
             "groups_per_step": 2,
             "model": {"path": str(make_model(tmp_path / "model"))},
-            "prompts": {"path": str(tmp_path / "p.jsonl"), "template": "{prompt} "},
+            "prompts": {"path": str(tmp_path / "p.jsonl"), "template": "{prompt}="},
             "environment": {"name": f"{tmp_path / 'echo.py'}:Echo", "num": 1, "max_turns": 3},
             # half of the letters end a turn
             "sampling": {"num_completions": 4, "max_tokens": 60, "stop_token_ids": list(range(2, 24))},
@@ -86,7 +86,8 @@ def test_a_run_with_an_environment_trains_what_was_sampled_and_survives_its_acto
             )
             turns = json.loads(row["episodes"][i])["turns"]
             num_turns += turns
-            assert ("? " + "abc" * (turns - 1)).startswith(untrained) or untrained == "? " + "abc" * turns
+            whole = "?=" + "abc" * turns  # the last answer is there only if there was room for another turn
+            assert whole.startswith(untrained) and len(untrained) >= len(whole) - 3
             reward = row["reward_parts"][ENVIRONMENT][i]
-            assert reward == row["rewards"][i] and (reward is None or reward >= turns - 1)
-    assert num_turns > 1.5 * 4 * len(rows)
+            assert reward == row["rewards"][i]
+    assert num_turns > 4 * len(rows)
