@@ -7,6 +7,7 @@ A class with `reset`, tools (public methods with types and a docstring) and `get
 TRL's `environment_factory` takes the same. It needs nothing of this project.
 """
 
+import json
 import random
 from pathlib import Path
 
@@ -52,7 +53,11 @@ def worked(secret: int, rng: random.Random) -> str:
         world.reset(str(secret))
         call, said = f'{{"name": "ask", "arguments": {{"n": {n}}}}}', world.ask(n)
         if rng.random() < SLIP:
-            call, said = rng.choice((call[:-1], call.replace('"n"', "n"))), "Error: the tool call is not JSON"
+            call = rng.choice((call[:-1], call.replace('"n"', "n")))
+            try:
+                json.loads(call)
+            except ValueError as error:
+                said = f"Error: the tool call is not JSON: {error}"
         text += f"<tool_call>{call}</tool_call>{END}<tool_response>\n{said}\n</tool_response>\n"
         if said == "right":
             return text + "Done."

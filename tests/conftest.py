@@ -34,6 +34,7 @@ TIERS = {
         "test_lora",
         "test_recovery",
         "test_report",
+        "test_ring_episodes",
         "test_ring",
         "test_ring_jobs",
         "test_ring_python",

@@ -255,19 +255,15 @@ class Verifier:
             seconds[i] += time.perf_counter() - begin
         for name in by_name.keys() - self._trusted.keys():
             self.record.add(name, by_name[name], columns.get("group_id"))
-        given = list(of_episodes) or [None] * len(completions)
-        known = [part for part in given if part is not None]
-        self.record.add(ENVIRONMENT, known, columns.get("group_id"))
+        if known := [part for part in of_episodes if part is not None]:
+            self.record.add(ENVIRONMENT, known, columns.get("group_id"))
         if self._checks_record:
             self.record.check()
-        return [
-            self._combine(
-                ({} if part is None else {ENVIRONMENT: part})
-                | {name: parts[i] for name, parts in by_name.items()},
-                seconds[i],
-            )
-            for i, part in enumerate(given)
-        ]
+        by_completion = [{name: parts[i] for name, parts in by_name.items()} for i in range(len(completions))]
+        for i, part in enumerate(of_episodes):
+            if part is not None:
+                by_completion[i] = {ENVIRONMENT: part, **by_completion[i]}
+        return [self._combine(parts, seconds[i]) for i, parts in enumerate(by_completion)]
 
     def _call(
         self,
