@@ -419,8 +419,8 @@ def test_a_row_that_is_no_messages_where_most_are_is_named(
         assert prompts(path).all()["prompt"].to_pylist() == texts
         return
     assert error(path) == (
-        f"prompts.path: {path}: row {num}: prompt is no list of messages, as in {num} of {num + 1} rows, whether "
-        "as a list or in JSON text"
+        f"prompts.path: {path}: row {num}: prompt is no list of messages, as in {num} of {num + 1} rows, "
+        "whether as a list or in JSON text"
     )
 
 

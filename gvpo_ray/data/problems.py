@@ -215,9 +215,8 @@ def _notes(data: Columns, found: Found, first: Problem, key: str) -> Iterator[st
 
 
 def _messages_as_text(prompts: Sequence[Any]) -> Iterator[str]:
-    rows = [
-        i for i, prompt in enumerate(prompts) if isinstance(prompt, str) and is_messages(from_json(prompt))
-    ]
+    texts = ((i, prompt) for i, prompt in enumerate(prompts) if isinstance(prompt, str))
+    rows = [i for i, text in texts if is_messages(from_json(text))]
     if rows:
         yield (
             f"row {rows[0]} is a list of messages in JSON text ({len(rows)} of {len(prompts)} rows are), and "
@@ -270,7 +269,8 @@ def _prompts(data: Columns, found: Found, where: str, is_own: bool) -> tuple[lis
     """Return the prompts of all rows, and whether they are messages that the data hold as JSON text.
 
     They are if every prompt is a list of messages then. Where few are, all of them are plain text; where most
-    are, one that is not is a mistake of the data. A template of the config (`is_own`) is filled as it stands, and one of a layout has no blank ends.
+    are, one that is not is a mistake of the data. A template of the config (`is_own`) is filled as it stands,
+    and one of a layout has no blank ends.
     """
     paths = fields(found.prompt)
     if not paths:
@@ -281,9 +281,10 @@ def _prompts(data: Columns, found: Found, where: str, is_own: bool) -> tuple[lis
             return prompts, False
         others = [row for row in said if not is_messages(parsed[row])]
         if others and 2 * len(others) < len(said):
+            num = len(said) - len(others)
             raise ConfigError(
-                f"{where}: row {others[0]}: {found.prompt} is no list of messages, as in {len(said) - len(others)} "
-                f"of {len(said)} rows, whether as a list or in JSON text"
+                f"{where}: row {others[0]}: {found.prompt} is no list of messages, as in {num} of "
+                f"{len(said)} rows, whether as a list or in JSON text"
             )
         return (prompts, False) if others else (parsed, True)
     names = list(dict.fromkeys(str(column_of(data, path)) for path in paths))
