@@ -205,7 +205,7 @@ def read_problems(
     if not problems:
         raise ConfigError(f"{path}: no row has a prompt: {found.prompt} is empty in all {num_rows} rows")
     names = list(dict.fromkeys([*kept, *(["answer"] if found.gold else [])]))
-    notes = [*_notes(data, found, problems[0], key)]
+    notes = [*_notes(data, found, problems[0], key), *([] if is_json else _messages_as_text(prompts))]
     return Problems(problems, num_rows, num_without_prompt, num_without_gold, found, names, notes)
 
 
@@ -225,6 +225,16 @@ def _notes(data: Columns, found: Found, first: Problem, key: str) -> Iterator[st
                 f"the column {name} is not in the prompt; if it should be, write {key}.prompt_column as a "
                 f'template, such as "{{{found.prompt}}}\\nA. {{{name}[0]}}"'
             )
+
+
+def _messages_as_text(prompts: Sequence[Any]) -> Iterator[str]:
+    texts = ((i, prompt) for i, prompt in enumerate(prompts) if isinstance(prompt, str))
+    rows = [i for i, text in texts if is_messages(from_json(text))]
+    if rows:
+        yield (
+            f"row {rows[0]} is a list of messages in JSON text ({len(rows)} of {len(prompts)} rows are), and "
+            "most rows are not: all prompts are plain text"
+        )
 
 
 def check_path(data: Columns, path: str, config: PromptsConfig, key: str, name: str) -> None:
@@ -271,17 +281,25 @@ def _is_media(entries: pa.ChunkedArray | list[Any]) -> bool:
 def _prompts(data: Columns, found: Found, where: str, is_own: bool) -> tuple[list[Any], bool]:
     """Return the prompts of all rows, and whether they are messages that the data hold as JSON text.
 
-    They are if every prompt is a list of messages then; one that is not makes all of them plain text. A
-    template of the config (`is_own`) is filled as it stands, and one of a layout has no blank ends.
+    They are if every prompt is a list of messages then. Where few are, all of them are plain text; where most
+    are, one that is not is a mistake of the data. A template of the config (`is_own`) is filled as it stands,
+    and one of a layout has no blank ends.
     """
     paths = fields(found.prompt)
     if not paths:
         prompts = values(data, found.prompt)
-        said = [prompt for prompt in prompts if _says(prompt)]
-        is_json = any(isinstance(prompt, str) for prompt in said) and all(
-            is_messages(from_json(prompt)) for prompt in said
-        )
-        return [from_json(prompt) for prompt in prompts] if is_json else prompts, is_json
+        parsed = [from_json(prompt) for prompt in prompts]
+        said = [row for row, prompt in enumerate(prompts) if _says(prompt)]
+        if not any(isinstance(prompts[row], str) and is_messages(parsed[row]) for row in said):
+            return prompts, False
+        others = [row for row in said if not is_messages(parsed[row])]
+        if others and 2 * len(others) < len(said):
+            num = len(said) - len(others)
+            raise ConfigError(
+                f"{where}: row {others[0]}: {found.prompt} is no list of messages, as in {num} of "
+                f"{len(said)} rows, whether as a list or in JSON text"
+            )
+        return (prompts, False) if others else (parsed, True)
     names = list(dict.fromkeys(str(column_of(data, path)) for path in paths))
     columns = [to_list(data[name]) for name in names]
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
