@@ -79,6 +79,9 @@ class LearnerGroup:
         if cluster_address(config.ray) or config.ray.dashboard:
             # With this the dashboard shows the run and what its workers do.
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        if not cluster_address(config.ray):
+            # Nobody drains a node of an embedded Ray, and this would be a process more.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray Train's own files, in a folder that every node can write to
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._controller = Path(self._scratch) / "controller"
