@@ -372,12 +372,12 @@ class Engine(RolloutEngine):
     async def close(self) -> None:
         """End vLLM's core process."""
         await super().close()
+        if self._node_copy is not None:  # first: vLLM may take longer to end than this process has
+            self._node_copy.close()
         if self._llm is not None:
             self._watcher.cancel()
             self._llm.shutdown()
             self._llm = None
-        if self._node_copy is not None:
-            self._node_copy.close()
 
 
 def _fetcher() -> Callable[[Sequence[Any]], list[Any]]:
