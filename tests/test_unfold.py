@@ -112,6 +112,18 @@ def test_the_prompt_of_two_texts_is_how_both_begin(
     assert (got["prompt"], got["completions"]) == ("the sky is", [" blue.", " green."])  # as TRL splits it
 
 
+def test_a_reward_column_beside_a_preference_is_refused_and_a_completion_column_leaves_rows_as_they_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sources\.people\.reward_column: x is not read: these are preferences"
+    ):
+        source(tmp_path, tokenizer, [PAIRS["explicit"]], "dpo", reward_column="x")
+    rows = [{**PAIRS["explicit"], "score": 0.5}, {**PAIRS["explicit"], "score": 1.0, "chosen": "4"}]
+    made = source(tmp_path, tokenizer, rows, "dpo", completion_column="chosen", reward_column="score")
+    assert made.group(0, 0)["completions"].to_pylist() == [["2", "4"]]
+
+
 def test_pairs_of_one_prompt_are_groups_of_their_own(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
