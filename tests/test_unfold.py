@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import learners
+import pyarrow as pa
 import pytest
+import torch
 from tiny import EOS, make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,7 +20,10 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
 from gvpo_ray.config.loss import loss_config
+from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.offline import OfflineSource
+from gvpo_ray.learner.step import train_step
+from gvpo_ray.verifiers.verifier import Verifier
 
 CHAT = (
     "{% for m in messages %}{{ m['role'][0] }}={{ m['content'] }}"
@@ -110,6 +118,18 @@ def test_the_prompt_of_two_texts_is_how_both_begin(
     row = {"chosen": "the sky is blue.", "rejected": "the sky is green."}
     (got,) = source(tmp_path, tokenizer, [row], "dpo", template="{prompt}").group(0, 0).to_pylist()
     assert (got["prompt"], got["completions"]) == ("the sky is", [" blue.", " green."])  # as TRL splits it
+
+
+def test_a_reward_column_beside_a_preference_is_refused_and_a_completion_column_leaves_rows_as_they_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sources\.people\.reward_column: x is not read: these are preferences"
+    ):
+        source(tmp_path, tokenizer, [PAIRS["explicit"]], "dpo", reward_column="x")
+    rows = [{**PAIRS["explicit"], "score": 0.5}, {**PAIRS["explicit"], "score": 1.0, "chosen": "4"}]
+    made = source(tmp_path, tokenizer, rows, "dpo", completion_column="chosen", reward_column="score")
+    assert made.group(0, 0)["completions"].to_pylist() == [["2", "4"]]
 
 
 def test_pairs_of_one_prompt_are_groups_of_their_own(
@@ -321,3 +341,43 @@ def test_a_run_with_a_bad_row_or_without_sources_is_refused_before_anything_star
     assert "sources.pairs.path: pairs.jsonl: row 0: chosen and rejected are equal" in said
     said = refused("train", "config.yaml", "loss.objective=sft")
     assert "loss.objective: sft imitates what it is given" in said
+
+
+def fails(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    raise AssertionError("a completion is verified that nobody asked about")
+
+
+@pytest.mark.parametrize("objective", ["sft", "epa"])
+def test_what_is_read_is_scored_logged_and_learned(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, objective: str
+) -> None:
+    """From the file to the weights, with the table that the log holds in between."""
+    made = source(
+        tmp_path,
+        tokenizer,
+        [{"messages": TURNS}, {"messages": [user("2+3"), assistant("5")]}]
+        if objective == "sft"
+        else [{"prompt": f"1+{i}", "chosen": f"{1 + i}", "rejected": ["0", f"{5 + i}"]} for i in range(3)],
+        objective,
+    )
+    with Verifier(VerifiersConfig(rewards={"mine": {"trusted": True}}), {"mine": fails}) as verifier:
+        scored = [groups.log_columns(verifier.score(made.group(i, i))) for i in range(len(made))]
+    table = groups.validate(pa.concat_tables(scored), groups.LOGGED_COLUMNS)
+    given = replace(
+        learners.settings(tmp_path, learning_rate=3e-3),
+        loss=loss_config(objective=objective, **({"num_weak": 2} if objective == "epa" else {})),
+    )
+    policy = learners.load(tokenizer.name_or_path, given)
+    if objective == "epa":
+        policy.reference.load(tokenizer.name_or_path)
+    lines = [train_step(policy, list(groups.rows(table)), given) for _ in range(8)]
+    losses = [line["loss"] for line in lines]
+    assert losses[-1] < 0.7 * losses[0] and lines[0]["groups/untrainable"] == 0
+    if objective == "sft":
+        rows = list(groups.rows(table))
+        fresh = learners.load(tokenizer.name_or_path, given)
+        own = torch.cat(fresh.token_logprobs(rows))
+        assert losses[0] == pytest.approx(-float(own.double().mean()), abs=1e-5)
+        assert lines[0]["tokens/trained"] == len(own) == len("add so2 4 5".replace(" ", "")) + 4
+    else:  # one positive, two strong negatives and two weak ones of one group each, at the reference
+        assert losses[0] == pytest.approx(math.log(5)) and lines[0]["tokens/trained"] == 3 * 5 * 2

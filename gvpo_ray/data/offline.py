@@ -83,7 +83,8 @@ class OfflineSource:
         loss: LossOptions | None = None,
         seed: int = 0,
     ) -> None:
-        key, self.source, loss = f"sources.{name}", f"offline:{name}", loss or GvpoLoss()
+        key, self.source = f"sources.{name}", f"offline:{name}"
+        loss = loss or GvpoLoss()
         if loss.least == 1 and loss.reads_rewards and config.reward_column is None:
             raise ConfigError(
                 f"{key}.reward_column: required, as loss.objective {loss.objective} compares with it: the "

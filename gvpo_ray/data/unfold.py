@@ -72,16 +72,19 @@ def unfold(data: Columns, config: SourceConfig, key: str, loss: LossOptions) -> 
     elif conversation and config.prompt_column is None and loss.least == 1:
         taken, note = {conversation}, f"conversations: the assistant's turns in {conversation} are trained"
         read, reward_column = _conversation, config.reward_column or "reward"
-        taken |= {config.reward_column} if config.reward_column in data else set()
+        if config.reward_column is not None and config.reward_column in data:
+            taken.add(config.reward_column)
     else:
         return None
+    if config.reward_column is not None and read is not _conversation:
+        raise ConfigError(f"{key}.reward_column: {config.reward_column} is not read: these are {note}")
     names = {prompt: "prompt", conversation: "messages", config.reward_column: "reward"}
     rows: list[int] = []
     found: list[Completion] = []
-    columns = {name: to_list(column) for name, column in data.items()}
+    columns = {name: to_list(data[name]) for name in taken if name in data}
     num_rows = len(next(iter(columns.values())))
     for row in range(num_rows):
-        own = {names.get(name, name): from_json(columns[name][row]) for name in taken if name in columns}
+        own = {names.get(name, name): from_json(column[row]) for name, column in columns.items()}
         of_row = read(own, f"{key}.path: {config.path}: row {row}")
         found += of_row
         rows += [row] * len(of_row)

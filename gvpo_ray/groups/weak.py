@@ -31,7 +31,7 @@ def with_weak_negatives(rows: Sequence[Row], num: int, seed: int, max_length: in
 
 def _with_weak(row: Row, rows: Sequence[Row], num: int, seed: int, max_length: int) -> dict[str, Any]:
     ids = row["group_id"]
-    donors: list[Any] = []
+    donors: list[tuple[Row, int]] = []
     others = [other for other in rows if other["prompt"] != row["prompt"]]
     texts, tokens = [*row["completions"]], [*row["completion_ids"]]
     for other in sorted(others, key=lambda other: _draw(seed, ids, other["group_id"])):
@@ -56,12 +56,12 @@ def _with_weak(row: Row, rows: Sequence[Row], num: int, seed: int, max_length: i
         if values is None and not masks:
             continue
         values = [None] * len(row["completions"]) if values is None else values
-        new = {
-            "sources": [f"{WEAK}{other['group_id']}" for other, _ in donors],
-            "rewards": [min(row["rewards"])] * len(donors),
-        }.get(name, [None] * len(donors))
         if name in from_donor:
             new = [other[name][i] if other.get(name) else None for other, i in donors]
+        elif name == "sources":
+            new = [f"{WEAK}{other['group_id']}" for other, _ in donors]
+        else:
+            new = [min(row["rewards"]) if name == "rewards" else None] * len(donors)
         result[name] = [*values, *new]
     return result
 
