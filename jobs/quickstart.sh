@@ -8,7 +8,9 @@ jobs/quickstart.sh [KEY=VALUE ...]: train a small language model with GVPO on th
   1. set-up: .venv with torch, vLLM, DeepSpeed and Ray (jobs/setup.sh; once, 2 to 4 minutes and 4 GB)
   2. data: arithmetic problems with worked solutions, in runs/quickstart/data (seconds, once)
   3. warm start: a small model from scratch, taught to answer some of them by supervised learning (once)
-  4. training: gvpo-ray train jobs/quickstart.yaml; the reward rises, step by step, in runs/quickstart
+  4. training: the reward rises, step by step, in runs/quickstart
+
+2 to 4 are `gvpo-ray train jobs/quickstart.yaml`.
 
 All of it is a matter of minutes. Started again, it skips what is done, and training goes on where it stopped.
 Arguments override keys of jobs/quickstart.yaml, for the warm start and the training alike:
@@ -29,4 +31,4 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./jobs/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-exec python jobs/train.py jobs/quickstart.yaml "$@"
+exec gvpo-ray train jobs/quickstart.yaml "$@"

@@ -227,8 +227,15 @@ def test_rollout_refuses_what_it_could_not_write(
 
 
 def test_a_missing_model_says_how_to_make_it_where_the_config_can(refused: Callable[..., str]) -> None:
-    message = refused("train", "config.yaml", "model.path=./nowhere", "warm_start.data.path=train.jsonl")
-    assert message == "model.path: no folder nowhere; make it with: python jobs/warm_start.py CONFIG"
+    message = refused(
+        "rollout",
+        "config.yaml",
+        "--out",
+        "out.arrow",
+        "model.path=./nowhere",
+        "warm_start.data.path=train.jsonl",
+    )
+    assert message == "model.path: no folder nowhere; make it with: gvpo-ray warm-start CONFIG"
 
 
 # --- the run directory --------------------------------------------------------------------------------------

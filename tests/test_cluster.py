@@ -35,6 +35,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.scripts.scripts import start as ray_start
 
+from gvpo_ray import __version__
 from gvpo_ray.actors import resources_of
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
@@ -259,7 +260,7 @@ def test_one_short_file_is_all_that_a_user_edits_and_it_fits_the_others():
     assert set(kustomization) == {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
     assert kustomization["resources"] == ["shared.yaml", "rayjob.yaml"]
     assert all(
-        set(image) == {"name", "newName", "newTag"} and image["newTag"] == PROJECT["version"]
+        set(image) == {"name", "newName", "newTag"} and image["newTag"] == __version__
         for image in kustomization["images"]
     )
     assert {container["image"].split(":")[0] for container in CONTAINERS.values()} == {
@@ -589,7 +590,7 @@ def pin(package: str) -> str:
 @pytest.mark.parametrize("name", PODS)
 def test_images_are_this_versions_and_the_gpu_build_is_where_gpus_are(name):
     build = "cuda" if NODES.get(name, {}).get("GPU") else "cpu"
-    assert CONTAINERS[name]["image"] == f"gvpo-ray-{build}:{PROJECT['version']}"
+    assert CONTAINERS[name]["image"] == f"gvpo-ray-{build}:{__version__}"
 
 
 def test_ray_is_one_version_everywhere():
@@ -623,6 +624,7 @@ def test_the_dockerfile_has_a_target_for_each_build_from_pinned_bases():
 
 def test_an_edit_of_the_code_or_the_readme_is_no_reason_to_install_the_packages_again():
     read = {"pyproject.toml", "constraints.txt", "LICENSE", "jobs/setup.sh", "jobs/packages.py"}
+    read |= {"gvpo_ray/__init__.py"}  # the version
     before: set[str] = set()
     for word, rest in dockerfile():
         if word == "FROM":
@@ -706,7 +708,7 @@ def test_ray_up_starts_spot_machines_for_the_spot_pool_alone(name):
 @pytest.mark.parametrize("name", UP_FILES)
 def test_ray_up_has_the_images_mounts_and_commands_of_the_rest(name):
     config = up(name)
-    docker, version = config["docker"], PROJECT["version"]
+    docker, version = config["docker"], __version__
     for kind, node in config["available_node_types"].items():
         own = node.get("docker", {}).get("worker_image", docker["worker_image"])
         image = docker["head_image"] if kind == config["head_node_type"] else own

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gvpo_ray.cli import main
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import PromptSet
@@ -53,7 +53,7 @@ DIGITS = [
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GVPOConfig]:
-    """`config(**overrides)`: a run of which jobs/warm_start.py makes the model in a second, its data in
+    """`config(**overrides)`: a run of which `gvpo-ray warm-start` makes the model in a second, its data in
     worked.jsonl; `__` for a dot.
     """
     monkeypatch.chdir(tmp_path)
@@ -468,8 +468,8 @@ def test_a_path_that_cannot_be_written_is_found_before_the_training(
         warm_start(config(model__path="worked.jsonl/model"))
 
 
-def test_the_script_says_in_one_line_what_is_wrong(
-    config: Callable[..., GVPOConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_says_in_one_line_what_is_wrong(
+    config: Callable[..., GVPOConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("run.yaml").write_text(config().dump())
     for arguments, complaint in (
@@ -481,9 +481,6 @@ def test_the_script_says_in_one_line_what_is_wrong(
             "run.yaml: unknown key warm_start.vocabsize; did you mean warm_start.vocab_size?",
         ),
     ):
-        monkeypatch.setattr(sys, "argv", ["warm_start.py", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(JOBS / "warm_start.py"), run_name="__main__")
-        assert exit.value.code == 2
+        assert main(["warm-start", *arguments]) == 2
         assert capsys.readouterr().err == f"error: {complaint}\n"
     assert not Path("models").exists()

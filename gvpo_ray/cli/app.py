@@ -23,9 +23,9 @@ PLAIN: dict[str, Any] = {
 }
 app = typer.Typer(
     **PLAIN,
-    epilog="A run is one YAML file plus key=value overrides. Start with jobs/quickstart.yaml. Exit status: 0 "
-    "success, 1 the run failed, 2 a bad command, config, path, model or data file (one line says which), 130 "
-    "interrupted (run it again to resume).",
+    epilog="A run is one YAML file plus key=value overrides. Start with `gvpo-ray train quickstart`. Exit "
+    "status: 0 success, 1 the run failed, 2 a bad command, config, path, model or data file (one line says "
+    "which), 130 interrupted (run it again to resume).",
 )
 bench = typer.Typer(**PLAIN)
 app.add_typer(bench, name="bench")
@@ -56,7 +56,9 @@ def verb(example: str, into: typer.Typer = app) -> Callable[[Function], Function
     return into.command(example.split()[0], epilog=f"example: {path} {example}")
 
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file of the run, or the name of a job (`gvpo-ray jobs`)")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="keys of the config to override, e.g. loss.beta=0.5"),

@@ -18,9 +18,13 @@ RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="run_dir of the r
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train, or resume the run in run_dir.
 
-    The same command resumes a run that stopped.
+    The same command resumes a run that stopped. Where the config has a section warm_start, data and model are
+    made first.
     """
-    _train(read_config(config, overrides))
+    read = read_config(config, overrides)
+    if read.warm_start is not None:
+        _warm_start(read)
+    _train(read)
 
 
 @verb("rollout jobs/quickstart.yaml --out groups.arrow --groups 64")
@@ -176,6 +180,30 @@ def check(
     check_machine(read, learner=trains)
 
 
+@verb("warm-start jobs/quickstart.yaml")
+def warm_start(config: Config, overrides: Overrides = None) -> None:
+    """Make model.path from scratch, by supervised learning.
+
+    The config's section warm_start says how. Data and model that are there already stay as they are.
+    """
+    _warm_start(read_config(config, overrides))
+
+
+@verb("jobs")
+def jobs() -> None:
+    """Print the jobs that come with this package.
+
+    Each is a config; every command takes its name for CONFIG. Copy one from the folder to change it.
+    """
+    from gvpo_ray.config.loading import packaged_jobs
+
+    files = packaged_jobs()
+    for name, path in files.items():
+        first, *_ = path.read_text(encoding="utf-8").splitlines()
+        print(f"{name}: {first.partition(':')[0].strip('# .')}")
+    print(f"in {next(iter(files.values())).parent}")
+
+
 @verb("status runs/quickstart")
 def status(run_dir: RunDir) -> None:
     """Print what every stage of a run does or waits for now.
@@ -244,6 +272,12 @@ def verify(
     from gvpo_ray.verifiers import score_file
 
     score_file.main(input, out, config, workers, response_column, gold_column)
+
+
+def _warm_start(config: GVPOConfig) -> None:
+    from gvpo_ray.learner.warm_start import warm_start  # torch: not for a message about the config
+
+    warm_start(config)
 
 
 def _train(config: GVPOConfig, groups_file: str | None = None) -> None:

@@ -6,6 +6,7 @@ For an unknown key the line suggests the nearest known one.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,29 @@ from gvpo_ray.config.base import ConfigError, Section
 from gvpo_ray.config.shown import hide, is_secret, mask
 
 
+def packaged_jobs() -> dict[str, Path]:
+    """Return {name: file} of the jobs that come with this package: those of its wheel, or of its checkout."""
+    package = Path(__file__).resolve().parents[1]
+    folder = package / "jobs" if (package / "jobs").is_dir() else package.parent / "jobs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read the keys and values of a YAML file.
+
+    A path that is no file, and the name of a job that comes with this package, is that job's file.
 
     Raises:
         ConfigError: the file cannot be read, or holds no mapping.
     """
+    if not os.path.exists(path):
+        path = packaged_jobs().get(str(path), path)
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(Path(path).stem, packaged_jobs(), n=1)
+        hint = f"; did you mean {near[0]}, which comes with gvpo_ray?" if near else ""
+        raise ConfigError(f"{path}: {error.strerror}{hint}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

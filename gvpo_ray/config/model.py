@@ -43,7 +43,7 @@ class ModelConfig(Section):
 class WarmStartConfig(Section):
     """How a small model is made from scratch, taught by supervised learning and written to model.path.
 
-    Only jobs/train.py and jobs/warm_start.py read this section.
+    Only `gvpo-ray train` and `gvpo-ray warm-start` read this section.
     """
 
     data: PromptsConfig

@@ -98,7 +98,7 @@ class GVPOConfig(Section):
     """Seconds without a finished group, or without a finished step, after which the run prints who waits for
     whom; it repeats this as often as they pass again."""
     warm_start: WarmStartConfig | None = Field(default=None, json_schema_extra=RESUMABLE)
-    """How a small model is made from scratch first; only jobs/train.py and jobs/warm_start.py do so."""
+    """How a small model is made from scratch first; only `gvpo-ray train` and `gvpo-ray warm-start` do so."""
 
     @model_validator(mode="before")
     @classmethod

@@ -287,7 +287,7 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
 
     path, trust = config.model.path, config.model.trust_remote_code
     if is_local(path) and not Path(path).is_dir():
-        hint = "; make it with: python jobs/warm_start.py CONFIG" if config.warm_start else ""
+        hint = "; make it with: gvpo-ray warm-start CONFIG" if config.warm_start else ""
         raise ConfigError(f"model.path: no folder {path}{hint}")
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
@@ -357,7 +357,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             yield f"{key}: {path} is here"
         elif is_local(path):
             hint = (
-                "; make it with: python jobs/warm_start.py CONFIG"
+                "; make it with: gvpo-ray warm-start CONFIG"
                 if key == "model.path" and config.warm_start
                 else ""
             )

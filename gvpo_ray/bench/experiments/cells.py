@@ -56,7 +56,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Config file of each task in jobs/, and overrides of it.
 
-MODELS holds the models that warm starts made (`python jobs/warm_start.py CONFIG`). Another machine's
+MODELS holds the models that warm starts made (`gvpo-ray warm-start CONFIG`). Another machine's
 arithmetic would end in another model (chains: pass@1 of 0.11 and of 0.32), and results from two such models
 cannot be compared.
 """

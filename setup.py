@@ -1,0 +1,17 @@
+"""This file puts the examples of jobs/ into a wheel as gvpo_ray/jobs; pyproject.toml says all the rest."""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPy(build_py):
+    """BuildPy adds the jobs' YAML files to the package's data; a checkout reads them where they are."""
+
+    def _get_data_files(self):
+        jobs = sorted(path.name for path in Path("jobs").glob("*.yaml"))
+        return [*super()._get_data_files(), ("gvpo_ray", "jobs", f"{self.build_lib}/gvpo_ray/jobs", jobs)]
+
+
+setup(cmdclass={"build_py": BuildPy})
