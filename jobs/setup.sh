@@ -117,7 +117,7 @@ fi
 # Here, not at the first import: that would be in every Ray worker and engine at the same time, and each time under PYTHONDONTWRITEBYTECODE.
 # Packages' own tests are left out. A status of 1 means only that some package brings a file for another Python.
 step "compiling bytecode" "30 to 90 s" bash -c 'python -m compileall -q -j 0 -x /tests/ .venv/lib/python3.*/site-packages || true'
-step "checking the versions" "about 10 s" python jobs/packages.py verify $extra
+step "checking the versions" "a few seconds" python jobs/packages.py verify $extra
 step "checking that it fits together" "about 20 s" python -c "
 import torch
 assert (torch.version.cuda is None) == ('$extra' == 'cpu'), f'torch {torch.__version__} is not the $extra build'

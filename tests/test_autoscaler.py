@@ -23,6 +23,7 @@ import ray
 
 from gvpo_ray.bench.scale import FakeRun
 from gvpo_ray.config.engines import EnginesConfig
+from gvpo_ray.run.session import forget_auth_mode
 
 NODE_TYPES = {"learner": 1, "engine": 3, "verifier": 1}
 """Most nodes of each type; all begin with none."""
@@ -32,8 +33,9 @@ NODE_TYPES = {"learner": 1, "engine": 3, "verifier": 1}
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """(address, mark of all of its processes) of a cluster of a head alone, with Ray's autoscaler on it.
 
-    It has no tokens, while an embedded Ray of another test may have left them switched on in this process.
+    It has no tokens, while another test's Ray may have left them switched on in this process.
     """
+    forget_auth_mode()
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as another:
         port, clients_port = free.getsockname()[1], another.getsockname()[1]
     address = f"{ray.util.get_node_ip_address()}:{port}"

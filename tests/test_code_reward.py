@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -18,6 +19,7 @@ import pytest
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.sandbox import programs
 from gvpo_ray.sandbox.guest import decode, encode
 from gvpo_ray.verifiers import code_tests
 from gvpo_ray.verifiers.code import last_block
@@ -182,7 +184,21 @@ def test_a_program_whose_own_threads_keep_it_from_a_processor_is_wrong() -> None
     verifier = Verifier(VerifiersConfig.model_validate(config))
     (check,) = verifier.check(["?"], [block(program)], {"answer": [SUMS]})
     verifier.close()
-    assert (check.reward, check.reason) == (0, "code: test 1: it took more than 4 s")
+    if check.reward is None:  # beside others, who keep it from a processor too
+        assert check.reason is not None and "this machine is too busy to say" in check.reason
+    else:
+        assert (check.reward, check.reason) == (0, "code: test 1: it took more than 4 s")
+
+
+@pytest.mark.parametrize(("cpu_s", "waited"), [(4.0, 0.5), (1.0, 3.5)])
+def test_time_for_which_its_own_threads_ran_is_no_waiting_for_the_machine(
+    monkeypatch: pytest.MonkeyPatch, cpu_s: float, waited: float
+) -> None:
+    """Its first thread ran 1 s and waited 3 s; the verifier's waited 0.5 s."""
+    told = {"/proc/7/schedstat": "1000000000 3000000000 5", "/proc/thread-self/schedstat": "1 500000000 5"}
+    monkeypatch.setattr(programs, "Path", lambda path: SimpleNamespace(read_text=lambda encoding: told[path]))
+    child: Any = SimpleNamespace(pid=7, cpu_used=lambda: cpu_s)
+    assert programs._waited(child) == pytest.approx(waited)
 
 
 def test_the_share_counts_the_tests_that_passed() -> None:

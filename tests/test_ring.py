@@ -15,15 +15,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 from ring import GROUPS_PER_STEP, IN_THIS_CORE, NUM_STEPS, Command, left_behind
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.bench import chaos
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.cli import main
+from gvpo_ray.config.run import RayConfig
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.run.events import EventLog
+from gvpo_ray.run.session import Session
 
 KILLED = {*chaos.KINDS} - {"learner controller", "engine"}
 """By the seed below; `gvpo-ray bench chaos` has time for all kinds, more than once."""
@@ -130,9 +131,9 @@ def test_the_policy_learns(killed_run: dict[str, Any]) -> None:
 def here(killed_run: dict[str, Any]) -> Iterator[None]:
     """A Ray in this process for commands that run in it, one after the other, as in a notebook."""
     handler = signal.getsignal(signal.SIGTERM)  # a command sets another one
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    session = Session(RayConfig(num_cpus=2))
     yield
-    ray.shutdown()
+    session.stop()
     signal.signal(signal.SIGTERM, handler)
 
 

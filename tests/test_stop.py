@@ -17,6 +17,7 @@ from test_run_format import config
 from tiny import make_model
 
 from gvpo_ray import GVPO
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig, RayConfig
 from gvpo_ray.run import session as session_module
 from gvpo_ray.run.session import Session
@@ -117,3 +118,21 @@ def test_a_run_leaves_no_tokens_to_the_next_ray_of_the_process_that_it_did_not_f
     assert (get_authentication_mode() == AuthenticationMode.TOKEN) == (before is not None)
     monkeypatch.undo()
     Config.initialize("")
+
+
+@pytest.mark.parametrize(
+    ("said", "num_tries"), [("The current node timed out during startup.", 3), ("no", 1)]
+)
+def test_an_embedded_ray_that_is_slow_to_start_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, said: str, num_tries: int
+) -> None:
+    tries: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        tries.append(options)
+        raise Exception(said)  # Ray's own
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match="ray: cannot start on this machine: "):
+        Session(RayConfig())
+    assert len(tries) == num_tries and all(options == tries[0] for options in tries)

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from ring import IN_THE_CORE
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -391,7 +390,7 @@ from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.vllm_engine import Engine
 if __name__ == "__main__":
-    pool = PoolConfig(kv_cache_gib=1, num_threads=1, vllm={IN_THE_CORE})
+    pool = PoolConfig(kv_cache_gib=1, num_threads=1)
     try:
         asyncio.run(Engine(ModelConfig(path={str(folder)!r}), pool, "objects", -1, True).start())
     except RuntimeError as error:

@@ -54,7 +54,7 @@ class Session:
             os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             handler = signal.getsignal(signal.SIGTERM)
             try:
-                ray.init(
+                start_ray(
                     address=address or "local",
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -176,6 +176,21 @@ class Session:
             ray.shutdown()
             if not self._had_auth_mode:
                 forget_auth_mode()
+
+
+def start_ray(**options: Any) -> None:
+    """Call ray.init; start an embedded Ray up to three times where it is too slow.
+
+    Ray gives its node 30 s to start, which are too few on a busy machine, and has no option for that. The
+    processes of a node that was given up end with this process.
+    """
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
 
 
 def forget_auth_mode() -> None:
