@@ -170,10 +170,12 @@ def test_check_accepts_the_gpu_jobs_where_their_gpus_are_and_says_it_all_elsewhe
     assert error == f"error: learner.num_workers: {asked} are more than the 0 GPUs of this machine\n"
     for who, number, gpus in plan:
         assert re.search(rf"{who} +│ +{number} │ +[\d.]+ │ +{gpus} │ +[\d.]+ │ +{number * gpus:g} ", printed)
-    assert (
-        "Qwen/Qwen2.5-Math" in printed and "is a Hugging Face name, looked up when the run starts" in printed
+    (of_hub,) = [line for line in printed.splitlines() if "of the Hugging Face hub" in line]
+    assert of_hub.startswith("model.path (Qwen/Qwen2.5-Math") and "prompts.path (" in of_hub
+    assert of_hub.endswith(
+        "): of the Hugging Face hub, which `check` does not ask: the data are not read and the columns not "
+        "checked; give downloaded folders for that"
     )
-    assert "the data are not read and the columns not checked" in printed
     config = GVPOConfig.from_file(JOBS / name)
     check_resources(config, num_cpus=32, num_gpus=8 if "8gpu" in name else 1)
 

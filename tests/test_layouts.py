@@ -182,8 +182,24 @@ def test_no_layout_takes_the_files_of_another() -> None:
 
 
 def test_prompt_and_answer_need_no_layout_and_no_words(tmp_path: Path) -> None:
-    assert prompts(write(tmp_path, {"prompt": Q, "answer": "46", "label": "x"})).layout == ""
+    assert prompts(write(tmp_path, {"prompt": Q, "answer": "46", "label": "x"})).layout == (
+        "layout plain: the prompt is prompt, the gold is answer, and not label"
+    )
     assert prompts(write(tmp_path, {"q": Q, "g": "46"}), prompt_column="q", answer_column="g").layout == ""
+
+
+def test_a_gold_that_others_could_be_is_said_with_them(tmp_path: Path) -> None:
+    row = {"prompt": Q, "answer": "46", "solution": "So it is 46.", "final_answer": "46"}
+    path = write(tmp_path, row)
+    assert prompts(path).layout == (
+        "layout plain: the prompt is prompt, the gold is answer, and not solution or final_answer"
+    )
+    assert prompts(path, answer_column="solution").layout == ""
+    assert prompts(path, layout="trl").layout == "layout trl: the prompt is prompt, the gold is solution"
+    verl = {"prompt": USER, "reward_model": {"ground_truth": "46"}, "answer": "It is 46."}
+    assert prompts(write(tmp_path, verl)).layout == (
+        "layout verl: the prompt is prompt, the gold is reward_model.ground_truth"
+    )
 
 
 def test_the_keys_of_the_config_come_before_a_layout(tmp_path: Path) -> None:

@@ -263,6 +263,42 @@ def test_openrlhfs_reward_func_gets_queries_prompts_and_labels(tmp_path: Path) -
     assert rewards(scored(prompts, ["46", "45"], reward_func)) == [1.0, 0.0] * 2
 
 
+def areal(
+    prompt: str, completions: str, prompt_ids: Any, completion_ids: list[int], answer: str, **kwargs: Any
+) -> float:
+    assert prompt == "12 + 34?" and completion_ids == [1] and kwargs["level"] == 3
+    assert not {"prompts", "answer_match", "prompt_messages", "gold_answer"} & kwargs.keys()
+    return int(completions == answer)
+
+
+def small_areal(prompt: str, completions: str, answer: str, weight: float = 1.0) -> float:
+    return weight * (completions == answer)
+
+
+async def async_areal(
+    prompt: str, completions: str, prompt_ids: Any, completion_ids: list[int], answer: str, **kwargs: Any
+) -> float:
+    return areal(prompt, completions, prompt_ids, completion_ids, answer, **kwargs)
+
+
+def test_areals_reward_fn_gets_one_text_at_a_time(tmp_path: Path) -> None:
+    row = {"prompt": "12 + 34?", "answer": "46", "level": 3}
+    chat = {"messages": USER, "solutions": ["46"], "level": 3}
+    for data in (row, chat):
+        for function in (areal, async_areal, small_areal):
+            prompts = prompt_set(tmp_path, data)
+            check_signature(function, {}, False, {"prompts": prompts.columns})
+            assert rewards(scored(prompts, ["46", "45"], function)) == [1.0, 0.0] * 2
+    # of the data's answer column, where the gold is another one
+    both = prompt_set(tmp_path, {**row, "answer": "no", "final": "46"}, answer_column="final")
+    assert (
+        rewards(scored(both, ["46", "45"], small_areal, trusted=True, arguments={"weight": 0.5}))
+        == [0.5, 0] * 2
+    )
+    with pytest.raises(ConfigError, match="it needs the argument 'answer', and prompts has no such column"):
+        check_signature(areal, {}, False, {"prompts": ["level"]})
+
+
 def slime(args: Any, sample: Any, **kwargs: Any) -> float:
     assert (sample.prompt, sample.metadata, sample.response_length, args.weight) == ("q", {"a": 1}, 1, 0.5)
     assert sample.status.value == "completed"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ring import IN_THE_CORE
-from tiny import make_model
+from tiny import make_model, vllm_model
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.bench.chaos import TITLES, descendants
@@ -38,18 +38,20 @@ class Echo:
 @pytest.fixture
 def config(tmp_path: Path) -> GVPOConfig:
     (tmp_path / "echo.py").write_text(ECHO)
+    make_model(tmp_path / "model")
+    vllm_model().save_pretrained(tmp_path / "model")
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1", "answer": "2", "level": 3}\n')
     return GVPOConfig.from_dict(
         {
             "run_dir": str(tmp_path / "run"),
             "num_steps": 3,
             "groups_per_step": 2,
-            "model": {"path": str(make_model(tmp_path / "model"))},
+            "model": {"path": str(tmp_path / "model")},
             "prompts": {"path": str(tmp_path / "p.jsonl"), "template": "{prompt}="},
             "environment": {"name": f"{tmp_path / 'echo.py'}:Echo", "num": 1, "max_turns": 3},
             # half of the letters end a turn
             "sampling": {"num_completions": 4, "max_tokens": 60, "stop_token_ids": list(range(2, 24))},
-            "engines": {"num_threads": 1, "parity_every": 1, "vllm": IN_THE_CORE},
+            "engines": {"kv_cache_gib": 0.25, "num_threads": 1, "parity_every": 1, "vllm": IN_THE_CORE},
             "verifiers": {"num": 1},
             "learner": {"num_workers": 1, "backend": "ddp", "num_mini_batches": 1},
             "evaluation": {"every": 3, "sets": {"heldout": {"path": str(tmp_path / "p.jsonl")}}},

@@ -79,14 +79,17 @@ class Found(NamedTuple):
     """Name of the layout that said one of them; "": the config said both, or they are `prompt`, `answer`."""
     is_json: bool = False
     """Whether the prompts are messages that the data hold as JSON text."""
+    not_gold: tuple[str, ...] = ()
+    """Places of golds in other layouts, which these data have beside the gold that nobody named."""
 
     def description(self) -> str:
         """Return what a person should read of it; "" where the config said it all."""
         prompt = " ".join(self.prompt.split()) + (" (messages in JSON text)" if self.is_json else "")
-        if not self.layout:
+        if not self.layout and not self.not_gold:
             return f"the prompt is {prompt}" if self.is_json else ""
         gold = f"the gold is {self.gold}" if self.gold else "no gold"
-        return f"layout {self.layout}: the prompt is {prompt}, {gold}"
+        others = f", and not {' or '.join(self.not_gold)}" if self.not_gold else ""
+        return f"layout {self.layout or 'plain'}: the prompt is {prompt}, {gold}{others}"
 
 
 def columns_of(config: PromptsConfig, data: Columns, key: str) -> Found:
@@ -125,13 +128,25 @@ def columns_of(config: PromptsConfig, data: Columns, key: str) -> Found:
             and (prompts if prompt is None else is_plain or _reads(prompt, layout, data))
             and (golds if gold is None else True)
         ):
-            return Found(prompt or prompts[0], golds[0] if gold is None else gold, "" if is_plain else name)
+            others = _other_golds(data, golds[0], are_verdicts) if gold is None and is_plain else ()
+            found = Found(prompt or prompts[0], golds[0] if gold is None else gold, "" if is_plain else name)
+            return found._replace(not_gold=others)
     if gold is None and are_verdicts and "answer" not in data:
         raise ConfigError(
             f"{key}.answer_column: {config.path} has no column 'answer', and its {VERDICT} is true or false, "
             "which may say whether a completion is good: name it here if it is the gold answer"
         )
     return Found("prompt" if prompt is None else prompt, "answer" if gold is None else gold, "")
+
+
+def _other_golds(data: Columns, gold: str, are_verdicts: bool) -> tuple[str, ...]:
+    """Return the columns of a data set that are the gold of some layout, beside the one that is taken."""
+    places = dict.fromkeys(place for layout in LAYOUTS.values() for place in layout.golds if place != LAST)
+    return tuple(
+        place
+        for place in places
+        if place in data and place != gold and not (place == VERDICT and are_verdicts)
+    )
 
 
 def _places(data: Columns, layout: Layout) -> tuple[list[str], list[str]]:

@@ -348,7 +348,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             not one that can be trained, or run_dir holds another run.
     """
     validate_rewards(config.verifiers)
-    on_hub = False
+    on_hub: list[str] = []
     for key, path, rule in paths(config):
         # Functions are checked above, and the warm start makes its own data.
         if rule.kind != "input" or key.startswith("warm_start.") or path == NO_PROMPTS:
@@ -363,13 +363,15 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             )
             raise ConfigError(f"{key}: nothing at {path}{hint}")
         else:
-            on_hub = True
-            yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
+            on_hub.append(f"{key} ({path})")
     if config.environment is not None:
         yield from described(read_contract(config.environment, config.verifiers), config.environment)
     trains = config.prompts.path != NO_PROMPTS or bool(config.sources)
     if on_hub:
-        yield "the data are not read and the columns not checked, which needs what is on the hub"
+        yield (
+            f"{', '.join(on_hub)}: of the Hugging Face hub, which `check` does not ask: the data are not "
+            "read and the columns not checked; give downloaded folders for that"
+        )
         if trains:
             check_same_run(config.absolute(), {})
         return

@@ -1,7 +1,8 @@
 """Reward functions in the shapes of other systems are called as they expect, and what they return is read.
 
 The signature decides: verl's `compute_score(data_source, solution_str, ground_truth, extra_info)` and slime's
-`reward_func(args, sample)` get a row at a time, their batched forms and OpenRLHF's
+`reward_func(args, sample)` get a row at a time, as does AReaL's
+`reward_fn(prompt, completions, prompt_ids, completion_ids, answer)`. Their batched forms and OpenRLHF's
 `reward_func(queries, prompts, labels)` get lists, and every other function is called as TRL does, with
 `prompts`, `completions` and every column of the data by its name.
 
@@ -156,6 +157,8 @@ Arrange = Callable[[Function, dict[str, Any], set[str] | None], Any]
 
 def _arrangement(named: Collection[str]) -> Arrange:
     """Return how a function with these parameters is called."""
+    if {"prompt", "completions"} <= {*named} and "prompts" not in named:
+        return _areal
     if "completions" in named:
         return _as_trl
     marks = {"solution_str": _verl, "solution_strs": _verl_batch, "queries": _openrlhf}
@@ -191,6 +194,17 @@ def _verl(function: Function, columns: dict[str, Any], named: set[str] | None) -
     for row in _rows(columns):
         row |= _of_verl(row) | {"solution_str": row["completions"]}
         results.append(function(**{name: value for name, value in row.items() if name in allowed}))
+    return _awaited(results)
+
+
+def _areal(function: Function, columns: dict[str, Any], named: set[str] | None) -> Any:
+    """Call AReaL's form for each row: `completions` is one text, and `prompt_ids`, unknown here, are None."""
+    results = []
+    for row in _rows(columns):
+        ours = {"prompt": row["prompts"], "prompt_ids": None, "answer": _gold(row)}
+        row = {"completion_ids": None, **row, **ours}
+        given = set(row) - {"prompts", GOLD, MATCH, MESSAGES} if named is None else named
+        results.append(function(**{name: value for name, value in row.items() if name in given}))
     return _awaited(results)
 
 
@@ -300,6 +314,7 @@ OF_SLIME = (_slime, _slime_batch)
 
 ARRANGED: dict[Arrange, tuple[str, ...]] = {
     _as_trl: OF_TRL,
+    _areal: ("prompt", "prompt_ids"),
     _verl: ("data_source", "solution_str", "ground_truth", "extra_info"),
     _verl_batch: ("data_sources", "solution_strs", "ground_truths", "extra_infos"),
     _openrlhf: ("queries", "labels"),
