@@ -539,6 +539,6 @@ def test_the_policy_says_how_it_computes_and_what_a_fallback_costs(tmp_path, mon
     monkeypatch.setattr(packing, "pack", refuse)
     fallen = load(path).computes
     assert (
-        "padded; the model's own attention, because it cannot be packed by groups (its attention has softcap): "
-        "a prompt is computed again for each completion" in fallen
+        "padded; the model's own attention, because it cannot be packed by groups (its attention has "
+        "softcap): a prompt is computed again for each completion" in fallen
     )
