@@ -17,6 +17,7 @@ from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.states import LearnerState
 from gvpo_ray.learner.behind import Behind
 from gvpo_ray.learner.loop import learn
+from gvpo_ray.observe.computes import read_computes
 
 WAIT_S = 60.0
 
@@ -68,6 +69,7 @@ def test_a_step_trains_while_the_one_before_is_published_and_its_weights_are_sen
     learn(policy, buffer, publisher, given, behind=behind)
     learn(load(tmp_path / "model", given), Told(3), alone, given)
     assert sorted(publisher.sent) == [0, 1, 2, 3]  # also the last, which nothing follows
+    assert read_computes(tmp_path) == policy.computes
     for version, want in alone.sent.items():
         got = publisher.sent[version]
         assert got.keys() == want.keys() and all(tensor.dtype == dtype for tensor in got.values())

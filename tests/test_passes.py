@@ -601,3 +601,36 @@ def test_parts_of_a_large_group_share_a_pass_with_whole_groups_and_come_first(tm
     got = train_step(policy, [small, large], given)
     assert got == pytest.approx(want, rel=1e-5, abs=1e-7)
     assert difference(weights(policy), weights(whole)) < 1e-5
+
+
+# ----------------------------------------------------------------------- engines' log-probs and the learner's
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])
+def test_the_mismatch_is_that_of_the_current_policys_tokens_at_the_weights_that_sampled_them(
+    tmp_path, policy, micro_batch_tokens
+):
+    given = settings(tmp_path, num_steps=9, num_mini_batches=2, micro_batch_tokens=micro_batch_tokens)
+    policy.step = 3
+    # the last is in the second mini-batch, which an update precedes
+    rows = [
+        make_group(1, version=3),
+        make_group(2, version=2),
+        make_group(3, version=None),
+        make_group(4, version=3),
+    ]
+    own = [rows[0], rows[3]]
+    learner = torch.cat(policy.token_logprobs(own)).double()
+    noise = torch.linspace(-0.25, 0.5, len(learner), dtype=torch.float64)
+    engine = iter((learner - noise).tolist())
+    for row in own:
+        row["sampling_logprobs"] = [[next(engine) for _ in ids] for ids in row["completion_ids"]]
+    metrics = train_step(policy, rows, given)
+    assert metrics["policy/mismatch_mean"] == pytest.approx(float(noise.mean()), abs=1e-6)
+    assert metrics["policy/mismatch_rms"] == pytest.approx(float(noise.square().mean().sqrt()), abs=1e-6)
+
+
+def test_there_is_no_mismatch_where_the_current_policy_wrote_nothing(tmp_path, policy):
+    policy.step = 3
+    metrics = train_step(policy, [make_group(1, version=2)], settings(tmp_path, num_steps=9))
+    assert not any(name.startswith("policy/mismatch") for name in metrics)

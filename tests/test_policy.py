@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner import checkpoint as checkpoint_module
+from gvpo_ray.learner import packing
 from gvpo_ray.learner.backends.base import all_threads
 from gvpo_ray.learner.checkpoints import latest_checkpoint, prune_checkpoints
 from gvpo_ray.learner.logprobs import padded_inputs, sequence_sums
@@ -521,3 +522,23 @@ def test_an_offloaded_optimizer_computes_on_a_ranks_share_of_all_cpus(monkeypatc
         with all_threads():
             seen.append(torch.get_num_threads())
     assert seen == [12 * usual, 3 * usual, usual] and torch.get_num_threads() == usual
+
+
+def test_the_policy_says_how_it_computes_and_what_a_fallback_costs(tmp_path, monkeypatch):
+    path = make_model(tmp_path)
+    assert load(path, gradient_checkpointing=True).computes == (
+        "groups packed, a prompt once each; attention in padded blocks; fused head, float32 log-probs; "
+        "activations recomputed for the backward pass"
+    )
+    asked = load(path, packing=False).computes
+    assert asked.startswith("completions padded; the model's own attention; fused") and "because" not in asked
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("its attention has softcap")
+
+    monkeypatch.setattr(packing, "pack", refuse)
+    fallen = load(path).computes
+    assert (
+        "padded; the model's own attention, because it cannot be packed by groups (its attention has "
+        "softcap): a prompt is computed again for each completion" in fallen
+    )

@@ -7,8 +7,10 @@
     trl       as padded, with the per-token log-probs of TRL's trainers (its fused head), if trl is installed
               (the `bench` extra)
 
-Each figure is measured in a process of its own, so that its peak memory is its own too. Precision is float32
-on a CPU and bfloat16 on a GPU.
+Each measurement is made in a process of its own, so that its peak memory is its own too. The ways take turns,
+in several rounds, and the table has the median and the range of the rounds: other load on the machine then
+shows, and does not decide. Ratios are of measurements of the same round. Precision is float32 on a CPU and
+bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import resource
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,12 +55,16 @@ GPU_MODELS = {"1.5B": QWEN_15B, "7B": dataclasses.replace(QWEN_7B, tied=True, vo
 
 BIG_VOCABULARY = QWEN_15B.vocab
 
+ROUNDS = 3
+"""How often each way is measured."""
 
-def main(tokens_per_step: int = 4096) -> None:
+
+def main(tokens_per_step: int = 4096, rounds: int = ROUNDS) -> None:
     """Run the benchmark and print a table for each model.
 
     Args:
         tokens_per_step: tokens of one step, a prompt counted once per group.
+        rounds: how often each way is measured, in turn.
     """
     on_gpu = torch.cuda.is_available()
     console = Console(highlight=False)
@@ -90,34 +97,61 @@ def main(tokens_per_step: int = 4096) -> None:
             ):
                 num_groups = max(1, tokens_per_step // (prompt + k * completion))
                 rows = make_rows([(prompt, [completion] * k)] * num_groups, model.vocab, version=None)
-                results = {
-                    name: _in_process(work, str(Path(folder) / str(model.vocab)), rows)
+                calls = {
+                    name: partial(_in_process, work, str(Path(folder) / str(model.vocab)), rows)
                     for name, work in ways.items()
                 }
+                results = in_turn(calls, rounds)
                 # A prompt's tokens count once per group, even where a way computes them k times.
                 tokens = num_groups * (prompt + k * completion)
                 flops = num_groups * model.flops(prompt, completion, k)
-                mine = results["ours"] or (float("nan"), 0.0, 0.0)
-                found = list(results.values())
+                mine, found = results["ours"], list(results.values())
+                ratios = [ratios_of(results[name], mine) for name in others]
                 table.add_row(
                     f"{prompt}/{completion}, {k}" + ("" if model == shape else f", V={model.vocab:,}"),
-                    *_cells("{:,.0f}", [result and tokens / result[0] for result in found]),
-                    *_cells("{:.2f}", [results[name] and results[name][0] / mine[0] for name in others]),
-                    *_cells("{:.0f} %", [result and 100 * flops / result[0] / peak for result in found]),
-                    *_cells("{:.2f}", [result and result[1] / 2**30 for result in found]),
-                    *_cells("{:.1f} %", [results["ours"] and 100 * mine[2]]),
+                    *(spread("{:,.0f}", [tokens / seconds for seconds, *_ in way]) for way in found),
+                    *(spread("{:.2f}", values) for values in ratios),
+                    *(spread("{:.0f} %", [100 * flops / one[0] / peak for one in way]) for way in found),
+                    *(spread("{:.2f}", [one[1] / 2**30 for one in way]) for way in found),
+                    spread("{:.1f} %", [100 * one[2] for one in mine]),
                 )
         console.print(table)
     console.print(
-        f"peak: {peak / 1e9:,.0f} GFLOP/s of a large matrix product here · GiB: at most, beyond the "
-        "model's and its optimizer's\n"
+        f"median (least to most) of {rounds} rounds · peak: {peak / 1e9:,.0f} GFLOP/s of a large matrix "
+        "product here · GiB: at most, beyond the model's and its optimizer's\n"
         "own code: of a step, what is neither the model's forward and backward nor the optimizer"
     )
 
 
-def _cells(form: str, values: Sequence[float | None]) -> list[str]:
-    """Write numbers as cells of a row; None: the GPU's memory did not suffice."""
-    return ["no memory" if value is None else form.format(value) for value in values]
+def in_turn(ways: Mapping[str, Callable[[], Measured | None]], rounds: int) -> dict[str, list[Measured]]:
+    """Call each of the ways once per round; return the results by round.
+
+    A way that returns None, because memory did not suffice, is not called again and has no results.
+    """
+    results: dict[str, list[Measured]] = {name: [] for name in ways}
+    failed: set[str] = set()
+    for _ in range(rounds):
+        for name, way in ways.items():
+            result = None if name in failed else way()
+            if result is None:
+                failed.add(name)
+                results[name] = []
+            else:
+                results[name].append(result)
+    return results
+
+
+def ratios_of(others: Sequence[tuple[float, ...]], ours: Sequence[tuple[float, ...]]) -> list[float]:
+    """Return another way's seconds over ours, round by round; [] where one of them has no results."""
+    return [other[0] / mine[0] for other, mine in zip(others, ours, strict=False)]
+
+
+def spread(form: str, values: Sequence[float]) -> str:
+    """Write the median of some numbers with their range; of none that memory did not suffice."""
+    if not values:
+        return "no memory"
+    median, low, high = (form.format(f(values)) for f in (statistics.median, min, max))
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def make_model(folder: Path, shape: Shape) -> None:
@@ -234,7 +268,7 @@ def _now() -> float:
 
 
 def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
-    """Return seconds of the fastest of a few steps, and peak memory in bytes, after a step that warms up."""
+    """Return the median seconds of a few steps, and peak memory in bytes, after a step that warms up."""
     on_gpu = torch.cuda.is_available()
     step()
     before = torch.cuda.memory_allocated() if on_gpu else _resident()
@@ -250,7 +284,7 @@ def _measure(step: Any, repeats: int = 3) -> tuple[float, float]:
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    return min(seconds), float(peak - before)
+    return statistics.median(seconds), float(peak - before)
 
 
 def _resident() -> int:

@@ -27,6 +27,7 @@ from gvpo_ray.learner.behind import Behind
 from gvpo_ray.learner.checkpoints import prune_checkpoints
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
+from gvpo_ray.observe.computes import write_computes
 
 Answer = TypeVar("Answer")
 
@@ -103,6 +104,7 @@ def learn(
         return question() if behind is None else behind.beside(question)
 
     if policy.rank == 0:
+        write_computes(settings.run_dir, policy.computes)
         buffer.learner_started(policy.step)
     if settings.loss.reference == "initial" and not policy.reference.exists:
         policy.reference.load(settings.model_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from gvpo_ray.groups import Part, Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.references import ReferenceLogprobs
+from gvpo_ray.learner.references import Origin, ReferenceLogprobs, origins_of
 from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.diagnostics import finish, finish_buckets, residual_sums_by_bucket
 from gvpo_ray.losses.registry import OBJECTIVES
@@ -87,7 +89,7 @@ class Objective:
         )
         ages = [age_bucket(oldest, self._version) for row in rows for oldest in row["version_min"]]
         by_age = residual_sums_by_bucket(computed.residuals, ages, len(AGES))
-        return computed.loss, computed.sums | by_age
+        return computed.loss, computed.sums | by_age | mismatch_sums(sampler, rows, self._version, device)
 
     def of_nothing(self, device: torch.device) -> dict[str, Tensor]:
         """Return the sums of no groups: zeros with the keys, in the order, that all sums have."""
@@ -95,7 +97,52 @@ class Objective:
 
     def finish(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the metrics of a step from its sums, added up over passes, ranks and updates."""
-        return {**finish(sums), **finish_buckets(sums, AGES)}
+        return {**finish(sums), **finish_buckets(sums, AGES), **finish_mismatch(sums)}
+
+
+def mismatch_sums(
+    sampler: Tensor | None, rows: Sequence[Row], version: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return number, sum and squares' sum of the learner's log-probs less the engines', for finish_mismatch.
+
+    Only tokens count that the policy at the start of the step sampled: there both computed with the same
+    weights, so that the difference is one of precision and kernels.
+
+    Args:
+        sampler: [T] the learner's log-probs of the sampling policy; None: the objective needs none.
+        rows: the groups of these tokens.
+        version: of the policy at the start of the step.
+        device: where the sums are made.
+    """
+    engine = [np.zeros(0)]
+    for row in rows:
+        for i, (origin, trained) in enumerate(
+            zip(origins_of(row, version), trained_tokens(row), strict=True)
+        ):
+            known = row["sampling_logprobs"][i] if origin is Origin.CURRENT else None
+            engine.append(
+                np.full(len(trained), np.nan) if known is None else np.asarray(known, float)[list(trained)]
+            )
+    difference = torch.zeros(0, dtype=torch.float64, device=device)
+    if sampler is not None:
+        difference = sampler - torch.from_numpy(np.concatenate(engine)).to(device)
+        difference = difference[~difference.isnan()]
+    return {
+        "mismatch_count": torch.tensor(float(len(difference)), dtype=torch.float64, device=device),
+        "mismatch": difference.sum(),
+        "mismatch_square": difference.square().sum(),
+    }
+
+
+def finish_mismatch(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return policy/mismatch_mean and _rms per token; nothing where the current policy sampled no token."""
+    count = sums["mismatch_count"]
+    if not count:
+        return {}
+    return {
+        "policy/mismatch_mean": sums["mismatch"] / count,
+        "policy/mismatch_rms": math.sqrt(sums["mismatch_square"] / count),
+    }
 
 
 def gradient_weights_of_parts(

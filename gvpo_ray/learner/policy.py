@@ -88,6 +88,8 @@ class Policy:
         )
         self._checkpoint = Checkpoint(self._weights, self.reference, self.rank)
         self.packs = self._flex = False
+        self._fallbacks: list[str] = []
+        self._recomputes = recomputes_activations(config, self.device)
         self._check_head()
         self.packs = config.packing and self._can_pack()
         self.step = self.num_updates = self.num_skipped = 0
@@ -150,9 +152,30 @@ class Policy:
             how = "FlexAttention cannot run it packed by groups" if flex else "it cannot be packed by groups"
             then = "padded blocks do" if flex else "its sequences are padded"
             logging.getLogger(__name__).warning("%s: %s (%s): %s", type(model).__name__, how, why, then)
+            self._fallbacks.append(f"{how} ({why})")
         self.packs = False
         model.set_attn_implementation(usual)
         return False
+
+    @property
+    def computes(self) -> str:
+        """One line that says how this policy computes, and what a fallback costs."""
+        if self.packs and self._flex:
+            layout = "groups packed, a prompt once each; FlexAttention"
+        elif self.packs:
+            layout = "groups packed, a prompt once each; attention in padded blocks"
+        else:
+            layout = "completions padded; the model's own attention"
+        why = "; ".join(self._fallbacks)
+        if why:
+            cost = (
+                "attention needs memory for prompt x completion scores"
+                if self.packs
+                else "a prompt is computed again for each completion, and padding too"
+            )
+            layout += f", because {why}: {cost}"
+        activations = "recomputed" if self._recomputes else "kept"
+        return f"{layout}; fused head, float32 log-probs; activations {activations} for the backward pass"
 
     # --- forward and update ---------------------------------------------------------------------------------
 

@@ -152,6 +152,11 @@ METRICS = (
     Metric("tokens/trained", "tokens", "Tokens trained",
            "of the trained groups' completions, those that the policy sampled"),
     Metric("policy/log_ratio_rms", "nats", "Log-ratio", "root mean square of log π/π_ref per completion"),
+    Metric("policy/mismatch_mean", "nats", "Mismatch, mean",
+           "learner's log-prob less the engine's, per token of what the current policy wrote"),
+    Metric("policy/mismatch_rms", "nats", "Mismatch, rms",
+           "learner's log-prob less the engine's, per token of what the current policy wrote; none where all "
+           "is older"),
     Metric("policy/clipped", "ratio", "Clipped tokens",
            "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
     Metric("gvpo/num_groups", "", "Groups trained", "groups in the loss of the step"),

@@ -30,6 +30,7 @@ from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.advice import FirstSteps
+from gvpo_ray.observe.computes import read_computes
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.status import RunState
@@ -126,6 +127,7 @@ class GVPO:
         self._session: Session | None = None
         self.learners: LearnerGroup | None = None
         # recorded groups may be fewer than the config's steps
+        self._computes: str | None = None  # how the learner computes, once it is told
         self._first_steps = FirstSteps(config.model_copy(update={"num_steps": self.num_steps}))
         self._doing = RunState.STARTING
 
@@ -320,6 +322,9 @@ class GVPO:
             self._session.call(self._ring.note_learner())
         recoveries = {f"recoveries/{who}": float(self.events.counts()[who]) for who in RECOVERIES}
         line = self.metrics.write(self.step, {**metrics, **self._ring.rates(), **recoveries})
+        if self._computes is None:
+            self._computes = read_computes(self.run_dir)
+            self.say(f"learner: {self._computes}")
         if why := self._first_steps.judge(line):
             self.say(why)
         if self.evaluation_due:

@@ -10,6 +10,7 @@ import yaml
 
 from gvpo_ray.config.shown import hide, know
 from gvpo_ray.files import read_lines
+from gvpo_ray.observe.computes import read_computes
 from gvpo_ray.observe.metrics import METRICS
 from gvpo_ray.observe.report.figures import NO_RECOVERY, Point, finite
 
@@ -27,6 +28,8 @@ class Run:
     events: list[dict[str, Any]]
     config: str
     """Text of config.yaml, without secrets."""
+    computes: str = ""
+    """How the learner computes."""
 
     @property
     def recoveries(self) -> list[dict[str, Any]]:
@@ -58,6 +61,7 @@ def read_run(path: Path, name: str, number: int) -> Run:
         {key: sorted(points.items()) for key, points in values.items() if points},
         read_lines(path / "events.jsonl", skip_malformed=True),
         _without_secrets(config),
+        read_computes(path),
     )
 
 

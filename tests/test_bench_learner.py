@@ -1,0 +1,45 @@
+"""`bench learner`: the ways take turns, and the table has medians and ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gvpo_ray.bench.learner import in_turn, ratios_of, spread
+
+
+def test_the_ways_take_turns_and_one_without_memory_is_not_tried_again() -> None:
+    called: list[str] = []
+
+    def way(name: str, results: list[Any]) -> Any:
+        left = iter(results)
+
+        def call() -> Any:
+            called.append(name)
+            return next(left)
+
+        return call
+
+    ways = {"ours": way("ours", [(1.0,), (2.0,), (4.0,)]), "big": way("big", [(9.0,), None])}
+    assert in_turn(ways, 3) == {"ours": [(1.0,), (2.0,), (4.0,)], "big": []}
+    assert called == ["ours", "big", "ours", "big", "ours"]
+
+
+def test_ratios_are_of_the_same_round_so_that_load_on_the_machine_cancels() -> None:
+    # a machine that is three times as slow in the second round
+    ours, padded = [(1.0, 0.0), (3.0, 0.0), (1.0, 0.0)], [(2.0, 0.0), (6.0, 0.0), (2.0, 0.0)]
+    assert ratios_of(padded, ours) == [2.0, 2.0, 2.0] and ratios_of([], ours) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1.25, 0.25, 1.13], "1.13 (0.25 to 1.25)"),
+        ([2.0, 2.0, 2.0], "2.00"),
+        ([1.004, 1.001], "1.00"),
+        ([], "no memory"),
+    ],
+)
+def test_a_cell_has_the_median_and_the_range(values: list[float], text: str) -> None:
+    assert spread("{:.2f}", values) == text
