@@ -33,7 +33,8 @@ def main(share: float = 1.0, learning_rate: float = 1e-6, shape: Shape = QWEN_15
     """Run the benchmark, print a table, and return its numbers by stage.
 
     Args:
-        share: of the model's layers and vocabulary. The whole takes some 13 GB of memory, 3 of them in /dev/shm.
+        share: of the model's layers and vocabulary. The whole takes some 13 GB of memory, 3 of them in
+            /dev/shm.
         learning_rate: of the steps of AdamW.
         shape: sizes of the model.
     """
