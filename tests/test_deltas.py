@@ -1,5 +1,7 @@
 """Deltas of weights are exact, at sizes on both sides of every block, chunk and word."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,15 @@ from gvpo_ray.weights.deltas import BLOCK, apply_delta, changed_words, make_delt
 U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 6, 7, 8, 9, 10, 62, 63, 64, 65, 66, 126, 127, 128, 129, 1000])
+@pytest.mark.parametrize(
+    "size", [0, 1, 2, 6, 7, 8, 9, 10, 62, 63, 64, 65, 66, 126, 127, 128, 129, 130, 256, 258, 1000]
+)
 @pytest.mark.parametrize("share", [0.0, 0.02, 1.0])
 def test_changed_words_are_those_that_differ(
     size: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deltas, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(deltas, "TASK_BYTES", 128)
     random = np.random.default_rng(size)
     old = random.integers(256, size=size, dtype=np.uint8)
     new = np.where(random.random(size) < share, old + 1, old).astype(np.uint8)
@@ -23,6 +28,8 @@ def test_changed_words_are_those_that_differ(
         n = word.itemsize
         want = [i for i in range(size // n) if [*old[n * i : n * i + n]] != [*new[n * i : n * i + n]]]
         assert changed_words(old, new, word).tolist() == want
+        with ThreadPoolExecutor(2) as threads:
+            assert changed_words(old, new, word, threads).tolist() == want
 
 
 SIZES = [(1, U8), (2, U16), (BLOCK - 1, U8), (BLOCK, U8), (BLOCK + 1, U8), (2 * BLOCK - 2, U16)]

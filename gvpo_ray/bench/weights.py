@@ -8,8 +8,10 @@ optimizer, which moves each weight by the whole learning rate: later ones move i
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from gvpo_ray.bench.gpu.models import QWEN_15B, Shape
 from gvpo_ray.weights.deltas import changed_words
 from gvpo_ray.weights.node_copy import NodeCopy
-from gvpo_ray.weights.transfer import ObjectPublisher
+from gvpo_ray.weights.transfer import MAX_THREADS, ObjectPublisher
 
 WORD = np.dtype(np.uint16)
 
@@ -31,11 +33,13 @@ def main(share: float = 1.0, learning_rate: float = 1e-6, shape: Shape = QWEN_15
     """Run the benchmark, print a table, and return its numbers by stage.
 
     Args:
-        share: of the model's layers. The whole takes some 13 GB of memory, 3 of them in /dev/shm.
+        share: of the model's layers and vocabulary. The whole takes some 13 GB of memory, 3 of them in
+            /dev/shm.
         learning_rate: of the steps of AdamW.
         shape: sizes of the model.
     """
-    shape = dataclasses.replace(shape, layers=max(1, round(share * shape.layers)))
+    layers, vocab = (max(1, round(share * number)) for number in (shape.layers, shape.vocab))
+    shape = dataclasses.replace(shape, layers=layers, vocab=vocab)
     weights = {name: master.bfloat16() for name, master in _masters(shape)}
     gib = sum(tensor.nbytes for tensor in weights.values()) / 2**30
     stored: list[Any] = []
@@ -47,6 +51,7 @@ def main(share: float = 1.0, learning_rate: float = 1e-6, shape: Shape = QWEN_15
 
     publisher = ObjectPublisher(put, torch.bfloat16, is_sender=True)
     engine, console = NodeCopy(), Console(highlight=False)
+    threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
     rows: list[tuple[str, float]] = []
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -71,7 +76,7 @@ def main(share: float = 1.0, learning_rate: float = 1e-6, shape: Shape = QWEN_15
     def compare() -> None:
         for tensor in weights.values():
             data = tensor.view(-1).view(torch.uint8).numpy()
-            changed_words(data, data, WORD)
+            changed_words(data, data, WORD, threads)
 
     largest = max(weights.values(), key=torch.Tensor.numel)
     target = torch.empty_like(largest)

@@ -53,7 +53,7 @@ def bench_learner(
 
 @verb("weights --share 0.25", bench)
 def bench_weights(
-    share: Annotated[float, typer.Option(metavar="X", help="share of the layers of a model of 1.5B")] = 1.0,
+    share: Annotated[float, typer.Option(metavar="X", help="share of a model of 1.5B")] = 1.0,
 ) -> None:
     """Measure the way of new weights from learner to engine.
 

@@ -8,6 +8,7 @@ is exact: applied to the first it gives the second, bit for bit, whatever the by
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint8]
 BLOCK = 1 << 16
 """Words in a block, whose places in it need 16 bits: a changed word of 16 bits costs 32 bits in a delta."""
 
-CHUNK_BYTES = 1 << 20
-"""Bytes that are compared at once, so that what is between comparison and selection stays in the cache."""
+CHUNK_BYTES, TASK_BYTES = 1 << 18, 1 << 22
+"""Bytes that are compared at once, so that what is between comparison and selection stays in the cache; and
+bytes that are one thread's at a time, many chunks."""
 
 
 class Delta(NamedTuple):
@@ -43,20 +45,40 @@ Word = np.dtype[Any]
 """The type of a word: uint16, or uint8 where something has an odd number of bytes."""
 
 
-def changed_words(old: Bytes, new: Bytes, word: Word) -> npt.NDArray[np.int64]:
-    """Return the places, in order, at which the words of two arrays of equal length differ."""
-    found = [np.empty(0, np.int64)]
-    per_eight, size = 8 // word.itemsize, word.itemsize
-    for begin in range(0, len(old), CHUNK_BYTES):
-        before, after = old[begin : begin + CHUNK_BYTES], new[begin : begin + CHUNK_BYTES]
-        whole = len(before) // 8 * 8
-        # eight bytes at once: most of them are equal
-        eights = np.flatnonzero(before[:whole].view(np.uint64) != after[:whole].view(np.uint64))
-        places = (per_eight * eights[:, None] + np.arange(per_eight)).ravel()
-        places = np.concatenate([places, np.arange(whole // size, len(before) // size)])
-        is_new = before.view(word)[places] != after.view(word)[places]
-        found.append(places[is_new] + begin // size)
-    return np.concatenate(found)
+def changed_words(
+    old: Bytes, new: Bytes, word: Word, threads: ThreadPoolExecutor | None = None
+) -> npt.NDArray[np.int64]:
+    """Return the places, in order, at which the words of two arrays of equal length differ.
+
+    Args:
+        old: the bytes before.
+        new: the bytes after.
+        word: the type of a word.
+        threads: share the work.
+    """
+
+    def of_task(begin: int) -> list[npt.NDArray[np.int64]]:
+        end = min(begin + TASK_BYTES, len(old))
+        return [
+            _changed(old[i : min(i + CHUNK_BYTES, end)], new[i : min(i + CHUNK_BYTES, end)], word)
+            + i // word.itemsize
+            for i in range(begin, end, CHUNK_BYTES)
+        ]
+
+    begins = range(0, len(old), TASK_BYTES)
+    tasks = map(of_task, begins) if threads is None or len(begins) < 2 else threads.map(of_task, begins)
+    return np.concatenate([np.empty(0, np.int64), *(found for task in tasks for found in task)])
+
+
+def _changed(old: Bytes, new: Bytes, word: Word) -> npt.NDArray[np.int64]:
+    whole, size, per_eight = len(old) // 8 * 8, word.itemsize, 8 // word.itemsize
+    # eight bytes at once: most of them are equal
+    differ = old[:whole].view(np.uint64) ^ new[:whole].view(np.uint64)
+    eights = np.flatnonzero(differ != 0)
+    inside = np.flatnonzero(differ[eights].view(word) != 0)
+    places = eights[inside // per_eight] * per_eight + inside % per_eight
+    rest = np.flatnonzero(old[whole:].view(word) != new[whole:].view(word)) + whole // size
+    return np.concatenate([places, rest]) if len(rest) else places
 
 
 def make_delta(parts: Iterable[tuple[npt.NDArray[np.int64], Words]], word: Word, num_bytes: int) -> Delta:

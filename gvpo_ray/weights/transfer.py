@@ -28,6 +28,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,9 @@ SHARD_BYTES = 512 * 2**20
 
 A larger tensor is a shard of its own.
 """
+
+MAX_THREADS = 4
+"""Threads that compare weights with those of the version before."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -122,6 +126,7 @@ class ObjectPublisher:
         self._deltas: list[Any] = []
         self._num_delta_bytes = 0
         self._staging = torch.empty(0, dtype=torch.uint8)
+        self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
         """Store the weights of `version`; every rank calls this, since gathering shards is a collective.
@@ -194,7 +199,7 @@ class ObjectPublisher:
             if end - begin != len(new):
                 raise ValueError(f"the tensor {name} ({len(new)} bytes) was not one of the version before")
             old = self._copy[shard][begin:end]
-            places = changed_words(old, new, word)
+            places = changed_words(old, new, word, self._threads)
             num_words += len(new) // word.itemsize
             num_changed += len(places)
             size += len(places) * (2 + word.itemsize)
