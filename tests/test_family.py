@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -399,3 +400,30 @@ def test_sft_refuses_what_is_no_row_of_tokens():
         sft_loss(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="num_tokens must be positive"):
         sft_loss(torch.zeros(2), 0)
+
+
+def test_what_the_objectives_report_of_their_own_are_means_over_what_they_count():
+    logprobs = [-1.0, -3.0, -2.0, -2.5, -1.0]
+    sizes, rewards = [2, 3], [1.0, 0.0, 0.0, 1.0, 0.5]
+    start = loss_batch(sizes, rewards)
+    moved = replace(
+        start,
+        logprob_sums=start.reference_sums + doubles(*logprobs) + 2,  # log-ratios of 1, -1, 0, -0.5, 1
+    )
+
+    def reported(name: str, **options: Any) -> dict[str, float]:
+        sums = OBJECTIVES[name](moved, loss_config(objective=name, **options)).sums
+        return finish({key: float(value) for key, value in sums.items()})
+
+    dpo = reported("dpo")  # pairs (1, -1); (-0.5, 0), (-0.5, 1), (1, 0): of the second group one of three
+    assert dpo["pairs/ordered"] == pytest.approx((1 + 1 / 3) / 2)
+    assert dpo["pairs/margin"] == pytest.approx(0.1 * (2 + (-0.5 - 1.5 + 1) / 3) / 2)
+    first, second = (
+        math.exp(0.1 * up) / sum(math.exp(0.1 * x) for x in all_of)
+        for up, all_of in ((1, (1, -1)), (-0.5, (0, -0.5, 1)))
+    )
+    assert reported("epa")["epa/positive_share"] == pytest.approx((first + second) / 2)
+    means = [float(x) / (i + 1) for i, x in enumerate(moved.logprob_sums.detach())]
+    weights = [1 / (1 + math.exp(own - a)) for own, a in zip(means, rewards, strict=True)]
+    assert reported("poft")["poft/weight"] == pytest.approx(sum(weights) / 5)
+    assert not {"pairs/ordered", "epa/positive_share", "poft/weight"} & reported("sft").keys()

@@ -145,6 +145,11 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
                              are. Single batches may be below 0. On completions that pi itself sampled (an
                              older reference) it estimates -KL(pi || pi_ref).
     policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
+    pairs/ordered            share of the pairs of a group that the implicit reward orders as the rewards do,
+                             mean over groups that have pairs; only for dpo
+    pairs/margin             mean difference of the implicit rewards of a pair; only for dpo
+    epa/positive_share       probability of the positive among its candidates, mean over groups
+    poft/weight              weight with which a completion is imitated, mean over completions
     policy/clipped           share of the tokens whose gradient is zero because of clipping; only for the
                              objectives over tokens
     gvpo/num_groups          groups that were trained on
@@ -154,6 +159,16 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     groups, completions = max(s["num_groups"], 1.0), max(s["num_completions"], 1.0)
     spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
     clipped = {"policy/clipped": s["clipped_tokens"] / max(1.0, s["num_tokens"])} if "num_tokens" in s else {}
+    own = {}
+    if "pairs" in s:
+        own = {
+            f"pairs/{name}": s[key] / max(1.0, s["pairs"])
+            for name, key in (("ordered", "pairs_ordered"), ("margin", "margin"))
+        }
+    if "positive_share" in s:
+        own["epa/positive_share"] = s["positive_share"] / groups
+    if "weight" in s:
+        own["poft/weight"] = s["weight"] / max(1.0, s["num_counted"])
     return {
         "loss": s["loss"] / max(s.get("num_counted", groups), 1.0),
         "gvpo/residual_var": s["residual_var"] / groups,
@@ -173,4 +188,5 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "gvpo/num_groups": s["num_groups"],
         "gvpo/num_singletons": s["num_singletons"],
         **clipped,
+        **own,
     }

@@ -90,9 +90,16 @@ def epa_objective(batch: LossBatch, options: LossOptions) -> Computed:
     return _computed(batch, *epa_loss(*batch.sequences, batch.total.groups, batch.is_weak))
 
 
+OWN_SUMS = (
+    *("num_tokens", "clipped_tokens", "num_counted"),
+    *("pairs", "pairs_ordered", "margin", "positive_share", "weight"),
+)
+"""The sums of losses that `diagnostics.finish` reads, as far as a loss has them."""
+
+
 def _computed(batch: LossBatch, value: Any, sums: dict[str, Any]) -> Computed:
     w = residuals(*batch.sequences)
-    own = {name: sums[name] for name in ("num_tokens", "clipped_tokens", "num_counted") if name in sums}
+    own = {name: sums[name] for name in OWN_SUMS if name in sums}
     return Computed(value, gvpo_sums(*batch.sequences, w, sums["objective"]) | own, w)
 
 
