@@ -7,17 +7,22 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import episodes as worlds
 import pytest
 from episodes import Guess, Policy, Scripted, prompt
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from test_environments import binary, ends, text
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT
+from gvpo_ray.environments import episode, pool
+from gvpo_ray.environments.episode import LostError, NoEnvironmentError
 from gvpo_ray.environments.host import GONE
+from gvpo_ray.environments.pool import ActorClient
 
 SAMPLING = SamplingConfig(num_completions=4, max_tokens=1000)
 
@@ -202,5 +207,67 @@ def test_an_engine_whose_episodes_wait_for_their_environments_does_not_hang(tmp_
         go.set()
         await work
         assert engine._last_token_at > 1e9  # the next calls of the model began anew
+
+    asyncio.run(main())
+
+
+class Handle:
+    """An actor's handle whose calls end as `outcome` says."""
+
+    def __init__(self, outcome: Any) -> None:
+        self._outcome = outcome
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=self._call)
+
+    async def _call(self, *args: Any) -> Any:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        if self._outcome is None:
+            await asyncio.Event().wait()
+        return self._outcome
+
+
+def test_a_dead_actor_is_lost_a_silent_one_is_killed_and_one_that_cannot_be_made_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(pool.ray, "kill", lambda actor, no_restart: killed.append((actor, no_restart)))
+
+    async def main() -> None:
+        assert await ActorClient(Handle("an answer")).call("claim", 0, limit_s=60) == "an answer"
+        for death in (ActorDiedError(), ActorUnavailableError("away", None)):
+            with pytest.raises(LostError):
+                await ActorClient(Handle(death)).call("act", limit_s=60)
+        for wrong in (
+            RayActorError(error_msg="an error raised in its creation task, ValueError: x"),
+            RayError("a bug"),
+        ):
+            with pytest.raises(NoEnvironmentError, match="environment: "):
+                await ActorClient(Handle(wrong)).call("open")
+        assert not killed
+        silent = Handle(None)
+        with pytest.raises(LostError, match=r"no answer for 0\.01 s"):
+            await ActorClient(silent).call("act", limit_s=0.01)
+        assert killed == [(silent, False)]  # and Ray starts it again
+
+    asyncio.run(main())
+
+
+def test_a_new_episode_begins_at_another_host_where_one_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(seconds: float) -> None:
+        return None
+
+    async def main() -> None:
+        made, clients = worlds.episodes(Guess, tmp_path)
+        monkeypatch.setattr(episode.asyncio, "sleep", at_once)
+        clients[0].is_dead = True
+        found = await made.of_group(await prompt(made), 4, [], [])
+        assert len(found) == 4 and all(one.client is clients[1] for one in found)
+        clients[1].is_dead = True
+        with pytest.raises(NoEnvironmentError, match="no actor begins an episode: dead"):
+            await made.of_group(await prompt(made), 1, [], [])
 
     asyncio.run(main())

@@ -604,3 +604,14 @@ def test_replayable_are_the_policys_own_completions_with_reward_token_and_log_pr
         [None] * 5,
         [3, 4, None, None, None],
     ]
+
+
+def test_of_a_completion_with_holes_the_sampled_tokens_are_counted():
+    table = groups.table([ROW])  # 3 + 2 + 4 tokens, of which the mask of the first leaves out one
+    assert (groups.num_completion_tokens(table), groups.num_sampled_tokens(table)) == (9, 8)
+    for none in ([None, None, None], None):
+        whole = groups.table([ROW | {"trained_tokens": none}])
+        assert (
+            groups.num_sampled_tokens(whole) == groups.num_sampled_tokens(groups.table([row(0), row(1)])) - 7
+        )
+    assert groups.num_sampled_tokens(table.drop_columns(["trained_tokens"])) == 9

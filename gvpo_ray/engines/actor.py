@@ -19,7 +19,7 @@ from gvpo_ray.engines.openai_engine import ServerEngine
 from gvpo_ray.engines.rollout import Episodes, Rollout, one_call
 from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.files import writing
-from gvpo_ray.groups import from_wire, num_completion_tokens, to_wire
+from gvpo_ray.groups import from_wire, num_sampled_tokens, to_wire
 
 
 class _Engine(Protocol):
@@ -83,7 +83,7 @@ class ActorMethods:
             if len(part := table.filter(pc.equal(table["group_id"], group["group_id"][0])))
         ]
         sampled, missing = await self.generate(group, sampling, min_version, seed, *own)
-        num_tokens = num_completion_tokens(sampled) - sum(map(num_completion_tokens, own))
+        num_tokens = num_sampled_tokens(sampled) - sum(map(num_sampled_tokens, own))
         refusal = self.refusals.pop(group["group_id"][0].as_py(), "")
         return to_wire(sampled), (missing, num_tokens, refusal)
 

@@ -60,14 +60,12 @@ class EnvironmentGroup:
         return Episodes(self._config, model, prompts, contract.tools, clients, contract.has_reward)
 
     async def watch(self) -> None:
-        """Note every restart of an actor."""
+        """Note every restart of an actor; what is wrong with one that cannot be reached, its callers say."""
         while True:
             for number, actor in enumerate(self.actors):
                 try:
                     pid = (await actor.status.remote())["pid"]
-                except RayError as error:
-                    if not is_death(error):
-                        raise
+                except RayError:
                     continue
                 if self._processes.setdefault(number, pid) != pid:
                     self._processes[number] = pid

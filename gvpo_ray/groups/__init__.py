@@ -37,6 +37,7 @@ from gvpo_ray.groups.table import join as join
 from gvpo_ray.groups.table import limit_of as limit_of
 from gvpo_ray.groups.table import log_columns as log_columns
 from gvpo_ray.groups.table import num_completion_tokens as num_completion_tokens
+from gvpo_ray.groups.table import num_sampled_tokens as num_sampled_tokens
 from gvpo_ray.groups.table import replayable as replayable
 from gvpo_ray.groups.table import rows as rows
 from gvpo_ray.groups.table import table as table

@@ -306,6 +306,14 @@ def num_completion_tokens(groups: pa.Table) -> int:
     return pc.sum(pc.list_value_length(pc.list_flatten(groups["completion_ids"]))).as_py() or 0
 
 
+def num_sampled_tokens(groups: pa.Table) -> int:
+    """Return the number of those tokens of all completions that a policy has sampled."""
+    if "trained_tokens" not in groups.schema.names:
+        return num_completion_tokens(groups)
+    flags = pc.list_flatten(pc.list_flatten(groups["trained_tokens"]))
+    return num_completion_tokens(groups) - len(flags) + (pc.sum(flags).as_py() or 0)
+
+
 def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
     """Return one group of a prompt with the completions of all the one-row tables `parts`, in order.
 

@@ -218,6 +218,8 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
             if pool.num or pool.max_num
         }
         wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
+        if config.environment is not None:
+            wanted["environment"] = {"CPU": config.environment.num_cpus, **config.environment.resources}
     alive = (node for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive]
     for who, resources in wanted.items():
