@@ -25,6 +25,7 @@ import yaml
 from gvpo_ray import cli
 from gvpo_ray.config.base import walk
 from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.loading import packaged_jobs
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig, verifiers_config
 
@@ -159,7 +160,8 @@ def config_of(path: str, overrides: list[str], page: Path, is_evaluation: bool =
     shown = [block.text for block in blocks_of(page) if block.title == path]
     if shown:
         return GVPOConfig.from_dict(yaml.safe_load(shown[0]), overrides)
-    return GVPOConfig.from_file(ROOT / path, overrides, is_evaluation)
+    is_name = path in packaged_jobs()
+    return GVPOConfig.from_file(path if is_name else ROOT / path, overrides, is_evaluation)
 
 
 class NotHere(Exception):
@@ -200,7 +202,7 @@ def check(words: list[str], page: Path) -> None:
             pass
         case ["./cluster/local.sh"] | ["source", "runs/cluster/env"] | ["ray", "job", "stop", _]:
             pass
-        case ["./jobs/setup.sh", "cuda"]:
+        case ["./jobs/setup.sh", "cuda"] | ["pip", "install", _]:
             raise NotHere
         case ["docker" | "kubectl" | "$EDITOR" | "export" | "ray", *arguments]:
             for word in arguments:
