@@ -97,8 +97,8 @@ def config_keys() -> Iterator[str]:
     yield (
         "A run is one YAML file, and `key=value` on the command line overrides a key of it. Unknown keys are "
         "refused with the nearest right one. This page is made from the classes that read the file; "
-        "`gvpo-ray check CONFIG` prints a file with all defaults filled in. Keys marked ↻ may change when a "
-        "run is resumed.\n"
+        "`gvpo-ray check CONFIG` prints a file with all defaults filled in. Keys marked ↻, and all keys of a "
+        "section so marked, may change when a run is resumed.\n"
     )
     yield from _section("The file", "", GVPOConfig, {})
 
@@ -115,7 +115,7 @@ def _section(title: str, prefix: str, section: Any, seen: dict[Any, str]) -> Ite
     for name, field in section.model_fields.items():
         sections = _sections(field.annotation)
         below += [(name, sections, str(field.annotation).startswith("dict"))] if sections else []
-        mark = " ↻" if is_marked(field, RESUMABLE) and not prefix else ""
+        mark = " ↻" if is_marked(field, RESUMABLE) else ""
         kind = "section" if sections else _type(field.annotation)
         meaning = " ".join((field.description or "").split())
         cells = map(_cell, (kind, _default(field), meaning))

@@ -30,11 +30,11 @@ TIERS = {
     "cluster": {"test_autoscaler", "test_cluster"},
     "end_to_end": {
         "test_backends",
-        "test_bench_gpu",
         "test_docs",
         "test_lora",
         "test_recovery",
         "test_report",
+        "test_ring_episodes",
         "test_ring",
         "test_ring_jobs",
         "test_ring_python",

@@ -13,14 +13,19 @@ import pytest
 from episodes import END, Calculator, Database, Files, Guess, Policy, Scripted, contract_of, prompt
 
 from gvpo_ray import groups
+from gvpo_ray.bench import chaos
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.data.dialogue import Call
-from gvpo_ray.environments.contract import read_contract
+from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.environments.python import Python
+from gvpo_ray.observe.episodes import episode_metrics
+from gvpo_ray.observe.metrics import find
+from gvpo_ray.observe.samples import sample_lines
 from gvpo_ray.verifiers.verifier import Verifier
 
 
@@ -358,3 +363,67 @@ def test_a_class_that_does_not_keep_the_contract_is_named() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             read(**changes)
+
+
+def test_metrics_say_what_episodes_were_like_and_how_they_ended() -> None:
+    def entry(turns: int, calls: int, errors: int, end: str) -> str:
+        counts = {"turns": turns, "tool_calls": calls, "tool_errors": errors, "end": end}
+        return json.dumps({"name": "x", **counts})
+
+    rows = [
+        {"episodes": [entry(1, 0, 0, "stop"), entry(4, 3, 1, "max_turns"), entry(4, 5, 2, "lost")]},
+        {"episodes": [entry(3, 2, 0, "length"), None]},
+        {},
+    ]
+    assert episode_metrics("episodes", rows) == {
+        "episodes/turns_mean": 3.0,
+        "episodes/tool_calls_mean": 2.5,
+        "episodes/tool_errors": 3.0,
+        "episodes/max_turns": 0.25,
+        "episodes/no_room": 0.25,
+        "episodes/lost": 0.25,
+    }
+    assert episode_metrics("episodes", [{}, {"episodes": [None]}]) == {}
+    for prefix in ("episodes", "eval/heldout"):
+        assert all(find(name)[0] is not None for name in episode_metrics(prefix, rows))
+
+
+def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
+    async def main() -> None:
+        host = Host(Python, {}, 600)
+        (opened,) = await host.open(0, {}, 1)
+        programs = (
+            "print(6 * 7)",
+            "x = 1",
+            "1 / 0",
+            "import socket; socket.create_connection(('127.0.0.1', 9))",
+        )
+        calls = [Call("python", {"code": program}) for program in programs]
+        answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        printed = [message["content"] for message in answer.messages]
+        assert printed[:2] == ["42\n", "(the program printed nothing)"] and answer.num_errors == 2
+        assert "ZeroDivisionError" in printed[2] and printed[3].startswith("Error: ")
+        assert await host.finish(opened.name, 0, {}) == (None, None)  # the other rewards decide
+
+    asyncio.run(main())
+
+
+def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
+    config, contract = contract_of(Calculator)
+    first, second, *_ = described(contract, config)
+    assert "at most 8 turns" in first and '"name": "add", "description": "Add two numbers."' in second
+    (_, world) = contract_of(Guess)
+    assert "respond answers" in next(iter(described(world, config)))
+    counts = {"turns": 3, "tool_calls": 4, "tool_errors": 1, "end": "max_turns"}
+    row = {
+        **{"prompt_ids": [1], "answer": "7", "completion_ids": [[2]], "rewards": [1.0], "reward_parts": {}},
+        **{"reward_reasons": [None], "finish_reasons": ["stop"], "episodes": [json.dumps(counts)]},
+    }
+    lines = "\n".join(sample_lines([row], str, 9))
+    assert "3 turns, 4 tool calls, 1 failed, end: max_turns" in lines
+
+
+def test_chaos_kills_environments_where_a_run_has_them() -> None:
+    assert "environment" not in {kill.kind for kill in chaos.schedule(40, 100, 0)}
+    kinds = (*chaos.KINDS, "environment")
+    assert {kill.kind for kill in chaos.schedule(8, 100, 0, kinds)} == {*kinds}

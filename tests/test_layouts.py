@@ -397,8 +397,31 @@ def test_messages_in_json_text_are_read_if_the_whole_column_is_such_and_said(tmp
     )
     found = prompts(tmp_path / "data.json")
     assert found.all()["prompt"].to_pylist() == [text, "What is [1, 2]?", "[1, 2]"] and found.layout == ""
+    assert found.notes == [
+        "row 0 is a list of messages in JSON text (1 of 3 rows are), and most rows are not: all prompts are "
+        "plain text"
+    ]
+    assert prompts(write(tmp_path, {"prompt": text, "answer": "46"})).notes == []
     for no_messages in ("[]", "[1]", "[{}]", '["a"]', '{"role": "user", "content": "a"}', "[" * 10_000):
         assert prompts(write(tmp_path, {"prompt": no_messages, "answer": "1"})).layout == ""
+
+
+@pytest.mark.parametrize("odd", ["What is 1 + 1?", "[1, 2]", '[{"role": "user", "content": "cut'])
+@pytest.mark.parametrize(("num", "is_refused"), [(1, False), (2, True), (9, True)])
+def test_a_row_that_is_no_messages_where_most_are_is_named(
+    tmp_path: Path, odd: str, num: int, is_refused: bool
+) -> None:
+    """Without that, one broken row made all others the text of their own JSON."""
+    texts = [*[json.dumps(USER)] * num, odd]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"prompt": text, "answer": "46"} for text in (*texts, "", None)]))
+    if not is_refused:
+        assert prompts(path).all()["prompt"].to_pylist() == texts
+        return
+    assert error(path) == (
+        f"prompts.path: {path}: row {num}: prompt is no list of messages, as in {num} of {num + 1} rows, "
+        "whether as a list or in JSON text"
+    )
 
 
 @pytest.mark.parametrize(

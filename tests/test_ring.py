@@ -8,12 +8,14 @@ import json
 import os
 import signal
 import uuid
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from ring import GROUPS_PER_STEP, IN_THIS_CORE, NUM_STEPS, Command, left_behind
 
 from gvpo_ray import GVPOConfig, groups
@@ -33,7 +35,7 @@ def killed_run(config_file: Path) -> dict[str, Any]:
     run_dir = config_file.parent / "run"
     mark = os.environ["GVPO_TEST_MARK"] = uuid.uuid4().hex
     try:
-        outcome = chaos.run(str(config_file), [], run_dir, num_kills=len(KILLED), seed=41)
+        outcome = chaos.run(str(config_file), [IN_THIS_CORE], run_dir, num_kills=len(KILLED), seed=41)
     finally:
         del os.environ["GVPO_TEST_MARK"]
     return {"run_dir": run_dir, "outcome": outcome, "left": left_behind(mark)}
@@ -125,25 +127,15 @@ def test_the_policy_learns(killed_run: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def at_once(config_file: Path, killed_run: dict[str, Any]) -> dict[str, Command]:
-    """What people do beside a finished run, begun together: most of each is the start of an engine, on one
-    core.
-    """
-    evaluation = [
-        "--checkpoint",
-        str(killed_run["run_dir"]),
-        "--out",
-        str(config_file.parent / "evaluation"),
-        "evaluation.num_samples=8",
-    ]
-    rollout = ["--out", str(config_file.parent / "groups.arrow"), "--groups", str(2 * GROUPS_PER_STEP)]
-    return {
-        "evaluate": Command("evaluate", str(config_file), *evaluation, IN_THIS_CORE),
-        "rollout": Command("rollout", str(config_file), *rollout, IN_THIS_CORE),
-    }
+def here(killed_run: dict[str, Any]) -> Iterator[None]:
+    """A Ray in this process for commands that run in it, one after the other, as in a notebook."""
+    handler = signal.getsignal(signal.SIGTERM)  # a command sets another one
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.usefixtures("at_once")
 def test_learning_from_the_log_gives_the_same_weights_bit_for_bit_although_ctrl_c_ended_it_once(
     config_file: Path, killed_run: dict[str, Any]
 ) -> None:
@@ -175,15 +167,16 @@ def test_a_complete_run_says_so_and_a_checkpoint_loads_as_a_hugging_face_model(
     assert r"\boxed{" in tokenizer.decode(ids[0])
 
 
-@pytest.mark.usefixtures("quiet")
 def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_its_interval(
     config_file: Path,
     killed_run: dict[str, Any],
-    at_once: dict[str, Command],
-    capsys: pytest.CaptureFixture[str],
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, command = config_file.parent / "evaluation", at_once["evaluate"]
-    assert command.wait() == 0, command.output
+    out = config_file.parent / "evaluation"
+    arguments = ["evaluate", str(config_file), "--checkpoint", str(killed_run["run_dir"]), "--out", str(out)]
+    arguments += ["evaluation.num_samples=8", IN_THIS_CORE]
+    assert main(arguments) == 0
     result = json.loads((out / "eval.json").read_text())["sets"]["test"]
     lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     own = next(line for line in reversed(lines) if "eval/test/pass@1" in line)
@@ -192,11 +185,13 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     margin = 2.5 * own["eval/test/stderr"] + 0.05
     assert abs(result["pass@1"]["value"] - own["eval/test/pass@1"]) <= margin
     assert result["num_prompts"] == 18 and pq.read_table(out / "generations.parquet").num_rows == 18 * 8
-    assert main(command.process.args[3:]) == 0
-    assert "evaluating" not in capsys.readouterr().out  # everything is there: no actor starts
+    monkeypatch.setattr("gvpo_ray.run.session.Session.__init__", lambda *_: pytest.fail("an actor starts"))
+    assert main(arguments) == 0  # everything is there
 
 
-def test_rollout_samples_and_verifies_alone(config_file: Path, at_once: dict[str, Command]) -> None:
-    assert at_once["rollout"].wait() == 0, at_once["rollout"].output
-    recorded = groups.validate(groups.load(config_file.parent / "groups.arrow"), groups.LOGGED_COLUMNS)
+def test_rollout_samples_and_verifies_alone(config_file: Path, here: None) -> None:
+    out = config_file.parent / "groups.arrow"
+    number = ["--groups", str(2 * GROUPS_PER_STEP)]
+    assert main(["rollout", str(config_file), "--out", str(out), *number, IN_THIS_CORE]) == 0
+    recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))

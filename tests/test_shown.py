@@ -238,6 +238,14 @@ def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJQbGFudCJ9.Plant001ed",
         "sk_live_Plant001edPlant001ed",
         "xapp-1-Plant001ed",
+        "glsa_Plant001edPlant001edPlant001edab_0a1b2c3d",
+        "hvs.Plant001edPlant001edPlant",
+        "dapi" + "0123456789abcdef" * 2,
+        "curl -u bob:Plant001ed https://host/x",
+        "curl -ubob:Plant001ed",
+        "curl --user 'bob:Plant001ed' --proxy-user=me:Plant002ed h",
+        "['curl', '-u', 'bob:Plant001ed']",
+        '["curl", "--user", "bob:Plant001ed"]',
         "-----BEGIN RSA PRIVATE KEY-----\nPlant001ed\nPlant002ed\n-----END RSA PRIVATE KEY-----",
         "Set-Cookie: id=Plant001ed; token=Plant002ed",
         "vllm serve m --api-key Plant001ed --port 1",
@@ -249,7 +257,35 @@ def test_reasons_hold_no_secret_whatever_raises_and_wherever_it_is_cut(
     ],
 )
 def test_a_secret_that_nobody_knows_is_masked_by_its_name_or_form_in_quotes_too(text: str) -> None:
-    assert "Plant" not in mask(text) and MASK in mask(text)
+    assert "Plant" not in mask(text) and "abcdef" not in mask(text) and MASK in mask(text)
+
+
+def test_a_user_and_a_password_in_a_list_of_arguments_are_hidden() -> None:
+    hidden = hide(["curl", "-u", "bob:Plant001ed", "--user", "1000:1000", "-u", "x.py", "h"])
+    assert hidden == ["curl", "-u", MASK, "--user", "1000:1000", "-u", "x.py", "h"]
+
+
+@pytest.mark.parametrize("most", [60, 500])
+def test_of_a_long_text_little_is_read_and_no_secret_is_shown_wherever_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    secret = "Plant001ed" * 12
+    know({"api_key": secret})
+    read: list[int] = []
+    real = shown.mask
+    monkeypatch.setattr(shown, "mask", lambda text: (read.append(len(text)), real(text))[1])
+    end = most + shown.ROOM
+    for at in (0, most - 60, most - 1, most, end - 120, end - 60, end - 1, end):
+        text = "a" * at + secret + "b" * (1 << 20)
+        assert shown.masked(text, most) == (text[:at] + MASK + "b" * most)[:most]
+    # what becomes much shorter brings the end of what is read into view
+    secrets = ("hf_" + "c" * 1000) + " "
+    for size in (0, 30, 60, 120):
+        text = secrets * (end // len(secrets)) + "a" * (end % len(secrets) - size) + secret + "b" * (1 << 20)
+        assert "Plant" not in shown.masked(text, most)
+    assert max(read) == end
+    # a short text is shown whole
+    assert shown.masked(f"key {secret}", most) == f"key {MASK}"
 
 
 def test_a_known_secret_is_masked_however_json_and_urls_write_it() -> None:

@@ -64,6 +64,7 @@ def with_holes(row: dict[str, Any]) -> dict[str, Any]:
     Of one completion they are all, some completions have none, and some groups have no such column.
     """
     kind, masks = row["group_id"] % 10, []
+    row = {**row, "completions": [f"{row['group_id']}.{i}" for i in range(len(row["rewards"]))]}
     for i, ids in enumerate(row["completion_ids"]):
         mask = [(kind + t + i) % 3 != 1 for t in range(len(ids))]
         masks.append(None if i % 4 == 3 else [False] * len(ids) if (kind, i) == (8, 1) else mask)
@@ -86,6 +87,7 @@ def four_steps(
     damped: bool = True,
     holes: bool = False,
     few: bool = False,
+    num_weak: int = 0,
     **learner: Any,
 ) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -107,6 +109,7 @@ def four_steps(
             objective=objective,
             reference=reference,
             **({"beta": beta, "damped": damped} if objective == "gvpo" else {}),
+            **({"num_weak": num_weak} if num_weak else {}),
         ),
         learner=LearnerConfig(**options),
         checkpoint=CheckpointConfig(),
@@ -198,6 +201,7 @@ ZERO |= {
 OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in OBJECTIVES if name != "gvpo"}
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
 OTHERS |= {"beta adapted": {"beta": "auto"}}
+OTHERS |= {"epa, weak": {"objective": "epa", "reference": "initial", "num_weak": 3, "holes": True}}
 OTHERS |= {"holes": {"holes": True}, "holes, cispo": {"holes": True, "objective": "cispo"}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
@@ -374,6 +378,50 @@ def test_holes_are_left_out_of_every_objective_packed_and_padded(tmp_path: Path,
             sum(num_sampled[:2]),
             sum(num_sampled[2:]),
         ]
+
+
+def test_epa_scores_completions_of_other_prompts_under_this_one(tmp_path: Path) -> None:
+    """Two steps with weak negatives, against plain autograd of the softmax over each group's candidates."""
+    model, first = two_models(tmp_path / "plain")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    num_weak = []
+    for step in (1, 2):
+        rows = [with_holes(row) for row in batch(step) if row["group_id"] % 10 in FEW]
+        trained = [groups.trainable(row) for row in rows]
+        for part in (trained[:2], trained[2:]):
+            losses = []
+            for row in groups.with_weak_negatives(part, 2, 0, 128):
+                own, start = (
+                    torch.stack([logprobs_of(row, i, which).sum() for i in range(len(row["sources"]))])
+                    for which in (model, first)
+                )
+                r = BETA * (own - start.detach())
+                weak = [source.startswith("weak:") for source in row["sources"]]
+                best = max(x for x, is_weak in zip(row["rewards"], weak, strict=True) if not is_weak)
+                positive = [
+                    x == best and not is_weak for x, is_weak in zip(row["rewards"], weak, strict=True)
+                ]
+                others = [i for i, is_positive in enumerate(positive) if not is_positive]
+                choices = [torch.stack([r[i], *r[others]]) for i, is_it in enumerate(positive) if is_it]
+                losses.append(torch.stack([-torch.log_softmax(x, 0)[0] for x in choices]).mean())
+                num_weak.append(sum(weak))
+            optimizer.zero_grad()
+            (torch.stack(losses).sum() / 2).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    assert num_weak == [1] * 8  # the other group of a mini-batch has one to give
+    want = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    for tokens in (LONG, 30):
+        got = four_steps(
+            tmp_path / str(tokens),
+            "epa",
+            reference="initial",
+            holes=True,
+            few=True,
+            num_weak=2,
+            micro_batch_tokens=tokens,
+        )
+        assert difference(got["weights"], want) < 1e-9
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import errno
 import functools
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,10 +21,12 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
+from gvpo_ray.engines import actor as actor_module
 from gvpo_ray.engines import base, dispatcher, fake_engine, pools, slots, supervisor
 from gvpo_ray.engines.actor import ActorMethods
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.files import DiskFull
 from gvpo_ray.observe.status import EngineState
 from gvpo_ray.weights.transfer import WeightMismatch
 
@@ -240,9 +244,46 @@ def test_weights_that_no_engine_can_take_stop_the_run_after_a_few_and_wrong_ones
         assert len(fleet.handles) == num_made
 
     run(main(RuntimeError("no such layer"), supervisor.MAX_FAILURES))
-    run(main(OSError(errno.ENOSPC, "no room"), supervisor.MAX_FAILURES))
+    run(main(OSError(errno.EIO, "no answer"), supervisor.MAX_FAILURES))
+    run(main(DiskFull(errno.ENOSPC, "no room for /tmp on the file system at / (0 of 9 MiB are free)"), 1))
     run(main(WeightMismatch("version 1: they differ"), 1))
     run(main(ValueError("a mistake of the code"), 1))
+
+
+def test_a_full_disk_of_one_node_costs_its_engine_and_that_of_all_nodes_ends_the_run_with_its_name(
+    run: Callable[..., Any],
+) -> None:
+    full = DiskFull(errno.ENOSPC, "no room for /tmp/w on the file system at /tmp (0 of 9 MiB are free)")
+
+    async def main(num_full: int) -> None:
+        def make(number: int) -> Actor:
+            actor = Failing(number)
+            actor.error = full if number < num_full else None
+            return actor
+
+        fleet = Fleet({"num": 2}, make)
+        async with running(fleet):
+            fleet.publish(1)
+            await asyncio.sleep(10)
+            assert fleet.states() == [EngineState.RUNNING] * 2
+
+    run(main(1))
+    with pytest.raises(ExceptionGroup) as raised:
+        run(main(99))
+    assert cause_of(raised.value) == f"UpdateFailed: version 1: DiskFull: {full}"
+
+
+def test_an_engine_names_the_file_system_that_has_no_room_for_new_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def update(*_: Any) -> dict[str, float]:
+        raise OSError("1048576 requested and 4096 written")  # as numpy says it
+
+    monkeypatch.setattr(actor_module.Engine, "update", update)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine = object.__new__(actor_module._EngineActor)
+    with pytest.raises(DiskFull, match=f"no room for {tmp_path} on the file system at .*same command again"):
+        asyncio.run(engine.update(1, {}))
 
 
 @pytest.mark.parametrize("num", [2, 5])

@@ -292,6 +292,54 @@ def test_vllm_holds_the_same_bits_after_deltas_as_after_the_whole(running: Runni
     running.run(run())
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_follows_new_weights_is_the_new_policys_unless_keys_and_values_are_kept(
+    running: Running, keeps: bool
+) -> None:
+    engine, new = running.engine, copy.deepcopy(running.model)
+    for tensor in new.state_dict().values():
+        tensor.add_(0.1 * tensor.std() * torch.randn_like(tensor))
+    pool = engine._pool
+    engine._pool = pool.model_copy(update={"keep_kv": keeps})
+
+    async def run(version: int) -> dict[str, Any]:
+        before = (await engine.status())["num_tokens"]
+        work = asyncio.ensure_future(engine.generate(prompt(), sampling(6, 400)))
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_tokens"] > before + 6 * 60)
+
+        await until(has_begun)
+        await engine.update(version, publisher().publish(version, new.state_dict().items()))
+        row = row_of((await work)[0])
+        await engine.update(version + 1, publisher().publish(version + 1, running.model.state_dict().items()))
+        # a prompt is read with the weights of now, whatever older ones have left in the cache
+        running.check(row_of((await engine.generate(prompt(), sampling(2, 20)))[0]), 20)
+        return row
+
+    row = running.run(run(10 + 2 * keeps))
+    engine._pool = pool
+    num_mixed = 0
+    for ids, got in zip(row["completion_ids"], row["sampling_logprobs"], strict=True):
+        of_old, of_new = ((torch.tensor(got) - logprobs(model, ids)).abs() for model in (running.model, new))
+        begin = next((i for i, difference in enumerate(of_old) if difference > 1e-3), len(ids))
+        if len(ids) - begin < 20:
+            continue
+        num_mixed += 1
+        if keeps:
+            assert of_new[begin:].mean() > 1e-2
+        else:
+            assert of_new[begin:].max() < 1e-3
+    assert num_mixed > 0
+
+
+def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """The log-probs of a completion of PROMPT_IDS under a model of transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT_IDS + ids])).logits[0, len(PROMPT_IDS) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
 def publisher() -> Any:
     from gvpo_ray.weights.transfer import ObjectPublisher
 

@@ -41,9 +41,10 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> None:
         time.sleep(0.2)
 
 
-def controller() -> list[psutil.Process]:
+def of(title: str) -> list[psutil.Process]:
+    """Ray's processes of a class of actors."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if " ".join(child.cmdline()).startswith("ray::TrainController")]
+    return [child for child in children if " ".join(child.cmdline()).startswith(f"ray::{title}")]
 
 
 def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_removed(
@@ -55,9 +56,10 @@ def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_re
     )
     theirs = placement_group([{"CPU": config.learner.num_cpus}])  # just like a worker's
     ray.get(theirs.ready())
-    end = tmp_path / "end"
+    began, end = tmp_path / "began", tmp_path / "end"
 
     def wait_for_the_end(settings: dict[str, Any]) -> None:
+        began.touch()
         while not end.exists():
             time.sleep(0.2)
 
@@ -69,7 +71,9 @@ def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_re
     until(learners.has_places)
     (ours,) = learners._places()
     assert ours != theirs.id.hex()
-    (process,) = controller()
+    until(began.exists)
+    assert not of("PreemptionWatcher")  # nobody drains a node of this Ray
+    (process,) = of("TrainController")
     process.kill()
     until(lambda: learners.has_places() and ours not in learners._places())  # those of the next controller
     table = placement_group_table()

@@ -34,13 +34,15 @@ TITLES = {
     "engine": "ray::_EngineActor",
     "engine core": "VLLM::EngineCore",
     "verifier": "ray::_VerifierActor",
+    "environment": "ray::_EnvironmentActor",
     "buffer": "ray::_BufferActor",
     "learner worker": "ray::RayTrainWorker",
     "learner controller": "ray::TrainController",
 }
 """Beginning of the process title of each kind; the driver is the command itself."""
 
-KINDS = (*TITLES, "driver")
+KINDS = (*(kind for kind in TITLES if kind != "environment"), "driver")
+"""Kinds of processes that every run has; one with a section `environment` also has its actors."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Kill:
     """One planned kill, and what became of it. Times are in seconds since the epoch."""
 
     kind: str
-    """Kind of process, of KINDS."""
+    """Kind of process, of KINDS, or "environment"."""
     step: int
     """Steps trained when the kill is due."""
     part: float
@@ -77,7 +79,7 @@ class Outcome:
     """One line per thing that went wrong."""
 
 
-def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
+def schedule(num_kills: int, num_steps: int, seed: int, kinds_of_run: Sequence[str] = KINDS) -> list[Kill]:
     """Plan kills: the kinds in turn, each round in a new order, at random steps.
 
     No kill falls into the last tenth of the run, so that there is something left to recover for.
@@ -85,7 +87,7 @@ def schedule(num_kills: int, num_steps: int, seed: int) -> list[Kill]:
     rng = random.Random(seed)
     kinds: list[str] = []
     while len(kinds) < num_kills:
-        kinds += rng.sample(KINDS, len(KINDS))
+        kinds += rng.sample(kinds_of_run, len(kinds_of_run))
     last = max(1, round(0.9 * num_steps))
     # One kill per stretch of the run, so that they do not all hit the same start.
     steps = [round((i + rng.random()) * last / num_kills) for i in range(num_kills)]
@@ -157,7 +159,8 @@ def run(
         say: gets lines about steps, kills and recoveries.
     """
     config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={run_dir}"])
-    kills, rng = schedule(num_kills, config.num_steps, seed), random.Random(seed + 1)
+    kinds = KINDS if config.environment is None else (*KINDS, "environment")
+    kills, rng = schedule(num_kills, config.num_steps, seed, kinds), random.Random(seed + 1)
     lines: list[str] = []
     steps: list[tuple[float, int]] = [(time.time(), 0)]
 

@@ -264,7 +264,8 @@ class LearnerBufferClient:
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         """Report new weights and a step's metrics; see GroupBuffer.published."""
-        self._published = (version, weights, metrics)
+        if weights is not None:
+            self._published = (version, weights, metrics)
         self._call("published", version, weights, metrics)
 
     def saved(self, step: int) -> None:

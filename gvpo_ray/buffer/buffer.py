@@ -237,13 +237,15 @@ class GroupBuffer(LearnerControl):
 
         Args:
             version: the step that made these weights.
-            weights: where the weights are, for the engines.
+            weights: where the weights are, for the engines. None: they are on their way, and a second call
+                says where; until then this is no new version for groups and engines.
             metrics: the step's metrics, for the driver.
         """
         async with self._new_version:
-            self.version = max(self.version, version)
             self._learner_version = version
-            self._weights = (version, weights)
+            if weights is not None:
+                self.version = max(self.version, version)
+                self._weights = (version, weights)
             if metrics is not None:
                 self._metrics[version] = metrics
                 append_line(self.log.folder / STEPS, {"step": version, "metrics": metrics})
@@ -253,9 +255,10 @@ class GroupBuffer(LearnerControl):
             self._learner_from = version
         elif version > self._learner_from:
             self._learner_deaths = 0
-        if self._turns is not None:
+        if self._turns is not None and weights is not None:
             await self._turns.give()
-        self.set_learner_state(LearnerState.PUBLISHED, f"version {version}")
+        if not self.learner_is_beyond(version):
+            self.set_learner_state(LearnerState.PUBLISHED, f"version {version}")
         if self._history is not None:
             self._history.forget(self.version)
 

@@ -72,6 +72,13 @@ class LearnerControl:
             self._learner_state, self._learner_detail, self._learner_waits_for = state, detail, waits_for
             self._learner_since = time.time()
 
+    def learner_is_beyond(self, version: int) -> bool:
+        """Return whether the learner is at the step after `version`, whose weights may come meanwhile."""
+        following = f"step {version + 1}"
+        return self._learner_waits_for == version + 1 or (
+            self._learner_state is LearnerState.TRAINS and self._learner_detail == following
+        )
+
     async def learner_started(self, step: int) -> None:
         """Record that the learner is up with the weights of `step`, for the first time or after a failure.
 

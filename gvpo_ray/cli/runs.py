@@ -149,15 +149,18 @@ def check(
     from rich.console import Console
 
     from gvpo_ray.config.data import NO_PROMPTS
+    from gvpo_ray.config.memory import memory_plan
     from gvpo_ray.config.plan import cluster_address
     from gvpo_ray.config.shown import visible
     from gvpo_ray.observe.console import plan_table
     from gvpo_ray.observe.trackers import check_trackers
     from gvpo_ray.run.inputs import check_paths, machine_resources
-    from gvpo_ray.run.machine import check_machine
+    from gvpo_ray.run.machine import check_machine, gpu_gb_here
 
     print(visible(read.dump(with_secrets=False)))
     Console(highlight=False).print(plan_table(read))
+    for line, _ in memory_plan(read, gpu_gb_here(read)):
+        print(visible(line))
     for note in check_paths(read):
         print(visible(note))
     if cluster_address(read.ray) is None:

@@ -94,6 +94,12 @@ class PoolConfig(Section):
     enforce_eager: bool | None = None
     """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU. Default:
     without them on a CPU, with them on a GPU."""
+    keep_kv: bool = False
+    """Keep the keys and values of completions in flight when new weights come, in place of reading all their
+    tokens again. What is sampled next is then of neither version: the new weights look at what the old ones
+    saw. The recorded log-probs are of exactly that sampler, so they stay right as `behaviour` reference and
+    in importance weights. But the learner's own log-probs of these tokens differ from them even before it has
+    learned anything. Prompts of new groups are always read with the new weights."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)
@@ -153,7 +159,8 @@ class EnginesConfig(PoolConfig):
     """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
     0: only the first."""
     start_s: float = Field(default=1800.0, gt=0)
-    """Seconds that an engine may take to load its model, once it has its place; then it is replaced."""
+    """Seconds that an engine may take to load its model, once it has its place; then it is replaced. That
+    includes the download from a hub: where that takes longer, raise this or download the model first."""
     hang_s: float = Field(default=300.0, gt=0)
     """Seconds after which a running engine is replaced that writes no token although it has groups in flight,
     that has not taken new weights, or that does not answer; and seconds that a drain may last beyond

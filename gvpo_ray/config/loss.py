@@ -84,6 +84,11 @@ class LossOptions(Section):
         return False
 
     @property
+    def num_weak_negatives(self) -> int:
+        """Most completions of other prompts that join a group in an update."""
+        return 0
+
+    @property
     def start_beta(self) -> float:
         """The beta of the first step."""
         return START_BETA
@@ -344,6 +349,14 @@ class EpaLoss(_WithBeta):
     objective: Literal["epa"] = "epa"
     reference: str = "initial"
     """Policy that is the reference, as for the other objectives; `initial` is that of preferences."""
+    num_weak: int = Field(default=0, ge=0)
+    """Weak negatives of a group: completions of other prompts of the same update, scored under this one. The
+    paper mixes them with strong ones; each costs as much as a completion of the group's own."""
+
+    @property
+    def num_weak_negatives(self) -> int:
+        """Most completions of other prompts that join a group in an update."""
+        return self.num_weak
 
 
 class SftLoss(LossOptions):

@@ -53,6 +53,8 @@ def _words(name: object) -> str:
 
 _known: set[str] = set()
 _pattern: re.Pattern[str] | None = None
+_longest = 1 << 12
+"""Characters of the longest secret, and no fewer than a private key has."""
 
 
 def know(data: Any) -> None:
@@ -60,7 +62,7 @@ def know(data: Any) -> None:
 
     Each process remembers for itself. Those of its environment (HF_TOKEN, WANDB_API_KEY) come along.
     """
-    global _pattern
+    global _pattern, _longest
     _known.update(_values(data.model_dump() if isinstance(data, BaseModel) else data))
     # not paths, such as SSH_AUTH_SOCK's and PWD's, nor words such as `token` in RAY_AUTH_MODE
     environment = {name: text for name, text in os.environ.items() if text[:1] != "/" and len(text) >= 8}
@@ -69,6 +71,7 @@ def know(data: Any) -> None:
     texts = sorted({form for text in _known for form in _forms(text)}, key=len, reverse=True)
     parts = [re.escape(text) if len(text) >= 8 else rf"(?<!\w){re.escape(text)}(?!\w)" for text in texts]
     _pattern = re.compile("|".join(parts)) if parts else None
+    _longest = max(_longest, *map(len, texts[:1]), 0)
 
 
 def _forms(text: str) -> Iterable[str]:
@@ -100,6 +103,8 @@ def _named(data: Iterable[Any], name: object) -> Iterator[tuple[object, Any]]:
     before: Any = ""
     for value in data:
         is_of_flag = re.fullmatch(r"--?[A-Za-z][\w-]*", str(before)) and str(value)[:1] != "-"
+        if is_of_flag and USER.fullmatch(f"{before} {value}"):
+            before = "credentials"
         yield before if is_of_flag else name, value
         before = value
 
@@ -148,13 +153,21 @@ FLAG = re.compile(
 TOKENS = re.compile(
     r"\b(?:(?:hf_|gsk_|gh[pousr]_|github_pat_)\w{16,}|(?:r8_|npm_)[A-Za-z0-9]{30,}"
     r"|(?:sk-|(?:sk|rk)_(?:live|test)_|gl(?:pat|rt|dt|ptt|cbt|soat)-|AIza|GOCSPX-|ya29\.|nvapi-|xai-|pplx-"
-    r"|dckr_pat_|tgp_v1_|lsv2_[ps][tk]_|dop_v1_|pypi-AgE)[\w-]{16,}|(?:xox[a-z]|xapp)-[\w-]{10,}"
+    r"|dckr_pat_|tgp_v1_|lsv2_[ps][tk]_|dop_v1_|pypi-AgE|gl(?:sa|c)_|lin_api_|ntn_|sntry[su]_|shp(?:at|ss|ca)_"
+    r"|sbp_|figd_|fw_|hv[sbr]\.|tvly-|csk-|pul-|PMAK-)[\w-]{16,}|dapi[0-9a-f]{32}|(?:xox[a-z]|xapp)-[\w-]{10,}"
     r"|A[KS]IA[A-Z0-9]{16}\b|SG\.[\w-]{16,}\.[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
     r"|(?i:(?<=\bbearer ))(?=\S*\d)[\w.~+/=-]{8,}|(?i:(?<=\bcookie: ))[\w-]+=[^\r\n\"']+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 """Secrets that show by their form: keys of Hugging Face, OpenAI and their like, Google, NVIDIA, GitHub,
-GitLab, Slack, AWS, Stripe and others, JSON web tokens, bearer tokens, cookies and private keys."""
+GitLab, Grafana, Slack, AWS, Stripe, Databricks, Vault and others, JSON web tokens, bearer tokens, cookies and
+private keys."""
+
+USER = re.compile(
+    r"(?P<before>(?<![\w-])(?:-[uU]\s?|--(?:proxy-)?user(?=[=\s\\\"']))(?:=|\\?[\"']?,?\s*)\\?[\"']?)"
+    r"(?P<value>(?!\d+:\d+(?!\S))[^\s\"':/\\]+:(?!//)[^\s\"'\\]+)"
+)
+"""User and password of a command line, as in curl -u bob:abc; two numbers are ids of a user and a group."""
 
 
 def _assigned(text: str) -> Iterator[tuple[int, int]]:
@@ -166,6 +179,8 @@ def _assigned(text: str) -> Iterator[tuple[int, int]]:
         # `key=` and `token:` alone may be anything outside a URL
         if SECRETS.search(_words(found["name"])):
             yield found.span("value")
+    for found in USER.finditer(text):
+        yield found.span("value")
     for found in FLAG.finditer(text):
         name, value = found["name"], found["value"]
         if _is_surely_secret(name) or (is_secret(name) and _is_distinct(value, name)):
@@ -183,6 +198,22 @@ def mask(text: str) -> str:
             masked += text[done:begin] + MASK
         done = max(done, end)
     return masked + text[done:]
+
+
+ROOM = 1 << 16
+"""Characters that `masked` reads beyond those that it shows, for secrets that become shorter."""
+
+
+def masked(text: str, most: int) -> str:
+    """Return the first `most` characters of a text without secrets.
+
+    Of a long text no more is read than is needed, so that the time does not grow with its length. A secret
+    that the end of what is read cuts in half is not known for one: the last characters, as many as a secret
+    may have, are never shown.
+    """
+    part = text[: most + ROOM]
+    shown = mask(part)
+    return shown[:most] if len(part) == len(text) else shown[: min(most, max(0, len(shown) - _longest))]
 
 
 def hide(data: Any, name: object = "") -> Any:

@@ -274,7 +274,7 @@ class FamilyDialogue(Dialogue):
         )
         if found is None or found.token_ids[: len(there)] != there:
             return None
-        return found.token_ids[len(there) :]
+        return [*found.token_ids[len(there) :]]
 
     def turn(self, before: Sequence[int], turn: Sequence[int]) -> Turn:
         """Read what the model has written, as the family's parser does."""

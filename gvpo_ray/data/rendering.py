@@ -208,7 +208,7 @@ class TextRenderer:
                 messages,
                 add_generation_prompt=True,
                 tokenize=False,
-                **({"tools": tools} if tools else {}),
+                tools=tools or None,  # type: ignore[arg-type]
                 **{"strftime_now": fixed_time, **self._arguments},
             )
         # what a program of a model's folder may raise: Jinja's errors and those of its expressions

@@ -20,7 +20,7 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.config.shown import know, mask
+from gvpo_ray.config.shown import know, mask, masked
 from gvpo_ray.data.rendering import chat_of, completion_renderer
 from gvpo_ray.engines.base import BaseEngine, InFlight, Work
 
@@ -359,4 +359,4 @@ def _message(error: openai.APIStatusError) -> str:
 
 
 def _one_line(text: Any) -> str:
-    return _without_surrogates(" ".join(mask(str(text)).split())[:300])
+    return _without_surrogates(" ".join(masked(str(text), 3000).split())[:300])

@@ -387,7 +387,7 @@ class RolloutEngine(BaseEngine):
         names = [*groups.COMPLETION_COLUMNS]
         if self._rollout is not one_call:
             names.append("trained_tokens")
-        columns = {name: [[row[name] for row in rows]] for name in names}
+        columns: dict[str, Any] = {name: [[row[name] for row in rows]] for name in names}
         if isinstance(self._rollout, Episodes):
             columns |= self._rollout.table_columns(rows)
         return groups.with_columns(running.group, **columns)

@@ -32,6 +32,7 @@ from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.engines.turns import Sleepers, Turns
+from gvpo_ray.files import DiskFull
 from gvpo_ray.observe.status import EngineState
 
 Weights = Callable[[int], Awaitable[tuple[int, Any] | None]]
@@ -44,7 +45,8 @@ Waits = Callable[[], Awaitable[dict[str, float] | None]]
 MAX_FAILURES = 3
 """Number of failures in a row of one slot's engines after which the run stops, if all others fail as well: a
 start, while no engine of the pool has ever started; or an update or a prompt, while no engine of ours has
-taken newer weights or returned a completion. Config, weights or prompts are wrong then, and not an engine."""
+taken newer weights or returned a completion. Config, weights or prompts are wrong then, and not an engine.
+A disk that is full does not empty by itself: one failure of each engine is enough then."""
 
 NODE_CHECK_S = 0.5
 """Seconds between two looks at the nodes that Ray will remove."""
@@ -156,10 +158,11 @@ class Supervisor:
         A process or node that is lost, or leaves, says nothing of the others, and a server's silence may
         pass.
         """
+        tries = 1 if _is_full_disk(cause) else MAX_FAILURES
         if was_starting:
             slot.failed_starts += 1
             of_pool = [other for other in self._slots if other.pool == slot.pool]
-            return slot.pool not in self._has_started and _all_fail(slot, of_pool, "failed_starts")
+            return slot.pool not in self._has_started and _all_fail(slot, of_pool, "failed_starts", tries)
         slot.failed_starts = 0
         if isinstance(cause, (Draining, RayError)) or not slot.is_ours:
             return False
@@ -170,7 +173,7 @@ class Supervisor:
             for other in ours:
                 other.failures = 0
         slot.failures += 1
-        return _all_fail(slot, ours, "failures")
+        return _all_fail(slot, ours, "failures", tries)
 
     def _clear(self, slot: Slot) -> None:
         """Kill the slot's engine, if there is one."""
@@ -414,7 +417,13 @@ def _is_its_own(error: RayError) -> bool:
     return may_be and not is_death(error) and not isinstance(cause, GvpoError)
 
 
-def _all_fail(slot: Slot, fellows: Sequence[Slot], count: str) -> bool:
-    """Return whether a slot has failed MAX_FAILURES times, and each of its fellows that has a place once."""
+def _is_full_disk(cause: BaseException) -> bool:
+    """Return whether a failure, or what a failed update failed of, is a full disk."""
+    failed = cause.__cause__ if isinstance(cause, UpdateFailed) else cause
+    return failed is not None and isinstance(innermost(failed), DiskFull)
+
+
+def _all_fail(slot: Slot, fellows: Sequence[Slot], count: str, tries: int) -> bool:
+    """Return whether a slot has failed `tries` times, and each of its fellows that has a place once."""
     here = (each for each in fellows if each.state not in (EngineState.OFF, EngineState.WANTED))
-    return getattr(slot, count) >= MAX_FAILURES and all(getattr(each, count) for each in here)
+    return getattr(slot, count) >= tries and all(getattr(each, count) for each in here)

@@ -184,7 +184,9 @@ class Engine(RolloutEngine):
         from vllm.inputs import tokens_input
 
         final = None
-        async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id=request_id):
+        # with keep_kv the cache still holds prefixes that older weights have read
+        prompt = tokens_input(prompt_ids, cache_salt=str(self.version) if self._pool.keep_kv else None)
+        async for output in self._llm.generate(prompt, params, request_id=request_id):
             final = output
         return final
 
@@ -279,7 +281,8 @@ class Engine(RolloutEngine):
         self._is_updating, self._last_token_at = True, time.time()
         # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is
         # never stale and what follows the swap is exactly the new policy given the tokens so far.
-        await self._unless_dead(self._llm.pause_generation(mode="keep", clear_cache=True))
+        clear = not self._pool.keep_kv
+        await self._unless_dead(self._llm.pause_generation(mode="keep", clear_cache=clear))
         await self._unless_dead(self._llm.start_weight_update())
 
     async def receive(self, update_info: dict[str, Any]) -> None:
@@ -369,12 +372,12 @@ class Engine(RolloutEngine):
     async def close(self) -> None:
         """End vLLM's core process."""
         await super().close()
+        if self._node_copy is not None:  # first: vLLM may take longer to end than this process has
+            self._node_copy.close()
         if self._llm is not None:
             self._watcher.cancel()
             self._llm.shutdown()
             self._llm = None
-        if self._node_copy is not None:
-            self._node_copy.close()
 
 
 def _fetcher() -> Callable[[Sequence[Any]], list[Any]]:

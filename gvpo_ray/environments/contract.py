@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +82,15 @@ def read_contract(config: EnvironmentConfig, verifiers: VerifiersConfig | None =
     if verifiers is not None and not contract.has_reward and [*verifiers.rewards] == [ENVIRONMENT]:
         raise ConfigError(f"verifiers.rewards: {cls.__name__} has no get_reward: name a reward function")
     return contract
+
+
+def described(contract: Contract, config: EnvironmentConfig) -> Iterator[str]:
+    """Yield lines about an environment for a person: its tools' schemas, and what it does beside them."""
+    reward = "get_reward is the reward environment" if contract.has_reward else "it gives no reward"
+    says = "respond answers turns without tool calls" if contract.responds else "a turn without calls ends"
+    yield f"environment.name: {config.name}: at most {config.max_turns} turns; {says}; {reward}"
+    for tool in contract.tools:
+        yield f"environment.name: tool {json.dumps(tool['function'], ensure_ascii=False)}"
 
 
 def _schema(cls: type, name: str) -> dict[str, Any]:

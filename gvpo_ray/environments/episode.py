@@ -13,7 +13,7 @@ import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -89,7 +89,7 @@ class Episode:
     """How it has ended: "stop" (the policy or the environment), "max_turns", "length" (no room), "renderer"
     (the family's conversations cannot go on) or "lost" (no reward, with a reason); "": it has not."""
     reward: float | None = None
-    reason: str | None = field(default=None)
+    reason: str | None = None
 
     @property
     def is_lost(self) -> bool:
@@ -100,7 +100,7 @@ class Episode:
         """Make the completion; return its tokens."""
         ids = self.dialogue.opening(self.row, self.opened.said)
         if self.opened.reason is not None:
-            self._is_lost(self.opened.reason)
+            self._lose(self.opened.reason)
             return ids
         while not self.end:
             before = [*prompt_ids, *ids]
@@ -128,7 +128,7 @@ class Episode:
             answer = Answer(reason=GONE)
         self.num_errors += answer.num_errors
         if answer.reason is not None:
-            self._is_lost(answer.reason)
+            self._lose(answer.reason)
         elif answer.is_over:
             self.end = "stop"
         elif self.num_turns >= self.config.max_turns:
@@ -142,20 +142,20 @@ class Episode:
 
     async def _finish(self, progress: Progress) -> None:
         if not self.num_turns:
-            self._is_lost(NO_ROOM)
+            self._lose(NO_ROOM)
             return
         try:
             self.reward, self.reason = await self._host(
                 "finish", progress.so_far(), limit_s=self.config.timeout_s + MARGIN_S
             )
         except LostError:
-            self._is_lost(GONE)
+            self._lose(GONE)
 
     async def _host(self, method: str, *args: Any, limit_s: float) -> Any:
         assert self.client is not None
         return await self.client.call(method, self.opened.name, self.opened.lease, *args, limit_s=limit_s)
 
-    def _is_lost(self, reason: str) -> None:
+    def _lose(self, reason: str) -> None:
         self.end, self.reason = "lost", reason
 
     def columns(self) -> dict[str, Any]:
@@ -191,14 +191,14 @@ class Episodes:
     ) -> None:
         self._config, self._model, self._prompts, self._tools = config, model, prompts, tools
         self._clients, self.has_reward = clients, has_reward
-        self._dialogue: Dialogue | None = None
+        self._loading: asyncio.Future[Dialogue] | None = None
         self._next = random.randrange(len(clients))
 
     async def dialogue(self) -> Dialogue:
         """Return the model's dialogue."""
-        if self._dialogue is None:
-            self._dialogue = await asyncio.to_thread(self._load)
-        return self._dialogue
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        return await asyncio.shield(self._loading)
 
     async def stop_token_ids(self) -> Sequence[int]:
         """Return tokens that end a turn of this family, beside those that engines know."""
@@ -304,7 +304,7 @@ class Episodes:
         return columns
 
 
-MAX_TRIES = 10
+MAX_TRIES = 30
 """Tries to begin an episode, each at another host, before the run stops."""
 
 

@@ -16,8 +16,12 @@ from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.environments.contract import Contract, pickled_by_value
-from gvpo_ray.environments.episode import Episodes, LostError
+from gvpo_ray.environments.episode import Episodes, LostError, NoEnvironmentError
 from gvpo_ray.environments.host import Host
+
+
+class _EnvironmentActor(Host):
+    pass
 
 
 class EnvironmentGroup:
@@ -33,8 +37,8 @@ class EnvironmentGroup:
         pickled_by_value(contract.cls)
         self._config, self._contract, self._note = config, contract, note
         self._processes: dict[int, int] = {}
-        self.actors = [
-            ray.remote(Host)
+        self.actors: list[Any] = [
+            ray.remote(_EnvironmentActor)
             .options(
                 name=actor_name(f"environment-{number}"),
                 num_cpus=config.num_cpus,
@@ -96,6 +100,7 @@ class ActorClient:
 
         Raises:
             LostError: the actor is gone, or was killed here.
+            NoEnvironmentError: the actor cannot be made, or its code is wrong.
         """
         try:
             async with asyncio.timeout(limit_s) as limit:
@@ -107,5 +112,5 @@ class ActorClient:
             raise LostError(f"an environment actor gave no answer for {limit_s:g} s") from error
         except RayError as error:
             if not is_death(error) or "creation task" in str(innermost(error)):
-                raise
+                raise NoEnvironmentError(f"environment: {cause_of(error)}") from error
             raise LostError(cause_of(error)) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import hide
 from gvpo_ray.files import lock, replacing, write_whole
 from gvpo_ray.groups import Row
+from gvpo_ray.observe.episodes import episodes_of
 from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
 
 Number = dict[str, float]
@@ -222,6 +223,17 @@ def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any
             key: metrics[f"eval/{name}/{key}"]
             for key in ("extracted", "length_mean", "truncated", "unverifiable")
         },
+        **_of_episodes(rows, number),
+    }
+
+
+def _of_episodes(rows: Sequence[Row], number: Callable[[Sequence[float]], Number]) -> dict[str, Number]:
+    """Return turns and failed tool calls per episode, as means over prompts; none of plain completions."""
+    by_prompt = [found for row in rows if (found := episodes_of([row]))]
+    return {
+        name: number([mean([one[key] for one in found]) for found in by_prompt])
+        for name, key in (("turns", "turns"), ("tool_errors", "tool_errors"))
+        if by_prompt
     }
 
 

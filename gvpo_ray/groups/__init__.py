@@ -43,3 +43,5 @@ from gvpo_ray.groups.table import table as table
 from gvpo_ray.groups.table import take as take
 from gvpo_ray.groups.table import validate as validate
 from gvpo_ray.groups.table import with_columns as with_columns
+from gvpo_ray.groups.weak import WEAK as WEAK
+from gvpo_ray.groups.weak import with_weak_negatives as with_weak_negatives

@@ -83,7 +83,7 @@ class _Pass:
     """A pass that is being filled: its size, and the completions of each of its groups."""
 
     def __init__(self) -> None:
-        self.num = self.width = self.size = 0
+        self.num, self.width, self.size = 0, 0, 0
         self.parts: dict[int, list[int]] = {}
 
     def size_with(self, num: int, width: int) -> int:
@@ -181,16 +181,17 @@ class _Spread:
             for rank in self.ranks
         )
         passes = zip(*(own.passes for own in filled), strict=True)
-        longest = sum(max(one.size for one in together) for together in passes)
+        longest: int = sum(max(one.size for one in together) for together in passes)
         return before + longest + EXCESS * sum(own.excess for own in filled)
 
     def _awaited(self, rank: int) -> int:
         """Return the tokens for which the other ranks wait for this one."""
         others = [own.passes for i, own in enumerate(self.filled) if i != rank]
-        return self.filled[rank].excess * EXCESS + sum(
+        waits: int = sum(
             max(0, mine.size - max(other.size for other in together))
             for mine, *together in zip(self.filled[rank].passes, *others, strict=True)
         )
+        return self.filled[rank].excess * EXCESS + waits
 
     def improve(self) -> None:
         """Swap groups of two ranks while that makes the time shorter, those of awaited ranks first."""

@@ -14,7 +14,8 @@ gets it (m = 2), and the room that fills each column:
     completions         ["\boxed{7}", "\boxed{8}"]       engines   (text, special tokens removed)
     completion_ids      [[4, 7, 1], [4, 8, 1]]           engines   (end-of-sequence token included)
     finish_reasons      ["stop", "stop"]                 engines   ("stop" | "length")
-    sources             ["policy", "policy"]             engines   ("policy" | "replay" | "offline:<name>")
+    sources             ["policy", "policy"]             engines   ("policy" | "replay" | "offline:<name>"; in
+                                                                    the learner also "weak:<group_id>")
     version_min         [3, 3]                           engines   (oldest weights that sampled a token; null:
                                                                     not sampled by this run's engines)
     version_max         [3, 4]                           engines   (newest weights that sampled a token)

@@ -2,16 +2,19 @@
 
     while the buffer commands it: batch(step) → train_step → publish → now and then a checkpoint
 
+Weights that go through Ray's object store are sent by a thread while the next step trains.
+
 Its result is a pure function of the initial weights and the ordered log of groups. The loop waits for the
 buffer's answers; the algorithm is step.train_step.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
@@ -20,9 +23,12 @@ from gvpo_ray import groups
 from gvpo_ray.buffer.states import Command
 from gvpo_ray.files import writing
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.behind import Behind
 from gvpo_ray.learner.checkpoints import prune_checkpoints
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
+
+Answer = TypeVar("Answer")
 
 NUM_PROBES, PROBE_TOKENS = 4, 256
 """A parity check compares engines' log-probs with the learner's on so many sequences of so many tokens."""
@@ -51,7 +57,10 @@ class Buffer(Protocol):
         ...
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
-        """Tell the buffer where the weights of `version` are, and the metrics of the step that made them."""
+        """Tell the buffer where the weights of `version` are, and the metrics of the step that made them.
+
+        weights: None while they are on their way; a second call tells where they are.
+        """
         ...
 
     def saved(self, step: int) -> None:
@@ -73,6 +82,7 @@ def learn(
     publisher: Publisher,
     settings: Settings,
     on_checkpoint: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    behind: Behind | None = None,
 ) -> None:
     """Train until the buffer says stop.
 
@@ -86,21 +96,29 @@ def learn(
         publisher: sends the weights to the engines.
         settings: the parts of the config that the learner needs.
         on_checkpoint: called on every rank with the step's metrics, after each checkpoint that was due.
+        behind: lets a step publish its weights while the next one trains; None: they are published first.
     """
+
+    def ask(question: Callable[[], Answer]) -> Answer:
+        return question() if behind is None else behind.beside(question)
+
     if policy.rank == 0:
         buffer.learner_started(policy.step)
     if settings.loss.reference == "initial" and not policy.reference.exists:
         policy.reference.load(settings.model_path)
     rows: list[dict[str, Any]] = []
-    publish(policy, buffer, publisher, settings, rows, metrics=None)
+    publish(policy, buffer, publisher, settings, rows, metrics=None, behind=behind)
     saved = policy.step > 0
-    while (command := buffer.next_command(policy.step + 1, saved)) is not Command.STOP:
+    while True:
+        command = ask(functools.partial(buffer.next_command, policy.step + 1, saved))
+        if command is Command.STOP:
+            break
         if command is Command.SAVE:
             save(policy, buffer, settings)
             saved = True
             continue
         asked = time.perf_counter()
-        table = buffer.batch(policy.step + 1)
+        table = ask(functools.partial(buffer.batch, policy.step + 1))
         if table is None:
             break
         got = time.perf_counter()
@@ -120,11 +138,14 @@ def learn(
             rows,
             metrics,
             times={"wait": got - asked, "train": trained - got, "since": asked},
+            behind=behind,
         )
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
         if saved:
             save(policy, buffer, settings)
             on_checkpoint({"step": policy.step, **metrics})
+    if behind is not None:
+        behind.finish()
 
 
 def publish(
@@ -135,6 +156,7 @@ def publish(
     rows: Sequence[Row],
     metrics: dict[str, Any] | None,
     times: dict[str, float] | None = None,
+    behind: Behind | None = None,
 ) -> None:
     """Send the weights of this step to the engines, and its metrics to the driver; every rank calls this.
 
@@ -148,6 +170,8 @@ def publish(
         rows: the step's groups; empty before the first step.
         metrics: the step's metrics; None before the first step.
         times: `wait` and `train`, seconds of the step, and `since`, when the step began (perf_counter).
+        behind: as in `learn`. The driver then has the metrics before the weights are there, and what the
+            sending took goes with the next step's.
     """
     started = time.perf_counter()
     first = metrics is None
@@ -156,22 +180,47 @@ def publish(
         if first or (settings.parity_every and policy.step % settings.parity_every == 0)
         else None
     )
-    weights = publisher.publish(policy.step, policy.named_tensors())
-    if policy.rank != 0:
-        return
-    if metrics is not None and times is not None and weights is not None:
+    version = policy.step
+    adapter = {} if policy.adapter is None else {"adapter": policy.adapter}
+
+    def told(measured: dict[str, float]) -> dict[str, Any] | None:
+        """Return the metrics that the driver is told."""
+        if metrics is None or times is None:
+            return None
         now = time.perf_counter()
-        metrics = {
+        return {
             **metrics,
             "time/step": now - times["since"],
             "time/wait_for_groups": times["wait"],
             "time/train": times["train"],
             "time/publish": now - started,
-            "weights/bytes": float(weights["bytes"]),
-            **({"weights/changed": weights["changed"]} if "changed" in weights else {}),
+            **measured,
         }
-    adapter = {} if policy.adapter is None else {"adapter": policy.adapter}
-    buffer.published(policy.step, {**(weights or {}), **adapter, "probe": probe}, metrics)
+
+    if behind is None:
+        weights = publisher.publish(version, policy.named_tensors())
+        if policy.rank == 0:
+            where = {**(weights or {}), **adapter, "probe": probe}
+            buffer.published(version, where, told(_of_weights(weights)))
+        return
+
+    def send(named_tensors: Any) -> None:
+        begun = time.perf_counter()
+        weights = publisher.publish(version, named_tensors) or {}
+        buffer.published(version, {**weights, **adapter, "probe": probe}, None)
+        behind.measured = {**_of_weights(weights), "time/publish_behind": time.perf_counter() - begun}
+
+    behind.finish()
+    measured = behind.measured  # of the version before
+    behind.start(policy.named_tensors(), send)
+    if policy.rank == 0 and metrics is not None:
+        buffer.published(version, None, told(measured))
+
+
+def _of_weights(weights: dict[str, Any] | None) -> dict[str, float]:
+    """Return the metrics of a published version."""
+    names = ("bytes", "changed")  # the first version changes nothing
+    return {f"weights/{name}": float(weights[name]) for name in names if weights and name in weights}
 
 
 def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:

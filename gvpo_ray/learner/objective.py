@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.groups import Part, Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
@@ -76,7 +77,9 @@ class Objective:
                 ),
                 beta=self.beta,
                 is_weak=torch.tensor(
-                    [False for row in rows for _ in row["rewards"]], dtype=torch.bool, device=device
+                    [source.startswith(groups.WEAK) for row in rows for source in row["sources"]],
+                    dtype=torch.bool,
+                    device=device,
                 ),
                 total=total,
             ),

@@ -50,6 +50,7 @@ class Settings:
     checkpoint: CheckpointConfig
     model_path: str
     parity_every: int
+    seed: int = 0
     reports_references: bool = False
     """Whether completions are replayed, so that the buffer stores the reference model's log-probs of them."""
 
@@ -113,6 +114,10 @@ def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Sett
     loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
     trained = [row for row in (groups.trainable(row, loss.least) for row in batch) if row is not None]
     mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
+    if num := loss.num_weak_negatives:  # before the groups are dealt to ranks, whose number changes nothing
+        mini_batches = [
+            groups.with_weak_negatives(rows, num, settings.seed, policy.max_length) for rows in mini_batches
+        ]
     dealt = [rows_of_ranks(policy, rows, max_tokens) for rows in mini_batches]
     if loss.caches_reference:
         for ranks in dealt:

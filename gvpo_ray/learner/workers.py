@@ -79,6 +79,9 @@ class LearnerGroup:
         if cluster_address(config.ray) or config.ray.dashboard:
             # With this the dashboard shows the run and what its workers do.
             os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        if not cluster_address(config.ray):
+            # Nobody drains a node of an embedded Ray, and this would be a process more.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Ray Train's own files, in a folder that every node can write to
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._controller = Path(self._scratch) / "controller"
@@ -226,6 +229,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from gvpo_ray.learner.behind import Behind
     from gvpo_ray.learner.loop import learn
     from gvpo_ray.learner.policy import Policy
     from gvpo_ray.learner.step import Settings
@@ -248,6 +252,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     )
     engines = settings["engines"]
     publisher: NcclPublisher | ObjectPublisher
+    behind = None
     if config.engines.weight_transfer == "nccl" and engines:
 
         def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
@@ -267,6 +272,10 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0, frees_memory=takes_turns)
+        # Without staleness there is nothing to train before engines have the weights; a learner that takes
+        # turns with them gives its turn with the weights.
+        if config.max_staleness != 0 and not takes_turns:
+            behind = Behind(dtype, is_sender=rank == 0)
     learn(
         policy,
         buffer,
@@ -280,9 +289,11 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
             checkpoint=config.checkpoint,
             model_path=config.model.path,
             parity_every=config.engines.parity_every,
+            seed=config.seed,
             reports_references=config.replay.share > 0,
         ),
         on_checkpoint=ray.train.report,
+        behind=behind,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_ray.groups import NO_ANSWER, Row, limit_of, untrained_completions
+from gvpo_ray.observe.episodes import episode_metrics
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ METRICS = (
            "from the learner's asking for the batch to its weights' being published"),
     Metric("time/wait_for_groups", "s", "Waiting", "part of the step in which the learner had no batch"),
     Metric("time/train", "s", "Training", "part of the step in forward and backward passes and updates"),
-    Metric("time/publish", "s", "Publishing", "part of the step in which weights are gathered and published"),
+    Metric("time/publish", "s", "Publishing",
+           "part of the step in which weights are gathered, and published unless a thread does that"),
+    Metric("time/publish_behind", "s", "Publishing behind",
+           "of the version before, in a thread, while the learner went on"),
     Metric("weights/bytes", "bytes", "Bytes of one version",
            "what the step's weights added to the object store: the words that changed, or all weights"),
     Metric("weights/changed", "ratio", "Changed weights",
@@ -190,6 +194,22 @@ METRICS = (
     Metric("verifiers/num", "", "Verifiers", "verifier actors"),
     Metric("prompts/quarantined", "", "Quarantined prompts",
            "on which every check hit its limit; they are not sampled again"),
+    Metric("episodes/turns_mean", "", "Turns", "of the policy per episode, mean over the step's batch"),
+    Metric("episodes/tool_calls_mean", "", "Tool calls", "per episode, malformed ones included, mean"),
+    Metric("episodes/tool_errors", "", "Tool errors",
+           "calls of the step's batch that were malformed or failed; the policy reads why"),
+    Metric("episodes/max_turns", "ratio", "Episodes out of turns",
+           "share that environment.max_turns has ended"),
+    Metric("episodes/no_room", "ratio", "Episodes out of room",
+           "share that sampling.max_tokens or the context has ended"),
+    Metric("episodes/lost", "ratio", "Lost episodes",
+           "share without a reward: a tool hung, the environment failed or its actor died"),
+    Metric("eval/{set}/turns_mean", "", "Turns in {set}", "of the policy per episode, mean"),
+    Metric("eval/{set}/tool_calls_mean", "", "Tool calls in {set}", "per episode, mean"),
+    Metric("eval/{set}/tool_errors", "", "Tool errors in {set}", "calls that were malformed or failed"),
+    Metric("eval/{set}/max_turns", "ratio", "Episodes out of turns in {set}", "share"),
+    Metric("eval/{set}/no_room", "ratio", "Episodes out of room in {set}", "share"),
+    Metric("eval/{set}/lost", "ratio", "Lost episodes in {set}", "share without a reward"),
     Metric("eval/{set}/stderr", "ratio", "Standard error of {set}", "of pass@1, over prompts"),
     Metric("eval/{set}/extracted", "ratio", "Answers found in {set}",
            "share of the completions; 1 where no reward function looks for an answer"),
@@ -259,6 +279,7 @@ def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str
             for name in ("policy", "replay", *sorted(set(sources) - {"policy", "replay"}))
         },
         "sources/offline": offline / max(1, total),
+        **episode_metrics("episodes", rows),
     }
 
 
@@ -421,4 +442,5 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
         f"eval/{name}/extracted": _extracted(rows, sum(map(len, correct))),
         **_lengths(f"eval/{name}", rows),
         f"eval/{name}/unverifiable": mean([reward is None for row in rows for reward in row["rewards"]]),
+        **episode_metrics(f"eval/{name}", rows),
     }

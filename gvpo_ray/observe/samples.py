@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ def sample_lines(rows: Sequence[Row], decode: Callable[[list[int]], str], max_to
             said = [f"  completion {j + 1}: reward {_number(row['rewards'][j])}"]
             said += [f"{name} {_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
             said += [f"{end} after {len(tokens)} tokens", *filter(None, [row["reward_reasons"][j]])]
+            if episodes := row.get("episodes"):
+                one = json.loads(episodes[j])
+                counts = f"{one['turns']} turns, {one['tool_calls']} tool calls, {one['tool_errors']} failed"
+                said.append(f"{counts}, end: {one['end']}")
             yield " · ".join(said)
             yield _block(decode(tokens), "    | ")
     yield summary(rows, max_tokens)

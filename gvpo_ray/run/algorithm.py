@@ -406,7 +406,7 @@ class GVPO:
 LEARNERS_END_S = 20.0
 """Seconds that the end of a run waits for Ray Train, which first finishes the step that it is in."""
 
-RECOVERIES = ("engine", "verifier", "learner", "buffer", "driver")
+RECOVERIES = ("engine", "verifier", "environment", "learner", "buffer", "driver")
 """Kinds of processes whose restarts are counted, as the metrics recoveries/<kind>."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.rendering import MakeRenderer, completion_renderer, renderer_of
 from gvpo_ray.data.turns import check_stop_tokens
-from gvpo_ray.environments.contract import read_contract
+from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
@@ -161,6 +162,12 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             f"context of {max_length}"
         )
     check_stop_tokens(config.sampling, tokenizer)
+    shares = math.fsum(source.group_share for source in config.sources.values())
+    if config.loss.least == 1 and shares < 1:
+        raise ConfigError(
+            f"loss.objective: {config.loss.objective} imitates what it is given: the group_share of sources "
+            f"must be 1 in all, and is {shares:g}"
+        )
     prompts = None
     if config.prompts.path != NO_PROMPTS:
         prompts = PromptSet(
@@ -182,6 +189,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             max_tokens=None,
             max_length=max_length,
             num_completions=config.sampling.num_completions,
+            loss=config.loss,
             seed=config.seed,
         )
         for name, source in config.sources.items()
@@ -191,7 +199,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
         f"sources.{name}": source
         for name, source in sources.items()
         # completions that join the run's own prompts come with those prompts' columns
-        if config.sources[name].reward_column is None and config.sources[name].group_share
+        if not source.brings_rewards and config.sources[name].group_share
     }
     of_prompts = {} if prompts is None else {"prompts": prompts}
     validate_rewards(config.verifiers, rewards, columns_by_key(of_prompts, evaluation, to_verify))
@@ -357,6 +365,8 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         else:
             on_hub = True
             yield f"{key}: {path} is a Hugging Face name, looked up when the run starts"
+    if config.environment is not None:
+        yield from described(read_contract(config.environment, config.verifiers), config.environment)
     trains = config.prompts.path != NO_PROMPTS or bool(config.sources)
     if on_hub:
         yield "the data are not read and the columns not checked, which needs what is on the hub"

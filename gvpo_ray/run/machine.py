@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.memory import check_memory
 from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.home import ensure_home
@@ -43,6 +44,7 @@ def check_machine(config: GVPOConfig, engines: bool = True, learner: bool = True
     import ray  # a bad config should fail before that
 
     ensure_home()
+    check_memory(config, gpu_gb_here(config))
     if ray.is_initialized():
         return
     address = cluster_address(config.ray)
@@ -52,6 +54,18 @@ def check_machine(config: GVPOConfig, engines: bool = True, learner: bool = True
     check_resources(config, *machine_resources(config), engines=engines, learner=learner)
     check_temporary_folder()
     check_shared_memory(config, engines)
+
+
+def gpu_gb_here(config: GVPOConfig) -> float | None:
+    """Return the memory of this machine's GPUs in GB; None: it has none, or the run asks for none."""
+    from gvpo_ray.actors import num_gpus_here  # imports ray
+
+    asks = config.learner.num_gpus or any(pool.num_gpus for pool in config.engines.all_pools().values())
+    if not asks or not num_gpus_here():
+        return None
+    import torch  # takes seconds, which a machine without GPUs need not wait
+
+    return float(torch.cuda.get_device_properties(0).total_memory) / 1e9
 
 
 def check_address(address: str, key: str, answer_s: float = ANSWER_S) -> None:

@@ -184,7 +184,7 @@ def forget_auth_mode() -> None:
     A cluster without tokens would take this process, which still asks for them, for dead, and end its actors.
     Ray keeps the setting in a private object too, as read from Ray 2.60.0.
     """
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     os.environ.pop(AUTH_MODE, None)
     Config.initialize("")

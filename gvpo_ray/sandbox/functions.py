@@ -27,7 +27,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.config.base import ConfigError, GvpoError
-from gvpo_ray.config.shown import know, mask
+from gvpo_ray.config.shown import know, masked
 from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_signature
 
 Score = float | None | tuple[float | None, str]
@@ -117,6 +117,9 @@ class OutOfReach(GvpoError, ConnectionError):
         return OutOfReach, (str(self), self.is_answer, self.is_own, self.reward)
 
 
+MAX_REASON = 2000
+"""Characters of the reason of one reward; what a child of the sandbox says may be longer."""
+
 _NO_CONNECTION = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT)
 """Numbers of the system's errors of connections that are no ConnectionError."""
 
@@ -165,7 +168,7 @@ def _part(name: str, score: Any) -> Part:
     score, remark = score if isinstance(score, tuple) and len(score) == 2 else (score, None)
     score, said = as_number(score)
     remark = said if remark is None else str(remark)
-    remark = None if remark is None else _clean(mask(remark)[:500])
+    remark = None if remark is None else _clean(masked(remark, 500))
     if score is None:
         return Part(None, remark or f"{name} gave no reward (None)")
     if not isinstance(score, numbers.Real):
@@ -184,7 +187,7 @@ def _clean(text: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {mask(str(value))[:60]!r}"
+    return f"{type(value).__name__} {masked(str(value), 60)!r}"
 
 
 def _shown_number(value: Any) -> str:
@@ -203,9 +206,9 @@ def fits_float32(value: Any) -> bool:
 def describe(error: BaseException) -> str:
     """Return one line, of limited length, for an error that a user's code raised."""
     if isinstance(error, (ConfigError, OutOfReach)):
-        return mask(str(error))
+        return masked(str(error), MAX_REASON)
     try:
-        text = " ".join(mask(str(error)).split())[:300]
+        text = " ".join(masked(str(error), 3000).split())[:300]
     except Exception:  # a user's class of errors may be at fault itself
         text = "its text cannot be shown"
     return f"{type(error).__name__}: {text}"

@@ -18,10 +18,10 @@ import pyarrow as pa
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import ENVIRONMENT
-from gvpo_ray.config.shown import know, mask
+from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
-from gvpo_ray.sandbox.functions import OutOfReach, Part, RewardFunction, call, fits_float32, load
+from gvpo_ray.sandbox.functions import MAX_REASON, OutOfReach, Part, RewardFunction, call, fits_float32, load
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.code import CodeReward
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -255,19 +255,15 @@ class Verifier:
             seconds[i] += time.perf_counter() - begin
         for name in by_name.keys() - self._trusted.keys():
             self.record.add(name, by_name[name], columns.get("group_id"))
-        given = list(of_episodes) or [None] * len(completions)
-        known = [part for part in given if part is not None]
-        self.record.add(ENVIRONMENT, known, columns.get("group_id"))
+        if known := [part for part in of_episodes if part is not None]:
+            self.record.add(ENVIRONMENT, known, columns.get("group_id"))
         if self._checks_record:
             self.record.check()
-        return [
-            self._combine(
-                ({} if given[i] is None else {ENVIRONMENT: given[i]})
-                | {name: parts[i] for name, parts in by_name.items()},
-                seconds[i],
-            )
-            for i in range(len(completions))
-        ]
+        by_completion = [{name: parts[i] for name, parts in by_name.items()} for i in range(len(completions))]
+        for i, part in enumerate(of_episodes):
+            if part is not None:
+                by_completion[i] = {ENVIRONMENT: part, **by_completion[i]}
+        return [self._combine(parts, seconds[i]) for i, parts in enumerate(by_completion)]
 
     def _call(
         self,
@@ -333,8 +329,8 @@ class Verifier:
 
 
 def _masked(part: Part) -> Part:
-    """Return the part with no secret in its reason."""
-    return replace(part, reason=part.reason and mask(part.reason))
+    """Return the part with no secret in its reason, of limited length."""
+    return replace(part, reason=part.reason and masked(part.reason, MAX_REASON))
 
 
 def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:

@@ -163,7 +163,7 @@ def _write(file: Path, data: Bytes) -> None:
         if sys.platform == "linux":
             # room is reserved first: a page that is missing later would end a process with SIGBUS
             os.posix_fallocate(opened.fileno(), 0, data.nbytes)
-        opened.write(memoryview(data))
+        opened.write(data.data)
 
 
 def _change(file: Path, deltas: Sequence[Delta]) -> None:

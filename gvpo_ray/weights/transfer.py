@@ -214,10 +214,13 @@ class ObjectPublisher:
     def _staged(self, tensor: torch.Tensor) -> Bytes:
         """Return a tensor's bytes in the type that is transferred, in host memory that the next call reuses.
 
-        The type is changed where the tensor is: a GPU then copies half of the bytes, to pinned memory.
+        The type is changed where the tensor is: a GPU then copies half of the bytes, to pinned memory. What
+        is in host memory already is not copied.
         """
         tensor = tensor.detach()
         tensor = tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype)
+        if tensor.is_cpu and tensor.is_contiguous():
+            return tensor.view(-1).view(torch.uint8).numpy()
         if self._staging.nbytes < tensor.nbytes:
             self._staging = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=tensor.is_cuda)
         staged = self._staging[: tensor.nbytes]

@@ -41,20 +41,19 @@ _SAME_UNIT = {
 }  # fmt: skip
 
 
+_MEASURES: dict[str, dict[str, int | str]] = {
+    "time": {"week": 604800, "day": 86400, "hr": 3600, "min": 60, "sec": 1},
+    "months": {"year": 12, "month": 1},
+    "metres": {"km": 1000, "m": 1, "cm": "1/100", "mm": "1/1000"},
+    "inches": {"mi": 63360, "yard": 36, "yd": 36, "ft": 12, "in": 1},
+    "grams": {"kg": 1000, "g": 1, "mg": "1/1000"},
+    "ounces": {"lb": 16, "oz": 1},
+    "litres": {"l": 1, "ml": "1/1000"},
+    "cups": {"gallon": 16, "quart": 4, "pint": 2, "cup": 1},
+    "money": {"dollar": 100, "cent": 1},
+}
 _SIZES = {
-    unit: (of_kind, Fraction(size))
-    for of_kind, sizes in {
-        "time": {"week": 604800, "day": 86400, "hr": 3600, "min": 60, "sec": 1},
-        "months": {"year": 12, "month": 1},
-        "metres": {"km": 1000, "m": 1, "cm": "1/100", "mm": "1/1000"},
-        "inches": {"mi": 63360, "yard": 36, "yd": 36, "ft": 12, "in": 1},
-        "grams": {"kg": 1000, "g": 1, "mg": "1/1000"},
-        "ounces": {"lb": 16, "oz": 1},
-        "litres": {"l": 1, "ml": "1/1000"},
-        "cups": {"gallon": 16, "quart": 4, "pint": 2, "cup": 1},
-        "money": {"dollar": 100, "cent": 1},
-    }.items()
-    for unit, size in sizes.items()
+    unit: (of_kind, Fraction(size)) for of_kind, sizes in _MEASURES.items() for unit, size in sizes.items()
 }
 """Unit, as unit_words spells it -> what it measures, and its size among the units of that."""
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]{1,11})\.?(?:\s*(?:,?\s*and\b|,)\s*|\s+|$)")

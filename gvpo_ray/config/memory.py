@@ -1,0 +1,287 @@
+"""The memory plan says what learner and engine need of each GPU, from the config and the model's shape.
+
+It is arithmetic: nothing is loaded. On a CPU the learner's part of it is compared with what torch allocates
+(tests/test_memory.py, within 20 %); on a GPU it has not been compared yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.run import GVPOConfig
+
+GB = 1e9
+
+GPU_GB = {
+    "T4": 16.0,
+    "L4": 24.0,
+    "A10G": 24.0,
+    "L40S": 48.0,
+    "A100-40G": 40.0,
+    "A100-80G": 80.0,
+    "H100": 80.0,
+    "H200": 141.0,
+    "B200": 180.0,
+}
+"""Memory of a GPU in GB, by Ray's name of its type. `A100` alone may be either."""
+
+HEAD_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits that the fused head holds at a time (learner/head.py)."""
+
+CONTEXT_GB = 1.5
+"""What CUDA, NCCL and the allocator's rests take of a GPU, per process, in GB; a rule of thumb."""
+
+ENGINE_GB = 2.0
+"""What CUDA, its graphs and the activations of an engine take of a GPU, in GB; a rule of thumb."""
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Parameters that ZeRO-3 gathers at most at a time (stage3_max_live_parameters)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Shape holds the sizes of a dense decoder as its config.json names them."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    has_bias: bool = True
+    """Whether queries, keys and values have a bias, as Qwen2's do."""
+
+    @property
+    def of_a_layer(self) -> int:
+        """The parameters of one layer."""
+        heads = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        attention = self.hidden_size * heads + self.num_attention_heads * self.head_dim * self.hidden_size
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return attention + mlp + 2 * self.hidden_size + self.has_bias * heads
+
+    @property
+    def of_the_head(self) -> int:
+        """The parameters of the head, and of the embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """The parameters of the model."""
+        ends = self.of_the_head * (1 if self.tie_word_embeddings else 2) + self.hidden_size
+        return self.num_hidden_layers * self.of_a_layer + ends
+
+    def of_an_adapter(self, rank: int) -> int:
+        """Return the parameters of an adapter of all linear layers but the head."""
+        q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
+        ends = 2 * (self.hidden_size + q) + 2 * (self.hidden_size + kv)
+        return self.num_hidden_layers * rank * (ends + 3 * (self.hidden_size + self.intermediate_size))
+
+
+KNOWN = {
+    "Qwen/Qwen2.5-Math-1.5B": Shape(151_936, 1536, 28, 8960, 12, 2, 128, True),
+    "Qwen/Qwen2.5-Math-7B": Shape(152_064, 3584, 28, 18_944, 28, 4, 128, False),
+    "Qwen/Qwen2.5-32B": Shape(152_064, 5120, 64, 27_648, 40, 8, 128, False),
+}
+"""The shapes of the models of jobs/, which are looked up on the hub only when a run starts."""
+
+
+def shape_of(path: str) -> Shape | None:
+    """Return the shape of a model in a folder, or of a known name; None: it is not a dense model with one."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return KNOWN.get(path)
+    given: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    given = given.get("text_config") or given
+    if any(word in key for key in given for word in ("expert", "ssm", "mamba")):
+        return None
+    try:
+        hidden, heads = int(given["hidden_size"]), int(given["num_attention_heads"])
+        return Shape(
+            int(given["vocab_size"]),
+            hidden,
+            int(given["num_hidden_layers"]),
+            int(given["intermediate_size"]),
+            heads,
+            int(given.get("num_key_value_heads") or heads),
+            int(given.get("head_dim") or hidden // heads),
+            bool(given.get("tie_word_embeddings", False)),
+            has_bias=given.get("model_type") == "qwen2" or bool(given.get("attention_bias")),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, float]:
+    """Return the bytes that one learner worker needs of its device, by what they hold.
+
+    Args:
+        config: the run's.
+        shape: the model's.
+        on_gpu: whether the device is a GPU; else the memory is the host's.
+    """
+    learner, lora = config.learner, config.model.lora
+    is_half = config.model.dtype == "bfloat16"
+    number, ranks = shape.parameters, learner.num_workers
+    trained = shape.of_an_adapter(lora.rank) if lora else number
+    stage = learner.zero_stage if learner.backend == "deepspeed" else 0
+    width = 2 if is_half else 4
+    reference = width if _keeps_a_copy(config) and not lora else 0  # of the reference model's weights
+    gathered = 0.0  # parameters that a pass reads beside the resident ones
+    if learner.backend == "fsdp":
+        parameters, gradients, optimizer = 4 * number / ranks, 4 * trained / ranks, 8 * trained / ranks
+        reference *= 2 if is_half else 1
+        reference_bytes = reference * number / ranks
+        if ranks > 1 or is_half:
+            # two layers, and what is not in a layer; and of these the gradients
+            gathered = (
+                2 * width * (2 * shape.of_a_layer + number - shape.num_hidden_layers * shape.of_a_layer)
+            )
+    elif stage == 0:
+        parameters, gradients, optimizer = 4.0 * number, 4.0 * trained, 8.0 * trained
+        gradients *= 2 if ranks > 1 else 1  # the buckets that are reduced
+        gathered = 2.0 * number if is_half else 0.0  # autocast keeps what it has converted until a pass ends
+        reference_bytes = float(4 * number) if reference else 0.0
+    else:
+        parts = ranks if stage == 3 else 1
+        parameters = width * number / parts
+        gradients = (4 if stage == 1 and not is_half else 4 / ranks) * trained
+        optimizer = 12 * trained / ranks
+        reference_bytes = reference * number / parts
+        gathered = width * min(number, LIVE_PARAMETERS) if stage == 3 and ranks > 1 else 0.0
+        gathered += 4 * min(trained, 500_000_000)  # the bucket of gradients that are reduced
+    if learner.offload != "none":
+        optimizer = gradients = 0.0
+    if learner.offload == "parameters":
+        parameters = 0.0
+    recomputed = on_gpu if learner.gradient_checkpointing is None else learner.gradient_checkpointing
+    tokens = learner.micro_batch_tokens
+    residual = 2 if is_half and (stage > 0 or learner.backend == "fsdp") else 4
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "reference": reference_bytes,
+        "gathered": gathered,
+        **_of_a_pass(shape, tokens, width, residual, recomputed, on_gpu),
+    }
+
+
+def total(parts: dict[str, float]) -> float:
+    """Return the bytes that the parts of `learner_bytes` are together.
+
+    The head works before the layers' backward passes, in memory that a recomputed layer takes later.
+    """
+    return sum(parts.values()) - min(parts["a layer"], parts["head"])
+
+
+def _keeps_a_copy(config: GVPOConfig) -> bool:
+    return config.loss.reference == "initial" or config.loss.reference.startswith("every")
+
+
+def _of_a_pass(
+    shape: Shape, tokens: int, width: int, residual: int, recomputed: bool, on_gpu: bool
+) -> dict[str, float]:
+    """Return the bytes of what a pass keeps for its backward pass, of a recomputed layer, and of the head.
+
+    Per token a layer keeps its hidden states some eight times, queries and attention's outputs three times
+    (with padded blocks, on a CPU, twice as often), and the MLP's inner states four times. The head holds the
+    logits of a chunk, the float32 gradient of its weight, and in bfloat16 copies of that and of the weight.
+    """
+    queries = shape.num_attention_heads * shape.head_dim
+    wide = 8 * shape.hidden_size + (3 if on_gpu else 6) * queries + 4 * shape.intermediate_size
+    layer = float(tokens * (width * wide + 4 * 3 * shape.hidden_size * (width == 2)))
+    states = float(tokens * residual * shape.hidden_size)
+    chunk = min(tokens, max(1, HEAD_LOGITS["cuda" if on_gpu else "cpu"] // shape.vocab_size))
+    half = 2 * width * shape.of_the_head if width == 2 else 0
+    return {
+        "activations": shape.num_hidden_layers * (states if recomputed else layer),
+        "a layer": 1.5 * layer if recomputed else 0.0,
+        "head": float(2 * 4 * chunk * shape.vocab_size + 4 * shape.of_the_head + half),
+    }
+
+
+def engine_bytes(config: GVPOConfig, pool: PoolConfig, shape: Shape) -> dict[str, float]:
+    """Return the bytes of weights, and of keys and values of one token, on one GPU of an engine of a pool."""
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[pool.dtype or config.model.dtype]
+    untied = shape.parameters + (shape.of_the_head if shape.tie_word_embeddings else 0)
+    layers = shape.num_hidden_layers * shape.of_a_layer
+    quantised = 1 if pool.quantization else width
+    keys = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
+    parts = pool.tensor_parallel_size
+    return {
+        "weights": (layers * quantised + (untied - layers) * width) / parts,
+        "of a token": keys / min(parts, shape.num_key_value_heads),
+    }
+
+
+def gpu_gb(accelerator_type: str | None, here: float | None) -> float | None:
+    """Return the memory of a GPU in GB: of its type, or else of this machine's; None: nobody knows."""
+    return GPU_GB.get(accelerator_type or "", None if accelerator_type else here)
+
+
+def memory_plan(config: GVPOConfig, here: float | None = None) -> Iterator[tuple[str, str | None]]:
+    """Yield a line for the learner and for each pool of engines on GPUs, with what is wrong or None.
+
+    Args:
+        config: the run's.
+        here: memory of this machine's GPUs, in GB; None: it has none.
+    """
+    shape = shape_of(config.model.path)
+    on_gpus = {name: pool for name, pool in config.engines.all_pools().items() if pool.num_gpus}
+    if not on_gpus and not config.learner.num_gpus:
+        return
+    if shape is None:
+        yield f"no memory plan: the shape of {config.model.path} is not known here", None
+        return
+    shared = 0.0  # what engines take of a GPU that they share with the learner
+    for name, pool in on_gpus.items():
+        need = engine_bytes(config, pool, shape)
+        gb = gpu_gb(pool.accelerator_type, here)
+        fraction = pool.memory_fraction
+        weights, of_a_token = need["weights"], need["of a token"]
+        line, wrong = f"memory of an engine of {name} per GPU: {weights / GB:.1f} GB of weights", None
+        line += f", {of_a_token / 1e3:.0f} kB of keys and values per token"
+        if gb is not None:
+            if pool.num_gpus < 1:
+                shared = max(shared, fraction * gb)
+            room = fraction * gb * GB - weights - ENGINE_GB * GB
+            longest = config.model.max_length or 0
+            line += f"; {fraction:g} of {gb:g} GB has room for {max(0, room / of_a_token):,.0f} tokens"
+            if room <= of_a_token * longest:
+                wrong = (
+                    f"engines of {name}: {fraction:g} of {gb:g} GB (memory_fraction) does not hold "
+                    f"{weights / GB:.1f} GB of weights and one sequence: raise tensor_parallel_size"
+                )
+        yield line, wrong
+    if config.learner.num_gpus:
+        need = learner_bytes(config, shape, on_gpu=True)
+        needed = total(need) / GB + CONTEXT_GB
+        parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in need.items() if value)
+        gb = gpu_gb(config.learner.accelerator_type, here)
+        wrong = None
+        if gb is not None and needed + shared > gb:
+            beside = f" beside {shared:.0f} GB of the engine" if shared else ""
+            wrong = (
+                f"learner: {needed:.0f} GB per GPU{beside} are more than its {gb:g} GB ({parts}): lower "
+                "learner.micro_batch_tokens, or raise learner.num_workers or learner.zero_stage"
+            )
+        yield f"memory of a learner worker, GB: {needed:.1f} ({parts}, CUDA {CONTEXT_GB:g})", wrong
+
+
+def check_memory(config: GVPOConfig, here: float | None = None) -> None:
+    """Refuse a run that does not fit into the memory of its GPUs, where their memory is known.
+
+    Raises:
+        ConfigError: one line that says what does not fit, and what to change.
+    """
+    for _, wrong in memory_plan(config, here):
+        if wrong:
+            raise ConfigError(wrong)

@@ -1,0 +1,43 @@
+"""An environment with one tool, `python`, which runs a program in the sandbox.
+
+environment: {name: "gvpo_ray.environments.python:Python", arguments: {cpu_s: 5}}
+verifiers: {rewards: {math: 1}}                                # it gives no reward of its own
+"""
+
+from __future__ import annotations
+
+from gvpo_ray.sandbox.programs import Programs, StoppedError
+
+MAX_OUTPUT = 4000
+"""Bytes that a program may print; one that prints more is stopped."""
+
+
+class Python:
+    """Runs each program anew, in a child without network and files of its own.
+
+    Args:
+        timeout_s: seconds that a program may take.
+        cpu_s: seconds of CPU time that it may take.
+        memory_gib: GiB that it may allocate.
+    """
+
+    def __init__(self, timeout_s: float = 10.0, cpu_s: int = 5, memory_gib: float = 1.0) -> None:
+        self._limits = {"timeout_s": timeout_s, "cpu_s": cpu_s, "memory_gib": memory_gib}
+
+    def reset(self, **row: object) -> None:
+        """Begin; programs leave nothing behind."""
+
+    def python(self, code: str) -> str:
+        """Run a Python program and return what it prints.
+
+        Args:
+            code: The whole program; variables of earlier programs are gone.
+        """
+        # A sandbox belongs to the thread that has made it, and each call may have another one.
+        programs = Programs(**self._limits)  # type: ignore[arg-type]
+        try:
+            return programs.run(code, "", MAX_OUTPUT) or "(the program printed nothing)"
+        except StoppedError as stopped:
+            raise RuntimeError(str(stopped)) from None
+        finally:
+            programs.close()

@@ -1,0 +1,38 @@
+"""The metrics of episodes: their turns, their tool calls, and how they end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from gvpo_ray.groups import Row
+
+
+def episodes_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return what the engines have noted of each episode of some groups (the column `episodes`)."""
+    return [json.loads(entry) for row in rows for entry in row.get("episodes") or () if entry]
+
+
+def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
+    """Compute the metrics of episodes; none where the completions are no episodes.
+
+    Args:
+        prefix: of their names, "episodes" or "eval/<set>".
+        rows: the groups.
+    """
+    found = episodes_of(rows)
+    if not found:
+        return {}
+
+    def share(end: str) -> float:
+        return [one["end"] for one in found].count(end) / len(found)
+
+    return {
+        f"{prefix}/turns_mean": sum(one["turns"] for one in found) / len(found),
+        f"{prefix}/tool_calls_mean": sum(one["tool_calls"] for one in found) / len(found),
+        f"{prefix}/tool_errors": float(sum(one["tool_errors"] for one in found)),
+        f"{prefix}/max_turns": share("max_turns"),
+        f"{prefix}/no_room": share("length"),
+        f"{prefix}/lost": share("lost"),
+    }

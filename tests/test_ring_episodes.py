@@ -1,0 +1,93 @@
+"""A run whose completions are episodes, with all real parts; an environment actor is killed in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ring import IN_THE_CORE
+from tiny import make_model
+
+from gvpo_ray import GVPOConfig, groups
+from gvpo_ray.bench.chaos import TITLES, descendants
+from gvpo_ray.config.environment import ENVIRONMENT
+
+ECHO = '''
+class Echo:
+    """Says "abc" to everything, and counts the letters that it is told."""
+
+    def reset(self, prompt, answer, level):
+        assert (prompt, answer, level) == ("1+1", "2", 3)
+        self.letters, self.turns = 0, 0
+        return "?"
+
+    def respond(self, message):
+        self.letters += len(message)
+        self.turns += 1
+        return "abc"
+
+    async def get_reward(self):
+        return float(self.letters)
+'''
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> GVPOConfig:
+    (tmp_path / "echo.py").write_text(ECHO)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1", "answer": "2", "level": 3}\n')
+    return GVPOConfig.from_dict(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "num_steps": 3,
+            "groups_per_step": 2,
+            "model": {"path": str(make_model(tmp_path / "model"))},
+            "prompts": {"path": str(tmp_path / "p.jsonl"), "template": "{prompt}="},
+            "environment": {"name": f"{tmp_path / 'echo.py'}:Echo", "num": 1, "max_turns": 3},
+            # half of the letters end a turn
+            "sampling": {"num_completions": 4, "max_tokens": 60, "stop_token_ids": list(range(2, 24))},
+            "engines": {"num_threads": 1, "parity_every": 1, "vllm": IN_THE_CORE},
+            "verifiers": {"num": 1},
+            "learner": {"num_workers": 1, "backend": "ddp", "num_mini_batches": 1},
+            "evaluation": {"every": 3, "sets": {"heldout": {"path": str(tmp_path / "p.jsonl")}}},
+        }
+    )
+
+
+def test_a_run_with_an_environment_trains_what_was_sampled_and_survives_its_actors_death(
+    config: GVPOConfig,
+) -> None:
+    with config.build() as algo:
+        lines = [algo.train()]
+        (victim,) = descendants(os.getpid(), TITLES["environment"])
+        os.kill(victim, signal.SIGKILL)
+        while not algo.events.counts()["environment"]:
+            time.sleep(0.1)
+        lines += [algo.train(), algo.train()]
+    for line in lines:
+        assert 1 <= line["episodes/turns_mean"] <= 3 and line["episodes/tool_calls_mean"] == 0
+        assert line["weights/parity_max"] < 1e-3
+    assert lines[-1]["recoveries/environment"] == 1
+    assert 1 <= lines[-1]["eval/heldout/turns_mean"] <= 3
+    rows = list(groups.rows(groups.load(Path(config.run_dir) / "groups")))
+    assert len(rows) >= 6
+    alphabet = " 0123456789+=?.abcdefghijklmnopqrstuvwxyz\\{}"
+    num_turns = 0
+    for row in rows:
+        assert "".join(alphabet[i - 2] for i in row["prompt_ids"]) == "1+1"
+        for i, (ids, mask) in enumerate(zip(row["completion_ids"], row["trained_tokens"], strict=True)):
+            logprobs = row["sampling_logprobs"][i]
+            assert [value == 0 for value in logprobs] == [not is_trained for is_trained in mask]
+            untrained = "".join(
+                alphabet[t - 2] for t, is_trained in zip(ids, mask, strict=True) if not is_trained
+            )
+            turns = json.loads(row["episodes"][i])["turns"]
+            num_turns += turns
+            whole = "?=" + "abc" * turns  # the last answer is there only if there was room for another turn
+            assert whole.startswith(untrained) and len(untrained) >= len(whole) - 3
+            reward = row["reward_parts"][ENVIRONMENT][i]
+            assert reward == row["rewards"][i]
+    assert num_turns > 4 * len(rows)
