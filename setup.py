@@ -13,7 +13,8 @@ class BuildPy(build_py):
     """
 
     def _get_data_files(self):
-        jobs = [path.name for path in Path("jobs").iterdir() if path.with_suffix(".yaml").exists()]
+        files = [*Path("jobs").glob("*.yaml"), *Path("jobs").glob("*.py")]
+        jobs = [path.name for path in files if path.with_suffix(".yaml").exists()]
         return [*super()._get_data_files(), ("gvpo_ray", "jobs", f"{self.build_lib}/gvpo_ray/jobs", jobs)]
 
 
