@@ -202,7 +202,7 @@ def check(words: list[str], page: Path) -> None:
             pass
         case ["./cluster/local.sh"] | ["source", "runs/cluster/env"] | ["ray", "job", "stop", _]:
             pass
-        case ["./jobs/setup.sh", "cuda"] | ["pip", "install", _]:
+        case ["./jobs/setup.sh", "cuda"] | ["pip", "install" | "uninstall", *_]:
             raise NotHere
         case ["docker" | "kubectl" | "$EDITOR" | "export" | "ray", *arguments]:
             for word in arguments:
