@@ -260,9 +260,9 @@ class Verifier:
         if self._checks_record:
             self.record.check()
         by_completion = [{name: parts[i] for name, parts in by_name.items()} for i in range(len(completions))]
-        for i, part in enumerate(of_episodes):
-            if part is not None:
-                by_completion[i] = {ENVIRONMENT: part, **by_completion[i]}
+        for i, of_episode in enumerate(of_episodes):
+            if of_episode is not None:
+                by_completion[i] = {ENVIRONMENT: of_episode, **by_completion[i]}
         return [self._combine(parts, seconds[i]) for i, parts in enumerate(by_completion)]
 
     def _call(
