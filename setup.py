@@ -1,4 +1,4 @@
-"""This file puts the examples of jobs/ into a wheel as gvpo_ray/jobs; pyproject.toml says all the rest."""
+"""This file puts the jobs into a wheel as gvpo_ray/jobs; pyproject.toml says all the rest."""
 
 from pathlib import Path
 
@@ -7,10 +7,14 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPy(build_py):
-    """BuildPy adds the jobs' YAML files to the package's data; a checkout reads them where they are."""
+    """BuildPy adds jobs, YAML files and what Python they name, to the package's data.
+
+    A checkout reads them where they are.
+    """
 
     def _get_data_files(self):
-        jobs = sorted(path.name for path in Path("jobs").glob("*.yaml"))
+        files = [*Path("jobs").glob("*.yaml"), *Path("jobs").glob("*.py")]
+        jobs = [path.name for path in files if path.with_suffix(".yaml").exists()]
         return [*super()._get_data_files(), ("gvpo_ray", "jobs", f"{self.build_lib}/gvpo_ray/jobs", jobs)]
 
 

@@ -1,7 +1,7 @@
 """The environment of jobs/tools_cpu.yaml: a number from 1 to 7 is found with three questions to a tool.
 
     python jobs/tools_cpu.py                          # writes the data, in a second
-    python jobs/train.py jobs/tools_cpu.yaml          # makes the model, then trains it
+    gvpo-ray train jobs/tools_cpu.yaml                # makes the model, then trains it
 
 A class with `reset`, tools (public methods with types and a docstring) and `get_reward` is an environment;
 TRL's `environment_factory` takes the same. It needs nothing of this project.

@@ -25,6 +25,7 @@ import yaml
 from gvpo_ray import cli
 from gvpo_ray.config.base import walk
 from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.loading import packaged_jobs
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig, verifiers_config
 
@@ -159,7 +160,8 @@ def config_of(path: str, overrides: list[str], page: Path, is_evaluation: bool =
     shown = [block.text for block in blocks_of(page) if block.title == path]
     if shown:
         return GVPOConfig.from_dict(yaml.safe_load(shown[0]), overrides)
-    return GVPOConfig.from_file(ROOT / path, overrides, is_evaluation)
+    is_name = path in packaged_jobs()
+    return GVPOConfig.from_file(path if is_name else ROOT / path, overrides, is_evaluation)
 
 
 class NotHere(Exception):
@@ -184,7 +186,7 @@ def check(words: list[str], page: Path) -> None:
                 config = config_of(given["config"], overrides, page, verb in ("evaluate", "check"))
         case ["./jobs/quickstart.sh", *overrides]:
             config = config_of("jobs/quickstart.yaml", overrides, page)
-        case ["python", "jobs/gvpo_in_one_file.py"]:
+        case ["python", "jobs/gvpo_in_one_file.py" | "jobs/tools_cpu.py"]:
             pass
         case ["python", script, path, *overrides]:
             assert (ROOT / script.removeprefix("/opt/gvpo-ray/")).is_file(), script
@@ -200,7 +202,7 @@ def check(words: list[str], page: Path) -> None:
             pass
         case ["./cluster/local.sh"] | ["source", "runs/cluster/env"] | ["ray", "job", "stop", _]:
             pass
-        case ["./jobs/setup.sh", "cuda"]:
+        case ["./jobs/setup.sh", "cuda"] | ["pip", "install" | "uninstall", *_]:
             raise NotHere
         case ["docker" | "kubectl" | "$EDITOR" | "export" | "ray", *arguments]:
             for word in arguments:
@@ -209,7 +211,8 @@ def check(words: list[str], page: Path) -> None:
         case _:
             pytest.fail(f"nobody knows the command {shlex.join(words)}")
     if config is not None:
-        is_made = config.warm_start is not None and config.warm_start.task is not None
+        start = config.warm_start  # jobs/tools_cpu.py makes the data of its environment
+        is_made = start is not None and (start.task is not None or config.environment is not None)
         if not is_made or any(gpus for *_, gpus in resource_plan(config)):
             raise NotHere
 
@@ -270,6 +273,22 @@ def test_every_piece_of_python_compiles_and_imports_what_is_there(block: Block) 
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gvpo_ray"):
             module = importlib.import_module(node.module)
             assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+def test_the_tree_names_every_module_in_its_room_and_the_table_every_job() -> None:
+    tree = (ROOT / "docs" / "CONTRIBUTING.md").read_text().partition("## The tree")[2].split("```")[1]
+    _, *parts = re.split(r"^  (\w+)/ ", tree, flags=re.MULTILINE)
+    rooms = dict(zip(parts[::2], parts[1::2], strict=True))
+    package = ROOT / "gvpo_ray"
+    missing = []
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0]
+        named = re.findall(r"\w+\.py", rooms[room] if path.parent != package else tree)
+        missing += [path] if path.name[0] != "_" and path.name not in named else []
+    assert missing == []
+    table = (ROOT / "jobs" / "README.md").read_text()
+    jobs = {path.name for path in (ROOT / "jobs").iterdir()} - {"README.md", "__pycache__"}
+    assert [name for name in sorted(jobs) if f"]({name})" not in table] == []
 
 
 # -------------------------------------------------------------------------------------------- the examples

@@ -370,6 +370,11 @@ def earlier_set_up(project: Path) -> None:
     (project / ".venv" / "stamp").write_text(f"{made_for}\nfrom other pins\n", encoding="utf-8")
 
 
+def test_the_page_on_the_wheel_removes_what_the_set_up_leaves_out() -> None:
+    page = (ROOT / "docs" / "guides" / "first-run.md").read_text()
+    assert f"pip uninstall -y {' '.join(packages.LEFT_OUT)} " in page
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
     """The project's folder after a set-up under all that once went wrong, and the set-up's output."""
