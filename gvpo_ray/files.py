@@ -252,14 +252,15 @@ class NoLocks(OSError):
         )
 
 
-def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
-    """Take the exclusive lock of a file and return the open file; closing it releases the lock.
+def lock(path: Path, wait_s: float | None = 0.0, shared: bool = False) -> IO[str]:
+    """Take the lock of a file and return the open file; closing it releases the lock.
 
     The file is made if it is absent. The end of the process releases the lock too.
 
     Args:
         path: the file to lock.
         wait_s: seconds to wait for another process that holds the lock; None: no limit.
+        shared: whether others may hold it at the same time, if they take it as shared too.
 
     Raises:
         BlockingIOError: another process still holds the lock.
@@ -272,7 +273,8 @@ def lock(path: Path, wait_s: float | None = 0.0) -> IO[str]:
     try:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait_s is None else fcntl.LOCK_NB))
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(file, kind | (0 if wait_s is None else fcntl.LOCK_NB))
                 return file
             except BlockingIOError:
                 if time.monotonic() >= deadline:

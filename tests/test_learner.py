@@ -5,6 +5,7 @@ and the loop around it.
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -29,7 +30,7 @@ from learners import (
     with_loss,
 )
 from oracle import weighted_squared_loss, weights_floor_and_damping, with_likelihood_floor
-from tiny import make_group, make_model, table
+from tiny import make_group, make_model, sent_weights, table
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray import groups
@@ -450,7 +451,7 @@ def test_a_learner_that_comes_back_says_from_which_step(tmp_path):
     learn(
         load(tmp_path / "checkpoints" / "step-2", given),
         buffer,
-        ObjectPublisher(bytes, torch.float32, is_sender=True),
+        ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True),
         given,
     )
     assert [entry[:2] for entry in buffer.told] == [("started", 2), ("published", 2)]
@@ -511,7 +512,7 @@ def run_learn(
     policy = load(path, given)
     buffer, lines = SyncBuffer(folder, last_step, version=policy.step, **options), []
     buffer.fill(10)  # after the first time: all of them are there already
-    learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given, lines.append)
+    learn(policy, buffer, ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True), given, lines.append)
     buffer.real.release()
     return policy, buffer, lines
 
@@ -560,14 +561,9 @@ def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
 
 
 def test_what_learn_publishes_are_the_weights_and_logprobs_to_check_them_by(tmp_path):
-    from safetensors.torch import load as from_bytes
-
     given = settings(tmp_path, num_steps=2)
     policy, buffer, _ = run_learn(tmp_path, given, make_model(tmp_path / "model"), last_step=2)
-    sent = {
-        name: tensor for shard in buffer.shards[2]["shards"] for name, tensor in from_bytes(shard).items()
-    }
-    assert same(sent, weights(policy))
+    assert same(sent_weights(buffer.shards[2]), weights(policy))
     probe = buffer.shards[0]["probe"]
     rows = [{"prompt_ids": ids[:1], "completion_ids": [ids[1:]]} for ids in probe["ids"]]
     first = load(tmp_path / "model", given).token_logprobs(rows)
@@ -601,7 +597,7 @@ def test_learn_tells_the_buffer_what_the_current_reference_model_said_and_nothin
 
     buffer = Attached(2)
     given = dataclasses.replace(settings(tmp_path, "every: 1", num_steps=2), reports_references=True)
-    learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), given)
+    learn(policy, buffer, ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True), given)
     told = [entry[1:] for entry in buffer.told if entry[0] == "learned"]
     assert [(version, sorted(references)) for version, references in told] == [(0, [1, 2]), (1, [1, 2])]
     assert -7.0 not in told[1][1][2]  # asked anew
@@ -613,7 +609,7 @@ def test_learn_ends_when_the_run_is_closed_while_it_waits_for_a_batch(tmp_path, 
             return None
 
     buffer = Closed(5)
-    learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=True), settings(tmp_path))
+    learn(policy, buffer, ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True), settings(tmp_path))
     assert policy.step == 0 and [entry[:2] for entry in buffer.told] == [("started", 0), ("published", 0)]
 
 
@@ -623,4 +619,9 @@ def test_learn_refuses_a_table_that_is_not_one_of_groups(tmp_path, policy):
             return super().batch(step).drop_columns(["rewards"])
 
     with pytest.raises(groups.GroupError, match="rewards"):
-        learn(policy, Wrong(5), ObjectPublisher(bytes, torch.float32, is_sender=True), settings(tmp_path))
+        learn(
+            policy,
+            Wrong(5),
+            ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True),
+            settings(tmp_path),
+        )

@@ -4,6 +4,7 @@ of ranks and size of a pass.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -83,7 +84,7 @@ def told(folder: Path, micro_batch_tokens: int, packing: bool = True) -> dict[st
     learn(
         policy,
         buffer,
-        ObjectPublisher(bytes, torch.float32, is_sender=policy.rank == 0),
+        ObjectPublisher(copy.deepcopy, torch.float32, is_sender=policy.rank == 0),
         dataclasses.replace(given, reports_references=True),
         lines.append,
     )
@@ -104,7 +105,7 @@ def told_of_a_model(folder: Path) -> list[tuple[Any, ...]]:
         settings(folder, "initial", num_steps=2, micro_batch_tokens=40), reports_references=True
     )
     policy, buffer = load(shared_model(folder), given), Fewer(2)
-    learn(policy, buffer, ObjectPublisher(bytes, torch.float32, is_sender=policy.rank == 0), given)
+    learn(policy, buffer, ObjectPublisher(copy.deepcopy, torch.float32, is_sender=policy.rank == 0), given)
     return buffer.told
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,21 @@ def test_what_a_seed_samples_is_the_same_alone_and_among_more_prompts_than_vllm_
     running.run(run())
 
 
+def test_the_prefix_cache_has_a_prompt_that_was_read_before(running: Running) -> None:
+    engine = running.engine
+    long = groups.with_columns(prompt(), prompt_ids=[[5 + i % 11 for i in range(300)]])
+
+    async def counts() -> tuple[int, int]:
+        before = engine.num_prompt_tokens, engine.num_cached_tokens
+        await engine.generate(long, sampling(2, 4))
+        status = await engine.status()
+        return status["num_prompt_tokens"] - before[0], status["num_cached_tokens"] - before[1]
+
+    assert running.run(counts())[0] == 2 * 300
+    prompts, cached = running.run(counts())
+    assert prompts == 600 and cached >= 2 * 128  # whole blocks, of 128 tokens on a CPU
+
+
 def test_vllm_hands_over_siblings_of_a_long_group_and_goes_on_where_another_engine_was_cut_off(
     running: Running,
 ) -> None:
@@ -246,6 +263,103 @@ def test_a_drained_vllm_returns_what_it_has_and_another_goes_on_with_it(running:
     running.run(run())
 
 
+def test_vllm_holds_the_same_bits_after_deltas_as_after_the_whole(running: Running) -> None:
+    engine, ids = running.engine, [5 + 7 * i % 37 for i in range(90)]
+    learner, tensors = publisher(), {name: x.clone() for name, x in running.model.state_dict().items()}
+    from vllm import SamplingParams
+
+    async def bits() -> Any:
+        """The log-probs of every token of a prompt, and vLLM's own checksums."""
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+        output = await engine._final(ids, params, uuid.uuid4().hex)
+        logprobs = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
+        return logprobs, await engine._llm.compute_weight_checksums()
+
+    def changed(share: float) -> dict[str, torch.Tensor]:
+        for tensor in tensors.values():
+            places = torch.randperm(tensor.numel())[: int(share * tensor.numel())]
+            tensor.view(-1)[places] *= 1.25
+        return tensors
+
+    async def run() -> None:
+        seen = [await bits()]
+        await engine.update(1, learner.publish(1, tensors.items()))
+        assert await bits() == seen[0]
+        for version in (2, 3, 4):
+            published = learner.publish(version, changed(0.02).items())
+            assert len(published["deltas"]) == version - 1
+            if version == 3:
+                continue  # a version that this engine never saw
+            # the node's copy is brought up to date while vLLM still runs the weights before
+            _, reading = await asyncio.to_thread(engine._node_copy.take, published, list)
+            assert await bits() == seen[-1]
+            reading.close()
+            await engine.update(version, published)
+            seen.append(await bits())
+            assert seen[-1] != seen[-2]
+        await engine.update(5, publisher().publish(5, tensors.items()))
+        assert await bits() == seen[-1]
+        # the tests that follow compare with the model
+        await engine.update(6, publisher().publish(6, running.model.state_dict().items()))
+        assert await bits() == seen[0]
+
+    running.run(run())
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_follows_new_weights_is_the_new_policys_unless_keys_and_values_are_kept(
+    running: Running, keeps: bool
+) -> None:
+    engine, new = running.engine, copy.deepcopy(running.model)
+    for tensor in new.state_dict().values():
+        tensor.add_(0.1 * tensor.std() * torch.randn_like(tensor))
+    pool = engine._pool
+    engine._pool = pool.model_copy(update={"keep_kv": keeps})
+
+    async def run(version: int) -> dict[str, Any]:
+        before = (await engine.status())["num_tokens"]
+        work = asyncio.ensure_future(engine.generate(prompt(), sampling(6, 400)))
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_tokens"] > before + 6 * 60)
+
+        await until(has_begun)
+        await engine.update(version, publisher().publish(version, new.state_dict().items()))
+        row = row_of((await work)[0])
+        await engine.update(version + 1, publisher().publish(version + 1, running.model.state_dict().items()))
+        # a prompt is read with the weights of now, whatever older ones have left in the cache
+        running.check(row_of((await engine.generate(prompt(), sampling(2, 20)))[0]), 20)
+        return row
+
+    row = running.run(run(10 + 2 * keeps))
+    engine._pool = pool
+    num_mixed = 0
+    for ids, got in zip(row["completion_ids"], row["sampling_logprobs"], strict=True):
+        of_old, of_new = ((torch.tensor(got) - logprobs(model, ids)).abs() for model in (running.model, new))
+        begin = next((i for i, difference in enumerate(of_old) if difference > 1e-3), len(ids))
+        if len(ids) - begin < 20:
+            continue
+        num_mixed += 1
+        if keeps:
+            assert of_new[begin:].mean() > 1e-2
+        else:
+            assert of_new[begin:].max() < 1e-3
+    assert num_mixed > 0
+
+
+def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """The log-probs of a completion of PROMPT_IDS under a model of transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT_IDS + ids])).logits[0, len(PROMPT_IDS) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def publisher() -> Any:
+    from gvpo_ray.weights.transfer import ObjectPublisher
+
+    return ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True)
+
+
 def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +431,8 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", refuse)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    model, gpu = ModelConfig(path=str(tmp_path), dtype="bfloat16"), {"num_gpus": 1, "memory_fraction": 0.5}
+    folder = str(tiny.make_model(tmp_path))
+    model, gpu = ModelConfig(path=folder, dtype="bfloat16"), {"num_gpus": 1, "memory_fraction": 0.5}
     for pool, drain_s in (
         (PoolConfig(), None),
         (PoolConfig(dtype="float16", quantization="fp8", vllm={"max_num_seqs": 7}, **gpu), 2.5),
@@ -331,6 +446,9 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
         3,
         "dummy",
     ) and plain.shutdown_timeout == 0
+    # vLLM's layer of logits reads this property, which falls back to the model's type without an error
+    found = plain.create_model_config()
+    assert (found.dtype, found.head_dtype) == (torch.bfloat16, torch.float32)
     assert (special.dtype, special.quantization, special.max_num_seqs, special.gpu_memory_utilization) == (
         "float16",
         "fp8",

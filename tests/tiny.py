@@ -13,11 +13,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from safetensors.torch import load as from_bytes
 
 from gvpo_ray import groups
 from gvpo_ray.bench import chaos
+from gvpo_ray.weights.deltas import apply_delta
 
 EOS = 1
 ALPHABET = " 0123456789+=?.abcdefghijklmnopqrstuvwxyz\\{}"
@@ -202,3 +205,12 @@ def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], fo
         dist.barrier()
     torch.save(results, folder / f"result-{rank}.pt")
     dist.destroy_process_group()
+
+
+def sent_weights(published: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a published version, from its whole and its deltas."""
+    shards = [np.array(shard) for shard in published["shards"]]
+    for delta in published["deltas"]:
+        for shard, of_shard in zip(shards, delta, strict=True):
+            apply_delta(shard, of_shard)
+    return {name: tensor for shard in shards for name, tensor in from_bytes(shard.tobytes()).items()}

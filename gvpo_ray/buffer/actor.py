@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from gvpo_ray.actors import Note, actor_name, cause_of, is_lost
 from gvpo_ray.buffer.buffer import GroupBuffer
-from gvpo_ray.buffer.states import Command
+from gvpo_ray.buffer.states import Command, Owner
 from gvpo_ray.groups import from_wire, to_wire
 
 
@@ -125,6 +125,15 @@ class BufferClient:
         """Return newer weights; see GroupBuffer.weights."""
         weights: tuple[int, Any] | None = await self._call("weights", newer_than)
         return weights
+
+    async def next_turn(self, turn: int) -> tuple[int, Owner] | None:
+        """Return the next turn on shared GPUs; see GroupBuffer.next_turn."""
+        following: tuple[int, Owner] | None = await self._call("next_turn", turn)
+        return following
+
+    async def engines_sleep(self, turn: int) -> None:
+        """Tell that all engines sleep; see GroupBuffer.engines_sleep."""
+        await self._call("engines_sleep", turn)
 
     async def reached(self, version: int) -> int | None:
         """Wait for the weights of a version; see GroupBuffer.reached."""

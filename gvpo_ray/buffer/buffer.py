@@ -28,7 +28,8 @@ from gvpo_ray import groups
 from gvpo_ray.buffer.control import LearnerControl
 from gvpo_ray.buffer.log import GroupLog, lock_folder
 from gvpo_ray.buffer.replay import ReplayIndex, replayed
-from gvpo_ray.buffer.states import BoundState, LearnerState
+from gvpo_ray.buffer.states import BoundState, LearnerState, Owner
+from gvpo_ray.buffer.turns import Turns
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.files import append_line, read_lines
 
@@ -54,6 +55,7 @@ class GroupBuffer(LearnerControl):
             None: unbounded.
         version: version of the weights that the learner starts from.
         replay: which completions are replayed; None: none.
+        takes_turns: whether engines sleep while the learner trains (turns.py).
 
     Raises:
         LogError: another buffer still writes to the folder after LOCK_WAIT_S, or the log lacks groups that
@@ -68,7 +70,9 @@ class GroupBuffer(LearnerControl):
         max_staleness: int | None,
         version: int = 0,
         replay: ReplayConfig | None = None,
+        takes_turns: bool = False,
     ) -> None:
+        self._turns = Turns() if takes_turns else None
         self._lock = lock_folder(Path(folder))
         super().__init__(Path(folder), version)
         self.log = GroupLog(folder)
@@ -211,7 +215,9 @@ class GroupBuffer(LearnerControl):
                         return None
                     self.log.assign(step, begin, end)
             self.set_learner_state(LearnerState.TRAINS, f"step {step}")
-            return self.log.read(*self.log.assigned[step])
+        if self._turns is not None:
+            await self._turns.take()
+        return self.log.read(*self.log.assigned[step])
 
     async def report_references(self, version: int, references: Mapping[int, list[float | None]]) -> None:
         """Record log-probs of a step's groups under the reference model of `version`, for later replay.
@@ -249,6 +255,8 @@ class GroupBuffer(LearnerControl):
             self._learner_from = version
         elif version > self._learner_from:
             self._learner_deaths = 0
+        if self._turns is not None and weights is not None:
+            await self._turns.give()
         if not self.learner_is_beyond(version):
             self.set_learner_state(LearnerState.PUBLISHED, f"version {version}")
         if self._history is not None:
@@ -263,6 +271,22 @@ class GroupBuffer(LearnerControl):
                 lambda: self._closed or (self._weights is not None and self._weights[0] > newer_than)
             )
             return None if self._closed else self._weights
+
+    async def next_turn(self, turn: int) -> tuple[int, Owner] | None:
+        """Return the next turn on shared GPUs, and whose it is; see Turns.next. None: the run was closed."""
+        assert self._turns is not None
+        return await self._turns.next(turn)
+
+    async def engines_sleep(self, turn: int) -> None:
+        """Let the learner begin its turn: all engines sleep."""
+        assert self._turns is not None
+        await self._turns.slept(turn)
+
+    async def close(self, error: str | None = None) -> None:
+        """End the run and wake everybody who waits; the first error is kept."""
+        await super().close(error)
+        if self._turns is not None:
+            await self._turns.close()
 
     async def has_weights(self) -> bool:
         """Return whether the learner has told where its weights are; a restarted buffer does not know."""

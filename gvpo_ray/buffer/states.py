@@ -21,6 +21,13 @@ class LearnerState(StrEnum):
     STOPPED = "was told to stop"
 
 
+class Owner(StrEnum):
+    """An Owner is who has its turn on GPUs that engines and learner share (engines.colocated: sleep)."""
+
+    ENGINES = "engines"
+    LEARNER = "learner"
+
+
 class BoundState(StrEnum):
     """A BoundState says whether the staleness bound lets another group start."""
 

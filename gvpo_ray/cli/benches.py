@@ -51,6 +51,23 @@ def bench_learner(
     learner.main(tokens)
 
 
+@verb("weights --share 0.25", bench)
+def bench_weights(
+    share: Annotated[float, typer.Option(metavar="X", help="share of a model of 1.5B")] = 1.0,
+) -> None:
+    """Measure the way of new weights from learner to engine.
+
+    Each stage is compared with a plain copy of memory. A real step of AdamW says how many bytes a delta has.
+    """
+    from gvpo_ray.config.base import ConfigError
+
+    if not 0 < share <= 1:
+        raise ConfigError(f"--share: {share:g}: must be more than 0 and at most 1")
+    from gvpo_ray.bench import weights
+
+    weights.main(share)
+
+
 @verb("gpu --out runs/bench_gpu --sections probe,train_step,speed", bench)
 def bench_gpu(
     out: Annotated[

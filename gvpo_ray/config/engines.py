@@ -83,13 +83,23 @@ class PoolConfig(Section):
     quantization: str | None = None
     """Method by which vLLM quantises the weights when it loads them, such as fp8 (GPU only)."""
     max_groups: int = Field(default=64, ge=1)
-    """Largest number of groups in flight on one engine."""
+    """Largest number of groups in flight on one engine. vLLM decodes all of their completions at once, up to
+    1,024; `vllm: {max_num_seqs: …}` sets another limit."""
     memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (GPU only)."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
-    """Size of the key-value cache in GiB (CPU only)."""
-    enforce_eager: bool = True
-    """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Size of the key-value cache in GiB; default: 1 on a CPU, and on a GPU what memory_fraction leaves.
+    vLLM finds that out by measuring, which goes wrong if a learner on the same GPU takes or frees memory
+    meanwhile."""
+    enforce_eager: bool | None = None
+    """Run without CUDA graphs and compilation: the engine starts sooner and decodes slower on GPU. Default:
+    without them on a CPU, with them on a GPU."""
+    keep_kv: bool = False
+    """Keep the keys and values of completions in flight when new weights come, in place of reading all their
+    tokens again. What is sampled next is then of neither version: the new weights look at what the old ones
+    saw. The recorded log-probs are of exactly that sampler, so they stay right as `behaviour` reference and
+    in importance weights. But the learner's own log-probs of these tokens differ from them even before it has
+    learned anything. Prompts of new groups are always read with the new weights."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)
@@ -139,6 +149,12 @@ class EnginesConfig(PoolConfig):
     """How weights reach the engines. `objects`: through Ray's object store and shared memory, once per node;
     engines may join later. `nccl` (experimental): vLLM's broadcast from learner rank 0 to a fixed fleet of
     GPU engines; the death of one ends the run, and the same command resumes it."""
+    colocated: Literal["sleep", "share"] | None = None
+    """How engines and learner live on the same GPUs. `sleep`: they take turns. While the learner trains, all
+    engines of ours free their memory and stand still. Groups in flight go on afterwards with the new weights,
+    so each turn costs reading their tokens again. `share`: both run all the time, the learner in what
+    memory_fraction leaves; needs kv_cache_gib. Default: they have GPUs of their own. On a CPU `sleep` only
+    pauses the engines."""
     parity_every: int = Field(default=20, ge=0)
     """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
     0: only the first."""
@@ -184,6 +200,17 @@ class EnginesConfig(PoolConfig):
     def has_own_engines(self) -> bool:
         """Whether there are engines with the policy's weights, which alone can be evaluated."""
         return any((pool.num or pool.max_num) and pool.url is None for pool in self.all_pools().values())
+
+    @property
+    def memory_of_learner(self) -> float:
+        """Largest share of a GPU's memory for a learner on the engines' GPUs.
+
+        CUDA itself takes some for each process, and an engine that sleeps keeps its CUDA graphs.
+        """
+        if self.colocated is None:
+            return 1.0
+        fractions = [pool.memory_fraction for pool in self.all_pools().values() if pool.num_gpus]
+        return 0.92 if self.colocated == "sleep" else 0.96 - max(fractions, default=0.0)
 
     def all_pools(self) -> dict[str, PoolConfig]:
         """Return every pool by name, with all of its settings."""

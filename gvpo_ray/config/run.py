@@ -151,6 +151,23 @@ class GVPOConfig(Section):
                 )
             if len(pools) > 1 or any(pool.max_num not in (None, pool.num) for pool in pools.values()):
                 raise ValueError("engines.weight_transfer: nccl needs a fixed fleet of one pool; use objects")
+        if engines.colocated and engines.weight_transfer == "nccl":
+            raise ValueError(
+                "engines.colocated cannot go with weight_transfer: nccl, whose ranks need a GPU each: "
+                "use objects"
+            )
+        if engines.colocated == "share":
+            for name, pool in pools.items():
+                where = f"engines.pools.{name}" if engines.pools else "engines"
+                if pool.num_gpus and pool.kv_cache_gib is None:
+                    raise ValueError(
+                        f"engines.colocated: share needs {where}.kv_cache_gib: vLLM would measure the GPU's "
+                        "memory while the learner takes and frees some"
+                    )
+                if engines.memory_of_learner <= 0:
+                    raise ValueError(
+                        f"{where}.memory_fraction ({pool.memory_fraction:g}) leaves the learner no memory"
+                    )
         self._across_sources(pools)
         if learner.max_workers is not None and learner.max_workers < learner.num_workers:
             raise ValueError(

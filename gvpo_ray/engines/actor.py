@@ -109,6 +109,7 @@ def engine_maker(
     system_prompt: str | None,
     template: str | None = None,
     rollout: Rollout = one_call,
+    num_completions: int = SamplingConfig().num_completions,
 ) -> MakeEngine:
     """Return the function that makes an engine actor: a client if its pool has a `url`, else vLLM.
 
@@ -120,6 +121,7 @@ def engine_maker(
         system_prompt: first message of every request to a server.
         template: of the user's message to a server.
         rollout: makes one completion at an engine of our own.
+        num_completions: completions per group, by which vLLM's scheduler is sized.
     """
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
@@ -153,6 +155,8 @@ def engine_maker(
                 load_weights,
                 config.drain_s,
                 rollout,
+                num_completions,
+                config.colocated == "sleep",
             )
         )
 

@@ -90,11 +90,13 @@ class BaseEngine(abc.ABC):
     def __init__(self, drain_s: float | None = None) -> None:
         self._drain_s = drain_s
         self.version = -1
-        self._is_leaving = self._is_draining = self._is_closed = self._is_updating = False
+        self._is_leaving = self._is_draining = self._is_closed = self._is_updating = self._is_asleep = False
         self._begin = asyncio.Condition()  # notified when waiting groups may begin, or must go elsewhere
         self._in_flight: dict[InFlight, None] = {}  # the oldest first
         self.refusals: dict[int, str] = {}
         """Group id -> why a server refuses to sample (the rest of) a group that `generate` has returned."""
+        self.num_prompt_tokens = self.num_cached_tokens = 0
+        """Tokens of all prompts so far, and those of them whose keys and values were in the prefix cache."""
         self._num_tokens = 0
         self._last_token_at = time.time()
 
@@ -145,13 +147,16 @@ class BaseEngine(abc.ABC):
         """
         now = time.time()
         num_completions = sum(running.size - len(running.finished(now)) for running in self._in_flight)
+        has_work = num_completions > 0 and not self._is_asleep
         oldest = next(iter(self._in_flight), None)
         return {
             "version": self.version,
             "num_groups": len(self._in_flight),
             "num_completions": num_completions,
             "num_tokens": self._num_tokens,
-            "last_token_at": self._last_token_at if num_completions or self._is_updating else now,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "last_token_at": self._last_token_at if self._is_updating or has_work else now,
             "oldest": oldest and {"group_id": oldest.group["group_id"][0].as_py(), "since": oldest.since},
             "updating": self._is_updating,
             "leaving": self._is_leaving,
@@ -266,8 +271,17 @@ class BaseEngine(abc.ABC):
 
         Returns:
             `copy_s` and `pause_s`, the seconds of the copy (generation goes on) and of the pause (it stops),
-            and with a probe `parity_mean` and `parity_max`, differences of log-probs in nats per token.
+            and with a probe `parity_mean`, `parity_rms` and `parity_max`, differences of log-probs in nats
+            per token.
         """
+
+    async def sleep(self) -> None:
+        """Free the GPU's memory for a learner that shares the GPU; groups in flight stand still."""
+        self._is_asleep = True
+
+    async def wake(self) -> None:
+        """Take the GPU's memory again, and go on with the groups in flight."""
+        self._is_asleep, self._last_token_at = False, time.time()
 
     @abc.abstractmethod
     def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:

@@ -18,6 +18,7 @@ from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.dispatcher import Dispatcher
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.engines.supervisor import Supervisor, Waits, Weights
+from gvpo_ray.engines.turns import Turns
 from gvpo_ray.observe.status import EngineState
 
 
@@ -36,6 +37,7 @@ class EngineGroup:
         waits: GroupBuffer.waits, seconds that the learner and others have waited, by which elastic pools grow
             and shrink. None: elastic pools have max_num engines from the beginning.
         placed: awaited before the first engine takes its place in the cluster.
+        turns: says whose turn it is on GPUs that engines and learner share; None: they share none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EngineGroup:
         note: Note,
         waits: Waits | None = None,
         placed: Callable[[], Awaitable[None]] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.slots = [
             Slot(name, pool, number, pool.max_groups * num_completions)
@@ -59,9 +62,10 @@ class EngineGroup:
                 if slot.is_elastic:
                     slot.is_wanted, slot.state = False, EngineState.OFF
         self._placed = placed
+        self._prompts_before: dict[tuple[str, int], tuple[int, int]] = {}
         self._dispatcher = Dispatcher(self.slots, num_completions, note)
         self._supervisor = Supervisor(
-            config, self.slots, make, weights, note, waits, self._dispatcher.changed
+            config, self.slots, make, weights, note, waits, turns, self._dispatcher.changed
         )
 
     @property
@@ -78,6 +82,25 @@ class EngineGroup:
     def times(self) -> dict[str, float]:
         """Report of the newest weight update, as Engine.update returns it."""
         return self._supervisor.times
+
+    def prefix_cache(self) -> dict[str, float]:
+        """Return the hit rate of vLLM's prefix cache since the last call, as a metric; {}: no new prompts.
+
+        The engines' counts are those of their last answers to `status`, at most seconds old.
+        """
+        counts = {
+            (slot.name, slot.status["pid"]): (
+                slot.status["num_cached_tokens"],
+                slot.status["num_prompt_tokens"],
+            )
+            for slot in self.slots
+            if slot.is_ours and slot.status
+        }
+        before, self._prompts_before = self._prompts_before, counts
+        cached, prompts = (
+            sum(now[i] - before.get(engine, (0, 0))[i] for engine, now in counts.items()) for i in (0, 1)
+        )
+        return {"engines/prefix_cache_hit_rate": cached / prompts} if prompts else {}
 
     def num_free(self) -> int:
         """Return the number of groups that could begin at once; negative if more than that wait already."""

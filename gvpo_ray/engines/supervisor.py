@@ -31,6 +31,7 @@ from gvpo_ray.config.engines import EnginesConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
 from gvpo_ray.engines.slots import Slot
+from gvpo_ray.engines.turns import Sleepers, Turns
 from gvpo_ray.observe.status import EngineState
 
 Weights = Callable[[int], Awaitable[tuple[int, Any] | None]]
@@ -68,6 +69,7 @@ class Supervisor:
         weights: source of newer weights. None: the engines load model.path themselves.
         note: called with every recovery.
         waits: the waiting times by which elastic pools grow and shrink. None: they do not.
+        turns: on GPUs that engines and learner share; None: they share none.
         changed: called when an engine has come that groups may be assigned to.
     """
 
@@ -79,8 +81,10 @@ class Supervisor:
         weights: Weights | None,
         note: Note,
         waits: Waits | None,
+        turns: Turns | None,
         changed: Callable[[], None],
     ) -> None:
+        self._sleepers = Sleepers(slots, turns)
         self._config, self._slots, self._make, self._weights = config, slots, make, weights
         self._note, self._waits, self._changed = note, waits, changed
         self._is_fixed = config.weight_transfer == "nccl"
@@ -104,7 +108,11 @@ class Supervisor:
             ExceptionGroup: with that error.
         """
         async with asyncio.TaskGroup() as tasks:
-            works = {"reading preemption notices": self._watch_nodes, "autoscaling": self._scale}
+            works = {
+                "reading preemption notices": self._watch_nodes,
+                "autoscaling": self._scale,
+                "taking turns with the learner": self._sleepers.run,
+            }
             beside = [tasks.create_task(self._go_on(what, work)) for what, work in works.items()]
             async with asyncio.TaskGroup() as keepers:
                 for slot in self._slots:
@@ -182,7 +190,9 @@ class Supervisor:
         slot.becomes(EngineState.STARTING)
         start_s = self._config.start_s
         why = f"not started within {start_s:g} s (engines.start_s)"
-        slot.node = (await _within(start_s, engine.start_here.remote(), why))["node"]
+        async with self._sleepers.awake(slot):
+            slot.node = (await _within(start_s, engine.start_here.remote(), why))["node"]
+            slot.becomes(EngineState.WAITS_FOR_WEIGHTS)
         self._has_started.add(slot.pool)
         slot.failed = asyncio.get_running_loop().create_future()
         slot.leaves.clear()
@@ -217,7 +227,8 @@ class Supervisor:
         version = -1
         while (news := await self._weights(version)) is not None:
             try:
-                self.times = await engine.update.remote(news[0], news[1], news[1]["probe"])
+                async with self._sleepers.awake(slot):
+                    self.times = await engine.update.remote(news[0], news[1], news[1]["probe"])
             except RayError as error:
                 # the learner died, and its weights with it; its successor publishes newer ones
                 if is_lost(error):

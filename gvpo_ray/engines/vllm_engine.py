@@ -8,7 +8,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
@@ -24,6 +24,7 @@ from gvpo_ray.engines.rollout import (
     Transcript,
     one_call,
 )
+from gvpo_ray.engines.vllm_arguments import vllm_arguments
 from gvpo_ray.home import ensure_home
 
 ZOMBIE_S = 10.0
@@ -51,6 +52,9 @@ class Engine(RolloutEngine):
         load_weights: whether vLLM loads the weights of model.path, as version 0.
         drain_s: as for BaseEngine.
         rollout: makes one completion.
+        num_completions: completions per group of the training. vLLM's scheduler takes pool.max_groups times
+            as many at once; its own default would be 128.
+        sleeps: whether the engine must be able to free its GPU's memory while the learner trains.
     """
 
     def __init__(
@@ -62,19 +66,19 @@ class Engine(RolloutEngine):
         load_weights: bool = False,
         drain_s: float | None = None,
         rollout: Rollout = one_call,
+        num_completions: int = SamplingConfig().num_completions,
+        sleeps: bool = False,
     ) -> None:
         super().__init__(drain_s, rollout)
-        self._model, self._pool, self._transfer, self._seed, self._load_weights = (
-            model,
-            pool,
-            transfer,
-            seed,
-            load_weights,
+        self._model, self._pool, self._transfer = model, pool, transfer
+        self.arguments = vllm_arguments(
+            model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
         )
-        self._dtype = pool.dtype or model.dtype
+        self._dtype = self.arguments["dtype"]
         self._llm: Any = None
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
+        self._node_copy: Any = None
         self._num_finished_tokens = 0
         self._known_turns: dict[tuple[int, ...], Turns] = {}
 
@@ -90,7 +94,7 @@ class Engine(RolloutEngine):
             VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
         )
         if not on_gpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib)))
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(pool.kv_cache_gib or 1)))
             # vLLM would compile a small kernel for log-probs, which delays the first generation by 4 to 9 s.
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
             # Pinning would put engine and learner on the same cores: let the kernel spread the threads.
@@ -99,40 +103,10 @@ class Engine(RolloutEngine):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments: dict[str, Any] = {
-            "model": self._model.path,
-            "dtype": self._dtype,
-            "max_model_len": self._model.max_length,
-            "trust_remote_code": self._model.trust_remote_code,
-            "seed": self._seed,
-            "enforce_eager": pool.enforce_eager,
-            "tensor_parallel_size": pool.tensor_parallel_size,
-            "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
-            # the policy's own log-probs at temperature 1, as the learner computes them
-            "logprobs_mode": "raw_logprobs",
-            "disable_log_stats": True,
-            "worker_extension_cls": "gvpo_ray.weights.vllm_worker.WorkerExtension",
-            "weight_transfer_config": {"backend": self._transfer},
-            # vLLM must not take sampling defaults from the model folder: they often cut the support (top_p,
-            # top_k).
-            "generation_config": "vllm",
-        }
-        if pool.quantization is not None:
-            arguments["quantization"] = pool.quantization
-        if on_gpu:
-            arguments["gpu_memory_utilization"] = pool.memory_fraction
-        else:
-            # After a chunk of a prompt vLLM rewinds the generator of a request with a seed. Generators on a
-            # CPU cannot be rewound, and vLLM's core would die.
-            arguments["enable_chunked_prefill"] = False
-        if self._drain_s is not None:  # a node that is about to go sends SIGTERM to vLLM's core too
-            arguments["shutdown_timeout"] = math.ceil(self._drain_s)
-        if not self._load_weights and self._model.lora is None:
-            arguments |= {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": False}}
         started = time.perf_counter()
         self._log = ProcessLog()
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | pool.vllm)))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments))
         except RuntimeError as error:
             raise RuntimeError(_why_not_started(error, self._log)) from error
         self._death = asyncio.get_running_loop().create_future()
@@ -170,7 +144,10 @@ class Engine(RolloutEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
         )
-        (new,) = (await self._final(call.ids, params, f"{call.running.name}-{call.number}")).outputs
+        output = await self._final(call.ids, params, f"{call.running.name}-{call.number}")
+        self.num_prompt_tokens += len(call.ids)
+        self.num_cached_tokens += output.num_cached_tokens or 0
+        (new,) = output.outputs
         self._num_finished_tokens += len(new.token_ids)
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []
@@ -206,7 +183,9 @@ class Engine(RolloutEngine):
         from vllm.inputs import tokens_input
 
         final = None
-        async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id=request_id):
+        # with keep_kv the cache still holds prefixes that older weights have read
+        prompt = tokens_input(prompt_ids, cache_salt=str(self.version) if self._pool.keep_kv else None)
+        async for output in self._llm.generate(prompt, params, request_id=request_id):
             final = output
         return final
 
@@ -256,20 +235,21 @@ class Engine(RolloutEngine):
 
         Args:
             version: the new version.
-            weights: what the learner published: `shards` (object refs or arrays of safetensors bytes),
-                `bytes`, and `adapter` (peft's adapter_config.json) if they are an adapter's.
+            weights: what the learner published (ObjectPublisher.publish), with object refs or what they refer
+                to, and `adapter` (peft's adapter_config.json) if they are an adapter's.
             probe: token ids of some sequences and the learner's log-probs of them, to check this engine's
                 log-probs against.
 
         Returns:
             `copy_s` and `pause_s`, the seconds of the copy (generation goes on) and of the pause (it stops),
-            and with a probe `parity_mean` and `parity_max`, differences of log-probs in nats per token.
+            and with a probe `parity_mean`, `parity_rms` and `parity_max`, differences of log-probs in nats
+            per token.
 
         Raises:
             WeightMismatch: the log-probs differ by more than pool.parity_tolerance; the message names the
                 worst token.
         """
-        from gvpo_ray.weights.transfer import SharedMemory
+        from gvpo_ray.weights.node_copy import NodeCopy
 
         async with self._updating:
             if self._transfer == "nccl":  # the learner has broadcast the weights already
@@ -277,11 +257,12 @@ class Engine(RolloutEngine):
             started = time.perf_counter()
             adapter = weights.get("adapter")
             update_info = {} if adapter is None else {"adapter_scale": adapter["lora_alpha"] / adapter["r"]}
-            arrays = [await shard if isinstance(shard, Awaitable) else shard for shard in weights["shards"]]
-            with await asyncio.to_thread(SharedMemory, arrays) as memory:
+            self._node_copy = self._node_copy or await asyncio.to_thread(NodeCopy)
+            paths, reading = await asyncio.to_thread(self._node_copy.take, weights, _fetcher())
+            with reading:
                 copied = time.perf_counter()
                 await self.begin_update()
-                await self.receive({"paths": memory.paths, **update_info})
+                await self.receive({"paths": paths, **update_info})
                 await self.finish_update(version)
             done = time.perf_counter()
             parity = await self._check(probe) if probe else {}
@@ -299,7 +280,8 @@ class Engine(RolloutEngine):
         self._is_updating, self._last_token_at = True, time.time()
         # clear_cache: keys and values of the old weights are recomputed, so that a prompt's cached prefix is
         # never stale and what follows the swap is exactly the new policy given the tokens so far.
-        await self._unless_dead(self._llm.pause_generation(mode="keep", clear_cache=True))
+        clear = not self._pool.keep_kv
+        await self._unless_dead(self._llm.pause_generation(mode="keep", clear_cache=clear))
         await self._unless_dead(self._llm.start_weight_update())
 
     async def receive(self, update_info: dict[str, Any]) -> None:
@@ -316,13 +298,37 @@ class Engine(RolloutEngine):
         self._is_updating = False
         await self._has_version(version)
 
+    async def sleep(self) -> None:
+        """Move the weights to the host's memory and drop the keys and values; generation stands still.
+
+        The groups in flight keep their tokens; vLLM reads them again after `wake`. On a CPU vLLM only pauses.
+        """
+        async with self._updating:
+            if not self._is_asleep:
+                self._is_updating, self._last_token_at = (
+                    True,
+                    time.time(),
+                )  # a sleep that does not come is a hang
+                await self._unless_dead(self._llm.sleep(level=1, mode="keep"))
+                self._is_updating = False
+                await super().sleep()
+
+    async def wake(self) -> None:
+        """Take the GPU's memory again, and go on."""
+        async with self._updating:
+            if self._is_asleep:
+                self._is_updating, self._last_token_at = True, time.time()
+                await self._unless_dead(self._llm.wake_up())
+                self._is_updating = False
+                await super().wake()
+
     async def _check(self, probe: dict[str, Any]) -> dict[str, float]:
         """Compare this engine's log-probs of the probe with the learner's, token by token."""
         from vllm import SamplingParams
 
         from gvpo_ray.weights.transfer import WeightMismatch
 
-        worst, worst_text, total, count = 0.0, "", 0.0, 0
+        worst, worst_text, total, squares, count = 0.0, "", 0.0, 0.0, 0
         for sequence, (ids, expected) in enumerate(zip(probe["ids"], probe["logprobs"], strict=True)):
             output = await self._unless_dead(
                 self._final(
@@ -332,7 +338,7 @@ class Engine(RolloutEngine):
             for position in range(1, len(ids)):
                 got = output.prompt_logprobs[position][ids[position]].logprob
                 difference = abs(got - expected[position - 1])
-                total, count = total + difference, count + 1
+                total, squares, count = total + difference, squares + difference**2, count + 1
                 if not difference <= worst:  # also true for nan
                     worst = difference
                     worst_text = (
@@ -346,7 +352,8 @@ class Engine(RolloutEngine):
                 f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average "
                 f"(allowed {tolerance:g}); worst is {worst_text}"
             )
-        return {"parity_mean": mean, "parity_max": worst}
+        rms = math.sqrt(squares / max(1, count))
+        return {"parity_mean": mean, "parity_rms": rms, "parity_max": worst}
 
     async def status(self) -> dict[str, Any]:
         """Return the status of BaseEngine, with the tokens that vLLM has written so far."""
@@ -364,10 +371,25 @@ class Engine(RolloutEngine):
     async def close(self) -> None:
         """End vLLM's core process."""
         await super().close()
+        if self._node_copy is not None:  # first: vLLM may take longer to end than this process has
+            self._node_copy.close()
         if self._llm is not None:
             self._watcher.cancel()
             self._llm.shutdown()
             self._llm = None
+
+
+def _fetcher() -> Callable[[Sequence[Any]], list[Any]]:
+    """Return a function that another thread may call to await some object refs on this event loop."""
+    loop = asyncio.get_running_loop()
+
+    async def one(part: Any) -> Any:
+        return await part if isinstance(part, Awaitable) else part
+
+    async def fetched(parts: Sequence[Any]) -> list[Any]:
+        return await asyncio.gather(*map(one, parts))
+
+    return lambda parts: asyncio.run_coroutine_threadsafe(fetched(parts), loop).result()
 
 
 def _why_not_started(error: RuntimeError, log: ProcessLog) -> str:

@@ -221,7 +221,8 @@ def publish(
 
 def _of_weights(weights: dict[str, Any] | None) -> dict[str, float]:
     """Return the metrics of a published version."""
-    return {} if weights is None else {"weights/bytes": float(weights["bytes"])}
+    names = ("bytes", "changed")  # the first version changes nothing
+    return {f"weights/{name}": float(weights[name]) for name in names if weights and name in weights}
 
 
 def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:

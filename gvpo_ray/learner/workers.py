@@ -235,6 +235,9 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     config: GVPOConfig = settings["config"]
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
+    takes_turns = config.engines.colocated == "sleep"
+    if config.learner.num_gpus and config.engines.colocated:
+        torch.cuda.set_per_process_memory_fraction(config.engines.memory_of_learner)
     rank = ray.train.get_context().get_world_rank()
     newest = [latest_checkpoint(settings["run_dir"])]
     # The other ranks may have looked before a group that was ending wrote its last checkpoint.
@@ -265,8 +268,10 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     else:
         # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
         dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
-        publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0)
-        if config.max_staleness != 0:  # else there is nothing to train before engines have the weights
+        publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0, frees_memory=takes_turns)
+        # Without staleness there is nothing to train before engines have the weights; a learner that takes
+        # turns with them gives its turn with the weights.
+        if config.max_staleness != 0 and not takes_turns:
             behind = Behind(dtype, is_sender=rank == 0)
     learn(
         policy,

@@ -152,7 +152,12 @@ def without_learner(
         """Do nothing: the error is already the session's cause."""
 
     make = engine_maker(
-        config.model.model_copy(update={"max_length": max_length}), config.engines, config.seed, True, None
+        config.model.model_copy(update={"max_length": max_length}),
+        config.engines,
+        config.seed,
+        True,
+        None,
+        num_completions=config.sampling.num_completions,
     )
     engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
     session.on_stop(engines.close)

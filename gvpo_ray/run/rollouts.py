@@ -244,6 +244,7 @@ class Ring:
             metrics[f"pools/{pool}/tokens_per_s"] = new[pool] / seconds
             metrics[f"pools/{pool}/token_share"] = new[pool] / total if total else 0.0
         metrics |= {f"weights/{name}": value for name, value in self._engines.times.items()}
+        metrics |= self._engines.prefix_cache()
         num_verifiers = len(self._verifiers.actors) if self._verifiers else 0
         return metrics | {
             "verifiers/num": float(num_verifiers),

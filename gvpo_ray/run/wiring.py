@@ -90,6 +90,7 @@ def assemble(
         config.max_staleness,
         version,
         config.replay,
+        takes_turns := inputs is not None and config.engines.colocated == "sleep",
     )
     model, engines, verifiers = config.model, config.engines, None
     if inputs is None:
@@ -103,12 +104,19 @@ def assemble(
         config.sampling.num_completions,
         make
         or engine_maker(
-            model, engines, config.seed, False, config.prompts.system_prompt, config.prompts.template
+            model,
+            engines,
+            config.seed,
+            False,
+            config.prompts.system_prompt,
+            config.prompts.template,
+            num_completions=config.sampling.num_completions,
         ),
         buffer.weights,
         driver.note,
         buffer.waits,
         driver.placed,
+        buffer if takes_turns else None,
     )
     session.on_stop(pools.close)
     ring = Ring(

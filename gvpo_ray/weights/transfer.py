@@ -1,9 +1,10 @@
 """Weight transfer moves each version of the weights from the learner to the engines; both ends are here.
 
-`objects` (default): learner rank 0 puts the weights into Ray's object store as safetensors shards; each
-engine actor pulls them (Ray copies an object once per node), lays them into shared memory, and vLLM's core, a
-process of its own that knows nothing of Ray, maps them from there. An engine that joins late pulls the newest
-version like any other. No GPU is needed.
+`objects` (default): learner rank 0 puts the weights into Ray's object store, first as safetensors shards and
+then as what each version changes (deltas.py). The engines of a node share one copy of the newest version, in
+shared memory (node_copy.py): the first that wants a version fetches what is missing (Ray copies an object
+once per node), and vLLM's core, a process of its own that knows nothing of Ray, maps the copy. An engine that
+joins late fetches the whole. No GPU is needed.
 
 `nccl`: vLLM's own broadcast from learner rank 0 into a fixed fleet of GPU engines.
 
@@ -18,18 +19,16 @@ that do not fit.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
+import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from gvpo_ray.config.base import GvpoError
-from gvpo_ray.files import is_locked, lock
+from gvpo_ray.weights.deltas import Bytes, Delta, changed_words, make_delta
 from gvpo_ray.weights.lora import merged
 
 SHARD_BYTES = 512 * 2**20
@@ -46,11 +45,8 @@ SHARD_BYTES = 512 * 2**20
 A larger tensor is a shard of its own.
 """
 
-SHM = Path("/dev/shm")
-"""Where shared memory is a file system."""
-
-PREFIX, LOCK = "gvpo_weights_", "lock"
-"""Names of the folders in shared memory, and of the file in each that its living engine has locked."""
+MAX_THREADS = 4
+"""Threads that compare weights with those of the version before."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -94,35 +90,158 @@ def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHA
 
 
 class ObjectPublisher:
-    """The `objects` transport puts each version of the weights into Ray's object store.
+    """The `objects` transport puts each version of the weights into Ray's object store, as a chain.
 
-    Ray frees a version when the buffer has a newer one and no engine still reads it.
+    A chain is one whole version, and for each version after it the delta (deltas.py) to the one before. So an
+    engine that has an older version of the chain fetches what it lacks, and one that joins late, or has lost
+    its weights, fetches the whole and all deltas. When a chain's deltas are half as large as the whole, a new
+    chain begins with the next version; so it does where most words change, as in float32.
+
+    Learner rank 0 holds a copy of the newest version in the host's memory to compare with. A restarted
+    learner has none: it begins a new chain.
+
+    Ray frees a chain when a new one has begun, the buffer has it, and no engine still reads the old one.
 
     Args:
-        put: stores an array and returns a reference to it (`ray.put`).
+        put: stores arrays and returns a reference to them (`ray.put`).
         dtype: the floating-point type that is transferred.
         is_sender: whether this process is learner rank 0.
+        frees_memory: whether the engines' turn on this GPU begins after each version: PyTorch then keeps no
+            memory that it does not use.
     """
 
-    def __init__(self, put: Callable[[np.ndarray], Any], dtype: torch.dtype, is_sender: bool) -> None:
+    def __init__(
+        self, put: Callable[[Any], Any], dtype: torch.dtype, is_sender: bool, frees_memory: bool = False
+    ) -> None:
         self._put, self._dtype, self._is_sender = put, dtype, is_sender
+        self._frees_memory = frees_memory
+        self._name, self._num_chains = uuid.uuid4().hex, 0
+        self._copy: list[Bytes] = []
+        """The newest version, as safetensors shards."""
+        self._places: dict[str, tuple[int, int, int]] = {}
+        """Name of a tensor -> its shard, and its first byte and the end of it there."""
+        self._words: list[np.dtype[Any]] = []
+        """How large the words of each shard are: 8 bits where a tensor has an odd number of bytes."""
+        self._whole: list[Any] = []
+        self._deltas: list[Any] = []
+        self._num_delta_bytes = 0
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._threads = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
 
     def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
         """Store the weights of `version`; every rank calls this, since gathering shards is a collective.
 
+        Args:
+            version: of the weights.
+            named_tensors: the same names, in the same shapes, each time.
+
         Returns:
-            `shards`, references to the stored arrays, and `bytes`, their size together; None on ranks other
-            than 0.
+            `chain`, its name; `shards` and `deltas`, references to its parts; `size`, the bytes of the whole;
+            `bytes`, what this version added to the store; and, but for the first version, `changed`, the
+            share of the words that this version changed. None on ranks other than 0.
+
+        Raises:
+            ValueError: these are not the tensors of the version before.
         """
+        published = self._publish(named_tensors)
+        if self._frees_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return published
+
+    def _publish(self, named_tensors: NamedTensors) -> dict[str, Any] | None:
         if not self._is_sender:
             for _ in named_tensors:
                 pass
             return None
-        refs, size = [], 0
-        for data in shards(named_tensors, self._dtype):
-            refs.append(self._put(np.frombuffer(data, dtype=np.uint8)))
-            size += len(data)
-        return {"shards": refs, "bytes": size}
+        if not self._copy:
+            for data in shards(named_tensors, self._dtype):
+                self._copy.append(np.frombuffer(bytearray(data), np.uint8))  # which is written to later
+            for i, layout in enumerate(map(_layout, self._copy)):
+                self._places |= {name: (i, *place) for name, place in layout.items()}
+                is_even = all(end % 2 == 0 for place in layout.values() for end in place)
+                self._words.append(np.dtype(np.uint16 if is_even else np.uint8))
+            return self._new_chain({})
+        delta, share = self._update(named_tensors)
+        changed = {"changed": share}
+        size = sum(part.nbytes for part in delta or [])
+        if delta is None or 2 * (self._num_delta_bytes + size) > self._num_bytes:
+            return self._new_chain(changed)
+        self._num_delta_bytes += size
+        self._deltas.append(self._put(delta))
+        return self._chain(size) | changed
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(data.nbytes for data in self._copy)
+
+    def _chain(self, size: int) -> dict[str, Any]:
+        name = f"{self._name}-{self._num_chains}"
+        parts = {"shards": [*self._whole], "deltas": [*self._deltas]}
+        return {"chain": name, **parts, "size": self._num_bytes, "bytes": size}
+
+    def _new_chain(self, changed: dict[str, float]) -> dict[str, Any]:
+        self._num_chains += 1
+        self._whole = [self._put(data) for data in self._copy]
+        self._deltas, self._num_delta_bytes = [], 0
+        return self._chain(self._num_bytes) | changed
+
+    def _update(self, named_tensors: NamedTensors) -> tuple[list[Delta] | None, float]:
+        """Bring the copy up to date; return the delta of each shard and the share of the words that changed.
+
+        None in place of the deltas: they would be larger than half of the whole.
+        """
+        found: list[list[tuple[Any, Any]]] = [[] for _ in self._copy]
+        left, most = dict(self._places), self._num_bytes // 2
+        num_words = num_changed = size = 0
+        for name, tensor in named_tensors:
+            shard, begin, end = left.pop(name, (0, 0, -1))
+            new, word = self._staged(tensor), self._words[shard]
+            if end - begin != len(new):
+                raise ValueError(f"the tensor {name} ({len(new)} bytes) was not one of the version before")
+            old = self._copy[shard][begin:end]
+            places = changed_words(old, new, word, self._threads)
+            num_words += len(new) // word.itemsize
+            num_changed += len(places)
+            size += len(places) * (2 + word.itemsize)
+            if size <= most:
+                found[shard].append((places + begin // word.itemsize, new.view(word)[places]))
+            np.copyto(old, new)
+        if left:
+            raise ValueError(f"the tensor {next(iter(left))} of the version before is missing")
+        share = num_changed / max(1, num_words)
+        if size > most:
+            return None, share
+        return [
+            make_delta(sorted(parts, key=lambda part: part[0][:1].tolist()), word, data.nbytes)
+            for parts, word, data in zip(found, self._words, self._copy, strict=True)
+        ], share
+
+    def _staged(self, tensor: torch.Tensor) -> Bytes:
+        """Return a tensor's bytes in the type that is transferred, in host memory that the next call reuses.
+
+        The type is changed where the tensor is: a GPU then copies half of the bytes, to pinned memory. What
+        is in host memory already is not copied.
+        """
+        tensor = tensor.detach()
+        tensor = tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype)
+        if tensor.is_cpu and tensor.is_contiguous():
+            return tensor.view(-1).view(torch.uint8).numpy()
+        if self._staging.nbytes < tensor.nbytes:
+            self._staging = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        staged = self._staging[: tensor.nbytes]
+        staged.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return staged.numpy()
+
+
+def _layout(shard: Bytes) -> dict[str, tuple[int, int]]:
+    """Return the tensors of a safetensors shard: name -> its first byte and the end of it in the shard."""
+    begin = 8 + int.from_bytes(shard[:8].tobytes(), "little")
+    header = json.loads(shard[8:begin].tobytes())
+    return {
+        name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 class NcclPublisher:
@@ -223,57 +342,6 @@ class NcclPublisher:
 
 
 # --- the engine's end ---------------------------------------------------------------------------------------
-
-
-class SharedMemory:
-    """A SharedMemory holds safetensors files that vLLM's processes of this node can map, until it is left.
-
-    The files are in /dev/shm, or in the temporary folder where that is missing, not writable or full.
-
-    Args:
-        arrays: the bytes of each file.
-
-    Raises:
-        OSError: there is no room in the temporary folder either.
-    """
-
-    def __init__(self, arrays: list[np.ndarray]) -> None:
-        need = sum(array.nbytes for array in arrays)
-        for parent in (SHM, Path(tempfile.gettempdir())):
-            _remove_abandoned(parent)
-        try:
-            if shutil.disk_usage(SHM).free <= 2 * need:
-                raise OSError(errno.ENOSPC, "too little room", str(SHM))
-            self._write(arrays, SHM)
-        except OSError:  # full, perhaps because another engine of this node was faster
-            self._write(arrays, None)
-
-    def _write(self, arrays: list[np.ndarray], parent: Path | None) -> None:
-        """Write the files into a new folder in `parent` (None: the temporary folder), or leave nothing."""
-        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self.paths = [str(self._folder / f"{i}.safetensors") for i in range(len(arrays))]
-        try:
-            self._lock = lock(self._folder / LOCK)
-            for path, array in zip(self.paths, arrays, strict=True):
-                array.tofile(path)
-        except OSError:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
-
-    def __enter__(self) -> SharedMemory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._lock.close()
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove the folders in `parent` of engines that were killed while they took new weights."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or another engine removes it at this moment
-            if (folder / LOCK).exists() and not is_locked(folder / LOCK):
-                shutil.rmtree(folder)
 
 
 def merge(

@@ -1,0 +1,87 @@
+"""The arguments with which an engine starts vLLM."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.model import ModelConfig
+
+MAX_SEQUENCES = 1024
+"""The most completions that vLLM decodes at once on one engine, unless the pool's `vllm` says otherwise. Each
+costs room for its logits; more of them decode no faster on today's GPUs."""
+
+TOKENS_PER_SEQUENCE = 16
+LEAST_BATCHED_TOKENS, MOST_BATCHED_TOKENS = 8192, 16384
+"""On a GPU, a step of vLLM's scheduler computes up to so many tokens: 16 per completion in flight, within the
+bounds that vLLM itself has for batch jobs. New weights make it read all completions in flight again."""
+
+
+def vllm_arguments(
+    model: ModelConfig,
+    pool: PoolConfig,
+    transfer: str,
+    seed: int,
+    load_weights: bool,
+    drain_s: float | None,
+    num_completions: int,
+    sleeps: bool,
+) -> dict[str, Any]:
+    """Return the arguments of vLLM's AsyncEngineArgs: ours, and over them those of the pool's `vllm`.
+
+    Args:
+        model: the policy.
+        pool: the engine's.
+        transfer: how weights come, "objects" or "nccl".
+        seed: of requests without a seed of their own.
+        load_weights: whether vLLM reads the weights of model.path.
+        drain_s: as for Engine.
+        num_completions: completions in flight on the engine, at most. vLLM's own default would be 128.
+        sleeps: whether the engine must be able to free its GPU's memory.
+    """
+    on_gpu, own, dtype = pool.num_gpus > 0, dict(pool.vllm), pool.dtype or model.dtype
+    num_sequences = min(num_completions, MAX_SEQUENCES)
+    arguments: dict[str, Any] = {
+        "model": model.path,
+        "dtype": dtype,
+        "max_model_len": model.max_length,
+        "trust_remote_code": model.trust_remote_code,
+        "seed": seed,
+        "enforce_eager": not on_gpu if pool.enforce_eager is None else pool.enforce_eager,
+        # no more than a step computes tokens, which vLLM would refuse
+        "max_num_seqs": min(num_sequences, own.get("max_num_batched_tokens", MAX_SEQUENCES)),
+        "tensor_parallel_size": pool.tensor_parallel_size,
+        "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
+        # the policy's own log-probs at temperature 1, as the learner computes them
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "worker_extension_cls": "gvpo_ray.weights.vllm_worker.WorkerExtension",
+        "weight_transfer_config": {"backend": transfer},
+        # no sampling defaults from the model folder: they often cut the support (top_p, top_k)
+        "generation_config": "vllm",
+    }
+    if pool.quantization is not None:
+        arguments["quantization"] = pool.quantization
+    if on_gpu:
+        arguments["gpu_memory_utilization"] = pool.memory_fraction
+        arguments["enable_sleep_mode"] = sleeps
+        if pool.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = round(pool.kv_cache_gib * 2**30)
+        tokens = TOKENS_PER_SEQUENCE * num_sequences
+        arguments["max_num_batched_tokens"] = min(max(tokens, LEAST_BATCHED_TOKENS), MOST_BATCHED_TOKENS)
+    else:
+        # After a chunk of a prompt vLLM rewinds the generator of a request with a seed. Generators on a CPU
+        # cannot be rewound, and vLLM's core would die.
+        arguments["enable_chunked_prefill"] = False
+    if drain_s is not None:  # a node that is about to go sends SIGTERM to vLLM's core too
+        arguments["shutdown_timeout"] = math.ceil(drain_s)
+    overrides: dict[str, Any] = {}
+    if dtype != "float32":
+        # Logits in float32, as the learner computes them: rounded to bfloat16 they cost half of the agreement
+        # with it.
+        overrides["head_dtype"] = "float32"
+    if not load_weights and model.lora is None:
+        arguments["load_format"] = "dummy"
+        overrides["tie_word_embeddings"] = False
+    return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}

@@ -1,0 +1,99 @@
+"""What an engine asks of vLLM, at sizes on both sides of every limit; nothing here starts vLLM."""
+
+from typing import Any
+
+import pytest
+
+from gvpo_ray.config.engines import EnginesConfig, PoolConfig
+from gvpo_ray.config.model import LoraConfig, ModelConfig
+from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.engines.vllm_engine import Engine
+
+GPU = {"num_gpus": 1}
+
+
+def arguments(
+    model: dict[str, Any] | None = None, k: int = 8, sleeps: bool = False, **pool: Any
+) -> dict[str, Any]:
+    policy = ModelConfig(path="m", **(model or {}))
+    return Engine(policy, PoolConfig(**pool), "objects", 0, num_completions=k, sleeps=sleeps).arguments
+
+
+@pytest.mark.parametrize(
+    ("max_groups", "k", "sequences", "tokens"),
+    [
+        (1, 2, 2, 8192),
+        (16, 8, 128, 8192),  # vLLM's own default, which it had whatever max_groups said
+        (17, 8, 136, 8192),
+        (64, 8, 512, 8192),  # 16 x 512
+        (65, 8, 520, 8320),
+        (128, 8, 1024, 16384),
+        (129, 8, 1024, 16384),
+        (64, 64, 1024, 16384),
+    ],
+)
+def test_vllm_decodes_all_completions_in_flight_at_once_up_to_1024(
+    max_groups: int, k: int, sequences: int, tokens: int
+) -> None:
+    given = arguments(k=k, max_groups=max_groups, **GPU)
+    assert (given["max_num_seqs"], given["max_num_batched_tokens"]) == (sequences, tokens)
+    on_cpu = arguments(k=k, max_groups=max_groups)
+    # without chunked prefill vLLM's default is the longest prompt, and ours might be too short
+    assert on_cpu["max_num_seqs"] == sequences and "max_num_batched_tokens" not in on_cpu
+
+
+def test_what_the_pool_says_of_the_scheduler_is_kept_and_fits_together() -> None:
+    given = arguments(max_groups=64, vllm={"max_num_seqs": 7, "max_num_batched_tokens": 100}, **GPU)
+    assert (given["max_num_seqs"], given["max_num_batched_tokens"]) == (7, 100)
+    # vLLM refuses more sequences than tokens in a step
+    assert arguments(max_groups=64, vllm={"max_num_batched_tokens": 511})["max_num_seqs"] == 511
+    assert arguments(max_groups=64, vllm={"max_num_batched_tokens": 513})["max_num_seqs"] == 512
+
+
+def test_cuda_graphs_are_off_on_a_cpu_and_on_on_a_gpu_unless_the_pool_says_otherwise() -> None:
+    assert arguments()["enforce_eager"] is True and arguments(**GPU)["enforce_eager"] is False
+    assert arguments(num_gpus=0.5)["enforce_eager"] is False
+    assert arguments(enforce_eager=False)["enforce_eager"] is False
+    assert arguments(enforce_eager=True, **GPU)["enforce_eager"] is True
+
+
+def test_only_an_engine_that_takes_turns_on_a_gpu_is_made_to_sleep_and_its_cache_may_have_a_size() -> None:
+    assert arguments(sleeps=True, **GPU)["enable_sleep_mode"] is True
+    assert arguments(**GPU)["enable_sleep_mode"] is False
+    assert "enable_sleep_mode" not in arguments(sleeps=True)  # vLLM refuses it on a CPU
+    assert arguments(kv_cache_gib=2.5, **GPU)["kv_cache_memory_bytes"] == 5 * 2**29
+    for without in (arguments(**GPU), arguments(kv_cache_gib=2.5)):
+        assert "kv_cache_memory_bytes" not in without
+
+
+def test_the_head_computes_in_float32_whatever_the_rest_computes_in() -> None:
+    tied = {"tie_word_embeddings": False}
+    assert arguments()["hf_overrides"] == tied
+    assert arguments({"dtype": "bfloat16"})["hf_overrides"] == tied | {"head_dtype": "float32"}
+    assert arguments(dtype="float16", **GPU)["hf_overrides"] == tied | {"head_dtype": "float32"}
+    lora = {"dtype": "bfloat16", "lora": LoraConfig()}
+    assert arguments(lora)["hf_overrides"] == {"head_dtype": "float32"}
+    own = {"hf_overrides": {"head_dtype": "model", "rope_theta": 5}}
+    # beside the pool's own overrides a tied model stays untied
+    assert arguments({"dtype": "bfloat16"}, vllm=own)["hf_overrides"] == tied | own["hf_overrides"]
+
+
+def test_the_hit_rate_of_the_prefix_cache_is_of_the_prompts_since_the_step_before() -> None:
+    config = EnginesConfig.model_validate({"pools": {"ours": {"num": 2}, "theirs": {"url": "http://x/v1"}}})
+    group = EngineGroup(config, 4, lambda *_: None, None, lambda *_: None)
+
+    def has(number: int, pid: int, cached: int, prompts: int) -> None:
+        group.slots[number].status = {"pid": pid, "num_cached_tokens": cached, "num_prompt_tokens": prompts}
+
+    assert group.prefix_cache() == {}  # no engine has answered: not 0
+    has(0, 10, 60, 80)
+    has(1, 11, 0, 20)
+    has(2, 12, 5, 5)  # a server, whose cache is not ours
+    assert group.prefix_cache() == {"engines/prefix_cache_hit_rate": 60 / 100}
+    assert group.prefix_cache() == {}
+    has(0, 10, 90, 120)  # 30 of 40 since then
+    has(1, 13, 10, 10)  # another engine took the place, and counts from 0
+    assert group.prefix_cache() == {"engines/prefix_cache_hit_rate": 40 / 50}
+    group.slots[1].status = {}  # died
+    has(0, 10, 90, 130)
+    assert group.prefix_cache() == {"engines/prefix_cache_hit_rate": 0.0}
