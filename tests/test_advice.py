@@ -53,6 +53,12 @@ WRONG = [group(0.0, 0.0, 0.0, 0.0) for _ in range(8)]
         ([group(*[None] * 4, reasons="memory: math")] * 8, {}, "need more", "verifiers.memory_gib (2)"),
         ([group(*[None] * 4, reasons="crash: math")] * 8, {}, "crash", "verifiers.rewards"),
         (
+            [group(*[None] * 4) | {"trained_tokens": [[False] * LENGTH] * 4}] * 8,
+            {},
+            "sampled no token",
+            "trained_tokens",
+        ),
+        (
             [group(0.0, 0.0, 0.0, 0.0, cut_off=3, reasons=f"math: {NO_ANSWER}")] * 8,
             {"sampling": {"max_tokens": 64}},
             "75% of the completions are cut off",

@@ -348,7 +348,12 @@ def _save(name: str, *rows: dict[str, Any], without: str | None = None) -> Calla
         (
             _save("g.arrow", make_group(0), {**make_group(1), "rewards": [1.0]}),
             "g.arrow",
-            "--groups: row 1: rewards has 1 entries",
+            "--groups: row 1 (group 1): rewards has 1 entries",
+        ),
+        (
+            _save("g.arrow", *(make_group(i, trained_tokens=[None, [True], None]) for i in range(2))),
+            "g.arrow",
+            "--groups: row 0 (group 0): trained_tokens[1] has 1 entries, completion_ids[1] has 6",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from gvpo_ray.config.loss import loss_config
-from gvpo_ray.losses import dpo_loss, epa_loss, gvpo_loss, poft_loss
+from gvpo_ray.losses import dpo_loss, epa_loss, gvpo_loss, poft_loss, sft_loss
+from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.cispo import cispo_loss
+from gvpo_ray.losses.diagnostics import finish
 from gvpo_ray.losses.gspo import gspo_loss
 from gvpo_ray.losses.maxrl import maxrl_loss
 from gvpo_ray.losses.oapl import oapl_loss
@@ -311,3 +314,116 @@ def test_every_objective_of_the_registry_has_options_of_its_name_and_back(name):
 def test_weak_negatives_alone_are_refused():
     with pytest.raises(ValueError, match="weak negatives only"):
         epa_loss(*PAIR, 0.1, weak=torch.tensor([True, True]))
+
+
+# ----------------------------------------------------------------------------------- groups of one: SFT, PoFT
+
+
+def loss_batch(sizes: list[int], rewards: list[float] | None = None, share: float = 1.0) -> LossBatch:
+    """One forward pass: completions of 1, 2, 3, … tokens in groups of these sizes, of an update that is
+    1/share times as large.
+    """
+    num = sum(sizes)
+    lengths = torch.arange(1, num + 1)
+    logprobs = (-torch.arange(1.0, int(lengths.sum()) + 1, dtype=torch.float64) / 7).requires_grad_()
+    ids = torch.repeat_interleave(torch.arange(num), lengths)
+    own = logprobs.detach()
+    sums = torch.zeros(num, dtype=torch.float64).index_add(0, ids, own)
+    return LossBatch(
+        logprobs=logprobs,
+        completion_ids=ids,
+        logprob_sums=torch.zeros(num, dtype=torch.float64).index_add(0, ids, logprobs),
+        sampler_logprobs=own,
+        sampler_sums=sums,
+        reference_logprobs=own,
+        reference_sums=sums,
+        rewards=doubles(*(rewards or [0.0] * num)),
+        group_ids=torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)),
+        beta=0.1,
+        is_weak=torch.zeros(num, dtype=torch.bool),
+        total=Total(len(sizes) / share, num / share, len(own) / share),
+    )
+
+
+def test_sft_is_torchs_cross_entropy_over_all_tokens_of_the_update():
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(12, 9, generator=random, dtype=torch.float64)
+    targets = torch.randint(9, (12,), generator=random)
+    leaf = logits.clone().requires_grad_()
+    chosen = leaf.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    loss, sums = sft_loss(chosen)
+    loss.backward()
+    other = logits.clone().requires_grad_()
+    want = cross_entropy(other, targets)
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(leaf.grad, other.grad)
+    assert float(sums["objective"]) == pytest.approx(12 * float(want))
+    parts = [sft_loss(part, 12)[0] for part in chosen.detach().split([5, 0, 7])]  # they only add up
+    torch.testing.assert_close(sum(parts), want.detach())
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [3], [2, 1]])
+def test_sft_and_poft_count_tokens_and_completions_and_not_groups(sizes: list[int]):
+    aligned = [-0.5, -0.25, -1.0]
+    for name in ("sft", "poft"):
+        options = loss_config(objective=name)
+        computed = OBJECTIVES[name](loss_batch(sizes, aligned), options)
+        half = OBJECTIVES[name](loss_batch(sizes, aligned, share=0.5), options)
+        batch = loss_batch(sizes, aligned)
+        means = [-1 / 7, -(2 + 3) / 2 / 7, -(4 + 5 + 6) / 3 / 7]
+        want = {
+            "sft": sum(range(1, 7)) / 7 / 6,
+            "poft": sum(math.log1p(math.exp(a - own)) for a, own in zip(aligned, means, strict=True)) / 3,
+        }[name]
+        assert float(computed.loss) == pytest.approx(want) and float(half.loss) == pytest.approx(want / 2)
+        assert finish({key: float(value) for key, value in computed.sums.items()})["loss"] == pytest.approx(
+            want
+        )
+        (gradient,) = torch.autograd.grad(OBJECTIVES[name](batch, options).loss, batch.logprobs)
+        weights = [
+            1 / 6 if name == "sft" else 1 / (1 + math.exp(own - a)) / 3 / (i + 1)
+            for i, (a, own) in enumerate(zip(aligned, means, strict=True))
+        ]
+        assert gradient.tolist() == pytest.approx([-weights[i] for i in (0, 1, 1, 2, 2, 2)])
+
+
+def test_beta_and_gamma_of_poft_are_those_of_its_loss():
+    batch = loss_batch([1, 1], [-0.5, -0.25])
+    got = OBJECTIVES["poft"](batch, loss_config(objective="poft", beta=2.0, gamma=0.5)).loss
+    want, _ = poft_loss(batch.logprob_sums, torch.tensor([1, 2]), batch.rewards, beta=2.0, gamma=0.5)
+    torch.testing.assert_close(got, want)
+
+
+def test_sft_refuses_what_is_no_row_of_tokens():
+    with pytest.raises(ValueError, match=r"logprobs must be \[T\]"):
+        sft_loss(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="num_tokens must be positive"):
+        sft_loss(torch.zeros(2), 0)
+
+
+def test_what_the_objectives_report_of_their_own_are_means_over_what_they_count():
+    logprobs = [-1.0, -3.0, -2.0, -2.5, -1.0]
+    sizes, rewards = [2, 3], [1.0, 0.0, 0.0, 1.0, 0.5]
+    start = loss_batch(sizes, rewards)
+    moved = replace(
+        start,
+        logprob_sums=start.reference_sums + doubles(*logprobs) + 2,  # log-ratios of 1, -1, 0, -0.5, 1
+    )
+
+    def reported(name: str, **options: Any) -> dict[str, float]:
+        sums = OBJECTIVES[name](moved, loss_config(objective=name, **options)).sums
+        return finish({key: float(value) for key, value in sums.items()})
+
+    dpo = reported("dpo")  # pairs (1, -1); (-0.5, 0), (-0.5, 1), (1, 0): of the second group one of three
+    assert dpo["pairs/ordered"] == pytest.approx((1 + 1 / 3) / 2)
+    assert dpo["pairs/margin"] == pytest.approx(0.1 * (2 + (-0.5 - 1.5 + 1) / 3) / 2)
+    first, second = (
+        math.exp(0.1 * up) / sum(math.exp(0.1 * x) for x in all_of)
+        for up, all_of in ((1, (1, -1)), (-0.5, (0, -0.5, 1)))
+    )
+    assert reported("epa")["epa/positive_share"] == pytest.approx((first + second) / 2)
+    means = [float(x) / (i + 1) for i, x in enumerate(moved.logprob_sums.detach())]
+    weights = [1 / (1 + math.exp(own - a)) for own, a in zip(means, rewards, strict=True)]
+    assert reported("poft")["poft/weight"] == pytest.approx(sum(weights) / 5)
+    assert not {"pairs/ordered", "epa/positive_share", "poft/weight"} & reported("sft").keys()

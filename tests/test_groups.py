@@ -187,20 +187,27 @@ def test_a_good_table_is_valid_and_comes_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rewards": [1.0, 0.0]}, "row 1: rewards has 2 entries, completions has 3"),
-        ({"sources": ["policy"] * 4}, "row 1: sources has 4 entries, completions has 3"),
-        ({"reward_reasons": []}, "row 1: reward_reasons has 0 entries, completions has 3"),
-        ({"reference_logprobs": [0.0]}, "row 1: reference_logprobs has 1 entries, completions has 3"),
-        ({"version_min": None}, "row 1: version_min is null"),
-        ({"completions": None}, "row 1: completions is null"),
+        ({"rewards": [1.0, 0.0]}, r"row 1 \(group 17\): rewards has 2 entries, completions has 3"),
+        ({"sources": ["policy"] * 4}, r"row 1 \(group 17\): sources has 4 entries, completions has 3"),
+        ({"reward_reasons": []}, r"row 1 \(group 17\): reward_reasons has 0 entries, completions has 3"),
+        (
+            {"reference_logprobs": [0.0]},
+            r"row 1 \(group 17\): reference_logprobs has 1 entries, completions has 3",
+        ),
+        ({"version_min": None}, r"row 1 \(group 17\): version_min is null"),
+        ({"completions": None}, r"row 1 \(group 17\): completions is null"),
         (
             {"sampling_logprobs": [[-0.5, -0.2, 0], [-1], None]},
-            r"row 1: sampling_logprobs\[1\] has 1 entries, completion_ids\[1\] has 2",
+            r"row 1 \(group 17\): sampling_logprobs\[1\] has 1 entries, completion_ids\[1\] has 2",
         ),
-        ({"trained_tokens": [None]}, "row 1: trained_tokens has 1 entries, completions has 3"),
+        ({"trained_tokens": [None]}, r"row 1 \(group 17\): trained_tokens has 1 entries, completions has 3"),
         (
             {"trained_tokens": [None, [True], None]},
-            r"row 1: trained_tokens\[1\] has 1 entries, completion_ids\[1\] has 2",
+            r"row 1 \(group 17\): trained_tokens\[1\] has 1 entries, completion_ids\[1\] has 2",
+        ),
+        (
+            {"trained_tokens": [None, [True, None], None]},
+            r"row 1 \(group 17\): trained_tokens\[1\] is null for token 1",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -212,7 +219,7 @@ def test_lists_that_do_not_fit_are_named_with_column_and_row(change, message):
 
 def test_the_logged_columns_are_not_valid_beside_a_mask_that_does_not_fit():
     table = groups.table([{**ROW, "trained_tokens": [[True] * 3, [True] * 3, None]}])
-    with pytest.raises(groups.GroupError, match=r"row 0: trained_tokens\[1\] has 3 entries"):
+    with pytest.raises(groups.GroupError, match=r"row 0 \(group 17\): trained_tokens\[1\] has 3 entries"):
         groups.validate(table, groups.LOGGED_COLUMNS)
 
 
@@ -289,6 +296,38 @@ def test_trainable_needs_two_completions_with_reward_and_tokens(rewards, complet
     bare = {"group_id": 1, "prompt_ids": [1], "completion_ids": completion_ids, "rewards": rewards}
     left = groups.trainable(bare)
     assert (left and left["rewards"]) == kept
+
+
+@pytest.mark.parametrize(
+    ("masks", "kept"),
+    [
+        (None, [0, 1, 2]),
+        ([None, None, None], [0, 1, 2]),
+        ([[True], [False, True], [True, False, False]], [0, 1, 2]),
+        ([[False], [False, True], None], [1, 2]),  # all of it is context
+        ([None, [False, False], [False] * 3], None),
+    ],
+)
+def test_a_completion_whose_tokens_are_all_context_is_not_trained_nor_replayed(masks, kept):
+    bare = ROW | {
+        "rewards": [1.0, 0.0, 0.5],
+        "completion_ids": [[4], [4, 8], [3, 3, 3]],
+        "sampling_logprobs": [[-1.0], [-1.0] * 2, [-1.0] * 3],
+        "sources": ["policy"] * 3,
+        "version_max": [3, 4, 5],
+        "trained_tokens": masks,
+    }
+    left = groups.trainable(bare)
+    assert (left and left["version_max"]) == (kept and [3 + i for i in kept])
+    untrained = groups.untrained_completions(bare)
+    assert untrained == [i for i, mask in enumerate(masks or ()) if mask and not any(mask)]
+    newest = [None if i in untrained else 3 + i for i in range(3)]
+    other = bare | {"trained_tokens": None}
+    for table in ([bare], [other, bare], [bare, other]):
+        of_rows = groups.replayable(groups.table(table))
+        assert of_rows == [newest if row is bare else [3, 4, 5] for row in table]
+    apart = pa.concat_tables([groups.table([bare]), groups.table([other]), groups.table([bare])])
+    assert groups.replayable(apart) == [newest, [3, 4, 5], newest]
 
 
 def test_tokens_of_a_group_count_the_prompt_once():

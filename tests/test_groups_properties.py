@@ -118,3 +118,63 @@ def size(batch: list[Row], where: list[tuple[int, int]], packed: bool) -> int:
     if packed:
         return sum(prompts.values()) + sum(length for _, length in lengths)
     return max(prompts[g] + length for g, length in lengths) * len(lengths)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(0, 3), st.integers(0, 5))
+def test_weak_negatives_are_of_other_prompts_and_depend_on_seed_and_ids_alone(
+    data: st.DataObject, num: int, seed: int
+) -> None:
+    batch = [data.draw(rows(group_id=i, min_size=1)) for i in range(data.draw(st.integers(1, 5)))]
+    for row in batch:
+        row["prompt"] = data.draw(st.sampled_from("xyz"))
+        row["rewards"] = [reward or 0.25 for reward in row["rewards"]]
+    given_rows = [dict(row) for row in batch]
+    found = groups.with_weak_negatives(batch, num, seed, 60)
+    assert batch == given_rows  # which stay as they are
+    by_id = {row["group_id"]: row for row in batch}
+    for before, row in zip(batch, found, strict=True):
+        m = len(before["completions"])
+        groups.validate(groups.table([row]), groups.LOGGED_COLUMNS)
+        assert all(row[name][:m] == before[name] for name in groups.PER_COMPLETION_COLUMNS if name in before)
+        sources = row["sources"][m:]
+        assert len(sources) <= num and len(sources) == len(set(sources))
+        for i, source in enumerate(sources, m):
+            donor = by_id[int(source.removeprefix(groups.WEAK))]
+            place = donor["completions"].index(row["completions"][i])
+            assert row["completion_ids"][i] == donor["completion_ids"][place]
+            assert donor["prompt"] != row["prompt"] and donor["prompt_ids"] != row["prompt_ids"]
+            assert row["completion_ids"][i] not in before["completion_ids"]
+            assert row["rewards"][i] == min(before["rewards"])
+            assert row["version_min"][i] is None and row["sampling_logprobs"][i] is None
+    turned = groups.with_weak_negatives(batch[::-1], num, seed, 60)[::-1]
+    assert turned == found
+
+
+def test_weak_negatives_are_as_many_as_asked_where_there_are_as_many_and_they_fit() -> None:
+    def group(number: int, length: int, **columns: Any) -> Row:
+        ids = [[number * 10 + i] * length for i in range(3)]
+        return {
+            "group_id": number,
+            "prompt": f"p{number}",
+            "prompt_ids": [1, number],
+            "completions": [f"{number}.{i}" for i in range(3)],
+            "completion_ids": ids,
+            "sources": ["policy"] * 3,
+            "rewards": [1.0, -0.5, 0.0],
+            **columns,
+        }
+
+    batch = [group(i, 2) for i in range(6)]
+    found = groups.with_weak_negatives(batch, 4, 7, 4)
+    assert [len(row["sources"]) for row in found] == [3 + 4] * 6
+    assert [len(row["sources"]) for row in groups.with_weak_negatives(batch, 9, 7, 4)] == [3 + 5] * 6
+    assert groups.with_weak_negatives(batch, 4, 7, 3) == batch  # a prompt of 2 and a completion of 2 are 4
+    assert groups.with_weak_negatives(batch, 4, 8, 4) != found
+    masked = [group(0, 2), group(1, 2, trained_tokens=[[False, True], None, None])]
+    first, second = groups.with_weak_negatives(masked, 1, 0, 9)
+    taken = int(first["completions"][3][-1])
+    assert first["trained_tokens"] == [None, None, None, masked[1]["trained_tokens"][taken]]
+    assert second["trained_tokens"] == [[False, True], None, None, None]
+    twins = [group(0, 2), group(1, 2, completions=["0.0", "0.1", "0.2"])]  # the same texts as the other's
+    assert groups.with_weak_negatives(twins, 1, 0, 9) == twins

@@ -55,6 +55,7 @@ def test_batch_metrics_by_hand():
             "unverifiable/timeout": 1 / 5,
             "unverifiable/memory": 0,
             "unverifiable/crash": 0,
+            "unverifiable/untrained": 0,
             "unverifiable/other": 1 / 5,
             "completions/length_mean": (3 + 1 + 4 + 2 + 2) / 5,
             "completions/truncated": 2 / 5,
@@ -74,6 +75,18 @@ def test_batch_metrics_by_hand():
             "sources/offline:a:b": 1 / 5,
         }
     )
+
+
+def test_a_completion_of_which_no_token_is_trained_counts_as_one_without_a_reward():
+    """Whether the verifier has said so or not, as in groups that another program recorded."""
+    masks = [[False] * 3, None, [False, False, True, False]]
+    for reward in (1.0, None):
+        row = {**BATCH[0], "rewards": [reward, 0.0, 0.5], "trained_tokens": masks}
+        metrics = batch_metrics([row], version=7)
+        assert metrics["reward/mean"] == 0.25 and metrics["groups/size_mean"] == 2
+        assert metrics["unverifiable/untrained"] == 1 / 3
+        assert metrics["completions/unverifiable"] == pytest.approx(1 / 3)
+        assert metrics["unverifiable/other"] == metrics["unverifiable/timeout"] == 0
 
 
 def test_right_is_what_the_first_reward_function_says_and_not_the_sum():

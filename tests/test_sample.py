@@ -52,6 +52,13 @@ def test_a_group_is_shown_as_the_model_sees_it_with_rewards_reasons_and_where_it
     )
 
 
+def test_what_an_environment_wrote_stands_apart_from_what_the_policy_wrote() -> None:
+    row = group(1.0, 0.0, completion_ids=[[8, 5, 9], [8, 9]], trained_tokens=[[True, False, True], None])
+    lines = "\n".join(sample_lines([row], lambda ids: "".join(f"<{i}>" for i in ids), 9))
+    assert "ended after 3 tokens · 2 of 3 tokens trained\n    | <8>\n    : <5>\n    | <9>\n" in lines
+    assert "ended after 2 tokens\n    | <8><9>\n" in lines
+
+
 def test_the_summary_counts_over_all_groups() -> None:
     rows = [group(1.0, 0.0, 0.0), group(0.0, 0.0, finish_reasons=["length"] * 2), group(None, None)]
     assert summary(rows, 64) == (

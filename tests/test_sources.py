@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig, SourceConfig
+from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
@@ -49,6 +50,7 @@ class Maker:
             "max_length": 100,
             "num_completions": 4,
             "seed": 3,
+            "loss": None,
         }
         about |= {key: keys.pop(key) for key in list(keys) if key in about}
         share = {} if "share" in keys else {"group_share": 0.5}
@@ -510,3 +512,39 @@ def test_a_group_far_out_is_looked_up_and_no_order_of_asking_matters() -> None:
         whole and (whole[0], whole[1] - {"a": 1, "b": 3}[whole[0]] * 1_000_000) for whole in ahead
     ]
     assert far.ordinary(10_000_000) == 6_000_000
+
+
+# ------------------------------------------------------------------------- objectives that take groups of one
+
+
+def test_sft_trains_on_single_completions_which_need_neither_rewards_nor_golds(make: Maker) -> None:
+    rows = [{"prompt": p, "completion": c} for p, c in (("q", "1"), ("q", "2"), ("1+1", "2"))]
+    source = make(rows, shuffle=False, loss=loss_config(objective="sft"), num_completions=1)
+    assert len(source) == 3 and source.num_single == 0 and source.brings_rewards
+    table = pa.concat_tables([source.group(i, i) for i in range(3)])
+    assert table["completions"].to_pylist() == [["1"], ["2"], ["2"]]
+    assert table["rewards"].to_pylist() == [[1.0], [1.0], [1.0]] and table["answer"].to_pylist() == [""] * 3
+    groups.validate(table, (*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS))
+    together = make(rows, shuffle=False, loss=loss_config(objective="sft"))  # k = 4
+    assert [len(together.group(i, i)["completions"][0]) for i in range(2)] == [2, 1] and len(together) == 2
+    some = [*rows[:2], {**rows[2], "answer": "2"}]
+    assert make(some, loss=loss_config(objective="sft")).num_without_gold == 0
+    compared = [{**row, "answer": "2"} for row in (rows[0], rows[2])]
+    assert "no prompt has two completions" in make.error(compared, loss=None)
+
+
+def test_poft_reads_the_aligned_models_mean_log_prob_of_every_row(make: Maker) -> None:
+    poft = loss_config(objective="poft")
+    rows = [{"prompt": "q", "completion": "1", "a": -0.5}, {"prompt": "1", "completion": "2", "a": -1.5}]
+    source = make(rows, shuffle=False, loss=poft, reward_column="a")
+    assert [source.group(i, i)["rewards"].to_pylist() for i in range(2)] == [[[-0.5]], [[-1.5]]]
+    by_model = [{**row, "a": {"llama": row["a"], "yi": -1.0}} for row in rows]  # the mean over the models
+    source = make(by_model, shuffle=False, loss=poft, reward_column="a")
+    assert [source.group(i, i)["rewards"].to_pylist() for i in range(2)] == [[[-0.75]], [[-1.25]]]
+    wrong = [rows[0], {**rows[1], "a": None}]
+    assert make.error(wrong, loss=poft, reward_column="a") == (
+        "sources.people.path: FILE: row 1: a is null: loss.objective poft needs it of every row"
+    )
+    wrong = [rows[0], {**rows[1], "a": {"yi": "x"}}]
+    assert "row 1: a.yi is 'x', not a finite number" in make.error(wrong, loss=poft, reward_column="a")
+    assert make.error(rows, loss=poft).startswith("sources.people.reward_column: required")

@@ -20,10 +20,14 @@ from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
+from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.registry import OBJECTIVES
 
 NUM_STEPS, LEARNING_RATE, BETA = 5, 1e-3, 0.1
 LONG = 10_000
+FEW = (0, 2, 5, 8)
+"""Last digits of the ids of a few groups, which are enough to compare the objectives: fresh ones, a stale
+one, one without holes, and one with a completion that has nothing to train."""
 
 
 class Float64Policy(Policy):
@@ -54,6 +58,23 @@ def batch(step: int) -> list[dict[str, Any]]:
     ]
 
 
+def with_holes(row: dict[str, Any]) -> dict[str, Any]:
+    """The group with tokens that its environment wrote: at a completion's end, in it, at its beginning.
+
+    Of one completion they are all, some completions have none, and some groups have no such column.
+    """
+    kind, masks = row["group_id"] % 10, []
+    row = {**row, "completions": [f"{row['group_id']}.{i}" for i in range(len(row["rewards"]))]}
+    for i, ids in enumerate(row["completion_ids"]):
+        mask = [(kind + t + i) % 3 != 1 for t in range(len(ids))]
+        masks.append(None if i % 4 == 3 else [False] * len(ids) if (kind, i) == (8, 1) else mask)
+    logprobs = [
+        None if own is None else [x * (mask is None or mask[t]) for t, x in enumerate(own)]
+        for own, mask in zip(row["sampling_logprobs"], masks, strict=True)
+    ]
+    return row if kind == 5 else {**row, "trained_tokens": masks, "sampling_logprobs": logprobs}
+
+
 def five_steps(
     folder: Path,
     objective: str = "gvpo",
@@ -63,6 +84,10 @@ def five_steps(
     dtype: str = "float64",
     lora: bool = False,
     beta: float | str = BETA,
+    damped: bool = True,
+    holes: bool = False,
+    few: bool = False,
+    num_weak: int = 0,
     **learner: Any,
 ) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -81,7 +106,10 @@ def five_steps(
         num_steps=NUM_STEPS,
         last_step=NUM_STEPS,
         loss=loss_config(
-            objective=objective, reference=reference, **({"beta": beta} if objective == "gvpo" else {})
+            objective=objective,
+            reference=reference,
+            **({"beta": beta, "damped": damped} if objective == "gvpo" else {}),
+            **({"num_weak": num_weak} if num_weak else {}),
         ),
         learner=LearnerConfig(**options),
         checkpoint=CheckpointConfig(),
@@ -99,8 +127,9 @@ def five_steps(
     try:
         if ranks == "turned":
             groups.split_over_ranks = lambda *given: usual(*given)[1:] + usual(*given)[:1]
-        for step in range(1, NUM_STEPS + 1):
-            rows = batch(step)
+        for step in range(1, (2 if few else NUM_STEPS) + 1):
+            rows = [with_holes(row) if holes else row for row in batch(step)]
+            rows = [row for row in rows if row["group_id"] % 10 in FEW] if few else rows
             # which is cut after the groups that cannot be trained on are gone
             if order == "backwards in each mini-batch":
                 trained = [row for row in rows if groups.trainable(row)]
@@ -156,12 +185,24 @@ ZERO: dict[str, dict[str, Any]] = {
     ]
 }
 ZERO |= {
+    f"holes, zero {stage}": {
+        "backend": "deepspeed",
+        "zero_stage": stage,
+        "dtype": "float32",
+        "holes": True,
+        "micro_batch_tokens": 40,
+    }
+    for stage in (2, 3)
+}
+ZERO |= {
     f"lora, zero {stage}": {"backend": "deepspeed", "zero_stage": stage, "dtype": "float32", "lora": True}
     for stage in (0, 2, 3)
 }
 OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in OBJECTIVES if name != "gvpo"}
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
 OTHERS |= {"beta adapted": {"beta": "auto"}}
+OTHERS |= {"epa, weak": {"objective": "epa", "reference": "initial", "num_weak": 3, "holes": True}}
+OTHERS |= {"holes": {"holes": True}, "holes, cispo": {"holes": True, "objective": "cispo"}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE = {"ddp": {"micro_batch_tokens": 40}, "fsdp": {"backend": "fsdp", "micro_batch_tokens": 70}}
@@ -193,28 +234,48 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return five_steps(tmp_path_factory.mktemp("alone"))
 
 
-def test_it_is_the_squared_loss_differentiated_through_everything(
-    tmp_path: Path, alone: dict[str, Any]
-) -> None:
-    """transformers, autograd, clipping and AdamW, one completion at a time; the definition of the loss."""
+@pytest.fixture(scope="module")
+def alone_with_holes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return five_steps(tmp_path_factory.mktemp("holes"), holes=True)
+
+
+def sampled_tokens(row: dict[str, Any], i: int) -> list[int]:
+    """The places of a completion's tokens that the policy sampled."""
+    mask = (row.get("trained_tokens") or [None] * (i + 1))[i]
+    return [t for t in range(len(row["completion_ids"][i])) if mask is None or mask[t]]
+
+
+def logprobs_of(row: dict[str, Any], i: int, model: torch.nn.Module) -> torch.Tensor:
+    """The log-probs of those tokens, [their number]: the whole sequence is read, by itself."""
+    prompt, ids = row["prompt_ids"], row["completion_ids"][i]
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    every = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+    return every[sampled_tokens(row, i)]
+
+
+def two_models(folder: Path) -> list[torch.nn.Module]:
     from transformers import AutoModelForCausalLM
 
-    model, first = (
-        float64(AutoModelForCausalLM.from_pretrained(make_model(tmp_path), dtype=torch.float64))
-        for _ in range(2)
-    )
+    path = make_model(folder)
+    return [float64(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_it_is_the_squared_loss_differentiated_through_everything(
+    tmp_path: Path, alone: dict[str, Any], alone_with_holes: dict[str, Any], holes: bool
+) -> None:
+    """transformers, autograd, clipping and AdamW, one completion at a time; the definition of the loss."""
+    model, first = two_models(tmp_path)
     start = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def logprob(row: dict[str, Any], i: int, model: torch.nn.Module = model) -> torch.Tensor:
-        prompt, ids = row["prompt_ids"], row["completion_ids"][i]
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).sum()
+        return logprobs_of(row, i, model).sum()
 
     for step in range(1, NUM_STEPS + 1):
         rows = []
-        for row in batch(step):
-            kept = [i for i, reward in enumerate(row["rewards"]) if reward is not None]
+        for row in (with_holes(row) if holes else row for row in batch(step)):
+            kept = [i for i, x in enumerate(row["rewards"]) if x is not None and sampled_tokens(row, i)]
             if len(kept) < 2:
                 continue
             version = row["version_min"][0]
@@ -250,7 +311,117 @@ def test_it_is_the_squared_loss_differentiated_through_everything(
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * damped
                 optimizer.step()
     want = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    assert difference(alone["weights"], want) < 1e-9 < 1e-3 < difference(start, want)
+    got = alone_with_holes if holes else alone
+    assert difference(got["weights"], want) < 1e-9 < 1e-3 < difference(start, want)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_holes_are_left_out_of_every_objective_packed_and_padded(tmp_path: Path, objective: str) -> None:
+    """Two steps, as plain autograd of the loss on the sampled tokens alone: ratios, lengths, references.
+
+    `num_tokens` of the objectives over tokens is the number of these, too.
+    """
+    model, first = two_models(tmp_path / "plain")
+    options = loss_config(
+        objective=objective,
+        reference="behaviour",
+        **({"beta": BETA, "damped": False} if objective == "gvpo" else {}),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    num_sampled = []
+    for step in (1, 2):
+        rows = []
+        for row in (with_holes(row) for row in batch(step) if row["group_id"] % 10 in FEW):
+            kept = [i for i, x in enumerate(row["rewards"]) if x is not None and sampled_tokens(row, i)]
+            with torch.no_grad():
+                sampler = [
+                    torch.tensor([row["sampling_logprobs"][i][t] for t in sampled_tokens(row, i)]).double()
+                    if row["version_min"][i] < step - 1
+                    else logprobs_of(row, i, model)
+                    for i in kept
+                ]
+            rows.append((row, kept, sampler))
+        assert [len(kept) for _, kept, _ in rows] == [2, 3, 3, 4]
+        for part in (rows[:2], rows[2:]):
+            tokens = [logprobs_of(row, i, model) for row, kept, _ in part for i in kept]
+            others = [values for *_, sampler in part for values in sampler]
+            sums, other_sums = (torch.stack([x.sum() for x in values]) for values in (tokens, others))
+            lengths = torch.tensor([len(x) for x in tokens])
+            given = LossBatch(
+                logprobs=torch.cat(tokens),
+                completion_ids=torch.repeat_interleave(torch.arange(len(tokens)), lengths),
+                logprob_sums=sums,
+                sampler_logprobs=torch.cat(others),
+                sampler_sums=other_sums,
+                reference_logprobs=torch.cat(others),
+                reference_sums=other_sums,
+                rewards=torch.tensor([row["rewards"][i] for row, kept, _ in part for i in kept]).double(),
+                group_ids=torch.tensor([g for g, (_, kept, _) in enumerate(part) for _ in kept]),
+                beta=options.start_beta,
+                is_weak=torch.zeros(len(tokens), dtype=torch.bool),
+                total=Total(len(part), len(tokens), int(lengths.sum())),
+            )
+            optimizer.zero_grad()
+            OBJECTIVES[objective](given, options).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            num_sampled.append(int(lengths.sum()))
+    want = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    start = {name: p.detach() for name, p in first.named_parameters(remove_duplicate=False)}
+    for packing in (True, False):
+        more = {"damped": False} if objective == "gvpo" else {}
+        got = five_steps(
+            tmp_path / f"packing {packing}", objective, holes=True, few=True, packing=packing, **more
+        )
+        assert difference(got["weights"], want) < 1e-9 < 1e-4 < difference(start, want)
+        assert [line["tokens/trained"] for line in got["metrics"]] == [
+            sum(num_sampled[:2]),
+            sum(num_sampled[2:]),
+        ]
+
+
+def test_epa_scores_completions_of_other_prompts_under_this_one(tmp_path: Path) -> None:
+    """Two steps with weak negatives, against plain autograd of the softmax over each group's candidates."""
+    model, first = two_models(tmp_path / "plain")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    num_weak = []
+    for step in (1, 2):
+        rows = [with_holes(row) for row in batch(step) if row["group_id"] % 10 in FEW]
+        trained = [groups.trainable(row) for row in rows]
+        for part in (trained[:2], trained[2:]):
+            losses = []
+            for row in groups.with_weak_negatives(part, 2, 0, 128):
+                own, start = (
+                    torch.stack([logprobs_of(row, i, which).sum() for i in range(len(row["sources"]))])
+                    for which in (model, first)
+                )
+                r = BETA * (own - start.detach())
+                weak = [source.startswith("weak:") for source in row["sources"]]
+                best = max(x for x, is_weak in zip(row["rewards"], weak, strict=True) if not is_weak)
+                positive = [
+                    x == best and not is_weak for x, is_weak in zip(row["rewards"], weak, strict=True)
+                ]
+                others = [i for i, is_positive in enumerate(positive) if not is_positive]
+                choices = [torch.stack([r[i], *r[others]]) for i, is_it in enumerate(positive) if is_it]
+                losses.append(torch.stack([-torch.log_softmax(x, 0)[0] for x in choices]).mean())
+                num_weak.append(sum(weak))
+            optimizer.zero_grad()
+            (torch.stack(losses).sum() / 2).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    assert num_weak == [1] * 8  # the other group of a mini-batch has one to give
+    want = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    for tokens in (LONG, 30):
+        got = five_steps(
+            tmp_path / str(tokens),
+            "epa",
+            reference="initial",
+            holes=True,
+            few=True,
+            num_weak=2,
+            micro_batch_tokens=tokens,
+        )
+        assert difference(got["weights"], want) < 1e-9
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -271,7 +442,8 @@ def test_deepspeed_which_computes_in_float32_is_as_near_as_float32_is(
     # DeepSpeed knows no float64. In float32 gradients differ by some 1e-7 of them; Adam divides by their
     # size, so where a gradient is next to nothing the rounding may decide up to a whole step of 1e-3.
     # Measured: 1.3e-6 at most, in those with adapters 5e-6.
-    want = on_ranks(1, "lora")[0] if "lora" in name else alone
+    other = next((kind for kind in ("lora", "holes") if kind in name), None)
+    want = on_ranks(1, other)[0] if other else alone
     for result in on_ranks(world_size, name):
         assert difference(result["weights"], want["weights"]) < 1e-5
 

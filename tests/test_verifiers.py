@@ -393,3 +393,25 @@ def test_a_row_of_several_whose_rewards_are_null_is_checked_like_any_other(verif
         [group_of("1", ["\\boxed{1}", "none"], rewards=rewards) for rewards in (None, [0.5, None])]
     )
     assert verifier.score(two)["rewards"].to_pylist() == [[1.0, 0.0], [0.5, 0.0]]
+
+
+def test_a_completion_of_which_the_policy_sampled_nothing_has_no_reward_whatever_it_came_with() -> None:
+    def fails(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        assert completions == ["b"]
+        return [1.0]
+
+    masks = [[False, False], [False, True], [False], None]
+    ids = [[4, 5], [4, 5], [4], [4]]
+    with Verifier(VerifiersConfig(rewards={"mine": {"trusted": True}}), {"mine": fails}) as verifier:
+        scored = verifier.score(
+            group_of(
+                "85",
+                ["a", "b", "c", "d"],
+                completion_ids=ids,
+                trained_tokens=masks,
+                rewards=[None, None, 0.5, 0.25],
+            )
+        )
+    assert rewards_of(scored) == [None, 1.0, None, 0.25]
+    assert reasons_of(scored) == [groups.UNTRAINED, None, groups.UNTRAINED, None]
+    assert next(groups.rows(scored))["reward_parts"] == {"mine": [None, 1.0, None, None]}

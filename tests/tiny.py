@@ -142,7 +142,8 @@ def make_group(
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
-    return groups.table(rows).select(list(groups.LOGGED_COLUMNS))
+    masks = [name for name in groups.MASK_COLUMNS if name in rows[0]]
+    return groups.table(rows).select([*groups.LOGGED_COLUMNS, *masks])
 
 
 # --- ranks --------------------------------------------------------------------------------------------------

@@ -42,6 +42,10 @@ class LossOptions(Section):
     weighted by the posterior of who wrote the completion."""
     depends_on_beta: ClassVar[bool] = False
     """Whether the loss depends on beta, and not only its statistics."""
+    least: ClassVar[int] = 2
+    """Fewest completions of a group. 1: completions are not compared, and come from sources alone."""
+    reads_rewards: ClassVar[bool] = True
+    """Whether the loss reads rewards. If not, completions of sources need neither rewards nor golds."""
 
     @field_validator("reference", mode="before")
     @classmethod
@@ -78,6 +82,11 @@ class LossOptions(Section):
         Otherwise it counts as one of the policy at the start of the step.
         """
         return False
+
+    @property
+    def num_weak_negatives(self) -> int:
+        """Most completions of other prompts that join a group in an update."""
+        return 0
 
     @property
     def start_beta(self) -> float:
@@ -334,6 +343,41 @@ class DpoLoss(_WithBeta):
         return self
 
 
+class EpaLoss(_WithBeta):
+    """EPA's options."""
+
+    objective: Literal["epa"] = "epa"
+    reference: str = "initial"
+    """Policy that is the reference, as for the other objectives; `initial` is that of preferences."""
+    num_weak: int = Field(default=0, ge=0)
+    """Weak negatives of a group: completions of other prompts of the same update, scored under this one. The
+    paper mixes them with strong ones; each costs as much as a completion of the group's own."""
+
+    @property
+    def num_weak_negatives(self) -> int:
+        """Most completions of other prompts that join a group in an update."""
+        return self.num_weak
+
+
+class SftLoss(LossOptions):
+    """SFT has no options of its own."""
+
+    objective: Literal["sft"] = "sft"
+    least: ClassVar[int] = 1
+    reads_rewards: ClassVar[bool] = False
+
+
+class PoftLoss(LossOptions):
+    """PoFT's options. A completion's reward is the mean log-prob per token that aligned models gave it."""
+
+    objective: Literal["poft"] = "poft"
+    beta: float = Field(default=1.0, gt=0)
+    """Factor of the difference of mean log-probs per token."""
+    gamma: float = 0.0
+    """Margin that is added to it."""
+    least: ClassVar[int] = 1
+
+
 _Any = (
     GvpoLoss
     | GrpoLoss
@@ -345,6 +389,9 @@ _Any = (
     | MaxrlLoss
     | OaplLoss
     | DpoLoss
+    | EpaLoss
+    | SftLoss
+    | PoftLoss
 )
 _BY_NAME: dict[str, type[LossOptions]] = {
     options.model_fields["objective"].default: options for options in get_args(_Any)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import numbers
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,14 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
+from gvpo_ray.config.loss import GvpoLoss, LossOptions
 from gvpo_ray.data.columns import as_text
-from gvpo_ray.data.messages import as_messages, is_messages
-from gvpo_ray.data.problems import Problems, group_columns, read_problems
+from gvpo_ray.data.messages import as_messages, as_prompt, is_messages
+from gvpo_ray.data.problems import Problems, group_columns, read_problems, read_rows
 from gvpo_ray.data.prompts import EpochOrder
-from gvpo_ray.data.rendering import renderer_of
+from gvpo_ray.data.rendering import messages_of, renderer_of
+from gvpo_ray.data.transcripts import transcripts_of
+from gvpo_ray.data.unfold import unfold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +49,7 @@ class OfflineSource:
         max_tokens: longest prompt, in tokens; the smaller of it and `config.max_tokens` holds.
         max_length: longest prompt + completion, in tokens, with the end-of-sequence token.
         num_completions: k, most completions of a whole group.
+        loss: the objective, which says how few completions make a group, and whether rewards are read.
         seed: decides the order of each epoch and which completions join a group.
 
     Attributes:
@@ -55,7 +60,9 @@ class OfflineSource:
         layout: where prompt and gold were found, if the config does not say it itself; else "".
         notes: further lines about the data that a person should read before a run.
         num_too_long: rows left out because they are longer than a limit (they are never cut).
-        num_single: prompts whose only completion makes no whole group; 0 for a source with `share`.
+        num_single: prompts whose only completion makes no whole group; 0 for a source with `share`, and
+            where the objective trains groups of one.
+        brings_rewards: whether all completions have a reward, so that none is verified.
 
     Raises:
         ConfigError: one line that names the key, and the row where there is one.
@@ -70,20 +77,36 @@ class OfflineSource:
         max_tokens: int | None,
         max_length: int,
         num_completions: int,
+        loss: LossOptions | None = None,
         seed: int = 0,
     ) -> None:
         key, self.source = f"sources.{name}", f"offline:{name}"
+        loss = loss or GvpoLoss()
+        if loss.least == 1 and loss.reads_rewards and config.reward_column is None:
+            raise ConfigError(
+                f"{key}.reward_column: required, as loss.objective {loss.objective} compares with it: the "
+                "column with the mean log-prob per token by aligned models"
+            )
+        if loss.least == 1 and config.answer_column is None:  # nothing is verified
+            config = config.model_copy(update={"answer_column": ""})
         renderer = renderer_of(config, tokenizer, key)
         if renderer.end_id is None:
             raise ConfigError(
                 f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end "
                 "with one"
             )
+        unfolded = unfold(read_rows(config, key), config, key, loss)
+        if unfolded is not None:
+            config = config.model_copy(update={**COLUMNS, "reward_column": unfolded.reward_column})
         found = read_problems(
-            config, key, _more(config), without_gold="reward" if config.reward_column else None
+            config,
+            key,
+            _more(config),
+            without_gold="reward" if config.reward_column else None,
+            unfolded=unfolded,
         )
-        problems, self._rows = found.problems, _as_table(config, found, key)
-        self._has_rewards = config.reward_column is not None
+        problems, self._rows = found.problems, _as_table(config, found, key, loss)
+        self.brings_rewards = config.reward_column is not None or not loss.reads_rewards
         prompts = self._rows["prompt"].to_pylist()
         first = {problem.prompt: problem for problem in reversed(problems)}
         distinct = list(dict.fromkeys(prompts))
@@ -95,8 +118,18 @@ class OfflineSource:
                 f"{key}.path: {config.path}: row {first[empty[0]].row}: the prompt has no tokens"
             )
         completion_ids = _with_end(renderer.encode(self._rows["completions"].to_pylist()), renderer.end_id)
+        masks: list[list[bool] | None] = [None] * len(problems)
+        transcripts = transcripts_of(config, tokenizer, key)
+        for i, problem in enumerate(problems):
+            if is_transcript(problem.more["completion"]):
+                where = f"{key}.path: {config.path}: row {problem.row}"
+                completion = as_messages(problem.more["completion"], f"{where}: {config.completion_column}")
+                before = problem.messages or messages_of(problem.prompt, None, None)
+                completion_ids[i], masks[i] = transcripts.tokens(before, completion, where)
         self._rows = self._rows.append_column(
             "completion_ids", pa.array(completion_ids, pa.list_(pa.int32()))
+        ).append_column(
+            "trained_tokens", pa.array(masks, groups.SCHEMA.field("trained_tokens").type.value_type)
         )
         self._num_tokens = [len(ids) for ids in completion_ids]
         self._max_length = max_length
@@ -109,18 +142,20 @@ class OfflineSource:
         self.num_rows, self.num_too_long = found.num_rows, fits.count(False)
         self.num_without_prompt = found.num_without_prompt
         self.num_without_gold, self.layout = found.num_without_gold, found.found.description()
-        self.columns, self.notes = found.columns, found.notes
+        self.columns = found.columns
+        self.notes = [*([] if unfolded is None else [unfolded.note]), *found.notes]
         if not any(fits):
             raise ConfigError(
                 f"{key}.path: {config.path}: all {len(fits)} rows are too long: a prompt may have "
                 f"{longest_prompt} tokens, and {max_length} with its completion"
             )
-        by_prompt: dict[tuple[str, str], list[int]] = {}
+        by_prompt: dict[tuple[str, str, int], list[int]] = {}
         for row, (prompt, answer) in enumerate(zip(prompts, self._rows["answer"].to_pylist(), strict=True)):
             if fits[row]:
-                by_prompt.setdefault((prompt, answer), []).append(row)
+                part_of = -1 if unfolded is None else problems[row].row
+                by_prompt.setdefault((prompt, answer, part_of), []).append(row)
         self.num_single = 0
-        if config.group_share:
+        if config.group_share and loss.least > 1:
             several = {problem: rows for problem, rows in by_prompt.items() if len(rows) > 1}
             self.num_single = len(by_prompt) - len(several)
             if not several:
@@ -141,10 +176,12 @@ class OfflineSource:
             for of_row in columns
         )
         self._groups = [
-            (i, part) for i, rows in enumerate(by_prompt.values()) for part in _parts(rows, num_completions)
+            (i, part)
+            for i, rows in enumerate(by_prompt.values())
+            for part in ([rows] if unfolded is not None else _parts(rows, num_completions, loss.least))
         ]
         self._by_text: dict[str, list[int]] = {}
-        for (prompt, _), rows in by_prompt.items():
+        for (prompt, *_), rows in by_prompt.items():
             self._by_text.setdefault(prompt, []).extend(rows)
         self._order = EpochOrder(len(self), seed, config.shuffle)
         self._seed = seed
@@ -207,8 +244,9 @@ class OfflineSource:
 
     def _row(self, prompt: pa.Table, rows: list[int]) -> pa.Table:
         taken, none = self._rows.take(rows), [[None] * len(rows)]
+        masks = {"trained_tokens": [taken["trained_tokens"].to_pylist()]}
         rewards = (
-            {"rewards": [taken["rewards"].to_pylist()], "reward_reasons": none} if self._has_rewards else {}
+            {"rewards": [taken["rewards"].to_pylist()], "reward_reasons": none} if self.brings_rewards else {}
         )
         return groups.with_columns(
             prompt,
@@ -219,8 +257,21 @@ class OfflineSource:
             version_min=none,
             version_max=none,
             sampling_logprobs=none,
+            **({} if taken["trained_tokens"].null_count == len(rows) else masks),
             **rewards,
         )
+
+
+COLUMNS = {"prompt_column": "prompt", "completion_column": "completion", "answer_column": ""}
+"""The keys of a source whose rows are unfolded."""
+
+
+def is_transcript(completion: Any) -> bool:
+    """Return whether a completion is messages that are more than one text: several turns, calls of tools."""
+    if not is_messages(completion):
+        return False
+    first = as_messages(completion[:1], "completion")[0]
+    return first["role"] == "assistant" and (len(completion) > 1 or bool(first.get("tool_calls")))
 
 
 def _more(config: SourceConfig) -> dict[str, str]:
@@ -228,22 +279,40 @@ def _more(config: SourceConfig) -> dict[str, str]:
     return {"completion": config.completion_column, **reward}
 
 
-def _as_table(config: SourceConfig, found: Problems, key: str) -> pa.Table:
-    """Return prompt, answer, completions (text) and rewards (float32; null: to be verified) of each row."""
+def _as_table(config: SourceConfig, found: Problems, key: str, loss: LossOptions) -> pa.Table:
+    """Return prompt, answer, completions (text) and rewards (float32; null: to be verified) of each row.
+
+    Where the objective does not read rewards, they are 1.
+    """
     rows: dict[str, list[Any]] = {"prompt": [], "answer": [], "completions": [], "rewards": []}
     for problem in found.problems:
         where = f"{key}.path: {config.path}: row {problem.row}"
         completion, reward = problem.more["completion"], problem.more.get("reward")
         if is_messages(completion):
-            completion = as_messages(completion, f"{where}: {config.completion_column}")[-1]["content"]
+            messages = as_messages(completion, f"{where}: {config.completion_column}")
+            completion = as_prompt(messages) if is_transcript(completion) else messages[-1]["content"]
         rows["prompt"].append(problem.prompt)
         rows["answer"].append(problem.answer)
         rows["completions"].append(as_text(completion, f"{where}: {config.completion_column}"))
-        rows["rewards"].append(
-            None if reward is None else _number(reward, f"{where}: {config.reward_column}")
-        )
+        if loss.least == 1 and not rows["completions"][-1].strip():
+            raise ConfigError(f"{where}: {config.completion_column} is empty: there is nothing to imitate")
+        rows["rewards"].append(_reward(reward, f"{where}: {config.reward_column}", loss))
     texts = pa.schema([(name, pa.string()) for name in ("prompt", "answer", "completions")])
     return pa.table(rows, schema=texts.append(pa.field("rewards", pa.float32())))
+
+
+def _reward(value: Any, where: str, loss: LossOptions) -> float | None:
+    """Return a row's reward; None: its completion is verified. PoFT's may be given by each aligned model."""
+    if not loss.reads_rewards:
+        return 1.0
+    if loss.least > 1:
+        return None if value is None else _number(value, where)
+    if isinstance(value, Mapping):
+        by_model = [_number(each, f"{where}.{name}") for name, each in value.items()]
+        value = math.fsum(by_model) / len(by_model) if by_model else None
+    if value is None:
+        raise ConfigError(f"{where} is null: loss.objective {loss.objective} needs it of every row")
+    return _number(value, where)
 
 
 def _number(value: Any, where: str) -> float:
@@ -258,11 +327,11 @@ def _with_end(completions: list[list[int]], end: int) -> list[list[int]]:
     return [ids if ids[-1:] == [end] else [*ids, end] for ids in completions]
 
 
-def _parts(rows: list[int], size: int) -> list[list[int]]:
-    """Deal rows into parts of nearly equal size, at most `size` and at least two rows each.
+def _parts(rows: list[int], size: int, least: int) -> list[list[int]]:
+    """Deal rows into parts of nearly equal size, at most `size` and at least `least` rows each.
 
-    With size 2, one part of an odd number has three. Rows are dealt in turn, like cards, so that every part
-    of a file sorted by reward has good and bad ones.
+    With size and least 2, one part of an odd number has three. Rows are dealt in turn, like cards, so that
+    every part of a file sorted by reward has good and bad ones.
     """
-    num_parts = max(1, min(math.ceil(len(rows) / size), len(rows) // 2))
+    num_parts = max(1, min(math.ceil(len(rows) / size), len(rows) // least))
     return [rows[i::num_parts] for i in range(num_parts)]

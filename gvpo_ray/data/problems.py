@@ -34,6 +34,7 @@ from gvpo_ray.data.messages import (
     is_messages,
     split_answer,
 )
+from gvpo_ray.data.unfold import Unfolded
 
 TAKEN = (
     "prompts",
@@ -56,7 +57,7 @@ class Problem:
     """A problem is one row of a data set, read."""
 
     row: int
-    """Number of the row, from 0."""
+    """Number of the row, from 0; of an unfolded data set that of the row that it was a part of."""
     prompt: str
     """The problem's text, or what stands for a conversation (messages.as_prompt)."""
     messages: list[Message] | None
@@ -121,12 +122,25 @@ class Problems:
     """Lines that a person should read of the data before a run, beside where prompt and gold were found."""
 
 
+def read_rows(config: PromptsConfig, key: str) -> Columns:
+    """Return the columns of a data set, of the rows that the config's limit leaves.
+
+    Raises:
+        ConfigError: the data cannot be read, or have no rows.
+    """
+    data = read(config, key)
+    if not data or not len(next(iter(data.values()))):
+        raise ConfigError(f"{key}.path: {config.path} has no rows")
+    return {name: column[: config.limit] for name, column in data.items()}
+
+
 def read_problems(
     config: PromptsConfig,
     key: str,
     more: Mapping[str, str] | None = None,
     may_lack: Collection[str] = (),
     without_gold: str | None = None,
+    unfolded: Unfolded | None = None,
 ) -> Problems:
     """Read a data set as problems. Rows without a prompt or a gold answer are left out and counted.
 
@@ -136,15 +150,13 @@ def read_problems(
         more: further columns to read, by the names that the caller gives them.
         may_lack: names of `more` whose column may be absent.
         without_gold: the name in `more` of a column whose value makes a gold unnecessary, such as a reward.
+        unfolded: the data, where the caller has read them already.
 
     Raises:
         ConfigError: the data cannot be read, lacks a column, has images or an entry of another kind, or no
             row has a prompt, or a gold answer.
     """
-    data = read(config, key)
-    if not data or not len(next(iter(data.values()))):
-        raise ConfigError(f"{key}.path: {config.path} has no rows")
-    data = {name: column[: config.limit] for name, column in data.items()}
+    data = read_rows(config, key) if unfolded is None else unfolded.data
     found, path = columns_of(config, data, key), f"{key}.path: {config.path}"
     for template_path in fields(found.prompt) or [found.prompt]:
         check_path(data, template_path, config, key, "prompt")
@@ -162,6 +174,7 @@ def read_problems(
         check_path(data, found.gold, config, key, "answer")
     _check_is_text(data, path)
     num_rows = len(next(iter(data.values())))
+    numbers = range(num_rows) if unfolded is None else unfolded.rows
     prompts, is_json = _prompts(data, found, path, is_own=found.prompt == config.prompt_column)
     found = found._replace(is_json=is_json)
     answers = values(data, found.gold) if has_golds else [None] * num_rows
@@ -171,7 +184,7 @@ def read_problems(
     kept = {name: to_list(column) for name, column in data.items() if name not in hidden}
     problems, num_without_prompt, num_without_gold = [], 0, 0
     for row in range(num_rows):
-        where = f"{path}: row {row}"
+        where = f"{path}: row {numbers[row]}"
         prompt, messages, last = _prompt(prompts[row], f"{where}: {found.prompt}")
         if not prompt.strip():
             num_without_prompt += 1
@@ -183,7 +196,7 @@ def read_problems(
             num_without_gold += 1
             continue
         columns = {name: entries[row] for name, entries in kept.items()}
-        problems.append(Problem(row, prompt, messages, texts, config.answer_match, columns, own))
+        problems.append(Problem(numbers[row], prompt, messages, texts, config.answer_match, columns, own))
     if not problems and num_without_gold:
         raise ConfigError(
             f"{path}: no row has a gold answer: {found.gold} is empty in all {num_without_gold} rows "

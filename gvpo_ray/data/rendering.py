@@ -93,6 +93,11 @@ def _with_system(messages: list[dict[str, Any]], system_prompt: str | None) -> l
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
+def _absent_from(text: str, skip: int = 0) -> str:
+    """Return a character that is not in a text, the one after `skip` others."""
+    return [sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text][skip]
+
+
 class TextRenderer:
     """A TextRenderer renders text with the config's template, or with the tokenizer's chat template.
 
@@ -191,7 +196,7 @@ class TextRenderer:
             )
         return [self._chat(self._messages(row)) for row in rows]
 
-    def _chat(self, messages: list[dict[str, Any]]) -> str:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -199,13 +204,14 @@ class TextRenderer:
                 messages,
                 add_generation_prompt=True,
                 tokenize=False,
+                **({"tools": tools} if tools else {}),
                 **{"strftime_now": fixed_time, **self._arguments},
             )
         # what a program of a model's folder may raise: Jinja's errors and those of its expressions
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if messages[0]["role"] == "system" and messages[1:]:
-                self._chat(messages[1:])  # raises if the template fails without it as well
+                self._chat(messages[1:], tools)  # raises if the template fails without it as well
                 where = "path: a prompt's system message" if self._system_prompt is None else "system_prompt"
                 raise ConfigError(
                     f"{self._key}.{where}: the tokenizer's chat template does not take one: {why}"
@@ -218,17 +224,21 @@ class TextRenderer:
 
     def _around(self, row: Mapping[str, Any]) -> list[int]:
         """Return the token ids of a row that spells special tokens: those of the template alone count."""
-        written = self._written(row)
-        # A character that is in no text, behind the first of each: then no special token is spelled there.
-        mark = next(sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in written)
-
-        def marked(text: str) -> str:
-            return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
-
+        mark = _absent_from(self._written(row))
         messages = [
-            {**message, "content": marked(message["content"])} for message in row.get("messages") or ()
+            {**message, "content": self._marked(message["content"], mark)}
+            for message in row.get("messages") or ()
         ]
-        (text,) = self._texts([{"prompt": marked(row["prompt"]), "messages": messages}])
+        (text,) = self._texts([{"prompt": self._marked(row["prompt"], mark), "messages": messages}])
+        ids = self._without_marks(text, mark)
+        return ids if self._template is None else self._with_ends(ids)
+
+    def _marked(self, text: str, mark: str) -> str:
+        """Put `mark`, a character, behind the first of each special token that a text spells."""
+        return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+    def _without_marks(self, text: str, mark: str) -> list[int]:
+        """Tokenise a text in which a special token is one where `mark` does not break it."""
         own = [found[0] for found in self._special.finditer(text)]
         added = self._tokenizer.added_tokens_decoder
         ids: list[int] = []
@@ -243,7 +253,7 @@ class TextRenderer:
                 *self._plain(part.replace(mark, "")),
                 *(self._special_ids[token] for token in own[i : i + 1]),
             ]
-        return ids if self._template is None else self._with_ends(ids)
+        return ids
 
     def _with_ends(self, ids: list[int]) -> list[int]:
         """Add the special tokens that the tokenizer puts around every text."""

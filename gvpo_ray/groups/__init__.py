@@ -7,6 +7,7 @@ from gvpo_ray.groups.batching import only as only
 from gvpo_ray.groups.batching import split_over_ranks as split_over_ranks
 from gvpo_ray.groups.batching import trainable as trainable
 from gvpo_ray.groups.batching import trainable_completions as trainable_completions
+from gvpo_ray.groups.batching import untrained_completions as untrained_completions
 from gvpo_ray.groups.storage import evaluations as evaluations
 from gvpo_ray.groups.storage import from_wire as from_wire
 from gvpo_ray.groups.storage import load as load
@@ -25,6 +26,7 @@ from gvpo_ray.groups.table import PROMPT_COLUMNS as PROMPT_COLUMNS
 from gvpo_ray.groups.table import REFERENCE_COLUMNS as REFERENCE_COLUMNS
 from gvpo_ray.groups.table import REWARD_COLUMNS as REWARD_COLUMNS
 from gvpo_ray.groups.table import SCHEMA as SCHEMA
+from gvpo_ray.groups.table import UNTRAINED as UNTRAINED
 from gvpo_ray.groups.table import GroupError as GroupError
 from gvpo_ray.groups.table import Row as Row
 from gvpo_ray.groups.table import all_cut_off as all_cut_off
@@ -39,3 +41,5 @@ from gvpo_ray.groups.table import table as table
 from gvpo_ray.groups.table import take as take
 from gvpo_ray.groups.table import validate as validate
 from gvpo_ray.groups.table import with_columns as with_columns
+from gvpo_ray.groups.weak import WEAK as WEAK
+from gvpo_ray.groups.weak import with_weak_negatives as with_weak_negatives

@@ -15,18 +15,28 @@ def num_tokens(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + sum(len(ids) for ids in row["completion_ids"])
 
 
+def untrained_completions(row: Mapping[str, Any]) -> list[int]:
+    """Return the indices of a group's completions that have tokens, of which none is trained."""
+    masks = row.get("trained_tokens") or ()
+    return [i for i, mask in enumerate(masks) if mask and not any(mask)]
+
+
 def trainable_completions(row: Mapping[str, Any]) -> list[int]:
-    """Return the indices of a group's completions that have a reward and at least one token."""
-    return [i for i, reward in enumerate(row["rewards"]) if reward is not None and row["completion_ids"][i]]
+    """Return the indices of a group's completions that have a reward and at least one trained token."""
+    untrained = untrained_completions(row)
+    has_tokens = [i for i, ids in enumerate(row["completion_ids"]) if ids and i not in untrained]
+    return [i for i in has_tokens if row["rewards"][i] is not None]
 
 
-def trainable(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the row without its unverifiable completions (reward null); None if fewer than two are left.
+def trainable(row: Mapping[str, Any], least: int = 2) -> dict[str, Any] | None:
+    """Return the row without the completions that are not trained on; None if fewer than `least` are left.
 
-    A group of one carries no signal: its only weight, R - mean R, is zero.
+    Left out are those that are unverifiable (reward null) and those without a trained token.
+
+    Where completions are compared, a group of one carries no signal: its only weight, R - mean R, is zero.
     """
     keep = trainable_completions(row)
-    if len(keep) < 2:
+    if len(keep) < least:
         return None
     result = only(row, keep)
     if parts := row.get("reward_parts"):

@@ -14,14 +14,18 @@ gets it (m = 2), and the room that fills each column:
     completions         ["\boxed{7}", "\boxed{8}"]       engines   (text, special tokens removed)
     completion_ids      [[4, 7, 1], [4, 8, 1]]           engines   (end-of-sequence token included)
     finish_reasons      ["stop", "stop"]                 engines   ("stop" | "length")
-    sources             ["policy", "policy"]             engines   ("policy" | "replay" | "offline:<name>")
+    sources             ["policy", "policy"]             engines   ("policy" | "replay" | "offline:<name>"; in
+                                                                    the learner also "weak:<group_id>")
     version_min         [3, 3]                           engines   (oldest weights that sampled a token; null:
                                                                     not sampled by this run's engines)
     version_max         [3, 4]                           engines   (newest weights that sampled a token)
-    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]      engines   (one per completion token, temperature 1;
-                                                                    null: external, without log-probs)
-    trained_tokens      [[true, true, true], null]       engines   (which tokens are trained on, one per
-                                                                    token; null: all. Optional)
+    sampling_logprobs   [[-0.1, -0.3, -0.0], [...]]      engines   (one per completion token, temperature 1,
+                                                                    and 0 where none was sampled; null:
+                                                                    external, without log-probs)
+    trained_tokens      [[true, true, true], null]       engines   (whether the policy sampled each token, so
+                                                                    that it is trained: the others, of tools
+                                                                    and environments, are context; null:
+                                                                    every token was sampled. Optional)
     rewards             [1.0, 0.0]                       verifiers (null: could not be verified, left out of
                                                                     training)
     reward_parts        {"math": [1.0, 0.0]}             verifiers (each reward before weighting)
@@ -38,11 +42,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.verifiers import ReasonKind
+
+MASK = pa.list_(pa.bool_())
+"""The type of one completion's entry in `trained_tokens`."""
 
 SCHEMA = pa.schema(
     [
@@ -59,7 +67,7 @@ SCHEMA = pa.schema(
         ("version_min", pa.list_(pa.int32())),
         ("version_max", pa.list_(pa.int32())),
         ("sampling_logprobs", pa.list_(pa.list_(pa.float32()))),
-        ("trained_tokens", pa.list_(pa.list_(pa.bool_()))),
+        ("trained_tokens", pa.list_(MASK)),
         ("rewards", pa.list_(pa.float32())),
         ("reward_parts", pa.map_(pa.string(), pa.list_(pa.float32()))),
         ("reward_reasons", pa.list_(pa.string())),
@@ -81,7 +89,10 @@ COMPLETION_COLUMNS = (
     "sampling_logprobs",
 )
 MASK_COLUMNS = ("trained_tokens",)
-"""Optional columns of the completions: a group without them, or with a null, trains every token."""
+"""Optional columns of the completions: a group without them, or with a null, trains every token.
+
+A completion of which no token is trained is left out of training (`batching.trainable_completions`).
+"""
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
 """Columns of log-probs under a separate reference model.
@@ -110,6 +121,9 @@ Row = Mapping[str, Any]
 
 NO_ANSWER = "no answer found in the completion"
 """The entry of `reward_reasons` for a completion in which a reward function found no answer."""
+
+UNTRAINED = "untrained: the policy sampled no token of the completion"
+"""The entry of `reward_reasons` for a completion whose tokens are all context."""
 
 
 class GroupError(GvpoError, ValueError):
@@ -195,10 +209,10 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Return the table if it has these columns with their types, and lists of matching lengths.
 
     Each per-completion list has one entry per completion, and `sampling_logprobs` one per token.
-    `trained_tokens` is checked too where the table has it and it is not null.
+    `trained_tokens` is checked too where the table has it and it is not null; it holds no null for a token.
 
     Raises:
-        GroupError: the message names the column, and the row where lengths differ.
+        GroupError: the message names the column, and where lengths differ the row and its group_id.
     """
     for name in columns:
         index = groups.schema.get_field_index(name)
@@ -217,7 +231,7 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
                 continue
             if got is None or got != want:
                 raise GroupError(
-                    f"row {row}: {name} "
+                    f"{_place(groups, row)}: {name} "
                     + ("is null" if got is None else f"has {got} entries, {first} has {want}")
                 )
     if "completion_ids" in columns:
@@ -225,7 +239,14 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
             _check_lengths(groups, "sampling_logprobs")
         for name in (name for name in MASK_COLUMNS if name in groups.schema.names):
             _check_lengths(groups, name)
+            _check_no_null(groups, name)
     return groups
+
+
+def _place(groups: pa.Table, row: int) -> str:
+    """Name a row of a table for an error message, with its group_id where the table has that."""
+    known = groups["group_id"][row].as_py() if "group_id" in groups.schema.names else None
+    return f"row {row}" if known is None else f"row {row} (group {known})"
 
 
 def _check_lengths(groups: pa.Table, name: str) -> None:
@@ -235,12 +256,24 @@ def _check_lengths(groups: pa.Table, name: str) -> None:
         if values is None and name in MASK_COLUMNS:
             continue
         if values is None or ids is None or len(values) != len(ids):
-            raise GroupError(f"row {row}: {name} and completion_ids have not the same number of completions")
+            raise GroupError(
+                f"{_place(groups, row)}: {name} and completion_ids have not the same number of completions"
+            )
         for i, (tokens, got) in enumerate(zip(ids, values, strict=True)):
             if got is not None and got != tokens:
                 raise GroupError(
-                    f"row {row}: {name}[{i}] has {got} entries, completion_ids[{i}] has {tokens}"
+                    f"{_place(groups, row)}: {name}[{i}] has {got} entries, completion_ids[{i}] has {tokens}"
                 )
+
+
+def _check_no_null(groups: pa.Table, name: str) -> None:
+    """Check that the inner lists of a list<list> column hold no null, which would be neither yes nor no."""
+    if not pc.list_flatten(pc.list_flatten(groups[name])).null_count:
+        return
+    for row, lists in enumerate(groups[name].to_pylist()):
+        for i, values in enumerate(lists or ()):
+            if None in (values or ()):
+                raise GroupError(f"{_place(groups, row)}: {name}[{i}] is null for token {values.index(None)}")
 
 
 def _sizes(groups: pa.Table, name: str) -> list[list[int | None] | None]:
@@ -298,17 +331,30 @@ def take(group: pa.Table, completions: Sequence[int]) -> pa.Table:
 def replayable(groups: pa.Table) -> list[list[int | None]]:
     """Return version_max of each completion that may be replayed in a later group, and None for the others.
 
-    Those are the policy's own completions that can be trained on: they have a reward, a token and the
-    sampler's log-probs. Lengths are read, and no tokens.
+    Those are the policy's own completions that can be trained on: they have a reward, a trained token and
+    the sampler's log-probs. Lengths and `trained_tokens` are read, and no tokens.
     """
-    ids, logprobs, rewards, sources, versions = (
-        pc.list_flatten(groups[name])
-        for name in ("completion_ids", "sampling_logprobs", "rewards", "sources", "version_max")
+    logprobs, rewards, sources, versions = (
+        pc.list_flatten(groups[name]) for name in ("sampling_logprobs", "rewards", "sources", "version_max")
     )
-    can_be = pc.and_(pc.is_valid(rewards), pc.greater(pc.list_value_length(ids), 0))
+    can_be = pc.and_(pc.is_valid(rewards), _have_trained_tokens(groups))
     is_own = pc.and_(pc.equal(sources, "policy"), pc.is_valid(logprobs))
     flat = iter(pc.if_else(pc.and_(can_be, is_own), versions, pa.scalar(None, versions.type)).to_pylist())
     return [list(islice(flat, size)) for size in pc.list_value_length(groups["completions"]).to_pylist()]
+
+
+def _have_trained_tokens(groups: pa.Table) -> pa.Array:
+    """Return whether each completion of a table has a trained token, one bool per completion of all rows."""
+    ids = groups["completion_ids"]
+    result = np.array(pc.greater(pc.list_value_length(pc.list_flatten(ids)), 0))
+    if "trained_tokens" in groups.schema.names:
+        row_has_masks = np.array(pc.is_valid(groups["trained_tokens"]))
+        masks = pa.concat_arrays(pc.list_flatten(groups["trained_tokens"]).chunks or [pa.nulls(0, MASK)])
+        is_trained = np.array(pc.list_flatten(masks), bool)
+        counts = np.bincount(np.array(pc.list_parent_indices(masks))[is_trained], minlength=len(masks))
+        with_masks = np.flatnonzero(np.repeat(row_has_masks, np.array(pc.list_value_length(ids))))
+        result[with_masks] &= (counts > 0) | np.array(pc.is_null(masks))
+    return pa.array(result)
 
 
 def _has(group: pa.Table, name: str) -> bool:

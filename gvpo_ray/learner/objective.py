@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.groups import Part, Row
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import Origin, ReferenceLogprobs, origins_of
-from gvpo_ray.losses.batch import LossBatch
+from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.diagnostics import finish, finish_buckets, residual_sums_by_bucket
 from gvpo_ray.losses.registry import OBJECTIVES
 from gvpo_ray.observe.metrics import STALENESS_EDGES, age_bucket
@@ -40,7 +41,7 @@ class Objective:
         self._loss = OBJECTIVES[options.objective]
 
     def __call__(
-        self, logprobs: Tensor, measured: ReferenceLogprobs, rows: Sequence[Row], num_groups: int
+        self, logprobs: Tensor, measured: ReferenceLogprobs, rows: Sequence[Row], total: Total
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of these whole groups, as a share of the update's loss, and sums for `finish`.
 
@@ -48,7 +49,7 @@ class Objective:
             logprobs: [T] log-probs of all completions' trained tokens, in the rows' order, with gradients.
             measured: the sampler's and the reference's log-probs of the same tokens.
             rows: the groups, without completions that are left out.
-            num_groups: the number of groups in the update, on all ranks.
+            total: what the update holds, on all ranks.
         """
         device = logprobs.device
         lengths = [len(trained) for row in rows for trained in trained_tokens(row)]
@@ -77,7 +78,12 @@ class Objective:
                     [j for j, row in enumerate(rows) for _ in row["rewards"]], dtype=torch.long, device=device
                 ),
                 beta=self.beta,
-                num_groups=num_groups,
+                is_weak=torch.tensor(
+                    [source.startswith(groups.WEAK) for row in rows for source in row["sources"]],
+                    dtype=torch.bool,
+                    device=device,
+                ),
+                total=total,
             ),
             self._options,
         )
@@ -87,7 +93,7 @@ class Objective:
 
     def of_nothing(self, device: torch.device) -> dict[str, Tensor]:
         """Return the sums of no groups: zeros with the keys, in the order, that all sums have."""
-        return self(torch.zeros(0, device=device), ReferenceLogprobs.empty(device), [], num_groups=1)[1]
+        return self(torch.zeros(0, device=device), ReferenceLogprobs.empty(device), [], Total(1, 1, 1))[1]
 
     def finish(self, sums: dict[str, float]) -> dict[str, float]:
         """Return the metrics of a step from its sums, added up over passes, ranks and updates."""
@@ -140,7 +146,7 @@ def finish_mismatch(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def gradient_weights_of_parts(
-    policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, num_groups: int
+    policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, total: Total
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Return d loss / d log-prob of the tokens of groups that are spread over several passes.
 
@@ -153,7 +159,7 @@ def gradient_weights_of_parts(
         plan: this rank's passes.
         measured: the sampler's and the reference's log-probs of each pass.
         objective: the loss of the step.
-        num_groups: the number of groups in the update, on all ranks.
+        total: what the update holds, on all ranks.
 
     Returns:
         For each pass the weights of its parts' tokens, in their order, and the sums of each group.
@@ -174,7 +180,7 @@ def gradient_weights_of_parts(
         mine = sorted(completion for completion in seen if completion[0] == i)
         logprobs = torch.cat([seen[completion] for completion in mine]).requires_grad_()
         compared = ReferenceLogprobs.cat([known[completion] for completion in mine])
-        loss, group_sums = objective(logprobs, compared, [plan.rows[i]], num_groups)
+        loss, group_sums = objective(logprobs, compared, [plan.rows[i]], total)
         (gradient,) = torch.autograd.grad(loss, logprobs)
         lengths = [len(seen[completion]) for completion in mine]
         weights |= dict(zip(mine, gradient.split(lengths), strict=True))  # type: ignore[no-untyped-call]

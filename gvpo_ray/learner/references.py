@@ -269,7 +269,8 @@ def attach_references(
         for name in groups.REFERENCE_COLUMNS:
             row.pop(name, None)
             if trained is not None:
-                known = dict(zip(groups.trainable_completions(row), trained[name], strict=True))
+                # weak negatives stand behind the group's own completions, and are not reported
+                known = dict(zip(groups.trainable_completions(row), trained[name], strict=False))
                 row[name] = [known.get(i) for i in range(len(row["rewards"]))]
 
 

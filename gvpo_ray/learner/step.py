@@ -27,6 +27,7 @@ from gvpo_ray.learner.references import (
     measure_passes,
     score_with_reference,
 )
+from gvpo_ray.losses.batch import Total
 from gvpo_ray.losses.stale_data import adapted_beta, damping
 from gvpo_ray.observe.metrics import batch_metrics, mean
 
@@ -49,6 +50,7 @@ class Settings:
     checkpoint: CheckpointConfig
     model_path: str
     parity_every: int
+    seed: int = 0
     reports_references: bool = False
     """Whether completions are replayed, so that the buffer stores the reference model's log-probs of them."""
 
@@ -100,12 +102,22 @@ class Update:
     measured: list[ReferenceLogprobs]
     """The sampler's and the reference's log-probs of each pass."""
 
+    @property
+    def total(self) -> Total:
+        """What the update holds, on all ranks."""
+        tokens = [len(places) for row in self.rows for places in trained_tokens(row)]
+        return Total(len(self.rows), len(tokens), sum(tokens))
+
 
 def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> list[Update]:
     """Split the trainable groups into mini-batches and passes, and get what they are compared with."""
     loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
-    trained = [row for row in map(groups.trainable, batch) if row is not None]
+    trained = [row for row in (groups.trainable(row, loss.least) for row in batch) if row is not None]
     mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
+    if num := loss.num_weak_negatives:  # before the groups are dealt to ranks, whose number changes nothing
+        mini_batches = [
+            groups.with_weak_negatives(rows, num, settings.seed, policy.max_length) for rows in mini_batches
+        ]
     dealt = [rows_of_ranks(policy, rows, max_tokens) for rows in mini_batches]
     if loss.caches_reference:
         for ranks in dealt:
@@ -128,8 +140,8 @@ class Forward:
     """The number of those parts."""
     measured: ReferenceLogprobs
     """The sampler's and the reference's log-probs of the same tokens."""
-    num_groups: int
-    """The number of groups in the update, on all ranks."""
+    total: Total
+    """What the update holds, on all ranks."""
     is_last: bool
     """Whether this is the update's last pass."""
     gradient_weights: Tensor
@@ -154,16 +166,16 @@ class Step:
 
     def forward_passes(self, update: Update) -> Iterator[Forward]:
         """Yield the passes of an update; before that, groups that are split have passes without gradients."""
-        plan, num_groups = update.plan, len(update.rows)
+        plan, total = update.plan, update.total
         weights, self._sums_of_update = gradient_weights_of_parts(
-            self._policy, plan, update.measured, self._objective, num_groups
+            self._policy, plan, update.measured, self._objective, total
         )
         for i, (rows, parts) in enumerate(zip(plan.passes, plan.parts, strict=True)):
             yield Forward(
                 rows=rows or [NOTHING],
                 num_parts=sum(not plan.is_whole(part) for part in parts),
                 measured=update.measured[i],
-                num_groups=num_groups,
+                total=total,
                 is_last=i == len(plan.passes) - 1,
                 gradient_weights=weights[i],
             )
@@ -181,7 +193,7 @@ class Step:
         loss = (forward.gradient_weights * logprobs[:num]).sum()
         if whole := forward.rows[forward.num_parts :]:
             measured = forward.measured.between(num, len(logprobs))
-            share, sums = self._objective(logprobs[num:], measured, whole, forward.num_groups)
+            share, sums = self._objective(logprobs[num:], measured, whole, forward.total)
             self._sums_of_update.append(sums)
             loss = loss + share
         return loss
@@ -223,11 +235,10 @@ class Step:
             policy.beta = adapted_beta(
                 beta, statistics["gvpo/reward_var"], statistics["gvpo/implicit_reward_var"]
             )
-        trained = [places for update in updates for row in update.rows for places in trained_tokens(row)]
         return {
-            **batch_metrics(batch, version),
+            **batch_metrics(batch, version, self._settings.loss.least),
             **statistics,
-            "tokens/trained": float(sum(map(len, trained))),
+            "tokens/trained": float(sum(update.total.tokens for update in updates)),
             "grad_norm": mean(self._norms),
             "learning_rate": self._learning_rate,
             "updates": float(policy.num_updates),

@@ -286,6 +286,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
             checkpoint=config.checkpoint,
             model_path=config.model.path,
             parity_every=config.engines.parity_every,
+            seed=config.seed,
             reports_references=config.replay.share > 0,
         ),
         on_checkpoint=ray.train.report,

@@ -12,6 +12,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Total:
+    """A Total counts what an update trains on, on all ranks: the denominators of the losses."""
+
+    groups: float
+    """|D|, the number of groups; of objectives that compare completions all have at least two."""
+    completions: float
+    tokens: float
+    """The number of trained tokens."""
+
+
+@dataclass(frozen=True)
 class LossBatch:
     """A LossBatch holds the whole groups of one forward pass: T completion tokens in N completions.
 
@@ -38,8 +49,10 @@ class LossBatch:
     """[N] Integers, equal for the completions of one prompt."""
     beta: float
     """The beta of this step, in reward units per nat."""
-    num_groups: float
-    """|D|, the number of groups with at least two completions in the whole update, on all ranks."""
+    is_weak: Tensor
+    """[N] bool, the weak negatives: completions of other prompts that stand in the group (`epa`)."""
+    total: Total
+    """What the whole update holds, on all ranks."""
 
     @property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:

@@ -118,7 +118,8 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
 
     D is log pi - log pi_ref, and Var, Cov and the term_ rows are within a group, then the mean over groups.
 
-    loss                     mean over groups; for gvpo half of gvpo/residual_var
+    loss                     mean over groups, or over what else the objective counts (`num_counted`: sft
+                             tokens, poft completions); for gvpo half of gvpo/residual_var
     gvpo/residual_var        Var(beta D - R), here and below with completions weighted by s: the part of the
                              rewards that the implicit reward beta D does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0
@@ -144,6 +145,11 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
                              are. Single batches may be below 0. On completions that pi itself sampled (an
                              older reference) it estimates -KL(pi || pi_ref).
     policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
+    pairs/ordered            share of the pairs of a group that the implicit reward orders as the rewards do,
+                             mean over groups that have pairs; only for dpo
+    pairs/margin             mean difference of the implicit rewards of a pair; only for dpo
+    epa/positive_share       probability of the positive among its candidates, mean over groups
+    poft/weight              weight with which a completion is imitated, mean over completions
     policy/clipped           share of the tokens whose gradient is zero because of clipping; only for the
                              objectives over tokens
     gvpo/num_groups          groups that were trained on
@@ -153,8 +159,18 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
     groups, completions = max(s["num_groups"], 1.0), max(s["num_completions"], 1.0)
     spread = (s["reward_var"] * s["implicit_reward_var"]) ** 0.5
     clipped = {"policy/clipped": s["clipped_tokens"] / max(1.0, s["num_tokens"])} if "num_tokens" in s else {}
+    own = {}
+    if "pairs" in s:
+        own = {
+            f"pairs/{name}": s[key] / max(1.0, s["pairs"])
+            for name, key in (("ordered", "pairs_ordered"), ("margin", "margin"))
+        }
+    if "positive_share" in s:
+        own["epa/positive_share"] = s["positive_share"] / groups
+    if "weight" in s:
+        own["poft/weight"] = s["weight"] / max(1.0, s["num_counted"])
     return {
-        "loss": s["loss"] / groups,
+        "loss": s["loss"] / max(s.get("num_counted", groups), 1.0),
         "gvpo/residual_var": s["residual_var"] / groups,
         "gvpo/reward_var": s["reward_var"] / groups,
         "gvpo/implicit_reward_var": s["implicit_reward_var"] / groups,
@@ -172,4 +188,5 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         "gvpo/num_groups": s["num_groups"],
         "gvpo/num_singletons": s["num_singletons"],
         **clipped,
+        **own,
     }

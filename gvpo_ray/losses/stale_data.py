@@ -51,11 +51,11 @@ def objective(batch: LossBatch, options: GvpoLoss) -> Computed:
     """
     given = batch.sequences
     if options.importance_cap is None or batch.sampler_sums is None:
-        return Computed(*gvpo_loss(*given, batch.num_groups), residuals(*given))
+        return Computed(*gvpo_loss(*given, batch.total.groups), residuals(*given))
     sampled = (batch.logprob_sums, batch.sampler_sums)
     weights = importance_weights(*sampled, batch.group_ids, options.importance_cap)
     floor = likelihood_floor(*sampled, batch.rewards, batch.group_ids)
-    loss, sums = stale_gvpo_loss(*given, weights, floor, batch.num_groups)
+    loss, sums = stale_gvpo_loss(*given, weights, floor, batch.total.groups)
     return Computed(loss, sums, weighted_residuals(*given, weights))
 
 

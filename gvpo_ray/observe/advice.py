@@ -119,6 +119,11 @@ def _nothing_verifiable(means: Mapping[str, float], config: GVPOConfig) -> str |
         ReasonKind.MEMORY: f"most checks need more than verifiers.memory_gib ({verifiers.memory_gib:g})",
         ReasonKind.CRASH: "most checks crash: look at the functions in verifiers.rewards",
     }
+    if means.get("unverifiable/untrained", 0.0) >= MOST:
+        return (
+            f"{share:.0%} of the completions have no reward; of most the policy sampled no token: "
+            "trained_tokens is false for all that they hold"
+        )
     most = max(reasons, key=lambda kind: means[f"unverifiable/{kind}"])
     text = (
         reasons[most]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_ray.groups import NO_ANSWER, Row, limit_of
+from gvpo_ray.groups import NO_ANSWER, Row, limit_of, untrained_completions
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ METRICS = (
            "over the verifiable completions of the step's batch"),
     Metric("groups/size_mean", "", "Group size", "completions with a reward per group, mean"),
     Metric("groups/untrainable", "", "Untrainable groups",
-           "groups with fewer than two completions with a reward, which are not trained on"),
+           "groups with too few completions with a reward, which are not trained on: fewer than two where "
+           "completions are compared"),
     Metric("groups/equal", "ratio", "Groups of equal rewards",
            "share of the groups with two or more rewards in which all are equal: they say nothing about "
            "what is better"),
@@ -139,15 +140,16 @@ METRICS = (
            "share of the completions; 1 where no reward function looks for an answer"),
     Metric("completions/unverifiable", "ratio", "Unverifiable completions", "share without a reward"),
     Metric("unverifiable/{reason}", "ratio", "Unverifiable: {reason}",
-           "share of all completions; timeout, memory and crash: limits of the verifier's child; other: no "
-           "gold answer, or a reward function that failed"),
+           "share of all completions; timeout, memory and crash: limits of the verifier's child; untrained: "
+           "the policy sampled none of its tokens; other: no gold answer, or a reward function that failed"),
     Metric("completions/length_mean", "tokens", "Completion length", "mean over the step's batch"),
     Metric("completions/truncated", "ratio", "Truncated completions", "share that reached max_tokens"),
     Metric("sources/{source}", "ratio", "Source: {source}",
            "share of the completions that came from this source"),
     Metric("staleness/max", "steps", "Staleness, largest",
            "from the oldest weights that wrote a completion to the step's start"),
-    Metric("tokens/trained", "tokens", "Tokens trained", "completion tokens of the trained groups"),
+    Metric("tokens/trained", "tokens", "Tokens trained",
+           "of the trained groups' completions, those that the policy sampled"),
     Metric("policy/log_ratio_rms", "nats", "Log-ratio", "root mean square of log π/π_ref per completion"),
     Metric("policy/mismatch_mean", "nats", "Mismatch, mean",
            "learner's log-prob less the engine's, per token of what the current policy wrote"),
@@ -156,6 +158,13 @@ METRICS = (
            "is older"),
     Metric("policy/clipped", "ratio", "Clipped tokens",
            "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
+    Metric("pairs/ordered", "ratio", "Pairs in order",
+           "share of a group's pairs that the implicit reward orders as the rewards do (dpo)"),
+    Metric("pairs/margin", "", "Margin of pairs", "mean difference of the implicit rewards of a pair (dpo)"),
+    Metric("epa/positive_share", "ratio", "Positive's share",
+           "probability of the positive among its candidates, mean over groups (epa)"),
+    Metric("poft/weight", "ratio", "Weight of completions",
+           "weight with which a completion is imitated, mean over completions (poft)"),
     Metric("gvpo/num_groups", "", "Groups trained", "groups in the loss of the step"),
     Metric("gvpo/num_singletons", "", "Singletons", "groups of one completion, whose loss is 0"),
     Metric("learning_rate", "", "Learning rate", "of the step"),
@@ -230,13 +239,16 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
+def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str, float]:
     """Compute the metrics of a batch of groups that do not depend on training.
 
-    Staleness counts from `version`, the weights with which the step begins.
+    Args:
+        rows: the groups.
+        version: the weights with which the step begins, from which staleness counts.
+        least: fewest completions of a group that is trained on.
     """
     total = sum(len(row["rewards"]) for row in rows)
-    rewards_of = [[reward for reward in row["rewards"] if reward is not None] for row in rows]
+    rewards_of = [_known_rewards(row) for row in rows]
     rewards, sizes = [reward for known in rewards_of for reward in known], [len(x) for x in rewards_of]
     ages = [version - oldest for row in rows for oldest in row["version_min"] if oldest is not None]
     average = mean(rewards)
@@ -246,7 +258,7 @@ def batch_metrics(rows: Sequence[Row], version: int) -> dict[str, float]:
         "reward/mean": average,
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
         "groups/size_mean": mean(sizes),
-        "groups/untrainable": float(sum(size < 2 for size in sizes)),
+        "groups/untrainable": float(sum(size < least for size in sizes)),
         "groups/equal": mean([len(set(known)) == 1 for known in rewards_of if len(known) > 1]),
         "completions/correct": sum(sum(is_correct(row)) for row in rows) / max(1, total),
         "completions/extracted": _extracted(rows, total),
@@ -301,14 +313,21 @@ def _extracted(rows: Sequence[Row], total: int) -> float:
     return 1 - sum(NO_ANSWER in reason for reason in reasons) / max(1, total)
 
 
+def _known_rewards(row: Row) -> list[float]:
+    """Return the rewards of a group's completions, without those of which no token is trained."""
+    untrained = untrained_completions(row)
+    return [reward for i, reward in enumerate(row["rewards"]) if reward is not None and i not in untrained]
+
+
 def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
-    """Count the completions without a reward by the limit that their check hit."""
-    counts = dict.fromkeys(("timeout", "memory", "crash", "other"), 0)
+    """Count the completions without a reward by the limit that their check hit, or as untrained."""
+    counts = dict.fromkeys(("timeout", "memory", "crash", "untrained", "other"), 0)
     for row in rows:
-        for reward, reason in zip(
-            row["rewards"], row.get("reward_reasons") or [None] * len(row["rewards"]), strict=True
-        ):
-            if reward is None:
+        untrained = untrained_completions(row)
+        counts["untrained"] += len(untrained)
+        reasons = row.get("reward_reasons") or [None] * len(row["rewards"])
+        for i, (reward, reason) in enumerate(zip(row["rewards"], reasons, strict=True)):
+            if reward is None and i not in untrained:
                 counts[limit_of(reason) or "other"] += 1
     return counts
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gvpo_ray.groups import Row
 from gvpo_ray.observe.metrics import is_correct
+from gvpo_ray.observe.report.conversation import Turn, share_trained, turns_of
 
 HEAD, TAIL = 1500, 500
 """Characters that are shown of the beginning and of the end of a longer text; the answer is at its end."""
@@ -14,6 +15,8 @@ HEAD, TAIL = 1500, 500
 
 def sample_lines(rows: Sequence[Row], decode: Callable[[list[int]], str], max_tokens: int) -> Iterator[str]:
     """Yield the prompts of scored groups as the model sees them, their completions, and a summary.
+
+    What the environment wrote in a completion stands behind a colon, and what the policy wrote behind a bar.
 
     Args:
         rows: groups with rewards.
@@ -27,9 +30,12 @@ def sample_lines(rows: Sequence[Row], decode: Callable[[list[int]], str], max_to
             end = "cut off" if row["finish_reasons"][j] == "length" else "ended"
             said = [f"  completion {j + 1}: reward {_number(row['rewards'][j])}"]
             said += [f"{name} {_number(value)}" for name, value in parts.items()] if len(parts) > 1 else []
-            said += [f"{end} after {len(tokens)} tokens", *filter(None, [row["reward_reasons"][j]])]
+            mask = (row.get("trained_tokens") or [None] * (j + 1))[j]
+            remarks = [share_trained(mask), row["reward_reasons"][j]]
+            said += [f"{end} after {len(tokens)} tokens", *filter(None, remarks)]
             yield " · ".join(said)
-            yield _block(decode(tokens), "    | ")
+            for turn in turns_of(tokens, mask, decode) or [Turn("trained", decode(tokens), "")]:
+                yield _block(turn.text, "    : " if turn.kind == "read" else "    | ")
     yield summary(rows, max_tokens)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,12 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             f"context of {max_length}"
         )
     check_stop_tokens(config.sampling, tokenizer)
+    shares = math.fsum(source.group_share for source in config.sources.values())
+    if config.loss.least == 1 and shares < 1:
+        raise ConfigError(
+            f"loss.objective: {config.loss.objective} imitates what it is given: the group_share of sources "
+            f"must be 1 in all, and is {shares:g}"
+        )
     prompts = None
     if config.prompts.path != NO_PROMPTS:
         prompts = PromptSet(
@@ -179,16 +186,13 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             max_tokens=None,
             max_length=max_length,
             num_completions=config.sampling.num_completions,
+            loss=config.loss,
             seed=config.seed,
         )
         for name, source in config.sources.items()
     }
     evaluation = read_evaluation_sets(config, max_length, tokenizer)
-    to_verify = {
-        f"sources.{name}": source
-        for name, source in sources.items()
-        if config.sources[name].reward_column is None
-    }
+    to_verify = {f"sources.{name}": source for name, source in sources.items() if not source.brings_rewards}
     of_prompts = {} if prompts is None else {"prompts": prompts}
     validate_rewards(config.verifiers, rewards, columns_by_key(of_prompts, evaluation, to_verify))
     return Inputs(

@@ -173,7 +173,8 @@ class Verifier:
         """Add rewards, reward_parts and reward_reasons to a table with prompts and completions.
 
         Completions that already have a reward (replayed ones, and those of an offline file with rewards) keep
-        their reward and are not checked again.
+        their reward and are not checked again. One of whose tokens the policy has sampled none has no reward,
+        with that as its reason: there is nothing of it to train.
 
         Args:
             groups: the table.
@@ -191,6 +192,7 @@ class Verifier:
                 "completions",
                 *COLUMNS,
                 *group_tables.DATA_COLUMNS,
+                *group_tables.MASK_COLUMNS,
                 *group_tables.REWARD_COLUMNS,
             )
             if name in groups.column_names
@@ -338,14 +340,18 @@ def _of_data(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
-    """Return the results that a group's completions already have: a Check for each with a reward, else None.
+    """Return the results that are known of a group's completions before a check, and None for the others.
 
-    A reward function without a part in the table gets None as its part.
+    Those with a reward have it; a reward function without a part in the table gets None as its part. Those of
+    which no token is trained have none.
     """
     none = [None] * len(row["completions"])
     reasons, parts = row.get("reward_reasons") or none, row.get("reward_parts") or {}
+    untrained = group_tables.untrained_completions(row)
     return [
-        None
+        Check(None, dict.fromkeys(names), group_tables.UNTRAINED, 0.0)
+        if i in untrained
+        else None
         if reward is None
         else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
         for i, reward in enumerate(row.get("rewards") or none)
