@@ -197,3 +197,18 @@ def test_an_engines_weights_and_keys_are_shared_by_its_gpus() -> None:
     assert four == {name: value / 4 for name, value in one.items()}
     fp8 = engine_bytes(config, pool.model_copy(update={"quantization": "fp8"}), shape)
     assert 0.5 < fp8["weights"] / one["weights"] < 0.6
+
+
+def test_engines_and_a_learner_that_take_turns_on_a_gpu_are_not_added_up_but_what_the_learner_keeps_is() -> (
+    None
+):
+    half, learner = {"dtype": "bfloat16"}, {"num_gpus": 0.5, "zero_stage": 1, "accelerator_type": "H100"}
+    engines = {"num_gpus": 0.5, "accelerator_type": "H100", "colocated": "sleep"}
+
+    def check(fraction: float) -> None:
+        given = {**engines, "memory_fraction": fraction}
+        check_memory(config_of("Qwen/Qwen2.5-Math-1.5B", model=half, learner=learner, engines=given))
+
+    check(0.6)  # 48 GB, and the learner keeps 28 of its 36
+    with pytest.raises(ConfigError, match=r"learner: it keeps 28 GB per GPU .* 64 of 80 GB: lower"):
+        check(0.8)

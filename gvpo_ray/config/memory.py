@@ -267,6 +267,16 @@ def memory_plan(config: GVPOConfig, here: float | None = None) -> Iterator[tuple
         parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in need.items() if value)
         gb = gpu_gb(config.learner.accelerator_type, here)
         wrong = None
+        if (
+            config.engines.colocated == "sleep"
+        ):  # each has the GPU in its turn; the learner keeps what is no pass
+            kept = sum(need[name] for name in ("parameters", "gradients", "optimizer", "reference")) / GB
+            shared, needed_beside = 0.0, shared + kept + CONTEXT_GB
+            if gb is not None and needed_beside > gb:
+                wrong = (
+                    f"learner: it keeps {kept:.0f} GB per GPU in the engines' turn, which take "
+                    f"{needed_beside - kept - CONTEXT_GB:.0f} of {gb:g} GB: lower engines.memory_fraction"
+                )
         if gb is not None and needed + shared > gb:
             beside = f" beside {shared:.0f} GB of the engine" if shared else ""
             wrong = (

@@ -153,6 +153,7 @@ def make_rows(
             "completion_ids": [tokens(length) for length in lengths],
             "rewards": [float(j % 2) for j in range(len(lengths))],
             "finish_reasons": ["stop"] * len(lengths),
+            "sources": ["offline:bench" if version is None else "policy"] * len(lengths),
             "version_min": [version] * len(lengths),
             "version_max": [version] * len(lengths),
             "sampling_logprobs": [None if version is None else [0.0] * length for length in lengths],
