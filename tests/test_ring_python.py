@@ -186,7 +186,9 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         shows_on_ray(algo, lines[-1])
         logged = list(GroupLog(folder / "mixed" / "groups").group_ids)
         monkeypatch.setattr(algo._buffer, "trained", interrupted)
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
         algo.train()  # its step is trained meanwhile
+    signal.signal(signal.SIGINT, usual)
     assert left_behind(mark) == [] and "Traceback" not in "".join(capfd.readouterr())
     assert GroupLog(folder / "mixed" / "groups").group_ids[: len(logged)] == logged
     scalars = tensorboard_of(folder / "mixed" / "tensorboard")
