@@ -362,6 +362,12 @@ def test_a_ratio_may_be_written_with_to_where_gold_is_a_ratio(a: int, b: int) ->
     assert not is_right(f"{a} to {b}", str(a))
 
 
+def test_a_factor_that_is_a_power_of_a_number_is_no_trouble():
+    gold, question = r"2^{3/2}(x+1)^2", r"Factor $2^{3/2}x^2 + 2 \cdot 2^{3/2}x + 2^{3/2}$."
+    assert is_right(gold, gold, prompt=question) and is_right(r"2^{3/2}(1 + x)^2", gold, prompt=question)
+    assert not is_right("(x+1)^2", gold, prompt=question)
+
+
 FACTORED = st.tuples(
     NAME, st.lists(st.integers(-7, 7).filter(bool), min_size=2, max_size=2), st.integers(1, 4)
 )

@@ -271,12 +271,9 @@ def _factors(tree: Tree) -> list[Tree]:
     if not _is_polynomial(tree) or not all(map(_is_constant, below)):
         return []
     factors: list[Tree] = []
-    for factor in above:
+    for factor in (factor for factor in above if not _is_constant(factor)):
         base, times = (factor[1], int(factor[2])) if factor[0] == "^" else (factor, 1)
-        if base[0] in ("-", "*", "/", "^"):
-            factors += times * _factors(base)
-        elif not _is_constant(base):
-            factors += times * [base]
+        factors += times * (_factors(base) if base[0] in ("-", "*", "/", "^") else [base])
     return factors
 
 
@@ -309,7 +306,9 @@ def _value(tree: Tree, at: Mapping[str, Fraction]) -> Fraction | None:
         return functools.reduce(operator.add if head == "+" else operator.mul, values)
     if head == "/":
         return first / last if last else None
-    return {"-": lambda: -first, "^": lambda: first ** int(last)}.get(head, lambda: None)()
+    if head == "-":
+        return -first
+    return Fraction(first ** int(last)) if head == "^" else None
 
 
 def _is_same_polynomial(one: Tree, other: Tree) -> bool:
