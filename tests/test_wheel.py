@@ -131,7 +131,7 @@ QUICK += ["evaluation.sets.heldout.limit=8", "warm_start.num_epochs=0.01", "lear
 @pytest.mark.end_to_end
 def test_the_wheel_trains_the_quickstart_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     said = run(installed, tmp_path, "gvpo-ray", "train", "quickstart", *QUICK)
-    assert "warm start: update 8/8" in said and "step   2/2" in said
+    assert "warm start: update 8/8" in said and "step 2/2 · " in said
     where = run(installed, tmp_path, "python", "-c", "import gvpo_ray; print(gvpo_ray.__file__)")
     assert Path(where).is_relative_to(installed.parents[1])
     config = yaml.safe_load((tmp_path / "runs" / "quickstart" / "config.yaml").read_text())
