@@ -117,6 +117,7 @@ def test_every_job_is_found_by_its_name_in_an_empty_folder(installed: Path, tmp_
     assert lines[list(packaged_jobs()).index("quickstart")] == (
         "quickstart: Two-digit addition, a model of 0.25 M parameters made on the spot, 2 CPU cores"
     )
+    assert all(line.count("(") == line.count(")") for line in lines)  # none ends amid a sentence
     folder = Path(lines[-1].removeprefix("in "))
     assert folder.is_relative_to(installed.parents[1])
     for name, path in packaged_jobs().items():
@@ -124,13 +125,13 @@ def test_every_job_is_found_by_its_name_in_an_empty_folder(installed: Path, tmp_
 
 
 QUICK = ["num_steps=2", "learner.num_workers=1", "groups_per_step=8", "evaluation.every_limit=8"]
-QUICK += ["evaluation.sets.heldout.limit=8", "warm_start.num_epochs=0.1", "learner.num_mini_batches=1"]
+QUICK += ["evaluation.sets.heldout.limit=8", "warm_start.num_epochs=0.01", "learner.num_mini_batches=1"]
 
 
 @pytest.mark.end_to_end
 def test_the_wheel_trains_the_quickstart_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     said = run(installed, tmp_path, "gvpo-ray", "train", "quickstart", *QUICK)
-    assert "warm start: 8,000 worked problems" in said and "step   2/2" in said
+    assert "warm start: update 8/8" in said and "step 2/2 · " in said
     where = run(installed, tmp_path, "python", "-c", "import gvpo_ray; print(gvpo_ray.__file__)")
     assert Path(where).is_relative_to(installed.parents[1])
     config = yaml.safe_load((tmp_path / "runs" / "quickstart" / "config.yaml").read_text())
