@@ -30,6 +30,7 @@ TIERS = {
     "cluster": {"test_autoscaler", "test_cluster"},
     "end_to_end": {
         "test_backends",
+        "test_bench_gpu",
         "test_docs",
         "test_lora",
         "test_recovery",

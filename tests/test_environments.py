@@ -293,6 +293,7 @@ def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) 
     asyncio.run(main())
 
 
+@pytest.mark.components
 def test_the_environments_reward_is_the_first_part_and_others_are_added() -> None:
     row = {
         **{"group_id": 0, "prompt": "p", "answer": "7", "dataset": "d", "prompt_ids": [1]},
@@ -388,6 +389,7 @@ def test_metrics_say_what_episodes_were_like_and_how_they_ended() -> None:
         assert all(find(name)[0] is not None for name in episode_metrics(prefix, rows))
 
 
+@pytest.mark.components
 def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
     async def main() -> None:
         host = Host(Python, {}, 600)

@@ -204,7 +204,7 @@ def few_groups(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
 def test_the_micro_batches_of_the_step_are_uneven():
     rows = [row for row in map(groups.trainable, mixed_batch(1)) if row]
     ((*passes,),) = groups.cut_into_passes([rows[:3]], 40)
-    assert [len(parts) for parts in passes] == [1, 2]  # so that a mean of means is not the mean
+    assert sorted(len(parts) for parts in passes) == [1, 2]  # so that a mean of means is not the mean
 
 
 def learn_on_ranks(folder: Path) -> dict[str, Any]:
