@@ -332,6 +332,38 @@ def test_what_follows_new_weights_is_the_new_policys_unless_keys_and_values_are_
     assert num_mixed > 0
 
 
+def test_a_group_in_flight_stands_still_while_its_engine_sleeps_and_goes_on_with_its_tokens(
+    running: Running,
+) -> None:
+    engine = running.engine
+
+    async def run() -> None:
+        before = (await engine.status())["num_tokens"]
+        work = asyncio.ensure_future(engine.generate(prompt(), sampling(6, 400)))
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_tokens"] > before + 6 * 60)
+
+        await until(has_begun)
+        await engine.sleep()
+        assert await engine._llm.is_sleeping()  # its last tokens are here before this answer
+        asleep = (await engine.status())["num_tokens"]
+        later = asyncio.ensure_future(engine.generate(prompt(1), sampling(2, 5)))
+        for _ in range(3):  # the core answers, and computes nothing between
+            assert await engine._llm.is_sleeping()
+        asked_at = time.time()
+        status = await engine.status()
+        assert status["num_tokens"] == asleep and status["num_groups"] == 2
+        assert not work.done() and not later.done() and status["last_token_at"] >= asked_at
+        await engine.sleep()  # again: nothing
+        await engine.wake()
+        await engine.wake()
+        running.check(row_of((await work)[0]), 400)
+        running.check(row_of((await later)[0]), 5)
+
+    running.run(run())
+
+
 def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
     """The log-probs of a completion of PROMPT_IDS under a model of transformers."""
     with torch.no_grad():
