@@ -111,12 +111,19 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     ] == 1
     ids = log["group_id"].to_pylist()
     assert len(set(ids)) == len(ids) == NUM_STEPS * GROUPS_PER_STEP
-    first, last = {}, {}
+    first, last, num_right = {}, {}, 0
     for row in groups.rows(log):
         if row["prompt"] != "12=":  # a check that a verifier was killed in is made again
-            assert row["rewards"] == [4.0 * ("7" in text) for text in row["completions"]]
-            first.setdefault(row["prompt"], sum(row["rewards"]))
-            last[row["prompt"]] = sum(row["rewards"])
+            for text, reward, reason in zip(
+                row["completions"], row["rewards"], row["reward_reasons"], strict=True
+            ):
+                right = reward == 4.0 * ("7" in text)
+                # a busy machine may need more than the limit for a check, which then is no judgement
+                assert right or (reward is None and reason.startswith("timeout: "))
+                num_right += right
+            last[row["prompt"]] = sum(filter(None, row["rewards"]))
+            first.setdefault(row["prompt"], last[row["prompt"]])
+    assert num_right > 4 * len(log)  # of at most 8
     # of the same prompts: those of one step are too few
     assert sum(last.values()) > 2 * sum(first.values()), (first, last)
 
