@@ -197,12 +197,13 @@ def forget_auth_mode() -> None:
     """Make this process speak to the next Ray as if there had been none before.
 
     A cluster without tokens would take this process, which still asks for them, for dead, and end its actors.
-    Ray keeps the setting in a private object too, as read from Ray 2.60.0.
+    Ray keeps the setting and the token in private objects too, as read from Ray 2.60.0.
     """
-    from ray._raylet import Config  # type: ignore[attr-defined]
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     os.environ.pop(AUTH_MODE, None)
     Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()  # else the next driver's server asks for the token
 
 
 def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
