@@ -176,6 +176,29 @@ def test_calls_of_one_turn_are_made_in_order_and_asynchronous_ones_at_once() -> 
     asyncio.run(main())
 
 
+def test_a_result_that_has_no_text_is_an_error_that_the_policy_reads() -> None:
+    class Power:
+        def reset(self, **row: Any) -> None: ...
+
+        def power(self, a: int, b: int) -> int:
+            return int(a**b)
+
+        def table(self) -> Any:
+            return {(1, 2): 3}
+
+    async def main() -> None:
+        host = Host(Power, {}, 60)
+        (opened,) = await host.open(0, {}, 1)
+        calls = [Call("power", {"a": 10, "b": 5000}), Call("table", {}), Call("power", {"a": 2, "b": 3})]
+        answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        first, second, third = (message["content"] for message in answer.messages)
+        assert first.startswith("Error: ValueError: Exceeds the limit")
+        assert second.startswith("Error: TypeError: keys must be str")
+        assert third == "8" and answer.num_errors == 2
+
+    asyncio.run(main())
+
+
 @pytest.fixture
 def _hanging() -> Iterator[None]:
     Calculator.waiting.clear()

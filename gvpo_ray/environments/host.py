@@ -197,13 +197,14 @@ class Host:
             return f"Error: {tool}", True
         try:
             value = await self._call(tool, **call.arguments)
+            # a result may have no text: an integer of more than 4300 digits, a dict with tuples as keys
+            if isinstance(value, (dict, list, tuple)):
+                return json.dumps(value, default=str, ensure_ascii=False), False
+            return str(value), False
         except HangError:
             raise
         except Exception as error:  # what the policy's arguments lead to
             return f"Error: {type(error).__name__}: {error}", True
-        if isinstance(value, (dict, list, tuple)):
-            return json.dumps(value, default=str, ensure_ascii=False), False
-        return str(value), False
 
     async def _reward(self, episode: _Episode) -> tuple[float | None, str | None]:
         if not self._has_reward:
