@@ -269,24 +269,31 @@ class FamilyDialogue(Dialogue):
         """Bridge to the next turn as the family does."""
         harmless: list[Any] = [{**m, "content": self._harmless(m["content"])} for m in messages]
         there = [*before, *turn]
-        found = self._renderer.bridge_to_next_turn(
-            list(before), list(turn), harmless, tools=self._specs or None
-        )
+        try:
+            found = self._renderer.bridge_to_next_turn(
+                list(before), list(turn), harmless, tools=self._specs or None
+            )
+        except Exception:  # some families read the turn once more, which the model may have written anyhow
+            return None
         if found is None or found.token_ids[: len(there)] != there:
             return None
         return [*found.token_ids[len(there) :]]
 
     def turn(self, before: Sequence[int], turn: Sequence[int]) -> Turn:
         """Read what the model has written, as the family's parser does."""
-        found = self._renderer.parse_response(
-            list(turn), tools=self._specs or None, prompt_ids=list(before) or None
-        )
+        try:
+            found = self._renderer.parse_response(
+                list(turn), tools=self._specs or None, prompt_ids=list(before) or None
+            )
+        except Exception as error:  # of what the model wrote, such as brackets in thousands or a long number
+            return Turn("", [Call("", {}, f"the tool call cannot be read: {type(error).__name__}: {error}")])
         calls = []
         for call in found.tool_calls:
             arguments = call.arguments
             is_good = call.status == "ok" and isinstance(arguments, dict)
             error = None if is_good else f"the tool call cannot be read ({call.status}): {call.raw[:200]}"
-            calls.append(Call(call.name or "", arguments if isinstance(arguments, dict) else {}, error))
+            name = call.name if isinstance(call.name, str) else ""
+            calls.append(Call(name, arguments if isinstance(arguments, dict) else {}, error))
         return Turn(found.content.strip(), calls)
 
     def _harmless(self, text: str) -> str:
