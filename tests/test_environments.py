@@ -199,6 +199,24 @@ def test_a_result_that_has_no_text_is_an_error_that_the_policy_reads() -> None:
     asyncio.run(main())
 
 
+def test_a_parameter_or_a_column_may_be_called_function() -> None:
+    class Plot:
+        def reset(self, function: str, **row: Any) -> str:
+            return function
+
+        def plot(self, function: str) -> str:
+            return f"drawn: {function}"
+
+    async def main() -> None:
+        host = Host(Plot, {}, 60)
+        (opened,) = await host.open(0, {"function": "cos", "args": 1}, 1)
+        assert opened.said == "cos" and opened.reason is None
+        answer = await host.act(opened.name, 0, 0, {}, [Call("plot", {"function": "sin"})], "")
+        assert answer.messages[0]["content"] == "drawn: sin" and not answer.num_errors
+
+    asyncio.run(main())
+
+
 @pytest.fixture
 def _hanging() -> Iterator[None]:
     Calculator.waiting.clear()

@@ -220,7 +220,7 @@ class Host:
             return None, f"environment: get_reward gave {reward}"
         return reward, None
 
-    async def _call(self, function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+    async def _call(self, function: Callable[..., Any], /, *args: Any, **arguments: Any) -> Any:
         """Call a method within the time limit; raise HangError where it does not return."""
         is_async = inspect.iscoroutinefunction(function)
         try:
