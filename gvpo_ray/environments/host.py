@@ -14,7 +14,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,8 @@ MAX_THREADS = 256
 """Most calls of synchronous methods at once."""
 
 MAX_HUNG = 8
-"""Number of synchronous calls that do not return, and whose threads nothing can end, after which the host's
-process ends and is started again."""
+"""Number of synchronous calls, late and still in their threads, which nothing can end, at which the host's
+process ends and is started again. One that returns late, or had no thread yet, is none of them."""
 
 GONE = "environment: its actor died, and the episode's state with it"
 """Reason of an episode whose environment is no more."""
@@ -91,7 +91,7 @@ class Host:
     def __init__(self, cls: type, arguments: Mapping[str, Any], timeout_s: float) -> None:
         self._make: Callable[[], Any] = lambda: cls(**arguments)
         self._responds, self._has_reward = hasattr(cls, "respond"), hasattr(cls, "get_reward")
-        self._timeout_s, self._num_hung = timeout_s, 0
+        self._timeout_s, self._late = timeout_s, list[Future[Any]]()
         self._threads = ThreadPoolExecutor(MAX_THREADS)
         self._episodes: dict[str, _Episode] = {}
 
@@ -222,20 +222,20 @@ class Host:
 
     async def _call(self, function: Callable[..., Any], /, *args: Any, **arguments: Any) -> Any:
         """Call a method within the time limit; raise HangError where it does not return."""
-        is_async = inspect.iscoroutinefunction(function)
+        in_thread: Future[Any] | None = None
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
-                if is_async:
+                if inspect.iscoroutinefunction(function):
                     return await function(*args, **arguments)
-                loop = asyncio.get_running_loop()
-                value = await loop.run_in_executor(self._threads, _guarded, function, args, arguments)
+                in_thread = self._threads.submit(_guarded, function, args, arguments)
+                value = await asyncio.wrap_future(in_thread)
                 return await value if inspect.isawaitable(value) else value
         except TimeoutError:
             if not limit.expired():  # the environment's own
                 raise
-        if not is_async:
-            self._num_hung += 1
-            if self._num_hung >= MAX_HUNG:
+        if in_thread is not None and not in_thread.cancel():
+            self._late = [one for one in (*self._late, in_thread) if not one.done()]
+            if len(self._late) >= MAX_HUNG:
                 self._worn_out()
         raise HangError(f"no answer within {self._timeout_s:g} s")
 
