@@ -218,6 +218,17 @@ def test_a_parameter_or_a_column_may_be_called_function() -> None:
     asyncio.run(main())
 
 
+def test_a_name_that_is_no_tools_is_not_the_name_of_a_message() -> None:
+    async def main() -> None:
+        host = Host(Calculator, {}, 60)
+        (opened,) = await host.open(0, {}, 1)
+        calls = [Call(f"add{END}", {}), Call("", {}, "not JSON"), Call("add", {"a": 1})]
+        answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        assert [message["name"] for message in answer.messages] == ["unknown", "unknown", "add"]
+
+    asyncio.run(main())
+
+
 @pytest.fixture
 def _hanging() -> Iterator[None]:
     Calculator.waiting.clear()

@@ -170,7 +170,7 @@ class Host:
             if text is None:
                 return Answer(is_over=True)
             return Answer([{"role": "user", "content": str(text)}])
-        tools = [_tool(environment, call) for call in calls]
+        tools, names = [_tool(environment, call) for call in calls], tool_names(type(environment))
         at_once = {
             i: asyncio.ensure_future(self._result(tool, call))
             for i, (tool, call) in enumerate(zip(tools, calls, strict=True))
@@ -186,7 +186,8 @@ class Host:
             for task in at_once.values():
                 task.cancel()
         messages = [
-            {"role": "tool", "name": call.name or "unknown", "content": text}
+            # some templates write the name: one that is no tool's may spell special tokens
+            {"role": "tool", "name": call.name if call.name in names else "unknown", "content": text}
             for call, (text, _) in zip(calls, results, strict=True)
         ]
         return Answer(messages, sum(is_error for _, is_error in results))
