@@ -229,6 +229,30 @@ def test_a_name_that_is_no_tools_is_not_the_name_of_a_message() -> None:
     asyncio.run(main())
 
 
+def test_no_error_of_an_environment_shows_a_secret_of_its_arguments() -> None:
+    class Served:
+        def __init__(self, api_key: str) -> None:
+            self.api_key = api_key
+
+        def reset(self, **row: Any) -> None: ...
+
+        def ask(self) -> str:
+            raise OSError(f"refused: {self.api_key}")
+
+        def get_reward(self) -> float:
+            raise OSError(f"refused: {self.api_key}")
+
+    async def main() -> None:
+        host = Host(Served, {"api_key": "correct-horse-battery"}, 60)
+        (opened,) = await host.open(0, {}, 1)
+        answer = await host.act(opened.name, 0, 0, {}, [Call("ask", {})], "")
+        assert answer.messages[0]["content"] == "Error: OSError: refused: …"
+        reason = "environment: get_reward raised OSError: refused: …"
+        assert await host.finish(opened.name, 0, {}) == (None, reason)
+
+    asyncio.run(main())
+
+
 @pytest.fixture
 def _hanging() -> Iterator[None]:
     Calculator.waiting.clear()

@@ -18,8 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.dialogue import Call
+from gvpo_ray.sandbox.functions import describe
 
 MAX_THREADS = 256
 """Most calls of synchronous methods at once."""
@@ -89,6 +91,7 @@ class Host:
     """
 
     def __init__(self, cls: type, arguments: Mapping[str, Any], timeout_s: float) -> None:
+        know({"arguments": dict(arguments)})
         self._make: Callable[[], Any] = lambda: cls(**arguments)
         self._responds, self._has_reward = hasattr(cls, "respond"), hasattr(cls, "get_reward")
         self._timeout_s, self._late = timeout_s, list[Future[Any]]()
@@ -205,7 +208,7 @@ class Host:
         except HangError:
             raise
         except Exception as error:  # what the policy's arguments lead to
-            return f"Error: {type(error).__name__}: {error}", True
+            return f"Error: {type(error).__name__}: {mask(str(error))}", True
 
     async def _reward(self, episode: _Episode) -> tuple[float | None, str | None]:
         if not self._has_reward:
@@ -293,4 +296,4 @@ def _why(method: str, error: Exception) -> str:
     """Return the reason of an episode that an environment's method has ended."""
     if isinstance(error, HangError):
         return f"{ReasonKind.TIMEOUT}: environment: {method}: {error}"
-    return f"environment: {method} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"environment: {method} raised {describe(error)}"
