@@ -191,6 +191,15 @@ def test_calls_are_read_as_far_as_they_can_be(
     assert all(bool(call.error) == bool(want) for call, (_, _, want) in zip(found, calls, strict=True))
 
 
+def test_a_call_in_thoughts_that_the_prompt_has_opened_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    dialogue = _dialogue(tokenizer, template="{prompt}\n<think>\n")
+    before = dialogue.opening({"prompt": "q", "messages": None}, None)
+    call = '<tool_call>{"name": "add"}</tool_call>'
+    for written, num_calls in ((f"so {call}", 0), (f"so {call}</think>{call}", 1)):
+        turn = tokenizer(written, add_special_tokens=False)["input_ids"]
+        assert len(dialogue.turn(before, turn).calls) == num_calls
+
+
 @pytest.mark.parametrize("family", ["qwen3", "glm-4.5", "gemma4", "llama-3"])
 def test_whatever_the_model_writes_a_family_reads_a_call_or_says_why_not(
     family: str, tokenizer: PreTrainedTokenizerFast

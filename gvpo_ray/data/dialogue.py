@@ -107,11 +107,13 @@ class Dialogue(TextRenderer, abc.ABC):
         """Read what the model has written.
 
         A call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the form of Hermes and Qwen; in
-        thoughts it is none.
+        thoughts it is none, also where it is the prompt that has opened them.
         """
         end = self.end_id
         body = turn[:-1] if turn and turn[-1] in {end, self._tokenizer.eos_token_id} else turn
-        written = self.text(body, with_special=True).rpartition("</think>")[2]
+        opened = self.text(before[-16:], with_special=True).rstrip().endswith("<think>")
+        written = "<think>" * opened + self.text(body, with_special=True)
+        written = written.rpartition("</think>")[2]
         if "<think>" in written:
             return Turn("", [])
         return Turn(CALL.sub("", written).strip(), [_call(found[1]) for found in CALL.finditer(written)])
