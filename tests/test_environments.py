@@ -508,6 +508,22 @@ def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
     asyncio.run(main())
 
 
+def test_the_job_with_a_tool_takes_no_more_questions_than_it_says_however_many_a_turn_has() -> None:
+    job = Path(__file__).parents[1] / "jobs" / "tools_cpu.py"
+    search = read_contract(EnvironmentConfig(name=f"{job}:Search")).cls
+
+    async def main() -> None:
+        host = Host(search, {}, 60)
+        for secret, reward in (("3", 1.0), ("4", 0.0), ("7", 0.0)):
+            (opened,) = await host.open(0, {"answer": secret}, 1)
+            calls = [Call("ask", {"n": n}) for n in range(1, 8)]
+            answer = await host.act(opened.name, 0, 0, {}, calls, "")
+            assert answer.messages[3]["content"] == "Error: RuntimeError: no question is left"
+            assert await host.finish(opened.name, 0, {}) == (reward, None)
+
+    asyncio.run(main())
+
+
 def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
     config, contract = contract_of(Calculator)
     first, second, *_ = described(contract, config)
