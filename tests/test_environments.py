@@ -471,16 +471,17 @@ def test_metrics_say_what_episodes_were_like_and_how_they_ended() -> None:
 
     rows = [
         {"episodes": [entry(1, 0, 0, "stop"), entry(4, 3, 1, "max_turns"), entry(4, 5, 2, "lost")]},
-        {"episodes": [entry(3, 2, 0, "length"), None]},
+        {"episodes": [entry(3, 2, 0, "length"), None, entry(3, 2, 0, "renderer")]},
         {},
     ]
     assert episode_metrics("episodes", rows) == {
         "episodes/turns_mean": 3.0,
-        "episodes/tool_calls_mean": 2.5,
+        "episodes/tool_calls_mean": 2.4,
         "episodes/tool_errors": 3.0,
-        "episodes/max_turns": 0.25,
-        "episodes/no_room": 0.25,
-        "episodes/lost": 0.25,
+        "episodes/max_turns": 0.2,
+        "episodes/no_room": 0.2,
+        "episodes/renderer": 0.2,
+        "episodes/lost": 0.2,
     }
     assert episode_metrics("episodes", [{}, {"episodes": [None]}]) == {}
     for prefix in ("episodes", "eval/heldout"):
