@@ -438,6 +438,29 @@ def test_the_config_adds_the_reward_and_refuses_what_does_not_go_with_episodes()
             GVPOConfig.from_dict({**data, **change})
 
 
+class Doubling:
+    def reset(self, **row: Any) -> None: ...
+
+    @staticmethod
+    def double(a: int) -> int:
+        """Double a number.
+
+        Args:
+            a: The number.
+        """
+        return 2 * a
+
+
+def test_a_tool_may_be_a_static_method() -> None:
+    _, contract = contract_of(Doubling)
+    (tool,) = contract.tools
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "description": "The number."}},
+        "required": ["a"],
+    }
+
+
 def test_a_class_that_does_not_keep_the_contract_is_named() -> None:
     config, contract = contract_of(Calculator, digits=4)
     assert [tool["function"]["name"] for tool in contract.tools] == [
