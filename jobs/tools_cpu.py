@@ -22,7 +22,7 @@ class Search:
     """Holds a secret number, which is the row's `answer`; the policy is right once it has asked for it."""
 
     def reset(self, answer: str, **row: object) -> None:
-        self.secret, self.is_found = int(answer), False
+        self.secret, self.is_found, self.num_asked = int(answer), False, 0
 
     def ask(self, n: int) -> str:
         """Compare the secret number with another one.
@@ -32,6 +32,9 @@ class Search:
         """
         if not isinstance(n, int):
             raise TypeError("n must be a number")
+        self.num_asked += 1
+        if self.num_asked > QUESTIONS:  # a turn may have several calls
+            raise RuntimeError("no question is left")
         self.is_found = self.is_found or n == self.secret
         return "right" if n == self.secret else "less" if self.secret < n else "more"
 

@@ -191,6 +191,40 @@ def test_calls_are_read_as_far_as_they_can_be(
     assert all(bool(call.error) == bool(want) for call, (_, _, want) in zip(found, calls, strict=True))
 
 
+def test_a_call_in_thoughts_that_the_prompt_has_opened_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    dialogue = _dialogue(tokenizer, template="{prompt}\n<think>\n")
+    before = dialogue.opening({"prompt": "q", "messages": None}, None)
+    call = '<tool_call>{"name": "add"}</tool_call>'
+    for written, num_calls in ((f"so {call}", 0), (f"so {call}</think>{call}", 1)):
+        turn = tokenizer(written, add_special_tokens=False)["input_ids"]
+        assert len(dialogue.turn(before, turn).calls) == num_calls
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm-4.5", "gemma4", "llama-3"])
+def test_whatever_the_model_writes_a_family_reads_a_call_or_says_why_not(
+    family: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    dialogue, deep = _dialogue(tokenizer, family), "[" * 3000
+    tool = [{"role": "tool", "name": "add", "content": "x"}]
+    errors: list[str] = []
+    for written in (
+        f"<tool_call>{deep}</tool_call>",
+        f"<tool_call>add<arg_key>a</arg_key><arg_value>{deep}</arg_value></tool_call>",
+        f"<|tool_call>call:add{{a:{deep}}}<tool_call|>",
+        '{"name": "add", "parameters": {"a": ' + "1" * 5000 + "}}",
+        '<tool_call>{"name": 1}</tool_call>',
+        '{"name": 1, "parameters": {}}',
+    ):
+        turn = tokenizer(written, add_special_tokens=False)["input_ids"]
+        calls = dialogue.turn([1], turn).calls
+        assert all(isinstance(call.name, str) and isinstance(call.arguments, dict) for call in calls)
+        errors += [call.error for call in calls if call.error]
+        dialogue.extension([1], turn, tool)
+    assert any(
+        "cannot be read: RecursionError" in one or "cannot be read: ValueError" in one for one in errors
+    )
+
+
 def test_a_prompt_shows_the_tools(tokenizer: PreTrainedTokenizerFast) -> None:
     (found,) = _dialogue(tokenizer).render([{"prompt": "1?", "messages": None}])
     assert json.dumps("Add two numbers.") in tokenizer.decode(found.prompt_ids)

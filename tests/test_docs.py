@@ -28,6 +28,7 @@ from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.loading import packaged_jobs
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig, verifiers_config
+from gvpo_ray.losses.registry import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 
@@ -307,6 +308,11 @@ def test_the_rewards_of_the_pages_give_what_they_say() -> None:
     assert brevity(["p"] * 3, ["one", "one\ntwo", "1\n2\n3\n4\n"]) == [1, 1 / 2, 1 / 4]
     last = example("guides/extending.md", "my_rewards.py")["ends_with_a_number"]
     assert last(["p"] * 3, ["is 7", "7 or 8", "none"], answer=["7", "7", "7"]) == [1.0, 0.0, None]
+
+
+def test_the_page_of_the_algorithm_names_every_objective() -> None:
+    page = (ROOT / "docs" / "concepts" / "algorithm.md").read_text()
+    assert [name for name in OBJECTIVES if not re.search(rf"\b{name}\b", page)] == []
 
 
 def test_the_objective_of_the_page_is_the_formula_in_its_docstring() -> None:

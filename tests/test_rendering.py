@@ -10,7 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.data.dialogue import dialogue_of
 from gvpo_ray.data.rendering import TextRenderer, messages_of
+from gvpo_ray.data.transcripts import Transcripts
 
 SPECIAL = ["<s>", "<|end|>", "<|end|>2", "<|user|>"]
 CHAT = (
@@ -79,6 +82,28 @@ def test_special_tokens_that_a_problem_spells_are_text_and_those_of_the_chat_tem
         whole = f"<|user|>system\nBe brief.<|end|>\n<|user|>user\n{text}<|end|>\n<|user|>a\n"
         assert tokenizer.decode(ids, skip_special_tokens=False) == whole
         assert [i for i in ids if i in special_ids(tokenizer)] == [user, end, user, end, user]
+
+
+def test_special_tokens_that_a_call_of_a_tool_spells_are_text() -> None:
+    tokenizer = bpe()
+    calls = "{{ m.tool_calls | tojson if m.tool_calls else '' }}<|end|>"
+    chat = CHAT.replace("'<|end|>\n' }}", f"'' }}}}{calls}")
+    tokenizer.chat_template = chat.replace("<|user|>a\n", "<|user|>assistant\n")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"<|end|>": "a<|end|>b"}}}
+    user, tool = {"role": "user", "content": "1"}, {"role": "tool", "content": "2", "name": "<|end|>"}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}, tool]
+    row = {"prompt": "1", "messages": [user, *turns, user]}
+    (made,) = TextRenderer(tokenizer).render([row])
+    assert made.prompt_ids.count(end) == 4  # of the template, behind each message
+    assert '{"<|end|>": "a<|end|>b"}' in tokenizer.decode(made.prompt_ids)
+    (of_episode,) = dialogue_of(PromptsConfig(path="p"), tokenizer, "prompts", tools=[], family=None).render(
+        [row]
+    )
+    assert of_episode.prompt_ids.count(end) == 3  # up to the last user message's content
+    last = {"role": "assistant", "content": "3"}
+    ids, mask = Transcripts(tokenizer).tokens([user], [*turns, last], "row 0")
+    assert ids.count(end) == 3 and [i for i, own in zip(ids, mask, strict=True) if own].count(end) == 2
 
 
 def test_special_tokens_of_the_configs_template_are_tokens_and_the_tokenizer_adds_its_own() -> None:

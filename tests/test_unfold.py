@@ -206,6 +206,11 @@ def test_a_bad_preference_is_named_with_its_row_and_column(
         ({"prompt": "q", "completions": ["1"], "scores": [1, 2]}, "are not lists of one length"),
         ({"prompt": "q", "completions": [], "scores": []}, "completions is empty"),
         ({"prompt": "q", "completions": ["1", ""], "scores": [1, 2]}, "completions is empty"),
+        ({"prompt": "q", "completions": ["1", None], "scores": [1, 2]}, "completions has NoneType, not text"),
+        (
+            {"prompt": "q", "completions": [{"response": "1"}], "scores": [1]},
+            "completions has dict, not text",
+        ),
         (
             {"prompt": "q", "completions": ["1", "2"], "scores": [1, "x"]},
             "scores is 'x', not a finite number",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from
+from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from, _texts_in
 from gvpo_ray.data.turns import one_begin_no_end
 
 if TYPE_CHECKING:
@@ -107,11 +107,13 @@ class Dialogue(TextRenderer, abc.ABC):
         """Read what the model has written.
 
         A call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the form of Hermes and Qwen; in
-        thoughts it is none.
+        thoughts it is none, also where it is the prompt that has opened them.
         """
         end = self.end_id
         body = turn[:-1] if turn and turn[-1] in {end, self._tokenizer.eos_token_id} else turn
-        written = self.text(body, with_special=True).rpartition("</think>")[2]
+        opened = self.text(before[-16:], with_special=True).rstrip().endswith("<think>")
+        written = "<think>" * opened + self.text(body, with_special=True)
+        written = written.rpartition("</think>")[2]
         if "<think>" in written:
             return Turn("", [])
         return Turn(CALL.sub("", written).strip(), [_call(found[1]) for found in CALL.finditer(written)])
@@ -178,11 +180,10 @@ class ChatDialogue(Dialogue):
     """
 
     def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        messages = [dict(message) for message in self._messages(row)]
-        written = "".join(message["content"] for message in messages)
+        given = self._messages(row)
+        written = "".join(_texts_in(given))
         mark, here = _absent_from(written), _absent_from(written, 1)
-        for message in messages:
-            message["content"] = self._marked(message["content"], mark)
+        messages = [self._marked_message(message, mark) for message in given]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
         messages[last]["content"] += here
         head, found, tail = self._chat(messages, self._tools).rpartition(here)
@@ -212,6 +213,10 @@ class ChatDialogue(Dialogue):
         ids = self._without_marks(rest, mark)
         # the token that ends the turn is there already, as the model has sampled it
         return ids[1:] if ids and turn and ids[0] == turn[-1] else ids
+
+
+NO_WIDTH = "\u200b"
+"""A space that breaks the special tokens which a text spells, as a family tokenises all that it renders."""
 
 
 class FamilyDialogue(Dialogue):
@@ -253,9 +258,7 @@ class FamilyDialogue(Dialogue):
         self.stop_token_ids = self._renderer.get_stop_token_ids()
 
     def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        messages: list[Any] = [
-            {**message, "content": self._harmless(message["content"])} for message in self._messages(row)
-        ]
+        messages: list[Any] = [self._marked_message(message, NO_WIDTH) for message in self._messages(row)]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
         found = self._renderer.render(messages, tools=self._specs or None, add_generation_prompt=True)
         of_last = [i for i, index in enumerate(found.message_indices) if index == last]
@@ -267,31 +270,34 @@ class FamilyDialogue(Dialogue):
         self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
     ) -> list[int] | None:
         """Bridge to the next turn as the family does."""
-        harmless: list[Any] = [{**m, "content": self._harmless(m["content"])} for m in messages]
+        harmless: list[Any] = [self._marked_message(message, NO_WIDTH) for message in messages]
         there = [*before, *turn]
-        found = self._renderer.bridge_to_next_turn(
-            list(before), list(turn), harmless, tools=self._specs or None
-        )
+        try:
+            found = self._renderer.bridge_to_next_turn(
+                list(before), list(turn), harmless, tools=self._specs or None
+            )
+        except Exception:  # some families read the turn once more, which the model may have written anyhow
+            return None
         if found is None or found.token_ids[: len(there)] != there:
             return None
         return [*found.token_ids[len(there) :]]
 
     def turn(self, before: Sequence[int], turn: Sequence[int]) -> Turn:
         """Read what the model has written, as the family's parser does."""
-        found = self._renderer.parse_response(
-            list(turn), tools=self._specs or None, prompt_ids=list(before) or None
-        )
+        try:
+            found = self._renderer.parse_response(
+                list(turn), tools=self._specs or None, prompt_ids=list(before) or None
+            )
+        except Exception as error:  # of what the model wrote, such as brackets in thousands or a long number
+            return Turn("", [Call("", {}, f"the tool call cannot be read: {type(error).__name__}: {error}")])
         calls = []
         for call in found.tool_calls:
             arguments = call.arguments
             is_good = call.status == "ok" and isinstance(arguments, dict)
             error = None if is_good else f"the tool call cannot be read ({call.status}): {call.raw[:200]}"
-            calls.append(Call(call.name or "", arguments if isinstance(arguments, dict) else {}, error))
+            name = call.name if isinstance(call.name, str) else ""
+            calls.append(Call(name, arguments if isinstance(arguments, dict) else {}, error))
         return Turn(found.content.strip(), calls)
-
-    def _harmless(self, text: str) -> str:
-        """Break special tokens that a text spells with a space of no width, as no family tokenises it."""
-        return self._marked(text, "\u200b")
 
 
 def dialogue_of(

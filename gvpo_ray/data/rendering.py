@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -95,6 +95,17 @@ def _with_system(messages: list[dict[str, Any]], system_prompt: str | None) -> l
     if messages[0]["role"] == "system" or system_prompt is None:
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield all texts of nested data, such as messages with calls of tools."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts_in([*value.keys(), *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts_in(entry)
 
 
 def _absent_from(text: str, skip: int = 0) -> str:
@@ -180,7 +191,7 @@ class TextRenderer:
 
     def _written(self, row: Mapping[str, Any]) -> str:
         """Return the texts of a row that its prompt is made of."""
-        return "\n".join(message["content"] for message in self._messages(row))
+        return "\n".join(_texts_in(self._messages(row)))
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the chat of a row."""
@@ -229,10 +240,7 @@ class TextRenderer:
     def _around(self, row: Mapping[str, Any]) -> list[int]:
         """Return the token ids of a row that spells special tokens: those of the template alone count."""
         mark = _absent_from(self._written(row))
-        messages = [
-            {**message, "content": self._marked(message["content"], mark)}
-            for message in row.get("messages") or ()
-        ]
+        messages = [self._marked_message(message, mark) for message in row.get("messages") or ()]
         (text,) = self._texts([{"prompt": self._marked(row["prompt"], mark), "messages": messages}])
         ids = self._without_marks(text, mark)
         return ids if self._template is None else self._with_ends(ids)
@@ -240,6 +248,18 @@ class TextRenderer:
     def _marked(self, text: str, mark: str) -> str:
         """Put `mark`, a character, behind the first of each special token that a text spells."""
         return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+    def _marked_message(self, message: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        """Return a message with `mark` in the special tokens that its texts and its calls of tools spell."""
+
+        def marked(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._marked(value, mark)
+            if isinstance(value, Mapping):
+                return {marked(key): marked(entry) for key, entry in value.items()}
+            return [marked(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+        return {key: value if key == "role" else marked(value) for key, value in message.items()}
 
     def _without_marks(self, text: str, mark: str) -> list[int]:
         """Tokenise a text in which a special token is one where `mark` does not break it."""

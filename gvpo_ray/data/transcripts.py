@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.messages import Message
-from gvpo_ray.data.rendering import TextRenderer, _absent_from
+from gvpo_ray.data.rendering import TextRenderer, _absent_from, _texts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,9 +38,9 @@ class Transcripts(TextRenderer):
         if self._template is not None:
             raise ConfigError(f"{where}: a conversation of several turns needs the tokenizer's chat template")
         messages = self._messages({"messages": [*prompt, *completion]})
-        written = "".join(message["content"] for message in messages)
+        written = "".join(_texts_in(messages))
         mark, here = _absent_from(written), _absent_from(written, 1)
-        messages = [{**message, "content": self._marked(message["content"], mark)} for message in messages]
+        messages = [self._marked_message(message, mark) for message in messages]
         end_id = self.end_id
         end = "" if end_id is None else str(self._tokenizer.convert_ids_to_tokens(end_id))
         ids: list[int] = []

@@ -159,6 +159,9 @@ def _scored(row: dict[str, Any], where: str) -> list[Completion]:
     if not completions:
         raise ConfigError(f"{where}: completions is empty")
     for completion in completions:
+        if not isinstance(completion, str) and not is_messages(completion):
+            kind = type(completion).__name__
+            raise ConfigError(f"{where}: completions has {kind}, not text or a list of messages")
         _check_says(completion, f"{where}: completions")
     return [(row["prompt"], text, score) for text, score in zip(completions, scores, strict=True)]
 

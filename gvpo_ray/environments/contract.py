@@ -97,8 +97,10 @@ def _schema(cls: type, name: str) -> dict[str, Any]:
     """Return a tool's JSON schema, made of its types and its docstring."""
     from transformers.utils import chat_template_utils as made
 
-    # bound to something, since a tool has no `self`
-    method = types.MethodType(inspect.unwrap(inspect.getattr_static(cls, name)), object())
+    written = inspect.getattr_static(cls, name)
+    method: Any = inspect.unwrap(written)
+    if not isinstance(written, staticmethod):  # bound to something, since a tool has no `self`
+        method = types.MethodType(method, object())
     try:
         schema: dict[str, Any] = made.get_json_schema(method)
     except (made.DocstringParsingException, made.TypeHintParsingException, NameError) as error:

@@ -14,19 +14,21 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.dialogue import Call
+from gvpo_ray.sandbox.functions import describe
 
 MAX_THREADS = 256
 """Most calls of synchronous methods at once."""
 
 MAX_HUNG = 8
-"""Number of synchronous calls that do not return, and whose threads nothing can end, after which the host's
-process ends and is started again."""
+"""Number of synchronous calls, late and still in their threads, which nothing can end, at which the host's
+process ends and is started again. One that returns late, or had no thread yet, is none of them."""
 
 GONE = "environment: its actor died, and the episode's state with it"
 """Reason of an episode whose environment is no more."""
@@ -89,9 +91,10 @@ class Host:
     """
 
     def __init__(self, cls: type, arguments: Mapping[str, Any], timeout_s: float) -> None:
+        know({"arguments": dict(arguments)})
         self._make: Callable[[], Any] = lambda: cls(**arguments)
         self._responds, self._has_reward = hasattr(cls, "respond"), hasattr(cls, "get_reward")
-        self._timeout_s, self._num_hung = timeout_s, 0
+        self._timeout_s, self._late = timeout_s, list[Future[Any]]()
         self._threads = ThreadPoolExecutor(MAX_THREADS)
         self._episodes: dict[str, _Episode] = {}
 
@@ -170,7 +173,7 @@ class Host:
             if text is None:
                 return Answer(is_over=True)
             return Answer([{"role": "user", "content": str(text)}])
-        tools = [_tool(environment, call) for call in calls]
+        tools, names = [_tool(environment, call) for call in calls], tool_names(type(environment))
         at_once = {
             i: asyncio.ensure_future(self._result(tool, call))
             for i, (tool, call) in enumerate(zip(tools, calls, strict=True))
@@ -186,7 +189,8 @@ class Host:
             for task in at_once.values():
                 task.cancel()
         messages = [
-            {"role": "tool", "name": call.name or "unknown", "content": text}
+            # some templates write the name: one that is no tool's may spell special tokens
+            {"role": "tool", "name": call.name if call.name in names else "unknown", "content": text}
             for call, (text, _) in zip(calls, results, strict=True)
         ]
         return Answer(messages, sum(is_error for _, is_error in results))
@@ -197,13 +201,14 @@ class Host:
             return f"Error: {tool}", True
         try:
             value = await self._call(tool, **call.arguments)
+            # a result may have no text: an integer of more than 4300 digits, a dict with tuples as keys
+            if isinstance(value, (dict, list, tuple)):
+                return json.dumps(value, default=str, ensure_ascii=False), False
+            return str(value), False
         except HangError:
             raise
         except Exception as error:  # what the policy's arguments lead to
-            return f"Error: {type(error).__name__}: {error}", True
-        if isinstance(value, (dict, list, tuple)):
-            return json.dumps(value, default=str, ensure_ascii=False), False
-        return str(value), False
+            return f"Error: {type(error).__name__}: {mask(str(error))}", True
 
     async def _reward(self, episode: _Episode) -> tuple[float | None, str | None]:
         if not self._has_reward:
@@ -219,22 +224,22 @@ class Host:
             return None, f"environment: get_reward gave {reward}"
         return reward, None
 
-    async def _call(self, function: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+    async def _call(self, function: Callable[..., Any], /, *args: Any, **arguments: Any) -> Any:
         """Call a method within the time limit; raise HangError where it does not return."""
-        is_async = inspect.iscoroutinefunction(function)
+        in_thread: Future[Any] | None = None
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
-                if is_async:
+                if inspect.iscoroutinefunction(function):
                     return await function(*args, **arguments)
-                loop = asyncio.get_running_loop()
-                value = await loop.run_in_executor(self._threads, _guarded, function, args, arguments)
+                in_thread = self._threads.submit(_guarded, function, args, arguments)
+                value = await asyncio.wrap_future(in_thread)
                 return await value if inspect.isawaitable(value) else value
         except TimeoutError:
             if not limit.expired():  # the environment's own
                 raise
-        if not is_async:
-            self._num_hung += 1
-            if self._num_hung >= MAX_HUNG:
+        if in_thread is not None and not in_thread.cancel():
+            self._late = [one for one in (*self._late, in_thread) if not one.done()]
+            if len(self._late) >= MAX_HUNG:
                 self._worn_out()
         raise HangError(f"no answer within {self._timeout_s:g} s")
 
@@ -291,4 +296,4 @@ def _why(method: str, error: Exception) -> str:
     """Return the reason of an episode that an environment's method has ended."""
     if isinstance(error, HangError):
         return f"{ReasonKind.TIMEOUT}: environment: {method}: {error}"
-    return f"environment: {method} raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"environment: {method} raised {describe(error)}"

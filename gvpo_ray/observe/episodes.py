@@ -34,5 +34,6 @@ def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
         f"{prefix}/tool_errors": float(sum(one["tool_errors"] for one in found)),
         f"{prefix}/max_turns": share("max_turns"),
         f"{prefix}/no_room": share("length"),
+        f"{prefix}/renderer": share("renderer"),
         f"{prefix}/lost": share("lost"),
     }
