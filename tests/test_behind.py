@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import learners
+import numpy as np
 import pytest
 import torch
 from learners import Recorder, load, settings
@@ -118,17 +120,26 @@ def test_a_failure_at_the_end_is_raised_too(tmp_path: Path) -> None:
         learn(policy, Told(1), Publisher(fail), given, behind=Behind(torch.float32, is_sender=True))
 
 
-def test_a_rank_that_does_not_send_gathers_and_copies_nothing() -> None:
-    behind, seen = Behind(torch.float32, is_sender=False), []
+@pytest.mark.parametrize("is_sender", [False, True])
+def test_every_rank_gathers_one_tensor_at_a_time_and_those_that_do_not_send_copy_nothing(
+    is_sender: bool,
+) -> None:
+    """Each tensor is whole on every rank: together they are the model, which no GPU has room for."""
+    behind, seen = Behind(torch.bfloat16, is_sender), list[weakref.ref[Any]]()
 
     def gathered() -> Any:
-        for name in "ab":
-            seen.append(name)
-            yield name, torch.zeros(2)
+        for name in "abc":
+            assert all(memory() is None for memory in seen[:-1])
+            memory = np.zeros(2, np.float32)  # as long as any tensor shares it
+            seen.append(weakref.ref(memory))
+            yield name, torch.from_numpy(memory)
 
-    behind.start(gathered(), lambda named: pytest.fail("it sends"))
+    def send(named: Any) -> None:
+        assert is_sender and [name for name, _ in named] == ["a", "b", "c"]
+
+    behind.start(gathered(), send)
     behind.finish()
-    assert seen == ["a", "b"] and behind._copies == {}
+    assert len(seen) == 3 and len(behind._copies) == 3 * is_sender
 
 
 def test_weights_on_their_way_are_no_new_version_for_groups_and_engines(tmp_path: Path) -> None:

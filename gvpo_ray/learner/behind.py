@@ -42,9 +42,11 @@ class Behind:
             Exception: what the publication before this one failed with.
         """
         self.finish()
-        taken = [(name, self._copy(name, tensor.detach())) for name, tensor in named_tensors]
         if not self._is_sender:
+            for _ in named_tensors:  # of sharded weights each is whole on every rank: none is kept
+                pass
             return
+        taken = [(name, self._copy(name, tensor.detach())) for name, tensor in named_tensors]
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
 
         def work() -> None:
@@ -55,8 +57,6 @@ class Behind:
         self._sending = _in_thread(work)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        if not self._is_sender:
-            return tensor
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         if name not in self._copies:
             self._copies[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
