@@ -87,6 +87,24 @@ def test_a_step_trains_while_the_one_before_is_published_and_its_weights_are_sen
     assert all(metrics["time/publish_behind"] >= 0 for metrics in buffer.metrics.values())
 
 
+def test_the_weights_of_a_step_are_sent_after_its_metrics_are_told(tmp_path: Path) -> None:
+    """A buffer that is restarted between the two has the metrics on its disk when it hears of the weights."""
+    make_model(tmp_path / "model")
+    given = settings(tmp_path, num_steps=2)
+    begun = [threading.Event() for _ in range(3)]
+
+    class Slow(Told):
+        def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
+            if metrics is not None:
+                assert not begun[version].wait(0.2)
+            super().published(version, weights, metrics)
+
+    behind = Behind(torch.float32, is_sender=True)
+    buffer, publisher = Slow(2), Publisher(lambda version: begun[version].set())
+    learn(load(tmp_path / "model", given), buffer, publisher, given, behind=behind)
+    assert sorted(buffer.metrics) == [1, 2] and all(event.is_set() for event in begun)
+
+
 def test_a_publication_that_fails_ends_a_learner_that_waits_for_groups_of_its_weights(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     given, never = settings(tmp_path, num_steps=3), threading.Event()
