@@ -178,6 +178,33 @@ def test_weights_on_their_way_are_no_new_version_for_groups_and_engines(tmp_path
     asyncio.run(told())
 
 
+@pytest.mark.parametrize("state", ["waits for the driver", "saves", "was told to stop"])
+def test_weights_that_come_later_do_not_say_that_the_learner_has_done_nothing_since(
+    tmp_path: Path, state: str
+) -> None:
+    async def told() -> None:
+        buffer = GroupBuffer(tmp_path / "groups", groups_per_step=1, num_steps=9, max_staleness=1)
+        await buffer.learner_started(0)
+        await buffer.published(0, {"shards": []})
+        assert buffer._learner_state is LearnerState.PUBLISHED
+        await buffer.published(1, None, {"loss": 0.5})
+        assert buffer._learner_state is LearnerState.PUBLISHED
+        asked = [asyncio.ensure_future(buffer.next_command(2, saved=False))]
+        if state == "saves":
+            asked.append(asyncio.ensure_future(buffer.save()))
+        elif state == "was told to stop":
+            await buffer.close()
+        await asyncio.sleep(0.01)
+        assert buffer._learner_state == state
+        await buffer.published(1, {"shards": [1]})
+        assert buffer._learner_state == state
+        for task in asked:
+            task.cancel()
+        buffer.release()
+
+    asyncio.run(told())
+
+
 def test_the_weights_of_every_step_are_the_same_whether_they_are_published_behind_or_not(
     tmp_path: Path,
 ) -> None:
