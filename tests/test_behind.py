@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import learners
+import numpy as np
 import pytest
 import torch
 from learners import Recorder, load, settings
@@ -85,6 +87,24 @@ def test_a_step_trains_while_the_one_before_is_published_and_its_weights_are_sen
     assert all(metrics["time/publish_behind"] >= 0 for metrics in buffer.metrics.values())
 
 
+def test_the_weights_of_a_step_are_sent_after_its_metrics_are_told(tmp_path: Path) -> None:
+    """A buffer that is restarted between the two has the metrics on its disk when it hears of the weights."""
+    make_model(tmp_path / "model")
+    given = settings(tmp_path, num_steps=2)
+    begun = [threading.Event() for _ in range(3)]
+
+    class Slow(Told):
+        def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
+            if metrics is not None:
+                assert not begun[version].wait(0.2)
+            super().published(version, weights, metrics)
+
+    behind = Behind(torch.float32, is_sender=True)
+    buffer, publisher = Slow(2), Publisher(lambda version: begun[version].set())
+    learn(load(tmp_path / "model", given), buffer, publisher, given, behind=behind)
+    assert sorted(buffer.metrics) == [1, 2] and all(event.is_set() for event in begun)
+
+
 def test_a_publication_that_fails_ends_a_learner_that_waits_for_groups_of_its_weights(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     given, never = settings(tmp_path, num_steps=3), threading.Event()
@@ -118,17 +138,26 @@ def test_a_failure_at_the_end_is_raised_too(tmp_path: Path) -> None:
         learn(policy, Told(1), Publisher(fail), given, behind=Behind(torch.float32, is_sender=True))
 
 
-def test_a_rank_that_does_not_send_gathers_and_copies_nothing() -> None:
-    behind, seen = Behind(torch.float32, is_sender=False), []
+@pytest.mark.parametrize("is_sender", [False, True])
+def test_every_rank_gathers_one_tensor_at_a_time_and_those_that_do_not_send_copy_nothing(
+    is_sender: bool,
+) -> None:
+    """Each tensor is whole on every rank: together they are the model, which no GPU has room for."""
+    behind, seen = Behind(torch.bfloat16, is_sender), list[weakref.ref[Any]]()
 
     def gathered() -> Any:
-        for name in "ab":
-            seen.append(name)
-            yield name, torch.zeros(2)
+        for name in "abc":
+            assert all(memory() is None for memory in seen[:-1])
+            memory = np.zeros(2, np.float32)  # as long as any tensor shares it
+            seen.append(weakref.ref(memory))
+            yield name, torch.from_numpy(memory)
 
-    behind.start(gathered(), lambda named: pytest.fail("it sends"))
+    def send(named: Any) -> None:
+        assert is_sender and [name for name, _ in named] == ["a", "b", "c"]
+
+    behind.start(gathered(), send)
     behind.finish()
-    assert seen == ["a", "b"] and behind._copies == {}
+    assert len(seen) == 3 and len(behind._copies) == 3 * is_sender
 
 
 def test_weights_on_their_way_are_no_new_version_for_groups_and_engines(tmp_path: Path) -> None:
@@ -144,6 +173,33 @@ def test_weights_on_their_way_are_no_new_version_for_groups_and_engines(tmp_path
         assert buffer.version == 1 and await buffer.weights(0) == (1, {"shards": [1]})
         # the learner is in step 2: the weights that came meanwhile do not say otherwise
         assert buffer._learner_state is LearnerState.TRAINS and buffer._learner_detail == "step 2"
+        buffer.release()
+
+    asyncio.run(told())
+
+
+@pytest.mark.parametrize("state", ["waits for the driver", "saves", "was told to stop"])
+def test_weights_that_come_later_do_not_say_that_the_learner_has_done_nothing_since(
+    tmp_path: Path, state: str
+) -> None:
+    async def told() -> None:
+        buffer = GroupBuffer(tmp_path / "groups", groups_per_step=1, num_steps=9, max_staleness=1)
+        await buffer.learner_started(0)
+        await buffer.published(0, {"shards": []})
+        assert buffer._learner_state is LearnerState.PUBLISHED
+        await buffer.published(1, None, {"loss": 0.5})
+        assert buffer._learner_state is LearnerState.PUBLISHED
+        asked = [asyncio.ensure_future(buffer.next_command(2, saved=False))]
+        if state == "saves":
+            asked.append(asyncio.ensure_future(buffer.save()))
+        elif state == "was told to stop":
+            await buffer.close()
+        await asyncio.sleep(0.01)
+        assert buffer._learner_state == state
+        await buffer.published(1, {"shards": [1]})
+        assert buffer._learner_state == state
+        for task in asked:
+            task.cancel()
         buffer.release()
 
     asyncio.run(told())

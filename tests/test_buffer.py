@@ -609,6 +609,21 @@ def test_a_learner_that_dies_three_times_without_a_step_between_ends_the_run(tmp
     run(main)
 
 
+def test_a_learner_that_dies_each_time_it_sends_a_steps_weights_has_finished_no_step(tmp_path):
+    async def main():
+        buffer = make(tmp_path)
+        await buffer.learner_started(0)
+        for _ in range(3):
+            assert not buffer._closed
+            await buffer.published(0, {})
+            await buffer.published(1, None, {"loss": 1.0})  # its weights find no room in the object store
+            await buffer.learner_failed("the object store is full")
+            await buffer.learner_started(0)
+        assert buffer._closed and "3 times in a row without a step" in buffer.error
+
+    run(main)
+
+
 def test_deaths_with_a_step_between_do_not_end_the_run_even_one_that_was_trained_before(tmp_path):
     async def main():
         buffer = make(tmp_path)

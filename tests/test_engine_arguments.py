@@ -1,10 +1,13 @@
 """What an engine asks of vLLM, at sizes on both sides of every limit; nothing here starts vLLM."""
 
+import asyncio
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gvpo_ray.config.engines import EnginesConfig, PoolConfig
+from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.engines.vllm_engine import Engine
@@ -97,3 +100,41 @@ def test_the_hit_rate_of_the_prefix_cache_is_of_the_prompts_since_the_step_befor
     group.slots[1].status = {}  # died
     has(0, 10, 90, 130)
     assert group.prefix_cache() == {"engines/prefix_cache_hit_rate": 0.0}
+
+
+@pytest.mark.parametrize(("keeps", "versions"), [(False, {2}), (True, {1, 2})])
+def test_what_looks_at_older_keys_and_values_is_not_of_the_new_version_alone(
+    monkeypatch: pytest.MonkeyPatch, keeps: bool, versions: set[int]
+) -> None:
+    """New weights come after a call was made and before its first token: the learner must not take its
+    log-probs for its own.
+    """
+    for name, kind in (("vllm", "SamplingParams"), ("vllm.sampling_params", "RequestOutputKind")):
+        module = ModuleType(name)
+        setattr(module, kind, type(kind, (), {"FINAL_ONLY": 0, "__init__": lambda self, **given: None}))
+        monkeypatch.setitem(sys.modules, name, module)
+    engine = Engine(ModelConfig(path="m"), PoolConfig(keep_kv=keeps), "objects", 0)
+    engine.version = 1
+
+    async def final(*_: Any) -> Any:
+        engine.version = 2
+        new = SimpleNamespace(
+            token_ids=[5],
+            logprobs=SimpleNamespace(logprobs=[-1.0]),
+            weight_versions=[SimpleNamespace(version="2")],
+            finish_reason="stop",
+            stop_reason=None,
+        )
+        return SimpleNamespace(outputs=[new], num_cached_tokens=0)
+
+    monkeypatch.setattr(engine, "_final", final)
+    monkeypatch.setattr(engine, "_turns", lambda sampling: SimpleNamespace(ends=[0]))
+    call = SimpleNamespace(
+        sampling=SamplingConfig(),
+        max_tokens=1,
+        seed=None,
+        ids=[1],
+        running=SimpleNamespace(name="g"),
+        number=0,
+    )
+    assert {*asyncio.run(engine._span(call)).versions} == versions  # type: ignore[arg-type]

@@ -52,6 +52,7 @@ class Sharing(Actor):
         self.gpu, self.number = gpu, number
         self.updates: list[int] = []
         self.never_sleeps = False
+        self.fails: str | None = None
 
     async def start_here(self) -> dict[str, Any]:
         self.gpu.take(self)
@@ -62,12 +63,16 @@ class Sharing(Actor):
         if self.never_sleeps:
             self._is_updating = True
             await asyncio.Event().wait()
+        if self.fails == "sleep":
+            raise RuntimeError("no room for the weights in the host's memory")
         if not self._is_asleep:
             await asyncio.sleep(1)
             self.gpu.users.remove(self)
         await super().sleep()
 
     async def wake(self) -> None:
+        if self.fails == "wake":
+            raise RuntimeError("CUDA out of memory")
         if self._is_asleep:
             self.gpu.take(self)
             await asyncio.sleep(1)
@@ -207,6 +212,39 @@ def test_the_learner_gets_its_turn_also_if_an_engine_cannot_sleep(run: Run, how:
             await asyncio.sleep(30)
             assert fleet.states() == [EngineState.RUNNING] * 2 and len(fleet.handles) == 3
             assert len(fleet.notes) == 1 and all(slot.status["version"] == 1 for slot in fleet.group.slots)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("sleep", "it cannot sleep: RuntimeError: no room for the weights in the host's memory"),
+        ("wake", "it cannot wake: RuntimeError: CUDA out of memory"),
+    ],
+)
+def test_an_engine_that_lives_on_but_cannot_sleep_or_wake_is_replaced_at_once(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    why: str,
+) -> None:
+    """It would keep memory in the learner's turn, or stand still in its own."""
+
+    async def main() -> None:
+        fleet = Shared(hang_s=1000)
+        monkeypatch.setattr("ray.kill", lambda handle, no_restart: fleet.kill(handle))
+        async with running(fleet):
+            await fleet.publishes(0)
+            await asyncio.sleep(20)
+            fleet.handles[0].actor.fails = what
+            await fleet.trains(1)
+            await asyncio.sleep(30)
+            assert fleet.states() == [EngineState.RUNNING] * 2 and len(fleet.handles) == 3
+            assert [(name, text) for _, name, text in fleet.notes] == [("engines-0", f"UpdateFailed: {why}")]
+            await fleet.trains(2)
+            await asyncio.sleep(10)
+            assert fleet.handles[1].actor.updates == [0, 1, 2] and fleet.handles[2].actor.updates == [1, 2]
 
     run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -374,25 +375,34 @@ def test_a_step_whose_metrics_died_with_the_buffer_is_answered_from_the_disk(tmp
     run(main)
 
 
-def test_a_learner_tells_a_buffer_that_was_restarted_unnoticed_where_its_weights_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No call was in flight when it died, so none has failed; engines would wait for weights for ever."""
-    buffers = [make(tmp_path, groups_per_step=1)]
+class Handle:
+    """A handle of the last of some buffers, to which Ray's restarts add."""
 
-    class Handle:
-        def __getattr__(self, method: str) -> Any:
-            async def call(*arguments: Any) -> Any:
-                return await getattr(buffers[-1], method)(*arguments)
+    def __init__(self, buffers: list[GroupBuffer]) -> None:
+        self.buffers = buffers
 
-            return SimpleNamespace(remote=call)
+    def __getattr__(self, method: str) -> Any:
+        async def call(*arguments: Any) -> Any:
+            return await getattr(self.buffers[-1], method)(*arguments)
 
+        return SimpleNamespace(remote=call)
+
+
+@pytest.fixture
+def buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[GroupBuffer]:
     async def batch_on_wire(self: GroupBuffer, step: int) -> None:
         return None
 
     monkeypatch.setattr(GroupBuffer, "batch_on_wire", batch_on_wire, raising=False)
     monkeypatch.setattr(ray, "get", lambda call: asyncio.run(asyncio.wait_for(call, 10)))
-    learner, other_rank = LearnerBufferClient(Handle()), LearnerBufferClient(Handle())
+    return [make(tmp_path, groups_per_step=1)]
+
+
+def test_a_learner_tells_a_buffer_that_was_restarted_unnoticed_where_its_weights_are(
+    buffers: list[GroupBuffer],
+) -> None:
+    """No call was in flight when it died, so none has failed; engines would wait for weights for ever."""
+    learner, other_rank = LearnerBufferClient(Handle(buffers)), LearnerBufferClient(Handle(buffers))
     learner.published(3, "weights 3", {"loss": 1.0})
     questions: list[Callable[[], Any]] = [lambda: learner.next_command(4, False), lambda: learner.batch(4)]
     for question in questions:
@@ -403,6 +413,52 @@ def test_a_learner_tells_a_buffer_that_was_restarted_unnoticed_where_its_weights
         question()
         assert asyncio.run(buffers[-1].weights(2)) == (3, "weights 3")
         assert asyncio.run(buffers[-1].trained(3)) == {"loss": 1.0}
+
+
+def test_a_buffer_that_dies_between_the_metrics_of_a_step_and_its_weights_is_told_both(
+    buffers: list[GroupBuffer],
+) -> None:
+    """The driver would wait for the metrics for ever, and the learner for the driver."""
+    learner = LearnerBufferClient(Handle(buffers))
+    learner.published(3, "weights 3", None)
+    learner.published(4, None, {"loss": 1.0})
+    buffers.append(make_again(buffers[-1], groups_per_step=1))
+    asyncio.run(buffers[-1].permit(5))
+    learner.next_command(5, False)
+    assert asyncio.run(asyncio.wait_for(buffers[-1].trained(4), 10)) == {"loss": 1.0}
+    assert asyncio.run(buffers[-1].weights(2)) == (3, "weights 3")
+    learner.published(4, "weights 4", None)
+    assert asyncio.run(buffers[-1].weights(2)) == (4, "weights 4")
+
+
+def test_a_restarted_buffer_is_told_no_older_weights_after_newer_ones(
+    buffers: list[GroupBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread publishes while another one asks: engines would keep the older ones."""
+    learner, reminds, newer = LearnerBufferClient(Handle(buffers)), threading.Event(), threading.Event()
+    learner.published(3, "weights 3", None)
+    buffers.append(make_again(buffers[-1], groups_per_step=1))
+    asyncio.run(buffers[-1].permit(5))
+    call = learner._call
+
+    def delayed(method: str, *arguments: Any) -> Any:
+        if arguments[:2] == (3, "weights 3"):
+            reminds.set()
+            newer.wait(0.3)  # for ever, if the older ones had to come last
+        return call(method, *arguments)
+
+    monkeypatch.setattr(learner, "_call", delayed)
+
+    def publish() -> None:
+        assert reminds.wait(10)
+        learner.published(4, "weights 4", None)
+        newer.set()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    learner.next_command(5, False)
+    thread.join()
+    assert asyncio.run(buffers[-1].weights(2)) == (4, "weights 4")
 
 
 @pytest.fixture

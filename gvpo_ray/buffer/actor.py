@@ -7,6 +7,7 @@ imports neither torch nor vLLM.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -212,12 +213,17 @@ class BufferClient:
 class LearnerBufferClient:
     """The learner calls the buffer actor through this client, with calls that block.
 
-    A call that finds the actor dead is repeated once Ray has restarted it.
+    A call that finds the actor dead is repeated once Ray has restarted it. One thread may ask while another
+    one publishes weights.
     """
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        # only the learner knows where the newest weights are, and a restarted buffer needs them
         self._published: tuple[int, Any, dict[str, Any] | None] | None = None
+        # and the driver may not have heard of the newest metrics, which can precede their weights
+        self._measured: tuple[int, None, dict[str, Any]] | None = None
+        self._publishing = threading.Lock()  # no older weights are told after newer ones
 
     def _call(self, method: str, *arguments: Any) -> Any:
         while True:
@@ -225,9 +231,15 @@ class LearnerBufferClient:
                 return ray.get(getattr(self._actor, method).remote(*arguments))
             except ActorUnavailableError:
                 time.sleep(0.2)
-                # Only the learner knows where the newest weights are, and a restarted buffer needs them.
-                if self._published is not None and method != "published":
-                    self._call("published", *self._published)
+                if method != "published":
+                    self._remind()
+
+    def _remind(self) -> None:
+        """Tell a restarted buffer what it was told before and does not find on its disk."""
+        with self._publishing:
+            for told in (self._published, self._measured):
+                if told is not None:
+                    self._call("published", *told)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Return the answer to a question that may be long in coming.
@@ -236,7 +248,7 @@ class LearnerBufferClient:
         them while the learner waits for the engines' groups.
         """
         if self._published is not None and not self._call("has_weights"):
-            self._call("published", *self._published)
+            self._remind()
         return self._call(method, *arguments)
 
     def learner_waits(self, why: str) -> None:
@@ -264,9 +276,13 @@ class LearnerBufferClient:
 
     def published(self, version: int, weights: Any, metrics: dict[str, Any] | None) -> None:
         """Report new weights and a step's metrics; see GroupBuffer.published."""
-        if weights is not None:
+        if weights is None:
+            self._measured = None if metrics is None else (version, None, metrics)
+            self._call("published", version, None, metrics)
+            return
+        with self._publishing:
             self._published = (version, weights, metrics)
-        self._call("published", version, weights, metrics)
+            self._call("published", *self._published)
 
     def saved(self, step: int) -> None:
         """Report that the checkpoint of `step` is written; see GroupBuffer.saved."""

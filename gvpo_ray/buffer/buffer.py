@@ -253,7 +253,7 @@ class GroupBuffer(LearnerControl):
             self._new_version.notify_all()
         if self._learner_from is None:  # the learner started before this buffer was restarted
             self._learner_from = version
-        elif version > self._learner_from:
+        elif weights is not None and version > self._learner_from:  # the step is finished
             self._learner_deaths = 0
         if self._turns is not None and weights is not None:
             await self._turns.give()

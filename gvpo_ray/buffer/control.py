@@ -73,10 +73,13 @@ class LearnerControl:
             self._learner_since = time.time()
 
     def learner_is_beyond(self, version: int) -> bool:
-        """Return whether the learner is at the step after `version`, whose weights may come meanwhile."""
+        """Return whether the learner is past `version`, whose weights come while it does other things."""
         following = f"step {version + 1}"
-        return self._learner_waits_for == version + 1 or (
-            self._learner_state is LearnerState.TRAINS and self._learner_detail == following
+        after = LearnerState.WAITS_FOR_DRIVER, LearnerState.SAVES, LearnerState.SAVED, LearnerState.STOPPED
+        return (
+            self._learner_waits_for == version + 1
+            or self._learner_state in after
+            or (self._learner_state is LearnerState.TRAINS and self._learner_detail == following)
         )
 
     async def learner_started(self, step: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import ray
 from ray.exceptions import RayError
 
+from gvpo_ray.actors import UpdateFailed, cause_of, is_death
 from gvpo_ray.buffer.states import Owner
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.observe.status import EngineState
@@ -77,8 +79,11 @@ class Sleepers:
         """Let an engine sleep; one that is dead, or dies of it, has freed its memory too."""
         async with self._locks[slot]:
             if _is_up(slot):
-                with contextlib.suppress(RayError):
-                    await slot.engine.sleep.remote()
+                engine = slot.engine
+                try:
+                    await engine.sleep.remote()
+                except RayError as error:
+                    _give_up(slot, engine, "sleep", error)
 
     async def _wake_up(self, slot: Slot) -> None:
         async with self._locks[slot]:
@@ -87,8 +92,23 @@ class Sleepers:
     async def _wake(self, slot: Slot) -> None:
         """Wake an engine; if it dies of it, its supervisor sees that too."""
         if _is_up(slot):
-            with contextlib.suppress(RayError):
-                await slot.engine.wake.remote()
+            engine = slot.engine
+            try:
+                await engine.wake.remote()
+            except RayError as error:
+                _give_up(slot, engine, "wake", error)
+
+
+def _give_up(slot: Slot, engine: Any, what: str, error: RayError) -> None:
+    """Kill an engine that lives on although it cannot sleep or wake, and tell its supervisor why.
+
+    Its memory is needed.
+    """
+    if is_death(error) or slot.engine is not engine:  # which its supervisor has seen already
+        return
+    if slot.failed is not None and not slot.failed.done():
+        slot.failed.set_exception(UpdateFailed(f"it cannot {what}: {cause_of(error)}"))
+    ray.kill(engine, no_restart=True)
 
 
 def _is_up(slot: Slot) -> bool:

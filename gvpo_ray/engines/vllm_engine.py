@@ -145,12 +145,15 @@ class Engine(RolloutEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # nobody else holds these parameters
         )
+        began = self.version
         output = await self._final(call.ids, params, f"{call.running.name}-{call.number}")
         self.num_prompt_tokens += len(call.ids)
         self.num_cached_tokens += output.num_cached_tokens or 0
         (new,) = output.outputs
         self._num_finished_tokens += len(new.token_ids)
         versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
+        if self._pool.keep_kv:  # the first token may look at what these weights saw of the prompt
+            versions.append(began)
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []
         return Span(list(new.token_ids), logprobs, new.finish_reason, versions, new.stop_reason)
 

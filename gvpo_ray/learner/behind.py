@@ -32,31 +32,40 @@ class Behind:
         """The metrics of the last publication that has ended."""
 
     def start(
-        self, named_tensors: Iterable[tuple[str, Tensor]], send: Callable[[list[tuple[str, Tensor]]], None]
+        self,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        send: Callable[[list[tuple[str, Tensor]]], None],
+        copied: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the weights and let a thread call `send` with the copies; every rank calls this.
 
         The weights may change as soon as this returns. A publication that is still under way is waited for.
 
+        Args:
+            named_tensors: the weights, gathered one tensor at a time.
+            send: sends them.
+            copied: called between the two, where they are sent.
+
         Raises:
             Exception: what the publication before this one failed with.
         """
         self.finish()
-        taken = [(name, self._copy(name, tensor.detach())) for name, tensor in named_tensors]
         if not self._is_sender:
+            for _ in named_tensors:  # of sharded weights each is whole on every rank: none is kept
+                pass
             return
-        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        taken = [(name, self._copy(name, tensor.detach())) for name, tensor in named_tensors]
+        event = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        copied()
 
         def work() -> None:
-            if copied is not None:
-                copied.synchronize()
+            if event is not None:
+                event.synchronize()
             send(taken)
 
         self._sending = _in_thread(work)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        if not self._is_sender:
-            return tensor
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         if name not in self._copies:
             self._copies[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)

@@ -212,11 +212,14 @@ def publish(
         buffer.published(version, {**weights, **adapter, "probe": probe}, None)
         behind.measured = {**_of_weights(weights), "time/publish_behind": time.perf_counter() - begun}
 
+    def copied() -> None:
+        # Before the weights are sent: a buffer that is restarted then finds the metrics on its disk.
+        if metrics is not None:
+            buffer.published(version, None, told(measured))
+
     behind.finish()
     measured = behind.measured  # of the version before
-    behind.start(policy.named_tensors(), send)
-    if policy.rank == 0 and metrics is not None:
-        buffer.published(version, None, told(measured))
+    behind.start(policy.named_tensors(), send, copied)
 
 
 def _of_weights(weights: dict[str, Any] | None) -> dict[str, float]:
