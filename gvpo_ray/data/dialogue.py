@@ -294,9 +294,9 @@ class FamilyDialogue(Dialogue):
         for call in found.tool_calls:
             arguments = call.arguments
             is_good = call.status == "ok" and isinstance(arguments, dict)
-            error = None if is_good else f"the tool call cannot be read ({call.status}): {call.raw[:200]}"
+            wrong = None if is_good else f"the tool call cannot be read ({call.status}): {call.raw[:200]}"
             name = call.name if isinstance(call.name, str) else ""
-            calls.append(Call(name, arguments if isinstance(arguments, dict) else {}, error))
+            calls.append(Call(name, arguments if isinstance(arguments, dict) else {}, wrong))
         return Turn(found.content.strip(), calls)
 
 

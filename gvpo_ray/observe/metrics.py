@@ -156,8 +156,8 @@ METRICS = (
            "learner's log-prob less the engine's, per token of what the current policy wrote"),
     Metric("policy/mismatch_rms", "nats", "Mismatch, rms",
            "learner's log-prob less the engine's, per token of what the current policy wrote; none where all "
-           "is older, or the loss needs no log-probs of the sampler (preset paper, and most objectives but gvpo "
-           "and those that clip)"),
+           "is older, or the loss needs no log-probs of the sampler (preset paper, and most objectives but "
+           "gvpo and those that clip)"),
     Metric("policy/clipped", "ratio", "Clipped tokens",
            "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
     Metric("pairs/ordered", "ratio", "Pairs in order",
