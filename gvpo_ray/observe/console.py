@@ -19,7 +19,8 @@ from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.plan import resource_plan
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import visible
-from gvpo_ray.observe.metrics import HINT_STEPS, beta_hint, evaluation_metrics
+from gvpo_ray.observe.advice import HINT_STEPS, beta_hint
+from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
 
 

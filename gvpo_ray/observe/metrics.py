@@ -11,9 +11,8 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -352,51 +351,6 @@ def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
             if reward is None and i not in untrained:
                 counts[limit_of(reason) or "other"] += 1
     return counts
-
-
-HINT_STEPS, ACTIVE_SHARE = 20, 0.01
-"""Steps after which advice on beta is given, and the gvpo/kl_active_share below which beta is too small."""
-
-
-def beta_hint(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return advice where beta was far too small or far too large in the last HINT_STEPS training lines.
-
-    None: beta seems right, is adapted, or there are too few lines or no differences of rewards.
-    """
-    recent = lines[-HINT_STEPS:]
-    rewards, implied, fit = (
-        mean([line[f"gvpo/{name}"] for line in recent])
-        for name in ("reward_var", "implicit_reward_var", "reward_correlation")
-    )
-    if len(recent) < HINT_STEPS or rewards == 0:
-        return None  # equal rewards say nothing about beta
-    beta = recent[-1]["gvpo/beta"]
-    if implied > rewards and fit < 0.5:
-        # The log-ratios vary more than the rewards and follow them little: most of the update only undoes
-        # earlier drift.
-        fitting = beta * math.sqrt(rewards / implied) / 2
-        return (
-            f"in {HINT_STEPS} steps the policy went further than the rewards sent it: beta ({beta:g}) "
-            f"times its log-ratios varies {math.sqrt(implied / rewards):.1f} times as much as they do, with "
-            f"a correlation of {fit:.2f}, so most of what is learned is to go back; a smaller "
-            f"learner.learning_rate keeps it nearer, or loss.beta of some {fitting:.2g} lets it go"
-        )
-    if any(line["gvpo/kl_active_share"] >= ACTIVE_SHARE for line in recent) or beta != recent[0]["gvpo/beta"]:
-        return None  # a beta that is adapted gets there by itself
-    start = (
-        f"in {HINT_STEPS} steps beta ({beta:g}) counted in hardly any residual (gvpo/kl_active_share "
-        f"{recent[-1]['gvpo/kl_active_share']:.3f})"
-    )
-    if implied == 0:
-        return (
-            f"{start}: every log-ratio is 0, as with one mini-batch per step of fresh data; use "
-            "learner.num_mini_batches of 2 or more"
-        )
-    fitting = beta * math.sqrt(0.01 * rewards / implied)
-    return (
-        f"{start}: nothing holds the policy near its reference; loss.beta of some {fitting:.2g} would, "
-        "at this learning rate"
-    )
 
 
 def is_correct(row: Row) -> list[bool]:
