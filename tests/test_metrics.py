@@ -6,9 +6,8 @@ import math
 import pytest
 
 from gvpo_ray.files import append_line, read_lines
-from gvpo_ray.observe.advice import beta_hint
+from gvpo_ray.observe.advice import HINT_STEPS, beta_hint
 from gvpo_ray.observe.metrics import (
-    HINT_STEPS,
     age_bucket,
     batch_metrics,
     evaluation_metrics,

@@ -99,11 +99,11 @@ def test_an_interrupt_ends_a_session_although_engines_start_and_a_step_goes_on(
 
 @pytest.mark.parametrize("before", [None, "token"])
 def test_a_run_leaves_no_tokens_to_the_next_ray_of_the_process_that_it_did_not_find(
-    monkeypatch: pytest.MonkeyPatch, before: str | None
+    monkeypatch: pytest.MonkeyPatch, before: str | None, tmp_path: Path
 ) -> None:
     """An embedded Ray switches them on; actors of a cluster without them would end at once."""
     from ray._private.authentication.authentication_token_setup import _enable_token_auth
-    from ray._raylet import AuthenticationMode, Config, get_authentication_mode
+    from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, Config, get_authentication_mode
 
     monkeypatch.setattr(ray, "init", lambda **_: _enable_token_auth())
     monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -111,13 +111,20 @@ def test_a_run_leaves_no_tokens_to_the_next_ray_of_the_process_that_it_did_not_f
     if before is None:
         monkeypatch.delenv("RAY_AUTH_MODE")
     Config.initialize("")
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 40)
     session = Session(RayConfig())
-    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert get_authentication_mode() == AuthenticationMode.TOKEN and loader.get_raw_token() == "t" * 40
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
     session.stop()
     assert os.environ.get("RAY_AUTH_MODE") == before
     assert (get_authentication_mode() == AuthenticationMode.TOKEN) == (before is not None)
+    assert loader.has_token(ignore_auth_mode=True) == (before is not None)  # else it is asked for
     monkeypatch.undo()
     Config.initialize("")
+    loader.reset_cache()
 
 
 @pytest.mark.parametrize(
