@@ -202,8 +202,8 @@ class Scripted(FakeEngine):
         new = ids[: call.max_tokens]
         return Span(new, [-0.5] * len(new), "stop" if new == ids else "length", [self.version])
 
-    def _text(self, transcript: Any, sampling: Any) -> str:
-        return self.tokenizer.decode(transcript.ids)
+    def _text(self, before: Any, ids: Any, stop_reason: Any, sampling: Any) -> str:
+        return self.tokenizer.decode(ids)
 
 
 class LocalClient:

@@ -129,7 +129,10 @@ def test_the_examples_of_the_contract_run_unchanged(tmp_path: Path) -> None:
             num_calls = sum(one.count("<tool_call>") for one in said)
             expected = {"turns": len(said), "tool_calls": num_calls, "tool_errors": 0, "end": "stop"}
             assert ends(row) == [expected] * 2
-        assert '<|im_start|>tool\n7<|im_end|>\n<|im_start|>tool\n{"a": 1}' in row["completions"][0]
+        assert '<|im_start|>tool\n7<|im_end|>\n<|im_start|>tool\n{"a": 1}' in text(row["completion_ids"][0])
+        # no reward function sees, and grades, what the policy has read
+        assert "<|im_start|>tool" not in row["completions"][0]
+        assert row["completions"][0].count("<tool_call>") == 3 and "Done." in row["completions"][0]
 
     asyncio.run(main())
 
@@ -152,7 +155,7 @@ def test_what_goes_wrong_with_a_call_is_read_by_the_policy_and_counted(tmp_path:
         made, _ = worlds.episodes(Calculator, tmp_path, max_turns=20)
         row = await run(made, script(*(said for said, _ in bad), call("add", a=4, b=6), "Done."), most=9000)
         for _, answer in bad:
-            assert answer in row["completions"][0]
+            assert answer in text(row["completion_ids"][0]) and answer not in row["completions"][0]
         assert ends(row)[0] == {"turns": 9, "tool_calls": 8, "tool_errors": 7, "end": "stop"}
         assert row["reward_parts"] == {ENVIRONMENT: [1.0] * 2}  # the environment says so
 

@@ -24,7 +24,6 @@ from gvpo_ray.engines.rollout import (
     Rollout,
     RolloutEngine,
     Span,
-    Transcript,
     one_call,
 )
 
@@ -126,8 +125,8 @@ class FakeEngine(RolloutEngine):
     def _longest(self, running: Completions) -> int:
         return 1 << 30
 
-    def _text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
-        return self._texts[transcript.ids[-1] % 10]
+    def _text(self, before: Any, ids: Sequence[int], stop_reason: Any, sampling: SamplingConfig) -> str:
+        return self._texts[ids[-1] % 10]
 
     def _written(self, running: _Tokens, now: float = math.inf) -> list[int]:
         """Return the number of new tokens that each completion has at the time `now`."""

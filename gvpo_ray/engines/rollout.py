@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -374,7 +375,7 @@ class RolloutEngine(BaseEngine):
         if not any(transcript.trained) and transcript.finish_reason == ABORTED:
             return  # cut off before the model's first token
         own = {} if episode is None else episode.columns()
-        running.completions[index] = {**transcript.columns(self._text(transcript, sampling)), **own}
+        running.completions[index] = {**transcript.columns(self._written_text(transcript, sampling)), **own}
         if transcript.finish_reason != ABORTED:
             running.finished_at[index] = time.time()
 
@@ -400,6 +401,22 @@ class RolloutEngine(BaseEngine):
     def _longest(self, running: Completions) -> int:
         """Return the number of tokens for which the model has room behind the group's prompt."""
 
+    def _written_text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
+        """Return what the model has written, its turns joined by line ends.
+
+        What it has read in between is in the tokens alone: rewards grade no text of tools or environments.
+        """
+        texts, end = [], 0
+        for is_trained, run in itertools.groupby(transcript.trained):
+            begin, end = end, end + len(list(run))
+            if is_trained:
+                stop = transcript.stop_reason if end == len(transcript.ids) else None
+                before = [*transcript.prompt_ids, *transcript.ids[:begin]]
+                texts.append(self._text(before, transcript.ids[begin:end], stop, sampling))
+        return "\n".join(texts)
+
     @abc.abstractmethod
-    def _text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
-        """Return the text of a completion."""
+    def _text(
+        self, before: Sequence[int], ids: Sequence[int], stop_reason: Any, sampling: SamplingConfig
+    ) -> str:
+        """Return the text of a turn's tokens `ids`, which the tokens `before` came before."""

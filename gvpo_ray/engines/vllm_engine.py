@@ -22,7 +22,6 @@ from gvpo_ray.engines.rollout import (
     Rollout,
     RolloutEngine,
     Span,
-    Transcript,
     one_call,
 )
 from gvpo_ray.engines.vllm_arguments import vllm_arguments
@@ -160,9 +159,10 @@ class Engine(RolloutEngine):
     def _longest(self, running: Completions) -> int:
         return int(self._llm.model_config.max_model_len) - len(running.prompt_ids)
 
-    def _text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
-        turns = self._turns(sampling)
-        return turns.text(transcript.prompt_ids, transcript.ids, transcript.stop_reason)
+    def _text(
+        self, before: Sequence[int], ids: Sequence[int], stop_reason: Any, sampling: SamplingConfig
+    ) -> str:
+        return self._turns(sampling).text(before, ids, stop_reason)
 
     def _turns(self, sampling: SamplingConfig) -> Turns:
         """Return where completions end with these settings; a run and its evaluations have their own."""
