@@ -137,7 +137,7 @@ def check(
         typer.Option(metavar="N", help="sample and verify N prompts with one engine, and show everything"),
     ] = None,
 ) -> None:
-    """Print the resolved config, the plan and the data; start nothing.
+    """Print resolved config, plan and data; start nothing.
 
     The first prompt is shown as the model sees it, special tokens included. What `train` would refuse here is
     refused in the same words, this machine last: it may be too small for a run that is meant for another one.
