@@ -98,8 +98,13 @@ def shape_of(path: str) -> Shape | None:
     file = Path(path) / "config.json"
     if not file.is_file():
         return KNOWN.get(path)
-    given: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    given = given.get("text_config") or given
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        read = None
+    if not isinstance(read, dict):
+        return None  # who loads the model says what is wrong with it
+    given: dict[str, Any] = read.get("text_config") or read
     if any(word in key for key in given for word in ("expert", "ssm", "mamba")):
         return None
     try:
