@@ -57,13 +57,12 @@ MakeRenderer = Callable[[PromptsConfig, "PreTrainedTokenizerBase", str], Rendere
 
 def renderer_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Renderer:
     """Return the renderer of a data set; `key` names the section `config` in messages."""
-    return TextRenderer(
-        tokenizer,
-        template=config.template,
-        system_prompt=config.system_prompt,
-        template_arguments=config.template_arguments,
-        key=key,
-    )
+    return TextRenderer(tokenizer, **rendering_options(config), key=key)
+
+
+def rendering_options(config: PromptsConfig) -> dict[str, Any]:
+    """Return those arguments of a TextRenderer that a data set's section sets."""
+    return {name: getattr(config, name) for name in ("template", "system_prompt", "template_arguments")}
 
 
 def completion_renderer(model: ModelConfig) -> Renderer:

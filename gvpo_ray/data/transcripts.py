@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.messages import Message
-from gvpo_ray.data.rendering import TextRenderer, _absent_from, _texts_in
+from gvpo_ray.data.rendering import TextRenderer, _absent_from, _texts_in, rendering_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,10 +70,4 @@ class Transcripts(TextRenderer):
 
 def transcripts_of(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> Transcripts:
     """Return the transcripts of a data set; `key` names the section `config` in messages."""
-    return Transcripts(
-        tokenizer,
-        template=config.template,
-        system_prompt=config.system_prompt,
-        template_arguments=config.template_arguments,
-        key=key,
-    )
+    return Transcripts(tokenizer, **rendering_options(config), key=key)

@@ -56,7 +56,7 @@ class Sleepers:
             await self._is_ours.wait()
             async with self._locks[slot]:
                 if self._is_ours.is_set():  # still: others had the lock before
-                    await self._wake(slot)
+                    await _ask(slot, "wake")
                     yield
                     return
 
@@ -78,25 +78,21 @@ class Sleepers:
     async def _put_to_sleep(self, slot: Slot) -> None:
         """Let an engine sleep; one that is dead, or dies of it, has freed its memory too."""
         async with self._locks[slot]:
-            if _is_up(slot):
-                engine = slot.engine
-                try:
-                    await engine.sleep.remote()
-                except RayError as error:
-                    _give_up(slot, engine, "sleep", error)
+            await _ask(slot, "sleep")
 
     async def _wake_up(self, slot: Slot) -> None:
         async with self._locks[slot]:
-            await self._wake(slot)
+            await _ask(slot, "wake")
 
-    async def _wake(self, slot: Slot) -> None:
-        """Wake an engine; if it dies of it, its supervisor sees that too."""
-        if _is_up(slot):
-            engine = slot.engine
-            try:
-                await engine.wake.remote()
-            except RayError as error:
-                _give_up(slot, engine, "wake", error)
+
+async def _ask(slot: Slot, what: str) -> None:
+    """Call an engine's `sleep` or `wake`, if it is up; if it dies of it, its supervisor sees that too."""
+    if _is_up(slot):
+        engine = slot.engine
+        try:
+            await getattr(engine, what).remote()
+        except RayError as error:
+            _give_up(slot, engine, what, error)
 
 
 def _give_up(slot: Slot, engine: Any, what: str, error: RayError) -> None:
