@@ -27,14 +27,14 @@ import yaml
 from tiny import make_model, tree
 
 TIERS = {
-    "cluster": {"test_autoscaler", "test_cluster"},
+    "cluster": {"test_autoscaler", "test_cluster", "test_images", "test_ray_up"},
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
         "test_docs",
         "test_lora",
         "test_recovery",
-        "test_report",
+        "test_report_in_browser",
         "test_ring_episodes",
         "test_ring",
         "test_ring_jobs",
@@ -53,7 +53,8 @@ TIERS = {
         "test_cli_inputs",
         "test_engines",
         "test_evaluate",
-        "test_tracking",
+        "test_ray_metrics",
+        "test_trackers",
         "test_verifier_group",
         "test_workers",
     },
@@ -104,7 +105,7 @@ LONGEST = [
     "test_bench_gpu",
     "test_lora",
     "test_learner",
-    "test_report",
+    "test_report_in_browser",
     "test_workers",
     "test_verifier_group",
     "test_sandbox",

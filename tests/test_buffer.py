@@ -126,7 +126,7 @@ def test_a_group_that_is_there_is_not_stored_twice(tmp_path):
         (None, [20, 20, 20, 20, 20, 20]),
     ],
 )
-def test_the_dial_starts_exactly_so_many_groups_per_version(tmp_path, max_staleness, counts):
+def test_the_bound_starts_exactly_so_many_groups_per_version(tmp_path, max_staleness, counts):
     async def main():
         buffer = make(tmp_path, groups_per_step=4, num_steps=5, max_staleness=max_staleness)
         started = []
@@ -200,7 +200,7 @@ def test_after_a_restart_no_group_waits_for_weights_that_are_not_there(tmp_path)
     run(main)
 
 
-def test_one_question_starts_as_many_groups_as_asked_for_and_as_the_dial_allows(tmp_path):
+def test_one_question_starts_as_many_groups_as_asked_for_and_as_the_bound_allows(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=2, num_steps=3, max_staleness=1)
         assert await answer(buffer.start(3)) == [(0, 0), (1, 0), (2, 0)]
@@ -461,7 +461,7 @@ def test_status_counts(tmp_path):
     run(main)
 
 
-def test_status_says_what_the_dial_allows(tmp_path):
+def test_status_says_what_the_bound_allows(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=4, num_steps=2, max_staleness=0)
         assert await status(buffer, "staleness") == "open"
@@ -527,7 +527,7 @@ def test_status_says_what_the_learner_does_and_since_when(tmp_path, monkeypatch)
 # ----------------------------------------------------------------------------------------------------- deaths
 
 
-def test_a_learner_that_comes_back_offers_older_weights_and_the_dial_stays(tmp_path):
+def test_a_learner_that_comes_back_offers_older_weights_and_the_bound_stays(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=1, max_staleness=0)
         for version in range(4):
@@ -676,7 +676,7 @@ def test_a_new_buffer_is_told_what_is_in_flight_and_takes_it_once(tmp_path):
     run(main)
 
 
-def test_a_new_buffer_opens_the_dial_as_far_as_the_log_shows_that_the_learner_was(tmp_path):
+def test_a_new_buffer_opens_the_bound_as_far_as_the_log_shows_that_the_learner_was(tmp_path):
     async def main():
         buffer = make(tmp_path, groups_per_step=1, max_staleness=1)
         for version in range(3):

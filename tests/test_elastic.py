@@ -72,7 +72,7 @@ def test_a_pool_whose_engines_do_not_come_is_passed_over() -> None:
         (0.0, 1.0, {"cheap": "running off"}, 0),
     ],
 )
-def test_a_pool_shrinks_while_the_dial_is_closed_and_those_that_are_left_will_do(
+def test_a_pool_shrinks_while_the_bound_is_closed_and_those_that_are_left_will_do(
     waited: float, closed: float, states: dict[str, str], which: int | None
 ) -> None:
     found = slots(**states)

@@ -191,7 +191,7 @@ def test_without_an_option_the_last_trial_is_the_rate_beside_the_best(
 
 
 @pytest.mark.parametrize("task", experiments.TASKS)
-def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_dial(
+def test_every_cell_of_a_task_starts_from_one_model_and_is_aged_by_the_bound(
     task: str, tmp_path: Path
 ) -> None:
     configs = [

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import tiny
 from ring import GROUPS_PER_STEP, IN_THE_CORE, left_behind, until
-from test_tracking import shows_on_ray, tensorboard_of
+from test_ray_metrics import shows_on_ray
+from test_trackers import tensorboard_of
 
 from gvpo_ray import GVPO, GVPOConfig, RunError, groups
 from gvpo_ray.buffer.log import GroupLog

@@ -1,0 +1,255 @@
+"""The report of a run in a real browser: hostile text stays text, the search finds, charts are drawn."""
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from test_report import DIED, LINE, Page, hostile_run, make_run, save_evaluation
+from tiny import make_group
+
+from gvpo_ray.observe.report import page as report
+
+
+def browse(path, *options, fragment="", probe=None, keep_policy=False):
+    """The page after its scripts ran, as a Page, and what the console said. `probe` is a script that runs
+    after them, for which the policy goes.
+    """
+    if probe is not None:
+        text = path.read_text(encoding="utf-8")
+        text = text if keep_policy else re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+        path = path.with_name("probed.html")
+        path.write_text(text.replace("</body></html>", f"{probe}</body></html>"), encoding="utf-8")
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    done = subprocess.run(
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-component-update",
+            "--disable-background-networking",
+            f"--user-data-dir={path.parent / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--window-size=1200,900",
+            *options,
+            "--dump-dom",
+            f"{path.resolve().as_uri()}{fragment}",
+        ],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+    )
+    assert done.returncode == 0 and "</html>" in done.stdout, done.stderr
+    return Page(done.stdout), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def probed(got):
+    """What the probe said, as JSON."""
+    return json.loads(got.texts["output"][0])
+
+
+def says(script):
+    """A probe that leaves what a JavaScript expression gives."""
+    output = (
+        "const output = document.createElement('output'); output.textContent = JSON.stringify(said); "
+        "document.body.append(output);"
+    )
+    return f"<script>{{ const said = {script}; {output} }}</script>"
+
+
+@pytest.fixture
+def server():
+    """A server that would be asked if a page asked anybody; `.asked` are the paths it was asked for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def attack(server):
+    url = f"http://127.0.0.1:{server.server_port}"
+    return (
+        "</pre></td></title></style></script><img "
+        f"src={url}/img><script>document.title='attacked';fetch('{url}/fetch')</script>"
+        f"<style>body {{ background: url({url}/style) }}</style><link rel=stylesheet "
+        f"href={url}/link><iframe src={url}/frame></iframe>\"'"
+    )
+
+
+@pytest.mark.browser
+def test_in_a_browser_a_hostile_run_is_text_and_nobody_is_asked_for_anything(tmp_path, server):
+    file = report.write(hostile_run(tmp_path / "run", attack(server)))
+    got, console = browse(file, fragment="#q=<img")
+    tags = [tag for tag, _ in got.tags]
+    assert (console, server.asked, got.texts["title"][0]) == ([], [], "run")
+    assert not {*tags} & {"img", "link", "iframe", "i"} and (tags.count("script"), tags.count("style")) == (
+        3,
+        2,
+    )
+    assert got.texts["pre"].count(attack(server)) == 6 and "3 of 3" in got.texts["span"]
+
+
+@pytest.mark.browser
+def test_were_a_run_to_get_its_markup_into_the_page_the_policy_would_still_stop_it(tmp_path, server):
+    file = report.write(make_run(tmp_path / "run", [{"step": 1, **LINE}]))
+    got, console = browse(file, probe=attack(server), keep_policy=True)
+    assert (server.asked, got.texts["title"][0]) == ([], "run") and any(
+        "Content Security Policy" in line for line in console
+    )
+    # so that the test can fail: without the policy it does all that
+    got, _ = browse(file, probe=attack(server))
+    assert {"/img", "/fetch", "/style", "/link", "/frame"} <= {*server.asked} and got.texts["title"][
+        0
+    ] == "attacked"
+
+
+@pytest.mark.browser
+def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it_is(tmp_path):
+    run_dir = tmp_path / "run"
+    save_evaluation(
+        run_dir,
+        "x-step-000001.arrow",
+        make_group(0, rewards=(1.0, 0.0), completions=["Apples are red", "pears"]),
+    )
+    save_evaluation(
+        run_dir, "x-step-000002.arrow", make_group(0, rewards=(1.0, 0.0), completions=["red pears", "plums"])
+    )
+    file = report.write(make_run(run_dir, [{"step": 1, **LINE}]))
+
+    def seen(got):
+        hidden = ["hidden" in attributes for tag, attributes in got.tags if tag == "article"]
+        folds = [
+            ("open" in attributes, "hidden" in attributes) for tag, attributes in got.tags if tag == "details"
+        ]
+        return (
+            hidden,
+            folds[-2:],
+            next(text for text in got.texts["span"] if "of" in text or "completions" in text),
+        )
+
+    got, console = browse(file)
+    assert (seen(got), console) == (([False] * 4, [(True, False), (False, False)], "4 completions"), [])
+    got, console = browse(file, fragment="#q=RED+apples")
+    assert (seen(got), console) == (([True, True, False, True], [(False, True), (True, False)], "1 of 4"), [])
+    typed = "(() => { box.value = 'pears'; box.dispatchEvent(new Event('input')); return location.hash })()"
+    got, console = browse(file, probe=says(typed))
+    assert (seen(got), console) == (
+        ([False, True, True, False], [(True, False), (True, False)], "2 of 4"),
+        [],
+    ) and probed(got) == "#q=pears"
+
+
+DRAW_ALL = """Promise.all(plots.map(draw)).then(() => {
+    const said = SAID;
+    const output = document.createElement('output'); output.textContent = JSON.stringify(said);
+    document.body.append(output); })"""
+
+
+def after_drawing(script):
+    """A probe that draws all charts, and leaves what a JavaScript expression then gives."""
+    return f"<script>{DRAW_ALL.replace('SAID', script)}</script>"
+
+
+PLANTED = "</script><img src=x onerror=\"document.title='attacked'\"><b>bold</b>"
+
+
+@pytest.mark.browser
+def test_in_a_browser_markup_in_prompts_completions_config_and_names_of_metrics_stays_text(tmp_path):
+    file = report.write(hostile_run(tmp_path / "run", PLANTED))
+    script = """({
+        images: document.querySelectorAll("img, image[href^=http]").length,
+        scripts: document.querySelectorAll("script").length,
+        legends: [...document.querySelectorAll(".legendtext, .ytick text")].map((text) => text.textContent),
+        bold: [...document.querySelectorAll(".plot [style*=bold]")].length,
+        titles: plots.map((plot) => plot.getAttribute("aria-label")),
+        texts: [...document.querySelectorAll("pre")].map((pre) => pre.textContent),
+    })"""
+    got, _ = browse(file, probe=after_drawing(script))
+    said = probed(got)
+    assert got.texts["title"][0] == "run" and said["images"] == 0 and said["bold"] == 0
+    assert said["scripts"] == 4  # three of the page, and the probe
+    assert PLANTED in said["titles"]  # the name of a metric
+    assert any(text.startswith(PLANTED[:11]) for text in said["legends"])  # who an event happened to
+    assert said["texts"].count(PLANTED) == 6  # prompts and completions
+    assert any(PLANTED in text and "run_dir" in text for text in said["texts"])  # the config
+
+
+@pytest.mark.browser
+def test_in_a_browser_the_charts_are_drawn_under_the_policy_and_say_step_and_value_under_the_pointer(
+    tmp_path,
+):
+    for name, factor in (("one", 1), ("other", 2)):
+        lines = ({"step": step, **LINE, "loss": factor * step} for step in range(1, 10_001))
+        make_run(tmp_path / name, lines, [{**DIED, "step": step} for step in range(0, 10_000, 10)])
+    file = report.write(tmp_path / "one", tmp_path / "other")
+    got, console = browse(file, "--window-size=1200,4000")
+    assert console == []  # also nothing that the policy refused
+    drawn = [attributes for _, attributes in got.tags if "js-plotly-plot" in attributes.get("class", "")]
+    assert {"Loss", "Reward"} <= {attributes["aria-label"] for attributes in drawn}
+    script = """(() => {
+        const plot = plots.find((plot) => plot.getAttribute("aria-label") === "Loss");
+        Plotly.Fx.hover(plot, { xval: 10000 });
+        const texts = [...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent);
+        const before = plot._fullLayout.xaxis.range[1];
+        Plotly.relayout(plot, { "xaxis.range": [1, 100] });
+        return { texts, before, after: plot._fullLayout.xaxis.range[1],
+                 legend: [...plot.querySelectorAll(".legendtext")].map((text) => text.textContent) };
+    })()"""
+    got, _ = browse(file, probe=after_drawing(script))
+    said = probed(got)
+    assert any("10,000" in text or "10000" in text for text in said["texts"])
+    assert any("20,000" in text or "20000" in text for text in said["texts"]), said["texts"]
+    assert said["before"] > 9_999 and said["after"] == 100 and said["legend"] == ["one", "other"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["0", "1"])
+def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dark(tmp_path, scheme):
+    run_dir = hostile_run(tmp_path / "run", "x" * 300)
+    script = """(() => {
+        const linear = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+        const light = (text) => {
+            const [r, g, b] = text.match(/[0-9.]+/g).map((value) => linear(value / 255));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        const page = light(getComputedStyle(document.body).backgroundColor);
+        const stands = (selector, property) => [...document.querySelectorAll(selector)].map((element) => {
+            const own = light(getComputedStyle(element)[property]);
+            return (Math.max(own, page) + 0.05) / (Math.min(own, page) + 0.05) });
+        document.querySelectorAll("details").forEach((fold) => (fold.open = true));
+        const texts = "body, p, small, td, th, a, pre, code, summary, figcaption span span";
+        return { page, texts: stands(texts, "color"),
+                 words: stands(".xtick text, .ytick text, .legendtext", "fill"),
+                 lines: stands(".js-line", "stroke"),
+                 wide: [document.documentElement.scrollWidth, innerWidth] };
+    })()"""
+    got, console = browse(
+        report.write(run_dir),
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--window-size=500,900",
+        probe=after_drawing(script),
+    )
+    found = probed(got)
+    assert (found["page"] < 0.05, found["page"] > 0.95) == ((True, False) if scheme == "0" else (False, True))
+    assert min(found["texts"] + found["words"]) >= 4.5 and len(found["words"]) > 20
+    assert min(found["lines"]) >= 3 and len(found["lines"]) > 5
+    # nothing sticks out, on a narrow window too
+    assert found["wide"][0] <= found["wide"][1] and console == []
