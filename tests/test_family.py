@@ -402,6 +402,21 @@ def test_sft_refuses_what_is_no_row_of_tokens():
         sft_loss(torch.zeros(2), 0)
 
 
+@pytest.mark.parametrize(
+    ("apart", "share"), [(2e-5, 1.0), (0.5e-5, 0.5), (1e-16, 0.5), (0.0, 0.5), (-0.5e-5, 0.5), (-2e-5, 0.0)]
+)
+def test_a_pair_whose_implicit_rewards_differ_by_rounding_alone_is_a_tie(apart: float, share: float) -> None:
+    """Rounding depends on packing and ranks, and the metric does not: beta is 0.1, a tie up to 1e-6."""
+    _, sums = dpo_loss(
+        torch.tensor([apart, 0.0], dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([0, 0]),
+        0.1,
+    )
+    assert float(sums["pairs_ordered"]) == share
+
+
 def test_what_the_objectives_report_of_their_own_are_means_over_what_they_count():
     logprobs = [-1.0, -3.0, -2.0, -2.5, -1.0]
     sizes, rewards = [2, 3], [1.0, 0.0, 0.0, 1.0, 0.5]

@@ -146,7 +146,7 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
                              older reference) it estimates -KL(pi || pi_ref).
     policy/log_ratio_rms     root mean square of D; 0.0 exactly when every D is 0
     pairs/ordered            share of the pairs of a group that the implicit reward orders as the rewards do,
-                             mean over groups that have pairs; only for dpo
+                             a tie being half; mean over groups that have pairs; only for dpo
     pairs/margin             mean difference of the implicit rewards of a pair; only for dpo
     epa/positive_share       probability of the positive among its candidates, mean over groups
     poft/weight              weight with which a completion is imitated, mean over completions

@@ -49,7 +49,7 @@ def dpo_loss(
     Returns:
         The loss, a float64 scalar, and these sums, float64 scalars without gradient: `objective`, the loss
         times |D|; `pairs`, the groups that have a pair; `pairs_ordered`, the sum over groups of the share of
-        pairs with r_i > r_j; `margin`, the sum over groups of the mean of r_i - r_j.
+        pairs with r_i > r_j, a tie being half; `margin`, the sum over groups of the mean of r_i - r_j.
 
     Raises:
         ValueError: the shapes differ, or an option is out of its range.
@@ -72,7 +72,19 @@ def dpo_loss(
     sums = {
         "objective": total.detach(),
         "pairs": (num_pairs > 0).sum().double(),
-        "pairs_ordered": (weight * (margin > 0)).sum(),
+        "pairs_ordered": (weight * _in_order(margin)).sum(),
         "margin": (weight * margin).sum(),
     }
     return total / number_of_groups(counts, num_groups), sums
+
+
+TIE = 1e-6
+"""Largest difference of the implicit rewards of a pair that counts as none.
+
+Before the policy has moved all differences are 0, up to a rounding that depends on how passes are packed.
+"""
+
+
+def _in_order(margin: Tensor) -> Tensor:
+    """Return 1 for a pair in order, 0 for one in the other order, and 1/2 for a tie."""
+    return (margin > TIE).double() + 0.5 * (margin.abs() <= TIE)

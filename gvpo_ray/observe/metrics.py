@@ -160,7 +160,7 @@ METRICS = (
     Metric("policy/clipped", "ratio", "Clipped tokens",
            "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
     Metric("pairs/ordered", "ratio", "Pairs in order",
-           "share of a group's pairs that the implicit reward orders as the rewards do (dpo)"),
+           "share of a group's pairs that the implicit reward orders as the rewards do; a tie is half (dpo)"),
     Metric("pairs/margin", "", "Margin of pairs", "mean difference of the implicit rewards of a pair (dpo)"),
     Metric("epa/positive_share", "ratio", "Positive's share",
            "probability of the positive among its candidates, mean over groups (epa)"),
