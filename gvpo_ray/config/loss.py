@@ -258,13 +258,20 @@ class SftLoss(LossOptions):
 
 
 class PoftLoss(LossOptions):
-    """PoFT's options. A completion's reward is the mean log-prob per token that aligned models gave it."""
+    """PoFT's options. A completion's reward is the mean log-prob per token that aligned models gave it.
+
+    The source has it in its reward_column, or by name of the model in the column `aligned_logps`, which
+    `gvpo-ray score` writes.
+    """
 
     objective: Literal["poft"] = "poft"
     beta: float = Field(default=1.0, gt=0)
     """Factor of the difference of mean log-probs per token."""
     gamma: float = 0.0
     """Margin that is added to it."""
+    aligned: dict[str, ScoringModelConfig] = {}
+    """The aligned models by name, with which `gvpo-ray score` scores the source. Training starts none of
+    them: it needs their log-probs in the data, and with {} takes those of all models that these name."""
     least: ClassVar[int] = 1
 
 
