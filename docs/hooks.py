@@ -126,6 +126,8 @@ def _section(title: str, prefix: str, section: Any, seen: dict[Any, str]) -> Ite
         key = f"{prefix}{name}" + (".NAME" if is_named else "")
         for one in sections:
             if one in seen:
+                if seen[one] == key:  # of another objective, which shares it
+                    continue
                 yield f"## {key}\n\nIts keys are those of `{seen[one]}`.\n"
                 continue
             which = f" ({one.model_fields['objective'].default})" if len(sections) > 1 else ""
