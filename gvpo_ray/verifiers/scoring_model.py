@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -52,6 +52,14 @@ class Score:
     """Why there is no log-prob."""
 
 
+class _Tokens(NamedTuple):
+    """The tokens of a text, and which of the completion's are scored."""
+
+    prompt: list[int]
+    ids: list[int]
+    mask: list[bool]
+
+
 class ScoringModel:
     """A causal language model that scores texts; references.py makes it an actor.
 
@@ -88,25 +96,29 @@ class ScoringModel:
             texts: of one data set.
             key: the data set's key among the renderings.
         """
-        tokens = [self._tokens(text, key) for text in texts]
-        scores = {i: Score(None, reason=own) for i, own in enumerate(tokens) if isinstance(own, str)}
-        order = [i for i, own in enumerate(tokens) if not isinstance(own, str)]
-        order.sort(key=lambda i: len(tokens[i][0]) + len(tokens[i][1]))  # rows of like length pad little
+        scores: dict[int, Score] = {}
+        tokens: dict[int, _Tokens] = {}
+        for i, text in enumerate(texts):
+            own = self._tokens(text, key)
+            if isinstance(own, str):
+                scores[i] = Score(None, reason=own)
+            else:
+                tokens[i] = own
+        # rows of like length pad little
+        order = sorted(tokens, key=lambda i: len(tokens[i].prompt) + len(tokens[i].ids))
         for begin in range(0, len(order), self._batch_size):
             batch = order[begin : begin + self._batch_size]
-            sums = self._sums([tokens[i] for i in batch])  # type: ignore[misc]
+            sums = self._sums([tokens[i] for i in batch])
             for i, value in zip(batch, sums, strict=True):
-                num = sum(tokens[i][2])  # type: ignore[arg-type]
-                is_finite = math.isfinite(value)
                 scores[i] = (
-                    Score(value, num)
-                    if is_finite
+                    Score(value, sum(tokens[i].mask))
+                    if math.isfinite(value)
                     else Score(None, reason=f"its log-prob is {value}, not a finite number")
                 )
         return [scores[i] for i in range(len(texts))]
 
-    def _tokens(self, text: Text, key: str) -> tuple[list[int], list[int], list[bool]] | str:
-        """Return the tokens of prompt and completion, and which of the latter are scored; else the reason."""
+    def _tokens(self, text: Text, key: str) -> _Tokens | str:
+        """Return the tokens of a text, or why it cannot be scored."""
         renderer = self._renderers[key]
         try:
             (rendered,) = renderer.render([{"prompt": text.prompt, "messages": text.messages}])
@@ -127,9 +139,9 @@ class ScoringModel:
             return "its tokenizer has no tokens for a part of the text"
         if (length := len(rendered.prompt_ids) + len(ids)) > self._context:
             return f"{length} tokens do not fit into its context of {self._context}"
-        return rendered.prompt_ids, ids, mask
+        return _Tokens(rendered.prompt_ids, ids, mask)
 
-    def _sums(self, rows: Sequence[tuple[list[int], list[int], list[bool]]]) -> list[float]:
+    def _sums(self, rows: Sequence[_Tokens]) -> list[float]:
         """Return the sum of the scored tokens' log-probs of each row, in one forward pass."""
         torch = self._torch
         width = max(len(prompt) + len(ids) for prompt, ids, _ in rows)
