@@ -117,7 +117,8 @@ def _section(title: str, prefix: str, section: Any, seen: dict[Any, str]) -> Ite
         below += [(name, sections, str(field.annotation).startswith("dict"))] if sections else []
         mark = " ↻" if is_marked(field, RESUMABLE) else ""
         kind = "section" if sections else _type(field.annotation)
-        kind = "text or section" if str in get_args(field.annotation) and sections else kind
+        if sections and isinstance(field.annotation, types.UnionType) and str in get_args(field.annotation):
+            kind = "text or section"
         meaning = " ".join((field.description or "").split())
         cells = map(_cell, (kind, _default(field), meaning))
         yield f"| {_name(prefix + name)}{mark} | {' | '.join(cells)} |"
