@@ -29,7 +29,8 @@ from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.learner.step import train_step
 from gvpo_ray.losses import gvpo_loss
 from gvpo_ray.run import score
-from gvpo_ray.run.models import check_recorded, version_of
+from gvpo_ray.run.models import check_recorded, reference_digest, version_of
+from gvpo_ray.run.run_dir import open_run_dir
 from gvpo_ray.verifiers.scoring_model import PROMPTS, Score, ScoringModel, Text, with_references
 
 CHAT = (
@@ -306,6 +307,33 @@ def test_a_model_that_cannot_be_the_reference_is_refused_before_anything_starts(
     shutil.copytree(teacher_folder, folder / "chatless")
     (folder / "model" / "chat_template.jinja").write_text(CHAT)
     assert said in refused("train", "config.yaml", *overrides)
+
+
+def test_a_run_goes_on_with_the_reference_that_has_scored_its_groups(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    """The groups of its log that wait for the learner have that model's log-probs, or none at all."""
+
+    def go_on(name: str, reference: Any) -> None:
+        base = {"num_steps": 1, "model": {"path": "model"}, "prompts": {"path": "p", "template": "{prompt}"}}
+        config = GVPOConfig.from_dict({**base, "run_dir": str(tmp_path / name)})
+        config.loss = loss_config(reference=reference)
+        with open_run_dir(config, reference_digest(config)):
+            pass
+
+    first, second, other = teacher_folder, tmp_path / "copy", tmp_path / "other"
+    for folder in (second, other):
+        shutil.copytree(first, folder)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    go_on("scored", {"model": str(first)})
+    go_on("scored", {"model": str(second), "num": 2})  # the same model in another folder
+    with pytest.raises(
+        ConfigError, match=r"^loss\.reference\.model: what is in it differs from what the run"
+    ):
+        go_on("scored", {"model": str(other)})
+    go_on("unscored", "initial")
+    with pytest.raises(ConfigError, match=r"^loss\.reference: the groups of the run in .* were not scored"):
+        go_on("unscored", {"model": str(first)})
 
 
 def test_recorded_groups_that_the_model_has_not_scored_are_refused(teacher_folder: Path) -> None:
