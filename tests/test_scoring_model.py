@@ -24,6 +24,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import ReplayConfig, SourceConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ScoringModelConfig
+from gvpo_ray.config.plan import check_resources
 from gvpo_ray.data.files import read_file, to_list
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.learner.step import train_step
@@ -520,3 +521,14 @@ def test_what_cannot_be_scored_is_one_line(
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
         list(score.score(GVPOConfig.from_dict(config), out))
     assert "\n" not in str(refused.value)
+
+
+def test_only_what_starts_the_reference_has_to_have_room_for_it() -> None:
+    base = {"run_dir": "run", "num_steps": 1, "model": {"path": "model"}, "prompts": {"path": "p"}}
+    loss = {"reference": {"model": "teacher", "num": 3, "num_cpus": 0.5, "num_gpus": 1}}
+    config = GVPOConfig.from_dict({**base, "loss": loss})
+    check_resources(config, 64, 3)
+    for arguments in ({"engines": False}, {"references": False}):
+        check_resources(config, 64, 0, **arguments)
+    with pytest.raises(ConfigError, match=r"^loss\.reference\.num: 3 x 1 GPUs are more than the 2 GPUs"):
+        check_resources(config, 64, 2)
