@@ -34,7 +34,7 @@ from gvpo_ray.config.run import GVPOConfig, RayConfig
 from gvpo_ray.files import DiskFull, append_line, lock, replacing, writing
 from gvpo_ray.home import ensure_home
 from gvpo_ray.run import machine
-from gvpo_ray.run.session import Session
+from gvpo_ray.run.session import Session, executable, said_of_workers
 
 
 @contextlib.contextmanager
@@ -426,6 +426,28 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ConfigError) as said:
         Session(RayConfig(address="local"))
     assert str(said.value) == f"ray: cannot start on this machine: {' '.join(str(error).split())}"
+
+
+@pytest.mark.parametrize(
+    ("python", "option"),
+    [
+        ("/opt/venv/bin/python", {}),
+        ("/home/a b/.venv/bin/python", {"runtime_env": {"py_executable": "'/home/a b/.venv/bin/python'"}}),
+        ("/$x/python", {"runtime_env": {"py_executable": "'/$x/python'"}}),
+    ],
+)
+def test_ray_is_given_the_path_of_python_as_bash_needs_it(python: str, option: dict[str, object]) -> None:
+    assert executable(python) == option
+
+
+def test_a_worker_that_cannot_start_is_shown_by_its_own_words(tmp_path: Path) -> None:
+    log = tmp_path / "raylet.err"
+    assert said_of_workers(log) == ""
+    manager = "[2026-11-27 18:19:12,072 E 14541 14541] (raylet) worker_pool.cc:660: Some workers"
+    log.write_text(f"{manager}\n")
+    assert said_of_workers(log) == ""
+    log.write_text(f"bash: line 1: /tmp/a: No such file\n{manager}\n\n")
+    assert said_of_workers(log) == "; a worker said: bash: line 1: /tmp/a: No such file"
 
 
 @pytest.mark.parametrize("error", [TypeError("a mistake"), KeyError("of code"), AssertionError()])

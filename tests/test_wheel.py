@@ -44,8 +44,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Python of an environment with the wheel, which has the packages of this one behind its own."""
-    folder = tmp_path_factory.mktemp("environment")
+    """The Python of an environment with the wheel, which has the packages of this one behind its own.
+
+    Its path has a space, which Ray does not quote by itself where Ray Train starts its workers.
+    """
+    folder = tmp_path_factory.mktemp("with space") / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", python]
