@@ -210,7 +210,7 @@ def executable(python: str) -> dict[str, Any]:
 def said_of_workers(log: Path) -> str:
     """Return the last line of a node manager's error log that a worker wrote, if there is one."""
     with contextlib.suppress(OSError):
-        lines = log.read_text("utf-8", "replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [line for line in lines if line.strip() and not re.match(r"\[[\d-]+ [\d:,]+ ", line)]
         if said:
             return f"; a worker said: {said[-1].strip()}"
