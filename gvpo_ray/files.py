@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -67,6 +68,20 @@ def writing(path: Path) -> Iterator[None]:
             f"no room for {path} on the file system at {place} ({why}): make room there, and give the same "
             "command again",
         ) from error
+
+
+def room_in(folder: Path) -> int:
+    """Return the bytes that are free in a file system, less what is promised to files without a name.
+
+    Ray's object store is one in /dev/shm: it has its size from the start, and takes room as it is filled.
+    Files that only processes of other accounts hold open are not known.
+    """
+    device, promised = folder.stat().st_dev, {}
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # another account's, or the file is closed at this moment
+            if os.readlink(link).endswith(" (deleted)") and (found := os.stat(link)).st_dev == device:
+                promised[found.st_ino] = max(0, found.st_size - 512 * found.st_blocks)
+    return shutil.disk_usage(folder).free - sum(promised.values())
 
 
 # ------------------------------------------------------------------------------------------------ JSON lines

@@ -425,6 +425,22 @@ def test_close_wakes_everybody_and_keeps_the_first_error(tmp_path):
     run(main)
 
 
+def test_after_close_every_rank_gets_the_batch_that_another_has_got_and_no_rank_a_new_one(tmp_path):
+    """A rank without its batch would leave the others waiting for it."""
+
+    async def main():
+        for takes_turns in (False, True):
+            buffer = GroupBuffer(tmp_path / str(takes_turns), 1, 9, None, takes_turns=takes_turns)
+            first = await waits(buffer.batch(1))
+            await put(buffer, 3, 4)
+            await settle()
+            await buffer.close("the disk is full")
+            assert ids(await answer(first)) == ids(await answer(buffer.batch(1))) == [3]
+            assert [await answer(buffer.batch(2)) for _ in range(2)] == [None, None]
+
+    run(main)
+
+
 def test_close_without_an_error_leaves_none(tmp_path):
     async def main():
         buffer = make(tmp_path)

@@ -348,7 +348,7 @@ def test_without_room_in_shared_memory_the_copy_is_in_the_temporary_folder(
     learner, node, engine = Learner(), Node(), NodeCopy()
     published, temporary = learner.publish(), shm.parent / "tmp"
     free = {"little room": 2 * published["size"], "no room": 2 * published["size"] + 1}.get(how, 1 << 40)
-    monkeypatch.setattr(node_copy.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    monkeypatch.setattr(node_copy, "room_in", lambda path: free)
     if how == "not there":
         shm.rmdir()
     monkeypatch.setattr(node_copy.os, "access", lambda path, mode: path.exists() and how != "not writable")

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.data.hub import hub
 
 Columns = dict[str, pa.ChunkedArray | list[Any]]
 """The columns of a data set as it was read; JSON may mix types within a column, which Arrow cannot hold."""
@@ -74,7 +75,8 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
     elif place.is_file() or kind_of(place) is not None:
         files = [place]
     else:
-        return _read_set(path, config, key)
+        with hub(f"{key}.path", path, "dataset"):
+            return _read_set(path, config, key)
     _refuse_subset(path, config, key)
     files, split = _of_split(path, files, config, key)
     shown = path if files == [place] else None

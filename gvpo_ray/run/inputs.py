@@ -25,6 +25,7 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.dialogue import dialogue_of
+from gvpo_ray.data.hub import hub
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
@@ -203,6 +204,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     }
     of_prompts = {} if prompts is None else {"prompts": prompts}
     validate_rewards(config.verifiers, rewards, columns_by_key(of_prompts, evaluation, to_verify))
+    check_reward_models(config.verifiers)
     return Inputs(
         prompts=prompts,
         evaluation=evaluation,
@@ -301,7 +303,8 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
             )
         if not any(Path(path).glob("*.safetensors")):
             raise ConfigError(f"model.path: {path} has no weights (*.safetensors)")
-    model, tokenizer = (_loaded(kind, path, trust) for kind in (AutoConfig, AutoTokenizer))
+    with hub("model.path", path, "model"):
+        model, tokenizer = (_loaded("model.path", kind, path, trust) for kind in (AutoConfig, AutoTokenizer))
     # transformers makes an empty tokenizer where the vocabulary's file is missing.
     if not tokenizer("1 + 2 = 3")["input_ids"]:
         raise ConfigError(
@@ -318,11 +321,11 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     return config.model.max_length or context, tokenizer
 
 
-def _loaded(kind: Any, path: str, trust_remote_code: bool) -> Any:
-    """Load the config or the tokenizer of a model.
+def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool = False) -> Any:
+    """Load the config or the tokenizer of a model, whose path stands at `key` in the run's config.
 
     Raises:
-        ConfigError: one line that names the folder and the first cause.
+        ConfigError: one line that names the key, the folder and the first cause.
     """
     what = {"AutoConfig": "config.json", "AutoTokenizer": "the tokenizer"}[kind.__name__]
     try:
@@ -333,8 +336,23 @@ def _loaded(kind: Any, path: str, trust_remote_code: bool) -> Any:
         lines = str(error).strip().splitlines() or [""]
         is_plain = isinstance(error, (OSError, ValueError)) and lines[0]
         why = lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-        raise ConfigError(f"model.path: cannot load {what} of {path}: {why}") from error
+        raise ConfigError(f"{key}: cannot load {what} of {path}: {why}") from error
     return loaded
+
+
+def check_reward_models(config: VerifiersConfig) -> None:
+    """Refuse a reward model whose config.json does not load.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    from transformers import AutoConfig
+
+    for name, reward in config.rewards.items():
+        if reward.model is not None:
+            key = f"verifiers.rewards.{name}.model"
+            with hub(key, reward.model, "model"):
+                _loaded(key, AutoConfig, reward.model)
 
 
 def check_paths(config: GVPOConfig) -> Iterator[str]:
