@@ -105,7 +105,7 @@ def read_lines(path: Path, skip_malformed: bool = False) -> list[Any]:
         return [json.loads(line) for line in lines]
     values = []
     for line in (*lines, last):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             values.append(json.loads(line.decode(errors="replace")))
     return [value for value in values if isinstance(value, dict)]
 

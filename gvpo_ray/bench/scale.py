@@ -172,14 +172,19 @@ class FakeRun:
             watchdog_s=watchdog_s,
         )
         self.session = Session(config.ray)
-        self.events = EventLog(folder / "events.jsonl")
-        state = {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING, "recoveries": {}}
+        events = self.events = EventLog(folder / "events.jsonl")
+        state = {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING}
         parts = assemble(
             self.session,
             config,
             folder,
             Inputs(Prompts(num_prompts), {}, 1 << 20, {}, SourceSchedule({}), {}),  # type: ignore[arg-type]
-            Driver(self._note, self.said.append, lambda: state, self._for_a_new_buffer),
+            Driver(
+                self._note,
+                self.said.append,
+                lambda: {**state, "recoveries": dict(events.counts())},
+                self._for_a_new_buffer,
+            ),
             num_steps=num_steps,
             version=0,
             quarantine=Quarantine(folder / "quarantine.jsonl"),

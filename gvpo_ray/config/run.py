@@ -303,7 +303,7 @@ class GVPOConfig(Section):
         items = (
             overrides.items()
             if isinstance(overrides, dict)
-            else [parse_override(text) for text in overrides or []]
+            else [parse_override(text, cls) for text in overrides or []]
         )
         for key, value in items:
             set_key(data, key, value)
@@ -348,7 +348,8 @@ def verifiers_config(overrides: list[str]) -> VerifiersConfig:
         ConfigError: one line that names the wrong key.
     """
     data: dict[str, Any] = {}
-    for key, value in map(parse_override, overrides):
+    for text in overrides:
+        key, value = parse_override(text, VerifiersConfig)
         set_key(data, key, value)
     needed = {"run_dir": "", "num_steps": 1, "model": {"path": ""}, "prompts": {"path": ""}}
     return GVPOConfig.from_dict({**needed, "verifiers": data}, where="overrides").absolute().verifiers
