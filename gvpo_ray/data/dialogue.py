@@ -189,13 +189,13 @@ class PlainDialogue(Dialogue):
         self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
     ) -> list[int] | None:
         """Append texts as they are, and results of tools between <tool_response> and </tool_response>."""
-        parts = [
-            f"<tool_response>\n{message['content']}\n</tool_response>\n"
-            if message["role"] == "tool"
-            else message["content"]
-            for message in messages
-        ]
-        return self._plain_text("".join(parts))
+        mark = _absent_from("".join(message["content"] for message in messages))
+        parts = [(message["role"], self._marked(message["content"], mark)) for message in messages]
+        text = "".join(
+            f"<tool_response>\n{content}\n</tool_response>\n" if role == "tool" else content
+            for role, content in parts
+        )
+        return self._without_marks(text, mark)
 
 
 class ChatDialogue(Dialogue):
