@@ -471,6 +471,7 @@ class SyncBuffer:
         self._last_step, self._save_before = last_step, save_before
         self.told: list[Any] = []
         self.shards: dict[int, Any] = {}
+        self.metrics: dict[int, dict[str, Any]] = {}
 
     def _now(self, question: Any) -> Any:
         return asyncio.run(asyncio.wait_for(question, timeout=120))
@@ -499,6 +500,7 @@ class SyncBuffer:
     def published(self, version: int, weights: Any, metrics: Any) -> None:
         self.told.append(("published", version))
         self.shards[version] = weights
+        self.metrics[version] = metrics or {}
         self._now(self.real.published(version, weights, metrics))
 
     def saved(self, step: int) -> None:
@@ -548,6 +550,9 @@ def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
         "step-5",
     ]
     assert [line["step"] for line in lines] == [2, 4, 5] and (policy.step, policy.num_updates) == (5, 10)
+    stalled = [version for version, metrics in buffer.metrics.items() if "time/checkpoint" in metrics]
+    assert stalled == [3, 4, 5]  # the steps after the checkpoints of 2, 3 and 4
+    assert all(buffer.metrics[version]["time/checkpoint"] > 0 for version in stalled)
     # parity_every 0: the first alone
     assert [version for version, sent in buffer.shards.items() if sent["probe"]] == [0]
     metrics = asyncio.run(buffer.real.trained(5))

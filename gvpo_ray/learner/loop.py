@@ -110,13 +110,13 @@ def learn(
         policy.reference.load(settings.model_path)
     rows: list[dict[str, Any]] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None, behind=behind)
-    saved = policy.step > 0
+    saved, stall = policy.step > 0, None
     while True:
         command = ask(functools.partial(buffer.next_command, policy.step + 1, saved))
         if command is Command.STOP:
             break
         if command is Command.SAVE:
-            save(policy, buffer, settings)
+            stall = save(policy, buffer, settings)
             saved = True
             continue
         asked = time.perf_counter()
@@ -127,6 +127,8 @@ def learn(
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         metrics = train_step(policy, rows, settings)
         trained = time.perf_counter()
+        if stall is not None:
+            metrics["time/checkpoint"] = stall
         if settings.reports_references and settings.loss.caches_reference:
             references = {
                 row["group_id"]: row["reference_logprobs"] for row in rows if "reference_logprobs" in row
@@ -143,8 +145,8 @@ def learn(
             behind=behind,
         )
         saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
+        stall = save(policy, buffer, settings) if saved else None
         if saved:
-            save(policy, buffer, settings)
             on_checkpoint({"step": policy.step, **metrics})
     if behind is not None:
         behind.finish()
@@ -251,11 +253,17 @@ def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def save(policy: Policy, buffer: Buffer, settings: Settings) -> None:
-    """Write checkpoints/step-N, remove old checkpoints, and tell the buffer; every rank calls this."""
+def save(policy: Policy, buffer: Buffer, settings: Settings) -> float:
+    """Write checkpoints/step-N, remove old checkpoints, and tell the buffer; every rank calls this.
+
+    Returns:
+        The seconds for which this held training up.
+    """
+    begun = time.perf_counter()
     folder = Path(settings.run_dir) / "checkpoints" / f"step-{policy.step}"
     with writing(folder):
         policy.save(folder)
     if policy.rank == 0:
         prune_checkpoints(settings.run_dir, settings.checkpoint.keep)
         buffer.saved(policy.step)
+    return time.perf_counter() - begun
