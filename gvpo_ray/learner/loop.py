@@ -2,7 +2,8 @@
 
     while the buffer commands it: batch(step) → train_step → publish → now and then a checkpoint
 
-Weights that go through Ray's object store are sent by a thread while the next step trains.
+Weights that go through Ray's object store are sent by a thread while the next step trains, and so are
+checkpoints written.
 
 Its result is a pure function of the initial weights and the ordered log of groups. The loop waits for the
 buffer's answers; the algorithm is step.train_step.
@@ -21,9 +22,8 @@ import torch
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.states import Command
-from gvpo_ray.files import writing
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.behind import Behind
+from gvpo_ray.learner.behind import Behind, beside
 from gvpo_ray.learner.checkpoints import prune_checkpoints
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
@@ -101,7 +101,7 @@ def learn(
     """
 
     def ask(question: Callable[[], Answer]) -> Answer:
-        return question() if behind is None else behind.beside(question)
+        return beside(question, policy.saving, None if behind is None else behind.sending)
 
     if policy.rank == 0:
         write_computes(settings.run_dir, policy.computes)
@@ -116,7 +116,7 @@ def learn(
         if command is Command.STOP:
             break
         if command is Command.SAVE:
-            stall = save(policy, buffer, settings)
+            stall = save(policy, buffer, settings, waits=True)
             saved = True
             continue
         asked = time.perf_counter()
@@ -150,6 +150,7 @@ def learn(
             on_checkpoint({"step": policy.step, **metrics})
     if behind is not None:
         behind.finish()
+    policy.finish_saving()
 
 
 def publish(
@@ -253,17 +254,28 @@ def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def save(policy: Policy, buffer: Buffer, settings: Settings) -> float:
-    """Write checkpoints/step-N, remove old checkpoints, and tell the buffer; every rank calls this.
+def save(policy: Policy, buffer: Buffer, settings: Settings, waits: bool = False) -> float:
+    """Write checkpoints/step-N; every rank calls this.
+
+    A thread ends that, removes old checkpoints and tells the buffer; what it fails with is raised by the next
+    question to the buffer.
+
+    Args:
+        policy: this rank's part of the policy.
+        buffer: is told once the checkpoint is on the disk.
+        settings: the parts of the config that the learner needs.
+        waits: return only after that.
 
     Returns:
         The seconds for which this held training up.
     """
-    begun = time.perf_counter()
-    folder = Path(settings.run_dir) / "checkpoints" / f"step-{policy.step}"
-    with writing(folder):
-        policy.save(folder)
-    if policy.rank == 0:
+    begun, step = time.perf_counter(), policy.step
+
+    def written() -> None:
         prune_checkpoints(settings.run_dir, settings.checkpoint.keep)
-        buffer.saved(policy.step)
+        buffer.saved(step)
+
+    policy.begin_saving(Path(settings.run_dir) / "checkpoints" / f"step-{step}", written)
+    if waits:
+        policy.finish_saving()
     return time.perf_counter() - begun
