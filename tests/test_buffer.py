@@ -335,8 +335,25 @@ def test_a_learner_that_died_after_its_checkpoint_and_before_saying_so_does_not_
         saving = await waits(buffer.save())
         assert await answer(buffer.next_command(4)) == "save"
         # It writes step-3, dies, and the new one resumes from there.
-        await waits(buffer.next_command(4, saved=True))
+        await buffer.learner_started(3)
         assert await answer(saving) == 3
+
+    run(main)
+
+
+def test_save_waits_for_a_checkpoint_that_a_thread_of_the_learner_still_writes(tmp_path):
+    async def main():
+        buffer = make(tmp_path)
+        await buffer.permit(1)
+        await buffer.published(1, {})
+        saving = await waits(buffer.save())
+        asked = await waits(buffer.next_command(2, saved=True))  # it is due, and is being written
+        assert not saving.done()
+        await buffer.saved(1)
+        assert await answer(saving) == 1 and not asked.done()
+        assert await status(buffer, "learner_state") == "waits for the driver"  # not: has saved
+        await buffer.permit(2)
+        assert await answer(asked) == "train"
 
     run(main)
 

@@ -179,6 +179,8 @@ METRICS = (
            "part of the step in which weights are gathered, and published unless a thread does that"),
     Metric("time/publish_behind", "s", "Publishing behind",
            "of the version before, in a thread, while the learner went on"),
+    Metric("time/checkpoint", "s", "Checkpoint",
+           "for which a checkpoint of the step before held training up; the last one's is not there"),
     Metric("weights/bytes", "bytes", "Bytes of one version",
            "what the step's weights added to the object store: the words that changed, or all weights"),
     Metric("weights/changed", "ratio", "Changed weights",
