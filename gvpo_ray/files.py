@@ -76,7 +76,8 @@ def room_in(folder: Path) -> int:
     Ray's object store is one in /dev/shm: it has its size from the start, and takes room as it is filled.
     Files that only processes of other accounts hold open are not known.
     """
-    device, promised = folder.stat().st_dev, {}
+    device = folder.stat().st_dev
+    promised: dict[int, int] = {}
     for link in glob.iglob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # another account's, or the file is closed at this moment
             if os.readlink(link).endswith(" (deleted)") and (found := os.stat(link)).st_dev == device:
