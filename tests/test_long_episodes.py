@@ -1,5 +1,6 @@
-"""Long episodes hold nobody up: rollout loop, pool and buffer are the real ones; engines and learner are fakes in
-this process, on a clock that leaps.
+"""Long episodes hold nobody up: rollout loop, pool and buffer are the real ones, engines and learner are fakes.
+
+Everything is in this process, on a clock that leaps.
 """
 
 from __future__ import annotations
