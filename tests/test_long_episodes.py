@@ -1,4 +1,4 @@
-"""Long episodes hold nobody up: rollout loop, pool and buffer are the real ones, engines and learner are fakes.
+"""Long episodes hold nobody up: rollout loop, pool and buffer are the real ones, engines and learner fakes.
 
 Everything is in this process, on a clock that leaps.
 """
