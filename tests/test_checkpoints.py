@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.files import DiskFull
+from gvpo_ray.learner import checkpoint as checkpoint_module
 from gvpo_ray.learner import parts
 from gvpo_ray.learner.adapter import trained_parameters
 from gvpo_ray.learner.checkpoints import latest_checkpoint
@@ -199,14 +200,23 @@ def as_before(folder: Path, policy: Policy) -> None:
     (folder / "state.json").write_text(json.dumps(state))
 
 
+@pytest.mark.parametrize("read_bytes", [1, 4 * 2048, 1 << 30])  # each parameter alone, some, all at a time
 @pytest.mark.parametrize("change", [as_before, lambda folder, policy: None], ids=["before", "now"])
 def test_a_checkpoint_of_the_version_before_resumes_bitwise(
-    given: Settings, tmp_path: Path, change: Callable[[Path, Policy], None]
+    given: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path, Policy], None],
+    read_bytes: int,
 ) -> None:
+    monkeypatch.setattr(checkpoint_module, "READ_BYTES", read_bytes)
     policy = load(given.model_path, given)
     step(policy, given, 1)
     policy.save(tmp_path / "step-1")
     change(tmp_path / "step-1", policy)
+    named = list(trained_parameters(policy._module.model))
+    num_lists = len(list(checkpoint_module._by_size(named)))
+    assert num_lists == len(named) if read_bytes == 1 else num_lists < len(named)
     again = load(tmp_path / "step-1", given)
     assert same(weights(again), weights(policy)) and (again.step, again.num_updates) == (1, 1)
     for one in (policy, again):

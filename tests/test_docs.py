@@ -375,4 +375,4 @@ def test_the_backend_of_the_page_makes_a_step_of_sgd() -> None:
     assert this.step(0.5) == 2.0
     assert module.weight.item() == 3.0 - 0.5 * 2.0
     this.init_state(1)
-    assert this.get_state(module.weight) == {}
+    assert this.get_state(module.weight) == {"master": module.weight}

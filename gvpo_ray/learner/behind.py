@@ -21,6 +21,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
+        self._gpus: set[torch.device] = set()
 
     def copy(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a copy of the tensor, which is complete after `wait`.
@@ -32,14 +33,16 @@ class HostCopies:
         """
         tensor = tensor.detach()
         dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.is_cuda:
+            self._gpus.add(tensor.device)
         if name not in self._copies:
             self._copies[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
         return self._copies[name].copy_(tensor.to(dtype), non_blocking=True)
 
     def wait(self) -> None:
         """Wait until the copies are complete."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        for gpu in self._gpus:
+            torch.cuda.current_stream(gpu).synchronize()
 
 
 class Behind:

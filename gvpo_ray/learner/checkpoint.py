@@ -55,13 +55,20 @@ class Checkpoint:
         weights: the policy's.
         reference: the policy's.
         rank: rank 0 writes the model.
+        device: this rank's.
         dtype: the type that the model is written in.
     """
 
     def __init__(
-        self, weights: WholeWeights, reference: ReferenceModel, rank: int, dtype: torch.dtype
+        self,
+        weights: WholeWeights,
+        reference: ReferenceModel,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self._weights, self._reference, self._rank, self._dtype = weights, reference, rank, dtype
+        self._weights, self._reference, self._rank = weights, reference, rank
+        self._device, self._dtype = device, dtype
         self._module, self._backend, self._adapter = weights.module, weights.backend, weights.adapter
         self._copies = HostCopies()
         self.writing: Future[None] | None = None
@@ -135,6 +142,8 @@ class Checkpoint:
             written()
 
         def write() -> None:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread would be on the first GPU
             with writing(folder), _first_cause():
                 dcp.save(
                     tensors,
@@ -201,7 +210,7 @@ class Checkpoint:
     # --- reading --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, folder: Path, device: torch.device) -> dict[str, Any]:
+    def read(self, folder: Path) -> dict[str, Any]:
         """Restore optimizer, float32 weights, reference model and random state; return the state of `begin`.
 
         The model itself, and its adapter, are read when the policy is made. Checkpoints of 0.2 and older have
@@ -209,7 +218,6 @@ class Checkpoint:
 
         Args:
             folder: the checkpoint.
-            device: this rank's.
         """
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         path = str(folder / "optimizer")

@@ -87,7 +87,7 @@ class Policy:
         self.reference = ReferenceModel(
             self._module, self._backend, self._load, self.device, self.adapter is not None
         )
-        self._checkpoint = Checkpoint(self._weights, self.reference, self.rank, dtype)
+        self._checkpoint = Checkpoint(self._weights, self.reference, self.rank, self.device, dtype)
         self.packs = self._flex = False
         self._fallbacks: list[str] = []
         self._recomputes = recomputes_activations(config, self.device)
@@ -97,7 +97,7 @@ class Policy:
         self.beta: float | None = None
         """The beta of the next step, where beta is adaptive; None before the first step."""
         if (folder / "state.json").exists():
-            state = self._checkpoint.read(folder, self.device)
+            state = self._checkpoint.read(folder)
             self.step, self.num_updates, self.beta = state["step"], state["num_updates"], state["beta"]
 
     def _load(self, path: str | Path) -> Any:
