@@ -93,6 +93,16 @@ def test_the_site_says_what_commands_need_and_shows_what_is_outside_its_folder(s
     assert "<p>The others need data" in examples and 'href="quickstart.yaml"' not in examples
 
 
+def test_every_job_has_a_row_in_the_table_and_a_section_and_the_curves_are_there() -> None:
+    text = (ROOT / "jobs" / "README.md").read_text()
+    jobs = [path.stem for path in (ROOT / "jobs").glob("*.yaml")]
+    assert len(jobs) > 8
+    rows = re.findall(r"^\| \[(\w[\w.]*?)\.(?:yaml|py)\]\(.*\|$", text, re.MULTILINE)
+    heads = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert heads == [row for row in rows if row in heads] and {*jobs} <= {*heads}
+    assert all((ROOT / "jobs" / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+
+
 # ------------------------------------------------------------------------------------------------ the pages
 
 

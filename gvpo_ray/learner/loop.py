@@ -25,9 +25,11 @@ from gvpo_ray.buffer.states import Command
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.behind import Behind, beside
 from gvpo_ray.learner.checkpoints import prune_checkpoints
+from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
 from gvpo_ray.observe.computes import write_computes
+from gvpo_ray.observe.token_examples import is_kept, write_examples
 
 Answer = TypeVar("Answer")
 
@@ -125,10 +127,15 @@ def learn(
             break
         got = time.perf_counter()
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
-        metrics = train_step(policy, rows, settings)
+        is_due = is_checkpoint_due(policy.step + 1, settings)
+        shows = policy.rank == 0 and (is_due or is_kept(policy.step + 1))
+        examples = Examples() if shows else None
+        metrics = train_step(policy, rows, settings, examples)
         trained = time.perf_counter()
         if stall is not None:
             metrics["time/checkpoint"] = stall
+        if examples is not None:
+            write_examples(settings.run_dir, policy.step, examples.chosen())
         if settings.reports_references and settings.loss.caches_reference:
             references = {
                 row["group_id"]: row["reference_logprobs"] for row in rows if "reference_logprobs" in row
@@ -144,13 +151,18 @@ def learn(
             times={"wait": got - asked, "train": trained - got, "since": asked},
             behind=behind,
         )
-        saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
+        saved = is_due
         stall = save(policy, buffer, settings) if saved else None
         if saved:
             on_checkpoint({"step": policy.step, **metrics})
     if behind is not None:
         behind.finish()
     policy.finish_saving()
+
+
+def is_checkpoint_due(step: int, settings: Settings) -> bool:
+    """Return whether a step gets a checkpoint without being asked."""
+    return step % settings.checkpoint.every == 0 or step == settings.last_step
 
 
 def publish(
