@@ -117,6 +117,8 @@ def _section(title: str, prefix: str, section: Any, seen: dict[Any, str]) -> Ite
         below += [(name, sections, str(field.annotation).startswith("dict"))] if sections else []
         mark = " ↻" if is_marked(field, RESUMABLE) else ""
         kind = "section" if sections else _type(field.annotation)
+        if sections and isinstance(field.annotation, types.UnionType) and str in get_args(field.annotation):
+            kind = "text or section"
         meaning = " ".join((field.description or "").split())
         cells = map(_cell, (kind, _default(field), meaning))
         yield f"| {_name(prefix + name)}{mark} | {' | '.join(cells)} |"
@@ -125,6 +127,8 @@ def _section(title: str, prefix: str, section: Any, seen: dict[Any, str]) -> Ite
         key = f"{prefix}{name}" + (".NAME" if is_named else "")
         for one in sections:
             if one in seen:
+                if seen[one] == key:  # of another objective, which shares it
+                    continue
                 yield f"## {key}\n\nIts keys are those of `{seen[one]}`.\n"
                 continue
             which = f" ({one.model_fields['objective'].default})" if len(sections) > 1 else ""

@@ -219,3 +219,10 @@ def test_the_first_line_of_a_process_promises_no_time_left(capsys: pytest.Captur
     first, second = capsys.readouterr().out.splitlines()
     assert "step  4/50" in first and "left" not in first
     assert "step  5/50" in second and "left 0:00" in second
+
+
+def test_equal_rewards_are_no_mistake_where_another_model_is_the_reference() -> None:
+    learns = {"learner": {"learning_rate": 1e-3}}
+    assert why_nothing_is_learned(steps(WRONG), config(**learns)) is not None
+    distils = config(**learns, loss={"reference": {"model": "teacher"}})
+    assert why_nothing_is_learned(steps(WRONG), distils) is None

@@ -21,7 +21,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data import hub as module
 from gvpo_ray.data.hub import hub, silence
-from gvpo_ray.run.inputs import read_model
+from gvpo_ray.run.models import read_model
 
 LOST = 0
 """An answer that is lost on its way."""

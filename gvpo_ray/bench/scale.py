@@ -29,6 +29,7 @@ from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.data import PromptsConfig, ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.loss import GvpoLoss, LossOptions
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.engines.actor import ActorMethods, MakeEngine
@@ -119,6 +120,7 @@ class FakeRun:
         address: of the cluster to join; None: an embedded Ray.
         verifier_resources: custom Ray resources of one verifier.
         learner_resources: custom Ray resources of the learner.
+        loss: options of the objective, of which only another model as reference has an effect.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class FakeRun:
         address: str | None = None,
         verifier_resources: dict[str, float] | None = None,
         learner_resources: dict[str, float] | None = None,
+        loss: LossOptions | None = None,
     ) -> None:
         # Imported here because they import torch, and every fake engine imports this file.
         from gvpo_ray.buffer.log import Quarantine
@@ -157,7 +160,8 @@ class FakeRun:
             groups_per_step=groups_per_step,
             max_staleness=max_staleness,
             model=ModelConfig(path="fake"),
-            prompts=PromptsConfig(path="fake"),
+            prompts=PromptsConfig(path="fake", template="{prompt}"),
+            loss=loss or GvpoLoss(),  # type: ignore[arg-type]
             sampling=sampling,
             replay=replay or ReplayConfig(),
             engines=engines,

@@ -138,16 +138,14 @@ class _Candidate:
 def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
     """Return the picked completions as one group of the prompt, with the columns of the log.
 
-    Their source is "replay". A reference that the learner did not report is null.
+    Their source is "replay". A reference that neither the log has nor the learner reported is null.
     """
     if not picked:
         return groups.log_columns(
             groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]])
         )
     group = groups.join(prompt, *(groups.take(candidate.group, [candidate.index]) for candidate in picked))
-    told = [
-        (candidate.entry.version, _at(candidate.entry.references, candidate.index)) for candidate in picked
-    ]
+    told = [_reference_of(candidate) for candidate in picked]
     known = any(not math.isnan(value) for _, value in told)
     return groups.log_columns(
         groups.with_columns(
@@ -161,6 +159,18 @@ def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
             ],
         )
     )
+
+
+def _reference_of(candidate: _Candidate) -> tuple[int | None, float]:
+    """Return version and log-prob of a completion's reference; nan: not known.
+
+    The log has those by another model, and what the learner reported of the run's own is in the index.
+    """
+    if candidate.entry.references is not None:
+        return candidate.entry.version, _at(candidate.entry.references, candidate.index)
+    columns = (candidate.group[name][0].as_py() for name in groups.REFERENCE_COLUMNS)
+    logprob, version = ((values or {candidate.index: None})[candidate.index] for values in columns)
+    return (None, math.nan) if logprob is None else (version, logprob)
 
 
 def _packed(values: Sequence[float | None]) -> array[float]:

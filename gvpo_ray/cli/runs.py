@@ -229,6 +229,25 @@ def jobs() -> None:
     print(f"in {next(iter(files.values())).parent}")
 
 
+@verb("score poft.yaml --out scored.jsonl")
+def score(
+    config: Config,
+    out: Annotated[str, typer.Option(metavar="FILE", help="the .jsonl or .parquet file to write")],
+    overrides: Overrides = None,
+) -> None:
+    """Score a source with PoFT's aligned models, once.
+
+    FILE has the source's rows with the column aligned_logps: the mean log-prob per token by name of a model
+    of loss.aligned. Then train with sources.NAME.path=FILE. Rows that a model cannot score are left out.
+    """
+    read = read_config(config, overrides)
+    from gvpo_ray.config.shown import visible
+    from gvpo_ray.run import score as scoring
+
+    for line in scoring.score(read, out):
+        print(visible(line), flush=True)
+
+
 @verb("status runs/quickstart")
 def status(run_dir: RunDir) -> None:
     """Print what every stage of a run does or waits for now.

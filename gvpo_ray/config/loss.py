@@ -6,124 +6,14 @@ A new objective is a class here, its name in `LossConfig`, a file in losses/ and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
-from gvpo_ray.config.base import Section
-
-START_BETA = 0.1
-"""The paper's beta, with which `loss.beta: auto` begins and other objectives compute gvpo's statistics."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """The log-probs with which a loss compares those of the current policy."""
-
-    detail: Literal["nothing", "sums", "tokens"]
-    """How many log-probs: none, one per completion (the sum over its tokens), or one per token."""
-    policy: Literal["behaviour", "previous", "model"]
-    """Whose log-probs: `behaviour`, the policy that sampled the completion; `previous`, the policy at the
-    start of the step; or `model`, a reference model with weights of its own."""
-
-
-class LossOptions(Section):
-    """The options that all objectives share, and the questions that the learner asks of an objective."""
-
-    objective: str
-    """Name of the objective: `gvpo`, or one to compare it with, on the same data and in the same loop."""
-    reference: str = "behaviour"
-    """Policy that is the reference, pi_ref: `behaviour` (the one that sampled the completion), `previous`
-    (the policy at the start of the step), `initial` (the policy that the run began with, frozen), or `every:
-    N` (a copy of the policy, refreshed every N steps). For external completions gvpo's `behaviour` is
-    `initial`. GVPO's theorems are about one reference per prompt. With `behaviour`, completions of several
-    policies in a group have one each, and training rests at R / beta plus the mean of their log-probs,
-    weighted by the posterior of who wrote the completion."""
-    depends_on_beta: ClassVar[bool] = False
-    """Whether the loss depends on beta, and not only its statistics."""
-    least: ClassVar[int] = 2
-    """Fewest completions of a group. 1: completions are not compared, and come from sources alone."""
-    reads_rewards: ClassVar[bool] = True
-    """Whether the loss reads rewards. If not, completions of sources need neither rewards nor golds."""
-
-    @field_validator("reference", mode="before")
-    @classmethod
-    def _reference(cls, value: Any) -> str:
-        if isinstance(value, dict) and set(value) == {"every"}:
-            value = f"every: {value['every']}"
-        name, _, number = str(value).partition(":")
-        if name == "every" and number.strip().isdigit() and int(number) > 0:
-            return f"every: {int(number)}"
-        if value in ("behaviour", "previous", "initial"):
-            return str(value)
-        raise ValueError("must be behaviour, previous, initial or every: N")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the objective's loss: the options that are its alone."""
-        shared = {*LossOptions.model_fields, "old_policy", "beta"}
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
-
-    @property
-    def sampler_need(self) -> Need:
-        """The log-probs of the sampling policy that the loss needs."""
-        return Need("nothing", "behaviour")
-
-    @property
-    def reference_need(self) -> Need:
-        """The log-probs of the reference policy that the loss, or one of its statistics, needs."""
-        return Need("sums", self._reference_policy)
-
-    @property
-    def foreign_is_initial(self) -> bool:
-        """Whether an external completion counts as one of the initial policy.
-
-        Otherwise it counts as one of the policy at the start of the step.
-        """
-        return False
-
-    @property
-    def num_weak_negatives(self) -> int:
-        """Most completions of other prompts that join a group in an update."""
-        return 0
-
-    @property
-    def start_beta(self) -> float:
-        """The beta of the first step."""
-        return START_BETA
-
-    @property
-    def adapts_beta(self) -> bool:
-        """Whether beta is adapted after each step."""
-        return False
-
-    @property
-    def is_damped(self) -> bool:
-        """Whether the learning rate is scaled by how much of the residuals the rewards explain."""
-        return False
-
-    @property
-    def has_reference_model(self) -> bool:
-        """Whether the reference has weights of its own."""
-        return self.reference not in ("behaviour", "previous")
-
-    @property
-    def caches_reference(self) -> bool:
-        """Whether the reference model's log-prob of a completion is computed once and kept with it."""
-        return self.reference_need == Need("sums", "model")
-
-    @property
-    def reference_every(self) -> int | None:
-        """Steps between refreshes of the reference, N of `every: N`; None for other references."""
-        return int(self.reference.partition(":")[2]) if self.reference.startswith("every") else None
-
-    @property
-    def _reference_policy(self) -> Literal["behaviour", "previous", "model"]:
-        if self.has_reference_model:
-            return "model"
-        return "previous" if self.reference == "previous" else "behaviour"
-
+from gvpo_ray.config.loss_options import START_BETA as START_BETA
+from gvpo_ray.config.loss_options import LossOptions as LossOptions
+from gvpo_ray.config.loss_options import Need as Need
+from gvpo_ray.config.model import ScoringModelConfig
 
 PAPER: dict[str, Any] = {"beta": START_BETA, "importance_cap": None, "damped": False, "reference": "previous"}
 """The options that `loss.preset: paper` stands for."""
@@ -329,7 +219,7 @@ class DpoLoss(_WithBeta):
     """DPO's options."""
 
     objective: Literal["dpo"] = "dpo"
-    reference: str = "initial"
+    reference: str | ScoringModelConfig = "initial"
     """Policy that is the reference, as for the other objectives: `initial` is the published one."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of pairs that are taken to be labelled the wrong way round."""
@@ -347,7 +237,7 @@ class EpaLoss(_WithBeta):
     """EPA's options."""
 
     objective: Literal["epa"] = "epa"
-    reference: str = "initial"
+    reference: str | ScoringModelConfig = "initial"
     """Policy that is the reference, as for the other objectives; `initial` is that of preferences."""
     num_weak: int = Field(default=0, ge=0)
     """Weak negatives of a group: completions of other prompts of the same update, scored under this one. The
@@ -368,13 +258,20 @@ class SftLoss(LossOptions):
 
 
 class PoftLoss(LossOptions):
-    """PoFT's options. A completion's reward is the mean log-prob per token that aligned models gave it."""
+    """PoFT's options. A completion's reward is the mean log-prob per token that aligned models gave it.
+
+    The source has it in its reward_column, or by name of the model in the column `aligned_logps`, which
+    `gvpo-ray score` writes.
+    """
 
     objective: Literal["poft"] = "poft"
     beta: float = Field(default=1.0, gt=0)
     """Factor of the difference of mean log-probs per token."""
     gamma: float = 0.0
     """Margin that is added to it."""
+    aligned: dict[str, ScoringModelConfig] = {}
+    """The aligned models by name, with which `gvpo-ray score` scores the source. Training starts none of
+    them: it needs their log-probs in the data, and with {} takes those of all models that these name."""
     least: ClassVar[int] = 1
 
 

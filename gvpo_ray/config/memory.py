@@ -225,7 +225,7 @@ def total(parts: dict[str, float]) -> float:
 
 
 def _keeps_a_copy(config: GVPOConfig) -> bool:
-    return config.loss.reference == "initial" or config.loss.reference.startswith("every")
+    return config.loss.has_reference_model
 
 
 def _of_a_pass(

@@ -1,10 +1,10 @@
-"""The config sections `model` and `warm_start`."""
+"""The config sections `model` and `warm_start`, and that of a model that only scores texts."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gvpo_ray.config.base import DECIDES_SCORES, LocalPath, Section
 from gvpo_ray.config.data import PromptsConfig
@@ -38,6 +38,33 @@ class ModelConfig(Section):
     """Allow transformers and vLLM to run Python code of the model's folder."""
     lora: LoraConfig | None = None
     """Train an adapter in place of all weights; `{}`: with the defaults of an adapter."""
+
+
+class ScoringModelConfig(Section):
+    """A model that scores texts, with a tokenizer of its own and in actors of its own.
+
+    Ray restarts an actor that dies, and what it had in hand is scored again.
+    """
+
+    model: Annotated[str, LocalPath()]
+    """Folder or hub name of a Hugging Face causal language model, with its tokenizer."""
+    num: int = Field(default=1, ge=1)
+    """Number of actors, each with the whole model. With max_num, the smallest number."""
+    max_num: int | None = Field(default=None, ge=1)
+    """Largest number of actors: there are more while every actor has work waiting, and fewer again
+    afterwards. Default: num."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs that one actor asks Ray for."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of one actor, on which it computes in bfloat16; 0: in float32 on CPU."""
+    batch_size: int = Field(default=8, ge=1)
+    """Texts in one forward pass."""
+
+    @model_validator(mode="after")
+    def _at_most(self) -> ScoringModelConfig:
+        if self.max_num is not None and self.max_num < self.num:
+            raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
+        return self
 
 
 class WarmStartConfig(Section):

@@ -22,6 +22,7 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
             for name, r in config.verifiers.rewards.items()
             if r.model
         ),
+        *([("reference", t.num, t.num_cpus, t.num_gpus)] if (t := config.loss.reference_model) else []),
     ]
 
 
@@ -41,9 +42,9 @@ def check_resources(
         ConfigError: one line that names what asks for too much.
     """
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
-    keys["environment"] = "environment.num"
+    keys |= {"environment": "environment.num", "reference": "loss.reference.num"}
     absent = (
-        *(() if engines else ("engine", "verifier", "environment", "reward model")),
+        *(() if engines else ("engine", "verifier", "environment", "reward model", "reference")),
         *(() if learner else ("learner worker",)),
     )
     plan = [row for row in resource_plan(config) if not row[0].startswith(absent)]

@@ -126,6 +126,13 @@ class GVPOConfig(Section):
             }
             self.evaluation = self.evaluation.model_copy(update={"sets": held_out})
         self._across_environment()
+        if self.loss.reference_model is not None:
+            if self.environment is not None:
+                raise ValueError("loss.reference: another model does not score episodes of an environment")
+            if self.sampling.stop:
+                raise ValueError(
+                    "loss.reference: another model does not score an end by one of the texts of sampling.stop"
+                )
         model, engines, learner, n = self.model, self.engines, self.learner, self.groups_per_step
         if learner.num_mini_batches > n:
             raise ValueError(

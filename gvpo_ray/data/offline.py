@@ -15,7 +15,7 @@ import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,18 +23,22 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
-from gvpo_ray.config.loss import GvpoLoss, LossOptions
+from gvpo_ray.config.loss import GvpoLoss, LossOptions, PoftLoss
 from gvpo_ray.data.columns import as_json, as_text
+from gvpo_ray.data.files import Columns
 from gvpo_ray.data.messages import Message, as_messages, as_prompt, is_messages, of_assistant
 from gvpo_ray.data.problems import Problem, Problems, group_columns, read_problems, read_rows
 from gvpo_ray.data.prompts import EpochOrder
 from gvpo_ray.data.rendering import messages_of, renderer_of
 from gvpo_ray.data.transcripts import transcripts_of
-from gvpo_ray.data.unfold import unfold
+from gvpo_ray.data.unfold import Unfolded, unfold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+ALIGNED = "aligned_logps"
+"""The column with mean log-probs per token by name of an aligned model, which PoFT reads."""
 
 MAX_REWARD = float(np.finfo(np.float32).max)
 """Rewards are float32."""
@@ -85,29 +89,13 @@ class OfflineSource:
     ) -> None:
         key, self.source = f"sources.{name}", f"offline:{name}"
         loss = loss or GvpoLoss()
-        if loss.least == 1 and loss.reads_rewards and config.reward_column is None:
-            raise ConfigError(
-                f"{key}.reward_column: required, as loss.objective {loss.objective} compares with it: the "
-                "column with the mean log-prob per token by aligned models"
-            )
-        if loss.least == 1 and config.answer_column is None:  # nothing is verified
-            config = config.model_copy(update={"answer_column": ""})
         renderer = renderer_of(config, tokenizer, key)
         if renderer.end_id is None:
             raise ConfigError(
                 f"{key}: the model's tokenizer has no end-of-sequence token, and every completion must end "
                 "with one"
             )
-        unfolded = unfold(read_rows(config, key), config, key, loss)
-        if unfolded is not None:
-            config = config.model_copy(update={**COLUMNS, "reward_column": unfolded.reward_column})
-        found = read_problems(
-            config,
-            key,
-            _more(config),
-            without_gold="reward" if config.reward_column else None,
-            unfolded=unfolded,
-        )
+        config, _, unfolded, found = read_completions(config, key, loss)
         problems, self._rows = found.problems, _as_table(config, found, key, loss)
         self.brings_rewards = config.reward_column is not None or not loss.reads_rewards
         prompts = self._rows["prompt"].to_pylist()
@@ -294,6 +282,49 @@ COLUMNS = {"prompt_column": "prompt", "completion_column": "completion", "answer
 """The keys of a source whose rows are unfolded."""
 
 
+class Completions(NamedTuple):
+    """Completions are the rows of a source, read and not yet tokenised."""
+
+    config: SourceConfig
+    """The section, with the columns that were found."""
+    data: Columns
+    """The data set as it is."""
+    unfolded: Unfolded | None
+    """The rows of one completion each that it was turned into; None: it has these already."""
+    found: Problems
+    """The rows; `more` has `completion`, and `reward` where the config names its column."""
+
+
+def read_completions(config: SourceConfig, key: str, loss: LossOptions) -> Completions:
+    """Read the rows of a source.
+
+    Args:
+        config: the section.
+        key: where it stands in the config, for messages.
+        loss: the objective, which says what the data must have.
+
+    Raises:
+        ConfigError: one line that names the key, and the row where there is one.
+    """
+    data = read_rows(config, key)
+    if loss.least == 1 and loss.reads_rewards and config.reward_column is None:
+        if ALIGNED not in data:
+            raise ConfigError(
+                f"{key}.reward_column: required, as loss.objective {loss.objective} compares with it: the "
+                "column with the mean log-prob per token by aligned models (gvpo-ray score CONFIG --out FILE "
+                f"writes {ALIGNED}, which is found by itself)"
+            )
+        config = config.model_copy(update={"reward_column": ALIGNED})
+    if loss.least == 1 and config.answer_column is None:  # nothing is verified
+        config = config.model_copy(update={"answer_column": ""})
+    unfolded = unfold(data, config, key, loss)
+    if unfolded is not None:
+        config = config.model_copy(update={**COLUMNS, "reward_column": unfolded.reward_column})
+    without_gold = "reward" if config.reward_column else None
+    found = read_problems(config, key, _more(config), without_gold=without_gold, unfolded=unfolded)
+    return Completions(config, data, unfolded, found)
+
+
 def is_transcript(completion: Any) -> bool:
     """Return whether a completion is messages that are more than one text: several turns, calls of tools."""
     if not is_messages(completion):
@@ -341,7 +372,11 @@ def _reward(value: Any, where: str, loss: LossOptions) -> float | None:
     if loss.least > 1:
         return None if value is None else _number(value, where)
     if isinstance(value, Mapping):
-        by_model = [_number(each, f"{where}.{name}") for name, each in value.items()]
+        names = list(loss.aligned if isinstance(loss, PoftLoss) and loss.aligned else value)
+        for name in names:
+            if value.get(name) is None:
+                raise ConfigError(f"{where} has no log-prob of {name}")
+        by_model = [_number(value[name], f"{where}.{name}") for name in names]
         value = math.fsum(by_model) / len(by_model) if by_model else None
     if value is None:
         raise ConfigError(f"{where} is null: loss.objective {loss.objective} needs it of every row")

@@ -14,8 +14,9 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.evaluation.folder import EvaluationDir
 from gvpo_ray.learner.checkpoints import latest_checkpoint
-from gvpo_ray.run.inputs import check_reward_models, columns_by_key, read_evaluation_sets, read_model
+from gvpo_ray.run.inputs import columns_by_key, read_evaluation_sets
 from gvpo_ray.run.machine import check_machine
+from gvpo_ray.run.models import check_reward_models, read_model
 from gvpo_ray.run.once import NO_OWN, evaluation_sampling, run_through, without_learner
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.rewards import Rewards

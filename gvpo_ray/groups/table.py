@@ -31,9 +31,10 @@ gets it (m = 2), and the room that fills each column:
     reward_parts        {"math": [1.0, 0.0]}             verifiers (each reward before weighting)
     reward_reasons      [null, null]                     verifiers (why a reward is null, or what the verifier
                                                                     noticed; one reason per line)
-    reference_logprobs  [-0.4, -0.9]                     learner   (float64 sum over the completion's tokens)
-    reference_versions  [0, 0]                           learner   (version of the reference's weights; null:
-                                                                    not trained on)
+    reference_logprobs  [-0.4, -0.9]                     learner   (float64 sum over the completion's tokens;
+                                                                    by verifiers where another model scores)
+    reference_versions  [0, 0]                           learner   (version of the reference's weights, below
+                                                                    0 for another model; null: not scored)
     episodes            ['{"turns": 3, ...}', null]      engines   (JSON: name, turns, tool_calls,
                                                                     tool_errors, end; null: no episode.
                                                                     Optional)

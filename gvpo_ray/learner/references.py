@@ -15,6 +15,7 @@ The other policies are the same for all completions:
     `previous`    the forward pass itself, or in later mini-batches a pass before the first update
     `model`       a pass of the reference model; where only sums are needed, the column
                   `reference_logprobs`, which is stored with a completion
+    `other`       the same column, which another model has filled before the group was logged
 
 An objective's options say what it needs (config/loss.py): no objective is known here by name.
 """
@@ -137,6 +138,21 @@ def check_sampling_logprobs(rows: Sequence[Row]) -> None:
                 raise groups.GroupError(
                     f"group {row['group_id']}: sampling_logprobs[{i}] has {logprobs[token]} for token {token}"
                 )
+
+
+def check_given_references(rows: Sequence[Row]) -> None:
+    """Check that another model has scored every completion of these groups.
+
+    Raises:
+        GroupError: it has not; the message names the group and the completion.
+    """
+    for row in rows:
+        known = row.get("reference_logprobs") or [None] * len(row["rewards"])
+        if None in known:
+            raise groups.GroupError(
+                f"group {row['group_id']}: completion {known.index(None)} has no log-prob of the other model "
+                "that is the reference"
+            )
 
 
 def measure_passes(

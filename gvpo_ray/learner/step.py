@@ -24,6 +24,7 @@ from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import (
     ReferenceLogprobs,
     attach_references,
+    check_given_references,
     check_sampling_logprobs,
     measure_passes,
     score_with_reference,
@@ -123,6 +124,8 @@ def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Sett
             groups.with_weak_negatives(rows, num, settings.seed, policy.max_length) for rows in mini_batches
         ]
     dealt = [rows_of_ranks(policy, rows, max_tokens) for rows in mini_batches]
+    if loss.reference_model is not None:
+        check_given_references(trained)
     if loss.caches_reference:
         for ranks in dealt:
             score_with_reference(policy, ranks, max_tokens)

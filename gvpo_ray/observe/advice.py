@@ -109,7 +109,8 @@ def why_nothing_is_learned(lines: Sequence[Mapping[str, Any]], config: GVPOConfi
     }
     cause = (
         _nothing_verifiable(means, config)
-        or _rewards_are_equal(means, config)
+        # equal rewards are distillation where another model is the reference
+        or (None if config.loss.reference_model else _rewards_are_equal(means, config))
         or _weights_stay(means, config)
     )
     if cause is None:

@@ -36,8 +36,9 @@ from gvpo_ray.observe.metrics_log import MetricsLog
 from gvpo_ray.observe.status import RunState
 from gvpo_ray.observe.trackers import Tracking, check_trackers
 from gvpo_ray.run.events import EventLog
-from gvpo_ray.run.inputs import read_inputs, read_model
+from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
+from gvpo_ray.run.models import check_recorded, read_model, reference_digest
 from gvpo_ray.run.once import evaluation_sampling, run_through
 from gvpo_ray.run.rollouts import Say
 from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
@@ -93,12 +94,14 @@ class GVPO:
             recorded, assigned, num_recorded_steps = read_recorded(
                 Path(str(groups_file)), config.groups_per_step, self.run_dir / "groups"
             )
+            check_recorded(config, recorded)
         else:
             self.inputs = read_inputs(config, rewards)
         check_trainable(config.model)
         self._open = contextlib.ExitStack()
         contents = {} if self.replays else self.inputs.digests()
-        self._open.enter_context(open_run_dir(config, contents | digest_of(config.model)))
+        contents |= digest_of(config.model) | reference_digest(config)
+        self._open.enter_context(open_run_dir(config, contents))
         try:
             self.num_steps = config.num_steps
             if self.replays:
@@ -411,7 +414,7 @@ class GVPO:
 LEARNERS_END_S = 20.0
 """Seconds that the end of a run waits for Ray Train, which first finishes the step that it is in."""
 
-RECOVERIES = ("engine", "verifier", "environment", "learner", "buffer", "driver")
+RECOVERIES = ("engine", "verifier", "reference", "environment", "learner", "buffer", "driver")
 """Kinds of processes whose restarts are counted, as the metrics recoveries/<kind>."""
 
 

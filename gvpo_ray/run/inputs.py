@@ -25,7 +25,6 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.dialogue import dialogue_of
-from gvpo_ray.data.hub import hub
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
@@ -35,6 +34,7 @@ from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
+from gvpo_ray.run.models import check_reference, check_reward_models, read_model
 from gvpo_ray.run.run_dir import check_same_run
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
@@ -163,6 +163,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
             f"context of {max_length}"
         )
     check_stop_tokens(config.sampling, tokenizer)
+    check_reference(config)
     shares = math.fsum(source.group_share for source in config.sources.values())
     if config.loss.least == 1 and shares < 1:
         raise ConfigError(
@@ -277,82 +278,6 @@ def make_renderer_of(config: GVPOConfig) -> MakeRenderer:
         return renderer_of
     contract = read_contract(config.environment, config.verifiers)
     return partial(dialogue_of, tools=contract.tools, family=config.environment.renderer)
-
-
-def read_model(config: GVPOConfig) -> tuple[int, Any]:
-    """Return context length (tokens) and tokenizer of model.path, after checking that it can be loaded.
-
-    Raises:
-        ConfigError: one line that names the key.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    path, trust = config.model.path, config.model.trust_remote_code
-    if is_local(path) and not Path(path).is_dir():
-        hint = "; make it with: gvpo-ray warm-start CONFIG" if config.warm_start else ""
-        raise ConfigError(f"model.path: no folder {path}{hint}")
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"model.path: {path} has no config.json")
-        if not any(
-            (Path(path) / name).is_file()
-            for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-        ):
-            raise ConfigError(
-                f"model.path: {path} has no tokenizer (tokenizer.json): save the model's tokenizer beside it"
-            )
-        if not any(Path(path).glob("*.safetensors")):
-            raise ConfigError(f"model.path: {path} has no weights (*.safetensors)")
-    with hub("model.path", path, "model"):
-        model, tokenizer = (_loaded("model.path", kind, path, trust) for kind in (AutoConfig, AutoTokenizer))
-    # transformers makes an empty tokenizer where the vocabulary's file is missing.
-    if not tokenizer("1 + 2 = 3")["input_ids"]:
-        raise ConfigError(
-            f"model.path: {path} has no tokenizer (tokenizer.json): the one that loads turns text into no "
-            "tokens"
-        )
-    context = getattr(model, "max_position_embeddings", None) or config.model.max_length
-    if context is None:
-        raise ConfigError(f"model.max_length: {path} does not say its context length: give it here")
-    if config.model.max_length and config.model.max_length > context:
-        raise ConfigError(
-            f"model.max_length: {config.model.max_length} is more than the model's context of {context}"
-        )
-    return config.model.max_length or context, tokenizer
-
-
-def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool = False) -> Any:
-    """Load the config or the tokenizer of a model, whose path stands at `key` in the run's config.
-
-    Raises:
-        ConfigError: one line that names the key, the folder and the first cause.
-    """
-    what = {"AutoConfig": "config.json", "AutoTokenizer": "the tokenizer"}[kind.__name__]
-    try:
-        loaded = kind.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # A broken file raises KeyError, AttributeError and more in transformers, and the Rust library of
-    # tokenizers raises Exception itself.
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        is_plain = isinstance(error, (OSError, ValueError)) and lines[0]
-        why = lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-        raise ConfigError(f"{key}: cannot load {what} of {path}: {why}") from error
-    return loaded
-
-
-def check_reward_models(config: VerifiersConfig) -> None:
-    """Refuse a reward model whose config.json does not load.
-
-    Raises:
-        ConfigError: one line that names the key.
-    """
-    from transformers import AutoConfig
-
-    for name, reward in config.rewards.items():
-        if reward.model is not None:
-            key = f"verifiers.rewards.{name}.model"
-            with hub(key, reward.model, "model"):
-                _loaded(key, AutoConfig, reward.model)
 
 
 def check_paths(config: GVPOConfig) -> Iterator[str]:

@@ -27,8 +27,9 @@ from gvpo_ray.observe.samples import sample_lines
 from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.session import Session
-from gvpo_ray.run.wiring import rollout_of
+from gvpo_ray.run.wiring import references_of, rollout_of
 from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.verifiers.references import ReferenceGroup
 from gvpo_ray.verifiers.rewards import Rewards
 
 
@@ -82,10 +83,13 @@ def rollout(
     session = Session(config.ray)
     try:
         engines, verifiers = without_learner(session, config, inputs.max_length, reward)
+        references = references_of(session, config, _note)
         prompts = pa.concat_tables(
             [inputs.prompts.group(i) for i in range(num_groups or config.groups_per_step)]
         )
-        table = session.guard(run_through(prompts, engines, verifiers, config.sampling, 0))
+        table = session.guard(
+            run_through(prompts, engines, verifiers, config.sampling, 0, references=references)
+        )
         groups.save(groups.log_columns(table), part)
         part.replace(out)
         return table
@@ -143,12 +147,6 @@ def without_learner(
 ) -> tuple[EngineGroup, VerifierGroup]:
     """Start engines with the weights of model.path, and verifiers, on a session; return both."""
 
-    def say(line: str) -> None:
-        print(visible(line), file=sys.stderr)
-
-    def note(who: str, name: str, why: str) -> None:
-        say(f"recovery of {name}: {why}")
-
     async def fail(error: BaseException) -> None:
         """Do nothing: the error is already the session's cause."""
 
@@ -158,15 +156,23 @@ def without_learner(
         config.seed,
         True,
         None,
-        rollout=rollout_of(session, config, note, say),
+        rollout=rollout_of(session, config, _note, _say),
         num_completions=config.sampling.num_completions,
     )
-    engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, note)
+    engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, _note)
     session.on_stop(engines.close)
-    verifiers = VerifierGroup(config.verifiers, rewards, note, say)
+    verifiers = VerifierGroup(config.verifiers, rewards, _note, _say)
     session.on_stop(verifiers.close)
     session.spawn(engines.run(), fail)
     return engines, verifiers
+
+
+def _say(line: str) -> None:
+    print(visible(line), file=sys.stderr)
+
+
+def _note(who: str, name: str, why: str) -> None:
+    _say(f"recovery of {name}: {why}")
 
 
 async def run_through(
@@ -177,6 +183,7 @@ async def run_through(
     min_version: int,
     seed: int | None = None,
     on_done: Callable[[pa.Table], None] = lambda group: None,
+    references: ReferenceGroup | None = None,
 ) -> pa.Table:
     """Sample and verify every row once; return the scored rows in their order.
 
@@ -190,6 +197,7 @@ async def run_through(
         min_version: oldest version of the weights that may sample.
         seed: makes every prompt's samples reproducible, by a seed per prompt; None: unseeded.
         on_done: called with each scored group as it arrives.
+        references: add the log-probs of another model that is the reference.
 
     Raises:
         ConfigError: there is no engine of our own.
@@ -208,7 +216,9 @@ async def run_through(
         while True:
             try:
                 sampled = await engines.sample(prompt, sampling, min_version, own_seed, only_ours=True)
-                scored = groups.from_wire(await (await verifiers.score(sampled)))
+                result = await verifiers.score(sampled)
+                result = result if references is None else await references.score(result)
+                scored = groups.from_wire(await result)
                 break
             except RayError as error:
                 if not is_lost(error):

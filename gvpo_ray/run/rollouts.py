@@ -34,6 +34,7 @@ from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.observe.status import EngineState, status_lines, write_status
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.verifiers.references import ReferenceGroup
 
 Say = Callable[[str], None]
 """A callback that shows a line to the user."""
@@ -56,6 +57,7 @@ class Ring:
         state: returns the driver's part of the status: step, num_steps, what it does, recoveries.
         note: called on every recovery.
         say: called with lines for the user.
+        references: add the log-probs of another model that is the reference; None: a policy of the run is.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Ring:
         state: Callable[[], dict[str, Any]],
         note: Note,
         say: Say,
+        references: ReferenceGroup | None = None,
     ) -> None:
+        self._references = references
         self._inputs, self._engines, self._verifiers, self._buffer, self._quarantine = (
             inputs,
             engines,
@@ -136,7 +140,7 @@ class Ring:
 
         A group needs a free engine slot, and the verifiers must not be too far behind.
         """
-        later = self._at["verifiers"] + self._at["buffer"]
+        later = self._at["verifiers"] + self._at["references"] + self._at["buffer"]
         if not self._engines.slots:
             return MAX_UNVERIFIED - len(self.running)
         free = self._engines.num_free() - self._at["prompts"]  # groups at this stage are about to take a slot
@@ -169,6 +173,9 @@ class Ring:
                     self._goes_to(group_id, since, "verifiers")
                     self._engines.room.set()
                     scored = await self._verifiers.score(sampled)
+                    if self._references is not None:
+                        self._goes_to(group_id, since, "references")
+                        scored = await self._references.score(scored)
                     self._goes_to(group_id, since, "buffer")
                     hit_limits = await self._buffer.put(scored)
                     break
@@ -267,7 +274,11 @@ class Ring:
             "pid": os.getpid(),
             **self._state(),
             "engines": self._engines.status(),
-            "verifiers": self._verifiers.status() if self._verifiers else {},
+            "verifiers": {
+                name: number
+                for group in (self._verifiers, self._references)
+                for name, number in (group.status() if group else {}).items()
+            },
             "outages": self._verifiers.outages() if self._verifiers else [],
             "buffer": of_buffer,
             "running": dict(self._at),

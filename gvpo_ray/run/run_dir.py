@@ -135,6 +135,11 @@ def _began_with(config: GVPOConfig, contents: Mapping[str, str]) -> dict[str, st
             f"{changed[0]}: {path} holds a run with other values of it (see its config.yaml); use "
             "another run_dir"
         )
+    if isinstance(new["loss"]["reference"], dict) and not isinstance(old["loss"]["reference"], dict):
+        raise ConfigError(
+            f"loss.reference: the groups of the run in {path} were not scored by another model; use another "
+            "run_dir"
+        )
     return _check_contents(path, contents)
 
 

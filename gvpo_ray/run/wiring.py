@@ -23,9 +23,11 @@ from gvpo_ray.engines.rollout import Episodes, Rollout, one_call
 from gvpo_ray.environments.contract import read_contract
 from gvpo_ray.environments.pool import EnvironmentGroup
 from gvpo_ray.run.inputs import Inputs
+from gvpo_ray.run.models import renderings_of, version_of
 from gvpo_ray.run.rollouts import Ring, Say
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.pool import VerifierGroup
+from gvpo_ray.verifiers.references import ReferenceGroup
 from gvpo_ray.verifiers.rewards import Rewards
 
 
@@ -95,7 +97,7 @@ def assemble(
         config.replay,
         takes_turns := inputs is not None and config.engines.colocated == "sleep",
     )
-    model, engines, verifiers = config.model, config.engines, None
+    model, engines, verifiers, references = config.model, config.engines, None, None
     rollout: Rollout | Episodes = one_call
     if inputs is None:
         engines = engines.model_copy(update={"num": 0, "max_num": None, "pools": {}})
@@ -103,6 +105,7 @@ def assemble(
         model = model.model_copy(update={"max_length": inputs.max_length})
         verifiers = VerifierGroup(config.verifiers, rewards, driver.note, driver.say)
         session.on_stop(verifiers.close)
+        references = references_of(session, config, driver.note)
         rollout = rollout_of(session, config, driver.note, driver.say)
     pools = EngineGroup(
         engines,
@@ -138,8 +141,19 @@ def assemble(
         driver.state,
         driver.note,
         driver.say,
+        references,
     )
     return Parts(buffer, pools, verifiers, ring)
+
+
+def references_of(session: Session, config: GVPOConfig, note: Note) -> ReferenceGroup | None:
+    """Start the actors of the other model that is the reference; None: a policy of the run is."""
+    other = config.loss.reference_model
+    if other is None:
+        return None
+    group = ReferenceGroup(other, renderings_of(config), note, version_of(other.model))
+    session.on_stop(group.close)
+    return group
 
 
 def rollout_of(

@@ -1,4 +1,4 @@
-"""The actors of the verifiers and of the reward models. Ray restarts a verifier that dies.
+"""The actors of the verifiers, and of the models that score. Ray restarts an actor that dies.
 
 This module imports neither torch nor vLLM, because actors import it.
 """
@@ -11,7 +11,7 @@ import inspect
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,111 @@ from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import Verifier
 
 
-class VerifierGroup:
-    """The verifier actors, seen from the driver; a group goes to the verifier with the fewest groups in hand.
+class ElasticGroup:
+    """Actors of one kind, seen from the driver; a call goes to the actor with the fewest calls in hand.
 
-    Ray restarts a verifier that dies, alone or with its node, and repeats the calls that it had in hand. That
-    is safe because a check has no effect but its result. With `max_num` verifiers are added while every
-    verifier has groups waiting, and removed when idle.
+    Ray restarts an actor that dies, alone or with its node, and repeats the calls that it had in hand. That
+    is safe because a call has no effect but its result. Up to `max_num` actors are added while every actor
+    has calls waiting, and removed when idle.
+
+    Args:
+        kind: the kind of the actors, for their names and for notes.
+        num: the smallest number of actors.
+        max_num: the largest; None: `num`.
+        note: called with every restart of an actor.
+    """
+
+    def __init__(self, kind: str, num: int, max_num: int | None, note: Note) -> None:
+        self._kind, self._num, self._max_num, self._note = kind, num, max_num or 0, note
+        self._processes: dict[Any, int] = {}
+        self._in_hand: dict[Any, int] = {}
+        self._idle_since: dict[Any, float] = {}
+        self._endings: set[asyncio.Future[None]] = set()
+        self._num_started = 0
+        for _ in range(num):
+            self._grow()
+
+    @property
+    def actors(self) -> list[Any]:
+        """Handles of the actors."""
+        return list(self._in_hand)
+
+    def status(self) -> dict[str, int]:
+        """Return the number of calls in hand of each actor, by its name."""
+        return {f"{self._kind}-{i}": number for i, number in enumerate(self._in_hand.values())}
+
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[Any]:
+        """Take the actor with the fewest calls in hand for one call."""
+        if len(self._in_hand) < self._max_num and min(self._in_hand.values()) >= GROW_AT:
+            self._grow()
+        actor = min(self._in_hand, key=lambda each: self._in_hand[each])
+        self._in_hand[actor] += 1
+        try:
+            yield actor
+        finally:
+            self._in_hand[actor] -= 1
+            self._shrink()
+
+    def _answered(self, actor: Any, pid: int, redone: str) -> None:
+        """Note a restart of the actor if another process than before has answered."""
+        if self._processes.setdefault(actor, pid) != pid:
+            self._processes[actor] = pid
+            number = list(self._in_hand).index(actor)
+            why = f"its process or its node died; what it had in hand was {redone} again"
+            self._note(self._kind, f"{self._kind}-{number}", why)
+
+    def _grow(self) -> None:
+        self._in_hand[self._start()] = 0
+        self._num_started += 1
+
+    def _start(self) -> Any:
+        """Start an actor."""
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options of Ray that all these actors have."""
+        # A group's table may arrive late from another node; later groups must not wait for it.
+        return {
+            "name": actor_name(f"{self._kind}-{self._num_started}"),
+            "max_concurrency": 1,
+            "allow_out_of_order_execution": True,
+            "scheduling_strategy": "SPREAD",
+            "max_restarts": -1,
+            "max_task_retries": MAX_VERIFIER_DEATHS,
+        }
+
+    def _shrink(self) -> None:
+        """End actors beyond `num` that have been idle for IDLE_S, and note which have become idle."""
+        now = time.monotonic()
+        for actor, in_hand in self._in_hand.items():
+            if in_hand:
+                self._idle_since.pop(actor, None)
+            else:
+                self._idle_since.setdefault(actor, now)
+        for actor, since in list(self._idle_since.items()):
+            if len(self._in_hand) > self._num and now - since > IDLE_S:
+                del self._in_hand[actor], self._idle_since[actor]
+                self._processes.pop(actor, None)
+                ending = asyncio.ensure_future(self._end(actor))
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, actor: Any) -> None:
+        """End an actor for good; Ray would restart one whose process ends by itself."""
+        try:
+            with contextlib.suppress(ray.exceptions.RayError):
+                await actor.close.remote()  # ends its sandbox
+        finally:
+            ray.kill(actor, no_restart=True)
+
+    async def close(self) -> None:
+        """End all actors."""
+        await asyncio.gather(*map(self._end, self._in_hand), *self._endings, return_exceptions=True)
+
+
+class VerifierGroup(ElasticGroup):
+    """The verifier actors, seen from the driver.
 
     Args:
         config: the number of verifiers, their resources and the reward functions.
@@ -58,29 +157,14 @@ class VerifierGroup:
                 and "site-packages" not in (module.__file__ or "site-packages")
             ):
                 ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
-        self.config, self._rewards, self._note = config, dict(rewards or {}), note
-        self._processes: dict[Any, int] = {}
+        self.config, self._rewards = config, dict(rewards or {})
         self._models: list[Any] = []
         self._model_rewards = {
             name: self._reward_model(name, reward) for name, reward in config.rewards.items() if reward.model
         }
-        self._in_hand: dict[Any, int] = {}
-        self._idle_since: dict[Any, float] = {}
-        self._endings: set[asyncio.Future[None]] = set()
         self._say, self._said = say, set[str]()
         self._record, self._outages = Record(), Outages(say)
-        self._num_started = 0
-        for _ in range(config.num):
-            self._grow()
-
-    @property
-    def actors(self) -> list[Any]:
-        """Handles of the verifier actors."""
-        return list(self._in_hand)
-
-    def status(self) -> dict[str, int]:
-        """Return the number of groups in hand of each verifier, by its name."""
-        return {f"verifier-{i}": number for i, number in enumerate(self._in_hand.values())}
+        super().__init__("verifier", config.num, config.max_num, note)
 
     def outages(self) -> list[str]:
         """Describe the services of reward functions that do not answer, in a line each."""
@@ -120,68 +204,19 @@ class VerifierGroup:
 
     async def _ask(self, sampled: Any, without: list[str]) -> tuple[Any, _Answer]:
         """Have one verifier score a group; return the scored group's ref, and what else it has to say."""
-        if len(self._in_hand) < (self.config.max_num or 0) and min(self._in_hand.values()) >= GROW_AT:
-            self._grow()
-        verifier = min(self._in_hand, key=lambda actor: self._in_hand[actor])
-        self._in_hand[verifier] += 1
-        try:
+        with self._hold() as verifier:
             scored, answer = verifier.score_group.remote(sampled, self._record.worked, without)
             answer = await answer
-            if self._processes.setdefault(verifier, answer.pid) != answer.pid:
-                self._processes[verifier] = answer.pid
-                number = list(self._in_hand).index(verifier)
-                self._note(
-                    "verifier",
-                    f"verifier-{number}",
-                    "its process or its node died; what it had in hand was checked again",
-                )
+            self._answered(verifier, answer.pid, "checked")
             return scored, answer
-        finally:
-            self._in_hand[verifier] -= 1
-            self._shrink(verifier)
 
-    def _grow(self) -> None:
-        # A group's table may arrive late from another node; later groups must not wait for it.
-        actor = (
+    def _start(self) -> Any:
+        options = self._options() | {"num_cpus": self.config.num_cpus, "resources": self.config.resources}
+        return (
             ray.remote(_VerifierActor)
-            .options(
-                name=actor_name(f"verifier-{self._num_started}"),
-                num_cpus=self.config.num_cpus,
-                resources=self.config.resources,
-                max_concurrency=1,
-                allow_out_of_order_execution=True,
-                scheduling_strategy="SPREAD",
-                max_restarts=-1,
-                max_task_retries=MAX_VERIFIER_DEATHS,
-            )
+            .options(**options)
             .remote(self.config, self._rewards, self._model_rewards)
         )
-        self._num_started += 1
-        self._in_hand[actor] = 0
-
-    def _shrink(self, verifier: Any) -> None:
-        """End verifiers beyond `num` that have been idle for IDLE_S, and note which have become idle."""
-        now = time.monotonic()
-        for actor, in_hand in self._in_hand.items():
-            if in_hand:
-                self._idle_since.pop(actor, None)
-            else:
-                self._idle_since.setdefault(actor, now)
-        for actor, since in list(self._idle_since.items()):
-            if len(self._in_hand) > self.config.num and now - since > IDLE_S:
-                del self._in_hand[actor], self._idle_since[actor]
-                self._processes.pop(actor, None)
-                ending = asyncio.ensure_future(self._end(actor))
-                self._endings.add(ending)
-                ending.add_done_callback(self._endings.discard)
-
-    async def _end(self, actor: Any) -> None:
-        """End a verifier for good; Ray would restart an actor whose process ends by itself."""
-        try:
-            with contextlib.suppress(ray.exceptions.RayError):
-                await actor.close.remote()  # ends its sandbox
-        finally:
-            ray.kill(actor, no_restart=True)
 
     def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
         """Start the actors of a reward model; return the reward function that calls them."""
@@ -204,18 +239,18 @@ class VerifierGroup:
         """End all verifiers and reward models."""
         for model in self._models:
             ray.kill(model, no_restart=True)
-        await asyncio.gather(*map(self._end, self._in_hand), *self._endings, return_exceptions=True)
+        await super().close()
 
 
 GROW_AT = 2
-"""Smallest number of groups in hand of every verifier at which one more verifier is started."""
+"""Smallest number of calls in hand of every actor at which one more actor is started."""
 
 IDLE_S = 30.0
-"""Seconds without work after which a verifier beyond verifiers.num is ended."""
+"""Seconds without work after which an actor beyond the smallest number is ended."""
 
 MAX_VERIFIER_DEATHS = 1000
-"""Deaths of its verifier that a call survives, those while it waits for its turn included. If there are more,
-the reward function kills the verifiers."""
+"""Deaths of its actor that a call survives, those while it waits for its turn included. If there are more,
+what it does kills the actors."""
 
 
 @dataclass
