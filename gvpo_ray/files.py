@@ -228,6 +228,15 @@ def write_whole(path: Path, text: str, sync: bool = False) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def kept_secret(path: Path, new: str) -> str:
+    """Return the text of a file that its owner alone can read; if there is none, it gets `new`."""
+    if not path.exists():
+        with replacing(path, sync=True) as part:
+            part.touch(0o600)
+            part.write_text(new, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, which becomes `path` when the block ends without error.

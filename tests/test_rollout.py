@@ -14,7 +14,7 @@ from clocks import Run, leaping
 
 from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines import base, fake_engine, rollout
+from gvpo_ray.engines import base, fake_engine, rollout_engine
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.rollout import Rollout, RolloutError, Sample, one_call
 
@@ -30,7 +30,7 @@ async def two_calls(prompt_ids: list[int], sample: Sample) -> list[int]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    return leaping(monkeypatch, base, fake_engine, rollout)
+    return leaping(monkeypatch, base, fake_engine, rollout_engine)
 
 
 def prompt() -> pa.Table:

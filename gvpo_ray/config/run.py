@@ -216,6 +216,11 @@ class GVPOConfig(Section):
             self.verifiers = self.verifiers.model_copy(update={"rewards": rewards})
         if self.sources:
             raise ValueError(f"sources.{next(iter(self.sources))}: offline completions are no episodes")
+        if self.environment.agent is not None:
+            if not self.engines.serve:
+                raise ValueError("environment.agent: it asks its model over HTTP: set engines.serve: true")
+            if self.replay.share:
+                raise ValueError("replay.share: the groups of an agent have prompts of their own")
         if served := [name for name, pool in self.engines.all_pools().items() if pool.url is not None]:
             where = "engines.url" if served == ["engines"] else f"engines.pools.{served[0]}.url"
             raise ValueError(f"{where}: a server makes no episodes")

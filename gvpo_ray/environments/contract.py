@@ -63,6 +63,7 @@ def read_contract(config: EnvironmentConfig, verifiers: VerifiersConfig | None =
             reward.
     """
     key = "environment.name"
+    assert config.name is not None
     try:
         cls = find(config.name)
     except Exception as error:  # importing a user's module may raise anything
@@ -113,8 +114,8 @@ def _schema(cls: type, name: str) -> dict[str, Any]:
     return schema
 
 
-def pickled_by_value(cls: type) -> None:
-    """Let a user's class travel to other machines with its code, as they may lack its file."""
+def pickled_by_value(cls: Any) -> None:
+    """Let a user's class or function travel to other machines with its code, as they may lack its file."""
     import ray
 
     module = sys.modules.get(cls.__module__)

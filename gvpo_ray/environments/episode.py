@@ -269,7 +269,7 @@ class Episodes:
                 size = len(known["completion_ids"]) if known else 0
                 if further is not None and len(further["completion_ids"]) > size:
                     known = {**further, "turn_ends": json.loads(further["episodes"]).get("turn_ends")}
-                found.append(Episode(self._config, dialogue, row, client, one, known))
+                found.append(self._episode(dialogue, row, client, one, known))
         for name, columns in cut.items():
             lost = Episode(self._config, dialogue, row, None, Opened(name, 0, None), columns)
             lost.end, lost.reason = "lost", GONE
@@ -277,6 +277,17 @@ class Episodes:
             found.append(lost)
         found = found[:num]
         return found + await self._opened(group_id, row, dialogue, num - len(found))
+
+    def _episode(
+        self,
+        dialogue: Dialogue,
+        row: Mapping[str, Any],
+        client: Client,
+        opened: Opened,
+        begun: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return an episode that a host has; an agent's is another one (agent.py)."""
+        return Episode(self._config, dialogue, row, client, opened, begun)
 
     async def _claimed(self, client: Client, group_id: int, without: list[str]) -> list[Opened]:
         try:
@@ -304,7 +315,7 @@ class Episodes:
                     last = error
                     await asyncio.sleep(min(5.0, 0.2 * 2**tries))
                     continue
-                return [Episode(self._config, dialogue, row, client, one) for one in opened]
+                return [self._episode(dialogue, row, client, one) for one in opened]
             raise NoEnvironmentError(f"environment: no actor begins an episode: {last}")
 
         parts = await asyncio.gather(*(at(number, share) for number, share in shares.items() if share))

@@ -10,8 +10,12 @@ from gvpo_ray.groups import Row
 
 
 def episodes_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return what the engines have noted of each episode of some groups (the column `episodes`)."""
-    return [json.loads(entry) for row in rows for entry in row.get("episodes") or () if entry]
+    """Return what the engines have noted of each episode of some groups (the column `episodes`).
+
+    An agent's episode may be several completions, its branches, and counts once.
+    """
+    found = (json.loads(entry) for row in rows for entry in row.get("episodes") or () if entry)
+    return [entry for entry in found if not entry.get("branch")]
 
 
 def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:

@@ -115,6 +115,8 @@ def status_lines(status: Status) -> list[str]:
             f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight"
         )
         for engine in engines:
+            if engine.get("address") and engine["state"] == EngineState.RUNNING:
+                lines.append(f"  {engine['name']} serves at {engine['address']}/v1")
             if engine["state"] not in (EngineState.RUNNING, EngineState.OFF):
                 wants = f" {engine['wants']}" if engine["state"] == EngineState.WANTED else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")

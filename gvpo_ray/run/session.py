@@ -36,17 +36,19 @@ AUTH_MODE = "RAY_AUTH_MODE"
 class Session:
     """A Session owns Ray, an event loop in a thread, and what was started on them; `stop` ends only that.
 
-    A Ray that was initialised before is used and not shut down.
+    A Ray that was initialised before is used and not shut down. `is_local`: Ray is embedded, so that all of
+    it is on this machine.
     """
 
     def __init__(self, config: RayConfig) -> None:
         self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []  # run together at the end
         self.cause: BaseException | None = None
         self._stopped = False
-        self._owns_ray = not ray.is_initialized()
+        self._owns_ray, self.is_local = not ray.is_initialized(), False
         self._had_auth_mode = AUTH_MODE in os.environ
         if self._owns_ray:
             address = cluster_address(config)
+            self.is_local = address is None
             embedded: dict[str, Any] = {
                 "num_cpus": config.num_cpus,
                 "object_store_memory": int(config.object_store_gib * 2**30),

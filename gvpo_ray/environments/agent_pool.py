@@ -1,0 +1,60 @@
+"""The actors that run agents. Ray starts one again that dies; its episodes end with their reason.
+
+This module imports neither torch nor vLLM, because actors import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from gvpo_ray.actors import Note, actor_name
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.environment import EnvironmentConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.environments.agent import Agents
+from gvpo_ray.environments.agent_host import AgentHost
+from gvpo_ray.environments.contract import pickled_by_value
+from gvpo_ray.environments.pool import ActorClient, EnvironmentGroup
+
+
+class _AgentActor(AgentHost):
+    pass
+
+
+class AgentGroup(EnvironmentGroup):
+    """The actors that run agents, seen from the driver.
+
+    Args:
+        config: the section.
+        agent: the function.
+        is_graded: whether some reward function grades texts.
+        note: called with every restart of an actor.
+    """
+
+    def __init__(
+        self, config: EnvironmentConfig, agent: Callable[..., Any], is_graded: bool, note: Note
+    ) -> None:
+        pickled_by_value(agent)
+        self._config, self._note = config, note
+        self._processes = {}
+        self.actors = [
+            ray.remote(_AgentActor)
+            .options(
+                name=actor_name(f"environment-{number}"),
+                num_cpus=config.num_cpus,
+                resources=config.resources,
+                max_concurrency=10_000,
+                scheduling_strategy="SPREAD",
+                max_restarts=-1,
+                max_task_retries=0,
+            )
+            .remote(agent, config.timeout_s, config.max_turns, is_graded)
+            for number in range(config.num)
+        ]
+
+    def episodes(self, model: ModelConfig, prompts: PromptsConfig) -> Agents:
+        """Return what engines make episodes with."""
+        return Agents(self._config, model, prompts, [], [ActorClient(actor) for actor in self.actors])

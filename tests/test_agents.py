@@ -1,0 +1,586 @@
+"""Agents that know an address and a key alone: what they ask their model for is trained as it was sampled,
+whatever becomes of the engines. A small application stands in for vLLM's (test_vllm_engine.py has that one).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import aiohttp
+import pyarrow as pa
+import pytest
+from episodes import END, LocalClient, Policy, Scripted, tokenizer
+
+from gvpo_ray import groups
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
+from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.engines import serving
+from gvpo_ray.engines.rollout import ModelCall, Span
+from gvpo_ray.engines.serving import NoRoomError, Serving
+from gvpo_ray.environments.agent import Agents, branches, read_agent, with_common_prompt
+from gvpo_ray.environments.agent_host import NO_GRADE, AgentHost
+from gvpo_ray.environments.host import GONE
+
+TOKENIZER = tokenizer()
+SAMPLING = SamplingConfig(num_completions=2, max_tokens=2000)
+TOKEN = "the-run's-own-token"
+
+
+async def chat(scope: Any, receive: Any, send: Any) -> None:
+    """As vLLM's route: messages become a prompt, tokens become the content of an answer."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    asked = json.loads(body)
+    status, answer = 200, {}
+    try:
+        text = TOKENIZER.apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
+        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        span = await serving.sample(ids, asked.get("max_tokens"), asked.get("stop", ()))
+        said = TOKENIZER.decode(span.ids, skip_special_tokens=True)
+        message = {"role": "assistant", "content": said}
+        answer = {"model": asked["model"], "choices": [{"message": message}]}
+    except NoRoomError as error:
+        status, answer = 400, {"error": {"message": str(error)}}
+    await send(
+        {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]}
+    )
+    await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+
+async def post(base_url: str, api_key: str, messages: Sequence[dict[str, str]], **more: Any) -> str:
+    """What an agent does, with any client."""
+    headers = {"Authorization": f"Bearer {api_key}"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{base_url}/chat/completions", json={"messages": messages, **more}) as answer,
+    ):
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {(await answer.json())['error']['message']}")
+        content: str = (await answer.json())["choices"][0]["message"]["content"]
+        return content
+
+
+async def talk(base_url: str, api_key: str, prompt: str, answer: str) -> float:
+    """A conversation of three turns, each of which goes on with all that was said."""
+    messages = [{"role": "user", "content": prompt}]
+    for turn in range(3):
+        said = await post(base_url, api_key, messages)
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": f"And {turn}?"}]
+    return len(said) / int(answer)
+
+
+class Engine(Scripted):
+    """Says what a policy says; notes every call."""
+
+    def __init__(self, policy: Policy, made: Agents) -> None:
+        super().__init__(policy, made)
+        self.made, self.asked = made, list[tuple[list[int], Span]]()
+
+    async def _span(self, call: ModelCall) -> Span:
+        span = await super()._span(call)
+        self.asked.append((list(call.ids), span))
+        return span
+
+
+class World:
+    """Hosts of an agent, and engines that serve."""
+
+    def __init__(self, folder: Path, agent: Callable[..., Any], num: int = 1, **changes: Any) -> None:
+        TOKENIZER.save_pretrained(folder)
+        options = {"timeout_s": 60.0, "max_turns": 8, "is_graded": False, **changes}
+        self._config = EnvironmentConfig(agent="a.py:agent", max_turns=options["max_turns"])
+        self._model = ModelConfig(path=str(folder))
+        self.hosts = [AgentHost(agent, **options) for _ in range(num)]
+        self.clients = [LocalClient(host) for host in self.hosts]  # type: ignore[arg-type]
+        self._served: list[Serving] = []
+
+    async def engine(self, policy: Policy, version: int = 0) -> Engine:
+        made = Agents(self._config, self._model, PromptsConfig(path="p"), [], self.clients)
+        made.serving = served = Serving(chat, TOKEN, "127.0.0.1")
+        await served.start()
+        self._served.append(served)
+        engine = Engine(policy, made)
+        await engine.update(version, {})
+        return engine
+
+    async def __aenter__(self) -> World:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for served in self._served:
+            await served.close()
+        for host in self.hosts:
+            if host._starting is not None:
+                await host._session.close()
+                host._runner._shutdown_timeout = 0.01  # 0 is for ever
+                await host._runner.cleanup()
+
+
+def prompt(answer: str = "10", group_id: int = 0) -> pa.Table:
+    """One row, as a prompt set makes it: its tokens are not what the agents ask."""
+    row = {"group_id": group_id, "prompt": "Talk.", "answer": answer, "dataset": "d"}
+    return groups.table([{**row, "prompt_ids": [1, 2, 3]}])
+
+
+def row_of(table: pa.Table) -> dict[str, Any]:
+    (row,) = groups.rows(groups.validate(table, (*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS)))
+    return row
+
+
+def sequences(row: dict[str, Any]) -> list[tuple[list[int], list[bool], list[float]]]:
+    """Each completion with its prompt: tokens, what of them is trained, and log-probs."""
+    masks, num = row["trained_tokens"], len(row["prompt_ids"])
+    return [
+        (row["prompt_ids"] + ids, [False] * num + mask, [0.0] * num + logprobs)
+        for ids, mask, logprobs in zip(row["completion_ids"], masks, row["sampling_logprobs"], strict=True)
+    ]
+
+
+def check(row: dict[str, Any], asked: Sequence[tuple[list[int], Span]]) -> None:
+    """That what is trained is what engines have sampled, behind the very tokens that they have read."""
+    trained = 0
+    for before, span in asked:
+        end = len(before) + len(span.ids)
+        (_,) = [
+            ids
+            for ids, mask, logprobs in sequences(row)
+            if ids[:end] == [*before, *span.ids]
+            and all(mask[len(before) : end])
+            and logprobs[len(before) : end] == pytest.approx(span.logprobs)
+        ]
+        trained += len(span.ids)
+    assert sum(sum(mask) for _, mask, _ in sequences(row)) == trained
+
+
+def longer(turns: list[str], number: int) -> str:
+    """Says as many letters as there are turns, and another letter in each completion."""
+    return "abcdefgh"[number] * len(turns)
+
+
+def run(main: Any) -> None:
+    asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------ what is recorded
+
+
+def test_a_conversation_is_one_completion_whose_tokens_are_those_that_the_engine_sampled(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with World(tmp_path, talk) as world:
+            engine = await world.engine(longer, 3)
+            table, missing = await engine.generate(prompt(), SAMPLING)
+            row = row_of(table)
+            assert not missing and len(engine.asked) == 6 and len(row["completions"]) == 2
+            check(row, engine.asked)
+            said = TOKENIZER.decode(row["prompt_ids"])
+            assert said == "<|im_start|>user\nTalk.<|im_end|>\n<|im_start|>assistant\n"
+            assert sorted(row["completions"]) == sorted(
+                "\n".join(letter * num + END for num in (3, 5, 7)) for letter in "ab"
+            )
+            assert row["reward_parts"] == {ENVIRONMENT: pytest.approx([0.7, 0.7])}
+            assert row["reward_reasons"] == [None, None] and row["version_min"] == [3, 3]
+            ends = [json.loads(one) for one in row["episodes"]]
+            assert [(one["turns"], one["end"]) for one in ends] == [(3, "stop")] * 2
+            assert not world.hosts[0]._episodes
+
+    run(main)
+
+
+def tree(rng: random.Random) -> list[dict[str, Any]]:
+    """Calls of a made-up agent: each goes on with an earlier one, or leaves it at some place."""
+    calls: list[dict[str, Any]] = []
+    for number in range(rng.randrange(1, 9)):
+        before = rng.choice(calls) if calls and rng.random() < 0.8 else {"prompt_ids": [], "ids": []}
+        there = before["prompt_ids"] + before["ids"]
+        if rng.random() < 0.3:
+            there = there[: rng.randrange(len(there) + 1)]
+        ids = [1000 * number + i for i in range(1, rng.randrange(2, 5))]  # no two calls sample the same
+        read = [7] * rng.randrange(0 if there else 1, 3)
+        logprobs = [-float(token) for token in ids]
+        call = {"prompt_ids": there + read, "ids": ids, "logprobs": logprobs}
+        calls.append({**call, "versions": [number, number + 1], "finish_reason": "stop"})
+    return calls
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_every_sampled_token_is_trained_once_and_behind_the_tokens_that_it_was_sampled_behind(
+    seed: int,
+) -> None:
+    calls = tree(random.Random(seed))
+    found = branches(calls)
+    trained = [
+        (tuple(one["completion_ids"][:place]), token, one["sampling_logprobs"][place])
+        for one in found
+        for place, token in enumerate(one["completion_ids"])
+        if one["trained_tokens"][place]
+    ]
+    sampled = [
+        (tuple(call["prompt_ids"] + call["ids"][:i]), token, -float(token))
+        for call in calls
+        for i, token in enumerate(call["ids"])
+    ]
+    assert sorted(trained) == sorted(sampled)
+    assert sorted(v for one in found for v in one["versions"]) == sorted(
+        v for call in calls for v in call["versions"]
+    )
+    assert all(
+        value == 0 or is_trained
+        for one in found
+        for value, is_trained in zip(one["sampling_logprobs"], one["trained_tokens"], strict=True)
+    )
+
+
+def test_a_call_goes_on_with_the_longest_branch_that_it_extends() -> None:
+    def call(prompt_ids: list[int], *ids: int) -> dict[str, Any]:
+        return {
+            "prompt_ids": prompt_ids,
+            "ids": [*ids],
+            "logprobs": [-1.0] * len(ids),
+            "versions": [0, 0],
+            "finish_reason": "stop",
+        }
+
+    found = branches([call([1], 2), call([1, 2, 3], 4), call([1, 2], 5), call([1, 2, 5, 6], 7), call([9], 8)])
+    assert [one["completion_ids"] for one in found] == [[1, 2, 3, 4], [1, 2, 5, 6, 7], [9, 8]]
+    assert [one["trained_tokens"] for one in found] == [
+        [False, True, False, True],
+        [False, False, True, False, True],
+        [False, True],
+    ]
+
+
+def test_each_branch_is_a_completion_with_the_reward_of_its_episode(tmp_path: Path) -> None:
+    async def plans(base_url: str, api_key: str) -> float:
+        plan = await post(base_url, api_key, [{"role": "user", "content": "Plan."}])
+        done = await post(base_url, api_key, [{"role": "user", "content": f"Do {plan}"}])
+        return float(len(done))
+
+    async def main() -> None:
+        async with World(tmp_path, plans) as world:
+            engine = await world.engine(longer)
+            row = row_of((await engine.generate(prompt(), SAMPLING))[0])
+            check(row, engine.asked)
+            assert len(row["completions"]) == 4 and row["reward_parts"][ENVIRONMENT] == [3.0] * 4
+            assert TOKENIZER.decode(row["prompt_ids"]) == "<|im_start|>user\n"
+            branch = [json.loads(one).get("branch", 0) for one in row["episodes"]]
+            assert branch == [0, 1, 0, 1]
+
+    run(main)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_prompt_of_a_group_is_what_its_completions_begin_with(seed: int) -> None:
+    rng = random.Random(seed)
+    shared = [rng.randrange(3) for _ in range(rng.randrange(1, 6))]
+    whole, masks = [], []
+    for _ in range(rng.randrange(2, 5)):
+        own = [rng.randrange(3) for _ in range(rng.randrange(4))]
+        whole.append([*shared, *own, 5, 6])
+        masks.append([False] * (len(shared) + len(own)) + [True, False])
+    whole.append([])
+    masks.append([])
+    num = len(whole)
+    table = groups.with_columns(
+        prompt(),
+        completions=[["x"] * num],
+        completion_ids=[whole],
+        trained_tokens=[masks],
+        sampling_logprobs=[[[-1.0 * m for m in mask] for mask in masks]],
+        reward_parts=[{ENVIRONMENT: [1.0] * num}],
+        reward_reasons=[[None] * num],
+    )
+    (row,) = groups.rows(with_common_prompt(table))
+    assert [(ids, mask) for ids, mask, _ in sequences(row)][:-1] == list(zip(whole, masks, strict=True))[:-1]
+    assert row["completion_ids"][-1] == [] and row["reward_reasons"] == [None] * num
+    assert row["prompt_ids"][: len(shared)] == shared
+    firsts = {tuple(ids[:1]) for ids in row["completion_ids"][:-1]}
+    is_at_the_models = any(mask[0] for mask in row["trained_tokens"][:-1])
+    assert len(firsts) > 1 or is_at_the_models
+
+
+def test_an_episode_that_begins_with_another_token_than_its_group_is_left_out_with_its_reason() -> None:
+    table = groups.with_columns(
+        prompt(),
+        completions=[["x"] * 3],
+        completion_ids=[[[1, 5], [1, 6], [2, 5]]],
+        trained_tokens=[[[False, True]] * 3],
+        sampling_logprobs=[[[0.0, -1.0]] * 3],
+        reward_parts=[{ENVIRONMENT: [1.0, 0.0, 1.0]}],
+        reward_reasons=[[None] * 3],
+    )
+    (row,) = groups.rows(with_common_prompt(table))
+    assert row["prompt_ids"] == [1] and row["completion_ids"] == [[5], [6], []]
+    assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0, None]}
+    assert row["reward_reasons"][:2] == [None, None] and "no token" in row["reward_reasons"][2]
+
+
+# ------------------------------------------------------------------------------------------ engines that fail
+
+
+class Stuck:
+    """A policy that says `longer`, until its call of a number, which has no answer."""
+
+    def __init__(self, call: int) -> None:
+        self._call, self._num, self.stands = call, 0, asyncio.Event()
+
+    def __call__(self, turns: list[str], number: int) -> Any:
+        self._num += 1
+        return longer(turns, number) if self._num < self._call else self._wait()
+
+    async def _wait(self) -> str:
+        self.stands.set()
+        await asyncio.Event().wait()
+        return ""
+
+
+@pytest.mark.parametrize("way", ["dies", "drains", "is cut off from its callers"])
+@pytest.mark.parametrize("call", [1, 4, 6])
+def test_an_agent_does_not_notice_that_its_engine_goes_and_no_call_is_recorded_twice(
+    call: int, way: str, tmp_path: Path
+) -> None:
+    started = []
+
+    async def noted(base_url: str, api_key: str, prompt: str, answer: str) -> float:
+        started.append(api_key)
+        return await talk(base_url, api_key, prompt, answer)
+
+    async def main() -> None:
+        async with World(tmp_path, noted, num=2) as world:
+            stuck = Stuck(call)
+            first = await world.engine(stuck, 1)
+            work = asyncio.ensure_future(first.generate(prompt(), SAMPLING))
+            await stuck.stands.wait()
+            kept: tuple[pa.Table, ...] = ()
+            if way == "drains":
+                await first.drain(0)
+                table, missing = await work
+                assert missing == 2 - len(table["completions"][0])
+                kept = (table,)
+            elif way == "dies":
+                assert first.made.serving is not None
+                await first.made.serving.close()
+                work.cancel()
+            second = await world.engine(longer, 2)
+            table, missing = await second.generate(prompt(), SAMPLING, 0, None, *kept)
+            row = row_of(table)
+            assert not missing and len(row["completions"]) == 2 and len(started) == len({*started}) == 2
+            assert row["reward_reasons"] == [None, None]
+            # what both have sampled, and the first was not asked for any more, is the same here
+            asked = {(*before, *span.ids): (before, span) for before, span in first.asked + second.asked}
+            asked = {tokens: call for tokens, call in asked.items() if call[1].ids}
+            check(row, [*asked.values()])
+            assert len(asked) == sum(json.loads(one)["turns"] for one in row["episodes"]) == 6
+            work.cancel()
+
+    run(main)
+
+
+def test_a_host_that_dies_takes_its_episodes_with_it_and_the_others_go_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(tmp_path, talk, num=2) as world:
+            stuck = Stuck(1)
+            first = await world.engine(stuck)
+            work = asyncio.ensure_future(first.generate(prompt(), SAMPLING))
+            await stuck.stands.wait()
+            work.cancel()
+            world.clients[0].is_dead = True
+            claimed = {name for name in world.hosts[1]._episodes}
+            second = await world.engine(longer)
+            row = row_of((await second.generate(prompt(), SAMPLING))[0])
+            names = {json.loads(one)["name"] for one in row["episodes"]}
+            assert len(names) == 2 and claimed < names and row["reward_reasons"] == [None, None]
+
+    run(main)
+
+
+# ------------------------------------------------------------------------------------------ how episodes end
+
+
+async def outcome(
+    folder: Path, agent: Callable[..., Any], most: int = 2000, **changes: Any
+) -> dict[str, Any]:
+    async with World(folder, agent, **changes) as world:
+        engine = await world.engine(longer)
+        sampling = SAMPLING.model_copy(update={"max_tokens": most})
+        row = row_of((await engine.generate(prompt(), sampling))[0])
+        check(row, engine.asked)
+        return {**row, "ends": [json.loads(one)["end"] for one in row["episodes"]]}
+
+
+async def raises(base_url: str, api_key: str) -> float:
+    await post(base_url, api_key, [{"role": "user", "content": "?"}])
+    raise KeyError(f"no {api_key}")
+
+
+async def waits(base_url: str) -> float:
+    await asyncio.Event().wait()
+    return 1.0
+
+
+async def grades(base_url: str, api_key: str) -> str:
+    return "said " + await post(base_url, api_key, [{"role": "user", "content": "?"}])
+
+
+async def asks_for_ever(base_url: str, api_key: str) -> float:
+    messages = [{"role": "user", "content": "?"}]
+    try:
+        while True:
+            said = await post(base_url, api_key, messages)
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "?"}]
+    except RuntimeError as error:
+        assert str(error).startswith("400: ")
+        return 1.0
+
+
+async def nothing(base_url: str) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("agent", "changes", "end", "reason", "reward"),
+    [
+        (raises, {}, "lost", "environment: the agent raised KeyError", None),
+        (waits, {"timeout_s": 0.05}, "lost", "timeout: environment: the agent: no call of the model", None),
+        (nothing, {}, "stop", "environment: the agent gave None", None),
+        (grades, {}, "stop", NO_GRADE, None),
+        (grades, {"is_graded": True}, "stop", None, None),
+        (asks_for_ever, {"max_turns": 3}, "max_turns", None, 1.0),
+        (asks_for_ever, {"max_turns": 1000, "most": 300}, "length", None, 1.0),
+    ],
+)
+def test_each_way_to_end_has_its_name_and_none_is_worth_0(
+    agent: Any, changes: dict[str, Any], end: str, reason: str | None, reward: float | None, tmp_path: Path
+) -> None:
+    row = asyncio.run(outcome(tmp_path, agent, **changes))
+    assert row["ends"] == [end] * 2
+    assert row["reward_parts"] == {ENVIRONMENT: [reward] * 2}
+    for told in row["reward_reasons"]:
+        assert told is None if reason is None else told.startswith(reason)
+    if agent is grades:
+        assert row["completions"] == ["said aaa", "said bbb"]
+    if agent is raises:
+        assert row["reward_reasons"] == ["environment: the agent raised KeyError: 'no …'"] * 2
+    if end == "length":
+        assert all(250 < len(ids) <= 303 for ids, _, _ in sequences(row))
+        assert row["finish_reasons"] == ["length"] * 2
+
+
+def test_an_agents_time_stands_still_while_its_model_answers(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with World(tmp_path, talk, timeout_s=1e9) as world:
+            stuck = Stuck(2)
+            engine = await world.engine(stuck)
+            work = asyncio.ensure_future(engine.generate(prompt(), SAMPLING))
+            await stuck.stands.wait()
+            limits = [episode.limit for episode in world.hosts[0]._episodes.values()]
+            assert any(limit is not None and limit.when() is None for limit in limits)
+            work.cancel()
+
+    run(main)
+
+
+def test_a_synchronous_agent_runs_in_a_thread_and_asks_with_another_clients_headers(tmp_path: Path) -> None:
+    def plain(base_url: str, api_key: str, model: str, **row: Any) -> float:
+        body = json.dumps({"model": "gpt-5", "messages": [{"role": "user", "content": row["prompt"]}]})
+        request = urllib.request.Request(f"{base_url}/chat/completions", body.encode())
+        request.add_header("x-api-key", api_key)
+        with urllib.request.urlopen(request) as answer:
+            said = json.load(answer)
+        assert said["model"] == model == "policy" and answer.headers["Content-Type"] == "application/json"
+        return 0.5
+
+    row = asyncio.run(outcome(tmp_path, plain))
+    assert row["reward_parts"] == {ENVIRONMENT: [0.5] * 2} and row["ends"] == ["stop"] * 2
+
+
+# ------------------------------------------------------------------------------------------ who may ask
+
+
+def test_nobody_asks_without_the_key_of_an_episode_or_the_token_of_the_run(tmp_path: Path) -> None:
+    def status_of(url: str, **headers: str) -> int:
+        request = urllib.request.Request(url, b'{"messages": []}', headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            error.close()
+            return error.code
+
+    async def asks(base_url: str, api_key: str) -> float:
+        def of(*keys: str) -> list[int]:
+            found = [status_of(f"{base_url}/chat/completions", Authorization=f"Bearer {key}") for key in keys]
+            return [*found, status_of(f"{base_url}/chat/completions")]
+
+        keys = ("", "wrong", TOKEN, api_key[:-1])
+        assert await asyncio.to_thread(of, *keys) == [401] * 5
+        elsewhere = base_url.replace("/v1", "x/v1")
+        assert await asyncio.to_thread(status_of, elsewhere, Authorization=f"Bearer {api_key}") == 401
+        return 1.0
+
+    async def main() -> None:
+        async with World(tmp_path, asks) as world:
+            engine = await world.engine(longer)
+            row = row_of((await engine.generate(prompt(), SAMPLING))[0])
+            assert row["reward_reasons"] == [None, None]
+            assert row["reward_parts"] == {ENVIRONMENT: [1.0, 1.0]} and not engine.asked
+            served = engine.made.serving
+            assert served is not None and TOKEN not in repr(serving.Serve(TOKEN, True))
+            for path in ("/v1/models", "/health", "/episodes/x/v1/chat/completions", "/metrics"):
+                url = served.address + path
+                assert await asyncio.to_thread(status_of, url) == 401
+                assert await asyncio.to_thread(status_of, url, Authorization="Bearer wrong") == 401
+            url = f"{served.address}/episodes/x/v1/chat/completions"
+            assert await asyncio.to_thread(status_of, url, Authorization=f"Bearer {TOKEN}") == 503
+
+    run(main)
+
+
+def test_log_probs_of_the_route_for_tokens_have_both_spellings() -> None:
+    content = [{"token_id": 7, "logprob": -0.5}, {"token_id": 8, "logprob": -1.0, "token": "x"}]
+    body = json.dumps({"choices": [{"logprobs": {"content": content}}, {"logprobs": None}]}).encode()
+    choices = json.loads(serving._with_both_spellings(body))["choices"]
+    assert [one["token"] for one in choices[0]["logprobs"]["content"]] == ["token_id:7", "x"]
+    stream = b'data: {"choices": []}\n\n'
+    assert serving._with_both_spellings(stream) == stream
+
+
+# ------------------------------------------------------------------------------------------ the config
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("class agent: pass", "is type, not a function"),
+        ("def agent(url): pass", "has no parameter base_url"),
+        ("agent = 3", "not"),
+        ("def other(base_url): pass", "has no function 'agent'"),
+        ("import nowhere", "nowhere"),
+    ],
+)
+def test_a_function_that_is_no_agent_is_refused_by_name(code: str, why: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    with pytest.raises(ConfigError, match=r"^environment.agent: .*") as refused:
+        read_agent(EnvironmentConfig(agent=f"{file}:agent"))
+    assert why in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_reason_of_a_host_that_does_not_know_an_episode_says_so(tmp_path: Path) -> None:
+    host = AgentHost(talk, 60.0, 8, False)
+    assert asyncio.run(host.play("nobody", 0, "http://127.0.0.1:1", "t")).reason == GONE
