@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +26,7 @@ FORMAT_FILE = "format.json"
 BLOCK = 100
 """Recorded groups of a log that are in memory at a time."""
 
-Recorded = pa.Table | GroupLog
+Recorded: TypeAlias = pa.Table | GroupLog
 """Recorded groups: a file's, or a run's log, of which rows are read when they are needed."""
 
 CONTENTS_FILE = "contents.json"
