@@ -29,12 +29,13 @@ from episodes import (
 
 from gvpo_ray import groups
 from gvpo_ray.bench import chaos
+from gvpo_ray.bench import episodes as bench_episodes
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import GONE, Host
@@ -733,6 +734,11 @@ def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
     }
     lines = "\n".join(sample_lines([row], str, 9))
     assert "3 turns, 4 tool calls, 1 failed, end: max_turns" in lines
+
+
+@pytest.mark.components
+def test_the_bench_of_episodes_plays_them_all_in_processes_of_their_own() -> None:
+    assert bench_episodes.main(num_groups=1, num_turns=2) > 0
 
 
 def test_chaos_kills_environments_where_a_run_has_them() -> None:

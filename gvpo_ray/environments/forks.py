@@ -29,7 +29,7 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
 from gvpo_ray.sandbox.functions import describe
 from gvpo_ray.sandbox.template import _die_with_parent
