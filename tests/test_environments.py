@@ -39,11 +39,13 @@ from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.environments.pool import EnvironmentGroup
 from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Limits
 from gvpo_ray.observe.episodes import episode_metrics
 from gvpo_ray.observe.metrics import find
 from gvpo_ray.observe.samples import sample_lines
+from gvpo_ray.sandbox.confine import unprotected as unprotected_here
 from gvpo_ray.verifiers.verifier import Verifier
 
 
@@ -438,10 +440,10 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
     async def main() -> None:
         made = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(made.world)
-        opened = await host.open(0, {"answer": "7"}, 14)
+        opened = await host.open(0, {"answer": "7"}, 6)
         assert {one.said for one in opened} == {"say 7"} and {one.reason for one in opened} == {None}
         pids = [host._episodes[one.name].world.pid for one in opened]  # type: ignore[attr-defined]
-        assert len({*pids, os.getpid()}) == 15
+        assert len({*pids, os.getpid()}) == 7
         *broken, talker, fine = opened
         for i, one in enumerate(broken):
             tool = "die" if i % 2 else "freeze"
@@ -734,6 +736,20 @@ def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
     }
     lines = "\n".join(sample_lines([row], str, 9))
     assert "3 turns, 4 tool calls, 1 failed, end: max_turns" in lines
+
+
+def test_what_is_not_protected_is_said_once_and_every_restart_of_an_actor_is_noted() -> None:
+    said: list[str] = []
+    noted: list[tuple[str, str, str]] = []
+    group = object.__new__(EnvironmentGroup)
+    group._processes, group._said, group._say = {}, set(), said.append
+    group._note = lambda *note: noted.append(note)
+    for number, pid, unprotected in ((0, 7, ["files"]), (1, 8, ["files", "calls"]), (0, 7, []), (1, 9, [])):
+        group._take(number, {"pid": pid, "unprotected": unprotected})
+    before = "not protected from programs of the environment: "
+    assert said == [f"{before}files", f"{before}calls"]
+    assert [note[:2] for note in noted] == [("environment", "environment-1")]
+    assert Python._unprotected() == unprotected_here()
 
 
 @pytest.mark.components
