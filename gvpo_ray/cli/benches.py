@@ -111,8 +111,10 @@ def bench_chaos(
 
 @verb("episodes --turns 5", bench)
 def bench_episodes(
-    groups: Annotated[int, typer.Option(metavar="N", min=1, help="groups of 8 episodes")] = 100,
-    turns: Annotated[int, typer.Option(metavar="N", min=1, help="turns of an episode")] = 5,
+    groups: Annotated[
+        int, typer.Option(metavar="N", callback=at_least_one, help="groups of 8 episodes")
+    ] = 100,
+    turns: Annotated[int, typer.Option(metavar="N", callback=at_least_one, help="turns of an episode")] = 5,
 ) -> None:
     """Measure episodes per second with a calculator, without a model."""
     from gvpo_ray.bench import episodes
@@ -124,7 +126,7 @@ def bench_episodes(
 def bench_scale(
     engines: Annotated[str, typer.Option(metavar="N,...", help="sizes of fleets")] = "1,8,32,128,256",
     seconds: Annotated[float, typer.Option(metavar="S", help="measured for each")] = 30.0,
-    turns: Annotated[int, typer.Option(metavar="N", min=1, help="turns of a completion")] = 1,
+    turns: Annotated[int, typer.Option(metavar="N", callback=at_least_one, help="turns of an episode")] = 1,
 ) -> None:
     """Run the training loop with 1 to 256 fake engines.
 
