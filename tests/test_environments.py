@@ -29,20 +29,23 @@ from episodes import (
 
 from gvpo_ray import groups
 from gvpo_ray.bench import chaos
+from gvpo_ray.bench import episodes as bench_episodes
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.environments.pool import EnvironmentGroup
 from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Limits
 from gvpo_ray.observe.episodes import episode_metrics
 from gvpo_ray.observe.metrics import find
 from gvpo_ray.observe.samples import sample_lines
+from gvpo_ray.sandbox.confine import unprotected as unprotected_here
 from gvpo_ray.verifiers.verifier import Verifier
 
 
@@ -437,10 +440,10 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
     async def main() -> None:
         made = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(made.world)
-        opened = await host.open(0, {"answer": "7"}, 14)
+        opened = await host.open(0, {"answer": "7"}, 6)
         assert {one.said for one in opened} == {"say 7"} and {one.reason for one in opened} == {None}
         pids = [host._episodes[one.name].world.pid for one in opened]  # type: ignore[attr-defined]
-        assert len({*pids, os.getpid()}) == 15
+        assert len({*pids, os.getpid()}) == 7
         *broken, talker, fine = opened
         for i, one in enumerate(broken):
             tool = "die" if i % 2 else "freeze"
@@ -733,6 +736,25 @@ def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
     }
     lines = "\n".join(sample_lines([row], str, 9))
     assert "3 turns, 4 tool calls, 1 failed, end: max_turns" in lines
+
+
+def test_what_is_not_protected_is_said_once_and_every_restart_of_an_actor_is_noted() -> None:
+    said: list[str] = []
+    noted: list[tuple[str, str, str]] = []
+    group = object.__new__(EnvironmentGroup)
+    group._processes, group._said, group._say = {}, set(), said.append
+    group._note = lambda *note: noted.append(note)
+    for number, pid, unprotected in ((0, 7, ["files"]), (1, 8, ["files", "calls"]), (0, 7, []), (1, 9, [])):
+        group._take(number, {"pid": pid, "unprotected": unprotected})
+    before = "not protected from programs of the environment: "
+    assert said == [f"{before}files", f"{before}calls"]
+    assert [note[:2] for note in noted] == [("environment", "environment-1")]
+    assert Python._unprotected() == unprotected_here()
+
+
+@pytest.mark.components
+def test_the_bench_of_episodes_plays_them_all_in_processes_of_their_own() -> None:
+    assert bench_episodes.main(num_groups=1, num_turns=2) > 0
 
 
 def test_chaos_kills_environments_where_a_run_has_them() -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.data.calls import Call
 from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from, _any_of, _texts_in
 from gvpo_ray.data.turns import one_begin_no_end
 
@@ -33,15 +34,6 @@ Message = dict[str, Any]
 
 ASSISTANT = "0"
 """Content of the assistant's message in a conversation that is rendered only for what comes behind it."""
-
-
-class Call(NamedTuple):
-    """A Call is one tool call that the model has written."""
-
-    name: str
-    arguments: dict[str, Any]
-    error: str | None = None
-    """What is wrong with it, for the model to read; None: it can be made."""
 
 
 class Turn(NamedTuple):

@@ -29,13 +29,13 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
 from gvpo_ray.sandbox.functions import describe
 from gvpo_ray.sandbox.template import _die_with_parent
 
-START_S = 60.0
-"""Seconds within which a world's process must have started."""
+START_S = 300.0
+"""Seconds within which a world's process must have started; many start at once."""
 
 GRACE_S = 15.0
 """Seconds that a world has beside the time limit of a call, before its process is killed."""

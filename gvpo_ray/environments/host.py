@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gvpo_ray.config.verifiers import ReasonKind
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.forks import BrokenError
 from gvpo_ray.environments.world import Answer, Outcome
 

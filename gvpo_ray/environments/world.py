@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import ReasonKind
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.sandbox.functions import describe
 
 
