@@ -87,9 +87,7 @@ class Behind:
             for _ in named_tensors:  # of sharded weights each is whole on every rank: none is kept
                 pass
             return
-        taken = [
-            (name, self._copies.copy(name, tensor, self._type(tensor))) for name, tensor in named_tensors
-        ]
+        taken = [(name, self._copies.copy(name, tensor, self._dtype)) for name, tensor in named_tensors]
         event = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         copied()
 

@@ -26,6 +26,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
 from gvpo_ray.config.base import ConfigError
@@ -178,7 +180,8 @@ class Checkpoint:
         Of tensors that are not sharded, each rank takes some whole ones.
         """
         rank, size = ranks()
-        tensors, copies = {}, {}
+        tensors: dict[str, Any] = {}
+        copies: dict[str, Tensor] = {}
         for i, (name, parameter) in enumerate(trained_parameters(self._module.model)):
             for key, value in self._backend.get_state(parameter).items():
                 is_sharded = isinstance(value, DTensor)
@@ -221,10 +224,10 @@ class Checkpoint:
         """
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         path = str(folder / "optimizer")
-        saved = dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+        saved = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
 
         def load(tensors: dict[str, Any]) -> dict[str, Any]:
-            reader = dcp.HuggingFaceStorageReader(path)
+            reader = HuggingFaceStorageReader(path)
             with _first_cause():
                 dcp.load(tensors, storage_reader=reader, process_group=self._group)
             return tensors
@@ -276,5 +279,5 @@ def _first_cause() -> Iterator[None]:
     """Raise what a rank failed with, in place of torch's list of it, which is no Exception."""
     try:
         yield
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None

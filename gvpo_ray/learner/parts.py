@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -56,7 +57,9 @@ class PartWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Write what the plan gives to this rank."""
-        tensors, offsets, name = {}, {}, f"{self.rank:05d}.safetensors"
+        tensors: dict[str, Any] = {}
+        offsets: dict[str, dict[str, list[int]]] = {}
+        name = f"{self.rank or 0:05d}.safetensors"
         for item in plan.items:
             assert item.tensor_data is not None
             tensors[item.index.fqn] = planner.resolve_data(item)
