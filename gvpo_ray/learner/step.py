@@ -202,7 +202,7 @@ class Step:
             measured = forward.measured.between(num, len(logprobs))
             of_whole = logprobs[num:]
             share, sums = self._objective(of_whole, measured, whole, forward.total)
-            if self._examples is not None:
+            if self._examples is not None:  # backends' hooks are on `logprobs`, which this does not reach
                 (gradient,) = torch.autograd.grad(share, of_whole, retain_graph=True)
                 self._examples.add(whole, of_whole, measured, gradient)
             self._sums_of_update.append(sums)
