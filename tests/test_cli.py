@@ -130,7 +130,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Exit status: 0 success" in text
     verbs = verbs_in(text.partition("\n  A run is")[0])
     assert " ".join(name for name, _ in verbs) == (
-        "train rollout learn evaluate compare export check warm-start jobs status report verify bench"
+        "train rollout learn evaluate compare export check warm-start jobs score status report verify bench"
     )
     benches = verbs_in(help_of("bench"))
     assert {name for name, _ in benches} == {

@@ -24,12 +24,14 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import ReplayConfig, SourceConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ScoringModelConfig
+from gvpo_ray.config.plan import check_resources
 from gvpo_ray.data.files import read_file, to_list
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.learner.step import train_step
 from gvpo_ray.losses import gvpo_loss
 from gvpo_ray.run import score
-from gvpo_ray.run.models import check_recorded, version_of
+from gvpo_ray.run.models import check_recorded, reference_digest, version_of
+from gvpo_ray.run.run_dir import open_run_dir
 from gvpo_ray.verifiers.scoring_model import PROMPTS, Score, ScoringModel, Text, with_references
 
 CHAT = (
@@ -308,6 +310,33 @@ def test_a_model_that_cannot_be_the_reference_is_refused_before_anything_starts(
     assert said in refused("train", "config.yaml", *overrides)
 
 
+def test_a_run_goes_on_with_the_reference_that_has_scored_its_groups(
+    tmp_path: Path, teacher_folder: Path
+) -> None:
+    """The groups of its log that wait for the learner have that model's log-probs, or none at all."""
+
+    def go_on(name: str, reference: Any) -> None:
+        base = {"num_steps": 1, "model": {"path": "model"}, "prompts": {"path": "p", "template": "{prompt}"}}
+        config = GVPOConfig.from_dict({**base, "run_dir": str(tmp_path / name)})
+        config.loss = loss_config(reference=reference)
+        with open_run_dir(config, reference_digest(config)):
+            pass
+
+    first, second, other = teacher_folder, tmp_path / "copy", tmp_path / "other"
+    for folder in (second, other):
+        shutil.copytree(first, folder)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    go_on("scored", {"model": str(first)})
+    go_on("scored", {"model": str(second), "num": 2})  # the same model in another folder
+    with pytest.raises(
+        ConfigError, match=r"^loss\.reference\.model: what is in it differs from what the run"
+    ):
+        go_on("scored", {"model": str(other)})
+    go_on("unscored", "initial")
+    with pytest.raises(ConfigError, match=r"^loss\.reference: the groups of the run in .* were not scored"):
+        go_on("unscored", {"model": str(first)})
+
+
 def test_recorded_groups_that_the_model_has_not_scored_are_refused(teacher_folder: Path) -> None:
     path = teacher_folder
     config = GVPOConfig.from_dict(
@@ -492,3 +521,14 @@ def test_what_cannot_be_scored_is_one_line(
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
         list(score.score(GVPOConfig.from_dict(config), out))
     assert "\n" not in str(refused.value)
+
+
+def test_only_what_starts_the_reference_has_to_have_room_for_it() -> None:
+    base = {"run_dir": "run", "num_steps": 1, "model": {"path": "model"}, "prompts": {"path": "p"}}
+    loss = {"reference": {"model": "teacher", "num": 3, "num_cpus": 0.5, "num_gpus": 1}}
+    config = GVPOConfig.from_dict({**base, "loss": loss})
+    check_resources(config, 64, 3)
+    for arguments in ({"engines": False}, {"references": False}):
+        check_resources(config, 64, 0, **arguments)
+    with pytest.raises(ConfigError, match=r"^loss\.reference\.num: 3 x 1 GPUs are more than the 2 GPUs"):
+        check_resources(config, 64, 2)

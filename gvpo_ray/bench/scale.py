@@ -29,7 +29,7 @@ from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.data import PromptsConfig, ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.loss import GvpoLoss, LossOptions
+from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.engines.actor import ActorMethods, MakeEngine
@@ -143,7 +143,7 @@ class FakeRun:
         address: str | None = None,
         verifier_resources: dict[str, float] | None = None,
         learner_resources: dict[str, float] | None = None,
-        loss: LossOptions | None = None,
+        loss: LossConfig | None = None,
     ) -> None:
         # Imported here because they import torch, and every fake engine imports this file.
         from gvpo_ray.buffer.log import Quarantine
@@ -162,7 +162,7 @@ class FakeRun:
             max_staleness=max_staleness,
             model=ModelConfig(path="fake"),
             prompts=PromptsConfig(path="fake", template="{prompt}"),
-            loss=loss or GvpoLoss(),  # type: ignore[arg-type]
+            loss=loss or GvpoLoss(),
             sampling=sampling,
             replay=replay or ReplayConfig(),
             engines=engines,

@@ -27,7 +27,12 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
 
 
 def check_resources(
-    config: GVPOConfig, num_cpus: float, num_gpus: float, engines: bool = True, learner: bool = True
+    config: GVPOConfig,
+    num_cpus: float,
+    num_gpus: float,
+    engines: bool = True,
+    learner: bool = True,
+    references: bool = True,
 ) -> None:
     """Refuse a plan that the machine can never place.
 
@@ -37,6 +42,7 @@ def check_resources(
         num_gpus: GPUs of the machine.
         engines: whether this run starts engines, verifiers and reward models.
         learner: whether this run starts a learner.
+        references: whether engines' groups are scored by another model that is the reference.
 
     Raises:
         ConfigError: one line that names what asks for too much.
@@ -44,7 +50,8 @@ def check_resources(
     keys = {"learner worker": "learner.num_workers", "engine": "engines.num", "verifier": "verifiers.num"}
     keys |= {"environment": "environment.num", "reference": "loss.reference.num"}
     absent = (
-        *(() if engines else ("engine", "verifier", "environment", "reward model", "reference")),
+        *(() if engines else ("engine", "verifier", "environment", "reward model")),
+        *(() if engines and references else ("reference",)),
         *(() if learner else ("learner worker",)),
     )
     plan = [row for row in resource_plan(config) if not row[0].startswith(absent)]

@@ -56,7 +56,7 @@ def evaluate(
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"path": checkpoint_folder(checkpoint)})}
         )
-    check_machine(config, learner=False)
+    check_machine(config, learner=False, references=False)
     max_length, tokenizer = read_model(config)
     sets = read_evaluation_sets(config, max_length, tokenizer)
     validate_rewards(config.verifiers, reward, columns_by_key({}, sets, {}))

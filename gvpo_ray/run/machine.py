@@ -30,13 +30,16 @@ VLLM_QUEUE_MIB = 240
 shm_broadcast.MessageQueue's default of 10 chunks of 24 MiB. It writes to little of it."""
 
 
-def check_machine(config: GVPOConfig, engines: bool = True, learner: bool = True) -> None:
+def check_machine(
+    config: GVPOConfig, engines: bool = True, learner: bool = True, references: bool = True
+) -> None:
     """Refuse a machine, or a cluster, on which the run cannot start, and set what libraries need of it.
 
     Args:
         config: of the run.
         engines: whether this run starts engines, verifiers and reward models.
         learner: whether this run starts a learner.
+        references: whether engines' groups are scored by another model that is the reference.
 
     Raises:
         ConfigError: one line that says what to change.
@@ -51,7 +54,7 @@ def check_machine(config: GVPOConfig, engines: bool = True, learner: bool = True
     if address is not None:
         check_address(address, "ray.address" if config.ray.address else "RAY_ADDRESS")
         return
-    check_resources(config, *machine_resources(config), engines=engines, learner=learner)
+    check_resources(config, *machine_resources(config), engines, learner, references)
     check_temporary_folder()
     check_shared_memory(config, engines)
 

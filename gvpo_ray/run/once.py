@@ -121,7 +121,7 @@ def sample(config: GVPOConfig, num_prompts: int) -> Iterator[str]:
     engines_config = config.engines.model_copy(update={**one, "pools": pools, "weight_transfer": "objects"})
     verifiers_config = config.verifiers.model_copy(update=one)
     config = config.model_copy(update={"engines": engines_config, "verifiers": verifiers_config})
-    check_machine(config, learner=False)
+    check_machine(config, learner=False, references=False)
     inputs = read_inputs(config)
     if inputs.prompts is None:
         raise ConfigError("prompts: required, and not given")
