@@ -49,7 +49,7 @@ async def chat(scope: Any, receive: Any, send: Any) -> None:
     try:
         text = TOKENIZER.apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        span = await serving.sample(ids, asked.get("max_tokens"), asked.get("stop", ()))
+        _, span = await serving.sample(ids, asked.get("max_tokens"), asked.get("stop", ()), TOKENIZER.decode)
         said = TOKENIZER.decode(span.ids, skip_special_tokens=True)
         message = {"role": "assistant", "content": said}
         answer = {"model": asked["model"], "choices": [{"message": message}]}
@@ -328,6 +328,40 @@ def test_an_episode_that_begins_with_another_token_than_its_group_is_left_out_wi
     assert row["prompt_ids"] == [1] and row["completion_ids"] == [[5], [6], []]
     assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0, None]}
     assert row["reward_reasons"][:2] == [None, None] and "no token" in row["reward_reasons"][2]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_text_that_was_sampled_is_read_with_the_tokens_that_were_sampled(seed: int) -> None:
+    """Tokens are pieces of a text; a text has many spellings."""
+    rng = random.Random(seed)
+    pieces = ["a", "b", "ab", "ba", "aba", "bb", "|"]
+
+    def spelled(text: str) -> list[int]:
+        ids = []
+        while text:
+            ids.append(rng.choice([i for i, piece in enumerate(pieces) if text.startswith(piece)]))
+            text = text[len(pieces[ids[-1]]) :]
+        return ids
+
+    def decode(ids: list[int]) -> str:
+        return "".join(pieces[i] for i in ids)
+
+    def words() -> str:
+        return "".join(rng.choice("ab") for _ in range(rng.randrange(1, 9))) + "|"
+
+    texts = [words()]
+    for _ in range(3):
+        texts.append(texts[rng.randrange(len(texts))] + words())
+    known = [spelled(text) for text in texts]
+    said = rng.choice(texts)
+    prompt_ids = spelled(said + words())
+    found = serving.as_sampled(prompt_ids, known, decode)
+    assert decode(found) == decode(prompt_ids)
+    fitting = [ids for ids in known if decode(prompt_ids).startswith(decode(ids))]
+    longest = max(map(len, fitting))  # the marks end tokens in every spelling
+    assert any(found[: len(ids)] == ids for ids in fitting if len(ids) == longest)
+    other = spelled("b" * 20)
+    assert serving.as_sampled(other, [spelled("a|")], decode) == other
 
 
 # ------------------------------------------------------------------------------------------ engines that fail

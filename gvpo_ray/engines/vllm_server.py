@@ -86,8 +86,10 @@ class _Client:
         from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 
         _refuse(prompt, params)
-        ids = list(prompt["prompt_token_ids"])
-        span = await sample(ids, params.max_tokens, [*(params.stop or ()), *(params.stop_token_ids or ())])
+        stop = [*(params.stop or ()), *(params.stop_token_ids or ())]
+        ids, span = await sample(
+            list(prompt["prompt_token_ids"]), params.max_tokens, stop, self._llm.get_tokenizer().decode
+        )
         only = {*span.versions}
         text = _text(self._llm.get_tokenizer(), span, params)
         output = CompletionOutput(
