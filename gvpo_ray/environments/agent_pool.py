@@ -20,8 +20,8 @@ from gvpo_ray.environments.contract import pickled_by_value
 from gvpo_ray.environments.pool import ActorClient, EnvironmentGroup
 
 
-class _AgentActor(AgentHost):
-    pass
+class _EnvironmentActor(AgentHost):
+    """Its process has the name of other environments' actors, by which `bench chaos` finds them."""
 
 
 class AgentGroup(EnvironmentGroup):
@@ -41,7 +41,7 @@ class AgentGroup(EnvironmentGroup):
         self._config, self._note = config, note
         self._processes = {}
         self.actors = [
-            ray.remote(_AgentActor)
+            ray.remote(_EnvironmentActor)
             .options(
                 name=actor_name(f"environment-{number}"),
                 num_cpus=config.num_cpus,
