@@ -13,6 +13,7 @@ import pytest
 from clocks import Run, leaping
 
 from gvpo_ray import groups
+from gvpo_ray.bench.scale import Turns
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines import base, fake_engine, rollout_engine
 from gvpo_ray.engines.fake_engine import FakeEngine
@@ -239,5 +240,16 @@ def test_a_function_that_does_not_append_to_what_the_model_wrote_is_named_as_wro
     async def main() -> None:
         with pytest.raises(RolloutError, match=why):
             await (await ready(function)).generate(prompt(), sampling())
+
+    run(main())
+
+
+@pytest.mark.parametrize("num_turns", [2, 10])
+def test_the_episodes_of_bench_scale_have_that_many_turns(run: Run, num_turns: int) -> None:
+    async def main() -> None:
+        engine = Turns(num_turns, 40.0)
+        await engine.update(0, {})
+        (row,) = groups.rows((await engine.generate(prompt(), sampling(4, 900)))[0])
+        assert [mask.count(False) for mask in row["trained_tokens"]] == [num_turns - 1] * 4
 
     run(main())

@@ -33,7 +33,7 @@ Rollout = Callable[[list[int], Sample], Awaitable[list[int]]]
 """`await rollout(prompt_ids, sample)` -> the tokens of a completion, the untrained ones included.
 
 When an engine leaves, another one calls the function again for the same completion, and `sample` answers with
-the tokens that are there already, as long as the function adds the same tokens in between.
+the tokens that are there already, as long as the function adds the same tokens in between, and at least one.
 """
 
 
@@ -41,7 +41,7 @@ class Episode(Protocol):
     """The Episode protocol is a rollout function with a state outside of the engine."""
 
     begun: dict[str, Any] | None
-    """Completion columns of what there is of it; `is_whole`: they end with a call of the model."""
+    """Completion columns of what there is of it; `turn_ends`: where its calls of the model have ended."""
 
     @property
     def is_lost(self) -> bool:
@@ -136,6 +136,8 @@ class Transcript:
         self.trained: list[bool] = []
         """Whether the model has written each token."""
         self.versions: list[int] = []
+        self.turn_ends: list[int] = []
+        """Number of tokens at the end of each call of the model, of those that no drain has cut off."""
         self.finish_reason = "length"
         self.stop_reason: Any = None
         """As in the last Span."""
@@ -204,6 +206,7 @@ class Transcript:
             self.finish_reason, self.stop_reason = span.finish_reason, span.stop_reason
             if span.finish_reason == ABORTED:
                 raise CutOff
+        self.turn_ends.append(len(self.ids))
         return self.ids[begin:]
 
     async def _one_call(self, begin: int) -> Span:
@@ -225,15 +228,18 @@ class Transcript:
             return False
         trained = begun.get("trained_tokens") or [True] * len(begun["completion_ids"])
         end = next((i for i in range(begin, len(trained)) if not trained[i]), len(trained))
+        # where nothing was added between two calls, only this tells them apart
+        known = next((place for place in begun.get("turn_ends") or () if begin < place <= end), None)
+        end = end if known is None else known
         self._wrote(
             begun["completion_ids"][begin:end],
             begun["sampling_logprobs"][begin:end],
             [begun["version_min"], begun["version_max"]],
         )
-        if begin < end == len(trained) and begun.get("is_whole"):
-            self.finish_reason = begun["finish_reasons"]
-            return True
-        return begin < end < len(trained)
+        if known is not None and end == len(trained):
+            is_known = begun["finish_reasons"] != ABORTED
+            self.finish_reason = begun["finish_reasons"] if is_known else "stop"
+        return known is not None or begin < end < len(trained)
 
     async def ask(self, ids: list[int], max_tokens: int | None, stop: Sequence[str | int]) -> Span:
         """Make a call of the model that is no part of the completion yet: `adopt` puts all of them together.
@@ -281,7 +287,7 @@ class Transcript:
             "version_min": min(self.versions, default=0),
             "version_max": max(self.versions, default=0),
             "finish_reasons": self.finish_reason,
-            "is_whole": True,
+            "turn_ends": list(self.turn_ends),
         }
 
     def columns(self, text: str) -> dict[str, Any]:

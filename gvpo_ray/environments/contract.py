@@ -8,7 +8,8 @@
         def respond(self, message: str) -> str | None: ...       # after a turn without tool calls; None: over
         def get_reward(self) -> float | None: ...                # None: this episode cannot be scored
 
-Any of the methods may be async. An object belongs to one episode; nothing but its own calls changes it.
+Any of the methods may be async. An object belongs to one episode and has a process of its own, forked from
+one that has imported the class.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.environments.host import tool_names
+from gvpo_ray.environments.world import tool_names
 from gvpo_ray.sandbox.functions import find
 
 

@@ -36,8 +36,11 @@ def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
         f"{prefix}/turns_mean": sum(one["turns"] for one in found) / len(found),
         f"{prefix}/tool_calls_mean": sum(one["tool_calls"] for one in found) / len(found),
         f"{prefix}/tool_errors": float(sum(one["tool_errors"] for one in found)),
+        f"{prefix}/tool_hung": float(sum(one.get("tool_hung", 0) for one in found)),
+        f"{prefix}/tool_refused": float(sum(one.get("tool_refused", 0) for one in found)),
         f"{prefix}/max_turns": share("max_turns"),
         f"{prefix}/no_room": share("length"),
         f"{prefix}/renderer": share("renderer"),
         f"{prefix}/lost": share("lost"),
+        f"{prefix}/broken": share("broken"),
     }

@@ -158,7 +158,7 @@ def without_learner(
         config.seed,
         True,
         None,
-        rollout=rollout_of(session, config, note),
+        rollout=rollout_of(session, config, note, say),
         num_completions=config.sampling.num_completions,
         serve=serve_of(session, config),
     )

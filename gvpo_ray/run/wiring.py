@@ -110,7 +110,7 @@ def assemble(
         model = model.model_copy(update={"max_length": inputs.max_length})
         verifiers = VerifierGroup(config.verifiers, rewards, driver.note, driver.say)
         session.on_stop(verifiers.close)
-        rollout = rollout_of(session, config, driver.note)
+        rollout = rollout_of(session, config, driver.note, driver.say)
     pools = EngineGroup(
         engines,
         config.sampling.num_completions,
@@ -150,17 +150,19 @@ def assemble(
     return Parts(buffer, pools, verifiers, ring)
 
 
-def rollout_of(session: Session, config: GVPOConfig, note: Note) -> Rollout | Episodes:
+def rollout_of(
+    session: Session, config: GVPOConfig, note: Note, say: Callable[[str], None]
+) -> Rollout | Episodes:
     """Return what makes completions at engines: one call, or the config's environment, whose actors start."""
     if config.environment is None:
         return one_call
     if config.environment.agent is not None:
         is_graded = [*config.verifiers.rewards] != [ENVIRONMENT]
         agent = read_agent(config.environment)
-        environments: EnvironmentGroup = AgentGroup(config.environment, agent, is_graded, note)
+        environments: EnvironmentGroup = AgentGroup(config.environment, agent, is_graded, note, say)
     else:
         contract = read_contract(config.environment, config.verifiers)
-        environments = EnvironmentGroup(config.environment, contract, note)
+        environments = EnvironmentGroup(config.environment, contract, note, say)
     session.on_stop(environments.close)
 
     async def fail(error: BaseException) -> None:

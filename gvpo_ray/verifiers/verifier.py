@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.environment import ENVIRONMENT
+from gvpo_ray.config.environment import BROKEN, ENVIRONMENT
 from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
@@ -309,9 +309,11 @@ class Verifier:
         for name, value in _of_data(row).items():
             columns[name] = [value] * len(which)
         completions = [row["completions"][i] for i in which]
+        told = [entry and json.loads(entry).get("said") for entry in row.get("episodes") or ()]
+        prompts = [row["prompt"] + ((told and told[i]) or "") for i in which]
         of_episodes = _of_episodes(row) if ENVIRONMENT in self._rewards else []
         given = [of_episodes[i] for i in which] if of_episodes else []
-        return self.check([row["prompt"]] * len(which), completions, columns, without, given)
+        return self.check(prompts, completions, columns, without, given)
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         """Make one result of the reward functions' parts: the weighted sum and all reasons."""
@@ -338,17 +340,24 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
 
     An episode that the environment itself has ended with an error counts as its fault. None stands for one
     that has no reward because the environment gives none.
+
+    One whose environment the policy's own tool call has brought down is worth what the worst of its group is:
+    it is then never better than their mean, so that no policy learns to escape a bad reward by such a call.
     """
     if not any(row.get("episodes") or ()):
         return []
     none = [None] * len(row["completions"])
     values = (row.get("reward_parts") or {}).get(ENVIRONMENT)
     reasons = row.get("reward_reasons") or none
+    broken = [entry is not None and json.loads(entry).get("end") == BROKEN for entry in row["episodes"]]
+    worst = min((value for value in values or () if value is not None), default=None)
     return [
         None
-        if values is None and reason is None
+        if values is None and (reason is None or is_broken)
+        else Part(worst, reason)
+        if is_broken
         else Part(value, reason, is_fault=value is None and " raised " in (reason or ""))
-        for value, reason in zip(values or none, reasons, strict=True)
+        for value, reason, is_broken in zip(values or none, reasons, broken, strict=True)
     ]
 
 
