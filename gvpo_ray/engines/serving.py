@@ -197,7 +197,9 @@ class Serving:
         )
         self.server = Server(config)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
-        while not self.server.started and not self._serving.done():
+        while not self.server.started:
+            if self._serving.done():
+                self._serving.result()
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
