@@ -3,9 +3,9 @@
     python jobs/tools_cpu.py                          # writes the data, in a second
     gvpo-ray train jobs/agent_cpu.yaml                # makes the model, then trains it through this agent
 
-It knows the address of a model and a key, and nothing of this project. Any client does: openai's, LangChain's, a
-program in another process that reads OPENAI_BASE_URL. What the model writes is trained, what the agent writes is
-read: a call whose prompt begins with all that was said so far goes on with the same completion.
+It knows the address of a model and a key, and nothing of this project. Any client does: openai's,
+LangChain's, a program in another process that reads OPENAI_BASE_URL. What the model writes is trained, what
+the agent writes is read: a call whose prompt begins with all that was said goes on with the completion.
 """
 
 import json

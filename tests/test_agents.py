@@ -18,18 +18,21 @@ import pyarrow as pa
 import pytest
 from episodes import END, LocalClient, Policy, Scripted, tokenizer
 
-from gvpo_ray import groups
+from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import serving
+from gvpo_ray.engines.base import split_kept
 from gvpo_ray.engines.rollout import ModelCall, Span
 from gvpo_ray.engines.serving import NoRoomError, Serving
 from gvpo_ray.environments.agent import Agents, branches, read_agent, with_common_prompt
 from gvpo_ray.environments.agent_host import NO_GRADE, AgentHost
 from gvpo_ray.environments.host import GONE
+from gvpo_ray.files import kept_secret
+from gvpo_ray.observe.episodes import episodes_of
 
 TOKENIZER = tokenizer()
 SAMPLING = SamplingConfig(num_completions=2, max_tokens=2000)
@@ -49,7 +52,7 @@ async def chat(scope: Any, receive: Any, send: Any) -> None:
     try:
         text = TOKENIZER.apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        span = await serving.sample(ids, asked.get("max_tokens"), asked.get("stop", ()))
+        _, span = await serving.sample(ids, asked.get("max_tokens"), asked.get("stop", ()), TOKENIZER.decode)
         said = TOKENIZER.decode(span.ids, skip_special_tokens=True)
         message = {"role": "assistant", "content": said}
         answer = {"model": asked["model"], "choices": [{"message": message}]}
@@ -330,6 +333,40 @@ def test_an_episode_that_begins_with_another_token_than_its_group_is_left_out_wi
     assert row["reward_reasons"][:2] == [None, None] and "no token" in row["reward_reasons"][2]
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_a_text_that_was_sampled_is_read_with_the_tokens_that_were_sampled(seed: int) -> None:
+    """Tokens are pieces of a text; a text has many spellings."""
+    rng = random.Random(seed)
+    pieces = ["a", "b", "ab", "ba", "aba", "bb", "|"]
+
+    def spelled(text: str) -> list[int]:
+        ids = []
+        while text:
+            ids.append(rng.choice([i for i, piece in enumerate(pieces) if text.startswith(piece)]))
+            text = text[len(pieces[ids[-1]]) :]
+        return ids
+
+    def decode(ids: list[int]) -> str:
+        return "".join(pieces[i] for i in ids)
+
+    def words() -> str:
+        return "".join(rng.choice("ab") for _ in range(rng.randrange(1, 9))) + "|"
+
+    texts = [words()]
+    for _ in range(3):
+        texts.append(texts[rng.randrange(len(texts))] + words())
+    known = [spelled(text) for text in texts]
+    said = rng.choice(texts)
+    prompt_ids = spelled(said + words())
+    found = serving.as_sampled(prompt_ids, known, decode)
+    assert decode(found) == decode(prompt_ids)
+    fitting = [ids for ids in known if decode(prompt_ids).startswith(decode(ids))]
+    longest = max(map(len, fitting))  # the marks end tokens in every spelling
+    assert any(found[: len(ids)] == ids for ids in fitting if len(ids) == longest)
+    other = spelled("b" * 20)
+    assert serving.as_sampled(other, [spelled("a|")], decode) == other
+
+
 # ------------------------------------------------------------------------------------------ engines that fail
 
 
@@ -584,3 +621,60 @@ def test_a_function_that_is_no_agent_is_refused_by_name(code: str, why: str, tmp
 def test_the_reason_of_a_host_that_does_not_know_an_episode_says_so(tmp_path: Path) -> None:
     host = AgentHost(talk, 60.0, 8, False)
     assert asyncio.run(host.play("nobody", 0, "http://127.0.0.1:1", "t")).reason == GONE
+
+
+RUN = {"run_dir": "r", "num_steps": 1, "model": {"path": "m"}, "prompts": {"path": "p.jsonl"}}
+SERVED = {"engines": {"serve": True}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"environment": {"agent": "a.py:f"}}, "environment.agent: .* set engines.serve: true"),
+        ({"environment": {}}, "environment: name, .*, or agent, .*: one of the two"),
+        ({"environment": {"agent": "a.py:f", "name": "b.py:C"}}, "one of the two"),
+        ({"environment": {"agent": "a"}, **SERVED}, "environment.agent: must be path.py:function"),
+        ({"environment": {"agent": "a.py:f", "arguments": {"b": 1}}, **SERVED}, "arguments is of an"),
+        ({"environment": {"agent": "a.py:f", "renderer": "qwen3"}, **SERVED}, "renderer is of an"),
+        ({"environment": {"agent": "a.py:f"}, "replay": {"share": 0.5}, **SERVED}, "replay.share: "),
+        ({"engines": {"serve_arguments": {"a": 1}}}, "engines: serve_arguments need serve: true"),
+        ({"engines": {"serve": True, "serve_arguments": {"api_key": "k"}}}, "api_key is set by the run"),
+    ],
+)
+def test_a_section_that_no_agent_can_have_is_refused_by_its_key(sections: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        GVPOConfig.from_dict(RUN | sections)
+
+
+def test_an_agent_is_rewarded_as_an_environment_is() -> None:
+    config = GVPOConfig.from_dict(RUN | {"environment": {"agent": "a.py:f"}} | SERVED)
+    assert [*config.verifiers.rewards] == [ENVIRONMENT]
+
+
+# ------------------------------------------------------------------------------------------ what is shown
+
+
+def test_an_episode_of_several_branches_is_one_where_completions_are_counted_and_metrics_made() -> None:
+    entries = [
+        {"name": "a", "turns": 3, "end": "stop"},
+        {"name": "a", "turns": 3, "end": "stop", "branch": 1},
+    ]
+    part = groups.with_columns(
+        prompt(),
+        completions=[["x", "y"]],
+        completion_ids=[[[1], [2]]],
+        finish_reasons=[["stop"] * 2],
+        sources=[["policy"] * 2],
+        version_min=[[0, 0]],
+        version_max=[[0, 0]],
+        sampling_logprobs=[[[-1.0]] * 2],
+        episodes=[[json.dumps(one) for one in entries]],
+    )
+    assert split_kept([part], 3)[2] == 2 and split_kept([part, part], 3)[2] == 1
+    assert [one["turns"] for one in episodes_of([{"episodes": part["episodes"][0].as_py()}])] == [3]
+
+
+def test_the_token_of_a_run_stays_the_same_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "serve_token"
+    assert kept_secret(path, "one") == kept_secret(path, "two") == "one"
+    assert path.stat().st_mode & 0o777 == 0o600 and [*tmp_path.iterdir()] == [path]

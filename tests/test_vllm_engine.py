@@ -491,6 +491,11 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '=' if m['role'] == 'user' else '+' }}{% endfor %}"
 
 
+ONE = 2 + tiny.ALPHABET.index(
+    "1"
+)  # as all prompts of a group, a text's begins with what the others begin with
+
+
 async def asks(base_url: str, api_key: str, model: str, prompt: str) -> float:
     """An agent with the client of openai: a conversation, a stream, a text, and calls that are refused."""
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
@@ -504,7 +509,7 @@ async def asks(base_url: str, api_key: str, model: str, prompt: str) -> float:
         messages += [{"role": "user", "content": "2"}]
     chunks = await client.chat.completions.create(model=model, messages=messages, max_tokens=5, stream=True)
     said = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
-    text = await client.completions.create(model=model, prompt=[7, 8, 9], max_tokens=4)
+    text = await client.completions.create(model=model, prompt=[ONE, 8, 9], max_tokens=4)
     with pytest.raises(openai.BadRequestError, match="n: "):
         await client.chat.completions.create(model=model, messages=messages, n=2)
     with pytest.raises(openai.BadRequestError, match="no room"):

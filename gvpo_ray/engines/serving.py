@@ -17,6 +17,7 @@ import contextlib
 import hmac
 import json
 import socket
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class _Request:
     """A request of an episode, and what its calls of the model have sampled."""
 
     ask: Ask
+    known: list[list[int]]
+    """Tokens of the episode's calls so far, each with its prompt."""
     calls: list[dict[str, Any]] = field(default_factory=list)
     is_cut: bool = False
     has_no_room: bool = False
@@ -81,13 +84,43 @@ def is_of_episode() -> bool:
     return _request.get() is not None
 
 
-async def sample(ids: list[int], max_tokens: int | None, stop: Sequence[str | int] = ()) -> Span:
+def as_sampled(ids: list[int], known: Sequence[list[int]], decode: Callable[[list[int]], str]) -> list[int]:
+    """Return a prompt that has the tokens of an earlier call in place of another spelling of the same text.
+
+    A client sends texts, and a text that was sampled is seldom spelled with the same tokens when it is
+    tokenised anew. With the tokens that were sampled the prompt says the same, and goes on with that call.
+
+    Args:
+        ids: the prompt.
+        known: the tokens of earlier calls, with their prompts.
+        decode: returns the text of tokens, special ones included.
+    """
+    for before in sorted(known, key=len, reverse=True):
+        if ids[: len(before)] == before:
+            return ids
+        text = decode(before)
+        end = bisect_left(range(len(ids) + 1), len(text), key=lambda size: len(decode(ids[:size])))
+        if end <= len(ids) and decode(ids[:end]) == text:
+            return [*before, *ids[end:]]
+    return ids
+
+
+async def sample(
+    ids: list[int],
+    max_tokens: int | None,
+    stop: Sequence[str | int] = (),
+    decode: Callable[[list[int]], str] | None = None,
+) -> tuple[list[int], Span]:
     """Sample for the episode whose request is being answered, and note the call.
 
     Args:
         ids: the prompt.
         max_tokens: the most to sample; None: as many as there is room for.
         stop: texts and tokens that end the call, beside those that end every one.
+        decode: of as_sampled; None: the prompt came as tokens.
+
+    Returns:
+        The prompt as the model has read it, and what was sampled.
 
     Raises:
         NoRoomError: the prompt is as long as the episode may be.
@@ -95,6 +128,8 @@ async def sample(ids: list[int], max_tokens: int | None, stop: Sequence[str | in
     """
     request = _request.get()
     assert request is not None
+    if decode is not None:
+        ids = as_sampled(ids, request.known, decode)
     try:
         span = await request.ask(list(ids), max_tokens, stop)
     except CutOff:
@@ -106,6 +141,7 @@ async def sample(ids: list[int], max_tokens: int | None, stop: Sequence[str | in
             f"the prompt has {len(ids)} tokens, which leave no room for another one in this episode "
             "(sampling.max_tokens bounds all of it, behind the data's prompt)"
         )
+    request.known.append([*ids, *span.ids])
     request.calls.append(
         {
             "prompt_ids": list(ids),
@@ -115,7 +151,7 @@ async def sample(ids: list[int], max_tokens: int | None, stop: Sequence[str | in
             "finish_reason": span.finish_reason,
         }
     )
-    return span
+    return ids, span
 
 
 class Serving:
@@ -130,7 +166,7 @@ class Serving:
     def __init__(self, app: App, token: str, host: str) -> None:
         know({"token": token})
         self._app, self._token, self._host = app, token, host
-        self._episodes: dict[str, Ask] = {}
+        self._episodes: dict[str, tuple[Ask, list[list[int]]]] = {}
         self.address = ""
         """The URL of the server; "" until it is started."""
 
@@ -161,7 +197,9 @@ class Serving:
         )
         self.server = Server(config)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
-        while not self.server.started and not self._serving.done():
+        while not self.server.started:
+            if self._serving.done():
+                self._serving.result()
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
@@ -177,14 +215,15 @@ class Serving:
             await self._serving
 
     @contextlib.contextmanager
-    def episode(self, name: str, ask: Ask) -> Iterator[tuple[str, str]]:
+    def episode(self, name: str, ask: Ask, known: Sequence[list[int]] = ()) -> Iterator[tuple[str, str]]:
         """Answer the requests of an episode for a while; yield their URL, without /v1, and the token.
 
         Args:
             name: of the episode.
             ask: samples for it.
+            known: the tokens of its calls at other engines, with their prompts.
         """
-        self._episodes[name] = ask
+        self._episodes[name] = ask, [*known]
         try:
             yield f"{self.address}/episodes/{name}", self._token
         finally:
@@ -208,10 +247,10 @@ class Serving:
                 return
             await self._app(scope, receive, send)
             return
-        if (ask := self._episodes.get(name)) is None:
+        if (episode := self._episodes.get(name)) is None:
             await _plain(send, 503, "this engine does not have the episode")
             return
-        request = _Request(ask)
+        request = _Request(*episode)
         _request.set(request)  # for this request's task, and those that it starts
         inner = {**scope, "path": f"/{path}", "raw_path": f"/{path}".encode()}
         answer = _Whole()

@@ -6,6 +6,7 @@ chat, completions, responses, Anthropic's messages, or tokens. This module impor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments: Any = make_arg_parser(FlexibleArgumentParser()).parse_args([])
@@ -45,10 +46,15 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
         "disable_log_stats": True,
         "disable_fastapi_docs": True,
     }
-    for name, value in (serve.arguments | ours).items():
-        if not hasattr(arguments, name):
+    known = {field.name for field in dataclasses.fields(FrontendArgs)}  # others are the engine's
+    for name, value in serve.arguments.items():
+        if name == "reasoning_parser":
+            arguments.structured_outputs_config.reasoning_parser = value
+        elif name in known:
+            setattr(arguments, name, value)
+        else:
             raise ConfigError(f"engines.serve_arguments.{name}: vLLM's server has no such argument")
-        setattr(arguments, name, value)
+    vars(arguments).update(ours)
     tasks = await llm.get_supported_tasks()
     app = build_app(arguments, tasks, llm.model_config)
     await init_app_state(_Client(llm, ready), app.state, arguments, tasks)  # type: ignore[arg-type]
@@ -86,8 +92,10 @@ class _Client:
         from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
 
         _refuse(prompt, params)
-        ids = list(prompt["prompt_token_ids"])
-        span = await sample(ids, params.max_tokens, [*(params.stop or ()), *(params.stop_token_ids or ())])
+        stop = [*(params.stop or ()), *(params.stop_token_ids or ())]
+        ids, span = await sample(
+            list(prompt["prompt_token_ids"]), params.max_tokens, stop, self._llm.get_tokenizer().decode
+        )
         only = {*span.versions}
         text = _text(self._llm.get_tokenizer(), span, params)
         output = CompletionOutput(

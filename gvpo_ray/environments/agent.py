@@ -6,10 +6,10 @@
 
 A call whose prompt begins with all tokens of an earlier call, its prompt and its answer, goes on with that
 one, and both are one completion: what the agent added in between is read and not trained. Any other call
-begins a branch (a sub-agent, a context that was made shorter, messages that the template renders differently
-the second time). Each branch is a completion of its own in the group, with the reward of the episode, so that
-m counts branches; a token is trained in the branch in which it was sampled, and only there. The prompt of the
-group is what all of its completions begin with.
+begins a branch (a sub-agent, a context that was made shorter, a template that leaves out earlier thoughts).
+Each branch is a completion of its own in the group, with the reward of the episode, so that m counts
+branches; a token is trained in the branch in which it was sampled, and only there. The prompt of the group is
+what all of its completions begin with.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ OTHER_BEGINNING = "environment: the agent's prompt shares no token with those of
 class Serving(Protocol):
     """The Serving protocol is what an agent's episode needs of its engine's server (engines/serving.py)."""
 
-    def episode(self, name: str, ask: Any) -> AbstractContextManager[tuple[str, str]]:
+    def episode(
+        self, name: str, ask: Any, known: Sequence[list[int]]
+    ) -> AbstractContextManager[tuple[str, str]]:
         """Answer the episode's requests meanwhile; give the URL and the token."""
 
 
@@ -147,7 +149,9 @@ class AgentEpisode:
         """Let the agent run, and take over its calls; return the tokens of the first branch."""
         serving = self.agents.serving
         assert serving is not None
-        with serving.episode(self.opened.name, progress.ask) as (url, token):
+        calls = (self.opened.so_far or {}).get("calls", ())
+        known = [[*call["prompt_ids"], *call["ids"]] for call in calls]
+        with serving.episode(self.opened.name, progress.ask, known) as (url, token):
             try:
                 self._played = await self._answer("play", self.opened.name, self.opened.lease, url, token)
             except LostError:

@@ -134,7 +134,10 @@ class AgentHost:
         found = [e for e in self._episodes.values() if e.group_id == group_id and e.name not in left_out]
         for episode in found:
             episode.lease += 1
-        return [Opened(episode.name, episode.lease, None) for episode in found]
+        return [
+            Opened(one.name, one.lease, None, {"completion_ids": [], "calls": one.played.calls})
+            for one in found
+        ]
 
     async def play(self, name: str, lease: int, url: str, token: str) -> Played:
         """Let an episode's agent ask the engine at a URL, start it if it does not run, and wait for its end.

@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ray
-
-from gvpo_ray.actors import Note, actor_name
+from gvpo_ray.actors import Note
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.environments.agent import Agents
 from gvpo_ray.environments.agent_host import AgentHost
 from gvpo_ray.environments.contract import pickled_by_value
-from gvpo_ray.environments.pool import ActorClient, EnvironmentGroup
+from gvpo_ray.environments.pool import ActorClient, EnvironmentGroup, spread
 
 
-class _AgentActor(AgentHost):
-    pass
+class _EnvironmentActor(AgentHost):
+    """Its process has the name of other environments' actors, by which `bench chaos` finds them."""
 
 
 class AgentGroup(EnvironmentGroup):
@@ -32,28 +30,20 @@ class AgentGroup(EnvironmentGroup):
         agent: the function.
         is_graded: whether some reward function grades texts.
         note: called with every restart of an actor.
+        say: called with lines for the user.
     """
 
     def __init__(
-        self, config: EnvironmentConfig, agent: Callable[..., Any], is_graded: bool, note: Note
+        self,
+        config: EnvironmentConfig,
+        agent: Callable[..., Any],
+        is_graded: bool,
+        note: Note,
+        say: Callable[[str], None],
     ) -> None:
         pickled_by_value(agent)
-        self._config, self._note = config, note
-        self._processes = {}
-        self.actors = [
-            ray.remote(_AgentActor)
-            .options(
-                name=actor_name(f"environment-{number}"),
-                num_cpus=config.num_cpus,
-                resources=config.resources,
-                max_concurrency=10_000,
-                scheduling_strategy="SPREAD",
-                max_restarts=-1,
-                max_task_retries=0,
-            )
-            .remote(agent, config.timeout_s, config.max_turns, is_graded)
-            for number in range(config.num)
-        ]
+        self._begin(config, note, say)
+        self.actors = spread(config, _EnvironmentActor, agent, config.timeout_s, config.max_turns, is_graded)
 
     def episodes(self, model: ModelConfig, prompts: PromptsConfig) -> Agents:
         """Return what engines make episodes with."""

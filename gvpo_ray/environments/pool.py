@@ -49,25 +49,16 @@ class EnvironmentGroup:
         self, config: EnvironmentConfig, contract: Contract, note: Note, say: Callable[[str], None]
     ) -> None:
         pickled_by_value(contract.cls)
-        self._config, self._contract, self._note, self._say = config, contract, note, say
+        self._contract = contract
+        self._begin(config, note, say)
+        limits = Limits(config.timeout_s, config.max_calls)
+        self.actors: list[Any] = spread(config, _EnvironmentActor, contract.cls, contract.arguments, limits)
+        """Handles of the actors."""
+
+    def _begin(self, config: EnvironmentConfig, note: Note, say: Callable[[str], None]) -> None:
+        self._config, self._note, self._say = config, note, say
         self._processes: dict[int, int] = {}
         self._said: set[str] = set()
-        limits = Limits(config.timeout_s, config.max_calls)
-        self.actors: list[Any] = [
-            ray.remote(_EnvironmentActor)
-            .options(
-                name=actor_name(f"environment-{number}"),
-                num_cpus=config.num_cpus,
-                resources=config.resources,
-                max_concurrency=10_000,
-                scheduling_strategy="SPREAD",
-                max_restarts=-1,
-                max_task_retries=0,
-            )
-            .remote(contract.cls, contract.arguments, limits)
-            for number in range(config.num)
-        ]
-        """Handles of the actors."""
 
     def episodes(self, model: ModelConfig, prompts: PromptsConfig) -> Episodes:
         """Return what engines make episodes with."""
@@ -97,6 +88,24 @@ class EnvironmentGroup:
         """Kill the actors."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+
+
+def spread(config: EnvironmentConfig, actor: type, *arguments: Any) -> list[Any]:
+    """Start the actors of an environment, spread over the nodes; return their handles."""
+    return [
+        ray.remote(actor)
+        .options(
+            name=actor_name(f"environment-{number}"),
+            num_cpus=config.num_cpus,
+            resources=config.resources,
+            max_concurrency=10_000,
+            scheduling_strategy="SPREAD",
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+        .remote(*arguments)
+        for number in range(config.num)
+    ]
 
 
 WATCH_S = 1.0

@@ -173,7 +173,7 @@ def rollout_of(
     if config.environment.agent is not None:
         is_graded = [*config.verifiers.rewards] != [ENVIRONMENT]
         agent = read_agent(config.environment)
-        environments: EnvironmentGroup = AgentGroup(config.environment, agent, is_graded, note)
+        environments: EnvironmentGroup = AgentGroup(config.environment, agent, is_graded, note, say)
     else:
         contract = read_contract(config.environment, config.verifiers)
         environments = EnvironmentGroup(config.environment, contract, note, say)
