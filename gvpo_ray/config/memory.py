@@ -202,7 +202,7 @@ def host_bytes(config: GVPOConfig, shape: Shape, rank: int) -> dict[str, float]:
     parts = {"weights to send": sent, "training state": 12 * trained / learner.num_workers}
     if rank == 0:
         parts["model of a checkpoint"] = float(width * shape.parameters + 4 * trained * bool(lora))
-        if config.loss.reference.startswith("every"):
+        if isinstance(config.loss.reference, str) and config.loss.reference.startswith("every"):
             is_half = width == 2 and learner.backend == "deepspeed" and learner.zero_stage > 0
             parts["its reference"] = float((2 if is_half else 4) * trained)
     return parts
