@@ -73,7 +73,7 @@ class Forks:
         setup, (reader, writer) = cloudpickle.dumps((cls, dict(arguments), limits)), os.pipe()
         socket.send_fds(self._control, [b"setup"], [reader])
         os.close(reader)
-        with open(writer, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), open(writer, "wb") as pipe:
             pipe.write(setup)
         if (said := self._control.recv(1 << 16)) != b"ready":
             self.close()
@@ -83,14 +83,16 @@ class Forks:
         """Return a world, in a process that is free or a new one.
 
         Raises:
-            BrokenError: it does not start.
-            OSError: the fork server is gone.
+            BrokenError: it does not start, or the fork server is gone.
         """
         if self._idle:
             return WorldProcess(self, self._idle.pop(), self._timeout_s + GRACE_S)
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        except OSError:
+            raise BrokenError("the process that worlds are forked from died") from None
         process = _Process(*await asyncio.open_connection(sock=ours))
         try:
             process.pid = await process.frame(START_S)
@@ -107,6 +109,10 @@ class Forks:
         process.writer.close()
         with contextlib.suppress(OSError):  # its worlds end with the server
             self._control.send(b"end %d" % process.pid)
+
+    def wait(self) -> None:
+        """Wait until the fork server has ended, and all worlds with it."""
+        self._server.wait()
 
     def close(self) -> None:
         """End all processes."""
