@@ -297,6 +297,7 @@ def test_a_tool_that_hangs_is_an_error_that_the_policy_reads_and_the_environment
                 (message,) = answer.messages
                 assert message["content"] == "Error: no answer within 0.01 s"
                 assert (answer.reason, answer.num_errors, answer.num_hung) == (None, 1, 1)
+            assert host._episodes[opened.name].world.has_hung  # type: ignore[attr-defined]
             assert await host.finish(opened.name, 0, {}) == (0.0, None, False)  # the environment says so
 
     asyncio.run(main())
@@ -440,11 +441,11 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
     async def main() -> None:
         made = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(made.world)
-        opened = await host.open(0, {"answer": "7"}, 6)
+        opened = await host.open(0, {"answer": "7"}, 7)
         assert {one.said for one in opened} == {"say 7"} and {one.reason for one in opened} == {None}
         pids = [host._episodes[one.name].world.pid for one in opened]  # type: ignore[attr-defined]
-        assert len({*pids, os.getpid()}) == 7
-        *broken, talker, fine = opened
+        assert len({*pids, os.getpid()}) == 8
+        *broken, late, talker, fine = opened
         for i, one in enumerate(broken):
             tool = "die" if i % 2 else "freeze"
             host._episodes[one.name].world.limit_s = 60 if i % 2 else 0.01  # type: ignore[attr-defined]
@@ -457,20 +458,32 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
         answer = await host.act(fine.name, 0, 0, {}, [Call("add", {"a": 1})], "")
         assert answer.messages[0]["content"] == "2"
         assert await host.finish(fine.name, 0, {}) == (0.5, None, False)
+        under_way = asyncio.ensure_future(host.act(late.name, 0, 0, {}, [Call("freeze", {})], ""))
+        await asyncio.sleep(0.01)
         await host.release(0)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in await gone(pids))
-        (again,) = await host.open(1, {"answer": "8"}, 1)
-        assert again.said == "say 8"
+        assert (await under_way).is_broken
+        *of_broken, own = pids
+        await gone(of_broken)
+        again, other = await host.open(1, {"answer": "8"}, 2)
+        assert again.said == other.said == "say 8"
+        # a process in which nothing hung serves another episode
+        assert {own} < {host._episodes[one.name].world.pid for one in (again, other)}  # type: ignore[attr-defined]
+        made._server.kill()
+        made.wait()
+        (lost,) = await host.open(2, {"answer": "9"}, 1)  # in the process that is free, and ends
+        (more,) = await host.open(2, {"answer": "9"}, 1)
+        ends = ("its process died", "the process that worlds are forked from died")
+        for one in (lost, more):
+            assert one.reason is not None and one.reason.endswith(ends)
         made.close()
 
     asyncio.run(main())
 
 
-async def gone(pids: list[int]) -> list[int]:
-    """Wait until these processes have ended; return them."""
+async def gone(pids: list[int]) -> None:
+    """Wait until these processes have ended."""
     while any(os.path.exists(f"/proc/{pid}") for pid in pids):
         await asyncio.sleep(0.01)
-    return pids
 
 
 @pytest.mark.components

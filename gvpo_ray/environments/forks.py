@@ -1,4 +1,4 @@
-"""Each world has a process of its own, forked from one that has loaded the environment's class.
+"""Each world has a process for itself, forked from one that has loaded the environment's class.
 
     host ─ "fork", a socket ──────► fork server ──fork──► world
       │                                                     │
@@ -6,8 +6,8 @@
         ◄── "a call begins", …, the result ─────────────────┘
 
 So a call that hangs, also one that keeps Python's lock for itself, one that ends the process, and what it
-leaves behind, are of one episode alone. The processes are neither confined nor limited: whoever starts a run
-trusts the environment.
+leaves behind, are of one episode alone. A process in which nothing hung serves another episode afterwards.
+The processes are neither confined nor limited: whoever starts a run trusts the environment.
 
 It runs as `python -m gvpo_ray.environments.forks`, and only Forks starts it.
 """
@@ -61,7 +61,7 @@ class Forks:
     """
 
     def __init__(self, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
-        self._timeout_s = limits.timeout_s
+        self._timeout_s, self._idle = limits.timeout_s, list[_Process]()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # users' modules are found as here
         with theirs:
@@ -73,34 +73,46 @@ class Forks:
         setup, (reader, writer) = cloudpickle.dumps((cls, dict(arguments), limits)), os.pipe()
         socket.send_fds(self._control, [b"setup"], [reader])
         os.close(reader)
-        with open(writer, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), open(writer, "wb") as pipe:
             pipe.write(setup)
         if (said := self._control.recv(1 << 16)) != b"ready":
             self.close()
             raise RuntimeError(said.decode() or "the process that worlds are forked from does not start")
 
     async def world(self) -> WorldProcess:
-        """Start a world.
+        """Return a world, in a process that is free or a new one.
 
         Raises:
-            BrokenError: it does not start.
-            OSError: the fork server is gone.
+            BrokenError: it does not start, or the fork server is gone.
         """
+        if self._idle:
+            return WorldProcess(self, self._idle.pop(), self._timeout_s + GRACE_S)
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-        world = WorldProcess(self, *await asyncio.open_connection(sock=ours), self._timeout_s + GRACE_S)
         try:
-            await world.start()
+            with theirs:
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        except OSError:
+            raise BrokenError("the process that worlds are forked from died") from None
+        process = _Process(*await asyncio.open_connection(sock=ours))
+        try:
+            process.pid = await process.frame(START_S)
         except BrokenError:
-            await world.close()
+            process.writer.close()
             raise
-        return world
+        return WorldProcess(self, process, self._timeout_s + GRACE_S)
 
-    def end(self, pid: int) -> None:
-        """Kill a world's process, which may have ended."""
+    def take_back(self, process: _Process, is_clean: bool) -> None:
+        """Keep a process for another world, or kill it; it may have ended."""
+        if is_clean:
+            self._idle.append(process)
+            return
+        process.writer.close()
         with contextlib.suppress(OSError):  # its worlds end with the server
-            self._control.send(b"end %d" % pid)
+            self._control.send(b"end %d" % process.pid)
+
+    def wait(self) -> None:
+        """Wait until the fork server has ended, and all worlds with it."""
+        self._server.wait()
 
     def close(self) -> None:
         """End all processes."""
@@ -109,21 +121,33 @@ class Forks:
         self._server.wait()
 
 
+class _Process:
+    """The host's end of a world's process."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer, self.pid = reader, writer, 0
+
+    async def frame(self, limit_s: float) -> Any:
+        """Return what it sends next."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await _read(self.reader)
+        except TimeoutError:
+            raise BrokenError("its process gave no sign of life and was killed") from None
+        except (asyncio.IncompleteReadError, OSError):
+            raise BrokenError("its process died") from None
+
+
 class WorldProcess:
     """A WorldProcess calls a world in its process; the methods are those of World.
 
     Each of them raises BrokenError, and ends the process, where it gives no sign of life.
     """
 
-    def __init__(
-        self, forks: Forks, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit_s: float
-    ) -> None:
-        self._forks, self._reader, self._writer, self.limit_s = forks, reader, writer, limit_s
-        self.pid: int | None = None
-
-    async def start(self) -> None:
-        """Wait until it has started."""
-        self.pid = await self._frame(START_S)
+    def __init__(self, forks: Forks, process: _Process, limit_s: float) -> None:
+        self._forks, self.limit_s, self.pid = forks, limit_s, process.pid
+        self._process: _Process | None = process
+        self._is_clean = True
 
     async def open(self, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
         """Call World.open."""
@@ -141,32 +165,25 @@ class WorldProcess:
         return outcome
 
     async def close(self) -> None:
-        """End the process."""
-        self._writer.close()
-        if self.pid is not None:
-            self._forks.end(self.pid)
-            self.pid = None
+        """Let the environment go, and its process if a call has hung in it or is under way."""
+        process, self._process = self._process, None
+        if process is not None:
+            self._forks.take_back(process, self._is_clean)
 
     async def _ask(self, method: str, *args: Any) -> Any:
-        if self.pid is None:
+        if (process := self._process) is None:
             raise BrokenError("its process has ended")
+        was_clean, self._is_clean = self._is_clean, False  # until it has answered
         try:
-            _write(self._writer, (method, args))
-            while (frame := await self._frame(self.limit_s)) is None:  # a call begins
+            _write(process.writer, (method, args))
+            while (frame := await process.frame(self.limit_s)) is None:  # a call begins
                 pass
         except BrokenError:
             await self.close()
             raise
-        return frame[0]
-
-    async def _frame(self, limit_s: float) -> Any:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await _read(self._reader)
-        except TimeoutError:
-            raise BrokenError("its process gave no sign of life and was killed") from None
-        except (asyncio.IncompleteReadError, OSError):
-            raise BrokenError("its process died") from None
+        answer, has_hung = frame
+        self._is_clean = was_clean and not has_hung
+        return answer
 
 
 async def _read(reader: asyncio.StreamReader) -> Any:
@@ -214,7 +231,7 @@ def main() -> None:
 
 
 async def _serve(end: socket.socket, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
-    """Be a world until the host closes the socket."""
+    """Be one world after the other until the host closes the socket."""
     reader, writer = await asyncio.open_connection(sock=end)
     world = World(cls, arguments, limits, lambda: _write(writer, None))
     _write(writer, os.getpid())
@@ -223,7 +240,7 @@ async def _serve(end: socket.socket, cls: type, arguments: Mapping[str, Any], li
             method, args = await _read(reader)
         except (asyncio.IncompleteReadError, OSError):
             return
-        _write(writer, (await getattr(world, method)(*args),))
+        _write(writer, (await getattr(world, method)(*args), world.has_hung))
         await writer.drain()
 
 

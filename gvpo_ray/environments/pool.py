@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,13 +28,20 @@ from gvpo_ray.environments.world import Limits
 
 class _EnvironmentActor(Host):
     def __init__(self, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
-        self._forks = Forks(cls, arguments, limits)
-        super().__init__(self._forks.world)
+        forks = Forks(cls, arguments, limits)
+        super().__init__(forks.world)
+        threading.Thread(target=_end_with, args=(forks,), daemon=True).start()
         self._unprotected: list[str] = getattr(cls, "_unprotected", list)()
 
     async def status(self) -> dict[str, Any]:
         """Add what this machine's kernel does not protect from programs of the environment."""
         return {**await super().status(), "unprotected": self._unprotected}
+
+
+def _end_with(forks: Forks) -> None:
+    """End this process, which Ray starts again, with its worlds: no tool call is to blame for their end."""
+    forks.wait()
+    os._exit(1)
 
 
 class EnvironmentGroup:

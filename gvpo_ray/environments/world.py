@@ -89,6 +89,8 @@ class World:
         self._limits, self._begins = limits, begins
         self._thread = ThreadPoolExecutor(1)
         self.environment: Any = None
+        self.has_hung = False
+        """Whether a call has, which may still be under way in a thread."""
 
     async def open(self, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
         """Make the environment and reset it with a row; return what it says, or why it could not begin."""
@@ -185,6 +187,7 @@ class World:
         except TimeoutError:
             if not limit.expired():  # the environment's own
                 raise
+        self.has_hung = True
         if not is_async:  # nothing can end what is in the thread: the next call has another one
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = ThreadPoolExecutor(1)
