@@ -36,13 +36,14 @@ class Examples:
             measured: the sampler's and the reference's log-probs of the same tokens.
             gradient: [T] d loss / d log-prob of these tokens.
         """
-        known = {
+        sampler, reference = measured.sampler, measured.reference
+        tensors = {
             "policy": logprobs,
-            "sampler": measured.sampler and measured.sampler.beside(logprobs),
-            "reference": measured.reference and measured.reference.beside(logprobs),
+            "sampler": None if sampler is None else sampler.beside(logprobs),
+            "reference": None if reference is None else reference.beside(logprobs),
             "push": -gradient,
         }
-        values = {name: None if of is None else of.tolist() for name, of in known.items()}
+        values = {name: None if of is None else of.tolist() for name, of in tensors.items()}
         end = 0
         for row in rows:
             completions, ratios = [], []
@@ -53,9 +54,10 @@ class Examples:
                     one["sampler"] = None  # what stands for it is another policy's
                 elif one["sampler"] is None:
                     one["sampler"] = [row["sampling_logprobs"][i][place] for place in places]
-                of_reference = one["reference"]
-                reference = row["reference_logprobs"][i] if of_reference is None else sum(of_reference)
-                ratios.append(sum(one["policy"]) - reference)
+                known = one["reference"]
+                ratios.append(
+                    sum(one["policy"]) - (row["reference_logprobs"][i] if known is None else sum(known))
+                )
                 completions.append((i, places, one))
             for i, places, one in completions:
                 if not row["sources"][i].startswith(groups.WEAK):
