@@ -32,6 +32,7 @@ from gvpo_ray.losses import gvpo_loss
 from gvpo_ray.run import score
 from gvpo_ray.run.models import check_recorded, reference_digest, version_of
 from gvpo_ray.run.run_dir import open_run_dir
+from gvpo_ray.run.session import placement_notes
 from gvpo_ray.verifiers.scoring_model import PROMPTS, Score, ScoringModel, Text, with_references
 
 CHAT = (
@@ -532,3 +533,14 @@ def test_only_what_starts_the_reference_has_to_have_room_for_it() -> None:
         check_resources(config, 64, 0, **arguments)
     with pytest.raises(ConfigError, match=r"^loss\.reference\.num: 3 x 1 GPUs are more than the 2 GPUs"):
         check_resources(config, 64, 2)
+
+
+def test_a_reference_that_no_node_could_hold_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"run_dir": "run", "num_steps": 1, "model": {"path": "model"}, "prompts": {"path": "p"}}
+    config = GVPOConfig.from_dict({**base, "loss": {"reference": {"model": "teacher", "num_gpus": 1}}})
+    node: dict[str, Any] = {"Alive": True, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    (note,) = placement_notes(config, engines=True)
+    assert "has {CPU: 1, GPU: 1} for a reference: it waits" in note
+    node["Resources"]["GPU"] = 1.0
+    assert list(placement_notes(config, engines=True)) == []

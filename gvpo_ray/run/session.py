@@ -262,6 +262,8 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
         wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
         if config.environment is not None:
             wanted["environment"] = {"CPU": config.environment.num_cpus, **config.environment.resources}
+        if (other := config.loss.reference_model) is not None:
+            wanted["reference"] = {"CPU": other.num_cpus, "GPU": other.num_gpus}
     alive = (node for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive]
     for who, resources in wanted.items():
