@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 import tiny
@@ -572,9 +573,13 @@ def test_an_agents_calls_of_vllms_own_server_are_trained_as_they_were_sampled(ru
         assert not asking.done()
         await engine._llm.resume_generation()
         assert len((await asking).choices) == 2
-        body = {"token_ids": [5, 6], "sampling_params": {"max_tokens": 3, "logprobs": 1}}
-        answer = await client.post("/../inference/v1/generate", body=body, cast_to=object)
-        (choice,) = answer["choices"]  # type: ignore[index]
+        body = {"model": "policy", "token_ids": [5, 6], "sampling_params": {"max_tokens": 3, "logprobs": 1}}
+        headers, route = {"x-api-key": "the token"}, f"{engine.serving.address}/inference/v1/generate"
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.post(route, json=body) as response,
+        ):
+            (choice,) = (await response.json())["choices"]
         spelled = [(one["token_id"], one["token"]) for one in choice["logprobs"]["content"]]
         assert spelled == [(token, f"token_id:{token}") for token in choice["token_ids"]]
         assert choice["weight_versions"][0]["version"] == str(engine.version)
