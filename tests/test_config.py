@@ -653,6 +653,7 @@ def test_the_keys_that_scores_depend_on_are_marked():
     assert marked == {
         "seed",
         "engines.vllm",
+        "engines.serve_arguments",
         *(f"model.{key}" for key in ("dtype", "max_length")),
         *(f"sampling.{key}" for key in ("top_p", "top_k", "min_p", "stop", "stop_token_ids")),
         *(f"verifiers.{key}" for key in ("timeout_s", "cpu_s", "memory_gib", "rewards")),

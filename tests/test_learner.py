@@ -544,8 +544,9 @@ def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
         ("stop", 6),
     ]
     assert [told for told in buffer.told if told[0] == "saved"] == [("saved", step) for step in (2, 3, 4, 5)]
-    asked = buffer.told.index(("save", 4))
-    assert buffer.told[asked + 1 : asked + 3] == [("saved", 3), ("train", 4)]
+    told = [told for told in buffer.told if told != ("saved", 2)]  # which a thread says when it is written
+    asked = told.index(("save", 4))
+    assert told[asked + 1 : asked + 3] == [("saved", 3), ("train", 4)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-2",
         "step-3",

@@ -27,7 +27,7 @@ from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.engines import base
-from gvpo_ray.engines import rollout as rollout_module
+from gvpo_ray.engines import rollout_engine as rollout_module
 from gvpo_ray.engines.actor import ActorMethods
 from gvpo_ray.engines.rollout import Sample
 from gvpo_ray.environments.host import Host

@@ -101,7 +101,10 @@ def _types_of(model: type[Section] | None, key: list[str]) -> set[Any]:
     if rest := key[1 + is_named :]:
         return set().union(*(_types_of(section, rest) for section in _sections(annotation)))
     alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return set() if is_named else {get_origin(each) or each for each in alternatives}
+    if is_named:
+        return set()
+    found = {get_origin(each) or each for each in alternatives}
+    return found | ({dict} if _sections(annotation) else set())
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
