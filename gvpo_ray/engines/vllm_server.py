@@ -57,7 +57,8 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
     vars(arguments).update(ours)
     tasks = await llm.get_supported_tasks()
     app = build_app(arguments, tasks, llm.model_config)
-    await init_app_state(_Client(llm, ready), app.state, arguments, tasks)  # type: ignore[arg-type]
+    client: Any = _Client(llm, ready)
+    await init_app_state(client, app.state, arguments, tasks)
     # vLLM tells its server to stop when its core is dead; the engine ends its process itself
     app.state.server = SimpleNamespace()
     return app
@@ -112,7 +113,7 @@ class _Client:
         )
         return RequestOutput(request_id, prompt.get("prompt"), ids, None, [output], finished=True)
 
-    def _logprobs(self, span: Span) -> list[Mapping[int, Any]]:
+    def _logprobs(self, span: Span) -> Any:
         from vllm.logprobs import Logprob
 
         decode = self._llm.get_tokenizer().decode
