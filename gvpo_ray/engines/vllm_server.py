@@ -37,7 +37,9 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
     from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    arguments: Any = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    parser: Any = FlexibleArgumentParser  # vLLM's types are not all there
+    frontend: Any = FrontendArgs
+    arguments: Any = make_arg_parser(parser()).parse_args([])
     ours = {
         "model": model,
         "served_model_name": [SERVED],
@@ -46,7 +48,7 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
         "disable_log_stats": True,
         "disable_fastapi_docs": True,
     }
-    known = {field.name for field in dataclasses.fields(FrontendArgs)}  # others are the engine's
+    known = {field.name for field in dataclasses.fields(frontend)}  # others are the engine's
     for name, value in serve.arguments.items():
         if name == "reasoning_parser":
             arguments.structured_outputs_config.reasoning_parser = value
