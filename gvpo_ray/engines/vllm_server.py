@@ -37,7 +37,9 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
     from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    arguments: Any = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    parser: Any = FlexibleArgumentParser  # vLLM's types are not all there
+    frontend: Any = FrontendArgs
+    arguments: Any = make_arg_parser(parser()).parse_args([])
     ours = {
         "model": model,
         "served_model_name": [SERVED],
@@ -46,7 +48,7 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
         "disable_log_stats": True,
         "disable_fastapi_docs": True,
     }
-    known = {field.name for field in dataclasses.fields(FrontendArgs)}  # others are the engine's
+    known = {field.name for field in dataclasses.fields(frontend)}  # others are the engine's
     for name, value in serve.arguments.items():
         if name == "reasoning_parser":
             arguments.structured_outputs_config.reasoning_parser = value
@@ -57,7 +59,8 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
     vars(arguments).update(ours)
     tasks = await llm.get_supported_tasks()
     app = build_app(arguments, tasks, llm.model_config)
-    await init_app_state(_Client(llm, ready), app.state, arguments, tasks)  # type: ignore[arg-type]
+    client: Any = _Client(llm, ready)
+    await init_app_state(client, app.state, arguments, tasks)
     # vLLM tells its server to stop when its core is dead; the engine ends its process itself
     app.state.server = SimpleNamespace()
     return app
@@ -112,7 +115,7 @@ class _Client:
         )
         return RequestOutput(request_id, prompt.get("prompt"), ids, None, [output], finished=True)
 
-    def _logprobs(self, span: Span) -> list[Mapping[int, Any]]:
+    def _logprobs(self, span: Span) -> Any:
         from vllm.logprobs import Logprob
 
         decode = self._llm.get_tokenizer().decode

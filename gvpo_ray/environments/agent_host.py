@@ -197,7 +197,8 @@ class AgentHost:
 
     async def _result(self, episode: _Episode, known: Mapping[str, Any]) -> Any:
         """Call the agent within its time limit, which does not run while the model answers."""
-        arguments, in_thread = _fitting(self._agent, known), None
+        arguments = _fitting(self._agent, known)
+        in_thread: Future[Any] | None = None
         try:
             async with asyncio.timeout(None) as episode.limit:
                 if inspect.iscoroutinefunction(self._agent):
