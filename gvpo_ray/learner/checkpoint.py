@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
@@ -79,7 +79,10 @@ class Checkpoint:
     @functools.cached_property
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks as a group of their own, for threads: their messages must not mix with training's."""
-        return dist.new_group(backend="gloo", timeout=WRITE_END) if dist.is_initialized() else None
+        if not dist.is_initialized():
+            return None
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=WRITE_END)
+        return group
 
     # --- writing --------------------------------------------------------------------------------------------
 
@@ -147,7 +150,7 @@ class Checkpoint:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # a new thread would be on the first GPU
             with writing(folder), _first_cause():
-                dcp.save(
+                state_dict_saver.save(
                     tensors,
                     storage_writer=PartWriter(part / "optimizer", complete),
                     planner=HostPlanner(copies),
@@ -229,7 +232,7 @@ class Checkpoint:
         def load(tensors: dict[str, Any]) -> dict[str, Any]:
             reader = HuggingFaceStorageReader(path)
             with _first_cause():
-                dcp.load(tensors, storage_reader=reader, process_group=self._group)
+                state_dict_loader.load(tensors, storage_reader=reader, process_group=self._group)
             return tensors
 
         if state["num_updates"]:

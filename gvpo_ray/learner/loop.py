@@ -112,7 +112,8 @@ def learn(
         policy.reference.load(settings.model_path)
     rows: list[dict[str, Any]] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None, behind=behind)
-    saved, stall = policy.step > 0, None
+    saved = policy.step > 0
+    stall: float | None = None
     while True:
         command = ask(functools.partial(buffer.next_command, policy.step + 1, saved))
         if command is Command.STOP:

@@ -69,7 +69,7 @@ class PartWriter(FileSystemWriter):
             metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
             save_file(tensors, self._folder / name, metadata=metadata)
             sync_to_disk(self._folder / name)
-        written: Any = torch.futures.Future()
+        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         written.set_result(
             [WriteResult(item.index, tensors[item.index.fqn].nbytes, name) for item in plan.items]
         )
