@@ -84,7 +84,7 @@ def silence(name: str, kind: Literal["model", "dataset"]) -> str | None:
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import build_hf_headers, get_session, httpx
+    from huggingface_hub.utils import build_hf_headers, get_session, httpx  # type: ignore[attr-defined]
 
     try:
         url = hf_hub_url(name, FIRST_FILES[kind], repo_type=kind)

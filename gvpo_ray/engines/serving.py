@@ -57,7 +57,7 @@ class Serve:
         """Return the address to listen on, in the process of an engine."""
         import ray
 
-        return "127.0.0.1" if self.is_local else ray.util.get_node_ip_address()
+        return "127.0.0.1" if self.is_local else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 class NoRoomError(GvpoError, ValueError):

@@ -56,7 +56,7 @@ class Examples:
                     one["sampler"] = [row["sampling_logprobs"][i][place] for place in places]
                 known = one["reference"]
                 ratios.append(
-                    sum(one["policy"]) - (row["reference_logprobs"][i] if known is None else sum(known))
+                    sum(one["policy"] or ()) - (row["reference_logprobs"][i] if known is None else sum(known))
                 )
                 completions.append((i, places, one))
             for i, places, one in completions:
