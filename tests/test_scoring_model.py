@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gvpo_ray import GVPOConfig, groups
+from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import ReplayConfig, SourceConfig
 from gvpo_ray.config.loss import loss_config
@@ -338,7 +339,9 @@ def test_a_run_goes_on_with_the_reference_that_has_scored_its_groups(
         go_on("unscored", {"model": str(first)})
 
 
-def test_recorded_groups_that_the_model_has_not_scored_are_refused(teacher_folder: Path) -> None:
+def test_recorded_groups_that_the_model_has_not_scored_are_refused(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
     path = teacher_folder
     config = GVPOConfig.from_dict(
         {
@@ -357,6 +360,12 @@ def test_recorded_groups_that_the_model_has_not_scored_are_refused(teacher_folde
         check_recorded(config, groups.with_columns(good, reference_versions=[[-1, None]]))
     with pytest.raises(ConfigError, match=r"^--groups: group 4: completion 1 has no log-prob of loss"):
         check_recorded(config, tiny.table(tiny.make_group(4, (None, 1.0))))
+    log = GroupLog(tmp_path / "groups")  # that of a run, as `learn --groups RUN/groups` reads it
+    log.append(groups.log_columns(good))
+    check_recorded(config, log)
+    log.append(groups.log_columns(tiny.table(tiny.make_group(4, (None, 1.0)))))
+    with pytest.raises(ConfigError, match=r"^--groups: group 4: completion 1 has no log-prob of loss"):
+        check_recorded(config, log)
 
 
 # ------------------------------------------------------------------------------------- aligned models

@@ -6,8 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local
 from gvpo_ray.config.data import NO_PROMPTS
@@ -16,6 +14,7 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.hub import hub
 from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.data.transcripts import Transcripts
+from gvpo_ray.run.run_dir import Recorded, parts_of
 from gvpo_ray.verifiers.scoring_model import PROMPTS, Renderings
 
 
@@ -184,7 +183,7 @@ def check_reference(config: GVPOConfig) -> None:
         check_scoring_model(REFERENCE_KEY, other.model, renderings_of(config))
 
 
-def check_recorded(config: GVPOConfig, recorded: pa.Table) -> None:
+def check_recorded(config: GVPOConfig, recorded: Recorded) -> None:
     """Refuse recorded groups that the other model that is the reference has not scored.
 
     Raises:
@@ -195,7 +194,8 @@ def check_recorded(config: GVPOConfig, recorded: pa.Table) -> None:
         return
     version = version_of(other.model)
     names = ["group_id", "completion_ids", "rewards", *groups.MASK_COLUMNS, "reference_versions"]
-    for row in groups.rows(groups.log_columns(recorded).select(names)):
+    parts = (groups.log_columns(part).select(names) for part in parts_of(recorded))
+    for row in (row for part in parts for row in groups.rows(part)):
         versions = row["reference_versions"] or [None] * len(row["rewards"])
         for i in groups.trainable_completions(row):
             if versions[i] != version:

@@ -192,7 +192,7 @@ def read_recorded(
     try:
         is_log = source.is_dir() and groups.segments(source)
         recorded = GroupLog(source) if is_log else groups.load(source)
-        for part in _parts(recorded, 0):
+        for part in parts_of(recorded):
             groups.validate(part, groups.LOGGED_COLUMNS)
             for name in (name for name in groups.REFERENCE_COLUMNS if name in part.schema.names):
                 groups.validate(part.filter(pc.is_valid(part[name])), ("completions", name))
@@ -220,7 +220,7 @@ def read_recorded(
     return recorded, assigned, steps
 
 
-def _parts(recorded: Recorded, begin: int) -> Iterator[pa.Table]:
+def parts_of(recorded: Recorded, begin: int = 0) -> Iterator[pa.Table]:
     """Yield recorded groups from row `begin` on: those of a log in blocks, and those of a file at once."""
     if isinstance(recorded, GroupLog):
         for row in range(begin, len(recorded), BLOCK):
@@ -238,7 +238,7 @@ def _is_beginning(log: GroupLog, recorded: Recorded, assigned: Mapping[int, tupl
     if ids[: len(log)] != log.group_ids:
         return False
     rows = sorted({0, len(log) - 1}) if len(log) else []
-    others = (next(_parts(recorded, row)).slice(0, 1) for row in rows)
+    others = (next(parts_of(recorded, row)).slice(0, 1) for row in rows)
     return all(
         log.read(row, row + 1).equals(groups.log_columns(other).combine_chunks())
         for row, other in zip(rows, others, strict=True)
@@ -255,7 +255,7 @@ def import_groups(recorded: Recorded, assigned: Mapping[int, tuple[int, int]], f
         log = GroupLog(folder)
         log.repair()
         # Batch by batch, because a slice of a table takes time in proportion to its number of batches.
-        for part in _parts(recorded, len(log)):
+        for part in parts_of(recorded, len(log)):
             for batch in part.to_batches(max_chunksize=1):
                 log.append(pa.Table.from_batches([batch]))
         missing = {step: rows for step, rows in assigned.items() if step not in log.assigned}
