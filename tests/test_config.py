@@ -147,6 +147,7 @@ def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
         ),
         ("run_dir=2026-11-27", lambda c: c.run_dir, "2026-11-27"),
         ("run_dir=2026-02-30", lambda c: c.run_dir, "2026-02-30"),
+        ("run_dir=\u00a0", lambda c: c.run_dir, "\u00a0"),  # text in YAML, and space in Python
         ("prompts.path=['a #1.jsonl', b.jsonl]", lambda c: c.prompts.path, ["a #1.jsonl", "b.jsonl"]),
         ("prompts.path={a}.jsonl", lambda c: c.prompts.path, "{a}.jsonl"),
         ("evaluation.sets.heldout={path: y}", lambda c: c.evaluation.sets["heldout"].path, "y"),

@@ -21,6 +21,9 @@ NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 """What yaml.safe_load raises of a text: errors of its own, and Python's at a date such as 2026-02-30, at a
 number of 5,000 digits and at lists within lists without end."""
 
+YAML_SPACE = " \t\r\n"
+"""What may stand before a YAML value. Python takes more for space, such as U+00A0, which is text in YAML."""
+
 
 def packaged_jobs() -> dict[str, Path]:
     """Return {name: file} of the jobs that come with this package: those of its wheel, or of its checkout."""
@@ -85,7 +88,7 @@ def parse_override(text: str, model: type[Section]) -> tuple[str, Any]:
         if str in types:
             return key, value
         raise ConfigError(f"override {key}: {hide(value, key)!r} is not a YAML value") from error
-    is_plain = parsed is None or (isinstance(parsed, str) and value.lstrip()[0] not in "'\"|>")
+    is_plain = parsed is None or (isinstance(parsed, str) and value.lstrip(YAML_SPACE)[0] not in "'\"|>")
     is_cut = is_plain and " #" in f" {value}"  # YAML takes the rest for a comment
     is_scalar = isinstance(parsed, (str, int, float, type(None)))
     is_text = is_cut or not (is_scalar or type(parsed) in types)
