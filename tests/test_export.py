@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,22 @@ def test_what_cannot_be_exported_is_one_line(run_dir: Path, tmp_path: Path) -> N
     assert says(2, None).startswith("--step: 2: its checkpoint is damaged: ")
     assert export_model(str(run_dir), model, None, None).name == "step-1"  # the newest that is whole
     assert not (run_dir / "export" / "step-2").exists()
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_exported(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree
+
+    def removed_meanwhile(source: Path, *arguments: Any, **options: Any) -> Any:
+        for name in ("state.json", "model.safetensors"):  # in the order of remove_checkpoint
+            (source / name).unlink()
+        return copy(source, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "copytree", removed_meanwhile)
+    with pytest.raises(ConfigError, match=r"^--step: .*step-1 was removed by its run meanwhile"):
+        export_model(str(run_dir), ModelConfig(path="model", dtype="bfloat16"), 1, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.components

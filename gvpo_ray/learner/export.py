@@ -25,7 +25,8 @@ def export_model(run_dir: str, model: ModelConfig, step: int | None, out: str | 
         out: the folder to make; None: export/step-N in the run directory.
 
     Raises:
-        ConfigError: there is no such checkpoint, or it is damaged, or the folder is there already.
+        ConfigError: there is no such checkpoint, or it is damaged or removed meanwhile; or the folder is
+            there already.
         OSError: the folder cannot be written.
     """
     if step is not None:
@@ -38,11 +39,24 @@ def export_model(run_dir: str, model: ModelConfig, step: int | None, out: str | 
     if target.exists():
         raise ConfigError(f"--out: {target} is there already")
     with new_folder(target) as part:
-        shutil.copytree(source, part, ignore=shutil.ignore_patterns(*TRAINING_ONLY), dirs_exist_ok=True)
-        # Checkpoints of 0.2 and older have it in the learner's dtype.
-        if json.loads((source / "config.json").read_text(encoding="utf-8")).get("dtype") != model.dtype:
-            _convert(source, part, model)
+        try:
+            shutil.copytree(source, part, ignore=shutil.ignore_patterns(*TRAINING_ONLY), dirs_exist_ok=True)
+            # Checkpoints of 0.2 and older have it in the learner's dtype.
+            if json.loads((source / "config.json").read_text(encoding="utf-8")).get("dtype") != model.dtype:
+                _convert(source, part, model)
+        except OSError:
+            if _is_there(source):
+                raise
+        if not _is_there(source):  # the run has newer ones, and what was copied may lack files
+            raise ConfigError(
+                f"--step: {source} was removed by its run meanwhile: give a newer step, or none"
+            )
     return target
+
+
+def _is_there(checkpoint: Path) -> bool:
+    """Return whether no run has begun to remove a checkpoint: its state.json goes first."""
+    return (checkpoint / "state.json").is_file()
 
 
 def _convert(source: Path, target: Path, model: ModelConfig) -> None:
