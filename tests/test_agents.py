@@ -33,6 +33,7 @@ from gvpo_ray.environments.agent_host import NO_GRADE, AgentHost
 from gvpo_ray.environments.host import GONE
 from gvpo_ray.files import kept_secret
 from gvpo_ray.observe.episodes import episodes_of
+from gvpo_ray.verifiers.verifier import Verifier
 
 TOKENIZER = tokenizer()
 SAMPLING = SamplingConfig(num_completions=2, max_tokens=2000)
@@ -530,6 +531,30 @@ def test_an_agents_time_stands_still_while_its_model_answers(tmp_path: Path) -> 
             work.cancel()
 
     run(main)
+
+
+def test_a_text_of_an_agent_is_graded_and_an_agent_that_fails_is_not(tmp_path: Path) -> None:
+    async def says_or_fails(base_url: str, api_key: str) -> str:
+        if await post(base_url, api_key, [{"role": "user", "content": "?"}]) == "bbb":
+            raise KeyError("b")
+        return "10"
+
+    config = GVPOConfig.from_dict(
+        RUN
+        | {"environment": {"agent": "a.py:f"}, "verifiers": {"rewards": {"exact_match": {"trusted": True}}}}
+        | SERVED
+    )
+
+    async def main() -> pa.Table:
+        async with World(tmp_path, says_or_fails, is_graded=True) as world:
+            return (await (await world.engine(longer)).generate(prompt(), SAMPLING))[0]
+
+    with Verifier(config.verifiers) as verifier:
+        row = row_of(verifier.score(asyncio.run(main())))
+    assert sorted(row["rewards"], key=str) == [1.0, None]
+    failed = row["rewards"].index(None)
+    assert row["reward_reasons"][failed].startswith("environment: the agent raised KeyError")
+    assert row["reward_reasons"][1 - failed] is None
 
 
 def test_a_synchronous_agent_runs_in_a_thread_and_asks_with_another_clients_headers(tmp_path: Path) -> None:
