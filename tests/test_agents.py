@@ -5,6 +5,8 @@ whatever becomes of the engines. A small application stands in for vLLM's (test_
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import random
 import urllib.request
@@ -609,6 +611,37 @@ def test_nobody_asks_without_the_key_of_an_episode_or_the_token_of_the_run(tmp_p
                 assert await asyncio.to_thread(status_of, url, Authorization="Bearer wrong") == 401
             url = f"{served.address}/episodes/x/v1/chat/completions"
             assert await asyncio.to_thread(status_of, url, Authorization=f"Bearer {TOKEN}") == 503
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "path", ["..", "%2e%2e", "v1/../..", "v1%2f..%2f..", "%252e%252e", "v1/models%3f/../.."]
+)
+def test_no_path_of_an_episode_leads_to_another_one_or_out_of_it(path: str, tmp_path: Path) -> None:
+    def answer_of(base_url: str, api_key: str) -> int:
+        _, _, host, name, _ = base_url.split("/")
+        connection = http.client.HTTPConnection(host)
+        with contextlib.closing(connection):  # urllib would leave out the dots itself
+            own = {"Authorization": f"Bearer {api_key}"}
+            connection.request("POST", f"/{name}/{path}/../v1/models", b"{}", own)
+            return connection.getresponse().status
+
+    async def asks(base_url: str, api_key: str) -> float:
+        return float(await asyncio.to_thread(answer_of, base_url, api_key))
+
+    async def main() -> None:
+        async with World(tmp_path, asks) as world:
+            engine = await world.engine(longer)
+            served = engine.made.serving
+            assert served is not None
+
+            async def other(scope: Any, receive: Any, send: Any) -> None:
+                raise AssertionError(scope["path"])
+
+            served._app = other
+            row = row_of((await engine.generate(prompt(), SAMPLING))[0])
+            assert row["reward_parts"] == {ENVIRONMENT: [404.0] * 2}
 
     run(main)
 
