@@ -12,6 +12,7 @@ import random
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 
@@ -23,13 +24,15 @@ from episodes import END, LocalClient, Policy, Scripted, tokenizer
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import serving
 from gvpo_ray.engines.base import split_kept
 from gvpo_ray.engines.rollout import ModelCall, Span
 from gvpo_ray.engines.serving import NoRoomError, Serving
+from gvpo_ray.engines.slots import Request, Slot
+from gvpo_ray.engines.supervisor import Supervisor
 from gvpo_ray.environments.agent import Agents, branches, read_agent, with_common_prompt
 from gvpo_ray.environments.agent_host import NO_GRADE, AgentHost
 from gvpo_ray.environments.host import GONE
@@ -730,6 +733,30 @@ def test_an_episode_of_several_branches_is_one_where_completions_are_counted_and
     )
     assert split_kept([part], 3)[2] == 2 and split_kept([part, part], 3)[2] == 1
     assert [one["turns"] for one in episodes_of([{"episodes": part["episodes"][0].as_py()}])] == [3]
+
+
+def test_the_branches_of_a_finished_episode_free_one_place_at_its_engine() -> None:
+    class Engine:
+        def __init__(self, *tables: pa.Table) -> None:
+            self._tables, self.take_finished = [*tables], self
+
+        async def remote(self) -> tuple[list[int], pa.Buffer]:
+            table = self._tables.pop(0)
+            return table["group_id"].to_pylist(), groups.to_wire(table)
+
+    names = ["a", "a", "a", "b"]
+    entries = [{"name": name, **({"branch": i} if 0 < i < 3 else {})} for i, name in enumerate(names)]
+    table = groups.with_columns(
+        prompt(),
+        completions=[names],
+        finish_reasons=[["stop"] * 4],
+        episodes=[[json.dumps(entry) for entry in entries]],
+    )
+    slot = Slot("p", PoolConfig(), 0, capacity=8, load=3)
+    slot.in_flight[0] = Request(0.0, [])
+    one = SimpleNamespace(_num_collected=0, _changed=lambda: None)
+    asyncio.run(Supervisor._collect(one, slot, Engine(table, table[:0])))  # type: ignore[arg-type]
+    assert (slot.load, slot.in_flight[0].num_freed) == (1, 2)
 
 
 def test_the_token_of_a_run_stays_the_same_and_only_its_owner_reads_it(tmp_path: Path) -> None:
