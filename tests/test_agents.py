@@ -5,11 +5,14 @@ whatever becomes of the engines. A small application stands in for vLLM's (test_
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import json
 import random
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 
@@ -21,18 +24,21 @@ from episodes import END, LocalClient, Policy, Scripted, tokenizer
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.config.engines import SamplingConfig
+from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import serving
 from gvpo_ray.engines.base import split_kept
 from gvpo_ray.engines.rollout import ModelCall, Span
 from gvpo_ray.engines.serving import NoRoomError, Serving
+from gvpo_ray.engines.slots import Request, Slot
+from gvpo_ray.engines.supervisor import Supervisor
 from gvpo_ray.environments.agent import Agents, branches, read_agent, with_common_prompt
 from gvpo_ray.environments.agent_host import NO_GRADE, AgentHost
 from gvpo_ray.environments.host import GONE
 from gvpo_ray.files import kept_secret
 from gvpo_ray.observe.episodes import episodes_of
+from gvpo_ray.verifiers.verifier import Verifier
 
 TOKENIZER = tokenizer()
 SAMPLING = SamplingConfig(num_completions=2, max_tokens=2000)
@@ -532,6 +538,30 @@ def test_an_agents_time_stands_still_while_its_model_answers(tmp_path: Path) -> 
     run(main)
 
 
+def test_a_text_of_an_agent_is_graded_and_an_agent_that_fails_is_not(tmp_path: Path) -> None:
+    async def says_or_fails(base_url: str, api_key: str) -> str:
+        if await post(base_url, api_key, [{"role": "user", "content": "?"}]) == "bbb":
+            raise KeyError("b")
+        return "10"
+
+    config = GVPOConfig.from_dict(
+        RUN
+        | {"environment": {"agent": "a.py:f"}, "verifiers": {"rewards": {"exact_match": {"trusted": True}}}}
+        | SERVED
+    )
+
+    async def main() -> pa.Table:
+        async with World(tmp_path, says_or_fails, is_graded=True) as world:
+            return (await (await world.engine(longer)).generate(prompt(), SAMPLING))[0]
+
+    with Verifier(config.verifiers) as verifier:
+        row = row_of(verifier.score(asyncio.run(main())))
+    assert sorted(row["rewards"], key=str) == [1.0, None]
+    failed = row["rewards"].index(None)
+    assert row["reward_reasons"][failed].startswith("environment: the agent raised KeyError")
+    assert row["reward_reasons"][1 - failed] is None
+
+
 def test_a_synchronous_agent_runs_in_a_thread_and_asks_with_another_clients_headers(tmp_path: Path) -> None:
     def plain(base_url: str, api_key: str, model: str, **row: Any) -> float:
         body = json.dumps({"model": "gpt-5", "messages": [{"role": "user", "content": row["prompt"]}]})
@@ -584,6 +614,37 @@ def test_nobody_asks_without_the_key_of_an_episode_or_the_token_of_the_run(tmp_p
                 assert await asyncio.to_thread(status_of, url, Authorization="Bearer wrong") == 401
             url = f"{served.address}/episodes/x/v1/chat/completions"
             assert await asyncio.to_thread(status_of, url, Authorization=f"Bearer {TOKEN}") == 503
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "path", ["..", "%2e%2e", "v1/../..", "v1%2f..%2f..", "%252e%252e", "v1/models%3f/../.."]
+)
+def test_no_path_of_an_episode_leads_to_another_one_or_out_of_it(path: str, tmp_path: Path) -> None:
+    def answer_of(base_url: str, api_key: str) -> int:
+        _, _, host, name, _ = base_url.split("/")
+        connection = http.client.HTTPConnection(host)
+        with contextlib.closing(connection):  # urllib would leave out the dots itself
+            own = {"Authorization": f"Bearer {api_key}"}
+            connection.request("POST", f"/{name}/{path}/../v1/models", b"{}", own)
+            return connection.getresponse().status
+
+    async def asks(base_url: str, api_key: str) -> float:
+        return float(await asyncio.to_thread(answer_of, base_url, api_key))
+
+    async def main() -> None:
+        async with World(tmp_path, asks) as world:
+            engine = await world.engine(longer)
+            served = engine.made.serving
+            assert served is not None
+
+            async def other(scope: Any, receive: Any, send: Any) -> None:
+                raise AssertionError(scope["path"])
+
+            served._app = other
+            row = row_of((await engine.generate(prompt(), SAMPLING))[0])
+            assert row["reward_parts"] == {ENVIRONMENT: [404.0] * 2}
 
     run(main)
 
@@ -672,6 +733,30 @@ def test_an_episode_of_several_branches_is_one_where_completions_are_counted_and
     )
     assert split_kept([part], 3)[2] == 2 and split_kept([part, part], 3)[2] == 1
     assert [one["turns"] for one in episodes_of([{"episodes": part["episodes"][0].as_py()}])] == [3]
+
+
+def test_the_branches_of_a_finished_episode_free_one_place_at_its_engine() -> None:
+    class Engine:
+        def __init__(self, *tables: pa.Table) -> None:
+            self._tables, self.take_finished = [*tables], self
+
+        async def remote(self) -> tuple[list[int], pa.Buffer]:
+            table = self._tables.pop(0)
+            return table["group_id"].to_pylist(), groups.to_wire(table)
+
+    names = ["a", "a", "a", "b"]
+    entries = [{"name": name, **({"branch": i} if 0 < i < 3 else {})} for i, name in enumerate(names)]
+    table = groups.with_columns(
+        prompt(),
+        completions=[names],
+        finish_reasons=[["stop"] * 4],
+        episodes=[[json.dumps(entry) for entry in entries]],
+    )
+    slot = Slot("p", PoolConfig(), 0, capacity=8, load=3)
+    slot.in_flight[0] = Request(0.0, [])
+    one = SimpleNamespace(_num_collected=0, _changed=lambda: None)
+    asyncio.run(Supervisor._collect(one, slot, Engine(table, table[:0])))  # type: ignore[arg-type]
+    assert (slot.load, slot.in_flight[0].num_freed) == (1, 2)
 
 
 def test_the_token_of_a_run_stays_the_same_and_only_its_owner_reads_it(tmp_path: Path) -> None:

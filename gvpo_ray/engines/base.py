@@ -334,11 +334,11 @@ def split_kept(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], lis
                 for i, reason in enumerate(reasons)
                 if reason == ABORTED
             ]
-    num_new = max(0, size - sum(map(_num_rollouts, done)))
+    num_new = max(0, size - sum(map(num_rollouts, done)))
     return done, begun[:num_new], num_new
 
 
-def _num_rollouts(part: pa.Table) -> int:
+def num_rollouts(part: pa.Table) -> int:
     """Return the number of completions of a one-row table, all branches of an episode as one."""
     entries = (part["episodes"][0].as_py() if "episodes" in part.column_names else None) or ()
     return len(part["completions"][0]) - sum('"branch"' in entry for entry in entries if entry)

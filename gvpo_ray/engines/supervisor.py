@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayError
 
@@ -31,6 +30,7 @@ from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import EnginesConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
+from gvpo_ray.engines.base import num_rollouts
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.engines.turns import Sleepers, Turns
 from gvpo_ray.files import DiskFull
@@ -260,7 +260,8 @@ class Supervisor:
             if not group_ids:
                 return  # the engine is closed
             self._num_collected += len(group_ids)
-            counts = pc.list_value_length(from_wire(table)["finish_reasons"]).to_pylist()
+            rows = from_wire(table)
+            counts = [num_rollouts(rows.slice(i, 1)) for i in range(len(rows))]
             for group_id, num in zip(group_ids, counts, strict=True):
                 if group_id in slot.in_flight:
                     slot.in_flight[group_id].kept.append(table)

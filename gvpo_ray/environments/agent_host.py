@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from gvpo_ray.config.shown import MASK, know, mask
 from gvpo_ray.config.verifiers import ReasonKind
@@ -251,6 +252,8 @@ class AgentHost:
         episode = self._episodes.get(request.match_info["name"])
         if episode is None or episode.is_over or not _has_key(request.headers, episode.key):
             return _refusal(web, 401, "the key is of no episode that runs")
+        if ".." in request.match_info["path"].split("/"):
+            return _refusal(web, 404, "an episode has no such path")
         if request.method == "POST":
             episode.num_asked += 1
             if episode.num_asked > self._max_turns:
@@ -299,7 +302,7 @@ class AgentHost:
         left_out = ("host", "authorization", "x-api-key", "content-length", "connection", "accept-encoding")
         headers = {name: value for name, value in request.headers.items() if name.lower() not in left_out}
         headers |= {"Authorization": f"Bearer {route.token}", "Accept-Encoding": "identity"}
-        url = f"{route.url}/{request.match_info['path']}"
+        url = f"{route.url}/{quote(request.match_info['path'])}"
         if request.query_string:
             url += f"?{request.query_string}"
         async with self._session.request(request.method, url, data=body, headers=headers) as answer:

@@ -339,7 +339,7 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
     """Return what the environment gave each completion of a group; nothing where they are no episodes.
 
     An episode that the environment itself has ended with an error counts as its fault. None stands for one
-    that has no reward because the environment gives none.
+    that has no reward because the environment gives none, or whose agent has returned a text to be graded.
 
     One whose environment the policy's own tool call has brought down is worth what the worst of its group is:
     it is then never better than their mean, so that no policy learns to escape a bad reward by such a call.
@@ -353,7 +353,7 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
     worst = min((value for value in values or () if value is not None), default=None)
     return [
         None
-        if values is None and (reason is None or is_broken)
+        if value is None and (reason is None or (values is None and is_broken))
         else Part(worst, reason)
         if is_broken
         else Part(value, reason, is_fault=value is None and " raised " in (reason or ""))
