@@ -45,6 +45,10 @@ SAMPLING = SamplingConfig(num_completions=2, max_tokens=2000)
 TOKEN = "the-run's-own-token"
 
 
+class DeadError(Exception):
+    """As vLLM's EngineDeadError, which its application answers with 500."""
+
+
 async def chat(scope: Any, receive: Any, send: Any) -> None:
     """As vLLM's route: messages become a prompt, tokens become the content of an answer."""
     body = b""
@@ -58,12 +62,15 @@ async def chat(scope: Any, receive: Any, send: Any) -> None:
     try:
         text = TOKENIZER.apply_chat_template(asked["messages"], tokenize=False, add_generation_prompt=True)
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        _, span = await serving.sample(ids, asked.get("max_tokens"), asked.get("stop", ()), TOKENIZER.decode)
+        stop, deaths = asked.get("stop", ()), (DeadError,)
+        _, span = await serving.sample(ids, asked.get("max_tokens"), stop, TOKENIZER.decode, deaths)
         said = TOKENIZER.decode(span.ids, skip_special_tokens=True)
         message = {"role": "assistant", "content": said}
         answer = {"model": asked["model"], "choices": [{"message": message}]}
     except NoRoomError as error:
         status, answer = 400, {"error": {"message": str(error)}}
+    except DeadError:
+        status, answer = 500, {"error": {"message": "dead"}}
     await send(
         {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]}
     )
@@ -429,6 +436,24 @@ def test_an_agent_does_not_notice_that_its_engine_goes_and_no_call_is_recorded_t
             asked = {tokens: call for tokens, call in asked.items() if call[1].ids}
             check(row, [*asked.values()])
             assert len(asked) == sum(json.loads(one)["turns"] for one in row["episodes"]) == 6
+            work.cancel()
+
+    run(main)
+
+
+def test_a_call_at_an_engine_that_is_dead_but_answers_is_made_at_the_next_one(tmp_path: Path) -> None:
+    def is_dead(turns: list[str], number: int) -> str:
+        raise DeadError
+
+    async def main() -> None:
+        async with World(tmp_path, talk) as world:
+            first = await world.engine(is_dead)
+            work = asyncio.ensure_future(first.generate(prompt(), SAMPLING))
+            while not any(episode.num_asked for episode in world.hosts[0]._episodes.values()):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            row = row_of((await (await world.engine(longer)).generate(prompt(), SAMPLING))[0])
+            assert row["reward_reasons"] == [None, None]
             work.cancel()
 
     run(main)

@@ -9,7 +9,9 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,3 +237,12 @@ def test_a_checkpoint_without_a_moment_is_an_error_and_not_a_moment_of_zero(
     save_file({n: t for n, t in load_file(file).items() if not n.startswith(f"{lost}.model.norm")}, file)
     with pytest.raises(RuntimeError, match=f"Missing key in checkpoint state_dict: {lost}.model.norm.weight"):
         load(tmp_path / "step-1", given)
+
+
+def test_what_fails_beside_a_checkpoint_waits_for_it_without_its_error_and_not_for_ever() -> None:
+    failed, unfinished = Future[None](), Future[None]()
+    failed.set_exception(OSError("no room"))
+    for saving in (None, failed, unfinished):
+        Policy.wait_for_saving(SimpleNamespace(saving=saving), 0.0)  # type: ignore[arg-type]
+    unfinished.set_result(None)
+    Policy.wait_for_saving(SimpleNamespace(saving=unfinished), 1e9)  # type: ignore[arg-type]

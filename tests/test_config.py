@@ -661,6 +661,19 @@ def test_the_keys_that_scores_depend_on_are_marked():
     }
 
 
+def test_an_environments_own_reward_is_not_turned_round() -> None:
+    data = {
+        "run_dir": "r",
+        "num_steps": 1,
+        "model": {"path": "m"},
+        "prompts": {"path": "p"},
+        "environment": {"name": "m:C"},
+    }
+    assert GVPOConfig.from_dict(data | {"verifiers": {"rewards": {"environment": 0.5}}})
+    with pytest.raises(ConfigError, match=r"verifiers.rewards.environment: below 0"):
+        GVPOConfig.from_dict(data | {"verifiers": {"rewards": {"environment": -1}}})
+
+
 def test_held_out_sets_and_sources_are_rendered_as_the_prompts_unless_they_say_anything_themselves() -> None:
     def rendering(prompts: dict[str, Any], one: dict[str, Any]) -> list[tuple[Any, Any]]:
         data = {

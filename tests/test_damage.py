@@ -66,6 +66,7 @@ def point_nowhere(folder: Path) -> None:
         ),
         (cut("config.json", 4), "config.json: "),
         (cut("state.json", 0), "state.json: "),
+        (lambda folder: (folder / "state.json").write_text("[7]"), "state.json: it is missing, or not as"),
         (lose(0, 1), "optimizer: no *.safetensors"),
         (lose(1), "optimizer/00001.safetensors: it is missing"),
         (point_nowhere, "model-00001-of-00002.safetensors: it is missing"),

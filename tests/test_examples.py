@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from learners import Recorder, load, mixed_batch, same, settings, weights, with_loss
+from pydantic import ValidationError
 from tiny import make_group, make_model
 
 from gvpo_ray.learner.examples import Examples
@@ -162,3 +163,35 @@ def test_a_file_that_somebody_edited_is_left_out(tmp_path: Path) -> None:
         (tmp_path / "tokens" / "step-000001.json").write_text(text)
         assert read_examples(tmp_path / "tokens" / "step-000001.json") is None
     assert read_examples(tmp_path / "tokens" / "step-000002.json") is None
+
+
+@pytest.mark.parametrize("wrong", [{"push": [0.5]}, {"sampler": []}, {"policy": [-1.0, float("inf")]}, {}])
+def test_an_example_has_a_finite_value_or_none_for_each_token(wrong: dict[str, Any]) -> None:
+    right = {
+        "kinds": [],
+        "group_id": 0,
+        "completion": 0,
+        "prompt": "p",
+        "answer": "1",
+        "source": "policy",
+        "version_min": 0,
+        "version_max": 0,
+        "num_tokens": 2,
+        "ids": [5, 6],
+        "policy": [-1.0, None],
+        "sampler": None,
+        "reference": [-1.0, -2.0],
+        "push": [0.5, None],
+        "sampler_ratio": None,
+        "reference_ratio": 0.5,
+        "group_reference_ratio": 0.0,
+        "reward": 1.0,
+        "group_reward": 0.5,
+    }
+    if not wrong:
+        assert TokenExample.model_validate(right).push == [0.5, None]
+        return
+    with pytest.raises(
+        ValidationError, match=r"a list of values is not as long as ids|a value is not finite"
+    ):
+        TokenExample.model_validate(right | wrong)

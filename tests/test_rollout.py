@@ -17,7 +17,7 @@ from gvpo_ray.bench.scale import Turns
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines import base, fake_engine, rollout_engine
 from gvpo_ray.engines.fake_engine import FakeEngine
-from gvpo_ray.engines.rollout import Rollout, RolloutError, Sample, one_call
+from gvpo_ray.engines.rollout import Rollout, RolloutError, Sample, Span, Transcript, one_call
 
 TOOL = [101, 102, 103]
 PROMPT = [1, 2]
@@ -253,3 +253,20 @@ def test_the_episodes_of_bench_scale_have_that_many_turns(run: Run, num_turns: i
         assert [mask.count(False) for mask in row["trained_tokens"]] == [num_turns - 1] * 4
 
     run(main())
+
+
+def test_an_agent_that_asks_again_gets_another_answer_and_may_ask_for_no_token() -> None:
+    asked: list[tuple[int, int]] = []
+
+    async def call(ids: list[int], max_tokens: int, begin: int, stop: Any = ()) -> Span:
+        asked.append((max_tokens, begin))
+        return Span([9], [-1.0], "stop", [0])
+
+    async def ask() -> None:
+        transcript = Transcript(PROMPT, 10, call, None)
+        for ids, most in ((PROMPT, None), (PROMPT, 3), ([1, 2, 3], 0), (PROMPT, 99)):
+            await transcript.ask(ids, most, ())
+
+    asyncio.run(ask())
+    assert [most for most, _ in asked] == [10, 3, 0, 10]
+    assert len({begin for _, begin in asked}) == 4  # which decides an evaluation's seed

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -95,6 +96,10 @@ class Span(NamedTuple):
     """The text of `sampling.stop` that ended it; anything else: a token or a limit did."""
 
 
+REPEATED = 1 << 24
+"""Stands between the begins, and so the seeds, of calls with the same prompt; no context is as long."""
+
+
 class CutOff(Exception):
     """`sample` raises this inside a rollout function when a drain has cut the model's call off."""
 
@@ -141,6 +146,7 @@ class Transcript:
         self.finish_reason = "length"
         self.stop_reason: Any = None
         """As in the last Span."""
+        self._asked: Counter[tuple[int, ...]] = Counter()
         self.further: list[Transcript] = []
         """Further branches of an agent's episode, each of which becomes a completion of its own."""
         self._work: asyncio.Future[list[int]] | None = None
@@ -259,7 +265,11 @@ class Transcript:
         if room <= 0:
             return Span([], [], "length", [])
         if not self._is_cut:
-            span = await self._call(ids, min(room, max_tokens or room), len(ids), stop)
+            # a prompt that is asked again, for a vote, has another seed
+            begin = len(ids) + REPEATED * self._asked[tuple(ids)]
+            self._asked[tuple(ids)] += 1
+            most = room if max_tokens is None else min(room, max_tokens)
+            span = await self._call(ids, most, begin, stop)
             if span.finish_reason != ABORTED:
                 return span
         raise CutOff

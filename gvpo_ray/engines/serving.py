@@ -110,6 +110,7 @@ async def sample(
     max_tokens: int | None,
     stop: Sequence[str | int] = (),
     decode: Callable[[list[int]], str] | None = None,
+    deaths: tuple[type[Exception], ...] = (),
 ) -> tuple[list[int], Span]:
     """Sample for the episode whose request is being answered, and note the call.
 
@@ -118,6 +119,7 @@ async def sample(
         max_tokens: the most to sample; None: as many as there is room for.
         stop: texts and tokens that end the call, beside those that end every one.
         decode: of as_sampled; None: the prompt came as tokens.
+        deaths: what is raised where the engine is dead, so that the request will be made at another one.
 
     Returns:
         The prompt as the model has read it, and what was sampled.
@@ -132,7 +134,7 @@ async def sample(
         ids = as_sampled(ids, request.known, decode)
     try:
         span = await request.ask(list(ids), max_tokens, stop)
-    except CutOff:
+    except (CutOff, *deaths):
         request.is_cut = True
         raise
     if not span.ids:

@@ -93,12 +93,12 @@ class _Client:
 
     async def _of_episode(self, prompt: Any, params: Any, request_id: str) -> Any:
         from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         _refuse(prompt, params)
         stop = [*(params.stop or ()), *(params.stop_token_ids or ())]
-        ids, span = await sample(
-            list(prompt["prompt_token_ids"]), params.max_tokens, stop, self._llm.get_tokenizer().decode
-        )
+        decode, deaths = self._llm.get_tokenizer().decode, (EngineDeadError,)
+        ids, span = await sample(list(prompt["prompt_token_ids"]), params.max_tokens, stop, decode, deaths)
         only = {*span.versions}
         text = _text(self._llm.get_tokenizer(), span, params)
         output = CompletionOutput(

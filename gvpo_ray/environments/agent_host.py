@@ -62,7 +62,7 @@ class Played:
     reason: str | None = None
     """Why there is no reward."""
     end: str = "stop"
-    """"stop", "max_turns", "length" (a prompt left no room) or "lost" (no reward, with a reason)."""
+    """"stop", "max_turns", "length" (a prompt left no room) or "lost": the agent raised for no such cause."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ class AgentHost:
             value = await self._result(episode, {**episode.row, **known})
             played.reward, played.text, played.reason = self._judged(value)
         except Exception as error:  # a user's function may raise anything
-            played.reason, played.end = _why(error).replace(episode.key, MASK), "lost"
+            played.reason = _why(error).replace(episode.key, MASK)
+            if played.end == "stop":  # else it fell over the refusal of a further call
+                played.end = "lost"
         episode.is_over = True
         return played
 

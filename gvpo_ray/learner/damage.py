@@ -21,9 +21,13 @@ def damage_of(checkpoint: Path) -> str | None:
     tensors = sorted(checkpoint.rglob("*.safetensors"))
     if not any(file.parent.name == "optimizer" for file in tensors):
         return f"{checkpoint / 'optimizer'}: no *.safetensors"
-    named = [checkpoint / "optimizer" / name for name in _read(checkpoint / "state.json").get("files", ())]
-    for file in checkpoint.rglob("*.safetensors.index.json"):
-        named += [file.parent / name for name in _read(file)["weight_map"].values()]
+    file = checkpoint / "state.json"
+    try:
+        named = [checkpoint / "optimizer" / name for name in _read(file).get("files", ())]
+        for file in checkpoint.rglob("*.safetensors.index.json"):
+            named += [file.parent / name for name in _read(file)["weight_map"].values()]
+    except (OSError, AttributeError, LookupError, TypeError):
+        return f"{file}: it is missing, or not as this program writes it"
     for file in named:
         if not file.is_file():
             return f"{file}: it is missing"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,11 @@ class Policy:
     def saving(self) -> Future[None] | None:
         """The end of the checkpoint that a thread writes; None: there is none."""
         return self._checkpoint.writing
+
+    def wait_for_saving(self, limit_s: float) -> None:
+        """Wait, at most `limit_s` seconds, until the checkpoint is written or has failed: a rank may be gone."""
+        if self.saving is not None:
+            wait([self.saving], limit_s)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint is on the disk, and raise the error that this failed with. Every rank."""

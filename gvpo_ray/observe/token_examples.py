@@ -8,10 +8,12 @@ any length keeps few.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from gvpo_ray.files import make_folder, write_whole, writing
 
@@ -63,6 +65,15 @@ class TokenExample(BaseModel):
     reward: float
     group_reward: float
     """The mean reward of the group."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        for values in (self.policy, self.sampler, self.reference, self.push):
+            if values is not None and len(values) != len(self.ids):
+                raise ValueError("a list of values is not as long as ids")
+            if not all(value is None or math.isfinite(value) for value in values or ()):
+                raise ValueError("a value is not finite")
+        return self
 
 
 FILE = TypeAdapter(list[TokenExample])
