@@ -191,7 +191,5 @@ def test_an_example_has_a_finite_value_or_none_for_each_token(wrong: dict[str, A
     if not wrong:
         assert TokenExample.model_validate(right).push == [0.5, None]
         return
-    with pytest.raises(
-        ValidationError, match=r"a list of values is not as long as ids|a value is not finite"
-    ):
+    with pytest.raises(ValidationError, match=r"not as long as ids|not finite"):
         TokenExample.model_validate(right | wrong)

@@ -134,8 +134,8 @@ async def sample(
         ids = as_sampled(ids, request.known, decode)
     try:
         span = await request.ask(list(ids), max_tokens, stop)
-    except (CutOff, *deaths):
-        request.is_cut = True
+    except Exception as error:
+        request.is_cut = isinstance(error, (CutOff, *deaths))
         raise
     if not span.ids:
         request.has_no_room = True

@@ -275,7 +275,7 @@ class Policy:
         return self._checkpoint.writing
 
     def wait_for_saving(self, limit_s: float) -> None:
-        """Wait, at most `limit_s` seconds, until the checkpoint is written or has failed: a rank may be gone."""
+        """Wait for the checkpoint, written or failed, at most `limit_s` seconds: a rank may be gone."""
         if self.saving is not None:
             wait([self.saving], limit_s)
 
