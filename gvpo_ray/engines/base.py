@@ -256,7 +256,12 @@ class BaseEngine(abc.ABC):
         episodes = [entry for of_part in told for entry in of_part or ()]  # null: they are no episodes
         work = Work(group, num_new, begun, sampling, seed_beside(kept, sampling, seed), episodes)
         table, missing = await self._rest(work)
-        return groups.join(group, *done, table) if kept else table, missing
+        table = groups.join(group, *done, table) if kept else table
+        return table if missing else self._whole(table), missing
+
+    def _whole(self, table: pa.Table) -> pa.Table:
+        """Return a group, of which nothing is missing, as it is handed over."""
+        return table
 
     @abc.abstractmethod
     async def _rest(self, work: Work) -> tuple[pa.Table, int]:

@@ -56,22 +56,9 @@ class RolloutEngine(BaseEngine):
         self._rollout = rollout
         self._num_calls = 0
 
-    async def generate(
-        self,
-        group: pa.Table,
-        sampling: SamplingConfig,
-        min_version: int = 0,
-        seed: int | None = None,
-        *kept: pa.Table,
-    ) -> tuple[pa.Table, int]:
-        """Sample the completions of one group, as BaseEngine.generate says.
-
-        Agents write prompts of their own: a whole group of theirs has the one that its completions share.
-        """
-        table, missing = await super().generate(group, sampling, min_version, seed, *kept)
-        if not missing and isinstance(self._rollout, Agents):
-            table = self._rollout.with_common_prompt(table)
-        return table, missing
+    def _whole(self, table: pa.Table) -> pa.Table:
+        """Agents write prompts of their own: a group of theirs has the one that its completions share."""
+        return self._rollout.with_common_prompt(table) if isinstance(self._rollout, Agents) else table
 
     async def _rest(self, work: Work) -> tuple[pa.Table, int]:
         running = Completions(work.group, work.size)

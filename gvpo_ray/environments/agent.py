@@ -20,6 +20,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from gvpo_ray.environments.agent_host import Call, Played
 from gvpo_ray.environments.episode import MARGIN_S, Client, Episodes, LostError
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.groups import Row
-from gvpo_ray.sandbox.functions import find
+from gvpo_ray.sandbox.functions import find, of_user
 
 PING_S = 30.0
 """Seconds between two looks at whether the host of an agent still answers."""
@@ -72,11 +73,7 @@ def read_agent(config: EnvironmentConfig) -> Callable[..., Any]:
     """
     key = "environment.agent"
     assert config.agent is not None
-    try:
-        agent = find(config.agent)
-    except Exception as error:  # importing a user's module may raise anything
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{key}: {kind}{error}") from error
+    agent = of_user(key, partial(find, config.agent))
     if not inspect.isroutine(agent):
         raise ConfigError(f"{key}: {config.agent} is {type(agent).__name__}, not a function")
     parameters = inspect.signature(agent).parameters

@@ -26,7 +26,7 @@ from urllib.parse import quote
 from gvpo_ray.config.shown import MASK, know, mask
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.environments.host import GONE, Opened
-from gvpo_ray.sandbox.functions import describe
+from gvpo_ray.sandbox.functions import describe, guarded
 
 CALLS_HEADER = "x-gvpo-calls"
 """Header of an engine's answer: the number of bytes of JSON behind the body (engines/serving.py)."""
@@ -207,10 +207,13 @@ class AgentHost:
                 if inspect.iscoroutinefunction(self._agent):
                     self._time_runs(episode)
                     return await self._agent(**arguments)
-                begins = asyncio.get_running_loop().call_soon_threadsafe
-                in_thread = self._threads.submit(
-                    _guarded, self._agent, arguments, lambda: begins(self._time_runs, episode)
-                )
+                soon = asyncio.get_running_loop().call_soon_threadsafe
+
+                def work() -> Any:
+                    soon(self._time_runs, episode)  # not before: many may wait for a thread
+                    return guarded(self._agent, (), arguments)
+
+                in_thread = self._threads.submit(work)
                 return await asyncio.wrap_future(in_thread)
         except TimeoutError:
             if episode.limit is None or not episode.limit.expired():  # the agent's own
@@ -309,17 +312,6 @@ class AgentHost:
             url += f"?{request.query_string}"
         async with self._session.request(request.method, url, data=body, headers=headers) as answer:
             return answer.status, answer.headers, await answer.read()
-
-
-def _guarded(function: Callable[..., Any], arguments: Mapping[str, Any], begins: Callable[[], Any]) -> Any:
-    """Call a function in which SystemExit and its kin are errors like others."""
-    begins()
-    try:
-        return function(**arguments)
-    except Exception:
-        raise
-    except BaseException as error:  # an agent that calls sys.exit must not end the host
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _fitting(function: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:

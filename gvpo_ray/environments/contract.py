@@ -21,13 +21,14 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.environments.world import tool_names
-from gvpo_ray.sandbox.functions import find
+from gvpo_ray.sandbox.functions import find, of_user
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,7 @@ def read_contract(config: EnvironmentConfig, verifiers: VerifiersConfig | None =
     """
     key = "environment.name"
     assert config.name is not None
-    try:
-        cls = find(config.name)
-    except Exception as error:  # importing a user's module may raise anything
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{key}: {kind}{error}") from error
+    cls: Any = of_user(key, partial(find, config.name))
     if not isinstance(cls, type):
         raise ConfigError(f"{key}: {config.name} is {type(cls).__name__}, not a class")
     try:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.calls import Call
-from gvpo_ray.sandbox.functions import describe
+from gvpo_ray.sandbox.functions import describe, guarded
 
 
 @dataclass
@@ -182,7 +182,7 @@ class World:
             async with asyncio.timeout(self._limits.timeout_s) as limit:
                 if is_async:
                     return await function(*args, **arguments)
-                value = await asyncio.wrap_future(self._thread.submit(_guarded, function, args, arguments))
+                value = await asyncio.wrap_future(self._thread.submit(guarded, function, args, arguments))
                 return await value if inspect.isawaitable(value) else value
         except TimeoutError:
             if not limit.expired():  # the environment's own
@@ -200,16 +200,6 @@ class _Result(NamedTuple):
     text: str
     is_error: bool = False
     is_hung: bool = False
-
-
-def _guarded(function: Callable[..., Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
-    """Call a function in which SystemExit and its kin are errors like others."""
-    try:
-        return function(*args, **arguments)
-    except Exception:
-        raise
-    except BaseException as error:  # a tool that calls sys.exit must not end the process
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _tool(environment: Any, call: Call) -> Any:

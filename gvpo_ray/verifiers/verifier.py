@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,16 @@ from gvpo_ray.config.environment import BROKEN, ENVIRONMENT
 from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
-from gvpo_ray.sandbox.functions import MAX_REASON, OutOfReach, Part, RewardFunction, call, fits_float32, load
+from gvpo_ray.sandbox.functions import (
+    MAX_REASON,
+    OutOfReach,
+    Part,
+    RewardFunction,
+    call,
+    fits_float32,
+    load,
+    of_user,
+)
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.code import CodeReward
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -156,7 +166,7 @@ class Verifier:
             elif not reward.model:
                 source = source_of(name, reward, functions.get(name)) | {"columns": columns}
                 if reward.trusted:
-                    self._trusted[name] = _load_trusted(name, source)
+                    self._trusted[name] = of_user(f"verifiers.rewards.{name}", partial(load, source))
                 else:
                     sandboxed[name] = source
         self._sandboxed = list(sandboxed)
@@ -397,14 +407,3 @@ def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
         else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
         for i, reward in enumerate(row.get("rewards") or none)
     ]
-
-
-def _load_trusted(name: str, source: Mapping[str, Any]) -> RewardFunction:
-    """Load a reward function in this process; raise ConfigError with the key's name if that fails."""
-    try:
-        return load(source)
-    except Exception as error:  # importing a user's module may raise anything
-        raise ConfigError(
-            f"verifiers.rewards.{name}: "
-            f"{type(error).__name__ + ': ' if not isinstance(error, ConfigError) else ''}{error}"
-        ) from error
