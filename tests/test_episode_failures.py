@@ -21,7 +21,7 @@ from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.environments import episode, pool
 from gvpo_ray.environments.episode import LostError, NoEnvironmentError
-from gvpo_ray.environments.host import GONE
+from gvpo_ray.environments.host import GONE, Host
 from gvpo_ray.environments.pool import ActorClient
 
 SAMPLING = SamplingConfig(num_completions=4, max_tokens=1000)
@@ -110,6 +110,37 @@ def test_an_engine_that_dies_has_lost_no_finished_episode_and_no_finished_one_is
         assert second.num_calls == 1  # the last turn of the one that was in flight
         assert sorted(row["reward_parts"][ENVIRONMENT]) == [0.0, 1.0, 1.0, 1.0]
 
+    asyncio.run(main())
+
+
+def test_episodes_are_claimed_in_the_order_of_their_beginning_whichever_was_reset_first() -> None:
+    """The place decides the seed: one that has no turn yet would repeat the first turn of another's place."""
+
+    class World:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def open(self, row: Any) -> tuple[str, None]:
+            await may_open[self.number].wait()
+            return str(self.number), None
+
+    async def main() -> None:
+        may_open.extend(asyncio.Event() for _ in range(4))
+        worlds = iter(map(World, range(4)))
+
+        async def make() -> Any:
+            return next(worlds)
+
+        host = Host(make)
+        opening = asyncio.ensure_future(host.open(0, {}, 4))
+        for number in (2, 0, 3, 1):
+            may_open[number].set()
+            await _until(lambda number=number: len(host._episodes) == (2, 0, 3, 1).index(number) + 1)
+        names = [opened.name for opened in await opening]
+        assert [opened.name for opened in await host.claim(0)] == names
+        assert [opened.name for opened in await host.claim(0, names[1:2])] == [names[0], *names[2:]]
+
+    may_open: list[asyncio.Event] = []
     asyncio.run(main())
 
 

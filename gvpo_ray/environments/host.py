@@ -13,6 +13,7 @@ are the cause, and the episode is worth no more than the worst of its group (ver
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -68,6 +69,8 @@ class Opened:
 class _Episode:
     name: str
     group_id: int
+    number: int
+    """Of all that this host has begun, in the order of `open`: engines draw the seeds by the place in it."""
     world: AnyWorld
     said: str | None = None
     lease: int = 0
@@ -88,15 +91,21 @@ class Host:
     def __init__(self, make: Callable[[], Awaitable[AnyWorld]]) -> None:
         self._make = make
         self._episodes: dict[str, _Episode] = {}
+        self._numbers = itertools.count()
 
     async def open(self, group_id: int, row: Mapping[str, Any], num: int) -> list[Opened]:
         """Begin `num` episodes of a group; `row` goes to reset, as far as it has such arguments."""
-        return list(await asyncio.gather(*(self._open(group_id, row) for _ in range(num))))
+        numbers = [next(self._numbers) for _ in range(num)]
+        return list(await asyncio.gather(*(self._open(group_id, number, row) for number in numbers)))
 
     async def claim(self, group_id: int, without: Iterable[str] = ()) -> list[Opened]:
-        """Take over the episodes of a group that there are, but for those of the names `without`."""
+        """Take over the episodes of a group that there are, but for those of the names `without`.
+
+        They are in the order in which they were begun, whichever was reset first.
+        """
         left_out = set(without)
         found = [e for e in self._episodes.values() if e.group_id == group_id and e.name not in left_out]
+        found.sort(key=lambda episode: episode.number)
         for episode in found:
             episode.lease += 1
         return [Opened(e.name, e.lease, e.said, e.so_far) for e in found]
@@ -141,7 +150,7 @@ class Host:
         """Return the number of episodes, and the pid."""
         return {"num_episodes": len(self._episodes), "pid": os.getpid()}
 
-    async def _open(self, group_id: int, row: Mapping[str, Any]) -> Opened:
+    async def _open(self, group_id: int, number: int, row: Mapping[str, Any]) -> Opened:
         name = uuid.uuid4().hex
         try:
             world = await self._make()
@@ -151,7 +160,7 @@ class Host:
         if reason is not None:
             await world.close()
             return Opened(name, 0, None, reason=reason)
-        self._episodes[name] = _Episode(name, group_id, world, said)
+        self._episodes[name] = _Episode(name, group_id, number, world, said)
         return Opened(name, 0, said)
 
     async def _act(self, episode: _Episode, calls: Sequence[Call], message: str) -> Answer:
