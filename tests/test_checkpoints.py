@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from learners import Recorder, load, same, settings, weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_group, make_model
 from transformers import AutoModelForCausalLM
@@ -57,6 +58,19 @@ class Held:
             save_file(*arguments, **options)
 
         monkeypatch.setattr(parts, "save_file", wait_and_save)
+
+
+def test_equal_checkpoints_are_equal_files(given: Settings, tmp_path: Path) -> None:
+    """safetensors writes several keys of metadata in an order that differs from process to process."""
+    policy = load(given.model_path, given)
+    step(policy, given, 1)
+    policy.begin_saving(tmp_path / "step-1")
+    policy.finish_saving()
+    files = list((tmp_path / "step-1").rglob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert len(opened.metadata()) == 1, file
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_there_when_it_began(

@@ -65,8 +65,10 @@ class PartWriter(FileSystemWriter):
             tensors[item.index.fqn] = planner.resolve_data(item)
             offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         if tensors:
-            # under this key HuggingFaceStorageReader looks for where in the whole tensors the parts begin
-            metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
+            # Under this key HuggingFaceStorageReader looks for where in the whole tensors the parts begin.
+            # There is no second key: safetensors writes several in an order that differs by process, and
+            # equal checkpoints are equal files.
+            metadata = {"DCP_SHARDING_INFO": json.dumps(offsets)}
             save_file(tensors, self._folder / name, metadata=metadata)
             sync_to_disk(self._folder / name)
         written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
