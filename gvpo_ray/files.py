@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -69,6 +70,21 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def room_in(folder: Path) -> int:
+    """Return the bytes that are free in a file system, less what is promised to files without a name.
+
+    Ray's object store is one in /dev/shm: it has its size from the start, and takes room as it is filled.
+    Files that only processes of other accounts hold open are not known.
+    """
+    device = folder.stat().st_dev
+    promised: dict[int, int] = {}
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # another account's, or the file is closed at this moment
+            if os.readlink(link).endswith(" (deleted)") and (found := os.stat(link)).st_dev == device:
+                promised[found.st_ino] = max(0, found.st_size - 512 * found.st_blocks)
+    return shutil.disk_usage(folder).free - sum(promised.values())
+
+
 # ------------------------------------------------------------------------------------------------ JSON lines
 
 
@@ -90,7 +106,7 @@ def read_lines(path: Path, skip_malformed: bool = False) -> list[Any]:
         return [json.loads(line) for line in lines]
     values = []
     for line in (*lines, last):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             values.append(json.loads(line.decode(errors="replace")))
     return [value for value in values if isinstance(value, dict)]
 
@@ -210,6 +226,15 @@ def write_whole(path: Path, text: str, sync: bool = False) -> None:
     """
     with replacing(path, sync) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def kept_secret(path: Path, new: str) -> str:
+    """Return the text of a file that its owner alone can read; if there is none, it gets `new`."""
+    if not path.exists():
+        with replacing(path, sync=True) as part:
+            part.touch(0o600)
+            part.write_text(new, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

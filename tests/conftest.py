@@ -44,6 +44,8 @@ TIERS = {
         "test_spread",
         "test_vllm_engine",
         "test_warm_start",
+        "test_nccl",
+        "test_node_copy",
         "test_weights",
     },
     "actors": {

@@ -23,6 +23,7 @@ from gvpo_ray.engines.rollout import ABORTED, ModelCall, Span
 from gvpo_ray.environments.contract import Contract, read_contract
 from gvpo_ray.environments.episode import Episodes, LostError
 from gvpo_ray.environments.host import Host
+from gvpo_ray.environments.world import Limits, World
 
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -218,6 +219,22 @@ class LocalClient:
         return await getattr(self.host, method)(*args)
 
 
+def host_of(cls: type, limits: Limits | None = None, **arguments: Any) -> Host:
+    """A host whose environments are in this process."""
+
+    async def make() -> World:
+        return World(cls, arguments, limits or Limits())
+
+    return Host(make)
+
+
+def environment_of(host: Host, name: str) -> Any:
+    """The environment of an episode at a host of this process."""
+    world = host._episodes[name].world
+    assert isinstance(world, World)
+    return world.environment
+
+
 def contract_of(cls: type, **arguments: Any) -> tuple[EnvironmentConfig, Contract]:
     config = EnvironmentConfig(name=f"{cls.__module__}:{cls.__name__}", arguments=arguments, timeout_s=60)
     return config, read_contract(config)
@@ -230,7 +247,8 @@ def episodes(
     config, contract = contract_of(cls)
     config = config.model_copy(update=changes)
     tokenizer().save_pretrained(folder)
-    clients = [LocalClient(Host(cls, {}, config.timeout_s)) for _ in range(hosts)]
+    limits = Limits(config.timeout_s, config.max_calls)
+    clients = [LocalClient(host_of(cls, limits)) for _ in range(hosts)]
     prompts = PromptsConfig(path="p.jsonl", template=template)
     model = ModelConfig(path=str(folder))
     made = Episodes(config, model, prompts, contract.tools, clients, contract.has_reward)

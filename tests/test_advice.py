@@ -97,6 +97,13 @@ def test_each_cause_has_its_line_with_the_key_to_change(
     assert text is not None and cause in text and key in text and "\n" not in text
 
 
+PROGRAMS = [
+    '{"inputs": ["1\\n"], "outputs": ["2\\n"]}',  # APPS, TACO, Eurus
+    '{"fn_name": "f", "inputs": [[1]]}',
+    '[{"input": "1", "output": "2", "testtype": "stdin"}]',  # LiveCodeBench
+    '["assert f(1) == 2", "assert f(2) == 3"]',  # MBPP
+    "def check(candidate):\n    assert candidate(1) == 2",  # HumanEval
+]
 WORKED = ["Ann has 3 + 4 = <<3+4=7>>7.\n#### 7", r"So it is \boxed{7}."]
 
 
@@ -111,6 +118,11 @@ WORKED = ["Ann has 3 + 4 = <<3+4=7>>7.\n#### 7", r"So it is \boxed{7}."]
             "cannot match 2 of 3 gold answers, which are whole numbers",
         ),
         (["46.0"] * 2, "exact_match", "(such as '46.0'): use numeric or math in verifiers.rewards"),
+        *(
+            (PROGRAMS, reward, f"{reward} cannot match 5 of 5 gold answers, which are tests of programs")
+            for reward in ("math", "numeric", "exact_match")
+        ),
+        ([*PROGRAMS, *["46"] * 5], "math", "math cannot match 5 of 10 gold answers"),
     ],
 )
 def test_golds_that_no_completion_matches_are_said_with_the_key_to_change(
@@ -128,6 +140,8 @@ def test_golds_that_no_completion_matches_are_said_with_the_key_to_change(
         (["46.0"], "numeric"),
         ([r"\boxed{7}", "\\boxed{46.0}\n"], "numeric"),
         (["46", "0.5", "1.50", "v2.0 is out", "a.0"], "exact_match"),
+        (["\\{1, 2\\}", "[0, 1)", "[[1, 2], [3, 4]]", "assertion", "the input"], "math"),
+        (['{"name": "Ann"}', '["a", "b"]'], "exact_match"),  # such an answer can be given
         (["46.0", *["46"] * 99], "exact_match"),  # one in a hundred is no habit of the column
         ([], "exact_match"),
     ],

@@ -157,7 +157,7 @@ def test_every_rank_gathers_one_tensor_at_a_time_and_those_that_do_not_send_copy
 
     behind.start(gathered(), send)
     behind.finish()
-    assert len(seen) == 3 and len(behind._copies) == 3 * is_sender
+    assert len(seen) == 3 and len(behind._copies._copies) == 3 * is_sender
 
 
 def test_weights_on_their_way_are_no_new_version_for_groups_and_engines(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from ring import until
+from safetensors.torch import save_file
 
 from gvpo_ray.bench import chaos
 
@@ -26,3 +29,16 @@ def test_the_killer_finds_processes_while_the_clock_is_adjusted(monkeypatch: pyt
     finally:
         os.kill(pid, signal.SIGKILL)
         parent.wait()
+
+
+def test_what_differs_between_two_checkpoints_is_said_by_tensor(tmp_path: Path) -> None:
+    one = {"a": torch.ones(2), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(0.0)}
+    save_file(one, tmp_path / "one.safetensors")
+    for change, names in (
+        ({"b": torch.full((3,), 2.0, dtype=torch.bfloat16)}, ["b"]),
+        ({"c": torch.tensor(-0.0), "a": torch.ones(1, 2)}, ["a", "c"]),
+        ({"d": torch.ones(1)}, ["d"]),
+        ({}, ["no tensor, but the files' headers"]),
+    ):
+        save_file({**one, **change}, tmp_path / "other.safetensors", metadata={"format": "pt"})
+        assert chaos._unequal(tmp_path / "one.safetensors", tmp_path / "other.safetensors") == names

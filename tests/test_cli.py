@@ -101,6 +101,8 @@ def test_a_bad_key_or_value_is_named(refused: Callable[..., str], override: str,
         (["bench", "paper", "--seeds", "0"], "--seeds: 0: must be at least 1"),
         (["bench", "paper", "--tasks", "sort,chian"], "--tasks: chian: must be some of arithmetic, chain"),
         (["bench", "scale", "--engines", "8,0"], "--engines: 8,0: must be numbers such as 8,64"),
+        (["bench", "scale", "--turns", "0"], "--turns: 0: must be at least 1"),
+        (["bench", "episodes", "--groups", "0"], "--groups: 0: must be at least 1"),
         (["bench", "gpu", "--sections", "prob"], "--sections: prob: must be some of probe, "),
         (["bench", "chaos", "config.yaml", "learner.lerning_rate=1"], "learner.lerning_rate; did you mean"),
     ],
@@ -128,7 +130,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Exit status: 0 success" in text
     verbs = verbs_in(text.partition("\n  A run is")[0])
     assert " ".join(name for name, _ in verbs) == (
-        "train rollout learn evaluate compare check warm-start jobs score status report verify bench"
+        "train rollout learn evaluate compare export check warm-start jobs score status report verify bench"
     )
     benches = verbs_in(help_of("bench"))
     assert {name for name, _ in benches} == {

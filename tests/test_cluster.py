@@ -1,9 +1,9 @@
 """cluster/: the manifests are what KubeRay, Kubernetes and Ray accept, and ask for what the job file's actors
 ask for.
 
-Schemas: KubeRay 1.7's own, with unknown fields refused at every level. Their parts of Kubernetes (volume
-claims, network policy rules) check shared.yaml too; the kustomization files and what surrounds those parts
-are compared by hand, without kubectl. Rules that the CRDs write in CEL are not evaluated.
+Schemas: KubeRay 1.7's own, and for claims, policies and pods those of Kubernetes, with unknown fields refused
+at every level. The kustomization files are compared by hand, without kubectl. Rules that the CRDs write in
+CEL are not evaluated.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from ray._private import ray_constants
@@ -220,38 +221,58 @@ def test_the_check_refuses_a_manifest_that_is_broken_on_purpose(path, value):
     assert set(path.split("/")) & set(re.split(r"\W+", first)), f"{first} does not say where it is"
 
 
-def test_the_volume_claim_and_the_network_policies_are_what_kubernetes_accepts():
-    claim, *policies = documents("shared.yaml")
-    assert (claim["apiVersion"], claim["kind"], set(claim)) == (
-        "v1",
-        "PersistentVolumeClaim",
-        {"apiVersion", "kind", "metadata", "spec"},
+KUBERNETES = ("1.30", "1.33", "1.37")
+"""Versions of Kubernetes, the newest that kubernetes_validate has among them."""
+
+CORE = {
+    **{f"{one['kind']}/{one['metadata']['name']}": one for one in documents("shared.yaml")},
+    **{
+        f"Pod/{name}": {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod}
+        for name, pod in PODS.items()
+    },
+}
+"""The objects of Kubernetes' own kinds: those of shared.yaml, and the pods of KubeRay's templates."""
+
+
+def place_of_error(document: dict[str, Any], version: str) -> str:
+    """Where an object is not what this Kubernetes accepts, unknown fields refused; "": nowhere."""
+    try:
+        kubernetes_validate.validate(document, version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return "/".join(map(str, error.absolute_path)) + f": {error.message}"
+    return ""
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_claims_policies_and_pods_are_what_kubernetes_accepts_without_unknown_fields(version):
+    assert len(CORE) == 3 + len(PODS) and {"PersistentVolumeClaim/gvpo-ray", "Pod/learner"} <= {*CORE}
+    assert {name: place_of_error(document, version) for name, document in CORE.items()} == dict.fromkeys(
+        CORE, ""
     )
-    assert (
-        problems(
-            claim["spec"],
-            part("spec/headGroupSpec/template/spec/volumes/[]/ephemeral/volumeClaimTemplate/spec"),
-        )
-        == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("PersistentVolumeClaim", "spec/accessMode", ["ReadWriteMany"]),
+        ("PersistentVolumeClaim", "spec/resources/requests/storage", [1]),
+        ("PersistentVolumeClaim", "metadata/lables", {}),
+        ("NetworkPolicy", "spec/ingres", []),
+        ("NetworkPolicy", "spec/podSelector", "ray"),
+        ("NetworkPolicy", "spec/ingress/0/form", []),
+        ("Pod", "spec/containers/0/livenessProbe/httpGet/adress", "x"),
+        ("Pod", "spec/containers/0/ports/0/containerPort", "8265"),
+        ("Pod", "spec/terminationGracePeriodSeconds", "60"),
+        ("Pod", "spec/containers/0/name", None),
+    ],
+)
+def test_an_object_that_is_broken_on_purpose_is_refused_by_name(kind, path, value):
+    broken = copy.deepcopy(
+        CORE["Pod/head"] if kind == "Pod" else next(d for d in CORE.values() if d["kind"] == kind)
     )
-    selector = part(
-        "spec/headGroupSpec/template/spec/affinity/podAffinity/requiredDuringSchedulingIgnoredDuringExecution/[]/labelSelector"
-    )
-    for policy in policies:
-        spec = policy["spec"]
-        assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
-        assert set(policy) == {"apiVersion", "kind", "metadata", "spec"} and set(spec) == {
-            "podSelector",
-            "policyTypes",
-            "ingress",
-            "egress",
-        }
-        assert problems(policy["metadata"], METADATA) == [] and spec["policyTypes"] == ["Ingress", "Egress"]
-        assert problems(spec["podSelector"], selector) == []
-        for way in ("ingress", "egress"):
-            rules = part(f"spec/networkPolicy/head/{way}Rules")
-            assert problems(spec[way], rules) == []
-            assert problems([{"form": []}], rules) != []
+    _set(path, value)(broken)
+    found = place_of_error(broken, KUBERNETES[-1])
+    assert {*path.split("/")} & {*re.split(r"\W+", found)}, f"{found!r} does not say where it is"
 
 
 def test_one_short_file_is_all_that_a_user_edits_and_it_fits_the_others():

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "model": {"path": "models/x"},
     "prompts": {"path": "data/x.jsonl"},
 }
+DIGITS = "1" * 5000  # more than Python makes a number of
 SETS = {"heldout": {"path": "data/y.jsonl"}}
 
 
@@ -126,6 +127,31 @@ def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
         ("engines.vllm.max_num_seqs=9", lambda c: c.engines.vllm, {"max_num_seqs": 9}),
         # only the first = divides
         ("prompts.template=Q={prompt}", lambda c: c.prompts.template, "Q={prompt}"),
+        # what YAML takes for another type, for a comment or for nothing, is text where the key takes texts
+        *(
+            (f"prompts.template={text}", lambda c: c.prompts.template, read)
+            for text, read in (
+                ("{prompt}", "{prompt}"),
+                ("Question: {prompt}", "Question: {prompt}"),
+                ("Q: {prompt}\nA: ", "Q: {prompt}\nA: "),
+                ("# {prompt}", "# {prompt}"),
+                ("{prompt} # one line", "{prompt} # one line"),
+                ("- {prompt}", "- {prompt}"),
+                ("*{prompt}", "*{prompt}"),
+                ("'# {prompt}'", "# {prompt}"),
+                ('"{prompt}\\n"', "{prompt}\n"),
+                ("|\n  {prompt} # one\n", "{prompt} # one\n"),
+                ("null", None),
+                ("", None),
+            )
+        ),
+        ("run_dir=2026-11-27", lambda c: c.run_dir, "2026-11-27"),
+        ("run_dir=2026-02-30", lambda c: c.run_dir, "2026-02-30"),
+        ("run_dir=\u00a0", lambda c: c.run_dir, "\u00a0"),  # text in YAML, and space in Python
+        ("prompts.path=['a #1.jsonl', b.jsonl]", lambda c: c.prompts.path, ["a #1.jsonl", "b.jsonl"]),
+        ("prompts.path={a}.jsonl", lambda c: c.prompts.path, "{a}.jsonl"),
+        ("evaluation.sets.heldout={path: y}", lambda c: c.evaluation.sets["heldout"].path, "y"),
+        ("verifiers.rewards.f.function=x.py:f", lambda c: c.verifiers.rewards["f"].function, "x.py:f"),
         (" num_steps = 7", lambda c: c.num_steps, 7),
         ("sampling.top_k=-1", lambda c: c.sampling.top_k, -1),
     ],
@@ -420,6 +446,7 @@ def test_of_several_mistakes_the_unknown_key_comes_first_and_others_are_counted(
         ("", "override '' is not key=value"),
         ("=5", "override '=5' is not key=value"),
         ("engines.vllm={a: [1", "override engines.vllm: '{a: [1' is not a YAML value"),
+        (f"seed={DIGITS}", f"override seed: '{DIGITS}' is not a YAML value"),
         ("num_steps.more=1", "override num_steps.more: num_steps is not a section"),
         ("model.path.more=1", "override model.path.more: path is not a section"),
         (
@@ -442,10 +469,14 @@ def test_a_bad_override_is_named(override, says):
         (b"just text\n", "expected keys and values, found str"),
         (b"run_dir: [x\nnum_steps: 3\n", "not YAML: while parsing a flow sequence"),
         (b"run_dir: x\n\tnum_steps: 3\n", "not YAML: while scanning"),
+        (b"run_dir: 2026-02-30\n", "not YAML: day is out of range for month"),
+        (b"seed: " + b"1:" * 200 + b"0.5\n", "not YAML: int too large to convert to float"),
+        (f"seed: {DIGITS}\n".encode(), "not YAML: Exceeds the limit"),
+        (b"run_dir: " + b"[" * 10**4, "not YAML: maximum recursion depth"),
         (b"run_dir: \xff\xfe\n", "not UTF-8 text"),
         (yaml.safe_dump({**SMALL, 5: "x"}).encode(), "5: Keys should be strings"),
     ],
-    ids=["empty", "comment", "list", "text", "bracket", "tab", "bytes", "number as key"],
+    ids=str,
 )
 def test_a_file_that_is_no_config_is_named_in_one_line(content, says, tmp_path):
     path = tmp_path / "run.yaml"
@@ -623,10 +654,24 @@ def test_the_keys_that_scores_depend_on_are_marked():
     assert marked == {
         "seed",
         "engines.vllm",
+        "engines.serve_arguments",
         *(f"model.{key}" for key in ("dtype", "max_length")),
         *(f"sampling.{key}" for key in ("top_p", "top_k", "min_p", "stop", "stop_token_ids")),
         *(f"verifiers.{key}" for key in ("timeout_s", "cpu_s", "memory_gib", "rewards")),
     }
+
+
+def test_an_environments_own_reward_is_not_turned_round() -> None:
+    data = {
+        "run_dir": "r",
+        "num_steps": 1,
+        "model": {"path": "m"},
+        "prompts": {"path": "p"},
+        "environment": {"name": "m:C"},
+    }
+    assert GVPOConfig.from_dict(data | {"verifiers": {"rewards": {"environment": 0.5}}})
+    with pytest.raises(ConfigError, match=r"verifiers.rewards.environment: below 0"):
+        GVPOConfig.from_dict(data | {"verifiers": {"rewards": {"environment": -1}}})
 
 
 def test_held_out_sets_and_sources_are_rendered_as_the_prompts_unless_they_say_anything_themselves() -> None:

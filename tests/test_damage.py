@@ -21,9 +21,11 @@ def checkpoint(run_dir: Path, step: int) -> Path:
     save_file(
         {"a": torch.zeros(30), "b": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"}
     )
-    save_file({"exp_avg.a": torch.zeros(30)}, folder / "optimizer" / "00000.safetensors")
+    parts = ["00000.safetensors", "00001.safetensors"]
+    for part in parts:
+        save_file({"exp_avg.a": torch.zeros(15)}, folder / "optimizer" / part)
     for name in ("config.json", "state.json"):
-        (folder / name).write_text(json.dumps({"step": step}), encoding="utf-8")
+        (folder / name).write_text(json.dumps({"step": step, "files": parts}), encoding="utf-8")
     return folder
 
 
@@ -33,6 +35,16 @@ def cut(file: str, size: int) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         data = (folder / file).read_bytes()
         (folder / file).write_bytes(data[:size])
+
+    return damage
+
+
+def lose(*ranks: int) -> Callable[[Path], None]:
+    """What removes the parts of some ranks."""
+
+    def damage(folder: Path) -> None:
+        for rank in ranks:
+            (folder / "optimizer" / f"0000{rank}.safetensors").unlink()
 
     return damage
 
@@ -49,12 +61,14 @@ def point_nowhere(folder: Path) -> None:
         (cut("model.safetensors", 20), "model.safetensors: its header cannot be read"),
         (cut("model.safetensors", 0), "model.safetensors: its header cannot be read"),
         (
-            cut("optimizer/00000.safetensors", -100),
-            "optimizer/00000.safetensors: its last 100 bytes are missing",
+            cut("optimizer/00000.safetensors", -50),
+            "optimizer/00000.safetensors: its last 50 bytes are missing",
         ),
         (cut("config.json", 4), "config.json: "),
         (cut("state.json", 0), "state.json: "),
-        (lambda folder: (folder / "optimizer" / "00000.safetensors").unlink(), "optimizer: no *.safetensors"),
+        (lambda folder: (folder / "state.json").write_text("[7]"), "state.json: it is missing, or not as"),
+        (lose(0, 1), "optimizer: no *.safetensors"),
+        (lose(1), "optimizer/00001.safetensors: it is missing"),
         (point_nowhere, "model-00001-of-00002.safetensors: it is missing"),
     ],
 )
@@ -89,10 +103,24 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_one_that_was_just_writt
     assert {path.name for path in newest.parent.iterdir()} == {f"step-{step}" for step in left}
 
 
+def test_a_checkpoint_that_does_not_name_the_parts_of_its_ranks_is_whole_with_those_that_are_there(
+    tmp_path: Path,
+) -> None:
+    """Those of 0.2 and older had one rank's file, or some of it."""
+    folder = checkpoint(tmp_path, 2)
+    (folder / "state.json").write_text('{"step": 2}', encoding="utf-8")
+    lose(1)(folder)
+    assert damage_of(folder) is None
+    lose(0)(folder)
+    assert damage_of(folder) == f"{folder / 'optimizer'}: no *.safetensors"
+
+
 def test_a_checkpoint_of_a_policy_is_whole(tmp_path: Path) -> None:
     import learners
     import tiny
 
     policy = learners.load(tiny.make_model(tmp_path / "model"), learners.settings(tmp_path))
     policy.save(tmp_path / "checkpoints" / "step-0")
-    assert damage_of(tmp_path / "checkpoints" / "step-0") is None
+    folder = tmp_path / "checkpoints" / "step-0"
+    assert damage_of(folder) is None
+    assert json.loads((folder / "state.json").read_text())["files"] == ["00000.safetensors"]

@@ -45,6 +45,7 @@ def zst(content: bytes) -> bytes:
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 ARRAY, PRETTY = json.dumps(ROWS).encode(), json.dumps(ROWS, indent=4).encode()
 COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+DIGITS = b'{"answer": ' + b"1" * 5000 + b"}"  # more than Python makes a number of
 CSV = ("problem,answer\n" + "".join(f"{row['problem']},{row['answer']}\n" for row in ROWS)).encode()
 
 
@@ -130,11 +131,28 @@ def test_a_damaged_file_is_one_line_with_its_name(tmp_path: Path) -> None:
         "b.jsonl.gz": (LINES, "cannot be read"),
         "a.jsonl.zst": (LINES, "cannot be read"),
         "a.parquet": (LINES, "is not Parquet"),
+        "many.jsonl": (
+            b'{"answer": 1}\n{"answer": ' + DIGITS + b"}",
+            "line 2 is not JSON: Exceeds the limit",
+        ),
+        "one.jsonl": (b'\n{"answer": ' + DIGITS + b"}", "line 2 is not JSON: Exceeds the limit"),
+        "deep.json": (b"[" * 10**5, "line 1 is not JSON: maximum recursion depth"),
     }
     for name, (content, complaint) in cases.items():
         (tmp_path / name).write_bytes(content)
         message = error(tmp_path / name)
         assert f"prompts.path: {tmp_path / name}" in message and complaint in message
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pa.array([text]) for text in "abc"]
+    for names in (["problem", "answer", "answer"], ["problem", "level", "answer"]):
+        pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+        if len(set(names)) == 3:
+            assert rows(tmp_path / "a.parquet") == [{"problem": "a", "level": "b", "answer": "c"}]
+        else:
+            path = tmp_path / "a.parquet"
+            assert error(path) == f"prompts.path: {path}: two columns are called 'answer'"
 
 
 def test_a_glob_and_a_list_give_the_rows_of_their_files_in_order(tmp_path: Path) -> None:

@@ -49,15 +49,32 @@ def _special_tokens() -> list[str]:
     return sorted({*found, *deepseek})
 
 
+MARKS = [f"<{end}{name}>" for name in ("tool_call", "tool_response", "think") for end in ("", "/")]
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token per byte, and one for "oo", so that a text has several tokenisations."""
+    return _tokenizer([])
+
+
+@pytest.fixture(scope="module")
+def like_qwen() -> PreTrainedTokenizerFast:
+    """Its marks of calls, results and thoughts are added tokens, and not special; so are some line ends."""
+    result = _tokenizer([*MARKS, "\n\n", "<tool>"])
+    result.chat_template = CHATML.replace("{{ m['content'] }}", "{% if m['role'] == 'tool' %}<tool_response>"
+        "{{ m['content'] }}</tool_response><tool>\n\n{% else %}{{ m['content'] }}{% endif %}")  # fmt: skip
+    return result
+
+
+def _tokenizer(not_special: list[str]) -> PreTrainedTokenizerFast:
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet | {"oo": len(alphabet)}, merges=[("o", "o")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = [AddedToken(text, special=True) for text in ("<|endoftext|>", *_special_tokens())]
-    backend.add_special_tokens(special)
+    named = sorted({"<|endoftext|>", *_special_tokens()} - {*not_special})
+    backend.add_special_tokens([AddedToken(text, special=True) for text in named])
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in not_special])
     result = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     result.chat_template = CHATML
     return result
@@ -154,6 +171,49 @@ def test_over_five_turns_a_templates_tokens_are_those_that_were_sampled(
         assert tokenizer.decode(ids).endswith(
             whole.partition("x<|im_end|>")[2].replace("T", "<|im_end|> too 4")
         )
+
+
+@pytest.mark.parametrize("spelled", MARKS)
+@pytest.mark.parametrize("kind", ["chat", "plain", "qwen3"])
+def test_what_a_tool_or_a_user_writes_is_text_where_it_spells_what_marks_a_call(
+    kind: str, spelled: str, like_qwen: PreTrainedTokenizerFast
+) -> None:
+    keys = {"template": "Q: {prompt}\n<think>"} if kind == "plain" else {}
+    dialogue = _dialogue(like_qwen, "qwen3" if kind == "qwen3" else None, **keys)
+    token = like_qwen.convert_tokens_to_ids(spelled)
+
+    def count(text: str) -> int:
+        row = {"prompt": f"a {text} b", "messages": None}
+        ids = [*dialogue.render([row])[0].prompt_ids, *dialogue.opening(row, f"c {text} d")]
+        turn = [40, like_qwen.convert_tokens_to_ids("<|im_end|>")]
+        messages = [{"role": "tool", "name": "add", "content": text}, {"role": "user", "content": text}]
+        extension = dialogue.extension(ids, turn, messages)
+        assert extension is not None
+        read = like_qwen.decode([*ids, *extension]).replace("\u200b", "")
+        assert read.count(text) >= 4
+        return [*ids, *extension].count(token)
+
+    assert count(spelled) == count("x")  # those that the template writes
+    assert count("x") > 0 or "tool_response" not in spelled
+
+
+def test_other_added_tokens_are_text_like_any_other(like_qwen: PreTrainedTokenizerFast) -> None:
+    dialogue, text = _dialogue(like_qwen), "a\n\nb <|im_sep|> <tool> c"
+    tool, ends = (like_qwen.convert_tokens_to_ids(one) for one in ("<tool>", "\n\n"))
+    ids = dialogue.opening({"prompt": "q", "messages": None}, text)
+    assert ids.count(ends) == 1
+    assert not ids.count(tool)  # the template writes it
+
+
+def test_what_the_assistant_has_written_in_the_data_keeps_its_marks(
+    like_qwen: PreTrainedTokenizerFast,
+) -> None:
+    said = "<think>x</think> <tool_call>{}</tool_call>"
+    chat = [{"role": role, "content": said} for role in ("user", "assistant")]
+    chat.append({"role": "user", "content": "go on"})
+    ids = _dialogue(like_qwen).render([{"prompt": "go on", "messages": chat}])[0].prompt_ids
+    for mark in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
+        assert ids.count(like_qwen.convert_tokens_to_ids(mark)) == 1
 
 
 def test_the_rest_of_a_turn_is_appended_only_where_the_model_has_not_written_it(

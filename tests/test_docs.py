@@ -7,12 +7,16 @@ CPU cores with this project alone has a comment `<!-- needs: … -->` before its
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import html
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +91,16 @@ def test_the_site_says_what_commands_need_and_shows_what_is_outside_its_folder(s
     )  # README.md: docs/guides/first-run.md
     examples = (site / "examples.html").read_text()  # jobs/README.md
     assert "<p>The others need data" in examples and 'href="quickstart.yaml"' not in examples
+
+
+def test_every_job_has_a_row_in_the_table_and_a_section_and_the_curves_are_there() -> None:
+    text = (ROOT / "jobs" / "README.md").read_text()
+    jobs = [path.stem for path in (ROOT / "jobs").glob("*.yaml")]
+    assert len(jobs) > 8
+    rows = re.findall(r"^\| \[(\w[\w.]*?)\.(?:yaml|py)\]\(.*\|$", text, re.MULTILINE)
+    heads = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert heads == [row for row in rows if row in heads] and {*jobs} <= {*heads}
+    assert all((ROOT / "jobs" / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
 
 
 # ------------------------------------------------------------------------------------------------ the pages
@@ -165,6 +179,24 @@ def config_of(path: str, overrides: list[str], page: Path, is_evaluation: bool =
     return GVPOConfig.from_file(path if is_name else ROOT / path, overrides, is_evaluation)
 
 
+def data_of(config: GVPOConfig) -> set[Path]:
+    """The files of data that a run with a warm start reads."""
+    start = config.warm_start
+    named = [config.prompts.path, *(each.path for each in config.evaluation.sets.values())]
+    named += [start.data.path] if start is not None and start.data is not None else []
+    return {Path(path) for each in named for path in ([each] if isinstance(each, str) else each)}
+
+
+@functools.cache
+def made_by_tools_cpu() -> set[Path]:
+    """The files that jobs/tools_cpu.py writes, by the paths that it writes them to."""
+    main = runpy.run_path(str(ROOT / "jobs" / "tools_cpu.py"))["main"]
+    (folder,) = main.__defaults__
+    with tempfile.TemporaryDirectory() as elsewhere, contextlib.redirect_stdout(None):
+        main(Path(elsewhere))
+        return {folder / path.relative_to(elsewhere) for path in Path(elsewhere).rglob("*") if path.is_file()}
+
+
 class NotHere(Exception):
     """A command needs more than two CPU cores and this project."""
 
@@ -212,8 +244,8 @@ def check(words: list[str], page: Path) -> None:
         case _:
             pytest.fail(f"nobody knows the command {shlex.join(words)}")
     if config is not None:
-        start = config.warm_start  # jobs/tools_cpu.py makes the data of its environment
-        is_made = start is not None and (start.task is not None or config.environment is not None)
+        start = config.warm_start
+        is_made = start is not None and (start.task is not None or data_of(config) <= made_by_tools_cpu())
         if not is_made or any(gpus for *_, gpus in resource_plan(config)):
             raise NotHere
 
@@ -251,6 +283,18 @@ def test_a_command_that_needs_a_gpu_is_known_by_its_plan() -> None:
     with pytest.raises(NotHere):
         check(["gvpo-ray", "train", "jobs/qwen2.5_math_1.5b_1gpu.yaml"], ROOT / "README.md")
     check(["gvpo-ray", "train", "jobs/quickstart.yaml"], ROOT / "README.md")
+
+
+def test_a_job_whose_data_no_script_makes_is_known_by_their_paths() -> None:
+    job = ["gvpo-ray", "train", "jobs/tools_cpu.yaml"]
+    check(job, ROOT / "README.md")
+    for other in (
+        "prompts.path=runs/tools/data/own.parquet",
+        "warm_start.data.path=runs/other/data/worked.parquet",
+        "evaluation.sets.heldout.path=runs/tools/data/test.parquet",
+    ):
+        with pytest.raises(NotHere):
+            check([*job, other], ROOT / "README.md")
 
 
 def test_a_job_uploads_the_code_and_the_jobs_alone() -> None:
@@ -341,4 +385,4 @@ def test_the_backend_of_the_page_makes_a_step_of_sgd() -> None:
     assert this.step(0.5) == 2.0
     assert module.weight.item() == 3.0 - 0.5 * 2.0
     this.init_state(1)
-    assert this.get_state(module.weight) == {}
+    assert this.get_state(module.weight) == {"master": module.weight}

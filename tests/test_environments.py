@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
+import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import episodes as worlds
 import pytest
-from episodes import END, Calculator, Database, Files, Guess, Policy, Scripted, contract_of, prompt
+from episodes import (
+    END,
+    Calculator,
+    Database,
+    Files,
+    Guess,
+    Policy,
+    Scripted,
+    contract_of,
+    environment_of,
+    host_of,
+    prompt,
+)
 
 from gvpo_ray import groups
 from gvpo_ray.bench import chaos
+from gvpo_ray.bench import episodes as bench_episodes
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.data.dialogue import Call
+from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.contract import described, read_contract
-from gvpo_ray.environments.host import GONE, MAX_HUNG, Host
+from gvpo_ray.environments.forks import BrokenError, Forks
+from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.environments.pool import EnvironmentGroup
 from gvpo_ray.environments.python import Python
+from gvpo_ray.environments.world import Limits
 from gvpo_ray.observe.episodes import episode_metrics
 from gvpo_ray.observe.metrics import find
 from gvpo_ray.observe.samples import sample_lines
+from gvpo_ray.sandbox.confine import unprotected as unprotected_here
 from gvpo_ray.verifiers.verifier import Verifier
 
 
@@ -62,7 +81,8 @@ async def run(made: Any, policy: Policy, num: int = 2, most: int = 1000, **row: 
 
 
 def ends(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in json.loads(one).items() if k != "name"} for one in row["episodes"]]
+    counts = ("turns", "tool_calls", "tool_errors", "end")
+    return [{name: json.loads(one)[name] for name in counts} for one in row["episodes"]]
 
 
 def text(ids: list[int]) -> str:
@@ -164,7 +184,7 @@ def test_what_goes_wrong_with_a_call_is_read_by_the_policy_and_counted(tmp_path:
 
 def test_calls_of_one_turn_are_made_in_order_and_asynchronous_ones_at_once() -> None:
     async def main() -> None:
-        host = Host(Calculator, {}, 60)
+        host = host_of(Calculator)
         (opened,) = await host.open(0, {}, 1)
         calls = [
             Call("add", {"a": 1}),
@@ -174,7 +194,7 @@ def test_calls_of_one_turn_are_made_in_order_and_asynchronous_ones_at_once() -> 
         ]
         answer = await host.act(opened.name, 0, 0, {}, calls, "")
         assert [message["content"] for message in answer.messages] == ["2", '{"a": 1}', '{"a": 2}', "3"]
-        order = host._episodes[opened.name].environment.order
+        order = environment_of(host, opened.name).order
         assert order.index("add 1") < order.index("add 2") and sorted(order)[2:] == ["later 1", "later 2"]
 
     asyncio.run(main())
@@ -191,7 +211,7 @@ def test_a_result_that_has_no_text_is_an_error_that_the_policy_reads() -> None:
             return {(1, 2): 3}
 
     async def main() -> None:
-        host = Host(Power, {}, 60)
+        host = host_of(Power)
         (opened,) = await host.open(0, {}, 1)
         calls = [Call("power", {"a": 10, "b": 5000}), Call("table", {}), Call("power", {"a": 2, "b": 3})]
         answer = await host.act(opened.name, 0, 0, {}, calls, "")
@@ -212,7 +232,7 @@ def test_a_parameter_or_a_column_may_be_called_function() -> None:
             return f"drawn: {function}"
 
     async def main() -> None:
-        host = Host(Plot, {}, 60)
+        host = host_of(Plot)
         (opened,) = await host.open(0, {"function": "cos", "args": 1}, 1)
         assert opened.said == "cos" and opened.reason is None
         answer = await host.act(opened.name, 0, 0, {}, [Call("plot", {"function": "sin"})], "")
@@ -223,7 +243,7 @@ def test_a_parameter_or_a_column_may_be_called_function() -> None:
 
 def test_a_name_that_is_no_tools_is_not_the_name_of_a_message() -> None:
     async def main() -> None:
-        host = Host(Calculator, {}, 60)
+        host = host_of(Calculator)
         (opened,) = await host.open(0, {}, 1)
         calls = [Call(f"add{END}", {}), Call("", {}, "not JSON"), Call("add", {"a": 1})]
         answer = await host.act(opened.name, 0, 0, {}, calls, "")
@@ -246,12 +266,12 @@ def test_no_error_of_an_environment_shows_a_secret_of_its_arguments() -> None:
             raise OSError(f"refused: {self.api_key}")
 
     async def main() -> None:
-        host = Host(Served, {"api_key": "correct-horse-battery"}, 60)
+        host = host_of(Served, api_key="correct-horse-battery")
         (opened,) = await host.open(0, {}, 1)
         answer = await host.act(opened.name, 0, 0, {}, [Call("ask", {})], "")
         assert answer.messages[0]["content"] == "Error: OSError: refused: …"
         reason = "environment: get_reward raised OSError: refused: …"
-        assert await host.finish(opened.name, 0, {}) == (None, reason)
+        assert await host.finish(opened.name, 0, {}) == (None, reason, False)
 
     asyncio.run(main())
 
@@ -264,75 +284,222 @@ def _hanging() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tool", ["hang", "sleep"])
-def test_a_tool_that_hangs_ends_its_episode_with_that_reason(
+def test_a_tool_that_hangs_is_an_error_that_the_policy_reads_and_the_environment_scores_the_episode(
     tool: str, tmp_path: Path, _hanging: None
 ) -> None:
+    async def main() -> None:
+        # 12 episodes with 3 calls that hang, each in a thread that nothing can end
+        host = host_of(Calculator)
+        for opened in await host.open(0, {}, 12):
+            for turn in range(3):
+                with hurried(host, opened.name):
+                    answer = await host.act(opened.name, 0, turn, {}, [Call(tool, {})], "")
+                (message,) = answer.messages
+                assert message["content"] == "Error: no answer within 0.01 s"
+                assert (answer.reason, answer.num_errors, answer.num_hung) == (None, 1, 1)
+            assert host._episodes[opened.name].world.has_hung  # type: ignore[attr-defined]
+            assert await host.finish(opened.name, 0, {}) == (0.0, None, False)  # the environment says so
+
+    asyncio.run(main())
+
+
+@contextlib.contextmanager
+def hurried(host: Host, name: str) -> Iterator[None]:
+    """Give an episode's calls, which hang, next to no time; all others have what a busy machine takes."""
+    world: Any = host._episodes[name].world
+    limits, world._limits = world._limits, Limits(timeout_s=0.01)
+    yield
+    world._limits = limits
+
+
+def test_the_calls_of_a_turn_behind_one_that_hangs_are_not_made(_hanging: None) -> None:
+    async def main() -> None:
+        host = host_of(Calculator)
+        (opened,) = await host.open(0, {}, 1)
+        calls = [Call("hang", {}), Call("add", {"a": 1}), Call("hang", {})]
+        with hurried(host, opened.name):
+            answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        late, *others = (message["content"] for message in answer.messages)
+        assert late == "Error: no answer within 0.01 s"
+        assert others == ["Error: not made: an earlier call of this turn gave no answer"] * 2
+        assert (answer.num_errors, answer.num_hung, answer.num_refused) == (3, 1, 0)
+        answer = await host.act(opened.name, 0, 1, {}, [Call("add", {"a": 1})], "")
+        assert answer.messages[0]["content"] == "2"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num", [1, 3, 4, 20])
+def test_a_turn_has_a_number_of_calls_and_the_policy_reads_that_further_ones_were_not_made(num: int) -> None:
+    async def main() -> None:
+        host = host_of(Calculator, Limits(max_calls=3))
+        (opened,) = await host.open(0, {}, 1)
+        tools = ["add", "later"]  # asynchronous calls count as well
+        calls = [Call(tools[i % 2], {"a": i}) for i in range(num)]
+        answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        texts = [message["content"] for message in answer.messages]
+        assert len(texts) == num and not any("Error" in text for text in texts[:3])
+        assert texts[3:] == ["Error: not made: a turn may have 3 tool calls"] * max(0, num - 3)
+        assert len(environment_of(host, opened.name).order) == min(num, 3)
+        assert answer.num_errors == answer.num_refused == max(0, num - 3)
+
+    asyncio.run(main())
+
+
+def test_what_fails_after_a_call_that_hung_is_the_policys_doing(_hanging: None) -> None:
+    class Held(Calculator):
+        """Its score needs what the tool that hangs holds."""
+
+        def get_reward(self) -> float | None:
+            raise KeyError("held")
+
+    async def main() -> None:
+        host = host_of(Held)
+        hung, fine = await host.open(0, {}, 2)
+        with hurried(host, hung.name):
+            await host.act(hung.name, 0, 0, {}, [Call("hang", {})], "")
+        failed = "environment: get_reward raised KeyError: 'held'"
+        assert await host.finish(fine.name, 0, {}) == (None, failed, False)
+        reason = f"environment: brought down by a tool call: {failed}"
+        assert await host.finish(hung.name, 0, {}) == (None, reason, True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("others", "worth"), [([1.0, 1.0, 0.0], 0.0), ([1.0, 0.5, 0.5], 0.5), ([-2.0, None, 1.0], -2.0)]
+)
+def test_an_episode_whose_environment_the_policy_brings_down_is_worth_the_worst_of_its_group(
+    others: list[float | None], worth: float, tmp_path: Path
+) -> None:
+    async def down(calls: Any, message: str) -> Any:
+        raise BrokenError("its process died")
+
     def policy(turns: list[str], number: int) -> str:
-        return "Done." if number else call(tool)
+        return str(number) if number else call("add", a=1)
 
     async def main() -> None:
         made, (client,) = worlds.episodes(Calculator, tmp_path, hosts=1)
-        host = client.host
-        make = host.act
 
-        async def hurried(*args: Any) -> Any:
-            host._timeout_s = 0.01  # nothing else is called from here on but what hangs
-            return await make(*args)
+        async def acts(name: str, *args: Any) -> Any:
+            world: Any = client.host._episodes[name].world
+            *_, calls, message = args
+            if calls:
+                world.act = down
+            world.environment.get_reward = lambda: others[int(message) - 1]
+            return await Host.act(client.host, name, *args)
 
-        host.act = hurried  # type: ignore[method-assign]
-        host._reward = _one  # type: ignore[method-assign,assignment]
-        row = await run(made, policy)
-        assert row["reward_parts"] == {ENVIRONMENT: [None, 1.0]}
-        reason = f"timeout: environment: {tool}: no answer within 0.01 s"
-        assert row["reward_reasons"] == [reason, None]
-        assert [end["end"] for end in ends(row)] == ["lost", "stop"]
+        client.host.act = acts  # type: ignore[method-assign,assignment]
+        row = await run(made, policy, num=4)
+        reason = "environment: brought down by a tool call: crash: environment: add: its process died"
+        assert [end["end"] for end in ends(row)] == ["broken", "stop", "stop", "stop"]
+        assert row["reward_parts"] == {ENVIRONMENT: [None, *others]} and row["reward_reasons"][0] == reason
         scored = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})).score(groups.table([row]))
-        assert scored["rewards"][0].as_py() == [None, 1.0]  # not 0
-        assert scored["reward_reasons"][0].as_py()[0] == reason
+        assert scored["rewards"][0].as_py() == [worth, *others]
+        alone = {name: row[name][:1] for name in (*groups.COMPLETION_COLUMNS, "episodes", "reward_reasons")}
+        alone = {**row, **alone, "trained_tokens": row["trained_tokens"][:1]}
+        alone["reward_parts"] = {ENVIRONMENT: [None]}
+        scored = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})).score(groups.table([alone]))
+        assert scored["rewards"][0].as_py() == [None]  # nobody has said what it is worth
+        assert not groups.all_cut_off(scored)  # and the prompt is not to blame
 
     asyncio.run(main())
 
 
-async def _one(episode: Any) -> tuple[float, None]:
-    return 1.0, None
+class Fragile:
+    """Its process can be brought down by a call."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def reset(self, **row: Any) -> str:
+        return f"{self.text} {row['answer']}"
+
+    def freeze(self) -> str:
+        ctypes.PyDLL(None).pause()  # for ever, with Python's lock
+        return "late"
+
+    def die(self) -> None:
+        os._exit(3)
+
+    def add(self, a: int) -> int:
+        return a + 1
+
+    def respond(self, message: str) -> str | None:
+        if message == "die":
+            self.die()
+        return None
+
+    def get_reward(self) -> float:
+        return 0.5
 
 
-def test_a_host_with_too_many_calls_that_hang_ends_its_process(
-    monkeypatch: pytest.MonkeyPatch, _hanging: None
+@pytest.mark.components
+def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notices(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def main() -> None:
-        host, left = Host(Calculator, {}, 60), []
-        monkeypatch.setattr(host, "_worn_out", lambda: left.append(1))
-        (opened,) = await host.open(0, {}, 1)
-        host._timeout_s = 0.01
-        for turn in range(10_000):  # on a busy machine some calls are late before they have a thread
-            assert (await host.act(opened.name, 0, turn, {}, [Call("hang", {})], "")).reason is not None
-            if left:
-                break
-        assert left == [1] and len(host._late) == MAX_HUNG
+        made = Forks(Fragile, {"text": "say"}, Limits())
+        host = Host(made.world)
+        opened = await host.open(0, {"answer": "7"}, 7)
+        assert {one.said for one in opened} == {"say 7"} and {one.reason for one in opened} == {None}
+        pids = [host._episodes[one.name].world.pid for one in opened]  # type: ignore[attr-defined]
+        assert len({*pids, os.getpid()}) == 8
+        *broken, late, talker, fine = opened
+        for i, one in enumerate(broken):
+            tool = "die" if i % 2 else "freeze"
+            host._episodes[one.name].world.limit_s = 60 if i % 2 else 0.01  # type: ignore[attr-defined]
+            answer = await host.act(one.name, 0, 0, {}, [Call(tool, {})], "")
+            how = "its process died" if i % 2 else "its process gave no sign of life and was killed"
+            assert answer.reason is not None and answer.reason.endswith(f"environment: {tool}: {how}")
+            assert answer.is_broken and answer.reason.startswith("environment: brought down by a tool call")
+        answer = await host.act(talker.name, 0, 0, {}, [], "die")
+        assert answer.reason == "crash: environment: respond: its process died" and not answer.is_broken
+        answer = await host.act(fine.name, 0, 0, {}, [Call("add", {"a": 1})], "")
+        assert answer.messages[0]["content"] == "2"
+        assert await host.finish(fine.name, 0, {}) == (0.5, None, False)
+        under_way = asyncio.ensure_future(host.act(late.name, 0, 0, {}, [Call("freeze", {})], ""))
+        await asyncio.sleep(0.01)
+        await host.release(0)
+        assert (await under_way).is_broken
+        *of_broken, own = pids
+        await gone(of_broken)
+        again, other = await host.open(1, {"answer": "8"}, 2)
+        assert again.said == other.said == "say 8"
+        # a process in which nothing hung serves another episode
+        assert {own} < {host._episodes[one.name].world.pid for one in (again, other)}  # type: ignore[attr-defined]
+        made._server.kill()
+        made.wait()
+        (lost,) = await host.open(2, {"answer": "9"}, 1)  # in the process that is free, and ends
+        (more,) = await host.open(2, {"answer": "9"}, 1)
+        ends = ("its process died", "the process that worlds are forked from died")
+        for one in (lost, more):
+            assert one.reason is not None and one.reason.endswith(ends)
+        made.close()
 
     asyncio.run(main())
 
 
-def test_calls_that_return_late_or_had_no_thread_yet_do_not_end_the_process(
-    monkeypatch: pytest.MonkeyPatch, _hanging: None
-) -> None:
-    async def main() -> None:
-        host, left = Host(Calculator, {}, 60), []
-        monkeypatch.setattr(host, "_worn_out", lambda: left.append(1))
-        opened = await host.open(0, {}, 16)
-        host._timeout_s = 0.01
-        for one in opened[:7]:
-            assert (await host.act(one.name, 0, 0, {}, [Call("hang", {})], "")).reason is not None
-        Calculator.waiting.set()
-        await asyncio.to_thread(wait, host._late, 60)
-        Calculator.waiting.clear()
-        host._threads = ThreadPoolExecutor(1)  # the first call has it, and the others wait
-        for one in opened[7:]:
-            assert (await host.act(one.name, 0, 0, {}, [Call("hang", {})], "")).reason is not None
-        assert not left and len(host._late) <= 1
+async def gone(pids: list[int]) -> None:
+    """Wait until these processes have ended."""
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        await asyncio.sleep(0.01)
 
-    asyncio.run(main())
+
+@pytest.mark.components
+def test_a_class_that_another_process_cannot_load_is_an_error_with_its_cause() -> None:
+    class Bad:
+        at = Unloadable()
+
+        def reset(self, **row: Any) -> None: ...
+
+    with pytest.raises(RuntimeError, match="class cannot be loaded: ZeroDivisionError"):
+        Forks(Bad, {}, Limits())
+
+
+class Unloadable:
+    def __reduce__(self) -> Any:
+        return divmod, (1, 0)
 
 
 def test_an_episode_ends_where_there_is_no_room_and_is_scored_as_the_environment_says(tmp_path: Path) -> None:
@@ -380,7 +547,7 @@ def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) 
         ):
             made, clients = worlds.episodes(Guess, tmp_path)
             for client in clients:
-                client.host = Host(cls, {}, 60)
+                client.host = host_of(cls)
             row = await run(made, script("7"))
             assert row["reward_parts"] == {ENVIRONMENT: [None] * 2}
             assert row["reward_reasons"] == [reason] * 2
@@ -413,6 +580,21 @@ def test_the_environments_reward_is_the_first_part_and_others_are_added() -> Non
         # a world without get_reward leaves the others alone, but for episodes that it has lost
         (scored,) = groups.rows(verifier.score(groups.table([{**row, "reward_parts": {}}])))
         assert scored["rewards"] == [1.0, None, 0.0]
+
+
+@pytest.mark.components
+def test_what_reset_says_is_a_part_of_the_question_from_which_no_answer_is_copied() -> None:
+    entry = {"name": "a", "turns": 1, "tool_calls": 0, "tool_errors": 0, "end": "stop"}
+    row = {
+        **{"group_id": 0, "prompt": "Simplify:", "answer": "2/5", "dataset": "d", "prompt_ids": [1]},
+        **{"completions": ["\\boxed{84/210}"] * 3, "completion_ids": [[1]] * 3},
+        **{"finish_reasons": ["stop"] * 3, "sources": ["policy"] * 3, "sampling_logprobs": [[-1.0]] * 3},
+        **{"version_min": [0] * 3, "version_max": [0] * 3, "reward_reasons": [None] * 3},
+        "episodes": [json.dumps(entry | more) for more in ({}, {"said": " 84/210"}, {"said": " 3"})],
+    }
+    with Verifier(VerifiersConfig(rewards={"math": RewardConfig()})) as verifier:
+        (scored,) = groups.rows(verifier.score(groups.table([row])))
+    assert scored["rewards"] == [1.0, 0.0, 1.0]
 
 
 def test_the_config_adds_the_reward_and_refuses_what_does_not_go_with_episodes() -> None:
@@ -490,24 +672,27 @@ def test_a_class_that_does_not_keep_the_contract_is_named() -> None:
             read(**changes)
 
 
+ENDS = ("max_turns", "no_room", "renderer", "lost", "broken")
+
+
 def test_metrics_say_what_episodes_were_like_and_how_they_ended() -> None:
-    def entry(turns: int, calls: int, errors: int, end: str) -> str:
+    def entry(turns: int, calls: int, errors: int, end: str, **more: int) -> str:
         counts = {"turns": turns, "tool_calls": calls, "tool_errors": errors, "end": end}
-        return json.dumps({"name": "x", **counts})
+        return json.dumps({"name": "x", **counts, **more})
 
     rows = [
         {"episodes": [entry(1, 0, 0, "stop"), entry(4, 3, 1, "max_turns"), entry(4, 5, 2, "lost")]},
         {"episodes": [entry(3, 2, 0, "length"), None, entry(3, 2, 0, "renderer")]},
+        {"episodes": [entry(3, 6, 5, "broken", tool_hung=2, tool_refused=3)]},
         {},
     ]
     assert episode_metrics("episodes", rows) == {
         "episodes/turns_mean": 3.0,
-        "episodes/tool_calls_mean": 2.4,
-        "episodes/tool_errors": 3.0,
-        "episodes/max_turns": 0.2,
-        "episodes/no_room": 0.2,
-        "episodes/renderer": 0.2,
-        "episodes/lost": 0.2,
+        "episodes/tool_calls_mean": 3.0,
+        "episodes/tool_errors": 8.0,
+        "episodes/tool_hung": 2.0,
+        "episodes/tool_refused": 3.0,
+        **dict.fromkeys((f"episodes/{end}" for end in ENDS), 1 / 6),
     }
     assert episode_metrics("episodes", [{}, {"episodes": [None]}]) == {}
     for prefix in ("episodes", "eval/heldout"):
@@ -517,7 +702,7 @@ def test_metrics_say_what_episodes_were_like_and_how_they_ended() -> None:
 @pytest.mark.components
 def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
     async def main() -> None:
-        host = Host(Python, {}, 600)
+        host = host_of(Python)
         (opened,) = await host.open(0, {}, 1)
         programs = (
             "print(6 * 7)",
@@ -530,7 +715,7 @@ def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
         printed = [message["content"] for message in answer.messages]
         assert printed[:2] == ["42\n", "(the program printed nothing)"] and answer.num_errors == 2
         assert "ZeroDivisionError" in printed[2] and printed[3].startswith("Error: ")
-        assert await host.finish(opened.name, 0, {}) == (None, None)  # the other rewards decide
+        assert await host.finish(opened.name, 0, {}) == (None, None, False)  # the other rewards decide
 
     asyncio.run(main())
 
@@ -540,13 +725,13 @@ def test_the_job_with_a_tool_takes_no_more_questions_than_it_says_however_many_a
     search = read_contract(EnvironmentConfig(name=f"{job}:Search")).cls
 
     async def main() -> None:
-        host = Host(search, {}, 60)
+        host = host_of(search)
         for secret, reward in (("3", 1.0), ("4", 0.0), ("7", 0.0)):
             (opened,) = await host.open(0, {"answer": secret}, 1)
             calls = [Call("ask", {"n": n}) for n in range(1, 8)]
             answer = await host.act(opened.name, 0, 0, {}, calls, "")
             assert answer.messages[3]["content"] == "Error: RuntimeError: no question is left"
-            assert await host.finish(opened.name, 0, {}) == (reward, None)
+            assert await host.finish(opened.name, 0, {}) == (reward, None, False)
 
     asyncio.run(main())
 
@@ -564,6 +749,25 @@ def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
     }
     lines = "\n".join(sample_lines([row], str, 9))
     assert "3 turns, 4 tool calls, 1 failed, end: max_turns" in lines
+
+
+def test_what_is_not_protected_is_said_once_and_every_restart_of_an_actor_is_noted() -> None:
+    said: list[str] = []
+    noted: list[tuple[str, str, str]] = []
+    group = object.__new__(EnvironmentGroup)
+    group._processes, group._said, group._say = {}, set(), said.append
+    group._note = lambda *note: noted.append(note)
+    for number, pid, unprotected in ((0, 7, ["files"]), (1, 8, ["files", "calls"]), (0, 7, []), (1, 9, [])):
+        group._take(number, {"pid": pid, "unprotected": unprotected})
+    before = "not protected from programs of the environment: "
+    assert said == [f"{before}files", f"{before}calls"]
+    assert [note[:2] for note in noted] == [("environment", "environment-1")]
+    assert Python._unprotected() == unprotected_here()
+
+
+@pytest.mark.components
+def test_the_bench_of_episodes_plays_them_all_in_processes_of_their_own() -> None:
+    assert bench_episodes.main(num_groups=1, num_turns=2) > 0
 
 
 def test_chaos_kills_environments_where_a_run_has_them() -> None:

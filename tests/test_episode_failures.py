@@ -12,7 +12,7 @@ from typing import Any
 
 import episodes as worlds
 import pytest
-from episodes import Guess, Policy, Scripted, prompt
+from episodes import END, Guess, Policy, Scripted, environment_of, prompt
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from test_environments import binary, ends, text
 
@@ -21,10 +21,11 @@ from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.environments import episode, pool
 from gvpo_ray.environments.episode import LostError, NoEnvironmentError
-from gvpo_ray.environments.host import GONE
+from gvpo_ray.environments.host import GONE, Host
 from gvpo_ray.environments.pool import ActorClient
 
 SAMPLING = SamplingConfig(num_completions=4, max_tokens=1000)
+TWO = SAMPLING.model_copy(update={"num_completions": 2})
 
 
 async def engine_of(made: Any, policy: Policy, version: int) -> Scripted:
@@ -67,7 +68,7 @@ def test_an_engine_dies_in_mid_episode_and_another_goes_on_with_its_tokens(tmp_p
         first = await engine_of(made, stops, 3)
         work = asyncio.ensure_future(first.generate(await prompt(made, group_id=5), SAMPLING))
         await stops.stands.wait()
-        environments = {e.name: e.environment for c in clients for e in c.host._episodes.values()}
+        environments = {name: environment_of(c.host, name) for c in clients for name in c.host._episodes}
         assert [guess.asked for guess in environments.values()].count([5]) == 3  # and one asked 1
         work.cancel()  # with its process
         second = await engine_of(made, binary, 4)
@@ -112,10 +113,117 @@ def test_an_engine_that_dies_has_lost_no_finished_episode_and_no_finished_one_is
     asyncio.run(main())
 
 
+def test_episodes_are_claimed_in_the_order_of_their_beginning_whichever_was_reset_first() -> None:
+    """The place decides the seed: one that has no turn yet would repeat the first turn of another's place."""
+
+    class World:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        async def open(self, row: Any) -> tuple[str, None]:
+            await may_open[self.number].wait()
+            return str(self.number), None
+
+    async def main() -> None:
+        may_open.extend(asyncio.Event() for _ in range(4))
+        worlds = iter(map(World, range(4)))
+
+        async def make() -> Any:
+            return next(worlds)
+
+        host = Host(make)
+        opening = asyncio.ensure_future(host.open(0, {}, 4))
+        for number in (2, 0, 3, 1):
+            may_open[number].set()
+            await _until(lambda number=number: len(host._episodes) == (2, 0, 3, 1).index(number) + 1)
+        names = [opened.name for opened in await opening]
+        assert [opened.name for opened in await host.claim(0)] == names
+        assert [opened.name for opened in await host.claim(0, names[1:2])] == [names[0], *names[2:]]
+
+    may_open: list[asyncio.Event] = []
+    asyncio.run(main())
+
+
 async def _until(condition: Any) -> Any:
     while not (found := condition()):
         await asyncio.sleep(0)
     return found
+
+
+class Silent(Guess):
+    """Says nothing, so that nothing tells its policy's turns apart."""
+
+    def respond(self, message: str) -> str | None:
+        return None if super().respond(message) is None else ""
+
+
+@pytest.mark.parametrize("is_drained", [False, True], ids=["dies", "drains"])
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_where_nothing_is_said_between_two_turns_an_engine_that_goes_on_repeats_none(
+    turn: int, is_drained: bool, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        made, (client,) = worlds.episodes(Silent, tmp_path, hosts=1, template="Q: {prompt}\n", max_turns=4)
+
+        def counting(turns: list[str], number: int) -> str:
+            said = turns[0].partition("(1 to 9)\n")[2].split(END)[:-1]
+            assert said == ["4", "5", "6", "7"][: len(said)]
+            return str(4 + len(said))
+
+        async def stand() -> str:
+            standing.append(1)
+            await asyncio.Event().wait()
+            return ""
+
+        def stops(turns: list[str], number: int) -> Any:
+            said = counting(turns, number)
+            return stand() if said == str(4 + turn) else said
+
+        standing: list[int] = []
+        first = await engine_of(made, stops, 0)
+        work = asyncio.ensure_future(first.generate(await prompt(made), TWO))
+        await _until(lambda: len(standing) == 2)
+        guesses = [environment_of(client.host, name) for name in client.host._episodes]
+        kept: list[Any] = []
+        if is_drained:
+            await first.drain(0)
+            kept = [(await work)[0]]
+        work.cancel()
+        second = await engine_of(made, counting, 0)
+        (row,) = groups.rows((await second.generate(await prompt(made), TWO, 0, None, *kept))[0])
+        assert [guess.asked for guess in guesses] == [[4, 5, 6, 7]] * 2
+        assert second.num_calls == 2 * (4 - turn)
+        whole = f" (1 to 9)\n4{END}5{END}6{END}7{END}"
+        assert [text(ids) for ids in row["completion_ids"]] == [whole] * 2
+        assert ends(row) == [{"turns": 4, "tool_calls": 0, "tool_errors": 0, "end": "stop"}] * 2
+
+    asyncio.run(main())
+
+
+def test_a_turn_that_was_whole_when_its_engine_drained_is_told_to_the_environment_and_not_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        made, (client,) = worlds.episodes(Guess, tmp_path, hosts=1, max_turns=4)
+        acts, on_the_way = client.host.act, list[int]()
+
+        async def never(*args: Any) -> Any:
+            on_the_way.append(1)
+            await asyncio.Event().wait()
+
+        client.host.act = never  # type: ignore[method-assign]
+        first = await engine_of(made, lambda turns, number: "7", 0)
+        work = asyncio.ensure_future(first.generate(await prompt(made), TWO))
+        await _until(lambda: len(on_the_way) == 2)
+        await first.drain(0)
+        table, missing = await work
+        assert missing == 2
+        client.host.act = acts  # type: ignore[method-assign]
+        second = await engine_of(made, lambda turns, number: "1", 0)
+        (row,) = groups.rows((await second.generate(await prompt(made), TWO, 0, None, table))[0])
+        assert not second.num_calls and row["reward_parts"] == {ENVIRONMENT: [1.0] * 2}
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("host_dies", [False, True], ids=["hosts live", "a host dies too"])
@@ -181,10 +289,10 @@ def test_an_engine_that_lost_its_episodes_to_another_cannot_change_them(tmp_path
         (again,) = await client.host.claim(0)
         assert again.name == opened.name and again.lease == 1
         assert (await client.host.act(opened.name, 0, 1, {}, [], "7")).reason == GONE
-        assert await client.host.finish(opened.name, 0, {}) == (None, GONE)
+        assert await client.host.finish(opened.name, 0, {}) == (None, GONE, False)
         for _ in range(2):  # the same turn again is answered, and not made
             assert (await client.host.act(opened.name, 1, 1, {}, [], "6")).messages[0]["content"] == "more"
-        assert client.host._episodes[opened.name].environment.asked == [5, 6]
+        assert environment_of(client.host, opened.name).asked == [5, 6]
 
     asyncio.run(main())
 

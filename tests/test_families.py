@@ -32,7 +32,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": tiny.EOS,
     "pad_token_id": 0,
 }
-HEAD = 8
+HEAD, WINDOW = 8, 9
+"""Sizes of what not all families have: one of a head, and the tokens that a layer with a window sees."""
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -90,7 +91,9 @@ def config_of(family: str) -> Any:
     """A config of the family's own, made small."""
     usual = AutoConfig.for_model(family)
     text = usual.get_text_config()
-    sizes = SIZES | ({"head_dim": HEAD} if hasattr(text, "head_dim") else {})
+    sizes = SIZES | {
+        key: size for key, size in (("head_dim", HEAD), ("sliding_window", WINDOW)) if hasattr(text, key)
+    }
     if text is usual:
         return AutoConfig.for_model(family, **sizes)
     return AutoConfig.for_model(

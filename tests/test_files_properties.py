@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gvpo_ray.files import append_line, read_lines, repair_lines
@@ -67,6 +67,8 @@ def test_a_last_line_of_any_bytes_without_an_end_is_left_out_and_written_over(
 
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=80))
+@example(b"[" * 100_000)
+@example(b"1" * 5_000)
 def test_any_bytes_can_be_read_by_who_skips_what_is_malformed(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.jsonl"

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -471,9 +472,12 @@ class SyncBuffer:
         self._last_step, self._save_before = last_step, save_before
         self.told: list[Any] = []
         self.shards: dict[int, Any] = {}
+        self.metrics: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()  # a checkpoint is reported by the thread that has written it
 
     def _now(self, question: Any) -> Any:
-        return asyncio.run(asyncio.wait_for(question, timeout=120))
+        with self._lock:
+            return asyncio.run(asyncio.wait_for(question, timeout=120))
 
     def fill(self, num_groups: int) -> None:
         for i in range(num_groups):
@@ -499,6 +503,7 @@ class SyncBuffer:
     def published(self, version: int, weights: Any, metrics: Any) -> None:
         self.told.append(("published", version))
         self.shards[version] = weights
+        self.metrics[version] = metrics or {}
         self._now(self.real.published(version, weights, metrics))
 
     def saved(self, step: int) -> None:
@@ -522,25 +527,26 @@ def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
     policy, buffer, lines = run_learn(
         tmp_path, given, make_model(tmp_path / "model"), last_step=5, save_before=4
     )
-    assert buffer.told == [
+    # a thread writes a checkpoint that is due, while the loop goes on; one that was asked for is waited for
+    assert [told for told in buffer.told if told[0] != "saved"] == [
         ("published", 0),
         ("train", 1),
         ("published", 1),
         ("train", 2),
         ("published", 2),
-        ("saved", 2),
         ("train", 3),
         ("published", 3),
         ("save", 4),
-        ("saved", 3),
         ("train", 4),
         ("published", 4),
-        ("saved", 4),
         ("train", 5),
         ("published", 5),
-        ("saved", 5),
         ("stop", 6),
     ]
+    assert [told for told in buffer.told if told[0] == "saved"] == [("saved", step) for step in (2, 3, 4, 5)]
+    told = [told for told in buffer.told if told != ("saved", 2)]  # which a thread says when it is written
+    asked = told.index(("save", 4))
+    assert told[asked + 1 : asked + 3] == [("saved", 3), ("train", 4)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-2",
         "step-3",
@@ -548,6 +554,9 @@ def test_learn_publishes_trains_saves_and_stops_as_it_is_ordered(tmp_path):
         "step-5",
     ]
     assert [line["step"] for line in lines] == [2, 4, 5] and (policy.step, policy.num_updates) == (5, 10)
+    stalled = [version for version, metrics in buffer.metrics.items() if "time/checkpoint" in metrics]
+    assert stalled == [3, 4, 5]  # the steps after the checkpoints of 2, 3 and 4
+    assert all(buffer.metrics[version]["time/checkpoint"] > 0 for version in stalled)
     # parity_every 0: the first alone
     assert [version for version, sent in buffer.shards.items() if sent["probe"]] == [0]
     metrics = asyncio.run(buffer.real.trained(5))

@@ -10,10 +10,10 @@ import io
 import os
 import pickle
 import pwd
-import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ from gvpo_ray.cli.terminal import plain, print_plainly
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig, RayConfig
-from gvpo_ray.files import DiskFull, append_line, lock, replacing, writing
+from gvpo_ray.files import DiskFull, append_line, lock, replacing, room_in, writing
 from gvpo_ray.home import ensure_home
 from gvpo_ray.run import machine
-from gvpo_ray.run.session import Session
+from gvpo_ray.run.session import Session, executable, said_of_workers
 
 
 @contextlib.contextmanager
@@ -138,8 +138,7 @@ def config_with(**sections: Any) -> GVPOConfig:
 
 def room(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
     """Shared memory has so much room."""
-    usage = shutil.disk_usage("/")._replace(free=mib * 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(machine, "room_in", lambda path: mib * 2**20)
     monkeypatch.setenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "0")  # put back at the end of the test
     monkeypatch.delenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE")
 
@@ -158,6 +157,21 @@ def test_too_little_shared_memory_for_an_engine_is_refused_with_what_to_set(
         machine.check_shared_memory(two, True, str(tmp_path))
     with pytest.raises(ConfigError, match=r"absent is missing, .* --shm-size"):
         machine.check_shared_memory(usual, True, str(tmp_path / "absent"))
+
+
+def test_what_another_rays_object_store_may_still_fill_is_no_room(tmp_path: Path) -> None:
+    """A file that is as large as it may become, has no name, and takes room as it is filled."""
+    before = room_in(tmp_path)
+    size = 1 << 36  # beside which what others write to this disk meanwhile is little
+    with tempfile.TemporaryFile(dir=tmp_path) as store, open(f"/proc/self/fd/{store.fileno()}", "rb"):
+        store.truncate(size)
+        assert before - room_in(tmp_path) == pytest.approx(size, rel=0.1)
+        store.truncate(1 << 20)
+        store.write(bytes(1 << 20))
+        store.flush()
+        os.fsync(store.fileno())
+        assert before - room_in(tmp_path) < size / 10  # it is full: nothing is promised any more
+    assert before - room_in(tmp_path) < size / 10
 
 
 def test_an_object_store_that_does_not_fit_into_shared_memory_is_on_disk(
@@ -311,7 +325,7 @@ def test_no_text_file_is_opened_in_the_encoding_of_the_locale() -> None:
             opens = text.startswith("open(") or (
                 isinstance(call.func, ast.Attribute)
                 and call.func.attr in ("read_text", "write_text", "open")
-                and not text.startswith(("os.", "gzip."))
+                and not text.startswith(("os.", "gzip.", "host.", "world."))
             )
             mode = call.args[1:2] if text.startswith("open(") else call.args[:1] * (".open(" in text)
             is_bytes = any(
@@ -426,6 +440,28 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ConfigError) as said:
         Session(RayConfig(address="local"))
     assert str(said.value) == f"ray: cannot start on this machine: {' '.join(str(error).split())}"
+
+
+@pytest.mark.parametrize(
+    ("python", "option"),
+    [
+        ("/opt/venv/bin/python", {}),
+        ("/home/a b/.venv/bin/python", {"runtime_env": {"py_executable": "'/home/a b/.venv/bin/python'"}}),
+        ("/$x/python", {"runtime_env": {"py_executable": "'/$x/python'"}}),
+    ],
+)
+def test_ray_is_given_the_path_of_python_as_bash_needs_it(python: str, option: dict[str, object]) -> None:
+    assert executable(python) == option
+
+
+def test_a_worker_that_cannot_start_is_shown_by_its_own_words(tmp_path: Path) -> None:
+    log = tmp_path / "raylet.err"
+    assert said_of_workers(log) == ""
+    manager = "[2026-11-27 18:19:12,072 E 14541 14541] (raylet) worker_pool.cc:660: Some workers"
+    log.write_text(f"{manager}\n")
+    assert said_of_workers(log) == ""
+    log.write_text(f"bash: line 1: /tmp/a: No such file\n{manager}\n\n")
+    assert said_of_workers(log) == "; a worker said: bash: line 1: /tmp/a: No such file"
 
 
 @pytest.mark.parametrize("error", [TypeError("a mistake"), KeyError("of code"), AssertionError()])

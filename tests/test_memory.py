@@ -19,6 +19,7 @@ from gvpo_ray.config.memory import (
     KNOWN,
     check_memory,
     engine_bytes,
+    host_bytes,
     learner_bytes,
     memory_plan,
     shape_of,
@@ -31,8 +32,10 @@ from gvpo_ray.learner.step import train_step
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
+N, HEAD = (getattr(KNOWN["Qwen/Qwen2.5-Math-1.5B"], what) for what in ("parameters", "of_the_head"))
 
-def config_of(path: str, **sections: dict[str, Any]) -> GVPOConfig:
+
+def config_of(path: str, **sections: Any) -> GVPOConfig:
     return GVPOConfig.from_dict(
         {
             "run_dir": "r",
@@ -209,6 +212,40 @@ def test_engines_and_a_learner_that_take_turns_on_a_gpu_are_not_added_up_but_wha
         given = {**engines, "memory_fraction": fraction}
         check_memory(config_of("Qwen/Qwen2.5-Math-1.5B", model=half, learner=learner, engines=given))
 
-    check(0.6)  # 48 GB, and the learner keeps 28 of its 36
-    with pytest.raises(ConfigError, match=r"learner: it keeps 28 GB per GPU .* 64 of 80 GB: lower"):
+    check(0.6)  # 48 GB, and the learner keeps 29 of its 36, a weight that a checkpoint gathers included
+    with pytest.raises(ConfigError, match=r"learner: it keeps 29 GB per GPU .* 64 of 80 GB: lower"):
         check(0.8)
+
+
+@pytest.mark.parametrize(
+    "sections, sent, of_a_checkpoint, of_others",
+    [
+        # a copy to compare with, and where the next step trains meanwhile one to send from; tied weights are
+        # sent twice
+        ({}, 2 * (N + HEAD), 12 * N + 2 * N, 12 * N),
+        ({"max_staleness": 1}, 2 * 2 * (N + HEAD), 12 * N + 2 * N, 12 * N),
+        ({"model": {"dtype": "float32"}}, 4 * (N + HEAD), 12 * N + 4 * N, 12 * N),
+        ({"learner": {"num_workers": 8}}, 2 * (N + HEAD), 12 * N / 8 + 2 * N, 12 * N / 8),
+        ({"loss": {"reference": "every: 3"}}, 2 * (N + HEAD), 12 * N + 2 * N + 4 * N, 12 * N),
+    ],
+)
+def test_the_copies_of_a_learner_in_its_hosts_memory_are_counted(
+    sections: dict[str, Any], sent: float, of_a_checkpoint: float, of_others: float
+) -> None:
+    """Of a model of 1.5 B parameters, whose head is the embedding."""
+    given = {"model": {"dtype": "bfloat16"}, **sections}
+    config = config_of("Qwen/Qwen2.5-Math-1.5B", **given)
+    first, other = (host_bytes(config, KNOWN["Qwen/Qwen2.5-Math-1.5B"], rank) for rank in (0, 1))
+    assert first["weights to send"] == sent
+    assert sum(first.values()) - sent == of_a_checkpoint
+    assert sum(other.values()) == of_others
+
+
+def test_the_plan_says_what_rank_0_and_the_others_need_of_the_host() -> None:
+    learner = {"num_gpus": 1, "num_workers": 2}
+    config = config_of("Qwen/Qwen2.5-Math-1.5B", model={"dtype": "bfloat16"}, learner=learner)
+    lines = [line for line, _ in memory_plan(config)]
+    assert (
+        "copies in the host's memory of learner worker 0, GB: 15.9 (weights to send 3.6, training state 9.3, "
+        "model of a checkpoint 3.1); of each other worker: 9.3"
+    ) in lines

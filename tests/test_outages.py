@@ -234,7 +234,11 @@ def test_what_runs_without_a_learner_says_outages_and_no_control_characters(
         def spawn(self, *_: Any) -> None: ...
 
     config = SimpleNamespace(
-        model=ModelConfig(path="m"), engines=None, seed=0, environment=None, sampling=SamplingConfig()
+        model=ModelConfig(path="m"),
+        engines=SimpleNamespace(serve=False),
+        seed=0,
+        environment=None,
+        sampling=SamplingConfig(),
     )
     config.verifiers = VerifiersConfig()
     monkeypatch.setattr(once, "EngineGroup", Mock())

@@ -4,9 +4,11 @@ back-end, and none by halves.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ import tiny
 import torch
 import torch.distributed as dist
 from tiny import EOS, make_checkpoint, make_group, make_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.learner import checkpoint as checkpoint_module
 from gvpo_ray.learner import packing
+from gvpo_ray.learner import parts as parts_module
+from gvpo_ray.learner.adapter import trained_parameters
 from gvpo_ray.learner.backends.base import all_threads
 from gvpo_ray.learner.checkpoints import latest_checkpoint, prune_checkpoints
 from gvpo_ray.learner.logprobs import padded_inputs, sequence_sums
@@ -200,7 +204,7 @@ def test_random_state_is_resumed(tmp_path):
     assert torch.equal(torch.rand(3), want)
 
 
-@pytest.mark.parametrize("broken", ["save_pretrained", "tokenizer", "shards", "state", "fsync", "rename"])
+@pytest.mark.parametrize("broken", ["save_pretrained", "tokenizer", "part", "state", "fsync", "rename"])
 def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch, broken):
     class Dies(Exception):
         pass
@@ -216,11 +220,10 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
 
         return call
 
-    def first_shard(*args, **options):
-        yield next(iter(all_shards(*args, **options)))
+    def half(tensors, path, **options):
+        path.write_bytes(b"12345678{")
         die()
 
-    all_shards = checkpoint_module.shards
     policy = load(make_model(tmp_path / "model"))
     checkpoints = tmp_path / "checkpoints"
     policy.save(checkpoints / "step-1")
@@ -232,8 +235,8 @@ def test_a_save_that_dies_is_never_taken_for_a_checkpoint(tmp_path, monkeypatch,
                 patch.setattr(policy._module.model, "save_pretrained", die)
             case "tokenizer":
                 patch.setattr(policy._tokenizer, "save_pretrained", die)
-            case "shards":
-                patch.setattr(checkpoint_module, "shards", first_shard)
+            case "part":
+                patch.setattr(parts_module, "save_file", half)
             case "state":
                 patch.setattr(json, "dumps", die_later(json.dumps, 0))
             case "fsync":
@@ -321,12 +324,16 @@ def resume(
     start = weights(policy)
     norms = [update(policy, step) for step in (1, 2)]
     policy.save(folder / "step-2")
-    saved = weights(policy)
+    saved, state = weights(policy), training_state(policy)
     norms += [update(policy, step) for step in (3, 4)]
     again = load(folder / "step-2", **options)
     model = AutoModelForCausalLM.from_pretrained(folder / "step-2", dtype="auto")
+    in_dtype = {name: tensor.to(getattr(torch, dtype)) for name, tensor in saved.items()}
     return {
-        "on disk": same(dict(model.named_parameters(remove_duplicate=False)), saved),
+        "folder": folder / "step-2",
+        "files": sorted(path.name for path in (folder / "step-2" / "optimizer").iterdir()),
+        "state": state,
+        "on disk": same(dict(model.named_parameters(remove_duplicate=False)), in_dtype),
         "loaded": same(weights(again), saved),
         "norms": norms,
         "norms again": [update(again, step) for step in (3, 4)],
@@ -335,6 +342,41 @@ def resume(
         "counts": (again.step, again.num_updates),
         "weights": weights(policy),
     }
+
+
+def training_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """Weights and moments, whole."""
+    state = {}
+    for name, parameter in trained_parameters(policy._module.model):
+        for key, value in policy._backend.get_state(parameter).items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            state[f"{key}.{name}"] = whole.clone()
+    return state
+
+
+def goes_on(folder: Path, path: Path, backend: str) -> dict[str, Any]:
+    """Two more updates from a checkpoint, which another number of ranks has written."""
+    policy = load(path, backend=backend)
+    state = training_state(policy)
+    norms = [update(policy, step) for step in (3, 4)]
+    return {"state": state, "norms": norms, "weights": weights(policy)}
+
+
+def rank_0_cannot_write(folder: Path) -> dict[str, Any]:
+    """The model is rank 0's to write, after all parts."""
+    policy = load(shared_model(folder / "model"))
+    policy.save(folder / "checkpoints" / "step-1")
+    if policy.rank == 0:
+
+        def die(*arguments: Any, **options: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        policy._module.model.save_pretrained = die
+    try:
+        policy.save(folder / "checkpoints" / "step-2")
+    except OSError as error:
+        return {"error": str(error), "latest": latest_checkpoint(folder)}
+    return {"error": "none was raised"}
 
 
 def other_backend(folder: Path, first: tuple[str, int], then: tuple[str, int]) -> dict[str, Any]:
@@ -440,6 +482,7 @@ CASES |= {
     f"{first} then {then}": functools.partial(other_backend, first=first, then=then)
     for first, then in SWITCHES
 }
+CASES["rank 0 cannot write"] = rank_0_cannot_write
 REFERENCES = [("fsdp", 0), ("deepspeed", 2), ("deepspeed", 3)]
 CASES |= {
     f"reference {backend} {stage}{', adapter' * lora}": functools.partial(
@@ -480,6 +523,39 @@ def test_every_backend_makes_the_same_updates(on_ranks):
 def test_a_checkpoint_resumes_on_another_backend(on_ranks, first, then):
     for result in on_ranks(2, f"{first} then {then}"):
         assert result["difference"] < 1e-6
+
+
+def test_a_checkpoint_resumes_on_another_number_of_ranks(on_ranks, tmp_path):
+    """Of each backend that writes parts: weights and moments are those that were saved, bit for bit, and the
+    updates that follow are the same but for the order of sums.
+    """
+    backends = ("ddp", "fsdp")
+    by_two = {backend: on_ranks(2, f"resume {backend} 0")[0] for backend in backends}
+
+    def start(number: int, of: dict[str, Any], **more: Any) -> dict[str, Any]:
+        cases = {b: functools.partial(goes_on, path=of[b]["folder"], backend=b) for b in of}
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))} on {number}"
+        folder.mkdir()
+        return {name: found[0] for name, found in tiny.run_on_ranks(number, cases | more, folder).items()}
+
+    alone = {f"alone {b}": functools.partial(resume, backend=b, zero_stage=0) for b in backends}
+    on_one = start(1, by_two, **alone)
+    by_one = {backend: on_one[f"alone {backend}"] for backend in backends}
+    on_two = start(2, by_one)
+    for backend in backends:
+        assert by_one[backend]["files"] == ["00000.safetensors"]
+        assert by_two[backend]["files"] == ["00000.safetensors", "00001.safetensors"]
+        for wrote, read in ((by_two[backend], on_one[backend]), (by_one[backend], on_two[backend])):
+            assert same(read["state"], wrote["state"]) and len(read["state"]) == 3 * 26
+            assert read["norms"] == pytest.approx(wrote["norms"][2:], rel=1e-5)
+            for name, tensor in read["weights"].items():
+                torch.testing.assert_close(tensor, wrote["weights"][name], rtol=0, atol=1e-6)
+
+
+def test_what_rank_0_cannot_write_is_raised_on_every_rank_and_the_checkpoint_before_stays(on_ranks):
+    for result in on_ranks(2, "rank 0 cannot write"):
+        assert re.match(r"no room for .*step-2 on the file system at", result["error"])
+        assert result["latest"][0] == 1
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("reference")])

@@ -119,6 +119,7 @@ def test_a_name_goes_to_the_hub_with_its_subset_and_split(monkeypatch: pytest.Mo
         return datasets.Dataset.from_dict({"question": ["1+1", "2+2"], "gold": [2, 4]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("gvpo_ray.data.hub.silence", lambda *_: None)
     config = _config(
         "openai/gsm8k", subset="main", split="test", prompt_column="question", answer_column="gold", limit=1
     )
@@ -131,6 +132,7 @@ def test_a_hub_name_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPat
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such'\ndoesn't exist")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("gvpo_ray.data.hub.silence", lambda *_: None)
     assert _error(_config("no/such")) == (
         "prompts.path: no/such is no file, and no data set that loads (split train): Dataset 'no/such' "
         "doesn't exist"

@@ -4,6 +4,7 @@ libraries.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
+from ray.job_submission import JobInfo, JobSubmissionClient
 from test_metrics import BATCH
 
 from gvpo_ray import GVPO, GVPOConfig
@@ -325,6 +327,20 @@ def test_the_dashboard_asks_for_registered_metrics_alone_and_its_units_are_their
                 if name not in series or panel["fieldConfig"]["defaults"]["unit"] != ends:
                     wrong.append((panel["title"], name, panel["fieldConfig"]["defaults"]["unit"]))
     assert not wrong
+
+
+def test_ray_still_has_no_place_for_a_jobs_progress_on_the_jobs_page() -> None:
+    """docs/guides/watching.md says so: when this fails, the job's page may show step and reward."""
+    asked = {name for name in dir(JobSubmissionClient) if not name.startswith("_")}
+    assert asked == {
+        *("submit_job", "stop_job", "delete_job", "list_jobs", "get_job_info", "get_job_status"),
+        *("get_job_logs", "tail_job_logs", "get_address", "get_version"),
+    }
+    shown = {field.name for field in dataclasses.fields(JobInfo) if not field.name.startswith("entrypoint")}
+    assert shown == {
+        *("status", "message", "error_type", "start_time", "end_time", "metadata", "runtime_env"),
+        *("driver_agent_http_address", "driver_node_id", "driver_exit_code"),
+    }
 
 
 def shows_on_ray(algo: GVPO, line: dict[str, float]) -> None:

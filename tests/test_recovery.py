@@ -30,12 +30,17 @@ from gvpo_ray import groups
 from gvpo_ray.actors import RunError
 from gvpo_ray.bench.scale import FakeRun, maker
 from gvpo_ray.buffer.log import GroupLog
-from gvpo_ray.config.data import ReplayConfig
+from gvpo_ray.config.data import PromptsConfig, ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
+from gvpo_ray.config.loss import GvpoLoss
+from gvpo_ray.config.model import ScoringModelConfig
+from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.engines import supervisor
 from gvpo_ray.engines.base import BaseEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.observe.status import read_status, status_lines
+from gvpo_ray.run.models import version_of
+from gvpo_ray.verifiers.scoring_model import ScoringModel, Text
 
 # so that engines need not import this file, and torch with it
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -212,23 +217,30 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
     start: Start, tmp_path: Path
 ) -> None:
     run = start({"num": 2, "vllm": SLOW}, Signed, **HELD)
-    slot = first(run, lambda slot: slot.status and sum(bool(g.kept) for g in [*slot.in_flight.values()]) >= 2)
-    pid = slot.status["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(1)  # for what it has sent: a group may be wholly there
-    kept = {group_id: list(group.kept) for group_id, group in list(slot.in_flight.items())}
-    os.kill(pid, signal.SIGKILL)
+    migrated: dict[int, list[Any]] = {}
+    while sum(map(bool, migrated.values())) < 2:
+        slot = first(
+            run, lambda slot: slot.status and sum(bool(g.kept) for g in [*slot.in_flight.values()]) >= 2
+        )
+        pid = slot.status["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1)  # for what it has sent: a group may be wholly there, and then it is none of these
+        migrated = {
+            group_id: [
+                ids
+                for part in list(group.kept)
+                for row in groups.rows(groups.from_wire(part))
+                if row["group_id"] == group_id
+                for ids in row["completion_ids"]
+            ]
+            for group_id, group in list(slot.in_flight.items())
+        }
+        os.kill(pid, signal.SIGCONT if sum(map(bool, migrated.values())) < 2 else signal.SIGKILL)
     until(run, lambda: is_new(slot, pid))
     assert recoveries(run) == [("engine", slot.name, "its process or its node died")]
     ray.get(run.learner.pace.remote(0.0))
     rows = {row["group_id"]: row for row in finish(run, tmp_path, 14)}
     assert recoveries(run) == [("engine", slot.name, "its process or its node died")]
-    migrated: dict[int, list[Any]] = {group_id: [] for group_id in kept}
-    for group_id, refs in kept.items():
-        for part in refs:
-            own = [row for row in groups.rows(groups.from_wire(part)) if row["group_id"] == group_id]
-            migrated[group_id] += [ids for row in own for ids in row["completion_ids"]]
-    assert sum(bool(completions) for completions in migrated.values()) >= 2
     for group_id, completions in migrated.items():
         row = rows[group_id]
         assert Counter(row["completions"])[f"pid {pid}"] >= len(completions)
@@ -549,3 +561,30 @@ def columns(row: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [
         (values[0], row["prompt"], *values[1:]) for values in zip(*(row[name] for name in names), strict=True)
     ]
+
+
+def test_another_model_scores_every_group_before_it_is_logged_and_is_started_again_when_it_dies(
+    start: Start, tmp_path: Path
+) -> None:
+    """Eight groups are logged; the model dies, and those after them are scored by the next process."""
+    teacher = str(tiny.make_model(tmp_path / "teacher"))
+    loss = GvpoLoss(reference=ScoringModelConfig(model=teacher, num_cpus=0.1))
+    run = start({"num": 1}, step_s=None, max_staleness=1, num_steps=3, max_tokens=8, loss=loss)
+    until(run, lambda: run.num_finished() == 8)
+    (actor,) = run.ring._references.actors
+    os.kill(ray.get(actor.score_texts.remote([], "prompts"))[1], signal.SIGKILL)
+    ray.get(run.learner.pace.remote(0.0))
+    rows = finish(run, tmp_path, num_steps=3)
+    ((who, name, why),) = recoveries(run)
+    assert (who, name) == ("reference", "reference-0") and why.endswith("was scored again")
+    model = ScoringModel(
+        teacher, {"prompts": rendering_options(PromptsConfig(path="", template="{prompt}"))}, 8
+    )
+    for row in rows:
+        texts = [
+            Text(row["prompt"], None, text, reason == "stop")
+            for text, reason in zip(row["completions"], row["finish_reasons"], strict=True)
+        ]
+        assert row["reference_logprobs"] == pytest.approx([s.logprob for s in model.score(texts)], abs=1e-4)
+        assert row["reference_versions"] == [version_of(teacher)] * K
+    assert "reference-0 has 0 groups" in "".join(status_lines(run.status()))

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.observe.report import page as report
+from gvpo_ray.observe.token_examples import TokenExample, write_examples
 
 LINE = {
     "reward/mean": 0.5,
@@ -332,6 +333,41 @@ HOSTILE = (
 )
 
 
+def save_tokenizer(tokens, folder):
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<pad>"))
+    tokenizer.decoder = decoders.Fuse()
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def example(**columns):
+    """A completion of four tokens, the third of which the environment wrote."""
+    return TokenExample(
+        **{
+            "kinds": ["less likely", "pushed down"],
+            "group_id": 7,
+            "completion": 1,
+            "prompt": "2 + 2?",
+            "answer": "4",
+            "source": "policy",
+            "version_min": 5,
+            "version_max": 6,
+            "num_tokens": 4,
+            "ids": [2, 3, 4, 5],
+            "policy": [-2.5, -1.0, None, -0.1],
+            "sampler": [-0.5, -1.5, None, -0.1],
+            "reference": None,
+            "push": [-0.004, -0.002, None, 0.0],
+            "sampler_ratio": -1.5,
+            "reference_ratio": -1.25,
+            "group_reference_ratio": 0.5,
+            "reward": 0.0,
+            "group_reward": 0.75,
+            **columns,
+        }
+    )
+
+
 def hostile_run(run_dir, hostile):
     """Text of an attacker wherever a run holds text."""
     row = make_group(
@@ -344,6 +380,11 @@ def hostile_run(run_dir, hostile):
         reward_reasons=[hostile] * 3,
     )
     save_evaluation(run_dir, "<b>x-step-000001.arrow", row)
+    one = example(prompt="p" + hostile, answer=hostile, kinds=[hostile], source=hostile, sampler_ratio=None)
+    write_examples(run_dir, 1, [one])
+    save_tokenizer(
+        {"<pad>": 0, **{"s" * i + hostile: i for i in (2, 3, 4, 5)}}, run_dir / "checkpoints" / "step-1"
+    )
     event = {**DIED, "who": hostile, "name": hostile, "why": hostile + "\ud800"}
     lines = [
         {"step": step, **LINE, "eval/<img src=y>/pass@1": 0.5, hostile: step, f"pools/{hostile}/engines": 1.0}
@@ -477,79 +518,6 @@ def test_evaluations_are_shown_newest_first_some_of_very_many_and_the_training_f
 
 
 CALL = "<tool_call>{}</tool_call>"
-
-
-def episode(text, **columns):
-    """A group of two: an episode of which the policy wrote what is between «», and a plain completion."""
-    tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", "«", "»", *sorted(set(text) - {*"«»"})])}
-    ids, mask, is_trained = [], [], False
-    for character in text:
-        if character in "«»":
-            is_trained = character == "«"
-        else:
-            ids.append(tokens[character])
-            mask.append(is_trained)
-    shown = {
-        "completion_ids": [ids, [tokens[text[-2]]] * 2],
-        "completions": [text.replace("«", "").replace("»", ""), "plain"],
-        "sampling_logprobs": [[-0.5] * len(ids), [-0.5] * 2],
-        "trained_tokens": [mask, None],
-    }
-    return tokens, make_group(1, rewards=(1.0, 0.0), **shown, **columns)
-
-
-def save_tokenizer(tokens, folder):
-    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<pad>"))
-    tokenizer.decoder = decoders.Fuse()
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def shown_turns(got):
-    """Kind and text of each block of completions."""
-    kinds = [attributes["class"] for tag, attributes in got.tags if tag == "pre" and attributes.get("class")]
-    return [kind for kind in kinds if kind != "config"]
-
-
-@pytest.mark.parametrize("where", ["checkpoint", "model"])
-def test_an_episode_is_a_conversation_of_what_is_trained_and_what_was_read(tmp_path, where):
-    tokens, row = episode(f"«add them.{CALL}{CALL}»= 7 <b>ok</b>\n«so 7»")
-    run = tmp_path / "run"
-    save_tokenizer(tokens, run / "checkpoints" / "step-10" if where == "checkpoint" else tmp_path / "model")
-    if where == "checkpoint":  # the newest, by its number
-        save_tokenizer({"<pad>": 0}, run / "checkpoints" / "step-9")
-    save_evaluation(run, "x-step-000010.arrow", row)
-    got = page(run, [{"step": 10, "eval/x/pass@1": 0.5}], config=f"model: {{path: {tmp_path / 'model'}}}\n")
-    assert shown_turns(got) == ["trained", "call", "call", "read", "trained", "completion"]
-    texts = got.texts["pre"]
-    start = texts.index("add them.")
-    assert texts[start : start + 5] == ["add them.", CALL, CALL, "= 7 <b>ok</b>\n", "so 7"]
-    notes = [text for text in got.texts["small"] if text.endswith("tokens")]
-    num = len("add them.") + 2 * len(CALL)
-    assert notes == [
-        f"policy, trained: {num} tokens",
-        "environment, read: 14 tokens",
-        "policy, trained: 4 tokens",
-    ]
-    said = [text for _, text in heads(got)]
-    assert f"{num + 4} of {num + 18} tokens trained" in said[0] and "tokens trained" not in said[1]
-
-
-def test_without_a_tokenizer_an_episode_is_one_text_that_says_how_much_of_it_is_trained(tmp_path):
-    _, row = episode("«a»bc«d»")
-    save_evaluation(tmp_path, "x-step-000010.arrow", row)
-    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step-3" / "tokenizer.json").write_text("{torn")
-    got = page(tmp_path, [{"step": 10, "eval/x/pass@1": 0.5}], config="model: {path: somebody/else}\n")
-    assert shown_turns(got) == ["completion", "completion"] and "abcd" in got.texts["pre"]
-    assert "2 of 4 tokens trained" in heads(got)[0][1]
-
-
-def test_a_mask_that_does_not_fit_is_said_in_place_of_the_completions(tmp_path):
-    _, row = episode("«a»bc«d»")
-    save_evaluation(tmp_path, "x-step-000010.arrow", {**row, "trained_tokens": [[True], None]})
-    got = page(tmp_path, [{"step": 10, "eval/x/pass@1": 0.5}])
-    assert any("trained_tokens[0] has 1 entries, completion_ids[0] has 4" in text for text in got.texts["p"])
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):

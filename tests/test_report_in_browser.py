@@ -8,10 +8,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_report import DIED, LINE, Page, hostile_run, make_run, save_evaluation
+from test_report import DIED, LINE, Page, example, hostile_run, make_run, save_evaluation
 from tiny import make_group
 
 from gvpo_ray.observe.report import page as report
+from gvpo_ray.observe.token_examples import write_examples
 
 
 def browse(path, *options, fragment="", probe=None, keep_policy=False):
@@ -253,3 +254,55 @@ def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dar
     assert min(found["lines"]) >= 3 and len(found["lines"]) > 5
     # nothing sticks out, on a narrow window too
     assert found["wide"][0] <= found["wide"][1] and console == []
+
+
+@pytest.mark.browser
+def test_in_a_browser_tokens_say_their_numbers_to_keys_and_to_a_touch_and_stand_out_from_their_colour(
+    tmp_path,
+):
+    many = {name: [-2.5, -1.0, None, -0.1] * 100 for name in ("policy", "push")}
+    one = example(ids=[2, 3, 4, 5] * 100, sampler=[-0.5, -1.5, None, -0.1] * 100, **many)
+    write_examples(tmp_path / "run", 1, [one])
+    file = report.write(make_run(tmp_path / "run", [{"step": 1, **LINE}]))
+    script = """(() => {
+        const list = document.querySelector(".coloured pre[tabindex]"), said = list.nextElementSibling;
+        const tokens = [...list.querySelectorAll("span")];
+        const press = (key) => {
+            list.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+            return said.textContent;
+        };
+        const numbers = (text) => text.match(/[0-9.]+/g).map(Number);
+        const solid = (text) => numbers(text).map((value) => text.startsWith("color") ? value : value / 255);
+        const over = (top, below) => below.map((value, i) => value * (1 - top[3]) + top[i] * top[3]);
+        const linear = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+        const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+        const box = solid(getComputedStyle(list).backgroundColor).slice(0, 3);
+        const contrast = (token) => {
+            const style = getComputedStyle(token);
+            const own = light(solid(style.color).slice(0, 3));
+            const below = light(over(solid(style.backgroundColor), box));
+            return (Math.max(own, below) + 0.05) / (Math.min(own, below) + 0.05);
+        };
+        const colours = () => tokens.slice(0, 4).map((token) => getComputedStyle(token).backgroundColor);
+        const depths = [...document.querySelectorAll(".legend span")].map(contrast);
+        const bySampler = colours(), keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "End"].map(press);
+        tokens[2].click();
+        const touched = said.textContent, chosen = document.querySelectorAll(".chosen").length;
+        document.querySelector("#by-p").click();
+        return { keys, touched, chosen, depths, bySampler, byPush: colours(),
+                 wide: [document.documentElement.scrollWidth, innerWidth] };
+    })()"""
+    options = ("--blink-settings=preferredColorScheme=0", "--window-size=500,900")
+    said = probed(browse(file, *options, probe=says(script))[0])
+    assert said["keys"] == [
+        "token 1 “[2]”: π 0.0821 · μ 0.607: −2 · push −2.5",
+        "token 2 “[3]”: π 0.368 · μ 0.223: +0.5 · push −1",
+        "token 1 “[2]”: π 0.0821 · μ 0.607: −2 · push −2.5",
+        "token 400 “[5]”: π 0.905 · μ 0.905: 0 · push −0.1",
+    ]
+    assert said["touched"] == "token 3 “[4]”: the environment wrote it: read, not trained"
+    assert said["chosen"] == 1 and len(said["depths"]) == 8 and min(said["depths"]) >= 4.5
+    nothing = said["bySampler"][2]
+    assert len({*said["bySampler"]}) == 3 and said["bySampler"][3] == nothing
+    assert len({*said["byPush"]}) == 4 and said["byPush"][2] == nothing
+    assert said["wide"][0] <= said["wide"][1]

@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ring import IN_THE_CORE
-from tiny import make_model, vllm_model
+from tiny import ALPHABET, make_model, vllm_model
+from transformers import AutoModelForCausalLM
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.bench.chaos import TITLES, descendants
 from gvpo_ray.config.environment import ENVIRONMENT
 
+ROOT = Path(__file__).parents[1]
 ECHO = '''
 class Echo:
     """Says "abc" to everything, and counts the letters that it is told."""
@@ -93,3 +96,57 @@ def test_a_run_with_an_environment_trains_what_was_sampled_and_survives_its_acto
             reward = row["reward_parts"][ENVIRONMENT][i]
             assert reward == row["rewards"][i]
     assert num_turns > 4 * len(rows)
+
+
+def test_a_run_trains_an_agent_that_knows_an_address_and_a_key_alone(
+    config: GVPOConfig, tmp_path: Path
+) -> None:
+    agent = (ROOT / "jobs" / "agent_cpu.py").read_text(encoding="utf-8")
+    (tmp_path / "agent.py").write_text(agent.replace("<|endoftext|>", "<eos>"), encoding="utf-8")
+    config = GVPOConfig.from_dict(
+        {
+            **config.model_dump(exclude_unset=True),
+            "num_steps": 2,
+            "environment": {"agent": f"{tmp_path / 'agent.py'}:find", "num": 1, "max_turns": 3},
+            "sampling": {"num_completions": 4, "max_tokens": 500},
+            "engines": {**config.engines.model_dump(exclude_unset=True), "serve": True},
+            "evaluation": {},
+        }
+    )
+    status = Path(config.run_dir) / "status.json"
+    with config.build() as algo:
+        lines = [algo.train(), algo.train()]
+        while not (address := json.loads(status.read_text())["engines"][0]["address"]):
+            time.sleep(0.1)
+    run_dir = Path(config.run_dir)
+    assert address.startswith("http://127.0.0.1:") and [line["episodes/lost"] for line in lines] == [0, 0]
+    assert 1 <= lines[0]["episodes/turns_mean"] <= 3
+    secret = run_dir / "serve_token"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    others = [path for path in run_dir.rglob("*") if path.is_file() and path != secret]
+    assert len(others) > 5
+    assert not any(secret.read_bytes() in path.read_bytes() for path in others)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval()
+    rows = list(groups.rows(groups.load(run_dir / "groups")))
+    num = 0
+    for row in rows:
+        # what the agent said (its line end is no token here), and not the prompt of the data, "1+1="
+        assert "".join(ALPHABET[i - 2] for i in row["prompt_ids"]) == "1+1"
+        for ids, mask, logprobs, version in zip(
+            row["completion_ids"],
+            row["trained_tokens"],
+            row["sampling_logprobs"],
+            row["version_max"],
+            strict=True,
+        ):
+            assert [value != 0 for value in logprobs] == mask
+            if version:  # of weights that are gone
+                continue
+            whole = torch.tensor([row["prompt_ids"] + ids])
+            with torch.no_grad():
+                all_logprobs = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])
+            expected = all_logprobs[len(row["prompt_ids"]) - 1 :, 0]
+            for is_trained, got, want in zip(mask, logprobs, expected.tolist(), strict=True):
+                assert not is_trained or got == pytest.approx(want, abs=1e-3)
+                num += is_trained
+    assert num > 100

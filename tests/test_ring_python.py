@@ -184,9 +184,8 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         GVPOConfig.from_file(config_file, overrides).build(reward=says_the_tens) as algo,
     ):
         lines = [algo.train()]
-        # a run does not wait for its second engine
-        while not all(slot.state == EngineState.RUNNING for slot in algo.engines.slots):
-            lines.append(algo.train())
+        # A run does not wait for its second engine; here it does, which starts sooner beside an idle learner.
+        until(lambda: all(slot.state == EngineState.RUNNING for slot in algo.engines.slots))
         lines += [algo.train() for _ in range(9)]
         while any(
             sum(line[f"pools/{pool}/token_share"] for line in lines) <= 0.5 for pool in ("full", "half")

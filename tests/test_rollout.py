@@ -13,10 +13,11 @@ import pytest
 from clocks import Run, leaping
 
 from gvpo_ray import groups
+from gvpo_ray.bench.scale import Turns
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines import base, fake_engine, rollout
+from gvpo_ray.engines import base, fake_engine, rollout_engine
 from gvpo_ray.engines.fake_engine import FakeEngine
-from gvpo_ray.engines.rollout import Rollout, RolloutError, Sample, one_call
+from gvpo_ray.engines.rollout import Rollout, RolloutError, Sample, Span, Transcript, one_call
 
 TOOL = [101, 102, 103]
 PROMPT = [1, 2]
@@ -30,7 +31,7 @@ async def two_calls(prompt_ids: list[int], sample: Sample) -> list[int]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    return leaping(monkeypatch, base, fake_engine, rollout)
+    return leaping(monkeypatch, base, fake_engine, rollout_engine)
 
 
 def prompt() -> pa.Table:
@@ -241,3 +242,31 @@ def test_a_function_that_does_not_append_to_what_the_model_wrote_is_named_as_wro
             await (await ready(function)).generate(prompt(), sampling())
 
     run(main())
+
+
+@pytest.mark.parametrize("num_turns", [2, 10])
+def test_the_episodes_of_bench_scale_have_that_many_turns(run: Run, num_turns: int) -> None:
+    async def main() -> None:
+        engine = Turns(num_turns, 40.0)
+        await engine.update(0, {})
+        (row,) = groups.rows((await engine.generate(prompt(), sampling(4, 900)))[0])
+        assert [mask.count(False) for mask in row["trained_tokens"]] == [num_turns - 1] * 4
+
+    run(main())
+
+
+def test_an_agent_that_asks_again_gets_another_answer_and_may_ask_for_no_token() -> None:
+    asked: list[tuple[int, int]] = []
+
+    async def call(ids: list[int], max_tokens: int, begin: int, stop: Any = ()) -> Span:
+        asked.append((max_tokens, begin))
+        return Span([9], [-1.0], "stop", [0])
+
+    async def ask() -> None:
+        transcript = Transcript(PROMPT, 10, call, None)
+        for ids, most in ((PROMPT, None), (PROMPT, 3), ([1, 2, 3], 0), (PROMPT, 99)):
+            await transcript.ask(ids, most, ())
+
+    asyncio.run(ask())
+    assert [most for most, _ in asked] == [10, 3, 0, 10]
+    assert len({begin for _, begin in asked}) == 4  # which decides an evaluation's seed

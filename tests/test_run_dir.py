@@ -19,6 +19,7 @@ from gvpo_ray import GVPO, groups
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.run import run_dir as run_dir_module
 from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.run_dir import import_groups, open_run_dir, read_recorded
 
@@ -82,7 +83,9 @@ def test_a_recorded_log_that_has_lost_groups_is_refused(tmp_path: Path) -> None:
     source_of(tmp_path / "source", 4, s1=(0, 4)).close()
     segment = tmp_path / "source" / "00000.arrow"
     os.truncate(segment, segment.stat().st_size - 50)
-    with pytest.raises(ConfigError, match=r"has 3 groups, and steps of its run were trained on 4"):
+    with pytest.raises(
+        ConfigError, match=r"--groups: .*step 1 was trained on the groups up to row 4, and only 3"
+    ):
         read_recorded(tmp_path / "source", 2, tmp_path / "groups")
 
 
@@ -124,6 +127,34 @@ def test_an_import_takes_one_slice_of_the_table_however_many_groups_there_are(tm
         recorded = OnceThrough(groups.load(tmp_path / f"source-{num}"))
         import_groups(recorded, {}, tmp_path / f"groups-{num}")  # type: ignore[arg-type]
         assert len(GroupLog(tmp_path / f"groups-{num}")) == num and recorded.num_slices == 1
+
+
+def test_of_a_recorded_run_a_block_of_groups_is_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of all of them takes some 10 KB for each, beside their data."""
+    monkeypatch.setattr(run_dir_module, "BLOCK", 3)
+    monkeypatch.setattr(groups, "load", lambda path: pytest.fail("all groups at once"))
+    sizes: list[int] = []
+    real = GroupLog.rows
+    monkeypatch.setattr(GroupLog, "rows", lambda log, rows: (sizes.append(len(rows)), real(log, rows))[1])
+    for num in (2, 3, 7):
+        source_of(tmp_path / f"source-{num}", num, s1=(0, 2)).close()
+        for _ in range(2):  # the second time all are there
+            folder = tmp_path / f"groups-{num}"
+            recorded, assigned, _ = read_recorded(tmp_path / f"source-{num}", 2, folder)
+            import_groups(recorded, assigned, folder)
+        assert GroupLog(folder).group_ids == list(range(num)) and assigned == {1: (0, 2)}
+        assert max(sizes) == min(num, 3)
+
+
+def test_a_folder_of_other_arrow_files_is_no_log(tmp_path: Path) -> None:
+    with pa.OSFile(str(tmp_path / "00000.arrow"), "wb") as sink:
+        writer = pa.ipc.new_stream(sink, pa.schema([("group_id", pa.int64())]))
+        writer.write_table(pa.table({"group_id": [1, 2]}))
+        writer.close()
+    with pytest.raises(ConfigError, match=r"^--groups: .* is not the log of a run: "):
+        read_recorded(tmp_path, 1, tmp_path / "none")
 
 
 # -------------------------------------------------------------------------------------- what it began with

@@ -41,12 +41,12 @@ def test_learning_from_recorded_groups_is_judged_at_its_own_last_step(run: GVPO)
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), OSError("no space left"), ray.exceptions.RayError()])
-def test_the_learner_is_told_to_stop_although_the_last_words_cannot_be_written(
+def test_the_learner_is_told_to_stop_although_the_final_status_cannot_be_written(
     run: GVPO, error: Exception
 ) -> None:
     done: list[str] = []
 
-    async def last_words() -> None:
+    async def write_final_status() -> None:
         raise error
 
     async def close_once() -> None:
@@ -54,7 +54,7 @@ def test_the_learner_is_told_to_stop_although_the_last_words_cannot_be_written(
 
     fake: dict[str, Any] = {
         "_session": SimpleNamespace(call=lambda asked, timeout_s: asyncio.run(asked)),
-        "_ring": SimpleNamespace(last_words=last_words),
+        "_ring": SimpleNamespace(write_final_status=write_final_status),
         "_buffer": SimpleNamespace(close_once=close_once),
         "learners": SimpleNamespace(join=lambda timeout_s: done.append("joined")),
     }

@@ -107,6 +107,7 @@ class Fleet:
         self, config: dict[str, Any], make: Callable[[int], Actor] = lambda i: Actor(i), **more: Any
     ):
         self.handles: list[Handle] = []
+        num_completions = more.pop("num_completions", K)
         self.notes: list[tuple[str, str, str]] = []
         self.newest = 0
         self.published = asyncio.Event()
@@ -120,7 +121,7 @@ class Fleet:
 
         self.group = EngineGroup(
             EnginesConfig.model_validate(config),
-            K,
+            num_completions,
             make_one,  # type: ignore[arg-type]
             self.weights,
             more.pop("note", lambda *note: self.notes.append(note)),

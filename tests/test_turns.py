@@ -97,6 +97,8 @@ def test_the_end_of_a_turn_is_the_one_that_the_template_writes(name: str) -> Non
         (2, [2, 7], ["<|eot|>"]),
         (2, 7, ["<|eot|>"]),
         (None, [7, 6], ["<|eot|>", "<|mid|>"]),
+        (2, [7, None, "6", [6]], ["<|eot|>"]),  # what is no token id is none
+        (2, {"end": 7}, []),
         (20, None, []),  # an ordinary letter, of a config that was not made for this tokenizer
         (9999, None, []),
     ],

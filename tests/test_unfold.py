@@ -98,6 +98,27 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("num_behind", [0, 1, 2])
+def test_what_others_say_behind_the_assistants_last_turn_is_no_part_of_a_completion(
+    num_behind: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    behind = [user("bye"), {"role": "tool", "content": "9"}][:num_behind]
+    chosen, rejected = [assistant("2"), *behind], [assistant("3"), user("no"), assistant("4"), *behind]
+    rows = [
+        {"prompt": "1+1", "chosen": chosen, "rejected": rejected},
+        {"prompt": "1+1", "completions": [chosen, rejected], "scores": [1, 0]},
+        {"prompt": "1+1", "completion": chosen, "reward": 1},
+    ]
+    for row in rows:
+        keys = {"reward_column": "reward", "answer_column": ""} if "reward" in row else {}
+        data = [row, row | {"completion": rejected}] if keys else [row]
+        (made,) = source(tmp_path, tokenizer, data, "gvpo", **keys).group(0, 0).to_pylist()
+        own = [marked(tokenizer, ids, mask or [True] * len(ids))
+               for ids, mask in zip(made["completion_ids"], made["trained_tokens"], strict=True)]  # fmt: skip
+        assert sorted(own) == ["«2<eos>»", "«3<eos>»?u=no?a=«4<eos>»"]
+        assert sorted(made["completions"])[0] == "2" and "bye" not in "".join(made["completions"])
+
+
 @pytest.mark.parametrize("form", PAIRS)
 def test_a_preference_is_a_group_of_two_with_rewards_1_and_0(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, form: str
@@ -162,6 +183,26 @@ def test_several_rejected_and_scored_completions_are_larger_groups(
         ({"prompt": "q", "chosen": "1", "rejected": ""}, "rejected is empty"),
         ({"prompt": "q", "chosen": "1", "rejected": []}, "rejected is empty"),
         ({"prompt": "q", "chosen": [assistant("")], "rejected": [assistant("1")]}, "chosen is empty"),
+        (
+            {
+                "prompt": "q",
+                "chosen": [assistant("1"), user("a")],
+                "rejected": [assistant("1"), user("b")],
+            },
+            "what the assistant says in chosen and rejected is equal",
+        ),
+        (
+            {
+                "prompt": [user("q")],
+                "chosen": [user("q"), user("x"), assistant("1")],
+                "rejected": [user("q"), user("y"), assistant("2")],
+            },
+            "chosen begins with user, not with the assistant",
+        ),
+        (
+            {"prompt": [user("q")], "chosen": [user("q"), user("x")], "rejected": [user("q"), user("y")]},
+            "chosen has no turn of the assistant",
+        ),
         ({"prompt": "q", "chosen": "1", "rejected": None}, "rejected is NoneType, not text or a list"),
         ({"prompt": "q", "chosen": "1", "rejected": [assistant("2")]}, "one a list of messages"),
         ({"chosen": "1", "rejected": "2"}, "no common beginning"),

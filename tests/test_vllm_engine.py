@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -14,24 +15,36 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import openai
 import pytest
 import tiny
 import torch
+from episodes import LocalClient
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
+from test_agents import check as check_agents
+from test_agents import sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining, cause_of
+from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import rollout, vllm_engine
+from gvpo_ray.engines.rollout import ModelCall, Span
+from gvpo_ray.engines.serving import Serve
 from gvpo_ray.engines.vllm_engine import Engine
+from gvpo_ray.environments.agent import Agents
+from gvpo_ray.environments.agent_host import AgentHost
 
 
 class Running:
     """An engine on an event loop of its own, which runs while it is asked something."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.engine = Engine(
             ModelConfig(path=str(folder)),
             PoolConfig(kv_cache_gib=1, num_threads=1),
@@ -377,43 +390,6 @@ def publisher() -> Any:
     return ObjectPublisher(copy.deepcopy, torch.float32, is_sender=True)
 
 
-def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Last: there is no engine any more."""
-    engine, ended = running.engine, []
-    monkeypatch.setattr(vllm_engine, "ZOMBIE_S", 0.5)
-    monkeypatch.setattr(vllm_engine.os, "_exit", ended.append)
-
-    async def run() -> None:
-        # some of 12 are long
-        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]
-
-        async def has_begun() -> bool:
-            return bool((await engine.status())["num_groups"] == 3)
-
-        await until(has_begun)
-        (core,) = tiny.descendants("VLLM::EngineCore")
-        os.kill(core, signal.SIGKILL)
-        errors = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), timeout=300)
-        assert [type(error).__name__ for error in errors] == ["EngineDeadError"] * 3
-        # as an update by NCCL begins
-        errors += await asyncio.gather(engine.begin_update(), return_exceptions=True)
-        assert (await engine.status())["num_groups"] == 0
-
-        async def has_ended() -> bool:
-            return bool(ended)
-
-        await until(has_ended)
-        await engine.close()
-        assert ended == [1]
-        # only now: an engine that is not closed ends this process
-        how = "was ended by SIGKILL (out of memory?) and wrote no cause"
-        assert [how in cause_of(error) for error in errors] == [True] * 4, cause_of(errors[0])
-
-    running.run(run())
-
-
 def test_what_vllm_cannot_start_with_is_said_itself_and_not_pointed_to(tmp_path: Path) -> None:
     folder = tiny.make_model(tmp_path)
     code = f"""
@@ -476,6 +452,115 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
     assert special.weight_transfer_config.backend == "nccl"
 
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '=' if m['role'] == 'user' else '+' }}{% endfor %}"
+
+
+ONE = 2 + tiny.ALPHABET.index(
+    "1"
+)  # as all prompts of a group, a text's begins with what the others begin with
+
+
+async def asks(base_url: str, api_key: str, model: str, prompt: str) -> float:
+    """An agent with the client of openai: a conversation, a stream, a text, and calls that are refused."""
+    client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+    messages: list[Any] = [{"role": "user", "content": prompt}]
+    for _ in range(2):
+        answer = await client.chat.completions.create(
+            model="gpt-5", messages=messages, max_tokens=6, temperature=0, logprobs=True
+        )
+        assert len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content or ""}]
+        messages += [{"role": "user", "content": "2"}]
+    chunks = await client.chat.completions.create(model=model, messages=messages, max_tokens=5, stream=True)
+    said = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
+    text = await client.completions.create(model=model, prompt=[ONE, 8, 9], max_tokens=4)
+    with pytest.raises(openai.BadRequestError, match="n: "):
+        await client.chat.completions.create(model=model, messages=messages, n=2)
+    with pytest.raises(openai.BadRequestError, match="no room"):
+        await client.completions.create(model=model, prompt=[5] * 200)
+    await client.close()
+    return float(len(said) + len(text.choices[0].text))
+
+
+def test_an_agents_calls_of_vllms_own_server_are_trained_as_they_were_sampled(running: Running) -> None:
+    engine, sampled = running.engine, list[tuple[list[int], Span]]()
+    host = AgentHost(asks, 600.0, 8, False)
+    environment = EnvironmentConfig(agent="a.py:asks")
+    model, prompts = ModelConfig(path=str(running.folder)), PromptsConfig(path="p", template="{prompt}")
+    made = Agents(environment, model, prompts, [], [LocalClient(host)])  # type: ignore[arg-type]
+
+    async def noted(call: ModelCall, span: Any = engine._span) -> Span:
+        result: Span = await span(call)
+        sampled.append((call.ids, result))
+        return result
+
+    async def main() -> None:
+        await engine._begin_to_serve(Serve("the token", True, {"chat_template": TEMPLATE}))
+        assert engine.serving is not None and (await engine.status())["address"] == engine.serving.address
+        table, missing = await engine.generate(prompt(), sampling(3, 100))
+        await host._session.close()
+        host._runner._shutdown_timeout = 0.01
+        await host._runner.cleanup()
+        (row,) = groups.rows(table)
+        assert not missing and row["reward_reasons"] == [None] * len(row["completions"])
+        assert len(sampled) == 3 * 4 and {len(span.ids) for _, span in sampled} <= {1, 2, 3, 4, 5, 6}
+        check_agents(row, sampled)
+        for ids, mask, logprobs in sequences(row):
+            with torch.no_grad():
+                logits = running.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+            for is_trained, got, want in zip(mask[1:], logprobs[1:], expected, strict=True):
+                assert got == (pytest.approx(want, abs=1e-3) if is_trained else 0.0)
+        ends = [json.loads(one) for one in row["episodes"]]
+        assert [one["end"] for one in ends] == ["length"] * len(ends)
+        assert len({one["name"] for one in ends}) == 3 and {one["turns"] for one in ends} == {4}
+
+    async def others() -> None:
+        """What the server says to those who are no episode, also while new weights are swapped in."""
+        assert engine.serving is not None
+        url = f"{engine.serving.address}/v1"
+        client = openai.AsyncOpenAI(base_url=url, api_key="the token", max_retries=0)
+        assert [one.id for one in (await client.models.list()).data] == ["policy"]
+        with pytest.raises(openai.AuthenticationError):
+            await client.with_options(api_key="another").models.list()
+        await engine._llm.pause_generation(mode="keep")
+        asking = asyncio.ensure_future(
+            client.completions.create(model="policy", prompt=[5, 6], max_tokens=3, n=2)
+        )
+        states = engine._llm.output_processor.request_states
+
+        async def has_come() -> bool:
+            return len(states) == 2 or asking.done()
+
+        await until(has_come)
+        assert not asking.done()
+        await engine._llm.resume_generation()
+        assert len((await asking).choices) == 2
+        body = {"model": "policy", "token_ids": [5, 6], "sampling_params": {"max_tokens": 3, "logprobs": 1}}
+        headers, route = {"x-api-key": "the token"}, f"{engine.serving.address}/inference/v1/generate"
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.post(route, json=body) as response,
+        ):
+            (choice,) = (await response.json())["choices"]
+        spelled = [(one["token_id"], one["token"]) for one in choice["logprobs"]["content"]]
+        assert spelled == [(token, f"token_id:{token}") for token in choice["token_ids"]]
+        assert choice["weight_versions"][0]["version"] == str(engine.version)
+        await client.close()
+
+    before = engine._rollout
+    engine._rollout, engine._span = made, noted  # type: ignore[method-assign]
+    try:
+        running.run(main())
+        running.run(others())
+    finally:
+        del engine._span
+        engine._rollout = before
+        if engine.serving is not None:
+            running.run(engine.serving.close())
+            engine.serving = None
+
+
 class _Core:
     """As much of AsyncLLM as an update asks for."""
 
@@ -514,3 +599,40 @@ def test_an_update_is_a_sign_of_life() -> None:
         assert (await engine.status())["last_token_at"] >= began
 
     asyncio.run(run())
+
+
+def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last: there is no engine any more."""
+    engine, ended = running.engine, []
+    monkeypatch.setattr(vllm_engine, "ZOMBIE_S", 0.5)
+    monkeypatch.setattr(vllm_engine.os, "_exit", ended.append)
+
+    async def run() -> None:
+        # some of 12 are long
+        work = [asyncio.ensure_future(engine.generate(prompt(i), sampling(12, 900))) for i in range(3)]
+
+        async def has_begun() -> bool:
+            return bool((await engine.status())["num_groups"] == 3)
+
+        await until(has_begun)
+        (core,) = tiny.descendants("VLLM::EngineCore")
+        os.kill(core, signal.SIGKILL)
+        errors = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), timeout=300)
+        assert [type(error).__name__ for error in errors] == ["EngineDeadError"] * 3
+        # as an update by NCCL begins
+        errors += await asyncio.gather(engine.begin_update(), return_exceptions=True)
+        assert (await engine.status())["num_groups"] == 0
+
+        async def has_ended() -> bool:
+            return bool(ended)
+
+        await until(has_ended)
+        await engine.close()
+        assert ended == [1]
+        # only now: an engine that is not closed ends this process
+        how = "was ended by SIGKILL (out of memory?) and wrote no cause"
+        assert [how in cause_of(error) for error in errors] == [True] * 4, cause_of(errors[0])
+
+    running.run(run())

@@ -44,8 +44,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Python of an environment with the wheel, which has the packages of this one behind its own."""
-    folder = tmp_path_factory.mktemp("environment")
+    """The Python of an environment with the wheel, which has the packages of this one behind its own.
+
+    Its path has a space, which Ray does not quote by itself where Ray Train starts its workers.
+    """
+    folder = tmp_path_factory.mktemp("with space") / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", python]
@@ -73,7 +76,7 @@ def test_the_wheel_has_all_of_the_package_and_the_jobs_and_nothing_else(wheel: P
     package = {path for path in (ROOT / "gvpo_ray").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert {path.suffix for path in package} <= kinds
     jobs = {f"gvpo_ray/jobs/{path.name}" for path in (ROOT / "jobs").glob("*.yaml")}
-    jobs |= {"gvpo_ray/jobs/tools_cpu.py"}  # which jobs/tools_cpu.yaml names
+    jobs |= {"gvpo_ray/jobs/tools_cpu.py", "gvpo_ray/jobs/agent_cpu.py"}  # which YAML files name
     assert names == {path.relative_to(ROOT).as_posix() for path in package} | jobs
 
 

@@ -243,7 +243,10 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
 def replays_bit_for_bit(
     config_file: str, overrides: Sequence[str], outcome: Outcome, config: GVPOConfig, folder: Path
 ) -> list[str]:
-    """Learn from the run's log in another folder; return the files of the last checkpoint that differ."""
+    """Learn from the run's log in another folder; return what differs in the last checkpoint.
+
+    That is the file, and which of its tensors.
+    """
     arguments = [
         "learn",
         config_file,
@@ -262,10 +265,24 @@ def replays_bit_for_bit(
     )
     assert len(files) >= 2  # the model and the optimizer
     return [
-        name
+        f"{name}: {', '.join(_unequal(folder / last / name, outcome.run_dir / last / name))}"
         for name in files
         if (folder / last / name).read_bytes() != (outcome.run_dir / last / name).read_bytes()
     ]
+
+
+def _unequal(one: Path, other: Path) -> list[str]:
+    """Return the names of the tensors that differ between two safetensors files."""
+    import torch
+    from safetensors.torch import load_file
+
+    def content(tensor: torch.Tensor | None) -> object:
+        return None if tensor is None else (tensor.shape, tensor.dtype, bytes(tensor.untyped_storage()))
+
+    first, second = load_file(one), load_file(other)
+    both = sorted({*first, *second})
+    names = [name for name in both if content(first.get(name)) != content(second.get(name))]
+    return names or ["no tensor, but the files' headers"]
 
 
 def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) -> int:

@@ -29,11 +29,12 @@ from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.config.data import PromptsConfig, ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.loss import GvpoLoss, LossOptions
+from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.engines.actor import ActorMethods, MakeEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
+from gvpo_ray.engines.rollout import Sample
 from gvpo_ray.observe.status import EngineState, RunState
 
 SAMPLING = SamplingConfig(num_completions=8, max_tokens=256)
@@ -142,7 +143,7 @@ class FakeRun:
         address: str | None = None,
         verifier_resources: dict[str, float] | None = None,
         learner_resources: dict[str, float] | None = None,
-        loss: LossOptions | None = None,
+        loss: LossConfig | None = None,
     ) -> None:
         # Imported here because they import torch, and every fake engine imports this file.
         from gvpo_ray.buffer.log import Quarantine
@@ -161,7 +162,7 @@ class FakeRun:
             max_staleness=max_staleness,
             model=ModelConfig(path="fake"),
             prompts=PromptsConfig(path="fake", template="{prompt}"),
-            loss=loss or GvpoLoss(),  # type: ignore[arg-type]
+            loss=loss or GvpoLoss(),
             sampling=sampling,
             replay=replay or ReplayConfig(),
             engines=engines,
@@ -176,14 +177,19 @@ class FakeRun:
             watchdog_s=watchdog_s,
         )
         self.session = Session(config.ray)
-        self.events = EventLog(folder / "events.jsonl")
-        state = {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING, "recoveries": {}}
+        events = self.events = EventLog(folder / "events.jsonl")
+        state = {"step": 0, "num_steps": num_steps, "doing": RunState.TRAINING}
         parts = assemble(
             self.session,
             config,
             folder,
             Inputs(Prompts(num_prompts), {}, 1 << 20, {}, SourceSchedule({}), {}),  # type: ignore[arg-type]
-            Driver(self._note, self.said.append, lambda: state, self._for_a_new_buffer),
+            Driver(
+                self._note,
+                self.said.append,
+                lambda: {**state, "recoveries": dict(events.counts())},
+                self._for_a_new_buffer,
+            ),
             num_steps=num_steps,
             version=0,
             quarantine=Quarantine(folder / "quarantine.jsonl"),
@@ -252,15 +258,37 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
     return make
 
 
-def main(sizes: list[int], seconds: float) -> None:
+class Turns(FakeEngine):
+    """An engine whose completions are episodes of several turns, as long together as one of a FakeEngine.
+
+    Args:
+        num_turns: of each.
+        median_tokens: of all of them together.
+        arguments: of a FakeEngine.
+    """
+
+    def __init__(self, num_turns: int, median_tokens: float, **arguments: Any) -> None:
+        async def episode(prompt_ids: list[int], sample: Sample) -> list[int]:
+            ids = await sample(prompt_ids)
+            for _ in range(num_turns - 1):
+                ids += [0]  # what the environment says
+                ids += await sample(prompt_ids + ids)
+            return ids
+
+        super().__init__(median_tokens=median_tokens / num_turns, rollout=episode, **arguments)
+
+
+def main(sizes: list[int], seconds: float, num_turns: int = 1) -> None:
     """Run the benchmark and print its table.
 
     Args:
         sizes: numbers of engines, one for each row.
         seconds: time of each of the two measurements of a row.
+        num_turns: of a completion.
     """
+    of_turns = f" of {num_turns} turns" if num_turns > 1 else ""
     title = (
-        f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions} in flight per engine, "
+        f"bench scale: {MAX_GROUPS} groups of {SAMPLING.num_completions}{of_turns} in flight per engine, "
         f"{os.cpu_count()} CPUs"
     )
     table = Table(title=title, title_justify="left")
@@ -277,7 +305,7 @@ def main(sizes: list[int], seconds: float) -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for size in sizes:
-        row = measure(size, seconds)
+        row = measure(size, seconds, num_turns)
         cells = [
             str(size),
             f"{row['rate']:,.0f}",
@@ -299,8 +327,8 @@ MAX_GROUPS, GROUPS_PER_STEP, MAX_STALENESS = 16, 64, 16
 LATENCY = {"seconds_per_token": 0.01, "median_tokens": 40.0, "sigma": 1.0}
 
 
-def measure(size: int, seconds: float) -> dict[str, float]:
-    """Measure one row of the table, with `size` engines.
+def measure(size: int, seconds: float, num_turns: int = 1) -> dict[str, float]:
+    """Measure one row of the table, with `size` engines and completions of `num_turns` turns.
 
     Returns:
         rate: groups per second; cpu and total: CPU seconds per group, of the driver and of all processes;
@@ -308,7 +336,9 @@ def measure(size: int, seconds: float) -> dict[str, float]:
         and busy: seconds after an engine was killed.
     """
     with tempfile.TemporaryDirectory(prefix="gvpo_scale_") as folder:
-        config = EnginesConfig(num=size, num_cpus=0.1, max_groups=MAX_GROUPS, vllm=LATENCY)
+        of_turns = {"num_turns": num_turns} if num_turns > 1 else {}
+        arguments = {**LATENCY, **of_turns}
+        config = EnginesConfig(num=size, num_cpus=0.1, max_groups=MAX_GROUPS, vllm=arguments)
         # Without a pace the learner takes no batch, so the staleness bound holds the engines back until all
         # have started: on a busy machine the last would otherwise never start.
         run = FakeRun(
@@ -318,6 +348,7 @@ def measure(size: int, seconds: float) -> dict[str, float]:
             num_steps=1 << 30,
             step_s=None,
             max_staleness=MAX_STALENESS,
+            make=maker(Turns if of_turns else FakeEngine),
         )
         try:
             while any(slot.state != EngineState.RUNNING for slot in run.engines.slots):

@@ -213,8 +213,8 @@ class BufferClient:
 class LearnerBufferClient:
     """The learner calls the buffer actor through this client, with calls that block.
 
-    A call that finds the actor dead is repeated once Ray has restarted it. One thread may ask while another
-    one publishes weights.
+    A call that finds the actor dead is repeated once Ray has restarted it. One thread may ask while others
+    publish weights and report a checkpoint.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -223,6 +223,8 @@ class LearnerBufferClient:
         self._published: tuple[int, Any, dict[str, Any] | None] | None = None
         # and the driver may not have heard of the newest metrics, which can precede their weights
         self._measured: tuple[int, None, dict[str, Any]] | None = None
+        # and a driver may wait for a checkpoint that was written while the buffer was away
+        self._saved: int | None = None
         self._publishing = threading.Lock()  # no older weights are told after newer ones
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -231,7 +233,7 @@ class LearnerBufferClient:
                 return ray.get(getattr(self._actor, method).remote(*arguments))
             except ActorUnavailableError:
                 time.sleep(0.2)
-                if method != "published":
+                if method not in ("published", "saved"):
                     self._remind()
 
     def _remind(self) -> None:
@@ -240,6 +242,8 @@ class LearnerBufferClient:
             for told in (self._published, self._measured):
                 if told is not None:
                     self._call("published", *told)
+        if self._saved is not None:
+            self._call("saved", self._saved)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Return the answer to a question that may be long in coming.
@@ -286,6 +290,7 @@ class LearnerBufferClient:
 
     def saved(self, step: int) -> None:
         """Report that the checkpoint of `step` is written; see GroupBuffer.saved."""
+        self._saved = step
         self._call("saved", step)
 
     def close(self, error: str) -> None:

@@ -196,7 +196,7 @@ class GroupBuffer(LearnerControl):
         """Return the groups of a step in order of arrival, once there are enough; None: the run was closed.
 
         The assignment of groups to the step is in the log before the answer. So any rank, also after a
-        restart, gets the same rows.
+        restart or the end of the run, gets the same rows.
         """
         async with self._new_group:
             self._learner_is_up = True

@@ -100,6 +100,10 @@ class LearnerControl:
         async with self._new_version:
             self._learner_from = step
             self._new_version.notify_all()
+        async with self._new_command:
+            # It starts from a checkpoint, which the one before may have written and not reported.
+            self._saved_step = max(self._saved_step, step or -1)
+            self._new_command.notify_all()
         self.set_learner_state(LearnerState.STARTS, f"from step {step}")
 
     async def learner_waits(self, why: str) -> None:
@@ -119,14 +123,10 @@ class LearnerControl:
 
         Args:
             step: the step that the learner would train next.
-            saved: a checkpoint of step - 1 exists.
+            saved: a checkpoint of step - 1 exists, or is being written.
         """
         key = (step, saved)
         async with self._new_command:
-            # A learner may have died between writing the checkpoint and reporting it.
-            if saved and self._saved_step < step - 1:
-                self._saved_step = step - 1
-                self._new_command.notify_all()
             if not self._has_command(step, saved):
                 self.set_learner_state(LearnerState.WAITS_FOR_DRIVER)
                 with self._waits["driver"]:
@@ -153,10 +153,11 @@ class LearnerControl:
         )
 
     async def saved(self, step: int) -> None:
-        """Record that the learner has written the checkpoint of `step`."""
+        """Record that the learner has written the checkpoint of `step`, perhaps while it trained on."""
         async with self._new_command:
             self._saved_step = step
-            self.set_learner_state(LearnerState.SAVED, f"step {step}")
+            if self._learner_state is LearnerState.SAVES:
+                self.set_learner_state(LearnerState.SAVED, f"step {step}")
             self._new_command.notify_all()
 
     async def permit(self, step: int) -> None:

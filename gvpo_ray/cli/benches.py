@@ -109,10 +109,24 @@ def bench_chaos(
         raise RunError(f"{wrong} things went wrong")
 
 
+@verb("episodes --turns 5", bench)
+def bench_episodes(
+    groups: Annotated[int, typer.Option(metavar="N", help="groups of 8 episodes")] = 100,
+    turns: Annotated[int, typer.Option(metavar="N", help="turns of an episode")] = 5,
+) -> None:
+    """Measure episodes per second with a calculator, without a model."""
+    at_least_one("--groups", groups)
+    at_least_one("--turns", turns)
+    from gvpo_ray.bench import episodes
+
+    episodes.main(groups, turns)
+
+
 @verb("scale --engines 8,64", bench)
 def bench_scale(
     engines: Annotated[str, typer.Option(metavar="N,...", help="sizes of fleets")] = "1,8,32,128,256",
     seconds: Annotated[float, typer.Option(metavar="S", help="measured for each")] = 30.0,
+    turns: Annotated[int, typer.Option(metavar="N", help="turns of an episode")] = 1,
 ) -> None:
     """Run the training loop with 1 to 256 fake engines.
 
@@ -123,9 +137,10 @@ def bench_scale(
     sizes = engines.split(",")
     if not all(size.strip().isdigit() and int(size) for size in sizes):
         raise ConfigError(f"--engines: {engines}: must be numbers such as 8,64")
+    at_least_one("--turns", turns)
     from gvpo_ray.bench import scale
 
-    scale.main([int(size) for size in sizes], seconds)
+    scale.main([int(size) for size in sizes], seconds, turns)
 
 
 TASKS = ["arithmetic", "chain", "sort"]

@@ -128,6 +128,31 @@ def compare(
             print(f"{name}: {note}")
 
 
+@verb("export runs/quickstart --out models/arithmetic")
+def export(
+    run_dir: RunDir,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="the folder to make (default: RUN_DIR/export/step-N)"),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="step of the checkpoint (default: the newest)")
+    ] = None,
+) -> None:
+    """Write the model of a run's checkpoint into a folder.
+
+    It is a Hugging Face folder in the model's dtype, without the optimizer; that of a run with an adapter is
+    the merged model, with the adapter in adapter/. Neither Ray nor a GPU is needed, and the run may go on.
+    """
+    from gvpo_ray.config.run import GVPOConfig
+    from gvpo_ray.learner.export import export_model
+    from gvpo_ray.run.run_dir import check_format
+
+    check_format(run_dir)
+    config = GVPOConfig.from_file(f"{run_dir}/config.yaml")
+    print(f"wrote {export_model(run_dir, config.model, step, out)}")
+
+
 @verb("check jobs/quickstart.yaml seed=1 learner.num_workers=1")
 def check(
     config: Config,

@@ -158,6 +158,14 @@ class EnginesConfig(PoolConfig):
     parity_every: int = Field(default=20, ge=0)
     """Weight transfers between two comparisons of engine and learner log-probs; the first is always compared.
     0: only the first."""
+    serve: bool = False
+    """Whether each engine of ours also answers over HTTP, as `vllm serve` does, on a free port of its node's
+    address (of the loopback address, where Ray is of this machine alone). `gvpo-ray status` shows the
+    addresses; the bearer token is in run_dir/serve_token, which its owner alone can read. The model is called
+    `policy`. Requests wait while new weights are swapped in."""
+    serve_arguments: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
+    """Further arguments of that server, as `vllm serve` has them: {enable_auto_tool_choice: true,
+    tool_call_parser: hermes}."""
     start_s: float = Field(default=1800.0, gt=0)
     """Seconds that an engine may take to load its model, once it has its place; then it is replaced. That
     includes the download from a hub: where that takes longer, raise this or download the model first."""
@@ -169,6 +177,15 @@ class EnginesConfig(PoolConfig):
     """Seconds that an engine still works on its groups in flight after a preemption notice of its node
     (SIGTERM, or Ray's drain notice without a deadline). Unfinished completions then migrate to other
     engines."""
+
+    @model_validator(mode="after")
+    def _of_server(self) -> EnginesConfig:
+        if self.serve_arguments and not self.serve:
+            raise ValueError("serve_arguments need serve: true")
+        ours = {"api_key", "host", "port", "uds", "model", "served_model_name", "middleware"}
+        if wrong := sorted(ours & {*self.serve_arguments}):
+            raise ValueError(f"serve_arguments: {wrong[0]} is set by the run")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gvpo_ray.config.base import DECIDES_SCORES, RESUMABLE, LocalPath, Resources, Section
 
 ENVIRONMENT = "environment"
 """Name in verifiers.rewards of what the environment's get_reward returns."""
 
+BROKEN = "broken"
+"""How an episode has ended (`end` in the column `episodes`) whose environment a tool call brought down."""
+
 
 class EnvironmentConfig(Section):
     """What the policy talks to: with an environment, a completion is an episode of several turns."""
 
-    name: Annotated[str, LocalPath("function")] = Field(json_schema_extra=DECIDES_SCORES)
+    name: Annotated[str | None, LocalPath("function")] = Field(default=None, json_schema_extra=DECIDES_SCORES)
     """The class, as `path.py:Class` or `module:Class`: `reset(**row)`, tools, `respond(message)` and
     `get_reward()` (environments/contract.py)."""
+    agent: Annotated[str | None, LocalPath("function")] = Field(
+        default=None, json_schema_extra=DECIDES_SCORES
+    )
+    """In place of `name`: a function that asks its model at an address, as `path.py:function` or
+    `module:function`: `agent(base_url, api_key, model, **row)` returns a reward, None, or a text for
+    verifiers.rewards. It needs engines.serve; max_turns bounds its calls of the model, and timeout_s its time
+    between two of them."""
     arguments: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
     """Keyword arguments of the class."""
     num: int = Field(default=2, ge=1, json_schema_extra=RESUMABLE)
@@ -29,18 +39,36 @@ class EnvironmentConfig(Section):
     max_turns: int = Field(default=8, ge=1, json_schema_extra=DECIDES_SCORES)
     """Most turns of the policy in an episode. sampling.max_tokens bounds the whole episode, with what tools
     and environment write."""
+    max_calls: int = Field(default=16, ge=1, json_schema_extra=DECIDES_SCORES)
+    """Most tool calls of a turn that are made. For each further one the policy reads an error."""
     timeout_s: float = Field(default=60.0, gt=0, json_schema_extra=DECIDES_SCORES)
-    """Time limit, in seconds, of one call of a tool, of respond, reset or get_reward. An episode that exceeds
-    it ends without a reward (never 0)."""
+    """Time limit, in seconds, of one call of a tool, of respond, reset or get_reward. For a tool that exceeds
+    it the policy reads an error, and the episode goes on; where one of the others does, the episode ends
+    without a reward (never 0)."""
     renderer: str | None = Field(default=None, json_schema_extra=DECIDES_SCORES)
     """Model family whose tool calls and turns the package `renderers` knows, such as `qwen3`, `glm-4.5` or
     `llama-3`; default: the tokenizer's chat template, and tool calls as in Hermes and Qwen."""
 
     @field_validator("name")
     @classmethod
-    def _is_class(cls, value: str) -> str:
-        if value.startswith("verifiers:"):
+    def _is_class(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("verifiers:"):
             raise ValueError("task sets of the package verifiers are not supported yet: path.py:Class")
-        if ":" not in value:
+        if value is not None and ":" not in value:
             raise ValueError(f"must be path.py:Class or module:Class (got {value!r})")
         return value
+
+    @field_validator("agent")
+    @classmethod
+    def _is_function(cls, value: str | None) -> str | None:
+        if value is not None and ":" not in value:
+            raise ValueError("must be path.py:function or module:function")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> EnvironmentConfig:
+        if (self.name is None) == (self.agent is None):
+            raise ValueError("name, the class of an environment, or agent, a function: one of the two")
+        if self.agent is not None and (own := {"arguments", "renderer"} & self.model_fields_set):
+            raise ValueError(f"{min(own)} is of an environment's class, and an agent has none")
+        return self

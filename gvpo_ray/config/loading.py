@@ -8,13 +8,21 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from gvpo_ray.config.base import ConfigError, Section
 from gvpo_ray.config.shown import hide, is_secret, mask
+
+NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
+"""What yaml.safe_load raises of a text: errors of its own, and Python's at a date such as 2026-02-30, at a
+number of 5,000 digits and at lists within lists without end."""
+
+YAML_SPACE = " \t\r\n"
+"""What may stand before a YAML value. Python takes more for space, such as U+00A0, which is text in YAML."""
 
 
 def packaged_jobs() -> dict[str, Path]:
@@ -46,7 +54,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(
@@ -55,8 +63,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split "key=value" and read the value as YAML.
+def parse_override(text: str, model: type[Section]) -> tuple[str, Any]:
+    """Split "key=value" and read the value as YAML, or as the text that it is.
+
+    Where the key takes texts, what would be a mapping, a list, a date or no YAML at all is text, and so is a
+    value with a comment: `prompts.template=Question: {prompt}` needs no quotes. A list stays one where the
+    key takes lists.
+
+    Args:
+        text: the override.
+        model: the section that the dotted key begins at.
 
     Raises:
         ConfigError: there is no key, no equals sign or no YAML.
@@ -64,10 +80,34 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {mask(text)!r} is not key=value")
+    key = key.strip()
+    types = _types_of(model, key.split("."))
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = yaml.safe_load(value)
+    except NOT_YAML as error:
+        if str in types:
+            return key, value
         raise ConfigError(f"override {key}: {hide(value, key)!r} is not a YAML value") from error
+    is_plain = parsed is None or (isinstance(parsed, str) and value.lstrip(YAML_SPACE)[0] not in "'\"|>")
+    is_cut = is_plain and " #" in f" {value}"  # YAML takes the rest for a comment
+    is_scalar = isinstance(parsed, (str, int, float, type(None)))
+    is_text = is_cut or not (is_scalar or type(parsed) in types)
+    return key, value if str in types and is_text else parsed
+
+
+def _types_of(model: type[Section] | None, key: list[str]) -> set[Any]:
+    """Return the types of a dotted key's values, such as {str, list}; none where the key is not known."""
+    if model is None or key[0] not in model.model_fields:
+        return set()
+    annotation = model.model_fields[key[0]].annotation
+    is_named = get_origin(annotation) is dict  # evaluation.sets.<name>
+    if rest := key[1 + is_named :]:
+        return set().union(*(_types_of(section, rest) for section in _sections(annotation)))
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if is_named:
+        return set()
+    found = {get_origin(each) or each for each in alternatives}
+    return found | ({dict} if _sections(annotation) else set())
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:

@@ -1,7 +1,8 @@
 """The memory plan says what learner and engine need of each GPU, from the config and the model's shape.
 
-It is arithmetic: nothing is loaded. On a CPU the learner's part of it is compared with what torch allocates
-(tests/test_memory.py, within 20 %); on a GPU it has not been compared yet.
+It is arithmetic: nothing is loaded. Of the host's memory it counts the copies that a learner worker makes
+there, and does not know how much there is. On a CPU the learner's part of it is compared with what torch
+allocates (tests/test_memory.py, within 20 %); on a GPU it has not been compared yet.
 """
 
 from __future__ import annotations
@@ -179,6 +180,42 @@ def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, f
     }
 
 
+def host_bytes(config: GVPOConfig, shape: Shape, rank: int) -> dict[str, float]:
+    """Return the bytes of the copies that one learner worker has in its host's memory, by what they are for.
+
+    Rank 0 sends the weights, and compares them with the version before; and it writes the model of a
+    checkpoint. The training state of a checkpoint is copied by all ranks, a part each.
+
+    Args:
+        config: the run's.
+        shape: the model's.
+        rank: of the worker.
+    """
+    learner, lora = config.learner, config.model.lora
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    trained = shape.of_an_adapter(lora.rank) if lora else shape.parameters
+    sent = 0.0
+    if rank == 0 and config.engines.weight_transfer == "objects":
+        tied = shape.of_the_head if shape.tie_word_embeddings else 0  # sent under both of its names
+        sent = 4.0 * trained if lora else float(width * (trained + tied))
+        sent *= 2 if config.max_staleness != 0 and config.engines.colocated != "sleep" else 1
+    parts = {"weights to send": sent, "training state": 12 * trained / learner.num_workers}
+    if rank == 0:
+        parts["model of a checkpoint"] = float(width * shape.parameters + 4 * trained * bool(lora))
+        if isinstance(config.loss.reference, str) and config.loss.reference.startswith("every"):
+            is_half = width == 2 and learner.backend == "deepspeed" and learner.zero_stage > 0
+            parts["its reference"] = float((2 if is_half else 4) * trained)
+    return parts
+
+
+def gathered_by_a_checkpoint(config: GVPOConfig, shape: Shape) -> float:
+    """Return the bytes of a device that a checkpoint takes: the largest weight, whole, and converted."""
+    learner = config.learner
+    is_whole = learner.backend == "ddp" or (learner.backend == "deepspeed" and learner.zero_stage == 0)
+    converted = 2 if config.model.dtype == "bfloat16" else 0
+    return float(((0 if is_whole else 4) + converted) * shape.of_the_head)
+
+
 def total(parts: dict[str, float]) -> float:
     """Return the bytes that the parts of `learner_bytes` are together.
 
@@ -275,7 +312,9 @@ def memory_plan(config: GVPOConfig, here: float | None = None) -> Iterator[tuple
         if (
             config.engines.colocated == "sleep"
         ):  # each has the GPU in its turn; the learner keeps what is no pass
-            kept = sum(need[name] for name in ("parameters", "gradients", "optimizer", "reference")) / GB
+            # a checkpoint is written in the engines' turn
+            kept = sum(need[name] for name in ("parameters", "gradients", "optimizer", "reference"))
+            kept = (kept + gathered_by_a_checkpoint(config, shape)) / GB
             shared, needed_beside = 0.0, shared + kept + CONTEXT_GB
             if gb is not None and needed_beside > gb:
                 wrong = (
@@ -288,7 +327,16 @@ def memory_plan(config: GVPOConfig, here: float | None = None) -> Iterator[tuple
                 f"learner: {needed:.0f} GB per GPU{beside} are more than its {gb:g} GB ({parts}): lower "
                 "learner.micro_batch_tokens, or raise learner.num_workers or learner.zero_stage"
             )
+        yield _host_line(config, shape), None
         yield f"memory of a learner worker, GB: {needed:.1f} ({parts}, CUDA {CONTEXT_GB:g})", wrong
+
+
+def _host_line(config: GVPOConfig, shape: Shape) -> str:
+    first, other = (host_bytes(config, shape, rank) for rank in (0, 1))
+    parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in first.items() if value)
+    others = f"; of each other worker: {sum(other.values()) / GB:.1f}" * (config.learner.num_workers > 1)
+    whole = sum(first.values()) / GB
+    return f"copies in the host's memory of learner worker 0, GB: {whole:.1f} ({parts}){others}"
 
 
 def check_memory(config: GVPOConfig, here: float | None = None) -> None:

@@ -214,8 +214,16 @@ class GVPOConfig(Section):
         if ENVIRONMENT not in named:
             rewards = {ENVIRONMENT: RewardConfig(), **named}
             self.verifiers = self.verifiers.model_copy(update={"rewards": rewards})
+        if self.verifiers.rewards[ENVIRONMENT].weight < 0:
+            # an episode that brings its environment down is worth the worst of its group, which were the best
+            raise ValueError("verifiers.rewards.environment: below 0: let get_reward give the negative")
         if self.sources:
             raise ValueError(f"sources.{next(iter(self.sources))}: offline completions are no episodes")
+        if self.environment.agent is not None:
+            if not self.engines.serve:
+                raise ValueError("environment.agent: it asks its model over HTTP: set engines.serve: true")
+            if self.replay.share:
+                raise ValueError("replay.share: the groups of an agent have prompts of their own")
         if served := [name for name, pool in self.engines.all_pools().items() if pool.url is not None]:
             where = "engines.url" if served == ["engines"] else f"engines.pools.{served[0]}.url"
             raise ValueError(f"{where}: a server makes no episodes")
@@ -310,7 +318,7 @@ class GVPOConfig(Section):
         items = (
             overrides.items()
             if isinstance(overrides, dict)
-            else [parse_override(text) for text in overrides or []]
+            else [parse_override(text, cls) for text in overrides or []]
         )
         for key, value in items:
             set_key(data, key, value)
@@ -355,7 +363,8 @@ def verifiers_config(overrides: list[str]) -> VerifiersConfig:
         ConfigError: one line that names the wrong key.
     """
     data: dict[str, Any] = {}
-    for key, value in map(parse_override, overrides):
+    for text in overrides:
+        key, value = parse_override(text, VerifiersConfig)
         set_key(data, key, value)
     needed = {"run_dir": "", "num_steps": 1, "model": {"path": ""}, "prompts": {"path": ""}}
     return GVPOConfig.from_dict({**needed, "verifiers": data}, where="overrides").absolute().verifiers

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from, _texts_in
+from gvpo_ray.data.calls import Call
+from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from, _any_of, _texts_in
 from gvpo_ray.data.turns import one_begin_no_end
 
 if TYPE_CHECKING:
@@ -33,15 +34,6 @@ Message = dict[str, Any]
 
 ASSISTANT = "0"
 """Content of the assistant's message in a conversation that is rendered only for what comes behind it."""
-
-
-class Call(NamedTuple):
-    """A Call is one tool call that the model has written."""
-
-    name: str
-    arguments: dict[str, Any]
-    error: str | None = None
-    """What is wrong with it, for the model to read; None: it can be made."""
 
 
 class Turn(NamedTuple):
@@ -69,6 +61,24 @@ class Dialogue(TextRenderer, abc.ABC):
     ) -> None:
         super().__init__(tokenizer, **arguments)
         self._tools = list(tools)
+        self._only_special = self._special
+        self._special_ids |= self._marks()
+        self._special = _any_of(self._special_ids)
+
+    def _marks(self) -> dict[str, int]:
+        """Return the tokens, beside the special ones, with which a model marks calls, results and thoughts.
+
+        Families such as Qwen have them as added tokens that are not special. The template writes them, and
+        the model; a tool that spells one writes text. Other added tokens, such as Gemma's line ends, are text
+        like any other.
+        """
+        template = self._tokenizer.chat_template or ""
+        written = template if isinstance(template, str) else "".join(template.values())
+        return {
+            text: i
+            for i, token in self._tokenizer.added_tokens_decoder.items()
+            if (text := str(token)) in MARKS or (text.strip() and text in written)
+        }
 
     def render(self, rows: Sequence[Mapping[str, Any]]) -> list[Rendered]:
         """Render prompts up to the end of their last user message's content."""
@@ -118,12 +128,19 @@ class Dialogue(TextRenderer, abc.ABC):
             return Turn("", [])
         return Turn(CALL.sub("", written).strip(), [_call(found[1]) for found in CALL.finditer(written)])
 
+    def _spelled(self, role: str) -> re.Pattern[str]:
+        """Leave the assistant's own calls and thoughts, and those that instructions name, as they are."""
+        return self._special if role in ("user", "tool") else self._only_special
+
     def _plain_text(self, text: str) -> list[int]:
         """Tokenise a text of the environment, in which special tokens are text."""
         if self._special.search(text):
             return self._plain(text)
         return self._ids([text], add_special_tokens=False)[0] if text else []
 
+
+MARKS = {f"<{end}{name}>" for name in ("tool_call", "tool_response", "think") for end in ("", "/")}
+"""Marks of calls, results and thoughts in most families."""
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 """A tool call, or the beginning of one that has no end."""
@@ -164,13 +181,13 @@ class PlainDialogue(Dialogue):
         self, before: Sequence[int], turn: Sequence[int], messages: Sequence[Message]
     ) -> list[int] | None:
         """Append texts as they are, and results of tools between <tool_response> and </tool_response>."""
-        parts = [
-            f"<tool_response>\n{message['content']}\n</tool_response>\n"
-            if message["role"] == "tool"
-            else message["content"]
-            for message in messages
-        ]
-        return self._plain_text("".join(parts))
+        mark = _absent_from("".join(message["content"] for message in messages))
+        parts = [(message["role"], self._marked(message["content"], mark)) for message in messages]
+        text = "".join(
+            f"<tool_response>\n{content}\n</tool_response>\n" if role == "tool" else content
+            for role, content in parts
+        )
+        return self._without_marks(text, mark)
 
 
 class ChatDialogue(Dialogue):

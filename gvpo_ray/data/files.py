@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
+from gvpo_ray.data.hub import hub
 
 Columns = dict[str, pa.ChunkedArray | list[Any]]
 """The columns of a data set as it was read; JSON may mix types within a column, which Arrow cannot hold."""
@@ -74,7 +75,8 @@ def _read_one(path: str, config: PromptsConfig, key: str) -> Columns:
     elif place.is_file() or kind_of(place) is not None:
         files = [place]
     else:
-        return _read_set(path, config, key)
+        with hub(f"{key}.path", path, "dataset"):
+            return _read_set(path, config, key)
     _refuse_subset(path, config, key)
     files, split = _of_split(path, files, config, key)
     shown = path if files == [place] else None
@@ -154,6 +156,7 @@ def read_file(path: Path, where: str, split: str | None = None) -> Columns:
         raise _no_split(where, split)
     try:
         if kind == ".parquet":
+            _refuse_twice(pq.read_schema(path).names, where)
             return _columns(pq.read_table(path))
         if kind == ".arrow":
             with quiet_datasets() as datasets:
@@ -168,6 +171,12 @@ def read_file(path: Path, where: str, split: str | None = None) -> Columns:
     return _from_rows(
         parse_json(content, where, split) if kind in (".jsonl", ".json") else _parse_csv(content, kind, where)
     )
+
+
+def _refuse_twice(names: Sequence[str], where: str) -> None:
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ConfigError(f"{where}: two columns are called {twice[0]!r}")
 
 
 def _no_split(where: str, split: str | None, splits: Iterable[str] = ()) -> ConfigError:
@@ -251,10 +260,10 @@ def _consecutive(content: bytes, where: str) -> list[tuple[int, Any]]:
         line += text.count("\n", at, begin)
         try:
             value, at = decoder.raw_decode(text, begin)
-        except RecursionError as error:
-            raise ConfigError(f"{where}: line {line} is not JSON: {one_line(error)}") from error
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}: line {error.lineno} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits; lists within lists
+            raise ConfigError(f"{where}: line {line} is not JSON: {one_line(error)}") from error
         values.append((line, value))
         line += text.count("\n", begin, at)
     return values
@@ -311,9 +320,7 @@ def _parse_csv(content: bytes, kind: str, where: str) -> list[dict[str, Any]]:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True)
     try:
         names = next((cells for cells in lines if cells), [])
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"{where}: two columns are called {twice!r}")
+        _refuse_twice(names, where)
         rows = []
         for cells in lines:
             if cells and len(cells) != len(names):

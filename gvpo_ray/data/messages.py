@@ -104,6 +104,20 @@ def _text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
+def of_assistant(messages: list[Message], where: str) -> list[Message]:
+    """Return a completion up to the assistant's last turn: what others say behind it nobody is to write.
+
+    Raises:
+        ConfigError: it does not begin with the assistant; `where` starts the message.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise ConfigError(f"{where} has no turn of the assistant")
+    if turns[0]:
+        raise ConfigError(f"{where} begins with {messages[0]['role']}, not with the assistant")
+    return messages[: turns[-1] + 1]
+
+
 def split_answer(messages: list[Message]) -> tuple[list[Message], Any]:
     """Return a conversation without its last message of the assistant, and that message (None: it has none).
 

@@ -26,7 +26,7 @@ from gvpo_ray.config.data import SourceConfig
 from gvpo_ray.config.loss import GvpoLoss, LossOptions, PoftLoss
 from gvpo_ray.data.columns import as_json, as_text
 from gvpo_ray.data.files import Columns
-from gvpo_ray.data.messages import as_messages, as_prompt, is_messages
+from gvpo_ray.data.messages import Message, as_messages, as_prompt, is_messages, of_assistant
 from gvpo_ray.data.problems import Problem, Problems, group_columns, read_problems, read_rows
 from gvpo_ray.data.prompts import EpochOrder
 from gvpo_ray.data.rendering import messages_of, renderer_of
@@ -114,7 +114,7 @@ class OfflineSource:
         for i, problem in enumerate(problems):
             if is_transcript(problem.more["completion"]):
                 where = f"{key}.path: {config.path}: row {problem.row}"
-                completion = as_messages(problem.more["completion"], f"{where}: {config.completion_column}")
+                completion = _messages(problem.more["completion"], f"{where}: {config.completion_column}")
                 before = problem.messages or messages_of(problem.prompt, None, None)
                 completion_ids[i], masks[i] = transcripts.tokens(before, completion, where)
         self._rows = self._rows.append_column(
@@ -329,8 +329,13 @@ def is_transcript(completion: Any) -> bool:
     """Return whether a completion is messages that are more than one text: several turns, calls of tools."""
     if not is_messages(completion):
         return False
-    first = as_messages(completion[:1], "completion")[0]
-    return first["role"] == "assistant" and (len(completion) > 1 or bool(first.get("tool_calls")))
+    messages = _messages(completion, "completion")
+    return len(messages) > 1 or bool(messages[0].get("tool_calls"))
+
+
+def _messages(completion: Any, where: str) -> list[Message]:
+    """Return a completion that is messages, up to where the assistant has said its last."""
+    return of_assistant(as_messages(completion, where), where)
 
 
 def _more(config: SourceConfig) -> dict[str, str]:
@@ -348,7 +353,7 @@ def _as_table(config: SourceConfig, found: Problems, key: str, loss: LossOptions
         where = f"{key}.path: {config.path}: row {problem.row}"
         completion, reward = problem.more["completion"], problem.more.get("reward")
         if is_messages(completion):
-            messages = as_messages(completion, f"{where}: {config.completion_column}")
+            messages = _messages(completion, f"{where}: {config.completion_column}")
             completion = as_prompt(messages) if is_transcript(completion) else messages[-1]["content"]
         rows["prompt"].append(problem.prompt)
         rows["answer"].append(problem.answer)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pyarrow as pa
@@ -112,6 +112,12 @@ def _absent_from(text: str, skip: int = 0) -> str:
     return [sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text][skip]
 
 
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of these texts."""
+    spellings = sorted(texts, key=len, reverse=True)  # <|end|> may begin <|end|>2
+    return re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+
+
 class TextRenderer:
     """A TextRenderer renders text with the config's template, or with the tokenizer's chat template.
 
@@ -141,8 +147,7 @@ class TextRenderer:
             for token in tokenizer.all_special_tokens
         }
         self._special_ids: dict[str, int] = {text: i for text, i in (added | named).items() if text}
-        spellings = sorted(self._special_ids, key=len, reverse=True)  # <|end|> may begin <|end|>2
-        self._special = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self._special = _any_of(self._special_ids)
 
     @property
     def end_id(self) -> int | None:
@@ -244,16 +249,20 @@ class TextRenderer:
         ids = self._without_marks(text, mark)
         return ids if self._template is None else self._with_ends(ids)
 
-    def _marked(self, text: str, mark: str) -> str:
-        """Put `mark`, a character, behind the first of each special token that a text spells."""
-        return self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+    def _marked(self, text: str, mark: str, role: str = "user") -> str:
+        """Put `mark`, a character, behind the first of each special token that a speaker's text spells."""
+        return self._spelled(role).sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+    def _spelled(self, role: str) -> re.Pattern[str]:
+        """Return what finds the tokens that the text of a speaker may not write."""
+        return self._special
 
     def _marked_message(self, message: Mapping[str, Any], mark: str) -> dict[str, Any]:
         """Return a message with `mark` in the special tokens that its texts and its calls of tools spell."""
 
         def marked(value: Any) -> Any:
             if isinstance(value, str):
-                return self._marked(value, mark)
+                return self._marked(value, mark, message["role"])
             if isinstance(value, Mapping):
                 return {marked(key): marked(entry) for key, entry in value.items()}
             return [marked(entry) for entry in value] if isinstance(value, (list, tuple)) else value

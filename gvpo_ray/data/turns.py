@@ -178,6 +178,5 @@ def _named_ends(model: ModelConfig) -> set[int]:
     file = cached_file(model.path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if file is not None:
         found.append(json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id"))
-    return {
-        token for each in found if each is not None for token in (each if isinstance(each, list) else [each])
-    }
+    tokens = (token for each in found for token in (each if isinstance(each, list) else [each]))
+    return {token for token in tokens if isinstance(token, int)}

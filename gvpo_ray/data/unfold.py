@@ -20,7 +20,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import SourceConfig
 from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.data.files import Columns, to_list
-from gvpo_ray.data.messages import Message, as_messages, from_json, is_messages
+from gvpo_ray.data.messages import Message, as_messages, from_json, is_messages, of_assistant
 
 CONVERSATIONS = ("messages", "conversations")
 """Names of columns with whole conversations."""
@@ -110,8 +110,9 @@ def _preference(row: dict[str, Any], where: str) -> list[Completion]:
     if sides[0] in sides[1:]:
         raise ConfigError(f"{where}: chosen and rejected are equal")
     prompt, sides = _prompt_of(row.get("prompt"), sides, where)
-    for i, side in enumerate(sides):
-        _check_says(side, f"{where}: {'rejected' if i else 'chosen'}")
+    sides = [_said(side, f"{where}: {'rejected' if i else 'chosen'}") for i, side in enumerate(sides)]
+    if sides[0] in sides[1:]:
+        raise ConfigError(f"{where}: what the assistant says in chosen and rejected is equal")
     return [(prompt, side, 0.0 if i else 1.0) for i, side in enumerate(sides)]
 
 
@@ -162,8 +163,8 @@ def _scored(row: dict[str, Any], where: str) -> list[Completion]:
         if not isinstance(completion, str) and not is_messages(completion):
             kind = type(completion).__name__
             raise ConfigError(f"{where}: completions has {kind}, not text or a list of messages")
-        _check_says(completion, f"{where}: completions")
-    return [(row["prompt"], text, score) for text, score in zip(completions, scores, strict=True)]
+    said = [_said(completion, f"{where}: completions") for completion in completions]
+    return [(row["prompt"], completion, score) for completion, score in zip(said, scores, strict=True)]
 
 
 def _conversation(row: dict[str, Any], where: str) -> list[Completion]:
@@ -175,17 +176,23 @@ def _conversation(row: dict[str, Any], where: str) -> list[Completion]:
         raise ConfigError(f"{where}: messages has no turn of the assistant")
     if not turns[0]:
         raise ConfigError(f"{where}: messages begins with the assistant, and has no prompt")
-    completion = messages[turns[0] : turns[-1] + 1]
-    _check_says(completion, f"{where}: messages")
-    return [(messages[: turns[0]], completion, row.get("reward"))]
+    return [(messages[: turns[0]], _said(messages[turns[0] :], f"{where}: messages"), row.get("reward"))]
 
 
-def _check_says(completion: str | Sequence[Message], where: str) -> None:
-    """Check that a completion is not empty, nor a turn of the assistant in it, unless it calls a tool."""
+def _said(completion: Any, where: str) -> str | list[Message]:
+    """Return a completion, a text or messages, up to where the assistant has said its last.
+
+    Raises:
+        ConfigError: it is empty, or a turn of the assistant in it is that calls no tool; or it begins with
+            somebody else.
+    """
     if isinstance(completion, str):
+        said: str | list[Message] = completion
         is_empty = not completion.strip()
     else:
-        own = [message for message in completion if message["role"] == "assistant"]
+        said = of_assistant(as_messages(completion, where), where) if completion else []
+        own = [message for message in said if message["role"] == "assistant"]
         is_empty = not own or not all(m["content"].strip() or m.get("tool_calls") for m in own)
     if is_empty:
         raise ConfigError(f"{where} is empty")
+    return said

@@ -17,6 +17,7 @@ from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.openai_engine import ServerEngine
 from gvpo_ray.engines.rollout import Episodes, Rollout, one_call
+from gvpo_ray.engines.serving import Serve
 from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.files import writing
 from gvpo_ray.groups import from_wire, num_sampled_tokens, to_wire
@@ -118,6 +119,7 @@ def engine_maker(
     template: str | None = None,
     rollout: Rollout | Episodes = one_call,
     num_completions: int = SamplingConfig().num_completions,
+    serve: Serve | None = None,
 ) -> MakeEngine:
     """Return the function that makes an engine actor: a client if its pool has a `url`, else vLLM.
 
@@ -130,6 +132,7 @@ def engine_maker(
         template: of the user's message to a server.
         rollout: makes one completion at an engine of our own, or the episodes of groups.
         num_completions: completions per group, by which vLLM's scheduler is sized.
+        serve: how engines of our own serve; None: they do not.
     """
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
@@ -165,6 +168,7 @@ def engine_maker(
                 rollout,
                 num_completions,
                 config.colocated == "sleep",
+                serve,
             )
         )
 

@@ -256,7 +256,12 @@ class BaseEngine(abc.ABC):
         episodes = [entry for of_part in told for entry in of_part or ()]  # null: they are no episodes
         work = Work(group, num_new, begun, sampling, seed_beside(kept, sampling, seed), episodes)
         table, missing = await self._rest(work)
-        return groups.join(group, *done, table) if kept else table, missing
+        table = groups.join(group, *done, table) if kept else table
+        return table if missing else self._whole(table), missing
+
+    def _whole(self, table: pa.Table) -> pa.Table:
+        """Return a group, of which nothing is missing, as it is handed over."""
+        return table
 
     @abc.abstractmethod
     async def _rest(self, work: Work) -> tuple[pa.Table, int]:
@@ -334,8 +339,14 @@ def split_kept(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], lis
                 for i, reason in enumerate(reasons)
                 if reason == ABORTED
             ]
-    num_new = max(0, size - sum(len(part["completions"][0]) for part in done))
+    num_new = max(0, size - sum(map(num_rollouts, done)))
     return done, begun[:num_new], num_new
+
+
+def num_rollouts(part: pa.Table) -> int:
+    """Return the number of completions of a one-row table, all branches of an episode as one."""
+    entries = (part["episodes"][0].as_py() if "episodes" in part.column_names else None) or ()
+    return len(part["completions"][0]) - sum('"branch"' in entry for entry in entries if entry)
 
 
 def seed_beside(kept: Sequence[pa.Table], sampling: SamplingConfig, seed: int | None) -> int | None:

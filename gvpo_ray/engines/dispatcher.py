@@ -104,7 +104,7 @@ class Dispatcher:
                         raise
             finally:
                 del slot.in_flight[group_id]
-                slot.load -= size
+                slot.load -= size - in_flight.num_freed
                 self.changed()
 
     async def _slot(self, size: int, priority: int, only_ours: bool) -> Slot:

@@ -17,15 +17,8 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.base import ABORTED, InFlight, Work
-from gvpo_ray.engines.rollout import (
-    Completions,
-    Episodes,
-    ModelCall,
-    Rollout,
-    RolloutEngine,
-    Span,
-    one_call,
-)
+from gvpo_ray.engines.rollout import Completions, Episodes, ModelCall, Rollout, Span, one_call
+from gvpo_ray.engines.rollout_engine import RolloutEngine
 
 
 class FakeEngine(RolloutEngine):

@@ -163,6 +163,7 @@ class EngineGroup:
                 "version": slot.status.get("version"),
                 "num_groups": len(slot.in_flight),
                 "num_tokens": slot.num_tokens,
+                "address": slot.status.get("address"),
             }
             for slot in self.slots
         ]

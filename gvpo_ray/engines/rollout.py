@@ -10,21 +10,18 @@ It runs in the engine's process, once per completion. This module imports neithe
 
 from __future__ import annotations
 
-import abc
 import asyncio
-import itertools
-import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from gvpo_ray import groups
 from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import SamplingConfig
-from gvpo_ray.engines.base import ABORTED, BaseEngine, InFlight, Work
+from gvpo_ray.engines.base import ABORTED, InFlight
 
 Sample = Callable[[list[int]], Awaitable[list[int]]]
 """One call of the model: `await sample(ids)` -> the tokens that the model writes behind `ids`.
@@ -37,7 +34,7 @@ Rollout = Callable[[list[int], Sample], Awaitable[list[int]]]
 """`await rollout(prompt_ids, sample)` -> the tokens of a completion, the untrained ones included.
 
 When an engine leaves, another one calls the function again for the same completion, and `sample` answers with
-the tokens that are there already, as long as the function adds the same tokens in between.
+the tokens that are there already, as long as the function adds the same tokens in between, and at least one.
 """
 
 
@@ -45,7 +42,7 @@ class Episode(Protocol):
     """The Episode protocol is a rollout function with a state outside of the engine."""
 
     begun: dict[str, Any] | None
-    """Completion columns of what there is of it; `is_whole`: they end with a call of the model."""
+    """Completion columns of what there is of it; `turn_ends`: where its calls of the model have ended."""
 
     @property
     def is_lost(self) -> bool:
@@ -99,13 +96,29 @@ class Span(NamedTuple):
     """The text of `sampling.stop` that ended it; anything else: a token or a limit did."""
 
 
+REPEATED = 1 << 24
+"""Stands between the begins, and so the seeds, of calls with the same prompt; no context is as long."""
+
+
 class CutOff(Exception):
     """`sample` raises this inside a rollout function when a drain has cut the model's call off."""
 
 
-Call = Callable[[list[int], int, int], Awaitable[Span]]
-"""`await call(ids, max_tokens, begin)` -> at most `max_tokens` tokens behind `ids`; `begin` is the place in
-the completion where the call began, also if another engine has sampled its first tokens."""
+class Call(Protocol):
+    """The Call protocol is one call of the model."""
+
+    async def __call__(
+        self, ids: list[int], max_tokens: int, begin: int, stop: Sequence[str | int] = ()
+    ) -> Span:
+        """Sample at most `max_tokens` tokens behind `ids`.
+
+        Args:
+            ids: all tokens before.
+            max_tokens: the most to sample.
+            begin: the place in the completion where the call began, also if another engine has sampled its
+                first tokens.
+            stop: texts and tokens that end this call, beside those of the sampling section.
+        """
 
 
 class Transcript:
@@ -128,9 +141,14 @@ class Transcript:
         self.trained: list[bool] = []
         """Whether the model has written each token."""
         self.versions: list[int] = []
+        self.turn_ends: list[int] = []
+        """Number of tokens at the end of each call of the model, of those that no drain has cut off."""
         self.finish_reason = "length"
         self.stop_reason: Any = None
         """As in the last Span."""
+        self._asked: Counter[tuple[int, ...]] = Counter()
+        self.further: list[Transcript] = []
+        """Further branches of an agent's episode, each of which becomes a completion of its own."""
         self._work: asyncio.Future[list[int]] | None = None
         self._is_cut = self._is_in_call = False
 
@@ -194,6 +212,7 @@ class Transcript:
             self.finish_reason, self.stop_reason = span.finish_reason, span.stop_reason
             if span.finish_reason == ABORTED:
                 raise CutOff
+        self.turn_ends.append(len(self.ids))
         return self.ids[begin:]
 
     async def _one_call(self, begin: int) -> Span:
@@ -215,15 +234,59 @@ class Transcript:
             return False
         trained = begun.get("trained_tokens") or [True] * len(begun["completion_ids"])
         end = next((i for i in range(begin, len(trained)) if not trained[i]), len(trained))
+        # where nothing was added between two calls, only this tells them apart
+        known = next((place for place in begun.get("turn_ends") or () if begin < place <= end), None)
+        end = end if known is None else known
         self._wrote(
             begun["completion_ids"][begin:end],
             begun["sampling_logprobs"][begin:end],
             [begun["version_min"], begun["version_max"]],
         )
-        if begin < end == len(trained) and begun.get("is_whole"):
-            self.finish_reason = begun["finish_reasons"]
-            return True
-        return begin < end < len(trained)
+        if known is not None and end == len(trained):
+            is_known = begun["finish_reasons"] != ABORTED
+            self.finish_reason = begun["finish_reasons"] if is_known else "stop"
+        return known is not None or begin < end < len(trained)
+
+    async def ask(self, ids: list[int], max_tokens: int | None, stop: Sequence[str | int]) -> Span:
+        """Make a call of the model that is no part of the completion yet: `adopt` puts all of them together.
+
+        Args:
+            ids: all tokens before, the prompt included, which may be another one than the group's.
+            max_tokens: the most to sample; None: as many as there is room for.
+            stop: texts and tokens that end this call.
+
+        Returns:
+            What was sampled; nothing, with finish_reason "length", if there is no room.
+
+        Raises:
+            CutOff: a drain has cut the call off.
+        """
+        room = len(self.prompt_ids) + self._max_tokens - len(ids)
+        if room <= 0:
+            return Span([], [], "length", [])
+        if not self._is_cut:
+            # a prompt that is asked again, for a vote, has another seed
+            begin = len(ids) + REPEATED * self._asked[tuple(ids)]
+            self._asked[tuple(ids)] += 1
+            most = room if max_tokens is None else min(room, max_tokens)
+            span = await self._call(ids, most, begin, stop)
+            if span.finish_reason != ABORTED:
+                return span
+        raise CutOff
+
+    def adopt(self, branches: Sequence[Mapping[str, Any]]) -> None:
+        """Take over an agent's episode: its first branch here, the others in `further`.
+
+        Args:
+            branches: completion columns of each; their first token is the first one of the agent's prompt, so
+                that the transcript has no other prompt from here on.
+        """
+        self.further = [Transcript([], 0, self._call, None) for _ in branches[1:]]
+        for one, columns in zip((self, *self.further), branches, strict=False):
+            one.prompt_ids = []
+            one.ids, one.logprobs = list(columns["completion_ids"]), list(columns["sampling_logprobs"])
+            one.trained, one.versions = list(columns["trained_tokens"]), list(columns["versions"])
+            one.finish_reason, one._max_tokens = columns["finish_reason"], len(one.ids)
 
     def so_far(self) -> dict[str, Any]:
         """Return the completion columns up to the last call of the model, where another engine may go on."""
@@ -234,7 +297,7 @@ class Transcript:
             "version_min": min(self.versions, default=0),
             "version_max": max(self.versions, default=0),
             "finish_reasons": self.finish_reason,
-            "is_whole": True,
+            "turn_ends": list(self.turn_ends),
         }
 
     def columns(self, text: str) -> dict[str, Any]:
@@ -258,8 +321,9 @@ class Transcript:
 class Completions(InFlight):
     """Completions is a group of which a rollout function makes each completion."""
 
-    completions: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Index of a completion -> its completion columns, once it is finished or cut off."""
+    completions: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Index of a completion -> its completion columns, once it is finished or cut off; an agent's episode has
+    those of each branch."""
     transcripts: list[Transcript] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Different for each group; completion i has the name `name`-i at vLLM."""
@@ -281,142 +345,3 @@ class ModelCall(NamedTuple):
     max_tokens: int
     sampling: SamplingConfig
     seed: int | None
-
-
-class RolloutEngine(BaseEngine):
-    """A RolloutEngine is an engine whose completions are made by a rollout function, one call at a time.
-
-    Args:
-        drain_s: as for BaseEngine.
-        rollout: makes one completion, or the episodes of groups.
-    """
-
-    def __init__(self, drain_s: float | None = None, rollout: Rollout | Episodes = one_call) -> None:
-        super().__init__(drain_s)
-        self._rollout = rollout
-        self._num_calls = 0
-
-    async def _rest(self, work: Work) -> tuple[pa.Table, int]:
-        running = Completions(work.group, work.size)
-        with self._at_work(running):
-            tasks = [
-                asyncio.create_task(self._complete(running, i, work, episode, begun))
-                for i, (episode, begun) in enumerate(await self._begun(work))
-            ]
-            try:
-                await self._unless_dead(asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
-        missing = work.size - len(running.finished_at)
-        if isinstance(self._rollout, Episodes) and not missing:
-            await self._rollout.release(work.group["group_id"][0].as_py())
-        return self._table(running, sorted(running.completions)), missing
-
-    async def _begun(self, work: Work) -> list[tuple[Episode | None, dict[str, Any] | None]]:
-        """Return, for each completion, its episode if it is one, and what there is of it."""
-        if isinstance(self._rollout, Episodes):
-            episodes = await self._rollout.of_group(work.group, work.size, work.begun, work.done)
-            return [(episode, episode.begun) for episode in episodes]
-        return [(None, one) for one in (*work.begun, *([None] * (work.size - len(work.begun))))]
-
-    async def _unless_dead(self, work: Awaitable[Any]) -> Any:
-        """Return the result of `work`, or raise an error as soon as it can have none."""
-        return await work
-
-    async def _cut_off(self) -> None:
-        for running in self._in_flight:
-            if isinstance(running, Completions):
-                running.cut.set()
-                for transcript in running.transcripts:
-                    transcript.cut()
-
-    async def _complete(
-        self,
-        running: Completions,
-        index: int,
-        work: Work,
-        episode: Episode | None,
-        begun: dict[str, Any] | None,
-    ) -> None:
-        sampling = work.sampling
-        if isinstance(self._rollout, Episodes) and (further := await self._rollout.stop_token_ids()):
-            update = {"stop_token_ids": [*sampling.stop_token_ids, *further]}
-            sampling = sampling.model_copy(update=update)
-
-        async def call(ids: list[int], max_tokens: int, begin: int) -> Span:
-            seed = None if work.seed is None else work.seed + index + sampling.num_completions * begin
-            if not self._num_calls:  # the engine has waited for environments, and not for itself
-                self._last_token_at = time.time()
-            self._num_calls += 1
-            try:
-                return await self._span(ModelCall(running, index, ids, max_tokens, sampling, seed))
-            finally:
-                self._num_calls -= 1
-
-        if episode is not None and episode.is_lost:
-            assert begun is not None
-            running.completions[index] = {**begun, "finish_reasons": "stop", **episode.columns()}
-            running.finished_at[index] = time.time()
-            return
-        most = min(sampling.max_tokens, self._longest(running))
-        transcript = Transcript(running.prompt_ids, most, call, begun)
-        running.transcripts.append(transcript)
-        if episode is None:
-            assert not isinstance(self._rollout, Episodes)
-            await transcript.run(self._rollout)
-        else:
-            of_episode = episode  # for the type checker
-
-            async def rollout(prompt_ids: list[int], sample: Sample) -> list[int]:
-                return await of_episode.run(prompt_ids, sample, transcript)
-
-            await transcript.run(rollout, may_be_empty=True)
-        if not any(transcript.trained) and transcript.finish_reason == ABORTED:
-            return  # cut off before the model's first token
-        own = {} if episode is None else episode.columns()
-        running.completions[index] = {**transcript.columns(self._written_text(transcript, sampling)), **own}
-        if transcript.finish_reason != ABORTED:
-            running.finished_at[index] = time.time()
-
-    def _is_sampling(self) -> bool:
-        return self._num_calls > 0 or not isinstance(self._rollout, Episodes)
-
-    def _table(self, running: InFlight, which: Sequence[int]) -> pa.Table:
-        assert isinstance(running, Completions)
-        rows = [running.completions[i] for i in which]
-        names = [*groups.COMPLETION_COLUMNS]
-        if self._rollout is not one_call:
-            names.append("trained_tokens")
-        columns: dict[str, Any] = {name: [[row[name] for row in rows]] for name in names}
-        if isinstance(self._rollout, Episodes):
-            columns |= self._rollout.table_columns(rows)
-        return groups.with_columns(running.group, **columns)
-
-    @abc.abstractmethod
-    async def _span(self, call: ModelCall) -> Span:
-        """Call the model."""
-
-    @abc.abstractmethod
-    def _longest(self, running: Completions) -> int:
-        """Return the number of tokens for which the model has room behind the group's prompt."""
-
-    def _written_text(self, transcript: Transcript, sampling: SamplingConfig) -> str:
-        """Return what the model has written, its turns joined by line ends.
-
-        What it has read in between is in the tokens alone: rewards grade no text of tools or environments.
-        """
-        texts, end = [], 0
-        for is_trained, run in itertools.groupby(transcript.trained):
-            begin, end = end, end + len(list(run))
-            if is_trained:
-                stop = transcript.stop_reason if end == len(transcript.ids) else None
-                before = [*transcript.prompt_ids, *transcript.ids[:begin]]
-                texts.append(self._text(before, transcript.ids[begin:end], stop, sampling))
-        return "\n".join(texts)
-
-    @abc.abstractmethod
-    def _text(
-        self, before: Sequence[int], ids: Sequence[int], stop_reason: Any, sampling: SamplingConfig
-    ) -> str:
-        """Return the text of a turn's tokens `ids`, which the tokens `before` came before."""

@@ -26,6 +26,8 @@ class Request:
     kept: list[Any]
     """Tables with completions that survive the engine's death, as Arrow IPC buffers in the driver's memory
     (rows of other groups included), or, of those that the group began with, object refs of them."""
+    num_freed: int = 0
+    """Number of its finished completions whose places at the engine others may already have."""
 
     def rescued(self, group_id: int) -> tuple[Any, ...]:
         """Return `kept` without the rows of other groups; object refs are returned as they are."""
@@ -49,7 +51,8 @@ class Slot:
     capacity: int
     """Largest number of completions in flight."""
     load: int = 0
-    """Number of completions in flight, those of groups that are just being assigned included."""
+    """Number of completions in flight, those of groups that are just being assigned included. A finished one
+    of an unfinished group counts until the driver has it."""
     engine: Any = None
     """Handle of the engine's actor; None while the slot is empty."""
     node: str = ""

@@ -30,9 +30,11 @@ from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import EnginesConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
+from gvpo_ray.engines.base import num_rollouts
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.engines.turns import Sleepers, Turns
 from gvpo_ray.files import DiskFull
+from gvpo_ray.groups import from_wire
 from gvpo_ray.observe.status import EngineState
 
 Weights = Callable[[int], Awaitable[tuple[int, Any] | None]]
@@ -258,9 +260,15 @@ class Supervisor:
             if not group_ids:
                 return  # the engine is closed
             self._num_collected += len(group_ids)
-            for group_id in group_ids:
+            rows = from_wire(table)
+            counts = [num_rollouts(rows.slice(i, 1)) for i in range(len(rows))]
+            for group_id, num in zip(group_ids, counts, strict=True):
                 if group_id in slot.in_flight:
                     slot.in_flight[group_id].kept.append(table)
+                    # one long completion does not keep the places of its siblings
+                    slot.in_flight[group_id].num_freed += num
+                    slot.load -= num
+            self._changed()
 
     async def _watch(self, slot: Slot, engine: Any) -> None:
         """Watch an engine for a hang, and keep its newest status.
@@ -301,7 +309,7 @@ class Supervisor:
 
         async def drained() -> None:
             await engine.drain.remote(seconds)
-            while slot.load:
+            while slot.load or slot.in_flight:
                 await asyncio.sleep(0.05)
 
         await _within(limit, drained(), f"not drained within {limit:g} s")

@@ -15,15 +15,9 @@ from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.turns import Turns
 from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, why_it_died
-from gvpo_ray.engines.rollout import (
-    Completions,
-    Episodes,
-    ModelCall,
-    Rollout,
-    RolloutEngine,
-    Span,
-    one_call,
-)
+from gvpo_ray.engines.rollout import Completions, Episodes, ModelCall, Rollout, Span, one_call
+from gvpo_ray.engines.rollout_engine import Agents, RolloutEngine
+from gvpo_ray.engines.serving import Serve, Serving
 from gvpo_ray.engines.vllm_arguments import vllm_arguments
 from gvpo_ray.home import ensure_home
 
@@ -55,6 +49,7 @@ class Engine(RolloutEngine):
         num_completions: completions per group of the training. vLLM's scheduler takes pool.max_groups times
             as many at once; its own default would be 128.
         sleeps: whether the engine must be able to free its GPU's memory while the learner trains.
+        serve: how vLLM's HTTP server answers, once the engine is started; None: there is none.
     """
 
     def __init__(
@@ -68,8 +63,11 @@ class Engine(RolloutEngine):
         rollout: Rollout | Episodes = one_call,
         num_completions: int = SamplingConfig().num_completions,
         sleeps: bool = False,
+        serve: Serve | None = None,
     ) -> None:
         super().__init__(drain_s, rollout)
+        self._serve = serve
+        self.serving: Serving | None = None
         self._model, self._pool, self._transfer = model, pool, transfer
         self.arguments = vllm_arguments(
             model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
@@ -114,8 +112,19 @@ class Engine(RolloutEngine):
         await self._unless_dead(self._llm.update_weight_version(str(self.version)))
         if self._transfer == "objects":
             await self.init_transfer({})
+        if self._serve is not None:
+            await self._begin_to_serve(self._serve)
         self._leave_on_sigterm()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid()}
+
+    async def _begin_to_serve(self, serve: Serve) -> None:
+        from gvpo_ray.engines.vllm_server import vllm_app
+
+        app = await vllm_app(self._llm, self._model.path, serve, lambda: self._may_begin(0))
+        self.serving = Serving(app, serve.token, serve.host())
+        await self.serving.start()
+        if isinstance(self._rollout, Agents):
+            self._rollout.serving = self.serving
 
     async def _span(self, call: ModelCall) -> Span:
         """Call the model, as a request of its own.
@@ -370,13 +379,15 @@ class Engine(RolloutEngine):
             )
             if num_tokens > self._num_tokens:
                 self._num_tokens, self._last_token_at = num_tokens, time.time()
-        return await super().status()
+        return {**await super().status(), "address": self.serving and self.serving.address}
 
     async def close(self) -> None:
         """End vLLM's core process."""
         await super().close()
         if self._node_copy is not None:  # first: vLLM may take longer to end than this process has
             self._node_copy.close()
+        if self.serving is not None:
+            await self.serving.close()
         if self._llm is not None:
             self._watcher.cancel()
             self._llm.shutdown()

@@ -8,7 +8,8 @@
         def respond(self, message: str) -> str | None: ...       # after a turn without tool calls; None: over
         def get_reward(self) -> float | None: ...                # None: this episode cannot be scored
 
-Any of the methods may be async. An object belongs to one episode; nothing but its own calls changes it.
+Any of the methods may be async. An object belongs to one episode and has a process of its own, forked from
+one that has imported the class.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.environments.host import tool_names
-from gvpo_ray.sandbox.functions import find
+from gvpo_ray.environments.world import tool_names
+from gvpo_ray.sandbox.functions import find, of_user
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,8 @@ def read_contract(config: EnvironmentConfig, verifiers: VerifiersConfig | None =
             reward.
     """
     key = "environment.name"
-    try:
-        cls = find(config.name)
-    except Exception as error:  # importing a user's module may raise anything
-        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{key}: {kind}{error}") from error
+    assert config.name is not None
+    cls: Any = of_user(key, partial(find, config.name))
     if not isinstance(cls, type):
         raise ConfigError(f"{key}: {config.name} is {type(cls).__name__}, not a class")
     try:
@@ -112,8 +111,8 @@ def _schema(cls: type, name: str) -> dict[str, Any]:
     return schema
 
 
-def pickled_by_value(cls: type) -> None:
-    """Let a user's class travel to other machines with its code, as they may lack its file."""
+def pickled_by_value(cls: Any) -> None:
+    """Let a user's class or function travel to other machines with its code, as they may lack its file."""
     import ray
 
     module = sys.modules.get(cls.__module__)

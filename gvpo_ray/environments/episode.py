@@ -20,10 +20,12 @@ import pyarrow as pa
 
 from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
+from gvpo_ray.config.environment import BROKEN, ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.dialogue import Dialogue, dialogue_of
-from gvpo_ray.environments.host import GONE, Answer, Opened
+from gvpo_ray.environments.forks import START_S
+from gvpo_ray.environments.host import GONE, Opened
+from gvpo_ray.environments.world import Answer, Outcome
 
 MARGIN_S = 30.0
 """Seconds that a host has beside its calls' time limits before it counts as hanging."""
@@ -55,6 +57,8 @@ class Progress(Protocol):
 
     finish_reason: str
     """Of the last call of the model."""
+    turn_ends: list[int]
+    """Number of the completion's tokens at the end of each call of the model."""
 
     def so_far(self) -> dict[str, Any]:
         """Return the completion columns up to here."""
@@ -85,11 +89,15 @@ class Episode:
     num_turns: int = 0
     num_calls: int = 0
     num_errors: int = 0
+    num_hung: int = 0
+    num_refused: int = 0
     end: str = ""
     """How it has ended: "stop" (the policy or the environment), "max_turns", "length" (no room), "renderer"
-    (the family's conversations cannot go on) or "lost" (no reward, with a reason); "": it has not."""
+    (the family's conversations cannot go on), "lost" (no reward, with a reason) or "broken" (the same, by a
+    tool call of the policy); "": it has not."""
     reward: float | None = None
     reason: str | None = None
+    _turn_ends: Sequence[int] = ()
 
     @property
     def is_lost(self) -> bool:
@@ -98,6 +106,7 @@ class Episode:
 
     async def run(self, prompt_ids: list[int], sample: Sample, progress: Progress) -> list[int]:
         """Make the completion; return its tokens."""
+        self._turn_ends = progress.turn_ends
         ids = self.dialogue.opening(self.row, self.opened.said)
         if self.opened.reason is not None:
             self._lose(self.opened.reason)
@@ -111,7 +120,7 @@ class Episode:
                 self.end = "length"
                 break
             ids += await self._answered(before, turn, progress)
-        if self.end != "lost":
+        if self.end not in ("lost", BROKEN):
             await self._finish(progress)
         return ids
 
@@ -119,7 +128,8 @@ class Episode:
         """Let the environment answer a turn; return the tokens of its answer, or set how the episode ends."""
         read = self.dialogue.turn(before, turn)
         self.num_calls += len(read.calls)
-        limit_s = self.config.timeout_s * max(1, len(read.calls)) + MARGIN_S
+        num_made = min(len(read.calls), self.config.max_calls)
+        limit_s = self.config.timeout_s * max(1, num_made) + MARGIN_S
         try:
             answer: Answer = await self._host(
                 "act", self.num_turns - 1, progress.so_far(), read.calls, read.text, limit_s=limit_s
@@ -127,8 +137,10 @@ class Episode:
         except LostError:
             answer = Answer(reason=GONE)
         self.num_errors += answer.num_errors
+        self.num_hung += answer.num_hung
+        self.num_refused += answer.num_refused
         if answer.reason is not None:
-            self._lose(answer.reason)
+            self._lose(answer.reason, answer.is_broken)
         elif answer.is_over:
             self.end = "stop"
         elif self.num_turns >= self.config.max_turns:
@@ -145,24 +157,40 @@ class Episode:
             self._lose(NO_ROOM)
             return
         try:
-            self.reward, self.reason = await self._host(
+            outcome: Outcome = await self._host(
                 "finish", progress.so_far(), limit_s=self.config.timeout_s + MARGIN_S
             )
         except LostError:
             self._lose(GONE)
+            return
+        self.reward, self.reason = outcome.reward, outcome.reason
+        if outcome.is_broken:
+            self.end = BROKEN
 
     async def _host(self, method: str, *args: Any, limit_s: float) -> Any:
         assert self.client is not None
         return await self.client.call(method, self.opened.name, self.opened.lease, *args, limit_s=limit_s)
 
-    def _lose(self, reason: str) -> None:
-        self.end, self.reason = "lost", reason
+    def _lose(self, reason: str, is_broken: bool = False) -> None:
+        self.end, self.reason = BROKEN if is_broken else "lost", reason
 
     def columns(self) -> dict[str, Any]:
         """Return what the group table holds of the episode beside its tokens."""
-        counts = {"turns": self.num_turns, "tool_calls": self.num_calls, "tool_errors": self.num_errors}
+        entry: dict[str, Any] = {
+            "name": self.opened.name,
+            "turns": self.num_turns,
+            "tool_calls": self.num_calls,
+            "tool_errors": self.num_errors,
+            "tool_hung": self.num_hung,
+            "tool_refused": self.num_refused,
+            "end": self.end,
+        }
+        if self.opened.said:
+            entry["said"] = self.opened.said  # a part of the question, for reward functions
+        if not self.end:
+            entry["turn_ends"] = self._turn_ends  # for the engine that goes on
         return {
-            "episodes": json.dumps({"name": self.opened.name, **counts, "end": self.end}),
+            "episodes": json.dumps(entry),
             "reward_parts": self.reward,
             "reward_reasons": self.reason,
         }
@@ -240,8 +268,8 @@ class Episodes:
                 # the host knows the last whole turn, and a drain what has been sampled since
                 size = len(known["completion_ids"]) if known else 0
                 if further is not None and len(further["completion_ids"]) > size:
-                    known = further
-                found.append(Episode(self._config, dialogue, row, client, one, known))
+                    known = {**further, "turn_ends": json.loads(further["episodes"]).get("turn_ends")}
+                found.append(self._episode(dialogue, row, client, one, known))
         for name, columns in cut.items():
             lost = Episode(self._config, dialogue, row, None, Opened(name, 0, None), columns)
             lost.end, lost.reason = "lost", GONE
@@ -249,6 +277,17 @@ class Episodes:
             found.append(lost)
         found = found[:num]
         return found + await self._opened(group_id, row, dialogue, num - len(found))
+
+    def _episode(
+        self,
+        dialogue: Dialogue,
+        row: Mapping[str, Any],
+        client: Client,
+        opened: Opened,
+        begun: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return an episode that a host has; an agent's is another one (agent.py)."""
+        return Episode(self._config, dialogue, row, client, opened, begun)
 
     async def _claimed(self, client: Client, group_id: int, without: list[str]) -> list[Opened]:
         try:
@@ -265,7 +304,7 @@ class Episodes:
         for _ in range(num):
             self._next = (self._next + 1) % len(self._clients)
             shares[self._next] += 1
-        limit_s = 2 * self._config.timeout_s + MARGIN_S
+        limit_s = START_S + 2 * self._config.timeout_s + MARGIN_S
 
         async def at(number: int, share: int) -> list[Episode]:
             for tries in range(MAX_TRIES):
@@ -276,7 +315,7 @@ class Episodes:
                     last = error
                     await asyncio.sleep(min(5.0, 0.2 * 2**tries))
                     continue
-                return [Episode(self._config, dialogue, row, client, one) for one in opened]
+                return [self._episode(dialogue, row, client, one) for one in opened]
             raise NoEnvironmentError(f"environment: no actor begins an episode: {last}")
 
         parts = await asyncio.gather(*(at(number, share) for number, share in shares.items() if share))

@@ -3,38 +3,52 @@
 It also keeps each episode's tokens up to its last turn. So when an engine dies, another one claims the
 episodes of its groups and goes on with their tokens, and the environments have lost nothing. Every turn has a
 number, and a turn that has been made is answered again and not made again.
+
+Each environment is in a process of its own (forks.py), so that no number of calls that hang touches the host
+or another episode. A tool call that does not return is an error that the policy reads. One that brings its
+process down ends the episode, and so does whatever fails after a call that has hung: then the policy's calls
+are the cause, and the episode is worth no more than the worst of its group (verifiers/verifier.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import json
-import math
+import itertools
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from gvpo_ray.config.shown import know, mask
 from gvpo_ray.config.verifiers import ReasonKind
-from gvpo_ray.data.dialogue import Call
-from gvpo_ray.sandbox.functions import describe
-
-MAX_THREADS = 256
-"""Most calls of synchronous methods at once."""
-
-MAX_HUNG = 8
-"""Number of synchronous calls, late and still in their threads, which nothing can end, at which the host's
-process ends and is started again. One that returns late, or had no thread yet, is none of them."""
+from gvpo_ray.data.calls import Call
+from gvpo_ray.environments.forks import BrokenError
+from gvpo_ray.environments.world import Answer, Outcome
 
 GONE = "environment: its actor died, and the episode's state with it"
 """Reason of an episode whose environment is no more."""
 
+BY_POLICY = "environment: brought down by a tool call: "
+"""Begins the reason of an episode whose environment the policy has brought down: no prompt is to blame."""
+
 SoFar = dict[str, Any]
 """Completion columns of an episode, up to the end of a turn."""
+
+
+class AnyWorld(Protocol):
+    """The AnyWorld protocol is what a host needs of a world: forks.WorldProcess has it, and world.World."""
+
+    async def open(self, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """Make and reset the environment; return what it says, or why it could not begin."""
+
+    async def act(self, calls: Sequence[Call], message: str) -> Answer:
+        """Make a turn's tool calls, or let the environment respond to its message."""
+
+    async def score(self) -> Outcome:
+        """Return the reward."""
+
+    async def close(self) -> None:
+        """Let the environment go."""
 
 
 @dataclass
@@ -51,61 +65,47 @@ class Opened:
     """Why it could not begin."""
 
 
-@dataclass
-class Answer:
-    """An Answer is what a turn has led to."""
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    """Of the roles "tool" and "user"."""
-    num_errors: int = 0
-    """Tool calls that failed, malformed ones included."""
-    is_over: bool = False
-    """Whether the environment says that the episode ends here."""
-    reason: str | None = None
-    """Why it cannot go on and has no reward: a call did not return, or the environment failed."""
-
-
 @dataclass(eq=False)
 class _Episode:
     name: str
     group_id: int
-    environment: Any
+    number: int
+    """Of all that this host has begun, in the order of `open`: engines draw the seeds by the place in it."""
+    world: AnyWorld
     said: str | None = None
     lease: int = 0
     so_far: SoFar | None = None
     turns: list[asyncio.Task[Answer]] = field(default_factory=list)
-    outcome: asyncio.Task[tuple[float | None, str | None]] | None = None
-
-
-class HangError(Exception):
-    """A call of an environment did not return within its time limit."""
+    outcome: asyncio.Task[Outcome] | None = None
+    has_hung: bool = False
+    """Whether a tool call has, or has brought the world down."""
 
 
 class Host:
-    """A Host makes environments, and calls their methods within a time limit.
+    """A Host makes worlds and gives them the turns of their episodes.
 
     Args:
-        cls: the environment's class.
-        arguments: of the class.
-        timeout_s: time limit of a call, in seconds.
+        make: starts a world.
     """
 
-    def __init__(self, cls: type, arguments: Mapping[str, Any], timeout_s: float) -> None:
-        know({"arguments": dict(arguments)})
-        self._make: Callable[[], Any] = lambda: cls(**arguments)
-        self._responds, self._has_reward = hasattr(cls, "respond"), hasattr(cls, "get_reward")
-        self._timeout_s, self._late = timeout_s, list[Future[Any]]()
-        self._threads = ThreadPoolExecutor(MAX_THREADS)
+    def __init__(self, make: Callable[[], Awaitable[AnyWorld]]) -> None:
+        self._make = make
         self._episodes: dict[str, _Episode] = {}
+        self._numbers = itertools.count()
 
     async def open(self, group_id: int, row: Mapping[str, Any], num: int) -> list[Opened]:
         """Begin `num` episodes of a group; `row` goes to reset, as far as it has such arguments."""
-        return list(await asyncio.gather(*(self._open(group_id, row) for _ in range(num))))
+        numbers = [next(self._numbers) for _ in range(num)]
+        return list(await asyncio.gather(*(self._open(group_id, number, row) for number in numbers)))
 
     async def claim(self, group_id: int, without: Iterable[str] = ()) -> list[Opened]:
-        """Take over the episodes of a group that there are, but for those of the names `without`."""
+        """Take over the episodes of a group that there are, but for those of the names `without`.
+
+        They are in the order in which they were begun, whichever was reset first.
+        """
         left_out = set(without)
         found = [e for e in self._episodes.values() if e.group_id == group_id and e.name not in left_out]
+        found.sort(key=lambda episode: episode.number)
         for episode in found:
             episode.lease += 1
         return [Opened(e.name, e.lease, e.said, e.so_far) for e in found]
@@ -131,169 +131,56 @@ class Host:
             episode.turns.append(asyncio.ensure_future(self._act(episode, calls, message)))
         return await asyncio.shield(episode.turns[turn])
 
-    async def finish(self, name: str, lease: int, so_far: SoFar) -> tuple[float | None, str | None]:
+    async def finish(self, name: str, lease: int, so_far: SoFar) -> Outcome:
         """End an episode; return its reward, or None and the reason."""
         episode = self._episodes.get(name)
         if episode is None or episode.lease != lease:
-            return None, GONE
+            return Outcome(None, GONE)
         if episode.outcome is None:
             episode.so_far = so_far
-            episode.outcome = asyncio.ensure_future(self._reward(episode))
+            episode.outcome = asyncio.ensure_future(self._score(episode))
         return await asyncio.shield(episode.outcome)
 
     async def release(self, group_id: int) -> None:
         """Forget the episodes of a group, which nobody will claim."""
         for name in [e.name for e in self._episodes.values() if e.group_id == group_id]:
-            del self._episodes[name]
+            await self._episodes.pop(name).world.close()
 
-    async def status(self) -> dict[str, int]:
+    async def status(self) -> dict[str, Any]:
         """Return the number of episodes, and the pid."""
         return {"num_episodes": len(self._episodes), "pid": os.getpid()}
 
-    async def _open(self, group_id: int, row: Mapping[str, Any]) -> Opened:
+    async def _open(self, group_id: int, number: int, row: Mapping[str, Any]) -> Opened:
         name = uuid.uuid4().hex
         try:
-            environment = await self._call(self._make)
-            said = await self._call(environment.reset, **_fitting(environment.reset, row))
-        except Exception as error:  # a user's class may raise anything
-            return Opened(name, 0, None, reason=_why("reset", error))
-        said = None if said is None else str(said)
-        self._episodes[name] = _Episode(name, group_id, environment, said)
+            world = await self._make()
+            said, reason = await world.open(row)
+        except BrokenError as error:
+            return Opened(name, 0, None, reason=f"{ReasonKind.CRASH}: environment: reset: {error}")
+        if reason is not None:
+            await world.close()
+            return Opened(name, 0, None, reason=reason)
+        self._episodes[name] = _Episode(name, group_id, number, world, said)
         return Opened(name, 0, said)
 
     async def _act(self, episode: _Episode, calls: Sequence[Call], message: str) -> Answer:
-        environment = episode.environment
-        if not calls:
-            if not self._responds:
-                return Answer(is_over=True)
-            try:
-                text = await self._call(environment.respond, message)
-            except Exception as error:  # a user's class may raise anything
-                return Answer(reason=_why("respond", error))
-            if text is None:
-                return Answer(is_over=True)
-            return Answer([{"role": "user", "content": str(text)}])
-        tools, names = [_tool(environment, call) for call in calls], tool_names(type(environment))
-        at_once = {
-            i: asyncio.ensure_future(self._result(tool, call))
-            for i, (tool, call) in enumerate(zip(tools, calls, strict=True))
-            if inspect.iscoroutinefunction(tool)
-        }
-        results: list[tuple[str, bool]] = []
         try:
-            for i, (tool, call) in enumerate(zip(tools, calls, strict=True)):
-                results.append(await (at_once[i] if i in at_once else self._result(tool, call)))
-        except HangError as error:
-            return Answer(reason=_why(call.name, error))
-        finally:
-            for task in at_once.values():
-                task.cancel()
-        messages = [
-            # some templates write the name: one that is no tool's may spell special tokens
-            {"role": "tool", "name": call.name if call.name in names else "unknown", "content": text}
-            for call, (text, _) in zip(calls, results, strict=True)
-        ]
-        return Answer(messages, sum(is_error for _, is_error in results))
+            answer = await episode.world.act(calls, message)
+        except BrokenError as error:
+            episode.has_hung = episode.has_hung or bool(calls)
+            what = ", ".join(dict.fromkeys(call.name for call in calls)) or "respond"
+            answer = Answer(reason=f"{ReasonKind.CRASH}: environment: {what}: {error}")
+        episode.has_hung = episode.has_hung or answer.num_hung > 0
+        if answer.reason is not None and episode.has_hung:
+            answer.is_broken, answer.reason = True, BY_POLICY + answer.reason
+        return answer
 
-    async def _result(self, tool: Any, call: Call) -> tuple[str, bool]:
-        """Make a tool call; return its result as text, and whether it is an error that the policy reads."""
-        if isinstance(tool, str):
-            return f"Error: {tool}", True
+    async def _score(self, episode: _Episode) -> Outcome:
         try:
-            value = await self._call(tool, **call.arguments)
-            # a result may have no text: an integer of more than 4300 digits, a dict with tuples as keys
-            if isinstance(value, (dict, list, tuple)):
-                return json.dumps(value, default=str, ensure_ascii=False), False
-            return str(value), False
-        except HangError:
-            raise
-        except Exception as error:  # what the policy's arguments lead to
-            return f"Error: {type(error).__name__}: {mask(str(error))}", True
-
-    async def _reward(self, episode: _Episode) -> tuple[float | None, str | None]:
-        if not self._has_reward:
-            return None, None
-        try:
-            value = await self._call(episode.environment.get_reward)
-            if value is None:
-                return None, "environment: get_reward gave None"
-            reward = float(value)
-        except Exception as error:  # a user's class may raise anything
-            return None, _why("get_reward", error)
-        if not math.isfinite(reward):
-            return None, f"environment: get_reward gave {reward}"
-        return reward, None
-
-    async def _call(self, function: Callable[..., Any], /, *args: Any, **arguments: Any) -> Any:
-        """Call a method within the time limit; raise HangError where it does not return."""
-        in_thread: Future[Any] | None = None
-        try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                if inspect.iscoroutinefunction(function):
-                    return await function(*args, **arguments)
-                in_thread = self._threads.submit(_guarded, function, args, arguments)
-                value = await asyncio.wrap_future(in_thread)
-                return await value if inspect.isawaitable(value) else value
-        except TimeoutError:
-            if not limit.expired():  # the environment's own
-                raise
-        if in_thread is not None and not in_thread.cancel():
-            self._late = [one for one in (*self._late, in_thread) if not one.done()]
-            if len(self._late) >= MAX_HUNG:
-                self._worn_out()
-        raise HangError(f"no answer within {self._timeout_s:g} s")
-
-    def _worn_out(self) -> None:
-        """End the process soon, so that this call's answer still arrives."""
-        asyncio.get_running_loop().call_later(1.0, os._exit, 1)
-
-
-def _guarded(function: Callable[..., Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
-    """Call a function in which SystemExit and its kin are errors like others."""
-    try:
-        return function(*args, **arguments)
-    except Exception:
-        raise
-    except BaseException as error:  # a tool that calls sys.exit must not end the host
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-
-def _tool(environment: Any, call: Call) -> Any:
-    """Return the method that a call names, or what is wrong with the call."""
-    if call.error is not None:
-        return call.error
-    names = tool_names(type(environment))
-    if call.name not in names:
-        return f"there is no tool {call.name!r}, only {', '.join(names) or 'conversation'}"
-    tool = getattr(environment, call.name)
-    try:
-        inspect.signature(tool).bind(**call.arguments)
-    except TypeError as error:
-        return f"{call.name}: {error}"
-    return tool
-
-
-def tool_names(cls: type) -> list[str]:
-    """Return the names of a class's tools: its public methods but for reset, respond and get_reward."""
-    return [
-        name
-        for name, value in inspect.getmembers(cls)
-        if not name.startswith("_")
-        and name not in ("reset", "respond", "get_reward")
-        and inspect.isroutine(value)
-    ]
-
-
-def _fitting(function: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those columns of a row that a function takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(row)
-    return {parameter.name: row[parameter.name] for parameter in parameters if parameter.name in row}
-
-
-def _why(method: str, error: Exception) -> str:
-    """Return the reason of an episode that an environment's method has ended."""
-    if isinstance(error, HangError):
-        return f"{ReasonKind.TIMEOUT}: environment: {method}: {error}"
-    return f"environment: {method} raised {describe(error)}"
+            outcome = await episode.world.score()
+        except BrokenError as error:
+            outcome = Outcome(None, f"{ReasonKind.CRASH}: environment: get_reward: {error}")
+        await episode.world.close()  # nobody asks it for anything else
+        if outcome.reason is not None and episode.has_hung:
+            return Outcome(None, BY_POLICY + outcome.reason, is_broken=True)
+        return outcome

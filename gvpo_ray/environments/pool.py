@@ -6,6 +6,10 @@ This module imports neither torch nor vLLM, because actors import it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -17,11 +21,27 @@ from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.environments.contract import Contract, pickled_by_value
 from gvpo_ray.environments.episode import Episodes, LostError, NoEnvironmentError
+from gvpo_ray.environments.forks import Forks
 from gvpo_ray.environments.host import Host
+from gvpo_ray.environments.world import Limits
 
 
 class _EnvironmentActor(Host):
-    pass
+    def __init__(self, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
+        forks = Forks(cls, arguments, limits)
+        super().__init__(forks.world)
+        threading.Thread(target=_end_with, args=(forks,), daemon=True).start()
+        self._unprotected: list[str] = getattr(cls, "_unprotected", list)()
+
+    async def status(self) -> dict[str, Any]:
+        """Add what this machine's kernel does not protect from programs of the environment."""
+        return {**await super().status(), "unprotected": self._unprotected}
+
+
+def _end_with(forks: Forks) -> None:
+    """End this process, which Ray starts again, with its worlds: no tool call is to blame for their end."""
+    forks.wait()
+    os._exit(1)
 
 
 class EnvironmentGroup:
@@ -31,27 +51,23 @@ class EnvironmentGroup:
         config: the section.
         contract: the environment's class.
         note: called with every restart of an actor.
+        say: called with lines for the user.
     """
 
-    def __init__(self, config: EnvironmentConfig, contract: Contract, note: Note) -> None:
+    def __init__(
+        self, config: EnvironmentConfig, contract: Contract, note: Note, say: Callable[[str], None]
+    ) -> None:
         pickled_by_value(contract.cls)
-        self._config, self._contract, self._note = config, contract, note
-        self._processes: dict[int, int] = {}
-        self.actors: list[Any] = [
-            ray.remote(_EnvironmentActor)
-            .options(
-                name=actor_name(f"environment-{number}"),
-                num_cpus=config.num_cpus,
-                resources=config.resources,
-                max_concurrency=10_000,
-                scheduling_strategy="SPREAD",
-                max_restarts=-1,
-                max_task_retries=0,
-            )
-            .remote(contract.cls, contract.arguments, config.timeout_s)
-            for number in range(config.num)
-        ]
+        self._contract = contract
+        self._begin(config, note, say)
+        limits = Limits(config.timeout_s, config.max_calls)
+        self.actors: list[Any] = spread(config, _EnvironmentActor, contract.cls, contract.arguments, limits)
         """Handles of the actors."""
+
+    def _begin(self, config: EnvironmentConfig, note: Note, say: Callable[[str], None]) -> None:
+        self._config, self._note, self._say = config, note, say
+        self._processes: dict[int, int] = {}
+        self._said: set[str] = set()
 
     def episodes(self, model: ModelConfig, prompts: PromptsConfig) -> Episodes:
         """Return what engines make episodes with."""
@@ -63,20 +79,42 @@ class EnvironmentGroup:
         """Note every restart of an actor; what is wrong with one that cannot be reached, its callers say."""
         while True:
             for number, actor in enumerate(self.actors):
-                try:
-                    pid = (await actor.status.remote())["pid"]
-                except RayError:
-                    continue
-                if self._processes.setdefault(number, pid) != pid:
-                    self._processes[number] = pid
-                    why = "its process or its node died; its episodes ended without a reward"
-                    self._note("environment", f"environment-{number}", why)
+                with contextlib.suppress(RayError):
+                    self._take(number, await actor.status.remote())
             await asyncio.sleep(WATCH_S)
+
+    def _take(self, number: int, status: Mapping[str, Any]) -> None:
+        for sentence in status["unprotected"]:
+            if sentence not in self._said:
+                self._said.add(sentence)
+                self._say(f"not protected from programs of the environment: {sentence}")
+        if self._processes.setdefault(number, status["pid"]) != status["pid"]:
+            self._processes[number] = status["pid"]
+            why = "its process or its node died; its episodes ended without a reward"
+            self._note("environment", f"environment-{number}", why)
 
     async def close(self) -> None:
         """Kill the actors."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+
+
+def spread(config: EnvironmentConfig, actor: type, *arguments: Any) -> list[Any]:
+    """Start the actors of an environment, spread over the nodes; return their handles."""
+    return [
+        ray.remote(actor)
+        .options(
+            name=actor_name(f"environment-{number}"),
+            num_cpus=config.num_cpus,
+            resources=config.resources,
+            max_concurrency=10_000,
+            scheduling_strategy="SPREAD",
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+        .remote(*arguments)
+        for number in range(config.num)
+    ]
 
 
 WATCH_S = 1.0

@@ -6,6 +6,7 @@ verifiers: {rewards: {math: 1}}                                # it gives no rew
 
 from __future__ import annotations
 
+from gvpo_ray.sandbox.confine import unprotected
 from gvpo_ray.sandbox.programs import Programs, StoppedError
 
 MAX_OUTPUT = 4000
@@ -33,7 +34,7 @@ class Python:
         Args:
             code: The whole program; variables of earlier programs are gone.
         """
-        # A sandbox belongs to the thread that has made it, and each call may have another one.
+        # A sandbox belongs to the thread that has made it, and a call after one that hangs has another one.
         programs = Programs(**self._limits)  # type: ignore[arg-type]
         try:
             return programs.run(code, "", MAX_OUTPUT) or "(the program printed nothing)"
@@ -41,3 +42,8 @@ class Python:
             raise RuntimeError(str(stopped)) from None
         finally:
             programs.close()
+
+    @staticmethod
+    def _unprotected() -> list[str]:
+        """Return what this machine's kernel does not protect; an environment actor says so at the start."""
+        return unprotected()

@@ -25,6 +25,7 @@ from rich.table import Table
 from gvpo_ray import groups
 from gvpo_ray.buffer.log import GroupLog
 from gvpo_ray.config.base import DECIDES_SCORES, ConfigError, is_marked, paths, walk
+from gvpo_ray.config.loading import NOT_YAML
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import hide
 from gvpo_ray.files import lock, replacing, write_whole
@@ -155,7 +156,7 @@ def _difference(file: Path, now: Mapping[str, Any]) -> str:
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
         pairs = [(part, *item) for part in ("settings", "contents") for item in before[part].items()]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
+    except (*NOT_YAML, TypeError, KeyError, AttributeError):
         return "has an evaluation.yaml that is not an evaluation's"
     for part, key, value in pairs:
         if key not in now[part]:

@@ -8,7 +8,9 @@ gets it (m = 2), and the room that fills each column:
     prompt              "What is 3 + 4?"                 data
     answer              "7"                              data      (the gold answer, always text)
     dataset             "quickstart"                     data
-    prompt_ids          [12, 5, 9]                       data      (templated and tokenised)
+    prompt_ids          [12, 5, 9]                       data      (templated and tokenised; with an agent
+                                                                    engines: what all completions begin
+                                                                    with)
     data                '{"columns": {"level": 2}}'      data      (the row's other columns as JSON, for the
                                                                     reward functions. Optional)
     completions         ["\boxed{7}", "\boxed{8}"]       engines   (text, special tokens removed)
@@ -36,8 +38,9 @@ gets it (m = 2), and the room that fills each column:
     reference_versions  [0, 0]                           learner   (version of the reference's weights, below
                                                                     0 for another model; null: not scored)
     episodes            ['{"turns": 3, ...}', null]      engines   (JSON: name, turns, tool_calls,
-                                                                    tool_errors, end; null: no episode.
-                                                                    Optional)
+                                                                    tool_errors, end, and of an agent's
+                                                                    further branches their number; null:
+                                                                    no episode. Optional)
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A Behind publishes a version of the weights in a thread, while the learner trains on."""
+"""What a thread does while the learner trains on: a Behind publishes a version of the weights in one.
+
+Checkpoints are written so, too (checkpoint.py). Both have their tensors from copies in the host's memory.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,35 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+
+
+class HostCopies:
+    """HostCopies are copies of tensors in the host's memory, on a GPU in pinned memory, and are reused."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+        self._gpus: set[torch.device] = set()
+
+    def copy(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a copy of the tensor, which is complete after `wait`.
+
+        Args:
+            name: the copy that had this name is overwritten.
+            tensor: of the same shape each time.
+            dtype: what a floating-point tensor is converted to, where it is.
+        """
+        tensor = tensor.detach()
+        dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        if tensor.is_cuda:
+            self._gpus.add(tensor.device)
+        if name not in self._copies:
+            self._copies[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
+        return self._copies[name].copy_(tensor.to(dtype), non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait until the copies are complete."""
+        for gpu in self._gpus:
+            torch.cuda.current_stream(gpu).synchronize()
 
 
 class Behind:
@@ -26,8 +58,9 @@ class Behind:
 
     def __init__(self, dtype: torch.dtype, is_sender: bool) -> None:
         self._dtype, self._is_sender = dtype, is_sender
-        self._copies: dict[str, Tensor] = {}
-        self._sending: Future[None] | None = None
+        self._copies = HostCopies()
+        self.sending: Future[None] | None = None
+        """The end of the last publication that was begun; None: it was waited for."""
         self.measured: dict[str, float] = {}
         """The metrics of the last publication that has ended."""
 
@@ -54,7 +87,7 @@ class Behind:
             for _ in named_tensors:  # of sharded weights each is whole on every rank: none is kept
                 pass
             return
-        taken = [(name, self._copy(name, tensor.detach())) for name, tensor in named_tensors]
+        taken = [(name, self._copies.copy(name, tensor, self._dtype)) for name, tensor in named_tensors]
         event = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         copied()
 
@@ -63,36 +96,37 @@ class Behind:
                 event.synchronize()
             send(taken)
 
-        self._sending = _in_thread(work)
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        if name not in self._copies:
-            self._copies[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
-        return self._copies[name].copy_(tensor.to(dtype), non_blocking=True)
-
-    def beside(self, ask: Callable[[], Result]) -> Result:
-        """Return ask(), unless a publication fails before that answers: its error is raised then.
-
-        The answer may depend on the publication: groups are sampled with the weights that it sends.
-        """
-        if self._sending is None:
-            return ask()
-        asked = _in_thread(ask)
-        both: list[Future[Any]] = [asked, self._sending]
-        wait(both, return_when=FIRST_COMPLETED)
-        if self._sending.done():
-            self.finish()
-        return asked.result()
+        self.sending = in_thread(work)
 
     def finish(self) -> None:
         """Wait until what is being published is published, and raise the error that this failed with."""
-        sending, self._sending = self._sending, None
+        sending, self.sending = self.sending, None
         if sending is not None:
             sending.result()
 
 
-def _in_thread(work: Callable[[], Result]) -> Future[Result]:
+def beside(ask: Callable[[], Result], *works: Future[Any] | None) -> Result:
+    """Return ask(), unless a thread's work fails before that answers: its error is raised then.
+
+    The answer may depend on the work: groups are sampled with the weights that are sent.
+
+    Args:
+        ask: waits for an answer.
+        works: what threads do meanwhile.
+    """
+    pending = {work for work in works if work is not None}
+    if not pending:
+        return ask()
+    asked = in_thread(ask)
+    while not asked.done():
+        done, _ = wait({asked, *pending}, return_when=FIRST_COMPLETED)
+        for work in done & pending:
+            work.result()
+        pending -= done
+    return asked.result()
+
+
+def in_thread(work: Callable[[], Result]) -> Future[Result]:
     """Return the future of work(), which runs in a thread that no process waits for when it ends."""
     future: Future[Result] = Future()
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.files import lock, part_of, sync_to_disk, sync_tree
 from gvpo_ray.learner.damage import damage_of
 
@@ -37,6 +38,21 @@ def _complete(run_dir: str | Path) -> list[tuple[int, Path]]:
 def latest_checkpoint(run_dir: str | Path) -> tuple[int, Path] | None:
     """Return step and folder of the newest whole checkpoint of a run; None where there is none."""
     return next((entry for entry in _complete(run_dir)[::-1] if damage_of(entry[1]) is None), None)
+
+
+def checkpoint_of(run_dir: str | Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    complete = dict(_complete(run_dir))
+    if step not in complete:
+        there = ", ".join(map(str, complete)) or "none"
+        raise ConfigError(f"--step: {step}: the checkpoints in {run_dir} are of steps {there}")
+    if found := damage_of(complete[step]):
+        raise ConfigError(f"--step: {step}: its checkpoint is damaged: {found}")
+    return complete[step]
 
 
 def damaged_checkpoints(run_dir: str | Path) -> list[str]:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def damage_of(checkpoint: Path) -> str | None:
     """Return the first torn file of a checkpoint and what is wrong with it; None: all files are whole.
 
     JSON files are read; of a file of tensors only the header is, which says how long the file must be.
+    state.json names the files of optimizer/; older ones do not.
     """
     for file in sorted(checkpoint.rglob("*.json")):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
+            _read(file)
         except (OSError, ValueError) as error:
             return f"{file}: {' '.join(str(error).split())}"
     tensors = sorted(checkpoint.rglob("*.safetensors"))
     if not any(file.parent.name == "optimizer" for file in tensors):
         return f"{checkpoint / 'optimizer'}: no *.safetensors"
-    for file in [*checkpoint.rglob("*.safetensors.index.json")]:
-        for name in set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()):
-            if not (file.parent / name).is_file():
-                return f"{file.parent / name}: it is missing"
+    file = checkpoint / "state.json"
+    try:
+        named = [checkpoint / "optimizer" / name for name in _read(file).get("files", ())]
+        for file in checkpoint.rglob("*.safetensors.index.json"):
+            named += [file.parent / name for name in _read(file)["weight_map"].values()]
+    except (OSError, AttributeError, LookupError, TypeError):
+        return f"{file}: it is missing, or not as this program writes it"
+    for file in named:
+        if not file.is_file():
+            return f"{file}: it is missing"
     for file in tensors:
         try:
             if (lack := _lack_of(file)) > 0:
@@ -30,6 +38,10 @@ def damage_of(checkpoint: Path) -> str | None:
         except (OSError, ValueError, KeyError, TypeError):
             return f"{file}: its header cannot be read"
     return None
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _lack_of(file: Path) -> int:

@@ -2,7 +2,8 @@
 
     while the buffer commands it: batch(step) → train_step → publish → now and then a checkpoint
 
-Weights that go through Ray's object store are sent by a thread while the next step trains.
+Weights that go through Ray's object store are sent by a thread while the next step trains, and so are
+checkpoints written.
 
 Its result is a pure function of the initial weights and the ordered log of groups. The loop waits for the
 buffer's answers; the algorithm is step.train_step.
@@ -21,13 +22,14 @@ import torch
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.states import Command
-from gvpo_ray.files import writing
 from gvpo_ray.groups import Row
-from gvpo_ray.learner.behind import Behind
+from gvpo_ray.learner.behind import Behind, beside
 from gvpo_ray.learner.checkpoints import prune_checkpoints
+from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
 from gvpo_ray.observe.computes import write_computes
+from gvpo_ray.observe.token_examples import is_kept, write_examples
 
 Answer = TypeVar("Answer")
 
@@ -101,7 +103,7 @@ def learn(
     """
 
     def ask(question: Callable[[], Answer]) -> Answer:
-        return question() if behind is None else behind.beside(question)
+        return beside(question, policy.saving, None if behind is None else behind.sending)
 
     if policy.rank == 0:
         write_computes(settings.run_dir, policy.computes)
@@ -111,12 +113,13 @@ def learn(
     rows: list[dict[str, Any]] = []
     publish(policy, buffer, publisher, settings, rows, metrics=None, behind=behind)
     saved = policy.step > 0
+    stall: float | None = None
     while True:
         command = ask(functools.partial(buffer.next_command, policy.step + 1, saved))
         if command is Command.STOP:
             break
         if command is Command.SAVE:
-            save(policy, buffer, settings)
+            stall = save(policy, buffer, settings, waits=True)
             saved = True
             continue
         asked = time.perf_counter()
@@ -125,8 +128,15 @@ def learn(
             break
         got = time.perf_counter()
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
-        metrics = train_step(policy, rows, settings)
+        is_due = is_checkpoint_due(policy.step + 1, settings)
+        shows = policy.rank == 0 and (is_due or is_kept(policy.step + 1))
+        examples = Examples() if shows else None
+        metrics = train_step(policy, rows, settings, examples)
         trained = time.perf_counter()
+        if stall is not None:
+            metrics["time/checkpoint"] = stall
+        if examples is not None:
+            write_examples(settings.run_dir, policy.step, examples.chosen())
         if settings.reports_references and settings.loss.caches_reference:
             references = {
                 row["group_id"]: row["reference_logprobs"] for row in rows if "reference_logprobs" in row
@@ -142,12 +152,18 @@ def learn(
             times={"wait": got - asked, "train": trained - got, "since": asked},
             behind=behind,
         )
-        saved = policy.step % settings.checkpoint.every == 0 or policy.step == settings.last_step
+        saved = is_due
+        stall = save(policy, buffer, settings) if saved else None
         if saved:
-            save(policy, buffer, settings)
             on_checkpoint({"step": policy.step, **metrics})
     if behind is not None:
         behind.finish()
+    policy.finish_saving()
+
+
+def is_checkpoint_due(step: int, settings: Settings) -> bool:
+    """Return whether a step gets a checkpoint without being asked."""
+    return step % settings.checkpoint.every == 0 or step == settings.last_step
 
 
 def publish(
@@ -251,11 +267,28 @@ def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def save(policy: Policy, buffer: Buffer, settings: Settings) -> None:
-    """Write checkpoints/step-N, remove old checkpoints, and tell the buffer; every rank calls this."""
-    folder = Path(settings.run_dir) / "checkpoints" / f"step-{policy.step}"
-    with writing(folder):
-        policy.save(folder)
-    if policy.rank == 0:
+def save(policy: Policy, buffer: Buffer, settings: Settings, waits: bool = False) -> float:
+    """Write checkpoints/step-N; every rank calls this.
+
+    A thread ends that, removes old checkpoints and tells the buffer; what it fails with is raised by the next
+    question to the buffer.
+
+    Args:
+        policy: this rank's part of the policy.
+        buffer: is told once the checkpoint is on the disk.
+        settings: the parts of the config that the learner needs.
+        waits: return only after that.
+
+    Returns:
+        The seconds for which this held training up.
+    """
+    begun, step = time.perf_counter(), policy.step
+
+    def written() -> None:
         prune_checkpoints(settings.run_dir, settings.checkpoint.keep)
-        buffer.saved(policy.step)
+        buffer.saved(step)
+
+    policy.begin_saving(Path(settings.run_dir) / "checkpoints" / f"step-{step}", written)
+    if waits:
+        policy.finish_saving()
+    return time.perf_counter() - begun

@@ -12,6 +12,7 @@ from torch import Tensor
 from gvpo_ray import groups
 from gvpo_ray.config.loss import LossOptions
 from gvpo_ray.groups import Part, Row
+from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan
 from gvpo_ray.learner.policy import Policy
@@ -146,7 +147,12 @@ def finish_mismatch(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def gradient_weights_of_parts(
-    policy: Policy, plan: Plan, measured: Sequence[ReferenceLogprobs], objective: Objective, total: Total
+    policy: Policy,
+    plan: Plan,
+    measured: Sequence[ReferenceLogprobs],
+    objective: Objective,
+    total: Total,
+    examples: Examples | None = None,
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Return d loss / d log-prob of the tokens of groups that are spread over several passes.
 
@@ -160,6 +166,7 @@ def gradient_weights_of_parts(
         measured: the sampler's and the reference's log-probs of each pass.
         objective: the loss of the step.
         total: what the update holds, on all ranks.
+        examples: is shown these groups.
 
     Returns:
         For each pass the weights of its parts' tokens, in their order, and the sums of each group.
@@ -182,6 +189,8 @@ def gradient_weights_of_parts(
         compared = ReferenceLogprobs.cat([known[completion] for completion in mine])
         loss, group_sums = objective(logprobs, compared, [plan.rows[i]], total)
         (gradient,) = torch.autograd.grad(loss, logprobs)
+        if examples is not None:
+            examples.add([plan.rows[i]], logprobs, compared, gradient)
         lengths = [len(seen[completion]) for completion in mine]
         weights |= dict(zip(mine, gradient.split(lengths), strict=True))  # type: ignore[no-untyped-call]
         sums.append(group_sums)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Policy:
         self.reference = ReferenceModel(
             self._module, self._backend, self._load, self.device, self.adapter is not None
         )
-        self._checkpoint = Checkpoint(self._weights, self.reference, self.rank)
+        self._checkpoint = Checkpoint(self._weights, self.reference, self.rank, self.device, dtype)
         self.packs = self._flex = False
         self._fallbacks: list[str] = []
         self._recomputes = recomputes_activations(config, self.device)
@@ -96,7 +97,7 @@ class Policy:
         self.beta: float | None = None
         """The beta of the next step, where beta is adaptive; None before the first step."""
         if (folder / "state.json").exists():
-            state = self._checkpoint.read(folder, self.device)
+            state = self._checkpoint.read(folder)
             self.step, self.num_updates, self.beta = state["step"], state["num_updates"], state["beta"]
 
     def _load(self, path: str | Path) -> Any:
@@ -248,13 +249,39 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint (see checkpoint.py). Every rank."""
+        self.begin_saving(folder)
+        self.finish_saving()
+
+    def begin_saving(self, folder: str | Path, written: Callable[[], None] = lambda: None) -> None:
+        """Copy a checkpoint to the host, and let a thread write it. Every rank.
+
+        A checkpoint that is still being written is waited for.
+
+        Args:
+            folder: the checkpoint.
+            written: called on rank 0, by the thread, once it is on the disk.
+        """
         state = {
             "step": self.step,
             "num_updates": self.num_updates,
             "reference_version": self.reference.version,
             "beta": self.beta,
         }
-        self._checkpoint.write(Path(folder), self._tokenizer, state)
+        self._checkpoint.begin(Path(folder), self._tokenizer, state, written)
+
+    @property
+    def saving(self) -> Future[None] | None:
+        """The end of the checkpoint that a thread writes; None: there is none."""
+        return self._checkpoint.writing
+
+    def wait_for_saving(self, limit_s: float) -> None:
+        """Wait for the checkpoint, written or failed, at most `limit_s` seconds: a rank may be gone."""
+        if self.saving is not None:
+            wait([self.saving], limit_s)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint is on the disk, and raise the error that this failed with. Every rank."""
+        self._checkpoint.finish()
 
 
 def recomputes_activations(config: LearnerConfig, device: torch.device) -> bool:

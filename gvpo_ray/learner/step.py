@@ -16,6 +16,7 @@ from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.logprobs import trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan, one_ahead, plan_passes, rows_of_ranks
 from gvpo_ray.learner.objective import Objective, gradient_weights_of_parts
@@ -56,7 +57,9 @@ class Settings:
     """Whether completions are replayed, so that the buffer stores the reference model's log-probs of them."""
 
 
-def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+def train_step(
+    policy: Policy, batch: Sequence[dict[str, Any]], settings: Settings, examples: Examples | None = None
+) -> dict[str, Any]:
     """Train one step of GVPO (Algorithm 1), or of another objective. Every rank.
 
     Args:
@@ -64,6 +67,7 @@ def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settin
         batch: the groups of all ranks. Where the reference is a model of its own, the rows that this rank
             trains get `reference_logprobs`, with None for a completion that is not trained.
         settings: the parts of the config that the learner needs.
+        examples: is shown what this rank trains.
 
     Returns:
         The step's metrics, the same on every rank.
@@ -75,7 +79,7 @@ def train_step(policy: Policy, batch: Sequence[dict[str, Any]], settings: Settin
     check_sampling_logprobs(batch)
     refresh_reference(policy, settings.loss)
     updates = plan_updates(policy, batch, settings)
-    step = Step(policy, settings)
+    step = Step(policy, settings, examples)
     for update in updates:
         passes = one_ahead(lambda forward: policy.lay_out(forward.rows), step.forward_passes(update))
         for forward, laid_out in passes:
@@ -154,10 +158,10 @@ class Forward:
 class Step:
     """A Step holds the objective, beta and learning rate of one step, and adds up its statistics."""
 
-    def __init__(self, policy: Policy, settings: Settings) -> None:
+    def __init__(self, policy: Policy, settings: Settings, examples: Examples | None = None) -> None:
         loss = settings.loss
         adapted = policy.beta if loss.adapts_beta else None
-        self._policy, self._settings = policy, settings
+        self._policy, self._settings, self._examples = policy, settings, examples
         self._objective = Objective(loss, loss.start_beta if adapted is None else adapted, policy.step)
         self._learning_rate = learning_rate_at(settings.learner, policy.step, settings.num_steps)
         self._nothing = self._objective.of_nothing(policy.device)
@@ -171,7 +175,7 @@ class Step:
         """Yield the passes of an update; before that, groups that are split have passes without gradients."""
         plan, total = update.plan, update.total
         weights, self._sums_of_update = gradient_weights_of_parts(
-            self._policy, plan, update.measured, self._objective, total
+            self._policy, plan, update.measured, self._objective, total, self._examples
         )
         for i, (rows, parts) in enumerate(zip(plan.passes, plan.parts, strict=True)):
             yield Forward(
@@ -196,7 +200,11 @@ class Step:
         loss = (forward.gradient_weights * logprobs[:num]).sum()
         if whole := forward.rows[forward.num_parts :]:
             measured = forward.measured.between(num, len(logprobs))
-            share, sums = self._objective(logprobs[num:], measured, whole, forward.total)
+            of_whole = logprobs[num:]
+            share, sums = self._objective(of_whole, measured, whole, forward.total)
+            if self._examples is not None:  # backends' hooks are on `logprobs`, which this does not reach
+                (gradient,) = torch.autograd.grad(share, of_whole, retain_graph=True)
+                self._examples.add(whole, of_whole, measured, gradient)
             self._sums_of_update.append(sums)
             loss = loss + share
         return loss

@@ -46,6 +46,9 @@ WRONG = (
 Any other error of a worker may be a consequence of another worker's death.
 """
 
+SAVE_END_S = 60.0
+"""Seconds that a checkpoint which is being written when training fails gets to end."""
+
 WRITER_END_S = 600.0
 """Seconds that a learner waits for the one of a driver that was killed, which first ends its step."""
 
@@ -276,25 +279,28 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         # turns with them gives its turn with the weights.
         if config.max_staleness != 0 and not takes_turns:
             behind = Behind(dtype, is_sender=rank == 0)
-    learn(
-        policy,
-        buffer,
-        publisher,
-        Settings(
-            run_dir=settings["run_dir"],
-            num_steps=config.num_steps,
-            last_step=settings["last_step"],
-            loss=config.loss,
-            learner=config.learner,
-            checkpoint=config.checkpoint,
-            model_path=config.model.path,
-            parity_every=config.engines.parity_every,
-            seed=config.seed,
-            reports_references=config.replay.share > 0,
-        ),
-        on_checkpoint=ray.train.report,
-        behind=behind,
-    )
+    try:
+        learn(
+            policy,
+            buffer,
+            publisher,
+            Settings(
+                run_dir=settings["run_dir"],
+                num_steps=config.num_steps,
+                last_step=settings["last_step"],
+                loss=config.loss,
+                learner=config.learner,
+                checkpoint=config.checkpoint,
+                model_path=config.model.path,
+                parity_every=config.engines.parity_every,
+                seed=config.seed,
+                reports_references=config.replay.share > 0,
+            ),
+            on_checkpoint=ray.train.report,
+            behind=behind,
+        )
+    finally:  # before others may write checkpoints
+        policy.wait_for_saving(SAVE_END_S)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,12 @@ WORKED_OUT = re.compile(r"^(?!\s*\\boxed\{[^{}]*\}\s*$).*?(?:####|\\boxed\b)", r
 WHOLE = re.compile(r"^[+-]?\d+\.0+$")
 """A whole number as a column of floats writes it; a completion writes it without the zeros."""
 
+TESTS = re.compile(
+    r'^\s*[\[{].{0,80}?"(?:inputs?|outputs?|fn_name|testtype)"\s*:|^\s*(?:\["\s*)?(?:assert\b|def check\()',
+    re.DOTALL,
+)
+"""How a gold begins that is the tests of a program, as in APPS, TACO, Eurus, MBPP and HumanEval."""
+
 
 def golds_out_of_reach(golds: Sequence[str], verifiers: VerifiersConfig, key: str) -> str | None:
     """Return why no completion can match many of a data set's golds; None: nothing shows that.
@@ -44,8 +50,10 @@ def golds_out_of_reach(golds: Sequence[str], verifiers: VerifiersConfig, key: st
     """
     functions = {reward.function or name for name, reward in verifiers.rewards.items()}
     worked = "are worked solutions"
+    programs = "are tests of programs", "code in verifiers.rewards runs programs against them"
     alone = f"name a column of the answers alone in {key}.answer_column, or use math in verifiers.rewards"
     for pattern, name, why, way_out in (
+        *((TESTS, name, *programs) for name in ("exact_match", "numeric", "math")),
         (WORKED, "exact_match", worked, alone),
         (WORKED_OUT, "numeric", worked, alone),
         (

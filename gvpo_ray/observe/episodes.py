@@ -10,8 +10,12 @@ from gvpo_ray.groups import Row
 
 
 def episodes_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return what the engines have noted of each episode of some groups (the column `episodes`)."""
-    return [json.loads(entry) for row in rows for entry in row.get("episodes") or () if entry]
+    """Return what the engines have noted of each episode of some groups (the column `episodes`).
+
+    An agent's episode may be several completions, its branches, and counts once.
+    """
+    found = (json.loads(entry) for row in rows for entry in row.get("episodes") or () if entry)
+    return [entry for entry in found if not entry.get("branch")]
 
 
 def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
@@ -32,8 +36,11 @@ def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
         f"{prefix}/turns_mean": sum(one["turns"] for one in found) / len(found),
         f"{prefix}/tool_calls_mean": sum(one["tool_calls"] for one in found) / len(found),
         f"{prefix}/tool_errors": float(sum(one["tool_errors"] for one in found)),
+        f"{prefix}/tool_hung": float(sum(one.get("tool_hung", 0) for one in found)),
+        f"{prefix}/tool_refused": float(sum(one.get("tool_refused", 0) for one in found)),
         f"{prefix}/max_turns": share("max_turns"),
         f"{prefix}/no_room": share("length"),
         f"{prefix}/renderer": share("renderer"),
         f"{prefix}/lost": share("lost"),
+        f"{prefix}/broken": share("broken"),
     }

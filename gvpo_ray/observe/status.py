@@ -115,16 +115,18 @@ def status_lines(status: Status) -> list[str]:
             f"engines of {pool}: {counts}; {sum(engine['num_groups'] for engine in engines)} groups in flight"
         )
         for engine in engines:
+            if engine.get("address") and engine["state"] == EngineState.RUNNING:
+                lines.append(f"  {engine['name']} serves at {engine['address']}/v1")
             if engine["state"] not in (EngineState.RUNNING, EngineState.OFF):
                 wants = f" {engine['wants']}" if engine["state"] == EngineState.WANTED else ""
                 lines.append(f"  {engine['name']}: {engine['state']}{wants}, since {_ago(engine['since'])}")
     states = Counter(engine["state"] for engine in status["engines"])
     if states and not states[EngineState.RUNNING]:
-        has_run = states[EngineState.DEAD] or states[EngineState.WANTED]
+        is_back = states[EngineState.STARTING] or states[EngineState.WAITS_FOR_WEIGHTS]
         lines.append(
             "no engine is running: the run waits for the first that comes back"
-            if has_run
-            else "no engine is running: the first is starting"
+            if status["recoveries"].get("engine") and not is_back
+            else "no engine is running yet"
         )
     if verifiers := ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items()):
         lines.append(f"verifiers: {verifiers}")

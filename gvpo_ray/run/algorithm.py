@@ -394,7 +394,7 @@ class GVPO:
                 with contextlib.suppress(OSError):  # a full disk must keep nobody from being told to stop
                     self.events.add(self.step, "run", "stopped")
                 if self.learners is not None:
-                    for last in (self._ring.last_words, self._buffer.close_once):
+                    for last in (self._ring.write_final_status, self._buffer.close_once):
                         # a TimeoutError is an OSError
                         with contextlib.suppress(ray.exceptions.RayError, OSError):
                             self._session.call(last(), 5.0)

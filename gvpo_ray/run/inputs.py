@@ -30,11 +30,12 @@ from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.rendering import MakeRenderer, completion_renderer, renderer_of
 from gvpo_ray.data.turns import check_stop_tokens
+from gvpo_ray.environments.agent import described_agent, read_agent
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
-from gvpo_ray.run.models import check_reference, read_model
+from gvpo_ray.run.models import check_reference, check_reward_models, read_model
 from gvpo_ray.run.run_dir import check_same_run
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
@@ -155,6 +156,8 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     Raises:
         ConfigError: one line that names the key.
     """
+    if config.environment is not None and config.environment.agent is not None:
+        read_agent(config.environment)
     max_length, tokenizer = read_model(config)
     room = max_length - config.sampling.max_tokens
     if room < 1:
@@ -205,6 +208,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     }
     of_prompts = {} if prompts is None else {"prompts": prompts}
     validate_rewards(config.verifiers, rewards, columns_by_key(of_prompts, evaluation, to_verify))
+    check_reward_models(config.verifiers)
     return Inputs(
         prompts=prompts,
         evaluation=evaluation,
@@ -268,12 +272,12 @@ def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) ->
 
 
 def make_renderer_of(config: GVPOConfig) -> MakeRenderer:
-    """Return what makes the renderers of the data sets: with an environment, prompts name its tools.
+    """Return what makes the renderers of the data sets: with an environment's class, prompts name its tools.
 
     Raises:
         ConfigError: the environment's class is wrong.
     """
-    if config.environment is None:
+    if config.environment is None or config.environment.agent is not None:
         return renderer_of
     contract = read_contract(config.environment, config.verifiers)
     return partial(dialogue_of, tools=contract.tools, family=config.environment.renderer)
@@ -306,7 +310,9 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             raise ConfigError(f"{key}: nothing at {path}{hint}")
         else:
             on_hub.append(f"{key} ({path})")
-    if config.environment is not None:
+    if config.environment is not None and config.environment.agent is not None:
+        yield from described_agent(config.environment)
+    elif config.environment is not None:
         yield from described(read_contract(config.environment, config.verifiers), config.environment)
     trains = config.prompts.path != NO_PROMPTS or bool(config.sources)
     if on_hub:

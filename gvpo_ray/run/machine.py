@@ -7,7 +7,6 @@ without a name or home), cli/terminal.py (locales), files.py (full disks).
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.memory import check_memory
 from gvpo_ray.config.plan import check_resources, cluster_address
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.files import room_in
 from gvpo_ray.home import ensure_home
 from gvpo_ray.run.inputs import machine_resources
 
@@ -161,7 +161,7 @@ def check_shared_memory(config: GVPOConfig, engines: bool, path: str = "/dev/shm
     advice = "start the container with --shm-size=2g (Kubernetes: an emptyDir of medium Memory there)"
     if not Path(path).is_dir():
         raise ConfigError(f"{path} is missing, which Ray needs: {advice}")
-    free = shutil.disk_usage(path).free
+    free = room_in(Path(path))
     pools = config.engines.all_pools().values()
     queues = any(
         (pool.num or pool.max_num) and not pool.url and (not pool.num_gpus or pool.tensor_parallel_size > 1)

@@ -6,14 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.data.hub import hub
 from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.data.transcripts import Transcripts
+from gvpo_ray.run.run_dir import Recorded, parts_of
 from gvpo_ray.verifiers.scoring_model import PROMPTS, Renderings
 
 
@@ -58,7 +59,10 @@ def _read_folder(key: str, path: str, hint: str = "", trust_remote_code: bool = 
             )
         if not any(Path(path).glob("*.safetensors")):
             raise ConfigError(f"{key}: {path} has no weights (*.safetensors)")
-    model, tokenizer = (_loaded(key, kind, path, trust_remote_code) for kind in (AutoConfig, AutoTokenizer))
+    with hub(key, path, "model"):
+        model, tokenizer = (
+            _loaded(key, kind, path, trust_remote_code) for kind in (AutoConfig, AutoTokenizer)
+        )
     # transformers makes an empty tokenizer where the vocabulary's file is missing.
     if not tokenizer("1 + 2 = 3")["input_ids"]:
         raise ConfigError(
@@ -67,11 +71,11 @@ def _read_folder(key: str, path: str, hint: str = "", trust_remote_code: bool = 
     return model, tokenizer
 
 
-def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool) -> Any:
-    """Load the config or the tokenizer of a model.
+def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool = False) -> Any:
+    """Load the config or the tokenizer of a model, whose path stands at `key` in the run's config.
 
     Raises:
-        ConfigError: one line that names the folder and the first cause.
+        ConfigError: one line that names the key, the folder and the first cause.
     """
     what = {"AutoConfig": "config.json", "AutoTokenizer": "the tokenizer"}[kind.__name__]
     try:
@@ -84,6 +88,21 @@ def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool) -> Any:
         why = lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
         raise ConfigError(f"{key}: cannot load {what} of {path}: {why}") from error
     return loaded
+
+
+def check_reward_models(config: VerifiersConfig) -> None:
+    """Refuse a reward model whose config.json does not load.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    from transformers import AutoConfig
+
+    for name, reward in config.rewards.items():
+        if reward.model is not None:
+            key = f"verifiers.rewards.{name}.model"
+            with hub(key, reward.model, "model"):
+                _loaded(key, AutoConfig, reward.model)
 
 
 def renderings_of(config: GVPOConfig) -> dict[str, dict[str, Any]]:
@@ -164,7 +183,7 @@ def check_reference(config: GVPOConfig) -> None:
         check_scoring_model(REFERENCE_KEY, other.model, renderings_of(config))
 
 
-def check_recorded(config: GVPOConfig, recorded: pa.Table) -> None:
+def check_recorded(config: GVPOConfig, recorded: Recorded) -> None:
     """Refuse recorded groups that the other model that is the reference has not scored.
 
     Raises:
@@ -175,7 +194,8 @@ def check_recorded(config: GVPOConfig, recorded: pa.Table) -> None:
         return
     version = version_of(other.model)
     names = ["group_id", "completion_ids", "rewards", *groups.MASK_COLUMNS, "reference_versions"]
-    for row in groups.rows(groups.log_columns(recorded).select(names)):
+    parts = (groups.log_columns(part).select(names) for part in parts_of(recorded))
+    for row in (row for part in parts for row in groups.rows(part)):
         versions = row["reference_versions"] or [None] * len(row["rewards"])
         for i in groups.trainable_completions(row):
             if versions[i] != version:

@@ -27,7 +27,7 @@ from gvpo_ray.observe.samples import sample_lines
 from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.session import Session
-from gvpo_ray.run.wiring import references_of, rollout_of
+from gvpo_ray.run.wiring import references_of, rollout_of, serve_of
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.references import ReferenceGroup
 from gvpo_ray.verifiers.rewards import Rewards
@@ -156,8 +156,9 @@ def without_learner(
         config.seed,
         True,
         None,
-        rollout=rollout_of(session, config, _note),
+        rollout=rollout_of(session, config, _note, _say),
         num_completions=config.sampling.num_completions,
+        serve=serve_of(session, config),
     )
     engines = EngineGroup(config.engines, config.sampling.num_completions, make, None, _note)
     session.on_stop(engines.close)

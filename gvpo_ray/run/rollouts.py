@@ -296,7 +296,7 @@ class Ring:
             },
         }
 
-    async def last_words(self) -> None:
+    async def write_final_status(self) -> None:
         """Write the final status.json, which `gvpo-ray status` shows of a run that has ended.
 
         It must run on the event loop of `watch`, because both write the same temporary file.

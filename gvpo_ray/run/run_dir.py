@@ -6,12 +6,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gvpo_ray import __version__, groups
-from gvpo_ray.buffer.log import GroupLog, lock_folder, read_assignments
+from gvpo_ray.buffer.log import GroupLog, LogError, lock_folder
 from gvpo_ray.config.base import RESUMABLE, ConfigError, is_marked
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import lock, make_folder, write_whole
@@ -21,6 +22,12 @@ FORMAT = 2
 
 FORMAT_FILE = "format.json"
 """A run directory's file with {"format", "gvpo_ray": version that made it}; format 1 had no such file."""
+
+BLOCK = 100
+"""Recorded groups of a log that are in memory at a time."""
+
+Recorded: TypeAlias = pa.Table | GroupLog
+"""Recorded groups: a file's, or a run's log, of which rows are read when they are needed."""
 
 CONTENTS_FILE = "contents.json"
 """A run directory's file with a digest of what each of its data held when the run began with it, by key."""
@@ -168,7 +175,7 @@ def _check_contents(run_dir: Path, contents: Mapping[str, str]) -> dict[str, str
 
 def read_recorded(
     source: Path, groups_per_step: int, folder: Path
-) -> tuple[pa.Table, dict[int, tuple[int, int]], int]:
+) -> tuple[Recorded, dict[int, tuple[int, int]], int]:
     """Return recorded groups, their assignment to steps, and the number of steps that they make.
 
     The log of a run brings its own assignment, and the run may be still going on; a file of groups is cut in
@@ -183,23 +190,22 @@ def read_recorded(
         ConfigError: there are no groups, or too few, or the folder's log has others.
     """
     try:
-        assigned = read_assignments(
-            source / "assignments.jsonl"
-        )  # before the groups, as they are written first
-        recorded = groups.validate(groups.load(source), groups.LOGGED_COLUMNS)
-        for name in (name for name in groups.REFERENCE_COLUMNS if name in recorded.schema.names):
-            groups.validate(recorded.filter(pc.is_valid(recorded[name])), ("completions", name))
-    except groups.GroupError as error:
+        is_log = source.is_dir() and groups.segments(source)
+        recorded = GroupLog(source) if is_log else groups.load(source)
+        for part in parts_of(recorded):
+            groups.validate(part, groups.LOGGED_COLUMNS)
+            for name in (name for name in groups.REFERENCE_COLUMNS if name in part.schema.names):
+                groups.validate(part.filter(pc.is_valid(part[name])), ("completions", name))
+    except (groups.GroupError, LogError) as error:
         raise ConfigError(f"--groups: {error}") from error
+    except (KeyError, pa.ArrowException) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--groups: {source} is not the log of a run: {why}") from error
     except OSError as error:
         raise ConfigError(
             f"--groups: {error.filename or source} cannot be read: {error.strerror or error}"
         ) from error
-    end = max((end for _, end in assigned.values()), default=0)
-    if end > len(recorded):
-        raise ConfigError(
-            f"--groups: {source} has {len(recorded)} groups, and steps of its run were trained on {end}"
-        )
+    assigned, end = (recorded.assigned, recorded.end) if isinstance(recorded, GroupLog) else ({}, 0)
     here = GroupLog(folder)
     if not _is_beginning(here, recorded, assigned):
         raise ConfigError(
@@ -214,21 +220,32 @@ def read_recorded(
     return recorded, assigned, steps
 
 
-def _is_beginning(log: GroupLog, recorded: pa.Table, assigned: Mapping[int, tuple[int, int]]) -> bool:
+def parts_of(recorded: Recorded, begin: int = 0) -> Iterator[pa.Table]:
+    """Yield recorded groups from row `begin` on: those of a log in blocks, and those of a file at once."""
+    if isinstance(recorded, GroupLog):
+        for row in range(begin, len(recorded), BLOCK):
+            yield recorded.read(row, min(row + BLOCK, len(recorded)))
+    else:
+        yield recorded.slice(begin)
+
+
+def _is_beginning(log: GroupLog, recorded: Recorded, assigned: Mapping[int, tuple[int, int]]) -> bool:
     """Return whether a log holds the first of the recorded groups, with the same assignment.
 
     The ids of all groups are compared, and of the first and the last one everything.
     """
-    if recorded["group_id"][: len(log)].to_pylist() != log.group_ids:
+    ids = recorded.group_ids if isinstance(recorded, GroupLog) else recorded["group_id"].to_pylist()
+    if ids[: len(log)] != log.group_ids:
         return False
     rows = sorted({0, len(log) - 1}) if len(log) else []
+    others = (next(parts_of(recorded, row)).slice(0, 1) for row in rows)
     return all(
-        log.read(row, row + 1).equals(groups.log_columns(recorded.slice(row, 1)).combine_chunks())
-        for row in rows
+        log.read(row, row + 1).equals(groups.log_columns(other).combine_chunks())
+        for row, other in zip(rows, others, strict=True)
     ) and all(log.assigned.get(step, rows) == rows for step, rows in assigned.items())
 
 
-def import_groups(recorded: pa.Table, assigned: Mapping[int, tuple[int, int]], folder: Path) -> None:
+def import_groups(recorded: Recorded, assigned: Mapping[int, tuple[int, int]], folder: Path) -> None:
     """Write recorded groups into the log of a run that only learns; go on behind those that are there.
 
     Raises:
@@ -238,8 +255,9 @@ def import_groups(recorded: pa.Table, assigned: Mapping[int, tuple[int, int]], f
         log = GroupLog(folder)
         log.repair()
         # Batch by batch, because a slice of a table takes time in proportion to its number of batches.
-        for batch in recorded.slice(len(log)).to_batches(max_chunksize=1):
-            log.append(pa.Table.from_batches([batch]))
+        for part in parts_of(recorded, len(log)):
+            for batch in part.to_batches(max_chunksize=1):
+                log.append(pa.Table.from_batches([batch]))
         missing = {step: rows for step, rows in assigned.items() if step not in log.assigned}
         if missing:
             log.assign_all(missing)

@@ -92,13 +92,11 @@ def score(config: GVPOConfig, out: str | Path) -> Iterator[str]:
             yield _told(model_name, rows, by_model[model_name])
     finally:
         session.stop()
-    means = {
-        row: {
-            model_name: one.logprob / one.num_tokens for model_name, one in zip(by_model, of_row, strict=True)
-        }
-        for row, of_row in zip(rows, zip(*by_model.values(), strict=True), strict=True)
-        if all(one.logprob is not None for one in of_row)
-    }
+    means: dict[int, dict[str, float]] = {}
+    for row, of_row in zip(rows, zip(*by_model.values(), strict=True), strict=True):
+        known = [one.mean for one in of_row if one.mean is not None]
+        if len(known) == len(of_row):
+            means[row] = dict(zip(by_model, known, strict=True))
     if not means:
         raise ConfigError(f"{key}.path: {source.path}: no row could be scored by all models")
     _write(out, data, means)
@@ -123,7 +121,7 @@ def _note(who: str, name: str, why: str) -> None:
 
 def _told(name: str, rows: list[int], scores: list[Score]) -> str:
     """Return a line about what a model has said."""
-    known = [one.logprob / one.num_tokens for one in scores if one.logprob is not None]
+    known = [one.mean for one in scores if one.mean is not None]
     line = f"{name}: {len(known)} of {len(scores)} rows scored"
     if known:
         line += f", {sum(known) / len(known):.3f} nats per token"

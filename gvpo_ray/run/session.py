@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,17 +36,19 @@ AUTH_MODE = "RAY_AUTH_MODE"
 class Session:
     """A Session owns Ray, an event loop in a thread, and what was started on them; `stop` ends only that.
 
-    A Ray that was initialised before is used and not shut down.
+    A Ray that was initialised before is used and not shut down. `is_local`: Ray is embedded, so that all of
+    it is on this machine.
     """
 
     def __init__(self, config: RayConfig) -> None:
         self._closers: list[Callable[[], Coroutine[Any, Any, Any]]] = []  # run together at the end
         self.cause: BaseException | None = None
         self._stopped = False
-        self._owns_ray = not ray.is_initialized()
+        self._owns_ray, self.is_local = not ray.is_initialized(), False
         self._had_auth_mode = AUTH_MODE in os.environ
         if self._owns_ray:
             address = cluster_address(config)
+            self.is_local = address is None
             embedded: dict[str, Any] = {
                 "num_cpus": config.num_cpus,
                 "object_store_memory": int(config.object_store_gib * 2**30),
@@ -58,6 +64,7 @@ class Session:
                     address=address or "local",
                     log_to_driver=False,
                     logging_level=logging.ERROR,
+                    **executable(sys.executable),
                     **({} if address else embedded),
                 )
             except Exception as error:
@@ -142,8 +149,22 @@ class Session:
             self.cause, result = self.cause or first_of(error), None
         if result is None:
             assert self.cause is not None
-            raise RunError(cause_of(self.cause)) from self.cause
+            raise RunError(cause_of(self.cause) + self._said_by_ray()) from self.cause
         return result
+
+    def _said_by_ray(self) -> str:
+        """Return what Ray's node manager wrote when it could not start a worker; nothing of other causes.
+
+        Ray's own error says only that it happened; the manager's file is on this machine if Ray is.
+        """
+        node = ray._private.worker._global_node
+        if (
+            not isinstance(self.cause, ray.exceptions.ActorUnschedulableError)
+            or not self._owns_ray
+            or not node
+        ):
+            return ""
+        return said_of_workers(Path(node.get_logs_dir_path()) / "raylet.err")
 
     def on_stop(self, close: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Register a coroutine function that `stop` calls."""
@@ -176,6 +197,26 @@ class Session:
             ray.shutdown()
             if not self._had_auth_mode:
                 forget_auth_mode()
+
+
+def executable(python: str) -> dict[str, Any]:
+    """Return the option of ray.init that is needed where the path of Python has a space or the like.
+
+    Ray starts the workers of Ray Train by a line of bash in which that path is not quoted (2.60.0,
+    `RuntimeEnvContext.exec_worker`), and gives up after minutes.
+    """
+    quoted = shlex.quote(python)
+    return {} if quoted == python else {"runtime_env": {"py_executable": quoted}}
+
+
+def said_of_workers(log: Path) -> str:
+    """Return the last line of a node manager's error log that a worker wrote, if there is one."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.strip() and not re.match(r"\[[\d-]+ [\d:,]+ ", line)]
+        if said:
+            return f"; a worker said: {said[-1].strip()}"
+    return ""
 
 
 def start_ray(**options: Any) -> None:
@@ -221,6 +262,8 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
         wanted["verifier"] = {"CPU": config.verifiers.num_cpus, **config.verifiers.resources}
         if config.environment is not None:
             wanted["environment"] = {"CPU": config.environment.num_cpus, **config.environment.resources}
+        if (other := config.loss.reference_model) is not None:
+            wanted["reference"] = {"CPU": other.num_cpus, "GPU": other.num_gpus}
     alive = (node for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive]
     for who, resources in wanted.items():

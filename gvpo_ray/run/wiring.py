@@ -8,6 +8,7 @@ workers, and the scale benchmark and tests a fake one.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,18 @@ from typing import Any
 from gvpo_ray.actors import Note
 from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.log import Quarantine
+from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.config.shown import know
 from gvpo_ray.engines.actor import MakeEngine, engine_maker
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.engines.rollout import Episodes, Rollout, one_call
+from gvpo_ray.engines.serving import Serve
+from gvpo_ray.environments.agent import read_agent
+from gvpo_ray.environments.agent_pool import AgentGroup
 from gvpo_ray.environments.contract import read_contract
 from gvpo_ray.environments.pool import EnvironmentGroup
+from gvpo_ray.files import kept_secret
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.run.models import renderings_of, version_of
 from gvpo_ray.run.rollouts import Ring, Say
@@ -106,7 +113,7 @@ def assemble(
         verifiers = VerifierGroup(config.verifiers, rewards, driver.note, driver.say)
         session.on_stop(verifiers.close)
         references = references_of(session, config, driver.note)
-        rollout = rollout_of(session, config, driver.note)
+        rollout = rollout_of(session, config, driver.note, driver.say)
     pools = EngineGroup(
         engines,
         config.sampling.num_completions,
@@ -120,6 +127,7 @@ def assemble(
             config.prompts.template,
             rollout,
             num_completions=config.sampling.num_completions,
+            serve=serve_of(session, config, run_dir),
         ),
         buffer.weights,
         driver.note,
@@ -156,12 +164,19 @@ def references_of(session: Session, config: GVPOConfig, note: Note) -> Reference
     return group
 
 
-def rollout_of(session: Session, config: GVPOConfig, note: Note) -> Rollout | Episodes:
+def rollout_of(
+    session: Session, config: GVPOConfig, note: Note, say: Callable[[str], None]
+) -> Rollout | Episodes:
     """Return what makes completions at engines: one call, or the config's environment, whose actors start."""
     if config.environment is None:
         return one_call
-    contract = read_contract(config.environment, config.verifiers)
-    environments = EnvironmentGroup(config.environment, contract, note)
+    if config.environment.agent is not None:
+        is_graded = [*config.verifiers.rewards] != [ENVIRONMENT]
+        agent = read_agent(config.environment)
+        environments: EnvironmentGroup = AgentGroup(config.environment, agent, is_graded, note, say)
+    else:
+        contract = read_contract(config.environment, config.verifiers)
+        environments = EnvironmentGroup(config.environment, contract, note, say)
     session.on_stop(environments.close)
 
     async def fail(error: BaseException) -> None:
@@ -169,3 +184,20 @@ def rollout_of(session: Session, config: GVPOConfig, note: Note) -> Rollout | Ep
 
     session.spawn(environments.watch(), fail)
     return environments.episodes(config.model, config.rendered)
+
+
+def serve_of(session: Session, config: GVPOConfig, run_dir: Path | None = None) -> Serve | None:
+    """Return how a run's engines serve; None: they do not.
+
+    Args:
+        session: the run's.
+        config: the run's.
+        run_dir: folder that keeps the token for the run's owner; None: only the run itself asks the engines.
+    """
+    if not config.engines.serve:
+        return None
+    token = secrets.token_urlsafe(32)
+    if run_dir is not None:
+        token = kept_secret(run_dir / "serve_token", token)
+    know({"token": token})
+    return Serve(token, session.is_local, config.engines.serve_arguments)

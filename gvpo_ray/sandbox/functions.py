@@ -19,16 +19,18 @@ import numbers
 import socket
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.config.base import ConfigError, GvpoError
 from gvpo_ray.config.shown import know, masked
 from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_signature
+
+Loaded = TypeVar("Loaded")
 
 Score = float | None | tuple[float | None, str]
 """A reward function's result for one completion: the reward, or None (it cannot be verified), alone or in a
@@ -270,6 +272,33 @@ def _imports(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _imports(constant)
+
+
+def of_user(key: str, load: Callable[[], Loaded]) -> Loaded:
+    """Return load(), which imports a user's module.
+
+    Args:
+        key: the key of the config that names it.
+        load: loads it; it may raise anything.
+
+    Raises:
+        ConfigError: it raises; the line begins with the key.
+    """
+    try:
+        return load()
+    except Exception as error:  # importing a user's module may raise anything
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{key}: {kind}{error}") from error
+
+
+def guarded(function: Callable[..., Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a user's function so that SystemExit and its kin are errors like others: they end no process."""
+    try:
+        return function(*args, **arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def find(place: str) -> RewardFunction:

@@ -5,6 +5,7 @@ This module imports neither torch nor vLLM, because actors import it.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import inspect
@@ -28,7 +29,7 @@ from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import Verifier
 
 
-class ElasticGroup:
+class ElasticGroup(abc.ABC):
     """Actors of one kind, seen from the driver; a call goes to the actor with the fewest calls in hand.
 
     Ray restarts an actor that dies, alone or with its node, and repeats the calls that it had in hand. That
@@ -86,9 +87,9 @@ class ElasticGroup:
         self._in_hand[self._start()] = 0
         self._num_started += 1
 
+    @abc.abstractmethod
     def _start(self) -> Any:
         """Start an actor."""
-        raise NotImplementedError
 
     def _options(self) -> dict[str, Any]:
         """Return the options of Ray that all these actors have."""

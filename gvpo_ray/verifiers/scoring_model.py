@@ -51,6 +51,11 @@ class Score:
     reason: str | None = None
     """Why there is no log-prob."""
 
+    @property
+    def mean(self) -> float | None:
+        """The mean log-prob per token."""
+        return None if self.logprob is None else self.logprob / self.num_tokens
+
 
 class _Tokens(NamedTuple):
     """The tokens of a text, and which of the completion's are scored."""

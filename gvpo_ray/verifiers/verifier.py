@@ -11,17 +11,27 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.environment import ENVIRONMENT
+from gvpo_ray.config.environment import BROKEN, ENVIRONMENT
 from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
-from gvpo_ray.sandbox.functions import MAX_REASON, OutOfReach, Part, RewardFunction, call, fits_float32, load
+from gvpo_ray.sandbox.functions import (
+    MAX_REASON,
+    OutOfReach,
+    Part,
+    RewardFunction,
+    call,
+    fits_float32,
+    load,
+    of_user,
+)
 from gvpo_ray.sandbox.process import Sandbox
 from gvpo_ray.verifiers.code import CodeReward
 from gvpo_ray.verifiers.http_reward import HttpReward
@@ -156,7 +166,7 @@ class Verifier:
             elif not reward.model:
                 source = source_of(name, reward, functions.get(name)) | {"columns": columns}
                 if reward.trusted:
-                    self._trusted[name] = _load_trusted(name, source)
+                    self._trusted[name] = of_user(f"verifiers.rewards.{name}", partial(load, source))
                 else:
                     sandboxed[name] = source
         self._sandboxed = list(sandboxed)
@@ -309,9 +319,11 @@ class Verifier:
         for name, value in _of_data(row).items():
             columns[name] = [value] * len(which)
         completions = [row["completions"][i] for i in which]
+        told = [entry and json.loads(entry).get("said") for entry in row.get("episodes") or ()]
+        prompts = [row["prompt"] + ((told and told[i]) or "") for i in which]
         of_episodes = _of_episodes(row) if ENVIRONMENT in self._rewards else []
         given = [of_episodes[i] for i in which] if of_episodes else []
-        return self.check([row["prompt"]] * len(which), completions, columns, without, given)
+        return self.check(prompts, completions, columns, without, given)
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         """Make one result of the reward functions' parts: the weighted sum and all reasons."""
@@ -337,18 +349,25 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
     """Return what the environment gave each completion of a group; nothing where they are no episodes.
 
     An episode that the environment itself has ended with an error counts as its fault. None stands for one
-    that has no reward because the environment gives none.
+    that has no reward because the environment gives none, or whose agent has returned a text to be graded.
+
+    One whose environment the policy's own tool call has brought down is worth what the worst of its group is:
+    it is then never better than their mean, so that no policy learns to escape a bad reward by such a call.
     """
     if not any(row.get("episodes") or ()):
         return []
     none = [None] * len(row["completions"])
     values = (row.get("reward_parts") or {}).get(ENVIRONMENT)
     reasons = row.get("reward_reasons") or none
+    broken = [entry is not None and json.loads(entry).get("end") == BROKEN for entry in row["episodes"]]
+    worst = min((value for value in values or () if value is not None), default=None)
     return [
         None
-        if values is None and reason is None
+        if value is None and (reason is None or (values is None and is_broken))
+        else Part(worst, reason)
+        if is_broken
         else Part(value, reason, is_fault=value is None and " raised " in (reason or ""))
-        for value, reason in zip(values or none, reasons, strict=True)
+        for value, reason, is_broken in zip(values or none, reasons, broken, strict=True)
     ]
 
 
@@ -388,14 +407,3 @@ def _given(row: Mapping[str, Any], names: Iterable[str]) -> list[Check | None]:
         else Check(reward, {name: (parts.get(name) or none)[i] for name in names}, reasons[i], 0.0)
         for i, reward in enumerate(row.get("rewards") or none)
     ]
-
-
-def _load_trusted(name: str, source: Mapping[str, Any]) -> RewardFunction:
-    """Load a reward function in this process; raise ConfigError with the key's name if that fails."""
-    try:
-        return load(source)
-    except Exception as error:  # importing a user's module may raise anything
-        raise ConfigError(
-            f"verifiers.rewards.{name}: "
-            f"{type(error).__name__ + ': ' if not isinstance(error, ConfigError) else ''}{error}"
-        ) from error

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gvpo_ray.files import lock
+from gvpo_ray.files import lock, room_in
 from gvpo_ray.weights.deltas import Bytes, Delta, apply_delta
 
 SHM = Path("/dev/shm")
@@ -152,8 +152,8 @@ def _enter(folder: Path) -> IO[str]:
 
 
 def _has_room(parent: Path, num_bytes: int) -> bool:
-    """Return whether a file system has room for the weights, and as much again for others such as Ray."""
-    return os.access(parent, os.W_OK) and shutil.disk_usage(parent).free > 2 * num_bytes
+    """Return whether a file system has room for the weights, and as much again for others such as vLLM."""
+    return os.access(parent, os.W_OK) and room_in(parent) > 2 * num_bytes
 
 
 def _write(file: Path, data: Bytes) -> None:

@@ -74,9 +74,11 @@ class Backend(Protocol):
         ...
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return the optimizer's exp_avg, exp_avg_sq and, where there is one, master weight of a parameter.
+        """Return the training state of a parameter, for a checkpoint.
 
-        They are whole and in float32; {} before the first update.
+        It is `master`, the weight that is updated, and after the first update also `exp_avg` and
+        `exp_avg_sq`. They are DTensors where the backend has sharded them so, else whole on every rank.
+        Before the first update {} stands for the parameter itself.
         """
         ...
 
@@ -85,7 +87,7 @@ class Backend(Protocol):
         ...
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Restore what `get_state` returned for a parameter."""
+        """Restore what `get_state` returned for a parameter, after its tensors were overwritten."""
         ...
 
 

@@ -81,15 +81,14 @@ class DDPBackend:
         return [parameter.data]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return AdamW's moments of a parameter; {} before the first update."""
+        """Return the parameter itself and AdamW's moments of it."""
         state = self._optimizer.state[parameter]
-        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else {}
+        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")} if state else {}
+        return {"master": parameter.detach(), **moments}
 
     def init_state(self, num_updates: int) -> None:
         """Make AdamW's state as after `num_updates` updates, for `set_state` to fill."""
         fill_state(self._optimizer, self._parameters, num_updates)
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Copy saved moments into AdamW's state, and a saved master weight into the parameter."""
-        for name, value in state.items():
-            (parameter.data if name == "master" else self._optimizer.state[parameter][name]).copy_(value)
+        """Do nothing: the tensors of `get_state` are those that the optimizer uses."""

@@ -128,7 +128,10 @@ class DeepSpeedBackend(DDPBackend):
         return [sharded.ds_tensor.data]
 
     def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Gather AdamW's moments of a parameter, and with ZeRO its master weight; {} before any update."""
+        """Gather AdamW's moments of a parameter and its master weight; with ZeRO {} before any update.
+
+        ZeRO's parts of them are ranges of flat buffers, which begin and end within rows: no DTensor is such.
+        """
         if not self._is_zero:
             return super().get_state(parameter)
         if not self._optimizer.state:

@@ -101,16 +101,6 @@ class FSDPBackend(DDPBackend):
         """Return this rank's shard of the parameter."""
         return [_dtensor(parameter.data).to_local()]
 
-    def get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Gather AdamW's moments of a parameter, whole; {} before the first update."""
-        return {name: _dtensor(value).full_tensor() for name, value in super().get_state(parameter).items()}
-
-    def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Copy this rank's shards of saved moments and master weight to where they belong."""
-        for name, value in state.items():
-            whole = parameter.data if name == "master" else self._optimizer.state[parameter][name]
-            _dtensor(whole).to_local().copy_(self._part(parameter, value))
-
 
 def _dtensor(tensor: Tensor) -> DTensor:
     """Return the tensor with the type that FSDP2 has given it."""

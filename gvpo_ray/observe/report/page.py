@@ -7,6 +7,7 @@
     RUN_DIR/config.yaml       the resolved config
     RUN_DIR/evaluations/      best and worst completions of the evaluations
     RUN_DIR/groups/           best and worst completions of the newest trained groups
+    RUN_DIR/tokens/           tokens of a few trained completions, in colours
 
 Only metrics.jsonl must be there. Everything that a model, a data set or a config wrote is untrusted: Jinja
 escapes it in the page, JSON in the script's data, `figures.plain` in plotly's texts. Should that fail, the
@@ -44,6 +45,7 @@ from gvpo_ray.observe.report import figures
 from gvpo_ray.observe.report.completions import completions_of
 from gvpo_ray.observe.report.figures import Figure, Line, Point, finite, in_order, shown
 from gvpo_ray.observe.report.reading import Run, config_of, read_run, state_of
+from gvpo_ray.observe.report.tokens import LEVELS, PART, coloured_of
 
 MAX_EVENTS = 500
 IMAGE_STYLE = "".join(
@@ -59,7 +61,7 @@ IMAGE_STYLE = "".join(
     )
 )
 """The style attribute that plotly.js 4.1 gives to the image of a heat map."""
-SECTIONS = ("Curves", "Three terms", "Histograms", "Time-line", "Values", "Completions", "Config")
+SECTIONS = ("Curves", "Three terms", "Histograms", "Time-line", "Values", "Completions", "Tokens", "Config")
 
 
 def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
@@ -154,6 +156,9 @@ def _page(runs: Sequence[Run]) -> str:
         all_events=[_events(run) for run in runs],
         values=_values(runs),
         completions=[completions_of(run) for run in runs],
+        coloured=[coloured_of(run, len(runs)) for run in runs],
+        levels=LEVELS,
+        part=PART,
         difference=_difference(runs),
         policy=_policy([style, plotly_style], [plotly, script]),
         style=style,

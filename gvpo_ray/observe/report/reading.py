@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from gvpo_ray.config.loading import NOT_YAML
 from gvpo_ray.config.shown import hide, know
 from gvpo_ray.files import read_lines
 from gvpo_ray.observe.computes import read_computes
@@ -82,7 +83,7 @@ def config_of(run: Run) -> dict[str, Any]:
 def _parsed(config: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(config)
-    except yaml.YAMLError:
+    except NOT_YAML:
         return {}
     return data if isinstance(data, dict) else {}
 

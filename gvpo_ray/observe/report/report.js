@@ -1,5 +1,5 @@
 "use strict";
-// The search over the completions, and the look of the charts, which are drawn when they come into view.
+// The search over the completions, the numbers of tokens, and the look of the charts, which are drawn when they come into view.
 
 const box = document.querySelector("#search"), found = document.querySelector("#found");
 const cases = [...document.querySelectorAll(".case")].map((element) => [element, element.textContent.toLowerCase()]);
@@ -37,6 +37,25 @@ if (box) {
   addEventListener("hashchange", searchFragment);
   search();
   searchFragment();
+}
+
+for (const list of document.querySelectorAll(".coloured pre[tabindex]")) {
+  const tokens = [...list.querySelectorAll("span")], said = list.nextElementSibling;
+  let chosen = -1;
+  const choose = (at) => {
+    tokens[chosen]?.classList.remove("chosen");
+    chosen = Math.max(0, Math.min(tokens.length - 1, at));
+    tokens[chosen].classList.add("chosen");
+    tokens[chosen].scrollIntoView({ block: "nearest" });
+    said.textContent = `token ${chosen + 1} “${tokens[chosen].textContent}”: ${tokens[chosen].title}`;
+  };
+  list.addEventListener("click", ({ target }) => tokens.includes(target) && choose(tokens.indexOf(target)));
+  list.addEventListener("keydown", (event) => {
+    const places = { ArrowRight: chosen + 1, ArrowLeft: chosen - 1, Home: 0, End: tokens.length - 1 };
+    if (!tokens.length || !(event.key in places)) return;
+    event.preventDefault();
+    choose(places[event.key]);
+  });
 }
 
 const figures = JSON.parse(document.querySelector("#figures").textContent);
