@@ -93,6 +93,6 @@ class WarmStartConfig(Section):
     batch_size: int = Field(default=64, ge=1)
     """Examples per update."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """Peak learning rate. It rises over the first 5 % of the updates, then falls to 5 % of the peak."""
+    """Peak learning rate. It rises over the first 5 % of the updates, then falls linearly to zero."""
     num_threads: int | None = Field(default=None, ge=1)
     """Torch threads; default: as many as the machine has CPUs."""

@@ -1,7 +1,7 @@
 """The warm start makes a small model: tokenizer, Qwen2 weights, supervised learning on worked problems.
 
 GVPO starts from it where there is no pretrained model (the quickstart, tests); with one, leave the warm start
-out. It is one process on any device.
+out. It is one process on any device, and its learning is the learner's own, with `objective: sft`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.model import WarmStartConfig
+from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
+from gvpo_ray.config.loss import SftLoss
+from gvpo_ray.config.model import ModelConfig, WarmStartConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.data.prompts import load_rows
 from gvpo_ray.data.tasks import make
 from gvpo_ray.files import new_folder
-from gvpo_ray.learner.logprobs import CompletionLogprobs, padded_inputs
+from gvpo_ray.learner.policy import Policy
+from gvpo_ray.learner.step import Settings, train_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 END = "<|endoftext|>"
 """The token at the end of a sequence, also used as padding."""
@@ -89,11 +95,10 @@ def make_model(section: WarmStartConfig, folder: Path) -> None:
     examples = read_examples(section)
     tokenizer = train_tokenizer([prompt + completion for prompt, completion in examples], section.vocab_size)
     model = new_model(len(tokenizer), tokenizer, section.architecture)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"warm start: {len(examples):,} worked problems, {len(tokenizer)} tokens, {size / 1e6:.2f} M "
-        f"parameters, on {device}",
+        f"parameters, on {DEVICE}",
         flush=True,
     )
     prompts = tokenizer([prompt for prompt, _ in examples]).input_ids
@@ -117,9 +122,9 @@ def make_model(section: WarmStartConfig, folder: Path) -> None:
         except OSError as error:
             raise ConfigError(f"model.path: cannot write {folder}: {error.strerror}") from error
         stack.enter_context(libraries_write_to(part / "warm_start.log"))
-        imitate(model.to(device), fitting, section)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        imitate(part, fitting, section)
     print(f"wrote {folder}")
 
 
@@ -273,45 +278,66 @@ def new_model(vocab_size: int, tokenizer: Any, architecture: dict[str, Any]) -> 
     return model
 
 
-def imitate(model: Any, rows: list[dict[str, Any]], section: WarmStartConfig) -> None:
-    """Train the model by supervised learning, which raises the mean log-prob of the completions' tokens.
-
-    The optimizer is AdamW, with the gradient's norm clipped at 1, 5 % warm-up and linear decay to 5 %.
+def imitate(folder: Path, rows: list[dict[str, Any]], section: WarmStartConfig) -> None:
+    """Train the model in a folder with `objective: sft`, in the learner's steps on groups of one.
 
     Args:
-        model: a causal language model, trained in place.
+        folder: of the model and its tokenizer; the weights there are replaced.
         rows: each with `prompt_ids` and one completion in `completion_ids`.
         section: the config section `warm_start`.
     """
-    module = CompletionLogprobs(model.train())
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=section.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-    )
     num_updates = max(1, round(section.num_epochs * len(rows) / section.batch_size))
+    learner = LearnerConfig(
+        backend="ddp",
+        learning_rate=section.learning_rate,
+        schedule="linear",
+        warmup_steps=num_updates // 20,
+        adam_betas=(0.9, 0.99),
+        num_mini_batches=1,
+        micro_batch_tokens=1 << 16,
+    )
+    model = ModelConfig(path=str(folder))
+    policy = Policy(model, learner, folder, DEVICE)
+    settings = Settings(
+        run_dir=str(folder),
+        num_steps=num_updates,
+        last_step=num_updates,
+        loss=SftLoss(),
+        learner=learner,
+        checkpoint=CheckpointConfig(),
+        model_path=str(folder),
+        parity_every=0,
+    )
     began = said = time.monotonic()
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"][0]) for row in rows]
-    for update, batch in enumerate(
-        itertools.islice(_batches(lengths, section.batch_size), num_updates), start=1
-    ):
-        rate = min(1.0, 20 * update / num_updates) * (1 - 0.95 * (update - 1) / num_updates)
-        for group in optimizer.param_groups:
-            group["lr"] = section.learning_rate * rate
-        inputs, _ = padded_inputs([rows[i] for i in batch], model.device)
-        loss = -module(**inputs).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    batches = itertools.islice(_batches(lengths, section.batch_size), num_updates)
+    for update, batch in enumerate(batches, start=1):
+        line = train_step(policy, [{**GROUP, **rows[i], "group_id": i} for i in batch], settings)
         if (now := time.monotonic()) - said > 5 or update == num_updates:
             left = (now - began) / update * (num_updates - update)
             print(
-                f"warm start: update {update}/{num_updates} · loss {loss.item():.3f} nats per token · "
+                f"warm start: update {update}/{num_updates} · loss {line['loss']:.3f} nats per token · "
                 f"{left:.0f} s left",
                 flush=True,
             )
             said = now
-    model.eval()
+    trained: Any = AutoModelForCausalLM.from_pretrained(folder)
+    trained.load_state_dict(dict(policy.named_tensors()))
+    trained.save_pretrained(folder)
 
+
+GROUP: dict[str, Any] = {
+    "prompt": "",
+    "completions": [""],
+    "finish_reasons": ["stop"],
+    "sources": ["offline:worked"],
+    "version_min": [None],
+    "version_max": [None],
+    "sampling_logprobs": [None],
+    "rewards": [1.0],
+    "reward_reasons": [None],
+}
+"""What a group of one worked problem has beside its tokens."""
 
 POOL, LIKE = 16, 64
 """So many batches are sorted by length together, in which lengths within LIKE tokens count as equal."""
