@@ -10,12 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-
-class GvpoError(Exception):
-    """An error whose message is one line that a user can read alone; the command line shows no traceback."""
-
-    status = 1
-    """Exit status of the command line."""
+from gvpo_ray.errors import GvpoError
 
 
 class ConfigError(GvpoError, ValueError):

@@ -23,9 +23,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.shown import know
 from gvpo_ray.engines.rollout import CutOff, Span
+from gvpo_ray.errors import GvpoError
 
 App = Callable[..., Awaitable[None]]
 """An ASGI application: `await app(scope, receive, send)`."""

@@ -98,7 +98,7 @@ class _Episode:
 
 
 class HangError(Exception):
-    """An agent did nothing within its time limit."""
+    """An agent did nothing within its time limit; `_why` makes the reason of an episode of it."""
 
 
 class AgentHost:

@@ -6,18 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.agent_host import Played
 from gvpo_ray.environments.host import Opened, SoFar
 from gvpo_ray.environments.world import Answer, Outcome
+from gvpo_ray.errors import GvpoError
 
 
 class NoEnvironmentError(GvpoError, RuntimeError):
     """The environments' actors cannot be reached at all; the message is the cause."""
 
 
-class LostError(Exception):
+class LostError(GvpoError):
     """A host died, or hung and was killed."""
 
 

@@ -61,7 +61,7 @@ class Limits:
 
 
 class HangError(Exception):
-    """A call of an environment did not return within its time limit."""
+    """A call of an environment did not return within its time limit; a World makes its answer of it."""
 
 
 class World:

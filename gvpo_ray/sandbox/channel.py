@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gvpo_ray.config.shown import mask
+from gvpo_ray.errors import GvpoError
 
 MAX_FRAME_BYTES = 1 << 20
 """Size at which an answer without an end is refused, unless a channel says another."""
@@ -24,7 +25,7 @@ MAX_PRINTED_BYTES, MAX_PRINTED_BYTES_IN_ALL = 16 << 10, 4 << 20
 """How much of what a child prints, and of what all children of a sandbox print, is passed on."""
 
 
-class GoneError(Exception):
+class GoneError(GvpoError):
     """The process at the other end is gone, or it wrote something that our code never writes.
 
     Without a message it is gone, and its exit status says why.

@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import know, masked
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_signature
 
 Loaded = TypeVar("Loaded")

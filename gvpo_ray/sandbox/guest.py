@@ -207,7 +207,7 @@ def _answer(program: str, lines: Iterator[bytes], send: Callable[[Mapping[str, A
 
 
 class ProgramError(Exception):
-    """The program raised an error that is none of Python's own."""
+    """The program raised an error that is none of Python's own; asserts of the tests may catch this one."""
 
 
 class Remote:

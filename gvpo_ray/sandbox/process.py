@@ -30,8 +30,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.channel import Channel, GoneError, Printed, as_frame
 from gvpo_ray.sandbox.confine import unprotected
 from gvpo_ray.sandbox.functions import Part, fits_float32

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox import guest
 from gvpo_ray.sandbox.channel import GoneError, Printed
 from gvpo_ray.sandbox.process import Sandbox, _Child, _Stage
@@ -35,18 +36,18 @@ MAX_ANSWER_BYTES = 16 << 20
 """Largest value that a function of a program may return, as JSON."""
 
 
-class StoppedError(Exception):
+class StoppedError(GvpoError):
     """A guest came to its end before it had answered.
 
     Args:
         text: how, in one line.
         is_fault: whether this may be our own machinery's fault, so that nothing is known of the program.
-        status: the exit status, or minus the signal's number; None: it was killed here.
+        exit_status: the exit status, or minus the signal's number; None: it was killed here.
     """
 
-    def __init__(self, text: str, is_fault: bool = False, status: int | None = None) -> None:
+    def __init__(self, text: str, is_fault: bool = False, exit_status: int | None = None) -> None:
         super().__init__(text)
-        self.is_fault, self.status = is_fault, status
+        self.is_fault, self.exit_status = is_fault, exit_status
 
 
 class Result(NamedTuple):
@@ -140,7 +141,7 @@ class Guest:
                 text = f"{ReasonKind.CRASH}: killed by SIGKILL, as the kernel does where memory runs out"
                 raise StoppedError(text, True) from None
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
-            raise StoppedError(f"the program was {how}" if status < 0 else how, status=status) from None
+            raise StoppedError(f"the program was {how}" if status < 0 else how, exit_status=status) from None
         self._left_s -= time.monotonic() - begun
 
     def _out_of_time(self) -> StoppedError:
@@ -195,7 +196,7 @@ class Programs(Sandbox):
         try:
             answer = child.receive()
         except StoppedError as stopped:
-            if stopped.status != 0:
+            if stopped.exit_status != 0:
                 raise
             return child.output.data.decode("utf-8", "replace")
         finally:

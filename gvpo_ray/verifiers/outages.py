@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.shown import mask
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.functions import OutOfReach, Part
 
 MAX_FAULTS = 16

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.data.columns import ABSENT, golds, value_at
 from gvpo_ray.data.files import FILE_SUFFIXES, as_rows, kind_of, parse_json, read_file
 from gvpo_ray.data.messages import as_messages, as_prompt, is_messages, split_answer
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.adapters import MATCH
 
 RESPONSES = (
