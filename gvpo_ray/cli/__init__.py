@@ -1,4 +1,4 @@
-"""The command line `gvpo-ray`: each verb is a function, and its docstring is its help.
+"""Each verb of the command line `gvpo-ray` is a function, and its docstring is its help.
 
 Each verb imports what it needs when it runs, so that `--help` and a mistake in a config are answered before
 torch and Ray are loaded.

@@ -46,7 +46,7 @@ class Episode(Protocol):
 
     @property
     def is_lost(self) -> bool:
-        """Whether its state is gone, so that it ends as `begun` is."""
+        """Return whether its state is gone, so that it ends as `begun` is."""
 
     async def run(self, prompt_ids: list[int], sample: Sample, progress: Transcript) -> list[int]:
         """Make the completion, as a Rollout does; `progress` is what there is of it."""

@@ -66,7 +66,7 @@ class NoRoomError(GvpoError, ValueError):
 
 @dataclass
 class _Request:
-    """A request of an episode, and what its calls of the model have sampled."""
+    """A _Request is one of an episode, with what its calls of the model have sampled."""
 
     ask: Ask
     known: list[list[int]]
@@ -279,7 +279,7 @@ class Serving:
 
 
 class _Whole:
-    """The whole of an application's answer, held back until it is there."""
+    """A _Whole holds an application's answer back until the whole of it is there."""
 
     def __init__(self) -> None:
         self._start: Message = {}

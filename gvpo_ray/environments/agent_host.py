@@ -67,7 +67,7 @@ class Played:
 
 @dataclass(frozen=True)
 class _Route:
-    """Where an episode's calls go."""
+    """A _Route says where an episode's calls go."""
 
     url: str
     token: str

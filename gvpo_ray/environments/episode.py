@@ -83,7 +83,7 @@ class Episode:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it cannot go on and is what `begun` is."""
+        """Return whether it cannot go on and is what `begun` is."""
         return self.client is None
 
     async def run(self, prompt_ids: list[int], sample: Sample, progress: Progress) -> list[int]:

@@ -123,7 +123,7 @@ class Forks:
 
 
 class _Process:
-    """The host's end of a world's process."""
+    """A _Process is the host's end of a world's process."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer, self.pid = reader, writer, 0

@@ -1,4 +1,4 @@
-"""The actors that hold environments. Ray starts one again that dies; its episodes end with their reason.
+"""Actors hold the environments. Ray starts one again that dies; its episodes end with their reason.
 
 This module imports neither torch nor vLLM, because actors import it.
 """
@@ -46,7 +46,7 @@ def _end_with(forks: Forks) -> None:
 
 
 class EnvironmentGroup:
-    """The environment actors, seen from the driver.
+    """An EnvironmentGroup is the environment actors, seen from the driver.
 
     Args:
         config: the section.

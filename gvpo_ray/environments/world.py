@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of an environment's calls, from the section `environment`."""
+    """Limits are those of an environment's calls, from the section `environment`."""
 
     timeout_s: float = 60.0
     max_calls: int = 16
@@ -195,7 +195,7 @@ class World:
 
 
 class _Result(NamedTuple):
-    """What the policy reads of a tool call."""
+    """A _Result is what the policy reads of a tool call."""
 
     text: str
     is_error: bool = False

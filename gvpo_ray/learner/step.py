@@ -109,7 +109,7 @@ class Update:
 
     @property
     def total(self) -> Total:
-        """What the update holds, on all ranks."""
+        """Return what the update holds, on all ranks."""
         tokens = [len(places) for row in self.rows for places in trained_tokens(row)]
         return Total(len(self.rows), len(tokens), sum(tokens))
 

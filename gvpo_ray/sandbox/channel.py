@@ -1,4 +1,4 @@
-"""The channel between the verifier and the sandbox's processes, and what those print.
+"""Verifier and sandbox's processes speak over a channel, and what those print is taken.
 
 Frames are lines of ASCII JSON over a socket pair. They are JSON because the child's answers are untrusted,
 and unpickling would run code.
@@ -33,7 +33,7 @@ class GoneError(GvpoError):
 
 
 class Printed:
-    """Takes what children print, so that they never wait, and passes a limited part of it on to stderr."""
+    """A Printed takes what children print, so that they never wait, and passes some of it on to stderr."""
 
     def __init__(self) -> None:
         self._left_in_all = MAX_PRINTED_BYTES_IN_ALL
@@ -66,7 +66,7 @@ class Printed:
 
 
 class Channel:
-    """One end of a socket pair, over which JSON objects are sent and received, one per line.
+    """A Channel is one end of a socket pair, over which JSON objects are sent and received, one per line.
 
     Deadlines are times of time.monotonic(). An end that is gone, or a line that is no JSON object, raises
     GoneError; a missed deadline raises TimeoutError.

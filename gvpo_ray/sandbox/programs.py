@@ -51,7 +51,7 @@ class StoppedError(GvpoError):
 
 
 class Result(NamedTuple):
-    """What became of a row's tests."""
+    """A Result says what became of a row's tests."""
 
     num_passed: int
     num_tests: int
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 class Output(Printed):
-    """Keeps what a guest prints, up to a number of bytes."""
+    """An Output keeps what a guest prints, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Output(Printed):
 
 
 class Guest:
-    """A child that does one request of guest.serve; its limits are per test, where the caller says so."""
+    """A Guest is a child for one request of guest.serve; its limits are per test, if the caller says so."""
 
     def __init__(self, programs: Programs, request: Mapping[str, Any], max_bytes: int = 0) -> None:
         self._programs = programs
@@ -164,7 +164,7 @@ class Guest:
 
 
 class Programs(Sandbox):
-    """A sandbox for whole programs; it must be used from one thread.
+    """Programs is a sandbox for whole programs; it must be used from one thread.
 
     Args:
         timeout_s: seconds that a program may take for one test; with asserts, for all of them.

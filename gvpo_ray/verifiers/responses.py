@@ -49,15 +49,15 @@ Fields = dict[str, Any]
 
 
 class MalformedRow(GvpoError, ValueError):
-    """A row that cannot be scored; the message says why, with its line."""
+    """A row cannot be scored; the message says why, with its line."""
 
 
 class NoColumn(MalformedRow):
-    """A row without a response, or without a place for a gold answer."""
+    """A row has no response, or no place for a gold answer."""
 
 
 class Names(NamedTuple):
-    """The columns, or paths, that the user named; None: the usual names."""
+    """Names holds the columns, or paths, that the user named; None: the usual names."""
 
     response_column: str | None = None
     gold_column: str | None = None
@@ -77,7 +77,7 @@ class Names(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A row that can be scored."""
+    """A Response is a row that can be scored."""
 
     prompt: str
     response: str
