@@ -1,4 +1,4 @@
-"""gvpo_ray: post-train language models with GVPO (arXiv 2504.19599) on a Ray cluster."""
+"""The package gvpo_ray post-trains language models with GVPO (arXiv 2504.19599) on a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m gvpo_ray` is `gvpo-ray`."""
+"""`python -m gvpo_ray` is the command line `gvpo-ray`."""
 
 import sys
 

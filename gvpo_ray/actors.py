@@ -17,10 +17,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.shown import mask
+from gvpo_ray.errors import GvpoError
 
 
 def actor_name(text: str) -> str:

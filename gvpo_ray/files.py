@@ -21,10 +21,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from gvpo_ray.errors import GvpoError
+
 # ------------------------------------------------------------------------------------------------- full disks
 
 
-class DiskFull(OSError):
+class DiskFull(GvpoError, OSError):
     """A write raises this where its file system, or the user's quota of it, is full; the message names it."""
 
     def __str__(self) -> str:
@@ -266,15 +268,8 @@ LOCK_POLL_S = 0.1
 """Seconds between two attempts to take a lock that another process holds."""
 
 
-class NoLocks(OSError):
+class NoLocks(GvpoError, OSError):
     """The file system has no file locks: NFS without its lock service, or Lustre mounted without `flock`."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(
-            error.errno,
-            f"its file system has no file locks (flock: {error.strerror}): mount it with locks, or use "
-            "another file system",
-        )
 
 
 def lock(path: Path, wait_s: float | None = 0.0, shared: bool = False) -> IO[str]:
@@ -306,7 +301,11 @@ def lock(path: Path, wait_s: float | None = 0.0, shared: bool = False) -> IO[str
                     raise
                 time.sleep(LOCK_POLL_S)
             except OSError as error:
-                raise NoLocks(error) from error
+                raise NoLocks(
+                    error.errno,
+                    f"its file system has no file locks (flock: {error.strerror}): mount it with locks, or "
+                    "use another file system",
+                ) from error
     except BaseException:
         file.close()
         raise

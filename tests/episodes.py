@@ -20,8 +20,9 @@ from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.rollout import ABORTED, ModelCall, Span
+from gvpo_ray.environments.client import Client, LostError
 from gvpo_ray.environments.contract import Contract, read_contract
-from gvpo_ray.environments.episode import Episodes, LostError
+from gvpo_ray.environments.episode import Episodes
 from gvpo_ray.environments.host import Host
 from gvpo_ray.environments.world import Limits, World
 
@@ -207,13 +208,13 @@ class Scripted(FakeEngine):
         return self.tokenizer.decode(ids)
 
 
-class LocalClient:
+class LocalClient(Client):
     """Calls a host of this process; `is_dead`: as if its process were gone."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Any) -> None:
         self.host, self.is_dead = host, False
 
-    async def call(self, method: str, *args: Any, limit_s: float | None = None) -> Any:
+    async def _call(self, limit_s: float | None, method: str, *args: Any) -> Any:
         if self.is_dead:
             raise LostError("dead")
         return await getattr(self.host, method)(*args)

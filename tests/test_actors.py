@@ -1,6 +1,4 @@
-"""What an error says of an actor, the facts of Ray that are read from its private modules, and the family of
-errors.
-"""
+"""What an error says of an actor, and the facts of Ray that are read from its private modules."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from gvpo_ray.actors import Draining, Fate, Hang, RunError, UpdateFailed, cause_of, classify, num_gpus_here
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.actors import Draining, Fate, Hang, UpdateFailed, cause_of, classify, num_gpus_here
+from gvpo_ray.config.base import ConfigError
 
 
 def task_error(cause: Exception) -> RayTaskError:
@@ -64,30 +62,3 @@ def test_a_dead_core_is_said_with_its_first_cause_where_that_is_known() -> None:
 def test_the_private_names_of_ray_that_are_used_are_there() -> None:
     assert callable(importlib.import_module("ray._private.state").state.get_draining_nodes)
     assert num_gpus_here() >= 0 and not ray.is_initialized()
-
-
-@pytest.mark.parametrize(
-    ("home", "name"),
-    [
-        ("config.base", "ConfigError"),
-        ("actors", "RunError"),
-        ("actors", "Draining"),
-        ("actors", "Hang"),
-        ("actors", "UpdateFailed"),
-        ("groups.table", "GroupError"),
-        ("sandbox.process", "SandboxError"),
-        ("verifiers.outages", "RewardError"),
-        ("verifiers.score_file", "MalformedRow"),
-        ("weights.transfer", "WeightMismatch"),
-    ],
-)
-def test_an_error_that_a_user_reads_is_of_one_family_and_says_its_exit_status(home: str, name: str) -> None:
-    kind = getattr(importlib.import_module(f"gvpo_ray.{home}"), name)
-    assert issubclass(kind, GvpoError)
-    assert kind.status == (2 if kind is ConfigError else 1)
-    again = pickle.loads(pickle.dumps(kind("one line")))
-    assert type(again) is kind and str(again) == "one line"
-
-
-def test_a_run_error_is_still_a_runtime_error_and_a_config_error_a_value_error() -> None:
-    assert issubclass(RunError, RuntimeError) and issubclass(ConfigError, ValueError)

@@ -116,7 +116,7 @@ class World:
         self._config = EnvironmentConfig(agent="a.py:agent", max_turns=options["max_turns"])
         self._model = ModelConfig(path=str(folder))
         self.hosts = [AgentHost(agent, **options) for _ in range(num)]
-        self.clients = [LocalClient(host) for host in self.hosts]  # type: ignore[arg-type]
+        self.clients = [LocalClient(host) for host in self.hosts]
         self._served: list[Serving] = []
 
     async def engine(self, policy: Policy, version: int = 0) -> Engine:

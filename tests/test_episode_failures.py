@@ -5,6 +5,7 @@ nor state are lost that need not be, and nothing is made twice.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from gvpo_ray import groups
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.environments import episode, pool
-from gvpo_ray.environments.episode import LostError, NoEnvironmentError
+from gvpo_ray.environments.agent_host import AgentHost
+from gvpo_ray.environments.client import Client, LostError, NoEnvironmentError
 from gvpo_ray.environments.host import GONE, Host
 from gvpo_ray.environments.pool import ActorClient
 
@@ -343,20 +345,20 @@ def test_a_dead_actor_is_lost_a_silent_one_is_killed_and_one_that_cannot_be_made
     monkeypatch.setattr(pool.ray, "kill", lambda actor, no_restart: killed.append((actor, no_restart)))
 
     async def main() -> None:
-        assert await ActorClient(Handle("an answer")).call("claim", 0, limit_s=60) == "an answer"
+        assert await ActorClient(Handle(["opened"])).claim(0, limit_s=60) == ["opened"]
         for death in (ActorDiedError(), ActorUnavailableError("away", None)):
             with pytest.raises(LostError):
-                await ActorClient(Handle(death)).call("act", limit_s=60)
+                await ActorClient(Handle(death)).finish("an episode", 0, {}, limit_s=60)
         for wrong in (
             RayActorError(error_msg="an error raised in its creation task, ValueError: x"),
             RayError("a bug"),
         ):
             with pytest.raises(NoEnvironmentError, match="environment: "):
-                await ActorClient(Handle(wrong)).call("open")
+                await ActorClient(Handle(wrong)).open(0, {}, 1)
         assert not killed
         silent = Handle(None)
         with pytest.raises(LostError, match=r"no answer for 0\.01 s"):
-            await ActorClient(silent).call("act", limit_s=0.01)
+            await ActorClient(silent).act("an episode", 0, 0, {}, [], "", limit_s=0.01)
         assert killed == [(silent, False)]  # and Ray starts it again
 
     asyncio.run(main())
@@ -379,3 +381,17 @@ def test_a_new_episode_begins_at_another_host_where_one_is_gone(
             await made.of_group(await prompt(made), 1, [], [])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("host", "other"), [(Host, {"play"}), (AgentHost, {"act", "finish"})])
+def test_a_client_has_a_method_for_each_method_of_a_host_with_the_same_arguments(
+    host: type, other: set[str]
+) -> None:
+    def arguments(cls: type) -> dict[str, list[str]]:
+        methods = inspect.getmembers(cls, inspect.isfunction)
+        found = {name: list(inspect.signature(one).parameters) for name, one in methods if name[0] != "_"}
+        return {name: [each for each in names if each != "limit_s"] for name, names in found.items()}
+
+    called = arguments(Client)
+    assert {name: called.pop(name) for name in other} and called == arguments(host)
+    assert len(called) >= 5

@@ -1,9 +1,13 @@
-"""The algorithm needs neither Ray nor vLLM nor DeepSpeed; no module is long. `lint-imports` does the rest."""
+"""The algorithm needs neither Ray nor vLLM nor DeepSpeed; no module is long, and docstrings begin with
+sentences. `lint-imports` does the rest.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -74,3 +78,18 @@ def test_no_module_of_the_package_has_more_than_450_lines() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in package.rglob("*.py")}
     assert len(lengths) > 100
     assert {str(path.relative_to(package)): num for path, num in lengths.items() if num > 450} == {}
+
+
+FRAGMENT = re.compile(r"(How|Of|One|What|Where|Whether|Which|Who|Whose|Why)\b")
+
+
+def test_no_docstring_of_a_module_a_class_or_a_function_begins_with_a_clause_in_place_of_a_sentence() -> None:
+    package, num, found = Path(__file__).parents[1] / "gvpo_ray", 0, []
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = ast.get_docstring(node)
+                num += text is not None
+                if text is not None and FRAGMENT.match(text):
+                    found.append(f"{path.relative_to(package)}: {text.splitlines()[0]}")
+    assert num > 2000 and found == []

@@ -487,7 +487,7 @@ def test_an_agents_calls_of_vllms_own_server_are_trained_as_they_were_sampled(ru
     host = AgentHost(asks, 600.0, 8, False)
     environment = EnvironmentConfig(agent="a.py:asks")
     model, prompts = ModelConfig(path=str(running.folder)), PromptsConfig(path="p", template="{prompt}")
-    made = Agents(environment, model, prompts, [], [LocalClient(host)])  # type: ignore[arg-type]
+    made = Agents(environment, model, prompts, [], [LocalClient(host)])
 
     async def noted(call: ModelCall, span: Any = engine._span) -> Span:
         result: Span = await span(call)

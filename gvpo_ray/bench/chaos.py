@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench chaos`: kills processes of a real run, and checks that nothing is lost.
+"""`gvpo-ray bench chaos` kills processes of a real run, and checks that nothing is lost.
 
 The run is the command `gvpo-ray train CONFIG` in a process of its own, which is started again when its driver
 is killed. Each kind of process is killed in turn, at random moments; a seed fixes both. At the end the log
@@ -47,7 +47,7 @@ KINDS = (*(kind for kind in TITLES if kind != "environment"), "driver")
 
 @dataclass
 class Kill:
-    """One planned kill, and what became of it. Times are in seconds since the epoch."""
+    """A Kill is one planned kill, and what became of it. Times are in seconds since the epoch."""
 
     kind: str
     """Kind of process, of KINDS, or "environment"."""
@@ -65,7 +65,7 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """The end of a run whose processes were killed."""
+    """An Outcome is the end of a run whose processes were killed."""
 
     kills: list[Kill]
     status: int
@@ -112,7 +112,7 @@ def descendants(pid: int, title: str) -> list[int]:
 
 
 class Command:
-    """A `gvpo-ray` command as a process; `on_line` gets each line of its output at once."""
+    """A Command is a `gvpo-ray` command as a process; `on_line` gets each line of its output at once."""
 
     def __init__(self, arguments: Sequence[str], on_line: Callable[[str], None]) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

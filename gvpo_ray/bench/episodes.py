@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench episodes`: how many episodes with a calculator one environment actor takes through.
+"""`gvpo-ray bench episodes` measures how many episodes with a calculator one environment actor makes.
 
 There is no model and no Ray: the tool calls are made up, and the host's calls are those that engines make.
 Each episode has its process, as in a run, so the figure is what environments cost beside the model.
@@ -24,7 +24,7 @@ K, AT_ONCE = 8, 8
 
 
 class Calculator:
-    """Adds numbers to a total."""
+    """This environment adds numbers to a total."""
 
     def reset(self, **row: object) -> None:
         """Begin at 0."""

@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench learner`: compares a step of the learner with plain trainers on the same groups.
+"""`gvpo-ray bench learner` compares a step of the learner with plain trainers on the same groups.
 
     ours      learner.step.train_step: packed forward pass, chunked head, GVPO loss, backward pass, clipping,
               AdamW, metrics

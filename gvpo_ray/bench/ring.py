@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench ring`: measures how fast the parts of one real run are.
+"""`gvpo-ray bench ring` measures how fast the parts of one real run are.
 
 The benchmark trains `num_steps` steps of the config, at least 5 and at most 24, in a folder of its own. It
 makes no evaluations and leaves nothing behind.

@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench scale`: the training loop without models, with 1 to 256 engines on one machine.
+"""`gvpo-ray bench scale` runs the training loop without models, with 1 to 256 engines on one machine.
 
 Engines are real Ray actors that make random tokens, after the latency of a heavy-tailed number of tokens.
 Verifiers are real and have a reward that costs nothing; the buffer and its log are real; the learner sleeps.
@@ -46,7 +46,7 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 
 class _Learner:
-    """A learner that takes every batch, sleeps, and publishes a version without weights.
+    """A _Learner takes every batch, sleeps, and publishes a version without weights.
 
     Without a `step_s` it takes no batch before `pace` is called.
     """
@@ -80,7 +80,7 @@ class _Learner:
 
 
 class Prompts:
-    """A fake data set: `num` prompts, again and again; 2^40 are practically endless."""
+    """Prompts is a fake data set: `num` prompts, again and again; 2^40 are practically endless."""
 
     def __init__(self, num: int = 1 << 40) -> None:
         self._num = num
@@ -102,7 +102,7 @@ class Prompts:
 
 
 class FakeRun:
-    """A run without a model: fake engines and a fake learner around the real rest. Tests use it too.
+    """A FakeRun has no model: fake engines and a fake learner are around the real rest. Tests use it too.
 
     Args:
         folder: of the logs.
@@ -259,7 +259,7 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
 
 
 class Turns(FakeEngine):
-    """An engine whose completions are episodes of several turns, as long together as one of a FakeEngine.
+    """A Turns engine samples episodes of several turns, as long together as a completion of a FakeEngine.
 
     Args:
         num_turns: of each.

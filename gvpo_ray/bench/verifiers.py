@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench verifiers`: compares checks per second of the verifiers and of plain math-verify.
+"""`gvpo-ray bench verifiers` compares checks per second of the verifiers and of plain math-verify.
 
 It prints a row for each of these:
 
@@ -36,7 +36,7 @@ WARM_UP: Rows = [("The answer is $\\frac{1}{2}$.", "0.5")] * 8
 
 
 def loops(prompts: list[str], completions: list[str], **columns: list[str]) -> list[float]:
-    """A reward function that never ends on the completion "poison".
+    """Never end on the completion "poison": a reward function.
 
     A completion that is hard for sympy would not do, because the next version may solve it.
     """

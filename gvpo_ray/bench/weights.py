@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench weights`: measures the way of new weights from the learner's memory into an engine's.
+"""`gvpo-ray bench weights` measures the way of new weights from the learner's memory into an engine's.
 
 The weights are random ones in the sizes of Qwen2.5 1.5B, in bfloat16: rounded from master weights in float32.
 Between two versions each master weight is moved by one real step of AdamW. The step is the first of an

@@ -1,4 +1,4 @@
-"""The control of the learner: what it does next, what it was told, and how often it died.
+"""The buffer controls the learner: what it does next, what it was told, and how often it died.
 
     learner   next_command(step) ─ train, save or stop?      saved(step)      learner_started(step)
     driver    permit(step) · save()

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.files import (
     append_line,
     append_lines,

@@ -1,4 +1,4 @@
-"""The command line `gvpo-ray`: each verb is a function, and its docstring is its help.
+"""Each verb of the command line `gvpo-ray` is a function, and its docstring is its help.
 
 Each verb imports what it needs when it runs, so that `--help` and a mistake in a config are answered before
 torch and Ray are loaded.
@@ -16,6 +16,7 @@ import typer
 from gvpo_ray.cli import benches, runs  # noqa: F401 - which add their verbs to the app
 from gvpo_ray.cli.app import app
 from gvpo_ray.cli.terminal import print_plainly, use_utf8
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.home import ensure_home
 
 RESUMES = ("train", "learn", "evaluate", "verify", "bench paper", "bench staleness")
@@ -55,13 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         resumes = " ".join(arguments[:2]).startswith(RESUMES)
         print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
-    except (OSError, RuntimeError, ValueError) as error:
-        # they import pydantic, and `--help` need not wait for that
-        from gvpo_ray.config.base import GvpoError
+    except (OSError, GvpoError) as error:  # any other is a defect, which deserves its trace
         from gvpo_ray.config.shown import visible
 
-        if not isinstance(error, (OSError, GvpoError)):
-            raise  # a defect, which deserves its trace
         print(visible(f"error: {error}"), file=sys.stderr)
         return error.status if isinstance(error, GvpoError) else 1
     return 0

@@ -1,4 +1,4 @@
-"""The typer app of the command line, and the arguments and checks that its verbs share.
+"""The verbs of the command line share its typer app, and the arguments and checks that are here.
 
 Nothing heavier than typer is imported at once.
 """

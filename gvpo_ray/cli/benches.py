@@ -1,4 +1,4 @@
-"""Defines the verbs of `gvpo-ray bench`, one for each benchmark."""
+"""Each benchmark is a verb of `gvpo-ray bench`, which is defined here."""
 
 from __future__ import annotations
 

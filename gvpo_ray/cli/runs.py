@@ -1,4 +1,4 @@
-"""Defines the verbs about runs, evaluations and files of responses."""
+"""The verbs about runs, evaluations and files of responses are defined here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of all config sections: errors, marks of keys, which keys are paths, and a walk over all keys."""
+"""All config sections stand on this file: its error, marks of keys, local paths and walk over all keys."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-
-class GvpoError(Exception):
-    """An error whose message is one line that a user can read alone; the command line shows no traceback."""
-
-    status = 1
-    """Exit status of the command line."""
+from gvpo_ray.errors import GvpoError
 
 
 class ConfigError(GvpoError, ValueError):
-    """A bad key, path, model or data file: one clear line that names it."""
+    """A key, path, model or data file is bad; the message is one clear line that names it."""
 
     status = 2
 
 
 class Section(BaseModel):
-    """A section of the config; it refuses keys that it does not know."""
+    """A Section is a part of the config; it refuses keys that it does not know."""
 
     model_config = ConfigDict(
         extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -56,7 +51,7 @@ def is_local(path: str, root: Path = Path()) -> bool:
 
 @dataclass(frozen=True)
 class LocalPath:
-    """Marks a key whose value may be a path of this machine: `Annotated[str, LocalPath()]`."""
+    """A LocalPath marks a key whose value may be a path of this machine: `Annotated[str, LocalPath()]`."""
 
     kind: Literal["input", "output", "function"] = "input"
     """`input`: a file or folder that is read, or a name on the Hugging Face hub. `output`: a folder that is

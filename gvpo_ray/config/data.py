@@ -1,4 +1,4 @@
-"""The config sections `prompts`, `sources` and `replay`: the data that a run trains on."""
+"""The config sections `prompts`, `sources` and `replay` name the data that a run trains on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Data = TypeVar("Data", bound="PromptsConfig")
 
 
 class PromptsConfig(Section):
-    """A data set of prompts and reference answers, and how a prompt is rendered."""
+    """This section names a data set of prompts and reference answers, and says how a prompt is rendered."""
 
     path: Annotated[str | list[str], LocalPath()]
     """A file (Parquet, JSON, CSV, Arrow; text also compressed), a folder, a glob such as data/*.parquet, the
@@ -121,7 +121,7 @@ class PromptsConfig(Section):
 
 
 class ReplayConfig(Section):
-    """Replay: completions that the policy wrote earlier to the same prompt take the place of new ones.
+    """With replay, completions that the policy wrote earlier to the same prompt take the place of new ones.
 
     The paper's Figure 4 varies historical to current completions from 0:8 to 4:4. The log holds replayed
     completions with their log-probs, so they are trained like any others.
@@ -135,7 +135,7 @@ class ReplayConfig(Section):
 
 
 class SourceConfig(PromptsConfig):
-    """An offline source: completions from people, other models or logs.
+    """An offline source holds completions from people, other models or logs.
 
     The file is Parquet or JSONL, with a prompt, a completion, and a reward or an answer in each row.
     """

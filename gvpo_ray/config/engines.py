@@ -1,4 +1,4 @@
-"""The config sections `sampling` and `engines`."""
+"""The config sections `sampling` and `engines` are in this file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gvpo_ray.config.base import DECIDES_SCORES, Resources, Section
 
 
 class SamplingConfig(Section):
-    """How engines sample completions.
+    """This section says how engines sample completions.
 
     GVPO's optimum needs a sampler that covers the reference's support, so values that cut it are refused.
     """
@@ -56,7 +56,7 @@ class SamplingConfig(Section):
 
 
 class PoolConfig(Section):
-    """One pool of equal engines.
+    """A pool is a number of equal engines.
 
     Pools may differ in everything here: with one reference per prompt GVPO's optimum does not depend on who
     samples, and with the `behaviour` reference each completion's own sampler is its reference.
@@ -138,7 +138,7 @@ class PoolConfig(Section):
 
 
 class EnginesConfig(PoolConfig):
-    """The sampling fleet: the settings of its one pool, or the defaults of those in `pools`."""
+    """This section has the settings of the fleet's one pool, or the defaults of those in `pools`."""
 
     pools: dict[str, PoolConfig] = {}
     """Pools by name, the cheapest first: it grows first and shrinks last. A key that a pool leaves out has
@@ -211,12 +211,12 @@ class EnginesConfig(PoolConfig):
 
     @property
     def has_engines(self) -> bool:
-        """Whether anybody samples: an engine of ours or a server."""
+        """Return whether anybody samples: an engine of ours or a server."""
         return any(pool.num or pool.max_num for pool in self.all_pools().values())
 
     @property
     def has_own_engines(self) -> bool:
-        """Whether there are engines with the policy's weights, which alone can be evaluated."""
+        """Return whether there are engines with the policy's weights, which alone can be evaluated."""
         return any((pool.num or pool.max_num) and pool.url is None for pool in self.all_pools().values())
 
     @property

@@ -1,4 +1,4 @@
-"""The config section `environment`."""
+"""The config section `environment` is in this file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BROKEN = "broken"
 
 
 class EnvironmentConfig(Section):
-    """What the policy talks to: with an environment, a completion is an episode of several turns."""
+    """With an environment, a completion is an episode of several turns, in which the policy talks to it."""
 
     name: Annotated[str | None, LocalPath("function")] = Field(default=None, json_schema_extra=DECIDES_SCORES)
     """The class, as `path.py:Class` or `module:Class`: `reset(**row)`, tools, `respond(message)` and

@@ -1,4 +1,4 @@
-"""The config section `evaluation`."""
+"""The config section `evaluation` is in this file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gvpo_ray.config.data import PromptsConfig
 
 
 class EvaluationSet(PromptsConfig):
-    """A held-out data set; settings that it leaves out are those of the evaluation section."""
+    """An evaluation set is a held-out data set; what it leaves out is set by the evaluation section."""
 
     num_samples: int | None = Field(default=None, ge=1)
     """Completions per prompt; default: as in the evaluation section."""
@@ -24,7 +24,7 @@ class EvaluationSet(PromptsConfig):
 
 
 class EvaluationConfig(Section):
-    """Evaluations: the held-out data sets, when they are evaluated, and how they are sampled."""
+    """This section names held-out data sets, and says when they are evaluated and how they are sampled."""
 
     every: int = Field(default=0, ge=0)
     """Steps between evaluations; the model is also evaluated before the first step and after the last. 0:

@@ -1,4 +1,4 @@
-"""The config sections `learner` and `checkpoint`."""
+"""The config sections `learner` and `checkpoint` are in this file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gvpo_ray.config.base import Resources, Section
 
 
 class LearnerConfig(Section):
-    """The learner: its workers, their backend, the optimizer and the size of a pass."""
+    """This section sets the learner's workers, their backend, the optimizer and the size of a pass."""
 
     num_workers: int = Field(default=1, ge=1)
     """Number of Ray Train workers. Each trains on whole groups."""
@@ -77,7 +77,7 @@ class LearnerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, and how many are kept."""
+    """This section says when checkpoints are written, and how many are kept."""
 
     every: int = Field(default=10, ge=1)
     """Steps between checkpoints; the last step always writes one."""

@@ -1,4 +1,4 @@
-"""Reads YAML and `key=value` overrides, and describes a mistake in a config in one line.
+"""A config is read from YAML and `key=value` overrides, and a mistake in it is described in one line.
 
 For an unknown key the line suggests the nearest known one.
 """

@@ -1,4 +1,4 @@
-"""The config section `loss`: a class of options for each objective, and the log-probs that it needs.
+"""The config section `loss` has a class of options for each objective, and the log-probs that it needs.
 
 A new objective is a class here, its name in `LossConfig`, a file in losses/ and a line in losses/registry.py.
 """
@@ -24,7 +24,7 @@ class _DependsOnBeta(LossOptions):
 
     @property
     def foreign_is_initial(self) -> bool:
-        """Whether an external completion counts as one of the initial policy: with the `behaviour` reference.
+        """Return whether an external completion counts as the initial policy's, as it does with `behaviour`.
 
         If its reference were the policy at the start of the step, the first D would always be 0, and nothing
         would limit the update.
@@ -33,7 +33,7 @@ class _DependsOnBeta(LossOptions):
 
 
 class GvpoLoss(_DependsOnBeta):
-    """GVPO's options. By default the corrections for old data are on; `{preset: paper}` is the paper."""
+    """GVPO corrects for old data by default; `{preset: paper}` is the paper."""
 
     objective: Literal["gvpo"] = "gvpo"
     preset: Literal["paper"] | None = None
@@ -102,7 +102,7 @@ class GvpoLoss(_DependsOnBeta):
 
     @property
     def adapts_beta(self) -> bool:
-        """Whether beta is adapted after each step: with `beta: auto` and the `behaviour` reference.
+        """Return whether beta is adapted after each step: with `beta: auto` and the `behaviour` reference.
 
         Other references are targets to return to.
         """
@@ -110,7 +110,7 @@ class GvpoLoss(_DependsOnBeta):
 
     @property
     def is_damped(self) -> bool:
-        """Whether the learning rate is damped: with `damped` and the `behaviour` reference.
+        """Return whether the learning rate is damped: with `damped` and the `behaviour` reference.
 
         Other references are targets to return to.
         """
@@ -147,25 +147,25 @@ class _Clipped(_WithRatio, _WithKL):
 
 
 class GrpoLoss(_Clipped):
-    """GRPO's options."""
+    """GRPO has these options."""
 
     objective: Literal["grpo"] = "grpo"
 
 
 class DrGrpoLoss(_Clipped):
-    """Dr. GRPO's options."""
+    """Dr. GRPO has these options."""
 
     objective: Literal["dr_grpo"] = "dr_grpo"
 
 
 class RlooLoss(_WithKL):
-    """RLOO's options."""
+    """RLOO has these options."""
 
     objective: Literal["rloo"] = "rloo"
 
 
 class ReinforceLoss(_WithKL):
-    """REINFORCE's options."""
+    """REINFORCE has these options."""
 
     objective: Literal["reinforce"] = "reinforce"
     baseline: float = 0.0
@@ -173,7 +173,7 @@ class ReinforceLoss(_WithKL):
 
 
 class GspoLoss(_WithRatio):
-    """GSPO's options."""
+    """GSPO has these options."""
 
     objective: Literal["gspo"] = "gspo"
     clip_low: float = Field(default=3e-4, gt=0)
@@ -184,7 +184,7 @@ class GspoLoss(_WithRatio):
 
 
 class CispoLoss(_WithRatio):
-    """CISPO's options."""
+    """CISPO has these options."""
 
     objective: Literal["cispo"] = "cispo"
     ratio_cap: float = Field(default=5.0, gt=0)
@@ -208,7 +208,7 @@ class _WithBeta(_DependsOnBeta):
 
 
 class OaplLoss(_WithBeta):
-    """OAPL's options."""
+    """OAPL has these options."""
 
     objective: Literal["oapl"] = "oapl"
     value_beta: float | None = Field(default=None, gt=0)
@@ -216,7 +216,7 @@ class OaplLoss(_WithBeta):
 
 
 class DpoLoss(_WithBeta):
-    """DPO's options."""
+    """DPO has these options."""
 
     objective: Literal["dpo"] = "dpo"
     reference: str | ScoringModelConfig = "initial"
@@ -234,7 +234,7 @@ class DpoLoss(_WithBeta):
 
 
 class EpaLoss(_WithBeta):
-    """EPA's options."""
+    """EPA has these options."""
 
     objective: Literal["epa"] = "epa"
     reference: str | ScoringModelConfig = "initial"
@@ -258,7 +258,7 @@ class SftLoss(LossOptions):
 
 
 class PoftLoss(LossOptions):
-    """PoFT's options. A completion's reward is the mean log-prob per token that aligned models gave it.
+    """PoFT takes for a completion's reward the mean log-prob per token that aligned models gave it.
 
     The source has it in its reward_column, or by name of the model in the column `aligned_logps`, which
     `gvpo-ray score` writes.

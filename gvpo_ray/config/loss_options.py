@@ -1,4 +1,4 @@
-"""The options that all objectives share, and what the learner and a run ask of an objective."""
+"""All objectives share some options; here is also what the learner and a run ask of an objective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_BETA = 0.1
 
 @dataclass(frozen=True)
 class Need:
-    """The log-probs with which a loss compares those of the current policy."""
+    """A Need says with which log-probs a loss compares those of the current policy."""
 
     detail: Literal["nothing", "sums", "tokens"]
     """How many log-probs: none, one per completion (the sum over its tokens), or one per token."""
@@ -28,7 +28,7 @@ class Need:
 
 
 class LossOptions(Section):
-    """The options that all objectives share, and the questions that the learner asks of an objective."""
+    """All objectives share these options, and answer the learner's questions by these properties."""
 
     objective: str
     """Name of the objective: `gvpo`, or one to compare it with, on the same data and in the same loop."""
@@ -94,7 +94,7 @@ class LossOptions(Section):
 
     @property
     def foreign_is_initial(self) -> bool:
-        """Whether an external completion counts as one of the initial policy.
+        """Return whether an external completion counts as one of the initial policy.
 
         Otherwise it counts as one of the policy at the start of the step.
         """
@@ -112,12 +112,12 @@ class LossOptions(Section):
 
     @property
     def adapts_beta(self) -> bool:
-        """Whether beta is adapted after each step."""
+        """Return whether beta is adapted after each step."""
         return False
 
     @property
     def is_damped(self) -> bool:
-        """Whether the learning rate is scaled by how much of the residuals the rewards explain."""
+        """Return whether the learning rate is scaled by how much of the residuals the rewards explain."""
         return False
 
     @property
@@ -127,12 +127,12 @@ class LossOptions(Section):
 
     @property
     def has_reference_model(self) -> bool:
-        """Whether the reference has weights of its own in the learner."""
+        """Return whether the reference has weights of its own in the learner."""
         return self.reference == "initial" or self.reference_every is not None
 
     @property
     def caches_reference(self) -> bool:
-        """Whether the reference model's log-prob of a completion is computed once and kept with it."""
+        """Return whether the reference model's log-prob of a completion is computed once and kept with it."""
         return self.reference_need == Need("sums", "model")
 
     @property

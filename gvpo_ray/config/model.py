@@ -1,4 +1,4 @@
-"""The config sections `model` and `warm_start`, and that of a model that only scores texts."""
+"""The config sections `model` and `warm_start`, and that of a model that only scores, are in this file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gvpo_ray.config.data import PromptsConfig
 
 
 class LoraConfig(Section):
-    """A low-rank adapter (peft), which is trained in place of the model's weights.
+    """A low-rank adapter (peft) is trained in place of the model's weights.
 
     The initial policy is the model without its adapter, and engines receive the adapter alone.
     """
@@ -25,7 +25,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The model that is trained: its place, precision and context."""
+    """This section names the model that is trained, its precision and its context."""
 
     path: Annotated[str, LocalPath()]
     """Folder or hub name of a Hugging Face model, with its tokenizer."""
@@ -41,7 +41,7 @@ class ModelConfig(Section):
 
 
 class ScoringModelConfig(Section):
-    """A model that scores texts, with a tokenizer of its own and in actors of its own.
+    """A scoring model scores texts, with a tokenizer of its own and in actors of its own.
 
     Ray restarts an actor that dies, and what it had in hand is scored again.
     """
@@ -68,7 +68,7 @@ class ScoringModelConfig(Section):
 
 
 class WarmStartConfig(Section):
-    """How a small model is made from scratch, taught by supervised learning and written to model.path.
+    """With a warm start a small model is made, taught by supervised learning and written to model.path.
 
     Only `gvpo-ray train` and `gvpo-ray warm-start` read this section.
     """

@@ -1,4 +1,4 @@
-"""Computes the resources that a run asks for, and refuses a plan that a machine can never place."""
+"""The plan of a run is what it asks of a cluster; one that a machine can never place is refused."""
 
 from __future__ import annotations
 

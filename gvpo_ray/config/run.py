@@ -1,4 +1,4 @@
-"""GVPOConfig, the pydantic model of a run's YAML file, and every check that concerns two sections.
+"""GVPOConfig is the pydantic model of a run's YAML file, with every check that concerns two sections.
 
 Functions elsewhere take the section that they need, never the whole config.
 """
@@ -35,7 +35,7 @@ from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 
 
 class RayConfig(Section):
-    """The Ray cluster that a run joins, or the embedded Ray that it starts."""
+    """This section names the Ray cluster that a run joins, or sizes the embedded Ray that it starts."""
 
     address: str | None = None
     """Address of a running cluster; default: RAY_ADDRESS (which `ray job submit` sets), else the run starts
@@ -49,7 +49,7 @@ class RayConfig(Section):
 
 
 class GVPOConfig(Section):
-    """The config of a run. Unknown keys are refused, with the nearest known one."""
+    """A GVPOConfig is the config of a run. Unknown keys are refused, with the nearest known one."""
 
     run_dir: Annotated[str, LocalPath("output")] = Field(json_schema_extra=RESUMABLE)
     """Folder of the run: config.yaml, metrics.jsonl, groups/, checkpoints/. Running `train` on it again

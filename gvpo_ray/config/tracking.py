@@ -1,4 +1,4 @@
-"""The config section `tracking`."""
+"""The config section `tracking` is in this file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gvpo_ray.config.base import Section
 
 
 class MLflowConfig(Section):
-    """The place of a run in MLflow."""
+    """This section names the place of a run in MLflow."""
 
     tracking_uri: str | None = None
     """Address of a tracking server or database; default: MLFLOW_TRACKING_URI, else run_dir/mlflow/runs.db."""
@@ -21,7 +21,7 @@ class MLflowConfig(Section):
 
 
 class TrackingConfig(Section):
-    """The trackers that get every line of metrics.jsonl.
+    """This section names the trackers that get every line of metrics.jsonl.
 
     A resumed run goes on in the same place. `{}` turns a tracker on with its defaults.
     """

@@ -1,4 +1,4 @@
-"""The config section `verifiers`."""
+"""The config section `verifiers` is in this file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gvpo_ray.config.base import DECIDES_SCORES, LocalPath, Resources, Section
 
 
 class ReasonKind(StrEnum):
-    """The limit that ended a check.
+    """A ReasonKind is the limit that ended a check.
 
     A reason of a completion without a reward then begins with this word and a colon.
     """
@@ -22,7 +22,7 @@ class ReasonKind(StrEnum):
 
 
 class RewardConfig(Section):
-    """One part of the reward: a function, a server or a reward model.
+    """A part of the reward is computed by a function, a server or a reward model.
 
     At most one of `function`, `url` and `model` may be set. Without any, the reward's name is the function.
     """
@@ -60,7 +60,7 @@ class RewardConfig(Section):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the section says what computes it, so that the name is free."""
+        """Return whether the section says what computes it, so that the name is free."""
         return any((self.function, self.url, self.model))
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class RewardConfig(Section):
 
 
 class VerifiersConfig(Section):
-    """The reward functions, the verifiers that compute them, and the limits of one check."""
+    """This section sets the reward functions, the verifiers that compute them, and the limits of a check."""
 
     num: int = Field(default=2, ge=1)
     """Number of verifier actors, spread over the nodes; each checks one group at a time. With max_num, the

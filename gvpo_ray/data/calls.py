@@ -1,4 +1,4 @@
-"""A tool call, in a module that costs the processes of environments nothing to import."""
+"""A tool call has a module of its own, which costs the processes of environments nothing to import."""
 
 from __future__ import annotations
 

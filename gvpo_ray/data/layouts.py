@@ -1,4 +1,4 @@
-"""The layouts of other systems' data sets: which columns hold the prompt and the gold.
+"""Layouts say which columns of other systems' data sets hold the prompt and the gold.
 
 `prompts.layout` names one; without it, a known layout is found by its columns. A layout is one line here.
 """
@@ -69,7 +69,7 @@ LAYOUTS = {
 
 
 class Found(NamedTuple):
-    """What was found out about a data set's columns."""
+    """A Found is what was found out about a data set's columns."""
 
     prompt: str
     """Path of the prompt, or a template over columns."""

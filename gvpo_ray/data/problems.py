@@ -109,7 +109,7 @@ def group_columns(problems: Sequence[Problem]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems of a data set, and what was left out."""
+    """Problems holds the problems of a data set, and what was left out."""
 
     problems: list[Problem]
     num_rows: int

@@ -28,7 +28,7 @@ CONVERSATIONS = ("messages", "conversations")
 
 @dataclass(frozen=True)
 class Unfolded:
-    """The rows of one completion each, and what they were made from."""
+    """An Unfolded holds rows of one completion each, and what they were made from."""
 
     data: Columns
     """The columns prompt, completion and `reward_column`."""

@@ -291,7 +291,7 @@ class _Answers(InFlight):
 
 
 class _Refusal(RuntimeError):
-    """A server refuses to complete a prompt, or its answer has no completion in it."""
+    """A server refuses to complete a prompt, or its answer has no completion in it; the engine notes it."""
 
 
 def _text_of(choice: Any) -> str:

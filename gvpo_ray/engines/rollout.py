@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.base import ABORTED, InFlight
+from gvpo_ray.errors import GvpoError
 
 Sample = Callable[[list[int]], Awaitable[list[int]]]
 """One call of the model: `await sample(ids)` -> the tokens that the model writes behind `ids`.
@@ -46,7 +46,7 @@ class Episode(Protocol):
 
     @property
     def is_lost(self) -> bool:
-        """Whether its state is gone, so that it ends as `begun` is."""
+        """Return whether its state is gone, so that it ends as `begun` is."""
 
     async def run(self, prompt_ids: list[int], sample: Sample, progress: Transcript) -> list[int]:
         """Make the completion, as a Rollout does; `progress` is what there is of it."""
@@ -101,7 +101,10 @@ REPEATED = 1 << 24
 
 
 class CutOff(Exception):
-    """`sample` raises this inside a rollout function when a drain has cut the model's call off."""
+    """`sample` raises this inside a rollout function when a drain has cut the model's call off.
+
+    It is a signal and no GvpoError: a rollout function that handles errors must let it pass.
+    """
 
 
 class Call(Protocol):

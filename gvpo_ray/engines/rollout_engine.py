@@ -1,4 +1,4 @@
-"""An engine whose completions are made by a rollout function, or are episodes of environments and agents.
+"""A rollout function, or an environment or an agent with its episodes, makes the completions of this engine.
 
 This module imports neither torch nor vLLM.
 """
@@ -57,7 +57,7 @@ class RolloutEngine(BaseEngine):
         self._num_calls = 0
 
     def _whole(self, table: pa.Table) -> pa.Table:
-        """Agents write prompts of their own: a group of theirs has the one that its completions share."""
+        """Give a group of agents, which write prompts of their own, the prompt that its completions share."""
         return self._rollout.with_common_prompt(table) if isinstance(self._rollout, Agents) else table
 
     async def _rest(self, work: Work) -> tuple[pa.Table, int]:

@@ -23,9 +23,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.shown import know
 from gvpo_ray.engines.rollout import CutOff, Span
+from gvpo_ray.errors import GvpoError
 
 App = Callable[..., Awaitable[None]]
 """An ASGI application: `await app(scope, receive, send)`."""
@@ -66,7 +66,7 @@ class NoRoomError(GvpoError, ValueError):
 
 @dataclass
 class _Request:
-    """A request of an episode, and what its calls of the model have sampled."""
+    """A _Request is one of an episode, with what its calls of the model have sampled."""
 
     ask: Ask
     known: list[list[int]]
@@ -279,7 +279,7 @@ class Serving:
 
 
 class _Whole:
-    """The whole of an application's answer, held back until it is there."""
+    """A _Whole holds an application's answer back until the whole of it is there."""
 
     def __init__(self) -> None:
         self._start: Message = {}

@@ -88,17 +88,17 @@ class Slot:
 
     @property
     def has_room(self) -> bool:
-        """Whether the engine runs and can take another group."""
+        """Return whether the engine runs and can take another group."""
         return self.state == EngineState.RUNNING and self.load < self.capacity
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the slot is beyond the pool's `num`, so that autoscale.py may fill and clear it."""
+        """Return whether the slot is beyond the pool's `num`, so that autoscale.py may fill and clear it."""
         return self.number >= self.config.num
 
     @property
     def is_ours(self) -> bool:
-        """Whether the engine samples with the policy's weights, and not at an external server."""
+        """Return whether the engine samples with the policy's weights, and not at an external server."""
         return self.config.url is None
 
     @property
@@ -108,7 +108,7 @@ class Slot:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether the engines here died more than max_restarts_per_hour times within the last hour."""
+        """Return whether the engines here died more than max_restarts_per_hour times within the last hour."""
         while self.deaths and time.monotonic() - self.deaths[0] > 3600:
             self.deaths.popleft()
         return len(self.deaths) > self.config.max_restarts_per_hour

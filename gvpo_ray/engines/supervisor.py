@@ -26,13 +26,13 @@ from gvpo_ray.actors import (
     is_death,
     is_lost,
 )
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.engines import EnginesConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.autoscale import slot_to_clear, slot_to_fill
 from gvpo_ray.engines.base import num_rollouts
 from gvpo_ray.engines.slots import Slot
 from gvpo_ray.engines.turns import Sleepers, Turns
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.files import DiskFull
 from gvpo_ray.groups import from_wire
 from gvpo_ray.observe.status import EngineState
@@ -421,8 +421,9 @@ def _is_its_own(error: RayError) -> bool:
     """
     cause = innermost(error)
     # vLLM's core sends errors of its own as plain Exceptions.
-    may_be = isinstance(cause, (OSError, RuntimeError)) or type(cause) is Exception
-    return may_be and not is_death(error) and not isinstance(cause, GvpoError)
+    is_vllms = isinstance(cause, RuntimeError) and not isinstance(cause, GvpoError)
+    may_be = isinstance(cause, OSError) or is_vllms or type(cause) is Exception
+    return may_be and not is_death(error)
 
 
 def _is_full_disk(cause: BaseException) -> bool:

@@ -17,7 +17,7 @@ from gvpo_ray.observe.status import EngineState
 
 
 class Turns(Protocol):
-    """Says whose turn it is: the buffer's client."""
+    """The buffer's client says whose turn it is."""
 
     async def next_turn(self, turn: int) -> tuple[int, Owner] | None:
         """Wait until it is another turn than `turn`; return it and its owner; None: the run is over."""

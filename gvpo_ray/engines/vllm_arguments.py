@@ -1,4 +1,4 @@
-"""The arguments with which an engine starts vLLM."""
+"""An engine starts vLLM with the arguments that are made here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's own HTTP application around an engine's AsyncLLM, whose episodes ask the engine (serving.py).
+"""vLLM's own HTTP application stands around an engine's AsyncLLM; episodes ask the engine (serving.py).
 
 All that the application asks vLLM for goes through one method, `generate`, whatever the route and the format:
 chat, completions, responses, Anthropic's messages, or tokens. This module imports vLLM inside its functions.
@@ -67,7 +67,7 @@ async def vllm_app(llm: Any, model: str, serve: Serve, ready: Callable[[], Await
 
 
 class _Client:
-    """The AsyncLLM, as the application sees it."""
+    """A _Client is the AsyncLLM as the application sees it."""
 
     def __init__(self, llm: Any, ready: Callable[[], Awaitable[None]]) -> None:
         self._llm, self._ready = llm, ready

@@ -31,7 +31,8 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.data.dialogue import Dialogue
 from gvpo_ray.environments.agent_host import Call, Played
-from gvpo_ray.environments.episode import MARGIN_S, Client, Episodes, LostError
+from gvpo_ray.environments.client import Client, LostError
+from gvpo_ray.environments.episode import MARGIN_S, Episodes
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.groups import Row
 from gvpo_ray.sandbox.functions import find, of_user
@@ -150,7 +151,7 @@ class AgentEpisode:
         known = [[*call["prompt_ids"], *call["ids"]] for call in calls]
         with serving.episode(self.opened.name, progress.ask, known) as (url, token):
             try:
-                self._played = await self._answer("play", self.opened.name, self.opened.lease, url, token)
+                self._played = await self._result(url, token)
             except LostError:
                 self._played = Played(reason=GONE, end="lost")
         found = branches(self._played.calls)
@@ -159,16 +160,15 @@ class AgentEpisode:
         progress.adopt(found)
         return progress.ids
 
-    async def _answer(self, *call: Any) -> Played:
-        """Call the host, whose answer may take as long as it likes as long as it is there."""
-        playing = asyncio.ensure_future(self.client.call(*call))
+    async def _result(self, url: str, token: str) -> Played:
+        """Let the host play the episode, which may take as long as it likes as long as the host is there."""
+        playing = asyncio.ensure_future(self.client.play(self.opened.name, self.opened.lease, url, token))
         try:
             while not playing.done():
                 await asyncio.wait([playing], timeout=PING_S)
                 if not playing.done():
-                    await self.client.call("status", limit_s=MARGIN_S)
-            played: Played = playing.result()
-            return played
+                    await self.client.status(MARGIN_S)
+            return playing.result()
         finally:
             playing.cancel()
 

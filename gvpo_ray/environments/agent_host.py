@@ -67,7 +67,7 @@ class Played:
 
 @dataclass(frozen=True)
 class _Route:
-    """Where an episode's calls go."""
+    """A _Route says where an episode's calls go."""
 
     url: str
     token: str
@@ -98,7 +98,7 @@ class _Episode:
 
 
 class HangError(Exception):
-    """An agent did nothing within its time limit."""
+    """An agent did nothing within its time limit; `_why` makes the reason of an episode of it."""
 
 
 class AgentHost:

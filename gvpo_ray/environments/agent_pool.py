@@ -1,4 +1,4 @@
-"""The actors that run agents. Ray starts one again that dies; its episodes end with their reason.
+"""Agents run in actors. Ray starts one again that dies; its episodes end with their reason.
 
 This module imports neither torch nor vLLM, because actors import it.
 """
@@ -23,7 +23,7 @@ class _EnvironmentActor(AgentHost):
 
 
 class AgentGroup(EnvironmentGroup):
-    """The actors that run agents, seen from the driver.
+    """An AgentGroup is the actors that run agents, seen from the driver.
 
     Args:
         config: the section.

@@ -1,4 +1,4 @@
-"""The contract of an environment: TRL's `environment_factory`, and a method `respond`.
+"""The contract of an environment is TRL's `environment_factory`, and a method `respond`.
 
     class Calculator:
         def __init__(self, digits=3): ...                        # arguments: environment.arguments
@@ -43,12 +43,12 @@ class Contract:
 
     @property
     def responds(self) -> bool:
-        """Whether turns without tool calls are answered."""
+        """Return whether turns without tool calls are answered."""
         return hasattr(self.cls, "respond")
 
     @property
     def has_reward(self) -> bool:
-        """Whether it scores its episodes."""
+        """Return whether it scores its episodes."""
         return hasattr(self.cls, "get_reward")
 
 

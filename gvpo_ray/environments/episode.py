@@ -18,38 +18,20 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import BROKEN, ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.dialogue import Dialogue, dialogue_of
+from gvpo_ray.environments.client import Client, LostError, NoEnvironmentError
 from gvpo_ray.environments.forks import START_S
 from gvpo_ray.environments.host import GONE, Opened
-from gvpo_ray.environments.world import Answer, Outcome
+from gvpo_ray.environments.world import Answer
 
 MARGIN_S = 30.0
 """Seconds that a host has beside its calls' time limits before it counts as hanging."""
 
 NO_ROOM = "untrained: what the environment has said leaves no room for a turn"
 """Reason of an episode that has no token of the model."""
-
-
-class NoEnvironmentError(GvpoError, RuntimeError):
-    """The environments' actors cannot be reached at all; the message is the cause."""
-
-
-class Client(Protocol):
-    """The Client protocol is what an episode needs of a host, wherever that is.
-
-    A method raises LostError where the host's process or node is gone, or does not answer.
-    """
-
-    async def call(self, method: str, *args: Any, limit_s: float | None = None) -> Any:
-        """Call a method of environments/host.Host."""
-
-
-class LostError(Exception):
-    """A host died, or hung and was killed."""
 
 
 class Progress(Protocol):
@@ -101,7 +83,7 @@ class Episode:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it cannot go on and is what `begun` is."""
+        """Return whether it cannot go on and is what `begun` is."""
         return self.client is None
 
     async def run(self, prompt_ids: list[int], sample: Sample, progress: Progress) -> list[int]:
@@ -131,8 +113,14 @@ class Episode:
         num_made = min(len(read.calls), self.config.max_calls)
         limit_s = self.config.timeout_s * max(1, num_made) + MARGIN_S
         try:
-            answer: Answer = await self._host(
-                "act", self.num_turns - 1, progress.so_far(), read.calls, read.text, limit_s=limit_s
+            answer = await self._host.act(
+                self.opened.name,
+                self.opened.lease,
+                self.num_turns - 1,
+                progress.so_far(),
+                read.calls,
+                read.text,
+                limit_s,
             )
         except LostError:
             answer = Answer(reason=GONE)
@@ -157,9 +145,8 @@ class Episode:
             self._lose(NO_ROOM)
             return
         try:
-            outcome: Outcome = await self._host(
-                "finish", progress.so_far(), limit_s=self.config.timeout_s + MARGIN_S
-            )
+            limit_s = self.config.timeout_s + MARGIN_S
+            outcome = await self._host.finish(self.opened.name, self.opened.lease, progress.so_far(), limit_s)
         except LostError:
             self._lose(GONE)
             return
@@ -167,9 +154,10 @@ class Episode:
         if outcome.is_broken:
             self.end = BROKEN
 
-    async def _host(self, method: str, *args: Any, limit_s: float) -> Any:
+    @property
+    def _host(self) -> Client:
         assert self.client is not None
-        return await self.client.call(method, self.opened.name, self.opened.lease, *args, limit_s=limit_s)
+        return self.client
 
     def _lose(self, reason: str, is_broken: bool = False) -> None:
         self.end, self.reason = BROKEN if is_broken else "lost", reason
@@ -291,8 +279,7 @@ class Episodes:
 
     async def _claimed(self, client: Client, group_id: int, without: list[str]) -> list[Opened]:
         try:
-            claimed: list[Opened] = await client.call("claim", group_id, without)
-            return claimed
+            return await client.claim(group_id, without)
         except LostError:
             return []
 
@@ -310,7 +297,7 @@ class Episodes:
             for tries in range(MAX_TRIES):
                 client = self._clients[(number + tries) % len(self._clients)]
                 try:
-                    opened = await client.call("open", group_id, row, share, limit_s=limit_s)
+                    opened = await client.open(group_id, row, share, limit_s)
                 except LostError as error:
                     last = error
                     await asyncio.sleep(min(5.0, 0.2 * 2**tries))
@@ -326,7 +313,7 @@ class Episodes:
 
         async def at(client: Client) -> None:
             try:
-                await client.call("release", group_id)
+                await client.release(group_id)
             except LostError:
                 return
 

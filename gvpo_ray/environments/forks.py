@@ -31,6 +31,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.functions import describe
 from gvpo_ray.sandbox.template import _die_with_parent
 
@@ -44,7 +45,7 @@ SIZE = struct.Struct("!Q")
 """What comes before each frame: its size."""
 
 
-class BrokenError(Exception):
+class BrokenError(GvpoError):
     """A world's process is gone, or gave no sign within its time; the message says which."""
 
 
@@ -122,7 +123,7 @@ class Forks:
 
 
 class _Process:
-    """The host's end of a world's process."""
+    """A _Process is the host's end of a world's process."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer, self.pid = reader, writer, 0

@@ -1,4 +1,4 @@
-"""The actors that hold environments. Ray starts one again that dies; its episodes end with their reason.
+"""Actors hold the environments. Ray starts one again that dies; its episodes end with their reason.
 
 This module imports neither torch nor vLLM, because actors import it.
 """
@@ -19,8 +19,9 @@ from gvpo_ray.actors import Note, actor_name, cause_of, innermost, is_death
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.environments.client import Client, LostError, NoEnvironmentError
 from gvpo_ray.environments.contract import Contract, pickled_by_value
-from gvpo_ray.environments.episode import Episodes, LostError, NoEnvironmentError
+from gvpo_ray.environments.episode import Episodes
 from gvpo_ray.environments.forks import Forks
 from gvpo_ray.environments.host import Host
 from gvpo_ray.environments.world import Limits
@@ -45,7 +46,7 @@ def _end_with(forks: Forks) -> None:
 
 
 class EnvironmentGroup:
-    """The environment actors, seen from the driver.
+    """An EnvironmentGroup is the environment actors, seen from the driver.
 
     Args:
         config: the section.
@@ -121,7 +122,7 @@ WATCH_S = 1.0
 """Seconds between two looks at whether an actor was started again."""
 
 
-class ActorClient:
+class ActorClient(Client):
     """An ActorClient calls a host that is an actor.
 
     Args:
@@ -131,7 +132,7 @@ class ActorClient:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def call(self, method: str, *args: Any, limit_s: float | None = None) -> Any:
+    async def _call(self, limit_s: float | None, method: str, *args: Any) -> Any:
         """Call a method. An actor that does not answer within `limit_s` seconds is killed and started again.
 
         Raises:

@@ -1,4 +1,4 @@
-"""An environment with one tool, `python`, which runs a program in the sandbox.
+"""This environment has one tool, `python`, which runs a program in the sandbox.
 
 environment: {name: "gvpo_ray.environments.python:Python", arguments: {cpu_s: 5}}
 verifiers: {rewards: {math: 1}}                                # it gives no reward of its own
@@ -14,7 +14,7 @@ MAX_OUTPUT = 4000
 
 
 class Python:
-    """Runs each program anew, in a child without network and files of its own.
+    """This environment runs each program anew, in a child without network and files of its own.
 
     Args:
         timeout_s: seconds that a program may take.
@@ -26,7 +26,7 @@ class Python:
         self._limits = {"timeout_s": timeout_s, "cpu_s": cpu_s, "memory_gib": memory_gib}
 
     def reset(self, **row: object) -> None:
-        """Begin; programs leave nothing behind."""
+        """Begin an episode; programs leave nothing behind."""
 
     def python(self, code: str) -> str:
         """Run a Python program and return what it prints.

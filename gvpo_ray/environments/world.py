@@ -54,14 +54,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of an environment's calls, from the section `environment`."""
+    """Limits are those of an environment's calls, from the section `environment`."""
 
     timeout_s: float = 60.0
     max_calls: int = 16
 
 
 class HangError(Exception):
-    """A call of an environment did not return within its time limit."""
+    """A call of an environment did not return within its time limit; a World makes its answer of it."""
 
 
 class World:
@@ -195,7 +195,7 @@ class World:
 
 
 class _Result(NamedTuple):
-    """What the policy reads of a tool call."""
+    """A _Result is what the policy reads of a tool call."""
 
     text: str
     is_error: bool = False

@@ -80,7 +80,7 @@ class _Sizes:
 
 
 class _Pass:
-    """A pass that is being filled: its size, and the completions of each of its groups."""
+    """A _Pass is one that is being filled: its size, and the completions of each of its groups."""
 
     def __init__(self) -> None:
         self.num, self.width, self.size = 0, 0, 0
@@ -97,7 +97,7 @@ class _Pass:
 
 @dataclass
 class _Filled:
-    """One rank's passes, the largest first."""
+    """A _Filled holds one rank's passes, the largest first."""
 
     passes: list[_Pass]
     excess: int
@@ -171,7 +171,7 @@ class _Spread:
 
     @property
     def fits(self) -> bool:
-        """Whether every pass has room for what it holds."""
+        """Return whether every pass has room for what it holds."""
         return not any(own.excess for own in self.filled)
 
     def time(self, filled: Sequence[_Filled]) -> float:

@@ -53,8 +53,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.errors import GvpoError
 
 MASK = pa.list_(pa.bool_())
 """The type of one completion's entry in `trained_tokens`."""

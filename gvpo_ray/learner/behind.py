@@ -1,4 +1,4 @@
-"""What a thread does while the learner trains on: a Behind publishes a version of the weights in one.
+"""A Behind publishes a version of the weights in a thread, while the learner trains on.
 
 Checkpoints are written so, too (checkpoint.py). Both have their tensors from copies in the host's memory.
 """

@@ -160,7 +160,7 @@ class Policy:
 
     @property
     def computes(self) -> str:
-        """One line that says how this policy computes, and what a fallback costs."""
+        """Return a line that says how this policy computes, and what a fallback costs."""
         if self.packs and self._flex:
             layout = "groups packed, a prompt once each; FlexAttention"
         elif self.packs:

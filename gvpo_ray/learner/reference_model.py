@@ -49,7 +49,7 @@ class ReferenceModel:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a reference model."""
+        """Return whether there is a reference model."""
         return self._values is not None
 
     def load(self, path: str | Path) -> None:

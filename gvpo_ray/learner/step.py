@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gvpo_ray import groups
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.logprobs import trained_tokens
@@ -109,7 +109,7 @@ class Update:
 
     @property
     def total(self) -> Total:
-        """What the update holds, on all ranks."""
+        """Return what the update holds, on all ranks."""
         tokens = [len(places) for row in self.rows for places in trained_tokens(row)]
         return Total(len(self.rows), len(tokens), sum(tokens))
 

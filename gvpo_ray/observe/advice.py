@@ -1,4 +1,4 @@
-"""Says in one line why a run learns nothing, from its data, its config and the metrics of its first steps."""
+"""Advice says in one line why a run learns nothing, from its data, its config and its first metrics."""
 
 from __future__ import annotations
 

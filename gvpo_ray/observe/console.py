@@ -1,4 +1,4 @@
-"""Prints the progress of runs and evaluations: a line per step, bars on a terminal, a table at the end."""
+"""The console shows the progress of runs and evaluations: lines, bars on a terminal, a table at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gvpo_ray.observe.metrics_log import MetricsLog
 
 
 class RunConsole:
-    """Prints a run's progress at the driver: one plain line per step, and a bar where there is a terminal."""
+    """A RunConsole prints a run's progress at the driver: a plain line per step, and a bar on a terminal."""
 
     def __init__(self, config: GVPOConfig, done: int, num_steps: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The metrics of episodes: their turns, their tool calls, and how they end."""
+"""The metrics of episodes say how many turns and tool calls they have, and how they end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of all metrics, and the computation of those of a batch and of an evaluation.
+"""All metrics are registered here, and those of a batch and of an evaluation are computed.
 
 A new metric is one line of METRICS. Its name in Ray and Prometheus, its place and caption in the report and
 the description of its Grafana panel come from that line.
@@ -22,7 +22,7 @@ from gvpo_ray.observe.episodes import episode_metrics
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of metrics.jsonl, or the quotient of two ("a / b"), which only the report draws."""
+    """A Metric is one of metrics.jsonl, or the quotient of two ("a / b"), which only the report draws."""
 
     name: str
     """Key in metrics.jsonl. `{set}` is a free part, which becomes a label in Prometheus."""
@@ -41,7 +41,7 @@ class Metric:
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Pattern of the keys of metrics.jsonl that are this metric, with a group for each free part."""
+        """Return the pattern of the keys of metrics.jsonl that are this metric; each free part is a group."""
         parts = re.split(r"\{(\w+)\}", self.name)
         return re.compile(
             "".join(

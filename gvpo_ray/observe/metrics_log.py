@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl, which has a line of metrics for every step."""
+"""The file metrics.jsonl has a line of metrics for every step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gvpo_ray.files import append_line, read_lines, write_whole
 
 
 class MetricsLog:
-    """The file metrics.jsonl: one JSON object per line, with `step`.
+    """A MetricsLog is the file metrics.jsonl: one JSON object per line, with `step`.
 
     A resumed run drops the lines after its checkpoint and writes them again. `on_line` gets every new line.
     """

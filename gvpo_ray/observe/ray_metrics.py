@@ -1,4 +1,4 @@
-"""Exports the metrics and the status of a run to Prometheus, as gauges of Ray.
+"""The metrics and the status of a run go to Prometheus as gauges of Ray.
 
 The name of a metric comes from the registry in metrics.py: `gvpo_` before it, `_` for every other sign, its
 unit at the end, and a label for each of its free parts. Every series has the label `run`, the name of the
@@ -129,7 +129,7 @@ def of_status(status: Mapping[str, Any]) -> list[Series]:
 
 
 class Gauges:
-    """Exports series as Ray gauges.
+    """Gauges exports series as Ray gauges.
 
     Ray drops a gauge that was not set within two of its reports (20 s), and a step may take longer, so
     `show` sets every known series again.

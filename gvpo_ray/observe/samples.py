@@ -1,4 +1,4 @@
-"""Writes sampled groups for a person to read, before a training: what the model saw, wrote and got for it."""
+"""A person reads sampled groups before a training: what the model saw, wrote and got for it."""
 
 from __future__ import annotations
 

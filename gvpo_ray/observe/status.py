@@ -1,4 +1,4 @@
-"""Writes, reads and explains status.json, which holds the state of every stage of a run.
+"""The file status.json holds the state of every stage of a run; it is written, read and explained here.
 
 The training loop writes it every few seconds; `gvpo-ray status` and the watchdog print it in words.
 """
@@ -23,7 +23,7 @@ Status = Mapping[str, Any]
 
 
 class RunState(StrEnum):
-    """States of the driver of a run. The values are labels in Prometheus."""
+    """A RunState is a state of the driver of a run. The values are labels in Prometheus."""
 
     STARTING = "starting"
     TRAINING = "training"
@@ -33,7 +33,7 @@ class RunState(StrEnum):
 
 
 class EngineState(StrEnum):
-    """States of a slot of an engine pool. The values are labels in Prometheus."""
+    """An EngineState is a state of a slot of an engine pool. The values are labels in Prometheus."""
 
     OFF = "off"
     """The pool does not want an engine here now."""

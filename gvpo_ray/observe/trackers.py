@@ -1,4 +1,4 @@
-"""Sends the lines of metrics.jsonl to Ray and to the trackers of the config."""
+"""The lines of metrics.jsonl go to Ray and to the trackers of the config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gvpo_ray.observe.ray_metrics import Gauges, Line, numbers_of, of_line, of_s
 
 
 class Tracker(Protocol):
-    """The adapter of a tracker's library."""
+    """A Tracker is the adapter of a tracker's library."""
 
     run: str | None
     """Id or folder with which a resumed run finds its place again; kept in run_dir."""
@@ -44,7 +44,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes event files of TensorBoard to run_dir/tensorboard."""
+    """The tracker TensorBoard writes event files to run_dir/tensorboard."""
 
     def __init__(
         self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]
@@ -74,7 +74,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs to a run of Weights & Biases; a resumed run has the same id."""
+    """The tracker WandB logs to a run of Weights & Biases; a resumed run has the same id."""
 
     def __init__(
         self, arguments: dict[str, Any], run_dir: Path, run: str | None, parameters: dict[str, Any]
@@ -113,7 +113,7 @@ class WandB:
 
 
 class MLflow:
-    """Logs to a run of MLflow, on a server or in a database in run_dir/mlflow."""
+    """The tracker MLflow logs to a run of MLflow, on a server or in a database in run_dir/mlflow."""
 
     def __init__(
         self, config: MLflowConfig, run_dir: Path, run: str | None, parameters: dict[str, Any]
@@ -194,7 +194,7 @@ def parameters_of(config: GVPOConfig) -> dict[str, Any]:
 
 
 class _Feed(threading.Thread):
-    """Sends new lines to one tracker, in a thread of its own, so that training never waits for a server.
+    """A _Feed sends new lines to one tracker, in a thread, so that training never waits for a server.
 
     run_dir/tracking/<name>.json holds the position of the last line that was sent. A resumed run computes the
     steps after its checkpoint again, with the same results, and does not send them twice. Lines that a
@@ -270,7 +270,7 @@ CLOSE_S = 30.0
 
 
 class Tracking:
-    """Sends the metrics of a run to Ray and to the trackers of its config.
+    """Tracking sends the metrics of a run to Ray and to the trackers of its config.
 
     Args:
         config: of the run.

@@ -147,12 +147,12 @@ class GVPO:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are trained."""
+        """Return whether all steps are trained."""
         return self.step >= self.num_steps
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the config asks for an evaluation at this step that the metrics do not have yet."""
+        """Return whether the config asks for an evaluation at this step that the metrics do not have yet."""
         every = 0 if self.replays else self.config.evaluation.every
         if not every or not (self.step % every == 0 or self.done):
             return False

@@ -34,7 +34,7 @@ class EventLog:
 
     @property
     def was_cut_off(self) -> bool:
-        """Whether the last process of the run ended without recording that it stopped."""
+        """Return whether the last process of the run ended without recording that it stopped."""
         return (
             bool(self.entries)
             and next((e["name"] for e in reversed(self.entries) if e["who"] == "run"), "stopped") == "started"

@@ -272,7 +272,7 @@ def _openrlhf(function: Function, columns: dict[str, Any], named: set[str] | Non
 
 
 class Status(Enum):
-    """How a sample of slime ended."""
+    """A Status says how a sample of slime ended."""
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"

@@ -1,4 +1,4 @@
-"""The channel between the verifier and the sandbox's processes, and what those print.
+"""Verifier and sandbox's processes speak over a channel, and what those print is taken.
 
 Frames are lines of ASCII JSON over a socket pair. They are JSON because the child's answers are untrusted,
 and unpickling would run code.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gvpo_ray.config.shown import mask
+from gvpo_ray.errors import GvpoError
 
 MAX_FRAME_BYTES = 1 << 20
 """Size at which an answer without an end is refused, unless a channel says another."""
@@ -24,7 +25,7 @@ MAX_PRINTED_BYTES, MAX_PRINTED_BYTES_IN_ALL = 16 << 10, 4 << 20
 """How much of what a child prints, and of what all children of a sandbox print, is passed on."""
 
 
-class GoneError(Exception):
+class GoneError(GvpoError):
     """The process at the other end is gone, or it wrote something that our code never writes.
 
     Without a message it is gone, and its exit status says why.
@@ -32,7 +33,7 @@ class GoneError(Exception):
 
 
 class Printed:
-    """Takes what children print, so that they never wait, and passes a limited part of it on to stderr."""
+    """A Printed takes what children print, so that they never wait, and passes some of it on to stderr."""
 
     def __init__(self) -> None:
         self._left_in_all = MAX_PRINTED_BYTES_IN_ALL
@@ -65,7 +66,7 @@ class Printed:
 
 
 class Channel:
-    """One end of a socket pair, over which JSON objects are sent and received, one per line.
+    """A Channel is one end of a socket pair, over which JSON objects are sent and received, one per line.
 
     Deadlines are times of time.monotonic(). An end that is gone, or a line that is no JSON object, raises
     GoneError; a missed deadline raises TimeoutError.

@@ -1,4 +1,4 @@
-"""Confinement of a process that is to run untrusted code: no secrets, no network, no other processes.
+"""A process that is to run untrusted code is confined: it has no secrets, no network and no other processes.
 
 All of it works without privileges, without namespaces and inside containers, and holds for root as well. The
 process itself cannot undo it. It needs Linux on x86-64 or aarch64, and nothing but the standard library. The
@@ -186,7 +186,7 @@ CAPBSET_READ, GET_NO_NEW_PRIVS and SET_VMA (names of memory)."""
 
 
 class _Test(NamedTuple):
-    """A test of one 32-bit word of a system call's arguments.
+    """A _Test is one of a 32-bit word of a system call's arguments.
 
     The test holds if `word & mask` is among `values`.
     """
@@ -238,7 +238,7 @@ def _tests(pid: int, files: bool, may_kill: bool) -> dict[str, list[_Test]]:
 
 
 class _Instruction(NamedTuple):
-    """One instruction of the filter program, a struct sock_filter."""
+    """An _Instruction is one of the filter program, a struct sock_filter."""
 
     code: int
     if_true: int

@@ -1,4 +1,4 @@
-"""Loading and calling of reward functions, and checks of the values that they return.
+"""Reward functions are loaded and called here, and the values that they return are checked.
 
     def reward(prompts, completions, **columns) -> list[float | None]
 
@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.shown import know, masked
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.adapters import adapted, as_list, as_number, check_signature
 
 Loaded = TypeVar("Loaded")
@@ -43,7 +44,7 @@ form; each column is a list of one entry per completion."""
 
 @dataclass(frozen=True)
 class Part:
-    """One reward function's result for one completion, after all checks."""
+    """A Part is one reward function's result for one completion, after all checks."""
 
     value: float | None
     """A finite float32; None: there is no reward."""

@@ -207,11 +207,11 @@ def _answer(program: str, lines: Iterator[bytes], send: Callable[[Mapping[str, A
 
 
 class ProgramError(Exception):
-    """The program raised an error that is none of Python's own."""
+    """The program raised an error that is none of Python's own; asserts of the tests may catch this one."""
 
 
 class Remote:
-    """An object of the program that is no data, such as a function; what is done with it happens there.
+    """A Remote stands for an object of the program that is no data, such as a function, and acts there.
 
     It is equal to itself alone and is neither true nor false: the program does not say how it compares.
     """
@@ -256,7 +256,7 @@ class Remote:
 
 
 class _Globals(dict[str, Any]):
-    """The global names of asserts: what they do not define is the program's, but for Python's own names."""
+    """A _Globals holds the global names of asserts: what they do not define is the program's, or Python's."""
 
     def __init__(self, ask: Callable[..., Any], wanted: set[str]) -> None:
         super().__init__({name: sys.modules[name] for name in MODULES})
@@ -272,7 +272,7 @@ class _Globals(dict[str, Any]):
 
 
 class _Tests:
-    """The asserts of a row, and the program as far as they see it."""
+    """A _Tests holds the asserts of a row, and the program as far as they see it."""
 
     def __init__(self, lines: Iterator[bytes], send: Callable[[Mapping[str, Any]], None]) -> None:
         self._lines, self._send, self._num_asked = lines, send, 0

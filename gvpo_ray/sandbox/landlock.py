@@ -1,4 +1,4 @@
-"""Confinement of a process to the files that it needs, by Landlock, and the system calls that this takes.
+"""Landlock confines a process to the files that it needs, by the system calls that are made here.
 
 `files_of_python` says which files a Python program needs that imports modules while it is confined.
 """
@@ -111,7 +111,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 class Files(NamedTuple):
-    """Files that a program reads."""
+    """Files are those that a program reads."""
 
     readable: list[str]
     """Files, and folders with all that is below them."""

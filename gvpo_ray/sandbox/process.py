@@ -1,4 +1,4 @@
-"""The sandbox: reward functions run in child processes under hard limits, forked from a template process.
+"""In the sandbox, reward functions run in child processes under hard limits, forked from a template process.
 
 A completion is hostile text: sympy evaluates what a model wrote, and a user's function may do anything with
 it. So a check runs in a child that can only compute. It has limits on wall-clock time, CPU time and memory,
@@ -30,8 +30,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.channel import Channel, GoneError, Printed, as_frame
 from gvpo_ray.sandbox.confine import unprotected
 from gvpo_ray.sandbox.functions import Part, fits_float32
@@ -58,7 +59,7 @@ class SandboxError(GvpoError, RuntimeError):
 
 
 class _Stage(NamedTuple):
-    """Reward functions that run one after the other in the same child."""
+    """A _Stage is reward functions that run one after the other in the same child."""
 
     names: list[str]
     is_shared: bool
@@ -78,7 +79,7 @@ def _stages(functions: Mapping[str, Mapping[str, Any]]) -> list[_Stage]:
 
 
 class Sandbox:
-    """Runs reward functions on completions in child processes.
+    """A Sandbox runs reward functions on completions in child processes.
 
     A sandbox must be used from one thread. It starts at once, so that a bad function fails here.
 
@@ -265,7 +266,7 @@ class Sandbox:
 
 
 class _Child:
-    """The verifier's handle of a forked child."""
+    """A _Child is the verifier's handle of a forked child."""
 
     def __init__(self, pid: int, channel: Channel) -> None:
         self.pid, self.channel, self.num_checks = pid, channel, 0
@@ -297,7 +298,7 @@ class _Child:
 
 
 class _Template:
-    """The verifier's handle of the template process, the fork server of the children.
+    """A _Template is the verifier's handle of the template process, the fork server of the children.
 
     Args:
         setup: `functions` (name -> source), `memory_bytes` and `scratch`.

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox import guest
 from gvpo_ray.sandbox.channel import GoneError, Printed
 from gvpo_ray.sandbox.process import Sandbox, _Child, _Stage
@@ -35,22 +36,22 @@ MAX_ANSWER_BYTES = 16 << 20
 """Largest value that a function of a program may return, as JSON."""
 
 
-class StoppedError(Exception):
+class StoppedError(GvpoError):
     """A guest came to its end before it had answered.
 
     Args:
         text: how, in one line.
         is_fault: whether this may be our own machinery's fault, so that nothing is known of the program.
-        status: the exit status, or minus the signal's number; None: it was killed here.
+        exit_status: the exit status, or minus the signal's number; None: it was killed here.
     """
 
-    def __init__(self, text: str, is_fault: bool = False, status: int | None = None) -> None:
+    def __init__(self, text: str, is_fault: bool = False, exit_status: int | None = None) -> None:
         super().__init__(text)
-        self.is_fault, self.status = is_fault, status
+        self.is_fault, self.exit_status = is_fault, exit_status
 
 
 class Result(NamedTuple):
-    """What became of a row's tests."""
+    """A Result says what became of a row's tests."""
 
     num_passed: int
     num_tests: int
@@ -61,7 +62,7 @@ class Result(NamedTuple):
 
 
 class Output(Printed):
-    """Keeps what a guest prints, up to a number of bytes."""
+    """An Output keeps what a guest prints, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Output(Printed):
 
 
 class Guest:
-    """A child that does one request of guest.serve; its limits are per test, where the caller says so."""
+    """A Guest is a child for one request of guest.serve; its limits are per test, if the caller says so."""
 
     def __init__(self, programs: Programs, request: Mapping[str, Any], max_bytes: int = 0) -> None:
         self._programs = programs
@@ -140,7 +141,7 @@ class Guest:
                 text = f"{ReasonKind.CRASH}: killed by SIGKILL, as the kernel does where memory runs out"
                 raise StoppedError(text, True) from None
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
-            raise StoppedError(f"the program was {how}" if status < 0 else how, status=status) from None
+            raise StoppedError(f"the program was {how}" if status < 0 else how, exit_status=status) from None
         self._left_s -= time.monotonic() - begun
 
     def _out_of_time(self) -> StoppedError:
@@ -163,7 +164,7 @@ class Guest:
 
 
 class Programs(Sandbox):
-    """A sandbox for whole programs; it must be used from one thread.
+    """Programs is a sandbox for whole programs; it must be used from one thread.
 
     Args:
         timeout_s: seconds that a program may take for one test; with asserts, for all of them.
@@ -195,7 +196,7 @@ class Programs(Sandbox):
         try:
             answer = child.receive()
         except StoppedError as stopped:
-            if stopped.status != 0:
+            if stopped.exit_status != 0:
                 raise
             return child.output.data.decode("utf-8", "replace")
         finally:

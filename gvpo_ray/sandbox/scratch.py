@@ -1,4 +1,4 @@
-"""The scratch folder of a sandbox, the one place where a check may write."""
+"""The scratch folder of a sandbox is the one place where a check may write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "gvpo-verifier-"
 
 
 class Scratch:
-    """A new folder for temporary files, with a lock file that marks it as in use.
+    """A Scratch is a new folder for temporary files, with a lock file that marks it as in use.
 
     Folders whose owner was killed, so that nobody holds their lock, are removed.
     """

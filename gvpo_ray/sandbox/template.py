@@ -1,4 +1,4 @@
-"""The template process, a fork server that has loaded the reward functions, and the children that it forks.
+"""The template process is a fork server that has loaded the reward functions; its children are here too.
 
 It runs as `python -m gvpo_ray.sandbox.template`, and only process.py starts it.
 """

@@ -1,4 +1,4 @@
-"""The reward `code`: the last fenced block of a completion is a program, and passes its row's tests or not.
+"""For the reward `code`, the last fenced block of a completion is a program, which its row's tests judge.
 
 Programs in Python run in the sandbox (sandbox/programs.py), those in other languages on a Sandbox Fusion
 server. What is expected is compared here, in the verifier, and never enters a process that runs a program.
@@ -169,7 +169,7 @@ class CodeReward:
 
 
 class _SandboxFusion(HttpReward):
-    """A Sandbox Fusion server: POST /run_code runs a program once."""
+    """A _SandboxFusion asks a Sandbox Fusion server: POST /run_code runs a program once."""
 
     def __init__(self, url: str, reward: RewardConfig, config: VerifiersConfig) -> None:
         super().__init__(reward.model_copy(update={"url": url.rstrip("/") + "/run_code"}))

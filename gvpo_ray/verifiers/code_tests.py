@@ -33,7 +33,7 @@ MAX_BYTES = 1 << 30
 
 
 class Style(NamedTuple):
-    """How a data set compares what is printed with what is expected; spaces never count."""
+    """A Style says how a data set compares what is printed with what is expected; spaces never count."""
 
     by_line: bool
     """Whether the lines must be the same, but for empty ones."""
@@ -50,7 +50,7 @@ LIVE = Style(True, False, 0.0, 0.0)
 
 
 class Runs(NamedTuple):
-    """Tests by standard input and output."""
+    """Runs are tests by standard input and output."""
 
     inputs: list[str]
     outputs: list[str]
@@ -58,7 +58,7 @@ class Runs(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Tests by calls of a function."""
+    """Calls are tests by calls of a function."""
 
     name: str
     inputs: list[list[Any]]
@@ -69,7 +69,7 @@ class Calls(NamedTuple):
 
 
 class Asserts(NamedTuple):
-    """Tests in Python."""
+    """Asserts are tests in Python."""
 
     setup: list[str]
     asserts: list[str]
@@ -208,7 +208,7 @@ def _text(entry: Any) -> str:
 
 
 class _OnlyText(pickle.Unpickler):
-    """Reads a pickle of a text, and nothing that would run code."""
+    """An _OnlyText reads a pickle of a text, and nothing that would run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} is no text")

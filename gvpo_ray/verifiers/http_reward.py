@@ -1,4 +1,4 @@
-"""A reward function that is served over HTTP."""
+"""A reward function may be served over HTTP; it is called here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_ANSWER_BYTES = 16 << 20
 
 
 class HttpReward:
-    """A reward function that is served over HTTP.
+    """An HttpReward is a reward function that is served over HTTP.
 
     It is called in the verifier's process, because the sandbox has no network. The request is POST
     {"prompts": [...], "completions": [...], "columns": {"answer": [...], ...}, **arguments} with at most

@@ -1,4 +1,4 @@
-"""What to do when a reward function fails: count its faults, or wait for a service that does not answer.
+"""A reward function that fails has its faults counted, or a service that does not answer is waited for.
 
 Both are decided where all verifiers are seen, because a verifier that was added or started again just now
 knows nothing of what has worked before.
@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from gvpo_ray.config.base import GvpoError
 from gvpo_ray.config.shown import mask
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.functions import OutOfReach, Part
 
 MAX_FAULTS = 16
@@ -90,7 +90,7 @@ class Failure:
 
 @dataclass
 class _Outage:
-    """A service that does not answer."""
+    """An _Outage is that of a service that does not answer."""
 
     since: float
     cause: str = ""

@@ -1,4 +1,4 @@
-"""The actors of the verifiers, and of the models that score. Ray restarts an actor that dies.
+"""Verifiers, and models that score, are actors. Ray restarts an actor that dies.
 
 This module imports neither torch nor vLLM, because actors import it.
 """
@@ -30,7 +30,7 @@ from gvpo_ray.verifiers.verifier import Verifier
 
 
 class ElasticGroup(abc.ABC):
-    """Actors of one kind, seen from the driver; a call goes to the actor with the fewest calls in hand.
+    """An ElasticGroup is actors of one kind; a call goes to the actor with the fewest calls in hand.
 
     Ray restarts an actor that dies, alone or with its node, and repeats the calls that it had in hand. That
     is safe because a call has no effect but its result. Up to `max_num` actors are added while every actor
@@ -55,7 +55,7 @@ class ElasticGroup(abc.ABC):
 
     @property
     def actors(self) -> list[Any]:
-        """Handles of the actors."""
+        """Return the handles of the actors."""
         return list(self._in_hand)
 
     def status(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class ElasticGroup(abc.ABC):
 
 
 class VerifierGroup(ElasticGroup):
-    """The verifier actors, seen from the driver.
+    """A VerifierGroup is the verifier actors, seen from the driver.
 
     Args:
         config: the number of verifiers, their resources and the reward functions.
@@ -256,7 +256,7 @@ what it does kills the actors."""
 
 @dataclass
 class _Answer:
-    """What a verifier says beside the scored group."""
+    """An _Answer is what a verifier says beside the scored group."""
 
     pid: int
     record: Record
@@ -291,7 +291,7 @@ class _VerifierActor(Verifier):
 
 
 class _RemoteReward:
-    """A reward function, called in the verifiers, that calls a reward model's actors in turn."""
+    """A _RemoteReward is a reward function in the verifiers that calls a reward model's actors in turn."""
 
     def __init__(self, actors: list[Any]) -> None:
         self._actors = actors

@@ -1,4 +1,4 @@
-"""The actors of models that score texts: of `loss.reference: {model: …}`, and of PoFT's aligned models.
+"""Models that score texts are actors: those of `loss.reference: {model: …}`, and PoFT's aligned models.
 
 This module imports neither torch nor transformers: its actors do that.
 """
@@ -20,7 +20,7 @@ from gvpo_ray.verifiers.scoring_model import Renderings, Score, ScoringModel, Te
 
 
 class ReferenceGroup(ElasticGroup):
-    """The actors of one scoring model, seen from the driver.
+    """A ReferenceGroup is the actors of one scoring model, seen from the driver.
 
     Args:
         config: the model, the number of its actors and their resources.

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_ray.config.base import ConfigError, GvpoError
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.data.columns import ABSENT, golds, value_at
 from gvpo_ray.data.files import FILE_SUFFIXES, as_rows, kind_of, parse_json, read_file
 from gvpo_ray.data.messages import as_messages, as_prompt, is_messages, split_answer
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.adapters import MATCH
 
 RESPONSES = (
@@ -48,15 +49,15 @@ Fields = dict[str, Any]
 
 
 class MalformedRow(GvpoError, ValueError):
-    """A row that cannot be scored; the message says why, with its line."""
+    """A row cannot be scored; the message says why, with its line."""
 
 
 class NoColumn(MalformedRow):
-    """A row without a response, or without a place for a gold answer."""
+    """A row has no response, or no place for a gold answer."""
 
 
 class Names(NamedTuple):
-    """The columns, or paths, that the user named; None: the usual names."""
+    """Names holds the columns, or paths, that the user named; None: the usual names."""
 
     response_column: str | None = None
     gold_column: str | None = None
@@ -76,7 +77,7 @@ class Names(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A row that can be scored."""
+    """A Response is a row that can be scored."""
 
     prompt: str
     response: str

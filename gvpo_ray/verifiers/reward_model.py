@@ -1,4 +1,4 @@
-"""Reward models: Hugging Face sequence classifiers with one output, in actors of their own."""
+"""Reward models are Hugging Face sequence classifiers with one output, in actors of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RewardModel:
-    """A model that scores completions; pool.py makes it an actor.
+    """A RewardModel scores completions; pool.py makes it an actor.
 
     Args:
         path: model folder or hub name of an `AutoModelForSequenceClassification` with one label and a

@@ -1,4 +1,4 @@
-"""The built-in reward functions, and the description from which a process loads any reward function.
+"""The built-in reward functions are listed here, and the description from which a process loads any one.
 
     def reward(prompts, completions, **columns) -> list[float | None]
 

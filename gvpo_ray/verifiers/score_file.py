@@ -1,4 +1,4 @@
-"""The command `gvpo-ray verify`: score a file of responses with a run's verifiers, and compare with labels.
+"""`gvpo-ray verify` scores a file of responses with a run's verifiers, and compares them with labels.
 
 Every row of INPUT gives one row of OUT in the same order, with added columns reward, verdict, reason and
 seconds. A column of INPUT with one of these names is kept as input_reward and so on. Unfinished work is in
@@ -151,7 +151,7 @@ def main(
 
 
 class _Pool:
-    """A pool of threads with a Verifier each; the verifiers' child processes do the work."""
+    """A _Pool has threads with a Verifier each; the verifiers' child processes do the work."""
 
     def __init__(
         self, config: VerifiersConfig, names: Names, num_workers: int, say: Callable[[str], None]
@@ -257,7 +257,7 @@ class _Pool:
 
 
 class _Work:
-    """The file OUT.part, which becomes OUT at the end.
+    """A _Work is the file OUT.part, which becomes OUT at the end.
 
     Its lines are JSON: first a header with the input's digest and the settings, then [line, row] in order.
 

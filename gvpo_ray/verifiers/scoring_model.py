@@ -58,7 +58,7 @@ class Score:
 
 
 class _Tokens(NamedTuple):
-    """The tokens of a text, and which of the completion's are scored."""
+    """A _Tokens holds the tokens of a text, and which of the completion's are scored."""
 
     prompt: list[int]
     ids: list[int]
@@ -66,7 +66,7 @@ class _Tokens(NamedTuple):
 
 
 class ScoringModel:
-    """A causal language model that scores texts; references.py makes it an actor.
+    """A ScoringModel is a causal language model that scores texts; references.py makes it an actor.
 
     Args:
         path: model folder or hub name, with a tokenizer.

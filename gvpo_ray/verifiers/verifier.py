@@ -47,7 +47,7 @@ DataColumns = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Check:
-    """The verifier's result for one completion."""
+    """A Check is the verifier's result for one completion."""
 
     reward: float | None
     """Weighted sum of the parts; None (unverifiable) if any part is None."""
@@ -118,7 +118,7 @@ def validate_rewards(
 
 
 class Verifier:
-    """Scores groups with the configured reward functions.
+    """A Verifier scores groups with the configured reward functions.
 
     A verifier must be used from one thread. Its sandbox starts at once, so that a bad function fails here.
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 
-from gvpo_ray.config.base import GvpoError
+from gvpo_ray.errors import GvpoError
 from gvpo_ray.weights.deltas import Bytes, Delta, changed_words, make_delta
 from gvpo_ray.weights.lora import merged
 

@@ -1,4 +1,4 @@
-"""Runs the training runs of `gvpo-ray bench paper` and `gvpo-ray bench staleness`, called cells.
+"""The training runs of `gvpo-ray bench paper` and `gvpo-ray bench staleness` are called cells, and run here.
 
 A cell is a task, overrides of its config, a seed and the age of its data. It runs in a folder of its own, and
 resumes there when it was killed. A finished cell is a row of results.parquet and does not run again; tables
@@ -87,7 +87,7 @@ def open_results(folder: Path) -> Results:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run."""
+    """A Cell is one training run."""
 
     task: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -112,7 +112,7 @@ ResultRow = dict[str, Any]
 
 
 class Results:
-    """The file results.parquet of a folder, with a row for each finished cell."""
+    """Results is the file results.parquet of a folder, with a row for each finished cell."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.parquet"
@@ -153,7 +153,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with its options, and what is tuned for it."""
+    """A Method is an objective with its options, and what is tuned for it."""
 
     overrides: Mapping[str, Any]
     option: str | None = None

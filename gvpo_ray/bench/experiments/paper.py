@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench paper`: the paper's table and figures (arXiv 2504.19599) on tasks for a CPU.
+"""`gvpo-ray bench paper` makes the paper's table and figures (arXiv 2504.19599) on tasks for a CPU.
 
     Table 1    base, GRPO, Dr. GRPO, RLOO, REINFORCE and GVPO at equal samples
     beta       pass@1 against beta, for short answers (at two learning rates) and long ones (the paper: flat

@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench staleness`: compares how well objectives learn from data of a given age.
+"""`gvpo-ray bench staleness` compares how well objectives learn from data of a given age.
 
 All cells train the same number of groups. At age a, each batch is trained a steps after it was sampled, as
 with a fleet that is always as far ahead as `max_staleness: a` allows. At the age `unbounded`, everything is

@@ -1,4 +1,4 @@
-"""Makes the tables and pictures of the experiments."""
+"""The tables and pictures of the experiments are made here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs `gvpo-ray bench gpu`: checks in eight minutes that the learner is right and fast on one GPU.
+"""`gvpo-ray bench gpu` checks in eight minutes that the learner is right and fast on one GPU.
 
 The check needs neither ray nor vllm nor deepspeed. Each section has a time limit and writes each result as
 soon as it is known; a failure is a result too. On a CPU the sizes are toys, which shows only that the check

@@ -1,4 +1,4 @@
-"""Builds models with random weights in the sizes of real ones, and groups of random tokens."""
+"""Models with random weights in the sizes of real ones, and groups of random tokens, are made here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of a transformer."""
+    """A Shape holds the sizes of a transformer."""
 
     kind: str
     """Architecture, a `model_type` of transformers."""
@@ -124,7 +124,7 @@ def make_folder(folder: Path, config: Any) -> Path:
 
 
 class BuiltPolicy(Policy):
-    """A policy whose weights are made on the device, and not read from its folder."""
+    """A BuiltPolicy makes its weights on the device, and does not read them from its folder."""
 
     def _load(self, path: str | Path) -> Any:
         return build(AutoConfig.from_pretrained(path), self.device, self._dtype)

@@ -1,4 +1,4 @@
-"""Measures how far bfloat16 log-probs lie from float32 ones with the same weights.
+"""This section measures how far bfloat16 log-probs lie from float32 ones with the same weights.
 
 The differences per completion are the noise floor of the log-ratio D.
 """

@@ -1,4 +1,4 @@
-"""Measures the machine: versions, FLOP/s of a large matrix product, and the speed of copies."""
+"""This section measures the machine: versions, FLOP/s of a large matrix product, and the speed of copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles one pass on the device: time by kind of kernel, the longest kernels, and a trace."""
+"""This section profiles one pass on the device: time by kind of kernel, the longest kernels, and a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the stages of a weight transfer, from the learner's device to an engine's."""
+"""This section measures the stages of a weight transfer, from the learner's device to an engine's."""
 
 from __future__ import annotations
 

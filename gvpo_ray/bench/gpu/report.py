@@ -1,4 +1,4 @@
-"""Records the results of the GPU check: a JSON line for each at once, and a table of verdicts at the end."""
+"""The results of the GPU check are recorded: a JSON line for each at once, a table of verdicts at the end."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ RULES = {
 
 
 class Box:
-    """A time limit, which sections ask before each piece of work."""
+    """A Box is a time limit, which sections ask before each piece of work."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds until the limit; negative after it."""
+        """Return the seconds until the limit; they are negative after it."""
         return self._end - time.monotonic()
 
     def has(self, seconds: float) -> bool:
@@ -40,7 +40,7 @@ class Box:
 
 
 class Report:
-    """The results of all sections; `add` writes each to gpu.jsonl at once, so that a cut run keeps them.
+    """A Report holds the results of all sections; `add` writes each to gpu.jsonl at once.
 
     Args:
         folder: of gpu.jsonl.

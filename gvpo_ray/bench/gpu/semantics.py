@@ -1,4 +1,4 @@
-"""Checks that packed passes compute what padded ones do, and counts how often attention is compiled."""
+"""This section checks that packed passes compute what padded ones do, and how often attention is compiled."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def recompiles(report: Report, device: torch.device, toy: bool, box: Box) -> Non
 
 
 class _Heard(logging.Handler):
-    """Collects the warnings that torch logs."""
+    """A _Heard collects the warnings that torch logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

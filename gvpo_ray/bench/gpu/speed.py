@@ -1,4 +1,4 @@
-"""Measures how fast the learner is on the device: whole steps at sizes of Qwen2.5, and single passes."""
+"""This section measures how fast the learner is: whole steps at sizes of Qwen2.5, and single passes."""
 
 from __future__ import annotations
 

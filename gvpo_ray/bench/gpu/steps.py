@@ -1,4 +1,4 @@
-"""Checks that training steps on the device equal those on the CPU, with torch's backends in one process."""
+"""This section checks that training steps on the device equal those on the CPU, with torch's backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The registry lists the backends by their names in the config."""
+"""The registry lists the backends by their names in the config.
+
+A new backend is a file beside this one, its name in config/learner.py and a line here.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chooses the completions that a report shows: the best and the worst of evaluations and of the training."""
+"""A report shows the best and the worst completions of evaluations and of the training, chosen here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DETAILS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One completion with what is known of it; its texts are cut to MAX_CHARACTERS."""
+    """A Case is one completion with what is known of it; its texts are cut to MAX_CHARACTERS."""
 
     kind: str
     """One of best, worst and unverifiable."""
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Examples:
-    """Completions under one heading."""
+    """Examples are completions under one heading."""
 
     title: str
     cases: list[list[Case]] = field(default_factory=list)

@@ -27,7 +27,7 @@ CALL = re.compile(r"(<tool_call>.*?</tool_call>|<function=.*?</function>)", re.D
 
 @dataclass(frozen=True)
 class Turn:
-    """A part of a completion that one side wrote, or a call of a tool in it."""
+    """A Turn is a part of a completion that one side wrote, or a call of a tool in it."""
 
     kind: str
     """trained (the policy wrote it), call (a part of that which calls a tool) or read (all else)."""

@@ -1,4 +1,4 @@
-"""The charts of a report as plotly figures, as plain JSON: the page's script gives them their look.
+"""The charts of a report are plotly figures, in plain JSON; the page's script gives them their look.
 
 Plotly reads some HTML in texts (`<b>`, `<a href>`), so every text from outside goes through `plain`.
 """
@@ -51,7 +51,7 @@ def finite(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart."""
+    """A Line is one of a chart."""
 
     label: str
     """Distinguishes the lines of a run in one chart; "" where there is only one."""

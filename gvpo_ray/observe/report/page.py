@@ -1,4 +1,4 @@
-"""Writes the page of `gvpo-ray report`: self-contained HTML about a run, or about two beside each other.
+"""The page of `gvpo-ray report` is self-contained HTML about a run, or about two beside each other.
 
     RUN_DIR/metrics.jsonl     charts against the step; first and last value of every metric
     RUN_DIR/events.jsonl      {"time", "step", "who", "name", "why"} per line: what failed and was replaced.

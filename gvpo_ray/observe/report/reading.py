@@ -1,4 +1,4 @@
-"""Reads the files of a run directory for a report, as far as they are there and complete."""
+"""The files of a run directory are read for a report, as far as they are there and complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gvpo_ray.observe.report.figures import NO_RECOVERY, Point, finite
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run directory."""
+    """A Run holds the contents of a run directory."""
 
     name: str
     number: int

@@ -28,7 +28,7 @@ PART = "\u25ab"
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a completion."""
+    """A Token is one of a completion."""
 
     text: str
     kind: str
@@ -40,7 +40,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Coloured:
-    """One completion with its tokens in colours, and what explains them."""
+    """A Coloured is one completion with its tokens in colours, and what explains them."""
 
     title: str
     why: list[str]

@@ -1,4 +1,4 @@
-"""Comparison of two normalised answers: the gold answer's kind decides how, with one comparer per kind."""
+"""Two normalised answers are compared as the gold answer's kind decides, with one comparer per kind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _NAMES = re.compile(r"(?<![A-Za-z\\])[a-zA-Z](?![A-Za-z])")
 
 
 class Kind(enum.Enum):
-    """What a gold answer is."""
+    """A Kind says what a gold answer is."""
 
     CHOICE = "the letter of an option"
     WORDS = "language, without a number or formula"

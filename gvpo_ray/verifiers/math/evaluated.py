@@ -1,4 +1,4 @@
-"""Whether an answer is evaluated: a value, not the expression that the question asks to evaluate.
+"""An answer has to be evaluated: a value, and not the expression that the question asks to evaluate.
 
 An expression that the prompt contains has the right value without any work. So where the gold answer is a
 value, an answer may have no more left to compute than the gold answer has. What is left is counted on the
@@ -41,7 +41,7 @@ _MAX_RADICAND = 10**9
 
 
 class _Product(NamedTuple):
-    """A term taken apart into its factors."""
+    """A _Product is a term taken apart into its factors."""
 
     num_signs: int
     num_fractions_below: int

@@ -1,4 +1,4 @@
-"""Extraction: finding the answer in a completion."""
+"""Extraction finds the answer in a completion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ A longer response without a final sign counts as unfinished and has no answer.""
 
 @dataclass(frozen=True)
 class Extraction:
-    """The answer in a completion, as text."""
+    """An Extraction is the answer in a completion, as text."""
 
     text: str | None
     """The answer; None: the completion has none."""

@@ -1,4 +1,4 @@
-"""Grading of mathematical answers: extraction -> normalisation -> comparison.
+"""Mathematical answers are graded in three steps: extraction -> normalisation -> comparison.
 
 `grade` finds the answer in a completion, and brings it and the gold answer into one spelling. It takes both
 apart as far as their text shows structure (lists, tuples, sets, intervals, matrices, equations, units). The
@@ -31,7 +31,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,300}")
 
 @dataclass(frozen=True)
 class Grade:
-    """The grader's result for one completion."""
+    """A Grade is the grader's result for one completion."""
 
     correct: bool | None
     """None: there is no gold answer, or it cannot be understood and the texts differ."""

@@ -1,4 +1,4 @@
-"""Normalisation of answers: one spelling for texts that mean the same."""
+"""Normalisation gives answers that mean the same one spelling."""
 
 from __future__ import annotations
 

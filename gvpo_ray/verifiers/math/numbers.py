@@ -1,4 +1,4 @@
-"""Numbers and units: reading them from text, and comparing them."""
+"""Numbers and units are read from text and compared here."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def is_close(gold: Fraction, pred: Fraction, gold_text: str, pred_text: str) -> 
 
 
 class Value(NamedTuple):
-    """A normalised answer that is one number or expression, taken apart."""
+    """A Value is a normalised answer that is one number or expression, taken apart."""
 
     text: str
     """The number or expression, without unit, percent sign and sign of degrees."""
@@ -222,7 +222,7 @@ def same_unit(gold: str, pred: str) -> bool:
 
 
 class Amounts(NamedTuple):
-    """A quantity that is given in one or several amounts with units."""
+    """Amounts is a quantity that is given in one or several amounts with units."""
 
     kind: str
     """What is measured; a foot and a metre are of two kinds, as nothing exact is said about both."""

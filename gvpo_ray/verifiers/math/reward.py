@@ -1,4 +1,4 @@
-"""The built-in reward `math`: 1 for an answer that equals the gold answer mathematically."""
+"""The built-in reward `math` is 1 for an answer that equals the gold answer mathematically."""
 
 from __future__ import annotations
 

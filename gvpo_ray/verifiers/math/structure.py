@@ -1,4 +1,4 @@
-"""The structure of an answer: tokens, brackets, lists, intervals, relations and signs."""
+"""An answer has a structure: tokens, brackets, lists, intervals, relations and signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Symbolic comparison of expressions and equations with sympy."""
+"""Expressions and equations are compared symbolically, with sympy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of answers in words: letters of options, truth, names and statements."""
+"""Answers in words are compared here: letters of options, truth, names and statements."""
 
 from __future__ import annotations
 
