@@ -4,6 +4,7 @@ to run on.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import sys
@@ -179,6 +180,9 @@ RANKS_IMPORT = [
     "pytest",
     "peft",
     "deepspeed",
+    # DeepSpeed's engine imports it, and with it Inductor and Dynamo's back-ends: 4 s of every rank
+    "deepspeed.runtime.zero.muon.original_muon",
+    "setuptools",  # and this, to look for its own kernels
     "transformers.models.qwen2.modeling_qwen2",
     "gvpo_ray.learner.loop",
 ]
@@ -206,6 +210,7 @@ def run_on_ranks(
 def _run(rank: int, world_size: int, cases: dict[str, Callable[[Path], Any]], folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    gc.freeze()  # of the imports: half a million objects that each of ZeRO-3's full collections would visit
     dist = torch.distributed
     dist.init_process_group(
         "gloo",
