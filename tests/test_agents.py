@@ -325,20 +325,29 @@ def test_the_prompt_of_a_group_is_what_its_completions_begin_with(seed: int) -> 
     assert len(firsts) > 1 or is_at_the_models
 
 
-def test_an_episode_that_begins_with_another_token_than_its_group_is_left_out_with_its_reason() -> None:
+@pytest.mark.parametrize("others", [[2], [0], [1], [0, 3], [4, 1]])
+def test_episodes_that_begin_with_another_token_than_most_are_left_out_with_their_reason(
+    others: list[int],
+) -> None:
+    """Whichever place they have in the group, the first one too."""
+    size = 2 * len(others) + 1
+    begins = [2 + others.index(i) if i in others else 1 for i in range(size)]
     table = groups.with_columns(
         prompt(),
-        completions=[["x"] * 3],
-        completion_ids=[[[1, 5], [1, 6], [2, 5]]],
-        trained_tokens=[[[False, True]] * 3],
-        sampling_logprobs=[[[0.0, -1.0]] * 3],
-        reward_parts=[{ENVIRONMENT: [1.0, 0.0, 1.0]}],
-        reward_reasons=[[None] * 3],
+        completions=[["x"] * size],
+        completion_ids=[[[token, 5 + i] for i, token in enumerate(begins)]],
+        trained_tokens=[[[False, True]] * size],
+        sampling_logprobs=[[[0.0, -1.0]] * size],
+        reward_parts=[{ENVIRONMENT: [1.0] * size}],
+        reward_reasons=[[None] * size],
     )
     (row,) = groups.rows(with_common_prompt(table))
-    assert row["prompt_ids"] == [1] and row["completion_ids"] == [[5], [6], []]
-    assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0, None]}
-    assert row["reward_reasons"][:2] == [None, None] and "no token" in row["reward_reasons"][2]
+    assert row["prompt_ids"] == [1]
+    assert row["completion_ids"] == [[] if i in others else [5 + i] for i in range(size)]
+    assert row["reward_parts"] == {ENVIRONMENT: [None if i in others else 1.0 for i in range(size)]}
+    reasons = row["reward_reasons"]
+    assert [reason is None for reason in reasons] == [i not in others for i in range(size)]
+    assert all("no token" in reasons[i] for i in others)
 
 
 @pytest.mark.parametrize("seed", range(50))
