@@ -16,6 +16,7 @@ import aiohttp
 import pyarrow as pa
 import pytest
 from episodes import END, LocalClient, Policy, Scripted, tokenizer
+from transformers import LlamaConfig
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.config.base import ConfigError
@@ -112,6 +113,7 @@ class World:
 
     def __init__(self, folder: Path, agent: Callable[..., Any], num: int = 1, **changes: Any) -> None:
         TOKENIZER.save_pretrained(folder)
+        LlamaConfig(vocab_size=len(TOKENIZER)).save_pretrained(folder)
         options = {"timeout_s": 60.0, "max_turns": 8, "is_graded": False, **changes}
         self._config = EnvironmentConfig(agent="a.py:agent", max_turns=options["max_turns"])
         self._model = ModelConfig(path=str(folder))

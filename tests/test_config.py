@@ -149,7 +149,18 @@ def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
         ("run_dir=2026-02-30", lambda c: c.run_dir, "2026-02-30"),
         *(
             (f"run_dir={text}", lambda c: c.run_dir, text)
-            for text in ("5", "010", "0x10", "1.50", "1:30", "1_0", "yes", "5 # five", "yes # or no", "2026 #1")
+            for text in (
+                "5",
+                "010",
+                "0x10",
+                "1.50",
+                "1:30",
+                "1_0",
+                "yes",
+                "5 # five",
+                "yes # or no",
+                "2026 #1",
+            )
         ),
         ("num_steps=5 # five", lambda c: c.num_steps, 5),  # a comment, where the key takes no text
         ("run_dir=\u00a0", lambda c: c.run_dir, "\u00a0"),  # text in YAML, and space in Python

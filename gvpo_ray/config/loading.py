@@ -67,8 +67,8 @@ def parse_override(text: str, model: type[Section]) -> tuple[str, Any]:
     """Split "key=value" and read the value as YAML, or as the text that it is.
 
     Where the key takes texts, what would be a mapping, a list, a date, a number, true or false, or no YAML at
-    all is text, and so is a value with a comment: `prompts.template=Question: {prompt}` and `run_dir=010` need
-    no quotes. A list stays one where the key takes lists.
+    all is text, and so is a value with a comment: `prompts.template=Question: {prompt}` and `run_dir=010`
+    need no quotes. A list stays one where the key takes lists.
 
     Args:
         text: the override.
