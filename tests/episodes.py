@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from gvpo_ray import groups
 from gvpo_ray.config.data import PromptsConfig
@@ -242,12 +242,18 @@ def contract_of(cls: type, **arguments: Any) -> tuple[EnvironmentConfig, Contrac
 
 
 def episodes(
-    cls: type, folder: Path, hosts: int = 2, template: str | None = None, **changes: Any
+    cls: type,
+    folder: Path,
+    hosts: int = 2,
+    template: str | None = None,
+    vocab_size: int | None = None,
+    **changes: Any,
 ) -> tuple[Episodes, list[LocalClient]]:
     """What engines make episodes with, and its hosts."""
     config, contract = contract_of(cls)
     config = config.model_copy(update=changes)
     tokenizer().save_pretrained(folder)
+    LlamaConfig(vocab_size=vocab_size or len(tokenizer())).save_pretrained(folder)
     limits = Limits(config.timeout_s, config.max_calls)
     clients = [LocalClient(host_of(cls, limits)) for _ in range(hosts)]
     prompts = PromptsConfig(path="p.jsonl", template=template)

@@ -16,6 +16,7 @@ import aiohttp
 import pyarrow as pa
 import pytest
 from episodes import END, LocalClient, Policy, Scripted, tokenizer
+from transformers import LlamaConfig
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.config.base import ConfigError
@@ -112,6 +113,7 @@ class World:
 
     def __init__(self, folder: Path, agent: Callable[..., Any], num: int = 1, **changes: Any) -> None:
         TOKENIZER.save_pretrained(folder)
+        LlamaConfig(vocab_size=len(TOKENIZER)).save_pretrained(folder)
         options = {"timeout_s": 60.0, "max_turns": 8, "is_graded": False, **changes}
         self._config = EnvironmentConfig(agent="a.py:agent", max_turns=options["max_turns"])
         self._model = ModelConfig(path=str(folder))
@@ -325,20 +327,29 @@ def test_the_prompt_of_a_group_is_what_its_completions_begin_with(seed: int) -> 
     assert len(firsts) > 1 or is_at_the_models
 
 
-def test_an_episode_that_begins_with_another_token_than_its_group_is_left_out_with_its_reason() -> None:
+@pytest.mark.parametrize("others", [[2], [0], [1], [0, 3], [4, 1]])
+def test_episodes_that_begin_with_another_token_than_most_are_left_out_with_their_reason(
+    others: list[int],
+) -> None:
+    """Whichever place they have in the group, the first one too."""
+    size = 2 * len(others) + 1
+    begins = [2 + others.index(i) if i in others else 1 for i in range(size)]
     table = groups.with_columns(
         prompt(),
-        completions=[["x"] * 3],
-        completion_ids=[[[1, 5], [1, 6], [2, 5]]],
-        trained_tokens=[[[False, True]] * 3],
-        sampling_logprobs=[[[0.0, -1.0]] * 3],
-        reward_parts=[{ENVIRONMENT: [1.0, 0.0, 1.0]}],
-        reward_reasons=[[None] * 3],
+        completions=[["x"] * size],
+        completion_ids=[[[token, 5 + i] for i, token in enumerate(begins)]],
+        trained_tokens=[[[False, True]] * size],
+        sampling_logprobs=[[[0.0, -1.0]] * size],
+        reward_parts=[{ENVIRONMENT: [1.0] * size}],
+        reward_reasons=[[None] * size],
     )
     (row,) = groups.rows(with_common_prompt(table))
-    assert row["prompt_ids"] == [1] and row["completion_ids"] == [[5], [6], []]
-    assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0, None]}
-    assert row["reward_reasons"][:2] == [None, None] and "no token" in row["reward_reasons"][2]
+    assert row["prompt_ids"] == [1]
+    assert row["completion_ids"] == [[] if i in others else [5 + i] for i in range(size)]
+    assert row["reward_parts"] == {ENVIRONMENT: [None if i in others else 1.0 for i in range(size)]}
+    reasons = row["reward_reasons"]
+    assert [reason is None for reason in reasons] == [i not in others for i in range(size)]
+    assert all("no token" in reasons[i] for i in others)
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -147,6 +147,22 @@ def test_configs_share_no_defaults_and_from_dict_leaves_its_argument_alone():
         ),
         ("run_dir=2026-11-27", lambda c: c.run_dir, "2026-11-27"),
         ("run_dir=2026-02-30", lambda c: c.run_dir, "2026-02-30"),
+        *(
+            (f"run_dir={text}", lambda c: c.run_dir, text)
+            for text in (
+                "5",
+                "010",
+                "0x10",
+                "1.50",
+                "1:30",
+                "1_0",
+                "yes",
+                "5 # five",
+                "yes # or no",
+                "2026 #1",
+            )
+        ),
+        ("num_steps=5 # five", lambda c: c.num_steps, 5),  # a comment, where the key takes no text
         ("run_dir=\u00a0", lambda c: c.run_dir, "\u00a0"),  # text in YAML, and space in Python
         ("prompts.path=['a #1.jsonl', b.jsonl]", lambda c: c.prompts.path, ["a #1.jsonl", "b.jsonl"]),
         ("prompts.path={a}.jsonl", lambda c: c.prompts.path, "{a}.jsonl"),
@@ -262,7 +278,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("num_steps=null", "num_steps", "valid integer"),
         ("groups_per_step=0", "groups_per_step", "greater than or equal to 1"),
         ("max_staleness=-1", "max_staleness", "greater than or equal to 0 (got -1)"),
-        ("run_dir=7", "run_dir", "valid string (got 7)"),
+        ("run_dir=null", "run_dir", "valid string"),
         ("model.dtype=float16", "model.dtype", "'float32' or 'bfloat16' (got 'float16')"),
         ("prompts.shuffle=maybe", "prompts.shuffle", "valid boolean"),
         (

@@ -526,6 +526,40 @@ def test_an_episode_ends_where_there_is_no_room_and_is_scored_as_the_environment
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("vocab_size", [93, 94])
+@pytest.mark.parametrize(("opening", "answer", "turns"), [("~", "more", 0), (None, "~", 1)])
+def test_an_episode_whose_environment_writes_a_token_that_the_model_lacks_is_left_out_with_its_reason(
+    tmp_path: Path, opening: str | None, answer: str, turns: int, vocab_size: int
+) -> None:
+    class Says(Guess):
+        def reset(self, answer: str, **row: Any) -> str | None:
+            super().reset(answer, **row)
+            return opening
+
+        def respond(self, message: str) -> str | None:
+            return super().respond(message) and answer
+
+    async def main() -> None:
+        assert worlds.tokenizer()("~")["input_ids"] == [93]
+        made, clients = worlds.episodes(
+            Guess, tmp_path, template="Q: {prompt}", vocab_size=vocab_size, max_turns=4
+        )
+        for client in clients:
+            client.host = host_of(Says)
+        row = await run(made, lambda said, number: "7" if answer in said[-1] else "5")
+        if vocab_size == 94:
+            assert row["reward_reasons"] == [None] * 2
+            assert all(93 in ids for ids in row["completion_ids"])
+            return
+        has = "token 93, and the model has 93 (vocab_size of its config.json)"
+        assert row["reward_reasons"] == [f"environment: what it has said has {has}"] * 2
+        assert row["reward_parts"] == {ENVIRONMENT: [None] * 2}
+        assert [end["turns"] for end in ends(row)] == [turns] * 2
+        assert not any(93 in ids for ids in row["completion_ids"])
+
+    asyncio.run(main())
+
+
 def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) -> None:
     class Broken(Guess):
         def respond(self, message: str) -> str | None:

@@ -132,6 +132,29 @@ def test_a_server_is_asked_for_what_is_missing_and_its_answers_are_foreign_data(
         asyncio.run(run(server, engine))
 
 
+@pytest.mark.parametrize("text", ["z", "a", "az"])
+def test_a_text_with_a_token_that_the_policys_model_lacks_is_no_completion(tmp_path: Path, text: str) -> None:
+    folder, lacking = tiny.make_model(tmp_path), ids_of("z")[0]
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    known = f'"vocab_size": {tiny.VOCAB_SIZE}'
+    assert known in config
+    (folder / "config.json").write_text(config.replace(known, f'"vocab_size": {lacking}'), encoding="utf-8")
+
+    async def run(engine: ServerEngine) -> None:
+        await engine.start()
+        table, missing = await engine.generate(prompt(), sampling(2), 0, 1)
+        row = row_of(table)
+        kept = ["b", text] if text == "a" else ["b"]
+        assert sorted(row["completions"]) == sorted(kept) and missing == 0
+        refusals = [*engine.refusals.values()]
+        assert len(refusals) == (text != "a")
+        assert all(f"with token {lacking}, and the model has {lacking} (" in one for one in refusals)
+        await engine.close()
+
+    with served(folder, lambda body: choices("b", text)) as (_, engine):
+        asyncio.run(run(engine))
+
+
 def test_a_server_is_asked_what_the_template_makes_of_a_problem_and_ends_a_text_once(
     tokenizer_folder: Path,
 ) -> None:

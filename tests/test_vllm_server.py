@@ -39,6 +39,30 @@ def test_a_request_waits_for_the_first_weights_and_is_vllms_own_if_it_is_no_epis
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("ids", [[3, 44], [44, 3], [3, 43]])
+def test_a_prompt_with_a_token_that_the_model_lacks_is_refused_before_vllms_core_has_it(
+    ids: list[int],
+) -> None:
+    class Llm:
+        model_config = SimpleNamespace(get_vocab_size=lambda: 44)
+
+        async def generate(self, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
+            yield arguments
+
+    async def main() -> None:
+        async def is_ready() -> None:
+            pass
+
+        asked = anext(_Client(Llm(), is_ready).generate({"prompt_token_ids": ids}, "params", "name"))
+        if max(ids) < 44:
+            assert (await asked)[0] == {"prompt_token_ids": ids}
+            return
+        with pytest.raises(ValueError, match=r"^the prompt has token 44, and the model has 44 "):
+            await asked
+
+    asyncio.run(main())
+
+
 PLAIN = {
     "n": 1,
     "structured_outputs": None,

@@ -66,9 +66,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_override(text: str, model: type[Section]) -> tuple[str, Any]:
     """Split "key=value" and read the value as YAML, or as the text that it is.
 
-    Where the key takes texts, what would be a mapping, a list, a date or no YAML at all is text, and so is a
-    value with a comment: `prompts.template=Question: {prompt}` needs no quotes. A list stays one where the
-    key takes lists.
+    Where the key takes texts, what would be a mapping, a list, a date, a number, true or false, or no YAML at
+    all is text, and so is a value with a comment: `prompts.template=Question: {prompt}` and `run_dir=010`
+    need no quotes. A list stays one where the key takes lists.
 
     Args:
         text: the override.
@@ -90,8 +90,7 @@ def parse_override(text: str, model: type[Section]) -> tuple[str, Any]:
         raise ConfigError(f"override {key}: {hide(value, key)!r} is not a YAML value") from error
     is_plain = parsed is None or (isinstance(parsed, str) and value.lstrip(YAML_SPACE)[0] not in "'\"|>")
     is_cut = is_plain and " #" in f" {value}"  # YAML takes the rest for a comment
-    is_scalar = isinstance(parsed, (str, int, float, type(None)))
-    is_text = is_cut or not (is_scalar or type(parsed) in types)
+    is_text = is_cut or not (parsed is None or type(parsed) in types)
     return key, value if str in types and is_text else parsed
 
 

@@ -55,6 +55,8 @@ class Dialogue(TextRenderer, abc.ABC):
 
     stop_token_ids: Sequence[int] = ()
     """Tokens that end a turn, beside those that engines know (data/turns.py)."""
+    vocab_size: int | None = None
+    """Tokens that the model has an embedding for; None: all of the tokenizer's."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]], **arguments: Any

@@ -7,7 +7,6 @@ connection is refused, with up to a minute for each answer. `transformers` and `
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.shown import visible
 
 OFFLINE = "HF_HUB_OFFLINE"
 
@@ -37,7 +37,9 @@ _out_of_reach: str | None = None
 def hub(key: str, name: str, kind: Literal["model", "dataset"]) -> Iterator[None]:
     """Let libraries load what is on the hub; where it does not answer, what they have downloaded from it.
 
-    In that case this process, and what it starts, stay offline (HF_HUB_OFFLINE).
+    In that case this process, and what it starts, stay offline (HF_HUB_OFFLINE) to their end, also where the
+    hub comes back: all parts of a run read the same downloaded files, and none waits for the hub again. Only
+    where something is missing without the hub is the process as it was, so that a next try asks again.
 
     Args:
         key: where `name` stands in the run's config, for messages.
@@ -72,9 +74,9 @@ def hub(key: str, name: str, kind: Literal["model", "dataset"]) -> Iterator[None
             f"or download it where there is a network, and set {OFFLINE}=1"
         ) from error
     if silent is not None:
-        logging.getLogger(__name__).warning(
-            "%s: the Hugging Face hub %s: what was downloaded from it is used", key, why
-        )
+        # not by a logger: a run loads libraries that configure loggers, and may silence those that are there
+        line = f"{key}: the Hugging Face hub {why}: what was downloaded from it is used"
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def silence(name: str, kind: Literal["model", "dataset"]) -> str | None:

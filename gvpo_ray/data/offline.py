@@ -185,6 +185,11 @@ class OfflineSource:
         self._order = EpochOrder(len(self), seed, config.shuffle)
         self._seed = seed
 
+    @property
+    def token_ids(self) -> pa.ChunkedArray:
+        """The token ids of the file's completions, one list each."""
+        return self._rows["completion_ids"]
+
     def __len__(self) -> int:
         """Return the number of whole groups in one epoch."""
         return len(self._groups)

@@ -22,6 +22,7 @@ from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.shown import know, mask, masked
 from gvpo_ray.data.rendering import chat_of, completion_renderer
+from gvpo_ray.data.vocabulary import beyond, unknown_token, vocab_size_of
 from gvpo_ray.engines.base import BaseEngine, InFlight, Work
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class ServerEngine(BaseEngine):
                 token. The message is one line that names the config's key.
         """
         started = time.perf_counter()
-        self._renderer = completion_renderer(self._model)
+        self._renderer, self._vocab_size = completion_renderer(self._model), vocab_size_of(self._model)
         if self._renderer.end_id is None:
             raise ConnectionError(f"{self._key}: the policy's tokenizer has no end-of-sequence token")
         self._end_id = self._renderer.end_id
@@ -208,6 +209,8 @@ class ServerEngine(BaseEngine):
             text = self._renderer.text(ids)
         if not ids:
             raise _Refusal("with no token")
+        if (token := beyond(ids, self._vocab_size)) is not None:
+            raise _Refusal(f"with {unknown_token(token, self._vocab_size)}")
         return {"completions": text, "completion_ids": ids, "finish_reasons": reason, "sources": self._source}
 
     async def _call(

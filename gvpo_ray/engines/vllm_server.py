@@ -13,6 +13,7 @@ from typing import Any
 
 from gvpo_ray.actors import Draining
 from gvpo_ray.config.base import ConfigError
+from gvpo_ray.data.vocabulary import beyond, unknown_token
 from gvpo_ray.engines.rollout import Span
 from gvpo_ray.engines.serving import App, Serve, is_of_episode, sample
 
@@ -79,6 +80,7 @@ class _Client:
         self, prompt: Any, sampling_params: Any, request_id: str, **arguments: Any
     ) -> AsyncIterator[Any]:
         """Sample, for an episode through the engine, and else as vLLM does."""
+        self._refuse_unknown(prompt)
         if is_of_episode():
             yield await self._of_episode(prompt, sampling_params, request_id)
             return
@@ -90,6 +92,16 @@ class _Client:
             raise RetryableRequestError(str(error)) from error
         async for output in self._llm.generate(prompt, sampling_params, request_id, **arguments):
             yield output
+
+    def _refuse_unknown(self, prompt: Any) -> None:
+        """Raise ValueError, which vLLM answers with 400, for a token that would end vLLM's core.
+
+        vLLM itself lets pass what its tokenizer has and its model has not.
+        """
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        size = int(self._llm.model_config.get_vocab_size()) if ids else None
+        if size is not None and (token := beyond(ids or (), size)) is not None:
+            raise ValueError(f"the prompt has {unknown_token(token, size)}")
 
     async def _of_episode(self, prompt: Any, params: Any, request_id: str) -> Any:
         from vllm.outputs import CompletionOutput, RequestOutput, WeightVersionSpan

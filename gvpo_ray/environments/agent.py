@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -213,15 +214,16 @@ def with_common_prompt(group: pa.Table) -> pa.Table:
         group: one row, whose completions begin with their prompts.
 
     Returns:
-        The group. A completion that does not begin as the first one does has a reason in place of its reward,
-        and no tokens; one without a token of the model has none either.
+        The group. A completion that does not begin with the token that most begin with has a reason in place
+        of its reward, and no tokens; one without a token of the model has none either.
     """
     (row,) = groups.rows(group)
     sampled = [any(mask or ()) for mask in row["trained_tokens"]]
     reasons, parts = list(row["reward_reasons"]), dict(row["reward_parts"])
-    first = next((ids for ids, is_any in zip(row["completion_ids"], sampled, strict=True) if is_any), None)
+    beginnings = Counter(ids[0] for ids, is_any in zip(row["completion_ids"], sampled, strict=True) if is_any)
+    usual = max(beginnings, key=lambda token: beginnings[token], default=None)  # the first of equals
     for i, ids in enumerate(row["completion_ids"]):
-        if sampled[i] and first is not None and ids[0] != first[0]:
+        if sampled[i] and ids[0] != usual:
             sampled[i], reasons[i] = False, reasons[i] or OTHER_BEGINNING
             parts = {name: [*values[:i], None, *values[i + 1 :]] for name, values in parts.items()}
     kept = [i for i, is_any in enumerate(sampled) if is_any]
@@ -234,6 +236,6 @@ def with_common_prompt(group: pa.Table) -> pa.Table:
         return [values[size:] if is_any else [] for values, is_any in zip(row[name], sampled, strict=True)]
 
     moved = {name: [rest(name)] for name in ("completion_ids", "sampling_logprobs", "trained_tokens")}
-    if first is not None:
-        moved["prompt_ids"] = [first[:size]]
+    if whole:
+        moved["prompt_ids"] = [whole[0][:size]]
     return groups.with_columns(group, reward_reasons=[reasons], reward_parts=[parts], **moved)

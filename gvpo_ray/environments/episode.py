@@ -23,6 +23,7 @@ from gvpo_ray.config.environment import BROKEN, ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.dialogue import Dialogue, dialogue_of
 from gvpo_ray.environments.client import Client, LostError, NoEnvironmentError
+from gvpo_ray.data.vocabulary import beyond, unknown_token, vocab_size_of
 from gvpo_ray.environments.forks import START_S
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.environments.world import Answer
@@ -89,7 +90,7 @@ class Episode:
     async def run(self, prompt_ids: list[int], sample: Sample, progress: Progress) -> list[int]:
         """Make the completion; return its tokens."""
         self._turn_ends = progress.turn_ends
-        ids = self.dialogue.opening(self.row, self.opened.said)
+        ids = self._readable(self.dialogue.opening(self.row, self.opened.said))
         if self.opened.reason is not None:
             self._lose(self.opened.reason)
             return ids
@@ -136,8 +137,17 @@ class Episode:
         else:
             extension = self.dialogue.extension(before, turn, answer.messages)
             if extension is not None:
-                return extension
+                return self._readable(extension)
             self.end = "renderer"
+        return []
+
+    def _readable(self, ids: list[int]) -> list[int]:
+        """Return the environment's tokens; none, and the episode is lost, if the model lacks one of them."""
+        size = self.dialogue.vocab_size
+        token = beyond(ids, size)
+        if token is None or size is None:
+            return ids
+        self._lose(f"environment: what it has said has {unknown_token(token, size)}")
         return []
 
     async def _finish(self, progress: Progress) -> None:
@@ -226,9 +236,11 @@ class Episodes:
         tokenizer = AutoTokenizer.from_pretrained(
             self._model.path, trust_remote_code=self._model.trust_remote_code
         )
-        return dialogue_of(
+        dialogue = dialogue_of(
             self._prompts, tokenizer, "prompts", tools=self._tools, family=self._config.renderer
         )
+        dialogue.vocab_size = vocab_size_of(self._model)
+        return dialogue
 
     async def of_group(
         self, group: pa.Table, num: int, begun: Sequence[Mapping[str, Any]], done: Sequence[str]

@@ -10,7 +10,6 @@ project uses only `Policy`. This module imports neither ray nor vllm: the caller
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -151,8 +150,6 @@ class Policy:
             except (AttributeError, TypeError, ValueError, RuntimeError) as failure:
                 why = str(failure).splitlines()[0]
             how = "FlexAttention cannot run it packed by groups" if flex else "it cannot be packed by groups"
-            then = "padded blocks do" if flex else "its sequences are padded"
-            logging.getLogger(__name__).warning("%s: %s (%s): %s", type(model).__name__, how, why, then)
             self._fallbacks.append(f"{how} ({why})")
         self.packs = False
         model.set_attn_implementation(usual)

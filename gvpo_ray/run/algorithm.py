@@ -38,7 +38,7 @@ from gvpo_ray.observe.trackers import Tracking, check_trackers
 from gvpo_ray.run.events import EventLog
 from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
-from gvpo_ray.run.models import check_recorded, read_model, reference_digest
+from gvpo_ray.run.models import check_recorded, check_recorded_tokens, read_model, reference_digest
 from gvpo_ray.run.once import evaluation_sampling, run_through
 from gvpo_ray.run.rollouts import Say
 from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
@@ -90,10 +90,11 @@ class GVPO:
         check_trackers(config.tracking)
         check_machine(config, engines=not self.replays)
         if self.replays:
-            read_model(config)
+            _, tokenizer = read_model(config)
             recorded, assigned, num_recorded_steps = read_recorded(
                 Path(str(groups_file)), config.groups_per_step, self.run_dir / "groups"
             )
+            check_recorded_tokens(config.model, tokenizer, recorded)
             check_recorded(config, recorded)
         else:
             self.inputs = read_inputs(config, rewards)

@@ -30,6 +30,7 @@ from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.rendering import MakeRenderer, completion_renderer, renderer_of
 from gvpo_ray.data.turns import check_stop_tokens
+from gvpo_ray.data.vocabulary import check_vocabulary
 from gvpo_ray.environments.agent import described_agent, read_agent
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
@@ -199,6 +200,11 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
         )
         for name, source in config.sources.items()
     }
+    tokens = {f"the completions of sources.{name}": source.token_ids for name, source in sources.items()}
+    tokens |= {f"the prompts of sources.{name}": of.all()["prompt_ids"] for name, of in sources.items()}
+    if prompts is not None:
+        tokens["the prompts"] = prompts.all()["prompt_ids"]
+    check_vocabulary(config.model, tokens, tokenizer)
     evaluation = read_evaluation_sets(config, max_length, tokenizer)
     to_verify = {
         f"sources.{name}": source
@@ -268,6 +274,10 @@ def read_evaluation_sets(config: GVPOConfig, max_length: int, tokenizer: Any) ->
             key=key,
             make_renderer=make_renderer_of(config),
         )
+    tokens = {
+        f"the prompts of evaluation.sets.{name}": of.all()["prompt_ids"] for name, of in prompts.items()
+    }
+    check_vocabulary(config.model, tokens, tokenizer)
     return prompts
 
 

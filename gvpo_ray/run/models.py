@@ -9,11 +9,13 @@ from typing import Any
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local
 from gvpo_ray.config.data import NO_PROMPTS
+from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.hub import hub
 from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.data.transcripts import Transcripts
+from gvpo_ray.data.vocabulary import check_vocabulary
 from gvpo_ray.run.run_dir import Recorded, parts_of
 from gvpo_ray.verifiers.scoring_model import PROMPTS, Renderings
 
@@ -181,6 +183,17 @@ def check_reference(config: GVPOConfig) -> None:
     other = config.loss.reference_model
     if other is not None:
         check_scoring_model(REFERENCE_KEY, other.model, renderings_of(config))
+
+
+def check_recorded_tokens(model: ModelConfig, tokenizer: Any, recorded: Recorded) -> None:
+    """Refuse recorded groups with a token that the model lacks.
+
+    Raises:
+        ConfigError: one line that names the token and the column.
+    """
+    for part in parts_of(recorded):
+        lists = {f"the {name} of --groups": part[name] for name in ("prompt_ids", "completion_ids")}
+        check_vocabulary(model, lists, tokenizer)
 
 
 def check_recorded(config: GVPOConfig, recorded: Recorded) -> None:
