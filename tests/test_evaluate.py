@@ -22,10 +22,17 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.evaluation.compare import compare
-from gvpo_ray.evaluation.folder import EvaluationDir
+from gvpo_ray.evaluation.folder import EvaluationDir, summary
 from gvpo_ray.evaluation.run import evaluate
 from gvpo_ray.groups import NO_ANSWER
-from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+from gvpo_ray.observe.metrics import (
+    bootstrap_interval,
+    evaluation_metrics,
+    is_correct,
+    mean,
+    pass_at_k,
+    right_tries,
+)
 from gvpo_ray.run.once import evaluation_sampling, prompt_seed
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -112,6 +119,56 @@ def test_metrics_of_a_set_by_hand() -> None:
     )
 
 
+def _episodes(names: list[str | None]) -> list[str | None]:
+    """Return entries of the column `episodes`; a name's second, third ... completion is a branch."""
+    entries: list[str | None] = []
+    counts = {"turns": 2, "tool_calls": 0, "tool_errors": 0, "end": "stop"}
+    for i, name in enumerate(names):
+        number = names[:i].count(name)
+        own = {"name": name, **counts, **({"branch": number} if number else {})}
+        entries.append(json.dumps(own) if name else None)
+    return entries
+
+
+def test_the_branches_of_an_episode_are_one_try(tmp_path: Path) -> None:
+    # tries: a (two branches, right), b (wrong), c (three branches, of which one was held by no group)
+    names = ["a", "b", "c", "a", "c", "c"]
+    agent = _group(0, [1.0, 0.0, None, 1.0, 1.0, 1.0]) | {"episodes": _episodes(names)}
+    plain = _group(1, [1.0, 0.0, 0.0]) | {"episodes": _episodes([None] * 3)}
+    rows = list(groups.rows(groups.table([agent, plain])))
+    assert [right_tries(row) for row in rows] == [[True, False, True], [True, False, False]]
+    metrics = evaluation_metrics("easy", rows, pass_k=[1, 2, 3, 4])
+    assert metrics["eval/easy/pass@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert metrics["eval/easy/pass@2"] == pytest.approx((1 + 2 / 3) / 2)
+    # three tries have no pass@4, though there are six completions
+    assert metrics["eval/easy/pass@3"] == 1 and "eval/easy/pass@4" not in metrics
+    assert metrics["eval/easy/unverifiable"] == 1 / 9  # of completions
+    config = _config(tmp_path, num_samples=3, pass_k=[2])
+    numbers = summary(rows, config, "easy")
+    assert numbers["mean@3"]["value"] == numbers["pass@1"]["value"] == pytest.approx(1 / 2)
+    assert numbers["pass@2"]["value"] == pytest.approx(5 / 6)
+
+
+def test_generations_and_comparisons_count_an_episode_once(tmp_path: Path) -> None:
+    _model(tmp_path)
+    folders = []
+    for folder, names in (("one", ["a", "b", None, None]), ("other", ["a", "b", "b", "b"])):
+        with _open(tmp_path, _config(tmp_path), out=folder) as results:
+            group = _group(0, [1.0, 0.0, 0.0, None]) | {"episodes": _episodes(names)}
+            results.add("easy", groups.table([group]))
+            results.finish(_config(tmp_path), str(tmp_path / "model"))
+        folders.append(str(tmp_path / folder))
+    samples = pq.read_table(tmp_path / "other" / "generations.parquet").to_pylist()
+    assert [(row["sample"], row["correct"]) for row in samples] == [
+        (0, True),
+        (1, False),
+        (1, False),
+        (1, False),
+    ]
+    result = compare(*folders)["easy"]
+    assert (result["a"], result["b"]) == (1 / 4, 1 / 2)
+
+
 def test_a_set_may_have_its_own_samples_temperature_and_length(tmp_path: Path) -> None:
     sets = {
         "easy": {"path": "a"},
@@ -151,8 +208,8 @@ def _model(folder: Path, content: bytes = b"weights") -> str:
     return str(folder / "model")
 
 
-def _open(folder: Path, config: GVPOConfig, digest: str = "d") -> EvaluationDir:
-    return EvaluationDir(folder / "out", config, str(folder / "model"), {"easy": digest})
+def _open(folder: Path, config: GVPOConfig, digest: str = "d", out: str = "out") -> EvaluationDir:
+    return EvaluationDir(folder / out, config, str(folder / "model"), {"easy": digest})
 
 
 def test_an_evaluation_goes_on_with_the_prompts_that_are_missing_and_writes_every_sample(
@@ -260,9 +317,16 @@ def test_a_folder_that_another_process_evaluates_into_is_refused(tmp_path: Path)
 def _finished(folder: Path, shares: dict[str, list[bool]]) -> str:
     folder.mkdir()
     rows = [
-        {"dataset": "easy", "prompt_id": i, "prompt": prompt.rstrip("'"), "answer": "7", "correct": right}
+        {
+            "dataset": "easy",
+            "prompt_id": i,
+            "prompt": prompt.rstrip("'"),
+            "answer": "7",
+            "sample": sample,
+            "correct": right,
+        }
         for i, (prompt, samples) in enumerate(shares.items())
-        for right in samples
+        for sample, right in enumerate(samples)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "generations.parquet")
     (folder / "eval.json").write_text("{}")

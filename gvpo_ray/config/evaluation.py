@@ -33,7 +33,8 @@ class EvaluationConfig(Section):
     """Held-out data sets by name. The metrics of each are named eval/<name>/pass@1 and so on. A set without
     template and system_prompt has those of prompts; a null that is written there says: neither."""
     num_samples: int = Field(default=1, ge=1)
-    """Completions per prompt (n); pass@1 is the share of right ones."""
+    """Tries per prompt (n): completions, or episodes, of which an agent's branches are parts. pass@1 is the
+    share of right ones."""
     pass_k: list[Annotated[int, Field(ge=1)]] = [1, 2, 4, 8, 16, 32, 64]
     """Values of k for which the unbiased pass@k is reported, as far as k is at most num_samples."""
     temperature: float = Field(default=1.0, ge=0)

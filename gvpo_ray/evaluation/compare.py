@@ -82,22 +82,24 @@ def _finished(
     try:
         sets = json.loads((path / "eval.json").read_text(encoding="utf-8")).get("sets", {})
         rows = pq.read_table(
-            file, columns=["dataset", "prompt_id", "prompt", "answer", "correct"]
+            file, columns=["dataset", "prompt_id", "prompt", "answer", "sample", "correct"]
         ).to_pylist()
     except (ValueError, AttributeError, OSError, pa.ArrowException) as error:
         raise ConfigError(
             f"compare: the evaluation in {place} cannot be read: {' '.join(str(error).split())}"
         ) from error
-    samples: dict[str, dict[tuple[str, str, int], list[bool]]] = {}
+    samples: dict[str, dict[tuple[str, str, int], dict[int, bool]]] = {}
     numbers: dict[tuple[str, str, str], list[int]] = {}
     for row in rows:
         alike = numbers.setdefault((row["dataset"], row["prompt"], row["answer"]), [])
         if row["prompt_id"] not in alike:
             alike.append(row["prompt_id"])
         key = row["prompt"], row["answer"], alike.index(row["prompt_id"])
-        samples.setdefault(row["dataset"], {}).setdefault(key, []).append(row["correct"])
+        of_prompt = samples.setdefault(row["dataset"], {}).setdefault(key, {})
+        of_prompt[row["sample"]] = row["correct"] or of_prompt.get(row["sample"], False)  # of its branches
     return sets, {
-        name: {key: mean(values) for key, values in prompts.items()} for name, prompts in samples.items()
+        name: {key: mean([*values.values()]) for key, values in prompts.items()}
+        for name, prompts in samples.items()
     }
 
 

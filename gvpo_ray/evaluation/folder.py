@@ -3,7 +3,7 @@
     OUT/evaluation.yaml       what was evaluated and how; nothing else is mixed in
     OUT/<set>/groups/         finished groups, one prompt with its samples each (the same log as a run's)
     OUT/eval.json             the numbers
-    OUT/generations.parquet   one row per sample
+    OUT/generations.parquet   one row per completion
 
 Sampling and verifying is in run.py. An evaluation that was stopped continues, by the same command, with the
 prompts that are missing.
@@ -30,8 +30,15 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import hide
 from gvpo_ray.files import lock, replacing, write_whole
 from gvpo_ray.groups import Row
-from gvpo_ray.observe.episodes import episodes_of
-from gvpo_ray.observe.metrics import bootstrap_interval, evaluation_metrics, is_correct, mean, pass_at_k
+from gvpo_ray.observe.episodes import episodes_of, tries_of
+from gvpo_ray.observe.metrics import (
+    bootstrap_interval,
+    evaluation_metrics,
+    is_correct,
+    mean,
+    pass_at_k,
+    right_tries,
+)
 
 Number = dict[str, float]
 """A mean over prompts with its 95 % bootstrap interval: {"value", "low", "high"}."""
@@ -194,7 +201,8 @@ def model_digest(path: str) -> str:
 def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any]:
     """Return the numbers of one set.
 
-    pass@k and mean@n are means over prompts with 95 % bootstrap intervals; rates are over samples.
+    pass@k and mean@n are means over prompts with 95 % bootstrap intervals, and an agent's episode is one
+    sample, however many branches it has; rates are over completions.
 
     Args:
         rows: the finished groups of the set.
@@ -202,7 +210,7 @@ def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any
         name: name of the set.
     """
     num_samples, temperature, max_tokens = config.evaluation.of(name)
-    correct = [is_correct(row) for row in rows]
+    correct = [right_tries(row) for row in rows]
 
     def number(values: Sequence[float]) -> Number:
         low, high = bootstrap_interval(values, seed=config.seed)
@@ -218,7 +226,7 @@ def summary(rows: Sequence[Row], config: GVPOConfig, name: str) -> dict[str, Any
         **{
             f"pass@{k}": number([pass_at_k(len(row), sum(row), k) for row in correct])
             for k in sorted({1, *config.evaluation.pass_k})
-            if k <= num_samples
+            if k <= min(map(len, correct), default=num_samples)
         },
         **{
             key: metrics[f"eval/{name}/{key}"]
@@ -254,7 +262,9 @@ GENERATIONS = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
-"""Columns of generations.parquet, one row per sample.
+"""Columns of generations.parquet, one row per completion.
+
+`sample` counts the tries at a prompt from 0; the branches of an agent's episode are one try.
 
 `verdict` is correct, incorrect or unverifiable (the reward is null and the reason says why).
 """
@@ -268,10 +278,10 @@ def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
                 "prompt_id": row["group_id"],
                 "prompt": row["prompt"],
                 "answer": row["answer"],
-                "sample": i,
+                "sample": sample,
                 "completion": row["completions"][i],
-                "correct": correct,
-                "verdict": _verdict(correct, row["rewards"][i]),
+                "correct": correct[i],
+                "verdict": _verdict(correct[i], row["rewards"][i]),
                 "reward": row["rewards"][i],
                 "reason": row["reward_reasons"][i],
                 "num_tokens": len(row["completion_ids"][i]),
@@ -279,7 +289,9 @@ def _generations(by_set: Mapping[str, Sequence[Row]]) -> pa.Table:
             }
             for name, rows in by_set.items()
             for row in rows
-            for i, correct in enumerate(is_correct(row))
+            for correct in [is_correct(row)]
+            for sample, indices in enumerate(tries_of(row))
+            for i in indices
         ],
         schema=GENERATIONS,
     )

@@ -18,6 +18,19 @@ def episodes_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [entry for entry in found if not entry.get("branch")]
 
 
+def tries_of(row: Row) -> list[list[int]]:
+    """Return the indices of a group's completions by try, in the order of their first ones.
+
+    A completion is a try of its own. The branches of an agent's episode are one try: they are parts of the
+    same attempt, and have one reward.
+    """
+    entries = row.get("episodes") or [None] * len(row["rewards"])
+    found: dict[Any, list[int]] = {}
+    for i, entry in enumerate(entries):
+        found.setdefault(json.loads(entry)["name"] if entry else i, []).append(i)
+    return list(found.values())
+
+
 def episode_metrics(prefix: str, rows: Sequence[Row]) -> dict[str, float]:
     """Compute the metrics of episodes; none where the completions are no episodes.
 

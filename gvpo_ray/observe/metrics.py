@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gvpo_ray.groups import NO_ANSWER, Row, limit_of, untrained_completions
-from gvpo_ray.observe.episodes import episode_metrics
+from gvpo_ray.observe.episodes import episode_metrics, tries_of
 
 
 @dataclass(frozen=True)
@@ -378,6 +378,16 @@ def is_correct(row: Row) -> list[bool]:
     ]
 
 
+def right_tries(row: Row) -> list[bool]:
+    """Return for each try at a group's prompt whether it is right: whether one of its completions is.
+
+    Only an agent's episode has several completions, its branches. They share its reward, which a branch that
+    no group can hold lacks.
+    """
+    correct = is_correct(row)
+    return [any(correct[i] for i in indices) for indices in tries_of(row)]
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Estimate without bias the chance that at least one of k samples is right.
 
@@ -404,9 +414,11 @@ def bootstrap_interval(
 def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (1,)) -> dict[str, float]:
     """Compute the metrics of one held-out set.
 
-    pass@k is the mean over prompts, for each of `pass_k` that is at most the fewest samples of a prompt.
+    pass@k is the mean over prompts, for each of `pass_k` that is at most the fewest tries at a prompt: an
+    agent's episode is one try, however many branches it has. Lengths and the shares of completions that are
+    cut off or without a reward are over completions, each branch counted.
     """
-    correct = [is_correct(row) for row in rows]
+    correct = [right_tries(row) for row in rows]
     per_prompt = [mean(row) for row in correct]
     average = mean(per_prompt)
     variance = math.fsum((value - average) ** 2 for value in per_prompt) / max(1, len(per_prompt) - 1)
@@ -420,7 +432,7 @@ def evaluation_metrics(name: str, rows: Sequence[Row], pass_k: Sequence[int] = (
         },
         f"eval/{name}/stderr": math.sqrt(variance / max(1, len(per_prompt))),
         f"eval/{name}/num_prompts": float(len(per_prompt)),
-        f"eval/{name}/extracted": _extracted(rows, sum(map(len, correct))),
+        f"eval/{name}/extracted": _extracted(rows, sum(len(row["rewards"]) for row in rows)),
         **_lengths(f"eval/{name}", rows),
         f"eval/{name}/unverifiable": mean([reward is None for row in rows for reward in row["rewards"]]),
         **episode_metrics(f"eval/{name}", rows),
