@@ -22,8 +22,8 @@ from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import BROKEN, ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.dialogue import Dialogue, dialogue_of
-from gvpo_ray.environments.client import Client, LostError, NoEnvironmentError
 from gvpo_ray.data.vocabulary import beyond, unknown_token, vocab_size_of
+from gvpo_ray.environments.client import Client, LostError, NoEnvironmentError
 from gvpo_ray.environments.forks import START_S
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.environments.world import Answer
