@@ -61,6 +61,7 @@ TIERS = {
         "test_workers",
     },
     "components": {
+        "test_answers_properties",
         "test_chaos",
         "test_code_reward",
         "test_confine",
@@ -84,7 +85,7 @@ TIERS = {
 
 A unit test stays in the process of pytest, and trains nothing until it converges. A component runs as in
 production, but without Ray: the sandbox and the command line in processes of their own, training until it
-converges, compiled kernels. Actors are Ray's, with fake engines. An end-to-end test has a real part: vLLM,
+converges, compiled kernels, thousands of generated answers. Actors are Ray's, with fake engines. An end-to-end test has a real part: vLLM,
 DeepSpeed, several ranks, a browser, a set-up.
 
 A test of another file says its tier by a marker; one that runs on several ranks is end to end wherever it

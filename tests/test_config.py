@@ -492,7 +492,7 @@ def test_a_bad_override_is_named(override, says):
         (b"run_dir: \xff\xfe\n", "not UTF-8 text"),
         (yaml.safe_dump({**SMALL, 5: "x"}).encode(), "5: Keys should be strings"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_a_file_that_is_no_config_is_named_in_one_line(content, says, tmp_path):
     path = tmp_path / "run.yaml"
