@@ -80,7 +80,7 @@ def num_gpus_here() -> int:
     return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
 
 
-Note = Callable[[str, str, str], None]
+EventCallback = Callable[[str, str, str], None]
 """A callback note(who, name, why) for recoveries, such as ("engine", "engines-0", "EngineDeadError: …").
 
 `who` is the kind of actor that died and was replaced, or "pool" for what a pool does: it changes its size, or

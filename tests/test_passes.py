@@ -385,7 +385,7 @@ def test_the_variance_of_residuals_by_staleness_is_the_mean_of_their_squares_how
         "1": [(3, 2), (6, 0)],
         "4": [(2, 0), (2, 1), (3, 4)],
         "8": [(3, 0)],
-        "foreign": [(4, 0), (4, 1), (4, 2), (4, 3), (6, 1)],
+        "external": [(4, 0), (4, 1), (4, 2), (4, 3), (6, 1)],
     }
     by_hand = residuals_by_hand(make_model(tmp_path / "model"))
     want = {

@@ -51,7 +51,7 @@ def config(run_dir: Path, **tracking: Any) -> GVPOConfig:
         ("loss", "gvpo_loss", {}),
         ("reward/mean", "gvpo_reward_mean", {}),
         ("gvpo/residual_var", "gvpo_residual_var", {}),
-        ("gvpo/residual_var/foreign", "gvpo_residual_var_by_staleness", {"staleness": "foreign"}),
+        ("gvpo/residual_var/external", "gvpo_residual_var_by_staleness", {"staleness": "external"}),
         ("gvpo/residual_histogram/-0.5", "gvpo_residual_histogram_ratio", {"edge": "-0.5"}),
         ("staleness/histogram/inf", "gvpo_staleness_histogram_ratio", {"edge": "inf"}),
         ("groups/size_histogram/8", "gvpo_groups_size_histogram_ratio", {"edge": "8"}),

@@ -183,12 +183,12 @@ def test_staleness_and_group_sizes_are_histograms_and_pools_are_lines(tmp_path):
         "groups/size_histogram/8": 1.0,
     }
     pools = {"pools/a/engines": 2.0, "pools/b/engines": 1.0, "pools/a/tokens_per_s": 10.0}
-    ages = {"gvpo/residual_var/4": 0.5, "gvpo/residual_var/foreign": 0.25}
+    ages = {"gvpo/residual_var/4": 0.5, "gvpo/residual_var/external": 0.25}
     got = page(tmp_path, [{"step": step, **LINE, **shares, **pools, **ages} for step in (1, 2)])
     assert {"Staleness", "Group sizes"} <= {*got.charts}
     assert got.labels("Engines by pool") == ["a", "b"]
     assert got.labels("Sampling speed by pool (tokens/s)") == ["a"]
-    assert got.labels("Residual variance by staleness") == ["3–4", "foreign"]
+    assert got.labels("Residual variance by staleness") == ["3–4", "external"]
     cells = got.texts["td"]
     assert (
         cells[cells.index("25.0000%") - 1 :][:4] == ["0", "25.0000%", "1", "75.0000%"]

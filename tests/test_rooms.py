@@ -80,6 +80,17 @@ def test_no_module_of_the_package_has_more_than_450_lines() -> None:
     assert {str(path.relative_to(package)): num for path, num in lengths.items() if num > 450} == {}
 
 
+def test_no_line_of_the_package_has_more_than_110_columns_not_even_one_that_ends_with_a_pragma() -> None:
+    package = Path(__file__).parents[1] / "gvpo_ray"
+    found = [
+        f"{path.relative_to(package)}:{number}"
+        for path in package.rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 110
+    ]
+    assert found == []
+
+
 FRAGMENT = re.compile(r"(How|Of|One|What|Where|Whether|Which|Who|Whose|Why)\b")
 
 

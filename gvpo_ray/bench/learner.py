@@ -244,7 +244,8 @@ def padded(folder: str, rows: Sequence[Row], with_trl: bool = False) -> tuple[fl
                 else:
                     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
                     tokens = torch.log_softmax(logits.float(), dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
-            _loss((tokens * is_completion[:, 1:]).double().sum(1), rows).backward()  # type: ignore[no-untyped-call]
+            loss = _loss((tokens * is_completion[:, 1:]).double().sum(1), rows)
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

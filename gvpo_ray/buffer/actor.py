@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from gvpo_ray.actors import Note, actor_name, cause_of, is_lost
+from gvpo_ray.actors import EventCallback, actor_name, cause_of, is_lost
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.states import Command, Owner
 from gvpo_ray.groups import from_wire, to_wire
@@ -60,7 +60,10 @@ class BufferClient:
     """
 
     def __init__(
-        self, state: Callable[[], tuple[list[int], int, bool, str | None]], note: Note, *arguments: Any
+        self,
+        state: Callable[[], tuple[list[int], int, bool, str | None]],
+        note: EventCallback,
+        *arguments: Any,
     ) -> None:
         on_the_head = {"node:__internal_head__": 0.001}  # other nodes may be removed
         self.actor: Any = (  # Ray gives its methods `remote` when it runs
@@ -239,9 +242,9 @@ class LearnerBufferClient:
     def _remind(self) -> None:
         """Tell a restarted buffer what it was told before and does not find on its disk."""
         with self._publishing:
-            for told in (self._published, self._measured):
-                if told is not None:
-                    self._call("published", *told)
+            for report in (self._published, self._measured):
+                if report is not None:
+                    self._call("published", *report)
         if self._saved is not None:
             self._call("saved", self._saved)
 

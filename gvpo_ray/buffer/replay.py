@@ -145,17 +145,17 @@ def replayed(prompt: pa.Table, picked: Sequence[_Candidate]) -> pa.Table:
             groups.with_columns(groups.join(prompt), rewards=[[]], reward_parts=[{}], reward_reasons=[[]])
         )
     group = groups.join(prompt, *(groups.take(candidate.group, [candidate.index]) for candidate in picked))
-    told = [_reference_of(candidate) for candidate in picked]
-    known = any(not math.isnan(value) for _, value in told)
+    references = [_reference_of(candidate) for candidate in picked]
+    known = any(not math.isnan(value) for _, value in references)
     return groups.log_columns(
         groups.with_columns(
             group,
             sources=[["replay"] * len(picked)],
             reference_logprobs=[
-                [None if math.isnan(value) else value for _, value in told] if known else None
+                [None if math.isnan(value) else value for _, value in references] if known else None
             ],
             reference_versions=[
-                [None if math.isnan(value) else version for version, value in told] if known else None
+                [None if math.isnan(value) else version for version, value in references] if known else None
             ],
         )
     )

@@ -23,7 +23,7 @@ class _DependsOnBeta(LossOptions):
     depends_on_beta: ClassVar[bool] = True
 
     @property
-    def foreign_is_initial(self) -> bool:
+    def external_is_initial(self) -> bool:
         """Return whether an external completion counts as the initial policy's, as it does with `behaviour`.
 
         If its reference were the policy at the start of the step, the first D would always be 0, and nothing

@@ -93,7 +93,7 @@ class LossOptions(Section):
         return Need("sums", self._reference_policy)
 
     @property
-    def foreign_is_initial(self) -> bool:
+    def external_is_initial(self) -> bool:
         """Return whether an external completion counts as one of the initial policy.
 
         Otherwise it counts as one of the policy at the start of the step.

@@ -313,13 +313,13 @@ def memory_plan(config: GVPOConfig, here: float | None = None) -> Iterator[tuple
             config.engines.colocated == "sleep"
         ):  # each has the GPU in its turn; the learner keeps what is no pass
             # a checkpoint is written in the engines' turn
-            kept = sum(need[name] for name in ("parameters", "gradients", "optimizer", "reference"))
-            kept = (kept + gathered_by_a_checkpoint(config, shape)) / GB
-            shared, needed_beside = 0.0, shared + kept + CONTEXT_GB
+            resident = sum(need[name] for name in ("parameters", "gradients", "optimizer", "reference"))
+            resident = (resident + gathered_by_a_checkpoint(config, shape)) / GB
+            shared, needed_beside = 0.0, shared + resident + CONTEXT_GB
             if gb is not None and needed_beside > gb:
                 wrong = (
-                    f"learner: it keeps {kept:.0f} GB per GPU in the engines' turn, which take "
-                    f"{needed_beside - kept - CONTEXT_GB:.0f} of {gb:g} GB: lower engines.memory_fraction"
+                    f"learner: it keeps {resident:.0f} GB per GPU in the engines' turn, which take "
+                    f"{needed_beside - resident - CONTEXT_GB:.0f} of {gb:g} GB: lower engines.memory_fraction"
                 )
         if gb is not None and needed + shared > gb:
             beside = f" beside {shared:.0f} GB of the engine" if shared else ""

@@ -153,8 +153,9 @@ FLAG = re.compile(
 TOKENS = re.compile(
     r"\b(?:(?:hf_|gsk_|gh[pousr]_|github_pat_)\w{16,}|(?:r8_|npm_)[A-Za-z0-9]{30,}"
     r"|(?:sk-|(?:sk|rk)_(?:live|test)_|gl(?:pat|rt|dt|ptt|cbt|soat)-|AIza|GOCSPX-|ya29\.|nvapi-|xai-|pplx-"
-    r"|dckr_pat_|tgp_v1_|lsv2_[ps][tk]_|dop_v1_|pypi-AgE|gl(?:sa|c)_|lin_api_|ntn_|sntry[su]_|shp(?:at|ss|ca)_"
-    r"|sbp_|figd_|fw_|hv[sbr]\.|tvly-|csk-|pul-|PMAK-)[\w-]{16,}|dapi[0-9a-f]{32}|(?:xox[a-z]|xapp)-[\w-]{10,}"
+    r"|dckr_pat_|tgp_v1_|lsv2_[ps][tk]_|dop_v1_|pypi-AgE|gl(?:sa|c)_|lin_api_|ntn_|sntry[su]_"
+    r"|shp(?:at|ss|ca)_|sbp_|figd_|fw_|hv[sbr]\.|tvly-|csk-|pul-|PMAK-)[\w-]{16,}"
+    r"|dapi[0-9a-f]{32}|(?:xox[a-z]|xapp)-[\w-]{10,}"
     r"|A[KS]IA[A-Z0-9]{16}\b|SG\.[\w-]{16,}\.[\w-]{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
     r"|(?i:(?<=\bbearer ))(?=\S*\d)[\w.~+/=-]{8,}|(?i:(?<=\bcookie: ))[\w-]+=[^\r\n\"']+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"

@@ -181,7 +181,7 @@ def read_problems(
     extra = {name: values(data, column) for name, column in more.items()}
     # what reaches reward functions as prompts, answer and completions does not reach them a second time
     hidden = {*TAKEN, *more.values(), *({found.prompt, found.gold} & {"prompt", "answer"})}
-    kept = {name: to_list(column) for name, column in data.items() if name not in hidden}
+    entries_of = {name: to_list(column) for name, column in data.items() if name not in hidden}
     problems, num_without_prompt, num_without_gold = [], 0, 0
     for row in range(num_rows):
         where = f"{path}: row {numbers[row]}"
@@ -195,7 +195,7 @@ def read_problems(
         if found.gold and not texts and (without_gold is None or own.get(without_gold) is None):
             num_without_gold += 1
             continue
-        columns = {name: entries[row] for name, entries in kept.items()}
+        columns = {name: entries[row] for name, entries in entries_of.items()}
         problems.append(Problem(numbers[row], prompt, messages, texts, config.answer_match, columns, own))
     if not problems and num_without_gold:
         raise ConfigError(
@@ -204,7 +204,7 @@ def read_problems(
         )
     if not problems:
         raise ConfigError(f"{path}: no row has a prompt: {found.prompt} is empty in all {num_rows} rows")
-    names = list(dict.fromkeys([*kept, *(["answer"] if found.gold else [])]))
+    names = list(dict.fromkeys([*entries_of, *(["answer"] if found.gold else [])]))
     notes = [*_notes(data, found, problems[0], key), *([] if is_json else _messages_as_text(prompts))]
     return Problems(problems, num_rows, num_without_prompt, num_without_gold, found, names, notes)
 

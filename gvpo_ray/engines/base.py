@@ -252,8 +252,8 @@ class BaseEngine(abc.ABC):
         """
         await self._may_begin(min_version)
         done, begun, num_new = split_kept(kept, sampling.num_completions)
-        told = [part["episodes"][0].as_py() for part in done if "episodes" in part.column_names]
-        episodes = [entry for of_part in told for entry in of_part or ()]  # null: they are no episodes
+        entries = [part["episodes"][0].as_py() for part in done if "episodes" in part.column_names]
+        episodes = [entry for of_part in entries for entry in of_part or ()]  # null: they are no episodes
         work = Work(group, num_new, begun, sampling, seed_beside(kept, sampling, seed), episodes)
         table, missing = await self._rest(work)
         table = groups.join(group, *done, table) if kept else table

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from ray.exceptions import RayError
 
-from gvpo_ray.actors import Fate, Note, classify, is_lost
+from gvpo_ray.actors import EventCallback, Fate, classify, is_lost
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.slots import Request, Slot
 from gvpo_ray.groups import to_wire
@@ -34,7 +34,7 @@ class Dispatcher:
         note: called when a server refuses a prompt.
     """
 
-    def __init__(self, slots: Sequence[Slot], num_completions: int, note: Note) -> None:
+    def __init__(self, slots: Sequence[Slot], num_completions: int, note: EventCallback) -> None:
         self._slots, self._num_completions, self._note = slots, num_completions, note
         # Groups that only our own engines may take wait in a heap of their own, so that they hold up nobody
         # who may also go to a server.

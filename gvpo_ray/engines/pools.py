@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from gvpo_ray.actors import Note
+from gvpo_ray.actors import EventCallback
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines.actor import MakeEngine
 from gvpo_ray.engines.dispatcher import Dispatcher
@@ -46,7 +46,7 @@ class EngineGroup:
         num_completions: int,
         make: MakeEngine,
         weights: Weights | None,
-        note: Note,
+        note: EventCallback,
         waits: Waits | None = None,
         placed: Callable[[], Awaitable[None]] | None = None,
         turns: Turns | None = None,

@@ -57,7 +57,9 @@ class Serve:
         """Return the address to listen on, in the process of an engine."""
         import ray
 
-        return "127.0.0.1" if self.is_local else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        if self.is_local:
+            return "127.0.0.1"
+        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 class NoRoomError(GvpoError, ValueError):
@@ -296,9 +298,9 @@ class _Whole:
             self.body += message.get("body", b"")
 
     async def pass_on(self, send: Any, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-        kept = [pair for pair in self._start["headers"] if pair[0].lower() != b"content-length"]
+        others = [pair for pair in self._start["headers"] if pair[0].lower() != b"content-length"]
         length = (b"content-length", str(len(body)).encode())
-        await send({**self._start, "headers": [*kept, length, *headers]})
+        await send({**self._start, "headers": [*others, length, *headers]})
         await send({"type": "http.response.body", "body": body})
 
 

@@ -14,9 +14,9 @@ from ray.exceptions import RayError
 
 from gvpo_ray.actors import (
     Draining,
+    EventCallback,
     Fate,
     Hang,
-    Note,
     RunError,
     UpdateFailed,
     cause_of,
@@ -83,7 +83,7 @@ class Supervisor:
         slots: Sequence[Slot],
         make: MakeEngine,
         weights: Weights | None,
-        note: Note,
+        note: EventCallback,
         waits: Waits | None,
         turns: Turns | None,
         changed: Callable[[], None],

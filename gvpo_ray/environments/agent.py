@@ -226,9 +226,9 @@ def with_common_prompt(group: pa.Table) -> pa.Table:
         if sampled[i] and ids[0] != usual:
             sampled[i], reasons[i] = False, reasons[i] or OTHER_BEGINNING
             parts = {name: [*values[:i], None, *values[i + 1 :]] for name, values in parts.items()}
-    kept = [i for i, is_any in enumerate(sampled) if is_any]
-    whole = [row["completion_ids"][i] for i in kept]
-    most = min((row["trained_tokens"][i].index(True) for i in kept), default=0)
+    with_tokens = [i for i, is_any in enumerate(sampled) if is_any]
+    whole = [row["completion_ids"][i] for i in with_tokens]
+    most = min((row["trained_tokens"][i].index(True) for i in with_tokens), default=0)
     columns = zip(*(ids[:most] for ids in whole), strict=True)
     size = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gvpo_ray.actors import Note
+from gvpo_ray.actors import EventCallback
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
@@ -38,7 +38,7 @@ class AgentGroup(EnvironmentGroup):
         config: EnvironmentConfig,
         agent: Callable[..., Any],
         is_graded: bool,
-        note: Note,
+        note: EventCallback,
         say: Callable[[str], None],
     ) -> None:
         pickled_by_value(agent)

@@ -118,4 +118,5 @@ def pickled_by_value(cls: Any) -> None:
     module = sys.modules.get(cls.__module__)
     is_installed = module is None or "site-packages" in (getattr(module, "__file__", None) or "site-packages")
     if module is not None and not is_installed and module.__name__ != "__main__":
-        ray.cloudpickle.register_pickle_by_value(importlib.import_module(cls.__module__))  # type: ignore[no-untyped-call]
+        register: Any = ray.cloudpickle.register_pickle_by_value  # without types
+        register(importlib.import_module(cls.__module__))

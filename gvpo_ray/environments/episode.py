@@ -299,17 +299,17 @@ class Episodes:
         self, group_id: int, row: Mapping[str, Any], dialogue: Dialogue, num: int
     ) -> list[Episode]:
         """Begin new episodes, spread over the hosts."""
-        shares = dict.fromkeys(range(len(self._clients)), 0)
+        counts = dict.fromkeys(range(len(self._clients)), 0)
         for _ in range(num):
             self._next = (self._next + 1) % len(self._clients)
-            shares[self._next] += 1
+            counts[self._next] += 1
         limit_s = START_S + 2 * self._config.timeout_s + MARGIN_S
 
-        async def at(number: int, share: int) -> list[Episode]:
+        async def at(number: int, count: int) -> list[Episode]:
             for tries in range(MAX_TRIES):
                 client = self._clients[(number + tries) % len(self._clients)]
                 try:
-                    opened = await client.open(group_id, row, share, limit_s)
+                    opened = await client.open(group_id, row, count, limit_s)
                 except LostError as error:
                     last = error
                     await asyncio.sleep(min(5.0, 0.2 * 2**tries))
@@ -317,7 +317,7 @@ class Episodes:
                 return [self._episode(dialogue, row, client, one) for one in opened]
             raise NoEnvironmentError(f"environment: no actor begins an episode: {last}")
 
-        parts = await asyncio.gather(*(at(number, share) for number, share in shares.items() if share))
+        parts = await asyncio.gather(*(at(number, count) for number, count in counts.items() if count))
         return [episode for part in parts for episode in part]
 
     async def release(self, group_id: int) -> None:

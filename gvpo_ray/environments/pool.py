@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from gvpo_ray.actors import Note, actor_name, cause_of, innermost, is_death
+from gvpo_ray.actors import EventCallback, actor_name, cause_of, innermost, is_death
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
@@ -56,7 +56,7 @@ class EnvironmentGroup:
     """
 
     def __init__(
-        self, config: EnvironmentConfig, contract: Contract, note: Note, say: Callable[[str], None]
+        self, config: EnvironmentConfig, contract: Contract, note: EventCallback, say: Callable[[str], None]
     ) -> None:
         pickled_by_value(contract.cls)
         self._contract = contract
@@ -65,7 +65,7 @@ class EnvironmentGroup:
         self.actors: list[Any] = spread(config, _EnvironmentActor, contract.cls, contract.arguments, limits)
         """Handles of the actors."""
 
-    def _begin(self, config: EnvironmentConfig, note: Note, say: Callable[[str], None]) -> None:
+    def _begin(self, config: EnvironmentConfig, note: EventCallback, say: Callable[[str], None]) -> None:
         self._config, self._note, self._say = config, note, say
         self._processes: dict[int, int] = {}
         self._said: set[str] = set()

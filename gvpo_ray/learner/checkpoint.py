@@ -171,11 +171,11 @@ class Checkpoint:
         """Return copies of whole tensors on rank 0, without tied ones; {} on other ranks."""
         model = self._module.model
         tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else ()
-        kept = {}
+        copies = {}
         for name, tensor in named:  # of sharded weights each is whole on every rank
             if self._rank == 0 and name not in tied:
-                kept[name] = self._copies.copy(f"{what} {name}", tensor, dtype or tensor.dtype)
-        return kept
+                copies[name] = self._copies.copy(f"{what} {name}", tensor, dtype or tensor.dtype)
+        return copies
 
     def _parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what this rank has of the training state, for torch's plan, and copies of it.

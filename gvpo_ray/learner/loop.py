@@ -29,7 +29,7 @@ from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import Settings, train_step
 from gvpo_ray.observe.computes import write_computes
-from gvpo_ray.observe.token_examples import is_kept, write_examples
+from gvpo_ray.observe.token_examples import stays, write_examples
 
 Answer = TypeVar("Answer")
 
@@ -129,7 +129,7 @@ def learn(
         got = time.perf_counter()
         rows = list(groups.rows(groups.validate(table, groups.LOGGED_COLUMNS)))
         is_due = is_checkpoint_due(policy.step + 1, settings)
-        shows = policy.rank == 0 and (is_due or is_kept(policy.step + 1))
+        shows = policy.rank == 0 and (is_due or stays(policy.step + 1))
         examples = Examples() if shows else None
         metrics = train_step(policy, rows, settings, examples)
         trained = time.perf_counter()
@@ -201,8 +201,8 @@ def publish(
     version = policy.step
     adapter = {} if policy.adapter is None else {"adapter": policy.adapter}
 
-    def told(measured: dict[str, float]) -> dict[str, Any] | None:
-        """Return the metrics that the driver is told."""
+    def of_driver(measured: dict[str, float]) -> dict[str, Any] | None:
+        """Return the metrics that go to the driver."""
         if metrics is None or times is None:
             return None
         now = time.perf_counter()
@@ -219,7 +219,7 @@ def publish(
         weights = publisher.publish(version, policy.named_tensors())
         if policy.rank == 0:
             where = {**(weights or {}), **adapter, "probe": probe}
-            buffer.published(version, where, told(_of_weights(weights)))
+            buffer.published(version, where, of_driver(_of_weights(weights)))
         return
 
     def send(named_tensors: Any) -> None:
@@ -231,7 +231,7 @@ def publish(
     def copied() -> None:
         # Before the weights are sent: a buffer that is restarted then finds the metrics on its disk.
         if metrics is not None:
-            buffer.published(version, None, told(measured))
+            buffer.published(version, None, of_driver(measured))
 
     behind.finish()
     measured = behind.measured  # of the version before

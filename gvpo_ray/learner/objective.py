@@ -22,7 +22,7 @@ from gvpo_ray.losses.diagnostics import finish, finish_buckets, residual_sums_by
 from gvpo_ray.losses.registry import OBJECTIVES
 from gvpo_ray.observe.metrics import STALENESS_EDGES, age_bucket
 
-AGES = (*map(str, STALENESS_EDGES), "inf", "foreign")
+AGES = (*map(str, STALENESS_EDGES), "inf", "external")
 """The names of the staleness buckets of gvpo/residual_var/<age>, in the order of metrics.age_bucket."""
 
 

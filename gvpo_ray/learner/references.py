@@ -6,7 +6,7 @@ The log-probs of `behaviour`, the policy that sampled a completion, depend on wh
     the policy at the start of the step the forward pass itself (so the log-ratio is exactly 0), or in later
                                         mini-batches a pass before the first update
     older or several versions           the engine: column `sampling_logprobs`
-    no policy of this run (foreign)     a pass of the policy that the run began with, or of this step's, as
+    no policy of this run (external)    a pass of the policy that the run began with, or of this step's, as
                                         the objective's options say
 
 The other policies are the same for all completions:
@@ -109,14 +109,14 @@ class Origin(Enum):
 
     CURRENT = "wholly the policy at the start of the step"
     ENGINE = "older policies, or several: the engine's log-probs say what they were"
-    FOREIGN = "no policy of this run"
+    EXTERNAL = "no policy of this run"
 
 
 def origins_of(row: Row, version: int) -> list[Origin]:
     """Return the origin of each completion of a group, in the step that starts from `version`."""
     columns = (row[name] for name in ("version_min", "version_max", "sampling_logprobs"))
     return [
-        Origin.FOREIGN
+        Origin.EXTERNAL
         if oldest is None or logprobs is None
         else Origin.CURRENT
         if oldest == newest == version
@@ -179,17 +179,17 @@ def measure_passes(
     """
     asked = {need.policy for need in (loss.sampler_need, loss.reference_need) if need.detail != "nothing"}
     origins = {origin for row in mini_batch for origin in origins_of(row, policy.step)} - {Origin.ENGINE}
-    asks_initial = loss.foreign_is_initial and Origin.FOREIGN in origins
+    asks_initial = loss.external_is_initial and Origin.EXTERNAL in origins
     if asks_initial:
-        origins.remove(Origin.FOREIGN)
+        origins.remove(Origin.EXTERNAL)
         if not policy.reference.exists:
             policy.reference.load(model_path)
     asks_start = not is_first and ("previous" in asked or ("behaviour" in asked and bool(origins)))
     measured = []
     for micro in plan.passes:  # also empty passes, because they are collectives
-        sampled, is_foreign = _sampled(policy, micro)
+        sampled, is_external = _sampled(policy, micro)
         if asks_initial:
-            sampled = sampled.filled(_token_logprobs(policy, micro, reference=True), is_foreign)
+            sampled = sampled.filled(_token_logprobs(policy, micro, reference=True), is_external)
         start = TokenLogprobs.own(sampled.values)
         if asks_start:
             tokens = _token_logprobs(policy, micro)
@@ -211,10 +211,10 @@ def measure_passes(
 
 
 def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor]:
-    """Return the sampler's log-probs as far as the rows have them, and [T] bool, which tokens are foreign."""
+    """Return the sampler's log-probs as far as the rows have them, and [T] bool: is the token external."""
     values: list[float] = []
     is_own: list[bool] = []
-    is_foreign: list[bool] = []
+    is_external: list[bool] = []
     for row in rows:
         for i, (origin, trained) in enumerate(
             zip(origins_of(row, policy.step), trained_tokens(row), strict=True)
@@ -223,9 +223,9 @@ def _sampled(policy: Policy, rows: Sequence[Row]) -> tuple[TokenLogprobs, Tensor
             known = row["sampling_logprobs"][i] if origin is Origin.ENGINE else None
             values += [0.0] * num if known is None else [known[t] for t in trained]
             is_own += [origin is not Origin.ENGINE] * num
-            is_foreign += [origin is Origin.FOREIGN] * num
-    own, foreign = (torch.tensor(x, dtype=torch.bool, device=policy.device) for x in (is_own, is_foreign))
-    return TokenLogprobs(torch.tensor(values, dtype=torch.float64, device=policy.device), own), foreign
+            is_external += [origin is Origin.EXTERNAL] * num
+    own, external = (torch.tensor(x, dtype=torch.bool, device=policy.device) for x in (is_own, is_external))
+    return TokenLogprobs(torch.tensor(values, dtype=torch.float64, device=policy.device), own), external
 
 
 def score_with_reference(

@@ -88,7 +88,7 @@ class LearnerGroup:
         # Ray Train's own files, in a folder that every node can write to
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._controller = Path(self._scratch) / "controller"
-        callbacks: list[Any] = [_ReportFailures(buffer), _NoteController(self._controller)]
+        callbacks: list[Any] = [_ReportFailures(buffer), _RecordController(self._controller)]
         self._trainer = TorchTrainer(
             train_loop,
             train_loop_config={
@@ -184,7 +184,7 @@ def placement_groups_of(actor: str) -> dict[str, str]:
     }
 
 
-class _NoteController(ControllerCallback):
+class _RecordController(ControllerCallback):
     """This callback runs in Ray Train's controller and writes its actor id to a file."""
 
     def __init__(self, file: Path) -> None:

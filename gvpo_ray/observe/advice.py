@@ -193,7 +193,7 @@ def _weights_stay(means: Mapping[str, float], config: GVPOConfig) -> str | None:
     if peak * num_updates >= SMALLEST_REACH:
         return (
             f"{start}, because the rewards explain nothing of the residuals (gvpo/damping {damping:.0e}): "
-            "the data is too old or foreign for this policy; try loss.damped: false, or newer data"
+            "the data is too old for this policy, or not its own; try loss.damped: false, or newer data"
         )
     if learner.learning_rate * num_updates >= SMALLEST_REACH:
         return f"{start}; learner.warmup_steps ({learner.warmup_steps}) is longer than the run"

@@ -88,7 +88,7 @@ METRICS = (
     Metric("staleness/mean", "steps", "Staleness",
            "from the oldest weights that wrote a completion to the step's start, mean", CURVES),
     Metric("gvpo/residual_var/{staleness}", "", "Residual variance by staleness",
-           "mean squared residual of the trained completions of each staleness; foreign: no version of ours "
+           "mean squared residual of the trained completions of each staleness; external: no version of ours "
            "wrote them", CURVES, series="residual_var_by_staleness"),
     Metric("gvpo/term_reward", "", "reward",
            "The advantage term, Cov(R, log π): raises the log-probability of the completions that are better "

@@ -79,7 +79,7 @@ class TokenExample(BaseModel):
 FILE = TypeAdapter(list[TokenExample])
 
 
-def is_kept(step: int) -> bool:
+def stays(step: int) -> bool:
     """Return whether the examples of a step stay when there are newer ones: those of 1, 2, 4, 8, … do."""
     return step & (step - 1) == 0
 
@@ -95,7 +95,7 @@ def write_examples(run_dir: str | Path, step: int, examples: Sequence[TokenExamp
         make_folder(folder)
         write_whole(folder / f"step-{step:06}.json", FILE.dump_json(list(examples)).decode())
     for other, file in example_files(run_dir):
-        if other > step or (other < step and not is_kept(other)):
+        if other > step or (other < step and not stays(other)):
             file.unlink(missing_ok=True)
 
 

@@ -40,7 +40,7 @@ from gvpo_ray.run.inputs import read_inputs
 from gvpo_ray.run.machine import check_machine
 from gvpo_ray.run.models import check_recorded, check_recorded_tokens, read_model, reference_digest
 from gvpo_ray.run.once import evaluation_sampling, run_through
-from gvpo_ray.run.rollouts import Say
+from gvpo_ray.run.rollouts import LineCallback
 from gvpo_ray.run.run_dir import check_format, import_groups, open_run_dir, read_recorded
 from gvpo_ray.run.session import Session, placement_notes
 from gvpo_ray.run.wiring import Driver, assemble
@@ -73,7 +73,7 @@ class GVPO:
         config: GVPOConfig,
         reward: Callable[..., Any] | Rewards | None = None,
         groups_file: str | None = None,
-        say: Say = print,
+        say: LineCallback = print,
     ) -> None:
         rewards: Rewards = (
             {} if reward is None else reward if isinstance(reward, Mapping) else {_name_of(reward): reward}

@@ -25,7 +25,7 @@ import ray
 from ray.exceptions import RayError
 
 from gvpo_ray import groups
-from gvpo_ray.actors import Note, RunError, is_lost
+from gvpo_ray.actors import EventCallback, RunError, is_lost
 from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.log import LIMITS, Quarantine
 from gvpo_ray.config.data import ReplayConfig
@@ -36,7 +36,7 @@ from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.references import ReferenceGroup
 
-Say = Callable[[str], None]
+LineCallback = Callable[[str], None]
 """A callback that shows a line to the user."""
 
 
@@ -72,8 +72,8 @@ class Ring:
         watchdog_s: float,
         run_dir: Path,
         state: Callable[[], dict[str, Any]],
-        note: Note,
-        say: Say,
+        note: EventCallback,
+        say: LineCallback,
         references: ReferenceGroup | None = None,
     ) -> None:
         self._references = references

@@ -84,13 +84,13 @@ def open_run_dir(config: GVPOConfig, contents: Mapping[str, str] | None = None) 
     except OSError as error:
         raise ConfigError(f"run_dir: cannot write {path}: {error.strerror}") from error
     with held:
-        kept = path / "config.yaml"
+        recorded = path / "config.yaml"
         began = _began_with(config, contents or {})
         try:
-            if not kept.exists():
+            if not recorded.exists():
                 made = {"format": FORMAT, "gvpo_ray": __version__}
                 write_whole(path / FORMAT_FILE, json.dumps(made) + "\n", sync=True)
-            write_whole(kept, config.dump(), sync=True)
+            write_whole(recorded, config.dump(), sync=True)
             if (known := {**(contents or {}), **began}) != began:
                 write_whole(path / CONTENTS_FILE, json.dumps(known, indent=2) + "\n", sync=True)
         except OSError as error:
@@ -117,14 +117,14 @@ def check_same_run(config: GVPOConfig, contents: Mapping[str, str]) -> dict[str,
 def _began_with(config: GVPOConfig, contents: Mapping[str, str]) -> dict[str, str]:
     """Do what check_same_run does, in a directory whose format is this one's."""
     path = Path(config.run_dir)
-    kept = path / "config.yaml"
-    if not kept.exists():
+    recorded = path / "config.yaml"
+    if not recorded.exists():
         return {}
     try:
-        old, new = GVPOConfig.from_file(kept).model_dump(mode="json"), config.model_dump(mode="json")
+        old, new = GVPOConfig.from_file(recorded).model_dump(mode="json"), config.model_dump(mode="json")
     except ConfigError as error:
         raise ConfigError(
-            f"run_dir: {kept} is not the config of a run ({error}); use another run_dir"
+            f"run_dir: {recorded} is not the config of a run ({error}); use another run_dir"
         ) from error
     changed = [
         key

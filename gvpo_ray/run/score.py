@@ -89,7 +89,7 @@ def score(config: GVPOConfig, out: str | Path) -> Iterator[str]:
             session.on_stop(group.close)
             by_model[model_name] = session.guard(_score_all(group, texts, key))
             session.guard(_done(group.close()))
-            yield _told(model_name, rows, by_model[model_name])
+            yield _summary(model_name, rows, by_model[model_name])
     finally:
         session.stop()
     means: dict[int, dict[str, float]] = {}
@@ -119,7 +119,7 @@ def _note(who: str, name: str, why: str) -> None:
     print(visible(f"recovery of {name}: {why}"), file=sys.stderr)
 
 
-def _told(name: str, rows: list[int], scores: list[Score]) -> str:
+def _summary(name: str, rows: list[int], scores: list[Score]) -> str:
     """Return a line about what a model has said."""
     known = [one.mean for one in scores if one.mean is not None]
     line = f"{name}: {len(known)} of {len(scores)} rows scored"
@@ -174,9 +174,9 @@ def _write(out: Path, data: Columns, means: dict[int, dict[str, float]]) -> None
     try:
         with replacing(out) as part:
             if out.suffix == ".parquet":
-                kept = _as_table(data, out).take(pa.array(list(means)))
-                kept = kept.drop_columns([ALIGNED]) if ALIGNED in kept.column_names else kept
-                pq.write_table(kept.append_column(ALIGNED, pa.array(scores)), part)
+                scored = _as_table(data, out).take(pa.array(list(means)))
+                scored = scored.drop_columns([ALIGNED]) if ALIGNED in scored.column_names else scored
+                pq.write_table(scored.append_column(ALIGNED, pa.array(scores)), part)
             else:
                 columns = {name: to_list(column) for name, column in data.items()}
                 rows = ({name: column[row] for name, column in columns.items()} for row in means)

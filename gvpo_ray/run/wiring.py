@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gvpo_ray.actors import Note
+from gvpo_ray.actors import EventCallback
 from gvpo_ray.buffer.actor import BufferClient
 from gvpo_ray.buffer.log import Quarantine
 from gvpo_ray.config.environment import ENVIRONMENT
@@ -31,7 +31,7 @@ from gvpo_ray.environments.pool import EnvironmentGroup
 from gvpo_ray.files import kept_secret
 from gvpo_ray.run.inputs import Inputs
 from gvpo_ray.run.models import renderings_of, version_of
-from gvpo_ray.run.rollouts import Ring, Say
+from gvpo_ray.run.rollouts import LineCallback, Ring
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.references import ReferenceGroup
@@ -42,9 +42,9 @@ from gvpo_ray.verifiers.rewards import Rewards
 class Driver:
     """A Driver holds the callbacks by which the parts of a run reach the driver."""
 
-    note: Note
+    note: EventCallback
     """Called on every recovery."""
-    say: Say
+    say: LineCallback
     """Called with lines for the user."""
     state: Callable[[], dict[str, Any]]
     """Returns the driver's part of the status: step, num_steps, what it does, recoveries."""
@@ -154,7 +154,7 @@ def assemble(
     return Parts(buffer, pools, verifiers, ring)
 
 
-def references_of(session: Session, config: GVPOConfig, note: Note) -> ReferenceGroup | None:
+def references_of(session: Session, config: GVPOConfig, note: EventCallback) -> ReferenceGroup | None:
     """Start the actors of the other model that is the reference; None: a policy of the run is."""
     other = config.loss.reference_model
     if other is None:
@@ -165,7 +165,7 @@ def references_of(session: Session, config: GVPOConfig, note: Note) -> Reference
 
 
 def rollout_of(
-    session: Session, config: GVPOConfig, note: Note, say: Callable[[str], None]
+    session: Session, config: GVPOConfig, note: EventCallback, say: Callable[[str], None]
 ) -> Rollout | Episodes:
     """Return what makes completions at engines: one call, or the config's environment, whose actors start."""
     if config.environment is None:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from gvpo_ray.actors import Note, actor_name, cause_of, is_death
+from gvpo_ray.actors import EventCallback, actor_name, cause_of, is_death
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.groups import from_wire, to_wire
 from gvpo_ray.sandbox.functions import OutOfReach
@@ -43,7 +43,7 @@ class ElasticGroup(abc.ABC):
         note: called with every restart of an actor.
     """
 
-    def __init__(self, kind: str, num: int, max_num: int | None, note: Note) -> None:
+    def __init__(self, kind: str, num: int, max_num: int | None, note: EventCallback) -> None:
         self._kind, self._num, self._max_num, self._note = kind, num, max_num or 0, note
         self._processes: dict[Any, int] = {}
         self._in_hand: dict[Any, int] = {}
@@ -146,7 +146,7 @@ class VerifierGroup(ElasticGroup):
         self,
         config: VerifiersConfig,
         rewards: Rewards | None,
-        note: Note,
+        note: EventCallback,
         say: Callable[[str], None],
     ) -> None:
         for function in (rewards or {}).values():

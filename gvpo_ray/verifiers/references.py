@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from gvpo_ray.actors import Note
+from gvpo_ray.actors import EventCallback
 from gvpo_ray.config.model import ScoringModelConfig
 from gvpo_ray.groups import from_wire, to_wire
 from gvpo_ray.verifiers.pool import ElasticGroup
@@ -34,7 +34,7 @@ class ReferenceGroup(ElasticGroup):
         self,
         config: ScoringModelConfig,
         renderings: Renderings,
-        note: Note,
+        note: EventCallback,
         version: int = 0,
         kind: str = "reference",
     ) -> None:

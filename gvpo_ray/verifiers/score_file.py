@@ -214,15 +214,15 @@ class _Pool:
 
     def _with(self, row: Fields, *added: Any) -> Fields:
         """Return a row with the values of ADDED; its own columns of these names get others."""
-        kept = {}
+        own = {}
         for name, value in row.items():
             free = name
             while free in ADDED or (free != name and free in row):  # INPUT may be the OUT of another command
                 free = f"input_{free}"
             if free != name:
                 self._say_once(f"INPUT has a column {name} of its own, which is {free} in OUT")
-            kept[free] = value
-        return kept | dict(zip(ADDED, added, strict=True))
+            own[free] = value
+        return own | dict(zip(ADDED, added, strict=True))
 
     def _checked(self, prompt: str, response: str, columns: dict[str, list[Any]]) -> Check:
         """Score one response; wait while a service that a reward function calls does not answer."""

@@ -319,8 +319,8 @@ class Verifier:
         for name, value in _of_data(row).items():
             columns[name] = [value] * len(which)
         completions = [row["completions"][i] for i in which]
-        told = [entry and json.loads(entry).get("said") for entry in row.get("episodes") or ()]
-        prompts = [row["prompt"] + ((told and told[i]) or "") for i in which]
+        said = [entry and json.loads(entry).get("said") for entry in row.get("episodes") or ()]
+        prompts = [row["prompt"] + ((said and said[i]) or "") for i in which]
         of_episodes = _of_episodes(row) if ENVIRONMENT in self._rewards else []
         given = [of_episodes[i] for i in which] if of_episodes else []
         return self.check(prompts, completions, columns, without, given)

@@ -80,8 +80,9 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
         has_head = any(name.endswith("lm_head") for name, _ in model.named_modules())
         for path in update_info.paths:
             with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
-                names = [name for name in file.keys() if has_head or not name.startswith("lm_head.")]  # noqa: SIM118 - not a dict
-                model.load_weights((name, file.get_tensor(name)) for name in names)
+                names: list[str] = file.keys()
+                sent = (name for name in names if has_head or not name.startswith("lm_head."))
+                model.load_weights((name, file.get_tensor(name)) for name in sent)
 
     def _base(self) -> NamedTensors:
         """Read the base model's tensors from disk, mostly from the page cache.

@@ -45,7 +45,7 @@ WHOLE: Grid = {name: FEW if name == "gvpo, behaviour alone" else AGES for name i
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 """Ages at which each method is run, by task: all of them for one task, a few for the others."""
 
-FOREIGN: dict[str, dict[str, Any]] = {
+EXTERNAL: dict[str, dict[str, Any]] = {
     "none": {},
     "half": {"sources.people.group_share": 0.5},
     "all": {"sources.people.group_share": 1.0},
@@ -77,11 +77,11 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
             ]
             run_all(cells, results, partial(write, results, range(num)))
     if "arithmetic" in tasks:
-        cells = [cell for alike in foreign_cells(range(num_seeds), results).values() for cell in alike]
+        cells = [cell for alike in external_cells(range(num_seeds), results).values() for cell in alike]
         run_all(cells, results, partial(write, results, range(num_seeds)))
 
 
-def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell]]:
+def external_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell]]:
     """Return the cells with people's completions by their share; none before the method is tuned."""
     options = tuned("arithmetic", METHODS["gvpo (default)"], TUNED_AT, results)
     return (
@@ -89,7 +89,7 @@ def foreign_cells(seeds: Sequence[int], results: Results) -> dict[str, list[Cell
         if options is None
         else {
             share: [Cell("arithmetic", {**options, **more}, seed) for seed in seeds]
-            for share, more in FOREIGN.items()
+            for share, more in EXTERNAL.items()
         }
     )
 
@@ -148,14 +148,14 @@ def write(results: Results, seeds: Sequence[int]) -> None:
             for age in ages
         }
         picture(results.folder / f"curves-{task}.png", curves, "steps", "pass@1")
-    foreign = {share: results.of(cells) for share, cells in foreign_cells(seeds, results).items()}
+    external = {share: results.of(cells) for share, cells in external_cells(seeds, results).items()}
     body = [
-        [title, *(percent([row[name] for row in rows]) for rows in foreign.values())]
+        [title, *(percent([row[name] for row in rows]) for rows in external.values())]
         for name, title in MEASURES.items()
     ]
     text += (
-        ["## People's completions, of all groups (arithmetic)", "", markdown(["", *foreign], body)]
-        if any(foreign.values())
+        ["## People's completions, of all groups (arithmetic)", "", markdown(["", *external], body)]
+        if any(external.values())
         else []
     )
     text += tuned_options(tasks, METHODS, TUNED_AT, results)

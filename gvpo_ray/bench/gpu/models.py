@@ -93,7 +93,8 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) 
     """
     torch.manual_seed(seed)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        make: Any = AutoModelForCausalLM.from_config  # without types
+        model = make(config, dtype=torch.float32)
     head = model.get_output_embeddings().weight
     with torch.no_grad():
         head.mul_(4 / (float(head.std()) * head.shape[1] ** 0.5))

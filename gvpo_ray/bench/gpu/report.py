@@ -55,7 +55,8 @@ class Report:
         file = folder / "gpu.jsonl"
         known = file.read_text(encoding="utf-8") if goes_on and file.exists() else ""
         self.lines: list[dict[str, Any]] = [json.loads(line) for line in known.splitlines()]
-        self._file = open(file, "a" if goes_on else "w", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        mode = "a" if goes_on else "w"
+        self._file = open(file, mode, encoding="utf-8")  # noqa: SIM115 - for the whole run
 
     @property
     def peak(self) -> float:

@@ -98,10 +98,10 @@ def thin(points: Sequence[Point], first: float, last: float, num_columns: int) -
     columns: dict[int, list[Point]] = {}
     for point in points:
         columns.setdefault(int((point[0] - first) / (last - first) * num_columns), []).append(point)
-    kept = {points[0], points[-1]}
+    drawn = {points[0], points[-1]}
     for column in columns.values():
-        kept |= {min(column, key=lambda point: point[1]), max(column, key=lambda point: point[1])}
-    return sorted(kept)
+        drawn |= {min(column, key=lambda point: point[1]), max(column, key=lambda point: point[1])}
+    return sorted(drawn)
 
 
 def trend(points: Sequence[Point], num: int = 50) -> list[Point]:

@@ -40,7 +40,8 @@ _BETWEEN_BOXES = re.compile(
 _PERCENT = re.compile(r"[\s$]*(?:\\?%|percent\b|pct\b)")
 _MARKER = re.compile(
     r"####|^[ \t]*A(?:nswer)?[ \t]*:|\u7b54\u6848[\u662f\u4e3a:\uff1a]+"
-    r"|\b(?:final\s+answer|answer|option|choice|solution)\b(?:[^\n.:=$]{0,60}?(?:\bis\b|\bare\b|:|=)|\*\*:?)\s*:?",
+    r"|\b(?:final\s+answer|answer|option|choice|solution)\b"
+    r"(?:[^\n.:=$]{0,60}?(?:\bis\b|\bare\b|:|=)|\*\*:?)\s*:?",
     re.IGNORECASE | re.MULTILINE,
 )
 _NO_STATEMENT = re.compile(
@@ -56,12 +57,14 @@ MATH = re.compile(
 _UNFINISHED_MATH = re.compile(r"\$(?!\s?\d)|\\(?:\[|\(|begin|end|frac|cdot|times|\\)")
 _CONNECTOR = re.compile(r"\s*(?:,|;|,?\s*\b(?:and|or)\b)\s*")
 CODE = re.compile(
-    r"__[a-z]+__|\w\(\s*[bfr]?[\"']|(?<!\\)\b(?:lambda|import|exec|eval)\b\s*[\w(:]|(?<![\w\\])[a-z_]\w*\.[a-z_]\w*\("
+    r"__[a-z]+__|\w\(\s*[bfr]?[\"']|(?<!\\)\b(?:lambda|import|exec|eval)\b\s*[\w(:]"
+    r"|(?<![\w\\])[a-z_]\w*\.[a-z_]\w*\("
 )
 _LABELS = re.compile(r"[A-Za-z]+ ?\d*:")
 _SENTENCE_END = re.compile(r"\.(?=\s+[A-Z\"*\[]|\s*$|\*\*)|\n\s*\n|\n(?=\s*(?:\*\*|#|[A-Z][a-z]+\b))")
 _NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.^{])[-\u2212]?(?:\$|\\\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*(?:\\?%|percent|pct)|(?=st\b|nd\b|rd\b|th\b)|(?![\w^]))|(?<!\w)-?\.\d+"
+    r"(?<![\w.^{])[-\u2212]?(?:\$|\\\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
+    r"(?:\s*(?:\\?%|percent|pct)|(?=st\b|nd\b|rd\b|th\b)|(?![\w^]))|(?<!\w)-?\.\d+"
 )
 
 
@@ -208,7 +211,7 @@ def _is_bare(text: str) -> bool:
 
 
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm det mod arcsin arccos arctan sinh cosh "  # noqa: SIM905
-    "tanh frac pi deg dim arg".split()
+    "sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm det mod arcsin "  # noqa: SIM905 - data
+    "arccos arctan sinh cosh tanh frac pi deg dim arg".split()
 )
 """Names in mathematics that look like words."""

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 _PLAIN = re.compile(
     r"(?P<sign>[-+]?)\s*(?:(?P<whole>\d+)(?:\s*(?=\\frac\s*\{\s*\d)|\s+(?=\d+\s*/)))?"
-    r"(?:\\frac\s*\{\s*(?P<minus>-?)(?P<top>\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}|(?P<number>\d*\.?\d+|\d+\.)(?:\s*/\s*(?P<over>\d+))?"
-    r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:[{(]\s*(?P<ten>[-+]?\d{1,3})\s*[})]|(?P<power>\d{1,3}))|[eE](?P<e>[-+]?\d{1,3}))?)"
+    r"(?:\\frac\s*\{\s*(?P<minus>-?)(?P<top>\d+)\s*\}\s*\{\s*(?P<bottom>\d+)\s*\}"
+    r"|(?P<number>\d*\.?\d+|\d+\.)(?:\s*/\s*(?P<over>\d+))?"
+    r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:[{(]\s*(?P<ten>[-+]?\d{1,3})\s*[})]|(?P<power>\d{1,3}))"
+    r"|[eE](?P<e>[-+]?\d{1,3}))?)"
 )
 _DECIMAL = re.compile(r"-?\d*\.(\d+)")
 _RATIO = re.compile(r"{0}\s*:\s*{0}".format(r"(\\frac\{[^{}]*\}\{[^{}]*\}|\(?[-\d./ ]+\)?|\([^():]*\))"))
@@ -27,8 +29,9 @@ _UNIT = re.compile(
 )
 _NO_NAME = frozenset(["unit", "of", "the", "per", "square", "sq", "cubic"])
 _NO_UNIT = frozenset(
-    "or but nor not no never is are was were be plus minus times over by divided multiplied squared cubed "  # noqa: SIM905
-    "factorial mod modulo to than then maybe perhaps possibly if unless except if least most".split()
+    "or but nor not no never is are was were be plus minus times over by divided "  # noqa: SIM905 - data
+    "multiplied squared cubed factorial mod modulo to than then maybe perhaps possibly if unless except if "
+    "least most".split()
 )
 """Words that state something else about a number than what it counts. Nouns are an open class, these a closed
 one, and a text with one of them is no unit: "5 or more", "10 minus three", "5 squared"."""
@@ -85,13 +88,14 @@ def as_number(text: str) -> Fraction | None:
 _BELOW_100 = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "  # noqa: SIM905
-        "sixteen seventeen eighteen nineteen".split()
+        "zero one two three four five six seven eight nine ten eleven twelve "  # noqa: SIM905 - data
+        "thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
     )
 }
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _BELOW_100 |= {
     f"{tens} {one}".removesuffix(" zero"): 10 * value + digit
-    for value, tens in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)  # noqa: SIM905
+    for value, tens in enumerate(_TENS, 2)
     for one, digit in list(_BELOW_100.items())[:10]
 }
 SCALES = {

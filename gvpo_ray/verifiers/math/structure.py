@@ -73,12 +73,12 @@ def items_of(text: str) -> list[str]:
     if len(groups) > 1 and len(sizes) == 1 and sizes != {1} and all("=" in part for part in groups):
         return [f"({part})" for part in groups]  # "p = 5, q = 2; p = 7, q = 2"
     parts = _split(text, (",", ";", "and", "or", r"\cup"))
-    kept = [
+    items = [
         trim(_LABEL.sub("", QUALIFIER.sub("", part)))
         for part in parts
         if not re.fullmatch(_DOMAIN + r"(?:_\S+)?", part)
     ]
-    return [sign for part in [part for part in kept if part] or [text] for sign in both_signs(part)]
+    return [sign for part in [item for item in items if item] or [text] for sign in both_signs(part)]
 
 
 def _as_union(text: str) -> str:

@@ -11,7 +11,8 @@ _STOP_WORDS = frozenset(
     "the a an is are it be will of that this so answer therefore thus".split()  # noqa: SIM905
 )
 _OPTION = re.compile(
-    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*(?:\)\s*\}?(?:\s.*)?|\}?|\}?\s*[.:)]\s+\S.*)",
+    r"(?:(?i:option|choice)\s+)?(?:\\text\{)?\s*\(?\s*([A-Ja-j])\s*"
+    r"(?:\)\s*\}?(?:\s.*)?|\}?|\}?\s*[.:)]\s+\S.*)",
     re.DOTALL,
 )
 _OPTION_LABEL = re.compile(r"\(\s*([A-Ja-j])\s*\)|(?<![\w\\(])([A-J])(?=\s*\}?[).:])")
