@@ -244,8 +244,10 @@ CASES |= {
     f"few groups {backend} {stage}": functools.partial(few_groups, backend=backend, zero_stage=stage)
     for backend, stage in BACKENDS
 }
-CASES |= {"learn": learn_on_ranks, "paper ddp": paper_steps}
+CASES |= {"paper ddp": paper_steps}
 CASES |= {"paper zero 3": functools.partial(paper_steps, backend="deepspeed", zero_stage=3)}
+CASES_ON_1 = dict(CASES)
+CASES |= {"learn": learn_on_ranks}
 
 
 @pytest.fixture(scope="module")
