@@ -5,6 +5,7 @@ forward pass.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,15 @@ def test_a_family_that_cannot_be_trained_is_refused_by_name(tmp_path: Path, fami
         check_trainable(ModelConfig(path=str(tmp_path)))
     assert str(error.value).startswith(f"model.path: {tmp_path} {REFUSED[family]}")
     assert "\n" not in str(error.value)
+
+
+def test_the_page_of_families_says_how_each_is_trained_or_that_it_is_refused() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
+    trained, _, refused = page.partition("Refused")
+    assert dict(re.findall(r"^\| `(\w+)` \| .+ \| (packed|padded) \| .+ \|$", trained, re.MULTILINE)) == DENSE
+    reasons = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", refused, re.MULTILINE))
+    assert set(reasons) == set(REFUSED)
+    assert all(reasons[family] in why for family, why in REFUSED.items())
 
 
 def test_no_dropout_is_left_in_attention(tmp_path: Path) -> None:

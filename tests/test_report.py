@@ -525,6 +525,9 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
         with pytest.raises(ConfigError) as caught:
             report.write(folder)
         assert str(caught.value) == f"{folder}: no metrics.jsonl: not the directory of a run"
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r": no metrics.jsonl: nothing to show yet: no step has ended$"):
+        report.write(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / ".report.html.part").mkdir()
     with pytest.raises(ConfigError, match=r"^.*: cannot write report.html: Is a directory$"):

@@ -47,7 +47,7 @@ def test_a_group_is_shown_as_the_model_sees_it_with_rewards_reasons_and_where_it
         "    | 2<|end|>\n"
         "  completion 2: reward null · math null · format 0.5 · cut off after 2 tokens · timeout: over 1 s\n"
         "    | 2<|end|>\n"
-        "in all: 1 prompts, 2 completions · reward 1 on average · 1 right · 1 unverifiable · 1 cut off at "
+        "in all: 1 prompts, 2 completions · reward 1 on average · 1 above 0 · 1 unverifiable · 1 cut off at "
         "sampling.max_tokens (2): 50% · 1 groups with equal rewards, from which nothing is learned"
     )
 
@@ -62,8 +62,8 @@ def test_what_an_environment_wrote_stands_apart_from_what_the_policy_wrote() -> 
 def test_the_summary_counts_over_all_groups() -> None:
     rows = [group(1.0, 0.0, 0.0), group(0.0, 0.0, finish_reasons=["length"] * 2), group(None, None)]
     assert summary(rows, 64) == (
-        "in all: 3 prompts, 7 completions · reward 0.2 on average · 1 right · 2 unverifiable · 2 cut off at "
-        "sampling.max_tokens (64): 29% · 2 groups with equal rewards, from which nothing is learned"
+        "in all: 3 prompts, 7 completions · reward 0.2 on average · 1 above 0 · 2 unverifiable · 2 cut off "
+        "at sampling.max_tokens (64): 29% · 2 groups with equal rewards, from which nothing is learned"
     )
     assert "no completion has a reward" in summary([group(None)], 64)
 
@@ -144,7 +144,7 @@ def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_en
     num_equal = sum(len({*rewards[i : i + 3]}) == 1 for i in range(0, 12, 3))
     assert shown.rstrip().splitlines()[-1] == (
         f"in all: 4 prompts, 12 completions · reward {sum(rewards) / 12:.3g} on average · "
-        f"{sum(rewards)} right · 0 unverifiable · {num_cut} cut off at sampling.max_tokens (4): "
+        f"{sum(rewards)} above 0 · 0 unverifiable · {num_cut} cut off at sampling.max_tokens (4): "
         f"{num_cut / 12:.0%} · {num_equal} groups "
         "with equal rewards, from which nothing is learned"
     )

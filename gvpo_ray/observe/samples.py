@@ -52,18 +52,19 @@ def prompt_lines(name: str, row: Row, decode: Callable[[list[int]], str]) -> Ite
 
 
 def summary(rows: Sequence[Row], max_tokens: int) -> str:
-    """Return one line: mean reward, right and unverifiable completions, those cut off, groups without signal.
+    """Return one line: mean reward, counts of completions by what became of them, and groups without signal.
 
+    A reward above 0 is the first reward function's, as in `pass@k`; it may be a part of a point.
     A group whose rewards are all equal, or that has fewer than two, trains nothing.
     """
     rewards = [reward for row in rows for reward in row["rewards"]]
     known = [reward for reward in rewards if reward is not None]
-    num, num_right = len(rewards), sum(sum(is_correct(row)) for row in rows)
+    num, num_above = len(rewards), sum(sum(is_correct(row)) for row in rows)
     num_cut = sum(reason == "length" for row in rows for reason in row["finish_reasons"])
     num_equal = sum(len({reward for reward in row["rewards"] if reward is not None}) < 2 for row in rows)
     mean = f"reward {sum(known) / len(known):.3g} on average" if known else "no completion has a reward"
     return (
-        f"in all: {len(rows)} prompts, {num} completions · {mean} · {num_right} right · "
+        f"in all: {len(rows)} prompts, {num} completions · {mean} · {num_above} above 0 · "
         f"{num - len(known)} unverifiable · {num_cut} cut off at sampling.max_tokens ({max_tokens}): "
         f"{num_cut / max(1, num):.0%} · {num_equal} groups with equal rewards, from which nothing is learned"
     )

@@ -71,12 +71,15 @@ def write(run_dir: str | Path, other_run_dir: str | Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        ConfigError: a folder is not the directory of a run, both are the same, or the page cannot be written.
+        ConfigError: a folder is not the directory of a run, or of one that has trained; both are the same;
+            or the page cannot be written.
     """
     paths = [Path(run_dir)] if other_run_dir is None else [Path(run_dir), Path(other_run_dir)]
     for path in paths:
         if not (path / "metrics.jsonl").is_file():
-            raise ConfigError(f"{path}: no metrics.jsonl: not the directory of a run")
+            is_run = (path / "config.yaml").is_file()
+            why = "nothing to show yet: no step has ended" if is_run else "not the directory of a run"
+            raise ConfigError(f"{path}: no metrics.jsonl: {why}")
     runs = [
         read_run(path, name, number)
         for number, (path, name) in enumerate(zip(paths, _names(paths), strict=True))
