@@ -11,7 +11,7 @@ from gvpo_ray.config.base import ConfigError, is_local
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.data.hub import hub
+from gvpo_ray.data.hub import hub, revision_of
 from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.data.transcripts import Transcripts
 from gvpo_ray.run.run_dir import Recorded, parts_of
@@ -142,12 +142,13 @@ def check_scoring_model(key: str, path: str, renderings: Renderings) -> None:
 def version_of(path: str) -> int:
     """Return the number that stands for a model in `reference_versions`: negative, unlike the run's own.
 
-    It depends on what is in the folder: the names and sizes of its files, and how the weights begin and end.
+    It depends on what is in the folder: the names and sizes of its files, and how the weights begin and end;
+    of a name on the hub, on its commit.
     """
     content = hashlib.sha256()
     folder = Path(path)
     if not folder.is_dir():
-        content.update(path.encode())  # a name on the hub
+        content.update(f"{path}@{revision_of(path)}".encode())  # a name on the hub
     for file in sorted(folder.glob("*")) if folder.is_dir() else ():
         if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
             size = file.stat().st_size
