@@ -91,7 +91,10 @@ def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool = False) -> 
 
 
 def check_reward_models(config: VerifiersConfig) -> None:
-    """Refuse a reward model whose config.json does not load.
+    """Refuse a reward model whose config.json does not load here.
+
+    It is treated as model.path is: a folder has to be where the driver and its actors see it, wherever those
+    are.
 
     Raises:
         ConfigError: one line that names the key.
@@ -101,8 +104,17 @@ def check_reward_models(config: VerifiersConfig) -> None:
     for name, reward in config.rewards.items():
         if reward.model is not None:
             key = f"verifiers.rewards.{name}.model"
+            if is_local(reward.model) and not Path(reward.model).is_dir():
+                raise ConfigError(f"{key}: no folder {reward.model} here: {EVERY_NODE}")
             with hub(key, reward.model, "model"):
                 _loaded(key, AutoConfig, reward.model)
+
+
+EVERY_NODE = (
+    "like model.path it has to be on a file system that the driver and every node see; a hub name is loaded "
+    "by each"
+)
+"""What a model's place has to be."""
 
 
 def renderings_of(config: GVPOConfig) -> dict[str, dict[str, Any]]:
