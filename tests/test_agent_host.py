@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,53 @@ def test_an_agents_time_stands_still_while_its_model_answers(tmp_path: Path) -> 
             await stuck.stands.wait()
             limits = [episode.limit for episode in world.hosts[0]._episodes.values()]
             assert any(limit is not None and limit.when() is None for limit in limits)
+            work.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("is_asking", [False, True])
+def test_an_agent_whose_group_is_given_up_ends(in_thread: bool, is_asking: bool, tmp_path: Path) -> None:
+    """It waits for an answer of its model, which never comes, or has not begun to ask."""
+    ended, may_ask, begun = asyncio.Event(), threading.Event(), asyncio.Event()
+
+    async def coroutine(base_url: str, api_key: str) -> float:
+        begun.set()
+        try:
+            if is_asking:
+                await post(base_url, api_key, [{"role": "user", "content": "?"}])
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return 1.0
+
+    async def main() -> None:
+        soon = asyncio.get_running_loop().call_soon_threadsafe
+
+        def plain(base_url: str, api_key: str) -> float:
+            soon(begun.set)
+            try:
+                if not is_asking:
+                    may_ask.wait(60)
+                asyncio.run(post(base_url, api_key, [{"role": "user", "content": "?"}]))
+            finally:
+                soon(ended.set)
+            return 1.0
+
+        async with World(tmp_path, plain if in_thread else coroutine, timeout_s=1e9) as world:
+            stuck, host = Stuck(1), world.hosts[0]
+            engine = await world.engine(stuck)
+            work = asyncio.ensure_future(engine.generate(prompt(), SAMPLING))
+            await (stuck.stands if is_asking else begun).wait()
+            episodes = [*host._episodes.values()]
+            await host.release(episodes[0].group_id)
+            may_ask.set()
+            played = [await episode.task for episode in episodes if episode.task is not None]
+            await asyncio.wait_for(ended.wait(), 60)
+            assert (await host.status())["num_episodes"] == 0
+            assert played and {one.end for one in played} == {"lost"}
+            assert all(one.reward is None and one.reason for one in played)
             work.cancel()
 
     run(main)

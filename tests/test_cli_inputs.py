@@ -95,6 +95,11 @@ def _nothing(folder: Path) -> None:
             ["sampling.max_tokens=128"],
             "sampling.max_tokens: 128 tokens leave no room for a prompt in a context of 128",
         ),
+        (
+            _nothing,
+            ["verifiers.rewards={rm: {model: /on/the/workers/alone}}"],
+            "verifiers.rewards.rm.model: no folder /on/the/workers/alone here: like model.path it has to be",
+        ),
         # the prompts
         (_nothing, ["prompts.path=nowhere.parquet"], "prompts.path: no file nowhere.parquet"),
         (_nothing, ["prompts.path=config.yaml"], "prompts.path: config.yaml: a data file ends in .parquet"),

@@ -28,7 +28,6 @@ from episodes import (
 )
 
 from gvpo_ray import groups
-from gvpo_ray.bench import chaos
 from gvpo_ray.bench import episodes as bench_episodes
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import SamplingConfig
@@ -802,9 +801,3 @@ def test_what_is_not_protected_is_said_once_and_every_restart_of_an_actor_is_not
 @pytest.mark.components
 def test_the_bench_of_episodes_plays_them_all_in_processes_of_their_own() -> None:
     assert bench_episodes.main(num_groups=1, num_turns=2) > 0
-
-
-def test_chaos_kills_environments_where_a_run_has_them() -> None:
-    assert "environment" not in {kill.kind for kill in chaos.schedule(40, 100, 0)}
-    kinds = (*chaos.KINDS, "environment")
-    assert {kill.kind for kill in chaos.schedule(8, 100, 0, kinds)} == {*kinds}

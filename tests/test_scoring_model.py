@@ -23,6 +23,8 @@ from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.config.model import ScoringModelConfig
 from gvpo_ray.config.plan import check_resources
+from gvpo_ray.data.hub import revision_of
+from gvpo_ray.evaluation.folder import model_digest
 from gvpo_ray.learner.step import train_step
 from gvpo_ray.losses import gvpo_loss
 from gvpo_ray.run.models import check_recorded, reference_digest, version_of
@@ -282,6 +284,30 @@ def test_a_model_is_told_from_another_by_what_is_in_its_folder(tmp_path: Path, t
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     assert version_of(str(first)) != version_of(str(second))
     assert version_of("org/one") != version_of("org/two")
+
+
+def test_two_commits_of_a_name_on_the_hub_share_no_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_folder: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    unknown = version_of("org/name")
+    versions, digests = [], []
+    place = tmp_path / "models--org--name"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(teacher_folder, place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / "main").write_text(commit)
+        assert revision_of("org/name") == commit
+        versions.append(version_of("org/name"))
+        digests.append(model_digest("org/name"))
+    assert len({unknown, *versions}) == 3 and max(versions) < 0
+    assert digests == [f"org/name@{'a' * 40}", f"org/name@{'b' * 40}"]
+    # an actor that starts later has the same weights, whatever main is then
+    ScoringModel("org/name", {PROMPTS: PLAIN}, 1, revision="a" * 40)
+    with pytest.raises(OSError, match="cached files"):
+        ScoringModel("org/name", {PROMPTS: PLAIN}, 1, revision="c" * 40)
+    assert revision_of(str(teacher_folder)) == "main" == revision_of("no/name/of/the/hub")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """`gvpo-ray bench chaos` kills processes of a real run, and checks that nothing is lost.
 
 The run is the command `gvpo-ray train CONFIG` in a process of its own, which is started again when its driver
-is killed. Each kind of process is killed in turn, at random moments; a seed fixes both. At the end the log
-must hold every group once, every step must have trained its own groups, and learning from the log alone,
-undisturbed, must give the same weights bit for bit.
+is killed. Each kind of process that the config has is killed in turn, at random moments; a seed fixes both.
+At the end no group may be in the log twice, none that was begun before the last quarter of the run may be
+missing there, every step must have trained the next groups of the log and left none out, and learning from
+the log alone, undisturbed, must give the same weights bit for bit.
 """
 
 from __future__ import annotations
@@ -35,14 +36,29 @@ TITLES = {
     "engine core": "VLLM::EngineCore",
     "verifier": "ray::_VerifierActor",
     "environment": "ray::_EnvironmentActor",
+    "reward model": "ray::RewardModel",
+    "reference": "ray::_ReferenceActor",
     "buffer": "ray::_BufferActor",
     "learner worker": "ray::RayTrainWorker",
     "learner controller": "ray::TrainController",
 }
 """Beginning of the process title of each kind; the driver is the command itself."""
 
-KINDS = (*(kind for kind in TITLES if kind != "environment"), "driver")
-"""Kinds of processes that every run has; one with a section `environment` also has its actors."""
+OPTIONAL = ("environment", "reward model", "reference")
+"""Kinds of which only some runs have processes."""
+
+KINDS = (*(kind for kind in TITLES if kind not in OPTIONAL), "driver")
+"""Kinds of processes that every run has."""
+
+
+def kinds_of(config: GVPOConfig) -> tuple[str, ...]:
+    """Return the kinds of processes that a run has."""
+    has = (
+        config.environment is not None,
+        any(reward.model for reward in config.verifiers.rewards.values()),
+        config.loss.reference_model is not None,
+    )
+    return (*KINDS, *(kind for kind, is_there in zip(OPTIONAL, has, strict=True) if is_there))
 
 
 @dataclass
@@ -50,7 +66,7 @@ class Kill:
     """A Kill is one planned kill, and what became of it. Times are in seconds since the epoch."""
 
     kind: str
-    """Kind of process, of KINDS, or "environment"."""
+    """Kind of process, of KINDS or OPTIONAL."""
     step: int
     """Steps trained when the kill is due."""
     part: float
@@ -159,8 +175,7 @@ def run(
         say: gets lines about steps, kills and recoveries.
     """
     config = GVPOConfig.from_file(config_file, [*overrides, f"run_dir={run_dir}"])
-    kinds = KINDS if config.environment is None else (*KINDS, "environment")
-    kills, rng = schedule(num_kills, config.num_steps, seed, kinds), random.Random(seed + 1)
+    kills, rng = schedule(num_kills, config.num_steps, seed, kinds_of(config)), random.Random(seed + 1)
     lines: list[str] = []
     steps: list[tuple[float, int]] = [(time.time(), 0)]
 
@@ -234,10 +249,24 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
         range(config.num_steps * config.groups_per_step)
     ):
         found.append(f"not every step has trained its own groups: {log.assigned}")
+    is_complete = not read_lines(outcome.run_dir / "quarantine.jsonl")  # groups of those prompts are skipped
+    if is_complete and (lost := lost_groups(log, config.num_steps)):
+        found.append(f"groups that were begun and have never come: {sorted(lost)[:10]}")
     lines = read_lines(outcome.run_dir / "metrics.jsonl")
     if [line["step"] for line in lines if "loss" in line] != list(range(1, config.num_steps + 1)):
         found.append("metrics.jsonl does not hold each step once")
     return found
+
+
+def lost_groups(log: GroupLog, num_steps: int) -> set[int]:
+    """Return the groups that have never come, though the last quarter of the run trained younger ones only.
+
+    Groups have the numbers from 0 on in the order in which they are begun, and those that are under way when
+    a run ends are among its youngest.
+    """
+    late = [log.assigned[step] for step in log.assigned if step > 0.75 * num_steps]
+    trained = [log.group_ids[row] for begin, end in late for row in range(begin, end)]
+    return set(range(min(trained, default=0))) - set(log.group_ids)
 
 
 def replays_bit_for_bit(
@@ -259,16 +288,19 @@ def replays_bit_for_bit(
     if (status := Command(arguments, output.append).wait()) != 0:
         return [f"learn ended with status {status}: {''.join(output)[-2000:]}"]
     last = f"checkpoints/step-{config.num_steps}"
-    files = sorted(
-        str(path.relative_to(outcome.run_dir / last))
-        for path in (outcome.run_dir / last).rglob("*.safetensors")
-    )
-    assert len(files) >= 2  # the model and the optimizer
+    ours, other = (_weights(run / last) for run in (outcome.run_dir, folder))
+    assert len(ours) >= 2  # the model and the optimizer
     return [
-        f"{name}: {', '.join(_unequal(folder / last / name, outcome.run_dir / last / name))}"
-        for name in files
-        if (folder / last / name).read_bytes() != (outcome.run_dir / last / name).read_bytes()
+        f"{name}: {', '.join(_unequal(other[name], ours[name]))}"
+        if name in ours and name in other
+        else f"{name}: it is in one of them alone"
+        for name in sorted({*ours, *other})
+        if name not in ours or name not in other or ours[name].read_bytes() != other[name].read_bytes()
     ]
+
+
+def _weights(checkpoint: Path) -> dict[str, Path]:
+    return {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*.safetensors")}
 
 
 def _unequal(one: Path, other: Path) -> list[str]:
@@ -329,8 +361,9 @@ def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) 
         if different:
             print(f"WRONG: learning from the log gives other weights: {different}")
         elif not outcome.problems:
+            made = sum(kill.at > 0 for kill in outcome.kills)
             print(
-                "every group is in the log once, every step has trained its own, and learning from the log "
-                "gives the same weights bit for bit"
+                f"after {made} of {num_kills} kills every group is in the log once, every step has trained "
+                "its own, none was left out, and learning from the log gives the same weights bit for bit"
             )
         return len(outcome.problems) + len(different)

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.control import LearnerControl
-from gvpo_ray.buffer.log import GroupLog, lock_folder
+from gvpo_ray.buffer.log import CutOff, GroupLog, lock_folder
 from gvpo_ray.buffer.replay import ReplayIndex, replayed
 from gvpo_ray.buffer.states import BoundState, LearnerState, Owner
 from gvpo_ray.buffer.turns import Turns
@@ -161,11 +161,11 @@ class GroupBuffer(LearnerControl):
             self._running.discard(group_id)
             self._new_version.notify_all()
 
-    async def put(self, group: pa.Table) -> bool:
+    async def put(self, group: pa.Table) -> CutOff:
         """Append one finished group to the log and wake the learner; a group already there is ignored.
 
         Returns:
-            Whether the checks of all its completions hit a limit: the prompt is not worth another try.
+            Which limits ended all of its completions' checks, if any.
 
         Raises:
             GroupError: the group lacks a logged column, or its lists do not fit.
@@ -179,7 +179,7 @@ class GroupBuffer(LearnerControl):
         group_id = group.column("group_id")[0].as_py()
         self._running.discard(group_id)
         if group_id in self._finished:
-            return False
+            return CutOff.NONE
         row = len(self.log)
         self.log.append(group)
         self._finished.add(group_id)
@@ -188,7 +188,9 @@ class GroupBuffer(LearnerControl):
             self._history.add(row, group)
         async with self._new_group:
             self._new_group.notify_all()
-        return groups.all_cut_off(group)
+        if not groups.all_cut_off(group):
+            return CutOff.NONE
+        return CutOff.LATE if groups.all_late(group) else CutOff.CHECKS
 
     # --- learner --------------------------------------------------------------------------------------------
 

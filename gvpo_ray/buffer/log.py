@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -265,20 +266,42 @@ def _group_id(source: Any, schema: pa.Schema) -> int:
     return group_id
 
 
+class CutOff(enum.Enum):
+    """A CutOff says which limits ended all checks of a group's completions."""
+
+    NONE = "none"
+    CHECKS = "limits of a check"
+    LATE = "the time limit of the environment, at all episodes"
+
+
 class Quarantine:
     """The quarantine lists prompts whose checks all hit a limit: they are not sampled again.
 
     The file has one JSON object per line, so that a person can read it. The groups of these prompts are in
     the log too, without rewards and with the reasons.
 
+    An environment that does not answer in time may be slow because the machine is busy, or because it is down
+    for all prompts. So a prompt whose episodes all ended by that comes in at the second time if groups of
+    others, and none of its own, went well in between, and at time MAX_LATE without one in any case.
+
     Args:
         path: the file.
         verifiers: has the limits of a check. A prompt that was put in under a lower one is released.
+        environment_s: the time limit of the environment's calls, in seconds; the same holds of it.
     """
 
-    def __init__(self, path: str | Path, verifiers: VerifiersConfig | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        verifiers: VerifiersConfig | None = None,
+        environment_s: float | None = None,
+    ) -> None:
         self.path = Path(path)
-        self._limits = {name: getattr(verifiers, name) for name in LIMITS} if verifiers else {}
+        self._of_checks = {name: getattr(verifiers, name) for name in LIMITS} if verifiers else {}
+        self._of_environment = {} if environment_s is None else {ENVIRONMENT_LIMIT: environment_s}
+        self._limits = self._of_checks | self._of_environment
+        self._num_well = 0
+        self._late: dict[tuple[str, ...], tuple[int, int]] = {}  # times, and _num_well at the first
         self._keys = {prompt_key(entry) for entry in self.entries()}
         self._num_covered: dict[str | None, int] = {}  # of each table's prompts, from the first on
 
@@ -298,12 +321,44 @@ class Quarantine:
         """Return whether a prompt (one row of the group table) is in quarantine."""
         return bool(self._keys) and prompt_key_of(prompt) in self._keys
 
-    def add(self, prompt: pa.Table) -> None:
-        """Put a prompt (one row of the group table) into quarantine, once."""
+    def judge(self, prompt: pa.Table, cut_off: CutOff) -> bool:
+        """Put a prompt (one row of the group table) in if its group's end is its fault; return whether it is.
+
+        Args:
+            prompt: of the group.
+            cut_off: which limits ended its checks.
+        """
+        if cut_off is CutOff.NONE:
+            self._num_well += 1
+            if self._late:
+                self._late.pop(prompt_key_of(prompt), None)
+            return False
+        if cut_off is CutOff.LATE:
+            key = prompt_key_of(prompt)
+            times, before = self._late.get(key, (0, self._num_well))
+            self._late[key] = times + 1, before
+            if not (times and self._num_well > before) and times + 1 < MAX_LATE:
+                return False
+        self.add(prompt, self._of_environment if cut_off is CutOff.LATE else self._of_checks)
+        return True
+
+    def add(self, prompt: pa.Table, limits: Mapping[str, Any] | None = None) -> None:
+        """Put a prompt (one row of the group table) into quarantine, once; the limits are a check's."""
         row = next(groups.rows(prompt))
         if prompt_key(row) not in self._keys:
             self._keys.add(prompt_key(row))
-            append_line(self.path, {**{name: row[name] for name in KEY_COLUMNS}, "limits": self._limits})
+            known = {name: row[name] for name in KEY_COLUMNS}
+            append_line(self.path, {**known, "limits": self._of_checks if limits is None else limits})
+
+    def what_ends(self) -> str:
+        """Return which limits the prompts have hit, for a message."""
+        hit = {name for entry in self.entries() for name in entry.get("limits", {})}
+        if hit == {ENVIRONMENT_LIMIT}:
+            return f"no environment answers within {ENVIRONMENT_LIMIT}; a higher one releases the prompts"
+        return (
+            f"no check ends within the limits of the verifiers section ({', '.join(LIMITS)}); higher ones "
+            "release the prompts"
+        )
 
     def holds_all(self, prompts: pa.Table, of: str | None = None) -> bool:
         """Return whether every row of a table is in quarantine; `of` stands for the same table in each call.
@@ -319,6 +374,12 @@ class Quarantine:
 
 LIMITS = ("timeout_s", "cpu_s", "memory_gib")
 """Keys of the section `verifiers` that are limits of one check."""
+
+ENVIRONMENT_LIMIT = "environment.timeout_s"
+"""Key of the time limit of an environment's calls."""
+
+MAX_LATE = 3
+"""Times that all episodes of a prompt may end by it before the prompt is in quarantine in any case."""
 
 KEY_COLUMNS = ("dataset", "prompt", "answer")
 """Columns that identify a prompt across groups."""

@@ -50,7 +50,8 @@ class RewardConfig(Section):
     """Completions in one HTTP request or one forward pass of the reward model."""
     model: Annotated[str | None, LocalPath()] = None
     """Folder or hub name of a reward model: a Hugging Face sequence classifier with one output. It runs in
-    actors of its own."""
+    actors of its own. A folder is, like that of `model.path`, on a file system that every node sees, and the
+    driver, which reads its config.json before the start."""
     num: int = Field(default=1, ge=1)
     """Number of actors of the reward model."""
     num_cpus: float = Field(default=1, ge=0)

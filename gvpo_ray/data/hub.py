@@ -79,6 +79,23 @@ def hub(key: str, name: str, kind: Literal["model", "dataset"]) -> Iterator[None
         print(visible(line), file=sys.stderr, flush=True)
 
 
+def revision_of(name: str, kind: Literal["model", "dataset"] = "model") -> str:
+    """Return the commit of a name on the hub that this machine has loaded last, which is what it stands for.
+
+    It is "main" for a folder, and for a name of which nothing was loaded.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).exists():
+        return "main"
+    try:
+        file = try_to_load_from_cache(name, FIRST_FILES[kind], repo_type=kind)
+    except HFValidationError:
+        return "main"  # no name of the hub
+    return Path(file).parent.name if isinstance(file, str) else "main"
+
+
 def silence(name: str, kind: Literal["model", "dataset"]) -> str | None:
     """Ask the hub for a file's head, and return why there is no answer; None: there is one, of any kind.
 

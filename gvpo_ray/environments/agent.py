@@ -8,8 +8,9 @@ A call whose prompt begins with all tokens of an earlier call, its prompt and it
 one, and both are one completion: what the agent added in between is read and not trained. Any other call
 begins a branch (a sub-agent, a context that was made shorter, a template that leaves out earlier thoughts).
 Each branch is a completion of its own in the group, with the reward of the episode, so that m counts
-branches; a token is trained in the branch in which it was sampled, and only there. The prompt of the group is
-what all of its completions begin with.
+branches; a token is trained in the branch in which it was sampled, and only there. For pass@k and mean@n an
+episode is one try, however many branches it has. The prompt of the group is what all of its completions begin
+with.
 """
 
 from __future__ import annotations

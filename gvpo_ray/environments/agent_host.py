@@ -46,6 +46,8 @@ MAX_BODY = 1 << 26
 
 NO_GRADE = "environment: the agent returned a text, and verifiers.rewards has no function that grades it"
 
+OVER = "the key is of no episode that runs"
+
 Call = dict[str, Any]
 """One call of the model: prompt_ids, ids, logprobs, versions (oldest and newest) and finish_reason."""
 
@@ -85,6 +87,8 @@ class _Episode:
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and replaced, when another engine takes over."""
     task: asyncio.Task[Played] | None = None
+    in_thread: Future[Any] | None = None
+    """An agent that is no coroutine."""
     limit: asyncio.Timeout | None = None
     num_asked: int = 0
     num_waiting: int = 0
@@ -95,6 +99,16 @@ class _Episode:
         if route != self.route:
             self.route, moved, self.moved = route, self.moved, asyncio.Event()
             moved.set()
+
+    def give_up(self) -> None:
+        """End its agent: a coroutine at once, and one in a thread by the refusal of all its calls.
+
+        What goes on in a thread without calls ends at its time limit, as it would have before.
+        """
+        self.is_over, self.route = True, None
+        self.moved.set()
+        if self.task is not None and (self.in_thread is None or self.in_thread.cancel()):
+            self.task.cancel()
 
 
 class HangError(Exception):
@@ -161,9 +175,9 @@ class AgentHost:
         return await asyncio.shield(episode.task)
 
     async def release(self, group_id: int) -> None:
-        """Forget the episodes of a group, which nobody will claim."""
+        """Forget the episodes of a group, which nobody will claim, and end the agents that still run."""
         for name in [e.name for e in self._episodes.values() if e.group_id == group_id]:
-            del self._episodes[name]
+            self._episodes.pop(name).give_up()
 
     async def status(self) -> dict[str, Any]:
         """Return the number of episodes, and the pid."""
@@ -184,6 +198,10 @@ class AgentHost:
             played.reason = _why(error).replace(episode.key, MASK)
             if played.end == "stop":  # else it fell over the refusal of a further call
                 played.end = "lost"
+        except asyncio.CancelledError:
+            if not episode.is_over:
+                raise
+            played.reason, played.end = GONE, "lost"
         episode.is_over = True
         return played
 
@@ -213,7 +231,7 @@ class AgentHost:
                     soon(self._time_runs, episode)  # not before: many may wait for a thread
                     return guarded(self._agent, (), arguments)
 
-                in_thread = self._threads.submit(work)
+                in_thread = episode.in_thread = self._threads.submit(work)
                 return await asyncio.wrap_future(in_thread)
         except TimeoutError:
             if episode.limit is None or not episode.limit.expired():  # the agent's own
@@ -256,7 +274,7 @@ class AgentHost:
 
         episode = self._episodes.get(request.match_info["name"])
         if episode is None or episode.is_over or not _has_key(request.headers, episode.key):
-            return _refusal(web, 401, "the key is of no episode that runs")
+            return _refusal(web, 401, OVER)
         if ".." in request.match_info["path"].split("/"):
             return _refusal(web, 404, "an episode has no such path")
         if request.method == "POST":
@@ -288,7 +306,8 @@ class AgentHost:
 
         while True:
             route, moved = episode.route, episode.moved
-            assert route is not None  # the agent runs since there is one
+            if route is None:  # given up: the agent runs since there is one
+                return 410, {"Content-Type": "application/json"}, json.dumps(_error(410, OVER)).encode()
             asking = asyncio.create_task(self._ask(route, request, body))
             moving = asyncio.create_task(moved.wait())
             try:
@@ -343,5 +362,9 @@ def _with_our_model(body: bytes) -> bytes:
 
 
 def _refusal(web: Any, status: int, text: str) -> Any:
+    return web.json_response(_error(status, text), status=status)
+
+
+def _error(status: int, text: str) -> dict[str, Any]:
     error = {"message": text, "type": "invalid_request_error", "param": None, "code": status}
-    return web.json_response({"error": error}, status=status)
+    return {"error": error}

@@ -28,6 +28,7 @@ from gvpo_ray.config.base import DECIDES_SCORES, ConfigError, is_marked, paths, 
 from gvpo_ray.config.loading import NOT_YAML
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import hide
+from gvpo_ray.data.hub import revision_of
 from gvpo_ray.files import lock, replacing, write_whole
 from gvpo_ray.groups import Row
 from gvpo_ray.observe.episodes import episodes_of, tries_of
@@ -180,11 +181,12 @@ def _difference(file: Path, now: Mapping[str, Any]) -> str:
 def model_digest(path: str) -> str:
     """Return a digest that tells one model folder from another without reading all of its weights.
 
-    It covers the names, the sizes and 64 pieces of each file. A path that is no folder, such as a hub name,
-    is returned as it is.
+    It covers the names, the sizes and 64 pieces of each file. A name on the hub is told by its commit, if
+    that is known here.
     """
     if not Path(path).is_dir():
-        return path
+        revision = revision_of(path)
+        return path if revision == "main" else f"{path}@{revision}"
     content = hashlib.sha256()
     for file in sorted(
         file for pattern in ("*.safetensors", "*.json", "*.jinja") for file in Path(path).glob(pattern)

@@ -203,6 +203,18 @@ def all_cut_off(group: pa.Table) -> bool:
     return no_reward and bool(reasons) and all(limit_of(reason) is not None for reason in reasons)
 
 
+def all_late(group: pa.Table) -> bool:
+    """Return whether the environment of each episode of a group did not answer in time, by a clock.
+
+    A machine that is too busy makes that happen to any prompt.
+    """
+    reasons = group["reward_reasons"][0].as_py() or []
+    begins = f"{ReasonKind.TIMEOUT}: environment: "
+    return all_cut_off(group) and all(
+        any(part.startswith(begins) for part in reason.split("\n")) for reason in reasons
+    )
+
+
 def _array(name: str, values: Sequence[Any]) -> pa.Array:
     if name not in SCHEMA.names:
         raise GroupError(f"column {name!r} is not one of {SCHEMA.names}")

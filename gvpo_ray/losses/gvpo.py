@@ -11,10 +11,11 @@ sum_i w_i = 0:
 
     grad loss = -beta/|D| sum_x 1/(m_x - 1) sum_i w_i grad log pi(y_i|x)                         weighted form
 
-With one reference pi_ref for all completions of a prompt, the unique minimum is pi(y|x) = pi_ref(y|x)
-exp(R(x,y)/beta) / Z(x) for every sampler that covers the support of pi_ref (Theorem 3.1, Corollary 3.2) and
-for every m >= 2, which may vary by prompt (Corollary 3.5); 1/(m - 1) keeps the estimator unbiased (Theorem
-3.4). |D| is the number of groups in the whole update, so the shares of micro-batches and ranks only add up.
+With one reference pi_ref for all completions of a prompt, the unique minimum among all policies is
+pi(y|x) = pi_ref(y|x) exp(R(x,y)/beta) / Z(x) for every sampler that covers the support of pi_ref (Theorem
+3.1, Corollary 3.2) and for every m >= 2, which may vary by prompt (Corollary 3.5); 1/(m - 1) keeps the
+estimator unbiased (Theorem 3.4). |D| is the number of groups in the whole update, so the shares of
+micro-batches and ranks only add up.
 
 The theorems do not cover a group whose completions have references of their own, as with `behaviour` where
 it mixes completions of several policies pi_a. Then training rests at

@@ -10,7 +10,7 @@ The loss is the surrogate -1/|D| sum_x 1/m sum_i A_i log pi(y_i|x), which has th
 meaning of its own. There is no ratio and no clipping: a whole completion is one action. The paper samples
 from pi itself. Here pi is the policy being trained, also in R'; implementations that fix R' when sampling
 differ once pi has moved on. With R' as here, A_i = m/(m - 1) w_i with GVPO's w_i at beta = kl_coefficient,
-and the gradient is GVPO's divided by beta: both make the same update and have the same optimum.
+and the gradient is GVPO's divided by beta: both push the same way, so their rest points are the same.
 
 The arguments and the result are described in gvpo_ray/losses/token_losses.py; old_logprobs is not used.
 """

@@ -2,15 +2,16 @@
 
 They are importance weights, the likelihood floor, damping of the step, and adaptive beta.
 
-With one reference for all completions of a prompt, GVPO's optimum is the same for every sampler, so we may
-choose one afterwards: weighting completion i of the sampler mu by s_i > 0 is the same as having sampled from
-mu s. With means of weight s,
+With one reference pi_ref for all completions of a prompt, GVPO's optimum is the same for every sampler that
+covers pi_ref, so we may choose one afterwards: weights s_i > 0 on the completions of the sampler mu stand for
+samples of mu s, in the limit of large groups. With means of weight s,
 
     loss = 1/|D| sum_x 1/(m_x - 1) sum_i s_i 1/2 [ beta (D_i - mean_s D) - (R_i - mean_s R) ]^2     importance
 
-has the minimum of the paper's loss, and the gradient -beta s_i w_i / ((m - 1) |D|). With s = min(1, pi/mu) a
-completion that the policy would hardly sample any more counts less; s = 1 is the paper. 1/(m - 1) is unbiased
-for s = 1 alone; with other weights only the scale of a group differs.
+has the minimum of the paper's loss in groups of any size, since all residuals vanish there, and, with s taken
+as given, the gradient -beta s_i w_i / ((m - 1) |D|). With s = min(1, pi/mu) a completion that the policy
+would hardly sample any more counts less; s = 1 is the paper. 1/(m - 1) is unbiased for s = 1 alone; with
+other weights only the scale of a group differs.
 
 The loss depends only on differences within a group. So it costs nothing if all completions of a group become
 less likely, and unsampled ones more likely. But D = (R - beta log Z) / beta at the minimum, and

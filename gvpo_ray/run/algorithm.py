@@ -120,7 +120,11 @@ class GVPO:
                 # The last driver may have been killed before it wrote these metrics.
                 if max(written, default=0) < step <= self.step:
                     self.metrics.write(step, metrics)
-            self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl", config.verifiers)
+            self.quarantine = Quarantine(
+                self.run_dir / "quarantine.jsonl",
+                config.verifiers,
+                config.environment and config.environment.timeout_s,
+            )
             self.events = EventLog(self.run_dir / "events.jsonl")
         except OSError as error:
             self._open.close()

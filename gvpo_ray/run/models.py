@@ -12,7 +12,7 @@ from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.data.hub import hub
+from gvpo_ray.data.hub import hub, revision_of
 from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.data.transcripts import Transcripts
 from gvpo_ray.data.vocabulary import check_vocabulary
@@ -93,7 +93,10 @@ def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool = False) -> 
 
 
 def check_reward_models(config: VerifiersConfig) -> None:
-    """Refuse a reward model whose config.json does not load.
+    """Refuse a reward model whose config.json does not load here.
+
+    It is treated as model.path is: a folder has to be where the driver and its actors see it, wherever those
+    are.
 
     Raises:
         ConfigError: one line that names the key.
@@ -103,8 +106,17 @@ def check_reward_models(config: VerifiersConfig) -> None:
     for name, reward in config.rewards.items():
         if reward.model is not None:
             key = f"verifiers.rewards.{name}.model"
+            if is_local(reward.model) and not Path(reward.model).is_dir():
+                raise ConfigError(f"{key}: no folder {reward.model} here: {EVERY_NODE}")
             with hub(key, reward.model, "model"):
                 _loaded(key, AutoConfig, reward.model)
+
+
+EVERY_NODE = (
+    "like model.path it has to be on a file system that the driver and every node see; a hub name is loaded "
+    "by each"
+)
+"""What a model's place has to be."""
 
 
 def renderings_of(config: GVPOConfig) -> dict[str, dict[str, Any]]:
@@ -144,12 +156,13 @@ def check_scoring_model(key: str, path: str, renderings: Renderings) -> None:
 def version_of(path: str) -> int:
     """Return the number that stands for a model in `reference_versions`: negative, unlike the run's own.
 
-    It depends on what is in the folder: the names and sizes of its files, and how the weights begin and end.
+    It depends on what is in the folder: the names and sizes of its files, and how the weights begin and end;
+    of a name on the hub, on its commit.
     """
     content = hashlib.sha256()
     folder = Path(path)
     if not folder.is_dir():
-        content.update(path.encode())  # a name on the hub
+        content.update(f"{path}@{revision_of(path)}".encode())  # a name on the hub
     for file in sorted(folder.glob("*")) if folder.is_dir() else ():
         if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
             size = file.stat().st_size

@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from gvpo_ray import groups
 from gvpo_ray.actors import EventCallback, RunError, is_lost
 from gvpo_ray.buffer.actor import BufferClient
-from gvpo_ray.buffer.log import LIMITS, Quarantine
+from gvpo_ray.buffer.log import Quarantine
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.engines.pools import EngineGroup
@@ -177,13 +177,12 @@ class Ring:
                         self._goes_to(group_id, since, "references")
                         scored = await self._references.score(scored)
                     self._goes_to(group_id, since, "buffer")
-                    hit_limits = await self._buffer.put(scored)
+                    cut_off = await self._buffer.put(scored)
                     break
                 except RayError as error:
                     if not is_lost(error):
                         raise
-            if hit_limits:
-                self._quarantine.add(prompt)
+            if self._quarantine.judge(prompt, cut_off):
                 self._refuse_quarantine()
         self._goes_to(group_id, since, None)
         self._engines.room.set()
@@ -213,10 +212,7 @@ class Ring:
             is_gone = self._quarantine.holds_all(prompts, name)
             (gone if is_gone else left).append("prompts" if name is None else f"sources.{name}")
         if not left:
-            raise RunError(
-                f"every prompt is in {self._quarantine.path}: no check ends within the limits of the "
-                f"verifiers section ({', '.join(LIMITS)}); higher ones release the prompts"
-            )
+            raise RunError(f"every prompt is in {self._quarantine.path}: {self._quarantine.what_ends()}")
         if len(gone) > self._num_gone:
             self._num_gone = len(gone)
             where = f"every prompt of {', '.join(gone)} is in {self._quarantine.path}"

@@ -6,7 +6,7 @@ no network, no other processes, no capabilities, no secrets, and no files but Py
 scratch folder (confine.py, landlock.py). Whatever goes wrong costs that one check.
 
     Sandbox (in the verifier) ── spawn, wait ──► template: fork server with the reward functions loaded
-        │                                            │ fork: 10 ms instead of a second of imports
+        │                                            │ fork: 15 ms instead of seconds of imports
         └─ {"prompt", "completion", columns} ──► child: calls the reward functions one after the other
         ◄─ {"begun"}, {"part", "reason"}, ... ───── or no answer: killed at its limit, and forked anew
 

@@ -14,6 +14,7 @@ import ray
 
 from gvpo_ray.actors import EventCallback
 from gvpo_ray.config.model import ScoringModelConfig
+from gvpo_ray.data.hub import revision_of
 from gvpo_ray.groups import from_wire, to_wire
 from gvpo_ray.verifiers.pool import ElasticGroup
 from gvpo_ray.verifiers.scoring_model import Renderings, Score, ScoringModel, Text, with_references
@@ -39,6 +40,7 @@ class ReferenceGroup(ElasticGroup):
         kind: str = "reference",
     ) -> None:
         self._config, self._renderings, self._version = config, renderings, version
+        self._revision = revision_of(config.model)
         super().__init__(kind, config.num, config.max_num, note)
 
     async def score(self, scored: Any) -> Any:
@@ -58,7 +60,7 @@ class ReferenceGroup(ElasticGroup):
     def _start(self) -> Any:
         config = self._config
         options = self._options() | {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
-        arguments = (config.model, self._renderings, config.batch_size, config.num_gpus > 0)
+        arguments = (config.model, self._renderings, config.batch_size, config.num_gpus > 0, self._revision)
         return ray.remote(_ReferenceActor).options(**options).remote(*arguments)
 
 

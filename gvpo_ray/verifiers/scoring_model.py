@@ -73,15 +73,23 @@ class ScoringModel:
         renderings: how the prompts of each data set are written.
         batch_size: texts in one forward pass.
         on_gpu: whether it runs in bfloat16 on the actor's GPU, or in float32 on CPU.
+        revision: of a hub name, so that all actors have the same weights.
     """
 
-    def __init__(self, path: str, renderings: Renderings, batch_size: int, on_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        renderings: Renderings,
+        batch_size: int,
+        on_gpu: bool = False,
+        revision: str = "main",
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch, self._batch_size = torch, batch_size
         self._device = "cuda" if on_gpu else "cpu"
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         self.renderings = renderings
         """How the prompts of each data set are written."""
         self._renderers = {
@@ -89,7 +97,7 @@ class ScoringModel:
         }
         self._unknown = _unknown_tokens(tokenizer)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16 if on_gpu else torch.float32
+            path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
         )
         self._model = model.to(self._device).eval()
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -21,6 +21,7 @@ from gvpo_ray.verifiers.math.numbers import (
     read_value,
     same_unit,
 )
+from gvpo_ray.verifiers.math.residues import same_residues
 from gvpo_ray.verifiers.math.structure import (
     QUALIFIER,
     RELATION,
@@ -106,6 +107,8 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
     amounts, others = as_amounts(gold), as_amounts(right_side(pred))
     if amounts and others and max(amounts.num, others.num) > 1:
         return amounts[:2] == others[:2]
+    if same_residues(gold, pred):
+        return True
     kind = kind_of(gold)
     if ":" in gold:  # 3 to 4 is 3:4
         pred = re.sub(r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":", pred)
@@ -142,8 +145,11 @@ def is_copied_answer(gold: str, pred: str, prompt: str) -> bool:
     if kind is not Kind.VALUE and not _is_solution(gold):
         return False
     wanted = read_value(right_side(_single(gold) or gold)).text
-    values = map(plain_value, items_of(in_digits(_without_option(gold, pred))))
-    return is_copied(gold, pred, prompt) or any(
+    values = [plain_value(item) for item in items_of(in_digits(_without_option(gold, pred)))]
+    is_worked_out = "=" in pred and all(value and as_number(value.text) is not None for value in values)
+    return (
+        not is_worked_out and is_copied(gold, pred, prompt)
+    ) or any(  # 48/2 = 24 begins as the prompt does
         value is not None and is_copied(wanted, trim(value.text.rpartition("=")[2]).lstrip("+ "), prompt)
         for value in values
     )
