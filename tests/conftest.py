@@ -85,8 +85,8 @@ TIERS = {
 
 A unit test stays in the process of pytest, and trains nothing until it converges. A component runs as in
 production, but without Ray: the sandbox and the command line in processes of their own, training until it
-converges, compiled kernels, thousands of generated answers. Actors are Ray's, with fake engines. An end-to-end test has a real part: vLLM,
-DeepSpeed, several ranks, a browser, a set-up.
+converges, compiled kernels, thousands of generated answers. Actors are Ray's, with fake engines. An
+end-to-end test has a real part: vLLM, DeepSpeed, several ranks, a browser, a set-up.
 
 A test of another file says its tier by a marker; one that runs on several ranks is end to end wherever it
 stands; all others are unit tests.

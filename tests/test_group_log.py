@@ -14,7 +14,7 @@ from buffers import answer, ids, make, make_again, put, run, start_all, texts
 from tiny import make_group, table
 
 from gvpo_ray import groups
-from gvpo_ray.buffer.log import GroupLog, Quarantine
+from gvpo_ray.buffer.log import EndedBy, GroupLog, Quarantine
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.files import DiskFull
 
@@ -302,9 +302,13 @@ def test_put_says_whether_every_check_hit_its_limit(tmp_path):
         buffer = make(tmp_path)
         size = len(make_group(0)["completions"])
         cut_off = ["timeout: math took more than 10 s", "memory: x", "crash: y"] * size
-        assert await buffer.put(group(0, [None] * size, cut_off[:size]))
-        assert not await buffer.put(group(1, [None] * size, ["no gold answer", *cut_off][:size]))
-        assert not await buffer.put(group(2, [0.0, *[None] * size][:size], cut_off[:size]))
+        other = ["no gold answer", *cut_off][:size]
+        for number, rewards, reasons, ended_by in (
+            (0, [None] * size, cut_off[:size], EndedBy.CHECKS),
+            (1, [None] * size, other, EndedBy.NONE),
+            (2, [0.0, *[None] * size][:size], cut_off[:size], EndedBy.NONE),
+        ):
+            assert await buffer.put(group(number, rewards, reasons)) is ended_by
 
     run(main)
 

@@ -19,7 +19,7 @@ from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.buffer.actor import LearnerBufferClient
 from gvpo_ray.buffer.buffer import GroupBuffer
-from gvpo_ray.buffer.log import CutOff, Quarantine
+from gvpo_ray.buffer.log import EndedBy, Quarantine
 from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import SamplingConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
@@ -321,7 +321,7 @@ def test_higher_limits_release_prompts_from_quarantine_and_lower_ones_do_not(tmp
     assert [entry["prompt"] for entry in again.entries()] == ["b"] and not again.holds_all(prompts)
 
 
-def _ended(buffer: GroupBuffer, reasons: list[str | None]) -> CutOff:
+def _ended(buffer: GroupBuffer, reasons: list[str | None]) -> EndedBy:
     rewards = tuple(1.0 if reason is None else None for reason in reasons)
     return asyncio.run(buffer.put(table(make_group(0, rewards, reward_reasons=reasons))))
 
@@ -333,17 +333,17 @@ AGENT = "timeout: environment: the agent: no call of the model"
 @pytest.mark.parametrize(
     ("reasons", "cut_off"),
     [
-        ([LATE, AGENT], CutOff.LATE),
-        ([LATE, f"math: no answer\n{LATE}"], CutOff.LATE),
-        ([LATE, "timeout: math took more than 1 s"], CutOff.CHECKS),
-        ([LATE, "crash: environment: reset: exited"], CutOff.CHECKS),
-        ([LATE, None], CutOff.NONE),
-        ([LATE, "environment: reset raised KeyError"], CutOff.NONE),
-        ([None, None], CutOff.NONE),
+        ([LATE, AGENT], EndedBy.LATE),
+        ([LATE, f"math: no answer\n{LATE}"], EndedBy.LATE),
+        ([LATE, "timeout: math took more than 1 s"], EndedBy.CHECKS),
+        ([LATE, "crash: environment: reset: exited"], EndedBy.CHECKS),
+        ([LATE, None], EndedBy.NONE),
+        ([LATE, "environment: reset raised KeyError"], EndedBy.NONE),
+        ([None, None], EndedBy.NONE),
     ],
 )
 def test_the_clock_of_an_environment_is_told_from_the_limits_of_a_check(
-    tmp_path: Path, reasons: list[str | None], cut_off: CutOff
+    tmp_path: Path, reasons: list[str | None], cut_off: EndedBy
 ) -> None:
     assert _ended(make(tmp_path), reasons) is cut_off
 
@@ -352,23 +352,23 @@ def test_an_environment_that_is_late_is_the_prompts_fault_if_others_go_well(tmp_
     a, b, c = (Prompts(["a", "b", "c"]).all().slice(i, 1) for i in range(3))
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(path, VerifiersConfig(), environment_s=60.0)
-    quarantine.judge(c, CutOff.NONE)  # before the first time: it says nothing
+    quarantine.judge(c, EndedBy.NONE)  # before the first time: it says nothing
     # a busy machine: all are late
-    assert not quarantine.judge(a, CutOff.LATE) and not quarantine.judge(b, CutOff.LATE)
-    assert not quarantine.judge(b, CutOff.LATE)
-    quarantine.judge(c, CutOff.NONE)
+    assert not quarantine.judge(a, EndedBy.LATE) and not quarantine.judge(b, EndedBy.LATE)
+    assert not quarantine.judge(b, EndedBy.LATE)
+    quarantine.judge(c, EndedBy.NONE)
     # a again, though another prompt's group went well meanwhile; b for the third time
-    assert quarantine.judge(a, CutOff.LATE) and quarantine.judge(b, CutOff.LATE)
-    assert not quarantine.judge(c, CutOff.LATE) and not quarantine.holds(c)
-    quarantine.judge(c, CutOff.NONE)  # so it was not c's fault
-    assert not quarantine.judge(c, CutOff.LATE) and not quarantine.holds(c)
+    assert quarantine.judge(a, EndedBy.LATE) and quarantine.judge(b, EndedBy.LATE)
+    assert not quarantine.judge(c, EndedBy.LATE) and not quarantine.holds(c)
+    quarantine.judge(c, EndedBy.NONE)  # so it was not c's fault
+    assert not quarantine.judge(c, EndedBy.LATE) and not quarantine.holds(c)
     assert quarantine.holds(a) and quarantine.holds(b)
     assert quarantine.what_ends().startswith("no environment answers within environment.timeout_s")
     # the limit that they hit releases them, and no other one
     assert len(Quarantine(path, VerifiersConfig(timeout_s=100), environment_s=60.0)) == 2
     assert len(Quarantine(path, VerifiersConfig(), environment_s=61.0)) == 0
     # a check's limit is certain at once
-    assert quarantine.judge(c, CutOff.CHECKS)
+    assert quarantine.judge(c, EndedBy.CHECKS)
     assert quarantine.what_ends().startswith("no check ends within the limits of the verifiers section")
     assert len(Quarantine(path, VerifiersConfig(), environment_s=61.0)) == 1
 
@@ -378,8 +378,8 @@ def test_a_run_whose_environments_are_all_late_ends_with_one_line(tmp_path: Path
     prompts = Prompts(["a", "b"]).all()
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", VerifiersConfig(), environment_s=60.0)
     for _ in range(2):
-        assert not any(quarantine.judge(prompts.slice(i, 1), CutOff.LATE) for i in range(2))
-    assert all(quarantine.judge(prompts.slice(i, 1), CutOff.LATE) for i in range(2))
+        assert not any(quarantine.judge(prompts.slice(i, 1), EndedBy.LATE) for i in range(2))
+    assert all(quarantine.judge(prompts.slice(i, 1), EndedBy.LATE) for i in range(2))
     assert quarantine.holds_all(prompts)
 
 

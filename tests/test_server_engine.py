@@ -19,6 +19,7 @@ from sampled import part, prompt, row_of, sampling
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining
 from gvpo_ray.buffer.buffer import GroupBuffer
+from gvpo_ray.buffer.log import EndedBy
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import openai_engine
@@ -274,7 +275,7 @@ def test_a_group_that_was_refused_wholly_is_logged_so_that_a_resumed_run_does_no
 
     async def run() -> None:
         buffer = GroupBuffer(tmp_path, groups_per_step=1, num_steps=1, max_staleness=None)
-        assert not await buffer.put(group)
+        assert await buffer.put(group) is EndedBy.NONE
         assert (await buffer.status())["num_finished"] == 1
 
     asyncio.run(run())

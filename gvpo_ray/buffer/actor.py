@@ -18,7 +18,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from gvpo_ray.actors import EventCallback, actor_name, cause_of, is_lost
 from gvpo_ray.buffer.buffer import GroupBuffer
-from gvpo_ray.buffer.log import CutOff
+from gvpo_ray.buffer.log import EndedBy
 from gvpo_ray.buffer.states import Command, Owner
 from gvpo_ray.groups import from_wire, to_wire
 
@@ -26,7 +26,7 @@ from gvpo_ray.groups import from_wire, to_wire
 class _BufferActor(GroupBuffer):
     """The actor's class is a GroupBuffer whose tables are sent as Arrow IPC streams."""
 
-    async def put_all(self, *scored: pa.Buffer) -> list[CutOff]:
+    async def put_all(self, *scored: pa.Buffer) -> list[EndedBy]:
         """Put several groups; return the answer of GroupBuffer.put for each."""
         return [await self.put(from_wire(group)) for group in scored]
 
@@ -80,15 +80,15 @@ class BufferClient:
         )
         self._state, self._note = state, note
         self._lives, self._lock = 0, asyncio.Lock()
-        self._to_put: list[tuple[Any, asyncio.Future[CutOff]]] = []
+        self._to_put: list[tuple[Any, asyncio.Future[EndedBy]]] = []
         self._putting: asyncio.Future[None] | None = None
 
-    async def put(self, scored: Any) -> CutOff:
+    async def put(self, scored: Any) -> EndedBy:
         """Put a scored group, given as an object ref, as GroupBuffer.put does.
 
         Groups that arrive while a call is in flight go together in the next call.
         """
-        future: asyncio.Future[CutOff] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[EndedBy] = asyncio.get_running_loop().create_future()
         self._to_put.append((scored, future))
         if self._putting is None or self._putting.done():
             self._putting = asyncio.ensure_future(self._put_waiting())
@@ -99,7 +99,7 @@ class BufferClient:
             batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
             await self._put_together(batch)
 
-    async def _put_together(self, batch: list[tuple[Any, asyncio.Future[CutOff]]]) -> None:
+    async def _put_together(self, batch: list[tuple[Any, asyncio.Future[EndedBy]]]) -> None:
         try:
             answers = await self._call("put_all", *(ref for ref, _ in batch))
         except Exception as error:  # every caller that waits must get the error

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.control import LearnerControl
-from gvpo_ray.buffer.log import CutOff, GroupLog, lock_folder
+from gvpo_ray.buffer.log import EndedBy, GroupLog, lock_folder
 from gvpo_ray.buffer.replay import ReplayIndex, replayed
 from gvpo_ray.buffer.states import BoundState, LearnerState, Owner
 from gvpo_ray.buffer.turns import Turns
@@ -161,7 +161,7 @@ class GroupBuffer(LearnerControl):
             self._running.discard(group_id)
             self._new_version.notify_all()
 
-    async def put(self, group: pa.Table) -> CutOff:
+    async def put(self, group: pa.Table) -> EndedBy:
         """Append one finished group to the log and wake the learner; a group already there is ignored.
 
         Returns:
@@ -179,7 +179,7 @@ class GroupBuffer(LearnerControl):
         group_id = group.column("group_id")[0].as_py()
         self._running.discard(group_id)
         if group_id in self._finished:
-            return CutOff.NONE
+            return EndedBy.NONE
         row = len(self.log)
         self.log.append(group)
         self._finished.add(group_id)
@@ -189,8 +189,8 @@ class GroupBuffer(LearnerControl):
         async with self._new_group:
             self._new_group.notify_all()
         if not groups.all_cut_off(group):
-            return CutOff.NONE
-        return CutOff.LATE if groups.all_late(group) else CutOff.CHECKS
+            return EndedBy.NONE
+        return EndedBy.LATE if groups.all_late(group) else EndedBy.CHECKS
 
     # --- learner --------------------------------------------------------------------------------------------
 

@@ -266,8 +266,8 @@ def _group_id(source: Any, schema: pa.Schema) -> int:
     return group_id
 
 
-class CutOff(enum.Enum):
-    """A CutOff says which limits ended all checks of a group's completions."""
+class EndedBy(enum.Enum):
+    """An EndedBy says which limits ended all checks of a group's completions."""
 
     NONE = "none"
     CHECKS = "limits of a check"
@@ -321,25 +321,25 @@ class Quarantine:
         """Return whether a prompt (one row of the group table) is in quarantine."""
         return bool(self._keys) and prompt_key_of(prompt) in self._keys
 
-    def judge(self, prompt: pa.Table, cut_off: CutOff) -> bool:
+    def judge(self, prompt: pa.Table, cut_off: EndedBy) -> bool:
         """Put a prompt (one row of the group table) in if its group's end is its fault; return whether it is.
 
         Args:
             prompt: of the group.
             cut_off: which limits ended its checks.
         """
-        if cut_off is CutOff.NONE:
+        if cut_off is EndedBy.NONE:
             self._num_well += 1
             if self._late:
                 self._late.pop(prompt_key_of(prompt), None)
             return False
-        if cut_off is CutOff.LATE:
+        if cut_off is EndedBy.LATE:
             key = prompt_key_of(prompt)
             times, before = self._late.get(key, (0, self._num_well))
             self._late[key] = times + 1, before
             if not (times and self._num_well > before) and times + 1 < MAX_LATE:
                 return False
-        self.add(prompt, self._of_environment if cut_off is CutOff.LATE else self._of_checks)
+        self.add(prompt, self._of_environment if cut_off is EndedBy.LATE else self._of_checks)
         return True
 
     def add(self, prompt: pa.Table, limits: Mapping[str, Any] | None = None) -> None:
