@@ -16,13 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+FOREIGN = ("einops", "torchvision")
+"""Packages that others installed, on PYTHONPATH: an import of theirs fails."""
+
 
 def variables(folder: Path) -> dict[str, str]:
     """Write the files, and return the environment variables."""
     (folder / "capped.txt").write_text("torch<=2.14.1\ntorchvision<=0.29.1\nsetuptools<79\n")
     foreign = folder / "foreign"
     (version,) = re.findall(r"^einops==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    for name in ("einops", "torchvision"):
+    for name in FOREIGN:
         entry = foreign / f"{name}-{version}.dist-info"
         entry.mkdir(parents=True)
         (entry / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

@@ -321,8 +321,11 @@ def in_venv(folder: Path, code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-SMALL = 1 << 20
-"""Bytes of a distribution's files. Those that are larger come by hard links: pip unpacks 4 GB in minutes."""
+SMALL = 1 << 17
+"""Bytes of a distribution's files. Those that are larger come by hard links: pip unpacks 4 GB in minutes.
+
+Not so what is there in a foreign version, which pip must not take for the pinned one.
+"""
 
 
 def link(files: Iterable[metadata.PackagePath], site: Path) -> None:
@@ -352,7 +355,8 @@ def earlier_set_up(project: Path) -> None:
     for distribution in metadata.distributions():
         name, files = canonicalize_name(distribution.name), distribution.files or []
         sizes = [Path(file.locate()).stat().st_size for file in files if Path(file.locate()).is_file()]
-        if name == "pip" or (name in PINS and sum(sizes) > SMALL):
+        is_large = sum(sizes) > SMALL and name not in hostile_machine.FOREIGN
+        if name == "pip" or (name in PINS and is_large):
             link(files, site)
     for name, version, files in [
         ("torchvision", "99+left.out", []),
