@@ -77,7 +77,9 @@ def read_status(run_dir: str | Path) -> list[str]:
         head = f"{run_dir}: runs on {status['host']}, process {status['pid']}; this is from {age}"
     else:
         is_done = status["step"] >= status["num_steps"]
-        state = "complete" if is_done else "not running; the same command goes on from its newest checkpoint"
+        has_any = any((folder / "checkpoints").glob("step-*"))
+        place = "from its newest checkpoint" if has_any else "from its first step, for want of a checkpoint"
+        state = "complete" if is_done else f"not running; the same command goes on {place}"
         head = f"{run_dir}: {state}. What it last said, {age}:"
     return [head, *status_lines(status)]
 
