@@ -123,7 +123,7 @@ class GVPO:
             self.quarantine = Quarantine(
                 self.run_dir / "quarantine.jsonl",
                 config.verifiers,
-                config.environment and config.environment.timeout_s,
+                None if config.environment is None else config.environment.timeout_s,
             )
             self.events = EventLog(self.run_dir / "events.jsonl")
         except OSError as error:
