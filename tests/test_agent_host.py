@@ -266,6 +266,28 @@ def test_an_agent_whose_group_is_given_up_ends(in_thread: bool, is_asking: bool,
     run(main)
 
 
+@pytest.mark.parametrize("is_listening", [False, True])
+def test_a_group_that_is_given_up_while_the_host_begins_to_listen_costs_no_other_episode(
+    is_listening: bool, tmp_path: Path
+) -> None:
+    async def agent(base_url: str) -> float:
+        return 1.0
+
+    async def main() -> None:
+        async with World(tmp_path, agent) as world:
+            (host,) = world.hosts
+            (first,), (second,) = await host.open(0, {}, 1), await host.open(1, {}, 1)
+            given_up = asyncio.ensure_future(host.play(first.name, 0, "http://x", TOKEN))
+            while host._episodes[first.name].task is None or (is_listening and host._starting is None):
+                await asyncio.sleep(0)
+            assert host._starting is None or not host._starting.done()
+            await host.release(0)
+            assert (await asyncio.wait_for(given_up, 60)).end == "lost"
+            assert (await asyncio.wait_for(host.play(second.name, 0, "http://x", TOKEN), 60)).reward == 1.0
+
+    run(main)
+
+
 def test_a_text_of_an_agent_is_graded_and_an_agent_that_fails_is_not(tmp_path: Path) -> None:
     async def says_or_fails(base_url: str, api_key: str) -> str:
         if await post(base_url, api_key, [{"role": "user", "content": "?"}]) == "bbb":

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +147,11 @@ def prompt(answer: str = "10", group_id: int = 0) -> pa.Table:
     """One row, as a prompt set makes it: its tokens are not what the agents ask."""
     row = {"group_id": group_id, "prompt": "Talk.", "answer": answer, "dataset": "d"}
     return groups.table([{**row, "prompt_ids": [1, 2, 3]}])
+
+
+def named(numbers: Iterable[int]) -> list[str]:
+    """The column `episodes` of completions of the episodes with these numbers."""
+    return [json.dumps({"name": str(number)}) for number in numbers]
 
 
 def row_of(table: pa.Table) -> dict[str, Any]:
@@ -314,6 +319,7 @@ def test_the_prompt_of_a_group_is_what_its_completions_begin_with(seed: int) -> 
         completions=[["x"] * num],
         completion_ids=[whole],
         trained_tokens=[masks],
+        episodes=[named(range(num))],
         sampling_logprobs=[[[-1.0 * m for m in mask] for mask in masks]],
         reward_parts=[{ENVIRONMENT: [1.0] * num}],
         reward_reasons=[[None] * num],
@@ -339,6 +345,7 @@ def test_episodes_that_begin_with_another_token_than_most_are_left_out_with_thei
         completions=[["x"] * size],
         completion_ids=[[[token, 5 + i] for i, token in enumerate(begins)]],
         trained_tokens=[[[False, True]] * size],
+        episodes=[named(range(size))],
         sampling_logprobs=[[[0.0, -1.0]] * size],
         reward_parts=[{ENVIRONMENT: [1.0] * size}],
         reward_reasons=[[None] * size],
@@ -350,6 +357,23 @@ def test_episodes_that_begin_with_another_token_than_most_are_left_out_with_thei
     reasons = row["reward_reasons"]
     assert [reason is None for reason in reasons] == [i not in others for i in range(size)]
     assert all("no token" in reasons[i] for i in others)
+
+
+def test_an_odd_episode_with_many_branches_costs_the_others_nothing() -> None:
+    begins = [2] * 5 + [1] * 2
+    table = groups.with_columns(
+        prompt(),
+        completions=[["x"] * 7],
+        completion_ids=[[[token, 5 + i] for i, token in enumerate(begins)]],
+        trained_tokens=[[[False, True]] * 7],
+        episodes=[named([0] * 5 + [1, 2])],
+        sampling_logprobs=[[[0.0, -1.0]] * 7],
+        reward_parts=[{ENVIRONMENT: [1.0] * 7}],
+        reward_reasons=[[None] * 7],
+    )
+    (row,) = groups.rows(with_common_prompt(table))
+    assert row["prompt_ids"] == [1] and row["completion_ids"] == [[]] * 5 + [[10], [11]]
+    assert row["reward_parts"] == {ENVIRONMENT: [None] * 5 + [1.0] * 2}
 
 
 @pytest.mark.parametrize("seed", range(50))

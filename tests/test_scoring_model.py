@@ -15,6 +15,7 @@ import tiny
 import torch
 from buffers import make
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.buffer.log import GroupLog
@@ -123,6 +124,19 @@ def test_what_a_model_cannot_score_has_a_reason_and_no_number(teacher: ScoringMo
     assert too_long == Score(None, reason="25 tokens do not fit into its context of 24")
     assert unknown == Score(None, reason="its tokenizer has no tokens for a part of the text")
     assert empty == Score(None, reason="the completion has no tokens")
+
+
+def test_a_text_with_a_token_that_the_model_lacks_has_a_reason_and_no_number(tmp_path: Path) -> None:
+    path = make_teacher(tmp_path, ["ab"])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(path)
+    teacher = ScoringModel(str(path), {PROMPTS: PLAIN}, batch_size=3)
+    fits, has_more = teacher.score([Text("p", None, "ab"), Text("p", None, "a<think>b")])
+    assert fits.logprob is not None
+    has = f"token {size}, and the model has {size} (vocab_size of its config.json)"
+    assert has_more == Score(None, reason=f"its tokenizer writes {has}")
 
 
 def test_a_conversation_is_written_by_the_models_own_template_and_the_assistants_turns_are_scored(

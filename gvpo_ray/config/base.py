@@ -1,4 +1,4 @@
-"""All config sections stand on this file: its error, marks of keys, local paths and walk over all keys."""
+"""This file has the base of all config sections, their error, marks of keys, and a walk over all keys."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class SamplingConfig(Section):
 class PoolConfig(Section):
     """A pool is a number of equal engines.
 
-    Pools may differ in everything here: with one reference per prompt GVPO's optimum does not depend on who
-    samples, and with the `behaviour` reference each completion's own sampler is its reference.
+    Pools may differ in everything here: with one reference per prompt GVPO's optimum is the same for every
+    sampler that covers it, and with the `behaviour` reference each completion's own sampler is its reference.
     """
 
     num: int = Field(default=1, ge=0)

@@ -1,9 +1,9 @@
 """Offline completions (of people, other models, logs) become group rows, without sampling log-probs.
 
-With one reference per prompt, GVPO's optimum does not depend on who wrote a completion. So offline
-completions join groups of the policy's own (`share`) or form groups by themselves (`group_share`). A source
-is fixed when it is made, and what it returns is a pure function of the seed and a number: there is no
-position to save.
+With one reference per prompt, GVPO's optimum is the same for all samplers that together cover the reference,
+whoever they are. So offline completions join groups of the policy's own (`share`) or form groups by
+themselves (`group_share`). A source is fixed when it is made, and what it returns is a pure function of the
+seed and a number: there is no position to save.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from gvpo_ray.files import new_folder
 
 @dataclass(frozen=True)
 class Problem:
-    """A Problem is one of a task; those with one `key` are on one side of the train/held-out split."""
+    """A Problem belongs to a task; those with one `key` are on one side of the train/held-out split."""
 
     prompt: str
     answer: str

@@ -68,7 +68,7 @@ class NoRoomError(GvpoError, ValueError):
 
 @dataclass
 class _Request:
-    """A _Request is one of an episode, with what its calls of the model have sampled."""
+    """A _Request is a request of an episode, with what its calls of the model have sampled."""
 
     ask: Ask
     known: list[list[int]]

@@ -34,7 +34,7 @@ from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.data.dialogue import Dialogue
 from gvpo_ray.environments.agent_host import Call, Played
 from gvpo_ray.environments.client import Client, LostError
-from gvpo_ray.environments.episode import MARGIN_S, Episodes
+from gvpo_ray.environments.episode import MARGIN_S, Episodes, name_of
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.groups import Row
 from gvpo_ray.sandbox.functions import find, of_user
@@ -215,13 +215,17 @@ def with_common_prompt(group: pa.Table) -> pa.Table:
         group: one row, whose completions begin with their prompts.
 
     Returns:
-        The group. A completion that does not begin with the token that most begin with has a reason in place
-        of its reward, and no tokens; one without a token of the model has none either.
+        The group. A completion that does not begin with the token with which most episodes begin, each
+        counted once however many branches it has, has a reason in place of its reward, and no tokens; one
+        without a token of the model has none either.
     """
     (row,) = groups.rows(group)
     sampled = [any(mask or ()) for mask in row["trained_tokens"]]
     reasons, parts = list(row["reward_reasons"]), dict(row["reward_parts"])
-    beginnings = Counter(ids[0] for ids, is_any in zip(row["completion_ids"], sampled, strict=True) if is_any)
+    names = [name_of(entry) for entry in row["episodes"]]
+    begun = zip(names, row["completion_ids"], sampled, strict=True)
+    once = dict.fromkeys((name, ids[0]) for name, ids, is_any in begun if is_any)
+    beginnings = Counter(token for _, token in once)
     usual = max(beginnings, key=lambda token: beginnings[token], default=None)  # the first of equals
     for i, ids in enumerate(row["completion_ids"]):
         if sampled[i] and ids[0] != usual:

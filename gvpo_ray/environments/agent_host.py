@@ -172,7 +172,12 @@ class AgentHost:
         episode.goes_to(_Route(url, token))
         if episode.task is None:
             episode.task = asyncio.create_task(self._play(episode))
-        return await asyncio.shield(episode.task)
+        try:
+            return await asyncio.shield(episode.task)
+        except asyncio.CancelledError:
+            if not episode.task.cancelled():
+                raise
+            return Played(reason=GONE, end="lost")  # given up before its task began
 
     async def release(self, group_id: int) -> None:
         """Forget the episodes of a group, which nobody will claim, and end the agents that still run."""
@@ -188,7 +193,7 @@ class AgentHost:
     async def _play(self, episode: _Episode) -> Played:
         if self._starting is None:
             self._starting = asyncio.create_task(self._listen())
-        address = await self._starting
+        address = await asyncio.shield(self._starting)  # others wait for it, too, when this one is given up
         known = {"base_url": f"{address}/{episode.name}/v1", "api_key": episode.key, "model": MODEL}
         played = episode.played
         try:

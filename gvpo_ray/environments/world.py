@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits are those of an environment's calls, from the section `environment`."""
+    """Limits holds the limits of an environment's calls, from the section `environment`."""
 
     timeout_s: float = 60.0
     max_calls: int = 16

@@ -80,7 +80,7 @@ class _Sizes:
 
 
 class _Pass:
-    """A _Pass is one that is being filled: its size, and the completions of each of its groups."""
+    """A _Pass is a pass that is being filled: its size, and the completions of each of its groups."""
 
     def __init__(self) -> None:
         self.num, self.width, self.size = 0, 0, 0

@@ -22,7 +22,7 @@ from gvpo_ray.observe.episodes import episode_metrics, tries_of
 
 @dataclass(frozen=True)
 class Metric:
-    """A Metric is one of metrics.jsonl, or the quotient of two ("a / b"), which only the report draws."""
+    """A Metric describes a metric of metrics.jsonl, or the quotient of two, which only the report draws."""
 
     name: str
     """Key in metrics.jsonl. `{set}` is a free part, which becomes a label in Prometheus."""

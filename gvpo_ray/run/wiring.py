@@ -56,7 +56,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts are those of a run, but for the learner. Nothing runs before `ring.run()` or `ring.watch()`."""
+    """Parts holds a run's parts but for the learner. Nothing runs before `ring.run()` or `ring.watch()`."""
 
     buffer: BufferClient
     engines: EngineGroup

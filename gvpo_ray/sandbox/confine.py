@@ -186,7 +186,7 @@ CAPBSET_READ, GET_NO_NEW_PRIVS and SET_VMA (names of memory)."""
 
 
 class _Test(NamedTuple):
-    """A _Test is one of a 32-bit word of a system call's arguments.
+    """A _Test looks at a 32-bit word of a system call's arguments.
 
     The test holds if `word & mask` is among `values`.
     """
@@ -238,7 +238,7 @@ def _tests(pid: int, files: bool, may_kill: bool) -> dict[str, list[_Test]]:
 
 
 class _Instruction(NamedTuple):
-    """An _Instruction is one of the filter program, a struct sock_filter."""
+    """An _Instruction is an instruction of the filter program, a struct sock_filter."""
 
     code: int
     if_true: int

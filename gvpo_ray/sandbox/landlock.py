@@ -111,7 +111,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 class Files(NamedTuple):
-    """Files are those that a program reads."""
+    """Files holds the files that a program reads."""
 
     readable: list[str]
     """Files, and folders with all that is below them."""

@@ -1,4 +1,4 @@
-"""A reward function that fails has its faults counted, or a service that does not answer is waited for.
+"""The faults of a reward function are counted, and a service that does not answer is waited for.
 
 Both are decided where all verifiers are seen, because a verifier that was added or started again just now
 knows nothing of what has worked before.
@@ -90,7 +90,7 @@ class Failure:
 
 @dataclass
 class _Outage:
-    """An _Outage is that of a service that does not answer."""
+    """An _Outage says since when a service has not answered, and why."""
 
     since: float
     cause: str = ""

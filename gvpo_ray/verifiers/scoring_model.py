@@ -19,6 +19,7 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.data.messages import Message
 from gvpo_ray.data.rendering import messages_of
 from gvpo_ray.data.transcripts import Transcripts
+from gvpo_ray.data.vocabulary import beyond, unknown_token
 
 PROMPTS = "prompts"
 """The key of the run's own prompts among renderings; a source's whole groups have `sources.<name>`."""
@@ -100,7 +101,9 @@ class ScoringModel:
             path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
         )
         self._model = model.to(self._device).eval()
-        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        text = model.config.get_text_config()
+        self._context = getattr(text, "max_position_embeddings", None) or math.inf
+        self._vocab_size = int(text.vocab_size)
 
     def score(self, texts: Sequence[Text], key: str = PROMPTS) -> list[Score]:
         """Return the log-probs of completions; one that cannot be scored has a reason instead.
@@ -150,6 +153,8 @@ class ScoringModel:
             return f"the {'completion' if rendered.prompt_ids else 'prompt'} has no tokens"
         if self._unknown & {*rendered.prompt_ids, *ids}:
             return "its tokenizer has no tokens for a part of the text"
+        if (token := beyond([*rendered.prompt_ids, *ids], self._vocab_size)) is not None:
+            return f"its tokenizer writes {unknown_token(token, self._vocab_size)}"
         if (length := len(rendered.prompt_ids) + len(ids)) > self._context:
             return f"{length} tokens do not fit into its context of {self._context}"
         return _Tokens(rendered.prompt_ids, ids, mask)

@@ -51,7 +51,7 @@ def finite(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Line:
-    """A Line is one of a chart."""
+    """A Line holds the points of a line in a chart."""
 
     label: str
     """Distinguishes the lines of a run in one chart; "" where there is only one."""

@@ -28,7 +28,7 @@ PART = "\u25ab"
 
 @dataclass(frozen=True)
 class Token:
-    """A Token is one of a completion."""
+    """A Token is a token of a completion, as the page shows it."""
 
     text: str
     kind: str
