@@ -525,6 +525,8 @@ def class_forms(draw: st.DrawFn, modulus: int, residues: list[int], is_stated: b
     forms = [
         f"n \\equiv {', '.join(map(str, some))} \\pmod{{{modulus}}}",
         f"n \\equiv {_integers(some, 'or')} \\pmod {modulus}",
+        f"n = {some[0]} \\pmod {modulus}"
+        + "".join(f" \\text{{ or }} n = {r} \\pmod {modulus}" for r in some[1:]),
         " \\text{ or } ".join(f"n \\equiv {r} \\pmod{{{modulus}}}" for r in some),
         f"\\text{{all integers congruent to }} {_integers(some, 'or')} \\text{{ modulo }} {modulus}",
         f"those congruent to {_integers(residues, 'or')} mod {modulus}",
@@ -608,6 +610,13 @@ def test_the_prompts_expression_with_its_value_behind_it_is_an_answer(
         ("\\text{odd}", "\\text{even or odd}"),
         ("2n", "\\text{even}"),
         ("a_n = 3n + 1", "n \\equiv 1 \\pmod 3"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod{4k}"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod{4n}"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "nk \\equiv 2 \\pmod 4"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n k \\equiv 2 \\pmod 4"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod 4 \\text{ or not}"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "4k + 1 = 2 \\pmod 4"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n^2 = 2 \\pmod 4"),
     ],
 )
 def test_another_residue_class_is_wrong(gold: str, wrong: str) -> None:
