@@ -602,6 +602,26 @@ def test_the_prompts_expression_with_its_value_behind_it_is_an_answer(
         assert not is_right(f"{expression} = {gold + 1}", str(gold), prompt=prompt)
 
 
+@settings(max_examples=5)
+@given(bottom=st.integers(2, 30), value=st.integers(2, 60), by=st.integers(2, 20))
+def test_the_prompts_fraction_or_power_in_another_form_is_not_evaluated(
+    bottom: int, value: int, by: int
+) -> None:
+    top = value * bottom
+    prompt, gold, wrong = f"What is ${top}/{bottom}$?", str(value), f"{top * by}/{bottom * by}"
+    for answer in (wrong, f"x = {wrong}", f"{top}/{bottom} = {wrong}"):
+        assert not is_right(answer, gold, prompt=prompt)
+    assert is_right(wrong, gold, prompt="How many are there?")  # where the value had to be found
+    prompt, gold, wrong = f"Compute ${value}^{{4}}$.", str(value**4), f"{value**2}^2"
+    assert not is_right(wrong, gold, prompt=prompt)
+    assert is_right(wrong, gold, prompt="How many are there?")
+    share = Fraction(bottom, bottom + value)
+    gold = f"\\frac{{{share.numerator}}}{{{share.denominator}}}"
+    prompt = f"Simplify $\\frac{{{bottom * by}}}{{{(bottom + value) * by}}}$."
+    assert is_right(f"{share.numerator}/{share.denominator}", gold, prompt=prompt)
+    assert not is_right(f"{bottom * by * 7}/{(bottom + value) * by * 7}", gold, prompt=prompt)
+
+
 @pytest.mark.parametrize(
     ("gold", "wrong"),
     [
