@@ -24,6 +24,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v ray > /dev/null || { echo "local: error: there is no ray here: run jobs/setup.sh first" >&2; exit 2; }
 
 shown=${GVPO_LOCAL_CLUSTER:-runs/cluster} # where the file to source is
+# Ray 2.60.0 puts the path of Python into lines of bash as it is: where that has a space or the like, a link stands in for it
+is_plain() { [[ $1 != *[!a-zA-Z0-9_@%+=:,./-]* ]]; }
+is_plain "${TMPDIR:-}" || TMPDIR=/tmp
 folder=$(mktemp -d "${TMPDIR:-/tmp}/gvpo_ray_XXXXXX") # short: Ray's sockets lie in it, and their paths must be
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$folder/token"
 chmod 600 "$folder/token"
@@ -39,7 +42,9 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # there is no other node to hand 
 export RAY_JOB_STOP_WAIT_TIME_S=30
 unset RAY_ADDRESS
 
-ray start --head --block --temp-dir "$folder/ray" --node-ip-address 127.0.0.1 --port "$port" --include-dashboard true \
+python=$(command -v python)
+is_plain "$python" || { ln -s "${python%/bin/*}" "$folder/python"; python=$folder/python/bin/python; }
+"$python" -m ray.scripts.scripts start --head --block --temp-dir "$folder/ray" --node-ip-address 127.0.0.1 --port "$port" --include-dashboard true \
     --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" --ray-client-server-port "$client" --dashboard-agent-listen-port "$agent" \
     --dashboard-agent-grpc-port "$agent_grpc" --runtime-env-agent-port "$environment" --metrics-export-port "$metrics" "$@" \
     > "$folder/log" 2>&1 &
@@ -70,7 +75,7 @@ cat <<EOF
 dashboard: http://127.0.0.1:$dashboard (it asks for the token in $folder/token)
 submit, in another terminal:
   source $shown/env
-  ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root=$PWD
+  ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root=$(printf %q "$PWD")
 Ctrl-C ends this cluster and nothing else.
 EOF
 wait "$cluster"

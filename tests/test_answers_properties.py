@@ -525,6 +525,8 @@ def class_forms(draw: st.DrawFn, modulus: int, residues: list[int], is_stated: b
     forms = [
         f"n \\equiv {', '.join(map(str, some))} \\pmod{{{modulus}}}",
         f"n \\equiv {_integers(some, 'or')} \\pmod {modulus}",
+        f"n = {some[0]} \\pmod {modulus}"
+        + "".join(f" \\text{{ or }} n = {r} \\pmod {modulus}" for r in some[1:]),
         " \\text{ or } ".join(f"n \\equiv {r} \\pmod{{{modulus}}}" for r in some),
         f"\\text{{all integers congruent to }} {_integers(some, 'or')} \\text{{ modulo }} {modulus}",
         f"those congruent to {_integers(residues, 'or')} mod {modulus}",
@@ -600,6 +602,26 @@ def test_the_prompts_expression_with_its_value_behind_it_is_an_answer(
         assert not is_right(f"{expression} = {gold + 1}", str(gold), prompt=prompt)
 
 
+@settings(max_examples=5)
+@given(bottom=st.integers(2, 30), value=st.integers(2, 60), by=st.integers(2, 20))
+def test_the_prompts_fraction_or_power_in_another_form_is_not_evaluated(
+    bottom: int, value: int, by: int
+) -> None:
+    top = value * bottom
+    prompt, gold, wrong = f"What is ${top}/{bottom}$?", str(value), f"{top * by}/{bottom * by}"
+    for answer in (wrong, f"x = {wrong}", f"{top}/{bottom} = {wrong}"):
+        assert not is_right(answer, gold, prompt=prompt)
+    assert is_right(wrong, gold, prompt="How many are there?")  # where the value had to be found
+    prompt, gold, wrong = f"Compute ${value}^{{4}}$.", str(value**4), f"{value**2}^2"
+    assert not is_right(wrong, gold, prompt=prompt)
+    assert is_right(wrong, gold, prompt="How many are there?")
+    share = Fraction(bottom, bottom + value)
+    gold = f"\\frac{{{share.numerator}}}{{{share.denominator}}}"
+    prompt = f"Simplify $\\frac{{{bottom * by}}}{{{(bottom + value) * by}}}$."
+    assert is_right(f"{share.numerator}/{share.denominator}", gold, prompt=prompt)
+    assert not is_right(f"{bottom * by * 7}/{(bottom + value) * by * 7}", gold, prompt=prompt)
+
+
 @pytest.mark.parametrize(
     ("gold", "wrong"),
     [
@@ -608,6 +630,13 @@ def test_the_prompts_expression_with_its_value_behind_it_is_an_answer(
         ("\\text{odd}", "\\text{even or odd}"),
         ("2n", "\\text{even}"),
         ("a_n = 3n + 1", "n \\equiv 1 \\pmod 3"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod{4k}"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod{4n}"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "nk \\equiv 2 \\pmod 4"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n k \\equiv 2 \\pmod 4"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod 4 \\text{ or not}"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "4k + 1 = 2 \\pmod 4"),
+        ("n = 4k + 2, k \\in \\mathbb{Z}", "n^2 = 2 \\pmod 4"),
     ],
 )
 def test_another_residue_class_is_wrong(gold: str, wrong: str) -> None:

@@ -321,9 +321,11 @@ def test_higher_limits_release_prompts_from_quarantine_and_lower_ones_do_not(tmp
     assert [entry["prompt"] for entry in again.entries()] == ["b"] and not again.holds_all(prompts)
 
 
-def _ended(buffer: GroupBuffer, reasons: list[str | None]) -> EndedBy:
+def _ended(buffer: GroupBuffer, reasons: list[str | None], **columns: Any) -> EndedBy:
     rewards = tuple(1.0 if reason is None else None for reason in reasons)
-    return asyncio.run(buffer.put(table(make_group(0, rewards, reward_reasons=reasons))))
+    episodes = ['{"name": "0"}'] * len(reasons)
+    group = make_group(0, rewards, **{"reward_reasons": reasons, "episodes": episodes} | columns)
+    return asyncio.run(buffer.put(groups.table([group])))
 
 
 LATE = "timeout: environment: reset: no answer within 1 s"
@@ -337,9 +339,10 @@ AGENT = "timeout: environment: the agent: no call of the model"
         ([LATE, f"math: no answer\n{LATE}"], EndedBy.LATE),
         ([LATE, "timeout: math took more than 1 s"], EndedBy.CHECKS),
         ([LATE, "crash: environment: reset: exited"], EndedBy.CHECKS),
-        ([LATE, None], EndedBy.NONE),
+        ([LATE, None], EndedBy.WELL),
         ([LATE, "environment: reset raised KeyError"], EndedBy.NONE),
-        ([None, None], EndedBy.NONE),
+        (["environment: lost", "environment: lost"], EndedBy.NONE),
+        ([None, None], EndedBy.WELL),
     ],
 )
 def test_the_clock_of_an_environment_is_told_from_the_limits_of_a_check(
@@ -348,19 +351,28 @@ def test_the_clock_of_an_environment_is_told_from_the_limits_of_a_check(
     assert _ended(make(tmp_path), reasons) is cut_off
 
 
+def test_a_group_in_which_nothing_was_played_says_nothing_about_the_environment(tmp_path: Path) -> None:
+    whole = {"sources": ["offline:people"] * 2, "episodes": None}
+    assert _ended(make(tmp_path / "whole"), [None, None], **whole) is EndedBy.NONE
+    replayed = {"sources": ["replay", "policy"]}
+    assert _ended(make(tmp_path / "replayed"), [None, LATE], **replayed) is EndedBy.NONE
+    assert _ended(make(tmp_path / "played"), [LATE, None], **replayed) is EndedBy.WELL
+
+
 def test_an_environment_that_is_late_is_the_prompts_fault_if_others_go_well(tmp_path: Path) -> None:
     a, b, c = (Prompts(["a", "b", "c"]).all().slice(i, 1) for i in range(3))
     path = tmp_path / "quarantine.jsonl"
     quarantine = Quarantine(path, VerifiersConfig(), environment_s=60.0)
-    quarantine.judge(c, EndedBy.NONE)  # before the first time: it says nothing
+    quarantine.judge(c, EndedBy.WELL)  # before the first time: it says nothing
     # a busy machine: all are late
     assert not quarantine.judge(a, EndedBy.LATE) and not quarantine.judge(b, EndedBy.LATE)
+    quarantine.judge(c, EndedBy.NONE)  # nothing was played, or all of it was lost
     assert not quarantine.judge(b, EndedBy.LATE)
-    quarantine.judge(c, EndedBy.NONE)
+    quarantine.judge(c, EndedBy.WELL)
     # a again, though another prompt's group went well meanwhile; b for the third time
     assert quarantine.judge(a, EndedBy.LATE) and quarantine.judge(b, EndedBy.LATE)
     assert not quarantine.judge(c, EndedBy.LATE) and not quarantine.holds(c)
-    quarantine.judge(c, EndedBy.NONE)  # so it was not c's fault
+    quarantine.judge(c, EndedBy.WELL)  # so it was not c's fault
     assert not quarantine.judge(c, EndedBy.LATE) and not quarantine.holds(c)
     assert quarantine.holds(a) and quarantine.holds(b)
     assert quarantine.what_ends().startswith("no environment answers within environment.timeout_s")

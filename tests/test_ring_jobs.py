@@ -144,7 +144,8 @@ def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no
         for row in log
         for text, reward in zip(row["completions"], row["rewards"], strict=True)
     )
-    assert latest_checkpoint(folder / "offline")[0] >= num_steps - 2
+    # every second step has one, and the last may have been under way when the job was stopped
+    assert latest_checkpoint(folder / "offline")[0] >= num_steps - 3
 
 
 def drivers(environment: dict[str, str]) -> list[int]:

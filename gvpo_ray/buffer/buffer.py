@@ -189,7 +189,7 @@ class GroupBuffer(LearnerControl):
         async with self._new_group:
             self._new_group.notify_all()
         if not groups.all_cut_off(group):
-            return EndedBy.NONE
+            return EndedBy.WELL if groups.any_episode_well(group) else EndedBy.NONE
         return EndedBy.LATE if groups.all_late(group) else EndedBy.CHECKS
 
     # --- learner --------------------------------------------------------------------------------------------

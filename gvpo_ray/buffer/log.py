@@ -270,6 +270,7 @@ class EndedBy(enum.Enum):
     """An EndedBy says which limits ended all checks of a group's completions."""
 
     NONE = "none"
+    WELL = "none, and the environment has brought an episode to a reward"
     CHECKS = "limits of a check"
     LATE = "the time limit of the environment, at all episodes"
 
@@ -329,6 +330,8 @@ class Quarantine:
             cut_off: which limits ended its checks.
         """
         if cut_off is EndedBy.NONE:
+            return False
+        if cut_off is EndedBy.WELL:
             self._num_well += 1
             if self._late:
                 self._late.pop(prompt_key_of(prompt), None)

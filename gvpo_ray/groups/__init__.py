@@ -33,6 +33,7 @@ from gvpo_ray.groups.table import GroupError as GroupError
 from gvpo_ray.groups.table import Row as Row
 from gvpo_ray.groups.table import all_cut_off as all_cut_off
 from gvpo_ray.groups.table import all_late as all_late
+from gvpo_ray.groups.table import any_episode_well as any_episode_well
 from gvpo_ray.groups.table import empty as empty
 from gvpo_ray.groups.table import join as join
 from gvpo_ray.groups.table import limit_of as limit_of

@@ -215,6 +215,19 @@ def all_late(group: pa.Table) -> bool:
     )
 
 
+def any_episode_well(group: pa.Table) -> bool:
+    """Return whether the environment of an episode that was played for this group has come to a reward.
+
+    Completions from elsewhere, replayed ones and lost episodes say nothing about the environment.
+    """
+    episodes = group["episodes"][0].as_py() if "episodes" in group.column_names else None
+    rewards, sources = group["rewards"][0].as_py(), group["sources"][0].as_py()
+    return episodes is not None and any(
+        reward is not None and episode is not None and source != "replay"
+        for reward, episode, source in zip(rewards, episodes, sources, strict=True)
+    )
+
+
 def _array(name: str, values: Sequence[Any]) -> pa.Array:
     if name not in SCHEMA.names:
         raise GroupError(f"column {name!r} is not one of {SCHEMA.names}")

@@ -10,6 +10,7 @@ about the form, and an answer must have the gold answer's.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -344,12 +345,26 @@ def _lacks_form(gold: Tree, pred: Tree, prompt: str) -> bool:
     )
 
 
+_FRACTION = re.compile(
+    r"\\frac\s*\{\s*-?(\d{1,300})\s*\}\s*\{\s*(\d{1,300})\s*\}|(?<![\d./^])(\d{1,300})\s*/\s*(\d{1,300})(?![\d.])"
+)
+_POWER = re.compile(r"(?<![\d.])(\d{1,6})\s*\^\s*(?:\{\s*(\d{1,2})\s*\}|(\d))")
+
+
+def _unevaluated(text: str) -> list[Fraction]:
+    """Return the values of the fractions of a text that can be reduced, and of its powers of integers."""
+    pairs = (tuple(map(int, filter(None, groups))) for groups in _FRACTION.findall(text))
+    fractions = [Fraction(*pair) for pair in pairs if (pair[1] and math.gcd(*pair) > 1) or pair[1] == 1]
+    return fractions + [Fraction(int(base) ** int(two or one)) for base, two, one in _POWER.findall(text)]
+
+
 def is_copied(gold: str, pred: str, prompt: str) -> bool:
     """Return whether an answer that equals the gold answer by value only is taken over from the prompt.
 
     It is if the prompt contains it, whatever the order of its terms, and it is not written as the gold answer
     is: 0.4 or 84/210 for 2/5. Nor is one fraction, root or power whose numerals the prompt gives an answer,
-    nor a polynomial in another form than the question asks for. Integers are answers wherever they stand.
+    nor 168/420, which extends the prompt's fraction, nor 4^5 where the prompt has 2^10, nor a polynomial in
+    another form than the question asks for. Integers are answers wherever they stand.
 
     Args:
         gold: the gold answer, normalised.
@@ -365,7 +380,10 @@ def is_copied(gold: str, pred: str, prompt: str) -> bool:
     question = normalise(prompt)
     is_alone = re.search(r"[/^]|\\frac", pred) if tree is None else is_notation(tree)
     if is_alone and as_number(gold) is not None and "." not in gold:
-        return {*numerals} <= {*re.findall(r"\d+(?:\.\d+)?", question)}
+        values = {*_unevaluated(question)} & {*_unevaluated(pred)}
+        return {*numerals} <= {*re.findall(r"\d+(?:\.\d+)?", question)} or as_number(
+            gold.lstrip("-+")
+        ) in values
     plain, place = (
         re.sub(
             r"[{}()*]|\\(?:cdot|times)|(?<!\w)\s+|\s+(?!\w)",

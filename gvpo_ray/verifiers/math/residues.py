@@ -32,7 +32,7 @@ _WORDED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\(?:pmod|bmod|mod)(?![a-z])|\(\s*mod(?=[\s\d])|\bmodulo\b|\bmod\b", " mod "),
-        (r"\bcongruent to\b", r" \\equiv "),
+        (r"\bcongruent to\b|=\s*(?=-?\d+[\s(]* mod )", r" \\equiv "),
         (r"\b(?:divisible by|(?:an? )?multiples? of)\s*(\d+)", r" \\equiv 0 mod \1 "),
         (
             r"\b(?:(?:leav|giv|hav)(?:es?|ing)|has|with)?\s*(?:an? |the )?remainders?\s*(?:of |is )?"
@@ -47,6 +47,7 @@ _WORDED = [
 ]
 _CLAUSE = re.compile(
     rf"(?P<said>[^\d\\]*)(?:\\equiv)?\s*(?P<integers>{_INTEGERS})[\s,()]*mod\s*(?P<modulus>\d+)"
+    r"(?![\d(]*[A-Za-z])"  # 4k
 )
 _VOCABULARY = frozenset(
     "all any every each the those a an n x m k p is are be integer integers number numbers value values "  # noqa: SIM905
@@ -92,10 +93,13 @@ def _stated(text: str) -> Residues | None:
             return None  # "1 mod 2 and 2 mod 3" are both
         residues = {int(n) % modulus for n in re.findall(r"-?\d+", clause["integers"])}
         found.append((modulus, {*range(modulus)} - residues if "not" in said else residues))
-    words |= {*re.findall(r"[^\s,()]+", text[end:])}
+    behind = re.findall(r"[^\s,()]+", text[end:])
+    words |= {*behind}
     if (
         not found
         or not {word.lower() for word in words} <= _VOCABULARY
+        or {"or", "not"} & {*behind}
+        or len({word for word in words if len(word) == 1 and word not in "aA"}) > 1  # nk is another number
         or ("not" in words and len(found) > 1)
     ):
         return None
