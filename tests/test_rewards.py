@@ -1,4 +1,6 @@
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +211,18 @@ def test_a_reward_model_scores_each_completion_as_it_would_alone(classifier: str
 def test_a_text_that_a_reward_model_cannot_read_whole_has_no_reward(classifier: str) -> None:
     scores = RewardModel(classifier, batch_size=2).score(["1+1="] * 2, ["2", "2" * 100])
     assert isinstance(scores[0], float) and scores[1] == (None, "104 tokens do not fit into the reward model")
+
+
+def test_a_text_with_a_token_that_a_reward_model_lacks_has_no_reward(classifier: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    scores = RewardModel(str(folder), batch_size=2).score(["1+1="] * 2, ["2", "<think>2"])
+    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<think>")
+    has = f"token {token}, and the model has {tiny.VOCAB_SIZE} (vocab_size of its config.json)"
+    assert token >= tiny.VOCAB_SIZE and isinstance(scores[0], float)
+    assert scores[1] == (None, f"the reward model's tokenizer writes {has}")
 
 
 def test_a_reward_model_is_called_like_any_other_reward() -> None:

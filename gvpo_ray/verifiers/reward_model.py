@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gvpo_ray.data.vocabulary import beyond, unknown_token
+
 
 class RewardModel:
     """A RewardModel scores completions; pool.py makes it an actor.
@@ -41,14 +43,22 @@ class RewardModel:
         """Return the classifier's output for each completion.
 
         The text is a chat of prompt and completion if the tokenizer has a chat template, else the prompt
-        followed by the completion. A text that does not fit into the model's context gets None and a remark.
+        followed by the completion. A text that does not fit into the model's context, or has a token that the
+        model lacks, gets None and a remark.
         """
         texts = [
             self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
         ]
         ids = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
         context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
-        fits = [i for i, row in enumerate(ids) if len(row) <= context]
+        size = int(self._model.config.get_text_config().vocab_size)
+        why: dict[int, str] = {}
+        for i, row in enumerate(ids):
+            if len(row) > context:
+                why[i] = f"{len(row)} tokens do not fit into the reward model"
+            elif (token := beyond(row, size)) is not None:
+                why[i] = f"the reward model's tokenizer writes {unknown_token(token, size)}"
+        fits = [i for i in range(len(ids)) if i not in why]
         rewards: dict[int, float] = {}
         for begin in range(0, len(fits), self._batch_size):
             rows = fits[begin : begin + self._batch_size]
@@ -60,10 +70,7 @@ class RewardModel:
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
                 ).logits[:, 0]
             rewards |= zip(rows, outputs.float().tolist(), strict=True)
-        return [
-            rewards[i] if i in rewards else (None, f"{len(ids[i])} tokens do not fit into the reward model")
-            for i in range(len(ids))
-        ]
+        return [(None, why[i]) if i in why else rewards[i] for i in range(len(ids))]
 
     def _text(self, prompt: str, completion: str) -> str:
         if not self._tokenizer.chat_template:
