@@ -346,7 +346,8 @@ def _lacks_form(gold: Tree, pred: Tree, prompt: str) -> bool:
 
 
 _FRACTION = re.compile(
-    r"\\frac\s*\{\s*-?(\d{1,300})\s*\}\s*\{\s*(\d{1,300})\s*\}|(?<![\d./^])(\d{1,300})\s*/\s*(\d{1,300})(?![\d.])"
+    r"\\frac\s*\{\s*-?(\d{1,300})\s*\}\s*\{\s*(\d{1,300})\s*\}"
+    r"|(?<![\d./^])(\d{1,300})\s*/\s*(\d{1,300})(?![\d.])"
 )
 _POWER = re.compile(r"(?<![\d.])(\d{1,6})\s*\^\s*(?:\{\s*(\d{1,2})\s*\}|(\d))")
 

@@ -50,9 +50,9 @@ _CLAUSE = re.compile(
     r"(?![\d(]*[A-Za-z])"  # 4k
 )
 _VOCABULARY = frozenset(
-    "all any every each the those a an n x m k p is are be integer integers number numbers value values "  # noqa: SIM905
-    "of that which such for whole natural positive nonnegative non-negative only exactly precisely must "
-    "and or not".split()
+    "all any every each the those a an n x m k p is are be integer integers number "  # noqa: SIM905 - data
+    "numbers value values of that which such for whole natural positive nonnegative non-negative only "
+    "exactly precisely must and or not".split()
 )
 """Words that may stand around a class. What else is said could narrow it or deny it."""
 _FORMULA = re.compile(
