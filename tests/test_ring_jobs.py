@@ -61,7 +61,7 @@ def local_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     assert left_behind(mark) == []
 
 
-def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no_engine_for_offline_data(
+def test_a_submitted_run_survives_a_killed_driver_ends_when_it_is_told_and_needs_no_engine_for_offline_data(
     config_file: Path, local_cluster: dict[str, str]
 ) -> None:
     folder = config_file.parent
