@@ -99,10 +99,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
     }
+    # Ray puts the path of Python into lines of bash as it is: this one has no space, wherever the project is
+    (file.parent / "python").symlink_to(Path(sys.executable).parents[1])
     with open(said, "w") as log:
         head = subprocess.Popen(
             [
-                Path(sys.executable).with_name("ray"),
+                file.parent / "python" / "bin" / Path(sys.executable).name,
+                "-m",
+                "ray.scripts.scripts",
                 "start",
                 "--head",
                 "--block",

@@ -1,5 +1,6 @@
 """The learner's workers share a job with the user's own program, whose placement groups are not theirs."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +14,18 @@ from ray.util.placement_group import placement_group, placement_group_table
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner import workers
 from gvpo_ray.learner.workers import LearnerGroup
+from gvpo_ray.run.session import executable
 
 
 @pytest.fixture
 def here() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        **executable(sys.executable),
+    )
     yield
     ray.shutdown()
 
