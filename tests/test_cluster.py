@@ -506,7 +506,8 @@ time.sleep(600)
 @pytest.mark.parametrize("after", ["", " && true"], ids=["ray_is_the_first_process", "bash_is"])
 def test_the_pre_stop_hook_tells_ray_itself_and_returns_when_it_has_left(tmp_path, after):
     (tmp_path / "ray").write_text(FAKE_RAY)
-    command = f"ulimit -n 1024; {sys.executable} {tmp_path}/ray start --block --test {tmp_path}/left{after}"
+    python = shlex.quote(sys.executable)
+    command = f"ulimit -n 1024; {python} {tmp_path}/ray start --block --test {tmp_path}/left{after}"
     first = subprocess.Popen(["bash", "-c", "--", command], stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert first.stdout is not None and first.stdout.readline() == b"started\n"
