@@ -270,15 +270,19 @@ def test_a_gold_answer_that_cannot_be_understood_verifies_only_its_own_text():
 
 
 def test_other_projects_cases_are_graded_as_they_expect() -> None:
-    """The 118 slow ones are left to `gvpo-ray verify tests/data/grader_cases.jsonl`: 573 of all 596 agree."""
+    """The 118 slow ones are left to `gvpo-ray verify tests/data/grader_cases.jsonl`: 572 of all 596 agree."""
     lines = (Path(__file__).parent / "data" / "grader_cases.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row["is_slow"]]
     verdicts = [
-        (bool(grade(row["prediction"], row["gold"], prompt=row["prompt"]).correct), row["expected"])
+        (
+            bool(grade(row["prediction"], row["gold"], prompt=row["prompt"]).correct),
+            # Two projects take these for 5 and for 4; here the model has to evaluate them.
+            row["expected"] and row["prediction"] not in ("3+2", r"The answer is $\sqrt{16}$"),
+        )
         for row in rows
     ]
     assert (len(lines), len(rows)) == (596, 478)
-    assert sum(verdict == expected for verdict, expected in verdicts) >= 458
+    assert sum(verdict == expected for verdict, expected in verdicts) >= 459
     # two lists in another order, an answer in bare words, a fraction that is not in lowest terms, spaces
     assert sum(verdict and not expected for verdict, expected in verdicts) <= 6
 

@@ -21,7 +21,6 @@ from gvpo_ray.verifiers.math.numbers import (
     read_value,
     same_unit,
 )
-from gvpo_ray.verifiers.math.residues import same_residues
 from gvpo_ray.verifiers.math.structure import (
     QUALIFIER,
     RELATION,
@@ -107,8 +106,6 @@ def equal_answers(gold: str, pred: str, nesting: int = 0) -> bool:
     amounts, others = as_amounts(gold), as_amounts(right_side(pred))
     if amounts and others and max(amounts.num, others.num) > 1:
         return amounts[:2] == others[:2]
-    if same_residues(gold, pred):
-        return True
     kind = kind_of(gold)
     if ":" in gold:  # 3 to 4 is 3:4
         pred = re.sub(r"(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":", pred)

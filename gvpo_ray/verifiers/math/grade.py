@@ -22,7 +22,6 @@ from gvpo_ray.verifiers.math.compare import Kind, equal_answers, is_copied_answe
 from gvpo_ray.verifiers.math.extract import CODE, MAX_CHARS, extract
 from gvpo_ray.verifiers.math.normalise import normalise
 from gvpo_ray.verifiers.math.numbers import as_amounts, as_number, read_value
-from gvpo_ray.verifiers.math.residues import residues_of
 from gvpo_ray.verifiers.math.structure import right_side
 from gvpo_ray.verifiers.math.symbolic import parse
 from gvpo_ray.verifiers.math.words import is_words
@@ -76,7 +75,7 @@ def grade(completion: str, gold: str, *, truncated: bool = False, prompt: str = 
     if CODE.search(text):
         return Grade(normalise(text) == wanted, None, text)
     answers = [text]
-    if found.sentence and (is_words(wanted) or residues_of(wanted)):
+    if found.sentence and is_words(wanted):
         answers.append(found.sentence[:MAX_CHARS])
     if (num := num_elements(wanted)) > 1:  # each may have a box of its own
         answers.append((extract(completion, truncated=truncated, num_boxes=num).text or "")[:MAX_CHARS])
@@ -91,16 +90,13 @@ def grade(completion: str, gold: str, *, truncated: bool = False, prompt: str = 
 @functools.lru_cache(maxsize=256)
 def _gold_text(gold: str) -> str:
     """Return the normalised gold answer; of a solution, the part that is marked as its answer."""
-    whole = normalise(gold) if len(gold) <= MAX_CHARS else ""
-    if residues_of(whole):
-        return whole  # of "integers congruent to 2 modulo 4" no number alone is the answer
     text = extract(gold).text or gold
     return normalise(text) if len(text) <= MAX_CHARS else ""
 
 
 def _understood(gold: str) -> bool:
     """Return whether a normalised gold answer is understood well enough to call other answers wrong."""
-    if residues_of(gold) or kind_of(gold) not in (Kind.EQUATION, Kind.VALUE, Kind.INEQUALITY):
+    if kind_of(gold) not in (Kind.EQUATION, Kind.VALUE, Kind.INEQUALITY):
         return True
     value = right_side(gold)
     text = read_value(value).text
