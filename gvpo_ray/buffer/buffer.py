@@ -165,7 +165,7 @@ class GroupBuffer(LearnerControl):
         """Append one finished group to the log and wake the learner; a group already there is ignored.
 
         Returns:
-            Which limits ended all of its completions' checks, if any.
+            How its completions' checks ended.
 
         Raises:
             GroupError: the group lacks a logged column, or its lists do not fit.

@@ -267,7 +267,7 @@ def _group_id(source: Any, schema: pa.Schema) -> int:
 
 
 class EndedBy(enum.Enum):
-    """An EndedBy says which limits ended all checks of a group's completions."""
+    """An EndedBy says how the checks of a group's completions ended, as far as that speaks of its prompt."""
 
     NONE = "none"
     WELL = "none, and the environment has brought an episode to a reward"
@@ -322,27 +322,27 @@ class Quarantine:
         """Return whether a prompt (one row of the group table) is in quarantine."""
         return bool(self._keys) and prompt_key_of(prompt) in self._keys
 
-    def judge(self, prompt: pa.Table, cut_off: EndedBy) -> bool:
+    def judge(self, prompt: pa.Table, ended_by: EndedBy) -> bool:
         """Put a prompt (one row of the group table) in if its group's end is its fault; return whether it is.
 
         Args:
             prompt: of the group.
-            cut_off: which limits ended its checks.
+            ended_by: how its checks ended.
         """
-        if cut_off is EndedBy.NONE:
+        if ended_by is EndedBy.NONE:
             return False
-        if cut_off is EndedBy.WELL:
+        if ended_by is EndedBy.WELL:
             self._num_well += 1
             if self._late:
                 self._late.pop(prompt_key_of(prompt), None)
             return False
-        if cut_off is EndedBy.LATE:
+        if ended_by is EndedBy.LATE:
             key = prompt_key_of(prompt)
             times, before = self._late.get(key, (0, self._num_well))
             self._late[key] = times + 1, before
             if not (times and self._num_well > before) and times + 1 < MAX_LATE:
                 return False
-        self.add(prompt, self._of_environment if cut_off is EndedBy.LATE else self._of_checks)
+        self.add(prompt, self._of_environment if ended_by is EndedBy.LATE else self._of_checks)
         return True
 
     def add(self, prompt: pa.Table, limits: Mapping[str, Any] | None = None) -> None:

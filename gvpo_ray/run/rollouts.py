@@ -177,12 +177,12 @@ class Ring:
                         self._goes_to(group_id, since, "references")
                         scored = await self._references.score(scored)
                     self._goes_to(group_id, since, "buffer")
-                    cut_off = await self._buffer.put(scored)
+                    ended_by = await self._buffer.put(scored)
                     break
                 except RayError as error:
                     if not is_lost(error):
                         raise
-            if self._quarantine.judge(prompt, cut_off):
+            if self._quarantine.judge(prompt, ended_by):
                 self._refuse_quarantine()
         self._goes_to(group_id, since, None)
         self._engines.room.set()
