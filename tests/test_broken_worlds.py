@@ -1,0 +1,255 @@
+"""Calls that hang, and worlds that are brought down or cannot be loaded, cost their own episode alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import episodes as worlds
+import pytest
+from episodes import (
+    Calculator,
+    environment_of,
+    host_of,
+)
+from test_environments import call, ends, run
+
+from gvpo_ray import groups
+from gvpo_ray.config.environment import ENVIRONMENT
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.data.calls import Call
+from gvpo_ray.environments.forks import BrokenError, Forks
+from gvpo_ray.environments.host import Host
+from gvpo_ray.environments.world import Limits
+from gvpo_ray.verifiers.verifier import Verifier
+
+
+@pytest.fixture
+def _hanging() -> Iterator[None]:
+    Calculator.waiting.clear()
+    yield
+    Calculator.waiting.set()  # pytest would wait for the thread
+
+
+@pytest.mark.parametrize("tool", ["hang", "sleep"])
+def test_a_tool_that_hangs_is_an_error_that_the_policy_reads_and_the_environment_scores_the_episode(
+    tool: str, tmp_path: Path, _hanging: None
+) -> None:
+    async def main() -> None:
+        # 12 episodes with 3 calls that hang, each in a thread that nothing can end
+        host = host_of(Calculator)
+        for opened in await host.open(0, {}, 12):
+            for turn in range(3):
+                with hurried(host, opened.name):
+                    answer = await host.act(opened.name, 0, turn, {}, [Call(tool, {})], "")
+                (message,) = answer.messages
+                assert message["content"] == "Error: no answer within 0.01 s"
+                assert (answer.reason, answer.num_errors, answer.num_hung) == (None, 1, 1)
+            assert host._episodes[opened.name].world.has_hung  # type: ignore[attr-defined]
+            assert await host.finish(opened.name, 0, {}) == (0.0, None, False)  # the environment says so
+
+    asyncio.run(main())
+
+
+@contextlib.contextmanager
+def hurried(host: Host, name: str) -> Iterator[None]:
+    """Give an episode's calls, which hang, next to no time; all others have what a busy machine takes."""
+    world: Any = host._episodes[name].world
+    limits, world._limits = world._limits, Limits(timeout_s=0.01)
+    yield
+    world._limits = limits
+
+
+def test_the_calls_of_a_turn_behind_one_that_hangs_are_not_made(_hanging: None) -> None:
+    async def main() -> None:
+        host = host_of(Calculator)
+        (opened,) = await host.open(0, {}, 1)
+        calls = [Call("hang", {}), Call("add", {"a": 1}), Call("hang", {})]
+        with hurried(host, opened.name):
+            answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        late, *others = (message["content"] for message in answer.messages)
+        assert late == "Error: no answer within 0.01 s"
+        assert others == ["Error: not made: an earlier call of this turn gave no answer"] * 2
+        assert (answer.num_errors, answer.num_hung, answer.num_refused) == (3, 1, 0)
+        answer = await host.act(opened.name, 0, 1, {}, [Call("add", {"a": 1})], "")
+        assert answer.messages[0]["content"] == "2"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num", [1, 3, 4, 20])
+def test_a_turn_has_a_number_of_calls_and_the_policy_reads_that_further_ones_were_not_made(num: int) -> None:
+    async def main() -> None:
+        host = host_of(Calculator, Limits(max_calls=3))
+        (opened,) = await host.open(0, {}, 1)
+        tools = ["add", "later"]  # asynchronous calls count as well
+        calls = [Call(tools[i % 2], {"a": i}) for i in range(num)]
+        answer = await host.act(opened.name, 0, 0, {}, calls, "")
+        texts = [message["content"] for message in answer.messages]
+        assert len(texts) == num and not any("Error" in text for text in texts[:3])
+        assert texts[3:] == ["Error: not made: a turn may have 3 tool calls"] * max(0, num - 3)
+        assert len(environment_of(host, opened.name).order) == min(num, 3)
+        assert answer.num_errors == answer.num_refused == max(0, num - 3)
+
+    asyncio.run(main())
+
+
+def test_what_fails_after_a_call_that_hung_is_the_policys_doing(_hanging: None) -> None:
+    class Held(Calculator):
+        """Its score needs what the tool that hangs holds."""
+
+        def get_reward(self) -> float | None:
+            raise KeyError("held")
+
+    async def main() -> None:
+        host = host_of(Held)
+        hung, fine = await host.open(0, {}, 2)
+        with hurried(host, hung.name):
+            await host.act(hung.name, 0, 0, {}, [Call("hang", {})], "")
+        failed = "environment: get_reward raised KeyError: 'held'"
+        assert await host.finish(fine.name, 0, {}) == (None, failed, False)
+        reason = f"environment: brought down by a tool call: {failed}"
+        assert await host.finish(hung.name, 0, {}) == (None, reason, True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("others", "worth"), [([1.0, 1.0, 0.0], 0.0), ([1.0, 0.5, 0.5], 0.5), ([-2.0, None, 1.0], -2.0)]
+)
+def test_an_episode_whose_environment_the_policy_brings_down_is_worth_the_worst_of_its_group(
+    others: list[float | None], worth: float, tmp_path: Path
+) -> None:
+    async def down(calls: Any, message: str) -> Any:
+        raise BrokenError("its process died")
+
+    def policy(turns: list[str], number: int) -> str:
+        return str(number) if number else call("add", a=1)
+
+    async def main() -> None:
+        made, (client,) = worlds.episodes(Calculator, tmp_path, hosts=1)
+
+        async def acts(name: str, *args: Any) -> Any:
+            world: Any = client.host._episodes[name].world
+            *_, calls, message = args
+            if calls:
+                world.act = down
+            world.environment.get_reward = lambda: others[int(message) - 1]
+            return await Host.act(client.host, name, *args)
+
+        client.host.act = acts  # type: ignore[method-assign,assignment]
+        row = await run(made, policy, num=4)
+        reason = "environment: brought down by a tool call: crash: environment: add: its process died"
+        assert [end["end"] for end in ends(row)] == ["broken", "stop", "stop", "stop"]
+        assert row["reward_parts"] == {ENVIRONMENT: [None, *others]} and row["reward_reasons"][0] == reason
+        scored = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})).score(groups.table([row]))
+        assert scored["rewards"][0].as_py() == [worth, *others]
+        alone = {name: row[name][:1] for name in (*groups.COMPLETION_COLUMNS, "episodes", "reward_reasons")}
+        alone = {**row, **alone, "trained_tokens": row["trained_tokens"][:1]}
+        alone["reward_parts"] = {ENVIRONMENT: [None]}
+        scored = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()})).score(groups.table([alone]))
+        assert scored["rewards"][0].as_py() == [None]  # nobody has said what it is worth
+        assert not groups.all_cut_off(scored)  # and the prompt is not to blame
+
+    asyncio.run(main())
+
+
+class Fragile:
+    """Its process can be brought down by a call."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def reset(self, **row: Any) -> str:
+        return f"{self.text} {row['answer']}"
+
+    def freeze(self) -> str:
+        ctypes.PyDLL(None).pause()  # for ever, with Python's lock
+        return "late"
+
+    def die(self) -> None:
+        os._exit(3)
+
+    def add(self, a: int) -> int:
+        return a + 1
+
+    def respond(self, message: str) -> str | None:
+        if message == "die":
+            self.die()
+        return None
+
+    def get_reward(self) -> float:
+        return 0.5
+
+
+@pytest.mark.components
+def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        made = Forks(Fragile, {"text": "say"}, Limits())
+        host = Host(made.world)
+        opened = await host.open(0, {"answer": "7"}, 7)
+        assert {one.said for one in opened} == {"say 7"} and {one.reason for one in opened} == {None}
+        pids = [host._episodes[one.name].world.pid for one in opened]  # type: ignore[attr-defined]
+        assert len({*pids, os.getpid()}) == 8
+        *broken, late, talker, fine = opened
+        for i, one in enumerate(broken):
+            tool = "die" if i % 2 else "freeze"
+            host._episodes[one.name].world.limit_s = 60 if i % 2 else 0.01  # type: ignore[attr-defined]
+            answer = await host.act(one.name, 0, 0, {}, [Call(tool, {})], "")
+            how = "its process died" if i % 2 else "its process gave no sign of life and was killed"
+            assert answer.reason is not None and answer.reason.endswith(f"environment: {tool}: {how}")
+            assert answer.is_broken and answer.reason.startswith("environment: brought down by a tool call")
+        answer = await host.act(talker.name, 0, 0, {}, [], "die")
+        assert answer.reason == "crash: environment: respond: its process died" and not answer.is_broken
+        answer = await host.act(fine.name, 0, 0, {}, [Call("add", {"a": 1})], "")
+        assert answer.messages[0]["content"] == "2"
+        assert await host.finish(fine.name, 0, {}) == (0.5, None, False)
+        under_way = asyncio.ensure_future(host.act(late.name, 0, 0, {}, [Call("freeze", {})], ""))
+        await asyncio.sleep(0.01)
+        await host.release(0)
+        assert (await under_way).is_broken
+        *of_broken, own = pids
+        await gone(of_broken)
+        again, other = await host.open(1, {"answer": "8"}, 2)
+        assert again.said == other.said == "say 8"
+        # a process in which nothing hung serves another episode
+        assert {own} < {host._episodes[one.name].world.pid for one in (again, other)}  # type: ignore[attr-defined]
+        made._server.kill()
+        made.wait()
+        (lost,) = await host.open(2, {"answer": "9"}, 1)  # in the process that is free, and ends
+        (more,) = await host.open(2, {"answer": "9"}, 1)
+        ends = ("its process died", "the process that worlds are forked from died")
+        for one in (lost, more):
+            assert one.reason is not None and one.reason.endswith(ends)
+        made.close()
+
+    asyncio.run(main())
+
+
+async def gone(pids: list[int]) -> None:
+    """Wait until these processes have ended."""
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.components
+def test_a_class_that_another_process_cannot_load_is_an_error_with_its_cause() -> None:
+    class Bad:
+        at = Unloadable()
+
+        def reset(self, **row: Any) -> None: ...
+
+    with pytest.raises(RuntimeError, match="class cannot be loaded: ZeroDivisionError"):
+        Forks(Bad, {}, Limits())
+
+
+class Unloadable:
+    def __reduce__(self) -> Any:
+        return divmod, (1, 0)
