@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,6 @@ import yaml
 from ring import GROUPS_PER_STEP, left_behind, until
 
 from gvpo_ray import groups
-from gvpo_ray.learner.checkpoints import latest_checkpoint
 
 PROJECT = Path(__file__).parents[1]
 
@@ -49,7 +49,7 @@ def local_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
             break
     assert (tmp_path / "cluster" / "env").is_file(), lines
     sourced = subprocess.run(
-        ["bash", "-c", f"source {tmp_path}/cluster/env && env -0"],
+        ["bash", "-c", 'source "$0" && env -0', str(tmp_path / "cluster" / "env")],
         env=plain,
         check=True,
         capture_output=True,
@@ -61,7 +61,7 @@ def local_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     assert left_behind(mark) == []
 
 
-def test_a_submitted_run_survives_a_killed_driver_ends_when_it_is_told_and_needs_no_engine_for_offline_data(
+def test_a_submitted_run_survives_a_killed_driver_and_a_stopped_job_and_needs_no_engine_for_offline_data(
     config_file: Path, local_cluster: dict[str, str]
 ) -> None:
     folder = config_file.parent
@@ -128,12 +128,17 @@ def test_a_submitted_run_survives_a_killed_driver_ends_when_it_is_told_and_needs
     assert job("stop", "stopped").returncode == 0
     said = job("logs", "stopped")
     assert "recovery at step" in said.stdout and "the same command resumes the run" in said.stdout, said
-    wrong = submit("wrong", "lerner.num_workers=1", wait=True)
+
+    num_steps = num_trained() + 4
+    with ThreadPoolExecutor() as threads:
+        beside = threads.submit(submit, "wrong", "lerner.num_workers=1", wait=True)
+        finished = submit("finished", f"num_steps={num_steps}", wait=True)
+    assert finished.returncode == 0 and "complete" not in finished.stdout, finished
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
+    wrong = beside.result()
     assert wrong.returncode != 0 and "error: " in wrong.stdout and "did you mean learner" in wrong.stdout
 
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    num_steps = len(lines)
-    assert [line["step"] for line in lines] == list(range(1, num_steps + 1)) and num_steps >= 6
     log = list(groups.rows(groups.load(folder / "offline" / "groups")))
     assert len(log) >= num_steps * GROUPS_PER_STEP and {
         source for row in log for source in row["sources"]
@@ -144,8 +149,7 @@ def test_a_submitted_run_survives_a_killed_driver_ends_when_it_is_told_and_needs
         for row in log
         for text, reward in zip(row["completions"], row["rewards"], strict=True)
     )
-    # every second step has one, and the last may have been under way when the job was stopped
-    assert latest_checkpoint(folder / "offline")[0] >= num_steps - 3
+    assert (folder / "offline" / "checkpoints" / f"step-{num_steps}" / "model.safetensors").is_file()
 
 
 def drivers(environment: dict[str, str]) -> list[int]:
