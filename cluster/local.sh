@@ -9,7 +9,7 @@ It has ports and a folder of its own, asks for a token as KubeRay's clusters do,
 SIGTERM), which ends it and nothing else. In another terminal:
 
   source runs/cluster/env          # where it is, and the token
-  ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root=$PWD
+  ray job submit --working-dir . -- python jobs/train.py jobs/quickstart.yaml root="$PWD"
 
 Options go to `ray start`, such as --num-cpus=8. Needs .venv (jobs/setup.sh).
 EOF
@@ -69,7 +69,7 @@ sleep 2 # the node's agent, which starts jobs, makes itself known
 
 mkdir -p "$shown"
 cat > "$shown/env" <<EOF
-export RAY_ADDRESS=http://127.0.0.1:$dashboard RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token PATH="$(dirname "$(command -v ray)"):\$PATH"
+export RAY_ADDRESS=http://127.0.0.1:$dashboard RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token PATH=$(printf %q "$(dirname "$(command -v ray)")"):\$PATH
 EOF
 cat <<EOF
 dashboard: http://127.0.0.1:$dashboard (it asks for the token in $folder/token)
