@@ -225,6 +225,21 @@ def test_a_text_with_a_token_that_a_reward_model_lacks_has_no_reward(classifier:
     assert scores[1] == (None, f"the reward model's tokenizer writes {has}")
 
 
+def test_a_reward_model_pads_with_a_token_that_it_has(classifier: str, tmp_path: Path) -> None:
+    texts = ["2", "2+3"]  # of unlike lengths
+    want = RewardModel(classifier, batch_size=1).score(["1+1="] * 2, texts)
+    folder = shutil.copytree(classifier, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id >= tiny.VOCAB_SIZE
+    assert RewardModel(str(folder), batch_size=2).score(["1+1="] * 2, texts) == pytest.approx(want, abs=1e-5)
+    tokenizer.eos_token = "[PAD]"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no token to pad with"):
+        RewardModel(str(folder), batch_size=2)
+
+
 def test_a_reward_model_is_called_like_any_other_reward() -> None:
     config = VerifiersConfig(rewards={"format": 0.25, "rm": {"model": "no/such", "weight": 2.0}})
     with Verifier(

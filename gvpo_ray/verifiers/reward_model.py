@@ -18,7 +18,7 @@ class RewardModel:
         on_gpu: whether it runs in bfloat16 on the actor's GPU, or in float32 on CPU.
 
     Raises:
-        ValueError: the classifier has another number of outputs than one.
+        ValueError: the classifier has another number of outputs than one, or no token to pad with.
     """
 
     def __init__(self, path: str, batch_size: int, on_gpu: bool = False) -> None:
@@ -28,13 +28,16 @@ class RewardModel:
         self._torch, self._batch_size = torch, batch_size
         self._device = "cuda" if on_gpu else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.bfloat16 if on_gpu else torch.float32
         )
         if model.config.num_labels != 1:
             raise ValueError(f"the reward model {path} has {model.config.num_labels} outputs, not one")
+        self._size = int(model.config.get_text_config().vocab_size)
+        if not self._has(self._tokenizer.pad_token_id):
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if not self._has(self._tokenizer.pad_token_id):
+            raise ValueError(f"the reward model {path} has no token to pad with")
         # the classifier reads the last token that is not padding
         model.config.pad_token_id = self._tokenizer.pad_token_id
         self._model = model.to(self._device).eval()
@@ -51,13 +54,12 @@ class RewardModel:
         ]
         ids = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
         context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
-        size = int(self._model.config.get_text_config().vocab_size)
         why: dict[int, str] = {}
         for i, row in enumerate(ids):
             if len(row) > context:
                 why[i] = f"{len(row)} tokens do not fit into the reward model"
-            elif (token := beyond(row, size)) is not None:
-                why[i] = f"the reward model's tokenizer writes {unknown_token(token, size)}"
+            elif (token := beyond(row, self._size)) is not None:
+                why[i] = f"the reward model's tokenizer writes {unknown_token(token, self._size)}"
         fits = [i for i in range(len(ids)) if i not in why]
         rewards: dict[int, float] = {}
         for begin in range(0, len(fits), self._batch_size):
@@ -71,6 +73,9 @@ class RewardModel:
                 ).logits[:, 0]
             rewards |= zip(rows, outputs.float().tolist(), strict=True)
         return [(None, why[i]) if i in why else rewards[i] for i in range(len(ids))]
+
+    def _has(self, token: int | None) -> bool:
+        return token is not None and token < self._size
 
     def _text(self, prompt: str, completion: str) -> str:
         if not self._tokenizer.chat_template:
