@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny import tree
 
 from gvpo_ray.cli import main
@@ -178,14 +180,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in `gvpo-ray jobs | head -1`; another pipe that breaks is an error like any."""
-    for buffering in (1, -1):  # a line breaks the pipe, or what is left at the end does
-        reads, writes = os.pipe()
-        os.close(reads)
-        with open(writes, "w", buffering=buffering, encoding="utf-8") as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
-            assert main(["jobs"]) == 128 + signal.SIGPIPE
-        monkeypatch.undo()
+    few, many = (lambda: {"a": JOBS / "quickstart.yaml"}), lambda: {"a" * 9000: JOBS / "quickstart.yaml"}
+    for jobs in (few, many):  # less than a buffer, and more
+        for buffering in (0, 1, -1):  # none (as in Ray's jobs), a line, and what is left at the end
+            reads, writes = os.pipe()
+            os.close(reads)
+            with (
+                open(writes, "wb", buffering=min(buffering, 0)) as binary,
+                io.TextIOWrapper(
+                    binary, encoding="utf-8", line_buffering=buffering == 1, write_through=buffering == 0
+                ) as stdout,
+                monkeypatch.context() as patch,
+            ):
+                patch.setattr("gvpo_ray.config.loading.packaged_jobs", jobs)
+                patch.setattr(sys, "stdout", stdout)
+                assert main(["jobs"]) == 128 + signal.SIGPIPE
     assert capsys.readouterr().err == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # as of a daemon
+        assert main(["jobs"]) == 0
 
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -193,6 +206,22 @@ def test_a_reader_that_has_seen_enough_is_no_error(
     monkeypatch.setattr(GVPOConfig, "from_file", broken)
     assert main(["check", "config.yaml"]) == 1
     assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+def test_a_reader_that_has_seen_enough_of_what_rich_prints_is_no_error_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+
+    def prints(*_: Any, **__: Any) -> None:
+        Console().print("a line")
+
+    with open(writes, "w", buffering=1, encoding="utf-8") as stdout:
+        monkeypatch.setattr(GVPOConfig, "from_file", prints)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["check", "config.yaml"]) == 128 + signal.SIGPIPE
+        monkeypatch.undo()
 
 
 def test_the_papers_job_states_the_papers_settings() -> None:

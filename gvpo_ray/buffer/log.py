@@ -282,8 +282,8 @@ class Quarantine:
     the log too, without rewards and with the reasons.
 
     An environment that does not answer in time may be slow because the machine is busy, or because it is down
-    for all prompts. So a prompt whose episodes all ended by that comes in at the second time if groups of
-    others, and none of its own, went well in between, and at time MAX_LATE without one in any case.
+    for all prompts. So a prompt whose episodes all ended by that comes in at the second time if episodes of
+    others, and none of its own, got rewards in between, and at time MAX_LATE without one in any case.
 
     Args:
         path: the file.

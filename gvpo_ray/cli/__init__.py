@@ -7,6 +7,7 @@ torch and Ray are loaded.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import traceback
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         # not command.main(), which turns a KeyboardInterrupt into something else and prints an empty line
         with command.make_context("gvpo-ray", list(arguments)) as context:
             command.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except typer.Exit as exit:
         return exit.exit_code
     except typer.TyperException as error:
@@ -58,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         resumes = " ".join(arguments[:2]).startswith(RESUMES)
         print("interrupted" + ("; the same command resumes the run" if resumes else ""), file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich makes this of it
+            return 128 + signal.SIGPIPE
+        raise
     except (OSError, GvpoError) as error:  # any other is a defect, which deserves its trace
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return 128 + signal.SIGPIPE
@@ -71,11 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _reader_has_gone() -> bool:
     """Return whether who reads our output, such as `head`, has closed it; nothing more is written there."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # none, a notebook's, pytest's
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes once more at the end
+    return True
 
 
 def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

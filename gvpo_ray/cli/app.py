@@ -25,7 +25,7 @@ app = typer.Typer(
     **PLAIN,
     epilog="A run is one YAML file plus key=value overrides. Start with `gvpo-ray train quickstart`. Exit "
     "status: 0 success, 1 the run failed, 2 a bad command, config, path, model or data file (one line says "
-    "which), 130 interrupted (run it again to resume).",
+    "which), 130 interrupted (run it again to resume), 141 its reader has gone.",
 )
 bench = typer.Typer(**PLAIN)
 app.add_typer(bench, name="bench")
