@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -22,9 +23,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-import tiny
 import yaml
-from tiny import make_model, tree
 
 TIERS = {
     "cluster": {"test_autoscaler", "test_cluster", "test_images", "test_ray_up"},
@@ -126,6 +125,23 @@ def tier_of(item: pytest.Item) -> str:
     return next((tier for tier, files in TIERS.items() if item.path.stem in files), "unit")
 
 
+def pytest_configure() -> None:
+    """Look for no garbage until all test files are imported: it takes as long as they do."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, but not among what is there for good."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files of other tiers alone where unit tests are asked for: importing them takes a while."""
+    others = {file for files in TIERS.values() for file in files}
+    return True if config.option.markexpr == "unit" and collection_path.stem in others else None
+
+
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit test that starts a Python fails: it belongs to another tier."""
@@ -161,6 +177,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def policy(tmp_path: Path) -> Any:
     """A learner's, at its start, of the model in tmp_path/model."""
     import learners
+    import tiny
 
     return learners.load(tiny.make_model(tmp_path / "model"), learners.settings(tmp_path))
 
@@ -210,6 +227,8 @@ def on_ranks(
     ranks); what a case raised is raised by the test that asks for it.
     """
 
+    import tiny
+
     def ask(world_size: int, case: str) -> list[Any]:
         key = (world_size, request.module.__name__)
         if key not in _results:
@@ -229,7 +248,9 @@ PROBLEMS = [{"prompt": f"{a} + {b}?", "answer": str(a + b)} for a in range(2) fo
 
 @pytest.fixture(scope="module")
 def command_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+    import tiny
+
+    return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture
@@ -271,17 +292,18 @@ def refused(quiet: None, folder: Path, capsys: pytest.CaptureFixture[str]) -> Ca
     """
 
     import ray
+    import tiny
 
     from gvpo_ray.cli import main
 
     def run(*arguments: str) -> str:
-        before = tree(folder)
+        before = tiny.tree(folder)
         status = main(list(arguments))
         printed = capsys.readouterr()
         assert status == 2, printed.err
         assert re.fullmatch(r"error: [^\n]+\n", printed.err), f"not one line: {printed.err}"
         assert "Traceback" not in printed.out
-        assert tree(folder) == before
+        assert tiny.tree(folder) == before
         assert not ray.is_initialized()
         return printed.err.removeprefix("error: ").rstrip("\n").replace(f"{folder}/", "")
 
