@@ -10,7 +10,6 @@ import ast
 import contextlib
 import functools
 import html
-import importlib
 import re
 import runpy
 import shlex
@@ -317,8 +316,8 @@ def test_every_piece_of_config_is_one(block: Block) -> None:
 def test_every_piece_of_python_compiles_and_imports_what_is_there(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gvpo_ray"):
-            module = importlib.import_module(node.module)
-            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+            for name in node.names:
+                exec(f"from {node.module} import {name.name}", {})
 
 
 def test_the_tree_names_every_module_in_its_room_and_the_table_every_job() -> None:

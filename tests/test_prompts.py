@@ -5,8 +5,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
@@ -36,6 +36,7 @@ def _tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
             pre_tokenizers.Split("", "isolated"),
         ]
     )
+    backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     tokenizer.chat_template = chat_template
@@ -416,3 +417,35 @@ def test_a_folder_of_parts_reads_like_one_file_whatever_its_name(tmp_path: Path)
                 _jsonl(folder, part, f"part-{number}{suffix}")
         assert _set(_config(folder)).all()["answer"].to_pylist() == [row["answer"] for row in rows]
         assert _set(_config(folder, limit=4)).all()["answer"].to_pylist() == ["0", "2", "4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "notes"),
+    [
+        ("as the family does", []),
+        (
+            "by characters",
+            [
+                "the model's tokenizer does not keep the text of the first prompt: 'What is 1 + 2 ?' is read "
+                "as 'Whatis1+2?'"
+            ],
+        ),
+    ],
+)
+def test_a_tokenizer_that_transformers_reads_in_another_way_is_told(
+    splits: str, notes: list[str], tmp_path: Path
+) -> None:
+    """Pins a fact of transformers 5: a Qwen2 folder's tokenizer.json keeps its tokens, not its splitting."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if splits == "as the family does" else "What is1+2?"
+    tokens = {letter: i for i, letter in enumerate(["<pad>", *sorted(set(alphabet))])}
+    backend = Tokenizer(models.WordLevel(tokens, unk_token="<pad>"))
+    if splits == "as the family does":
+        backend = Tokenizer(models.BPE(tokens, [], unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>").save_pretrained(tmp_path)
+    Qwen2Config().save_pretrained(tmp_path)
+    path = _jsonl(tmp_path, [{"prompt": "What is 1 + 2 ?", "answer": 3}])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    assert PromptSet(_config(path), tokenizer, name="sums", max_tokens=None).notes == notes

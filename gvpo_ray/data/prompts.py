@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,8 @@ from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.columns import as_text, values
 from gvpo_ray.data.files import read
-from gvpo_ray.data.problems import check_path, group_columns, read_problems
-from gvpo_ray.data.rendering import MakeRenderer, renderer_of
+from gvpo_ray.data.problems import Problem, check_path, group_columns, read_problems
+from gvpo_ray.data.rendering import MakeRenderer, Renderer, renderer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,8 @@ class PromptSet:
         self.num_without_prompt, self.num_without_gold = found.num_without_prompt, found.num_without_gold
         self.num_too_long = len(lengths) - len(keep)
         self.longest = int(lengths.max())
-        self.columns, self.layout, self.notes = found.columns, found.found.description(), found.notes
+        self.columns, self.layout = found.columns, found.found.description()
+        self.notes = [*found.notes, *_what_the_tokenizer_loses(problems[0], rendered[0].prompt_ids, renderer)]
         if not len(keep):
             all_long = f"all {len(lengths)} prompts are longer (the shortest has {lengths.min()} tokens)"
             if limit == config.max_tokens:
@@ -129,6 +131,30 @@ class PromptSet:
         for row in zip(*(self._table[name].to_pylist() for name in names), strict=True):
             content.update(json.dumps(row).encode())
         return content.hexdigest()
+
+
+def _what_the_tokenizer_loses(problem: Problem, ids: list[int], renderer: Renderer) -> Iterator[str]:
+    """Yield a line if a problem's text cannot be read in its tokens.
+
+    Transformers 5 reads a folder of some families, such as Qwen2, with that family's own rules for splitting
+    text, whatever tokenizer.json says: a tokenizer of single characters then loses all spaces.
+    """
+    text = problem.prompt if problem.messages is None else problem.messages[-1]["content"]
+    seen = renderer.text(ids, with_special=True)
+    if isinstance(text, str) and _cleaned(text.strip()) not in _cleaned(seen):
+        yield (
+            f"the model's tokenizer does not keep the text of the first prompt: {_short(text)} is read as "
+            f"{_short(seen)}"
+        )
+
+
+def _cleaned(text: str) -> str:
+    """Return a text without spaces before punctuation, which some tokenizers leave out when they decode."""
+    return re.sub(r" (?=[.?!,']|n't)", "", text)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:40]} … {text[-40:]}")
 
 
 class EpochOrder:

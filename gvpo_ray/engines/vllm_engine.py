@@ -20,6 +20,7 @@ from gvpo_ray.engines.rollout_engine import Agents, RolloutEngine
 from gvpo_ray.engines.serving import Serve, Serving
 from gvpo_ray.engines.vllm_arguments import vllm_arguments
 from gvpo_ray.home import ensure_home
+from gvpo_ray.imports import large_imports
 
 ZOMBIE_S = 10.0
 """Seconds after which an engine whose vLLM core is dead ends its own process, if nobody else did: retries
@@ -98,8 +99,9 @@ class Engine(RolloutEngine):
             # Pinning would put engine and learner on the same cores: let the kernel spread the threads.
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             os.environ["OMP_NUM_THREADS"] = str(pool.num_threads or len(os.sched_getaffinity(0)))
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with large_imports():
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         started = time.perf_counter()
         self._log = ProcessLog()

@@ -29,6 +29,7 @@ from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.files import DiskFull, lock, make_folder, write_whole
 from gvpo_ray.home import ensure_home
+from gvpo_ray.imports import large_imports
 from gvpo_ray.learner.checkpoints import LOCK, latest_checkpoint
 
 WRONG = (
@@ -215,7 +216,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     """
     # Imported here and in _train, so that the driver and Ray Train's controller, which import this file, need
     # not wait for the learner's libraries.
-    from gvpo_ray.learner.step import NonFiniteGradient
+    with large_imports():
+        from gvpo_ray.learner.step import NonFiniteGradient
 
     buffer = LearnerBufferClient(settings["buffer"])
     try:
@@ -228,15 +230,16 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     ensure_home()  # before torch, which asks for the account's name when it is imported
-    import ray.train
-    import torch
-    from ray.train.torch import get_device
+    with large_imports():
+        import ray.train
+        import torch
+        from ray.train.torch import get_device
 
-    from gvpo_ray.learner.behind import Behind
-    from gvpo_ray.learner.loop import learn
-    from gvpo_ray.learner.policy import Policy
-    from gvpo_ray.learner.step import Settings
-    from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher
+        from gvpo_ray.learner.behind import Behind
+        from gvpo_ray.learner.loop import learn
+        from gvpo_ray.learner.policy import Policy
+        from gvpo_ray.learner.step import Settings
+        from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher
 
     config: GVPOConfig = settings["config"]
     torch.set_num_threads(config.learner.num_threads)
