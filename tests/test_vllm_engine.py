@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -24,7 +25,7 @@ from episodes import LocalClient
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
 from test_agents import check as check_agents
 from test_agents import sequences
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining, cause_of
@@ -450,6 +451,40 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
     )
     assert special.shutdown_timeout == 3  # a core that gets SIGTERM itself goes on with what it has, too
     assert special.weight_transfer_config.backend == "nccl"
+
+
+def test_a_layer_of_cohere_2_sees_as_many_tokens_in_vllm_as_in_the_learner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM adds one to the window of config.json, which transformers does not."""
+    from transformers import Cohere2Config
+    from transformers.models.cohere2.modeling_cohere2 import Cohere2Attention
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.models.commandr import CohereAttention
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    given: list[Any] = []
+
+    def refuse(arguments: Any) -> None:
+        given.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", refuse)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=1, rank_in_group=0))
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+    config = Cohere2Config(**sizes, sliding_window=16, eos_token_id=tiny.EOS, max_position_embeddings=128)
+    config.save_pretrained(tiny.make_model(tmp_path))
+    with pytest.raises(InterruptedError):
+        asyncio.run(Engine(ModelConfig(path=str(tmp_path)), PoolConfig(), "objects", 0).start())
+    with set_current_vllm_config(found := given[0].create_engine_config()):
+        theirs = [
+            CohereAttention(found.model_config.hf_config, prefix=f"layers.{i}").attn.sliding_window
+            for i in range(4)
+        ]
+    assert theirs == [Cohere2Attention(config, i).sliding_window for i in range(4)] == [16, 16, 16, None]
+    assert AutoConfig.from_pretrained(tmp_path).sliding_window == 16
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '=' if m['role'] == 'user' else '+' }}{% endfor %}"
