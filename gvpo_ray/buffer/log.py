@@ -394,7 +394,7 @@ ENVIRONMENT_LIMIT = "environment.timeout_s"
 """Key of the time limit of an environment's calls."""
 
 LATE_FILE = "late.jsonl"
-"""A run directory's file of groups that the environment's time limit ended, and of what went well afterwards."""
+"""A run directory's file of groups that the environment's time limit ended, and of what went well after."""
 
 MAX_LATE = 3
 """Times that all episodes of a prompt may end by it before the prompt is in quarantine in any case."""

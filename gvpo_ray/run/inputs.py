@@ -25,6 +25,7 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.dialogue import dialogue_of
+from gvpo_ray.data.hub import revision_of
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
@@ -112,6 +113,9 @@ class Inputs:
             )
             yield f"{key}: {source.num_rows} offline completions{_left_out(source)}{single}"
             yield from _notes(key, source, self.verifiers)
+        for name, reward in self.verifiers.rewards.items():
+            if reward.model is not None and (commit := revision_of(reward.model)) != "main":
+                yield f"verifiers.rewards.{name}.model: {reward.model} at its commit {commit}"
 
 
 def _digest_of_tokens(prompts: pa.Table) -> str:
