@@ -487,6 +487,48 @@ def test_a_layer_of_cohere_2_sees_as_many_tokens_in_vllm_as_in_the_learner(
     assert AutoConfig.from_pretrained(tmp_path).sliding_window == 16
 
 
+@pytest.mark.parametrize("size", [64, 45])
+def test_a_head_has_the_bias_that_came_with_each_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """vLLM registers Phi's when it is loaded, and takes it away again from a vocabulary that it pads, to a
+    multiple of 64.
+    """
+    from safetensors.torch import save_file
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.models.transformers.causal import CausalMixin
+
+    from gvpo_ray.weights.vllm_worker import ObjectsUpdateInfo, ObjectsWeightTransferEngine
+
+    class OfTransformers(CausalMixin):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.pp_group = SimpleNamespace(is_last_rank=True)
+            self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(device="cpu"))
+            self.device_config = self.hf_to_vllm_mapper = None
+            self.ignore_unexpected_prefixes, self.ignore_unexpected_suffixes = [], []
+            self.lm_head = ParallelLMHead(size, 8)
+
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=1, rank_in_group=0))
+    with set_current_vllm_config(VllmConfig()):
+        model = OfTransformers()
+    record_metadata_for_reloading(model)
+    wire = object.__new__(ObjectsWeightTransferEngine)
+    wire.model, wire.device = model, torch.device("cpu")
+    wire.model_config = SimpleNamespace(dtype=torch.float32)
+    for version in range(3):
+        sent = {"lm_head.weight": torch.randn(size, 8), "lm_head.bias": torch.randn(size)}
+        save_file(sent, tmp_path / f"{version}.safetensors")
+        wire.start_weight_update()
+        wire.receive_weights(ObjectsUpdateInfo(paths=[str(tmp_path / f"{version}.safetensors")]))
+        wire.finish_weight_update()
+        for name, tensor in sent.items():
+            assert torch.equal(getattr(model.lm_head, name.removeprefix("lm_head."))[:size], tensor), name
+
+
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '=' if m['role'] == 'user' else '+' }}{% endfor %}"
 
 
