@@ -114,8 +114,8 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
         """Let the layers re-pack what was loaded."""
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
         if self._bias is not None:
-            # A head whose vocabulary vLLM pads, to a multiple of 64, is by now put back as it was when the
-            # update began: without a bias that was registered meanwhile.
+            # The reload puts the head back as it was when the update began: without a bias that was
+            # registered meanwhile.
             head: Any = self.model.lm_head
             with self.device, torch.no_grad():
                 if getattr(head, "bias", None) is None:
