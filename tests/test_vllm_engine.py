@@ -491,7 +491,7 @@ def test_a_layer_of_cohere_2_sees_as_many_tokens_in_vllm_as_in_the_learner(
 def test_a_head_has_the_bias_that_came_with_each_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """vLLM registers Phi's when it is loaded, and its reload takes it away again. Vocabularies are padded to a
+    """vLLM registers Phi's when it is loaded, and its reload takes it away again. It pads the vocabulary to a
     multiple of 64.
     """
     from safetensors.torch import save_file
