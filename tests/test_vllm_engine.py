@@ -487,6 +487,31 @@ def test_a_layer_of_cohere_2_sees_as_many_tokens_in_vllm_as_in_the_learner(
     assert AutoConfig.from_pretrained(tmp_path).sliding_window == 16
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_family_that_is_always_tied_gets_no_head_and_others_do(tmp_path: Path, has_head: bool) -> None:
+    """vLLM has none for Gemma 2 and Cohere, and refuses the one that the learner sends."""
+    from safetensors.torch import save_file
+
+    from gvpo_ray.weights.vllm_worker import ObjectsUpdateInfo, ObjectsWeightTransferEngine
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loaded: list[str] = []
+            if has_head:
+                self.lm_head = torch.nn.Linear(1, 1)
+
+        def load_weights(self, weights: Any) -> None:
+            self.loaded += [name for name, _ in weights]
+
+    wire = object.__new__(ObjectsWeightTransferEngine)
+    wire.model, wire.model_config = Model(), SimpleNamespace(dtype=torch.float32)
+    sent = {"lm_head.weight": torch.ones(2), "model.embed_tokens.weight": torch.ones(2)}
+    save_file(sent, tmp_path / "0.safetensors")
+    wire.receive_weights(ObjectsUpdateInfo(paths=[str(tmp_path / "0.safetensors")]))
+    assert sorted(wire.model.loaded) == ["lm_head.weight"] * has_head + ["model.embed_tokens.weight"]
+
+
 @pytest.mark.parametrize("size", [64, 45])
 def test_a_head_has_the_bias_that_came_with_each_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
