@@ -54,7 +54,8 @@ class RewardModel:
             self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
         ]
         ids = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
-        context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
+        text = self._model.config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None) or math.inf
         why: dict[int, str] = {}
         for i, row in enumerate(ids):
             if len(row) > context:
