@@ -86,6 +86,25 @@ def test_chaos_notices_a_group_that_is_lost_left_out_or_trained_twice(
     assert bool(found) is bool(wrong) and re.search(wrong, "\n".join(found))
 
 
+def test_chaos_says_only_what_it_has_looked_at(tmp_path: Path) -> None:
+    small = {"num_steps": 4, "groups_per_step": 2, "learner": {"num_mini_batches": 1}}
+    config = GVPOConfig.from_dict(RUN | small)
+    outcome = _run(tmp_path, [1, 0, 2, 4, 3, 5, 7, 6, 8], PAIRS)
+    outcome.kills = chaos.schedule(2, 4, seed=0)
+    assert chaos.problems(outcome, config) == [
+        "no process was killed: the run was over before the first of 2 kills"
+    ]
+    outcome.kills[0].at = 1.0
+    assert chaos.problems(outcome, config) == []
+    said = chaos.praise(outcome)
+    assert said.startswith("after 1 of 2 kills ") and "its own, none was left out, and" in said
+    (tmp_path / "quarantine.jsonl").write_text('{"row": 3}\n')  # groups of its are skipped
+    assert chaos.problems(outcome, config) == []
+    assert "its own, whether others were left out was not checked (1 prompts are quarantined), and" in (
+        chaos.praise(outcome)
+    )
+
+
 def test_chaos_kills_what_a_run_has() -> None:
     plain = GVPOConfig.from_dict(RUN)
     assert chaos.kinds_of(plain) == chaos.KINDS

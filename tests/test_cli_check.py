@@ -14,6 +14,7 @@ import yaml
 from gvpo_ray.cli import main
 from gvpo_ray.config.plan import check_resources
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.run.models import check_class
 from gvpo_ray.run.run_dir import open_run_dir
 
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -130,6 +131,27 @@ def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callabl
     file.write_text('{"do_sample": false, "temperature": 0.7}')
     for verb in ("check", "train"):
         assert "generation_config.json: temperature: no checkpoint" in refused(verb, "config.yaml")
+
+
+def test_a_model_with_images_is_refused_where_vllm_cannot_load_it(
+    folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Gemma3Config
+
+    Gemma3Config(text_config={"hidden_size": 32, "num_hidden_layers": 2}).save_pretrained(folder / "model")
+    is_there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torchvision" else is_there(name)
+    )
+    held = "evaluation.sets={held: {path: train.jsonl, template: '{prompt}'}}"
+    for verb, *overrides in (["train"], ["check"], ["evaluate", held]):
+        assert (
+            "model is a model with images (gemma3), which vLLM loads only with the package torchvision"
+            in (refused(verb, "config.yaml", *overrides))
+        )
+    check_class(_config(folder, "engines.pools={theirs: {url: 'http://127.0.0.1:1/v1'}}"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_class(_config(folder))
 
 
 def test_check_names_what_is_not_there(refused: Callable[..., str]) -> None:

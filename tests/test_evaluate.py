@@ -440,6 +440,33 @@ def test_another_version_of_a_reward_function_is_not_mixed_in(tmp_path: Path) ->
         _open(tmp_path, config)
 
 
+def test_scores_of_another_commit_of_a_reward_model_are_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _model(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--org--rm"
+    (place / "refs").mkdir(parents=True)
+    rewards = {"verifiers.rewards": {"rm": {"model": "org/rm"}}}
+    config = GVPOConfig.from_dict(_config(tmp_path).model_dump(mode="json"), rewards)
+
+    def downloaded(commit: str) -> None:
+        (place / "snapshots" / commit).mkdir(parents=True)
+        (place / "snapshots" / commit / "config.json").write_text("{}")
+        (place / "refs" / "main").write_text(commit)
+
+    downloaded("a" * 40)
+    for _ in range(2):
+        with _open(tmp_path, config):
+            pass
+    assert f"org/rm@{'a' * 40}" in (tmp_path / "out" / "evaluation.yaml").read_text()
+    downloaded("b" * 40)
+    with pytest.raises(
+        ConfigError, match=r"with another verifiers\.rewards\.rm\.model \(what is in it differs"
+    ):
+        _open(tmp_path, config)
+
+
 def test_a_folder_whose_evaluation_yaml_is_no_evaluations_is_refused(tmp_path: Path) -> None:
     _model(tmp_path)
     (tmp_path / "out").mkdir()

@@ -20,6 +20,7 @@ from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.buffer.buffer import GroupBuffer
 from gvpo_ray.buffer.log import EndedBy, Quarantine
 from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.files import read_lines
 
 
 @pytest.mark.parametrize("texts", [["a", "b", "c", "d"], ["a", "b", "c", "c"], ["a"], ["a", "a", "b", "a"]])
@@ -180,10 +181,23 @@ def test_a_group_in_which_nothing_was_played_says_nothing_about_the_environment(
     assert _ended(make(tmp_path / "played"), [LATE, None], **replayed) is EndedBy.WELL
 
 
-def test_an_environment_that_is_late_is_the_prompts_fault_if_others_go_well(tmp_path: Path) -> None:
+class TakenUp:
+    """A quarantine whose run is taken up before each group: nothing is left in memory."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.make = lambda: Quarantine(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.make(), name)
+
+
+@pytest.mark.parametrize("kind", [Quarantine, TakenUp])
+def test_an_environment_that_is_late_is_the_prompts_fault_if_others_go_well(
+    tmp_path: Path, kind: Any
+) -> None:
     a, b, c = (Prompts(["a", "b", "c"]).all().slice(i, 1) for i in range(3))
     path = tmp_path / "quarantine.jsonl"
-    quarantine = Quarantine(path, VerifiersConfig(), environment_s=60.0)
+    quarantine = kind(path, VerifiersConfig(), environment_s=60.0)
     quarantine.judge(c, EndedBy.WELL)  # before the first time: it says nothing
     # a busy machine: all are late
     assert not quarantine.judge(a, EndedBy.LATE) and not quarantine.judge(b, EndedBy.LATE)
@@ -204,6 +218,26 @@ def test_an_environment_that_is_late_is_the_prompts_fault_if_others_go_well(tmp_
     assert quarantine.judge(c, EndedBy.CHECKS)
     assert quarantine.what_ends().startswith("no check ends within the limits of the verifiers section")
     assert len(Quarantine(path, VerifiersConfig(), environment_s=61.0)) == 1
+
+
+def test_what_was_late_under_a_lower_limit_is_not_counted_under_a_higher_one(tmp_path: Path) -> None:
+    a, b = (Prompts(["a", "b"]).all().slice(i, 1) for i in range(2))
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path, VerifiersConfig(), environment_s=60.0).judge(a, EndedBy.LATE)
+    Quarantine(path, VerifiersConfig(), environment_s=60.0).judge(b, EndedBy.WELL)
+    higher = Quarantine(path, VerifiersConfig(), environment_s=61.0)
+    assert not higher.judge(a, EndedBy.LATE) and higher.judge(a, EndedBy.CHECKS)
+    assert Quarantine(path, VerifiersConfig(), environment_s=59.0).judge(a, EndedBy.LATE)
+
+
+def test_what_goes_well_costs_a_line_only_where_a_late_prompt_waits_for_it(tmp_path: Path) -> None:
+    a, b = (Prompts(["a", "b"]).all().slice(i, 1) for i in range(2))
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", environment_s=60.0)
+    sizes = []
+    for prompt, ended_by in ((b, EndedBy.WELL), (a, EndedBy.LATE), *[(b, EndedBy.WELL)] * 3):
+        quarantine.judge(prompt, ended_by)
+        sizes.append(len(read_lines(tmp_path / "late.jsonl")))
+    assert sizes == [0, 1, 2, 2, 2]
 
 
 def test_a_run_whose_environments_are_all_late_ends_with_one_line(tmp_path: Path) -> None:

@@ -55,6 +55,19 @@ def test_several_golds_come_as_a_list_and_an_empty_one_as_nothing() -> None:
     assert read(row)[2] == ["5", "-5"] and read_row(row, Names(), 1).columns["answer_match"] == "any"
     for empty in (None, "", float("nan"), []):
         assert read({"response": "5", "gold": empty})[2] == ""
+        assert read({"response": "5", "answer": empty, "ground_truth": "6"})[2] == (
+            "" if empty in ("", []) else "6"
+        )
+
+
+def test_a_label_beside_a_gold_is_none_even_where_the_gold_is_empty() -> None:
+    for empty in (None, float("nan")):
+        assert read({"response": "5", "answer": empty, "label": 1})[2] == ""
+    assert read({"response": "5", "answer": "5", "label": 1})[2] == "5"
+    assert (
+        read({"response": "5", "label": 1})[2] == "1" == read({"response": "5", "label": 1, "target": 7})[2]
+    )
+    assert read({"response": "5", "answer": None, "label": 1}, gold="label")[2] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import asyncio
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from gvpo_ray import groups
-from gvpo_ray.config.verifiers import VerifiersConfig
+from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.functions import Part, call
 from gvpo_ray.verifiers import rewards
+from gvpo_ray.verifiers.pool import VerifierGroup
 from gvpo_ray.verifiers.reward_model import RewardModel
 from gvpo_ray.verifiers.rewards import exact_match, format_reward, length_reward, numeric
 from gvpo_ray.verifiers.verifier import Verifier
@@ -238,6 +240,32 @@ def test_a_reward_model_pads_with_a_token_that_it_has(classifier: str, tmp_path:
     tokenizer.save_pretrained(folder)
     with pytest.raises(ValueError, match="has no token to pad with"):
         RewardModel(str(folder), batch_size=2)
+
+
+def test_all_actors_of_a_reward_model_of_the_hub_have_the_commit_that_the_driver_has_seen(
+    classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart, or another node, would otherwise load what `main` is by then."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    seen, later, place = "a" * 40, "b" * 40, tmp_path / "models--org--rm"
+    shutil.copytree(classifier, place / "snapshots" / seen)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(seen)
+    started: list[Any] = []
+
+    class Remote:
+        def __init__(self, _: Any) -> None:
+            self.options = lambda **_: SimpleNamespace(remote=lambda *given: started.append(given))
+
+    monkeypatch.setattr("gvpo_ray.verifiers.pool.ray.remote", Remote)
+    section = RewardConfig.model_validate({"model": "org/rm", "num": 2})
+    VerifierGroup._reward_model(SimpleNamespace(_models=[]), "rm", section)  # type: ignore[arg-type]
+    assert started == [("org/rm", 32, False, seen)] * 2
+    (place / "refs" / "main").write_text(later)  # of which nothing is here
+    RewardModel(*started[0])
+    with pytest.raises(OSError, match="cached files"):
+        RewardModel("org/rm", 32, False, later)
 
 
 def test_a_reward_model_is_called_like_any_other_reward() -> None:

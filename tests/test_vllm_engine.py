@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -24,7 +25,7 @@ from episodes import LocalClient
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
 from test_agents import check as check_agents
 from test_agents import sequences
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining, cause_of
@@ -450,6 +451,107 @@ def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(
     )
     assert special.shutdown_timeout == 3  # a core that gets SIGTERM itself goes on with what it has, too
     assert special.weight_transfer_config.backend == "nccl"
+
+
+def test_a_layer_of_cohere_2_sees_as_many_tokens_in_vllm_as_in_the_learner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM adds one to the window of config.json, which transformers does not."""
+    from transformers import Cohere2Config
+    from transformers.models.cohere2.modeling_cohere2 import Cohere2Attention
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.models.commandr import CohereAttention
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    given: list[Any] = []
+
+    def refuse(arguments: Any) -> None:
+        given.append(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", refuse)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=1, rank_in_group=0))
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+    config = Cohere2Config(**sizes, sliding_window=16, eos_token_id=tiny.EOS, max_position_embeddings=128)
+    config.save_pretrained(tiny.make_model(tmp_path))
+    with pytest.raises(InterruptedError):
+        asyncio.run(Engine(ModelConfig(path=str(tmp_path)), PoolConfig(), "objects", 0).start())
+    with set_current_vllm_config(found := given[0].create_engine_config()):
+        theirs = [
+            CohereAttention(found.model_config.hf_config, prefix=f"layers.{i}").attn.sliding_window
+            for i in range(4)
+        ]
+    assert theirs == [Cohere2Attention(config, i).sliding_window for i in range(4)] == [16, 16, 16, None]
+    assert AutoConfig.from_pretrained(tmp_path).sliding_window == 16
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_family_that_is_always_tied_gets_no_head_and_others_do(tmp_path: Path, has_head: bool) -> None:
+    """vLLM has none for Gemma 2 and Cohere, and refuses the one that the learner sends."""
+    from safetensors.torch import save_file
+
+    from gvpo_ray.weights.vllm_worker import ObjectsUpdateInfo, ObjectsWeightTransferEngine
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loaded: list[str] = []
+            if has_head:
+                self.lm_head = torch.nn.Linear(1, 1)
+
+        def load_weights(self, weights: Any) -> None:
+            self.loaded += [name for name, _ in weights]
+
+    wire = object.__new__(ObjectsWeightTransferEngine)
+    wire.model, wire.model_config = Model(), SimpleNamespace(dtype=torch.float32)
+    sent = {"lm_head.weight": torch.ones(2), "model.embed_tokens.weight": torch.ones(2)}
+    save_file(sent, tmp_path / "0.safetensors")
+    wire.receive_weights(ObjectsUpdateInfo(paths=[str(tmp_path / "0.safetensors")]))
+    assert sorted(wire.model.loaded) == ["lm_head.weight"] * has_head + ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("size", [64, 45])
+def test_a_head_has_the_bias_that_came_with_each_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """vLLM registers Phi's when it is loaded, and its reload takes it away again. It pads the vocabulary to a
+    multiple of 64.
+    """
+    from safetensors.torch import save_file
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+    from vllm.model_executor.models.transformers.causal import CausalMixin
+
+    from gvpo_ray.weights.vllm_worker import ObjectsUpdateInfo, ObjectsWeightTransferEngine
+
+    class OfTransformers(CausalMixin):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.pp_group = SimpleNamespace(is_last_rank=True)
+            self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(device="cpu"))
+            self.device_config = self.hf_to_vllm_mapper = None
+            self.ignore_unexpected_prefixes, self.ignore_unexpected_suffixes = [], []
+            self.lm_head = ParallelLMHead(size, 8)
+
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=1, rank_in_group=0))
+    with set_current_vllm_config(VllmConfig()):
+        model = OfTransformers()
+    record_metadata_for_reloading(model)
+    wire = object.__new__(ObjectsWeightTransferEngine)
+    wire.model, wire.device = model, torch.device("cpu")
+    wire.model_config = SimpleNamespace(dtype=torch.float32)
+    for version in range(3):
+        sent = {"lm_head.weight": torch.randn(size, 8), "lm_head.bias": torch.randn(size)}
+        save_file(sent, tmp_path / f"{version}.safetensors")
+        wire.start_weight_update()
+        wire.receive_weights(ObjectsUpdateInfo(paths=[str(tmp_path / f"{version}.safetensors")]))
+        wire.finish_weight_update()
+        for name, tensor in sent.items():
+            assert torch.equal(getattr(model.lm_head, name.removeprefix("lm_head."))[:size], tensor), name
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '=' if m['role'] == 'user' else '+' }}{% endfor %}"

@@ -241,6 +241,10 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
     found = []
     if outcome.status != 0:
         return [f"the command ended with status {outcome.status}: {outcome.output[-2000:]}"]
+    if outcome.kills and not any(kill.at for kill in outcome.kills):
+        found.append(
+            f"no process was killed: the run was over before the first of {len(outcome.kills)} kills"
+        )
     log = GroupLog(outcome.run_dir / "groups")
     if twice := [group_id for group_id, number in Counter(log.group_ids).items() if number > 1]:
         found.append(f"groups that are in the log twice: {twice[:10]}")
@@ -249,13 +253,32 @@ def problems(outcome: Outcome, config: GVPOConfig) -> list[str]:
         range(config.num_steps * config.groups_per_step)
     ):
         found.append(f"not every step has trained its own groups: {log.assigned}")
-    is_complete = not read_lines(outcome.run_dir / "quarantine.jsonl")  # groups of those prompts are skipped
-    if is_complete and (lost := lost_groups(log, config.num_steps)):
+    if not _quarantined(outcome) and (lost := lost_groups(log, config.num_steps)):
         found.append(f"groups that were begun and have never come: {sorted(lost)[:10]}")
     lines = read_lines(outcome.run_dir / "metrics.jsonl")
     if [line["step"] for line in lines if "loss" in line] != list(range(1, config.num_steps + 1)):
         found.append("metrics.jsonl does not hold each step once")
     return found
+
+
+def _quarantined(outcome: Outcome) -> int:
+    """Return the number of prompts whose groups the run skips: it then has groups that never come."""
+    return len(read_lines(outcome.run_dir / "quarantine.jsonl"))
+
+
+def praise(outcome: Outcome) -> str:
+    """Say what held in a run that was checked and without problems."""
+    made = sum(kill.at > 0 for kill in outcome.kills)
+    skipped = _quarantined(outcome)
+    left_out = (
+        f"whether others were left out was not checked ({skipped} prompts are quarantined)"
+        if skipped
+        else "none was left out"
+    )
+    return (
+        f"after {made} of {len(outcome.kills)} kills every group is in the log once, every step has trained "
+        f"its own, {left_out}, and learning from the log gives the same weights bit for bit"
+    )
 
 
 def lost_groups(log: GroupLog, num_steps: int) -> set[int]:
@@ -361,9 +384,5 @@ def main(config_file: str, overrides: Sequence[str], num_kills: int, seed: int) 
         if different:
             print(f"WRONG: learning from the log gives other weights: {different}")
         elif not outcome.problems:
-            made = sum(kill.at > 0 for kill in outcome.kills)
-            print(
-                f"after {made} of {num_kills} kills every group is in the log once, every step has trained "
-                "its own, none was left out, and learning from the log gives the same weights bit for bit"
-            )
+            print(praise(outcome))
         return len(outcome.problems) + len(different)

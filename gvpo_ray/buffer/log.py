@@ -283,7 +283,8 @@ class Quarantine:
 
     An environment that does not answer in time may be slow because the machine is busy, or because it is down
     for all prompts. So a prompt whose episodes all ended by that comes in at the second time if episodes of
-    others, and none of its own, got rewards in between, and at time MAX_LATE without one in any case.
+    others, and none of its own, got rewards in between, and at time MAX_LATE without one in any case. A run
+    that is taken up counts on: what it counts by is in a file of its own, LATE_FILE beside `path`.
 
     Args:
         path: the file.
@@ -303,6 +304,10 @@ class Quarantine:
         self._limits = self._of_checks | self._of_environment
         self._num_well = 0
         self._late: dict[tuple[str, ...], tuple[int, int]] = {}  # times, and _num_well at the first
+        self._late_path = self.path.with_name(LATE_FILE)
+        for entry in read_lines(self._late_path):
+            if not self._releases(entry):
+                self._count(prompt_key(entry), entry["late"])
         self._keys = {prompt_key(entry) for entry in self.entries()}
         self._num_covered: dict[str | None, int] = {}  # of each table's prompts, from the first on
 
@@ -331,19 +336,26 @@ class Quarantine:
         """
         if ended_by is EndedBy.NONE:
             return False
-        if ended_by is EndedBy.WELL:
-            self._num_well += 1
-            if self._late:
-                self._late.pop(prompt_key_of(prompt), None)
-            return False
-        if ended_by is EndedBy.LATE:
-            key = prompt_key_of(prompt)
-            times, before = self._late.get(key, (0, self._num_well))
-            self._late[key] = times + 1, before
-            if not (times and self._num_well > before) and times + 1 < MAX_LATE:
+        if ended_by is not EndedBy.CHECKS:
+            key, is_late = prompt_key_of(prompt), ended_by is EndedBy.LATE
+            is_first = any(before == self._num_well for _, before in self._late.values())
+            if is_late or is_first or key in self._late:
+                known = dict(zip(KEY_COLUMNS, key, strict=True))
+                append_line(self._late_path, {**known, "late": is_late, "limits": self._of_environment})
+            if not self._count(key, is_late):
                 return False
         self.add(prompt, self._of_environment if ended_by is EndedBy.LATE else self._of_checks)
         return True
+
+    def _count(self, key: tuple[str, ...], is_late: bool) -> bool:
+        """Count a group that ended late or well; return whether it was late, and its prompt is at fault."""
+        if not is_late:
+            self._num_well += 1
+            self._late.pop(key, None)
+            return False
+        times, before = self._late.get(key, (0, self._num_well))
+        self._late[key] = times + 1, before
+        return bool(times and self._num_well > before) or times + 1 >= MAX_LATE
 
     def add(self, prompt: pa.Table, limits: Mapping[str, Any] | None = None) -> None:
         """Put a prompt (one row of the group table) into quarantine, once; the limits are a check's."""
@@ -380,6 +392,9 @@ LIMITS = ("timeout_s", "cpu_s", "memory_gib")
 
 ENVIRONMENT_LIMIT = "environment.timeout_s"
 """Key of the time limit of an environment's calls."""
+
+LATE_FILE = "late.jsonl"
+"""A run directory's file of groups that the environment's time limit ended, and of what went well after."""
 
 MAX_LATE = 3
 """Times that all episodes of a prompt may end by it before the prompt is in quarantine in any case."""

@@ -85,3 +85,17 @@ def vllm_arguments(
         arguments["load_format"] = "dummy"
         overrides["tie_word_embeddings"] = False
     return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
+
+
+def as_the_learner_computes(model: ModelConfig) -> dict[str, Any]:
+    """Return overrides of a model's config without which vLLM's layers are not those of the learner.
+
+    A layer of Cohere 2 with a window sees config.sliding_window tokens in transformers, and one more in vLLM.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    window: int | None = getattr(config, "sliding_window", None)
+    if config.model_type != "cohere2" or window is None:
+        return {}
+    return {"sliding_window": window - 1}

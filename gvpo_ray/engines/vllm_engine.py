@@ -18,7 +18,7 @@ from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, w
 from gvpo_ray.engines.rollout import Completions, Episodes, ModelCall, Rollout, Span, one_call
 from gvpo_ray.engines.rollout_engine import Agents, RolloutEngine
 from gvpo_ray.engines.serving import Serve, Serving
-from gvpo_ray.engines.vllm_arguments import vllm_arguments
+from gvpo_ray.engines.vllm_arguments import as_the_learner_computes, vllm_arguments
 from gvpo_ray.home import ensure_home
 from gvpo_ray.imports import large_imports
 
@@ -105,8 +105,11 @@ class Engine(RolloutEngine):
 
         started = time.perf_counter()
         self._log = ProcessLog()
+        overrides = as_the_learner_computes(self._model) | self.arguments["hf_overrides"]
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments))
+            self._llm = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**self.arguments | {"hf_overrides": overrides})
+            )
         except RuntimeError as error:
             raise RuntimeError(_why_not_started(error, self._log)) from error
         self._death = asyncio.get_running_loop().create_future()

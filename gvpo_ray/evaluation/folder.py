@@ -153,6 +153,9 @@ def _contents(config: GVPOConfig, model: str, digests: Mapping[str, str]) -> dic
         file = Path(value.rpartition(":")[0])
         if rule.kind == "function" and file.suffix == ".py" and file.is_file():
             contents[key.removesuffix(".function")] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for name, reward in config.verifiers.rewards.items():
+        if reward.model is not None:
+            contents[f"verifiers.rewards.{name}.model"] = model_digest(reward.model)
     return contents
 
 

@@ -16,7 +16,7 @@ from gvpo_ray.evaluation.folder import EvaluationDir
 from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.run.inputs import columns_by_key, read_evaluation_sets
 from gvpo_ray.run.machine import check_machine
-from gvpo_ray.run.models import check_reward_models, read_model
+from gvpo_ray.run.models import check_class, check_reward_models, read_model
 from gvpo_ray.run.once import NO_OWN, evaluation_sampling, run_through, without_learner
 from gvpo_ray.run.session import Session
 from gvpo_ray.verifiers.rewards import Rewards
@@ -58,6 +58,7 @@ def evaluate(
         )
     check_machine(config, learner=False, references=False)
     max_length, tokenizer = read_model(config)
+    check_class(config)
     sets = read_evaluation_sets(config, max_length, tokenizer)
     validate_rewards(config.verifiers, reward, columns_by_key({}, sets, {}))
     check_reward_models(config.verifiers)

@@ -25,6 +25,7 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.dialogue import dialogue_of
+from gvpo_ray.data.hub import revision_of
 from gvpo_ray.data.mixture import SourceSchedule
 from gvpo_ray.data.offline import OfflineSource
 from gvpo_ray.data.prompts import PromptSet
@@ -36,7 +37,7 @@ from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
-from gvpo_ray.run.models import check_reference, check_reward_models, read_model
+from gvpo_ray.run.models import check_class, check_reference, check_reward_models, read_model
 from gvpo_ray.run.run_dir import check_same_run
 from gvpo_ray.verifiers.rewards import Rewards
 from gvpo_ray.verifiers.verifier import validate_rewards
@@ -112,6 +113,9 @@ class Inputs:
             )
             yield f"{key}: {source.num_rows} offline completions{_left_out(source)}{single}"
             yield from _notes(key, source, self.verifiers)
+        for name, reward in self.verifiers.rewards.items():
+            if reward.model is not None and (commit := revision_of(reward.model)) != "main":
+                yield f"verifiers.rewards.{name}.model: {reward.model} at its commit {commit}"
 
 
 def _digest_of_tokens(prompts: pa.Table) -> str:
@@ -160,6 +164,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     if config.environment is not None and config.environment.agent is not None:
         read_agent(config.environment)
     max_length, tokenizer = read_model(config)
+    check_class(config)
     room = max_length - config.sampling.max_tokens
     if room < 1:
         raise ConfigError(
@@ -343,6 +348,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         check_same_run(config.absolute(), inputs.digests() | digest_of(config.model))
     else:
         max_length, tokenizer = read_model(config)
+        check_class(config)
         sets = read_evaluation_sets(config, max_length, tokenizer)
         validate_rewards(config.verifiers, None, columns_by_key({}, sets, {}))
         for name, of_set in sets.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.data.hub import hub, revision_of
@@ -29,7 +31,8 @@ def read_model(config: GVPOConfig) -> tuple[int, Any]:
     path = config.model.path
     hint = "; make it with: gvpo-ray warm-start CONFIG" if config.warm_start else ""
     model, tokenizer = _read_folder("model.path", path, hint, config.model.trust_remote_code)
-    context = getattr(model, "max_position_embeddings", None) or config.model.max_length
+    text = model.get_text_config()  # of a model with images, its part
+    context = getattr(text, "max_position_embeddings", None) or config.model.max_length
     if context is None:
         raise ConfigError(f"model.max_length: {path} does not say its context length: give it here")
     if config.model.max_length and config.model.max_length > context:
@@ -90,6 +93,28 @@ def _loaded(key: str, kind: Any, path: str, trust_remote_code: bool = False) -> 
         why = lines[0] if is_plain else f"{type(error).__name__}: {lines[0]}".rstrip(": ")
         raise ConfigError(f"{key}: cannot load {what} of {path}: {why}") from error
     return loaded
+
+
+def check_class(config: GVPOConfig) -> None:
+    """Refuse a model with images where this machine's engines cannot load it, though they read text alone.
+
+    Raises:
+        ConfigError: one line with the class and what to install.
+    """
+    from transformers import AutoConfig
+
+    path = config.model.path
+    if not config.engines.has_own_engines or cluster_address(config.ray) is not None:
+        return  # the nodes of a cluster may have more than this machine
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    model = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    if getattr(model, "vision_config", None) is not None:
+        raise ConfigError(
+            f"model.path: {path} is a model with images ({model.model_type}), which vLLM loads only with the "
+            "package torchvision, and it is not installed: add the build that fits torch, or use a model of "
+            "text"
+        )
 
 
 def check_reward_models(config: VerifiersConfig) -> None:

@@ -21,6 +21,7 @@ import ray
 
 from gvpo_ray.actors import EventCallback, actor_name, cause_of, is_death
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
+from gvpo_ray.data.hub import revision_of
 from gvpo_ray.groups import from_wire, to_wire
 from gvpo_ray.sandbox.functions import OutOfReach
 from gvpo_ray.verifiers.outages import Failure, Outages, Record
@@ -221,7 +222,8 @@ class VerifierGroup(ElasticGroup):
 
     def _reward_model(self, name: str, config: RewardConfig) -> Callable[..., Any]:
         """Start the actors of a reward model; return the reward function that calls them."""
-        actor = ray.remote(RewardModel)
+        actor, path = ray.remote(RewardModel), str(config.model)
+        arguments = (path, config.batch_size, config.num_gpus > 0, revision_of(path))
         actors = [
             actor.options(
                 name=actor_name(f"reward-model-{name}-{i}"),
@@ -230,7 +232,7 @@ class VerifierGroup(ElasticGroup):
                 max_concurrency=1,
                 max_restarts=-1,
                 max_task_retries=MAX_VERIFIER_DEATHS,
-            ).remote(config.model, config.batch_size, config.num_gpus > 0)
+            ).remote(*arguments)
             for i in range(config.num)
         ]
         self._models += actors

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.data.columns import ABSENT, golds, value_at
 from gvpo_ray.data.files import FILE_SUFFIXES, as_rows, kind_of, parse_json, read_file
+from gvpo_ray.data.layouts import VERDICT
 from gvpo_ray.data.messages import as_messages, as_prompt, is_messages, split_answer
 from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.adapters import MATCH
@@ -123,7 +124,8 @@ def read_row(row: Fields, names: Names, line: int) -> Response:
 def _first(row: Fields, paths: tuple[str, ...], line: int, may_be_empty: bool = False) -> str:
     """Return the first path at which a row has a value; with `may_be_empty`, else one that is empty."""
     there = [path for path in paths if value_at(row, path) is not ABSENT]
-    full = [path for path in there if is_given(value_at(row, path))]
+    # beside a gold that is empty, a label says whether the response is right
+    full = [path for path in there if is_given(value_at(row, path)) and (path != VERDICT or path == there[0])]
     if full or (may_be_empty and there):
         return (full or there)[0]
     raise NoColumn(f"line {line}: no {' or '.join(paths)}")

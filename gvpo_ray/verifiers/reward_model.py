@@ -16,20 +16,21 @@ class RewardModel:
             tokenizer.
         batch_size: completions in one forward pass.
         on_gpu: whether it runs in bfloat16 on the actor's GPU, or in float32 on CPU.
+        revision: of a hub name, so that all actors have the same weights.
 
     Raises:
         ValueError: the classifier has another number of outputs than one, or no token to pad with.
     """
 
-    def __init__(self, path: str, batch_size: int, on_gpu: bool = False) -> None:
+    def __init__(self, path: str, batch_size: int, on_gpu: bool = False, revision: str = "main") -> None:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self._torch, self._batch_size = torch, batch_size
         self._device = "cuda" if on_gpu else "cpu"
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.bfloat16 if on_gpu else torch.float32
+            path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
         )
         if model.config.num_labels != 1:
             raise ValueError(f"the reward model {path} has {model.config.num_labels} outputs, not one")
@@ -53,7 +54,8 @@ class RewardModel:
             self._text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)
         ]
         ids = self._tokenizer(texts, add_special_tokens=not self._tokenizer.chat_template)["input_ids"]
-        context = getattr(self._model.config, "max_position_embeddings", None) or math.inf
+        text = self._model.config.get_text_config()
+        context = getattr(text, "max_position_embeddings", None) or math.inf
         why: dict[int, str] = {}
         for i, row in enumerate(ids):
             if len(row) > context:

@@ -8,6 +8,7 @@ learner imports, must not.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
 
     init_info_cls = ObjectsInitInfo
     update_info_cls = ObjectsUpdateInfo
+    _bias: torch.Tensor | None = None
+    """The bias of the head, where vLLM registers it only when it is loaded (Phi)."""
 
     def init_transfer_engine(self, init_info: ObjectsInitInfo) -> None:
         """Do nothing: there is no connection to set up."""
@@ -66,23 +69,34 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
         Raises:
             ValueError: the adapter does not fit the model.
         """
-        model: Any = self.model  # vLLM's models have load_weights, torch's Module does not
         dtype: Any = self.model_config.dtype  # resolved by now
         if update_info.adapter_scale is not None:
             adapter = {name: tensor for path in update_info.paths for name, tensor in load_file(path).items()}
             with torch.no_grad():
-                model.load_weights(
-                    merge(self._base(), adapter, update_info.adapter_scale, dtype, self.device)
-                )
+                self._load(merge(self._base(), adapter, update_info.adapter_scale, dtype, self.device))
             return
         # Families that are always tied (Gemma 2, Cohere) have no head of their own in vLLM, which reads the
         # embeddings instead; it would refuse a head that the learner sends beside them.
-        has_head = any(name.endswith("lm_head") for name, _ in model.named_modules())
+        has_head = any(name.endswith("lm_head") for name, _ in self.model.named_modules())
         for path in update_info.paths:
             with safe_open(path, framework="pt", device="cpu") as file, torch.no_grad():
                 names: list[str] = file.keys()
                 sent = (name for name in names if has_head or not name.startswith("lm_head."))
-                model.load_weights((name, file.get_tensor(name)) for name in sent)
+                self._load((name, file.get_tensor(name)) for name in sent)
+
+    def _load(self, tensors: NamedTensors) -> None:
+        """Load tensors, but a bias of the head that vLLM registers only when it comes (Phi): it is kept."""
+        model: Any = self.model  # vLLM's models have load_weights, torch's Module does not
+        comes_late = not getattr(getattr(model, "lm_head", None), "has_bias", True)
+
+        def others() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                if comes_late and name == "lm_head.bias":
+                    self._bias = tensor
+                else:
+                    yield name, tensor
+
+        model.load_weights(others())
 
     def _base(self) -> NamedTensors:
         """Read the base model's tensors from disk, mostly from the page cache.
@@ -99,6 +113,15 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
     def finish_weight_update(self) -> None:
         """Let the layers re-pack what was loaded."""
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        if self._bias is not None:
+            # The reload puts the head back as it was when the update began: without a bias that was
+            # registered meanwhile.
+            head: Any = self.model.lm_head
+            with self.device, torch.no_grad():
+                if getattr(head, "bias", None) is None:
+                    head._register_bias()
+                head.bias.weight_loader(head.bias, self._bias)
+            self._bias = None
 
     def shutdown(self) -> None:
         """Do nothing: there is no connection to close."""
