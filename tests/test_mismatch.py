@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from learners import load, settings
 from tiny import make_group, make_model
 
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner.mismatch import Mismatch
 from gvpo_ray.learner.objective import Objective
 from gvpo_ray.learner.policy import Policy
@@ -18,6 +21,8 @@ from gvpo_ray.learner.step import train_step
 from gvpo_ray.losses.batch import Total
 from gvpo_ray.losses.stale_data import importance_weights, likelihood_floor
 from gvpo_ray.losses.stale_data import objective as gvpo
+from gvpo_ray.observe.advice import ParityNoise
+from gvpo_ray.run.inputs import Inputs
 
 
 @pytest.fixture
@@ -108,3 +113,58 @@ def test_what_is_measured_of_rounding_adds_up_over_steps_and_outlives_the_proces
     policy.save(tmp_path / "checkpoints" / "step-2")
     again = load(tmp_path / "checkpoints" / "step-2", given)
     assert again.mismatch == policy.mismatch and again.mismatch.is_rounding
+
+
+# ------------------------------------------------------------------------------- what an engine may differ by
+
+
+def config(model: str = "bfloat16", **engines: Any) -> GVPOConfig:
+    run = {"run_dir": "r", "num_steps": 1, "groups_per_step": 4, "prompts": {"path": "p"}}
+    return GVPOConfig.from_dict({**run, "model": {"path": "m", "dtype": model}, "engines": engines})
+
+
+@pytest.mark.parametrize(
+    ("model", "engines", "noise", "limit"),
+    [
+        ("float32", {}, 1e-3, 1e-3),
+        ("float32", {"dtype": "bfloat16"}, 0.1, 1.0),
+        ("bfloat16", {}, 0.1, 1.0),
+        ("bfloat16", {"dtype": "float32"}, 0.1, 1.0),
+        ("bfloat16", {"num_gpus": 1, "quantization": "fp8"}, 0.3, 1.0),
+        ("bfloat16", {"vllm": {"quantization": "fp8"}}, 0.3, 1.0),
+        ("bfloat16", {"parity_tolerance": 0.05}, 0.1, 0.05),
+    ],
+)
+def test_what_rounding_explains_is_said_and_only_what_it_cannot_stops_a_run(
+    model: str, engines: dict[str, Any], noise: float, limit: float
+) -> None:
+    given = config(model, **engines)
+    assert (given.engines.parity_noise(model), given.engines.parity_limit(model)) == (noise, limit)
+    judge = ParityNoise(given).judge
+    assert judge({}) is None and judge({"weights/parity_mean": noise}) is None
+    said = judge({"weights/parity_mean": 1.01 * noise})
+    assert said is not None and f"rounding should ({noise:g})" in said
+    assert judge({"weights/parity_mean": 1.01 * noise}) is None  # once
+
+
+class Prompts:
+    """Two prompts of 3 and 5 tokens, in turns."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def group(self, group_id: int) -> pa.Table:
+        return pa.table({"prompt_ids": [[[1, 2, 3], [4, 5, 6, 7, 8]][group_id % 2]]})
+
+
+@pytest.mark.parametrize(("max_length", "size"), [(5, 4), (257, 256), (258, 256), (4096, 256)])
+def test_the_first_check_of_an_engine_is_on_at_least_256_tokens_of_the_runs_own_data(
+    max_length: int, size: int
+) -> None:
+    inputs: Any = Inputs.__new__(Inputs)
+    inputs.prompts, inputs.max_length = Prompts(), max_length
+    probes = inputs.probes()
+    assert [*map(len, probes)] == [size] * 4
+    assert [*probes[0], *probes[1]][:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    inputs.prompts = None
+    assert inputs.probes() == []

@@ -72,7 +72,6 @@ class Engine(RolloutEngine):
         self.arguments = vllm_arguments(
             model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
         )
-        self._dtype = self.arguments["dtype"]
         self._llm: Any = None
         self.version = 0 if load_weights else -1
         self._updating = asyncio.Lock()
@@ -259,8 +258,8 @@ class Engine(RolloutEngine):
             per token.
 
         Raises:
-            WeightMismatch: the log-probs differ by more than pool.parity_tolerance; the message names the
-                worst token.
+            WeightMismatch: the log-probs differ by more than pool.parity_limit; the message names the worst
+                token.
         """
         from gvpo_ray.weights.node_copy import NodeCopy
 
@@ -359,11 +358,11 @@ class Engine(RolloutEngine):
                         f"engine {got:.4f}, learner {expected[position - 1]:.4f}"
                     )
         mean = total / max(1, count)
-        tolerance = self._pool.parity_tolerance or (1e-3 if self._dtype == "float32" else 0.1)
-        if not mean <= tolerance:
+        limit = self._pool.parity_limit(self._model.dtype)
+        if not mean <= limit:
             raise WeightMismatch(
                 f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average "
-                f"(allowed {tolerance:g}); worst is {worst_text}"
+                f"(allowed {limit:g}); worst is {worst_text}"
             )
         rms = math.sqrt(squares / max(1, count))
         return {"parity_mean": mean, "parity_rms": rms, "parity_max": worst}

@@ -53,6 +53,8 @@ class Settings:
     model_path: str
     parity_every: int
     seed: int = 0
+    probes: Sequence[list[int]] = ()
+    """Token ids of the sequences on which engines are compared with the learner before the first step."""
     reports_references: bool = False
     """Whether completions are replayed, so that the buffer stores the reference model's log-probs of them."""
 

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,17 @@ class LearnerGroup:
         buffer: the handle of the buffer's actor.
         engines: handles of the engines, where the transport of weights needs them (`nccl`).
         last_step: the step after which nothing is left to train.
+        probes: token ids of the sequences on which engines are compared with the learner at the start.
     """
 
     def __init__(
-        self, config: GVPOConfig, run_dir: Path, buffer: Any, engines: list[Any], last_step: int
+        self,
+        config: GVPOConfig,
+        run_dir: Path,
+        buffer: Any,
+        engines: list[Any],
+        last_step: int,
+        probes: Sequence[list[int]] = (),
     ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -97,6 +104,7 @@ class LearnerGroup:
                 "buffer": buffer,
                 "engines": engines,
                 "last_step": last_step,
+                "probes": probes,
             },
             torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo"),
             scaling_config=ScalingConfig(
@@ -294,6 +302,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
                 model_path=config.model.path,
                 parity_every=config.engines.parity_every,
                 seed=config.seed,
+                probes=settings["probes"],
                 reports_references=config.replay.share > 0,
             ),
             on_checkpoint=ray.train.report,
