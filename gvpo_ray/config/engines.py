@@ -172,10 +172,12 @@ class EnginesConfig(PoolConfig):
     the value of this section. Default: one pool named `engines`, with the settings of this section."""
     scale_window_s: float = Field(default=60.0, gt=0)
     """Seconds over which an elastic pool measures its load before it scales up or down by one engine."""
-    weight_transfer: Literal["objects", "nccl"] = "objects"
+    weight_transfer: Literal["objects", "nccl", "ipc", "sharded_rdt"] = "objects"
     """How weights reach the engines. `objects`: through Ray's object store and shared memory, once per node;
-    engines may join later. `nccl` (experimental): vLLM's broadcast from learner rank 0 to a fixed fleet of
-    GPU engines; the death of one ends the run, and the same command resumes it."""
+    engines may join later. The others are vLLM's, from GPU to GPU into a fixed fleet, and experimental: the
+    death of an engine ends the run, and the same command resumes it. `nccl`: broadcast from learner rank 0.
+    `ipc`: within GPUs that engines and learner share (colocated: share). `sharded_rdt`: each engine pulls its
+    part from the learner ranks by RDMA; needs the package nixl."""
     colocated: Literal["sleep", "share"] | None = None
     """How engines and learner live on the same GPUs. `sleep`: they take turns. While the learner trains, all
     engines of ours free their memory and stand still. Groups in flight go on afterwards with the new weights,

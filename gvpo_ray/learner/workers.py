@@ -62,7 +62,7 @@ class LearnerGroup:
         config: the run's.
         run_dir: the run directory.
         buffer: the handle of the buffer's actor.
-        engines: handles of the engines, where the transport of weights needs them (`nccl`).
+        engines: handles of the engines, where the transport of weights needs them (all but `objects`).
         last_step: the step after which nothing is left to train.
         probes: token ids of the sequences on which engines are compared with the learner at the start.
     """
@@ -244,7 +244,8 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
     from gvpo_ray.learner.loop import learn
     from gvpo_ray.learner.policy import Policy
     from gvpo_ray.learner.step import Settings
-    from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher
+    from gvpo_ray.weights.direct import DirectPublisher
+    from gvpo_ray.weights.transfer import ObjectPublisher
 
     config: GVPOConfig = settings["config"]
     torch.set_num_threads(config.learner.num_threads)
@@ -262,9 +263,11 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device()
     )
     engines = settings["engines"]
-    publisher: NcclPublisher | ObjectPublisher
+    publisher: DirectPublisher | ObjectPublisher
+    # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
+    dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
     behind = None
-    if config.engines.weight_transfer == "nccl" and engines:
+    if config.engines.weight_transfer != "objects" and engines:
 
         def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
             ray.get(
@@ -276,12 +279,18 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
 
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         (pool,) = config.engines.all_pools().values()
-        publisher = NcclPublisher(
-            call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address)
+        publisher = DirectPublisher(
+            config.engines.weight_transfer,
+            call,
+            len(engines),
+            pool.tensor_parallel_size,
+            rank,
+            dtype,
+            address,
+            _free_port(address),
+            ray.get_runtime_context().namespace,
         )
     else:
-        # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
-        dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0, frees_memory=takes_turns)
         # Without staleness there is nothing to train before engines have the weights; a learner that takes
         # turns with them gives its turn with the weights.

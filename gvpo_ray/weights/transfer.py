@@ -6,9 +6,9 @@ shared memory (node_copy.py): the first that wants a version fetches what is mis
 once per node), and vLLM's core, a process of its own that knows nothing of Ray, maps the copy. An engine that
 joins late fetches the whole. No GPU is needed.
 
-`nccl`: vLLM's own broadcast from learner rank 0 into a fixed fleet of GPU engines.
+vLLM's own transports, from GPU to GPU and into a fixed fleet, are in direct.py.
 
-Both transports run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
+All run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
 finish_weight_update(version) → resume.
 
 Where a LoRA adapter is trained (model.lora), only the adapter is transferred, over `objects`, and vLLM's
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -242,103 +241,6 @@ def _layout(shard: Bytes) -> dict[str, tuple[int, int]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-
-
-class NcclPublisher:
-    """The `nccl` transport broadcasts each version of the weights from learner rank 0, with vLLM's code.
-
-    The engines are fixed when the first version is sent: a later engine cannot join.
-
-    Args:
-        call: (method name, one argument tuple per engine) -> None; runs that method of `Engine` on all
-            engines at once and waits.
-        num_engines: how many engines receive.
-        tensor_parallel_size: processes of each engine.
-        rank: this learner worker's.
-        address: the host at which learner rank 0 listens.
-        port: the port at which learner rank 0 listens.
-    """
-
-    def __init__(
-        self,
-        call: Callable[[str, list[tuple[Any, ...]]], None],
-        num_engines: int,
-        tensor_parallel_size: int,
-        rank: int,
-        address: str,
-        port: int,
-    ) -> None:
-        self._num_engines, self._call, self._rank, self._tp = num_engines, call, rank, tensor_parallel_size
-        self._address, self._port = address, port
-        self._trainer: Any = None
-        self._current: NamedTensors = ()
-        self._version = 0
-
-    # The next four methods are vLLM's VLLMWeightSyncClient, fanned out to all engines.
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let each engine's processes join the broadcast, at ranks after the learner's."""
-        self._call(
-            "init_transfer",
-            [({**init_info, "rank_offset": 1 + i * self._tp},) for i in range(self._num_engines)],
-        )
-
-    def start_weight_update(self) -> None:
-        """Prepare all engines for new weights."""
-        self._call("begin_update", [()] * self._num_engines)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Let all engines receive the tensors that `update_info` describes."""
-        self._call("receive", [(update_info,)] * self._num_engines)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Let all engines run the new weights, under the version that `publish` was given."""
-        self._call("finish_update", [(self._version,)] * self._num_engines)
-
-    def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Broadcast the weights of `version` and wait until all engines run them; every rank calls this.
-
-        The first call iterates over `named_tensors` twice, because vLLM asks for the shapes first.
-
-        Returns:
-            `shards`, empty, and `bytes`, what was broadcast; None on ranks other than 0.
-        """
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        self._version, self._current = version, named_tensors
-        if self._trainer is None:
-            publisher = self
-
-            class Source(WeightSource):
-                """A Source yields the tensors of the current version; their shapes are read once."""
-
-                _metadata: list[ParamMeta] | None = None
-
-                def metadata(self) -> list[ParamMeta]:
-                    """Return name, dtype and shape of each tensor, which are the same in each version."""
-                    if self._metadata is None:
-                        self._metadata = [
-                            ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in publisher._current
-                        ]
-                    return self._metadata
-
-                def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                    return iter(publisher._current)
-
-            world_size = 1 + self._num_engines * self._tp
-            info = NCCLTrainerInitInfo(
-                rank=self._rank, master_address=self._address, master_port=self._port, world_size=world_size
-            )
-            client: Any = self  # its methods are those of vLLM's client, fanned out to all engines
-            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
-        self._trainer.send_weights()
-        if self._rank != 0:
-            return None
-        return {
-            "shards": [],
-            "bytes": sum(math.prod(m.shape) * m.dtype.itemsize for m in self._trainer.source.metadata()),
-        }
 
 
 # --- the engine's end ---------------------------------------------------------------------------------------
