@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from gvpo_ray.errors import GvpoError
-from gvpo_ray.weights.deltas import Bytes, Delta, changed_words, make_delta
+from gvpo_ray.weights.deltas import Bytes, Delta, join_deltas, take_changes
 from gvpo_ray.weights.lora import merged
 
 SHARD_BYTES = 512 * 2**20
@@ -189,7 +189,7 @@ class ObjectPublisher:
 
         None in place of the deltas: they would be larger than half of the whole.
         """
-        found: list[list[tuple[Any, Any]]] = [[] for _ in self._copy]
+        found: list[list[tuple[int, Delta]]] = [[] for _ in self._copy]
         left, most = dict(self._places), self._num_bytes // 2
         num_words = num_changed = size = 0
         for name, tensor in named_tensors:
@@ -197,21 +197,20 @@ class ObjectPublisher:
             new, word = self._staged(tensor), self._words[shard]
             if end - begin != len(new):
                 raise ValueError(f"the tensor {name} ({len(new)} bytes) was not one of the version before")
-            old = self._copy[shard][begin:end]
-            places = changed_words(old, new, word, self._threads)
+            at = begin // word.itemsize
+            delta = take_changes(self._copy[shard][begin:end], new, word, at, self._threads)
             num_words += len(new) // word.itemsize
-            num_changed += len(places)
-            size += len(places) * (2 + word.itemsize)
+            num_changed += len(delta.words)
+            size += delta.places.nbytes + delta.words.nbytes
             if size <= most:
-                found[shard].append((places + begin // word.itemsize, new.view(word)[places]))
-            np.copyto(old, new)
+                found[shard].append((at, delta))
         if left:
             raise ValueError(f"the tensor {next(iter(left))} of the version before is missing")
         share = num_changed / max(1, num_words)
         if size > most:
             return None, share
         return [
-            make_delta(sorted(parts, key=lambda part: part[0][:1].tolist()), word, data.nbytes)
+            join_deltas(sorted(parts, key=lambda part: part[0]), word, data.nbytes)
             for parts, word, data in zip(found, self._words, self._copy, strict=True)
         ], share
 
