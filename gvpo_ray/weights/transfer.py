@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as to_safetensors
 
 from gvpo_ray.errors import GvpoError
 from gvpo_ray.weights.deltas import Bytes, Delta, join_deltas, take_changes
@@ -60,32 +59,68 @@ class WeightMismatch(GvpoError, RuntimeError):
 # --- the learner's end --------------------------------------------------------------------------------------
 
 
-def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[bytes]:
-    """Serialise weights into safetensors shards of at most `max_bytes`.
+def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[Bytes]:
+    """Write weights into safetensors shards of at most `max_bytes`, each of which is copied once.
 
     Tensors that share storage (tied embeddings) are sent under each of their names: engines/vllm_engine.py
     says why.
 
     Args:
-        named_tensors: names and tensors on any device.
-        dtype: what floating-point tensors are converted to; others keep theirs.
+        named_tensors: names and tensors on any device, which are held until their shard is full.
+        dtype: what floating-point tensors are converted to, where they are; others keep theirs.
         max_bytes: a tensor that is larger is a shard of its own.
     """
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
-        tensor = (
-            tensor.detach()
-            .to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-            .contiguous()
-        )
+        tensor = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
         if shard and size + tensor.nbytes > max_bytes:
-            yield to_safetensors(shard)
+            yield _to_safetensors(shard)
             shard, size = {}, 0
         shard[name] = tensor
         size += tensor.nbytes
     if shard:
-        yield to_safetensors(shard)
+        yield _to_safetensors(shard)
+
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the types of tensors."""
+
+
+def _to_safetensors(tensors: dict[str, torch.Tensor]) -> Bytes:
+    """Return a safetensors file; the library's own function would copy it twice more."""
+    begin, header, places = 0, {}, []
+    # words of eight bytes first, as safetensors orders them: each tensor is aligned to its words
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+        end = begin + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        places.append((begin, end, tensor))
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = np.empty(8 + len(text) + begin, np.uint8)
+    data[: 8 + len(text)] = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    for begin, end, tensor in places:
+        place = torch.from_numpy(data[8 + len(text) :][begin:end])
+        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return data
 
 
 class ObjectPublisher:
@@ -154,7 +189,7 @@ class ObjectPublisher:
             return None
         if not self._copy:
             for data in shards(named_tensors, self._dtype):
-                self._copy.append(np.frombuffer(bytearray(data), np.uint8))  # which is written to later
+                self._copy.append(data)
             for i, layout in enumerate(map(_layout, self._copy)):
                 self._places |= {name: (i, *place) for name, place in layout.items()}
                 is_even = all(end % 2 == 0 for place in layout.values() for end in place)
