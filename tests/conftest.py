@@ -30,6 +30,7 @@ TIERS = {
     "end_to_end": {
         "test_backends",
         "test_bench_gpu",
+        "test_direct",
         "test_docs",
         "test_lora",
         "test_recovery",

@@ -375,6 +375,21 @@ def test_the_learner_has_the_memory_that_the_engines_leave(engines: dict[str, An
             {"colocated": "sleep", "num_gpus": 1, "weight_transfer": "nccl"},
             "engines.colocated cannot go with weight_transfer: nccl",
         ),
+        (
+            {"colocated": "share", "num_gpus": 1, "weight_transfer": "sharded_rdt"},
+            "engines.colocated cannot go with weight_transfer: sharded_rdt",
+        ),
+        *(
+            (
+                {**engines, "num_gpus": 0.5, "weight_transfer": "ipc"},
+                "weight_transfer: ipc needs engines on the learner's GPUs: engines.colocated: share",
+            )
+            for engines in ({}, {"colocated": "sleep"})
+        ),
+        (
+            {"colocated": "share", "kv_cache_gib": 4, "weight_transfer": "ipc"},
+            "weight_transfer: ipc needs GPUs in engines.num_gpus",
+        ),
     ],
 )
 def test_what_cannot_share_a_gpu_is_refused(engines: dict[str, Any], error: str) -> None:

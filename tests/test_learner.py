@@ -40,7 +40,7 @@ from gvpo_ray.buffer.states import Command
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.loss import loss_config
 from gvpo_ray.learner.checkpoints import latest_checkpoint
-from gvpo_ray.learner.loop import learn
+from gvpo_ray.learner.loop import learn, probe_logprobs
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import NonFiniteGradient, Settings, learning_rate_at, train_step
 from gvpo_ray.losses.stale_data import adapted_beta
@@ -579,6 +579,9 @@ def test_what_learn_publishes_are_the_weights_and_logprobs_to_check_them_by(tmp_
     rows = [{"prompt_ids": ids[:1], "completion_ids": [ids[1:]]} for ids in probe["ids"]]
     first = load(tmp_path / "model", given).token_logprobs(rows)
     assert [tokens.tolist() for tokens in first] == probe["logprobs"] and len(probe["ids"]) == 4
+    own = [[5 + i % 7 for i in range(40)], [7, 6, 5]]  # of the run's own data
+    probe = probe_logprobs(policy, [], own)
+    assert probe["ids"] == own and [*map(len, probe["logprobs"])] == [39, 2]
 
 
 @pytest.mark.parametrize("reference", ["behaviour", "previous", "initial", "every: 3"])

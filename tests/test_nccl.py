@@ -1,5 +1,6 @@
-"""The wire of weights by NCCL: what each side says, with the library stood in for."""
+"""The wires of weights from GPU to GPU: what each side says, with vLLM stood in for or its device alone."""
 
+import asyncio
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -8,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from gvpo_ray.weights.transfer import NcclPublisher, shards
+from gvpo_ray.weights.direct import DirectPublisher
+from gvpo_ray.weights.transfer import shards
+
+
+def nccl(*arguments: Any, dtype: torch.dtype = torch.bfloat16, **options: Any) -> DirectPublisher:
+    return DirectPublisher("nccl", *arguments, dtype=dtype, **options)
 
 
 def test_every_engine_is_told_its_place_in_the_broadcast():
     calls: list[tuple[str, list[tuple[Any, ...]]]] = []
-    publisher = NcclPublisher(lambda *call: calls.append(call), 3, 2, rank=0, address="10.0.0.1", port=99)
+    publisher = nccl(lambda *call: calls.append(call), 3, 2, rank=0, address="10.0.0.1", port=99)
     publisher.init_weight_transfer_engine({"master_address": "10.0.0.1", "master_port": 99})
     publisher.start_weight_update()
     publisher.update_weights({"names": ["w"]})
@@ -51,7 +57,7 @@ class _Trainer:
 
     made: list["_Trainer"]
 
-    def __init__(self, info: _InitInfo, client: NcclPublisher, source: Any) -> None:
+    def __init__(self, info: _InitInfo, client: DirectPublisher, source: Any) -> None:
         self.info, self.client, self.source = info, client, source
         self.broadcast: list[dict[str, torch.Tensor]] = []
         if info.rank == 0:
@@ -64,8 +70,8 @@ class _Trainer:
             self.client.start_weight_update()
             self.client.update_weights({"names": [m.name for m in meta]})
         sent = dict(self.source)
-        assert [(m.name, m.shape) for m in meta] == [
-            (name, tuple(tensor.shape)) for name, tensor in sent.items()
+        assert [(m.name, m.dtype, m.shape) for m in meta] == [
+            (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()
         ]
         self.broadcast.append(sent)
         if self.info.rank == 0:
@@ -106,11 +112,12 @@ class _Weights:
     def __iter__(self):
         yield "a", torch.full((2, 3), self.value)
         yield "b", torch.full((4,), self.value, dtype=torch.bfloat16)
+        yield "n", torch.full((5,), 7, dtype=torch.int64)
 
 
 def test_each_version_is_broadcast_whole_the_first_one_too(vllm):
     calls: list[str] = []
-    publisher = NcclPublisher(
+    publisher = nccl(
         lambda method, arguments: calls.append(f"{method} {len(arguments)}"),
         2,
         4,
@@ -119,12 +126,16 @@ def test_each_version_is_broadcast_whole_the_first_one_too(vllm):
         port=5,
     )
     for version in (1, 2):
-        assert publisher.publish(version, _Weights(float(version))) == {"shards": [], "bytes": 6 * 4 + 4 * 2}
+        # a learner with float32 parameters sends half of them
+        size = 6 * 2 + 4 * 2 + 5 * 8
+        assert publisher.publish(version, _Weights(float(version))) == {"shards": [], "bytes": size}
     (trainer,) = vllm.made
     assert trainer.info == _InitInfo(0, "host", 5, world_size=9)
-    assert [{name: float(tensor.mean()) for name, tensor in sent.items()} for sent in trainer.broadcast] == [
-        {"a": 1, "b": 1},
-        {"a": 2, "b": 2},
+    assert [
+        {name: float(tensor.double().mean()) for name, tensor in sent.items()} for sent in trainer.broadcast
+    ] == [
+        {"a": 1, "b": 1, "n": 7},
+        {"a": 2, "b": 2, "n": 7},
     ]
     assert calls == ["init_transfer 2", *["begin_update 2", "receive 2", "finish_update 2"] * 2]
 
@@ -138,15 +149,15 @@ def test_what_the_policy_publishes_can_be_broadcast(vllm, tmp_path):
 
     path = make_model(tmp_path)
     policy = Policy(ModelConfig(path=str(path)), LearnerConfig(backend="ddp"), path)
-    NcclPublisher(lambda *call: None, 1, 1, rank=0, address="host", port=5).publish(1, policy.named_tensors())
+    nccl(lambda *call: None, 1, 1, rank=0, address="host", port=5).publish(1, policy.named_tensors())
     assert vllm.made[0].broadcast[0].keys() == dict(policy.named_tensors()).keys()
 
 
 def test_other_learner_ranks_gather_and_ask_nothing_of_the_engines(vllm):
     calls: list[Any] = []
-    publisher = NcclPublisher(lambda *call: calls.append(call), 2, 1, rank=1, address="host", port=5)
+    publisher = nccl(lambda *call: calls.append(call), 2, 1, rank=1, address="host", port=5)
     assert publisher.publish(1, _Weights(1.0)) is None
-    assert calls == [] and len(vllm.made[0].broadcast[0]) == 2
+    assert calls == [] and len(vllm.made[0].broadcast[0]) == 3
 
 
 @pytest.mark.parametrize("has_head", [True, False])
@@ -173,3 +184,28 @@ def test_an_engine_whose_model_has_no_head_of_its_own_gets_none(tmp_path, has_he
     engine.model, engine.model_config = Model(), type("Config", (), {"dtype": torch.float32})
     engine.receive_weights(ObjectsUpdateInfo(paths=[str(tmp_path / "0.safetensors")]))
     assert sorted(engine.model.loaded) == ["lm_head.weight"] * has_head + ["model.embed_tokens.weight"]
+
+
+def test_an_engine_that_has_not_started_joins_once_it_has() -> None:
+    """The learner, which starts faster, asks at once."""
+    from gvpo_ray.config.engines import PoolConfig
+    from gvpo_ray.config.model import ModelConfig
+    from gvpo_ray.engines.vllm_engine import Engine
+
+    joined = []
+
+    class LLM:
+        async def init_weight_transfer_engine(self, request: Any) -> None:
+            joined.append(request.init_info)
+
+    async def run() -> None:
+        engine = Engine(ModelConfig(path="m"), PoolConfig(), "nccl", 0)
+        asked = asyncio.ensure_future(engine.init_transfer({"rank_offset": 1}))
+        await asyncio.sleep(0)
+        assert not asked.done()
+        engine._llm, engine._death = LLM(), asyncio.get_running_loop().create_future()
+        engine._has_started.set()
+        await asked
+        assert joined == [{"rank_offset": 1}]
+
+    asyncio.run(run())

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load as from_bytes
+from safetensors.torch import load
 
-from gvpo_ray.weights.transfer import ObjectPublisher, merge, shards
+from gvpo_ray.weights.transfer import DTYPES, ObjectPublisher, merge, shards
 
 # ----------------------------------------------------------------------------------------------------- shards
 
@@ -18,7 +18,11 @@ def named(*sizes: int, dtype: torch.dtype = torch.float32) -> list[tuple[str, to
     return [(f"layer.{i}", torch.arange(size).to(dtype) + 100 * i) for i, size in enumerate(sizes)]
 
 
-def sizes_of(data: list[bytes]) -> list[dict[str, int]]:
+def from_bytes(data: Any) -> dict[str, torch.Tensor]:
+    return load(bytes(data))
+
+
+def sizes_of(data: list[Any]) -> list[dict[str, int]]:
     return [{name: tensor.numel() for name, tensor in from_bytes(shard).items()} for shard in data]
 
 
@@ -52,7 +56,8 @@ def test_shards_hold_the_tensors_in_the_dtype_that_was_asked_for():
     tensors = [
         *named(3, 5, dtype=torch.float32),
         ("ids", torch.tensor([1, 2**40])),
-        ("rng", torch.arange(4, dtype=torch.uint8)),
+        ("rng", torch.arange(3, dtype=torch.uint8)),  # which must not shift the words of others
+        *((str(kind), torch.ones(2, 2, dtype=kind)) for kind in DTYPES if not kind.is_floating_point),
     ]
     tensors[0] = ("layer.0", torch.tensor([1.0, 1 / 3, -1e30]))
     for dtype in (torch.float32, torch.bfloat16):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from gvpo_ray.bench.gpu.models import QWEN_15B, Shape
-from gvpo_ray.weights.deltas import changed_words
+from gvpo_ray.weights.deltas import take_changes
 from gvpo_ray.weights.node_copy import NodeCopy
 from gvpo_ray.weights.transfer import MAX_THREADS, ObjectPublisher
 
@@ -76,7 +76,7 @@ def main(share: float = 1.0, learning_rate: float = 1e-6, shape: Shape = QWEN_15
     def compare() -> None:
         for tensor in weights.values():
             data = tensor.view(-1).view(torch.uint8).numpy()
-            changed_words(data, data, WORD, threads)
+            take_changes(data, data, WORD, 0, threads)
 
     largest = max(weights.values(), key=torch.Tensor.numel)
     target = torch.empty_like(largest)

@@ -55,6 +55,10 @@ class SamplingConfig(Section):
         return self
 
 
+NUM_PROBES, PROBE_TOKENS = 4, 256
+"""A parity check compares engines' log-probs with the learner's on so many sequences of so many tokens."""
+
+
 class PoolConfig(Section):
     """A pool is a number of equal engines.
 
@@ -103,8 +107,9 @@ class PoolConfig(Section):
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of one engine; default: all that the node has."""
     parity_tolerance: float | None = Field(default=None, gt=0)
-    """Largest mean difference from the learner's log-probs, in nats per token; default 1e-3 in float32, 0.1
-    in other precisions."""
+    """Largest mean difference from the learner's log-probs, in nats per token: with a larger one the run
+    stops. Default: 1e-3 in float32, and 1 in other precisions, where a run says so above 0.1 (quantised: 0.3)
+    and goes on."""
     vllm: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
     """Further engine arguments for vLLM (`AsyncEngineArgs`), passed unchanged."""
     url: str | None = None
@@ -118,6 +123,28 @@ class PoolConfig(Section):
     max_restarts_per_hour: int = Field(default=20, ge=0)
     """How often an engine of this pool is replaced within an hour after it died. Beyond that its place stays
     empty until the hour is over; if all places of all pools are empty for this reason, the run stops."""
+
+    def parity_noise(self, dtype: str) -> float:
+        """Return the mean difference of log-probs, in nats per token, that precision may explain.
+
+        Args:
+            dtype: the learner's, model.dtype.
+        """
+        if self.quantization or self.vllm.get("quantization"):
+            return 0.3
+        return 1e-3 if {self.dtype or dtype, dtype} == {"float32"} else 0.1
+
+    def parity_limit(self, dtype: str) -> float:
+        """Return the mean difference of log-probs beyond which an engine does not run the learner's weights.
+
+        In float32 that is what precision explains. Elsewhere a rounding that is larger than expected is no
+        reason to stop, and other weights differ by nats.
+
+        Args:
+            dtype: the learner's, model.dtype.
+        """
+        noise = self.parity_noise(dtype)
+        return self.parity_tolerance or (noise if noise < 0.1 else 1.0)
 
     @model_validator(mode="after")
     def _of_one_engine(self) -> PoolConfig:
@@ -145,10 +172,12 @@ class EnginesConfig(PoolConfig):
     the value of this section. Default: one pool named `engines`, with the settings of this section."""
     scale_window_s: float = Field(default=60.0, gt=0)
     """Seconds over which an elastic pool measures its load before it scales up or down by one engine."""
-    weight_transfer: Literal["objects", "nccl"] = "objects"
+    weight_transfer: Literal["objects", "nccl", "ipc", "sharded_rdt"] = "objects"
     """How weights reach the engines. `objects`: through Ray's object store and shared memory, once per node;
-    engines may join later. `nccl` (experimental): vLLM's broadcast from learner rank 0 to a fixed fleet of
-    GPU engines; the death of one ends the run, and the same command resumes it."""
+    engines may join later. The others are vLLM's, from GPU to GPU into a fixed fleet, and experimental: the
+    death of an engine ends the run, and the same command resumes it. `nccl`: broadcast from learner rank 0.
+    `ipc`: within GPUs that engines and learner share (colocated: share). `sharded_rdt`: each engine pulls its
+    part from the learner ranks by RDMA; needs the package nixl."""
     colocated: Literal["sleep", "share"] | None = None
     """How engines and learner live on the same GPUs. `sleep`: they take turns. While the learner trains, all
     engines of ours free their memory and stand still. Groups in flight go on afterwards with the new weights,

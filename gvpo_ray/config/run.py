@@ -154,19 +154,21 @@ class GVPOConfig(Section):
                     f"({model.max_length})"
                 )
         pools = engines.all_pools()
-        if engines.weight_transfer == "nccl":
+        if (direct := engines.weight_transfer) != "objects":
+            key = f"engines.weight_transfer: {direct}"
             if not (all(pool.num_gpus for pool in pools.values()) and learner.num_gpus):
-                raise ValueError(
-                    "engines.weight_transfer: nccl needs GPUs in engines.num_gpus and learner.num_gpus; "
-                    "use objects"
-                )
+                raise ValueError(f"{key} needs GPUs in engines.num_gpus and learner.num_gpus; use objects")
             if len(pools) > 1 or any(pool.max_num not in (None, pool.num) for pool in pools.values()):
-                raise ValueError("engines.weight_transfer: nccl needs a fixed fleet of one pool; use objects")
-        if engines.colocated and engines.weight_transfer == "nccl":
-            raise ValueError(
-                "engines.colocated cannot go with weight_transfer: nccl, whose ranks need a GPU each: "
-                "use objects"
-            )
+                raise ValueError(f"{key} needs a fixed fleet of one pool; use objects")
+            if direct == "ipc" and engines.colocated != "share":
+                raise ValueError(f"{key} needs engines on the learner's GPUs: engines.colocated: share")
+            if direct != "ipc" and engines.colocated:
+                raise ValueError(
+                    f"engines.colocated cannot go with weight_transfer: {direct}, whose ranks need a GPU "
+                    "each: use objects, or with share ipc"
+                )
+            if model.lora is not None:
+                raise ValueError(f"model.lora sends adapters, which {key} cannot; use objects")
         if engines.colocated == "share":
             for name, pool in pools.items():
                 where = f"engines.pools.{name}" if engines.pools else "engines"
@@ -195,10 +197,6 @@ class GVPOConfig(Section):
             raise ValueError(
                 f"learner.offload: {learner.offload} needs learner.zero_stage of at least {least}, not "
                 f"{learner.zero_stage}"
-            )
-        if model.lora is not None and engines.weight_transfer == "nccl":
-            raise ValueError(
-                "model.lora sends adapters, which engines.weight_transfer: nccl cannot; use objects"
             )
         if self.evaluation.every and not self.evaluation.sets:
             raise ValueError("evaluation.every is set but evaluation.sets is empty")

@@ -91,8 +91,8 @@ class Supervisor:
         self._sleepers = Sleepers(slots, turns)
         self._config, self._slots, self._make, self._weights = config, slots, make, weights
         self._note, self._waits, self._changed = note, waits, changed
-        self._is_fixed = config.weight_transfer == "nccl"
-        if self._is_fixed:  # the learner's broadcast group has to include all engines
+        self._is_fixed = config.weight_transfer != "objects"
+        if self._is_fixed:  # the learner sends to all engines at once
             for slot in slots:
                 slot.engine = make(slot.pool, slot.config, slot.number)
         self._has_started: set[str] = set()

@@ -33,7 +33,7 @@ def vllm_arguments(
     Args:
         model: the policy.
         pool: the engine's.
-        transfer: how weights come, "objects" or "nccl".
+        transfer: how weights come (engines.weight_transfer).
         seed: of requests without a seed of their own.
         load_weights: whether vLLM reads the weights of model.path.
         drain_s: as for Engine.

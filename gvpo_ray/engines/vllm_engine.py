@@ -42,7 +42,7 @@ class Engine(RolloutEngine):
     Args:
         model: the policy.
         pool: the pool's section.
-        transfer: how weights come, "objects" or "nccl" (engines.weight_transfer).
+        transfer: how weights come (engines.weight_transfer).
         seed: vLLM's seed, for groups without a seed of their own.
         load_weights: whether vLLM loads the weights of model.path, as version 0.
         drain_s: as for BaseEngine.
@@ -73,10 +73,9 @@ class Engine(RolloutEngine):
         self.arguments = vllm_arguments(
             model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
         )
-        self._dtype = self.arguments["dtype"]
         self._llm: Any = None
         self.version = 0 if load_weights else -1
-        self._updating = asyncio.Lock()
+        self._updating, self._has_started = asyncio.Lock(), asyncio.Event()
         self._node_copy: Any = None
         self._num_finished_tokens = 0
         self._known_turns: dict[tuple[int, ...], Turns] = {}
@@ -99,6 +98,13 @@ class Engine(RolloutEngine):
             # Pinning would put engine and learner on the same cores: let the kernel spread the threads.
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             os.environ["OMP_NUM_THREADS"] = str(pool.num_threads or len(os.sched_getaffinity(0)))
+        if self._transfer == "ipc":  # the learner's handles are pickled; they come from it alone, through Ray
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        if self._transfer == "sharded_rdt":
+            import ray
+
+            # vLLM's own processes look up the learner's actors
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         with large_imports():
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -115,6 +121,7 @@ class Engine(RolloutEngine):
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
         await self._unless_dead(self._llm.update_weight_version(str(self.version)))
+        self._has_started.set()
         if self._transfer == "objects":
             await self.init_transfer({})
         if self._serve is not None:
@@ -264,13 +271,13 @@ class Engine(RolloutEngine):
             per token.
 
         Raises:
-            WeightMismatch: the log-probs differ by more than pool.parity_tolerance; the message names the
-                worst token.
+            WeightMismatch: the log-probs differ by more than pool.parity_limit; the message names the worst
+                token.
         """
         from gvpo_ray.weights.node_copy import NodeCopy
 
         async with self._updating:
-            if self._transfer == "nccl":  # the learner has broadcast the weights already
+            if self._transfer != "objects":  # the learner has sent the weights already
                 return {"copy_s": 0.0, "pause_s": 0.0, **(await self._check(probe) if probe else {})}
             started = time.perf_counter()
             adapter = weights.get("adapter")
@@ -287,7 +294,8 @@ class Engine(RolloutEngine):
             return {"copy_s": copied - started, "pause_s": done - copied, **parity}
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
-        """Join what brings the weights; with engines.weight_transfer: nccl, the learner's broadcast group."""
+        """Join what brings the weights; the learner may call this before vLLM has started."""
+        await self._has_started.wait()
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         request = WeightTransferInitRequest(init_info=init_info)
@@ -364,11 +372,11 @@ class Engine(RolloutEngine):
                         f"engine {got:.4f}, learner {expected[position - 1]:.4f}"
                     )
         mean = total / max(1, count)
-        tolerance = self._pool.parity_tolerance or (1e-3 if self._dtype == "float32" else 0.1)
-        if not mean <= tolerance:
+        limit = self._pool.parity_limit(self._model.dtype)
+        if not mean <= limit:
             raise WeightMismatch(
                 f"version {self.version}: engine and learner differ by {mean:.4f} nats per token on average "
-                f"(allowed {tolerance:g}); worst is {worst_text}"
+                f"(allowed {limit:g}); worst is {worst_text}"
             )
         rms = math.sqrt(squares / max(1, count))
         return {"parity_mean": mean, "parity_rms": rms, "parity_max": worst}

@@ -22,6 +22,7 @@ import torch
 
 from gvpo_ray import groups
 from gvpo_ray.buffer.states import Command
+from gvpo_ray.config.engines import NUM_PROBES, PROBE_TOKENS
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.behind import Behind, beside
 from gvpo_ray.learner.checkpoints import prune_checkpoints
@@ -32,9 +33,6 @@ from gvpo_ray.observe.computes import write_computes
 from gvpo_ray.observe.token_examples import stays, write_examples
 
 Answer = TypeVar("Answer")
-
-NUM_PROBES, PROBE_TOKENS = 4, 256
-"""A parity check compares engines' log-probs with the learner's on so many sequences of so many tokens."""
 
 
 class Buffer(Protocol):
@@ -194,7 +192,7 @@ def publish(
     started = time.perf_counter()
     first = metrics is None
     probe = (
-        probe_logprobs(policy, rows)
+        probe_logprobs(policy, rows, settings.probes)
         if first or (settings.parity_every and policy.step % settings.parity_every == 0)
         else None
     )
@@ -244,15 +242,18 @@ def _of_weights(weights: dict[str, Any] | None) -> dict[str, float]:
     return {f"weights/{name}": float(weights[name]) for name in names if weights and name in weights}
 
 
-def probe_logprobs(policy: Policy, rows: Sequence[Row]) -> dict[str, Any]:
+def probe_logprobs(policy: Policy, rows: Sequence[Row], first: Sequence[list[int]] = ()) -> dict[str, Any]:
     """Return a few sequences, `ids`, with the learner's `logprobs` of all but their first token.
 
-    The sequences are from the last batch, or of random tokens before the first one. Every rank calls this.
+    The sequences are from the last batch; before the first one they are `first`, or of random tokens where
+    that is empty. Every rank calls this.
     """
     if rows:
         sequences = [
             (row["prompt_ids"] + row["completion_ids"][0])[:PROBE_TOKENS] for row in rows[:NUM_PROBES]
         ]
+    elif first:
+        sequences = [*first]
     else:
         generator = torch.Generator().manual_seed(0)
         length = min(32, policy.max_length - 1)

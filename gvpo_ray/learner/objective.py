@@ -15,6 +15,7 @@ from gvpo_ray.groups import Part, Row
 from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.logprobs import sequence_sums, trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan
+from gvpo_ray.learner.mismatch import NO_MISMATCH, Mismatch
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.references import Origin, ReferenceLogprobs, origins_of
 from gvpo_ray.losses.batch import LossBatch, Total
@@ -35,10 +36,13 @@ class Objective:
         options: the config section `loss`.
         beta: the beta of this step, in reward units per nat.
         version: the version of the policy at the start of the step, from which staleness is counted.
+        mismatch: of engines and learner, in the steps before.
     """
 
-    def __init__(self, options: LossOptions, beta: float, version: int) -> None:
-        self._options, self.beta, self._version = options, beta, version
+    def __init__(
+        self, options: LossOptions, beta: float, version: int, mismatch: Mismatch = NO_MISMATCH
+    ) -> None:
+        self._options, self.beta, self._version, self._mismatch = options, beta, version, mismatch
         self._loss = OBJECTIVES[options.objective]
 
     def __call__(
@@ -61,15 +65,19 @@ class Objective:
             reference_sums = torch.tensor(known, dtype=torch.float64, device=device)
         else:
             reference_sums = sequence_sums(reference, lengths)
+        logprob_sums = sequence_sums(logprobs, lengths)
+        sampler_sums = None if sampler is None else sequence_sums(sampler, lengths)
+        if sampler_sums is not None and self._mismatch.is_rounding:
+            sampler_sums = self._without_rounding(logprob_sums.detach(), sampler_sums, lengths, rows)
         computed = self._loss(
             LossBatch(
                 logprobs=logprobs,
                 completion_ids=torch.repeat_interleave(
                     torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)
                 ).to(device),
-                logprob_sums=sequence_sums(logprobs, lengths),
+                logprob_sums=logprob_sums,
                 sampler_logprobs=sampler,
-                sampler_sums=None if sampler is None else sequence_sums(sampler, lengths),
+                sampler_sums=sampler_sums,
                 reference_logprobs=reference,
                 reference_sums=reference_sums,
                 rewards=torch.tensor(
@@ -91,6 +99,16 @@ class Objective:
         ages = [age_bucket(oldest, self._version) for row in rows for oldest in row["version_min"]]
         by_age = residual_sums_by_bucket(computed.residuals, ages, len(AGES))
         return computed.loss, computed.sums | by_age | mismatch_sums(sampler, rows, self._version, device)
+
+    def _without_rounding(
+        self, logprob_sums: Tensor, sampler_sums: Tensor, lengths: Sequence[int], rows: Sequence[Row]
+    ) -> Tensor:
+        """Return the sampler's sums; those of engines moved to the learner's by what rounding explains."""
+        origins = [origin for row in rows for origin in origins_of(row, self._version)]
+        by_engine = torch.tensor([origin is Origin.ENGINE for origin in origins], dtype=torch.bool)
+        sizes = torch.tensor(lengths, dtype=torch.float64, device=logprob_sums.device)
+        beyond = self._mismatch.beyond(logprob_sums - sampler_sums, sizes)
+        return torch.where(by_engine.to(logprob_sums.device), logprob_sums - beyond, sampler_sums)
 
     def of_nothing(self, device: torch.device) -> dict[str, Tensor]:
         """Return the sums of no groups: zeros with the keys, in the order, that all sums have."""

@@ -10,6 +10,7 @@ project uses only `Policy`. This module imports neither ray nor vllm: the caller
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -30,6 +31,7 @@ from gvpo_ray.learner.backends.registry import BACKENDS
 from gvpo_ray.learner.checkpoint import Checkpoint
 from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
+from gvpo_ray.learner.mismatch import Mismatch
 from gvpo_ray.learner.reference_model import ReferenceModel
 from gvpo_ray.learner.whole_weights import WholeWeights
 
@@ -95,9 +97,12 @@ class Policy:
         self.step = self.num_updates = self.num_skipped = 0
         self.beta: float | None = None
         """The beta of the next step, where beta is adaptive; None before the first step."""
+        self.mismatch = Mismatch()
+        """How far engines' log-probs were from the learner's for the same weights, in all steps so far."""
         if (folder / "state.json").exists():
             state = self._checkpoint.read(folder)
             self.step, self.num_updates, self.beta = state["step"], state["num_updates"], state["beta"]
+            self.mismatch = Mismatch(**state.get("mismatch", {}))  # 0.2 and older have none
 
     def _load(self, path: str | Path) -> Any:
         trust = self._model_config.trust_remote_code
@@ -263,6 +268,7 @@ class Policy:
             "num_updates": self.num_updates,
             "reference_version": self.reference.version,
             "beta": self.beta,
+            "mismatch": dataclasses.asdict(self.mismatch),
         }
         self._checkpoint.begin(Path(folder), self._tokenizer, state, written)
 

@@ -53,6 +53,8 @@ class Settings:
     model_path: str
     parity_every: int
     seed: int = 0
+    probes: Sequence[list[int]] = ()
+    """Token ids of the sequences on which engines are compared with the learner before the first step."""
     reports_references: bool = False
     """Whether completions are replayed, so that the buffer stores the reference model's log-probs of them."""
 
@@ -162,7 +164,8 @@ class Step:
         loss = settings.loss
         adapted = policy.beta if loss.adapts_beta else None
         self._policy, self._settings, self._examples = policy, settings, examples
-        self._objective = Objective(loss, loss.start_beta if adapted is None else adapted, policy.step)
+        beta = loss.start_beta if adapted is None else adapted
+        self._objective = Objective(loss, beta, policy.step, policy.mismatch)
         self._learning_rate = learning_rate_at(settings.learner, policy.step, settings.num_steps)
         self._nothing = self._objective.of_nothing(policy.device)
         self._sums = dict.fromkeys(self._nothing, 0.0)
@@ -242,6 +245,7 @@ class Step:
         policy, version, beta = self._policy, self._policy.step, self._objective.beta
         policy.step += 1
         statistics = self._objective.finish(self._sums)
+        policy.mismatch = policy.mismatch.plus(self._sums)
         if self._settings.loss.adapts_beta:
             policy.beta = adapted_beta(
                 beta, statistics["gvpo/reward_var"], statistics["gvpo/implicit_reward_var"]

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,19 @@ class LearnerGroup:
         config: the run's.
         run_dir: the run directory.
         buffer: the handle of the buffer's actor.
-        engines: handles of the engines, where the transport of weights needs them (`nccl`).
+        engines: handles of the engines, where the transport of weights needs them (all but `objects`).
         last_step: the step after which nothing is left to train.
+        probes: token ids of the sequences on which engines are compared with the learner at the start.
     """
 
     def __init__(
-        self, config: GVPOConfig, run_dir: Path, buffer: Any, engines: list[Any], last_step: int
+        self,
+        config: GVPOConfig,
+        run_dir: Path,
+        buffer: Any,
+        engines: list[Any],
+        last_step: int,
+        probes: Sequence[list[int]] = (),
     ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -98,6 +105,7 @@ class LearnerGroup:
                 "buffer": buffer,
                 "engines": engines,
                 "last_step": last_step,
+                "probes": probes,
             },
             torch_config=TorchConfig(backend="nccl" if learner.num_gpus else "gloo"),
             scaling_config=ScalingConfig(
@@ -239,7 +247,8 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         from gvpo_ray.learner.loop import learn
         from gvpo_ray.learner.policy import Policy
         from gvpo_ray.learner.step import Settings
-        from gvpo_ray.weights.transfer import NcclPublisher, ObjectPublisher
+        from gvpo_ray.weights.direct import DirectPublisher
+        from gvpo_ray.weights.transfer import ObjectPublisher
 
     config: GVPOConfig = settings["config"]
     torch.set_num_threads(config.learner.num_threads)
@@ -257,9 +266,11 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device()
     )
     engines = settings["engines"]
-    publisher: NcclPublisher | ObjectPublisher
+    publisher: DirectPublisher | ObjectPublisher
+    # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
+    dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
     behind = None
-    if config.engines.weight_transfer == "nccl" and engines:
+    if config.engines.weight_transfer != "objects" and engines:
 
         def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
             ray.get(
@@ -271,12 +282,18 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
 
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         (pool,) = config.engines.all_pools().values()
-        publisher = NcclPublisher(
-            call, len(engines), pool.tensor_parallel_size, rank, address, _free_port(address)
+        publisher = DirectPublisher(
+            config.engines.weight_transfer,
+            call,
+            len(engines),
+            pool.tensor_parallel_size,
+            rank,
+            dtype,
+            address,
+            _free_port(address),
+            ray.get_runtime_context().namespace,
         )
     else:
-        # An adapter is sent in float32, which the checkpoint's merge starts from too; it is small.
-        dtype = torch.float32 if config.model.lora else getattr(torch, config.model.dtype)
         publisher = ObjectPublisher(ray.put, dtype, is_sender=rank == 0, frees_memory=takes_turns)
         # Without staleness there is nothing to train before engines have the weights; a learner that takes
         # turns with them gives its turn with the weights.
@@ -297,6 +314,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
                 model_path=config.model.path,
                 parity_every=config.engines.parity_every,
                 seed=config.seed,
+                probes=settings["probes"],
                 reports_references=config.replay.share > 0,
             ),
             on_checkpoint=ray.train.report,

@@ -200,6 +200,31 @@ def _weights_stay(means: Mapping[str, float], config: GVPOConfig) -> str | None:
     return f"{start}; raise learner.learning_rate ({learner.learning_rate:g})"
 
 
+class ParityNoise:
+    """ParityNoise gets each training line, and says once that engines and learner differ more than expected.
+
+    Args:
+        config: the run's.
+    """
+
+    def __init__(self, config: GVPOConfig) -> None:
+        pools = [pool for pool in config.engines.all_pools().values() if pool.url is None]
+        self._noise = max((pool.parity_noise(config.model.dtype) for pool in pools), default=math.inf)
+        self._was_said = False
+
+    def judge(self, line: Mapping[str, Any]) -> str | None:
+        """Return a line for the user where rounding is larger than it should be, and no reason to stop."""
+        mean_nats = line.get("weights/parity_mean") or 0.0
+        if self._was_said or mean_nats <= self._noise:
+            return None
+        self._was_said = True
+        return (
+            f"engines and learner differ by {mean_nats:.2g} nats per token at the same weights, more than "
+            f"rounding should ({self._noise:g}): the run goes on; engines.quantization, engines.dtype or a "
+            "kernel of the model may be why, and engines.parity_tolerance stops a run"
+        )
+
+
 HINT_STEPS, ACTIVE_SHARE = 20, 0.01
 """Steps after which advice on beta is given, and the gvpo/kl_active_share below which beta is too small."""
 

@@ -29,7 +29,7 @@ from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.workers import LearnerGroup
-from gvpo_ray.observe.advice import FirstSteps
+from gvpo_ray.observe.advice import FirstSteps, ParityNoise
 from gvpo_ray.observe.computes import read_computes
 from gvpo_ray.observe.metrics import evaluation_metrics
 from gvpo_ray.observe.metrics_log import MetricsLog
@@ -136,6 +136,7 @@ class GVPO:
         self.learners: LearnerGroup | None = None
         # recorded groups may be fewer than the config's steps
         self._computes: str | None = None  # how the learner computes, once it is told
+        self._parity_noise = ParityNoise(config)
         self._first_steps = FirstSteps(config.model_copy(update={"num_steps": self.num_steps}))
         self._doing = RunState.STARTING
 
@@ -226,7 +227,8 @@ class GVPO:
         for text in placement_notes(config, engines=not self.replays):
             self.say(text)
         fixed = [slot.engine for slot in self.engines.slots if slot.engine is not None]
-        self.learners = LearnerGroup(config, self.run_dir, self._buffer.actor, fixed, self.num_steps)
+        probes = [] if self.replays else self.inputs.probes()
+        self.learners = LearnerGroup(config, self.run_dir, self._buffer.actor, fixed, self.num_steps, probes)
         self.learners.start()
         self.learners.ended.add_done_callback(
             lambda ended: session.spawn(self._learners_ended(ended), self._fail)
@@ -333,8 +335,9 @@ class GVPO:
         if self._computes is None:
             self._computes = read_computes(self.run_dir)
             self.say(f"learner: {self._computes}")
-        if why := self._first_steps.judge(line):
-            self.say(why)
+        for judge in (self._first_steps.judge, self._parity_noise.judge):
+            if why := judge(line):
+                self.say(why)
         if self.evaluation_due:
             line = line | self.evaluate()
         if self.done:

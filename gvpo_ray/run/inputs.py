@@ -21,6 +21,7 @@ import pyarrow as pa
 from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError, is_local, paths
 from gvpo_ray.config.data import NO_PROMPTS
+from gvpo_ray.config.engines import NUM_PROBES, PROBE_TOKENS
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.verifiers import VerifiersConfig
@@ -86,6 +87,22 @@ class Inputs:
         for name, source in self.sources.items():
             sets[name] = source
         return {name: sets[name].all() for name in self.mixture.owners if name in sets}
+
+    def probes(self) -> list[list[int]]:
+        """Return NUM_PROBES sequences of token ids, of prompts that the run trains on, one after the other.
+
+        Engines' log-probs of them are compared with the learner's before anything is sampled. There are none
+        where there are no prompts. They are as long as a sequence may be, up to PROBE_TOKENS.
+        """
+        if self.prompts is None:
+            return []
+        length = min(PROBE_TOKENS, self.max_length - 1)
+        ids: list[int] = []
+        for i in range(len(self.prompts) * NUM_PROBES * length):
+            if len(ids) >= NUM_PROBES * length:
+                break
+            ids += self.prompts.group(i)["prompt_ids"][0].as_py()
+        return [ids[i * length : (i + 1) * length] for i in range(NUM_PROBES)]
 
     def digests(self) -> dict[str, str]:
         """Return digests of the prompts and of each source, by key; other data have others.

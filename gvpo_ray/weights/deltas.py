@@ -20,9 +20,8 @@ Words = npt.NDArray[np.uint16] | npt.NDArray[np.uint8]
 BLOCK = 1 << 16
 """Words in a block, whose places in it need 16 bits: a changed word of 16 bits costs 32 bits in a delta."""
 
-CHUNK_BYTES, TASK_BYTES = 1 << 18, 1 << 22
-"""Bytes that are compared at once, so that what is between comparison and selection stays in the cache; and
-bytes that are one thread's at a time, many chunks."""
+TASK_BLOCKS = 32
+"""Blocks that are one thread's at a time."""
 
 
 class Delta(NamedTuple):
@@ -45,54 +44,67 @@ Word = np.dtype[Any]
 """The type of a word: uint16, or uint8 where something has an odd number of bytes."""
 
 
-def changed_words(
-    old: Bytes, new: Bytes, word: Word, threads: ThreadPoolExecutor | None = None
-) -> npt.NDArray[np.int64]:
-    """Return the places, in order, at which the words of two arrays of equal length differ.
+def take_changes(
+    old: Bytes, new: Bytes, word: Word, at: int = 0, threads: ThreadPoolExecutor | None = None
+) -> Delta:
+    """Make `old` equal to `new`, and return the delta of that.
+
+    A block is compared and written while it is in the processor's cache.
 
     Args:
-        old: the bytes before.
+        old: the bytes before, which are changed in place; they may be a part of a larger array.
         new: the bytes after.
         word: the type of a word.
+        at: the place of the first word in the larger array. The delta counts by its blocks, from the one that
+            this word is in.
         threads: share the work.
     """
+    before, after = old.view(word), new.view(word)
+    blocks = range(at // BLOCK, _num_blocks(at + len(before)) if len(before) else at // BLOCK)
 
-    def of_task(begin: int) -> list[npt.NDArray[np.int64]]:
-        end = min(begin + TASK_BYTES, len(old))
+    def of_task(begin: int) -> list[tuple[npt.NDArray[np.uint16], Words]]:
         return [
-            _changed(old[i : min(i + CHUNK_BYTES, end)], new[i : min(i + CHUNK_BYTES, end)], word)
-            + i // word.itemsize
-            for i in range(begin, end, CHUNK_BYTES)
+            _take_block(before, after, max(0, block * BLOCK - at), (block + 1) * BLOCK - at, at)
+            for block in blocks[begin : begin + TASK_BLOCKS]
         ]
 
-    begins = range(0, len(old), TASK_BYTES)
+    begins = range(0, len(blocks), TASK_BLOCKS)
     tasks = map(of_task, begins) if threads is None or len(begins) < 2 else threads.map(of_task, begins)
-    return np.concatenate([np.empty(0, np.int64), *(found for task in tasks for found in task)])
+    found = [(np.empty(0, np.uint16), np.empty(0, word)), *(one for task in tasks for one in task)]
+    places, words = (np.concatenate([one[i] for one in found]) for i in (0, 1))
+    return Delta(np.array([len(one[0]) for one in found[1:]], np.uint32), places, words)
 
 
-def _changed(old: Bytes, new: Bytes, word: Word) -> npt.NDArray[np.int64]:
-    whole, size, per_eight = len(old) // 8 * 8, word.itemsize, 8 // word.itemsize
-    # eight bytes at once: most of them are equal
-    differ = old[:whole].view(np.uint64) ^ new[:whole].view(np.uint64)
-    eights = np.flatnonzero(differ != 0)
-    inside = np.flatnonzero(differ[eights].view(word) != 0)
-    places = eights[inside // per_eight] * per_eight + inside % per_eight
-    rest = np.flatnonzero(old[whole:].view(word) != new[whole:].view(word)) + whole // size
-    return np.concatenate([places, rest]) if len(rest) else places
+def _take_block(
+    before: Words, after: Words, begin: int, end: int, at: int
+) -> tuple[npt.NDArray[np.uint16], Words]:
+    """Make one block's words equal; return those that were not, after their places in the block."""
+    old, new = before[begin:end], after[begin:end]
+    found = np.flatnonzero(old != new)
+    words = new[found]
+    if len(found) < len(old) // 4:
+        old[found] = words
+    else:
+        np.copyto(old, new)
+    return (found + (at + begin) % BLOCK).astype(np.uint16), words
 
 
-def make_delta(parts: Iterable[tuple[npt.NDArray[np.int64], Words]], word: Word, num_bytes: int) -> Delta:
-    """Make the delta of an array from the words that changed.
+def join_deltas(parts: Iterable[tuple[int, Delta]], word: Word, num_bytes: int) -> Delta:
+    """Join the deltas of parts of an array into one of the whole.
 
     Args:
-        parts: places, and the new words there; the places are in order, over all parts, and none comes twice.
+        parts: the place of each part's first word, in order, and its delta (`take_changes`).
         word: the type of a word.
         num_bytes: of the whole array.
     """
-    parts = [(np.empty(0, np.int64), np.empty(0, word)), *parts]
-    places, words = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-    counts = np.bincount(places // BLOCK, minlength=_num_blocks(num_bytes // word.itemsize))
-    return Delta(counts.astype(np.uint32), (places % BLOCK).astype(np.uint16), words)
+    counts = np.zeros(_num_blocks(num_bytes // word.itemsize), np.uint32)
+    places, words = [np.empty(0, np.uint16)], [np.empty(0, word)]
+    for at, delta in parts:
+        first = at // BLOCK
+        counts[first : first + len(delta.counts)] += delta.counts
+        places.append(delta.places)
+        words.append(delta.words)
+    return Delta(counts, np.concatenate(places), np.concatenate(words))
 
 
 def apply_delta(data: Bytes, delta: Delta) -> None:
@@ -107,7 +119,7 @@ def apply_delta(data: Bytes, delta: Delta) -> None:
     words, begin = data.view(new.dtype), 0
     for block in np.flatnonzero(counts):
         end = begin + int(counts[block])
-        words[block * BLOCK : (block + 1) * BLOCK][places[begin:end]] = new[begin:end]
+        words[block * BLOCK : (block + 1) * BLOCK][places[begin:end].astype(np.intp)] = new[begin:end]
         begin = end
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -167,7 +168,10 @@ def _write(file: Path, data: Bytes) -> None:
 
 
 def _change(file: Path, deltas: Sequence[Delta]) -> None:
-    data = np.memmap(file, dtype=np.uint8, mode="r+")
+    # Mapped at once: a fault for each page would take as long again.
+    at_once = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    with open(file, "r+b") as opened:
+        data = np.frombuffer(mmap.mmap(opened.fileno(), 0, flags=at_once), np.uint8)
     for delta in deltas:
         apply_delta(data, delta)
 

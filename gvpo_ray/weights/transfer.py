@@ -6,9 +6,9 @@ shared memory (node_copy.py): the first that wants a version fetches what is mis
 once per node), and vLLM's core, a process of its own that knows nothing of Ray, maps the copy. An engine that
 joins late fetches the whole. No GPU is needed.
 
-`nccl`: vLLM's own broadcast from learner rank 0 into a fixed fleet of GPU engines.
+vLLM's own transports, from GPU to GPU and into a fixed fleet, are in direct.py.
 
-Both transports run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
+All run vLLM's weight-transfer lifecycle: pause(keep) → start_weight_update → update_weights →
 finish_weight_update(version) → resume.
 
 Where a LoRA adapter is trained (model.lora), only the adapter is transferred, over `objects`, and vLLM's
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -33,10 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as to_safetensors
 
 from gvpo_ray.errors import GvpoError
-from gvpo_ray.weights.deltas import Bytes, Delta, changed_words, make_delta
+from gvpo_ray.weights.deltas import Bytes, Delta, join_deltas, take_changes
 from gvpo_ray.weights.lora import merged
 
 SHARD_BYTES = 512 * 2**20
@@ -61,32 +59,68 @@ class WeightMismatch(GvpoError, RuntimeError):
 # --- the learner's end --------------------------------------------------------------------------------------
 
 
-def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[bytes]:
-    """Serialise weights into safetensors shards of at most `max_bytes`.
+def shards(named_tensors: NamedTensors, dtype: torch.dtype, max_bytes: int = SHARD_BYTES) -> Iterator[Bytes]:
+    """Write weights into safetensors shards of at most `max_bytes`, each of which is copied once.
 
     Tensors that share storage (tied embeddings) are sent under each of their names: engines/vllm_engine.py
     says why.
 
     Args:
-        named_tensors: names and tensors on any device.
-        dtype: what floating-point tensors are converted to; others keep theirs.
+        named_tensors: names and tensors on any device, which are held until their shard is full.
+        dtype: what floating-point tensors are converted to, where they are; others keep theirs.
         max_bytes: a tensor that is larger is a shard of its own.
     """
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
-        tensor = (
-            tensor.detach()
-            .to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-            .contiguous()
-        )
+        tensor = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
         if shard and size + tensor.nbytes > max_bytes:
-            yield to_safetensors(shard)
+            yield _to_safetensors(shard)
             shard, size = {}, 0
         shard[name] = tensor
         size += tensor.nbytes
     if shard:
-        yield to_safetensors(shard)
+        yield _to_safetensors(shard)
+
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the types of tensors."""
+
+
+def _to_safetensors(tensors: dict[str, torch.Tensor]) -> Bytes:
+    """Return a safetensors file; the library's own function would copy it twice more."""
+    begin, header, places = 0, {}, []
+    # words of eight bytes first, as safetensors orders them: each tensor is aligned to its words
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+        end = begin + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        places.append((begin, end, tensor))
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = np.empty(8 + len(text) + begin, np.uint8)
+    data[: 8 + len(text)] = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    for begin, end, tensor in places:
+        place = torch.from_numpy(data[8 + len(text) :][begin:end])
+        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return data
 
 
 class ObjectPublisher:
@@ -155,7 +189,7 @@ class ObjectPublisher:
             return None
         if not self._copy:
             for data in shards(named_tensors, self._dtype):
-                self._copy.append(np.frombuffer(bytearray(data), np.uint8))  # which is written to later
+                self._copy.append(data)
             for i, layout in enumerate(map(_layout, self._copy)):
                 self._places |= {name: (i, *place) for name, place in layout.items()}
                 is_even = all(end % 2 == 0 for place in layout.values() for end in place)
@@ -190,7 +224,7 @@ class ObjectPublisher:
 
         None in place of the deltas: they would be larger than half of the whole.
         """
-        found: list[list[tuple[Any, Any]]] = [[] for _ in self._copy]
+        found: list[list[tuple[int, Delta]]] = [[] for _ in self._copy]
         left, most = dict(self._places), self._num_bytes // 2
         num_words = num_changed = size = 0
         for name, tensor in named_tensors:
@@ -198,21 +232,20 @@ class ObjectPublisher:
             new, word = self._staged(tensor), self._words[shard]
             if end - begin != len(new):
                 raise ValueError(f"the tensor {name} ({len(new)} bytes) was not one of the version before")
-            old = self._copy[shard][begin:end]
-            places = changed_words(old, new, word, self._threads)
+            at = begin // word.itemsize
+            delta = take_changes(self._copy[shard][begin:end], new, word, at, self._threads)
             num_words += len(new) // word.itemsize
-            num_changed += len(places)
-            size += len(places) * (2 + word.itemsize)
+            num_changed += len(delta.words)
+            size += delta.places.nbytes + delta.words.nbytes
             if size <= most:
-                found[shard].append((places + begin // word.itemsize, new.view(word)[places]))
-            np.copyto(old, new)
+                found[shard].append((at, delta))
         if left:
             raise ValueError(f"the tensor {next(iter(left))} of the version before is missing")
         share = num_changed / max(1, num_words)
         if size > most:
             return None, share
         return [
-            make_delta(sorted(parts, key=lambda part: part[0][:1].tolist()), word, data.nbytes)
+            join_deltas(sorted(parts, key=lambda part: part[0]), word, data.nbytes)
             for parts, word, data in zip(found, self._words, self._copy, strict=True)
         ], share
 
@@ -242,103 +275,6 @@ def _layout(shard: Bytes) -> dict[str, tuple[int, int]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-
-
-class NcclPublisher:
-    """The `nccl` transport broadcasts each version of the weights from learner rank 0, with vLLM's code.
-
-    The engines are fixed when the first version is sent: a later engine cannot join.
-
-    Args:
-        call: (method name, one argument tuple per engine) -> None; runs that method of `Engine` on all
-            engines at once and waits.
-        num_engines: how many engines receive.
-        tensor_parallel_size: processes of each engine.
-        rank: this learner worker's.
-        address: the host at which learner rank 0 listens.
-        port: the port at which learner rank 0 listens.
-    """
-
-    def __init__(
-        self,
-        call: Callable[[str, list[tuple[Any, ...]]], None],
-        num_engines: int,
-        tensor_parallel_size: int,
-        rank: int,
-        address: str,
-        port: int,
-    ) -> None:
-        self._num_engines, self._call, self._rank, self._tp = num_engines, call, rank, tensor_parallel_size
-        self._address, self._port = address, port
-        self._trainer: Any = None
-        self._current: NamedTensors = ()
-        self._version = 0
-
-    # The next four methods are vLLM's VLLMWeightSyncClient, fanned out to all engines.
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let each engine's processes join the broadcast, at ranks after the learner's."""
-        self._call(
-            "init_transfer",
-            [({**init_info, "rank_offset": 1 + i * self._tp},) for i in range(self._num_engines)],
-        )
-
-    def start_weight_update(self) -> None:
-        """Prepare all engines for new weights."""
-        self._call("begin_update", [()] * self._num_engines)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Let all engines receive the tensors that `update_info` describes."""
-        self._call("receive", [(update_info,)] * self._num_engines)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Let all engines run the new weights, under the version that `publish` was given."""
-        self._call("finish_update", [(self._version,)] * self._num_engines)
-
-    def publish(self, version: int, named_tensors: NamedTensors) -> dict[str, Any] | None:
-        """Broadcast the weights of `version` and wait until all engines run them; every rank calls this.
-
-        The first call iterates over `named_tensors` twice, because vLLM asks for the shapes first.
-
-        Returns:
-            `shards`, empty, and `bytes`, what was broadcast; None on ranks other than 0.
-        """
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        self._version, self._current = version, named_tensors
-        if self._trainer is None:
-            publisher = self
-
-            class Source(WeightSource):
-                """A Source yields the tensors of the current version; their shapes are read once."""
-
-                _metadata: list[ParamMeta] | None = None
-
-                def metadata(self) -> list[ParamMeta]:
-                    """Return name, dtype and shape of each tensor, which are the same in each version."""
-                    if self._metadata is None:
-                        self._metadata = [
-                            ParamMeta(name, t.dtype, tuple(t.shape)) for name, t in publisher._current
-                        ]
-                    return self._metadata
-
-                def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                    return iter(publisher._current)
-
-            world_size = 1 + self._num_engines * self._tp
-            info = NCCLTrainerInitInfo(
-                rank=self._rank, master_address=self._address, master_port=self._port, world_size=world_size
-            )
-            client: Any = self  # its methods are those of vLLM's client, fanned out to all engines
-            self._trainer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())
-        self._trainer.send_weights()
-        if self._rank != 0:
-            return None
-        return {
-            "shards": [],
-            "bytes": sum(math.prod(m.shape) * m.dtype.itemsize for m in self._trainer.source.metadata()),
-        }
 
 
 # --- the engine's end ---------------------------------------------------------------------------------------
