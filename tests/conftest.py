@@ -72,6 +72,7 @@ TIERS = {
         "test_isolation",
         "test_process_log",
         "test_responses",
+        "test_tasksets",
         "test_reward_shapes",
         "test_rewards",
         "test_rooms",

@@ -62,7 +62,9 @@ async def chat(scope: Any, receive: Any, send: Any) -> None:
         _, span = await serving.sample(ids, asked.get("max_tokens"), stop, TOKENIZER.decode, deaths)
         said = TOKENIZER.decode(span.ids, skip_special_tokens=True)
         message = {"role": "assistant", "content": said}
-        answer = {"model": asked["model"], "choices": [{"message": message}]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        made = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"]}
+        answer = {**made, "choices": [choice]}
     except NoRoomError as error:
         status, answer = 400, {"error": {"message": str(error)}}
     except DeadError:

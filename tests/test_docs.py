@@ -26,7 +26,7 @@ import typer
 import yaml
 
 from gvpo_ray import cli
-from gvpo_ray.config.base import walk
+from gvpo_ray.config.base import TASKSET, walk
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.loading import packaged_jobs
 from gvpo_ray.config.plan import resource_plan
@@ -183,7 +183,8 @@ def data_of(config: GVPOConfig) -> set[Path]:
     start = config.warm_start
     named = [config.prompts.path, *(each.path for each in config.evaluation.sets.values())]
     named += [start.data.path] if start is not None and start.data is not None else []
-    return {Path(path) for each in named for path in ([each] if isinstance(each, str) else each)}
+    given = [path for each in named for path in ([each] if isinstance(each, str) else each)]
+    return {Path(path) for path in given if not (path.startswith(TASKSET) and path.endswith(".py"))}
 
 
 @functools.cache

@@ -49,6 +49,10 @@ def is_local(path: str, root: Path = Path()) -> bool:
     return looks_local or (root / path).exists()
 
 
+TASKSET = "verifiers:"
+"""Begins the name of a task set of the package verifiers: verifiers:package, or verifiers:path.py."""
+
+
 @dataclass(frozen=True)
 class LocalPath:
     """A LocalPath marks a key whose value may be a path of this machine: `Annotated[str, LocalPath()]`."""
@@ -59,6 +63,10 @@ class LocalPath:
 
     def absolute(self, text: str, root: Path) -> str:
         """Make a local path absolute, a relative one from `root`; return other values unchanged."""
+        if text.startswith(TASKSET):
+            file = text.removeprefix(TASKSET)
+            is_file = file.endswith(".py")
+            return f"{TASKSET}{(root / Path(file).expanduser()).absolute()}" if is_file else text
         file, colon, function = text.rpartition(":") if self.kind == "function" else (text, "", "")
         is_path = {"input": is_local(file, root), "output": True, "function": file.endswith(".py")}[self.kind]
         return f"{(root / Path(file).expanduser()).absolute()}{colon}{function}" if is_path else text

@@ -36,7 +36,10 @@ class PromptsConfig(Section):
 
     path: Annotated[str | list[str], LocalPath()]
     """A file (Parquet, JSON, CSV, Arrow; text also compressed), a folder, a glob such as data/*.parquet, the
-    name of a Hugging Face data set, or a list of these."""
+    name of a Hugging Face data set, or a list of these. Or a task set of the package verifiers:
+    verifiers:package, or verifiers:path.py."""
+    taskset: dict[str, Any] = {}
+    """Settings of a task set of verifiers; default: those in environment.arguments."""
     split: str = "train"
     """Split, where the data has splits; refused where it has none. It may end in a slice of rows:
     train[:1000], train[10%:20%]."""
@@ -98,6 +101,11 @@ class PromptsConfig(Section):
         if self.layout is not None and self.prompt_column is not None and self.answer_column is not None:
             raise ValueError("layout is not used where prompt_column and answer_column say all of it")
         return self
+
+    def of_taskset(self: Data, settings: dict[str, Any]) -> Data:
+        """Return a copy with these settings where it has none; a task set scores its tasks itself."""
+        answer = {} if "answer_column" in self.model_fields_set else {"answer_column": ""}
+        return self.model_copy(update={"taskset": {**settings, **self.taskset}, **answer})
 
     def rendered_like(self: Data, other: PromptsConfig, key: str) -> Data:
         """Return a copy that is rendered as `other` is, as far as it does not say itself how.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from gvpo_ray.config.base import DECIDES_SCORES, RESUMABLE, LocalPath, Resources, Section
+from gvpo_ray.config.base import DECIDES_SCORES, RESUMABLE, TASKSET, LocalPath, Resources, Section
 
 ENVIRONMENT = "environment"
 """Name in verifiers.rewards of what the environment's get_reward returns."""
@@ -20,7 +20,9 @@ class EnvironmentConfig(Section):
 
     name: Annotated[str | None, LocalPath("function")] = Field(default=None, json_schema_extra=DECIDES_SCORES)
     """The class, as `path.py:Class` or `module:Class`: `reset(**row)`, tools, `respond(message)` and
-    `get_reward()` (environments/contract.py)."""
+    `get_reward()` (environments/contract.py). Or a task set of the package verifiers, `verifiers:package` or
+    `verifiers:path.py`, whose harness asks the model at an address, as an agent does: it needs engines.serve,
+    and its tasks are the prompts."""
     agent: Annotated[str | None, LocalPath("function")] = Field(
         default=None, json_schema_extra=DECIDES_SCORES
     )
@@ -29,7 +31,8 @@ class EnvironmentConfig(Section):
     verifiers.rewards. It needs engines.serve; max_turns bounds its calls of the model, and timeout_s its time
     between two of them."""
     arguments: dict[str, Any] = Field(default={}, json_schema_extra=DECIDES_SCORES)
-    """Keyword arguments of the class."""
+    """Keyword arguments of the class; of a task set, the settings of its verifiers environment: `taskset`,
+    `id`, and `agent` or what its seat is called (harness, runtime)."""
     num: int = Field(default=2, ge=1, json_schema_extra=RESUMABLE)
     """Number of environment actors, spread over the nodes; each holds many episodes at once."""
     num_cpus: float = Field(default=0.1, ge=0, json_schema_extra=RESUMABLE)
@@ -52,8 +55,8 @@ class EnvironmentConfig(Section):
     @field_validator("name")
     @classmethod
     def _is_class(cls, value: str | None) -> str | None:
-        if value is not None and value.startswith("verifiers:"):
-            raise ValueError("task sets of the package verifiers are not supported yet: path.py:Class")
+        if value == TASKSET:
+            raise ValueError("verifiers: names no task set: verifiers:package or verifiers:path.py")
         if value is not None and ":" not in value:
             raise ValueError(f"must be path.py:Class or module:Class (got {value!r})")
         return value
@@ -69,6 +72,19 @@ class EnvironmentConfig(Section):
     def _one_of_both(self) -> EnvironmentConfig:
         if (self.name is None) == (self.agent is None):
             raise ValueError("name, the class of an environment, or agent, a function: one of the two")
-        if self.agent is not None and (own := {"arguments", "renderer"} & self.model_fields_set):
-            raise ValueError(f"{min(own)} is of an environment's class, and an agent has none")
+        of_classes = {"arguments", "renderer"} if self.agent is not None else {"renderer"}
+        if self.asks_by_http and (own := of_classes & self.model_fields_set):
+            what = "an agent" if self.agent is not None else "a task set"
+            raise ValueError(f"{min(own)} is of an environment's class, and {what} has none")
         return self
+
+    @property
+    def taskset(self) -> str | None:
+        """Return what stands behind `verifiers:`; None: it is no task set of verifiers."""
+        is_one = self.name is not None and self.name.startswith(TASKSET)
+        return self.name.removeprefix(TASKSET) if is_one and self.name is not None else None
+
+    @property
+    def asks_by_http(self) -> bool:
+        """Return whether the episodes drive, and ask the model at an address."""
+        return self.agent is not None or self.taskset is not None

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from gvpo_ray.config.base import (
     DECIDES_SCORES,
     RESUMABLE,
+    TASKSET,
     ConfigError,
     LocalPath,
     Section,
@@ -113,6 +114,16 @@ class GVPOConfig(Section):
             return value | {"prompts": {"path": NO_PROMPTS}}
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_taskset(cls, value: Any) -> Any:
+        """Fill in `prompts` where the environment is a task set of verifiers, which has its own."""
+        if isinstance(value, dict) and "prompts" not in value and isinstance(value.get("environment"), dict):
+            name = value["environment"].get("name")
+            if isinstance(name, str) and name.startswith(TASKSET):
+                return value | {"prompts": {"path": name}}
+        return value
+
     @model_validator(mode="after")
     def _across(self) -> GVPOConfig:
         """Fill in and check everything that concerns two sections."""
@@ -125,6 +136,7 @@ class GVPOConfig(Section):
                 for name, one in self.evaluation.sets.items()
             }
             self.evaluation = self.evaluation.model_copy(update={"sets": held_out})
+        self._across_tasksets()
         self._across_environment()
         if self.loss.reference_model is not None:
             if self.environment is not None:
@@ -202,6 +214,27 @@ class GVPOConfig(Section):
             raise ValueError("evaluation.every is set but evaluation.sets is empty")
         return self
 
+    def _across_tasksets(self) -> None:
+        """Give the data of a task set its settings, and refuse data that do not go with the environment."""
+        name = None if self.environment is None or self.environment.taskset is None else self.environment.name
+        settings = {} if self.environment is None else self.environment.arguments.get("taskset", {})
+        if name is not None and not isinstance(settings, dict):
+            raise ValueError("environment.arguments: taskset has the settings of the task set, by name")
+        sets = {f"evaluation.sets.{key}": one for key, one in self.evaluation.sets.items()}
+        for key, data in ({"prompts": self.prompts} | sets).items():
+            if data.path == NO_PROMPTS:
+                continue
+            if name is None and str(data.path).startswith(TASKSET):
+                raise ValueError(f"{key}.path: {data.path} goes with environment.name: {data.path} alone")
+            if name is None and data.taskset:
+                raise ValueError(f"{key}.taskset: only a task set of verifiers has such settings")
+            if name is not None and data.path != name:
+                raise ValueError(f"{key}.path: with environment.name: {name} it can only be that, too")
+        if name is not None:
+            filled = {key: one.of_taskset(settings) for key, one in self.evaluation.sets.items()}
+            self.evaluation = self.evaluation.model_copy(update={"sets": filled})
+            self.prompts = self.prompts.of_taskset(settings)
+
     def _across_environment(self) -> None:
         """Fill in the reward that an environment gives, and refuse what does not go with one."""
         named = self.verifiers.rewards if "rewards" in self.verifiers.model_fields_set else {}
@@ -217,9 +250,10 @@ class GVPOConfig(Section):
             raise ValueError("verifiers.rewards.environment: below 0: let get_reward give the negative")
         if self.sources:
             raise ValueError(f"sources.{next(iter(self.sources))}: offline completions are no episodes")
-        if self.environment.agent is not None:
+        if self.environment.asks_by_http:
             if not self.engines.serve:
-                raise ValueError("environment.agent: it asks its model over HTTP: set engines.serve: true")
+                key = "agent" if self.environment.agent is not None else "name"
+                raise ValueError(f"environment.{key}: it asks its model over HTTP: set engines.serve: true")
             if self.replay.share:
                 raise ValueError("replay.share: the groups of an agent have prompts of their own")
         if served := [name for name, pool in self.engines.all_pools().items() if pool.url is not None]:

@@ -20,9 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.base import TASKSET, ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.hub import hub
+from gvpo_ray.data.tasksets import read_tasks
 
 Columns = dict[str, pa.ChunkedArray | list[Any]]
 """The columns of a data set as it was read; JSON may mix types within a column, which Arrow cannot hold."""
@@ -55,6 +56,11 @@ def read(config: PromptsConfig, key: str) -> Columns:
         ConfigError: one line that names the key, the file, and the line (from 1) or row (from 0).
     """
     given = [config.path] if isinstance(config.path, str) else config.path
+    if given[0].startswith(TASKSET):
+        _refuse_subset(given[0], config, key)
+        if _wanted(config) != DEFAULT_SPLIT:
+            raise ConfigError(f"{key}.split: a task set has train and its slices alone; see {key}.taskset")
+        return _sliced(dict(read_tasks(config, key)), config.split, key)
     parts = [_read_one(path, config, key) for path in given]
     return parts[0] if len(parts) == 1 else _joined(parts)
 

@@ -36,6 +36,7 @@ from gvpo_ray.environments.agent_host import Call, Played
 from gvpo_ray.environments.client import Client, LostError
 from gvpo_ray.environments.episode import MARGIN_S, Episodes, name_of
 from gvpo_ray.environments.host import GONE, Opened
+from gvpo_ray.environments.tasksets import Tasks
 from gvpo_ray.groups import Row
 from gvpo_ray.sandbox.functions import find, of_user
 
@@ -69,11 +70,13 @@ class Progress(Protocol):
 
 
 def read_agent(config: EnvironmentConfig) -> Callable[..., Any]:
-    """Load the agent's function.
+    """Load the agent's function; of a task set of verifiers, what plays its tasks.
 
     Raises:
         ConfigError: no such function, or one that does not take an address.
     """
+    if config.taskset is not None:
+        return Tasks(config)
     key = "environment.agent"
     assert config.agent is not None
     agent = of_user(key, partial(find, config.agent))
@@ -89,8 +92,9 @@ def read_agent(config: EnvironmentConfig) -> Callable[..., Any]:
 def described_agent(config: EnvironmentConfig) -> Iterator[str]:
     """Yield a line about an agent for a person, after loading it."""
     read_agent(config)
+    key, what = ("agent", config.agent) if config.agent is not None else ("name", config.name)
     yield (
-        f"environment.agent: {config.agent}: at most {config.max_turns} calls of the model, and "
+        f"environment.{key}: {what}: at most {config.max_turns} calls of the model, and "
         f"{config.timeout_s:g} s between two of them"
     )
 

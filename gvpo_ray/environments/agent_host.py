@@ -227,7 +227,7 @@ class AgentHost:
         in_thread: Future[Any] | None = None
         try:
             async with asyncio.timeout(None) as episode.limit:
-                if inspect.iscoroutinefunction(self._agent):
+                if _is_async(self._agent):
                     self._time_runs(episode)
                     return await self._agent(**arguments)
                 soon = asyncio.get_running_loop().call_soon_threadsafe
@@ -336,6 +336,11 @@ class AgentHost:
             url += f"?{request.query_string}"
         async with self._session.request(request.method, url, data=body, headers=headers) as answer:
             return answer.status, answer.headers, await answer.read()
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    """Return whether a function, or an object that is called as one, is a coroutine's."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _fitting(function: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gvpo_ray.environments.agent import Agents
 from gvpo_ray.environments.agent_host import AgentHost
 from gvpo_ray.environments.contract import pickled_by_value
 from gvpo_ray.environments.pool import ActorClient, EnvironmentGroup, spread
+from gvpo_ray.environments.tasksets import Tasks
 
 
 class _EnvironmentActor(AgentHost):
@@ -41,7 +42,8 @@ class AgentGroup(EnvironmentGroup):
         note: EventCallback,
         say: Callable[[str], None],
     ) -> None:
-        pickled_by_value(agent)
+        if not isinstance(agent, Tasks):  # which takes the task set's file along
+            pickled_by_value(agent)
         self._begin(config, note, say)
         self.actors = spread(config, _EnvironmentActor, agent, config.timeout_s, config.max_turns, is_graded)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from gvpo_ray import groups
-from gvpo_ray.config.base import ConfigError, is_local, paths
+from gvpo_ray.config.base import TASKSET, ConfigError, is_local, paths
 from gvpo_ray.config.data import NO_PROMPTS
 from gvpo_ray.config.engines import NUM_PROBES, PROBE_TOKENS
 from gvpo_ray.config.model import ModelConfig
@@ -178,7 +178,7 @@ def read_inputs(config: GVPOConfig, rewards: Rewards | None = None) -> Inputs:
     Raises:
         ConfigError: one line that names the key.
     """
-    if config.environment is not None and config.environment.agent is not None:
+    if config.environment is not None and config.environment.asks_by_http:
         read_agent(config.environment)
     max_length, tokenizer = read_model(config)
     check_class(config)
@@ -309,7 +309,7 @@ def make_renderer_of(config: GVPOConfig) -> MakeRenderer:
     Raises:
         ConfigError: the environment's class is wrong.
     """
-    if config.environment is None or config.environment.agent is not None:
+    if config.environment is None or config.environment.asks_by_http:
         return renderer_of
     contract = read_contract(config.environment, config.verifiers)
     return partial(dialogue_of, tools=contract.tools, family=config.environment.renderer)
@@ -331,6 +331,9 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         # Functions are checked above, and the warm start makes its own data.
         if rule.kind != "input" or key.startswith("warm_start.") or path == NO_PROMPTS:
             continue
+        if path.startswith(TASKSET):  # it is loaded with the prompts
+            yield f"{key}: {path}"
+            continue
         if Path(path).exists() or glob.glob(path, recursive=True):
             yield f"{key}: {path} is here"
         elif is_local(path):
@@ -342,7 +345,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             raise ConfigError(f"{key}: nothing at {path}{hint}")
         else:
             on_hub.append(f"{key} ({path})")
-    if config.environment is not None and config.environment.agent is not None:
+    if config.environment is not None and config.environment.asks_by_http:
         yield from described_agent(config.environment)
     elif config.environment is not None:
         yield from described(read_contract(config.environment, config.verifiers), config.environment)

@@ -170,7 +170,7 @@ def rollout_of(
     """Return what makes completions at engines: one call, or the config's environment, whose actors start."""
     if config.environment is None:
         return one_call
-    if config.environment.agent is not None:
+    if config.environment.asks_by_http:
         is_graded = [*config.verifiers.rewards] != [ENVIRONMENT]
         agent = read_agent(config.environment)
         environments: EnvironmentGroup = AgentGroup(config.environment, agent, is_graded, note, say)

@@ -1,0 +1,111 @@
+"""Task sets of the package verifiers (its v1 interface) are loaded here, and their tasks become rows.
+
+    prompts:
+      path: verifiers:gsm8k-v1            # an installed package, or verifiers:path.py
+      taskset: {split: train}             # its settings
+
+A row has the column `task`, the data of the task as JSON, from which environments/tasksets.py makes it again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gvpo_ray.config.base import TASKSET, ConfigError
+from gvpo_ray.config.data import PromptsConfig
+
+MISSING = "needs the package verifiers: pip install 'gvpo-ray[environments]'"
+
+
+def module_name(path: str) -> str:
+    """Return the name of the module that a file of a task set becomes, which is also the task set's id."""
+    return Path(path).stem.replace("-", "_").lower()
+
+
+def register(path: str, code: str) -> str:
+    """Make a task set's file a module, so that verifiers finds it; return its id.
+
+    Args:
+        path: of the file, which may be on another machine.
+        code: what is in it.
+
+    Raises:
+        ConfigError: another module has its name.
+    """
+    name = module_name(path)
+    known = sys.modules.get(name)
+    if known is not None:
+        if getattr(known, "__file__", None) != path:
+            raise ConfigError(f"{path}: another module is called {name}: rename the file")
+        return name
+    module = ModuleType(name)
+    module.__file__ = path
+    module.__spec__ = ModuleSpec(name, None, origin=path)
+    sys.modules[name] = module
+    try:
+        exec(compile(code, path, "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return name
+
+
+def source_of(name: str) -> tuple[str, str | None]:
+    """Return the id of a task set, or the path of its file, and the code of that file (None: a package).
+
+    Args:
+        name: behind `verifiers:`.
+    """
+    if not name.endswith(".py"):
+        return name, None
+    path = Path(name).expanduser().absolute()
+    return str(path), path.read_text(encoding="utf-8")
+
+
+def id_of(name: str) -> str:
+    """Return the id of a task set, after making its file a module, if it is one."""
+    place, code = source_of(name)
+    return place if code is None else register(place, code)
+
+
+def read_tasks(config: PromptsConfig, key: str) -> dict[str, list[Any]]:
+    """Return the tasks of a task set as columns: prompt, task, and answer where the tasks have one.
+
+    Args:
+        config: the section; its path begins with `verifiers:`, and `limit` bounds a task set without an end.
+        key: where it stands in the run's config.
+
+    Raises:
+        ConfigError: the package, the task set or its settings are wrong, or it has no end and no limit.
+    """
+    try:
+        from verifiers.v1.utils.loaders import load_taskset, taskset_config_type
+    except ImportError as error:
+        raise ConfigError(f"{key}.path: {config.path} {MISSING}") from error
+    assert isinstance(config.path, str)
+    try:
+        ident = id_of(config.path.removeprefix(TASKSET))
+        settings = taskset_config_type(ident).model_validate({**config.taskset, "id": ident})
+        taskset = load_taskset(settings)
+        if not taskset.bounded and config.limit is None:
+            raise ConfigError(f"{key}.limit: {config.path} has no end: say how many tasks")
+        tasks = [task.data for task in itertools.islice(taskset, config.limit)]
+    except ConfigError:
+        raise
+    except Exception as error:  # a task set is a user's module, and may raise anything
+        told = " ".join(str(error).split())
+        raise ConfigError(f"{key}.path: {config.path}: {type(error).__name__}: {told}") from error
+    columns: dict[str, list[Any]] = {
+        "prompt": [data.prompt_text or data.name or f"task {data.idx}" for data in tasks],
+        "task": [json.dumps(data.model_dump(mode="json")) for data in tasks],
+    }
+    answers = [getattr(data, "answer", None) for data in tasks]
+    if any(answer is not None for answer in answers):
+        columns["answer"] = answers
+    return columns

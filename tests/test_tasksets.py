@@ -1,0 +1,355 @@
+"""Task sets of the package verifiers, the real one: played by their own harnesses against the server of a
+fake engine (test_vllm_engine.py has vLLM's), and read as prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from episodes import tokenizer
+from test_agents import SAMPLING, World, check, row_of
+
+from gvpo_ray import GVPOConfig, groups
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
+from gvpo_ray.data.prompts import PromptSet
+from gvpo_ray.environments.agent import described_agent, read_agent
+from gvpo_ray.environments.tasksets import TaskError, _reward
+
+JOB = Path(__file__).parents[1] / "jobs" / "verifiers_cpu.py"
+TASKS = """
+import aiohttp
+import verifiers.v1 as vf
+
+
+class CountData(vf.TaskData):
+    goal: int
+    kind: str
+    answer: str = "7"
+
+
+class Count(vf.Task[CountData]):
+    @vf.reward(weight=2.0)
+    async def close(self, task, trace) -> float:
+        if task.kind == "raises":
+            raise KeyError("no judge")
+        said = [node.message.content for node in trace.nodes if node.message.role == "assistant"]
+        return float(len(said[-1]) == task.goal)
+
+
+class CountConfig(vf.TasksetConfig):
+    num: int = 3
+    has_no_end: bool = False
+
+
+class Counts(vf.Taskset[Count, CountConfig]):
+    def __init__(self, config):
+        super().__init__(config)
+        self.INFINITE = config.has_no_end
+
+    def load(self):
+        i = 0
+        while i < self.config.num or self.config.has_no_end:
+            yield Count(CountData(prompt=f"Count to {i}", goal=i, kind="counts"), self.config.task)
+            i += 1
+
+
+class Talk(vf.Harness[vf.HarnessConfig]):
+    EXECUTES_CODE = NEEDS_CONTAINER = False
+
+    async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data):
+        messages = [{"role": "user", "content": data.prompt}]
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {secret}"}) as http:
+            for turn in range(3):
+                body = {"model": ctx.model, "messages": messages}
+                async with http.post(f"{endpoint}/chat/completions", json=body) as answer:
+                    if answer.status != 200:
+                        return vf.ProgramResult(0 if data.kind == "counts" else 1, "", "no answer")
+                    said = (await answer.json())["choices"][0]["message"]["content"]
+                messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "More!"}]
+                if data.kind == "forgets" and turn == 1:
+                    messages = messages[-1:]
+        return vf.ProgramResult(0, "", "")
+
+
+__all__ = ["Counts", "Talk"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "count_tasks.py").write_text(TASKS)
+    once = JOB.read_text().replace('["Numbers", "Search", "Talk"]', '["Talk"]')
+    (tmp_path / "talk_once.py").write_text(once)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {*sys.modules}
+    yield tmp_path
+    for name in {"count_tasks", "talk_once", JOB.stem} - before:
+        sys.modules.pop(name, None)
+
+
+def section(folder: Path, **more: Any) -> EnvironmentConfig:
+    return EnvironmentConfig(**{"name": f"verifiers:{folder / 'count_tasks.py'}", **more})
+
+
+def group(**data: Any) -> pa.Table:
+    """A group's row, as a prompt set makes it."""
+    row = {"group_id": 0, "prompt": "p", "answer": "", "dataset": "d", "prompt_ids": [1, 2, 3]}
+    return groups.table([{**row, "data": json.dumps({"columns": {"task": json.dumps({"idx": 0, **data})}})}])
+
+
+def count(goal: int, kind: str = "counts") -> pa.Table:
+    return group(prompt=f"Count to {goal}", goal=goal, kind=kind)
+
+
+def longer(turns: list[str], number: int) -> str:
+    """Says 3, 5 and 7 letters in the first episode's turns, one more in the second's."""
+    return "ab"[number] * (len(turns) + number)
+
+
+def played(
+    folder: Path, config: EnvironmentConfig, prompt: pa.Table, policy: Any = longer, most: int = 2000
+) -> dict[str, Any]:
+    """Let two episodes be played, by a copy as an actor has it; return their group."""
+    agent: Any = pickle.loads(pickle.dumps(read_agent(config)))
+
+    async def main() -> dict[str, Any]:
+        async with World(folder, agent, max_turns=config.max_turns) as world:
+            engine = await world.engine(policy)
+            sampling = SAMPLING.model_copy(update={"max_tokens": most})
+            row = row_of((await engine.generate(prompt, sampling))[0])
+            check(row, engine.asked)
+            env, http = agent._begun.result()
+            assert not env._interception.clients and not env._interception.sessions  # nothing of it stays
+            agent._serving.cancel()
+            await asyncio.gather(agent._serving, return_exceptions=True)
+            await http.aclose()
+            return row
+
+    return asyncio.run(main())
+
+
+def ends(row: dict[str, Any]) -> list[tuple[str, int]]:
+    entries = [json.loads(one) for one in row["episodes"]]
+    return [(entry["end"], entry["turns"]) for entry in entries]
+
+
+# -------------------------------------------------------------------------------------------------- episodes
+
+
+def test_a_task_is_played_by_its_own_harness_and_trained_with_the_tokens_that_were_sampled(
+    folder: Path,
+) -> None:
+    row = played(folder, section(folder), count(7))
+    assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and row["reward_reasons"] == [None, None]
+    assert ends(row) == [("stop", 3)] * 2
+    text = tokenizer().decode(row["prompt_ids"])
+    assert text == "<|im_start|>user\nCount to 7<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_context_that_is_begun_anew_is_a_branch_with_the_reward_of_its_episode(folder: Path) -> None:
+    row = played(folder, section(folder), count(3, "forgets"))
+    names = [json.loads(one)["name"] for one in row["episodes"]]
+    assert len(names) == 4 and len({*names}) == 2  # check() has seen that each token is trained once
+    rewards = dict(zip(names, row["reward_parts"][ENVIRONMENT], strict=True))
+    assert sorted(rewards.values()) == [0.0, 2.0]
+    assert [rewards[name] for name in names] == row["reward_parts"][ENVIRONMENT]
+
+
+def test_a_score_that_fails_and_a_harness_that_fails_give_no_reward_and_a_reason(folder: Path) -> None:
+    row = played(folder, section(folder), count(7, "raises"))
+    assert row["reward_parts"] == {ENVIRONMENT: [None, None]} and ends(row) == [("lost", 3)] * 2
+    for reason in row["reward_reasons"]:
+        assert "TaskError: task Count scoring: KeyError: 'no judge'" in reason
+    row = played(folder, section(folder), count(7, "gives up"), most=60)  # no room for a third turn
+    assert row["reward_parts"] == {ENVIRONMENT: [None, None]}
+    for reason in row["reward_reasons"]:
+        assert "leave no room" in reason
+
+
+def test_the_last_turn_that_there_may_be_ends_an_episode_which_verifiers_scores(folder: Path) -> None:
+    row = played(folder, section(folder, max_turns=2), count(5))
+    assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and [turns for _, turns in ends(row)] == [2, 2]
+    row = played(folder, section(folder, arguments={"agent": {"max_turns": 1}}), count(3))
+    assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and [turns for _, turns in ends(row)] == [1, 1]
+
+
+def test_the_jobs_task_set_answers_the_policy_in_its_own_environment(folder: Path) -> None:
+    def asks(turns: list[str], number: int) -> str:
+        if number == 0:  # halves
+            n = [4, 6, 5][sum("<tool_call>" in turn for turn in turns)]
+            return f'<tool_call>{{"name": "ask", "arguments": {{"n": {n}}}}}</tool_call>'
+        return "It is 5."
+
+    row = played(folder, section(folder, name=f"verifiers:{JOB}"), group(prompt="Find it.", secret=5), asks)
+    assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0]} and [turns for _, turns in ends(row)] == [3, 3]
+    read = tokenizer().decode([*row["prompt_ids"], *row["completion_ids"][0]])
+    assert read.index("\nmore\n") < read.index("\nless\n")
+    assert "Error: that is no call" in tokenizer().decode(row["completion_ids"][1])
+
+
+def test_a_task_set_that_ships_with_verifiers_is_read_and_played(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hangman of textarena, whose list of words comes from a hub, and here from a folder."""
+    nltk = pytest.importorskip("nltk")
+    words = folder / "nltk_data" / "corpora" / "words"
+    words.mkdir(parents=True)
+    for name in ("en", "en-basic"):
+        (words / name).write_text("abba\n")
+    monkeypatch.setattr(nltk.data, "path", [str(folder / "nltk_data")])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: True)
+    arguments = {"taskset": {"game": "Hangman-v0"}, "player": {"harness": {"id": "talk_once"}}}
+    config = section(folder, name="verifiers:textarena", arguments=arguments)
+    data = {**run_of(config), "prompts": {"path": "verifiers:textarena", "limit": 2}}
+    prompts = PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)
+    assert len(prompts) == 2 and "Hangman" in prompts.all()["prompt"][0].as_py()
+
+    def guesses(turns: list[str], number: int) -> str:
+        return "[ABBA]" if number else "[B]" if any("[A]" in turn for turn in turns) else "[A]"
+
+    row = played(folder, config, prompts.group(0), guesses, most=20_000)
+    assert row["reward_reasons"] == [None, None] and row["reward_parts"] == {ENVIRONMENT: [1.0, 1.0]}
+    assert [turns for _, turns in ends(row)] == [2, 1]
+
+
+class Part:
+    """As much of a trace or an episode as its reward is made of."""
+
+    def __init__(self, **rewards: float | None) -> None:
+        self.ok, self.last_error = True, None
+        made = {name: None if one is None else Part() for name, one in rewards.items()}
+        self.rewards, self.traces = made, [self]
+        self.reward = sum(one for one in rewards.values() if one is not None)
+
+
+def test_what_has_no_score_is_no_reward_whatever_else_has_one() -> None:
+    assert _reward(Part(a=0.5, b=1.0)) == 1.5 and _reward(Part(a=0.0)) == 0.0
+    with pytest.raises(TaskError, match="the reward b has no score"):
+        _reward(Part(a=0.5, b=None))
+    with pytest.raises(TaskError, match="its task gives no reward"):
+        _reward(Part())
+    two = Part(a=0.5)
+    two.traces = [Part(a=1.0), Part(a=0.0)]
+    with pytest.raises(TaskError, match="it has 2 traces"):
+        _reward(two)
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+
+
+def run_of(environment: EnvironmentConfig) -> dict[str, Any]:
+    return {
+        "run_dir": "r",
+        "num_steps": 1,
+        "model": {"path": "m"},
+        "environment": environment.model_dump(exclude_unset=True),
+        "engines": {"serve": True},
+    }
+
+
+def test_its_tasks_are_the_prompts_and_a_slice_of_them_is_held_out(folder: Path) -> None:
+    name = f"verifiers:{folder / 'count_tasks.py'}"
+    data = run_of(section(folder, arguments={"taskset": {"num": 10}}))
+    sets = {"heldout": {"path": name, "split": "train[8:]"}, "more": {"path": name, "taskset": {"num": 4}}}
+    config = GVPOConfig.from_dict({**data, "evaluation": {"sets": sets}})
+    assert config.prompts.path == name and config.prompts.taskset == {"num": 10}
+
+    def prompts(of: Any) -> PromptSet:
+        return PromptSet(of, tokenizer(), name="d", max_tokens=None)
+
+    every = prompts(config.prompts).all().to_pylist()
+    assert [row["prompt"] for row in every] == [f"Count to {i}" for i in range(10)]
+    columns = json.loads(every[3]["data"])["columns"]
+    assert columns["answer"] == "7" and json.loads(columns["task"])["goal"] == 3
+    held_out = prompts(config.evaluation.sets["heldout"]).all()
+    assert held_out["prompt"].to_pylist() == ["Count to 8", "Count to 9"]
+    assert len(prompts(config.evaluation.sets["more"])) == 4
+    data["prompts"] = {"path": name, "answer_column": "answer", "limit": 2}
+    data["environment"]["arguments"] = {"taskset": {"has_no_end": True}}
+    endless = prompts(GVPOConfig.from_dict(data).prompts)
+    assert endless.all()["answer"].to_pylist() == ["7", "7"]
+
+
+def test_the_task_set_and_its_file_are_found_from_the_folder_of_the_run(folder: Path) -> None:
+    data = {**run_of(section(folder, name="verifiers:count_tasks.py")), "root": str(folder)}
+    config = GVPOConfig.from_dict(data)
+    name = f"verifiers:{folder / 'count_tasks.py'}"
+    assert config.environment is not None and (config.environment.name, config.prompts.path) == (name, name)
+    assert EnvironmentConfig(name="verifiers:gsm8k-v1").taskset == "gsm8k-v1"
+
+
+X, AGENT = {"name": "verifiers:x"}, {"agent": "a.py:f"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"environment": {"name": "verifiers:"}}, "environment.name: verifiers: names no task set"),
+        ({"environment": {**X, "renderer": "qwen3"}}, "renderer is of an environment's class"),
+        ({"engines": {}}, "environment.name: it asks its model over HTTP: set engines.serve: true"),
+        ({"prompts": {"path": "p.jsonl"}}, "prompts.path: with environment.name: verifiers:x it can"),
+        ({"evaluation": {"sets": {"h": {"path": "verifiers:y"}}}}, "evaluation.sets.h.path: with env"),
+        ({"environment": AGENT, "prompts": {"path": "verifiers:x"}}, "prompts.path: verifiers:x goes"),
+        ({"environment": AGENT, "prompts": {"path": "p", "taskset": {"a": 1}}}, "prompts.taskset: only"),
+        ({"environment": {**X, "arguments": {"taskset": 3}}}, "environment.arguments: taskset"),
+    ],
+)
+def test_a_section_that_does_not_go_with_a_task_set_is_refused_by_its_key(changes: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        GVPOConfig.from_dict({**run_of(EnvironmentConfig(name="verifiers:x")), **changes})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"id": "user-sim"}, r"has several agents \(assistant, user\): one is trained"),
+        ({"retries": {"max_retries": 1}}, "retries: an episode that is played twice is none"),
+        ({"agent": {"retries": {"rules": [{"max_retries": 2}]}}}, "retries"),
+        ({"interception": {"type": "elastic"}}, "interception: there is one server"),
+        ({"taskset": {"nom": 3}}, "ValidationError: .*taskset.nom"),
+        ({"agent": {"harness": {"id": "absent_harness"}}}, "harness 'absent_harness' not found"),
+    ],
+)
+def test_settings_that_no_run_can_have_are_refused_before_any_actor_starts(
+    folder: Path, arguments: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"^environment\.(name|arguments): .*" + why):
+        read_agent(section(folder, arguments=arguments))
+
+
+def test_a_task_set_that_is_absent_broken_or_without_an_end_is_refused_by_its_key(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="verifiers:absent_tasks taskset 'absent_tasks' not"):
+        read_agent(section(folder, name="verifiers:absent_tasks"))
+    with pytest.raises(ConfigError, match=r"environment.name: .*none.py cannot be read: No such file"):
+        read_agent(section(folder, name=f"verifiers:{folder / 'none.py'}"))
+    (folder / "broken_tasks.py").write_text("1 / 0\n")
+    for _ in range(2):  # and it leaves no half-made module behind
+        with pytest.raises(ConfigError, match=r"broken_tasks.py: ZeroDivisionError"):
+            read_agent(section(folder, name=f"verifiers:{folder / 'broken_tasks.py'}"))
+    (folder / "json.py").write_text(TASKS)
+    with pytest.raises(ConfigError, match="another module is called json: rename the file"):
+        read_agent(section(folder, name=f"verifiers:{folder / 'json.py'}"))
+    data = run_of(section(folder, arguments={"taskset": {"has_no_end": True}}))
+    with pytest.raises(ConfigError, match=r"prompts.limit: .* has no end: say how many tasks"):
+        PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)
+    data["prompts"] = {"path": data["environment"]["name"], "split": "test", "limit": 1}
+    with pytest.raises(ConfigError, match=r"prompts.split: a task set has train and its slices"):
+        PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)
+    assert "at most 8 calls of the model" in next(described_agent(section(folder)))
+    monkeypatch.setitem(sys.modules, "verifiers.v1.utils.loaders", None)
+    with pytest.raises(ConfigError, match="needs the package verifiers: pip install 'gvpo-ray"):
+        read_agent(section(folder))
+    data["prompts"] = {"path": data["environment"]["name"], "limit": 1}
+    with pytest.raises(ConfigError, match="needs the package verifiers: pip install 'gvpo-ray"):
+        PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)
