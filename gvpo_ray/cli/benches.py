@@ -172,17 +172,28 @@ def bench_paper(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/ben
     paper.main(names, seeds, Path(out).absolute())
 
 
+STALE = ["gvpo", "grpo", "dr_grpo", "oapl", "gspo"]
+
+
 @verb("staleness --tasks arithmetic --seeds 1", bench)
-def bench_staleness(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/bench") -> None:
+def bench_staleness(
+    tasks: Tasks = None,
+    seeds: Seeds = 3,
+    out: BenchDir = "runs/bench",
+    objectives: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help=f"some of {', '.join(STALE)} (default: all)")
+    ] = None,
+) -> None:
     """Measure what each objective learns from data of a given age.
 
     This takes hours; the same command resumes it.
     """
     names = names_of("--tasks", tasks, TASKS)
+    compared = names_of("--objectives", objectives, STALE)
     at_least_one("--seeds", seeds)
     from gvpo_ray.bench.experiments import staleness
 
-    staleness.main(names, seeds, Path(out).absolute())
+    staleness.main(names, seeds, Path(out).absolute(), compared)
 
 
 FAMILY = ["preferences", "noise", "distillation"]
