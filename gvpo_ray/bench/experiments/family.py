@@ -63,7 +63,7 @@ PREFERENCES: dict[str, dict[str, Any]] = {
     "DPO on pairs": {"objective": "dpo"},
 }
 """Methods by name, and their options; all with beta 1 and the reference `initial`."""
-NUM_PROMPTS, NUM_COMPLETIONS, NUM_SCORED = 1000, 4, 200
+NUM_PROMPTS, NUM_COMPLETIONS, NUM_SCORED = 600, 4, 200
 
 
 def scored(trained: Trained, problems: Sequence[tasks.Problem], rng: random.Random) -> list[Row]:
@@ -138,7 +138,7 @@ def follows(implicit: Sequence[float], rows: Sequence[Row]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ noise
 
 NOISE = ("SFT", "PoFT", "SFT without the noise")
-NUM_NOISY, NUM_CLEAN = 3000, 1500
+NUM_NOISY, NUM_CLEAN = 2400, 1500
 """Rows of which a third is noise, and rows without, which the aligned model has imitated."""
 
 
@@ -190,14 +190,14 @@ DISTILLATION: dict[str, dict[str, Any]] = {
     "rewards alone": {"preset": "paper"},
     "a teacher": {"beta": 1.0, "reference": {"model": "teacher"}, "importance_cap": None},
 }
-NUM_STEPS, GROUPS, K, EVERY = 40, 16, 8, 10
+NUM_STEPS, GROUPS, K, EVERY = 30, 8, 8, 10
 
 
 def teacher(sides: Sides, folder: Path) -> Path:
     """Make the teacher, once: a model whose tokens are bytes, from nothing, by imitation of right answers."""
     path = folder / "teacher"
     if not (path / "config.json").exists():
-        problems = random.Random(0).choices(sides.train, k=40_000)
+        problems = random.Random(0).choices(sides.train, k=32_000)
         texts = [rf"\boxed{{{one.answer}}}" for one in problems]
         shape = json.loads((START / "config.json").read_text(encoding="utf-8"))
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
