@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gvpo_ray.bench.learner import in_turn, ratios_of, spread
+from gvpo_ray.bench import sft
+from gvpo_ray.bench.gpu.models import TOY
+from gvpo_ray.bench.learner import in_turn, make_model, ratios_of, spread
 
 
 def test_the_ways_take_turns_and_one_without_memory_is_not_tried_again() -> None:
@@ -43,3 +46,13 @@ def test_ratios_are_of_the_same_round_so_that_load_on_the_machine_cancels() -> N
 )
 def test_a_cell_has_the_median_and_the_range(values: list[float], text: str) -> None:
     assert spread("{:.2f}", values) == text
+
+
+def test_updates_of_ragged_rows_have_about_as_many_tokens_and_ours_trains_them(tmp_path: Path) -> None:
+    batches = sft.ragged_rows(sft.WARM + 1, 512, TOY.vocab)
+    assert all(512 * 63 / 64 - 2 <= sft.num_tokens(batch) <= 512 for batch in batches)
+    sizes = {len(row["prompt_ids"]) for batch in batches for row in batch}
+    assert len(sizes) > 5 and max(sizes) <= 64
+    make_model(tmp_path, TOY)
+    (seconds,) = sft.ours(str(tmp_path), batches, 512)
+    assert seconds > 0

@@ -18,6 +18,7 @@ from gvpo_ray.bench.experiments import cells as experiments
 from gvpo_ray.bench.experiments import paper, staleness
 from gvpo_ray.bench.experiments.cells import Cell, Results, run_all
 from gvpo_ray.bench.experiments.tables import mean_and_interval, percent, picture
+from gvpo_ray.cli import benches
 from gvpo_ray.config.run import GVPOConfig
 
 
@@ -143,7 +144,8 @@ def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: 
         and {cell.age for cell in trials} == {16}
     )
     cells, foreign = ran[len(trials) : -4], ran[-4:]
-    assert len(cells) == 2 * (7 * len(staleness.AGES) + len(staleness.FEW)) and len(staleness.METHODS) == 8
+    assert len(cells) == 2 * (7 * len(staleness.AGES) + 3 * len(staleness.FEW))
+    assert len(staleness.METHODS) == 10
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # a whole table early
     assert [cell.overrides["sources.people.group_share"] for cell in foreign] == [0.5, 0.5, 1.0, 1.0] and {
         cell.age for cell in foreign
@@ -160,7 +162,7 @@ def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: 
         for name in ("staleness", "curves")
     )
     staleness.main(["sort"], 2, tmp_path)
-    assert len([cell for cell in ran if cell.task == "sort"]) == 2 * 4 + 2 * 2 * 3
+    assert len([cell for cell in ran if cell.task == "sort"]) == 4 * 4 + 2 * 4 * 3
     # both tasks
     assert (
         "age in steps | 0 | 16 | unbounded |" in (text := (tmp_path / "staleness.md").read_text())
@@ -169,6 +171,18 @@ def test_the_staleness_bench_has_every_method_at_every_age(tmp_path: Path, ran: 
     paper.write(Results(tmp_path), range(2))
     # nothing of its own was run
     assert not any(task in (tmp_path / "paper.md").read_text() for task in experiments.TASKS)
+
+
+def test_the_staleness_bench_runs_the_methods_of_some_objectives_alone(
+    tmp_path: Path, ran: list[Cell]
+) -> None:
+    assert list(staleness.OBJECTIVES) == benches.STALE
+    staleness.main(["arithmetic"], 1, tmp_path, ["oapl", "gspo"])
+    objectives = [cell.overrides["loss.objective"] for cell in ran]
+    assert sorted({*objectives}) == ["gspo", "oapl"] and len(ran) == 2 * 4 + 2 * 3
+    text = (tmp_path / "staleness.md").read_text()
+    assert "| oapl | 50.0 |" in text and "| gspo | 50.0 |" in text
+    assert "| oapl | loss.beta | 0.0008, 0.3 |" in text and "| gspo | loss.clip | 0.0008, 0.1 |" in text
 
 
 @pytest.mark.parametrize(

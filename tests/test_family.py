@@ -15,6 +15,7 @@ from gvpo_ray.config.loss import loss_config
 from gvpo_ray.losses import dpo_loss, epa_loss, gvpo_loss, poft_loss, sft_loss
 from gvpo_ray.losses.batch import LossBatch, Total
 from gvpo_ray.losses.cispo import cispo_loss
+from gvpo_ray.losses.dapo import dapo_loss
 from gvpo_ray.losses.diagnostics import finish
 from gvpo_ray.losses.gspo import gspo_loss
 from gvpo_ray.losses.maxrl import maxrl_loss
@@ -247,6 +248,23 @@ def test_cispo_caps_the_weight_of_a_token_and_keeps_its_gradient():
     assert gradient == pytest.approx(wanted, rel=1e-12)
     assert value == pytest.approx(float((doubles(*wanted) * TOKEN_ARGUMENTS[0]).sum()), rel=1e-12)
     assert cispo_loss(*TOKEN_ARGUMENTS, ratio_cap=2.0)[1]["clipped_tokens"] == 2
+
+
+def test_dapo_is_the_mean_over_the_tokens_of_groups_whose_rewards_differ_and_clips_higher():
+    # r A clipped at 0.8 and 1.28, the smaller one: A > 0 in completions 0 and 3, A < 0 in 1 and 2
+    ups, downs = [1.28, 0.5, 1.0, 0.25], [4, 1, 2, 3]
+    value, gradient = value_and_gradient(dapo_loss, *TOKEN_ARGUMENTS)
+    assert value == pytest.approx(-A * (sum(ups) - sum(downs)) / 8, rel=1e-12)
+    # d (r A) / d log pi = r A, but where the ratio is beyond the end of its advantage's side
+    assert gradient == pytest.approx([-A * x / 8 for x in (0, 0.5, -4, -1, -2, -3, 1, 0.25)], rel=1e-12)
+    assert dapo_loss(*TOKEN_ARGUMENTS)[1]["clipped_tokens"] == 1
+    # of two groups with equal rewards in one, that one is nothing: no gradient, and no part of T
+    for share in (None, 10.0):
+        one, rest = value_and_gradient(
+            dapo_loss, *TOKEN_ARGUMENTS[:4], doubles(0.3, 0.3, 0, 3), IDS, *([share] if share else [])
+        )
+        assert one == pytest.approx(-A * (1 + 0.25 - 3) / (share or 3), rel=1e-12) and rest[:5] == [0] * 5
+    assert value_and_gradient(dapo_loss, *TOKEN_ARGUMENTS[:4], doubles(1, 1, 0, 0), IDS)[0] == 0
 
 
 def test_maxrl_divides_by_the_mean_reward_and_has_nothing_to_say_of_equal_rewards_or_a_mean_of_zero():

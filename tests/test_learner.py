@@ -425,6 +425,29 @@ def test_an_adapted_beta_follows_what_a_step_saw_and_outlives_the_process(tmp_pa
     assert same(weights(policy), weights(again))
 
 
+def test_an_objective_may_leave_groups_of_equal_rewards_out_of_the_update_and_its_denominator(tmp_path):
+    make_model(tmp_path / "model")
+    equal, differ = (
+        make_group(1, (1.0, 1.0, 1.0)),
+        [make_group(2, (1.0, 0.0)), make_group(3, (0.0, 0.5, None))],
+    )
+    found = []
+    for batch in ([equal, *differ], differ, [equal]):
+        given = with_loss(settings(tmp_path), objective="dapo")
+        policy = load(tmp_path / "model", given)
+        first = weights(policy)
+        line = train_step(policy, [dict(row) for row in batch], given)
+        found.append((weights(policy), line["tokens/trained"], line["updates"]))
+    tokens = sum(
+        len(ids)
+        for row in differ
+        for ids, x in zip(row["completion_ids"], row["rewards"], strict=True)
+        if x is not None
+    )
+    assert same(found[0][0], found[1][0]) and not same(found[0][0], first)
+    assert [one[1:] for one in found] == [(tokens, 1), (tokens, 1), (0, 0)] and same(found[2][0], first)
+
+
 def test_the_gradient_is_clipped_and_its_norm_reported_before(tmp_path):
     given = [settings(tmp_path, max_grad_norm=norm) for norm in (1e-9, 1e9)]
     make_model(tmp_path / "model")

@@ -7,6 +7,8 @@
     trl       as padded, with the per-token log-probs of TRL's trainers (its fused head), if trl is installed
               (the `bench` extra)
 
+A second table is of SFT, beside TRL's SFTTrainer with packing (sft.py).
+
 Each measurement is made in a process of its own, so that its peak memory is its own too. The ways take turns,
 in several rounds, and the table has the median and the range of the rounds: other load on the machine then
 shows, and does not decide. Ratios are of measurements of the same round. Precision is float32 on a CPU and
@@ -34,6 +36,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gvpo_ray.bench import sft
 from gvpo_ray.bench.gpu.models import QWEN_7B, QWEN_15B, Shape, make_folder, make_rows
 from gvpo_ray.bench.gpu.steps import settings
 from gvpo_ray.config.model import ModelConfig
@@ -116,11 +119,44 @@ def main(tokens_per_step: int = 4096, rounds: int = ROUNDS) -> None:
                     spread("{:.1f} %", [100 * one[2] for one in mine]),
                 )
         console.print(table)
+        console.print(sft_table(size, shape, tokens_per_step, rounds))
     console.print(
         f"median (least to most) of {rounds} rounds · peak: {peak / 1e9:,.0f} GFLOP/s of a large matrix "
         "product here · GiB: at most, beyond the model's and its optimizer's\n"
         "own code: of a step, what is neither the model's forward and backward nor the optimizer"
     )
+
+
+def sft_table(size: str, shape: Shape, tokens: int, rounds: int) -> Table:
+    """Measure SFT on ragged rows, beside TRL's SFTTrainer with packing if trl is installed.
+
+    Args:
+        size: name of the model.
+        shape: its sizes.
+        tokens: of an update.
+        rounds: how often each way is measured, in turn.
+    """
+    ways: dict[str, Callable[..., tuple[float]]] = {"ours": sft.ours}
+    if importlib.util.find_spec("trl"):
+        ways["SFTTrainer, packing"] = sft.trl
+    with tempfile.TemporaryDirectory(prefix="gvpo_bench_") as folder:
+        make_model(Path(folder), shape)
+        batches = sft.ragged_rows(sft.WARM + sft.MEASURED, tokens, shape.vocab)
+        results = in_turn(
+            {name: partial(_in_process, way, folder, batches, tokens) for name, way in ways.items()}, rounds
+        )
+    table = Table(
+        title=f"bench learner: SFT of the {size} model, rows of ragged lengths", title_justify="left"
+    )
+    for name in ways:
+        table.add_column(f"{name} tokens/s", justify="right")
+    for name in list(ways)[1:]:
+        table.add_column(f"ours / {name}", justify="right")
+    table.add_row(
+        *(spread("{:,.0f}", [1 / seconds for (seconds,) in of_way]) for of_way in results.values()),
+        *(spread("{:.2f}", ratios_of(results[name], results["ours"])) for name in list(ways)[1:]),
+    )
+    return table
 
 
 def in_turn(ways: Mapping[str, Callable[[], Measured | None]], rounds: int) -> dict[str, list[Measured]]:

@@ -172,14 +172,50 @@ def bench_paper(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/ben
     paper.main(names, seeds, Path(out).absolute())
 
 
+STALE = ["gvpo", "grpo", "dr_grpo", "oapl", "gspo"]
+
+
 @verb("staleness --tasks arithmetic --seeds 1", bench)
-def bench_staleness(tasks: Tasks = None, seeds: Seeds = 3, out: BenchDir = "runs/bench") -> None:
+def bench_staleness(
+    tasks: Tasks = None,
+    seeds: Seeds = 3,
+    out: BenchDir = "runs/bench",
+    objectives: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help=f"some of {', '.join(STALE)} (default: all)")
+    ] = None,
+) -> None:
     """Measure what each objective learns from data of a given age.
 
     This takes hours; the same command resumes it.
     """
     names = names_of("--tasks", tasks, TASKS)
+    compared = names_of("--objectives", objectives, STALE)
     at_least_one("--seeds", seeds)
     from gvpo_ray.bench.experiments import staleness
 
-    staleness.main(names, seeds, Path(out).absolute())
+    staleness.main(names, seeds, Path(out).absolute(), compared)
+
+
+FAMILY = ["preferences", "noise", "distillation"]
+
+
+@verb("family --sections noise --seeds 1", bench)
+def bench_family(
+    sections: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help=f"some of {', '.join(FAMILY)} (default: all)")
+    ] = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="folder of family.jsonl, a row per run, and family.md")
+    ] = "runs/bench_family",
+) -> None:
+    """Measure preferences, noisy data and a teacher on a small task.
+
+    EPA, DPO and GVPO on preferences of one reward, PoFT beside SFT where a third is noise, and a teacher
+    beside rewards alone. Neither Ray nor an engine starts; some minutes each. The same command resumes it.
+    """
+    names = names_of("--sections", sections, FAMILY)
+    at_least_one("--seeds", seeds)
+    from gvpo_ray.bench.experiments import family
+
+    family.main(names, seeds, Path(out).absolute())

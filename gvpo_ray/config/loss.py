@@ -191,6 +191,17 @@ class CispoLoss(_WithRatio):
     """Upper bound of the probability ratio that multiplies a token's gradient."""
 
 
+class DapoLoss(_WithRatio):
+    """DAPO has these options."""
+
+    objective: Literal["dapo"] = "dapo"
+    clip_low: float = Field(default=0.2, gt=0)
+    """Lower end of clipping: the probability ratio is clipped at 1 - clip_low."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """Upper end of clipping: the probability ratio is clipped at 1 + clip_high."""
+    trains_equal_rewards: ClassVar[bool] = False
+
+
 class MaxrlLoss(LossOptions):
     """MaxRL has no options of its own."""
 
@@ -283,6 +294,7 @@ _Any = (
     | ReinforceLoss
     | GspoLoss
     | CispoLoss
+    | DapoLoss
     | MaxrlLoss
     | OaplLoss
     | DpoLoss

@@ -46,6 +46,8 @@ class LossOptions(Section):
     """Fewest completions of a group. 1: completions are not compared, and come from sources alone."""
     reads_rewards: ClassVar[bool] = True
     """Whether the loss reads rewards. If not, completions of sources need neither rewards nor golds."""
+    trains_equal_rewards: ClassVar[bool] = True
+    """Whether groups whose rewards are all equal stay in an update. If not, no denominator counts them."""
 
     @field_validator("reference", mode="before")
     @classmethod

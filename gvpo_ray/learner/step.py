@@ -120,6 +120,8 @@ def plan_updates(policy: Policy, batch: Sequence[dict[str, Any]], settings: Sett
     """Split the trainable groups into mini-batches and passes, and get what they are compared with."""
     loss, max_tokens = settings.loss, settings.learner.micro_batch_tokens
     trained = [row for row in (groups.trainable(row, loss.least) for row in batch) if row is not None]
+    if not loss.trains_equal_rewards:
+        trained = [row for row in trained if len(set(row["rewards"])) > 1]
     mini_batches = [part for part in _cut(trained, settings.learner.num_mini_batches) if part]
     if num := loss.num_weak_negatives:  # before the groups are dealt to ranks, whose number changes nothing
         mini_batches = [

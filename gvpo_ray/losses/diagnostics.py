@@ -118,8 +118,8 @@ def finish(sums: Mapping[str, Tensor | float]) -> dict[str, float]:
 
     D is log pi - log pi_ref, and Var, Cov and the term_ rows are within a group, then the mean over groups.
 
-    loss                     mean over groups, or over what else the objective counts (`num_counted`: sft
-                             tokens, poft completions); for gvpo half of gvpo/residual_var
+    loss                     mean over groups, or over what else the objective counts (`num_counted`: sft and
+                             dapo tokens, poft completions); for gvpo half of gvpo/residual_var
     gvpo/residual_var        Var(beta D - R), here and below with completions weighted by s: the part of the
                              rewards that the implicit reward beta D does not explain yet
     gvpo/reward_var          Var(R): where residual_var starts when D = 0

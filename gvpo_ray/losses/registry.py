@@ -12,8 +12,9 @@ import torch
 
 from gvpo_ray.config.loss import LossOptions, PoftLoss
 from gvpo_ray.losses import stale_data
-from gvpo_ray.losses.batch import Computed, LossBatch
+from gvpo_ray.losses.batch import Computed, LossBatch, Total
 from gvpo_ray.losses.cispo import cispo_loss
+from gvpo_ray.losses.dapo import dapo_loss
 from gvpo_ray.losses.diagnostics import gvpo_sums
 from gvpo_ray.losses.dpo import dpo_loss
 from gvpo_ray.losses.dr_grpo import dr_grpo_loss
@@ -45,11 +46,15 @@ def over_completions(loss: Loss) -> Objective:
     return objective
 
 
-def over_tokens(loss: Loss) -> Objective:
+def over_tokens(loss: Loss, counted: Callable[[Total], float] = lambda total: total.groups) -> Objective:
     """Make the objective of one of the losses that token_losses.py describes.
 
     Where the options do not need the sampler's or the reference's log-probs, the loss does not read them, and
     the current policy's are passed in their place.
+
+    Args:
+        loss: the loss.
+        counted: what it is the mean over, of the whole update.
     """
 
     def objective(batch: LossBatch, options: LossOptions) -> Computed:
@@ -61,7 +66,7 @@ def over_tokens(loss: Loss) -> Objective:
             batch.completion_ids,
             batch.rewards,
             batch.group_ids,
-            batch.total.groups,
+            counted(batch.total),
             **options.arguments,
         )
         return _computed(batch, *result)
@@ -111,6 +116,7 @@ OBJECTIVES: dict[str, Objective] = {
     "reinforce": over_tokens(reinforce_loss),
     "gspo": over_tokens(gspo_loss),
     "cispo": over_tokens(cispo_loss),
+    "dapo": over_tokens(dapo_loss, lambda total: total.tokens),
     "maxrl": over_tokens(maxrl_loss),
     "oapl": over_completions(oapl_loss),
     "dpo": over_completions(dpo_loss),

@@ -1,6 +1,6 @@
 """The objectives of GRPO's kind share arguments, sums over tokens and groups, and the kind of result.
 
-GRPO, Dr. GRPO, RLOO, REINFORCE, GSPO, CISPO and MaxRL are called as `grpo_loss(logprobs, old_logprobs,
+GRPO, Dr. GRPO, RLOO, REINFORCE, GSPO, CISPO, MaxRL and DAPO are called as `grpo_loss(logprobs, old_logprobs,
 reference_logprobs, completion_ids, rewards, group_ids, num_groups, ...)`. With T the number of completion
 tokens of a micro-batch and N that of its completions:
 

@@ -10,6 +10,7 @@ options at every age.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,9 @@ AGES = (0, 1, 4, 16, 64, 100)
 """Ages in steps. The last is the number of steps of a run, and so unbounded."""
 TUNED_AT = 16
 BETAS, CLIPS = (0.1, 0.3), (0.2, 0.4)
+OF_MEANS = (0.01, 0.1)
+"""Clips of GSPO, whose ratio is a mean per token: the published 0.0003 is for a thousand tokens, and answers
+have 15 to 75 here."""
 METHODS = {
     "gvpo (default)": Method({"loss.beta": "auto"}),
     "gvpo, behaviour alone": Method({"loss.importance_cap": None, "loss.damped": False}, "loss.beta", BETAS),
@@ -35,13 +39,17 @@ METHODS = {
     "dr_grpo, without": Method(
         {"loss": {}, "loss.objective": "dr_grpo", "loss.old_policy": "previous"}, "loss.clip", CLIPS
     ),
+    "oapl": Method({"loss": {}, "loss.objective": "oapl"}, "loss.beta", BETAS),
+    "gspo": Method({"loss": {}, "loss.objective": "gspo"}, "loss.clip", OF_MEANS),
 }
+OBJECTIVES = tuple(dict.fromkeys(re.split("[, ]", name)[0] for name in METHODS))
+"""The objectives of the methods, with which their names begin."""
 
 Grid = dict[str, tuple[int, ...]]
 
 FEW = (0, 16, 100)
-OUTLINE: Grid = dict.fromkeys(("gvpo (default)", "grpo, with the ratio"), FEW)
-WHOLE: Grid = {name: FEW if name == "gvpo, behaviour alone" else AGES for name in METHODS}
+OUTLINE: Grid = dict.fromkeys(("gvpo (default)", "grpo, with the ratio", "oapl", "gspo"), FEW)
+WHOLE: Grid = {name: FEW if name in ("gvpo, behaviour alone", "oapl", "gspo") else AGES for name in METHODS}
 GRIDS = {"arithmetic": WHOLE, "chain": OUTLINE, "sort": OUTLINE}
 """Ages at which each method is run, by task: all of them for one task, a few for the others."""
 
@@ -60,15 +68,21 @@ def cells_of(task: str, method: str, age: int, seeds: Sequence[int], results: Re
     return [] if options is None else [Cell(task, options, seed, age) for seed in seeds]
 
 
-def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
+def main(tasks: Sequence[str], num_seeds: int, folder: Path, objectives: Sequence[str] = OBJECTIVES) -> None:
     """Run the cells that have no result yet, and write staleness.md and its pictures to `folder`.
+
+    Args:
+        tasks: names of tasks.
+        num_seeds: runs of each cell.
+        folder: of results.parquet.
+        objectives: those whose methods are run; the tables have all that have results.
 
     Raises:
         ConfigError: this is no checkout of the repository.
     """
     results = open_results(folder)
     for task in tasks:
-        grid = GRIDS[task]
+        grid = {name: ages for name, ages in GRIDS[task].items() if re.split("[, ]", name)[0] in objectives}
         tune([task], {name: METHODS[name] for name in grid}, TUNED_AT, results)
         for num in range(1, num_seeds + 1):  # a whole table early, a better one later
             places = [(method, age) for age in AGES for method in grid if age in grid[method]]
@@ -76,7 +90,7 @@ def main(tasks: Sequence[str], num_seeds: int, folder: Path) -> None:
                 cell for method, age in places for cell in cells_of(task, method, age, range(num), results)
             ]
             run_all(cells, results, partial(write, results, range(num)))
-    if "arithmetic" in tasks:
+    if "arithmetic" in tasks and "gvpo" in objectives:
         cells = [cell for alike in external_cells(range(num_seeds), results).values() for cell in alike]
         run_all(cells, results, partial(write, results, range(num_seeds)))
 
