@@ -108,7 +108,11 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ),
         ("engines.num_gpus=-1", "engines.num_gpus", "greater than or equal to 0"),
         ("engines.memory_fraction=1.1", "engines.memory_fraction", "less than or equal to 1"),
-        ("engines.weight_transfer=ftp", "engines.weight_transfer", "'objects', 'nccl', 'ipc' or 'sharded_rdt'"),
+        (
+            "engines.weight_transfer=ftp",
+            "engines.weight_transfer",
+            "'objects', 'nccl', 'ipc' or 'sharded_rdt'",
+        ),
         ("verifiers.rewards={}", "verifiers.rewards", "name at least one reward function"),
         (
             "verifiers.rewards={math: much}",
