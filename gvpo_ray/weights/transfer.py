@@ -102,7 +102,9 @@ DTYPES = {
 
 def _to_safetensors(tensors: dict[str, torch.Tensor]) -> Bytes:
     """Return a safetensors file; the library's own function would copy it twice more."""
-    begin, header, places = 0, {}, []
+    header: dict[str, Any] = {}
+    places: list[tuple[int, int, torch.Tensor]] = []
+    begin = 0
     # words of eight bytes first, as safetensors orders them: each tensor is aligned to its words
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
         end = begin + tensor.nbytes
