@@ -416,7 +416,7 @@ def test_the_config_adds_the_reward_and_refuses_what_does_not_go_with_episodes()
     for change, message in (
         ({"environment": None, "verifiers": {"rewards": {"environment": 1}}}, "needs a section environment"),
         ({"environment": {"name": "Guess"}}, "environment.name.*path.py:Class"),
-            ({"environment": {"name": "verifiers:x"}}, "prompts.path: with environment.name: verifiers:x"),
+        ({"environment": {"name": "verifiers:x"}}, "prompts.path: with environment.name: verifiers:x"),
         ({"engines": {"url": "http://localhost:1/v1"}}, "a server makes no episodes"),
         ({"sources": {"a": {"path": "x.jsonl", "share": 0.5}}}, "sources.a: offline completions are no"),
     ):
