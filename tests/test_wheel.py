@@ -76,7 +76,8 @@ def test_the_wheel_has_all_of_the_package_and_the_jobs_and_nothing_else(wheel: P
     package = {path for path in (ROOT / "gvpo_ray").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert {path.suffix for path in package} <= kinds
     jobs = {f"gvpo_ray/jobs/{path.name}" for path in (ROOT / "jobs").glob("*.yaml")}
-    jobs |= {"gvpo_ray/jobs/tools_cpu.py", "gvpo_ray/jobs/agent_cpu.py"}  # which YAML files name
+    # which YAML files name
+    jobs |= {f"gvpo_ray/jobs/{name}_cpu.py" for name in ("tools", "agent", "family")}
     assert names == {path.relative_to(ROOT).as_posix() for path in package} | jobs
 
 
