@@ -7,14 +7,13 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPy(build_py):
-    """BuildPy adds jobs, YAML files and what Python they name, to the package's data.
+    """BuildPy adds jobs, YAML files and the Python beside them, to the package's data.
 
     A checkout reads them where they are.
     """
 
     def _get_data_files(self):
-        files = [*Path("jobs").glob("*.yaml"), *Path("jobs").glob("*.py")]
-        jobs = [path.name for path in files if path.with_suffix(".yaml").exists()]
+        jobs = [path.name for kind in ("*.yaml", "*_cpu.py") for path in Path("jobs").glob(kind)]
         return [*super()._get_data_files(), ("gvpo_ray", "jobs", f"{self.build_lib}/gvpo_ray/jobs", jobs)]
 
 

@@ -188,6 +188,18 @@ def test_greedy_samples_more_than_once_are_refused(tmp_path: Path) -> None:
         _config(tmp_path, temperature=0)
 
 
+def test_what_a_run_without_engines_made_is_evaluated_with_one(tmp_path: Path) -> None:
+    file = tmp_path / "offline.yaml"
+    sets = {"easy": {"path": "e.parquet", "template": "{prompt}="}}
+    run: dict[str, Any] = {"run_dir": "r", "num_steps": 3, "model": {"path": "m"}, "engines": {"num": 0}}
+    run |= {"sources": {"s": {"path": "s.jsonl", "group_share": 1, "template": "{prompt}="}}}
+    file.write_text(yaml.safe_dump(run | {"evaluation": {"every": 0, "sets": sets}}))
+    config = GVPOConfig.from_file(file, ["engines.num=1"], for_evaluation=True)
+    assert config.engines.num == 1 and config.rendered.template == "{prompt}="
+    with pytest.raises(ConfigError, match="prompts: required, and not given"):  # to train on
+        GVPOConfig.from_file(file, ["engines.num=1"])
+
+
 def test_a_file_for_evaluation_alone_needs_no_training_keys_and_does_not_train(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_the_wheel_has_all_of_the_package_and_the_jobs_and_nothing_else(wheel: P
     package = {path for path in (ROOT / "gvpo_ray").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert {path.suffix for path in package} <= kinds
     jobs = {f"gvpo_ray/jobs/{path.name}" for path in (ROOT / "jobs").glob("*.yaml")}
-    named = ("tools_cpu", "agent_cpu", "verifiers_cpu")
+    named = ("tools_cpu", "agent_cpu", "verifiers_cpu", "family_cpu")
     jobs |= {f"gvpo_ray/jobs/{name}.py" for name in named}  # which YAML files name
     assert names == {path.relative_to(ROOT).as_posix() for path in package} | jobs
 

@@ -317,7 +317,8 @@ class GVPOConfig(Section):
             path: of the file.
             overrides: `["learner.num_workers=1", …]` or `{"learner.num_workers": 1}`.
             for_evaluation: accept a file that has evaluation.sets but lacks both `prompts` and `num_steps`,
-                which only training needs.
+                which only training needs, and that of a run without engines (`engines.num: 0`) with other
+                engines.
 
         Raises:
             ConfigError: one line that names the wrong key.
@@ -330,6 +331,9 @@ class GVPOConfig(Section):
         # a config with one of the two is a run that lacks the other
         if for_evaluation and has_sets and "prompts" not in data and "num_steps" not in data:
             data |= {"num_steps": 1, "prompts": {"path": NO_PROMPTS}}
+        is_offline = isinstance(engines := data.get("engines"), dict) and engines.get("num") == 0
+        if for_evaluation and has_sets and is_offline:
+            data.setdefault("prompts", {"path": NO_PROMPTS})
         return cls.from_dict(data, overrides, where=str(path))
 
     @classmethod

@@ -4,9 +4,9 @@
     noise           PoFT and SFT on data of which a third is noise
     distillation    a teacher with another tokenizer as GVPO's reference, beside rewards alone
 
-Everything runs in this process with the learner's own steps, and neither Ray nor an engine is started. Each
-method's learning rate is chosen by a run of a seed of its own on training prompts. A finished run is a row of
-family.jsonl in the folder, and does not run again; family.md is made from the rows.
+Everything runs in this process with the learner's own steps, and neither Ray nor an engine is started. All
+methods have one learning rate. A finished run is a row of family.jsonl in the folder, and does not run again;
+family.md is made from the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gvpo_ray.bench.experiments.cells import MODELS, TUNING_SEED
+from gvpo_ray.bench.experiments.cells import MODELS
 from gvpo_ray.bench.experiments.small import Trained, encoded, epochs, group, load
 from gvpo_ray.bench.experiments.tables import markdown, mean_and_interval, percent
 from gvpo_ray.config.base import ConfigError
@@ -246,12 +246,14 @@ def distillation(method: str, rate: float, seed: int, sides: Sides, folder: Path
 # ------------------------------------------------------------------------------------------------------- runs
 
 Run = Callable[[str, float, int, Sides, Path], dict[str, float]]
-SECTIONS: dict[str, tuple[Run, Sequence[str], Sequence[float]]] = {
-    "preferences": (preferences, tuple(PREFERENCES), (5e-4, 2e-3)),
-    "noise": (noise, NOISE, (3e-4, 1e-3)),
-    "distillation": (distillation, tuple(DISTILLATION), (5e-4, 1e-3)),
+SECTIONS: dict[str, tuple[Run, Sequence[str]]] = {
+    "preferences": (preferences, tuple(PREFERENCES)),
+    "noise": (noise, NOISE),
+    "distillation": (distillation, tuple(DISTILLATION)),
 }
-"""By name of a section: what runs a method, the methods, and the learning rates that are tried."""
+"""By name of a section: what runs a method, and the methods."""
+RATE = 5e-4
+"""The learning rate of all methods. At 2e-3 GVPO and EPA ended with a third of the reward (one run each)."""
 
 
 class Rows:
@@ -259,8 +261,13 @@ class Rows:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "family.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Read the file again, with rows that other processes have added."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows = [json.loads(line) for line in lines]
 
     def of(self, **what: Any) -> list[dict[str, Any]]:
         """Return the rows that have these values."""
@@ -268,17 +275,9 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row behind the others."""
-        self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def best_rate(section: str, method: str, rows: Rows) -> float | None:
-    """Return the learning rate whose trial has the highest reward; None before all trials ended."""
-    found = rows.of(section=section, method=method, seed=TUNING_SEED)
-    if len(found) < len(SECTIONS[section][2]):
-        return None
-    return float(max(found, key=lambda row: row["reward"])["rate"])
+        self.read()
 
 
 def main(sections: Sequence[str], num_seeds: int, folder: Path) -> None:
@@ -293,28 +292,24 @@ def main(sections: Sequence[str], num_seeds: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = Rows(folder)
     train, held_out = tasks.split(tasks.sort(random.Random(0)), random.Random(0))
+    sides = Sides(train, held_out[:NUM_HELD_OUT])
     for section in sections:
-        run, methods, rates = SECTIONS[section]
-        for method, rate in itertools.product(methods, rates):
-            sides = Sides(train[NUM_HELD_OUT:], train[:NUM_HELD_OUT])
-            _run(run, section, method, rate, TUNING_SEED, sides, rows)
+        run, methods = SECTIONS[section]
         for seed, method in itertools.product(range(num_seeds), methods):
-            rate = best_rate(section, method, rows)
-            assert rate is not None
-            _run(run, section, method, rate, seed, Sides(train, held_out[:NUM_HELD_OUT]), rows)
+            _run(run, section, method, seed, sides, rows)
             write(rows)
 
 
-def _run(run: Run, section: str, method: str, rate: float, seed: int, sides: Sides, rows: Rows) -> None:
-    what = {"section": section, "method": method, "rate": rate, "seed": seed}
+def _run(run: Run, section: str, method: str, seed: int, sides: Sides, rows: Rows) -> None:
+    what = {"section": section, "method": method, "rate": RATE, "seed": seed}
     if rows.of(**what):
         return
     began = time.monotonic()
     with seeded(seed, None):
-        found = run(method, rate, seed, sides, rows.folder)
+        found = run(method, RATE, seed, sides, rows.folder)
     rows.add({**what, **found, "seconds": time.monotonic() - began})
     said = " · ".join(f"{name} {value:.3f}" for name, value in found.items() if "@" not in name[1:-2])
-    print(f"{section}, {method}, rate {rate:g}, seed {seed}: {said}", flush=True)
+    print(f"{section}, {method}, seed {seed}: {said}", flush=True)
 
 
 def number(values: Sequence[float]) -> str:
@@ -349,26 +344,21 @@ COLUMNS: dict[str, dict[str, tuple[str, Callable[[Sequence[float]], str]]]] = {
 
 def write(rows: Rows) -> None:
     """Write family.md from the rows so far."""
-    seeds = len({row["seed"] for row in rows.rows} - {TUNING_SEED})
+    seeds = len({row["seed"] for row in rows.rows})
     text = [
         "# The family",
         "",
         f"Held-out prompts of `sort`; ± 95 % over up to {seeds} seeds; in %, but for βΔ.",
         "",
     ]
-    for section, (_, methods, rates) in SECTIONS.items():
+    for section, (_, methods) in SECTIONS.items():
         columns = COLUMNS[section]
         body = []
         for method in methods:
-            found = [row for row in rows.of(section=section, method=method) if row["seed"] != TUNING_SEED]
+            found = rows.of(section=section, method=method)
             cells = [form([row[name] for row in found]) for name, (_, form) in columns.items()]
-            rate = best_rate(section, method, rows)
-            body += [[method, *cells, "" if rate is None else f"{rate:g}"]] if found else []
+            body += [[method, *cells]] if found else []
         if body:
-            head = [
-                "",
-                *(title for title, _ in columns.values()),
-                f"learning rate, of {', '.join(map('{:g}'.format, rates))}",
-            ]
+            head = ["", *(title for title, _ in columns.values())]
             text += [f"## {section}", "", markdown(head, body)]
     (rows.folder / "family.md").write_text("\n".join(text), encoding="utf-8")
