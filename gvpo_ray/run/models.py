@@ -113,8 +113,8 @@ def check_class(config: GVPOConfig) -> None:
     if getattr(model, "vision_config", None) is not None or model.model_type == "qwen3_5_text":
         raise ConfigError(
             f"model.path: {path} is of a family with images ({model.model_type}), which vLLM loads only with "
-            "the package torchvision, and it is not installed: add the build that fits torch, or use a model of "
-            "text"
+            "the package torchvision, and it is not installed: add the build that fits torch, or use a model "
+            "of text"
         )
 
 
