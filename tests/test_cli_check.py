@@ -136,7 +136,7 @@ def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callabl
 def test_a_model_with_images_is_refused_where_vllm_cannot_load_it(
     folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import Gemma3Config
+    from transformers import Gemma3Config, Qwen3_5TextConfig
 
     Gemma3Config(text_config={"hidden_size": 32, "num_hidden_layers": 2}).save_pretrained(folder / "model")
     is_there = importlib.util.find_spec
@@ -146,9 +146,11 @@ def test_a_model_with_images_is_refused_where_vllm_cannot_load_it(
     held = "evaluation.sets={held: {path: train.jsonl, template: '{prompt}'}}"
     for verb, *overrides in (["train"], ["check"], ["evaluate", held]):
         assert (
-            "model is a model with images (gemma3), which vLLM loads only with the package torchvision"
+            "model is of a family with images (gemma3), which vLLM loads only with the package torchvision"
             in (refused(verb, "config.yaml", *overrides))
         )
+    Qwen3_5TextConfig(hidden_size=32, num_hidden_layers=2).save_pretrained(folder / "model")
+    assert "is of a family with images (qwen3_5_text), which" in refused("train", "config.yaml")
     check_class(_config(folder, "engines.pools={theirs: {url: 'http://127.0.0.1:1/v1'}}"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_class(_config(folder))

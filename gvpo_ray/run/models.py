@@ -109,11 +109,12 @@ def check_class(config: GVPOConfig) -> None:
     if importlib.util.find_spec("torchvision") is not None:
         return
     model = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-    if getattr(model, "vision_config", None) is not None:
+    # vLLM has Qwen 3.5's text model in one module with that of images
+    if getattr(model, "vision_config", None) is not None or model.model_type == "qwen3_5_text":
         raise ConfigError(
-            f"model.path: {path} is a model with images ({model.model_type}), which vLLM loads only with the "
-            "package torchvision, and it is not installed: add the build that fits torch, or use a model of "
-            "text"
+            f"model.path: {path} is of a family with images ({model.model_type}), which vLLM loads only with "
+            "the package torchvision, and it is not installed: add the build that fits torch, or use a model "
+            "of text"
         )
 
 
