@@ -33,14 +33,14 @@ WARM, MEASURED = 2, 8
 def ragged_rows(num_updates: int, tokens: int, vocab: int) -> list[list[Row]]:
     """Return each update's groups of one: prompts and completions of a 128th to an eighth of its tokens."""
     rng = random.Random(0)
-    batches = []
+    batches: list[list[Row]] = []
     for update in range(num_updates):
         sizes: list[tuple[int, list[int]]] = []
         while (left := tokens - sum(prompt + size for prompt, (size,) in sizes)) > tokens // 64:
             prompt, size = (rng.randint(tokens // 128, tokens // 8) for _ in range(2))
             short = min(1.0, left / (prompt + size))
             sizes.append((max(1, int(prompt * short)), [max(1, int(size * short))]))
-        batches.append(make_rows(sizes, vocab, seed=update, version=None))
+        batches.append([*make_rows(sizes, vocab, seed=update, version=None)])
     return batches
 
 
@@ -64,7 +64,7 @@ def ours(folder: str, batches: Sequence[Sequence[Row]], tokens: int) -> tuple[fl
     return ((time.perf_counter() - began) / sum(map(num_tokens, batches[WARM:])),)
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     """A Clock keeps the time at the end of each update."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 def trl(folder: str, batches: Sequence[Sequence[Row]], tokens: int) -> tuple[float]:
     """Return the seconds per token of the updates of TRL's SFTTrainer, with packing."""
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 

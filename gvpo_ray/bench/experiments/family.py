@@ -39,7 +39,7 @@ from gvpo_ray.verifiers.scoring_model import PROMPTS, ScoringModel, Text
 
 START = MODELS / "sort"
 """The model that runs begin with: it has imitated people in a hurry."""
-TEMPLATE = {"template": "{prompt}\n", "system_prompt": None, "template_arguments": {}}
+TEMPLATE: dict[str, Any] = {"template": "{prompt}\n", "system_prompt": None, "template_arguments": {}}
 NUM_HELD_OUT = 500
 """Held-out prompts of a measurement, each with one completion at temperature 1 and one greedy one."""
 SHARPNESS = 8.0
@@ -200,8 +200,10 @@ def teacher(sides: Sides, folder: Path) -> Path:
         problems = random.Random(0).choices(sides.train, k=32_000)
         texts = [rf"\boxed{{{one.answer}}}" for one in problems]
         shape = json.loads((START / "config.json").read_text(encoding="utf-8"))
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        names += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+        names = [
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
+        ]
         with seeded(0, None), new_folder(path) as part:
             tokenizer = train_tokenizer(texts, 257)
             new_model(len(tokenizer), tokenizer, {name: shape[name] for name in names}).save_pretrained(part)

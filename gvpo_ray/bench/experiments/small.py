@@ -37,7 +37,7 @@ class Trained:
 
     def step(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Train one step on these groups."""
-        return train_step(self.policy, list(rows), self.settings)
+        return train_step(self.policy, [dict(row) for row in rows], self.settings)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], greedy: bool = False) -> tuple[list[list[int]], list[str]]:
