@@ -127,9 +127,13 @@ def tier_of(item: pytest.Item) -> str:
     return next((tier for tier, files in TIERS.items() if item.path.stem in files), "unit")
 
 
-def pytest_configure() -> None:
-    """Look for no garbage until all test files are imported: it takes as long as they do."""
-    gc.disable()
+def pytest_configure(config: pytest.Config) -> None:
+    """Look for no garbage until all test files are imported: it takes as long as they do.
+
+    The process that hands tests out to xdist's workers imports none.
+    """
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()
 
 
 def pytest_collection_finish() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gvpo_ray.bench import sft
+from gvpo_ray.bench.experiments import sft
 from gvpo_ray.bench.gpu.models import TOY
 from gvpo_ray.bench.learner import in_turn, make_model, ratios_of, spread
 

@@ -11,12 +11,14 @@ from gvpo_ray.imports import large_imports
 
 def test_the_collector_is_off_inside_and_afterwards_as_it_was() -> None:
     for was_on in (True, False):
+        gc.unfreeze()
         (gc.enable if was_on else gc.disable)()
         try:
             with large_imports():
                 assert not gc.isenabled()
-            assert gc.isenabled() == was_on
+            assert gc.isenabled() == was_on and gc.get_freeze_count() > 0
         finally:
+            gc.unfreeze()
             gc.enable()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gvpo_ray.cli import main
-from gvpo_ray.verifiers.responses import MalformedRow, Names, read_row
+from gvpo_ray.verifiers.responses import MalformedRow, Names, NoColumn, read_row
 
 USER, ASSISTANT = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}
 
@@ -65,9 +65,14 @@ def test_a_label_beside_a_gold_is_none_even_where_the_gold_is_empty() -> None:
         assert read({"response": "5", "answer": empty, "label": 1})[2] == ""
     assert read({"response": "5", "answer": "5", "label": 1})[2] == "5"
     assert (
-        read({"response": "5", "label": 1})[2] == "1" == read({"response": "5", "label": 1, "target": 7})[2]
+        read({"response": "5", "label": 1})[2] == "1" == read({"response": "5", "label": 0, "target": 1})[2]
     )
     assert read({"response": "5", "answer": None, "label": 1}, gold="label")[2] == "1"
+    for gold in ("solution", "target", "final_answer"):
+        assert read({"response": "42", "label": True, gold: "42"})[2] == "42"
+    with pytest.raises(NoColumn):
+        read({"response": "5", "label": True})
+    assert read({"response": "5", "label": True}, gold="label")[2] == "True"
 
 
 @pytest.mark.parametrize(

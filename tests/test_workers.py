@@ -1,5 +1,6 @@
 """The learner's workers share a job with the user's own program, whose placement groups are not theirs."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,8 +52,12 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> None:
 
 def of(title: str) -> list[psutil.Process]:
     """Ray's processes of a class of actors."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if " ".join(child.cmdline()).startswith(f"ray::{title}")]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if " ".join(child.cmdline()).startswith(f"ray::{title}"):
+                found.append(child)
+    return found
 
 
 def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_removed(

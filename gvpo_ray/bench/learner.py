@@ -7,7 +7,7 @@
     trl       as padded, with the per-token log-probs of TRL's trainers (its fused head), if trl is installed
               (the `bench` extra)
 
-A second table is of SFT, beside TRL's SFTTrainer with packing (sft.py).
+A second table is of SFT, beside TRL's SFTTrainer with packing (experiments/sft.py).
 
 Each measurement is made in a process of its own, so that its peak memory is its own too. The ways take turns,
 in several rounds, and the table has the median and the range of the rounds: other load on the machine then
@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gvpo_ray.bench import sft
+from gvpo_ray.bench.experiments import sft
 from gvpo_ray.bench.gpu.models import QWEN_7B, QWEN_15B, Shape, make_folder, make_rows
 from gvpo_ray.bench.gpu.steps import settings
 from gvpo_ray.config.model import ModelConfig

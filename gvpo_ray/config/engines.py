@@ -132,19 +132,19 @@ class PoolConfig(Section):
         """
         if self.quantization or self.vllm.get("quantization"):
             return 0.3
-        return 1e-3 if {self.dtype or dtype, dtype} == {"float32"} else 0.1
+        return 1e-3 if {self.vllm.get("dtype") or self.dtype or dtype, dtype} == {"float32"} else 0.1
 
     def parity_limit(self, dtype: str) -> float:
         """Return the mean difference of log-probs beyond which an engine does not run the learner's weights.
 
         In float32 that is what precision explains. Elsewhere a rounding that is larger than expected is no
-        reason to stop, and other weights differ by nats.
+        reason to stop before it is three times as large.
 
         Args:
             dtype: the learner's, model.dtype.
         """
         noise = self.parity_noise(dtype)
-        return self.parity_tolerance or (noise if noise < 0.1 else 1.0)
+        return self.parity_tolerance or (noise if noise < 0.1 else 3 * noise)
 
     @model_validator(mode="after")
     def _of_one_engine(self) -> PoolConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -149,8 +150,8 @@ def _what_the_tokenizer_loses(problem: Problem, ids: list[int], renderer: Render
 
 
 def _cleaned(text: str) -> str:
-    """Return a text without spaces before punctuation, which some tokenizers leave out when they decode."""
-    return re.sub(r" (?=[.?!,']|n't)", "", text)
+    """Return a text without spaces before punctuation and carriage returns, and with accents in one part."""
+    return re.sub(r" (?=[.?!,']|n't)", "", unicodedata.normalize("NFC", text).replace("\r", ""))
 
 
 def _short(text: str) -> str:

@@ -233,7 +233,12 @@ class Supervisor:
         while (news := await self._weights(version)) is not None:
             try:
                 async with self._sleepers.awake(slot):
-                    self.times = await engine.update.remote(news[0], news[1], news[1]["probe"])
+                    taken = await engine.update.remote(news[0], news[1], news[1]["probe"])
+                    # of the engines that take a version, the one that is furthest from the learner is told of
+                    said = self.times.get("parity_mean") if news[0] == self._newest_taken else None
+                    if said is not None:
+                        taken = {**taken, "parity_mean": max(said, taken.get("parity_mean", said))}
+                    self.times = taken
             except RayError as error:
                 # the learner died, and its weights with it; its successor publishes newer ones
                 if is_lost(error):

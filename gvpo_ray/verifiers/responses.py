@@ -31,8 +31,8 @@ RESPONSES = (
 """Columns that hold the response; the first one that a row has is read. Lists of messages end with it."""
 
 GOLDS = (
-    *("gold", "answer", "ground_truth", "gts", "expected_answer", "label", "target", "solution"),
-    *("reward_model.ground_truth", "reward_spec.ground_truth", "final_answer"),
+    *("gold", "answer", "ground_truth", "gts", "expected_answer", "target", "solution"),
+    *("reward_model.ground_truth", "reward_spec.ground_truth", "final_answer", VERDICT),
 )
 """Columns, or paths into them, that hold the gold answer; the first one that a row has is read."""
 
@@ -125,6 +125,8 @@ def _first(row: Fields, paths: tuple[str, ...], line: int, may_be_empty: bool = 
     """Return the first path at which a row has a value; with `may_be_empty`, else one that is empty."""
     there = [path for path in paths if value_at(row, path) is not ABSENT]
     # beside a gold that is empty, a label says whether the response is right
+    if len(paths) > 1:  # nobody has named the column
+        there = [path for path in there if path != VERDICT or not isinstance(value_at(row, path), bool)]
     full = [path for path in there if is_given(value_at(row, path)) and (path != VERDICT or path == there[0])]
     if full or (may_be_empty and there):
         return (full or there)[0]
