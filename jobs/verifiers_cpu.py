@@ -6,7 +6,7 @@
 
 It knows nothing of this project: a task set says what is asked, an environment answers the policy and gives
 the reward, and a harness asks the model. The harness is here because verifiers' own chat harness, `null`,
-installs a program with uv at its first start; with that one the three lines below `agent:` go away.
+installs a program with uv at its first start; with that one the class Talk goes away.
 """
 
 import json

@@ -1,7 +1,8 @@
 """`python tests/families.py FAMILY …` prints, for a random small model of each family, the largest difference
 of log-probs between vLLM on this CPU and the learner, in nats per token.
 
-Docs/reference/families.md says which of its figures are of this command. It is no test: each family starts a vLLM.
+Docs/reference/families.md says which of its figures are of this command. It is no test: each family starts
+a vLLM.
 """
 
 from __future__ import annotations

@@ -224,7 +224,8 @@ class GVPOConfig(Section):
         for key, data in ({"prompts": self.prompts} | sets).items():
             if data.path == NO_PROMPTS:
                 continue
-            if name is None and str(data.path).startswith(TASKSET):
+            given = [data.path] if isinstance(data.path, str) else data.path
+            if name is None and any(path.startswith(TASKSET) for path in given):
                 raise ValueError(f"{key}.path: {data.path} goes with environment.name: {data.path} alone")
             if name is None and data.taskset:
                 raise ValueError(f"{key}.taskset: only a task set of verifiers has such settings")

@@ -95,7 +95,8 @@ def read_tasks(config: PromptsConfig, key: str) -> dict[str, list[Any]]:
         taskset = load_taskset(settings)
         if not taskset.bounded and config.limit is None:
             raise ConfigError(f"{key}.limit: {config.path} has no end: say how many tasks")
-        tasks = [task.data for task in itertools.islice(taskset, config.limit)]
+        # what has an end is cut by the caller, after the slice of its split
+        tasks = [task.data for task in itertools.islice(taskset, None if taskset.bounded else config.limit)]
     except ConfigError:
         raise
     except Exception as error:  # a task set is a user's module, and may raise anything

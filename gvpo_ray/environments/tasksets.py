@@ -83,9 +83,10 @@ class Tasks:
         if config.interception.type != "server":
             raise ConfigError("environment.arguments: interception: there is one server in each actor")
         own = dict(self._arguments.get(seat, {}))
-        if "runtime" not in own and not harness_class(config.agent_harnesses()[seat].id).EXECUTES_CODE:
+        theirs = type(spec).model_fields["runtime"].get_default(call_default_factory=True)
+        if spec.runtime == theirs and not harness_class(config.agent_harnesses()[seat].id).EXECUTES_CODE:
             own["runtime"] = {"type": "subprocess"}
-        own["max_turns"] = min(self._max_turns, own.get("max_turns") or self._max_turns)
+        own["max_turns"] = min(self._max_turns, spec.max_turns or self._max_turns)
         return resolve_env_config({**given, seat: own}), seat
 
     async def __call__(self, base_url: str, api_key: str, model: str, task: str, **row: Any) -> float:

@@ -9,8 +9,9 @@ y_<t) for each token, and T the number of all tokens of all completions in the u
 1. Clip higher: clip_high is above clip_low (0.28 and 0.2), so that rare tokens can become likely.
 2. Token mean: every token of the update counts alike, so long completions count more than short ones. The
    equation of the paper takes this mean within each prompt; that of the update is TRL's and verl's.
-3. Groups whose rewards are all equal are left out before T is counted. The paper samples until a batch is
-   full without them; here a step is as much smaller as its share of such groups (metric groups/equal).
+3. Groups whose rewards are all equal are left out before T is counted; rewards are totals, with that of 4.
+   The paper samples until a batch is full without them; here a step is as much smaller as its share of such
+   groups (metric groups/equal).
 4. Completions that are too long are punished softly: the reward `length`, which is verifiers.rewards' and not
    this function's.
 
