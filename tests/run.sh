@@ -17,6 +17,6 @@ lint-imports
 mypy & # beside the tests, because one core's work for a minute or two where it has no cache
 types=$! status=0
 trap 'kill "$types" 2> /dev/null || true' EXIT
-python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || status=$? # one alone leaves a third of two cores idle
+python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@" || status=$? # two leave a fifth of two cores idle
 wait "$types" || status=1
 exit "$status"
