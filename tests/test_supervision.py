@@ -9,7 +9,7 @@ import contextlib
 import errno
 import functools
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,36 @@ class Failing(Actor):
         if self.error is not None and version >= self.at:
             raise self.error
         return await super().update(version, weights, probe)
+
+
+class Differing(Actor):
+    """Its log-probs differ from the learner's by as much as its list says, an update after the other."""
+
+    differences: Sequence[float | None] = ()
+
+    async def update(self, version: int, weights: Any, probe: Any = None) -> dict[str, float]:
+        taken = await super().update(version, weights, probe)
+        difference = self.differences[version - 1] if version else None
+        return taken if difference is None else {**taken, "parity_mean": difference}
+
+
+@pytest.mark.parametrize(
+    "told", [((0.8, 0.01), (0.02, 0.03)), ((0.02, 0.03), (0.8, 0.01)), ((0.8, 0.03), (None, 0.02))]
+)
+def test_of_engines_that_take_a_version_the_one_furthest_from_the_learner_is_told_of(
+    run: Callable[..., Any], told: Any
+) -> None:
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "max_groups": 4}, Differing)
+        async with running(fleet):
+            for handle, differences in zip(fleet.handles, told, strict=True):
+                handle.actor.differences = differences  # type: ignore[attr-defined]
+            for version, largest in ((1, 0.8), (2, 0.03)):
+                fleet.publish(version)
+                await asyncio.sleep(5)
+                assert fleet.group.times["parity_mean"] == largest
+
+    run(main())
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,65 @@ def test_the_last_turn_that_there_may_be_ends_an_episode_which_verifiers_scores(
     assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and [turns for _, turns in ends(row)] == [1, 1]
 
 
+SEATED = """
+
+class Seats(vf.EnvConfig):
+    agent: vf.AgentConfig = vf.AgentConfig(SEAT)
+
+
+class Seated(vf.Env[Seats]):
+    async def run(self, task, agents):
+        pass
+
+
+__all__ += ["Seated"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("seat", "runtime", "turns"),
+    [
+        ("", "subprocess", 8),
+        ("max_turns=2", "subprocess", 2),
+        ("max_turns=20", "subprocess", 8),
+        ("runtime=vf.DockerConfig(image='python:3.11')", "docker", 8),
+    ],
+)
+def test_a_task_set_keeps_the_place_and_the_turns_that_it_gives_its_agent(
+    folder: Path, seat: str, runtime: str, turns: int
+) -> None:
+    (folder / "count_tasks.py").write_text(TASKS + SEATED.replace("SEAT)", f"{seat})"))
+    agent: Any = read_agent(section(folder))
+    settings = agent._settings()[0].agent
+    assert (settings.runtime.type, settings.max_turns) == (runtime, turns)
+
+
+def test_a_task_set_that_could_not_begin_is_begun_again_by_the_next_episode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verifiers.v1.utils import loaders
+
+    agent: Any = read_agent(section(folder))
+
+    def fails(*_: Any) -> Any:
+        raise ConnectionError("the hub is out of reach")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(loaders, "load_environment", fails)
+            for _ in range(2):
+                with pytest.raises(ConnectionError):
+                    await agent("http://127.0.0.1:9", "key", "m", task="{}")
+        with pytest.raises(ValueError, match="validation error"):  # it has begun, and this is no task
+            await agent("http://127.0.0.1:9", "key", "m", task="{}")
+        _, http = agent._begun.result()
+        agent._serving.cancel()
+        await asyncio.gather(agent._serving, return_exceptions=True)
+        await http.aclose()
+
+    asyncio.run(main())
+
+
 def test_the_jobs_task_set_answers_the_policy_in_its_own_environment(folder: Path) -> None:
     def asks(turns: list[str], number: int) -> str:
         if number == 0:  # halves
@@ -273,6 +332,10 @@ def test_its_tasks_are_the_prompts_and_a_slice_of_them_is_held_out(folder: Path)
     held_out = prompts(config.evaluation.sets["heldout"]).all()
     assert held_out["prompt"].to_pylist() == ["Count to 8", "Count to 9"]
     assert len(prompts(config.evaluation.sets["more"])) == 4
+    for limit in (1, 2, 3):  # of the slice: the first tasks are those that are trained
+        few = {"heldout": {"path": name, "split": "train[8:]", "limit": limit}}
+        few_of = GVPOConfig.from_dict({**data, "evaluation": {"sets": few}}).evaluation.sets["heldout"]
+        assert prompts(few_of).all()["prompt"].to_pylist() == ["Count to 8", "Count to 9"][:limit]
     data["prompts"] = {"path": name, "answer_column": "answer", "limit": 2}
     data["environment"]["arguments"] = {"taskset": {"has_no_end": True}}
     endless = prompts(GVPOConfig.from_dict(data).prompts)
@@ -299,6 +362,8 @@ X, AGENT = {"name": "verifiers:x"}, {"agent": "a.py:f"}
         ({"prompts": {"path": "p.jsonl"}}, "prompts.path: with environment.name: verifiers:x it can"),
         ({"evaluation": {"sets": {"h": {"path": "verifiers:y"}}}}, "evaluation.sets.h.path: with env"),
         ({"environment": AGENT, "prompts": {"path": "verifiers:x"}}, "prompts.path: verifiers:x goes"),
+        ({"environment": AGENT, "prompts": {"path": ["p", "verifiers:x"]}}, "prompts.path: .* goes with"),
+        ({"environment": AGENT, "prompts": {"path": ["verifiers:x", "p"]}}, "prompts.path: .* goes with"),
         ({"environment": AGENT, "prompts": {"path": "p", "taskset": {"a": 1}}}, "prompts.taskset: only"),
         ({"environment": {**X, "arguments": {"taskset": 3}}}, "environment.arguments: taskset"),
     ],

@@ -134,6 +134,7 @@ class Tasks:
         except Exception as error:  # of a user's module; it is the reason of each of its episodes
             if begun.done():
                 raise
+            self._begun = None  # the next episode tries again: a hub may have been out of reach
             begun.set_exception(error)
 
     def __getstate__(self) -> Mapping[str, Any]:
