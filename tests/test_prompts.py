@@ -1,3 +1,5 @@
+"""Prompt sets: how rows are read, rendered, ordered over epochs, counted and refused."""
+
 import json
 from pathlib import Path
 
