@@ -25,19 +25,20 @@ from episodes import LocalClient
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
 from test_agents import check as check_agents
 from test_agents import sequences
+from test_tasksets import TASKS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining, cause_of
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.engines import PoolConfig
-from gvpo_ray.config.environment import EnvironmentConfig
+from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.engines import rollout, vllm_engine
 from gvpo_ray.engines.rollout import ModelCall, Span
 from gvpo_ray.engines.serving import Serve
 from gvpo_ray.engines.vllm_engine import Engine
-from gvpo_ray.environments.agent import Agents
+from gvpo_ray.environments.agent import Agents, read_agent
 from gvpo_ray.environments.agent_host import AgentHost
 
 
@@ -656,6 +657,53 @@ def test_an_agents_calls_of_vllms_own_server_are_trained_as_they_were_sampled(ru
         running.run(main())
         running.run(others())
     finally:
+        del engine._span
+        engine._rollout = before
+        if engine.serving is not None:
+            running.run(engine.serving.close())
+            engine.serving = None
+
+
+def test_a_task_set_of_verifiers_is_trained_with_the_tokens_that_vllm_sampled(
+    running: Running, tmp_path: Path
+) -> None:
+    (tmp_path / "count_tasks.py").write_text(TASKS)
+    name = f"verifiers:{tmp_path / 'count_tasks.py'}"
+    environment, engine = EnvironmentConfig(name=name), running.engine
+    tasks: Any = read_agent(environment)
+    host = AgentHost(tasks, 600.0, 8, False)
+    model, prompts = ModelConfig(path=str(running.folder)), PromptsConfig(path="p", template="{prompt}")
+    sampled = list[tuple[list[int], Span]]()
+
+    async def noted(call: ModelCall, span: Any = engine._span) -> Span:
+        result: Span = await span(call)
+        sampled.append((call.ids, result))
+        return result
+
+    async def main() -> None:
+        await engine._begin_to_serve(Serve("the token", True, {"chat_template": TEMPLATE}))
+        task = json.dumps({"idx": 0, "prompt": "1", "goal": 0, "kind": "counts"})
+        table, missing = await engine.generate(
+            groups.with_columns(prompt(), data=[json.dumps({"columns": {"task": task}})]), sampling(3, 100)
+        )
+        tasks._serving.cancel()
+        await asyncio.gather(tasks._serving, return_exceptions=True)
+        await tasks._begun.result()[1].aclose()
+        await host._session.close()
+        host._runner._shutdown_timeout = 0.01
+        await host._runner.cleanup()
+        (row,) = groups.rows(table)
+        assert not missing and row["reward_reasons"] == [None] * len(row["completions"])
+        assert set(row["reward_parts"][ENVIRONMENT]) <= {0.0, 2.0}
+        check_agents(row, [call for call in sampled if call[1].ids])
+
+    before = engine._rollout
+    engine._rollout = Agents(environment, model, prompts, [], [LocalClient(host)])
+    engine._span = noted  # type: ignore[method-assign]
+    try:
+        running.run(main())
+    finally:
+        sys.modules.pop("count_tasks", None)
         del engine._span
         engine._rollout = before
         if engine.serving is not None:
