@@ -265,6 +265,8 @@ def test_dapo_is_the_mean_over_the_tokens_of_groups_whose_rewards_differ_and_cli
         )
         assert one == pytest.approx(-A * (1 + 0.25 - 3) / (share or 3), rel=1e-12) and rest[:5] == [0] * 5
     assert value_and_gradient(dapo_loss, *TOKEN_ARGUMENTS[:4], doubles(1, 1, 0, 0), IDS)[0] == 0
+    with pytest.raises(ValueError, match="num_tokens must be positive, got 0"):
+        dapo_loss(*TOKEN_ARGUMENTS, 0)
 
 
 def test_maxrl_divides_by_the_mean_reward_and_has_nothing_to_say_of_equal_rewards_or_a_mean_of_zero():

@@ -44,8 +44,13 @@ def dapo_loss(
     Arguments and result are those of losses/token_losses.py but for one: `num_tokens` is T, the number of
     trained tokens of the whole update in groups whose rewards differ; default: those in this call. The sums
     have `num_counted` as well, the tokens of this call that T counts.
+
+    Raises:
+        ValueError: num_tokens is not positive, or as for Batch.
     """
-    batch = Batch(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids, num_tokens)
+    if num_tokens is not None and num_tokens <= 0:
+        raise ValueError(f"num_tokens must be positive, got {num_tokens}")
+    batch = Batch(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids)
     counted = rewards_differ(batch.rewards, batch.index, len(batch.counts))[completion_ids]
     terms, clipped = batch.clipped_terms(grpo_advantages(batch), clip_low, clip_high, 0.0)
     objective = -terms[counted].sum()
