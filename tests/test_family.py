@@ -265,7 +265,7 @@ def test_dapo_is_the_mean_over_the_tokens_of_groups_whose_rewards_differ_and_cli
         )
         assert one == pytest.approx(-A * (1 + 0.25 - 3) / (share or 3), rel=1e-12) and rest[:5] == [0] * 5
     assert value_and_gradient(dapo_loss, *TOKEN_ARGUMENTS[:4], doubles(1, 1, 0, 0), IDS)[0] == 0
-    with pytest.raises(ValueError, match="num_tokens must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_tokens must be positive, not 0"):
         dapo_loss(*TOKEN_ARGUMENTS, 0)
 
 

@@ -390,9 +390,21 @@ def test_the_learner_has_the_memory_that_the_engines_leave(engines: dict[str, An
             {"colocated": "share", "kv_cache_gib": 4, "weight_transfer": "ipc"},
             "weight_transfer: ipc needs GPUs in engines.num_gpus",
         ),
+        (
+            {"colocated": "share", "kv_cache_gib": 4, "weight_transfer": "ipc", "num": 2, "num_gpus": 0.5},
+            "weight_transfer: ipc needs one engine per GPU: engines.num_gpus above 0.5, or engines.num: 1",
+        ),
     ],
 )
 def test_what_cannot_share_a_gpu_is_refused(engines: dict[str, Any], error: str) -> None:
     given = {"run_dir": "r", "num_steps": 1, "model": {"path": "m"}, "prompts": {"path": "p.jsonl"}}
     with pytest.raises(ValueError, match=error):
         GVPOConfig.from_dict({**given, "learner": {"num_gpus": 1}, "engines": engines})
+
+
+@pytest.mark.parametrize(("num", "num_gpus"), [(1, 0.5), (2, 0.51), (8, 0.6)])
+def test_one_engine_on_each_of_the_learners_gpus_takes_weights_by_ipc(num: int, num_gpus: float) -> None:
+    given = {"run_dir": "r", "num_steps": 1, "model": {"path": "m"}, "prompts": {"path": "p.jsonl"}}
+    engines = {"colocated": "share", "kv_cache_gib": 4, "memory_fraction": 0.4, "weight_transfer": "ipc"}
+    engines |= {"num": num, "num_gpus": num_gpus}
+    GVPOConfig.from_dict({**given, "learner": {"num_gpus": 0.4}, "engines": engines})

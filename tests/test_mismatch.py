@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,15 @@ def test_what_is_measured_of_rounding_adds_up_over_steps_and_outlives_the_proces
 
 
 # ------------------------------------------------------------------------------- what an engine may differ by
+
+
+@pytest.mark.parametrize("lost", [math.inf, math.nan])
+def test_a_token_without_any_probability_is_no_rounding_and_leaves_no_trace(lost: float) -> None:
+    measured = Mismatch(100.0, 1.0, 0.5)
+    step = {"mismatch_count": 10.0, "mismatch": -lost, "mismatch_square": lost}
+    assert measured.plus(step) == measured
+    step = {"mismatch_count": 10.0, "mismatch": -0.5, "mismatch_square": 0.25}
+    assert measured.plus(step) == Mismatch(110.0, 0.5, 0.75)
 
 
 def config(model: str = "bfloat16", **engines: Any) -> GVPOConfig:

@@ -176,8 +176,8 @@ class EnginesConfig(PoolConfig):
     """How weights reach the engines. `objects`: through Ray's object store and shared memory, once per node;
     engines may join later. The others are vLLM's, from GPU to GPU into a fixed fleet, and experimental: the
     death of an engine ends the run, and the same command resumes it. `nccl`: broadcast from learner rank 0.
-    `ipc`: within GPUs that engines and learner share (colocated: share). `sharded_rdt`: each engine pulls its
-    part from the learner ranks by RDMA; needs the package nixl."""
+    `ipc`: within GPUs that one engine and the learner share (colocated: share). `sharded_rdt`: each engine
+    pulls its part from the learner ranks by RDMA; needs the package nixl."""
     colocated: Literal["sleep", "share"] | None = None
     """How engines and learner live on the same GPUs. `sleep`: they take turns. While the learner trains, all
     engines of ours free their memory and stand still. Groups in flight go on afterwards with the new weights,

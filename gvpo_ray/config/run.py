@@ -174,6 +174,11 @@ class GVPOConfig(Section):
                 raise ValueError(f"{key} needs a fixed fleet of one pool; use objects")
             if direct == "ipc" and engines.colocated != "share":
                 raise ValueError(f"{key} needs engines on the learner's GPUs: engines.colocated: share")
+            # vLLM's buffer is given back once: by a second engine of its GPU it would never be free again
+            if direct == "ipc" and any(pool.num > 1 and pool.num_gpus <= 0.5 for pool in pools.values()):
+                raise ValueError(
+                    f"{key} needs one engine per GPU: engines.num_gpus above 0.5, or engines.num: 1"
+                )
             if direct != "ipc" and engines.colocated:
                 raise ValueError(
                     f"engines.colocated cannot go with weight_transfer: {direct}, whose ranks need a GPU "

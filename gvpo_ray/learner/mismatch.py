@@ -34,7 +34,13 @@ class Mismatch:
     square: float = 0.0
 
     def plus(self, sums: Mapping[str, float]) -> Mismatch:
-        """Return the mismatch with those of another step (objective.mismatch_sums, added up)."""
+        """Return the mismatch with those of another step (objective.mismatch_sums, added up).
+
+        A step whose sums are not finite is left out: the learner gave a token no probability at all, which is
+        no rounding, and would be in the sums for ever.
+        """
+        if not math.isfinite(sums["mismatch_square"]):
+            return self
         return Mismatch(
             self.count + sums["mismatch_count"],
             self.total + sums["mismatch"],

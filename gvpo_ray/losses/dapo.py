@@ -49,7 +49,7 @@ def dapo_loss(
         ValueError: num_tokens is not positive, or as for Batch.
     """
     if num_tokens is not None and num_tokens <= 0:
-        raise ValueError(f"num_tokens must be positive, got {num_tokens}")
+        raise ValueError(f"num_tokens must be positive, not {num_tokens}")
     batch = Batch(logprobs, old_logprobs, reference_logprobs, completion_ids, rewards, group_ids)
     counted = rewards_differ(batch.rewards, batch.index, len(batch.counts))[completion_ids]
     terms, clipped = batch.clipped_terms(grpo_advantages(batch), clip_low, clip_high, 0.0)
