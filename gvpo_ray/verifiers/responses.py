@@ -124,9 +124,9 @@ def read_row(row: Fields, names: Names, line: int) -> Response:
 def _first(row: Fields, paths: tuple[str, ...], line: int, may_be_empty: bool = False) -> str:
     """Return the first path at which a row has a value; with `may_be_empty`, else one that is empty."""
     there = [path for path in paths if value_at(row, path) is not ABSENT]
-    # beside a gold that is empty, a label says whether the response is right
-    if len(paths) > 1:  # nobody has named the column
+    if len(paths) > 1:  # nobody has named the column: true or false is no gold
         there = [path for path in there if path != VERDICT or not isinstance(value_at(row, path), bool)]
+    # beside a gold, also an empty one, a label says whether the response is right
     full = [path for path in there if is_given(value_at(row, path)) and (path != VERDICT or path == there[0])]
     if full or (may_be_empty and there):
         return (full or there)[0]
