@@ -70,6 +70,7 @@ TIERS = {
         "test_hostile_text",
         "test_http_reward",
         "test_isolation",
+        "test_long_episodes",
         "test_process_log",
         "test_responses",
         "test_tasksets",
@@ -86,8 +87,8 @@ TIERS = {
 
 A unit test stays in the process of pytest, and trains nothing until it converges. A component runs as in
 production, but without Ray: the sandbox and the command line in processes of their own, training until it
-converges, compiled kernels, thousands of generated answers. Actors are Ray's, with fake engines. An
-end-to-end test has a real part: vLLM, DeepSpeed, several ranks, a browser, a set-up.
+converges, compiled kernels, answers and problems by the hundred, the sizes of a fleet. Actors are Ray's,
+with fake engines. An end-to-end test has a real part: vLLM, DeepSpeed, several ranks, a browser, a set-up.
 
 A test of another file says its tier by a marker; one that runs on several ranks is end to end wherever it
 stands; all others are unit tests.
@@ -146,6 +147,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave files of other tiers alone where unit tests are asked for: importing them takes a while."""
     others = {file for files in TIERS.values() for file in files}
     return True if config.option.markexpr == "unit" and collection_path.stem in others else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_its_own() -> Iterator[None]:
+    """What a file's tests leave in the environment is gone after them: vLLM in pytest's own process sets
+    LD_PRELOAD, and no child of a later file's tests could load it from a path with a space.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def variables(folder: Path) -> dict[str, str]:
         (entry / "RECORD").touch()
         (foreign / f"{name}.py").write_text("raise RuntimeError('a foreign package')\n")
     return {
-        "PIP_CONSTRAINT": str(folder / "capped.txt"),
+        "PIP_CONSTRAINT": (folder.resolve() / "capped.txt").as_uri(),  # a path would end at a space
         "PIP_TARGET": str(folder / "target"),
         "PIP_DRY_RUN": "1",
         "PIP_USER": "1",

@@ -5,6 +5,8 @@
 #   ./tests/run.sh -k losses        arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+workers=3 # two leave a fifth of two cores idle, but unit tests, which wait for nothing
+[[ ${1:-} != unit ]] || workers=2
 case "${1:-}" in
     unit | components | actors | end_to_end | cluster) set -- -m "$@" ;;
 esac
@@ -17,6 +19,6 @@ lint-imports
 mypy & # beside the tests, because one core's work for a minute or two where it has no cache
 types=$! status=0
 trap 'kill "$types" 2> /dev/null || true' EXIT
-python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@" || status=$? # two leave a fifth of two cores idle
+python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || status=$?
 wait "$types" || status=1
 exit "$status"

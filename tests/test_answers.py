@@ -269,6 +269,7 @@ def test_a_gold_answer_that_cannot_be_understood_verifies_only_its_own_text():
     assert grade(gold, gold).correct is True
 
 
+@pytest.mark.components
 def test_other_projects_cases_are_graded_as_they_expect() -> None:
     """The 118 slow ones are left to `gvpo-ray verify tests/data/grader_cases.jsonl`: 572 of all 596 agree."""
     lines = (Path(__file__).parent / "data" / "grader_cases.jsonl").read_text(encoding="utf-8").splitlines()
@@ -316,6 +317,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.components
 @pytest.mark.parametrize("gold", ["4", "x^2+1", "(1,2)", r"\text{Evelyn}"])
 @pytest.mark.parametrize("completion", HOSTILE.values(), ids=HOSTILE)
 def test_what_no_answer_looks_like_is_refused(completion, gold):

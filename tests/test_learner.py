@@ -357,6 +357,7 @@ def test_all_ranks_learn_and_rank_0_speaks(on_ranks):
 # --------------------------------------------------------------------------------- what a step sets by itself
 
 
+@pytest.mark.components
 @pytest.mark.parametrize("reference", ["behaviour", "initial"])
 def test_the_step_after_old_data_is_as_long_as_the_rewards_explain_the_residuals(tmp_path, reference):
     """The first update of Adam is the learning rate's length, whatever the gradient is."""

@@ -150,8 +150,8 @@ def test_a_constraint_that_forbids_a_pin_is_an_objection_and_another_is_none(
 ):
     file = tmp_path / "company.txt"
     file.write_text(f"# {rule}\n{rule}\n")
-    line = packages.objection(pip_says(PIP_CONSTRAINT=str(file)), WANTED)
-    assert line == (forbidden and f"PIP_CONSTRAINT={file} forbids {forbidden}")
+    line = packages.objection(pip_says(PIP_CONSTRAINT=file.as_uri()), WANTED)  # a path would end at a space
+    assert line == (forbidden and f"PIP_CONSTRAINT={file.as_uri()} forbids {forbidden}")
 
 
 def test_the_objection_names_the_configuration_file_and_reads_all_that_the_constraint_includes(
@@ -161,7 +161,7 @@ def test_the_objection_names_the_configuration_file_and_reads_all_that_the_const
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner/b.txt").write_text("torch<2\nray<2\n")
     (tmp_path / "c.txt").write_text("numpy\n")
-    constraint = f"{tmp_path}/c.txt {tmp_path}/a.txt"
+    constraint = f"{tmp_path.as_uri()}/c.txt {tmp_path.as_uri()}/a.txt"
     assert packages.objection(pip_says(f"[global]\nconstraint = {constraint}\n"), WANTED) == (
         f"constraint = {constraint} in {tmp_path}/pip.conf "
         "forbids torch==2.13.0+cpu (torch<2), ray==2.60.0 (ray<2)"
@@ -434,12 +434,13 @@ def test_what_an_earlier_set_up_left_of_torchvision_and_its_kin_is_removed(made)
 
 @pytest.mark.setup
 def test_a_set_up_ends_at_once_with_one_line_under_a_constraint_that_forbids_a_pin(tmp_path):
-    (tmp_path / "old.txt").write_text("ray<2.60\n")
-    given = hostile_machine.variables(tmp_path) | {"PIP_CONSTRAINT": str(tmp_path / "old.txt")}
+    old = tmp_path / "old.txt"
+    old.write_text("ray<2.60\n")
+    given = hostile_machine.variables(tmp_path) | {"PIP_CONSTRAINT": old.as_uri()}
     done = set_up(copy_project(tmp_path / "project"), **given)
     begun, error = done.stderr.splitlines()
     assert done.returncode == 1 and begun.startswith("setup: making .venv")  # and nothing is downloaded
-    assert error == f"setup: error: PIP_CONSTRAINT={tmp_path}/old.txt forbids ray==2.60.0 (ray<2.60)"
+    assert error == f"setup: error: PIP_CONSTRAINT={old.as_uri()} forbids ray==2.60.0 (ray<2.60)"
 
 
 @pytest.mark.setup

@@ -502,6 +502,7 @@ def test_one_engine_that_cannot_start_ends_nothing_while_the_others_still_load(
 # --- engines that have to leave -----------------------------------------------------------------------------
 
 
+@pytest.mark.components
 def test_a_thousand_engines_hear_of_their_nodes_notice_within_two_seconds(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ def test_the_config_knows_every_task():
     assert set(WarmStartConfig.model_fields["task"].annotation.__args__[0].__args__) == set(TASKS)
 
 
+@pytest.mark.components
 @pytest.mark.parametrize("task", TASKS)
 def test_held_out_problems_are_none_of_the_training_ones_and_all_is_a_matter_of_the_seed(
     task, tmp_path, monkeypatch
