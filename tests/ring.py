@@ -22,7 +22,7 @@ from gvpo_ray.bench import chaos
 from gvpo_ray.files import lock
 from gvpo_ray.learner.warm_start import warm_start
 
-NUM_STEPS, GROUPS_PER_STEP = 32, 16
+NUM_STEPS, GROUPS_PER_STEP = 40, 16
 IN_THE_CORE = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 """As on a GPU, the model in the core's own process, without the one that vLLM has beside it on a CPU: an
 engine starts sooner."""
@@ -73,7 +73,7 @@ def write_config(folder: Path) -> Path:
         "prompts": prompts,
         "sampling": {"num_completions": 8, "max_tokens": 12},
         "engines": {"num_threads": 1, "parity_every": 4},
-        "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 1.0e-3, "num_mini_batches": 2},
+        "learner": {"num_workers": 2, "zero_stage": 1, "learning_rate": 2.0e-3, "num_mini_batches": 2},
         "evaluation": {
             "every": NUM_STEPS // 2,
             "sets": {"test": {**prompts, "path": str(folder / "test.parquet")}},
