@@ -97,7 +97,7 @@ __all__ = ["Counts", "Talk"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "count_tasks.py").write_text(TASKS)
-    once = JOB.read_text().replace('["Numbers", "Search", "Talk"]', '["Talk"]')
+    once = JOB.read_text().replace('["Search", "Talk", "Trails"]', '["Talk"]')
     (tmp_path / "talk_once.py").write_text(once)
     monkeypatch.syspath_prepend(tmp_path)
     before = {*sys.modules}
@@ -324,15 +324,16 @@ def test_a_task_set_that_could_not_begin_is_begun_again_by_the_next_episode(
 
 def test_the_jobs_task_set_answers_the_policy_in_its_own_environment(folder: Path) -> None:
     def asks(turns: list[str], number: int) -> str:
-        if number == 0:  # halves
-            n = [4, 6, 5][sum("<tool_call>" in turn for turn in turns)]
-            return f'<tool_call>{{"name": "ask", "arguments": {{"n": {n}}}}}</tool_call>'
-        return "It is 5."
+        if number == 0:  # goes where it is sent
+            n = [8, 5, 2][sum("<tool_call>" in turn for turn in turns)]
+            return f'<tool_call>{{"name": "open", "arguments": {{"n": {n}}}}}</tool_call>'
+        return "It is in 2."
 
-    row = played(folder, section(folder, name=f"verifiers:{JOB}"), group(prompt="Find it.", secret=5), asks)
+    task = group(prompt="Find it.", trail=[8, 5, 2])
+    row = played(folder, section(folder, name=f"verifiers:{JOB}"), task, asks)
     assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0]} and [turns for _, turns in ends(row)] == [3, 3]
     read = tokenizer().decode([*row["prompt_ids"], *row["completion_ids"][0]])
-    assert read.index("\nmore\n") < read.index("\nless\n")
+    assert read.index("\ngo to 5\n") < read.index("\ngo to 2\n")
     assert "Error: that is no call" in tokenizer().decode(row["completion_ids"][1])
 
 
