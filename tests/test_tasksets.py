@@ -250,6 +250,8 @@ def test_the_time_that_a_task_set_needs_to_begin_is_no_time_of_an_episode(
         return load(*given)
 
     monkeypatch.setattr(loaders, "load_environment", slowly)
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
 
     async def main() -> None:
         async with World(folder, agent, timeout_s=3.0) as world:
@@ -261,6 +263,7 @@ def test_the_time_that_a_task_set_needs_to_begin_is_no_time_of_an_episode(
             assert all(why in reason for reason in row["reward_reasons"])
             row = row_of((await engine.generate(count(7), SAMPLING))[0])
             assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]}
+            assert exits == [1, 1]  # of the two that had 0.2 s
             await ended(agent)
 
     asyncio.run(main())

@@ -123,7 +123,7 @@ class Tasks:
             threading.Thread(target=self._loop.run_forever, name="task set", daemon=True).start()
         try:
             async with asyncio.timeout(START_S):
-                await self._apart(self._ready())
+                await self._apart(self._ready(), START_S)
         except TimeoutError as error:
             raise TimeoutError(f"{self._name} has not begun within {START_S:g} s") from error
 
@@ -141,13 +141,13 @@ class Tasks:
             TaskError: it has none.
         """
         await self.begin()
-        return await self._apart(self._play(base_url, api_key, model, task))
+        return await self._apart(self._play(base_url, api_key, model, task), self._timeout_s)
 
-    async def _apart(self, work: Coroutine[Any, Any, Made]) -> Made:
+    async def _apart(self, work: Coroutine[Any, Any, Made], limit_s: float) -> Made:
         """Run a coroutine in the task set's thread.
 
-        Where it is given up, and the thread then answers nothing for as long as an episode may take, the
-        thread hangs in the task set's code, which nothing can end: the process ends, and is started again.
+        Where it is given up, and the thread then answers nothing for `limit_s`, the thread hangs in the task
+        set's code, which nothing can end: the process ends, and is started again.
         """
         assert self._loop is not None
         done = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -157,7 +157,7 @@ class Tasks:
             answers = threading.Event()
             self._loop.call_soon_threadsafe(answers.set)
             here = asyncio.get_running_loop()
-            here.call_later(self._timeout_s, lambda: answers.is_set() or os._exit(1))
+            here.call_later(limit_s, lambda: answers.is_set() or os._exit(1))
             raise
 
     async def _ready(self) -> tuple[Any, Any]:
