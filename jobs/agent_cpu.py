@@ -1,4 +1,4 @@
-"""The agent of jobs/agent_cpu.yaml: it finds a number from 1 to 7 with three questions.
+"""The agent of jobs/agent_cpu.yaml: it follows a trail of three boxes.
 
     python jobs/tools_cpu.py                          # writes the data, in a second
     gvpo-ray train jobs/agent_cpu.yaml                # makes the model, then trains it through this agent
@@ -17,15 +17,18 @@ END = "<|endoftext|>"
 
 
 def find(base_url: str, api_key: str, prompt: str, answer: str) -> float:
-    """Return the reward: 1 if the number was found."""
-    text = prompt + "\n"
+    """Return the reward: 1 if the treasure was found, in the last box of the trail `answer`."""
+    text, trail = prompt + "\n", answer.split()
     for _ in range(3):
         said = complete(base_url, api_key, text)
         call = re.search(r"<tool_call>.*\"n\": (\d+)\}\}</tool_call>", said)
-        n, secret = int(call[1]) if call else None, int(answer)
-        if n == secret:
-            return 1.0
-        told = "Error: that is no call" if n is None else "less" if secret < n else "more"
+        if call and call[1] == trail[0]:
+            del trail[0]
+            if not trail:
+                return 1.0
+            told = f"go to {trail[0]}"
+        else:
+            told = "empty" if call else "Error: that is no call"
         text += f"{said}{END}<tool_response>\n{told}\n</tool_response>\n"
     return 0.0
 

@@ -1,4 +1,4 @@
-"""The task set of jobs/verifiers_cpu.yaml, in the v1 interface of the package verifiers: find a number.
+"""The task set of jobs/verifiers_cpu.yaml, in the v1 interface of the package verifiers: follow a trail.
 
     pip install 'gvpo-ray[environments]'              # verifiers; what jobs/setup.sh makes has it
     python jobs/tools_cpu.py                          # writes what the small model learns to ask from
@@ -9,33 +9,37 @@ the reward, and a harness asks the model. The harness is here because verifiers'
 installs a program with uv at its first start; with that one the class Talk goes away.
 """
 
+import itertools
 import json
+import random
 import re
 
 import aiohttp
 import verifiers.v1 as vf
 from verifiers.v1.dialects.chat import message_to_wire
 
-MOST, QUESTIONS = 7, 3
+BOXES, LENGTH = 9, 3
 
 
-class NumberData(vf.TaskData):
-    secret: int
+class TrailData(vf.TaskData):
+    trail: list[int]
 
 
-class Number(vf.Task[NumberData]):
+class Trail(vf.Task[TrailData]):
     pass
 
 
-class NumbersConfig(vf.TasksetConfig):
-    most: int = MOST
+class TrailsConfig(vf.TasksetConfig):
+    boxes: int = BOXES
 
 
-class Numbers(vf.Taskset[Number, NumbersConfig]):
+class Trails(vf.Taskset[Trail, TrailsConfig]):
     def load(self):
-        for secret in range(1, self.config.most + 1):
-            prompt = f"Find the number from 1 to {self.config.most}."
-            yield Number(NumberData(prompt=prompt, secret=secret), self.config.task)
+        every = list(itertools.permutations(range(1, self.config.boxes + 1), LENGTH))
+        random.Random(0).shuffle(every)
+        for trail in every:
+            prompt = f"The trail begins at box {trail[0]}."
+            yield Trail(TrailData(prompt=prompt, trail=list(trail)), self.config.task)
 
 
 class SearchConfig(vf.EnvConfig):
@@ -44,19 +48,21 @@ class SearchConfig(vf.EnvConfig):
 
 class Search(vf.Env[SearchConfig]):
     async def run(self, task, agents):
-        secret, is_found = task.data.secret, False
+        left = list(task.data.trail)
         async with agents.agent.interaction(task) as interaction:
             segment = await interaction.turn()  # the task speaks first
-            for _ in range(QUESTIONS - 1):
-                if segment.terminated or is_found:
+            for turn in range(LENGTH):
+                if segment.terminated:
                     break
                 n = asked(segment.last_reply)
-                is_found = n == secret
-                told = "Error: that is no call" if n is None else "less" if secret < n else "more"
-                if not is_found:
-                    segment = await interaction.turn(f"<tool_response>\n{told}\n</tool_response>")
-            is_found = is_found or (not segment.terminated and asked(segment.last_reply) == secret)
-        interaction.trace.record_reward("found", float(is_found))
+                told = "Error: that is no call" if n is None else "empty"
+                if n == left[0]:
+                    del left[0]
+                    told = f"go to {left[0]}" if left else ""
+                if not left or turn == LENGTH - 1:
+                    break
+                segment = await interaction.turn(f"<tool_response>\n{told}\n</tool_response>")
+        interaction.trace.record_reward("found", float(not left))
 
 
 def asked(said: str) -> int | None:
@@ -90,4 +96,4 @@ class Talk(vf.Harness[TalkConfig]):
         return vf.ProgramResult(1 if failed else 0, "", failed)
 
 
-__all__ = ["Numbers", "Search", "Talk"]
+__all__ = ["Search", "Talk", "Trails"]

@@ -521,17 +521,20 @@ def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
     asyncio.run(main())
 
 
-def test_the_job_with_a_tool_takes_no_more_questions_than_it_says_however_many_a_turn_has() -> None:
+def test_the_job_with_a_tool_opens_no_more_boxes_than_it_says_however_many_a_turn_has() -> None:
     job = Path(__file__).parents[1] / "jobs" / "tools_cpu.py"
-    search = read_contract(EnvironmentConfig(name=f"{job}:Search")).cls
+    trail = read_contract(EnvironmentConfig(name=f"{job}:Trail")).cls
 
     async def main() -> None:
-        host = host_of(search)
-        for secret, reward in (("3", 1.0), ("4", 0.0), ("7", 0.0)):
-            (opened,) = await host.open(0, {"answer": secret}, 1)
-            calls = [Call("ask", {"n": n}) for n in range(1, 8)]
+        host = host_of(trail)
+        for opens, reward in (((8, 5, 2, 1), 1.0), ((8, 5, 1, 2), 0.0), ((1, 8, 5, 2), 0.0)):
+            (opened,) = await host.open(0, {"answer": "8 5 2"}, 1)
+            calls = [Call("open", {"n": n}) for n in opens]
             answer = await host.act(opened.name, 0, 0, {}, calls, "")
-            assert answer.messages[3]["content"] == "Error: RuntimeError: no question is left"
+            said = [message["content"] for message in answer.messages]
+            assert said[3] == "Error: RuntimeError: no box is opened any more"
+            told = {8: "go to 5", 5: "go to 2", 2: "treasure", 1: "empty"}
+            assert said[:3] == [told[n] for n in opens[:3]]
             assert await host.finish(opened.name, 0, {}) == (reward, None, False)
 
     asyncio.run(main())

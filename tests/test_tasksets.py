@@ -8,6 +8,7 @@ import asyncio
 import json
 import pickle
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,13 @@ from gvpo_ray.environments.tasksets import TaskError, _reward
 
 JOB = Path(__file__).parents[1] / "jobs" / "verifiers_cpu.py"
 TASKS = """
+import asyncio
+import threading
+
 import aiohttp
 import verifiers.v1 as vf
+
+GATE = threading.Event()
 
 
 class CountData(vf.TaskData):
@@ -41,6 +47,10 @@ class Count(vf.Task[CountData]):
     async def close(self, task, trace) -> float:
         if task.kind == "raises":
             raise KeyError("no judge")
+        if task.kind == "waits":
+            await asyncio.sleep(1000)
+        if task.kind == "blocks":
+            GATE.wait()
         said = [node.message.content for node in trace.nodes if node.message.role == "assistant"]
         return float(len(said[-1]) == task.goal)
 
@@ -87,12 +97,12 @@ __all__ = ["Counts", "Talk"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "count_tasks.py").write_text(TASKS)
-    once = JOB.read_text().replace('["Numbers", "Search", "Talk"]', '["Talk"]')
+    once = JOB.read_text().replace('["Search", "Talk", "Trails"]', '["Talk"]')
     (tmp_path / "talk_once.py").write_text(once)
     monkeypatch.syspath_prepend(tmp_path)
     before = {*sys.modules}
     yield tmp_path
-    for name in {"count_tasks", "talk_once", JOB.stem} - before:
+    for name in {"count_tasks", "talk_once", "sleepy_tasks", JOB.stem} - before:
         sys.modules.pop(name, None)
 
 
@@ -127,14 +137,24 @@ def played(
             sampling = SAMPLING.model_copy(update={"max_tokens": most})
             row = row_of((await engine.generate(prompt, sampling))[0])
             check(row, engine.asked)
-            env, http = agent._begun.result()
+            env, _ = agent._begun.result()
             assert not env._interception.clients and not env._interception.sessions  # nothing of it stays
-            agent._serving.cancel()
-            await asyncio.gather(agent._serving, return_exceptions=True)
-            await http.aclose()
+            await ended(agent)
             return row
 
     return asyncio.run(main())
+
+
+async def ended(agent: Any) -> None:
+    """End what an actor holds for ever."""
+
+    async def there() -> None:
+        agent._serving.cancel()
+        await asyncio.gather(agent._serving, return_exceptions=True)
+        await agent._begun.result()[1].aclose()
+
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(there(), agent._loop))
+    agent._loop.call_soon_threadsafe(agent._loop.stop)
 
 
 def ends(row: dict[str, Any]) -> list[tuple[str, int]]:
@@ -180,6 +200,73 @@ def test_the_last_turn_that_there_may_be_ends_an_episode_which_verifiers_scores(
     assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and [turns for _, turns in ends(row)] == [2, 2]
     row = played(folder, section(folder, arguments={"agent": {"max_turns": 1}}), count(3))
     assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and [turns for _, turns in ends(row)] == [1, 1]
+
+
+def test_code_that_blocks_costs_its_episodes_and_not_what_their_actor_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor ends where its task set still hangs some time after that, and only there."""
+    agent: Any = pickle.loads(pickle.dumps(read_agent(section(folder))))
+    agent._timeout_s = 0.3  # of the look at the thread; that of the episodes is 3 s
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+
+    async def main() -> None:
+        async with World(folder, agent, timeout_s=3.0) as world:
+            engine = await world.engine(longer)
+
+            async def lost(kind: str) -> None:
+                playing = asyncio.create_task(engine.generate(count(7, kind), SAMPLING))
+                while not playing.done():
+                    await asyncio.sleep(0.2)
+                    assert (await asyncio.wait_for(world.hosts[0].status(), 1))["pid"]
+                row = row_of((await playing)[0])
+                assert row["reward_parts"] == {ENVIRONMENT: [None, None]} and ends(row) == [("lost", 3)] * 2
+                assert all("timeout: environment: the agent: no call" in one for one in row["reward_reasons"])
+                await asyncio.sleep(0.6)
+
+            await lost("waits")
+            assert not exits
+            await lost("blocks")
+            assert exits == [1, 1]
+            sys.modules["count_tasks"].GATE.set()  # it has come to an end after all
+            row = row_of((await engine.generate(count(7), SAMPLING))[0])
+            assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]} and exits == [1, 1]
+            await ended(agent)
+
+    asyncio.run(main())
+
+
+def test_the_time_that_a_task_set_needs_to_begin_is_no_time_of_an_episode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verifiers.v1.utils import loaders
+
+    agent: Any = read_agent(section(folder, timeout_s=60))
+    load = loaders.load_environment
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(3.5)
+        return load(*given)
+
+    monkeypatch.setattr(loaders, "load_environment", slowly)
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+
+    async def main() -> None:
+        async with World(folder, agent, timeout_s=3.0) as world:
+            engine = await world.engine(longer)
+            with monkeypatch.context() as patch:
+                patch.setattr("gvpo_ray.environments.tasksets.START_S", 0.2)
+                row = row_of((await engine.generate(count(7), SAMPLING))[0])
+            why = "count_tasks.py has not begun within 0.2 s"
+            assert all(why in reason for reason in row["reward_reasons"])
+            row = row_of((await engine.generate(count(7), SAMPLING))[0])
+            assert row["reward_parts"] == {ENVIRONMENT: [2.0, 0.0]}
+            assert exits == [1, 1]  # of the two that had 0.2 s
+            await ended(agent)
+
+    asyncio.run(main())
 
 
 SEATED = """
@@ -233,25 +320,23 @@ def test_a_task_set_that_could_not_begin_is_begun_again_by_the_next_episode(
                     await agent("http://127.0.0.1:9", "key", "m", task="{}")
         with pytest.raises(ValueError, match="validation error"):  # it has begun, and this is no task
             await agent("http://127.0.0.1:9", "key", "m", task="{}")
-        _, http = agent._begun.result()
-        agent._serving.cancel()
-        await asyncio.gather(agent._serving, return_exceptions=True)
-        await http.aclose()
+        await ended(agent)
 
     asyncio.run(main())
 
 
 def test_the_jobs_task_set_answers_the_policy_in_its_own_environment(folder: Path) -> None:
     def asks(turns: list[str], number: int) -> str:
-        if number == 0:  # halves
-            n = [4, 6, 5][sum("<tool_call>" in turn for turn in turns)]
-            return f'<tool_call>{{"name": "ask", "arguments": {{"n": {n}}}}}</tool_call>'
-        return "It is 5."
+        if number == 0:  # goes where it is sent
+            n = [8, 5, 2][sum("<tool_call>" in turn for turn in turns)]
+            return f'<tool_call>{{"name": "open", "arguments": {{"n": {n}}}}}</tool_call>'
+        return "It is in 2."
 
-    row = played(folder, section(folder, name=f"verifiers:{JOB}"), group(prompt="Find it.", secret=5), asks)
+    task = group(prompt="Find it.", trail=[8, 5, 2])
+    row = played(folder, section(folder, name=f"verifiers:{JOB}"), task, asks)
     assert row["reward_parts"] == {ENVIRONMENT: [1.0, 0.0]} and [turns for _, turns in ends(row)] == [3, 3]
     read = tokenizer().decode([*row["prompt_ids"], *row["completion_ids"][0]])
-    assert read.index("\nmore\n") < read.index("\nless\n")
+    assert read.index("\ngo to 5\n") < read.index("\ngo to 2\n")
     assert "Error: that is no call" in tokenizer().decode(row["completion_ids"][1])
 
 
@@ -374,6 +459,46 @@ def test_a_section_that_does_not_go_with_a_task_set_is_refused_by_its_key(change
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "who"),
+    [
+        ("EXECUTES_CODE = NEEDS_CONTAINER = False", "EXECUTES_CODE = False", "Talk"),
+        (
+            "class Count(vf.Task[CountData]):",
+            "class Count(vf.Task[CountData]):\n    NEEDS_CONTAINER = True",
+            "Count",
+        ),
+    ],
+)
+def test_what_needs_a_container_is_not_played_without_one(folder: Path, old: str, new: str, who: str) -> None:
+    assert old in TASKS
+    (folder / "count_tasks.py").write_text(TASKS.replace(old, new))
+    bare = {"agent": {"runtime": {"type": "subprocess"}}}
+    with pytest.raises(ConfigError, match=rf"arguments: agent.runtime: {who} needs a container, and subp"):
+        read_agent(section(folder, arguments=bare))
+    agent: Any = read_agent(section(folder))  # and nobody has said that it is this machine
+    assert agent._settings()[0].agent.runtime.type != "subprocess"
+
+
+def test_a_task_set_that_does_not_come_to_an_end_of_its_loading_is_refused_by_its_key(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "count_tasks.py").write_text(
+        TASKS.replace("        i = 0\n", "        i = int(not GATE.wait())\n")
+    )
+    data = run_of(section(folder))
+    monkeypatch.setattr("gvpo_ray.data.tasksets.LOAD_S", 2.0)
+    with pytest.raises(
+        ConfigError, match=r"prompts.path: verifiers:.*count_tasks.py is not loaded within 2 s"
+    ):
+        PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)
+    sys.modules["count_tasks"].GATE.set()
+    assert len(PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)) == 3
+    (folder / "sleepy_tasks.py").write_text("import time\ntime.sleep(4)\n")
+    with pytest.raises(ConfigError, match=r"environment.name: .*sleepy_tasks.py is not loaded within 2 s"):
+        read_agent(section(folder, name=f"verifiers:{folder / 'sleepy_tasks.py'}"))
+
+
+@pytest.mark.parametrize(
     ("arguments", "why"),
     [
         ({"id": "user-sim"}, r"has several agents \(assistant, user\): one is trained"),
@@ -405,6 +530,11 @@ def test_a_task_set_that_is_absent_broken_or_without_an_end_is_refused_by_its_ke
     (folder / "json.py").write_text(TASKS)
     with pytest.raises(ConfigError, match="another module is called json: rename the file"):
         read_agent(section(folder, name=f"verifiers:{folder / 'json.py'}"))
+    (folder / "later_tasks.py").write_text("LATER = 1\n")  # on the path, and nobody has imported it yet
+    (folder / "theirs").mkdir()
+    (folder / "theirs" / "later_tasks.py").write_text(TASKS)
+    with pytest.raises(ConfigError, match="another module is called later_tasks: rename the file"):
+        read_agent(section(folder, name=f"verifiers:{folder / 'theirs' / 'later_tasks.py'}"))
     data = run_of(section(folder, arguments={"taskset": {"has_no_end": True}}))
     with pytest.raises(ConfigError, match=r"prompts.limit: .* has no end: say how many tasks"):
         PromptSet(GVPOConfig.from_dict(data).prompts, tokenizer(), name="d", max_tokens=None)

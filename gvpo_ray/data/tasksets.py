@@ -9,18 +9,56 @@ A row has the column `task`, the data of the task as JSON, from which environmen
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import sys
+import threading
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from gvpo_ray.config.base import TASKSET, ConfigError
 from gvpo_ray.config.data import PromptsConfig
 
 MISSING = "needs the package verifiers: pip install 'gvpo-ray[environments]'"
+
+Loaded = TypeVar("Loaded")
+
+LOAD_S = 600.0
+"""Most seconds that a task set may take to say its tasks; it may have to download them."""
+
+
+def in_time(key: str, name: str, function: Callable[[], Loaded]) -> Loaded:
+    """Return what a function returns that runs a task set's code.
+
+    Args:
+        key: of the config.
+        name: of the task set.
+        function: whatever it raises is raised here.
+
+    Raises:
+        ConfigError: it takes longer than LOAD_S. Its thread is left where it hangs.
+    """
+    found: list[Loaded] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(function())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(LOAD_S)
+    if raised:
+        raise raised[0]
+    if not found:
+        raise ConfigError(f"{key}: {name} is not loaded within {LOAD_S:g} s")
+    return found[0]
 
 
 def module_name(path: str) -> str:
@@ -44,6 +82,9 @@ def register(path: str, code: str) -> str:
         if getattr(known, "__file__", None) != path:
             raise ConfigError(f"{path}: another module is called {name}: rename the file")
         return name
+    spec = importlib.util.find_spec(name)  # one that nobody has imported yet would be found no more
+    if spec is not None and (spec.origin is None or Path(spec.origin).resolve() != Path(path).resolve()):
+        raise ConfigError(f"{path}: another module is called {name}: rename the file")
     module = ModuleType(name)
     module.__file__ = path
     module.__spec__ = ModuleSpec(name, None, origin=path)
@@ -89,14 +130,19 @@ def read_tasks(config: PromptsConfig, key: str) -> dict[str, list[Any]]:
     except ImportError as error:
         raise ConfigError(f"{key}.path: {config.path} {MISSING}") from error
     assert isinstance(config.path, str)
-    try:
-        ident = id_of(config.path.removeprefix(TASKSET))
+    name = config.path.removeprefix(TASKSET)
+
+    def load() -> list[Any]:
+        ident = id_of(name)
         settings = taskset_config_type(ident).model_validate({**config.taskset, "id": ident})
         taskset = load_taskset(settings)
         if not taskset.bounded and config.limit is None:
             raise ConfigError(f"{key}.limit: {config.path} has no end: say how many tasks")
         # what has an end is cut by the caller, after the slice of its split
-        tasks = [task.data for task in itertools.islice(taskset, None if taskset.bounded else config.limit)]
+        return [task.data for task in itertools.islice(taskset, None if taskset.bounded else config.limit)]
+
+    try:
+        tasks = in_time(f"{key}.path", config.path, load)
     except ConfigError:
         raise
     except Exception as error:  # a task set is a user's module, and may raise anything

@@ -26,6 +26,7 @@ from urllib.parse import quote
 from gvpo_ray.config.shown import MASK, know, mask
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.environments.host import GONE, Opened
+from gvpo_ray.environments.tasksets import Tasks
 from gvpo_ray.sandbox.functions import describe, guarded
 
 CALLS_HEADER = "x-gvpo-calls"
@@ -225,6 +226,8 @@ class AgentHost:
         """Call the agent within its time limit, which does not run while the model answers."""
         arguments = _fitting(self._agent, known)
         in_thread: Future[Any] | None = None
+        if isinstance(self._agent, Tasks):
+            await self._agent.begin()
         try:
             async with asyncio.timeout(None) as episode.limit:
                 if _is_async(self._agent):

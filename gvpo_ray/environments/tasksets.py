@@ -4,6 +4,10 @@
       ▲                                                                                         │
       └──────────────── calls of the model, with their tokens ◄── the host's forwarder ◄────────┘
 
+All of it runs in a thread with an event loop of its own, since a task set's code may block: a reward
+that computes for long, a client that waits. Then the episodes of this actor wait, each until its time limit,
+and the actor itself goes on answering.
+
 The interception is verifiers' own server, which records the trace and passes the harness's requests on. So
 what is trained are the engine's tokens, put together to branches as agent.py says, and the trace gives the
 reward alone: trace.reward; none where a part of it has no score, where there is none, or where the trace or
@@ -14,13 +18,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
-from typing import Any
+import os
+import threading
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import EnvironmentConfig
-from gvpo_ray.data.tasksets import MISSING, register, source_of
+from gvpo_ray.data.tasksets import MISSING, in_time, register, source_of
 from gvpo_ray.errors import GvpoError
+
+Made = TypeVar("Made")
+
+START_S = 600.0
+"""Most seconds that a task set may take to begin in an actor; it may have data to read, or to download."""
 
 
 class TaskError(GvpoError):
@@ -40,14 +51,15 @@ class Tasks:
     def __init__(self, config: EnvironmentConfig) -> None:
         assert config.taskset is not None
         self._name, self._max_turns = config.taskset, config.max_turns
-        self._arguments = config.arguments
+        self._arguments, self._timeout_s = config.arguments, config.timeout_s
         try:
             self._place, self._code = source_of(self._name)
         except OSError as error:
             raise ConfigError(f"environment.name: {self._name} cannot be read: {error.strerror}") from error
         self._begun: asyncio.Future[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            _, self._seat = self._settings()
+            in_time("environment.name", self._name, self._settings)
         except ConfigError:
             raise
         except ImportError as error:
@@ -60,11 +72,11 @@ class Tasks:
     def _settings(self) -> tuple[Any, str]:
         """Return the config of verifiers' environment, and the name of the seat that the policy has.
 
-        Where the harness runs no programs and the config names no runtime, it runs on this machine, in place
-        of verifiers' own default, a sandbox of a service.
+        Where the harness runs no programs, neither it nor the tasks need a container, and the config names no
+        runtime, it runs on this machine, in place of verifiers' own default, a sandbox of a service.
         """
         from verifiers.v1.configs.agent import agent_config_fields
-        from verifiers.v1.utils.loaders import harness_class, resolve_env_config
+        from verifiers.v1.utils.loaders import harness_class, resolve_env_config, taskset_class
 
         ident = self._place if self._code is None else register(self._place, self._code)
         given = {
@@ -84,10 +96,36 @@ class Tasks:
             raise ConfigError("environment.arguments: interception: there is one server in each actor")
         own = dict(self._arguments.get(seat, {}))
         theirs = type(spec).model_fields["runtime"].get_default(call_default_factory=True)
-        if spec.runtime == theirs and not harness_class(config.agent_harnesses()[seat].id).EXECUTES_CODE:
+        harness, tasks = (
+            harness_class(config.agent_harnesses()[seat].id),
+            taskset_class(ident).task_type(),
+        )
+        confined = [one.__name__ for one in (harness, tasks) if one.NEEDS_CONTAINER]
+        if spec.runtime == theirs and not harness.EXECUTES_CODE and not confined:
             own["runtime"] = {"type": "subprocess"}
         own["max_turns"] = min(self._max_turns, spec.max_turns or self._max_turns)
-        return resolve_env_config({**given, seat: own}), seat
+        found = resolve_env_config({**given, seat: own})
+        if confined and getattr(found, seat).runtime.type == "subprocess":
+            raise ConfigError(
+                f"environment.arguments: {seat}.runtime: {confined[0]} needs a container, and subprocess has "
+                "none: say another type, such as docker"
+            )
+        return found, seat
+
+    async def begin(self) -> None:
+        """Load the task set and start what its episodes share, once; an episode's time has not begun.
+
+        Raises:
+            TimeoutError: it takes too long.
+        """
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="task set", daemon=True).start()
+        try:
+            async with asyncio.timeout(START_S):
+                await self._apart(self._ready(), START_S)
+        except TimeoutError as error:
+            raise TimeoutError(f"{self._name} has not begun within {START_S:g} s") from error
 
     async def __call__(self, base_url: str, api_key: str, model: str, task: str, **row: Any) -> float:
         """Play an episode; return its reward.
@@ -102,12 +140,38 @@ class Tasks:
         Raises:
             TaskError: it has none.
         """
-        from verifiers.v1.clients import EvalClientConfig, ModelContext
+        await self.begin()
+        return await self._apart(self._play(base_url, api_key, model, task), self._timeout_s)
 
+    async def _apart(self, work: Coroutine[Any, Any, Made], limit_s: float) -> Made:
+        """Run a coroutine in the task set's thread.
+
+        Where it is given up, and the thread then answers nothing for `limit_s`, the thread hangs in the task
+        set's code, which nothing can end: the process ends, and is started again.
+        """
+        assert self._loop is not None
+        done = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return await asyncio.wrap_future(done)
+        except asyncio.CancelledError:
+            answers = threading.Event()
+            self._loop.call_soon_threadsafe(answers.set)
+            here = asyncio.get_running_loop()
+            here.call_later(limit_s, lambda: answers.is_set() or os._exit(1))
+            raise
+
+    async def _ready(self) -> tuple[Any, Any]:
+        """Return verifiers' environment, which serves, and a pool of connections."""
         if self._begun is None:
             self._begun = asyncio.get_running_loop().create_future()
             self._serving = asyncio.create_task(self._serve(self._begun))
-        env, http = await asyncio.shield(self._begun)
+        found: tuple[Any, Any] = await asyncio.shield(self._begun)
+        return found
+
+    async def _play(self, base_url: str, api_key: str, model: str, task: str) -> float:
+        from verifiers.v1.clients import EvalClientConfig, ModelContext
+
+        env, http = await self._ready()
         kind = type(env.taskset).task_type()
         data = kind.data_type().model_validate(json.loads(task))
         (slot,) = env.slots(kind(data, env.taskset.config.task))
@@ -139,7 +203,7 @@ class Tasks:
 
     def __getstate__(self) -> Mapping[str, Any]:
         """Leave out what lives in one process."""
-        return {**self.__dict__, "_begun": None, "_serving": None}
+        return {**self.__dict__, "_begun": None, "_serving": None, "_loop": None}
 
 
 def _client(endpoint: Any, api_key: str, http: Any) -> Any:
