@@ -30,9 +30,13 @@ class LearnerConfig(Section):
     """Custom Ray resources of one worker."""
     num_threads: int = Field(default=1, ge=1)
     """Torch threads of one worker on a CPU. An optimizer that is offloaded uses all of the machine's."""
-    backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    backend: Literal["deepspeed", "ddp", "fsdp", "native"] = "deepspeed"
     """Library that trains in parallel: `deepspeed` (see zero_stage), or torch's `ddp`, which replicates the
-    model, or `fsdp` (FSDP2), which shards it."""
+    model, or `fsdp` (FSDP2), which shards it, or `native`, transformers' own: FSDP2, and with
+    tensor_parallel_size also tensor parallel."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Number of workers that compute each layer together, every one with some of its heads and columns;
+    above 1 for `backend: native` alone. It divides num_workers, and the model's heads."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """ZeRO stage of DeepSpeed: 0 replicates everything, 1 shards the optimizer's state, 2 also gradients, 3
     also parameters. In bfloat16, stage 1 runs as 2, so that gradients accumulate in float32."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.head import linear_logprobs
@@ -37,7 +38,11 @@ class CompletionLogprobs(nn.Module):
             if targets is None:
                 logits: Tensor = usual(hidden)
                 return logits
-            return linear_logprobs(hidden, head.weight, targets, head.bias, scale, softcap)
+            weight, bias, group = head.weight, head.bias, None
+            if isinstance(weight, DTensor):  # tensor parallel: each rank has a part of the vocabulary
+                group = weight.device_mesh.get_group("tp")
+                weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+            return linear_logprobs(hidden, weight, targets, bias, scale, softcap, group)
 
         head.forward = forward
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +26,7 @@ from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
+from gvpo_ray.learner.backends.base import ranks
 from gvpo_ray.learner.backends.registry import BACKENDS
 from gvpo_ray.learner.checkpoint import Checkpoint
 from gvpo_ray.learner.families import without_dropout
@@ -56,7 +56,7 @@ class Policy:
         self, model: ModelConfig, config: LearnerConfig, path: str | Path, device: torch.device | str = "cpu"
     ) -> None:
         self.device = torch.device(device)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank = ranks()[0]
         self._model_config = model
         folder = Path(path)  # read only here: a checkpoint is removed when there are newer ones
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
@@ -64,6 +64,8 @@ class Policy:
         self._backend = BACKENDS[config.backend](config, dtype, self.device)
         self.data_rank, self.data_size = self._backend.data_rank, self._backend.data_size
         """The share of the groups that this rank computes, and the number of shares."""
+        self.num_copies = ranks()[1] // self.data_size
+        """The number of ranks that compute the same share together, and follow each other."""
         self._dtype = self._backend.dtype
         whole: Any = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
         self.adapter: dict[str, Any] | None = None
@@ -108,7 +110,7 @@ class Policy:
         trust = self._model_config.trust_remote_code
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=self._dtype, trust_remote_code=trust
+            path, config=config, dtype=self._dtype, trust_remote_code=trust, **self._backend.reading
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # other implementations silently leave it out
