@@ -33,12 +33,16 @@ class CompletionLogprobs(nn.Module):
             raise TypeError(f"the model's output head is a {kind.__name__}: only a plain linear one is known")
         usual = head.forward
         scale, softcap = logit_transform(model)
+        # transformers shards a tied weight twice; the embedding's is gathered by the time the head is called
+        embedding = model.get_input_embeddings()
+        is_shared = isinstance(head.weight, DTensor) and head.weight is embedding.weight
+        owner = embedding if is_shared else head
 
         def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
             if targets is None:
                 logits: Tensor = usual(hidden)
                 return logits
-            weight, bias, group = head.weight, head.bias, None
+            weight, bias, group = owner.weight, head.bias, None
             if isinstance(weight, DTensor):  # tensor parallel: each rank has a part of the vocabulary
                 group = weight.device_mesh.get_group("tp")
                 weight, bias = weight.to_local(), None if bias is None else bias.to_local()
