@@ -69,7 +69,8 @@ class CompletionLogprobs(nn.Module):
             return by_logits
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
         by_head: Tensor = self.model.get_output_embeddings()(hidden, targets)
-        return by_head
+        layout = inputs.get("layout")
+        return by_head if layout is None else layout.whole(by_head)
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Switch gradient checkpointing, which computes activations again in the backward pass, on or off."""

@@ -10,10 +10,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    TensorParallelLayer,
+    _AllReduceBackward,
+)
 
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.learner.backends.base import adamw, autocast_to, ranks
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
+
+
+class SummedGradients(TensorParallelLayer):  # type: ignore[misc]  # it has no types
+    """These layers are whole on every tensor rank, and each sees its own heads: their gradients are added up.
+
+    transformers' own style for Qwen3's norms of queries and keys adds up `parameter.grad` after each backward
+    pass. An update of several passes then counts those of the first once more with each pass, and under FSDP
+    the gradient has left `parameter.grad` by then.
+    """
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        """Let the module compute with parameters whose gradients come from all ranks, in every pass."""
+        usual: dict[str, nn.Parameter | None] = {}
+
+        def before(module: nn.Module, inputs: Any) -> None:
+            usual.update(module._parameters)
+            for name, parameter in usual.items():
+                if parameter is not None:
+                    summed: Any = _AllReduceBackward.apply(parameter, mesh.get_group())
+                    module._parameters[name] = summed
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            module._parameters.update(usual)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
+        return module
 
 
 class NativeBackend(FSDPBackend):
@@ -31,8 +64,6 @@ class NativeBackend(FSDPBackend):
     """
 
     def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers.distributed import DistributedConfig
-
         super().__init__(config, dtype, device)
         size = config.tensor_parallel_size
         self.data_rank, self.data_size = self.data_rank // size, self.data_size // size
@@ -41,6 +72,7 @@ class NativeBackend(FSDPBackend):
                 tp_size=size, fsdp_size=self.data_size, fsdp_mixed_precision=dtype == torch.bfloat16
             )
         }
+        ALL_PARALLEL_STYLES["replicated_with_grad_allreduce"] = SummedGradients()
         # It warns that a weight which both shard is gathered in two messages, once per rank.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -51,7 +83,7 @@ class NativeBackend(FSDPBackend):
         return model
 
     def wrap(self, module: nn.Module) -> None:
-        """Make the module the root of the layers that are sharded already, and the optimizer of the shards."""
+        """Make the module the root of layers that are sharded already, and the optimizer of the shards."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         if self.data_size > 1:
