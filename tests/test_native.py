@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import learners
@@ -18,12 +19,14 @@ from learners import settings
 from tiny import make_model
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.memory import learner_bytes, shape_of
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.learner.backends.native import SummedGradients
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.sizes import check_sizes
 from gvpo_ray.learner.step import train_step
@@ -201,11 +204,23 @@ def test_gradients_are_added_up_in_float32_where_bfloat16_is_by_autocast_and_by_
         assert once > 0 and more / once == pytest.approx(1.018, abs=0.002)
 
 
+@pytest.mark.parametrize("style, want", [(ReplicatedWithGradAllReduce, 6.0), (SummedGradients, 4.0)])
+def test_transformers_style_counts_the_first_pass_twice_and_ours_once(
+    monkeypatch: pytest.MonkeyPatch, style: Any, want: float
+) -> None:
+    """Two passes with a gradient of 1 on each of two ranks: 4, unless the first sum is summed again."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: tensor.mul_(2))
+    norm = torch.nn.Linear(1, 1, bias=False)
+    style().install_forward(norm, SimpleNamespace(get_group=lambda: None))
+    for _ in range(2):
+        norm(torch.ones(1, 1, requires_grad=True)).sum().backward()
+    assert norm.weight.grad is not None and float(norm.weight.grad) == want
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_norms_of_some_heads_have_the_gradients_of_all_in_updates_of_several_passes(
     on_ranks: Any, tmp_path: Path, world_size: int
 ) -> None:
-    """transformers' own style, which is replaced, adds up `parameter.grad`, with the passes before in it."""
     want = two_steps_of_qwen3(tmp_path)
     for result in on_ranks(world_size, "qwen3"):
         assert learners.difference(result, want) < 1e-5
