@@ -145,8 +145,8 @@ def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, f
     """
     learner, lora = config.learner, config.model.lora
     is_half = config.model.dtype == "bfloat16"
-    parts, context = learner.tensor_parallel_size, learner.context_parallel_size
-    number, ranks = shape.of_a_part(parts), learner.num_workers // parts
+    tensor, context = learner.tensor_parallel_size, learner.context_parallel_size
+    number, ranks = shape.of_a_part(tensor), learner.num_workers // tensor
     trained = shape.of_an_adapter(lora.rank) if lora else number
     stage = learner.zero_stage if learner.backend == "deepspeed" else 0
     width = 2 if is_half else 4
@@ -160,7 +160,7 @@ def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, f
             gathered = 2.0 * number if is_half else 0.0  # autocast's copies, as without shards
         elif ranks > 1 or is_half:
             # two layers, and what is not in a layer; and of these the gradients
-            layer = shape.of_a_layer / parts
+            layer = shape.of_a_layer / tensor
             gathered = 2 * width * (2 * layer + number - shape.num_hidden_layers * layer)
     elif stage == 0:
         parameters, gradients, optimizer = 4.0 * number, 4.0 * trained, 8.0 * trained
@@ -189,7 +189,7 @@ def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, f
         "optimizer": optimizer,
         "reference": reference_bytes,
         "gathered": gathered,
-        **_of_a_pass(shape, tokens, width, residual, recomputed, on_gpu, parts),
+        **_of_a_pass(shape, tokens, width, residual, recomputed, on_gpu, tensor),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -42,7 +43,8 @@ class CompletionLogprobs(nn.Module):
             if targets is None:
                 logits: Tensor = usual(hidden)
                 return logits
-            weight, bias, group = owner.weight, head.bias, None
+            weight, bias = owner.weight, head.bias
+            group: dist.ProcessGroup | None = None
             if isinstance(weight, DTensor):  # tensor parallel: each rank has a part of the vocabulary
                 group = weight.device_mesh.get_group("tp")
                 weight, bias = weight.to_local(), None if bias is None else bias.to_local()

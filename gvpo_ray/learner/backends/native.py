@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,11 @@ from gvpo_ray.learner.backends.base import adamw, autocast_to, ranks
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
 
 
-class SummedGradients(TensorParallelLayer):  # type: ignore[misc]  # it has no types
+class SummedGradients(TensorParallelLayer):
     """These layers are whole on every tensor rank, and each sees its own heads: their gradients are added up.
 
     transformers' own style for Qwen3's norms of queries and keys adds up `parameter.grad` after each backward
-    pass. An update of several passes then counts those of the first once more with each pass, and under FSDP
-    the gradient has left `parameter.grad` by then.
+    pass. An update of several passes then counts those of the first once more with each pass.
     """
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
@@ -38,7 +37,9 @@ class SummedGradients(TensorParallelLayer):  # type: ignore[misc]  # it has no t
             usual.update(module._parameters)
             for name, parameter in usual.items():
                 if parameter is not None:
-                    summed: Any = _AllReduceBackward.apply(parameter, mesh.get_group())
+                    summed: Any = _AllReduceBackward.apply(  # type: ignore[no-untyped-call]
+                        parameter, mesh.get_group()
+                    )
                     module._parameters[name] = summed
 
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -139,7 +140,7 @@ class NativeBackend(FSDPBackend):
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, or the tensor where it is whole on every rank."""
-    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(tensor: Tensor) -> int:
