@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from gvpo_ray.groups import Row
@@ -29,7 +30,8 @@ class CompletionLogprobs(nn.Module):
         super().__init__()
         self.model: Any = model  # a PreTrainedModel, whose methods have no types
         head = model.get_output_embeddings()
-        kind = type(head)
+        # FSDP gives a module that it has sharded a class of its own, above the usual one
+        kind = next(kind for kind in type(head).__mro__ if not issubclass(kind, FSDPModule))
         if kind is not nn.Linear:
             raise TypeError(f"the model's output head is a {kind.__name__}: only a plain linear one is known")
         usual = head.forward
