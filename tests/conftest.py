@@ -33,6 +33,7 @@ TIERS = {
         "test_direct",
         "test_docs",
         "test_lora",
+        "test_native",
         "test_recovery",
         "test_report_in_browser",
         "test_ring_episodes",

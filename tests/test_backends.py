@@ -88,13 +88,13 @@ def load(path: Path, backend: str, zero_stage: int, dtype: str = "float32", **op
     return Policy(ModelConfig(path=str(path), dtype=dtype), given, path)
 
 
-def two_steps(folder: Path, backend: str, zero_stage: int, tie: bool) -> dict[str, Any]:
+def two_steps(folder: Path, backend: str, zero_stage: int, tie: bool, **options: Any) -> dict[str, Any]:
     path = large_model(folder / "model", tie)
     usual = head.ELEMENTS["cpu"]
     head.ELEMENTS["cpu"] = 16 * VOCABULARY
     try:
-        policy = load(path, backend, zero_stage)
-        given = settings(folder, backend=backend, zero_stage=zero_stage, micro_batch_tokens=60)
+        policy = load(path, backend, zero_stage, **options)
+        given = settings(folder, backend=backend, zero_stage=zero_stage, micro_batch_tokens=60, **options)
         start = learners.weights(policy)
         norms = [float(train_step(policy, ragged(step), given)["grad_norm"]) for step in range(2)]
         end = learners.weights(policy)
@@ -112,9 +112,9 @@ def frequencies(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
     return {"dtype": got.dtype, "error": float(((got.double() - want) / want).abs().max()), "late": late}
 
 
-def small_gradients(folder: Path, backend: str, zero_stage: int) -> dict[str, Any]:
+def small_gradients(folder: Path, backend: str, zero_stage: int, **options: Any) -> dict[str, Any]:
     """Norms of a gradient g, and of g with 0.0009 g added 20 times, each of which bfloat16 would lose."""
-    policy = load(large_model(folder / "model", False), backend, zero_stage, "bfloat16")
+    policy = load(large_model(folder / "model", False), backend, zero_stage, "bfloat16", **options)
     rows, norms = [group(1, [8, 8])], []
     for factors in ([1.0], [1.0] + [0.0009] * 20):
         for i, factor in enumerate(factors):

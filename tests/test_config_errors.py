@@ -137,7 +137,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, hint):
         ("verifiers.max_num=1", "verifiers", "max_num (1) is less than num (2)"),
         ("verifiers.timeout_s=0", "verifiers.timeout_s", "greater than 0"),
         ("learner.num_workers=0", "learner.num_workers", "greater than or equal to 1"),
-        ("learner.backend=zero", "learner.backend", "'deepspeed', 'ddp' or 'fsdp'"),
+        ("learner.backend=zero", "learner.backend", "'deepspeed', 'ddp', 'fsdp' or 'native'"),
         ("learner.zero_stage=4", "learner.zero_stage", "less than or equal to 3"),
         ("learner.learning_rate=0", "learner.learning_rate", "greater than 0"),
         ("learner.adam_betas=[0.9, 1.0]", "learner.adam_betas.1", "less than 1 (got 1.0)"),

@@ -30,9 +30,16 @@ class LearnerConfig(Section):
     """Custom Ray resources of one worker."""
     num_threads: int = Field(default=1, ge=1)
     """Torch threads of one worker on a CPU. An optimizer that is offloaded uses all of the machine's."""
-    backend: Literal["deepspeed", "ddp", "fsdp"] = "deepspeed"
+    backend: Literal["deepspeed", "ddp", "fsdp", "native"] = "deepspeed"
     """Library that trains in parallel: `deepspeed` (see zero_stage), or torch's `ddp`, which replicates the
-    model, or `fsdp` (FSDP2), which shards it."""
+    model, or `fsdp` (FSDP2), which shards it, or `native`, transformers' own: FSDP2, and with
+    tensor_parallel_size also tensor parallel."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Number of workers that compute each layer together, every one with some of its heads and columns;
+    above 1 for `backend: native` alone. It divides num_workers, and the model's heads."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Number of workers that split each packed sequence, and exchange heads for tokens around attention
+    (learner/context.py), with any backend. It divides num_workers, and the model's heads."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """ZeRO stage of DeepSpeed: 0 replicates everything, 1 shards the optimizer's state, 2 also gradients, 3
     also parameters. In bfloat16, stage 1 runs as 2, so that gradients accumulate in float32."""
@@ -83,3 +90,37 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step always writes one."""
     keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep."""
+
+
+def check_split(learner: LearnerConfig, has_adapter: bool) -> None:
+    """Refuse a split of layers or sequences over workers that these workers cannot make.
+
+    Args:
+        learner: the config section.
+        has_adapter: whether a LoRA adapter is trained.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    tensor, context = learner.tensor_parallel_size, learner.context_parallel_size
+    if learner.backend == "native" and has_adapter:
+        raise ValueError("model.lora cannot be trained with learner.backend: native: use fsdp or deepspeed")
+    if tensor > 1 and learner.backend != "native":
+        raise ValueError(
+            f"learner.tensor_parallel_size ({tensor}) needs learner.backend: native, not {learner.backend}"
+        )
+    if context > 1 and not learner.packing:
+        raise ValueError(
+            f"learner.context_parallel_size ({context}) splits packed groups, and learner.packing is false"
+        )
+    if tensor * context == 1:
+        return
+    keys = [
+        f"learner.{name} ({size})"
+        for name, size in (("tensor_parallel_size", tensor), ("context_parallel_size", context))
+        if size > 1
+    ]
+    if learner.num_workers % (tensor * context):
+        raise ValueError(f"{' x '.join(keys)} must divide learner.num_workers ({learner.num_workers})")
+    if learner.max_workers is not None:
+        raise ValueError(f"learner.max_workers does not go with {keys[0]}: any number of workers may come")

@@ -79,6 +79,16 @@ class Shape:
         ends = self.of_the_head * (1 if self.tie_word_embeddings else 2) + self.hidden_size
         return self.num_hidden_layers * self.of_a_layer + ends
 
+    def of_a_part(self, parts: int) -> float:
+        """Return the parameters that one of `parts` tensor parallel workers has, before they are sharded.
+
+        Norms, and an embedding that is not tied to the head, are whole on each; so are biases that are added
+        after a sum, which the families of this shape do not have.
+        """
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        whole = norms + (0 if self.tie_word_embeddings else self.of_the_head)
+        return whole + (self.parameters - whole) / parts
+
     def of_an_adapter(self, rank: int) -> int:
         """Return the parameters of an adapter of all linear layers but the head."""
         q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
@@ -135,21 +145,23 @@ def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, f
     """
     learner, lora = config.learner, config.model.lora
     is_half = config.model.dtype == "bfloat16"
-    number, ranks = shape.parameters, learner.num_workers
+    tensor, context = learner.tensor_parallel_size, learner.context_parallel_size
+    number, ranks = shape.of_a_part(tensor), learner.num_workers // tensor
     trained = shape.of_an_adapter(lora.rank) if lora else number
     stage = learner.zero_stage if learner.backend == "deepspeed" else 0
     width = 2 if is_half else 4
     reference = width if _keeps_a_copy(config) and not lora else 0  # of the reference model's weights
     gathered = 0.0  # parameters that a pass reads beside the resident ones
-    if learner.backend == "fsdp":
+    if learner.backend in ("fsdp", "native"):
         parameters, gradients, optimizer = 4 * number / ranks, 4 * trained / ranks, 8 * trained / ranks
         reference *= 2 if is_half else 1
         reference_bytes = reference * number / ranks
-        if ranks > 1 or is_half:
+        if learner.backend == "native" and ranks == 1:
+            gathered = 2.0 * number if is_half else 0.0  # autocast's copies, as without shards
+        elif ranks > 1 or is_half:
             # two layers, and what is not in a layer; and of these the gradients
-            gathered = (
-                2 * width * (2 * shape.of_a_layer + number - shape.num_hidden_layers * shape.of_a_layer)
-            )
+            layer = shape.of_a_layer / tensor
+            gathered = 2 * width * (2 * layer + number - shape.num_hidden_layers * layer)
     elif stage == 0:
         parameters, gradients, optimizer = 4.0 * number, 4.0 * trained, 8.0 * trained
         gradients *= 2 if ranks > 1 else 1  # the buckets that are reduced
@@ -168,15 +180,16 @@ def learner_bytes(config: GVPOConfig, shape: Shape, on_gpu: bool) -> dict[str, f
     if learner.offload == "parameters":
         parameters = 0.0
     recomputed = on_gpu if learner.gradient_checkpointing is None else learner.gradient_checkpointing
-    tokens = learner.micro_batch_tokens
-    residual = 2 if is_half and (stage > 0 or learner.backend == "fsdp") else 4
+    tokens = -(-learner.micro_batch_tokens // context)
+    by_fsdp = learner.backend == "fsdp" or (learner.backend == "native" and ranks > 1)
+    residual = 2 if is_half and (stage > 0 or by_fsdp) else 4
     return {
         "parameters": parameters,
         "gradients": gradients,
         "optimizer": optimizer,
         "reference": reference_bytes,
         "gathered": gathered,
-        **_of_a_pass(shape, tokens, width, residual, recomputed, on_gpu),
+        **_of_a_pass(shape, tokens, width, residual, recomputed, on_gpu, tensor),
     }
 
 
@@ -229,24 +242,27 @@ def _keeps_a_copy(config: GVPOConfig) -> bool:
 
 
 def _of_a_pass(
-    shape: Shape, tokens: int, width: int, residual: int, recomputed: bool, on_gpu: bool
+    shape: Shape, tokens: int, width: int, residual: int, recomputed: bool, on_gpu: bool, parts: int
 ) -> dict[str, float]:
     """Return the bytes of what a pass keeps for its backward pass, of a recomputed layer, and of the head.
 
     Per token a layer keeps its hidden states some eight times, queries and attention's outputs three times
     (with padded blocks, on a CPU, twice as often), and the MLP's inner states four times. The head holds the
     logits of a chunk, the float32 gradient of its weight, and in bfloat16 copies of that and of the weight.
+    Of `parts` tensor parallel workers each has its share of queries, of inner states and of the head.
     """
     queries = shape.num_attention_heads * shape.head_dim
-    wide = 8 * shape.hidden_size + (3 if on_gpu else 6) * queries + 4 * shape.intermediate_size
+    inner = (3 if on_gpu else 6) * queries + 4 * shape.intermediate_size
+    wide, vocabulary = 8 * shape.hidden_size + inner / parts, shape.vocab_size // parts
+    head = vocabulary * shape.hidden_size
     layer = float(tokens * (width * wide + 4 * 3 * shape.hidden_size * (width == 2)))
     states = float(tokens * residual * shape.hidden_size)
-    chunk = min(tokens, max(1, HEAD_LOGITS["cuda" if on_gpu else "cpu"] // shape.vocab_size))
-    half = 2 * width * shape.of_the_head if width == 2 else 0
+    chunk = min(tokens, max(1, HEAD_LOGITS["cuda" if on_gpu else "cpu"] // vocabulary))
+    half = 2 * width * head if width == 2 else 0
     return {
         "activations": shape.num_hidden_layers * (states if recomputed else layer),
         "a layer": 1.5 * layer if recomputed else 0.0,
-        "head": float(2 * 4 * chunk * shape.vocab_size + 4 * shape.of_the_head + half),
+        "head": float(2 * 4 * chunk * vocabulary + 4 * head + half),
     }
 
 

@@ -26,7 +26,7 @@ from gvpo_ray.config.data import NO_PROMPTS, PromptsConfig, ReplayConfig, Source
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
 from gvpo_ray.config.evaluation import EvaluationConfig
-from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
+from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig, check_split
 from gvpo_ray.config.loading import one_line, parse_override, read_yaml, set_key
 from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig, WarmStartConfig
@@ -204,6 +204,7 @@ class GVPOConfig(Section):
                 f"learner.max_workers ({learner.max_workers}) is less than learner.num_workers "
                 f"({learner.num_workers})"
             )
+        check_split(learner, self.model.lora is not None)
         if learner.zero_stage and learner.backend != "deepspeed":
             raise ValueError(
                 f"learner.zero_stage ({learner.zero_stage}) needs learner.backend: deepspeed, not "

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from gvpo_ray.groups import Row
 from gvpo_ray.learner.head import linear_logprobs
@@ -27,17 +30,27 @@ class CompletionLogprobs(nn.Module):
         super().__init__()
         self.model: Any = model  # a PreTrainedModel, whose methods have no types
         head = model.get_output_embeddings()
-        kind = type(head)
+        # FSDP gives a module that it has sharded a class of its own, above the usual one
+        kind = next(kind for kind in type(head).__mro__ if not issubclass(kind, FSDPModule))
         if kind is not nn.Linear:
             raise TypeError(f"the model's output head is a {kind.__name__}: only a plain linear one is known")
         usual = head.forward
         scale, softcap = logit_transform(model)
+        # transformers shards a tied weight twice; the embedding's is gathered by the time the head is called
+        embedding = model.get_input_embeddings()
+        is_shared = isinstance(head.weight, DTensor) and head.weight is embedding.weight
+        owner = embedding if is_shared else head
 
         def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
             if targets is None:
                 logits: Tensor = usual(hidden)
                 return logits
-            return linear_logprobs(hidden, head.weight, targets, head.bias, scale, softcap)
+            weight, bias = owner.weight, head.bias
+            group: dist.ProcessGroup | None = None
+            if isinstance(weight, DTensor):  # tensor parallel: each rank has a part of the vocabulary
+                group = weight.device_mesh.get_group("tp")
+                weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+            return linear_logprobs(hidden, weight, targets, bias, scale, softcap, group)
 
         head.forward = forward
 
@@ -60,7 +73,8 @@ class CompletionLogprobs(nn.Module):
             return by_logits
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[rows, positions]
         by_head: Tensor = self.model.get_output_embeddings()(hidden, targets)
-        return by_head
+        layout = inputs.get("layout")
+        return by_head if layout is None else layout.whole(by_head)
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Switch gradient checkpointing, which computes activations again in the backward pass, on or off."""

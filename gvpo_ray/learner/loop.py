@@ -135,7 +135,8 @@ def learn(
             metrics["time/checkpoint"] = stall
         if examples is not None:
             write_examples(settings.run_dir, policy.step, examples.chosen())
-        if settings.reports_references and settings.loss.caches_reference:
+        is_first = policy.rank % policy.num_copies == 0  # of the ranks that have the same groups
+        if settings.reports_references and settings.loss.caches_reference and is_first:
             references = {
                 row["group_id"]: row["reference_logprobs"] for row in rows if "reference_logprobs" in row
             }

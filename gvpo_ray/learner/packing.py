@@ -15,6 +15,7 @@ model's code stays as it is.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +29,14 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.context import Context
 from gvpo_ray.learner.logprobs import trained_tokens
 
 NAME = "group_packed"
 """The name of packed attention in transformers' attention interface."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layout:
     """A Layout says where the T tokens of a micro-batch with G groups and M completions are.
 
@@ -55,6 +57,18 @@ class Layout:
     """[3, T] The group, the completion (-1: the prompt) and the position of each token."""
     block_masks: dict[int, Any] | None
     """FlexAttention's masks by sliding window, made at their first use; None: padded blocks are used."""
+    context: Context | None = None
+    """The ranks that split the sequence; None: this rank has it whole."""
+    own: Tensor | None = None
+    """The targets, 0..num_targets-1, that are predicted at this rank's tokens, where ranks split it."""
+    num_targets: int = 0
+    """The number of targets of all these ranks."""
+
+    def whole(self, logprobs: Tensor) -> Tensor:
+        """Return the log-probs of all targets, [num_targets], of which this rank may have computed some."""
+        if self.context is None or self.own is None:
+            return logprobs
+        return self.context.whole(logprobs, self.own, self.num_targets)
 
     def block_mask(self, window: int | None) -> Any:
         """Return FlexAttention's mask for layers with this sliding window (None: full attention)."""
@@ -128,17 +142,19 @@ def _flex_attention() -> Callable[..., Any]:
 
 
 def pack(
-    rows: Sequence[Row], device: torch.device | str, flex: bool = False
+    rows: Sequence[Row], device: torch.device | str, flex: bool = False, context: Context | None = None
 ) -> tuple[dict[str, Any], list[int]]:
     """Lay out groups in one sequence of T tokens, [1, T].
 
-    For FlexAttention T is a multiple of BLOCK, and at least LEAST: the tokens that fill the sequence up are a
-    group of their own, which no other token sees and whose outputs are not read.
+    For FlexAttention T is a multiple of BLOCK, and at least LEAST, and where ranks split the sequence a
+    multiple of their number: the tokens that fill the sequence up are a group of their own, which no other
+    token sees and whose outputs are not read.
 
     Args:
         rows: the groups.
         device: where the tensors are made.
         flex: whether FlexAttention computes attention.
+        context: the ranks that split the sequence; None: this rank has it whole.
 
     Returns:
         The arguments of CompletionLogprobs, and the number of trained tokens of each completion.
@@ -181,11 +197,14 @@ def pack(
             targets.append(ids[trained])
             group.append(g)
             length += len(index)
-    if flex:
-        index = np.arange(max(LEAST, -(-length // BLOCK) * BLOCK) - length)
+    step = math.lcm(BLOCK if flex else 1, 1 if context is None else context.size)
+    if missing := max(LEAST if flex else 0, -(-length // step) * step) - length:
+        index = np.arange(missing)
         tokens.append(np.zeros_like(index))
         positions.append(index)
         owners.append((len(rows), -1))
+        if not flex:
+            place.append(np.zeros_like(index))
     sizes = [len(part) for part in positions]
     all_positions, source = np.concatenate(positions), np.concatenate(sources)
 
@@ -200,6 +219,7 @@ def pack(
         place=tensor(np.concatenate(place)),
         owners=tensor(np.stack([*np.repeat(np.array(owners), sizes, axis=0).T, all_positions])),
         block_masks={} if flex else None,
+        context=context,
     )
     inputs = {
         "input_ids": tensor(np.concatenate(tokens)[None]),
@@ -211,7 +231,8 @@ def pack(
         "targets": tensor(np.concatenate(targets)),
         "layout": layout,
     }
-    return inputs, [len(ids) for ids in targets]
+    lengths = [len(ids) for ids in targets]
+    return inputs if context is None else context.split(inputs), lengths
 
 
 def packed_attention(
@@ -258,14 +279,27 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    context = layout.context
+    if context is not None:
+        query, key, value = context.by_heads(query, key, value)
+    out = _attention(layout, query, key, value, scaling, sliding_window)
+    return (out if context is None else context.by_tokens(out)), None
+
+
+def _attention(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Return the attention of a whole packed sequence, [1, T, H, D]; arguments as in `packed_attention`."""
     if layout.block_masks is not None:
         # Under autocast the rotary embedding leaves query and key in float32; mixed with a value in bfloat16,
         # kernels are slow or wrong.
         query, key = query.to(value.dtype), key.to(value.dtype)
         is_grouped = query.shape[1] != key.shape[1]
-        mask = layout.block_mask(sliding_window)
-        out = _flex_attention()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=is_grouped)
-        return out.transpose(1, 2), None
+        mask = layout.block_mask(window)
+        out: Tensor = _flex_attention()(
+            query, key, value, block_mask=mask, scale=scaling, enable_gqa=is_grouped
+        )
+        return out.transpose(1, 2)
     longest_prompt = layout.prompts.shape[1]
     num_completions, longest = layout.completions.shape
 
@@ -291,12 +325,12 @@ def packed_attention(
     prompt_key, prompt_value = block(key, layout.prompts), block(value, layout.prompts)
     # Padding is behind every prompt, so no real token sees it. The window matters only in longer prompts.
     mask = None
-    if sliding_window is not None and longest_prompt > sliding_window:
+    if window is not None and longest_prompt > window:
         age = _ages(
             torch.arange(longest_prompt, device=query.device),
             torch.arange(longest_prompt, device=query.device),
         )
-        mask = (age >= 0) & (age < sliding_window)
+        mask = (age >= 0) & (age < window)
     outputs = [attend(block(query, layout.prompts), prompt_key, prompt_value, mask)]
     if longest:
         keys = torch.cat([prompt_key.index_select(0, layout.group), block(key, layout.completions)], dim=2)
@@ -309,14 +343,14 @@ def packed_attention(
         sees_prompt = (before < prompt_lengths).expand(num_completions, longest, longest_prompt)
         age_own = _ages(own, own).expand(num_completions, longest, longest)
         sees_own = age_own >= 0
-        if sliding_window is not None:
-            sees_prompt = sees_prompt & (_ages(own, before) + prompt_lengths < sliding_window)
-            sees_own = sees_own & (age_own < sliding_window)
+        if window is not None:
+            sees_prompt = sees_prompt & (_ages(own, before) + prompt_lengths < window)
+            sees_own = sees_own & (age_own < window)
         mask = torch.cat([sees_prompt, sees_own], dim=2)
         # Padding behind a completion's end sees its prompt too, so that no softmax is empty; its output is
         # not read.
         outputs.append(attend(block(query, layout.completions), keys, values, mask[:, None]))
-    return torch.cat(outputs).index_select(0, layout.place)[None], None
+    return torch.cat(outputs).index_select(0, layout.place)[None]
 
 
 def check_kernel(config: Any, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> None:

@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
+from gvpo_ray.learner.backends.base import ranks
 from gvpo_ray.learner.backends.registry import BACKENDS
 from gvpo_ray.learner.checkpoint import Checkpoint
+from gvpo_ray.learner.context import Context
 from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
 from gvpo_ray.learner.mismatch import Mismatch
@@ -56,14 +58,18 @@ class Policy:
         self, model: ModelConfig, config: LearnerConfig, path: str | Path, device: torch.device | str = "cpu"
     ) -> None:
         self.device = torch.device(device)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank = ranks()[0]
         self._model_config = model
         folder = Path(path)  # read only here: a checkpoint is removed when there are newer ones
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
         dtype = getattr(torch, model.dtype)
         self._backend = BACKENDS[config.backend](config, dtype, self.device)
-        self.data_rank, self.data_size = self._backend.data_rank, self._backend.data_size
+        parts = config.context_parallel_size
+        self.data_rank, self.data_size = self._backend.data_rank // parts, self._backend.data_size // parts
         """The share of the groups that this rank computes, and the number of shares."""
+        self.num_copies = ranks()[1] // self.data_size
+        """The number of ranks that compute the same share together, and follow each other."""
+        self._context = Context(parts, self.num_copies // parts) if parts > 1 else None
         self._dtype = self._backend.dtype
         whole: Any = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
         self.adapter: dict[str, Any] | None = None
@@ -94,6 +100,11 @@ class Policy:
         self._recomputes = recomputes_activations(config, self.device)
         self._check_head()
         self.packs = config.packing and self._can_pack()
+        if self._context is not None and not self.packs:
+            raise ConfigError(
+                f"learner.context_parallel_size: {path} cannot be split: "
+                + ("; ".join(self._fallbacks) or "learner.packing is false")
+            )
         self.step = self.num_updates = self.num_skipped = 0
         self.beta: float | None = None
         """The beta of the next step, where beta is adaptive; None before the first step."""
@@ -108,7 +119,7 @@ class Policy:
         trust = self._model_config.trust_remote_code
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=self._dtype, trust_remote_code=trust
+            path, config=config, dtype=self._dtype, trust_remote_code=trust, **self._backend.reading
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # other implementations silently leave it out
@@ -169,6 +180,8 @@ class Policy:
             layout = "groups packed, a prompt once each; attention in padded blocks"
         else:
             layout = "completions padded; the model's own attention"
+        if self._context is not None:
+            layout += f"; each sequence split over {self._context.size} workers"
         why = "; ".join(self._fallbacks)
         if why:
             cost = (
@@ -185,7 +198,7 @@ class Policy:
     def lay_out(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[int]]:
         """Return the module's inputs for the groups of a pass, and the trained tokens of each completion."""
         if self.packs:
-            return packing.pack(rows, self.device, self._flex)
+            return packing.pack(rows, self.device, self._flex, self._context)
         return padded_inputs(rows, self.device)
 
     def forward(self, laid_out: tuple[dict[str, Any], list[int]], is_last: bool = True) -> Tensor:
@@ -222,7 +235,8 @@ class Policy:
             loss: a scalar; the ranks' losses add up to the update's loss.
             is_last: whether this is the update's last pass.
         """
-        self._backend.backward(loss * self.data_size, is_last)
+        # ranks of a context have a part of the gradient each, and backends take the mean over them too
+        self._backend.backward(loss * self._backend.data_size, is_last)
 
     def update(self, learning_rate: float) -> float:
         """Make one optimizer update and return the gradient's norm before clipping. Every rank.

@@ -292,4 +292,5 @@ def _sum_over_ranks(sums: dict[str, Tensor], policy: Policy) -> dict[str, float]
     values = torch.stack([value.double() for value in sums.values()])
     if policy.data_size > 1:
         dist.all_reduce(values)
+        values /= policy.num_copies  # each of which has added the same
     return dict(zip(sums, values.tolist(), strict=True))

@@ -28,6 +28,7 @@ from gvpo_ray.config.shown import mask
 from gvpo_ray.config.verifiers import RewardConfig
 from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
 from gvpo_ray.learner.families import check_trainable, digest_of
+from gvpo_ray.learner.sizes import check_sizes
 from gvpo_ray.learner.workers import LearnerGroup
 from gvpo_ray.observe.advice import FirstSteps, ParityNoise
 from gvpo_ray.observe.computes import read_computes
@@ -99,6 +100,7 @@ class GVPO:
         else:
             self.inputs = read_inputs(config, rewards)
         check_trainable(config.model)
+        check_sizes(config.model, config.learner)
         self._open = contextlib.ExitStack()
         contents = {} if self.replays else self.inputs.digests()
         contents |= digest_of(config.model) | reference_digest(config)

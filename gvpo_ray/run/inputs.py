@@ -36,6 +36,7 @@ from gvpo_ray.data.vocabulary import check_vocabulary
 from gvpo_ray.environments.agent import described_agent, read_agent
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
+from gvpo_ray.learner.sizes import check_sizes
 from gvpo_ray.observe.advice import golds_out_of_reach
 from gvpo_ray.observe.samples import prompt_lines
 from gvpo_ray.run.models import check_class, check_reference, check_reward_models, read_model
@@ -365,6 +366,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
             name = "the first prompt" if source is None else f"sources.{source}: the first prompt"
             yield from _shown(name, prompts, config.model)
         check_trainable(config.model)
+        check_sizes(config.model, config.learner)
         check_same_run(config.absolute(), inputs.digests() | digest_of(config.model))
     else:
         max_length, tokenizer = read_model(config)

@@ -31,7 +31,11 @@ class Backend(Protocol):
     data_rank: int
     """The share of the groups that this rank computes, 0..data_size-1."""
     data_size: int
-    """The number of shares that the groups are split into."""
+    """The number of shares that the groups are split into.
+
+    Ranks with the same share follow each other, and compute the same pass together."""
+    reading: dict[str, Any]
+    """Arguments of from_pretrained with which the model is read as this rank's shards; {}: whole."""
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Call `read` once, which returns a whole model on the CPU; return the model where it is needed."""
@@ -101,9 +105,12 @@ def adamw(module: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
 
     It is the fused one, on every device: no temporary tensors, and on a CPU vectors and threads.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups: dict[Any, list[nn.Parameter]] = {}  # a fused update takes tensors of one mesh, or of none
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     return torch.optim.AdamW(
-        parameters,
+        [{"params": parameters} for parameters in groups.values()],
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,

@@ -14,6 +14,7 @@ from gvpo_ray.learner.backends.base import adamw
 from gvpo_ray.learner.backends.ddp import DDPBackend
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
 
@@ -27,15 +28,12 @@ class FSDPBackend(DDPBackend):
     """
 
     def __init__(self, config: LearnerConfig, dtype: torch.dtype, device: torch.device) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
         if not dist.is_initialized():  # one process without a group, as in a test or a notebook
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1
             )
         super().__init__(config, dtype, device)
-        self._mesh = init_device_mesh(device.type, (self.data_size,))
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Read the whole model and leave it on the CPU."""
@@ -43,12 +41,12 @@ class FSDPBackend(DDPBackend):
 
     def wrap(self, module: nn.Module) -> None:
         """Shard each layer and then the rest of the module, and make the optimizer of the shards."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
 
-        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         options: dict[str, Any] = {
-            "mesh": self._mesh,
-            "mp_policy": half if self._compute_dtype == torch.bfloat16 else MixedPrecisionPolicy(),
+            "mesh": init_device_mesh(self._device.type, (self.data_size,)),
+            "mp_policy": self._precision(),
         }
         model: Any = module.model
         layers = set(model._no_split_modules or ())
@@ -57,6 +55,14 @@ class FSDPBackend(DDPBackend):
         self._optimizer = adamw(module, self._config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._module = module
+
+    def _precision(self) -> MixedPrecisionPolicy:
+        """Return the types that a layer is gathered in, and its gradients are reduced in."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        if self._compute_dtype == torch.bfloat16:
+            return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy()
 
     def forward(self, inputs: dict[str, Any], is_last: bool) -> Tensor:
         """Call the module, whose layers are gathered one after the other."""

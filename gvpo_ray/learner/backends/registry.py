@@ -11,11 +11,13 @@ from gvpo_ray.learner.backends.base import Backend
 from gvpo_ray.learner.backends.ddp import DDPBackend
 from gvpo_ray.learner.backends.deepspeed import DeepSpeedBackend
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
+from gvpo_ray.learner.backends.native import NativeBackend
 
 BACKENDS: dict[str, Callable[..., Backend]] = {
     "ddp": DDPBackend,
     "fsdp": FSDPBackend,
     "deepspeed": DeepSpeedBackend,
+    "native": NativeBackend,
 }
 """The class of each `learner.backend`.
 

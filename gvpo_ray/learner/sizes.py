@@ -1,0 +1,43 @@
+"""Whether a model's layers can be split over workers is asked of its config before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.model import ModelConfig
+
+SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+"""Keys of a config with numbers that tensor parallel workers share out equally."""
+
+
+def check_sizes(model: ModelConfig, learner: LearnerConfig) -> None:
+    """Refuse a model whose heads, columns or vocabulary the workers cannot share out.
+
+    Raises:
+        ConfigError: one line with the key and the number.
+    """
+    from transformers import AutoConfig
+
+    tensor, context = learner.tensor_parallel_size, learner.context_parallel_size
+    if tensor * context == 1:
+        return
+    config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    text = config.get_text_config()
+    if tensor > 1 and not text.base_model_tp_plan:
+        raise ConfigError(
+            f"learner.tensor_parallel_size: transformers has no plan to split a {config.model_type} up"
+        )
+    for key in SPLIT if tensor > 1 else ():
+        number = getattr(text, key, None)
+        if number is not None and number % tensor:
+            raise ConfigError(
+                f"learner.tensor_parallel_size: {tensor} workers cannot share out the {key} ({number}) of "
+                f"{model.path}"
+            )
+    if text.num_attention_heads // tensor % context:
+        raise ConfigError(
+            f"learner.context_parallel_size: {context} workers cannot share out the num_attention_heads "
+            f"({text.num_attention_heads}{f' / {tensor}' if tensor > 1 else ''}) of {model.path}"
+        )
