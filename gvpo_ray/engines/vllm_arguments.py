@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from gvpo_ray.config.engines import PoolConfig
-from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.model import ModelConfig, num_experts
 
 MAX_SEQUENCES = 1024
 """The most completions that vLLM decodes at once on one engine, unless the pool's `vllm` says otherwise. Each
@@ -85,6 +85,15 @@ def vllm_arguments(
         arguments["load_format"] = "dummy"
         overrides["tie_word_embeddings"] = False
     return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
+
+
+def returns_experts(model: ModelConfig) -> bool:
+    """Return whether an engine says which experts it has chosen, so that the learner can choose the same."""
+    from transformers import AutoConfig
+
+    if not model.router_replay:
+        return False
+    return num_experts(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)) > 0
 
 
 def as_the_learner_computes(model: ModelConfig) -> dict[str, Any]:
