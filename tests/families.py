@@ -29,19 +29,26 @@ from gvpo_ray.learner.loop import probe_logprobs
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.weights.transfer import ObjectPublisher
 
-WINDOW, HEAD = 16, 32
+WINDOW = 16
 PROMPT_IDS = [2 + 7 * i % (tiny.VOCAB_SIZE - 2) for i in range(30)]
 
 
-def config_of(family: str) -> Any:
-    """A config of the family's, with heads of 32, which vLLM runs on a CPU."""
+OF_FLOAT32 = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32}
+OF_BFLOAT16 = {
+    **{"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "head_dim": 64},
+    **{"num_hidden_layers": 8, "initializer_range": 0.08},
+    **{"num_experts": 16, "num_local_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128},
+}
+"""With heads of 32 vLLM's core dies on a CPU in bfloat16; and what rounding does shows in some depth."""
+
+
+def config_of(family: str, dtype: str) -> Any:
+    """A config of the family's, with sizes that vLLM runs on a CPU."""
     usual = AutoConfig.for_model(family)
     text = usual.get_text_config()
-    sizes = SIZES | {"hidden_size": 2 * HEAD, "intermediate_size": 96, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1}
-    for key, value in (("head_dim", HEAD), ("sliding_window", WINDOW), *EXPERTS.items()):
-        if hasattr(text, key):
-            sizes[key] = value
+    own = EXPERTS | (OF_FLOAT32 if dtype == "float32" else OF_BFLOAT16)
+    own |= {"num_key_value_heads": 1, "sliding_window": WINDOW}
+    sizes = SIZES | {key: value for key, value in own.items() if key in SIZES or hasattr(text, key)}
     if text is usual:
         return AutoConfig.for_model(family, **sizes)
     return AutoConfig.for_model(
@@ -53,7 +60,7 @@ async def measured(folder: Path, family: str, dtype: str) -> tuple[str, dict[str
     """How the learner computes it, and the differences: the largest, and of the root mean square."""
     tiny.make_model(folder)  # for its tokenizer
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config_of(family))
+    made = AutoModelForCausalLM.from_config(config_of(family, dtype))
     for parameter in made.parameters():  # biases would be 0 and norms 1: nobody would see that they are lost
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -86,7 +93,7 @@ async def measured(folder: Path, family: str, dtype: str) -> tuple[str, dict[str
     return "packed" if policy.packs else "padded", figures
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # with --bfloat16: of deeper models, in that type
     dtype = "bfloat16" if "--bfloat16" in sys.argv else "float32"
     for family in [name for name in sys.argv[1:] if not name.startswith("--")] or TRAINED:
         before = dict(os.environ)  # an engine sets those of its own process

@@ -28,6 +28,9 @@ ALPHABET = " 0123456789+=?.abcdefghijklmnopqrstuvwxyz\\{}"
 VOCAB_SIZE = 2 + len(ALPHABET)
 
 
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+
+
 def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
     """Write a random model (two layers, a few thousand weights) with a tokenizer of single characters; 0 is
     <pad>, 1 is <eos>.
@@ -39,6 +42,8 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
         PreTrainedTokenizerFast,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     tokens = ["<pad>", "<eos>", *ALPHABET]
@@ -48,7 +53,11 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
         folder
     )
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    config, model, sizes = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE),
+    }[kind]
     torch.manual_seed(seed)
     model(
         config(
@@ -64,6 +73,7 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
             bos_token_id=None,
             eos_token_id=EOS,
             pad_token_id=0,
+            **sizes,
         )
     ).save_pretrained(folder)
     return Path(folder)
