@@ -57,6 +57,7 @@ VISION: dict[str, Any] = {
 TRAINED = {
     "cohere": "packed",
     "cohere2": "packed",
+    "falcon_h1": "padded",  # layers of a state-space model beside attention
     "gemma": "packed",
     "gemma2": "padded",  # its attention caps scores
     "gemma3": "packed",  # the class with images, whose text model is trained
@@ -64,6 +65,7 @@ TRAINED = {
     "glm4": "packed",
     "gpt2": "packed",
     "granite": "packed",
+    "lfm2": "padded",  # layers of convolutions
     "llama": "packed",
     "ministral3": "packed",
     "mistral": "packed",
@@ -78,6 +80,7 @@ TRAINED = {
     "qwen2_moe": "packed",
     "qwen3": "packed",
     "qwen3_moe": "packed",
+    "qwen3_5": "padded",  # the class with images, whose text model is trained
     "qwen3_5_text": "padded",  # layers with linear attention
     "smollm3": "packed",
     "stablelm": "padded",
@@ -86,7 +89,11 @@ TRAINED = {
 """How the learner computes each family that it trains."""
 
 REFUSED = {
+    "deepseek_v3": "is a mixture of experts of a family that is not known here (deepseek_v3, ",
     "gpt_oss": "is a mixture of experts of a family that is not known here (gpt_oss, ",
+    "qwen3_5_moe": "is a mixture of experts of a family that is not known here (qwen3_5_moe, ",
+    "qwen3_next": "is a mixture of experts of a family that is not known here (qwen3_next, ",
+    "qwen3_vl": "(qwen3_vl) is no causal language model",
     "t5": "is an encoder and a decoder (t5)",
     "vit": "(vit) is no causal language model",
 }
@@ -107,6 +114,8 @@ def config_of(family: str) -> Any:
         for key, size in (("head_dim", HEAD), ("sliding_window", WINDOW), *EXPERTS.items())
         if hasattr(text, key)
     }
+    if family == "lfm2":
+        sizes["layer_types"] = ["conv", "full_attention"]
     if text is usual:
         return AutoConfig.for_model(family, **sizes)
     return AutoConfig.for_model(

@@ -77,7 +77,7 @@ def with_holes(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_experts(row: dict[str, Any]) -> dict[str, Any]:
-    """The group with experts that an engine chose; of some completions, and of one group, they are not known."""
+    """The group with experts that an engine chose, which are not known of all completions and groups."""
     rng = np.random.default_rng(row["group_id"])
     entries = []
     for i, ids in enumerate(row["completion_ids"]):

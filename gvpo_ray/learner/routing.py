@@ -62,7 +62,7 @@ class RouterReplay:
         Raises:
             GroupError: an entry does not fit the model.
         """
-        if not any(entry for row in rows for entry in row.get("routed_experts") or ()):
+        if not any(any((row.get("prompt_experts"), *(row.get("routed_experts") or ()))) for row in rows):
             return None
         input_ids: Tensor = inputs["input_ids"]
         width = input_ids.shape[1]
