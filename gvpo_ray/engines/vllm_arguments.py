@@ -96,6 +96,19 @@ def returns_experts(model: ModelConfig) -> bool:
     return num_experts(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)) > 0
 
 
+def of_the_model(model: ModelConfig, arguments: dict[str, Any], says_experts: bool) -> dict[str, Any]:
+    """Return the arguments with those that only the model's own config decides.
+
+    Args:
+        model: the policy.
+        arguments: what `vllm_arguments` has returned.
+        says_experts: whether vLLM itself returns the experts that it has chosen, which it can on GPUs.
+    """
+    overrides = as_the_learner_computes(model) | arguments["hf_overrides"]
+    experts = {"enable_return_routed_experts": True} if says_experts else {}
+    return experts | arguments | {"hf_overrides": overrides}
+
+
 def as_the_learner_computes(model: ModelConfig) -> dict[str, Any]:
     """Return overrides of a model's config without which vLLM's layers are not those of the learner.
 

@@ -20,7 +20,7 @@ from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, w
 from gvpo_ray.engines.rollout import Completions, Episodes, ModelCall, Rollout, Span, one_call
 from gvpo_ray.engines.rollout_engine import Agents, RolloutEngine
 from gvpo_ray.engines.serving import Serve, Serving
-from gvpo_ray.engines.vllm_arguments import as_the_learner_computes, returns_experts, vllm_arguments
+from gvpo_ray.engines.vllm_arguments import of_the_model, returns_experts, vllm_arguments
 from gvpo_ray.home import ensure_home
 from gvpo_ray.imports import large_imports
 
@@ -76,6 +76,7 @@ class Engine(RolloutEngine):
             model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
         )
         self._llm: Any = None
+        self._returns_experts = False
         self.version = 0 if load_weights else -1
         self._updating, self._has_started = asyncio.Lock(), asyncio.Event()
         self._node_copy: Any = None
@@ -113,14 +114,10 @@ class Engine(RolloutEngine):
 
         started = time.perf_counter()
         self._log = ProcessLog()
-        changes: dict[str, Any] = {
-            "hf_overrides": as_the_learner_computes(self._model) | self.arguments["hf_overrides"]
-        }
         self._returns_experts = returns_experts(self._model)
-        if self._returns_experts and on_gpu:
-            changes["enable_return_routed_experts"] = True
+        arguments = of_the_model(self._model, self.arguments, self._returns_experts and on_gpu)
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.arguments | changes))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except RuntimeError as error:
             raise RuntimeError(_why_not_started(error, self._log)) from error
         self._death = asyncio.get_running_loop().create_future()
