@@ -7,11 +7,13 @@ Its largest number stands for an expert that is not known; tokens at the end may
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
-def _type_of(num_experts: int) -> type[np.unsignedinteger]:
-    return np.uint8 if num_experts < 256 else np.uint16
+def _type_of(num_experts: int) -> np.dtype[Any]:
+    return np.dtype(np.uint8 if num_experts < 256 else np.uint16)
 
 
 def experts_entry(experts: np.ndarray, num_experts: int) -> bytes:

@@ -113,7 +113,7 @@ def _attach(layer: nn.Module, index: int) -> int:
     return len(routers)
 
 
-def _replay(router: nn.Module, chosen: list[Tensor | None]) -> None:
+def _replay(router: Any, chosen: list[Tensor | None]) -> None:
     usual = router.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +122,7 @@ def _replay(router: nn.Module, chosen: list[Tensor | None]) -> None:
         with _Choice(chosen[0]):
             return usual(*args, **kwargs)
 
-    router.forward = forward  # type: ignore[method-assign]
+    router.forward = forward
 
 
 class _Choice(TorchFunctionMode):

@@ -40,8 +40,9 @@ class WholeWeights:
         transformers holds all experts of a layer in two tensors, and files have three tensors of each expert.
         """
         model: Any = self.module.model
+        is_mixture = num_experts(model.config) > 0
         for name, value in self.of_model():
-            if num_experts(model.config):
+            if is_mixture:
                 yield from revert_weight_conversion(model, {name: value}).items()  # views: nothing is copied
             else:
                 yield name, value

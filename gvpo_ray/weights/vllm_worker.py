@@ -132,7 +132,8 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
 
 WeightTransferEngineFactory.register_engine("objects", ObjectsWeightTransferEngine)
 
-_set_up_kernel: Any = UnquantizedFusedMoEMethod._setup_kernel
+_OF_EXPERTS: Any = UnquantizedFusedMoEMethod
+_set_up_kernel = _OF_EXPERTS._setup_kernel
 
 
 def _set_up_kernel_again(method: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
@@ -147,7 +148,7 @@ def _set_up_kernel_again(method: Any, layer: Any, w13: torch.Tensor, w2: torch.T
         method.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
 
-UnquantizedFusedMoEMethod._setup_kernel = _set_up_kernel_again  # type: ignore[method-assign]
+_OF_EXPERTS._setup_kernel = _set_up_kernel_again
 
 
 class WorkerExtension:
