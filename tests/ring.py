@@ -15,7 +15,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from gvpo_ray import GVPOConfig
 from gvpo_ray.bench import chaos
@@ -60,6 +62,38 @@ def write_data(folder: Path) -> None:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def make_mixture(dense: Path, folder: Path) -> Path:
+    """Make a mixture of experts of the ring's model: each expert is its MLP with some noise, and two of four
+    are chosen for a token. It writes what the model has learned, and routers decide what is rounded how.
+    """
+    shutil.copytree(dense, folder)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    config = model.config.to_dict()
+    sizes = {name: config[name] for name in Qwen2MoeConfig().to_dict() if name in config}
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        sizes.pop(name, None)
+    size, num = config["intermediate_size"], 4
+    sizes |= {"moe_intermediate_size": size, "shared_expert_intermediate_size": 32, "num_experts": num}
+    made = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**sizes, num_experts_per_tok=2, norm_topk_prob=True, qkv_bias=True)
+    )
+    made.load_state_dict(model.state_dict(), strict=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for theirs, layer in zip(model.model.layers, made.model.layers, strict=True):
+            mlp, experts = theirs.mlp, layer.mlp.experts
+            both = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            for values, of_expert in (
+                (experts.gate_up_proj, both),
+                (experts.down_proj, mlp.down_proj.weight),
+            ):
+                values.copy_(of_expert + 0.3 * of_expert.std() * torch.randn(num, *of_expert.shape))
+            layer.mlp.gate.weight.normal_()
+            layer.mlp.shared_expert.down_proj.weight.zero_()
+    made.save_pretrained(folder)
+    return folder
 
 
 def write_config(folder: Path) -> Path:

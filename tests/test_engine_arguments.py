@@ -2,17 +2,37 @@
 
 import asyncio
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from test_families import config_of
 
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.engines.vllm_arguments import of_the_model, returns_experts
 from gvpo_ray.engines.vllm_engine import Engine
 
 GPU = {"num_gpus": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "replays", "says"),
+    [("qwen3_moe", True, True), ("qwen3_moe", False, False), ("qwen3", True, False)],
+)
+def test_an_engine_says_which_experts_it_chose_where_there_are_some_and_the_learner_asks(
+    tmp_path: Path, family: str, replays: bool, says: bool
+) -> None:
+    config_of(family).save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tmp_path), router_replay=replays)
+    assert returns_experts(model) == says
+    given = of_the_model(model, arguments(**GPU), says)
+    assert given.get("enable_return_routed_experts", False) == says
+    assert "enable_return_routed_experts" not in of_the_model(
+        model, arguments(), False
+    )  # vLLM on a CPU refuses
 
 
 def arguments(

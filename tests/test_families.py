@@ -35,6 +35,14 @@ SIZES: dict[str, Any] = {
 }
 HEAD, WINDOW = 8, 9
 """Sizes of what not all families have: one of a head, and the tokens that a layer with a window sees."""
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+"""Sizes of mixtures of experts, by keys of which a family has some."""
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -46,9 +54,10 @@ VISION: dict[str, Any] = {
     "num_heads": 2,
     "out_hidden_size": 32,
 }
-DENSE = {
+TRAINED = {
     "cohere": "packed",
     "cohere2": "packed",
+    "falcon_h1": "padded",  # layers of a state-space model beside attention
     "gemma": "packed",
     "gemma2": "padded",  # its attention caps scores
     "gemma3": "packed",  # the class with images, whose text model is trained
@@ -56,16 +65,22 @@ DENSE = {
     "glm4": "packed",
     "gpt2": "packed",
     "granite": "packed",
+    "lfm2": "padded",  # layers of convolutions
     "llama": "packed",
     "ministral3": "packed",
     "mistral": "packed",
+    "mixtral": "packed",
     "nemotron": "padded",
     "olmo2": "packed",
     "olmo3": "packed",
+    "olmoe": "packed",
     "phi": "packed",
     "phi3": "packed",
     "qwen2": "packed",
+    "qwen2_moe": "packed",
     "qwen3": "packed",
+    "qwen3_moe": "packed",
+    "qwen3_5": "padded",  # the class with images, whose text model is trained
     "qwen3_5_text": "padded",  # layers with linear attention
     "smollm3": "packed",
     "stablelm": "padded",
@@ -74,9 +89,11 @@ DENSE = {
 """How the learner computes each family that it trains."""
 
 REFUSED = {
-    "gpt_oss": "is a mixture of experts (gpt_oss, ",
-    "mixtral": "is a mixture of experts (mixtral, ",
-    "qwen3_moe": "is a mixture of experts (qwen3_moe, ",
+    "deepseek_v3": "is a mixture of experts of a family that is not known here (deepseek_v3, ",
+    "gpt_oss": "is a mixture of experts of a family that is not known here (gpt_oss, ",
+    "qwen3_5_moe": "is a mixture of experts of a family that is not known here (qwen3_5_moe, ",
+    "qwen3_next": "is a mixture of experts of a family that is not known here (qwen3_next, ",
+    "qwen3_vl": "(qwen3_vl) is no causal language model",
     "t5": "is an encoder and a decoder (t5)",
     "vit": "(vit) is no causal language model",
 }
@@ -93,8 +110,12 @@ def config_of(family: str) -> Any:
     usual = AutoConfig.for_model(family)
     text = usual.get_text_config()
     sizes = SIZES | {
-        key: size for key, size in (("head_dim", HEAD), ("sliding_window", WINDOW)) if hasattr(text, key)
+        key: size
+        for key, size in (("head_dim", HEAD), ("sliding_window", WINDOW), *EXPERTS.items())
+        if hasattr(text, key)
     }
+    if family == "lfm2":
+        sizes["layer_types"] = ["conv", "full_attention"]
     if text is usual:
         return AutoConfig.for_model(family, **sizes)
     return AutoConfig.for_model(
@@ -110,7 +131,7 @@ def folder_of(path: Path, family: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", TRAINED)
 def test_the_log_probs_of_a_family_are_those_of_its_own_forward_pass(tmp_path: Path, family: str) -> None:
     path = folder_of(tmp_path, family)
     check_trainable(ModelConfig(path=str(path)))
@@ -125,7 +146,7 @@ def test_the_log_probs_of_a_family_are_those_of_its_own_forward_pass(tmp_path: P
                 each = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])
                 want.append(each[len(row["prompt_ids"]) - 1 :].sum())
     torch.testing.assert_close(policy.logprobs(ROWS), torch.stack(want).double(), rtol=0, atol=1e-4)
-    assert ("packed" if policy.packs else "padded") == DENSE[family]
+    assert ("packed" if policy.packs else "padded") == TRAINED[family]
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -140,7 +161,9 @@ def test_a_family_that_cannot_be_trained_is_refused_by_name(tmp_path: Path, fami
 def test_the_page_of_families_says_how_each_is_trained_or_that_it_is_refused() -> None:
     page = (Path(__file__).parents[1] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
     trained, _, refused = page.partition("Refused")
-    assert dict(re.findall(r"^\| `(\w+)` \| .+ \| (packed|padded) \| .+ \|$", trained, re.MULTILINE)) == DENSE
+    assert (
+        dict(re.findall(r"^\| `(\w+)` \| .+ \| (packed|padded) \| .+ \|$", trained, re.MULTILINE)) == TRAINED
+    )
     reasons = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", refused, re.MULTILINE))
     assert set(reasons) == set(REFUSED)
     assert all(reasons[family] in why for family, why in REFUSED.items())

@@ -34,6 +34,7 @@ ROW = {
     "reference_logprobs": [-0.75, -3.0, -40.123456789012345],  # float64: would not survive float32
     "reference_versions": [0, 2, None],
     "episodes": ['{"turns": 2}', None, None],
+    "routed_experts": [b"\x00\x03\x01\x02", None, None],
 }
 
 
@@ -123,7 +124,7 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_group(tmp_path):
         (log / "00000.arrow").write_bytes(whole[:end])
         loaded = groups.load(log)
         optional = (*groups.DATA_COLUMNS, *groups.MASK_COLUMNS, *groups.REFERENCE_COLUMNS)
-        nothing = dict.fromkeys((*optional, *groups.EPISODE_COLUMNS))
+        nothing = dict.fromkeys((*optional, *groups.EPISODE_COLUMNS, *groups.EXPERT_COLUMNS))
         assert list(groups.rows(loaded)) == [
             row(i, num_completions=2 + i) | nothing for i in range(len(loaded))
         ], end
@@ -212,7 +213,9 @@ def test_files_with_different_columns_are_refused_in_one_line(tmp_path):
 
 def test_a_good_table_is_valid_and_comes_back():
     references = {"reference_logprobs": [0.0, 0.0], "reference_versions": [0, 0]}
-    table = groups.table([ROW, row(1) | references | dict.fromkeys(("trained_tokens", "data", "episodes"))])
+    table = groups.table(
+        [ROW, row(1) | references | dict.fromkeys(("trained_tokens", "data", "episodes", "routed_experts"))]
+    )
     assert groups.validate(table, groups.SCHEMA.names) is table
 
 
@@ -309,7 +312,10 @@ def test_trainable_leaves_out_completions_without_reward_in_every_column():
         "reference_logprobs": [-0.75, -3.0],
         "reference_versions": [0, 2],
         "episodes": ['{"turns": 2}', None],
+        "routed_experts": [b"\x00\x03\x01\x02", None],
+        "prompt_experts": b"\x00\x03\x01\x02",
     }
+    assert left.pop("prompt_experts")  # no column: it is there for the group's passes
     assert len(ROW["rewards"]) == 3  # and the row itself stays
     groups.validate(groups.table([left]), groups.SCHEMA.names)
 

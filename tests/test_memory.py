@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gvpo_ray.bench.gpu.models import Shape, make_folder, make_rows
 from gvpo_ray.bench.gpu.steps import settings
@@ -25,8 +25,9 @@ from gvpo_ray.config.memory import (
     shape_of,
     total,
 )
-from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.learner.adapter import add_adapter
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.step import train_step
 
@@ -55,6 +56,38 @@ def made(folder: Path, shape: Shape) -> Path:
     return folder
 
 
+def mixture(folder: Path, family: str, **sizes: Any) -> Path:
+    """A mixture of experts with the tokenizer of other models here."""
+    make_folder(folder, Shape("qwen2", 4, 2, 32, 1, 64, vocab=512).config())
+    torch.manual_seed(0)
+    given = {
+        **{"vocab_size": 512, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 32, "num_hidden_layers": 2, "num_experts_per_tok": 2, "bos_token_id": None},
+        **{"eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 2048},
+        **sizes,
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given)).save_pretrained(folder)
+    return folder
+
+
+QWEN3_MOE = {"num_experts": 8, "intermediate_size": 64, "moe_intermediate_size": 192}
+MIXTRAL = {"num_local_experts": 4, "intermediate_size": 320}
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("qwen3_moe", QWEN3_MOE), ("mixtral", MIXTRAL)])
+def test_so_are_those_of_a_mixture_of_experts(tmp_path: Path, family: str, sizes: dict[str, int]) -> None:
+    folder = mixture(tmp_path, family, **sizes)
+    shape = shape_of(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert shape is not None and shape.parameters == sum(p.numel() for p in model.parameters())
+    add_adapter(model, LoraConfig(rank=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert shape.of_an_adapter(4) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):  # layers of two kinds
+        (folder / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+        assert shape_of(str(folder)) is None
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_parameters_are_counted_from_the_config_alone(tmp_path: Path, kind: str, tied: bool) -> None:
@@ -69,6 +102,7 @@ def test_the_known_models_have_the_parameters_that_their_cards_say() -> None:
     assert numbers["Qwen/Qwen2.5-Math-1.5B"] == 1_543_714_304
     assert numbers["Qwen/Qwen2.5-Math-7B"] == 7_615_616_512
     assert numbers["Qwen/Qwen2.5-32B"] == 32_763_876_352
+    assert numbers["Qwen/Qwen3-30B-A3B"] == 30_532_122_624
 
 
 def test_a_model_of_experts_or_of_another_kind_has_no_plan(tmp_path: Path) -> None:
@@ -99,12 +133,20 @@ MEASURED = {
 def test_the_plan_is_within_a_fifth_of_what_torch_allocates_in_a_step(tmp_path: Path, name: str) -> None:
     """Every tensor is counted when it is made and freed, whatever else this machine does."""
     shape, recomputed, lengths = MEASURED[name]
-    folder = made(tmp_path, shape)
+    check_plan(made(tmp_path, shape), shape.vocab, recomputed, lengths)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_so_it_is_of_a_mixture_of_experts(tmp_path: Path, recomputed: bool) -> None:
+    check_plan(mixture(tmp_path, "qwen3_moe", **QWEN3_MOE), 512, recomputed, [(64, [64] * 8)])
+
+
+def check_plan(folder: Path, vocab: int, recomputed: bool, lengths: list[tuple[int, list[int]]]) -> None:
     tokens = sum(prompt + sum(sizes) for prompt, sizes in lengths)
     given = settings(folder, micro_batch_tokens=tokens, gradient_checkpointing=recomputed)
     policy, rows = (
         Policy(ModelConfig(path=str(folder)), given.learner, folder),
-        make_rows(lengths, shape.vocab),
+        make_rows(lengths, vocab),
     )
     train_step(policy, rows, given)  # makes the optimizer's state
     policy.backward(policy.logprobs(rows).sum() * 0, False)  # as if it were not the update's first pass
@@ -151,7 +193,13 @@ def test_what_each_backend_shards_is_divided_by_the_ranks() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen2.5_math_1.5b_1gpu", "qwen2.5_math_7b_8gpu", "qwen2.5_math_7b_kuberay", "qwen2.5_32b_2nodes"],
+    [
+        "qwen2.5_math_1.5b_1gpu",
+        "qwen2.5_math_7b_8gpu",
+        "qwen2.5_math_7b_kuberay",
+        "qwen2.5_32b_2nodes",
+        "qwen3_30b_a3b_2nodes",
+    ],
 )
 def test_the_gpu_jobs_fit_80_gb_and_their_comments_have_the_plans_number(name: str) -> None:
     config = GVPOConfig.from_file(JOBS / f"{name}.yaml")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from ring import GROUPS_PER_STEP, IN_THE_CORE, left_behind, until
+from ring import GROUPS_PER_STEP, IN_THE_CORE, left_behind, make_mixture, until
 from test_ray_metrics import shows_on_ray
 from test_trackers import tensorboard_of
 
@@ -37,9 +37,11 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         "    while prompts[0] == '12=': pass\n"
         "    return [min(1, Counter(text)['7']) for text in completions]\n"
     )
+    mixture = make_mixture(config_file.parent / "model", config_file.parent / "mixture")
     run_dir, rewards = config_file.parent / "mine", {f"{config_file.parent}/mine.py:says_seven": 4.0}
     overrides = {
         "run_dir": str(run_dir),
+        "model.path": str(mixture),
         "num_steps": NUM_STEPS,
         "verifiers.rewards": rewards,
         "learner.num_workers": 1,
@@ -110,6 +112,14 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     assert [entry["prompt"] for entry in algo.quarantine.entries()] == ["12="] and lines[-1][
         "prompts/quarantined"
     ] == 1
+    for row in groups.rows(
+        log
+    ):  # the model is a mixture of experts, trained with those that the engine chose
+        for completion, entry in zip(row["completion_ids"], row["routed_experts"], strict=True):
+            chosen = groups.experts_of(entry, (2, 2), 4)
+            num_read = len(row["prompt_ids"]) + len(completion) - 1
+            assert chosen is not None and len(chosen) == num_read
+            assert (chosen >= 0).all() and (chosen[..., 0] != chosen[..., 1]).all()
     ids = log["group_id"].to_pylist()
     assert len(set(ids)) == len(ids) == NUM_STEPS * GROUPS_PER_STEP
     first, last, num_right = {}, {}, 0

@@ -180,6 +180,34 @@ def test_a_tool_that_answers_otherwise_the_second_time_makes_the_rest_anew(run: 
     run(main())
 
 
+def test_the_experts_of_each_token_are_those_with_which_it_was_first_read() -> None:
+    """Over two calls, in a completion that another engine goes on with, and where an engine says nothing."""
+    calls: list[int] = []
+
+    async def call(ids: list[int], max_tokens: int, begin: int, stop: Any = ()) -> Span:
+        calls.append(len(ids))
+        new = [7, 8]
+        # two bytes a token, the number of the call; the engine reads all but the last token
+        experts = bytes([len(calls)] * 2 * (len(ids) + len(new) - 1))
+        return Span(new, [-1.0] * 2, "stop", [0], None, None if len(calls) == 4 else experts)
+
+    async def main() -> None:
+        one = Transcript(PROMPT, 100, call, None)
+        await one.run(two_calls)
+        assert calls == [2, 7] and one.columns("")["routed_experts"] == bytes([1] * 6 + [2] * 10)
+        begun = {**one.so_far(), "completion_ids": one.ids[:2], "routed_experts": bytes([1] * 6)}
+        begun |= {"sampling_logprobs": one.logprobs[:2], "trained_tokens": None, "turn_ends": [2]}
+        other = Transcript(PROMPT, 100, call, begun)
+        await other.run(two_calls)
+        assert calls == [2, 7, 7] and other.ids == one.ids
+        assert other.columns("")["routed_experts"] == bytes([1] * 6 + [3] * 10)
+        silent = Transcript(PROMPT, 100, call, None)
+        await silent.run(one_call)
+        assert silent.columns("")["routed_experts"] is None
+
+    asyncio.run(main())
+
+
 def test_a_drain_does_not_wait_for_a_tool(run: Run) -> None:
     async def slow(prompt_ids: list[int], sample: Sample) -> list[int]:
         first = await sample(prompt_ids)

@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,6 +76,16 @@ def with_holes(row: dict[str, Any]) -> dict[str, Any]:
     return row if kind == 5 else {**row, "trained_tokens": masks, "sampling_logprobs": logprobs}
 
 
+def with_experts(row: dict[str, Any]) -> dict[str, Any]:
+    """The group with experts that an engine chose, which are not known of all completions and groups."""
+    rng = np.random.default_rng(row["group_id"])
+    entries = []
+    for i, ids in enumerate(row["completion_ids"]):
+        chosen = rng.random((len(row["prompt_ids"]) + len(ids) - 1, 2, 4)).argsort(-1)[..., :2]
+        entries.append(None if i % 4 == 3 else groups.experts_entry(chosen, 4))
+    return {**row, "routed_experts": None if row["group_id"] % 10 == 5 else entries}
+
+
 def four_steps(
     folder: Path,
     objective: str = "gvpo",
@@ -88,10 +99,11 @@ def four_steps(
     holes: bool = False,
     few: bool = False,
     num_weak: int = 0,
+    mixture: bool = False,
     **learner: Any,
 ) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
-        make_model(folder / "model")
+        make_model(folder / "model", "qwen3_moe" if mixture else "qwen2")
     if dist.is_initialized():
         dist.barrier()
     options = {
@@ -129,6 +141,7 @@ def four_steps(
             groups.split_over_ranks = lambda *given: usual(*given)[1:] + usual(*given)[:1]
         for step in range(1, (2 if few else NUM_STEPS) + 1):
             rows = [with_holes(row) if holes else row for row in batch(step)]
+            rows = [with_experts(row) if mixture else row for row in rows]
             rows = [row for row in rows if row["group_id"] % 10 in FEW] if few else rows
             # which is cut after the groups that cannot be trained on are gone
             if order == "backwards in each mini-batch":
@@ -198,11 +211,16 @@ ZERO |= {
     f"lora, zero {stage}": {"backend": "deepspeed", "zero_stage": stage, "dtype": "float32", "lora": True}
     for stage in (0, 2, 3)
 }
+ZERO |= {
+    "mixture, zero 3": {"backend": "deepspeed", "zero_stage": 3, "dtype": "float32", "mixture": True}
+    | {"micro_batch_tokens": 40}
+}
 OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in OBJECTIVES if name != "gvpo"}
 OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "initial", "every: 2")}
 OTHERS |= {"beta adapted": {"beta": "auto"}}
 OTHERS |= {"epa, weak": {"objective": "epa", "reference": "initial", "num_weak": 3, "holes": True}}
 OTHERS |= {"holes": {"holes": True}, "holes, cispo": {"holes": True, "objective": "cispo"}}
+OTHERS |= {"mixture": {"mixture": True}}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE: dict[str, dict[str, Any]] = {
@@ -448,7 +466,7 @@ def test_deepspeed_which_computes_in_float32_is_as_near_as_float32_is(
     # DeepSpeed knows no float64. In float32 gradients differ by some 1e-7 of them; Adam divides by their
     # size, so where a gradient is next to nothing the rounding may decide up to a whole step of 1e-3.
     # Measured: 1.3e-6 at most, in those with adapters 5e-6.
-    other = next((kind for kind in ("lora", "holes") if kind in name), None)
+    other = next((kind for kind in ("lora", "holes", "mixture") if kind in name), None)
     want = on_ranks(1, other)[0] if other else alone
     for result in on_ranks(world_size, name):
         assert difference(result["weights"], want["weights"]) < 1e-5

@@ -4,6 +4,7 @@ to run on.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import load as from_bytes
+from torch.overrides import TorchFunctionMode
 
 from gvpo_ray import groups
 from gvpo_ray.bench import chaos
@@ -26,6 +28,9 @@ from gvpo_ray.weights.deltas import apply_delta
 EOS = 1
 ALPHABET = " 0123456789+=?.abcdefghijklmnopqrstuvwxyz\\{}"
 VOCAB_SIZE = 2 + len(ALPHABET)
+
+
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 
 
 def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
@@ -39,6 +44,8 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
         PreTrainedTokenizerFast,
         Qwen2Config,
         Qwen2ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     tokens = ["<pad>", "<eos>", *ALPHABET]
@@ -48,7 +55,11 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
         folder
     )
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    config, model, sizes = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE),
+    }[kind]
     torch.manual_seed(seed)
     model(
         config(
@@ -64,6 +75,7 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
             bos_token_id=None,
             eos_token_id=EOS,
             pad_token_id=0,
+            **sizes,
         )
     ).save_pretrained(folder)
     return Path(folder)
@@ -112,7 +124,10 @@ def make_checkpoint(folder: Path) -> Path:
 
 
 def float64(model: torch.nn.Module) -> torch.nn.Module:
-    """Norms compute in float32 whatever the model is in: replaced, so that everything is in float64."""
+    """Norms and routers compute in float32 whatever the model is in: replaced, so that all is in float64.
+
+    The fused product of experts knows no float64 either.
+    """
 
     def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
         return (
@@ -122,7 +137,23 @@ def float64(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = norm.__get__(module)
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = functools.partial(_with_softmax64, module.forward)
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")
     return model.double().eval()
+
+
+def _with_softmax64(usual: Any, hidden: torch.Tensor) -> Any:
+    with _Softmax64():
+        return usual(hidden)
+
+
+class _Softmax64(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.softmax:
+            return func(*args, **{**kwargs, "dtype": torch.float64})
+        return func(*args, **(kwargs or {}))
 
 
 def make_group(

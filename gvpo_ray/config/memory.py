@@ -47,7 +47,7 @@ LIVE_PARAMETERS = 1_000_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """A Shape holds the sizes of a dense decoder as its config.json names them."""
+    """A Shape holds the sizes of a decoder as its config.json names them."""
 
     vocab_size: int
     hidden_size: int
@@ -59,14 +59,21 @@ class Shape:
     tie_word_embeddings: bool
     has_bias: bool = True
     """Whether queries, keys and values have a bias, as Qwen2's do."""
+    has_norms: bool = False
+    """Whether queries and keys have a norm of a head's size, as Qwen3's do."""
+    num_experts: int = 0
+    """Experts of each layer, of `intermediate_size` each; 0: a dense model."""
+    num_experts_per_tok: int = 0
 
     @property
     def of_a_layer(self) -> int:
         """The parameters of one layer."""
         heads = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         attention = self.hidden_size * heads + self.num_attention_heads * self.head_dim * self.hidden_size
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return attention + mlp + 2 * self.hidden_size + self.has_bias * heads
+        mlp = 3 * self.hidden_size * self.intermediate_size * (self.num_experts or 1)
+        mlp += self.hidden_size * self.num_experts  # the router
+        norms = 2 * self.hidden_size + 2 * self.has_norms * self.head_dim
+        return attention + mlp + norms + self.has_bias * heads
 
     @property
     def of_the_head(self) -> int:
@@ -93,19 +100,22 @@ class Shape:
         """Return the parameters of an adapter of all linear layers but the head."""
         q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
         ends = 2 * (self.hidden_size + q) + 2 * (self.hidden_size + kv)
-        return self.num_hidden_layers * rank * (ends + 3 * (self.hidden_size + self.intermediate_size))
+        if not self.num_experts:  # experts are no linear layers
+            ends += 3 * (self.hidden_size + self.intermediate_size)
+        return self.num_hidden_layers * rank * ends
 
 
 KNOWN = {
     "Qwen/Qwen2.5-Math-1.5B": Shape(151_936, 1536, 28, 8960, 12, 2, 128, True),
     "Qwen/Qwen2.5-Math-7B": Shape(152_064, 3584, 28, 18_944, 28, 4, 128, False),
     "Qwen/Qwen2.5-32B": Shape(152_064, 5120, 64, 27_648, 40, 8, 128, False),
+    "Qwen/Qwen3-30B-A3B": Shape(151_936, 2048, 48, 768, 32, 4, 128, False, False, True, 128, 8),
 }
 """The shapes of the models of jobs/, which are looked up on the hub only when a run starts."""
 
 
 def shape_of(path: str) -> Shape | None:
-    """Return the shape of a model in a folder, or of a known name; None: it is not a dense model with one."""
+    """Return the shape of a model in a folder, or of a known name; None: it is not a model with one."""
     file = Path(path) / "config.json"
     if not file.is_file():
         return KNOWN.get(path)
@@ -116,7 +126,11 @@ def shape_of(path: str) -> Shape | None:
     if not isinstance(read, dict):
         return None  # who loads the model says what is wrong with it
     given: dict[str, Any] = read.get("text_config") or read
-    if any(word in key for key in given for word in ("expert", "ssm", "mamba")):
+    kind = given.get("model_type")
+    size = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}.get(kind or "")
+    if any(word in key for key in given for word in ("expert", "ssm", "mamba")) and size is None:
+        return None
+    if given.get("mlp_only_layers") or given.get("decoder_sparse_step", 1) != 1:
         return None
     try:
         hidden, heads = int(given["hidden_size"]), int(given["num_attention_heads"])
@@ -124,12 +138,16 @@ def shape_of(path: str) -> Shape | None:
             int(given["vocab_size"]),
             hidden,
             int(given["num_hidden_layers"]),
-            int(given["intermediate_size"]),
+            int(given[size or "intermediate_size"]),
             heads,
             int(given.get("num_key_value_heads") or heads),
             int(given.get("head_dim") or hidden // heads),
             bool(given.get("tie_word_embeddings", False)),
-            has_bias=given.get("model_type") == "qwen2" or bool(given.get("attention_bias")),
+            has_bias=kind == "qwen2" or bool(given.get("attention_bias")),
+            has_norms=kind in ("qwen3", "qwen3_moe"),
+            # transformers writes one name for both families; the hub's files of Qwen3 have another
+            num_experts=int(given.get("num_local_experts") or given["num_experts"]) if size else 0,
+            num_experts_per_tok=int(given["num_experts_per_tok"]) if size else 0,
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -252,8 +270,10 @@ def _of_a_pass(
     Of `parts` tensor parallel workers each has its share of queries, of inner states and of the head.
     """
     queries = shape.num_attention_heads * shape.head_dim
-    inner = (3 if on_gpu else 6) * queries + 4 * shape.intermediate_size
-    wide, vocabulary = 8 * shape.hidden_size + inner / parts, shape.vocab_size // parts
+    experts = shape.num_experts_per_tok
+    inner = (3 if on_gpu else 6) * queries + (experts or 1) * 4 * shape.intermediate_size
+    wide = 8 * shape.hidden_size + inner / parts + experts * 3 * shape.hidden_size  # a copy for each expert
+    vocabulary = shape.vocab_size // parts
     head = vocabulary * shape.hidden_size
     layer = float(tokens * (width * wide + 4 * 3 * shape.hidden_size * (width == 2)))
     states = float(tokens * residual * shape.hidden_size)

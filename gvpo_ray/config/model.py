@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -38,6 +39,22 @@ class ModelConfig(Section):
     """Allow transformers and vLLM to run Python code of the model's folder."""
     lora: LoraConfig | None = None
     """Train an adapter in place of all weights; `{}`: with the defaults of an adapter."""
+    router_replay: bool = True
+    """Compute each token in the learner with the experts that the engine chose for it. Only mixtures of
+    experts have routers."""
+
+
+EXPERTS = re.compile(r"^(num|n|moe_num)_(local_|routed_)?experts$")
+"""Keys of a model's config.json with the number of a layer's experts."""
+
+
+def num_experts(config: Any) -> int:
+    """Return the number of a layer's experts, of which a router chooses some, by transformers' config.
+
+    0: the model is dense.
+    """
+    found = (value for key, value in config.get_text_config().to_dict().items() if EXPERTS.match(key))
+    return max((value for value in found if isinstance(value, int) and value > 1), default=0)
 
 
 class ScoringModelConfig(Section):

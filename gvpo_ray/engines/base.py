@@ -42,6 +42,9 @@ FLUSH_S = 2.0
 """Seconds between the end of a drain after SIGTERM and the end of the process, in which the results of the
 last calls reach their callers."""
 
+OPTIONAL_COLUMNS = (*groups.MASK_COLUMNS, *groups.EPISODE_COLUMNS, *groups.EXPERT_COLUMNS)
+"""Columns that only some completions have."""
+
 ABORTED = "abort"
 """finish_reason of a completion that a drain cut off; another engine continues it from its tokens."""
 
@@ -110,7 +113,7 @@ class BaseEngine(abc.ABC):
             new since the last call. Both are empty once the engine is closed.
         """
         columns = [*groups.PROMPT_COLUMNS, *groups.COMPLETION_COLUMNS]
-        wanted = {*columns, *groups.MASK_COLUMNS, *groups.EPISODE_COLUMNS, *groups.REWARD_COLUMNS}
+        wanted = {*columns, *OPTIONAL_COLUMNS, *groups.REWARD_COLUMNS}
         while not self._is_closed:
             await asyncio.sleep(MIGRATE_AFTER_S)
             due = time.time() - MIGRATE_AFTER_S
@@ -333,7 +336,7 @@ def split_kept(kept: Sequence[pa.Table], size: int) -> tuple[list[pa.Table], lis
             begun += [
                 {
                     name: row[name][i]
-                    for name in (*groups.COMPLETION_COLUMNS, *groups.MASK_COLUMNS, *groups.EPISODE_COLUMNS)
+                    for name in (*groups.COMPLETION_COLUMNS, *OPTIONAL_COLUMNS)
                     if row.get(name) is not None
                 }
                 for i, reason in enumerate(reasons)

@@ -94,6 +94,8 @@ class Span(NamedTuple):
     """Versions of the weights that wrote it."""
     stop_reason: Any = None
     """The text of `sampling.stop` that ended it; anything else: a token or a limit did."""
+    experts: bytes | None = None
+    """The experts of all tokens from the first one of the prompt on (groups/experts.py); None: not known."""
 
 
 REPEATED = 1 << 24
@@ -144,6 +146,8 @@ class Transcript:
         self.trained: list[bool] = []
         """Whether the model has written each token."""
         self.versions: list[int] = []
+        self.experts = b""
+        """The experts that the engine chose, as in Span, for as many tokens as are known."""
         self.turn_ends: list[int] = []
         """Number of tokens at the end of each call of the model, of those that no drain has cut off."""
         self.finish_reason = "length"
@@ -212,6 +216,8 @@ class Transcript:
         if not self._repeat():
             span = await self._one_call(begin)
             self._wrote(span.ids, span.logprobs, span.versions)
+            # what was chosen when a token was first read stays: a later call may find it in a cache
+            self.experts += (span.experts or b"")[len(self.experts) :]
             self.finish_reason, self.stop_reason = span.finish_reason, span.stop_reason
             if span.finish_reason == ABORTED:
                 raise CutOff
@@ -238,6 +244,7 @@ class Transcript:
         trained = begun.get("trained_tokens") or [True] * len(begun["completion_ids"])
         end = next((i for i in range(begin, len(trained)) if not trained[i]), len(trained))
         # where nothing was added between two calls, only this tells them apart
+        self.experts = max(self.experts, begun.get("routed_experts") or b"", key=len)
         known = next((place for place in begun.get("turn_ends") or () if begin < place <= end), None)
         end = end if known is None else known
         self._wrote(
@@ -290,6 +297,7 @@ class Transcript:
             one.ids, one.logprobs = list(columns["completion_ids"]), list(columns["sampling_logprobs"])
             one.trained, one.versions = list(columns["trained_tokens"]), list(columns["versions"])
             one.finish_reason, one._max_tokens = columns["finish_reason"], len(one.ids)
+            one.experts = b""
 
     def so_far(self) -> dict[str, Any]:
         """Return the completion columns up to the last call of the model, where another engine may go on."""
@@ -301,6 +309,7 @@ class Transcript:
             "version_max": max(self.versions, default=0),
             "finish_reasons": self.finish_reason,
             "turn_ends": list(self.turn_ends),
+            "routed_experts": self.experts or None,
         }
 
     def columns(self, text: str) -> dict[str, Any]:
@@ -317,6 +326,7 @@ class Transcript:
             "version_max": max(self.versions, default=None),
             "sampling_logprobs": self.logprobs,
             "trained_tokens": None if all(self.trained) else self.trained,
+            "routed_experts": self.experts or None,
         }
 
 

@@ -157,6 +157,9 @@ class RolloutEngine(BaseEngine):
         if self._rollout is not one_call:
             names.append("trained_tokens")
         columns: dict[str, Any] = {name: [[row[name] for row in rows]] for name in names}
+        experts = [row.get("routed_experts") for row in rows]
+        if any(experts):
+            columns["routed_experts"] = [experts]
         if isinstance(self._rollout, Episodes):
             columns |= self._rollout.table_columns(rows)
         return groups.with_columns(running.group, **columns)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from gvpo_ray.config.engines import PoolConfig
-from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.model import ModelConfig, num_experts
 
 MAX_SEQUENCES = 1024
 """The most completions that vLLM decodes at once on one engine, unless the pool's `vllm` says otherwise. Each
@@ -85,6 +85,28 @@ def vllm_arguments(
         arguments["load_format"] = "dummy"
         overrides["tie_word_embeddings"] = False
     return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
+
+
+def returns_experts(model: ModelConfig) -> bool:
+    """Return whether an engine says which experts it has chosen, so that the learner can choose the same."""
+    from transformers import AutoConfig
+
+    if not model.router_replay:
+        return False
+    return num_experts(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)) > 0
+
+
+def of_the_model(model: ModelConfig, arguments: dict[str, Any], says_experts: bool) -> dict[str, Any]:
+    """Return the arguments with those that only the model's own config decides.
+
+    Args:
+        model: the policy.
+        arguments: what `vllm_arguments` has returned.
+        says_experts: whether vLLM itself returns the experts that it has chosen, which it can on GPUs.
+    """
+    overrides = as_the_learner_computes(model) | arguments["hf_overrides"]
+    experts = {"enable_return_routed_experts": True} if says_experts else {}
+    return experts | arguments | {"hf_overrides": overrides}
 
 
 def as_the_learner_computes(model: ModelConfig) -> dict[str, Any]:

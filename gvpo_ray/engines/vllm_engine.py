@@ -11,14 +11,16 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from gvpo_ray import groups
 from gvpo_ray.config.engines import PoolConfig, SamplingConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.data.turns import Turns
+from gvpo_ray.engines.base import ABORTED
 from gvpo_ray.engines.process_log import ProcessLog, how_it_ended, last_error, why_it_died
 from gvpo_ray.engines.rollout import Completions, Episodes, ModelCall, Rollout, Span, one_call
 from gvpo_ray.engines.rollout_engine import Agents, RolloutEngine
 from gvpo_ray.engines.serving import Serve, Serving
-from gvpo_ray.engines.vllm_arguments import as_the_learner_computes, vllm_arguments
+from gvpo_ray.engines.vllm_arguments import of_the_model, returns_experts, vllm_arguments
 from gvpo_ray.home import ensure_home
 from gvpo_ray.imports import large_imports
 
@@ -74,6 +76,7 @@ class Engine(RolloutEngine):
             model, pool, transfer, seed, load_weights, drain_s, pool.max_groups * num_completions, sleeps
         )
         self._llm: Any = None
+        self._returns_experts = False
         self.version = 0 if load_weights else -1
         self._updating, self._has_started = asyncio.Lock(), asyncio.Event()
         self._node_copy: Any = None
@@ -111,16 +114,17 @@ class Engine(RolloutEngine):
 
         started = time.perf_counter()
         self._log = ProcessLog()
-        overrides = as_the_learner_computes(self._model) | self.arguments["hf_overrides"]
+        self._returns_experts = returns_experts(self._model)
+        arguments = of_the_model(self._model, self.arguments, self._returns_experts and on_gpu)
         try:
-            self._llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**self.arguments | {"hf_overrides": overrides})
-            )
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except RuntimeError as error:
             raise RuntimeError(_why_not_started(error, self._log)) from error
         self._death = asyncio.get_running_loop().create_future()
         self._watcher = asyncio.create_task(self._watch())
         await self._unless_dead(self._llm.update_weight_version(str(self.version)))
+        if self._returns_experts and not on_gpu:
+            await self._unless_dead(self._llm.collective_rpc("keep_experts"))
         self._has_started.set()
         if self._transfer == "objects":
             await self.init_transfer({})
@@ -166,7 +170,8 @@ class Engine(RolloutEngine):
             skip_clone=True,  # nobody else holds these parameters
         )
         began = self.version
-        output = await self._final(call.ids, params, f"{call.running.name}-{call.number}")
+        name = f"{call.running.name}-{call.number}"
+        output = await self._final(call.ids, params, name)
         self.num_prompt_tokens += len(call.ids)
         self.num_cached_tokens += output.num_cached_tokens or 0
         (new,) = output.outputs
@@ -175,7 +180,19 @@ class Engine(RolloutEngine):
         if self._pool.keep_kv:  # the first token may look at what these weights saw of the prompt
             versions.append(began)
         logprobs = list(new.logprobs.logprobs) if new.token_ids else []
-        return Span(list(new.token_ids), logprobs, new.finish_reason, versions, new.stop_reason)
+        # after a drain the core may hang, and the next engine reads all tokens again
+        is_known = self._returns_experts and new.finish_reason != ABORTED
+        experts = await self._experts(name, new) if is_known else None
+        return Span(list(new.token_ids), logprobs, new.finish_reason, versions, new.stop_reason, experts)
+
+    async def _experts(self, name: str, output: Any) -> bytes | None:
+        """Return the experts that vLLM has chosen for the tokens of a finished request."""
+        if self._pool.num_gpus > 0:
+            number = self._llm.model_config.get_num_experts()
+            chosen = output.routed_experts
+            return None if chosen is None else groups.experts_entry(chosen.astype("int32"), number)
+        found = await self._unless_dead(self._llm.collective_rpc("take_experts", args=(name,)))
+        return next(filter(None, found), None)
 
     def _longest(self, running: Completions) -> int:
         return int(self._llm.model_config.max_model_len) - len(running.prompt_ids)

@@ -8,6 +8,8 @@ from gvpo_ray.groups.batching import split_over_ranks as split_over_ranks
 from gvpo_ray.groups.batching import trainable as trainable
 from gvpo_ray.groups.batching import trainable_completions as trainable_completions
 from gvpo_ray.groups.batching import untrained_completions as untrained_completions
+from gvpo_ray.groups.experts import experts_entry as experts_entry
+from gvpo_ray.groups.experts import experts_of as experts_of
 from gvpo_ray.groups.storage import evaluations as evaluations
 from gvpo_ray.groups.storage import from_wire as from_wire
 from gvpo_ray.groups.storage import load as load
@@ -19,6 +21,7 @@ from gvpo_ray.groups.storage import up_to_a_torn_row as up_to_a_torn_row
 from gvpo_ray.groups.table import COMPLETION_COLUMNS as COMPLETION_COLUMNS
 from gvpo_ray.groups.table import DATA_COLUMNS as DATA_COLUMNS
 from gvpo_ray.groups.table import EPISODE_COLUMNS as EPISODE_COLUMNS
+from gvpo_ray.groups.table import EXPERT_COLUMNS as EXPERT_COLUMNS
 from gvpo_ray.groups.table import LOG_COLUMNS as LOG_COLUMNS
 from gvpo_ray.groups.table import LOGGED_COLUMNS as LOGGED_COLUMNS
 from gvpo_ray.groups.table import MASK_COLUMNS as MASK_COLUMNS

@@ -41,6 +41,9 @@ gets it (m = 2), and the room that fills each column:
                                                                     tool_errors, end, and of an agent's
                                                                     further branches their number; null:
                                                                     no episode. Optional)
+    routed_experts      [b"\x01\x05...", null]           engines   (mixtures of experts: those that the engine
+                                                                    chose, see experts.py; null: not known.
+                                                                    Optional)
 """
 
 from __future__ import annotations
@@ -81,6 +84,7 @@ SCHEMA = pa.schema(
         ("reference_logprobs", pa.list_(pa.float64())),
         ("reference_versions", pa.list_(pa.int32())),
         ("episodes", pa.list_(pa.string())),
+        ("routed_experts", pa.list_(pa.binary())),
     ]
 )
 
@@ -103,6 +107,8 @@ A completion of which no token is trained is left out of training (`batching.tra
 """
 EPISODE_COLUMNS = ("episodes",)
 """Optional column of the completions: only those of an environment have it."""
+EXPERT_COLUMNS = ("routed_experts",)
+"""Optional column of the completions: only those of a mixture of experts have it."""
 REWARD_COLUMNS = ("rewards", "reward_parts", "reward_reasons")
 REFERENCE_COLUMNS = ("reference_logprobs", "reference_versions")
 """Columns of log-probs under a separate reference model.
@@ -116,6 +122,7 @@ PER_COMPLETION_COLUMNS = (
     "reward_reasons",
     *REFERENCE_COLUMNS,
     *EPISODE_COLUMNS,
+    *EXPERT_COLUMNS,
 )
 """Columns whose lists have one entry per completion (`reward_parts` holds such lists by name)."""
 LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
@@ -123,7 +130,7 @@ LOGGED_COLUMNS = PROMPT_COLUMNS + COMPLETION_COLUMNS + REWARD_COLUMNS
 computes."""
 LOG_COLUMNS = (
     *(*PROMPT_COLUMNS, *DATA_COLUMNS, *COMPLETION_COLUMNS, *MASK_COLUMNS, *REWARD_COLUMNS),
-    *(*REFERENCE_COLUMNS, *EPISODE_COLUMNS),
+    *(*REFERENCE_COLUMNS, *EPISODE_COLUMNS, *EXPERT_COLUMNS),
 )
 """Columns of the durable log; a reference is null until it is computed, and replayed completions bring theirs
 along."""
@@ -180,7 +187,7 @@ def log_columns(groups: pa.Table) -> pa.Table:
     """
     if groups.schema.equals(SCHEMA):
         return groups
-    optional = (*DATA_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, *EPISODE_COLUMNS)
+    optional = (*DATA_COLUMNS, *MASK_COLUMNS, *REFERENCE_COLUMNS, *EPISODE_COLUMNS, *EXPERT_COLUMNS)
     missing = [name for name in optional if name not in groups.schema.names]
     return (
         with_columns(groups, **{name: [None] * len(groups) for name in missing})
@@ -264,7 +271,7 @@ def validate(groups: pa.Table, columns: Sequence[str]) -> pa.Table:
     for name in per_completion:
         first = per_completion[0]
         for row, (got, want) in enumerate(zip(sizes[name], sizes[first], strict=True)):
-            if got is None and name in (*MASK_COLUMNS, *EPISODE_COLUMNS):
+            if got is None and name in (*MASK_COLUMNS, *EPISODE_COLUMNS, *EXPERT_COLUMNS):
                 continue
             if got is None or got != want:
                 raise GroupError(
@@ -349,7 +356,7 @@ def join(prompt: pa.Table, *parts: pa.Table) -> pa.Table:
     It has rewards, references or trained_tokens if some part has them; the entries of other parts are null.
     """
     group = prompt.select(list(PROMPT_COLUMNS) + [name for name in DATA_COLUMNS if _has(prompt, name)])
-    optional = (*MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS, *EPISODE_COLUMNS)
+    optional = (*MASK_COLUMNS, *REWARD_COLUMNS, *REFERENCE_COLUMNS, *EPISODE_COLUMNS, *EXPERT_COLUMNS)
     for name in (*COMPLETION_COLUMNS, *optional):
         if name in COMPLETION_COLUMNS or any(_has(part, name) for part in parts):
             group = group.append_column(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.model import ModelConfig, num_experts
 
-EXPERTS = re.compile(r"^(num|n|moe_num)_(local_|routed_)?experts$")
-"""Keys of a config with the number of a layer's experts."""
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""The families with experts that engines and learner are compared of (docs/reference/families.md)."""
 
 
 def check_trainable(model: ModelConfig) -> None:
@@ -27,13 +27,10 @@ def check_trainable(model: ModelConfig) -> None:
 
     path = model.path
     config: Any = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    text = config.get_text_config()
-    found = {key: value for key, value in text.to_dict().items() if EXPERTS.match(key)}
-    experts = next((key for key, value in found.items() if isinstance(value, int) and value > 1), None)
-    if experts is not None:
+    if num_experts(config) and config.model_type not in MIXTURES:
         raise ConfigError(
-            f"model.path: {path} is a mixture of experts ({config.model_type}, {experts} {found[experts]}), "
-            "and only dense models can be trained yet: engines would not get the experts' weights"
+            f"model.path: {path} is a mixture of experts of a family that is not known here "
+            f"({config.model_type}, {num_experts(config)} experts): {', '.join(MIXTURES)} are"
         )
     if config.is_encoder_decoder:
         raise ConfigError(

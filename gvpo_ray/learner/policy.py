@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.model import ModelConfig, num_experts
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
@@ -35,6 +35,7 @@ from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
 from gvpo_ray.learner.mismatch import Mismatch
 from gvpo_ray.learner.reference_model import ReferenceModel
+from gvpo_ray.learner.routing import RouterReplay
 from gvpo_ray.learner.whole_weights import WholeWeights
 
 
@@ -80,6 +81,7 @@ class Policy:
                 values = load_file(folder / "adapter" / "adapter_model.safetensors")
                 for name, parameter in trained_parameters(whole):
                     parameter.data.copy_(values[adapter_name(name)])
+        self._routers = RouterReplay(whole) if model.router_replay and num_experts(whole.config) else None
         self._module = CompletionLogprobs(whole)
         if recomputes_activations(config, self.device):
             self._module.checkpoint_activations()
@@ -190,6 +192,9 @@ class Policy:
                 else "a prompt is computed again for each completion, and padding too"
             )
             layout += f", because {why}: {cost}"
+        if num_experts(self._module.model.config):
+            chosen = "the engine, where it has said so" if self._routers else "the learner"
+            layout += f"; experts chosen by {chosen}, without an auxiliary loss"
         activations = "recomputed" if self._recomputes else "kept"
         return f"{layout}; fused head, float32 log-probs; activations {activations} for the backward pass"
 
@@ -198,8 +203,12 @@ class Policy:
     def lay_out(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[int]]:
         """Return the module's inputs for the groups of a pass, and the trained tokens of each completion."""
         if self.packs:
-            return packing.pack(rows, self.device, self._flex, self._context)
-        return padded_inputs(rows, self.device)
+            inputs, lengths = packing.pack(rows, self.device, self._flex, self._context)
+        else:
+            inputs, lengths = padded_inputs(rows, self.device)
+        if self._routers and (experts := self._routers.experts(rows, inputs, self.packs)) is not None:
+            inputs["experts"] = experts
+        return inputs, lengths
 
     def forward(self, laid_out: tuple[dict[str, Any], list[int]], is_last: bool = True) -> Tensor:
         """Return the log-probs of all completions' trained tokens, [T], with gradients. Every rank.

@@ -6,7 +6,7 @@ from typing import Any
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.model import ModelConfig
+from gvpo_ray.config.model import ModelConfig, num_experts
 
 SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """Keys of a config with numbers that tensor parallel workers share out equally."""
@@ -25,6 +25,12 @@ def check_sizes(model: ModelConfig, learner: LearnerConfig) -> None:
         return
     config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     text = config.get_text_config()
+    if num_experts(config):
+        key = "tensor_parallel_size" if tensor > 1 else "context_parallel_size"
+        raise ConfigError(
+            f"learner.{key}: {model.path} is a mixture of experts, and no split over workers is known to "
+            "keep the experts that its engine chose: use fsdp or ZeRO"
+        )
     if tensor > 1 and not text.base_model_tp_plan:
         raise ConfigError(
             f"learner.tensor_parallel_size: transformers has no plan to split a {config.model_type} up"

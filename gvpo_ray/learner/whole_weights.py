@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
+from gvpo_ray.config.model import num_experts
 from gvpo_ray.learner.adapter import adapter_name, trained_parameters
 from gvpo_ray.learner.backends.base import Backend
 from gvpo_ray.learner.logprobs import CompletionLogprobs
@@ -30,7 +32,20 @@ class WholeWeights:
         self.module, self.backend, self.adapter = module, backend, adapter
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self.of_model() if self.adapter is None else self.of_adapter()
+        return self._of_files() if self.adapter is None else self.of_adapter()
+
+    def _of_files(self) -> Iterator[tuple[str, Tensor]]:
+        """Gather the whole model under the names of its files, which are those that engines load.
+
+        transformers holds all experts of a layer in two tensors, and files have three tensors of each expert.
+        """
+        model: Any = self.module.model
+        is_mixture = num_experts(model.config) > 0
+        for name, value in self.of_model():
+            if is_mixture:
+                yield from revert_weight_conversion(model, {name: value}).items()  # views: nothing is copied
+            else:
+                yield name, value
 
     def of_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Gather the adapter, under peft's names."""
@@ -38,7 +53,7 @@ class WholeWeights:
             yield adapter_name(name), self.backend.full(parameter)
 
     def of_model(self) -> Iterator[tuple[str, Tensor]]:
-        """Gather the whole model, with the adapter merged into it, under Hugging Face names.
+        """Gather the whole model, with the adapter merged into it, under the names that transformers has.
 
         Tied weights come under each of their names.
         """

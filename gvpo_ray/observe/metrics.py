@@ -157,6 +157,8 @@ METRICS = (
            "learner's log-prob less the engine's, per token of what the current policy wrote; none where all "
            "is older, or the loss needs no log-probs of the sampler (preset paper, and most objectives but "
            "gvpo and those that clip)"),
+    Metric("experts/replayed", "ratio", "Experts replayed",
+           "share of completions that come with the experts that their engine chose; none where no one does"),
     Metric("policy/clipped", "ratio", "Clipped tokens",
            "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
     Metric("pairs/ordered", "ratio", "Pairs in order",
@@ -285,6 +287,7 @@ def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str
     average = mean(rewards)
     sources = Counter(source for row in rows for source in row.get("sources") or ())
     offline = sum(number for source, number in sources.items() if source.startswith("offline:"))
+    replayed = sum(entry is not None for row in rows for entry in row.get("routed_experts") or ())
     return {
         "reward/mean": average,
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
@@ -306,6 +309,7 @@ def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str
         },
         "sources/offline": offline / max(1, total),
         **episode_metrics("episodes", rows),
+        **({"experts/replayed": replayed / max(1, total)} if replayed else {}),
     }
 
 

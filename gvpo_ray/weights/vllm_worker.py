@@ -24,10 +24,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from gvpo_ray.weights.transfer import NamedTensors, merge
+from gvpo_ray.weights.vllm_experts import ChosenExperts
 
 
 @dataclass
@@ -129,6 +132,35 @@ class ObjectsWeightTransferEngine(WeightTransferEngine[ObjectsInitInfo, ObjectsU
 
 WeightTransferEngineFactory.register_engine("objects", ObjectsWeightTransferEngine)
 
+_OF_EXPERTS: Any = UnquantizedFusedMoEMethod
+_set_up_kernel = _OF_EXPERTS._setup_kernel
+
+
+def _set_up_kernel_again(method: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    """Put the experts' weights into their kernel's layout also when they are loaded again.
+
+    vLLM does so on a CPU only when it loads a layer for the first time: after an update the kernel would read
+    weights in another order, without an error.
+    """
+    is_update = method.moe_kernel is not None
+    _set_up_kernel(method, layer, w13, w2)
+    if is_update and method.unquantized_backend == UnquantizedMoeBackend.CPU:
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+_OF_EXPERTS._setup_kernel = _set_up_kernel_again
+
 
 class WorkerExtension:
-    """vLLM's `worker_extension_cls` needs a class; this one adds nothing to the worker."""
+    """A WorkerExtension adds methods to vLLM's worker, which the engine calls by name."""
+
+    model_runner: Any
+    _chosen: ChosenExperts
+
+    def keep_experts(self) -> None:
+        """Keep the experts that are chosen from now on."""
+        self._chosen = ChosenExperts(self.model_runner)
+
+    def take_experts(self, request: str) -> bytes | None:
+        """Return the experts of a request, once."""
+        return self._chosen.take(request)
