@@ -113,3 +113,27 @@ def test_a_finished_run_is_not_run_again_and_the_table_has_intervals(
     assert "| PoFT | 55.0 ± 63.5 | 50.0 ± 0.0 | 75.0 ± 0.0 |" in (tmp_path / "family.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "family.jsonl").read_text().splitlines()]
     assert [(row["method"], row["rate"], row["seed"]) for row in rows] == ran
+
+
+def test_the_methods_of_a_section_try_the_same_rates_apart_and_keep_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, measured = [], []
+    best = {"rewards alone": 1e-3, "a teacher": 2e-3}
+
+    def run(method: str, rate: float, seed: int, sides: family.Sides, folder: Path) -> dict[str, float]:
+        ran.append((method, rate, seed))
+        measured.append({one.prompt for one in sides.measured})
+        assert not {one.prompt for one in sides.train} & measured[-1]
+        value = 0.75 if rate == best[method] else 0.5
+        return {name: value for name in family.COLUMNS["distillation"]}
+
+    monkeypatch.setitem(family.SECTIONS, "distillation", (run, tuple(family.DISTILLATION)))
+    family.main(["distillation"], 2, tmp_path)
+    trials = [(method, rate, family.TUNING_SEED) for method in best for rate in family.RATES["distillation"]]
+    assert ran == trials + [(method, best[method], seed) for seed in (0, 1) for method in best]
+    assert not measured[0] & measured[-1] and measured[0] == measured[11]
+    text = (tmp_path / "family.md").read_text()
+    assert f"| a teacher |{' 50.0 |' * 5} 75.0 |" in text  # of the trials
+    assert "| a teacher | 75.0 ± 0.0 | 75.0 ± 0.0 | 75.0 ± 0.0 | 75.0 ± 0.0 |" in text
+    assert "up to 2 seeds" in text

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -71,6 +72,31 @@ def test_equal_checkpoints_are_equal_files(given: Settings, tmp_path: Path) -> N
     for file in files:
         with safe_open(file, "pt") as opened:
             assert len(opened.metadata()) == 1, file
+
+
+def test_a_run_that_begins_with_another_runs_checkpoint_takes_its_weights_alone(
+    given: Settings, tmp_path: Path
+) -> None:
+    policy = load(given.model_path, given)
+    for number in (1, 2):
+        step(policy, given, number)
+    policy.begin_saving(tmp_path / "saved")
+    policy.finish_saving()
+    bare = tmp_path / "bare"
+    shutil.copytree(tmp_path / "saved", bare)
+    (bare / "state.json").unlink()
+    shutil.rmtree(bare / "optimizer")
+    model = ModelConfig(path=str(tmp_path / "saved"))
+    policy = Policy(model, given.learner, tmp_path / "saved", resumes=False)
+    assert (policy.step, policy.num_updates, policy.beta) == (0, 0, None)
+    plain = Policy(ModelConfig(path=str(bare)), given.learner, bare)
+    resumed = Policy(model, given.learner, tmp_path / "saved")
+    assert (
+        resumed.step == 2 and same(weights(policy), weights(plain)) and same(weights(resumed), weights(plain))
+    )
+    for each in (policy, plain, resumed):
+        step(each, given, 3)
+    assert same(weights(policy), weights(plain)) and not same(weights(resumed), weights(plain))
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_what_was_there_when_it_began(

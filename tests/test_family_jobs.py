@@ -40,6 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = folder / "runs" / "family"
     for name in ("sft/checkpoints/step-40", "gvpo/checkpoints/step-60", "student"):
         shutil.copytree(family / "model", family / name)
+        if name != "student":  # of another run's end, which a run that begins here must not go on from
+            (family / name / "state.json").write_text('{"step": 40}')
     lines = [json.loads(line) for line in (family / "data" / "noisy.jsonl").read_text().splitlines()]
     scored = ({**line, "aligned_logps": {"sorter": -3.0 if line["is_noise"] else -0.25}} for line in lines)
     (family / "data" / "aligned.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))

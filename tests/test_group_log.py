@@ -308,7 +308,7 @@ def test_put_says_whether_every_check_hit_its_limit(tmp_path):
             (1, [None] * size, other, EndedBy.NONE),
             (2, [0.0, *[None] * size][:size], cut_off[:size], EndedBy.NONE),
         ):
-            assert await buffer.put(group(number, rewards, reasons)) is ended_by
+            assert await buffer.put(group(number, rewards, reasons)) == [ended_by]
 
     run(main)
 

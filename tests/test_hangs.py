@@ -87,14 +87,18 @@ class Verifiers:
 
     def __init__(self, is_slow: Callable[[str], bool] = lambda prompt: False) -> None:
         self._is_slow = is_slow
+        self.calls: list[list[str]] = []
+        """The prompts of each call."""
 
     async def score(self, sampled: pa.Table) -> pa.Table:
-        if not self._is_slow(sampled["prompt"][0].as_py()):
-            return sampled
-        num = len(sampled["completions"][0])
-        return groups.with_columns(
-            sampled, rewards=[[None] * num], reward_reasons=[["timeout: math took more than 10 s"] * num]
-        )
+        self.calls.append(sampled["prompt"].to_pylist())
+        lists = {name: sampled[name].to_pylist() for name in ("rewards", "reward_reasons")}
+        for i, prompt in enumerate(self.calls[-1]):
+            if self._is_slow(prompt):
+                num = len(lists["rewards"][i])
+                lists["rewards"][i] = [None] * num
+                lists["reward_reasons"][i] = ["timeout: math took more than 10 s"] * num
+        return groups.with_columns(sampled, **lists)
 
 
 class Source(Prompts):
@@ -105,8 +109,10 @@ class Source(Prompts):
 
     def group(self, group_id: int, number: int) -> pa.Table:  # type: ignore[override]
         row = self._row(number)
-        texts = {name: row[name] for name in ("prompt", "answer", "dataset")}
-        return table({**make_group(group_id), **texts})
+        more = {name: row[name] for name in ("prompt", "answer", "dataset")}
+        if row["prompt"].startswith("check"):
+            more["rewards"] = [1.0, 0.0, None]
+        return table({**make_group(group_id, (1.0, 0.0, 0.5)), **more})
 
 
 def ring_of(
@@ -143,6 +149,42 @@ def ring_of(
 
     ring.watch = watch  # type: ignore[method-assign]
     return ring, engines
+
+
+# ------------------------------------------------------------------------------------------------ what waits
+
+
+@pytest.mark.parametrize("has_model", [False, True])
+def test_whole_groups_with_all_their_rewards_go_together_and_each_other_one_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_model: bool
+) -> None:
+    monkeypatch.setattr(ray, "put", groups.from_wire)
+
+    async def main() -> None:
+        buffer = make(tmp_path / "groups", groups_per_step=4, num_steps=5, max_staleness=None)
+        await buffer.published(0, {})
+        ring, engines = ring_of(tmp_path, buffer, ["a"], share=0.5, offline=["x", "check y", "z"])
+        ring._quarantine.add(Source(["z"]).all())
+        engines.slots = []  # all groups may start at once
+        verifiers = ring._verifiers
+        if has_model:  # it has actors of its own, and each of them should have something to do
+            ring._references = verifiers  # type: ignore[assignment]
+        running = asyncio.ensure_future(ring.run())
+        while len(buffer.log) < 20:
+            assert not running.done()
+            await asyncio.sleep(0)
+        await settle()
+        assert not ring.running and len(buffer.log) == 20
+        logged = buffer.log.read(0, 20).select(["prompt", "rewards"]).to_pylist()
+        last = {"a": 0.5, "x": 0.5, "check y": None}
+        assert all(row["rewards"] == [1.0, 0.0, last[row["prompt"]]] for row in logged)
+        sizes = {text: [len(call) for call in verifiers.calls if text in call] for text in last}
+        assert all(len({*call}) == 1 for call in verifiers.calls)
+        assert {*sizes["a"], *sizes["check y"]} == {1} and max(sizes["x"]) == (1 if has_model else 4)
+        assert sum(map(len, verifiers.calls)) == (40 if has_model else 20)
+        running.cancel()
+
+    run(main)
 
 
 # -------------------------------------------------------------------------------------------- behind the log

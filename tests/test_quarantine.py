@@ -147,7 +147,8 @@ def _ended(buffer: GroupBuffer, reasons: list[str | None], **columns: Any) -> En
     rewards = tuple(1.0 if reason is None else None for reason in reasons)
     episodes = ['{"name": "0"}'] * len(reasons)
     group = make_group(0, rewards, **{"reward_reasons": reasons, "episodes": episodes} | columns)
-    return asyncio.run(buffer.put(groups.table([group])))
+    (ended,) = asyncio.run(buffer.put(groups.table([group])))
+    return ended
 
 
 LATE = "timeout: environment: reset: no answer within 1 s"

@@ -275,7 +275,7 @@ def test_a_group_that_was_refused_wholly_is_logged_so_that_a_resumed_run_does_no
 
     async def run() -> None:
         buffer = GroupBuffer(tmp_path, groups_per_step=1, num_steps=1, max_staleness=None)
-        assert await buffer.put(group) is EndedBy.NONE
+        assert await buffer.put(group) == [EndedBy.NONE]
         assert (await buffer.status())["num_finished"] == 1
 
     asyncio.run(run())

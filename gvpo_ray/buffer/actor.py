@@ -26,9 +26,9 @@ from gvpo_ray.groups import from_wire, to_wire
 class _BufferActor(GroupBuffer):
     """The actor's class is a GroupBuffer whose tables are sent as Arrow IPC streams."""
 
-    async def put_all(self, *scored: pa.Buffer) -> list[EndedBy]:
-        """Put several groups; return the answer of GroupBuffer.put for each."""
-        return [await self.put(from_wire(group)) for group in scored]
+    async def put_all(self, *scored: pa.Buffer) -> list[list[EndedBy]]:
+        """Put several tables of groups; return the answer of GroupBuffer.put for each."""
+        return [await self.put(from_wire(table)) for table in scored]
 
     async def batch_on_wire(self, step: int) -> pa.Buffer | None:
         """Return GroupBuffer.batch's table as an Arrow IPC stream; None: the run was closed."""
@@ -45,7 +45,7 @@ class _BufferActor(GroupBuffer):
 
 
 MAX_PUTS = 64
-"""Most groups that go to the buffer in one call."""
+"""Most tables of groups that go to the buffer in one call."""
 
 
 class BufferClient:
@@ -80,15 +80,15 @@ class BufferClient:
         )
         self._state, self._note = state, note
         self._lives, self._lock = 0, asyncio.Lock()
-        self._to_put: list[tuple[Any, asyncio.Future[EndedBy]]] = []
+        self._to_put: list[tuple[Any, asyncio.Future[list[EndedBy]]]] = []
         self._putting: asyncio.Future[None] | None = None
 
-    async def put(self, scored: Any) -> EndedBy:
-        """Put a scored group, given as an object ref, as GroupBuffer.put does.
+    async def put(self, scored: Any) -> list[EndedBy]:
+        """Put a table of scored groups, given as an object ref, as GroupBuffer.put does.
 
-        Groups that arrive while a call is in flight go together in the next call.
+        Tables that arrive while a call is in flight go together in the next call.
         """
-        future: asyncio.Future[EndedBy] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[EndedBy]] = asyncio.get_running_loop().create_future()
         self._to_put.append((scored, future))
         if self._putting is None or self._putting.done():
             self._putting = asyncio.ensure_future(self._put_waiting())
@@ -99,11 +99,11 @@ class BufferClient:
             batch, self._to_put = self._to_put[:MAX_PUTS], self._to_put[MAX_PUTS:]
             await self._put_together(batch)
 
-    async def _put_together(self, batch: list[tuple[Any, asyncio.Future[EndedBy]]]) -> None:
+    async def _put_together(self, batch: list[tuple[Any, asyncio.Future[list[EndedBy]]]]) -> None:
         try:
             answers = await self._call("put_all", *(ref for ref, _ in batch))
         except Exception as error:  # every caller that waits must get the error
-            if len(batch) > 1 and is_lost(error):  # of one group; the others need not be sampled again
+            if len(batch) > 1 and is_lost(error):  # the other tables need not be made again
                 for each in batch:
                     await self._put_together([each])
                 return

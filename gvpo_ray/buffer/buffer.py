@@ -161,21 +161,28 @@ class GroupBuffer(LearnerControl):
             self._running.discard(group_id)
             self._new_version.notify_all()
 
-    async def put(self, group: pa.Table) -> EndedBy:
-        """Append one finished group to the log and wake the learner; a group already there is ignored.
+    async def put(self, finished: pa.Table) -> list[EndedBy]:
+        """Append finished groups to the log and wake the learner; a group already there is ignored.
 
         Returns:
-            How its completions' checks ended.
+            How the checks of the completions ended, for each group.
 
         Raises:
-            GroupError: the group lacks a logged column, or its lists do not fit.
+            GroupError: a group lacks a logged column, or its lists do not fit.
         """
         references = [
             name
             for name in groups.REFERENCE_COLUMNS
-            if name in group.schema.names and not group[name].null_count
+            if name in finished.schema.names and not finished[name].null_count
         ]
-        groups.validate(group, (*groups.LOGGED_COLUMNS, *references))
+        groups.validate(finished, (*groups.LOGGED_COLUMNS, *references))
+        finished = groups.log_columns(finished)
+        ended = [self._put_one(finished.slice(i, 1)) for i in range(len(finished))]
+        async with self._new_group:
+            self._new_group.notify_all()
+        return ended
+
+    def _put_one(self, group: pa.Table) -> EndedBy:
         group_id = group.column("group_id")[0].as_py()
         self._running.discard(group_id)
         if group_id in self._finished:
@@ -186,8 +193,6 @@ class GroupBuffer(LearnerControl):
         self._last_group_at = time.time()
         if self._history is not None:
             self._history.add(row, group)
-        async with self._new_group:
-            self._new_group.notify_all()
         if not groups.all_cut_off(group):
             return EndedBy.WELL if groups.any_episode_well(group) else EndedBy.NONE
         return EndedBy.LATE if groups.all_late(group) else EndedBy.CHECKS

@@ -38,6 +38,7 @@ from gvpo_ray.groups.table import all_cut_off as all_cut_off
 from gvpo_ray.groups.table import all_late as all_late
 from gvpo_ray.groups.table import any_episode_well as any_episode_well
 from gvpo_ray.groups.table import empty as empty
+from gvpo_ray.groups.table import has_all_rewards as has_all_rewards
 from gvpo_ray.groups.table import join as join
 from gvpo_ray.groups.table import limit_of as limit_of
 from gvpo_ray.groups.table import log_columns as log_columns

@@ -203,6 +203,11 @@ def limit_of(text: str | None) -> ReasonKind | None:
     return next(kinds, None)
 
 
+def has_all_rewards(group: pa.Table) -> bool:
+    """Return whether every completion of a group came with its reward, as those of some files do."""
+    return "rewards" in group.column_names and None not in (group["rewards"][0].as_py() or [None])
+
+
 def all_cut_off(group: pa.Table) -> bool:
     """Return whether the checks of all completions of a group hit a limit of their verifier."""
     reasons = group["reward_reasons"][0].as_py()

@@ -47,8 +47,10 @@ class Policy:
     Args:
         model: the config section `model`.
         config: the config section `learner`.
-        path: a Hugging Face folder; with `state.json` in it a checkpoint, from which training resumes.
+        path: a Hugging Face folder; with `state.json` in it a checkpoint.
         device: this rank's device.
+        resumes: whether training goes on from a checkpoint. A run that begins with that of another run takes
+            its weights alone.
 
     Raises:
         RuntimeError: the backend has rounded the frequencies of rotary embeddings.
@@ -56,7 +58,12 @@ class Policy:
     """
 
     def __init__(
-        self, model: ModelConfig, config: LearnerConfig, path: str | Path, device: torch.device | str = "cpu"
+        self,
+        model: ModelConfig,
+        config: LearnerConfig,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        resumes: bool = True,
     ) -> None:
         self.device = torch.device(device)
         self.rank = ranks()[0]
@@ -77,7 +84,7 @@ class Policy:
         """The contents of adapter_config.json, where a LoRA adapter is trained; else None."""
         if model.lora is not None:
             self.adapter = add_adapter(whole, model.lora) | {"base_model_name_or_path": str(model.path)}
-            if (folder / "adapter").is_dir():
+            if resumes and (folder / "adapter").is_dir():
                 values = load_file(folder / "adapter" / "adapter_model.safetensors")
                 for name, parameter in trained_parameters(whole):
                     parameter.data.copy_(values[adapter_name(name)])
@@ -112,7 +119,7 @@ class Policy:
         """The beta of the next step, where beta is adaptive; None before the first step."""
         self.mismatch = Mismatch()
         """How far engines' log-probs were from the learner's for the same weights, in all steps so far."""
-        if (folder / "state.json").exists():
+        if resumes and (folder / "state.json").exists():
             state = self._checkpoint.read(folder)
             self.step, self.num_updates, self.beta = state["step"], state["num_updates"], state["beta"]
             self.mismatch = Mismatch(**state.get("mismatch", {}))  # 0.2 and older have none

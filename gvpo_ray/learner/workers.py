@@ -263,7 +263,11 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
         torch.distributed.broadcast_object_list(newest, src=0)
     (checkpoint,) = newest
     policy = Policy(
-        config.model, config.learner, checkpoint[1] if checkpoint else config.model.path, get_device()
+        config.model,
+        config.learner,
+        checkpoint[1] if checkpoint else config.model.path,
+        get_device(),
+        resumes=checkpoint is not None,
     )
     engines = settings["engines"]
     publisher: DirectPublisher | ObjectPublisher

@@ -16,7 +16,7 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class Ring:
 
         Waits for room first (a freed engine slot sets the event), then for the staleness bound.
         """
+        assert self._inputs is not None
         while True:
             while (room := self._room()) < 1:
                 self._engines.room.clear()
@@ -131,9 +132,16 @@ class Ring:
             started = await self._buffer.start(min(room, MAX_STARTS))
             if started is None:
                 return
+            ready: list[pa.Table] = []
             for group_id, min_version in started:
                 self._goes_to(group_id, time.time(), "prompts")
-                tasks.create_task(self._roll_out(group_id, min_version))
+                prompt, is_whole = self._inputs.group(group_id)
+                if is_whole and self._references is None and groups.has_all_rewards(prompt):
+                    ready.append(prompt)
+                else:
+                    tasks.create_task(self._roll_out([prompt], is_whole, min_version))
+            if ready:
+                tasks.create_task(self._roll_out(ready, True, 0))
 
     def _room(self) -> int:
         """Return the number of groups that may start.
@@ -154,38 +162,47 @@ class Ring:
             self.running[group_id] = since, where
             self._at[where] += 1
 
-    async def _roll_out(self, group_id: int, min_version: int) -> None:
-        """Take one group along its path: sampled, verified, logged. The driver sees object refs only."""
-        assert self._inputs is not None and self._verifiers is not None
-        prompt, is_whole = self._inputs.group(group_id)
-        since = time.time()
-        if self._quarantine.holds(prompt):
+    async def _roll_out(self, prompts: Sequence[pa.Table], is_whole: bool, min_version: int) -> None:
+        """Take a group along its path: sampled, verified, logged. The driver sees object refs only.
+
+        Several whole groups go together where nothing of them has to be computed: a call to an actor takes
+        longer than what it then does for one of them.
+        """
+        assert self._verifiers is not None
+        since = {prompt["group_id"][0].as_py(): time.time() for prompt in prompts}
+        kept = [prompt for prompt in prompts if not self._quarantine.holds(prompt)]
+        for group_id in since.keys() - {prompt["group_id"][0].as_py() for prompt in kept}:
             await self._buffer.skip(group_id)
-        elif is_whole or await self._has_reached(min_version):
+        if kept and (is_whole or await self._has_reached(min_version)):
             while True:
-                self._goes_to(group_id, since, "prompts")
+                self._go_to(since, "prompts")
                 try:
                     sampled = (
-                        ray.put(groups.to_wire(prompt))
+                        ray.put(groups.to_wire(pa.concat_tables(kept, promote_options="default")))
                         if is_whole
-                        else await self._sample(prompt, min_version)
+                        else await self._sample(kept[0], min_version)
                     )
-                    self._goes_to(group_id, since, "verifiers")
+                    self._go_to(since, "verifiers")
                     self._engines.room.set()
                     scored = await self._verifiers.score(sampled)
                     if self._references is not None:
-                        self._goes_to(group_id, since, "references")
+                        self._go_to(since, "references")
                         scored = await self._references.score(scored)
-                    self._goes_to(group_id, since, "buffer")
-                    ended_by = await self._buffer.put(scored)
+                    self._go_to(since, "buffer")
+                    ended = await self._buffer.put(scored)
                     break
                 except RayError as error:
                     if not is_lost(error):
                         raise
-            if self._quarantine.judge(prompt, ended_by):
+            if any([self._quarantine.judge(*each) for each in zip(kept, ended, strict=True)]):
                 self._refuse_quarantine()
-        self._goes_to(group_id, since, None)
+        self._go_to(since, None)
         self._engines.room.set()
+
+    def _go_to(self, since: Mapping[int, float], where: str | None) -> None:
+        """Record the stage that groups enter together."""
+        for group_id, at in since.items():
+            self._goes_to(group_id, at, where)
 
     async def _has_reached(self, version: int) -> bool:
         """Wait until the weights of a version are published; return whether they were before the run ended.

@@ -5,8 +5,9 @@
     distillation    a teacher with another tokenizer as GVPO's reference, beside rewards alone
 
 Everything runs in this process with the learner's own steps, and neither Ray nor an engine is started. All
-methods have one learning rate. A finished run is a row of family.jsonl in the folder, and does not run again;
-family.md is made from the rows.
+methods of the first two sections have one learning rate; those of the third have that of RATES with which a
+trial of each ended best on training prompts. A finished run is a row of family.jsonl in the folder, and does
+not run again; family.md is made from the rows.
 """
 
 from __future__ import annotations
@@ -256,6 +257,8 @@ SECTIONS: dict[str, tuple[Run, Sequence[str]]] = {
 """By name of a section: what runs a method, and the methods."""
 RATE = 5e-4
 """The learning rate of all methods. At 2e-3 GVPO and EPA ended with a third of the reward (one run each)."""
+RATES, TUNING_SEED = {"distillation": tuple(RATE * 2.0**i for i in range(-3, 3))}, 1000
+"""Rates that each method of a section tries, and the seed of these trials, which no other run has."""
 
 
 class Rows:
@@ -295,23 +298,33 @@ def main(sections: Sequence[str], num_seeds: int, folder: Path) -> None:
     rows = Rows(folder)
     train, held_out = tasks.split(tasks.sort(random.Random(0)), random.Random(0))
     sides = Sides(train, held_out[:NUM_HELD_OUT])
+    apart = Sides(train[NUM_HELD_OUT:], train[:NUM_HELD_OUT])  # no choice depends on what the tables report
     for section in sections:
         run, methods = SECTIONS[section]
+        for method, rate in itertools.product(methods, RATES.get(section, ())):
+            _run(run, section, method, rate, TUNING_SEED, apart, rows)
         for seed, method in itertools.product(range(num_seeds), methods):
-            _run(run, section, method, seed, sides, rows)
+            _run(run, section, method, tuned(section, method, rows), seed, sides, rows)
             write(rows)
 
 
-def _run(run: Run, section: str, method: str, seed: int, sides: Sides, rows: Rows) -> None:
-    what = {"section": section, "method": method, "rate": RATE, "seed": seed}
+def tuned(section: str, method: str, rows: Rows) -> float:
+    """Return the rate of a method: that of its trial with the best pass@1, or RATE where there are none."""
+    trials = rows.of(section=section, method=method, seed=TUNING_SEED)
+    rate: float = max(trials, key=lambda row: row["pass@1"])["rate"] if trials else RATE
+    return rate
+
+
+def _run(run: Run, section: str, method: str, rate: float, seed: int, sides: Sides, rows: Rows) -> None:
+    what = {"section": section, "method": method, "rate": rate, "seed": seed}
     if rows.of(**what):
         return
     began = time.monotonic()
     with seeded(seed, None):
-        found = run(method, RATE, seed, sides, rows.folder)
+        found = run(method, rate, seed, sides, rows.folder)
     rows.add({**what, **found, "seconds": time.monotonic() - began})
     said = " · ".join(f"{name} {value:.3f}" for name, value in found.items() if "@" not in name[1:-2])
-    print(f"{section}, {method}, seed {seed}: {said}", flush=True)
+    print(f"{section}, {method}, rate {rate:g}, seed {seed}: {said}", flush=True)
 
 
 def number(values: Sequence[float]) -> str:
@@ -344,9 +357,26 @@ COLUMNS: dict[str, dict[str, tuple[str, Callable[[Sequence[float]], str]]]] = {
 """Columns of the table of each section: by the measure's name its title, and how it is written."""
 
 
+def trials_of(section: str, rows: Rows) -> list[str]:
+    """Write the table of a section's trials; nothing where it has none."""
+    if not (trials := rows.of(section=section, seed=TUNING_SEED)):
+        return []
+    head = ["rate", *(f"{rate:g}" for rate in RATES[section])]
+    found = {(row["method"], row["rate"]): row["pass@1"] for row in trials}
+    body = [
+        [name, *(percent([found[name, rate]] if (name, rate) in found else []) for rate in RATES[section])]
+        for name in SECTIONS[section][1]
+    ]
+    return [
+        "One trial each, pass@1 at its end on training prompts that it was not given:",
+        "",
+        markdown(head, body),
+    ]
+
+
 def write(rows: Rows) -> None:
     """Write family.md from the rows so far."""
-    seeds = len({row["seed"] for row in rows.rows})
+    seeds = len({row["seed"] for row in rows.rows} - {TUNING_SEED})
     text = [
         "# The family",
         "",
@@ -357,10 +387,13 @@ def write(rows: Rows) -> None:
         columns = COLUMNS[section]
         body = []
         for method in methods:
-            found = rows.of(section=section, method=method)
+            rate = tuned(section, method, rows)
+            alike = rows.of(section=section, method=method, rate=rate)
+            found = [row for row in alike if row["seed"] != TUNING_SEED]
             cells = [form([row[name] for row in found]) for name, (_, form) in columns.items()]
             body += [[method, *cells]] if found else []
         if body:
             head = ["", *(title for title, _ in columns.values())]
             text += [f"## {section}", "", markdown(head, body)]
+            text += trials_of(section, rows)
     (rows.folder / "family.md").write_text("\n".join(text), encoding="utf-8")
