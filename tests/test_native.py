@@ -336,7 +336,7 @@ def test_a_model_that_workers_cannot_share_out_is_refused_by_its_number(
 
 @pytest.mark.parametrize("learner", [TENSOR, CONTEXT])
 def test_a_mixture_of_experts_is_not_split_over_workers(tmp_path: Path, learner: dict[str, Any]) -> None:
-    model = ModelConfig(path=str(make_model(tmp_path, "qwen2_moe")))
+    model = ModelConfig(path=str(make_model(tmp_path, "qwen3_moe")))
     check_sizes(model, LearnerConfig())
     with pytest.raises(ConfigError, match=r"^learner\..*_parallel_size: .* is a mixture of experts"):
         check_sizes(model, LearnerConfig(**learner))
