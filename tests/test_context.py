@@ -30,7 +30,7 @@ class Ranks:
     def get_world_size(self) -> int:
         return self.size
 
-    def new_group(self, ranks: list[int]) -> list[int]:
+    def new_group(self, ranks: list[int], timeout: object) -> list[int]:
         return ranks
 
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -143,7 +143,7 @@ def test_what_a_rank_keeps_for_the_backward_pass_falls_with_their_number(
     for size in (2, 4):
         results = on_threads(path, "groups", size, monkeypatch)
         shares.append(max(result["kept"] for result in results) / whole)
-    assert shares[0] < 0.7 and shares[1] < 0.5
+    assert shares[0] < 0.55 and shares[1] < 0.35
 
 
 def test_heads_that_ranks_cannot_share_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

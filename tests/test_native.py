@@ -15,6 +15,7 @@ import test_backends
 import test_spread
 import torch
 import torch.distributed as dist
+import transformers
 from learners import settings
 from tiny import make_model
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,7 @@ from gvpo_ray.config.memory import learner_bytes, shape_of
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner.backends.native import SummedGradients
+from gvpo_ray.learner.head import linear_logprobs
 from gvpo_ray.learner.policy import Policy
 from gvpo_ray.learner.sizes import check_sizes
 from gvpo_ray.learner.step import train_step
@@ -112,7 +114,34 @@ def steps(**options: Any) -> Any:
     return functools.partial(test_spread.four_steps, **options)
 
 
+def split_head(folder: Path) -> list[float]:
+    """How far log-probs and gradients of a head with bias, scale and cap are from those of the whole one,
+    for seven targets and for none.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    found = []
+    for number in (7, 0):
+        generator = torch.Generator().manual_seed(number)
+        weight, bias, hidden, towards = (
+            torch.randn(size, generator=generator, dtype=torch.float64)
+            for size in ((4 * world, 5), (4 * world,), (number, 5), (number,))
+        )
+        targets = torch.randint(0, 4 * world, (number,), generator=generator)
+        own = slice(4 * rank, 4 * (rank + 1))
+        results = []
+        for part, group in ((slice(None), None), (own, dist.group.WORLD)):
+            leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight[part], bias[part])]
+            logprobs = linear_logprobs(leaves[0], leaves[1], targets, leaves[2], 1.5, 2.0, group)
+            logprobs.backward(towards)
+            results.append([logprobs.detach(), *(leaf.grad for leaf in leaves)])
+        (logprobs, *whole), split = results
+        whole = [logprobs, whole[0], whole[1][own], whole[2][own]]
+        found += [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip(whole, split, strict=True)]
+    return found
+
+
 CASES_ON_2 = {
+    "a split head": split_head,
     "tensor 2": steps(**TENSOR, micro_batch_tokens=40),
     "tensor 2, padded": steps(**TENSOR, micro_batch_tokens=100, packing=False),
     "tensor 2, recomputed": steps(**TENSOR, micro_batch_tokens=200, gradient_checkpointing=True),
@@ -332,6 +361,21 @@ def test_a_model_that_workers_cannot_share_out_is_refused_by_its_number(
         return
     with pytest.raises(ConfigError, match=words):
         check_sizes(model, LearnerConfig(**learner))
+
+
+@pytest.mark.parametrize("name", ["Gemma2Config", "Qwen3_5TextConfig", "MambaConfig"])
+def test_a_family_whose_groups_cannot_be_packed_is_not_split_by_sequence(tmp_path: Path, name: str) -> None:
+    config = getattr(transformers, name)()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"^learner.context_p.* the groups of a {config.model_type} cannot"
+    ):
+        check_sizes(ModelConfig(path=str(tmp_path)), LearnerConfig(**CONTEXT))
+
+
+def test_a_head_that_ranks_have_in_parts_gives_what_the_whole_one_gives(on_ranks: Any) -> None:
+    for differences in on_ranks(2, "a split head"):
+        assert len(differences) == 8 and max(differences) < 1e-12
 
 
 @pytest.mark.parametrize("learner", [TENSOR, CONTEXT])

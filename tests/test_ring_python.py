@@ -112,9 +112,9 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
     assert [entry["prompt"] for entry in algo.quarantine.entries()] == ["12="] and lines[-1][
         "prompts/quarantined"
     ] == 1
-    for row in groups.rows(
-        log
-    ):  # the model is a mixture of experts, trained with those that the engine chose
+    # The model is a mixture of experts, trained with those that the engine chose.
+    assert all(line["experts/replayed"] == 1 for line in lines if "loss" in line)
+    for row in groups.rows(log):
         for completion, entry in zip(row["completion_ids"], row["routed_experts"], strict=True):
             chosen = groups.experts_of(entry, (2, 2), 4)
             num_read = len(row["prompt_ids"]) + len(completion) - 1

@@ -244,7 +244,8 @@ def gathered_by_a_checkpoint(config: GVPOConfig, shape: Shape) -> float:
     learner = config.learner
     is_whole = learner.backend == "ddp" or (learner.backend == "deepspeed" and learner.zero_stage == 0)
     converted = 2 if config.model.dtype == "bfloat16" else 0
-    return float(((0 if is_whole else 4) + converted) * shape.of_the_head)
+    experts = shape.num_experts * 2 * shape.intermediate_size * shape.hidden_size  # of a layer, in one weight
+    return float(((0 if is_whole else 4) + converted) * max(shape.of_the_head, experts))
 
 
 def total(parts: dict[str, float]) -> float:

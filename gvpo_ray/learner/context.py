@@ -11,12 +11,16 @@ group would see each other.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another, as in the group of all of them, which Ray Train makes."""
 
 
 class Context:
@@ -36,7 +40,7 @@ class Context:
         for first in range(0, dist.get_world_size(), size * stride):
             for start in range(first, first + stride):
                 ranks = list(range(start, start + size * stride, stride))
-                group = dist.new_group(ranks)
+                group = dist.new_group(ranks, timeout=TIMEOUT)
                 if rank in ranks:
                     self.group = group
 

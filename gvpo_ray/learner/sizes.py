@@ -42,8 +42,15 @@ def check_sizes(model: ModelConfig, learner: LearnerConfig) -> None:
                 f"learner.tensor_parallel_size: {tensor} workers cannot share out the {key} ({number}) of "
                 f"{model.path}"
             )
-    if text.num_attention_heads // tensor % context:
+    kinds = {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    heads = getattr(text, "num_attention_heads", None)
+    if context > 1 and (kinds or heads is None or getattr(text, "attn_logit_softcapping", None)):
+        raise ConfigError(
+            f"learner.context_parallel_size: the groups of a {config.model_type} cannot be packed, and only "
+            "packed ones are split"
+        )
+    if heads is not None and heads // tensor % context:
         raise ConfigError(
             f"learner.context_parallel_size: {context} workers cannot share out the num_attention_heads "
-            f"({text.num_attention_heads}{f' / {tensor}' if tensor > 1 else ''}) of {model.path}"
+            f"({heads}{f' / {tensor}' if tensor > 1 else ''}) of {model.path}"
         )

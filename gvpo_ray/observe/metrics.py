@@ -287,7 +287,7 @@ def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str
     average = mean(rewards)
     sources = Counter(source for row in rows for source in row.get("sources") or ())
     offline = sum(number for source, number in sources.items() if source.startswith("offline:"))
-    replayed = sum(entry is not None for row in rows for entry in row.get("routed_experts") or ())
+    experts = [entry is not None for row in rows for entry in row.get("routed_experts") or ()]
     return {
         "reward/mean": average,
         "reward/std": math.sqrt(mean([(reward - average) ** 2 for reward in rewards])),
@@ -309,7 +309,7 @@ def batch_metrics(rows: Sequence[Row], version: int, least: int = 2) -> dict[str
         },
         "sources/offline": offline / max(1, total),
         **episode_metrics("episodes", rows),
-        **({"experts/replayed": replayed / max(1, total)} if replayed else {}),
+        **({"experts/replayed": sum(experts) / max(1, total)} if experts else {}),
     }
 
 

@@ -6,6 +6,7 @@ for CPUs: vLLM would refuse to start.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -26,7 +27,7 @@ class ChosenExperts:
     """
 
     def __init__(self, runner: Any) -> None:
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
         self._runner = runner
         config = runner.model_config
@@ -36,10 +37,11 @@ class ChosenExperts:
         self._kept: OrderedDict[str, list[np.ndarray]] = OrderedDict()
         for module in runner.model.modules():
             if isinstance(module, MoERunner):
-                module.router.set_capture_fn(
-                    lambda experts, layer=module.layer_id: self._step.update({layer: experts.clone()})
-                )
+                module.router.set_capture_fn(functools.partial(self._chosen, module.layer_id))
         runner.model.register_forward_hook(lambda *_: self._keep())
+
+    def _chosen(self, layer: int, experts: torch.Tensor) -> None:
+        self._step[layer] = experts.clone()
 
     def _keep(self) -> None:
         batch, begins = self._runner.input_batch, self._runner.query_start_loc.np

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
     TensorParallelLayer,
     _AllReduceBackward,
 )
 
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.learner.backends.base import adamw, autocast_to, ranks
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
@@ -79,8 +80,9 @@ class NativeBackend(FSDPBackend):
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Read this rank's shards of the model to its device."""
-        model: Any = read().to(self._device)
-        model.config.distributed_config = None  # or save_pretrained, on rank 0 alone, would wait for others
+        model: nn.Module = read().to(self._device)
+        config: Any = model.config
+        config.distributed_config = None  # or save_pretrained, on rank 0 alone, would wait for others
         return model
 
     def wrap(self, module: nn.Module) -> None:
@@ -89,6 +91,12 @@ class NativeBackend(FSDPBackend):
 
         if self.data_size > 1:
             model: Any = module.model
+            whole = {type(part).__name__ for part in module.modules()} & {*(model._no_split_modules or ())}
+            if whole:  # a sharded layer's class has another name
+                raise ConfigError(
+                    f"learner.backend: native shards no {', '.join(sorted(whole))} by itself, and would "
+                    "gather the model as a whole: use fsdp"
+                )
             fully_shard(module, mesh=model._mesh_manager.get_mesh("fsdp"), mp_policy=self._precision())
         self._sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._optimizer = adamw(module, self._config)
