@@ -12,6 +12,7 @@ import pytest
 from tiny import make_group
 
 from gvpo_ray import groups
+from gvpo_ray.groups.experts import merged_experts
 
 ROW = {
     "group_id": 17,
@@ -313,11 +314,24 @@ def test_trainable_leaves_out_completions_without_reward_in_every_column():
         "reference_versions": [0, 2],
         "episodes": ['{"turns": 2}', None],
         "routed_experts": [b"\x00\x03\x01\x02", None],
-        "prompt_experts": b"\x00\x03\x01\x02",
+        "prompt_experts": (b"\x00\x03\x01\x02",),
     }
     assert left.pop("prompt_experts")  # no column: it is there for the group's passes
     assert len(ROW["rewards"]) == 3  # and the row itself stays
     groups.validate(groups.table([left]), groups.SCHEMA.names)
+
+
+def test_all_parts_of_a_group_merge_the_same_entries_for_the_experts_of_its_prompt():
+    """Of a token that the first completion found in the prefix cache, another one may know the experts."""
+    cached, other = np.array([[[-1]], [[-1]], [[1]], [[2]]]), np.array([[[3]], [[-1]], [[0]]])
+    entries = [None, groups.experts_entry(cached, 4), groups.experts_entry(other, 4)]
+    group = {**ROW, "routed_experts": entries}
+    for part in (groups.only(group, [0]), groups.only(groups.only(group, [2, 1]), [0])):
+        merged = merged_experts(part["prompt_experts"], 3, (1, 1), 4)
+        assert merged is not None and merged.ravel().tolist() == [3, -1, 1]
+    assert merged_experts([b"\x04"], 3, (1, 1), 4) is None
+    nothing = merged_experts([], 3, (1, 1), 4)
+    assert nothing is not None and nothing.ravel().tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,68 @@ def test_the_experts_of_each_token_are_those_with_which_it_was_first_read() -> N
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_no_experts_stay_of_tokens_that_a_tool_did_not_add_again(says: bool) -> None:
+    """Another engine's completion has seven tokens; as many stay as the tool has added again."""
+    calls: list[int] = []
+
+    async def call(ids: list[int], max_tokens: int, begin: int, stop: Any = ()) -> Span:
+        calls.append(len(ids))
+        experts = bytes([len(calls)] * 2 * (len(ids) + 1)) if says or len(calls) < 3 else None
+        return Span([7, 8], [-1.0] * 2, "stop", [0], None, experts)
+
+    def adds(tool: list[int], asks: bool = True) -> Rollout:
+        async def rollout(prompt_ids: list[int], sample: Sample) -> list[int]:
+            made = await sample(prompt_ids) + tool
+            return made + await sample(prompt_ids + made) if asks else made
+
+        return rollout
+
+    async def main() -> None:
+        one = Transcript(PROMPT, 100, call, None)
+        await one.run(adds([50, 51, 52]))
+        assert one.columns("")["routed_experts"] == bytes([1] * 6 + [2] * 10)
+        for tool, num_same in (([60] * 6, 4), ([50], 5), ([50, 51, 52, 60], 7)):
+            del calls[2:]
+            two = Transcript(PROMPT, 100, call, one.so_far())
+            await two.run(adds(tool))
+            assert two.ids == [7, 8, *tool, 7, 8]
+            # of the prompt, and of as many tokens as are the same
+            kept = bytes([1] * 6 + [2] * 10)[: 2 * num_same]
+            num_read = 2 + len(two.ids) - 1
+            want = kept + bytes([3] * (2 * num_read - len(kept))) if says else None
+            assert two.columns("")["routed_experts"] == want
+        same = Transcript(PROMPT, 100, call, one.so_far())
+        await same.run(adds([50, 51, 52]))
+        assert same.columns("") == one.columns("")
+        # no call has said how long a token's experts are
+        silent = Transcript(PROMPT, 100, call, one.so_far())
+        await silent.run(adds([60] * 6, asks=False))
+        assert silent.columns("")["routed_experts"] is None
+        # there is less room than where it was begun
+        short = Transcript(PROMPT, 6, call, one.so_far())
+        await short.run(adds([50, 51, 52]))
+        assert len(short.ids) == 6 and short.columns("")["routed_experts"] is None
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_says_its_experts_has_their_column_also_where_none_are_known(run: Run) -> None:
+    """Engines put the tables of several groups together, and so does an evaluation."""
+
+    async def main() -> None:
+        engine = await ready()
+        engine._returns_experts = True
+        silent, _ = await engine.generate(prompt(), sampling(2))
+        assert row_of(silent)["routed_experts"] == [None, None]
+        spoken = groups.with_columns(silent, routed_experts=[[b"\x00", None]])
+        assert len(pa.concat_tables([silent, spoken])) == 2
+        engine._returns_experts = False
+        assert "routed_experts" not in (await engine.generate(prompt(), sampling(2)))[0].column_names
+
+    run(main())
+
+
 def test_a_drain_does_not_wait_for_a_tool(run: Run) -> None:
     async def slow(prompt_ids: list[int], sample: Sample) -> list[int]:
         first = await sample(prompt_ids)

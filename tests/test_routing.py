@@ -139,6 +139,43 @@ def test_neither_packing_nor_passes_nor_recomputed_layers_change_what_replay_giv
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_prompts_experts_are_those_of_the_first_completion_that_knows_them(tmp_path: Path) -> None:
+    """The first one found most of the prompt in the prefix cache; the other may be in another pass."""
+    policy = policy_of(folder_of(tmp_path, "qwen3_moe"))
+    row, chosen = ROWS[0], chosen_for(ROWS[0], np.random.default_rng(4))
+    want = policy.logprobs([with_experts(row, chosen)])
+    cached = [one.copy() for one in chosen]
+    for one in (cached[0], cached[2]):
+        one[: len(row["prompt_ids"]) - 1] = -1
+    got = with_experts(row, cached)
+    assert torch.equal(policy.logprobs([got]), want)
+    again = torch.cat([policy.logprobs([groups.only(got, [i])]) for i in range(3)])
+    torch.testing.assert_close(again, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_empty_completion_does_not_move_the_experts_of_the_next_one(tmp_path: Path, packed: bool) -> None:
+    replay: Any = policy_of(folder_of(tmp_path, "qwen3_moe"))._routers
+    row = {"group_id": 7, "prompt_ids": [3, 4], "completion_ids": [[], [5, 6, 7]]}
+    (chosen,) = chosen_for({**row, "completion_ids": [[5, 6, 7]]}, np.random.default_rng(5))
+    row["routed_experts"] = [None, groups.experts_entry(chosen, NUM)]
+    shape = (1, 4) if packed else (2, 5)
+    found = replay.experts([row], {"input_ids": torch.zeros(shape, dtype=torch.long)}, packed)
+    of_second = found.transpose(0, 1)[0 if packed else 5 :][:4]
+    assert of_second.tolist() == chosen.tolist()
+
+
+def test_an_entry_with_more_tokens_than_there_are_is_refused_with_the_group(tmp_path: Path) -> None:
+    policy = policy_of(folder_of(tmp_path, "mixtral"))
+    num = len(ROWS[0]["prompt_ids"]) + len(ROWS[0]["completion_ids"][0])
+    entries = [groups.experts_entry(np.zeros((num + more, LAYERS, CHOSEN)), NUM) for more in (0, 1)]
+    policy.logprobs([{**ROWS[0], "group_id": 7, "routed_experts": [entries[0], None, None]}])
+    with pytest.raises(
+        groups.GroupError, match=f"group 7: routed_experts has {num + 1} tokens .* {num} with"
+    ):
+        policy.logprobs([{**ROWS[0], "group_id": 7, "routed_experts": [entries[1], None, None]}])
+
+
 def test_replay_can_be_switched_off_and_a_run_says_which(tmp_path: Path) -> None:
     path = folder_of(tmp_path, "mixtral")
     row = with_experts(ROWS[0], chosen_for(ROWS[0], np.random.default_rng(3)))

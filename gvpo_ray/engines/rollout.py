@@ -11,6 +11,7 @@ It runs in the engine's process, once per completion. This module imports neithe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -148,6 +149,8 @@ class Transcript:
         self.versions: list[int] = []
         self.experts = b""
         """The experts that the engine chose, as in Span, for as many tokens as are known."""
+        self._token_bytes = 0
+        """Bytes of `experts` per token; 0: not known, as long as no call of this engine has said any."""
         self.turn_ends: list[int] = []
         """Number of tokens at the end of each call of the model, of those that no drain has cut off."""
         self.finish_reason = "length"
@@ -184,6 +187,8 @@ class Transcript:
             self.finish_reason = "length"
             for column in (self.ids, self.logprobs, self.trained):
                 del column[self._max_tokens :]
+            if self._begun is not None and len(self._begun["completion_ids"]) > self._max_tokens:
+                self.experts = self.experts[: (len(self.prompt_ids) + self._max_tokens) * self._token_bytes]
 
     def cut(self) -> None:
         """Let the completion end with what is there; a call of the model that is under way ends by itself."""
@@ -214,10 +219,10 @@ class Transcript:
         begin = len(self.ids)
         self.finish_reason = "stop"
         if not self._repeat():
+            num_begun = self._num_begun()
             span = await self._one_call(begin)
             self._wrote(span.ids, span.logprobs, span.versions)
-            # what was chosen when a token was first read stays: a later call may find it in a cache
-            self.experts += (span.experts or b"")[len(self.experts) :]
+            self._read(span.experts, num_begun)
             self.finish_reason, self.stop_reason = span.finish_reason, span.stop_reason
             if span.finish_reason == ABORTED:
                 raise CutOff
@@ -244,7 +249,6 @@ class Transcript:
         trained = begun.get("trained_tokens") or [True] * len(begun["completion_ids"])
         end = next((i for i in range(begin, len(trained)) if not trained[i]), len(trained))
         # where nothing was added between two calls, only this tells them apart
-        self.experts = max(self.experts, begun.get("routed_experts") or b"", key=len)
         known = next((place for place in begun.get("turn_ends") or () if begin < place <= end), None)
         end = end if known is None else known
         self._wrote(
@@ -252,10 +256,40 @@ class Transcript:
             begun["sampling_logprobs"][begin:end],
             [begun["version_min"], begun["version_max"]],
         )
+        self._keep_begun(end)
         if known is not None and end == len(trained):
             is_known = begun["finish_reasons"] != ABORTED
             self.finish_reason = begun["finish_reasons"] if is_known else "stop"
         return known is not None or begin < end < len(trained)
+
+    def _num_begun(self) -> int:
+        """Return the number of the other engine's tokens that are there, up to the first that is another."""
+        theirs = () if self._begun is None else self._begun["completion_ids"]
+        both = zip(theirs, self.ids, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+
+    def _keep_begun(self, num: int) -> None:
+        """Take over the experts of the prompt and of the first `num` tokens of what another engine has made.
+
+        All of them are taken as they are. A part can be taken only once it is known how long a token's are.
+        """
+        theirs = (self._begun and self._begun.get("routed_experts")) or b""
+        if self._begun is None or num < len(self._begun["completion_ids"]):
+            fits = self._token_bytes and len(theirs) % self._token_bytes == 0
+            theirs = theirs[: (len(self.prompt_ids) + num) * self._token_bytes] if fits else b""
+        self.experts = max(self.experts, theirs, key=len)
+
+    def _read(self, experts: bytes | None, num_begun: int) -> None:
+        """Take over the experts of the last call of the model, which has read all tokens but the last one.
+
+        What was chosen when a token was first read stays: a later call may find it in a cache.
+        """
+        if not experts:
+            return
+        num_read = max(1, len(self.prompt_ids) + len(self.ids) - 1)
+        self._token_bytes = 0 if len(experts) % num_read else len(experts) // num_read
+        self._keep_begun(num_begun)
+        self.experts += experts[len(self.experts) :]
 
     async def ask(self, ids: list[int], max_tokens: int | None, stop: Sequence[str | int]) -> Span:
         """Make a call of the model that is no part of the completion yet: `adopt` puts all of them together.

@@ -55,6 +55,8 @@ class RolloutEngine(BaseEngine):
         super().__init__(drain_s)
         self._rollout = rollout
         self._num_calls = 0
+        self._returns_experts = False
+        """Whether the engine says which experts it has chosen."""
 
     def _whole(self, table: pa.Table) -> pa.Table:
         """Give a group of agents, which write prompts of their own, the prompt that its completions share."""
@@ -158,7 +160,7 @@ class RolloutEngine(BaseEngine):
             names.append("trained_tokens")
         columns: dict[str, Any] = {name: [[row[name] for row in rows]] for name in names}
         experts = [row.get("routed_experts") for row in rows]
-        if any(experts):
+        if self._returns_experts or any(experts):  # also where none are known: tables are concatenated
             columns["routed_experts"] = [experts]
         if isinstance(self._rollout, Episodes):
             columns |= self._rollout.table_columns(rows)

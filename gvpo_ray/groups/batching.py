@@ -47,13 +47,14 @@ def trainable(row: Mapping[str, Any], least: int = 2) -> dict[str, Any] | None:
 def only(row: Mapping[str, Any], completions: Sequence[int]) -> dict[str, Any]:
     """Return the row with only these of its completions.
 
-    `reward_parts` is left as it is, because forward passes do not read it. What the group knows of its
-    prompt's experts stays with it under `prompt_experts`, so that all parts of the group have the same.
+    `reward_parts` is left as it is, because forward passes do not read it. All entries that may know the
+    prompt's experts stay with it under `prompt_experts`, so that all parts of the group merge the same ones
+    (`experts.merged_experts`): the bytes alone do not say where a token ends.
     """
     names = [name for name in PER_COMPLETION_COLUMNS if row.get(name) is not None]
     result = {**row, **{name: [row[name][i] for i in completions] for name in names}}
     if "routed_experts" in names:
-        result.setdefault("prompt_experts", next(filter(None, row["routed_experts"]), None))
+        result.setdefault("prompt_experts", tuple(filter(None, row["routed_experts"])))
     return result
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from gvpo_ray.config.model import num_experts
 from gvpo_ray.groups import GroupError, Row, experts_of
+from gvpo_ray.groups.experts import merged_experts
 
 NOT_KNOWN = -1
 """Stands for an expert that the router has to choose itself."""
@@ -48,8 +49,9 @@ class RouterReplay:
     def experts(self, rows: Sequence[Row], inputs: dict[str, Any], packed: bool) -> Tensor | None:
         """Return the experts of all tokens of a pass, [layers, tokens, experts per token].
 
-        All completions of a group have the experts that are known of its prompt: a packed prompt is computed
-        once, and neither packing nor the cut into passes may change a result.
+        All completions of a group have the experts that are known of its prompt, per token those of the first
+        completion that knows them: a packed prompt is computed once, and neither packing nor the cut into
+        passes may change a result.
 
         Args:
             rows: the groups of the pass.
@@ -71,24 +73,33 @@ class RouterReplay:
         for row in rows:
             num_prompt = len(row["prompt_ids"])
             entries = row.get("routed_experts") or [None] * len(row["completion_ids"])
-            prompt = self._read(row, row.get("prompt_experts") or next(filter(None, entries), None))
-            prompt = prompt[:num_prompt]
+            prompt = self._of_this_model(
+                row,
+                merged_experts(
+                    row.get("prompt_experts") or entries, num_prompt, self._shape, self._num_experts
+                ),
+            )
             if packed:
                 found[at : at + len(prompt)] = prompt
                 at += num_prompt
             for ids, entry in zip(row["completion_ids"], entries, strict=True):
-                own = self._read(row, entry)[num_prompt : num_prompt + len(ids) - 1]
+                own = self._of_this_model(row, experts_of(entry, self._shape, self._num_experts))
+                if len(own) > num_prompt + len(ids):
+                    raise GroupError(
+                        f"group {row['group_id']}: routed_experts has {len(own)} tokens of a completion that "
+                        f"has {num_prompt + len(ids)} with its prompt"
+                    )
+                own = own[num_prompt : num_prompt + max(0, len(ids) - 1)]
                 if not packed:
                     at = number * width
                     found[at : at + len(prompt)] = prompt
                     at += num_prompt
                 found[at : at + len(own)] = own
-                at += len(ids) - 1
+                at += max(0, len(ids) - 1)
                 number += 1
         return torch.from_numpy(found).to(input_ids.device).transpose(0, 1).contiguous()
 
-    def _read(self, row: Row, entry: bytes | None) -> np.ndarray:
-        known = experts_of(entry, self._shape, self._num_experts)
+    def _of_this_model(self, row: Row, known: np.ndarray | None) -> np.ndarray:
         if known is None:
             raise GroupError(
                 f"group {row['group_id']}: routed_experts is not of a model with {self._shape[0]} layers and "
