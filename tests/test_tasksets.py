@@ -527,9 +527,16 @@ def test_a_task_set_that_is_absent_broken_or_without_an_end_is_refused_by_its_ke
     for _ in range(2):  # and it leaves no half-made module behind
         with pytest.raises(ConfigError, match=r"broken_tasks.py: ZeroDivisionError"):
             read_agent(section(folder, name=f"verifiers:{folder / 'broken_tasks.py'}"))
-    (folder / "json.py").write_text(TASKS)
-    with pytest.raises(ConfigError, match="another module is called json: rename the file"):
-        read_agent(section(folder, name=f"verifiers:{folder / 'json.py'}"))
+    (folder / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ConfigError, match=r"environment.name: .*leaves.py ends the process: SystemExit\(0\)"):
+        read_agent(section(folder, name=f"verifiers:{folder / 'leaves.py'}"))
+    for name in ("json", "textarena", "codex"):  # the last two are verifiers' own
+        (folder / f"{name}.py").write_text(TASKS)
+        with pytest.raises(ConfigError, match=f"another module is called {name}: rename the file"):
+            read_agent(section(folder, name=f"verifiers:{folder / name}.py"))
+    (folder / "tasks.v1.py").write_text(TASKS)
+    with pytest.raises(ConfigError, match=r"tasks.v1.py: a module's name has no dot"):
+        read_agent(section(folder, name=f"verifiers:{folder / 'tasks.v1.py'}"))
     (folder / "later_tasks.py").write_text("LATER = 1\n")  # on the path, and nobody has imported it yet
     (folder / "theirs").mkdir()
     (folder / "theirs" / "later_tasks.py").write_text(TASKS)

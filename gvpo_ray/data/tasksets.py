@@ -9,13 +9,15 @@ A row has the column `task`, the data of the task as JSON, from which environmen
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import sys
 import threading
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -48,6 +50,8 @@ def in_time(key: str, name: str, function: Callable[[], Loaded]) -> Loaded:
     def work() -> None:
         try:
             found.append(function())
+        except SystemExit as error:  # or the command would end with the task set's status, and say nothing
+            raised.append(ConfigError(f"{key}: {name} ends the process: SystemExit({error})"))
         except BaseException as error:
             raised.append(error)
 
@@ -77,14 +81,10 @@ def register(path: str, code: str) -> str:
         ConfigError: another module has its name.
     """
     name = module_name(path)
-    known = sys.modules.get(name)
-    if known is not None:
+    if (known := sys.modules.get(name)) is not None:
         if getattr(known, "__file__", None) != path:
             raise ConfigError(f"{path}: another module is called {name}: rename the file")
         return name
-    spec = importlib.util.find_spec(name)  # one that nobody has imported yet would be found no more
-    if spec is not None and (spec.origin is None or Path(spec.origin).resolve() != Path(path).resolve()):
-        raise ConfigError(f"{path}: another module is called {name}: rename the file")
     module = ModuleType(name)
     module.__file__ = path
     module.__spec__ = ModuleSpec(name, None, origin=path)
@@ -100,13 +100,41 @@ def register(path: str, code: str) -> str:
 def source_of(name: str) -> tuple[str, str | None]:
     """Return the id of a task set, or the path of its file, and the code of that file (None: a package).
 
+    It is called where the run is started, since other machines find other modules.
+
     Args:
         name: behind `verifiers:`.
+
+    Raises:
+        ConfigError: the file would hide a module, or verifiers would find its own of that name instead.
+        OSError: the file cannot be read.
     """
     if not name.endswith(".py"):
         return name, None
     path = Path(name).expanduser().absolute()
-    return str(path), path.read_text(encoding="utf-8")
+    code = path.read_text(encoding="utf-8")
+    module = module_name(str(path))
+    if "." in module:
+        raise ConfigError(f"{path}: a module's name has no dot: rename the file")
+    if module not in sys.modules and any(_is_another(spec, path) for spec in _found(module)):
+        raise ConfigError(f"{path}: another module is called {module}: rename the file")
+    return str(path), code
+
+
+def _found(module: str) -> Iterator[ModuleSpec | None]:
+    """Look for modules of this name: of the machine, in the run's folder, and of verifiers."""
+    yield importlib.util.find_spec(module)
+    yield PathFinder.find_spec(module, [os.getcwd()])
+    for package in ("verifiers.v1.tasksets", "verifiers.v1.harnesses"):
+        with contextlib.suppress(ImportError):
+            yield importlib.util.find_spec(f"{package}.{module}")
+
+
+def _is_another(spec: ModuleSpec | None, path: Path) -> bool:
+    """Return whether a module that was found is one, and is not the file; a bare folder is none."""
+    if spec is None or spec.origin is None:
+        return False
+    return Path(spec.origin).resolve() != path.resolve()
 
 
 def id_of(name: str) -> str:

@@ -17,6 +17,7 @@ the episode has an error.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import threading
@@ -120,7 +121,7 @@ class Tasks:
         """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="task set", daemon=True).start()
+            threading.Thread(target=self._work, name="task set", daemon=True).start()
         try:
             async with asyncio.timeout(START_S):
                 await self._apart(self._ready(), START_S)
@@ -143,6 +144,13 @@ class Tasks:
         await self.begin()
         return await self._apart(self._play(base_url, api_key, model, task), self._timeout_s)
 
+    def _work(self) -> None:
+        """Run the loop of the task set's thread, also after its code wanted to end the process."""
+        assert self._loop is not None
+        while True:
+            with contextlib.suppress(SystemExit):
+                return self._loop.run_forever()
+
     async def _apart(self, work: Coroutine[Any, Any, Made], limit_s: float) -> Made:
         """Run a coroutine in the task set's thread.
 
@@ -150,7 +158,14 @@ class Tasks:
         set's code, which nothing can end: the process ends, and is started again.
         """
         assert self._loop is not None
-        done = asyncio.run_coroutine_threadsafe(work, self._loop)
+
+        async def guarded() -> Made:
+            try:
+                return await work
+            except SystemExit as error:  # it would end the thread, and nobody would learn why
+                raise RuntimeError(f"{self._name} ends the process: SystemExit({error})") from error
+
+        done = asyncio.run_coroutine_threadsafe(guarded(), self._loop)
         try:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
@@ -195,7 +210,7 @@ class Tasks:
             async with env.serving():
                 begun.set_result((env, build_async_httpx(EvalClientConfig())))
                 await asyncio.Event().wait()
-        except Exception as error:  # of a user's module; it is the reason of each of its episodes
+        except (Exception, SystemExit) as error:  # of a user's module: the reason of each of its episodes
             if begun.done():
                 raise
             self._begun = None  # the next episode tries again: a hub may have been out of reach

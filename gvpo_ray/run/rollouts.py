@@ -140,8 +140,8 @@ class Ring:
                     ready.append(prompt)
                 else:
                     tasks.create_task(self._roll_out([prompt], is_whole, min_version))
-            if ready:
-                tasks.create_task(self._roll_out(ready, True, 0))
+            for first in range(0, len(ready), MAX_TOGETHER):
+                tasks.create_task(self._roll_out(ready[first : first + MAX_TOGETHER], True, 0))
 
     def _room(self) -> int:
         """Return the number of groups that may start.
@@ -173,6 +173,7 @@ class Ring:
         kept = [prompt for prompt in prompts if not self._quarantine.holds(prompt)]
         for group_id in since.keys() - {prompt["group_id"][0].as_py() for prompt in kept}:
             await self._buffer.skip(group_id)
+            self._goes_to(group_id, since.pop(group_id), None)  # or a new buffer waits for it
         if kept and (is_whole or await self._has_reached(min_version)):
             while True:
                 self._go_to(since, "prompts")
@@ -368,6 +369,8 @@ def _cluster_resources() -> tuple[dict[str, float], dict[str, float]]:
     return available, total
 
 
+MAX_TOGETHER = 64
+"""Most whole groups that go along the ring together."""
 MAX_STARTS = 256
 """Most groups that are started by one call to the buffer."""
 
