@@ -1,4 +1,4 @@
-"""Whether a model's layers can be split over workers is asked of its config before anything starts."""
+"""A model's config says whether its layers can be split over workers, before anything starts."""
 
 from __future__ import annotations
 
