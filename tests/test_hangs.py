@@ -89,8 +89,10 @@ class Verifiers:
         self._is_slow = is_slow
         self.calls: list[list[str]] = []
         """The prompts of each call."""
+        self.at_a_call: Callable[[], None] = lambda: None
 
     async def score(self, sampled: pa.Table) -> pa.Table:
+        self.at_a_call()
         self.calls.append(sampled["prompt"].to_pylist())
         lists = {name: sampled[name].to_pylist() for name in ("rewards", "reward_reasons")}
         for i, prompt in enumerate(self.calls[-1]):
@@ -154,11 +156,13 @@ def ring_of(
 # ------------------------------------------------------------------------------------------------ what waits
 
 
-@pytest.mark.parametrize("has_model", [False, True])
+@pytest.mark.parametrize(("has_model", "most", "together"), [(False, 64, 4), (False, 3, 2), (True, 64, 1)])
 def test_whole_groups_with_all_their_rewards_go_together_and_each_other_one_by_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_model: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_model: bool, most: int, together: int
 ) -> None:
+    """At most so many of them; of three that follow each other one is in quarantine, and skipped."""
     monkeypatch.setattr(ray, "put", groups.from_wire)
+    monkeypatch.setattr("gvpo_ray.run.rollouts.MAX_TOGETHER", most)
 
     async def main() -> None:
         buffer = make(tmp_path / "groups", groups_per_step=4, num_steps=5, max_staleness=None)
@@ -166,7 +170,18 @@ def test_whole_groups_with_all_their_rewards_go_together_and_each_other_one_by_i
         ring, engines = ring_of(tmp_path, buffer, ["a"], share=0.5, offline=["x", "check y", "z"])
         ring._quarantine.add(Source(["z"]).all())
         engines.slots = []  # all groups may start at once
-        verifiers = ring._verifiers
+        verifiers: Any = ring._verifiers
+        skip, skipped = buffer.skip, set()
+
+        async def skip_and_note(group_id: int) -> None:
+            await skip(group_id)
+            skipped.add(group_id)
+
+        def nothing_waits_for_what_is_skipped() -> None:  # a new buffer would, for what is running
+            assert not skipped & ring.running.keys()
+
+        monkeypatch.setattr(buffer, "skip", skip_and_note)
+        verifiers.at_a_call = nothing_waits_for_what_is_skipped
         if has_model:  # it has actors of its own, and each of them should have something to do
             ring._references = verifiers  # type: ignore[assignment]
         running = asyncio.ensure_future(ring.run())
@@ -180,7 +195,8 @@ def test_whole_groups_with_all_their_rewards_go_together_and_each_other_one_by_i
         assert all(row["rewards"] == [1.0, 0.0, last[row["prompt"]]] for row in logged)
         sizes = {text: [len(call) for call in verifiers.calls if text in call] for text in last}
         assert all(len({*call}) == 1 for call in verifiers.calls)
-        assert {*sizes["a"], *sizes["check y"]} == {1} and max(sizes["x"]) == (1 if has_model else 4)
+        assert {*sizes["a"], *sizes["check y"]} == {1} and max(sizes["x"]) == together
+        assert skipped
         assert sum(map(len, verifiers.calls)) == (40 if has_model else 20)
         running.cancel()
 
