@@ -25,7 +25,7 @@ from episodes import LocalClient
 from sampled import PROMPT_IDS, part, prompt, row_of, sampling
 from test_agents import check as check_agents
 from test_agents import sequences
-from test_tasksets import TASKS
+from test_tasksets import TASKS, ended
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
@@ -686,9 +686,7 @@ def test_a_task_set_of_verifiers_is_trained_with_the_tokens_that_vllm_sampled(
         table, missing = await engine.generate(
             groups.with_columns(prompt(), data=[json.dumps({"columns": {"task": task}})]), sampling(3, 100)
         )
-        tasks._serving.cancel()
-        await asyncio.gather(tasks._serving, return_exceptions=True)
-        await tasks._begun.result()[1].aclose()
+        await ended(tasks)
         await host._session.close()
         host._runner._shutdown_timeout = 0.01
         await host._runner.cleanup()
