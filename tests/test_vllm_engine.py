@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
 from gvpo_ray.actors import Draining, cause_of
+from gvpo_ray.bench import turns
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.config.environment import ENVIRONMENT, EnvironmentConfig
@@ -747,6 +748,18 @@ def test_an_update_is_a_sign_of_life() -> None:
         assert (await engine.status())["last_token_at"] >= began
 
     asyncio.run(run())
+
+
+def test_a_turn_finds_the_turns_before_it_in_the_prefix_cache_and_separate_prompts_find_nothing(
+    running: Running,
+) -> None:
+    one, apart = (
+        running.run(turns.measure(running.engine, tiny.VOCAB_SIZE, 3, 3, is_one)) for is_one in (True, False)
+    )
+    assert (
+        one.hit_rate > 0.3 and apart.hit_rate == 0
+    )  # at most (224 + 448) / (192 + 416 + 640), in whole blocks
+    assert min(one.tokens_per_s, apart.tokens_per_s) > 0
 
 
 def test_everyone_who_waits_for_a_dead_core_is_told_and_the_process_ends(

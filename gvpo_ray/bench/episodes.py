@@ -1,7 +1,8 @@
 """`gvpo-ray bench episodes` measures how many episodes with a calculator one environment actor makes.
 
 There is no model and no Ray: the tool calls are made up, and the host's calls are those that engines make.
-Each episode has its process, as in a run, so the figure is what environments cost beside the model.
+Each episode has its process, as in a run, so the figure is what environments cost beside the model. What
+several turns cost the model is measured where one is given (turns.py).
 """
 
 from __future__ import annotations
@@ -67,8 +68,14 @@ async def play(host: Host, group_id: int, num_turns: int) -> None:
     await host.release(group_id)
 
 
-def main(num_groups: int, num_turns: int) -> float:
-    """Run the benchmark and print its table; return the episodes per second."""
+def main(num_groups: int, num_turns: int, model: str | None = None) -> float:
+    """Run the benchmark and print its table; return the episodes per second.
+
+    Args:
+        num_groups: groups of K episodes with the calculator.
+        num_turns: of each.
+        model: folder of a model, whose turns are measured in 4 K episodes; None: in none.
+    """
     forks = Forks(Calculator, {}, Limits())
     host = Host(forks.world)
 
@@ -94,5 +101,16 @@ def main(num_groups: int, num_turns: int) -> float:
     table.add_column("value", justify="right")
     table.add_row(f"episodes of {num_turns} turns with a calculator", f"{rate:,.0f} per s")
     table.add_row("tool calls", f"{rate * num_turns:,.0f} per s")
+    if model is not None:
+        from gvpo_ray.bench import turns
+
+        one, apart = turns.main(model, 4 * K, num_turns)
+        for name, speed in (
+            (f"episodes of {num_turns} turns", one),
+            (f"{num_turns} separate prompts", apart),
+        ):
+            table.add_row(f"tokens of {name}", f"{speed.tokens_per_s:,.1f} per s")
+            table.add_row(f"prefix cache, {name}", f"{100 * speed.hit_rate:.0f} %")
+        table.add_row("ratio of the tokens per s", f"{one.tokens_per_s / apart.tokens_per_s:.2f}")
     Console(highlight=False).print(table)
     return rate

@@ -113,13 +113,20 @@ def bench_chaos(
 def bench_episodes(
     groups: Annotated[int, typer.Option(metavar="N", help="groups of 8 episodes")] = 100,
     turns: Annotated[int, typer.Option(metavar="N", help="turns of an episode")] = 5,
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="also its tokens per second, beside separate prompts")
+    ] = None,
 ) -> None:
-    """Measure episodes per second with a calculator, without a model."""
+    """Measure episodes per second with a calculator, and a model's turns beside separate prompts."""
     at_least_one("--groups", groups)
     at_least_one("--turns", turns)
+    from gvpo_ray.config.base import ConfigError
+
+    if model is not None and not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"--model: {model} has no config.json")
     from gvpo_ray.bench import episodes
 
-    episodes.main(groups, turns)
+    episodes.main(groups, turns, model)
 
 
 @verb("scale --engines 8,64", bench)
