@@ -20,7 +20,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
 from ray.util.placement_group import PlacementGroup
 
 from gvpo_ray.actors import RunError, cause_of, innermost, resources_of, tag_of
@@ -97,7 +99,22 @@ class LearnerGroup:
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._controller = Path(self._scratch) / "controller"
         callbacks: list[Any] = [_ReportFailures(buffer), _RecordController(self._controller)]
-        self._trainer = TorchTrainer(
+        unused: list[type[RayTrainCallback]] = [DatasetsCallback]
+        if not cluster_address(config.ray):
+            unused.append(PlacementGroupCleanerCallback)
+
+        class Trainer(TorchTrainer):
+            """A Trainer starts without two actors of Ray Train that have nothing to do here: 10 CPU seconds.
+
+            One hands out shards of datasets, of which a learner has none. Another removes the placement group
+            of a controller that has died, which it learns from the dashboard; `_remove_places` needs none.
+            """
+
+            def _create_default_callbacks(self) -> list[RayTrainCallback]:
+                made = super()._create_default_callbacks()
+                return [one for one in made if not isinstance(one, tuple(unused))]
+
+        self._trainer = Trainer(
             train_loop,
             train_loop_config={
                 "config": config,
