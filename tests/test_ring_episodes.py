@@ -63,7 +63,7 @@ def config(tmp_path: Path) -> GVPOConfig:
 
 
 def test_a_run_with_an_environment_trains_what_was_sampled_and_survives_its_actors_death(
-    config: GVPOConfig,
+    config: GVPOConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with config.build() as algo:
         lines = [algo.train()]
@@ -72,10 +72,14 @@ def test_a_run_with_an_environment_trains_what_was_sampled_and_survives_its_acto
         while not algo.events.counts()["environment"]:
             time.sleep(0.1)
         lines += [algo.train(), algo.train()]
+        (last,) = descendants(os.getpid(), TITLES["environment"])
     for line in lines:
         assert 1 <= line["episodes/turns_mean"] <= 3 and line["episodes/tool_calls_mean"] == 0
         assert line["weights/parity_max"] < 1e-3
     assert lines[-1]["recoveries/environment"] == 1
+    # Ray's words about a process that crashed, for the one that did and not for the one that was ended
+    said = "".join(capfd.readouterr())
+    assert f"Worker PID: {victim} " in said and f"Worker PID: {last} " not in said
     assert 1 <= lines[-1]["eval/heldout/turns_mean"] <= 3
     rows = list(groups.rows(groups.load(Path(config.run_dir) / "groups")))
     assert len(rows) >= 6

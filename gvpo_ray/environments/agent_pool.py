@@ -22,6 +22,9 @@ from gvpo_ray.environments.tasksets import Tasks
 class _EnvironmentActor(AgentHost):
     """Its process has the name of other environments' actors, by which `bench chaos` finds them."""
 
+    async def leave(self) -> None:
+        """Do nothing: Ray ends this process."""
+
 
 class AgentGroup(EnvironmentGroup):
     """An AgentGroup is the actors that run agents, seen from the driver.

@@ -29,20 +29,29 @@ from gvpo_ray.environments.world import Limits
 
 class _EnvironmentActor(Host):
     def __init__(self, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
-        forks = Forks(cls, arguments, limits)
+        forks, self._leaving = Forks(cls, arguments, limits), threading.Event()
         super().__init__(forks.world)
-        threading.Thread(target=_end_with, args=(forks,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(forks, self._leaving), daemon=True).start()
         self._unprotected: list[str] = getattr(cls, "_unprotected", list)()
 
     async def status(self) -> dict[str, Any]:
         """Add what this machine's kernel does not protect from programs of the environment."""
         return {**await super().status(), "unprotected": self._unprotected}
 
+    async def leave(self) -> None:
+        """Leave the end of this process to Ray."""
+        self._leaving.set()
 
-def _end_with(forks: Forks) -> None:
-    """End this process, which Ray starts again, with its worlds: no tool call is to blame for their end."""
+
+def _end_with(forks: Forks, leaving: threading.Event) -> None:
+    """End this process, which Ray starts again, with its worlds: no tool call is to blame for their end.
+
+    Ray ends a process after its children. One that ends itself then counts as one that crashed, and every run
+    would end with Ray's words about that.
+    """
     forks.wait()
-    os._exit(1)
+    if not leaving.is_set():
+        os._exit(1)
 
 
 class EnvironmentGroup:
@@ -95,7 +104,10 @@ class EnvironmentGroup:
             self._note("environment", f"environment-{number}", why)
 
     async def close(self) -> None:
-        """Kill the actors."""
+        """Kill the actors; they are told before, for which they have a second."""
+        told = asyncio.gather(*(actor.leave.remote() for actor in self.actors), return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(told, 1)
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 
