@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.dialogue import Dialogue, dialogue_of
+from gvpo_ray.data.prompts import PromptSet
 
 CHATML = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -288,6 +290,34 @@ def test_whatever_the_model_writes_a_family_reads_a_call_or_says_why_not(
 def test_a_prompt_shows_the_tools(tokenizer: PreTrainedTokenizerFast) -> None:
     (found,) = _dialogue(tokenizer).render([{"prompt": "1?", "messages": None}])
     assert json.dumps("Add two numbers.") in tokenizer.decode(found.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("has_tools", "keys", "is_said"),
+    [
+        (False, {}, True),
+        (False, {"system_prompt": "You can add."}, False),
+        (False, {"template": "{prompt}="}, False),
+        (True, {}, False),
+    ],
+)
+def test_it_is_said_where_a_chat_template_leaves_the_tools_out(
+    tmp_path: Path, has_tools: bool, keys: dict[str, str], is_said: bool
+) -> None:
+    tokenizer = _tokenizer([])
+    if not has_tools:
+        tokenizer.chat_template = CHATML[CHATML.index("{% for") :]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    config = PromptsConfig(path=str(tmp_path / "p.jsonl"), **keys)
+    prompts = PromptSet(
+        config,
+        tokenizer,
+        name="p",
+        max_tokens=None,
+        make_renderer=partial(dialogue_of, tools=[ADD], family=None),
+    )
+    said = [note for note in prompts.notes if "does not name the tool add" in note]
+    assert len(said) == is_said and all("system_prompt" in note for note in said)
 
 
 def test_a_family_that_does_not_exist_or_does_not_fit_is_named(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -96,6 +96,16 @@ class Dialogue(TextRenderer, abc.ABC):
         _, rest = self._halves(row)
         return [*self._plain_text(said or ""), *rest]
 
+    def unshown(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the names of the tools that a prompt does not show, since its chat template knows no tools.
+
+        A plain template is the whole prompt, which whoever wrote it knows.
+        """
+        if self._template is not None:
+            return []
+        text = self._tokenizer.decode([i for half in self._halves(row) for i in half])
+        return [name for tool in self._tools if (name := tool["function"]["name"]) not in text]
+
     @abc.abstractmethod
     def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Return the tokens of a prompt, and those behind its last user message's content."""

@@ -21,6 +21,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.data.columns import as_text, values
+from gvpo_ray.data.dialogue import Dialogue
 from gvpo_ray.data.files import read
 from gvpo_ray.data.problems import Problem, check_path, group_columns, read_problems
 from gvpo_ray.data.rendering import MakeRenderer, Renderer, renderer_of
@@ -84,7 +85,11 @@ class PromptSet:
         self.num_too_long = len(lengths) - len(keep)
         self.longest = int(lengths.max())
         self.columns, self.layout = found.columns, found.found.description()
-        self.notes = [*found.notes, *_what_the_tokenizer_loses(problems[0], rendered[0].prompt_ids, renderer)]
+        self.notes = [
+            *found.notes,
+            *_what_the_tokenizer_loses(problems[0], rendered[0].prompt_ids, renderer),
+            *_what_the_template_leaves_out(problems[0], renderer),
+        ]
         if not len(keep):
             all_long = f"all {len(lengths)} prompts are longer (the shortest has {lengths.min()} tokens)"
             if limit == config.max_tokens:
@@ -146,6 +151,17 @@ def _what_the_tokenizer_loses(problem: Problem, ids: list[int], renderer: Render
         yield (
             f"the model's tokenizer does not keep the text of the first prompt: {_short(text)} is read as "
             f"{_short(seen)}"
+        )
+
+
+def _what_the_template_leaves_out(problem: Problem, renderer: Renderer) -> Iterator[str]:
+    """Yield a line if the model is not told of an environment's tools."""
+    names = renderer.unshown(problem.to_render()) if isinstance(renderer, Dialogue) else []
+    if names:
+        yield (
+            f"the first prompt does not name the tool {names[0]}: its chat template leaves tools out; "
+            "prompts.system_prompt can say what tools there are, and that a call is written "
+            '<tool_call>{"name": …, "arguments": {…}}</tool_call>'
         )
 
 
