@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed.tensor_parallel import ReplicatedWithGradAllReduce
 
+from gvpo_ray.bench import traffic
+from gvpo_ray.bench.learner import make_model as make_bench_model
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.memory import learner_bytes, shape_of
@@ -140,7 +142,24 @@ def split_head(folder: Path) -> list[float]:
     return found
 
 
+LENGTHS = [(16, [16] * 4)] * 8
+"""Tokens of prompts and completions of a step's groups, of which traffic.measure makes four passes."""
+
+
+def sent(folder: Path, **layout: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Messages and bytes of this rank in a step, by kind."""
+    path = folder / "model"
+    if dist.get_rank() == 0:
+        make_bench_model(path, traffic.SHAPE)
+    dist.barrier()
+    found = traffic.measure(str(path), {"num_workers": dist.get_world_size(), **layout}, LENGTHS)
+    return dict(found.messages), dict(found.sent)
+
+
 CASES_ON_2 = {
+    "sent by ddp": functools.partial(sent),
+    "sent by fsdp": functools.partial(sent, backend="fsdp"),
+    "sent with context": functools.partial(sent, **CONTEXT),
     "a split head": split_head,
     "tensor 2": steps(**TENSOR, micro_batch_tokens=40),
     "tensor 2, padded": steps(**TENSOR, micro_batch_tokens=100, packing=False),
@@ -197,6 +216,28 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 SPREAD = [(2, name) for name in CASES_ON_2 if name.startswith(("tensor", "context", "data"))]
 SPREAD += [(4, name) for name in CASES_ON_4 if name.startswith(("tensor", "context"))]
+
+
+def test_what_a_worker_sends_in_a_step_is_what_its_layout_has_to(on_ranks: Any) -> None:
+    shape = traffic.SHAPE
+    num_layers, hidden, vocab = shape.layers, shape.hidden_size, shape.vocab
+    layer = hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim  # and their biases, below
+    layer += hidden * hidden + 3 * hidden * shape.intermediate + 2 * hidden
+    biases = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    num_bytes = 4 * (vocab * hidden + num_layers * (layer + biases) + hidden)
+    for messages, sent in on_ranks(2, "sent by ddp"):
+        assert num_bytes <= sent["all-reduce"] < num_bytes + 1000 and "all-gather" not in messages
+    for messages, sent in on_ranks(2, "sent by fsdp"):
+        # each rank has two passes; gradients are scattered in each, by layer and for the rest at once
+        assert sent["reduce-scatter"] == pytest.approx(2 * num_bytes / 2, rel=0.001)
+        assert messages["reduce-scatter"] == 2 * (num_layers + 1)
+    for messages, sent in on_ranks(2, "sent with context"):
+        # queries, keys, values and what attention makes of them: for the reference, forward and backward
+        assert messages["all-to-all"] == 3 * 4 * num_layers * 4
+        each = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * 4
+        # nothing follows a completion's last token, so it is not read
+        num_tokens = sum(prompt + sum(n - 1 for n in completions) for prompt, completions in LENGTHS)
+        assert sent["all-to-all"] == 3 * num_layers * each * (num_tokens // 2) // 2
 
 
 @pytest.mark.parametrize("world_size, name", SPREAD)

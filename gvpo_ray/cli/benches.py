@@ -51,6 +51,17 @@ def bench_learner(
     learner.main(tokens)
 
 
+@verb("traffic", bench)
+def bench_traffic() -> None:
+    """Count the messages and bytes that the learner's workers send in a step, by layout.
+
+    Processes of this machine's CPUs are the workers; what they send is what GPUs would.
+    """
+    from gvpo_ray.bench import traffic
+
+    traffic.main()
+
+
 @verb("weights --share 0.25", bench)
 def bench_weights(
     share: Annotated[float, typer.Option(metavar="X", help="share of a model of 1.5B")] = 1.0,
