@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
 from gvpo_ray.actors import RunError, cause_of, innermost, resources_of, tag_of
@@ -47,6 +47,11 @@ WRONG = (
 """Errors of code or data, which would come again after a restart, and disks that are full.
 
 Any other error of a worker may be a consequence of another worker's death.
+"""
+
+UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
+"""Callbacks of Ray Train that start an actor each. That they come from a method of the trainer is private in
+Ray, and read from Ray 2.60.0.
 """
 
 SAVE_END_S = 60.0
@@ -99,20 +104,18 @@ class LearnerGroup:
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._controller = Path(self._scratch) / "controller"
         callbacks: list[Any] = [_ReportFailures(buffer), _RecordController(self._controller)]
-        unused: list[type[RayTrainCallback]] = [DatasetsCallback]
-        if not cluster_address(config.ray):
-            unused.append(PlacementGroupCleanerCallback)
 
         class Trainer(TorchTrainer):
             """A Trainer starts without two actors of Ray Train that have nothing to do here: 10 CPU seconds.
 
             One hands out shards of datasets, of which a learner has none. Another removes the placement group
-            of a controller that has died, which it learns from the dashboard; `_remove_places` needs none.
+            of a controller that has died, as `_remove_places` does; it would need the dashboard for that, and
+            keeps an autoscaled node from leaving (ray#64703).
             """
 
-            def _create_default_callbacks(self) -> list[RayTrainCallback]:
-                made = super()._create_default_callbacks()
-                return [one for one in made if not isinstance(one, tuple(unused))]
+            def _create_default_callbacks(self) -> list[Any]:
+                made = super()._create_default_callbacks()  # type: ignore[misc]  # of Train v2
+                return [one for one in made if not isinstance(one, UNUSED)]
 
         self._trainer = Trainer(
             train_loop,
@@ -177,10 +180,7 @@ class LearnerGroup:
         return placement_groups_of(controller)
 
     def _remove_places(self) -> None:
-        """Remove the placement groups of a controller that has died, and with them its workers.
-
-        Ray Train's own cleaner would need the dashboard to notice its death.
-        """
+        """Remove the placement groups of a controller that has died, and with them its workers."""
         for number, state in self._places().items():
             if state != "REMOVED":
                 ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
