@@ -47,6 +47,14 @@ WRONG = (
 Any other error of a worker may be a consequence of another worker's death.
 """
 
+NEEDLESS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+"""Callbacks of Ray Train's own that start an actor each beside the workers, for nothing.
+
+One hands out data sets, of which there are none. The other removes the places of a controller that has died,
+as `_remove_places` does, needs the dashboard for that, and is known to keep an autoscaled node from leaving
+(ray#64703). That they come from this method is private in Ray, and read from Ray 2.60.0.
+"""
+
 SAVE_END_S = 60.0
 """Seconds that a checkpoint which is being written when training fails gets to end."""
 
@@ -97,7 +105,7 @@ class LearnerGroup:
         self._scratch = tempfile.mkdtemp(prefix=".ray_train_", dir=run_dir)
         self._controller = Path(self._scratch) / "controller"
         callbacks: list[Any] = [_ReportFailures(buffer), _RecordController(self._controller)]
-        self._trainer = TorchTrainer(
+        self._trainer: Any = TorchTrainer(
             train_loop,
             train_loop_config={
                 "config": config,
@@ -120,6 +128,10 @@ class LearnerGroup:
                 callbacks=callbacks,
             ),
         )
+        usual = self._trainer._create_default_callbacks
+        self._trainer._create_default_callbacks = lambda: [
+            callback for callback in usual() if type(callback).__name__ not in NEEDLESS
+        ]
         self._buffer, self._num_left = buffer, learner.max_restarts
         self._thread: threading.Thread | None = None
         self.ended: Future[None] = Future()
@@ -160,10 +172,7 @@ class LearnerGroup:
         return placement_groups_of(controller)
 
     def _remove_places(self) -> None:
-        """Remove the placement groups of a controller that has died, and with them its workers.
-
-        Ray Train's own cleaner would need the dashboard to notice its death.
-        """
+        """Remove the placement groups of a controller that has died, and with them its workers."""
         for number, state in self._places().items():
             if state != "REMOVED":
                 ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
