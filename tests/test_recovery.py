@@ -113,7 +113,8 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)
         patch.delenv("RAY_ADDRESS", raising=False)
         cluster = Cluster()
-        add_node(cluster, num_cpus=4, include_dashboard=False, object_store_memory=400 << 20)
+        without = {"include_dashboard": False, "include_log_monitor": False}
+        add_node(cluster, num_cpus=4, object_store_memory=400 << 20, **without)
         yield cluster
         cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
