@@ -1,4 +1,4 @@
-"""An elastic run on Ray's real autoscaler: nodes of three types on this machine, whose resources stand for
+"""An elastic run on Ray's real autoscaler: nodes of two types on this machine, whose resources stand for
 kinds of machines.
 """
 
@@ -25,7 +25,7 @@ from gvpo_ray.bench.scale import FakeRun
 from gvpo_ray.config.engines import EnginesConfig
 from gvpo_ray.run.session import forget_auth_mode
 
-NODE_TYPES = {"learner": 1, "engine": 3, "verifier": 1}
+NODE_TYPES = {"learner": 1, "engine": 2}
 """Most nodes of each type; all begin with none."""
 
 
@@ -115,6 +115,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
                 "--object-store-memory=268435456",
                 f"--autoscaling-config={file}",
                 "--include-dashboard=false",
+                "--include-log-monitor=false",
+                '--resources={"verifier": 1}',
                 f"--ray-client-server-port={clients_port}",
             ],
             env=environment,
@@ -159,7 +161,7 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
     address, mark = cluster
     pool = {
         "num": 0,
-        "max_num": 3,
+        "max_num": 2,
         "num_cpus": 0.5,
         "resources": {"engine": 1},
         "max_groups": 4,
@@ -187,16 +189,16 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
         return sum(slot.state == "running" for slot in run.engines.slots)
 
     try:
-        _until(lambda: running() == 3, "a learner that waits has the pool grow")
+        _until(lambda: running() == 2, "a learner that waits has the pool grow")
         assert nodes() == NODE_TYPES  # each came when somebody asked for what it has
         (raylet, *_) = (
             process for process in _processes(mark, RAY_NODE_TYPE_NAME="engine") if process.name() == "raylet"
         )
         before_that = {slot.node for slot in run.engines.slots}
         raylet.kill()
-        _until(lambda: running() == 2, "its engine is missed")
+        _until(lambda: running() == 1, "its engine is missed")
         _until(
-            lambda: running() == 3 and nodes()["engine"] == 3,
+            lambda: running() == 2 and nodes()["engine"] == 2,
             "another node takes its place, and another engine the slot",
         )
         assert {slot.node for slot in run.engines.slots} != before_that
@@ -207,11 +209,11 @@ def test_a_pool_grows_from_nothing_survives_a_lost_node_and_shrinks_to_nothing_d
             lambda: all(slot.state == "off" for slot in run.engines.slots),
             "a full buffer has the pool shrink",
         )
-        _until(lambda: nodes() == {"learner": 1, "verifier": 1}, "nodes without an engine leave")
+        _until(lambda: nodes() == {"learner": 1}, "nodes without an engine leave")
         grown = [
             entry["why"].split(" engines: ")[0] for entry in run.events.entries if entry["who"] == "pool"
         ]
-        assert grown == ["grows to 2", "grows to 3", "shrinks to 2", "shrinks to 1", "shrinks to 0"]
+        assert grown == ["grows to 2", "shrinks to 1", "shrinks to 0"]
         assert run.events.counts()["engine"] == 1  # to be let go is no death
         groups = run.buffer.status()
         # what they had in flight was finished or handed over

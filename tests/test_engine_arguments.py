@@ -43,6 +43,20 @@ def arguments(
 
 
 @pytest.mark.parametrize(
+    ("num_gpus", "size", "executor"),
+    [
+        (0, 1, "vllm.v1.executor.uniproc_executor.UniProcExecutor"),  # of `uni` vLLM makes `mp` on a CPU
+        (1, 1, "uni"),
+        (0, 2, "mp"),
+        (2, 2, "mp"),
+    ],
+)
+def test_a_single_worker_of_vllm_has_no_process_of_its_own(num_gpus: int, size: int, executor: str) -> None:
+    given = arguments(num_gpus=num_gpus, tensor_parallel_size=size)
+    assert given["distributed_executor_backend"] == executor
+
+
+@pytest.mark.parametrize(
     ("max_groups", "k", "sequences", "tokens"),
     [
         (1, 2, 2, 8192),

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,17 @@ from gvpo_ray import groups
 from gvpo_ray.actors import RunError
 from gvpo_ray.bench.scale import FakeRun, maker
 from gvpo_ray.buffer.log import GroupLog
-from gvpo_ray.config.data import PromptsConfig, ReplayConfig
+from gvpo_ray.config.data import ReplayConfig
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.config.loss import GvpoLoss
 from gvpo_ray.config.model import ScoringModelConfig
-from gvpo_ray.data.rendering import rendering_options
 from gvpo_ray.engines import supervisor
 from gvpo_ray.engines.base import BaseEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.observe.status import read_status, status_lines
 from gvpo_ray.run.models import version_of
-from gvpo_ray.verifiers.scoring_model import ScoringModel, Text
+from gvpo_ray.verifiers import references
+from gvpo_ray.verifiers.scoring_model import Renderings, Score, Text
 
 # so that engines need not import this file, and torch with it
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -95,14 +95,14 @@ class Recording(FakeEngine):
 class Broken(FakeEngine):
     """Does not start, and keeps count."""
 
-    def __init__(self, error: str, file: str, **arguments: Any) -> None:
+    def __init__(self, file: str, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._error, self._file = error, file
+        self._file = file
 
     async def start(self) -> dict[str, Any]:
         with open(self._file, "a") as file:
             file.write("x")
-        raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[self._error]("no such model: tiny")
+        raise RuntimeError("no such model: tiny")
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +112,23 @@ def cluster() -> Iterator[Cluster]:
         # Cluster notes its address there, for whoever asks for any Ray of this machine
         patch.setenv("RAY_TMPDIR", folder)
         patch.delenv("RAY_ADDRESS", raising=False)
-        cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 4, "include_dashboard": False, "object_store_memory": 400 << 20},
-        )
+        cluster = Cluster()
+        without = {"include_dashboard": False, "include_log_monitor": False}
+        add_node(cluster, num_cpus=4, object_store_memory=400 << 20, **without)
         yield cluster
         cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_node(cluster: Cluster, **options: Any) -> Any:
+    """A node, as start_ray starts one: Ray gives it 30 s, which are too few on a busy machine."""
+    for tries_left in (2, 1, 0):
+        try:
+            return cluster.add_node(**options)
+        except Exception as error:
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
+    return None
 
 
 Start = Callable[..., FakeRun]
@@ -152,13 +162,13 @@ def start(cluster: Cluster, tmp_path: Path) -> Iterator[Start]:
         run.close()
 
 
-def until(run: FakeRun, condition: Callable[[], Any], seconds: float = 300) -> Any:
+def until(run: FakeRun, condition: Callable[[], Any], seconds: float = 300, every: float = 0.1) -> Any:
     """What the condition says once that is true."""
     end = time.monotonic() + seconds
     while not (answer := condition()):
         run.check()
         assert time.monotonic() < end, "\n".join(status_lines(run.status()))
-        time.sleep(0.02)
+        time.sleep(every)
     return answer
 
 
@@ -169,7 +179,7 @@ def slot_of(run: FakeRun, name: str) -> Any:
 
 def first(run: FakeRun, condition: Callable[[Any], bool]) -> Any:
     """The first slot of which the condition holds."""
-    return until(run, lambda: next((slot for slot in run.engines.slots if condition(slot)), None))
+    return until(run, lambda: next((slot for slot in run.engines.slots if condition(slot)), None), every=0.02)
 
 
 def is_new(slot: Any, pid: int) -> bool:
@@ -251,18 +261,6 @@ def test_what_a_killed_engine_had_finished_of_its_groups_is_kept_and_others_fini
     assert slot.status["pid"] in {writer for row in rows.values() for writer in writers(row)}
 
 
-def test_the_engines_of_a_stopped_run_go_in_a_ray_that_goes_on(start: Start, tmp_path: Path) -> None:
-    run = start({"num": 2}, num_steps=2)
-    pids = [
-        until(run, lambda name=name: slot_of(run, name).status.get("pid"))
-        for name in ("engines-0", "engines-1")
-    ]
-    finish(run, tmp_path, 2)
-    run.close()
-    while any(map(is_there, pids)):  # `run` still has their handles
-        time.sleep(0.1)
-
-
 def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(
     start: Start, tmp_path: Path
 ) -> None:
@@ -291,7 +289,7 @@ def test_an_engine_that_is_stopped_and_one_that_writes_nothing_are_replaced(
     until(run, lambda: not any(map(is_there, pids)))  # they hold no GPU any more
 
 
-def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new(
+def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new_and_all_go_with_the_run(
     start: Start, tmp_path: Path
 ) -> None:
     slow = {**SLOW, "drain_s": 100.0}
@@ -313,13 +311,18 @@ def test_an_engine_that_is_told_to_go_finishes_what_it_has_and_takes_nothing_new
     assert len(finished) >= 4 and all(pid not in writers(rows[group_id]) for group_id in had - {*finished})
     assert not any(pid in writers(row) for group_id, row in rows.items() if group_id > begun)
     assert any(slot.status["pid"] in writers(row) for row in rows.values())
+    pids = [each.status["pid"] for each in run.engines.slots]
+    assert len({*pids}) == 2 and all(map(is_there, pids))
+    run.close()  # Ray goes on
+    while any(map(is_there, pids)):  # `run` still has their handles
+        time.sleep(0.1)
 
 
 def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_when_another_node_joins(
     start: Start, cluster: Cluster, tmp_path: Path
 ) -> None:
     def join() -> Any:
-        return cluster.add_node(num_cpus=0, resources={"spot": 1})
+        return add_node(cluster, num_cpus=0, resources={"spot": 1})
 
     def waits() -> bool:
         lines = status_lines(run.status())
@@ -361,36 +364,17 @@ def test_a_run_waits_while_its_only_engine_has_gone_with_its_node_and_goes_on_wh
     cluster.remove_node(node)
 
 
-def test_a_run_ends_with_the_last_cause_when_its_engines_die_too_often(start: Start, tmp_path: Path) -> None:
-    run = start({"max_restarts_per_hour": 1, "vllm": SLOW}, num_steps=1000)
-    slot, pid = slot_of(run, "engines-0"), 0
-    for _ in range(2):
-        until(run, lambda pid=pid: is_new(slot, pid))
-        pid = slot.status["pid"]
-        os.kill(pid, signal.SIGKILL)
-    cause = (
-        r"engine engines-0 died 2 times within an hour \(max_restarts_per_hour: 1\), last: its "
-        r"process or its node died"
-    )
-    with pytest.raises(RunError, match=cause):
-        until(run, lambda: False)
-    assert ray.get(run.done, timeout=60) is None  # the learner was told
-    assert re.search(cause, run.session.call(run.buffer.status())["error"])
-
-
-@pytest.mark.parametrize(
-    ("error", "num_tries"), [("ValueError", 1), ("RuntimeError", supervisor.MAX_FAILURES)]
-)
-def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
-    start: Start, tmp_path: Path, error: str, num_tries: int
+def test_an_engine_that_cannot_start_ends_the_run_after_a_few_tries_with_the_cause(
+    start: Start, tmp_path: Path
 ) -> None:
-    run = start({"vllm": {"error": error, "file": f"{tmp_path}/starts"}}, Broken, num_steps=1)
-    with pytest.raises(RunError, match=f"^{error}: no such model: tiny$"):
+    run = start({"vllm": {"file": f"{tmp_path}/starts"}}, Broken, num_steps=1)
+    with pytest.raises(RunError, match=r"^RuntimeError: no such model: tiny$"):
         until(run, lambda: False)
-    assert (tmp_path / "starts").read_text() == "x" * num_tries
-    assert recoveries(run) == [("engine", "engines-0", f"{error}: no such model: tiny")] * (
-        num_tries if error == "RuntimeError" else 0
-    )
+    assert (tmp_path / "starts").read_text() == "x" * supervisor.MAX_FAILURES
+    why = ("engine", "engines-0", "RuntimeError: no such model: tiny")
+    assert recoveries(run) == [why] * supervisor.MAX_FAILURES
+    assert ray.get(run.done, timeout=60) is None  # the learner was told
+    assert run.session.call(run.buffer.status())["error"] == why[2]
 
 
 # --- the buffer ---------------------------------------------------------------------------------------------
@@ -399,19 +383,19 @@ def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
 def test_a_buffer_that_is_killed_loses_no_group_and_no_step_and_repeats_none(
     start: Start, tmp_path: Path
 ) -> None:
-    run = start({"num": 2, "vllm": QUICK}, num_steps=30, max_staleness=2)
+    run = start({"vllm": QUICK}, num_steps=20, max_staleness=2)
     for number in (1, 2):
-        until(run, lambda number=number: run.num_finished() > 30 * number and run.ring.running)
+        until(run, lambda number=number: run.num_finished() > 20 * number and run.ring.running)
         (pid,) = tiny.descendants("ray::_BufferActor")
         os.kill(pid, signal.SIGKILL)
         until(run, lambda number=number: len(recoveries(run)) == number)
-    num_tokens = sum(len(ids) for row in finish(run, tmp_path, 30) for ids in row["completion_ids"])
+    num_tokens = sum(len(ids) for row in finish(run, tmp_path, 20) for ids in row["completion_ids"])
     until(run, lambda: sum(slot.num_tokens for slot in run.engines.slots) >= num_tokens)
     # what was in flight was not begun again
     assert sum(slot.num_tokens for slot in run.engines.slots) == num_tokens
     assert [(who, name) for who, name, _ in recoveries(run)] == [("buffer", "buffer")] * 2
     assert all("it is rebuilt from its log" in why for _, _, why in recoveries(run))
-    assert run.status()["buffer"]["num_finished"] == 120 and not run.ring.running
+    assert run.status()["buffer"]["num_finished"] == 80 and not run.ring.running
 
 
 def test_a_buffer_does_not_grow_with_the_groups_that_wait_for_a_slow_learner(
@@ -452,19 +436,19 @@ def test_long_completions_are_all_trained_on_while_a_pool_without_a_place_stays_
     run = start(
         {"vllm": tail, "pools": pools},
         Recording,
-        num_steps=30,
+        num_steps=12,
         groups_per_step=10,
         max_staleness=2,
         max_tokens=4000,
     )
-    rows = finish(run, tmp_path, 30, 10)
+    rows = finish(run, tmp_path, 12, 10)
     lengths = sorted(len(ids) for row in rows for ids in row["completion_ids"])
     sampled = sorted(
         int(line) for file in (tmp_path / "lengths").iterdir() for line in file.read_text().splitlines()
     )
-    assert lengths == sampled and len(lengths) == 300 * K
+    assert lengths == sampled and len(lengths) == 120 * K
     assert lengths[-1] > 20 * lengths[len(lengths) // 2]  # there is a tail
-    assert [row["group_id"] for row in rows] != list(range(300))  # overtaken, not left out
+    assert [row["group_id"] for row in rows] != list(range(120))  # overtaken, not left out
     until(run, lambda: sum(slot.num_tokens for slot in run.engines.slots) == sum(lengths))
     nowhere = slot_of(run, "nowhere-0")
     assert nowhere.state == "wanted" and not nowhere.num_tokens and not recoveries(run)
@@ -525,7 +509,7 @@ def test_half_of_a_later_groups_completions_are_logged_ones_of_its_prompt_with_t
         "def reward(prompts, completions, **columns):\n    return [float(next(number)) for _ in prompts]\n"
     )
     run = start(
-        {"num": 2, "vllm": {"seconds_per_token": 0.001}},
+        {"vllm": {"seconds_per_token": 0.001}},
         max_tokens=100,
         num_steps=8,
         max_staleness=0,
@@ -563,12 +547,25 @@ def columns(row: dict[str, Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+class Teacher(references._ReferenceActor):
+    """Says of a completion its number of characters: what a model says of it, test_scoring_model tests."""
+
+    def __init__(self, path: str, renderings: Renderings, *_: Any) -> None:
+        assert json.loads((Path(path) / "config.json").read_text()) == {}
+        self.renderings = renderings
+
+    def score(self, texts: Sequence[Text], key: str = "prompts") -> list[Score]:
+        return [Score(-float(len(text.completion)), len(text.completion)) for text in texts]
+
+
 def test_another_model_scores_every_group_before_it_is_logged_and_is_started_again_when_it_dies(
-    start: Start, tmp_path: Path
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight groups are logged; the model dies, and those after them are scored by the next process."""
-    teacher = str(tiny.make_model(tmp_path / "teacher"))
-    loss = GvpoLoss(reference=ScoringModelConfig(model=teacher, num_cpus=0.1))
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    monkeypatch.setattr(references, "_ReferenceActor", Teacher)
+    loss = GvpoLoss(reference=ScoringModelConfig(model=str(tmp_path / "teacher"), num_cpus=0.1))
     run = start({"num": 1}, step_s=None, max_staleness=1, num_steps=3, max_tokens=8, loss=loss)
     until(run, lambda: run.num_finished() == 8)
     (actor,) = run.ring._references.actors
@@ -577,14 +574,7 @@ def test_another_model_scores_every_group_before_it_is_logged_and_is_started_aga
     rows = finish(run, tmp_path, num_steps=3)
     ((who, name, why),) = recoveries(run)
     assert (who, name) == ("reference", "reference-0") and why.endswith("was scored again")
-    model = ScoringModel(
-        teacher, {"prompts": rendering_options(PromptsConfig(path="", template="{prompt}"))}, 8
-    )
     for row in rows:
-        texts = [
-            Text(row["prompt"], None, text, reason == "stop")
-            for text, reason in zip(row["completions"], row["finish_reasons"], strict=True)
-        ]
-        assert row["reference_logprobs"] == pytest.approx([s.logprob for s in model.score(texts)], abs=1e-4)
-        assert row["reference_versions"] == [version_of(teacher)] * K
+        assert row["reference_logprobs"] == [-float(len(text)) for text in row["completions"]]
+        assert row["reference_versions"] == [version_of(str(tmp_path / "teacher"))] * K
     assert "reference-0 has 0 groups" in "".join(status_lines(run.status()))

@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from browser import Browser
 from test_report import DIED, LINE, Page, example, hostile_run, make_run, save_evaluation
 from tiny import make_group
 
@@ -15,41 +14,31 @@ from gvpo_ray.observe.report import page as report
 from gvpo_ray.observe.token_examples import write_examples
 
 
-def browse(path, *options, fragment="", probe=None, keep_policy=False):
-    """The page after its scripts ran, as a Page, and what the console said. `probe` is a script that runs
-    after them, for which the policy goes.
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = Browser(tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def browse(browser):
+    """`browse(path, …)`: the page after its scripts ran, as a Page, and what the console said. `probe` is a
+    script that runs after them, for which the policy goes.
     """
-    if probe is not None:
-        text = path.read_text(encoding="utf-8")
-        text = text if keep_policy else re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-        path = path.with_name("probed.html")
-        path.write_text(text.replace("</body></html>", f"{probe}</body></html>"), encoding="utf-8")
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    done = subprocess.run(
-        [
-            browser,
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--disable-component-update",
-            "--disable-background-networking",
-            f"--user-data-dir={path.parent / 'profile'}",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=5000",
-            "--window-size=1200,900",
-            *options,
-            "--dump-dom",
-            f"{path.resolve().as_uri()}{fragment}",
-        ],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=300,
-    )
-    assert done.returncode == 0 and "</html>" in done.stdout, done.stderr
-    return Page(done.stdout), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    def browse(path, fragment="", probe=None, keep_policy=False, **options):
+        if probe is not None:
+            text = path.read_text(encoding="utf-8")
+            if not keep_policy:
+                text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+            path = path.with_name("probed.html")
+            path.write_text(text.replace("</body></html>", f"{probe}</body></html>"), encoding="utf-8")
+        dom, console = browser.open(f"{path.resolve().as_uri()}{fragment}", **options)
+        assert "</body>" in dom
+        return Page(dom), console
+
+    return browse
 
 
 def probed(got):
@@ -96,7 +85,7 @@ def attack(server):
 
 
 @pytest.mark.browser
-def test_in_a_browser_a_hostile_run_is_text_and_nobody_is_asked_for_anything(tmp_path, server):
+def test_in_a_browser_a_hostile_run_is_text_and_nobody_is_asked_for_anything(browse, tmp_path, server):
     file = report.write(hostile_run(tmp_path / "run", attack(server)))
     got, console = browse(file, fragment="#q=<img")
     tags = [tag for tag, _ in got.tags]
@@ -109,7 +98,7 @@ def test_in_a_browser_a_hostile_run_is_text_and_nobody_is_asked_for_anything(tmp
 
 
 @pytest.mark.browser
-def test_were_a_run_to_get_its_markup_into_the_page_the_policy_would_still_stop_it(tmp_path, server):
+def test_were_a_run_to_get_its_markup_into_the_page_the_policy_would_still_stop_it(browse, tmp_path, server):
     file = report.write(make_run(tmp_path / "run", [{"step": 1, **LINE}]))
     got, console = browse(file, probe=attack(server), keep_policy=True)
     assert (server.asked, got.texts["title"][0]) == ([], "run") and any(
@@ -123,7 +112,7 @@ def test_were_a_run_to_get_its_markup_into_the_page_the_policy_would_still_stop_
 
 
 @pytest.mark.browser
-def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it_is(tmp_path):
+def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it_is(browse, tmp_path):
     run_dir = tmp_path / "run"
     save_evaluation(
         run_dir,
@@ -135,27 +124,28 @@ def test_in_a_browser_the_search_shows_what_has_all_the_words_and_opens_where_it
     )
     file = report.write(make_run(run_dir, [{"step": 1, **LINE}]))
 
-    def seen(got):
-        hidden = ["hidden" in attributes for tag, attributes in got.tags if tag == "article"]
-        folds = [
-            ("open" in attributes, "hidden" in attributes) for tag, attributes in got.tags if tag == "details"
-        ]
-        return (
-            hidden,
-            folds[-2:],
-            next(text for text in got.texts["span"] if "of" in text or "completions" in text),
-        )
-
-    got, console = browse(file)
-    assert (seen(got), console) == (([False] * 4, [(True, False), (False, False)], "4 completions"), [])
-    got, console = browse(file, fragment="#q=RED+apples")
-    assert (seen(got), console) == (([True, True, False, True], [(False, True), (True, False)], "1 of 4"), [])
-    typed = "(() => { box.value = 'pears'; box.dispatchEvent(new Event('input')); return location.hash })()"
-    got, console = browse(file, probe=says(typed))
-    assert (seen(got), console) == (
-        ([False, True, True, False], [(True, False), (True, False)], "2 of 4"),
-        [],
-    ) and probed(got) == "#q=pears"
+    seen = """(() => {
+        const hidden = (selector) => [...document.querySelectorAll(selector)].map((one) => one.hidden);
+        const last = [...document.querySelectorAll("details")].slice(-2);
+        const folds = last.map((one) => [one.open, one.hidden]);
+        const spans = [...document.querySelectorAll("span")].map((one) => one.textContent);
+        return [hidden("article"), folds, spans.find((text) => / of |completions/.test(text))];
+    })()"""
+    both = f"""(() => {{
+        const before = {seen};
+        box.value = 'pears';
+        box.dispatchEvent(new Event('input'));
+        return [before, {seen}, location.hash];
+    }})()"""
+    got, console = browse(file, probe=says(both))
+    assert probed(got) == [
+        [[False] * 4, [[True, False], [False, False]], "4 completions"],
+        [[False, True, True, False], [[True, False], [True, False]], "2 of 4"],
+        "#q=pears",
+    ] and (console == [])
+    got, console = browse(file, fragment="#q=RED+apples", probe=says(seen))
+    found = [[True, True, False, True], [[False, True], [True, False]], "1 of 4"]
+    assert (probed(got), console) == (found, [])
 
 
 DRAW_ALL = """Promise.all(plots.map(draw)).then(() => {
@@ -173,7 +163,7 @@ PLANTED = "</script><img src=x onerror=\"document.title='attacked'\"><b>bold</b>
 
 
 @pytest.mark.browser
-def test_in_a_browser_markup_in_prompts_completions_config_and_names_of_metrics_stays_text(tmp_path):
+def test_in_a_browser_markup_in_prompts_completions_config_and_names_of_metrics_stays_text(browse, tmp_path):
     file = report.write(hostile_run(tmp_path / "run", PLANTED))
     script = """({
         images: document.querySelectorAll("img, image[href^=http]").length,
@@ -195,13 +185,14 @@ def test_in_a_browser_markup_in_prompts_completions_config_and_names_of_metrics_
 
 @pytest.mark.browser
 def test_in_a_browser_the_charts_are_drawn_under_the_policy_and_say_step_and_value_under_the_pointer(
+    browse,
     tmp_path,
 ):
     for name, factor in (("one", 1), ("other", 2)):
         lines = ({"step": step, **LINE, "loss": factor * step} for step in range(1, 10_001))
         make_run(tmp_path / name, lines, [{**DIED, "step": step} for step in range(0, 10_000, 10)])
     file = report.write(tmp_path / "one", tmp_path / "other")
-    got, console = browse(file, "--window-size=1200,4000")
+    got, console = browse(file, height=4000)
     assert console == []  # also nothing that the policy refused
     drawn = [attributes for _, attributes in got.tags if "js-plotly-plot" in attributes.get("class", "")]
     assert {"Loss", "Reward"} <= {attributes["aria-label"] for attributes in drawn}
@@ -222,8 +213,8 @@ def test_in_a_browser_the_charts_are_drawn_under_the_policy_and_say_step_and_val
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["0", "1"])
-def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dark(tmp_path, scheme):
+@pytest.mark.parametrize("dark", [True, False])
+def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dark(browse, tmp_path, dark):
     run_dir = hostile_run(tmp_path / "run", "x" * 300)
     script = """(() => {
         const linear = (value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -242,14 +233,9 @@ def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dar
                  lines: stands(".js-line", "stroke"),
                  wide: [document.documentElement.scrollWidth, innerWidth] };
     })()"""
-    got, console = browse(
-        report.write(run_dir),
-        f"--blink-settings=preferredColorScheme={scheme}",
-        "--window-size=500,900",
-        probe=after_drawing(script),
-    )
+    got, console = browse(report.write(run_dir), width=500, dark=dark, probe=after_drawing(script))
     found = probed(got)
-    assert (found["page"] < 0.05, found["page"] > 0.95) == ((True, False) if scheme == "0" else (False, True))
+    assert (found["page"] < 0.05, found["page"] > 0.95) == (dark, not dark)
     assert min(found["texts"] + found["words"]) >= 4.5 and len(found["words"]) > 20
     assert min(found["lines"]) >= 3 and len(found["lines"]) > 5
     # nothing sticks out, on a narrow window too
@@ -258,6 +244,7 @@ def test_in_a_browser_text_and_lines_stand_out_from_the_page_in_light_and_in_dar
 
 @pytest.mark.browser
 def test_in_a_browser_tokens_say_their_numbers_to_keys_and_to_a_touch_and_stand_out_from_their_colour(
+    browse,
     tmp_path,
 ):
     many = {name: [-2.5, -1.0, None, -0.1] * 100 for name in ("policy", "push")}
@@ -292,8 +279,7 @@ def test_in_a_browser_tokens_say_their_numbers_to_keys_and_to_a_touch_and_stand_
         return { keys, touched, chosen, depths, bySampler, byPush: colours(),
                  wide: [document.documentElement.scrollWidth, innerWidth] };
     })()"""
-    options = ("--blink-settings=preferredColorScheme=0", "--window-size=500,900")
-    said = probed(browse(file, *options, probe=says(script))[0])
+    said = probed(browse(file, width=500, dark=True, probe=says(script))[0])
     assert said["keys"] == [
         "token 1 “[2]”: π 0.0821 · μ 0.607: −2 · push −2.5",
         "token 2 “[3]”: π 0.368 · μ 0.223: +0.5 · push −1",

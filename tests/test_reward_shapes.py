@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -29,6 +30,9 @@ from gvpo_ray.sandbox.adapters import adapted, check_signature
 from gvpo_ray.sandbox.functions import call, load
 from gvpo_ray.verifiers.rewards import BUILT_IN
 from gvpo_ray.verifiers.verifier import Verifier, validate_rewards
+
+# so that the sandbox need not import this file, and torch with it
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 USER = [{"role": "user", "content": "12 + 34?"}]
 VERL = {

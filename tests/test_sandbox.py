@@ -37,6 +37,9 @@ from gvpo_ray.verifiers.verifier import Verifier
 
 pytestmark = pytest.mark.usefixtures("no_child_left")
 
+OURS: Any = {"exact_match": 1}
+"""A function of ours that shares a child, as `math` does, and starts without the seconds of its parser."""
+
 
 def test_a_function_that_never_returns_is_killed_and_its_neighbours_keep_their_rewards() -> None:
     def loops(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -172,14 +175,14 @@ def test_parts_before_a_timeout_are_kept_and_the_slow_function_is_named() -> Non
         time.sleep(600)
         return [1.0]
 
-    with Verifier(VerifiersConfig(timeout_s=SHORT_S), {"sleeps": sleeps}) as verifier:
-        scored = verifier.score(group_of("85", ["$85$"]))
-    assert next(groups.rows(scored))["reward_parts"] == {"math": [1.0], "sleeps": [None]}
+    with Verifier(VerifiersConfig(timeout_s=SHORT_S, rewards=OURS), {"sleeps": sleeps}) as verifier:
+        scored = verifier.score(group_of("85", ["85"]))
+    assert next(groups.rows(scored))["reward_parts"] == {"exact_match": [1.0], "sleeps": [None]}
     assert reasons_of(scored) == ["timeout: sleeps, with what ran before it, took more than 3 s"]
 
 
 def test_functions_of_ours_share_a_child_and_none_is_left_after_close() -> None:
-    rewards = {"math": 1, "format": 1, "gvpo_ray.verifiers.rewards:in_place": 1}
+    rewards = {**OURS, "format": 1, "gvpo_ray.verifiers.rewards:in_place": 1}
     with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards=rewards)) as verifier:
         pids = []
         for _ in range(3):
@@ -194,7 +197,7 @@ def test_a_check_of_a_users_function_has_a_child_of_its_own_which_ends_with_it()
         return [float(os.getpid())]
 
     with Verifier(
-        VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, "math": 1, "also": 1}),
+        VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, **OURS, "also": 1}),
         {"own": own, "also": own},
     ) as verifier:
         (row,) = groups.rows(verifier.score(group_of("1", ["a", "b", "c"])))
@@ -204,7 +207,7 @@ def test_a_check_of_a_users_function_has_a_child_of_its_own_which_ends_with_it()
 
 
 def test_a_child_that_died_while_idle_is_replaced_without_loss() -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S)) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards=OURS)) as verifier:
         assert rewards_of(verifier.score(group_of("1", ["\\boxed{1}"]))) == [1.0]
         first = shared_pid(verifier)
         assert first is not None
@@ -215,7 +218,7 @@ def test_a_child_that_died_while_idle_is_replaced_without_loss() -> None:
 
 @pytest.mark.parametrize("functions", [{}, {"also": lambda prompts, completions, **_: [0.0]}])
 def test_a_template_that_died_is_replaced_without_loss(functions: dict[str, Callable[..., Any]]) -> None:
-    with Verifier(VerifiersConfig(timeout_s=LIMIT_S), functions) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards=OURS), functions) as verifier:
         verifier.score(group_of("1", ["a"]))
         child = shared_pid(verifier)
         os.kill(template_pid(verifier), signal.SIGKILL)
@@ -292,12 +295,10 @@ def test_a_template_that_is_gone_is_started_once_again_with_its_shared_child(
     def own(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [1.0]
 
-    with Verifier(
-        VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, "math": 1}), {"own": own}
-    ) as verifier:
+    with Verifier(VerifiersConfig(timeout_s=LIMIT_S, rewards={"own": 1, **OURS}), {"own": own}) as verifier:
         sandbox = verifier._sandbox
         assert sandbox is not None
-        assert rewards_of(verifier.score(group_of("1", ["1"]))) == [2.0]  # from now on math has a child
+        assert rewards_of(verifier.score(group_of("1", ["1"]))) == [2.0]  # from now on ours has a child
         sandbox._scratch.folder.rmdir()
         assert rewards_of(verifier.score(group_of("1", ["1"]))) == [2.0]
     assert "Traceback" not in capfd.readouterr().err  # another template cannot wait for that child

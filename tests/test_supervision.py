@@ -499,6 +499,27 @@ def test_one_engine_that_cannot_start_ends_nothing_while_the_others_still_load(
     run(main())
 
 
+@pytest.mark.parametrize(("error", "num_tries"), [(ValueError, 1), (RuntimeError, supervisor.MAX_FAILURES)])
+def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
+    run: Callable[..., Any], error: type[Exception], num_tries: int
+) -> None:
+    async def main() -> None:
+        def make(number: int) -> Actor:
+            actor = Slow(number)
+            actor.error = error("no such model: tiny")
+            return actor
+
+        fleet = Fleet({"num": 1}, make)
+        with pytest.raises(ExceptionGroup) as raised:
+            async with running(fleet) as task:
+                await asyncio.wait([task], timeout=600)
+        why = f"{error.__name__}: no such model: tiny"
+        assert cause_of(raised.value) == why and len(fleet.handles) == num_tries
+        assert fleet.notes == [("engine", "engines-0", why)] * (num_tries if num_tries > 1 else 0)
+
+    run(main())
+
+
 # --- engines that have to leave -----------------------------------------------------------------------------
 
 
@@ -686,9 +707,9 @@ def test_a_run_stops_when_the_restarts_of_all_its_engines_are_used_up(run: Calla
         error = raised.value
         while isinstance(error, BaseExceptionGroup):
             (error,) = error.exceptions
-        assert isinstance(
-            error, RunError
-        ) and "died 2 times within an hour (max_restarts_per_hour: 1)" in str(error)
+        assert isinstance(error, RunError) and str(error).endswith(
+            "died 2 times within an hour (max_restarts_per_hour: 1), last: its process or its node died"
+        )
 
     run(main())
 

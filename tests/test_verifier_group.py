@@ -79,6 +79,12 @@ def test_a_fleet_grows_while_groups_wait_loses_none_to_a_kill_and_shrinks_when_i
         left |= set(tiny.descendants("ray::_VerifierActor"))
         time.sleep(0.1)
     assert len(left) == 1
+    # another fleet of the same Ray, as in a notebook where a run that was stopped just now is going down
+    beside = _group(VerifiersConfig(num=1, num_cpus=0.1, rewards={"exact_match": 1.0}))
+    (scored_beside,) = session.call(_score_all(beside, [_sampled(0, ["\\boxed{7}"])]))
+    (scored_here,) = session.call(_score_all(verifiers, tables[:1]))
+    assert scored_beside["rewards"][0].as_py() == [1.0] and scored_here["rewards"] == scored[0]["rewards"]
+    session.call(beside.close())
     session.call(verifiers.close())
     while tiny.descendants("ray::_VerifierActor"):  # `verifiers` still has its handle
         time.sleep(0.1)
@@ -111,13 +117,3 @@ def test_a_reward_model_scores_in_actors_of_its_own(session: Session, tmp_path: 
         assert table["rewards"][0].as_py() == pytest.approx([1 + 2 * first, None, 2 * third], abs=1e-5)
         assert "41 tokens do not fit into the reward model" in table["reward_reasons"][0].as_py()[1]
     session.call(verifiers.close())
-
-
-def test_a_fleet_starts_while_another_of_the_same_ray_is_still_there(session: Session) -> None:
-    """As in a notebook, where a run that was stopped just now may still be going down."""
-    both = [_group(VerifiersConfig(num=1, num_cpus=0.1)) for _ in range(2)]
-    for verifiers in both:
-        (scored,) = session.call(_score_all(verifiers, [_sampled(0, ["\\boxed{7}"])]))
-        assert scored["rewards"][0].as_py() == [1.0]
-    for verifiers in both:
-        session.call(verifiers.close())

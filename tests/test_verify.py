@@ -27,6 +27,13 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
+TRUSTED = "rewards={exact_match: {trusted: true}}"
+"""In this process, without the sandbox's second."""
+
+IN_SANDBOX = "rewards={exact_match: 1}"
+"""Without the seconds of the parser that `math` brings."""
+
+
 def _write(path: Path, rows: list[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -68,14 +75,11 @@ def test_labels_are_read_in_any_dress_and_others_are_counted(
 ) -> None:
     labels = [True, 1, 1.0, "true", "True", False, 0, "0", "false", "maybe", 2]
     rows = [{"response": "\\boxed{5}", "gold": "5", "expected": label} for label in labels]
-    assert _verify(_write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl") == 0
+    assert _verify(_write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", TRUSTED) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "agree with the label │ 5 │ 55.56 %" in printed
     assert "false positives │ 4 │ 44.44 %" in printed
     assert "2 labels are not read: expected or label_correct is none of true, 1, false, 0" in printed
-
-
-TRUSTED = "rewards={exact_match: {trusted: true}}"  # in this process, without the sandbox's second
 
 
 def test_the_files_own_columns_of_our_names_are_kept_under_others(
@@ -109,7 +113,7 @@ def test_a_malformed_row_is_reported_with_its_line_and_stops_nothing(
         json.dumps(ROWS[1]),
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl") == 0
+    assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", TRUSTED) == 0
     scored = _read(tmp_path / "out.jsonl")
     assert [row["verdict"] for row in scored] == ["correct", *["unverifiable"] * 5, "incorrect"]
     printed = " ".join(capsys.readouterr().err.split())
@@ -128,7 +132,7 @@ def test_parquet_goes_in_and_out(tmp_path: Path) -> None:
         pa.table({"response": ["\\boxed{1}", "\\boxed{2}"], "answer": ["1", "1"], "n": [1, 2]}),
         tmp_path / "in.parquet",
     )
-    assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.parquet") == 0
+    assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.parquet", TRUSTED) == 0
     scored = pq.read_table(tmp_path / "out.parquet").to_pydict()
     assert (
         scored["verdict"] == ["correct", "incorrect"]
@@ -140,7 +144,7 @@ def test_parquet_goes_in_and_out(tmp_path: Path) -> None:
 def test_a_parquet_text_that_is_not_utf8_costs_nothing(tmp_path: Path) -> None:
     broken = pa.array([b"\xff \\boxed{1}", b"\\boxed{2}", None]).view(pa.string())
     pq.write_table(pa.table({"response": broken, "answer": ["1", "1", "1"]}), tmp_path / "in.parquet")
-    assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.jsonl") == 0
+    assert _verify(str(tmp_path / "in.parquet"), tmp_path / "out.jsonl", IN_SANDBOX) == 0
     assert [row["verdict"] for row in _read(tmp_path / "out.jsonl")] == [
         "correct",
         "incorrect",
@@ -158,7 +162,7 @@ def test_broken_unicode_in_a_row_is_scored_like_any_text(tmp_path: Path) -> None
         '{"response": "\\ud800 \\\\boxed{5}", "gold": "5"}\n{"response": "\\u0000 \\\\boxed{6}", "gold": '
         '"5"}\n'
     )
-    assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl") == 0
+    assert _verify(str(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", IN_SANDBOX) == 0
     assert [row["reward"] for row in _read(tmp_path / "out.jsonl")] == [1.0, 0.0]
 
 
@@ -226,7 +230,7 @@ def reward(prompts, completions, **columns):
 
 def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
-    source = _write(tmp_path / "in.jsonl", [{"response": "x" * i, "gold": "g", "i": i} for i in range(200)])
+    source = _write(tmp_path / "in.jsonl", [{"response": "x" * i, "gold": "g", "i": i} for i in range(100)])
     rewards = f"rewards={{'{tmp_path}/slow.py:reward': 1}}"
     command = [
         sys.executable,
@@ -256,7 +260,7 @@ def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path, capsys: pytest.
     assert main([*command[3:-1], rewards]) == 0
     assert f"going on after the {num_done} rows" in " ".join(capsys.readouterr().err.split())
     assert [(row["i"], row["reward"]) for row in _read(tmp_path / "out.jsonl")] == [
-        (i, float(i)) for i in range(200)
+        (i, float(i)) for i in range(100)
     ]
 
 

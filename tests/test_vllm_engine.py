@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -104,6 +103,7 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 300.0
 
 def test_vllm_samples_only_what_is_missing_of_a_group(running: Running) -> None:
     assert running.report["pid"] == os.getpid()
+    assert tiny.descendants("VLLM::") == tiny.descendants("VLLM::EngineCore")  # its worker is in there
 
     async def sample() -> list[dict[str, Any]]:
         engine, foreign = running.engine, part([9], [8], version=None, source="offline:people")
@@ -394,24 +394,23 @@ def publisher() -> Any:
 
 
 def test_what_vllm_cannot_start_with_is_said_itself_and_not_pointed_to(tmp_path: Path) -> None:
-    folder = tiny.make_model(tmp_path)
-    code = f"""
-import asyncio, sys
-from gvpo_ray.config.engines import PoolConfig
-from gvpo_ray.config.model import ModelConfig
-from gvpo_ray.engines.vllm_engine import Engine
-if __name__ == "__main__":
-    pool = PoolConfig(kv_cache_gib=1, num_threads=1)
+    """What vLLM's core says of it is in the log of this process alone, which has to be a file."""
+    folder, before = tiny.make_model(tmp_path), dict(os.environ)
+    usual = [os.dup(fd) for fd in (1, 2)]
     try:
-        asyncio.run(Engine(ModelConfig(path={str(folder)!r}), pool, "objects", -1, True).start())
-    except RuntimeError as error:
-        open({str(tmp_path / "why")!r}, "w").write(str(error))
-"""
-    (tmp_path / "start.py").write_text(code)
-    with open(tmp_path / "out", "a") as out, open(tmp_path / "err", "a") as err:
-        subprocess.run([sys.executable, tmp_path / "start.py"], stdout=out, stderr=err)
-    why = (tmp_path / "why").read_text()
-    assert why == "vLLM did not start: ValueError: Seed must be between 0 and 2**32 - 1"
+        for fd, name in ((1, "out"), (2, "err")):
+            with open(tmp_path / name, "a") as file:
+                os.dup2(file.fileno(), fd)
+        pool = PoolConfig(kv_cache_gib=1, num_threads=1)
+        with pytest.raises(RuntimeError) as raised:
+            asyncio.run(Engine(ModelConfig(path=str(folder)), pool, "objects", -1, True).start())
+    finally:
+        for fd, kept in zip((1, 2), usual, strict=True):
+            os.dup2(kept, fd)
+            os.close(kept)
+        os.environ.clear()
+        os.environ.update(before)
+    assert str(raised.value) == "vLLM did not start: ValueError: Seed must be between 0 and 2**32 - 1"
 
 
 def test_vllm_is_given_what_the_pool_says_and_else_what_the_model_says(

@@ -52,7 +52,7 @@ def vllm_arguments(
         # no more than a step computes tokens, which vLLM would refuse
         "max_num_seqs": min(num_sequences, own.get("max_num_batched_tokens", MAX_SEQUENCES)),
         "tensor_parallel_size": pool.tensor_parallel_size,
-        "distributed_executor_backend": "uni" if pool.tensor_parallel_size == 1 else "mp",
+        "distributed_executor_backend": _executor(pool),
         # the policy's own log-probs at temperature 1, as the learner computes them
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
@@ -85,6 +85,17 @@ def vllm_arguments(
         arguments["load_format"] = "dummy"
         overrides["tie_word_embeddings"] = False
     return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
+
+
+def _executor(pool: PoolConfig) -> str:
+    """Return who runs vLLM's workers: a single one is in the process of vLLM's core.
+
+    On a CPU vLLM makes `uni` into `mp`, a process more with all of vLLM in it, so that it can pin threads to
+    cores. Engines pin none (VLLM_CPU_OMP_THREADS_BIND), and a class that is named is left as it is.
+    """
+    if pool.tensor_parallel_size > 1:
+        return "mp"
+    return "uni" if pool.num_gpus > 0 else "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def returns_experts(model: ModelConfig) -> bool:

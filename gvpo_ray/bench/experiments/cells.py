@@ -316,15 +316,11 @@ def config_of(cell: Cell, folder: Path) -> GVPOConfig:
         "warm_start.data.path": str(task / "data" / "worked.parquet"),
         "evaluation": {"every": 0, "sets": sets},
     }
-    # In the process of its engine core, as on a GPU, vLLM's worker starts sooner and takes less of two cores
-    # than in one of its own.
-    in_the_core = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
     here = {
         "seed": cell.seed,
         "max_staleness": cell.age,
         "checkpoint.every": 1000,
         "engines.parity_every": 0,
-        "engines.vllm": in_the_core,
     }
     # the source is the warm start's worked problems
     if any(name.startswith("sources.people.") for name in cell.overrides):
