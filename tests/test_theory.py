@@ -55,8 +55,8 @@ class Problem:
 
 # (logprobs, reference, rewards, group ids) -> loss
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# (problem, the policy, the policy LAG updates ago) -> probabilities [prompt, completion]; several problems have
-# a dimension more in front
+# (problem, the policy, the policy LAG updates ago) -> probabilities [prompt, completion]; where problems are
+# stacked, with one dimension more in front
 Sampler = Callable[[Problem, Tensor, Tensor], Tensor]
 
 
@@ -116,7 +116,9 @@ def train(
     num_cases, random = len(samplers) * len(seeds), torch.Generator().manual_seed(0)
     shape = (num_updates, num_cases, GROUPS_PER_UPDATE)
     # rows of tables [sampler * seed * prompt, completion], of each update's groups
-    rows = torch.randint(NUM_PROMPTS, shape, generator=random) + NUM_PROMPTS * torch.arange(num_cases)[:, None]
+    rows = (
+        torch.randint(NUM_PROMPTS, shape, generator=random) + NUM_PROMPTS * torch.arange(num_cases)[:, None]
+    )
     sizes = torch.randint(2, 33, shape, generator=random)
     references, rewards = (
         table.repeat(len(samplers), 1, 1).flatten(0, 1) for table in (problems.reference, problems.rewards)
