@@ -6,6 +6,7 @@ of any sizes (Corollary 3.5), and 1/(m - 1) makes the loss of a group an unbiase
 (Theorem 3.4).
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from gvpo_ray.losses.rloo import rloo_loss
 from gvpo_ray.losses.stale_data import importance_weights, likelihood_floor, stale_gvpo_loss
 
 NUM_PROMPTS, NUM_COMPLETIONS, BETA = 3, 6, 0.25
-GROUPS_PER_UPDATE, NUM_UPDATES, LAG = 8, 1200, 100
+GROUPS_PER_UPDATE, LAG = 8, 100
+NUM_UPDATES = {0: 1200, 1: 700}
+"""How many the problem of a seed takes until GVPO is at the optimum, whoever samples."""
 
 
 class Problem:
@@ -52,7 +55,8 @@ class Problem:
 
 # (logprobs, reference, rewards, group ids) -> loss
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# (problem, the policy, the policy LAG updates ago) -> probabilities [prompt, completion]
+# (problem, the policy, the policy LAG updates ago) -> probabilities [prompt, completion]; where problems are
+# stacked, with one dimension more in front
 Sampler = Callable[[Problem, Tensor, Tensor], Tensor]
 
 
@@ -79,8 +83,8 @@ def mixed(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
 
 def never_the_best(problem: Problem, policy: Tensor, earlier: Tensor) -> Tensor:
     """Uniform over all but the completion that the target likes most, as a truncating sampler would be."""
-    best = problem.target.argmax(1, keepdim=True)
-    return uniform(problem, policy, earlier).scatter(1, best, 0.0)
+    best = problem.target.argmax(-1, keepdim=True)
+    return uniform(problem, policy, earlier).scatter(-1, best, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,53 +99,58 @@ class Drawn:
     group_ids: Tensor
 
 
-def train(cases: list[tuple[int, Sampler]], objective: Callable[[Drawn], Tensor]) -> list[float]:
-    """The distance from the optimum, of each (seed of a problem, sampler), after NUM_UPDATES updates of Adam,
-    each on GROUPS_PER_UPDATE groups of 2 to 32 sampled completions.
+def train(
+    seeds: tuple[int, ...], samplers: tuple[Sampler, ...], objective: Callable[[Drawn], Tensor]
+) -> dict[tuple[int, Sampler], float]:
+    """The distance from the optimum, by seed of a problem and sampler, after NUM_UPDATES of Adam, each on
+    GROUPS_PER_UPDATE groups of 2 to 32 sampled completions.
 
-    All are trained at once: each has groups, random numbers and logits of its own, and Adam's step does not
-    depend on the scale of the loss, which is the mean over all groups.
+    All are trained at once: each has groups and logits of its own, and Adam's step does not depend on the
+    scale of the loss, which is the mean over all groups.
     """
-    problems = [Problem(seed) for seed, _ in cases]
-    rewards, references, first = (
-        torch.stack([getattr(problem, name) for problem in problems])
-        for name in ("rewards", "reference", "first")
+    each = [Problem(seed) for seed in seeds]
+    problems = copy.copy(each[0])  # tensors are [seed, prompt, completion]
+    for name in ("rewards", "reference", "first", "foreign", "target"):
+        setattr(problems, name, torch.stack([getattr(problem, name) for problem in each]))
+    num_updates = max(NUM_UPDATES[seed] for seed in seeds)
+    num_cases, random = len(samplers) * len(seeds), torch.Generator().manual_seed(0)
+    shape = (num_updates, num_cases, GROUPS_PER_UPDATE)
+    # rows of tables [sampler * seed * prompt, completion], of each update's groups
+    rows = (
+        torch.randint(NUM_PROMPTS, shape, generator=random) + NUM_PROMPTS * torch.arange(num_cases)[:, None]
     )
+    sizes = torch.randint(2, 33, shape, generator=random)
+    references, rewards = (
+        table.repeat(len(samplers), 1, 1).flatten(0, 1) for table in (problems.reference, problems.rewards)
+    )
+    first = problems.first.expand(len(samplers), *problems.first.shape)
     logits = first.clone().requires_grad_()
     # eps is to the loss's mean over all problems what 1e-8 is to that over one
-    optimizer = torch.optim.Adam([logits], lr=0.05, eps=1e-8 / len(cases))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, NUM_UPDATES)
+    optimizer = torch.optim.Adam([logits], lr=0.05, eps=1e-8 / num_cases)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_updates)
     policies = [first]
-    for _ in range(NUM_UPDATES):
+    for own_rows, own_sizes in zip(rows, sizes, strict=True):
         policy, earlier = policies[-1], policies[max(len(policies) - 1 - LAG, 0)]
-        groups, completions, probabilities = [], [], []
-        for i, (problem, (_, sampler)) in enumerate(zip(problems, cases, strict=True)):
-            prompts = torch.randint(NUM_PROMPTS, (GROUPS_PER_UPDATE,), generator=problem.random)
-            sizes = torch.randint(2, 33, (GROUPS_PER_UPDATE,), generator=problem.random)
-            x = torch.repeat_interleave(prompts, sizes)
-            probabilities.append(sampler(problem, policy[i], earlier[i]))
-            completions.append(torch.multinomial(probabilities[i][x], 1, generator=problem.random).squeeze(1))
-            groups.append((i, prompts, sizes))
-        which = torch.cat([torch.full_like(prompts, i) for i, prompts, _ in groups])
-        group_ids = torch.repeat_interleave(torch.cat([sizes for *_, sizes in groups]))
-        at = (
-            which[group_ids],
-            torch.cat([prompts for _, prompts, _ in groups])[group_ids],
-            torch.cat(completions),
-        )
+        probabilities = torch.stack(
+            [sampler(problems, policy[i], earlier[i]) for i, sampler in enumerate(samplers)]
+        ).flatten(0, 2)
+        group_ids = torch.repeat_interleave(own_sizes.flatten())
+        x = own_rows.flatten()[group_ids]
+        at = (x, torch.multinomial(probabilities[x], 1, generator=random).squeeze(1))
+        logprobs = logits.log_softmax(-1)
         drawn = Drawn(
-            logits.log_softmax(2)[at],
-            torch.stack(probabilities)[at].log(),
-            references[at],
-            rewards[at],
-            group_ids,
+            logprobs.flatten(0, 2)[at], probabilities[at].log(), references[at], rewards[at], group_ids
         )
         optimizer.zero_grad()
         objective(drawn).backward()
         optimizer.step()
         schedule.step()
-        policies.append(logits.detach().log_softmax(2))
-    return [problem.distance(policy) for problem, policy in zip(problems, policies[-1], strict=True)]
+        policies.append(logits.detach().log_softmax(-1))
+    return {
+        (seed, sampler): problem.distance(policies[-1][i, j])
+        for i, sampler in enumerate(samplers)
+        for j, (seed, problem) in enumerate(zip(seeds, each, strict=True))
+    }
 
 
 SAMPLERS = (on_policy, uniform, stale, foreign, mixed)
@@ -152,8 +161,7 @@ def distances(
     objective: Callable[..., Tensor], seeds: tuple[int, ...], samplers: tuple[Sampler, ...], **options: Any
 ) -> dict[tuple[int, Sampler], float]:
     """What `train` returns by its cases: once for all tests that ask for one of them."""
-    cases = [(seed, sampler) for seed in seeds for sampler in samplers]
-    return dict(zip(cases, train(cases, functools.partial(objective, **options)), strict=True))
+    return train(seeds, samplers, functools.partial(objective, **options))
 
 
 def gvpo(logprobs: Tensor, reference: Tensor, rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -394,13 +402,15 @@ def expected_gradient_of_logits_where_a_reward_is_noisy(floor: float) -> Tensor:
     problem = Problem(4)
     logits = problem.target[0].clone().requires_grad_()
     logprobs, probabilities = logits.log_softmax(0), problem.target[0].exp()
+    # a completion, and what its reward has more
+    outcomes = [(y, more) for y in range(NUM_COMPLETIONS) for more in ((-0.4, 0.4) if y == 2 else (0.0,))]
     total = torch.zeros(()).double()
-    for drawn, tosses in product(product(range(NUM_COMPLETIONS), repeat=3), product((-0.4, 0.4), repeat=3)):
-        y = torch.tensor(drawn)
-        rewards = problem.rewards[0][y] + torch.tensor(tosses).double() * (y == 2)
+    for drawn in product(outcomes, repeat=3):
+        y, more = torch.tensor([y for y, _ in drawn]), torch.tensor([more for _, more in drawn]).double()
+        rewards = problem.rewards[0][y] + more
         arguments = logprobs[y], problem.reference[0][y], rewards, torch.zeros(3, dtype=torch.long), BETA
         loss, _ = stale_gvpo_loss(*arguments, torch.ones(3), torch.full((3,), floor))
-        total = total + probabilities[y].prod() / 8 * loss
+        total = total + torch.where(y == 2, probabilities[y] / 2, probabilities[y]).prod() * loss
     return torch.autograd.grad(total, logits)[0]
 
 

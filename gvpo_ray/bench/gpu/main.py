@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import sys
 import threading
 import time
@@ -21,21 +22,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gvpo_ray.bench.gpu import numerics, probe, profile, publish, semantics, speed, steps
 from gvpo_ray.bench.gpu.report import Box, Report
 
 SECTIONS = {
-    "probe": (probe.run, 10),
-    "recompiles": (semantics.recompiles, 60),
-    "train_step": (steps.run, 60),
-    "speed": (speed.run, 110),
-    "semantics": (semantics.run, 80),
-    "publish": (publish.run, 20),
-    "choices": (speed.choices, 60),
-    "numerics": (numerics.run, 25),
-    "profile": (profile.run, 25),
+    "probe": ("gvpo_ray.bench.gpu.probe:run", 10),
+    "recompiles": ("gvpo_ray.bench.gpu.semantics:recompiles", 60),
+    "train_step": ("gvpo_ray.bench.gpu.steps:run", 60),
+    "speed": ("gvpo_ray.bench.gpu.speed:run", 110),
+    "semantics": ("gvpo_ray.bench.gpu.semantics:run", 80),
+    "publish": ("gvpo_ray.bench.gpu.publish:run", 20),
+    "choices": ("gvpo_ray.bench.gpu.speed:choices", 60),
+    "numerics": ("gvpo_ray.bench.gpu.numerics:run", 25),
+    "profile": ("gvpo_ray.bench.gpu.profile:run", 25),
 }
-"""Function of each section, and its time in seconds where all of them have 450.
+"""Where the function of each section is, and its time in seconds where all of them have 450.
 
 The sections whose loss would cost most come first. Time that one leaves over is not given to others.
 """
@@ -60,11 +60,12 @@ def main(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # what these sections import, before their time begins
+    works = {name: pkgutil.resolve_name(SECTIONS[name][0]) for name in sections}
     report = Report(Path(out), Console(highlight=False, width=170), goes_on)
     whole, shares = Box(seconds), sum(SECTIONS[name][1] for name in sections)
     for i, name in enumerate(sections):
-        work, share = SECTIONS[name]
-        begin, limit = time.monotonic(), min(share * seconds / shares, whole.left)
+        begin, limit = time.monotonic(), min(SECTIONS[name][1] * seconds / shares, whole.left)
         done = threading.Event()
         again = [sys.executable, "-m", "gvpo_ray.bench.gpu.main", "--goes-on", "--out", str(out)]
         rest = ["--sections", ",".join(sections[i + 1 :])]
@@ -72,7 +73,7 @@ def main(
             target=_give_up, args=(report, name, done, limit, whole, again, rest), daemon=True
         ).start()
         with report.attempt(name, "the section itself"):
-            work(report, device, device.type == "cpu", Box(limit))
+            works[name](report, device, device.type == "cpu", Box(limit))
         done.set()
         report.add(name, "took", seconds=time.monotonic() - begin)
         if device.type == "cuda":

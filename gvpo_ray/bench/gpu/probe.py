@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import platform
 import time
 from typing import Any
 
 import torch
-import transformers
 
 from gvpo_ray.bench.gpu.report import Box, Report, now
 
@@ -25,7 +25,7 @@ def run(report: Report, device: torch.device, toy: bool, box: Box) -> None:
         "versions",
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=transformers.__version__,
+        transformers=importlib.metadata.version("transformers"),
         device=torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
         memory_gib=torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else 0.0,
         absent=absent,
