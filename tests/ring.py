@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -25,10 +24,6 @@ from gvpo_ray.files import lock
 from gvpo_ray.learner.warm_start import warm_start
 
 NUM_STEPS, GROUPS_PER_STEP = 40, 16
-IN_THE_CORE = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
-"""As on a GPU, the model in the core's own process, without the one that vLLM has beside it on a CPU: an
-engine starts sooner."""
-IN_THIS_CORE = f"engines.vllm={json.dumps(IN_THE_CORE)}"
 
 
 def make(folder: Path, shared: Path) -> Path:

@@ -15,7 +15,6 @@ import peft
 import pytest
 import tiny
 import torch
-from ring import IN_THE_CORE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray import groups
@@ -82,7 +81,7 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         model = ModelConfig(path=str(folder), lora=LoraConfig(rank=RANK, alpha=ALPHA))
-        pool = PoolConfig(kv_cache_gib=1, num_threads=1, vllm=IN_THE_CORE)
+        pool = PoolConfig(kv_cache_gib=1, num_threads=1)
         self.engine = Engine(model, pool, "objects", seed=0)
         self.runner = asyncio.Runner()
         self.runner.run(self.engine.start())

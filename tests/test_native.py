@@ -113,7 +113,7 @@ def held(folder: Path, **learner: Any) -> dict[str, int]:
 
 
 def steps(**options: Any) -> Any:
-    return functools.partial(test_spread.four_steps, **options)
+    return functools.partial(test_spread.three_steps, **options)
 
 
 def split_head(folder: Path) -> list[float]:
@@ -209,7 +209,7 @@ CASES: dict[str, Any] = {}
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """One process without a process group, by the reference."""
     return {
-        reference: test_spread.four_steps(tmp_path_factory.mktemp("alone"), reference=reference)
+        reference: test_spread.three_steps(tmp_path_factory.mktemp("alone"), reference=reference)
         for reference in ("behaviour", "every: 2")
     }
 
@@ -241,7 +241,7 @@ def test_what_a_worker_sends_in_a_step_is_what_its_layout_has_to(on_ranks: Any) 
 
 
 @pytest.mark.parametrize("world_size, name", SPREAD)
-def test_four_steps_are_one_ranks_however_layers_and_sequences_are_split(
+def test_three_steps_are_one_ranks_however_layers_and_sequences_are_split(
     on_ranks: Any, alone: Any, world_size: int, name: str
 ) -> None:
     """In float64 to 1e-9; sums of several ranks come in another order, which was measured as 1e-14."""

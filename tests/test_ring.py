@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from ring import GROUPS_PER_STEP, IN_THIS_CORE, NUM_STEPS, Command, left_behind
+from ring import GROUPS_PER_STEP, NUM_STEPS, Command, left_behind
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.bench import chaos
@@ -38,7 +38,7 @@ def killed_run(config_file: Path) -> dict[str, Any]:
     run_dir = config_file.parent / "run"
     mark = os.environ["GVPO_TEST_MARK"] = uuid.uuid4().hex
     try:
-        outcome = chaos.run(str(config_file), [IN_THIS_CORE], run_dir, num_kills=len(KILLED), seed=41)
+        outcome = chaos.run(str(config_file), [], run_dir, num_kills=len(KILLED), seed=41)
     finally:
         del os.environ["GVPO_TEST_MARK"]
     return {"run_dir": run_dir, "outcome": outcome, "left": left_behind(mark)}
@@ -171,7 +171,7 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
 ) -> None:
     out = config_file.parent / "evaluation"
     arguments = ["evaluate", str(config_file), "--checkpoint", str(killed_run["run_dir"]), "--out", str(out)]
-    arguments += ["evaluation.num_samples=8", IN_THIS_CORE]
+    arguments += ["evaluation.num_samples=8"]
     assert main(arguments) == 0
     result = json.loads((out / "eval.json").read_text())["sets"]["test"]
     lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
@@ -188,6 +188,6 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
 def test_rollout_samples_and_verifies_alone(config_file: Path, here: None) -> None:
     out = config_file.parent / "groups.arrow"
     number = ["--groups", str(2 * GROUPS_PER_STEP)]
-    assert main(["rollout", str(config_file), "--out", str(out), *number, IN_THIS_CORE]) == 0
+    assert main(["rollout", str(config_file), "--out", str(out), *number]) == 0
     recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ring import IN_THE_CORE
 from tiny import ALPHABET, make_model, vllm_model
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +53,7 @@ def config(tmp_path: Path) -> GVPOConfig:
             "environment": {"name": f"{tmp_path / 'echo.py'}:Echo", "num": 1, "max_turns": 3},
             # half of the letters end a turn
             "sampling": {"num_completions": 4, "max_tokens": 60, "stop_token_ids": list(range(2, 24))},
-            "engines": {"kv_cache_gib": 0.25, "num_threads": 1, "parity_every": 1, "vllm": IN_THE_CORE},
+            "engines": {"kv_cache_gib": 0.25, "num_threads": 1, "parity_every": 1},
             "verifiers": {"num": 1},
             "learner": {"num_workers": 1, "backend": "ddp", "num_mini_batches": 1},
             "evaluation": {"every": 3, "sets": {"heldout": {"path": str(tmp_path / "p.jsonl")}}},

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from ring import GROUPS_PER_STEP, IN_THE_CORE, left_behind, make_mixture, until
+from ring import GROUPS_PER_STEP, left_behind, make_mixture, until
 from test_ray_metrics import shows_on_ray
 from test_trackers import tensorboard_of
 
@@ -52,7 +52,6 @@ def test_python_users_train_with_a_function_from_a_file_and_learn_why_a_run_died
         "learner.zero_stage": 0,
         "checkpoint.every": 100,
         "engines.max_restarts_per_hour": 0,
-        "engines.vllm": IN_THE_CORE,
     }
     ended = threading.Event()
     killed: list[int] = []
@@ -185,7 +184,7 @@ def test_two_pools_of_different_precision_replay_and_an_offline_source_train_tog
         "learner.num_workers": 1,
         "prompts.limit": 40,
         "engines.num_cpus": 0.5,
-        "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8, "vllm": IN_THE_CORE}},
+        "engines.pools": {"full": {}, "half": {"dtype": "float16", "max_groups": 8}},
         "sources": {"people": {"path": str(folder / "people.jsonl"), "share": 0.125}},
         "replay.share": 0.125,
         "tracking": {"tensorboard": {}},

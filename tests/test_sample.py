@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import yaml
-from ring import IN_THE_CORE
 
 from gvpo_ray.cli import main
 from gvpo_ray.config.shown import visible
@@ -92,9 +89,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "kv_cache_gib": 1,
             "num_threads": 1,
             "max_num": 3,
-            "vllm": IN_THE_CORE,
         },
-        "verifiers": {"num": 2},
+        "verifiers": {"num": 2, "rewards": {"exact_match": 1.0}},
         "learner": {"num_mini_batches": 1},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -124,14 +120,20 @@ def test_a_mistake_is_one_line_before_anything_starts(
     assert complaint in err and err.count("\n") == 1
 
 
-def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_ends(folder: Path) -> None:
-    """A random model, for real: vLLM, a verifier and the process's exit status."""
+def test_check_sample_shows_prompts_completions_and_rewards_of_one_engine_and_ends(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model, for real: vLLM, a verifier and the command's status."""
     tiny.vllm_model().save_pretrained(folder / "model")
-    command = [sys.executable, "-m", "gvpo_ray", "check", "config.yaml", "--sample", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
-    assert ran.returncode == 0, ran.stderr
-    shown = ran.stdout[ran.stdout.index("prompt 1 of 4") :]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        status = main(["check", "config.yaml", "--sample", "4"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    shown = printed.out[printed.out.index("prompt 1 of 4") :]
     heads = re.findall(r"prompt (\d) of 4, 5 tokens, answer '(\d)':\n  \| (.*)\n", shown)
     assert heads == [(str(i + 1), str(2 * i), f"{i}+{i}<eos>=") for i in range(4)]
     form = r"completion \d: reward ([01]) · (ended|cut off) after (\d) tokens.*\n    \| (.*)"
