@@ -490,7 +490,7 @@ CASES |= {
     for backend, stage in REFERENCES
     for lora in (False, True)
 }
-ADAPTERS = [(backend, stage, "bfloat16") for backend, stage in BACKENDS[1:]]
+ADAPTERS = [(backend, stage, "bfloat16") for backend, stage in BACKENDS]
 ADAPTERS += [("ddp", 0, "float32"), ("fsdp", 0, "float32"), ("deepspeed", 3, "float32")]
 CASES |= {
     f"adapter {backend} {stage} {dtype}": functools.partial(
