@@ -62,16 +62,20 @@ TIERS = {
         "test_workers",
     },
     "components": {
+        "test_answers",
         "test_answers_properties",
         "test_chaos",
         "test_code_reward",
         "test_confine",
         "test_experiments",
+        "test_families",
         "test_hostile_code",
         "test_hostile_text",
         "test_http_reward",
         "test_isolation",
         "test_long_episodes",
+        "test_memory",
+        "test_passes",
         "test_process_log",
         "test_responses",
         "test_tasksets",
@@ -88,8 +92,9 @@ TIERS = {
 
 A unit test stays in the process of pytest, and trains nothing until it converges. A component runs as in
 production, but without Ray: the sandbox and the command line in processes of their own, training until it
-converges, compiled kernels, answers and problems by the hundred, the sizes of a fleet. Actors are Ray's,
-with fake engines. An end-to-end test has a real part: vLLM, DeepSpeed, several ranks, a browser, a set-up.
+converges or several times over, compiled kernels, families of models, what torch allocates, answers and
+problems by the hundred, the sizes of a fleet. Actors are Ray's, with fake engines. An end-to-end test has a
+real part: vLLM, DeepSpeed, several ranks, a browser, a set-up.
 
 A test of another file says its tier by a marker; one that runs on several ranks is end to end wherever it
 stands; all others are unit tests.

@@ -168,6 +168,7 @@ def test_what_learn_publishes_are_the_weights_and_logprobs_to_check_them_by(tmp_
     assert probe["ids"] == own and [*map(len, probe["logprobs"])] == [39, 2]
 
 
+@pytest.mark.components
 @pytest.mark.parametrize("reference", ["behaviour", "previous", "initial", "every: 3"])
 def test_the_same_log_gives_bitwise_the_same_weights_again_and_from_any_checkpoint(tmp_path, reference):
     given = settings(tmp_path, reference, num_steps=5, every=2, num_mini_batches=2)
