@@ -26,43 +26,44 @@ from gvpo_ray.learner.checkpoints import latest_checkpoint
 from gvpo_ray.run.events import EventLog
 from gvpo_ray.run.session import Session
 
-KILLED = {*chaos.KINDS} - {"learner controller", "engine", "driver"}
-"""By the seed below; `gvpo-ray bench chaos` has time for all kinds, more than once. A driver dies in
-test_ring_jobs.py, where it costs no engine.
+KILLED = {"engine core", "learner worker", "driver"}
+"""By the seed below; `gvpo-ray bench chaos` has time for all kinds, more than once. Verifiers die in
+test_ring_python.py, and buffers in test_recovery.py.
 """
 
 
 @pytest.fixture(scope="module")
 def killed_run(config_file: Path) -> dict[str, Any]:
-    """One run, in which one process of each kind is killed."""
+    """One run, in which a process of each of three kinds is killed, the driver too."""
     run_dir = config_file.parent / "run"
     mark = os.environ["GVPO_TEST_MARK"] = uuid.uuid4().hex
     try:
-        outcome = chaos.run(str(config_file), [], run_dir, num_kills=len(KILLED), seed=41)
+        outcome = chaos.run(str(config_file), [], run_dir, num_kills=len(KILLED), seed=1465)
     finally:
         del os.environ["GVPO_TEST_MARK"]
     return {"run_dir": run_dir, "outcome": outcome, "left": left_behind(mark)}
 
 
-def test_a_run_survives_the_death_of_a_process_of_each_kind_and_every_group_is_trained_exactly_once(
+def test_a_run_survives_the_deaths_of_a_core_a_learner_and_its_driver_and_trains_every_group_exactly_once(
     killed_run: dict[str, Any],
 ) -> None:
     outcome: chaos.Outcome = killed_run["outcome"]
     assert outcome.problems == []
     assert {kill.kind for kill in outcome.kills if kill.at} == KILLED, f"{outcome.kills}\n{outcome.output}"
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in outcome.output
+    assert "resuming" in outcome.output  # after the driver's death, from the same command
 
 
 def test_every_recovery_is_a_line_an_event_and_a_number(killed_run: dict[str, Any]) -> None:
     events = EventLog(killed_run["run_dir"] / "events.jsonl")
     counts = events.counts()
     # At least: an engine that is killed while another is being replaced makes one more.
-    assert counts["engine"] >= 1 and counts["verifier"] >= 1 and counts["learner"] >= 1
-    assert counts["driver"] == 0 and counts["buffer"] == 1
+    assert counts["engine"] >= 1 and counts["learner"] >= 1 and counts["driver"] == 1
     lines = [json.loads(line) for line in (killed_run["run_dir"] / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "loss" in line)
     assert {who: last[f"recoveries/{who}"] for who in counts} == counts
-    assert killed_run["outcome"].output.count("recovery at step") == sum(counts.values())
+    # the driver may die before it says so
+    assert killed_run["outcome"].output.count("recovery at step") >= sum(counts.values()) - 1
 
 
 @pytest.mark.usefixtures("quiet")

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from gvpo_ray.data.vocabulary import beyond, unknown_token
-from gvpo_ray.imports import large_imports
 
 
 class RewardModel:
@@ -24,16 +23,15 @@ class RewardModel:
     """
 
     def __init__(self, path: str, batch_size: int, on_gpu: bool = False, revision: str = "main") -> None:
-        with large_imports():  # with the model, whose own modules are imported when it is loaded
-            import torch
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            model: Any = AutoModelForSequenceClassification.from_pretrained(
-                path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
-            )
         self._torch, self._batch_size = torch, batch_size
         self._device = "cuda" if on_gpu else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
         if model.config.num_labels != 1:
             raise ValueError(f"the reward model {path} has {model.config.num_labels} outputs, not one")
         self._size = int(model.config.get_text_config().vocab_size)

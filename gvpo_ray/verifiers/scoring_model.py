@@ -20,7 +20,6 @@ from gvpo_ray.data.messages import Message
 from gvpo_ray.data.rendering import messages_of
 from gvpo_ray.data.transcripts import Transcripts
 from gvpo_ray.data.vocabulary import beyond, unknown_token
-from gvpo_ray.imports import large_imports
 
 PROMPTS = "prompts"
 """The key of the run's own prompts among renderings; a source's whole groups have `sources.<name>`."""
@@ -86,13 +85,9 @@ class ScoringModel:
         on_gpu: bool = False,
         revision: str = "main",
     ) -> None:
-        with large_imports():  # with the model, whose own modules are imported when it is loaded
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
-            )
         self._torch, self._batch_size = torch, batch_size
         self._device = "cuda" if on_gpu else "cpu"
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -102,6 +97,9 @@ class ScoringModel:
             key: Transcripts(tokenizer, **options, key=key) for key, options in renderings.items()
         }
         self._unknown = _unknown_tokens(tokenizer)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=torch.bfloat16 if on_gpu else torch.float32
+        )
         self._model = model.to(self._device).eval()
         text = model.config.get_text_config()
         self._context = getattr(text, "max_position_embeddings", None) or math.inf
