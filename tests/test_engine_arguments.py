@@ -54,6 +54,9 @@ def arguments(
 def test_a_single_worker_of_vllm_has_no_process_of_its_own(num_gpus: int, size: int, executor: str) -> None:
     given = arguments(num_gpus=num_gpus, tensor_parallel_size=size)
     assert given["distributed_executor_backend"] == executor
+    if not num_gpus:
+        own = arguments(num_gpus=0, vllm={"tensor_parallel_size": size})  # as vLLM calls it
+        assert own["distributed_executor_backend"] == executor
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_re
     assert ours != theirs.id.hex()
     until(began.exists)
     assert not of("PreemptionWatcher")  # nobody drains a node of this Ray
-    assert not of("DatasetManager") and not of("PlacementGroupCleaner")  # workers.UNUSED
+    assert not of("DatasetManager") and not of("PlacementGroupCleaner")  # see workers.Trainer
     (process,) = of("TrainController")
     process.kill()
     until(lambda: learners.has_places() and ours not in learners._places())  # those of the next controller

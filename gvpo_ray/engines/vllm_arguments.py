@@ -42,6 +42,7 @@ def vllm_arguments(
     """
     on_gpu, own, dtype = pool.num_gpus > 0, dict(pool.vllm), pool.dtype or model.dtype
     num_sequences = min(num_completions, MAX_SEQUENCES)
+    size = pool.tensor_parallel_size
     arguments: dict[str, Any] = {
         "model": model.path,
         "dtype": dtype,
@@ -51,8 +52,8 @@ def vllm_arguments(
         "enforce_eager": not on_gpu if pool.enforce_eager is None else pool.enforce_eager,
         # no more than a step computes tokens, which vLLM would refuse
         "max_num_seqs": min(num_sequences, own.get("max_num_batched_tokens", MAX_SEQUENCES)),
-        "tensor_parallel_size": pool.tensor_parallel_size,
-        "distributed_executor_backend": _executor(pool),
+        "tensor_parallel_size": size,
+        "distributed_executor_backend": _executor(own.get("tensor_parallel_size", size), on_gpu),
         # the policy's own log-probs at temperature 1, as the learner computes them
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
@@ -87,15 +88,15 @@ def vllm_arguments(
     return arguments | own | {"hf_overrides": overrides | own.get("hf_overrides", {})}
 
 
-def _executor(pool: PoolConfig) -> str:
+def _executor(num_workers: int, on_gpu: bool) -> str:
     """Return who runs vLLM's workers: a single one is in the process of vLLM's core.
 
     On a CPU vLLM makes `uni` into `mp`, a process more with all of vLLM in it, so that it can pin threads to
     cores. Engines pin none (VLLM_CPU_OMP_THREADS_BIND), and a class that is named is left as it is.
     """
-    if pool.tensor_parallel_size > 1:
+    if num_workers > 1:
         return "mp"
-    return "uni" if pool.num_gpus > 0 else "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    return "uni" if on_gpu else "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def returns_experts(model: ModelConfig) -> bool:

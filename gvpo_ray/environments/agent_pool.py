@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ray
+
 from gvpo_ray.actors import EventCallback
 from gvpo_ray.config.data import PromptsConfig
 from gvpo_ray.config.environment import EnvironmentConfig
@@ -21,9 +23,6 @@ from gvpo_ray.environments.tasksets import Tasks
 
 class _EnvironmentActor(AgentHost):
     """Its process has the name of other environments' actors, by which `bench chaos` finds them."""
-
-    async def leave(self) -> None:
-        """Do nothing: Ray ends this process."""
 
 
 class AgentGroup(EnvironmentGroup):
@@ -53,3 +52,8 @@ class AgentGroup(EnvironmentGroup):
     def episodes(self, model: ModelConfig, prompts: PromptsConfig) -> Agents:
         """Return what engines make episodes with."""
         return Agents(self._config, model, prompts, [], [ActorClient(actor) for actor in self.actors])
+
+    async def close(self) -> None:
+        """Kill the actors, which have no processes of their own to be told about."""
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)

@@ -49,11 +49,6 @@ WRONG = (
 Any other error of a worker may be a consequence of another worker's death.
 """
 
-UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
-"""Callbacks of Ray Train that start an actor each. That they come from a method of the trainer is private in
-Ray, and read from Ray 2.60.0.
-"""
-
 SAVE_END_S = 60.0
 """Seconds that a checkpoint which is being written when training fails gets to end."""
 
@@ -105,17 +100,22 @@ class LearnerGroup:
         self._controller = Path(self._scratch) / "controller"
         callbacks: list[Any] = [_ReportFailures(buffer), _RecordController(self._controller)]
 
+        unused: list[type] = [DatasetsCallback]
+        if not cluster_address(config.ray) and ray.get_runtime_context().get_actor_id() is None:
+            unused.append(PlacementGroupCleanerCallback)
+
         class Trainer(TorchTrainer):
-            """A Trainer starts without two actors of Ray Train that have nothing to do here: 10 CPU seconds.
+            """A Trainer starts without actors of Ray Train that have nothing to do here: 5 CPU seconds each.
 
             One hands out shards of datasets, of which a learner has none. Another removes the placement group
-            of a controller that has died, as `_remove_places` does; it would need the dashboard for that, and
-            keeps an autoscaled node from leaving (ray#64703).
+            of a controller that died, as `_remove_places` does; an embedded Ray ends with this process. It
+            stays where this process may go and its job not, as on a cluster and in an actor. That all come
+            from this method is private in Ray, and read from Ray 2.60.0.
             """
 
             def _create_default_callbacks(self) -> list[Any]:
                 made = super()._create_default_callbacks()  # type: ignore[misc]  # of Train v2
-                return [one for one in made if not isinstance(one, UNUSED)]
+                return [one for one in made if not isinstance(one, tuple(unused))]
 
         self._trainer = Trainer(
             train_loop,
@@ -155,11 +155,11 @@ class LearnerGroup:
                     return
                 except RayActorError as error:  # Ray Train's controller has died
                     self._num_left -= 1
+                    self._remove_places()
                     if self._num_left < 0:
                         self.ended.set_exception(error)
                         return
                     self._buffer.learner_failed.remote(cause_of(error))
-                    self._remove_places()
                 except BaseException as error:  # carried to the session, which reports it as the cause
                     self.ended.set_exception(error)
                     return
