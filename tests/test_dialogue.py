@@ -297,6 +297,7 @@ def test_a_prompt_shows_the_tools(tokenizer: PreTrainedTokenizerFast) -> None:
     [
         (False, {}, True),
         (False, {"system_prompt": "You can add."}, False),
+        (False, {"system_prompt": "Be in addition polite."}, True),
         (False, {"template": "{prompt}="}, False),
         (True, {}, False),
     ],

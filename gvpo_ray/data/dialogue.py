@@ -97,14 +97,8 @@ class Dialogue(TextRenderer, abc.ABC):
         return [*self._plain_text(said or ""), *rest]
 
     def unshown(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the names of the tools that a prompt does not show, since its chat template knows no tools.
-
-        A plain template is the whole prompt, which whoever wrote it knows.
-        """
-        if self._template is not None:
-            return []
-        text = self._tokenizer.decode([i for half in self._halves(row) for i in half])
-        return [name for tool in self._tools if (name := tool["function"]["name"]) not in text]
+        """Return the names of tools of which a prompt says nothing, as its chat template leaves them out."""
+        return []
 
     @abc.abstractmethod
     def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -208,14 +202,26 @@ class ChatDialogue(Dialogue):
     A template shows how it goes on behind an assistant's message when it renders a conversation that has one.
     """
 
-    def _halves(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def unshown(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the names of tools of which a prompt says nothing, as its chat template leaves them out.
+
+        Its system message may say them.
+        """
+        shown = self._halves(row)
+        if not self._tools or shown != self._halves(row, has_tools=False):
+            return []
+        text = self._tokenizer.decode([i for half in shown for i in half])
+        names = [str(tool["function"]["name"]) for tool in self._tools]
+        return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
+
+    def _halves(self, row: Mapping[str, Any], has_tools: bool = True) -> tuple[list[int], list[int]]:
         given = self._messages(row)
         written = "".join(_texts_in(given))
         mark, here = _absent_from(written), _absent_from(written, 1)
         messages = [self._marked_message(message, mark) for message in given]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
         messages[last]["content"] += here
-        head, found, tail = self._chat(messages, self._tools).rpartition(here)
+        head, found, tail = self._chat(messages, self._tools if has_tools else None).rpartition(here)
         if not found:
             raise ConfigError(f"{self._key}: the chat template leaves out the last user message")
         ids = one_begin_no_end(self._without_marks(head, mark), self._tokenizer)
