@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -21,6 +22,9 @@ OPTIONS = [
     "--disable-background-networking",
     "--remote-debugging-pipe",
 ]
+
+LIMIT_S = 300.0
+"""Seconds within which there must be an answer, or a page."""
 
 BUDGET_MS = 5000
 """Time that passes for a page's timers before it is looked at; while nothing is due, it costs no time."""
@@ -54,6 +58,7 @@ class Browser:
 
     def _message(self) -> Any:
         while b"\0" not in self._received:
+            assert select.select([self._answers], [], [], LIMIT_S)[0], "the browser does not answer"
             data = os.read(self._answers, 1 << 20)
             assert data, "the browser is gone"
             self._received += data
@@ -71,8 +76,8 @@ class Browser:
         assert "error" not in message, f"{method}: {message['error']}"
         return message["result"]  # type: ignore[no-any-return]
 
-    def _until(self, method: str) -> None:
-        while not any(event.get("method") == method for event in self._events):
+    def _until(self, session: str, method: str) -> None:
+        while (session, method) not in [(one.get("sessionId"), one.get("method")) for one in self._events]:
             self._events.append(self._message())
 
     def open(
@@ -83,6 +88,12 @@ class Browser:
         """
         self._events.clear()
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
+        try:
+            return self._open(target, url, width, height, dark)
+        finally:
+            self._ask("Target.closeTarget", targetId=target)
+
+    def _open(self, target: str, url: str, width: int, height: int, dark: bool) -> tuple[str, list[str]]:
         session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
         def ask(method: str, **parameters: Any) -> dict[str, Any]:
@@ -94,16 +105,17 @@ class Browser:
         ask("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         ask("Emulation.setEmulatedMedia", features=[scheme])
-        ask("Page.navigate", url=url)
+        assert "errorText" not in ask("Page.navigate", url=url)
         is_there = "document.readyState === 'complete' && location.href !== 'about:blank'"
+        deadline = time.monotonic() + LIMIT_S
         while not ask("Runtime.evaluate", expression=is_there)["result"]["value"]:
+            assert time.monotonic() < deadline, f"{url} is not complete"
             time.sleep(0.02)
         ask("Emulation.setVirtualTimePolicy", policy="pauseIfNetworkFetchesPending", budget=BUDGET_MS)
-        self._until("Emulation.virtualTimeBudgetExpired")
+        self._until(session, "Emulation.virtualTimeBudgetExpired")
         dom: str = ask("Runtime.evaluate", expression="document.documentElement.outerHTML")["result"]["value"]
-        said = [text for event in self._events if (text := _said(event)) is not None]
-        self._ask("Target.closeTarget", targetId=target)
-        return dom, said
+        own = [event for event in self._events if event.get("sessionId") == session]
+        return dom, [text for event in own if (text := _said(event)) is not None]
 
 
 def _said(event: dict[str, Any]) -> str | None:
