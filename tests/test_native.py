@@ -160,6 +160,7 @@ CASES_ON_2 = {
     "sent by ddp": functools.partial(sent),
     "sent by fsdp": functools.partial(sent, backend="fsdp"),
     "sent with context": functools.partial(sent, **CONTEXT),
+    "sent with tensor": functools.partial(sent, **TENSOR),
     "a split head": split_head,
     "tensor 2": steps(**TENSOR, micro_batch_tokens=40),
     "tensor 2, padded": steps(**TENSOR, micro_batch_tokens=100, packing=False),
@@ -238,6 +239,24 @@ def test_what_a_worker_sends_in_a_step_is_what_its_layout_has_to(on_ranks: Any) 
         # nothing follows a completion's last token, so it is not read
         num_tokens = sum(prompt + sum(n - 1 for n in completions) for prompt, completions in LENGTHS)
         assert sent["all-to-all"] == 3 * num_layers * each * (num_tokens // 2) // 2
+    for messages, sent in on_ranks(2, "sent with tensor"):
+        # hidden states: two sums for the reference, two forward, and one for the input of each of queries,
+        # keys, values, gate and up backward; the embedding's, for the reference and forward; the head's and
+        # a norm's gradient
+        assert messages["all-reduce"] == 9 * num_layers * 4 + 2 * 4 + 4 + 1
+        states = num_tokens * hidden * 4
+        assert sent["all-reduce"] == pytest.approx(9 * num_layers * states + 3 * states, rel=0.001)
+
+
+def test_what_a_worker_sends_in_a_call_is_what_a_ring_sends() -> None:
+    shares = {kind: share(4) for kind, share in traffic.SENT.values()}
+    assert shares == {
+        "all-reduce": 1.5,
+        "all-gather": 3,
+        "reduce-scatter": 0.75,
+        "all-to-all": 0.75,
+        "broadcast": 0.75,
+    }
 
 
 @pytest.mark.parametrize("world_size, name", SPREAD)
