@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group, placement_group_table
 
 from gvpo_ray.config.run import GVPOConfig
@@ -64,17 +66,22 @@ def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_re
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = GVPOConfig.from_dict(
-        {"run_dir": str(tmp_path), "num_steps": 1, "model": {"path": "m"}, "prompts": {"path": "p"}},
+        {
+            "run_dir": str(tmp_path),
+            "num_steps": 1,
+            "model": {"path": "m"},
+            "prompts": {"path": "p"},
+            "learner": {"max_restarts": 1},
+        },
         where="test",
     )
     theirs = placement_group([{"CPU": config.learner.num_cpus}])  # just like a worker's
     ray.get(theirs.ready())
-    began, end = tmp_path / "began", tmp_path / "end"
+    began = tmp_path / "began"
 
     def wait_for_the_end(settings: dict[str, Any]) -> None:
         began.touch()
-        while not end.exists():
-            time.sleep(0.2)
+        threading.Event().wait()
 
     monkeypatch.setattr(workers, "train_loop", wait_for_the_end)
     buffer: Any = Buffer.remote()
@@ -93,7 +100,12 @@ def test_placement_groups_of_the_users_program_are_neither_taken_for_ours_nor_re
     table = placement_group_table()
     assert table[ours]["state"] == "REMOVED" and table[theirs.id.hex()]["state"] == "CREATED"
     assert len(ray.get(buffer.told.remote())) == 1
-    end.touch()
-    learners.ended.result(300)
+    # its last death frees the places too, in a Ray that goes on
+    (last,) = learners._places()
+    (process,) = of("TrainController")
+    process.kill()
+    with pytest.raises(RayActorError):
+        learners.ended.result(300)
     assert learners.join(60)
-    assert placement_group_table()[theirs.id.hex()]["state"] == "CREATED"
+    table = placement_group_table()
+    assert table[last]["state"] == "REMOVED" and table[theirs.id.hex()]["state"] == "CREATED"
