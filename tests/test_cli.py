@@ -140,7 +140,7 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     benches = verbs_in(help_of("bench"))
     assert {name for name, _ in benches} == {
         path.stem for path in (JOBS.parent / "gvpo_ray" / "bench").iterdir() if path.stem[0] not in "_."
-    } - {"experiments"} | {"family", "paper", "staleness"}
+    } - {"experiments", "turns"} | {"family", "paper", "staleness"}
     for path, line in [((name,), line) for name, line in verbs if name != "bench"] + [
         (("bench", name), line) for name, line in benches
     ]:
