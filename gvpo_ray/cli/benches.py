@@ -53,7 +53,7 @@ def bench_learner(
 
 @verb("traffic", bench)
 def bench_traffic() -> None:
-    """Count the messages and bytes that the learner's workers send in a step, by layout.
+    """Count what the learner's workers send in a step, by layout.
 
     Processes of this machine's CPUs are the workers; what they send is what GPUs would.
     """
