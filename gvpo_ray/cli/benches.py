@@ -128,7 +128,7 @@ def bench_episodes(
         str | None, typer.Option(metavar="FOLDER", help="also its tokens per second, beside separate prompts")
     ] = None,
 ) -> None:
-    """Measure episodes per second with a calculator, and a model's turns beside separate prompts."""
+    """Measure episodes with a calculator, and what turns cost."""
     at_least_one("--groups", groups)
     at_least_one("--turns", turns)
     from gvpo_ray.config.base import ConfigError

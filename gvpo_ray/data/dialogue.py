@@ -210,7 +210,7 @@ class ChatDialogue(Dialogue):
         shown = self._halves(row)
         if not self._tools or shown != self._halves(row, has_tools=False):
             return []
-        text = self._tokenizer.decode([i for half in shown for i in half])
+        text = str(self._tokenizer.decode([i for half in shown for i in half]))
         names = [str(tool["function"]["name"]) for tool in self._tools]
         return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)]
 
