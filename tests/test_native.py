@@ -245,7 +245,8 @@ def test_what_a_worker_sends_in_a_step_is_what_its_layout_has_to(on_ranks: Any) 
         # a norm's gradient
         assert messages["all-reduce"] == 9 * num_layers * 4 + 2 * 4 + 4 + 1
         states = num_tokens * hidden * 4
-        assert sent["all-reduce"] == pytest.approx(9 * num_layers * states + 3 * states, rel=0.001)
+        predicted = sum(sum(completions) for _, completions in LENGTHS) * hidden * 4  # what the head reads
+        assert sent["all-reduce"] == pytest.approx((9 * num_layers + 2) * states + predicted, rel=0.0001)
 
 
 def test_what_a_worker_sends_in_a_call_is_what_a_ring_sends() -> None:
