@@ -461,18 +461,25 @@ def test_a_start_that_does_not_end_is_a_hang_that_names_its_key(run: Callable[..
     run(main())
 
 
+async def ended_by(error: Exception) -> tuple[Fleet, str]:
+    """A fleet of one engine that cannot start, and the cause that it ended with."""
+
+    def make(number: int) -> Actor:
+        actor = Slow(number)
+        actor.error = error
+        return actor
+
+    fleet = Fleet({"num": 1}, make)
+    with pytest.raises(ExceptionGroup) as raised:
+        async with running(fleet) as task:
+            await asyncio.wait([task], timeout=600)
+    return fleet, cause_of(raised.value)
+
+
 def test_a_timeout_inside_an_engine_is_said_as_its_own_and_not_as_silence(run: Callable[..., Any]) -> None:
     async def main() -> None:
-        def make(number: int) -> Actor:
-            actor = Slow(number)
-            actor.error = TimeoutError("the weights' folder does not answer")
-            return actor
-
-        fleet = Fleet({"num": 1}, make)
-        with pytest.raises(ExceptionGroup) as raised:
-            async with running(fleet) as task:
-                await asyncio.wait([task], timeout=600)
-        assert cause_of(raised.value) == "TimeoutError: the weights' folder does not answer"
+        _, why = await ended_by(TimeoutError("the weights' folder does not answer"))
+        assert why == "TimeoutError: the weights' folder does not answer"
 
     run(main())
 
@@ -504,17 +511,8 @@ def test_an_engine_that_cannot_start_ends_the_run_at_once_or_after_a_few_tries(
     run: Callable[..., Any], error: type[Exception], num_tries: int
 ) -> None:
     async def main() -> None:
-        def make(number: int) -> Actor:
-            actor = Slow(number)
-            actor.error = error("no such model: tiny")
-            return actor
-
-        fleet = Fleet({"num": 1}, make)
-        with pytest.raises(ExceptionGroup) as raised:
-            async with running(fleet) as task:
-                await asyncio.wait([task], timeout=600)
-        why = f"{error.__name__}: no such model: tiny"
-        assert cause_of(raised.value) == why and len(fleet.handles) == num_tries
+        fleet, why = await ended_by(error("no such model: tiny"))
+        assert why == f"{error.__name__}: no such model: tiny" and len(fleet.handles) == num_tries
         assert fleet.notes == [("engine", "engines-0", why)] * (num_tries if num_tries > 1 else 0)
 
     run(main())

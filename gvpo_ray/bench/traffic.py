@@ -1,13 +1,13 @@
 """`gvpo-ray bench traffic` counts what the learner's workers send each other in a step, by layout.
 
-They are the calls that the step makes, so number and bytes are on CPUs what they are on GPUs; time is not.
-What a worker sends in a call is that of a ring:
+They are the calls that a step makes in float32, on CPUs as on GPUs; in bfloat16 gathered weights have half
+the bytes. How long they take is not measured. What a worker sends in a call is that of a ring:
 
     all-reduce        2 (n - 1) / n of the tensor       all-gather     n - 1 times its own part
     reduce-scatter    (n - 1) / n of the tensor         all-to-all     (n - 1) / n of the tensor
     broadcast         (n - 1) / n of the tensor
 
-In float32, on a small model with random weights, and in the second step: the first one builds DDP's buckets.
+The model is small and has random weights; the step is the second one, as the first one builds DDP's buckets.
 """
 
 from __future__ import annotations

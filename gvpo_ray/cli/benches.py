@@ -55,7 +55,7 @@ def bench_learner(
 def bench_traffic() -> None:
     """Count what the learner's workers send in a step, by layout.
 
-    Processes of this machine's CPUs are the workers; what they send is what GPUs would.
+    Processes on this machine's CPUs are the workers; in float32 GPUs would send the same.
     """
     from gvpo_ray.bench import traffic
 
