@@ -18,6 +18,7 @@ import hostile_machine
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -87,6 +88,16 @@ INSTALLS = """
 target prefix root user dry-run requirement editable constraint pre upgrade force-reinstall ignore-installed
 platform python-version abi no-deps no-binary require-hashes report python
 """
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0"])
+def test_every_pin_is_for_the_oldest_python_that_there_may_be(python):
+    """Debian 12 has 3.11.2, and some packages ask for a later patch of a Python."""
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert Version(python) in SpecifierSet(given) and Version("3.10.99") not in SpecifierSet(given)
+    asked = {d.name: SpecifierSet(d.metadata["Requires-Python"] or "") for d in metadata.distributions()}
+    assert len(asked) > 150
+    assert {name: str(of) for name, of in asked.items() if Version(python) not in of} == {}
 
 
 @pytest.mark.parametrize("option", INSTALLS.split())
