@@ -485,7 +485,7 @@ def test_the_watchdog_and_the_status_command_say_who_waits_for_whom(start: Start
         "buffer: version 0, 0 groups finished, 0 of them wait for the learner, 3 on their way; the "
         "staleness bound is open",
         "engines of engines: 1 running; 3 groups in flight",
-        "verifiers: verifier-0 has 0 groups",
+        "verifiers: verifier-0 has 0 calls",
         r"oldest group on its way: 0, begun .* ago, now at engines-0: 'prompt 0'",
         "free resources: CPU .*",
     ]
@@ -577,4 +577,4 @@ def test_another_model_scores_every_group_before_it_is_logged_and_is_started_aga
     for row in rows:
         assert row["reference_logprobs"] == [-float(len(text)) for text in row["completions"]]
         assert row["reference_versions"] == [version_of(str(tmp_path / "teacher"))] * K
-    assert "reference-0 has 0 groups" in "".join(status_lines(run.status()))
+    assert "reference-0 has 0 calls" in "".join(status_lines(run.status()))

@@ -130,7 +130,7 @@ def status_lines(status: Status) -> list[str]:
             if status["recoveries"].get("engine") and not is_back
             else "no engine is running yet"
         )
-    if verifiers := ", ".join(f"{name} has {number} groups" for name, number in status["verifiers"].items()):
+    if verifiers := ", ".join(f"{name} has {number} calls" for name, number in status["verifiers"].items()):
         lines.append(f"verifiers: {verifiers}")
     lines += status.get("outages", [])
     if oldest := status["oldest"]:
