@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -384,3 +385,16 @@ def test_a_copied_evaluation_does_not_hurt_the_summary(
     console.summary(tmp_path, MetricsLog(tmp_path / "metrics.jsonl", 0))
     shown = capsys.readouterr()
     assert "aime: step" in shown.out + shown.err and "copy" not in shown.out + shown.err
+
+
+def test_the_summary_shows_what_a_prompt_asks_after_its_worked_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [("user", "What is 1 + 1?"), ("assistant", "2"), ("user", "What is 3 + 4?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    told = groups.with_columns(table(make_group(0)), data=[json.dumps({"messages": messages})])
+    (tmp_path / "evaluations").mkdir()
+    groups.save(told, tmp_path / "evaluations" / "sums-step-000000.arrow")
+    RunConsole(config(tmp_path), 0, 2).summary(tmp_path, MetricsLog(tmp_path / "metrics.jsonl", 0))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "(answer" in line]
+    assert line.startswith("What is 3 + 4?  (answer ")

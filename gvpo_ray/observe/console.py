@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,7 +110,7 @@ class RunConsole:
             ):
                 table.add_row(f"  {label}", *(f"{value[f'eval/{name}/{key}']:.3f}" for value in values))
             for old, new in list(zip(before, after, strict=False))[:num_examples]:
-                examples.append(f"{one_line(old['prompt'])}  (answer {old['answer']})")
+                examples.append(f"{one_line(_asked(old))}  (answer {old['answer']})")
                 for when, row in (("before", old), ("after ", new)):
                     examples.append(
                         f"  {when}: {one_line(row['completions'][0])}  → reward {row['rewards'][0]}"
@@ -173,6 +174,13 @@ def plan_table(config: GVPOConfig) -> Table:
     table.add_section()
     table.add_row("in all", "", "", "", f"{cpus:g}", f"{gpus:g}")
     return table
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """Return what a prompt asks: of a conversation its last message, since examples may stand before it."""
+    messages = json.loads(row.get("data") or "{}").get("messages") or [{}]
+    content = messages[-1].get("content")
+    return content if isinstance(content, str) else str(row["prompt"])
 
 
 def one_line(text: str, width: int = 110) -> str:
