@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from ring import GROUPS_PER_STEP, NUM_STEPS, Command, left_behind
+from transformers import AutoTokenizer
 
 from gvpo_ray import GVPOConfig, groups
 from gvpo_ray.bench import chaos
@@ -186,9 +187,21 @@ def test_evaluating_the_last_checkpoint_again_gives_what_training_said_within_it
     assert main(arguments) == 0  # everything is there
 
 
-def test_rollout_samples_and_verifies_alone(config_file: Path, here: None) -> None:
-    out = config_file.parent / "groups.arrow"
-    number = ["--groups", str(2 * GROUPS_PER_STEP)]
-    assert main(["rollout", str(config_file), "--out", str(out), *number]) == 0
+def test_rollout_samples_and_verifies_alone_and_another_model_scores(config_file: Path, here: None) -> None:
+    """The other model is the policy itself: it says of texts what the engine said of their tokens."""
+    folder = config_file.parent
+    out, model = folder / "groups.arrow", folder / "model"
+    command = ["rollout", str(config_file), "--out", str(out), "--groups", str(2 * GROUPS_PER_STEP)]
+    assert main([*command, f"loss.reference={{model: {model}}}"]) == 0
     recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    num_same = 0
+    for row in groups.rows(recorded):
+        for i, ids in enumerate(row["completion_ids"]):
+            text = tokenizer(row["completions"][i], add_special_tokens=False)["input_ids"]
+            if text + [tokenizer.eos_token_id] * (row["finish_reasons"][i] == "stop") == ids:
+                num_same += 1
+                said = sum(row["sampling_logprobs"][i])
+                assert row["reference_logprobs"][i] == pytest.approx(said, abs=1e-3)
+    assert num_same > 100  # of 256: other tokens may have the same text
