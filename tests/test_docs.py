@@ -220,7 +220,9 @@ def check(words: list[str], page: Path) -> None:
                 config = config_of(given["config"], overrides, page, verb in ("evaluate", "check"))
         case ["./jobs/quickstart.sh", *overrides]:
             config = config_of("jobs/quickstart.yaml", overrides, page)
-        case ["python", "jobs/gvpo_in_one_file.py" | "jobs/tools_cpu.py" | "jobs/family_cpu.py"]:
+        case ["python", "jobs/gvpo_in_one_file.py"]:
+            pass
+        case ["python", "jobs/tools_cpu.py" | "jobs/family_cpu.py" | "jobs/smollm2_tools_cpu.py"]:
             pass
         case ["python", script, path, *overrides]:
             assert (ROOT / script.removeprefix("/opt/gvpo-ray/")).is_file(), script

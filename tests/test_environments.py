@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -536,6 +539,32 @@ def test_the_job_with_a_tool_opens_no_more_boxes_than_it_says_however_many_a_tur
             told = {8: "go to 5", 5: "go to 2", 2: "treasure", 1: "empty"}
             assert said[:3] == [told[n] for n in opens[:3]]
             assert await host.finish(opened.name, 0, {}) == (reward, None, False)
+
+    asyncio.run(main())
+
+
+def test_the_job_with_a_calculator_pays_for_the_calls_that_its_prompts_show_and_for_no_other_sum() -> None:
+    job = Path(__file__).parents[1] / "jobs" / "smollm2_tools_cpu.py"
+    sums = read_contract(EnvironmentConfig(name=f"{job}:Sums")).cls
+    row = runpy.run_path(str(job))["row"](random.Random(0))
+    *shown, asked = row["prompt"]
+    assert [message["role"] for message in shown] == ["user", "assistant"] * 3 and asked["role"] == "user"
+
+    def total_of(message: dict[str, str]) -> int:
+        return sum(map(int, re.findall(r"\d+", message["content"])))
+
+    assert str(total_of(asked)) == row["answer"]
+
+    async def main() -> None:
+        host = host_of(sums)
+        for question, reply in zip(shown[::2], shown[1::2], strict=True):
+            total = total_of(question)
+            call = json.loads(reply["content"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
+            for answer, reward in ((total, 1.0), (total + 1, 0.0)):
+                (opened,) = await host.open(0, {"answer": str(answer)}, 1)
+                made = await host.act(opened.name, 0, 0, {}, [Call(call["name"], call["arguments"])], "")
+                assert made.messages[0]["content"] == str(total)
+                assert await host.finish(opened.name, 0, {}) == (reward, None, False)
 
     asyncio.run(main())
 
