@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pytest
@@ -35,6 +37,7 @@ from test_agents import (
 from gvpo_ray import GVPOConfig
 from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.engines import serving
+from gvpo_ray.environments import agent_host
 from gvpo_ray.environments.agent_host import NO_GRADE
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -111,6 +114,42 @@ def test_a_call_at_an_engine_that_is_dead_but_answers_is_made_at_the_next_one(tm
             row = row_of((await (await world.engine(longer)).generate(prompt(), SAMPLING))[0])
             assert row["reward_reasons"] == [None, None]
             work.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("num_lost", [1, 3])
+def test_a_call_whose_connection_alone_is_lost_is_made_again_at_the_same_engine(
+    num_lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a server between that closes its first connections without an answer."""
+    monkeypatch.setattr(agent_host, "AGAIN_S", 0.01)
+    seen: list[str] = []
+
+    async def main() -> None:
+        async with World(tmp_path, talk) as world:
+            engine = await world.engine(longer)
+            assert engine.made.serving is not None
+            there = urlsplit(engine.made.serving.address)
+
+            async def passed_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                head = await reader.readuntil(b"\r\n\r\n")
+                seen.append(head.split()[1].decode())
+                if len(seen) > num_lost:
+                    inside, out = await asyncio.open_connection(there.hostname, there.port)
+                    length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+                    out.write(head + await reader.readexactly(length))
+                    writer.write(await inside.read())  # to its end: connections are not kept
+                    out.close()
+                writer.close()
+
+            between = await asyncio.start_server(passed_on, "127.0.0.1", 0)
+            engine.made.serving.address = f"http://127.0.0.1:{between.sockets[0].getsockname()[1]}"
+            row = row_of((await engine.generate(prompt(), SAMPLING))[0])
+            assert row["reward_reasons"] == [None, None]
+            turns = sum(json.loads(one)["turns"] for one in row["episodes"])
+            assert len(seen) == turns + num_lost
+            between.close()
 
     run(main)
 

@@ -42,6 +42,9 @@ MAX_HUNG = 8
 """Number of agents, late and still in their threads, which nothing can end, at which the host's process ends
 and is started again."""
 
+AGAIN_S = 0.5
+"""Seconds after which a call that got no answer is made again, unless the episode moves to another engine."""
+
 MAX_BODY = 1 << 26
 """Largest request of an agent, in bytes."""
 
@@ -265,7 +268,10 @@ class AgentHost:
         from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 
         self._session = ClientSession(
-            connector=TCPConnector(limit=0), timeout=ClientTimeout(total=None), auto_decompress=False
+            # a connection that is kept may be closed by the engine's server just as a call goes out on it
+            connector=TCPConnector(limit=0, force_close=True),
+            timeout=ClientTimeout(total=None),
+            auto_decompress=False,
         )
         application = web.Application(client_max_size=MAX_BODY)
         application.router.add_route("*", "/{name}/{path:.*}", self._forward)
@@ -309,7 +315,10 @@ class AgentHost:
     async def _answered(
         self, episode: _Episode, request: Any, body: bytes
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """Return the answer of the episode's engine; of the next one, where an engine dies or leaves."""
+        """Return the answer of the episode's engine; of the next one, where an engine dies or leaves.
+
+        Where the connection alone was lost, as it may be at any time, the same engine is asked again.
+        """
         from aiohttp import ClientError
 
         while True:
@@ -325,7 +334,7 @@ class AgentHost:
                         status, headers, answer = asking.result()
                         if status != 503:  # it leaves
                             return status, headers, answer
-                await moving
+                await asyncio.wait([moving], timeout=AGAIN_S)
             finally:
                 asking.cancel()
                 moving.cancel()
