@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ SMALL: dict[str, Any] = {
     "model": {"path": "models/x"},
     "prompts": {"path": "data/x.jsonl"},
 }
+JOBS = Path(__file__).parents[1] / "jobs"
 DIGITS = "1" * 5000  # more than Python makes a number of
 SETS = {"heldout": {"path": "data/y.jsonl"}}
 
@@ -38,6 +40,16 @@ def refusal(overrides: list[str] | dict[str, Any]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- what is right
+
+
+@pytest.mark.parametrize(
+    "job", sorted({*JOBS.glob("*.yaml")} - {JOBS / "eval_paper.yaml"}), ids=lambda job: job.stem
+)
+def test_what_a_run_of_a_job_writes_down_is_read_again_as_the_same_config(job: Path, tmp_path: Path) -> None:
+    """Else no run of it could be resumed. All keys are written, also those that the file does not name."""
+    first = GVPOConfig.from_file(job)
+    (tmp_path / "config.yaml").write_text(first.dump())
+    assert GVPOConfig.from_file(tmp_path / "config.yaml").dump() == first.dump()
 
 
 def test_the_smallest_config_has_the_papers_loss_and_a_full_support_sampler():

@@ -73,7 +73,9 @@ class EnvironmentConfig(Section):
         if (self.name is None) == (self.agent is None):
             raise ValueError("name, the class of an environment, or agent, a function: one of the two")
         of_classes = {"arguments", "renderer"} if self.agent is not None else {"renderer"}
-        if self.asks_by_http and (own := of_classes & self.model_fields_set):
+        # what a run writes down has all keys, those too that say nothing
+        own = {key for key in of_classes & self.model_fields_set if getattr(self, key)}
+        if self.asks_by_http and own:
             what = "an agent" if self.agent is not None else "a task set"
             raise ValueError(f"{min(own)} is of an environment's class, and {what} has none")
         return self
