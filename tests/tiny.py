@@ -31,6 +31,7 @@ VOCAB_SIZE = 2 + len(ALPHABET)
 
 
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+MIXTURE |= {"router_aux_loss_coef": 0.25}  # which only model.router_aux_loss reads
 
 
 def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
