@@ -103,12 +103,12 @@ def three_steps(
     holes: bool = False,
     few: bool = False,
     num_weak: int = 0,
-    mixture: bool = False,
+    mixture: str | None = None,
     aux: bool = False,
     **learner: Any,
 ) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
-        make_model(folder / "model", "qwen3_moe" if mixture else "qwen2")
+        make_model(folder / "model", mixture or "qwen2")
     if dist.is_initialized():
         dist.barrier()
     options = {
@@ -217,7 +217,7 @@ ZERO |= {
     for stage in (0, 2, 3)
 }
 ZERO |= {
-    "mixture, zero 3": {"backend": "deepspeed", "zero_stage": 3, "dtype": "float32", "mixture": True}
+    "mixture, zero 3": {"backend": "deepspeed", "zero_stage": 3, "dtype": "float32", "mixture": "qwen3_moe"}
     | {"micro_batch_tokens": 40}
 }
 ZERO["mixture, aux, zero 3"] = {**ZERO["mixture, zero 3"], "aux": True}
@@ -228,7 +228,8 @@ OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "in
 OTHERS |= {"beta adapted": {"beta": "auto"}}
 OTHERS |= {"epa, weak": {"objective": "epa", "reference": "initial", "num_weak": 3, "holes": True}}
 OTHERS |= {"holes": {"holes": True}, "holes, cispo": {"holes": True, "objective": "cispo"}}
-OTHERS |= {"mixture": {"mixture": True}, "mixture, aux": {"mixture": True, "aux": True}}
+MIXTURE = {"mixture": "qwen3_moe", "aux": True}
+OTHERS |= {"mixture": {"mixture": "qwen3_moe"}, "mixture, aux": MIXTURE}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE: dict[str, dict[str, Any]] = {

@@ -89,11 +89,13 @@ class Shape:
     def of_a_part(self, parts: int) -> float:
         """Return the parameters that one of `parts` tensor parallel workers has, before they are sharded.
 
-        Norms, and an embedding that is not tied to the head, are whole on each; so are biases that are added
-        after a sum, which the families of this shape do not have.
+        Norms, routers, and an embedding that is not tied to the head, are whole on each; so are biases that
+        are added after a sum, which the families of this shape do not have.
         """
         norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        whole = norms + (0 if self.tie_word_embeddings else self.of_the_head)
+        norms += 2 * self.has_norms * self.head_dim * self.num_hidden_layers
+        routers = self.num_hidden_layers * self.hidden_size * self.num_experts
+        whole = norms + routers + (0 if self.tie_word_embeddings else self.of_the_head)
         return whole + (self.parameters - whole) / parts
 
     def of_an_adapter(self, rank: int) -> int:

@@ -48,7 +48,7 @@ class Balance:
 
     def value(self, policy: Policy) -> float:
         """Return the loss of all passes so far, without the coefficient. Every rank."""
-        return float(_over_ranks(policy, self._value.clone()))
+        return float(_over_ranks(policy, self._value * policy.num_parts))
 
 
 def balance_of(policy: Policy, plan: Plan) -> Balance | None:
@@ -76,14 +76,14 @@ def balance_of(policy: Policy, plan: Plan) -> Balance | None:
         counts = torch.zeros_like(counts)
         for rows in plan.passes:
             counts += policy.loads(rows or [NOTHING]).chosen * bool(rows)
-        counts = _over_ranks(policy, counts)
+        counts = _over_ranks(policy, counts * policy.num_parts)
     return Balance(policy.aux_loss_coefficient, routers.num_experts * counts / num_tokens.square())
 
 
 def _over_ranks(policy: Policy, values: Tensor) -> Tensor:
     """Add up numbers over the ranks, on the policy's device."""
     values = values.to(policy.device)
-    if policy.data_size > 1:
+    if policy.data_size * policy.num_copies > 1:
         dist.all_reduce(values)
         values /= policy.num_copies  # each of which has added the same
     return values

@@ -77,6 +77,8 @@ class Policy:
         """The share of the groups that this rank computes, and the number of shares."""
         self.num_copies = ranks()[1] // self.data_size
         """The number of ranks that compute the same share together, and follow each other."""
+        self.num_parts = parts
+        """The number of them that have a part of each packed sequence alone."""
         self._context = Context(parts, self.num_copies // parts) if parts > 1 else None
         self._dtype = self._backend.dtype
         whole: Any = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
@@ -91,7 +93,7 @@ class Policy:
         self.aux_loss_coefficient = aux_loss_coefficient(whole.config) if model.router_aux_loss else 0.0
         """The factor of the auxiliary loss; 0: there is none."""
         has_routers = num_experts(whole.config) and (model.router_replay or self.aux_loss_coefficient)
-        self.routers = Routers(whole, model.router_replay) if has_routers else None
+        self.routers = Routers(whole, model.router_replay, self._context) if has_routers else None
         """The routers of a mixture of experts that replays, or has an auxiliary loss; else None."""
         self._module = CompletionLogprobs(whole)
         if recomputes_activations(config, self.device):
@@ -132,7 +134,7 @@ class Policy:
         trust = self._model_config.trust_remote_code
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=self._dtype, trust_remote_code=trust, **self._backend.reading
+            path, config=config, dtype=self._dtype, trust_remote_code=trust, **self._backend.reading(config)
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # other implementations silently leave it out

@@ -9,8 +9,6 @@ chooses itself. What the routers say of the tokens of a pass is added up for the
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from gvpo_ray.config.model import num_experts
 from gvpo_ray.groups import GroupError, Row, experts_of
 from gvpo_ray.groups.experts import merged_experts
+from gvpo_ray.learner.context import Context
 
 NOT_KNOWN = -1
 """Stands for an expert that the router has to choose itself."""
@@ -79,15 +78,16 @@ class Routers:
     Args:
         model: a PreTrainedModel, whose layers and routers are changed in place.
         replays: whether experts that engines chose are replayed.
+        context: the ranks that split packed sequences; None: each has them whole.
 
     Raises:
         ValueError: the model has no routers that are known here.
     """
 
-    def __init__(self, model: Any, replays: bool = True) -> None:
+    def __init__(self, model: Any, replays: bool = True, context: Context | None = None) -> None:
         config = model.config.get_text_config()
         layers = model.get_decoder().layers
-        self.replays = replays
+        self.replays, self._context = replays, context
         self.num_experts = num_experts(config)
         self._shape = (len(layers), config.num_experts_per_tok)
         self._sparse = [i for i, layer in enumerate(layers) if _attach(layer, i)]
@@ -121,10 +121,8 @@ class Routers:
             any((row.get("prompt_experts"), *(row.get("routed_experts") or ()))) for row in rows
         ):
             return None
-        input_ids: Tensor = inputs["input_ids"]
         known = [self._known(row) for row in rows]
-        found = _laid_out(known, tuple(input_ids.shape), packed, NOT_KNOWN)
-        return torch.from_numpy(found).to(input_ids.device).transpose(0, 1).contiguous()
+        return self._laid_out(known, inputs["input_ids"], packed, NOT_KNOWN).transpose(0, 1).contiguous()
 
     def load(self, rows: Sequence[Row], inputs: dict[str, Any], packed: bool, counts: bool = False) -> Load:
         """Return the Load that the routers fill in a pass.
@@ -138,14 +136,12 @@ class Routers:
             packed: which of the two.
             counts: whether to count also how often each expert is chosen.
         """
-        input_ids: Tensor = inputs["input_ids"]
         weights = []
         for row in rows:
             times = len(row["completion_ids"]) if packed else 1
             own = [np.ones(max(0, len(ids) - 1), np.float32) for ids in row["completion_ids"]]
             weights.append((np.full(len(row["prompt_ids"]), times, np.float32), own))
-        found = _laid_out(weights, tuple(input_ids.shape), packed, 0)
-        return Load(torch.from_numpy(found).to(input_ids.device), self.num_experts, counts)
+        return Load(self._laid_out(weights, inputs["input_ids"], packed, 0), self.num_experts, counts)
 
     def chosen(self, rows: Sequence[Row]) -> np.ndarray | None:
         """Return how often each expert is chosen for some groups, [num_experts], as `load` counts it.
@@ -193,34 +189,39 @@ class Routers:
             )
         return known
 
+    def _laid_out(
+        self,
+        rows: Sequence[tuple[np.ndarray, list[np.ndarray]]],
+        input_ids: Tensor,
+        packed: bool,
+        fill: int,
+    ) -> Tensor:
+        """Return something of each of this rank's tokens, in the order of a pass's tokens, [tokens, …].
 
-def _laid_out(
-    rows: Sequence[tuple[np.ndarray, list[np.ndarray]]], shape: tuple[int, ...], packed: bool, fill: int
-) -> np.ndarray:
-    """Return something of each token, in the order of a pass's tokens, [tokens, …].
-
-    Args:
-        rows: for each group that of its prompt's tokens, and of each completion's tokens but the last.
-        shape: [rows, width] of the pass's input_ids.
-        packed: whether groups are packed, else completions are padded.
-        fill: stands for all other tokens.
-    """
-    some = rows[0][0]
-    found = np.full((math.prod(shape), *some.shape[1:]), fill, some.dtype)
-    at = number = 0
-    for prompt, completions in rows:
-        if packed:
-            found[at : at + len(prompt)] = prompt
-            at += len(prompt)
-        for own in completions:
-            if not packed:
-                at = number * shape[1]
+        Args:
+            rows: for each group that of its prompt's tokens, and of each completion's tokens but the last.
+            input_ids: the pass's tokens, of which this rank may have a part.
+            packed: whether groups are packed, else completions are padded.
+            fill: stands for all other tokens.
+        """
+        some, num = rows[0][0], input_ids.numel()
+        parts = 1 if self._context is None else self._context.size
+        found = np.full((num * parts, *some.shape[1:]), fill, some.dtype)
+        at = number = 0
+        for prompt, completions in rows:
+            if packed:
                 found[at : at + len(prompt)] = prompt
                 at += len(prompt)
-            found[at : at + len(own)] = own
-            at += len(own)
-            number += 1
-    return found
+            for own in completions:
+                if not packed:
+                    at = number * input_ids.shape[1]
+                    found[at : at + len(prompt)] = prompt
+                    at += len(prompt)
+                found[at : at + len(own)] = own
+                at += len(own)
+                number += 1
+        first = 0 if self._context is None else self._context.rank * num
+        return torch.from_numpy(found[first : first + num]).to(input_ids.device)
 
 
 def _attach(layer: nn.Module, index: int) -> bool:
@@ -241,15 +242,17 @@ def _attach(layer: nn.Module, index: int) -> bool:
 
 
 def _follow(router: Any, given: SimpleNamespace, index: int) -> None:
-    """Let a router choose the experts that its layer is given, and tell the layer's Load what it returns."""
+    """Let a router choose the experts that its layer is given, and tell the layer's Load what it chose."""
     usual = router.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with contextlib.nullcontext() if given.experts is None else _Choice(given.experts):
+        if given.experts is None and given.load is None:
+            return usual(*args, **kwargs)
+        with _Choice(given.experts) as choice:
             result = usual(*args, **kwargs)
         if given.load is not None:
-            logits, _, experts = result
-            given.load.add(index, logits, experts)
+            # expert parallel routers return numbers of their own for the experts
+            given.load.add(index, result[0], choice.places)
         return result
 
     router.forward = forward
@@ -261,12 +264,14 @@ class _Choice(TorchFunctionMode):
     So a router's own code computes the gates, and normalises them as its family does.
 
     Args:
-        experts: [tokens, k] the places; NOT_KNOWN: the largest.
+        experts: [tokens, k] the places; NOT_KNOWN: the largest. None: all are the largest.
     """
 
-    def __init__(self, experts: Tensor) -> None:
+    def __init__(self, experts: Tensor | None) -> None:
         super().__init__()
         self._experts = experts
+        self.places: Tensor
+        """[tokens, k] The places of the answer."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -274,5 +279,8 @@ class _Choice(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func not in (torch.topk, Tensor.topk):
             return result
-        places = torch.where(self._experts < 0, result.indices, self._experts.long())
-        return torch.return_types.topk((args[0].gather(-1, places), places))
+        self.places = result.indices
+        if self._experts is None:
+            return result
+        self.places = torch.where(self._experts < 0, result.indices, self._experts.long())
+        return torch.return_types.topk((args[0].gather(-1, self.places), self.places))
