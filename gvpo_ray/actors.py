@@ -43,6 +43,17 @@ def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
     return {name: number for name, number in own.items() if number}
 
 
+def bundles_of(pool: PoolConfig) -> list[dict[str, float]]:
+    """Return the bundles of an engine whose GPUs may be of several nodes: of its actor, and one per GPU.
+
+    vLLM's Ray executor takes a bundle with a GPU for each of its processes, and leaves out those without.
+    """
+    wanted = resources_of(pool)
+    gpu = {name: n for name, n in wanted.items() if name.startswith("accelerator_type:")} | {"GPU": 1.0}
+    actor = {name: n for name, n in wanted.items() if name not in gpu}
+    return [actor or {"CPU": 0.001}, *[gpu] * round(pool.num_gpus)]
+
+
 class Draining(GvpoError, RuntimeError):
     """An engine raises this when its node is about to leave and it takes no new work."""
 

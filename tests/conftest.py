@@ -64,6 +64,7 @@ TIERS = {
     "components": {
         "test_answers",
         "test_answers_properties",
+        "test_balance",
         "test_chaos",
         "test_code_reward",
         "test_confine",

@@ -80,9 +80,9 @@ def mixed_batch(step: int) -> list[dict[str, Any]]:
     ]
 
 
-def shared_model(folder: Path) -> Path:
+def shared_model(folder: Path, kind: str = "qwen2") -> Path:
     if dist.get_rank() == 0:
-        make_model(folder / "model")
+        make_model(folder / "model", kind)
     dist.barrier()
     return folder / "model"
 

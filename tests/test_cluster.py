@@ -54,17 +54,19 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def patched(document: dict[str, Any], patch: str) -> dict[str, Any]:
-    """Return an object as a JSON patch leaves it (RFC 6902; only its operations replace and move).
+    """Return an object as a JSON patch leaves it (RFC 6902; only its operations replace, remove and move).
 
     Raises KeyError where the patch names a place that the object lacks, ValueError for another operation.
     """
     root = {"": copy.deepcopy(document)}
 
-    def place(path: str) -> tuple[dict[str, Any], str]:
+    def place(path: str) -> tuple[Any, Any]:
         *parents, last = path.split("/")
-        holder: dict[str, Any] = root
+        holder: Any = root
         for name in parents:
-            holder = holder[name]
+            holder = holder[int(name) if isinstance(holder, list) else name]
+        if isinstance(holder, list):
+            return holder, range(len(holder))[int(last)]
         if last not in holder:
             raise KeyError(path)
         return holder, last
@@ -72,11 +74,15 @@ def patched(document: dict[str, Any], patch: str) -> dict[str, Any]:
     for step in yaml.safe_load(patch):
         if (step["op"], set(step)) == ("replace", {"op", "path", "value"}):
             value = step["value"]
+        elif (step["op"], set(step)) == ("remove", {"op", "path"}):
+            holder, last = place(step["path"])
+            del holder[last]
+            continue
         elif (step["op"], set(step)) == ("move", {"op", "path", "from"}):
             origin, name = place(step["from"])
             value = origin.pop(name)
         else:
-            raise ValueError(f"{step} is neither replace nor move")
+            raise ValueError(f"{step} is neither replace nor remove nor move")
         holder, last = place(step["path"])
         holder[last] = value
     return root[""]
@@ -84,6 +90,8 @@ def patched(document: dict[str, Any], patch: str) -> dict[str, Any]:
 
 (JOB,) = documents("rayjob.yaml")
 STANDING = patched(JOB, documents("standing/kustomization.yaml")[0]["patches"][0]["patch"])
+MIXTURE = patched(JOB, documents("qwen3_30b_a3b/kustomization.yaml")[0]["patches"][0]["patch"])
+STANDING_MIXTURE = patched(MIXTURE, documents("standing/kustomization.yaml")[0]["patches"][0]["patch"])
 SPEC = JOB["spec"]["rayClusterSpec"]
 HEAD = SPEC["headGroupSpec"]
 GROUPS = {group["groupName"]: group for group in SPEC["workerGroupSpecs"]}
@@ -172,7 +180,9 @@ def problems_of(document: dict[str, Any]) -> list[str]:
     return problems(document, schema | {"properties": schema["properties"] | {"metadata": METADATA}})
 
 
-@pytest.mark.parametrize("document", [JOB, STANDING], ids=lambda document: document["kind"])
+@pytest.mark.parametrize(
+    "document", [JOB, STANDING, MIXTURE, STANDING_MIXTURE], ids=lambda document: document["kind"]
+)
 def test_manifests_are_what_kuberays_schemas_accept_without_unknown_fields(document):
     assert problems_of(document) == []
 
@@ -368,32 +378,78 @@ def autoscaler_config(spec: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-NODES = {name: kind["resources"] for name, kind in autoscaler_config(SPEC)["available_node_types"].items()}
-"""What the autoscaler takes a node of each group for."""
+def nodes_of(spec: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What the autoscaler takes a node of each group for."""
+    return {name: kind["resources"] for name, kind in autoscaler_config(spec)["available_node_types"].items()}
 
 
-@pytest.mark.parametrize("who", asks(CONFIG))
-def test_each_kind_of_actor_has_a_group_of_its_own_that_offers_exactly_what_its_actors_ask_for(who):
-    actor, fewest, most = asks(CONFIG)[who]
-    assert [name for name, node in NODES.items() if places(actor, node)] == [who]
-    group, each = GROUPS[who], places(actor, NODES[who])
-    assert {name: number for name, number in NODES[who].items() if name != "memory"} == {
+NODES = nodes_of(SPEC)
+
+FLEETS = {
+    "the paper's": (SPEC, CONFIG),
+    "a mixture's": (
+        MIXTURE["spec"]["rayClusterSpec"],
+        GVPOConfig.from_file(ROOT / "jobs/qwen3_30b_a3b_kuberay.yaml"),
+    ),
+}
+"""The cluster's description and the run of each set of nodes."""
+
+
+@pytest.mark.parametrize(("fleet", "who"), [(name, who) for name in FLEETS for who in asks(FLEETS[name][1])])
+def test_each_kind_of_actor_has_a_group_of_its_own_that_offers_exactly_what_its_actors_ask_for(fleet, who):
+    spec, config = FLEETS[fleet]
+    nodes = nodes_of(spec)
+    actor, fewest, most = asks(config)[who]
+    assert [name for name, node in nodes.items() if places(actor, node)] == [who]
+    (group,) = [group for group in spec["workerGroupSpecs"] if group["groupName"] == who]
+    each = places(actor, nodes[who])
+    assert {name: number for name, number in nodes[who].items() if name != "memory"} == {
         name: each * number for name, number in actor.items()
     }
     assert group["minReplicas"] == group["replicas"] == math.ceil(fewest / each)
     assert group["maxReplicas"] == math.ceil(most / each)
+    assert {group["groupName"] for group in spec["workerGroupSpecs"]} == {*asks(config)}
 
 
-@pytest.mark.parametrize("name", GROUPS)
-def test_a_pod_asks_kubernetes_for_what_ray_gives_away_in_it(name):
-    resources, node = CONTAINERS[name]["resources"], NODES[name]
+@pytest.mark.parametrize(
+    ("fleet", "number"),
+    [(name, i) for name in FLEETS for i in range(len(FLEETS[name][0]["workerGroupSpecs"]))],
+)
+def test_a_pod_asks_kubernetes_for_what_ray_gives_away_in_it(fleet, number):
+    spec, _ = FLEETS[fleet]
+    group = spec["workerGroupSpecs"][number]
+    (container,) = group["template"]["spec"]["containers"]
+    resources, node = container["resources"], nodes_of(spec)[group["groupName"]]
     assert parse_quantity(resources["requests"]["cpu"]) == node["CPU"]
     assert int(resources["requests"].get("nvidia.com/gpu", 0)) == node.get("GPU", 0)
     for unit in ("memory", "nvidia.com/gpu"):
         assert resources["requests"].get(unit) == resources["limits"].get(unit)
-    assert 2 * int(GROUPS[name]["rayStartParams"]["object-store-memory"]) < parse_quantity(
+    assert 2 * int(group["rayStartParams"]["object-store-memory"]) < parse_quantity(
         resources["requests"]["memory"]
     )
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_the_mixtures_nodes_differ_from_the_papers_in_no_more_than_who_sits_on_them_and_how_many(version):
+    """So what is tested of a pod below holds for them too."""
+    (component,) = documents("qwen3_30b_a3b/kustomization.yaml")
+    (patch,) = component["patches"]
+    assert component["kind"] == "Component" and patch["target"] == {"kind": "RayJob", "name": "gvpo-ray"}
+    spec, config = FLEETS["a mixture's"]
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert [*groups] == ["learner", "engine-h100", "verifier"] and groups["verifier"] == GROUPS["verifier"]
+    for name, like in (("learner", "learner"), ("engine-h100", "engine-a100")):
+        pods = [copy.deepcopy(of[key]["template"]["spec"]) for of, key in ((groups, name), (GROUPS, like))]
+        named = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pods[0]}
+        assert place_of_error(named, version) == ""
+        assert pods[0]["nodeSelector"] == {"gvpo-ray/pool": name}
+        assert [taint.get("value") for taint in pods[0]["tolerations"]] == [name, None]
+        for pod in pods:
+            del pod["nodeSelector"], pod["tolerations"], pod["containers"][0]["resources"]
+        assert pods[0] == pods[1]
+    text = (CLUSTER / "kustomization.yaml").read_text()
+    assert f"qwen3_30b_a3b_kuberay.yaml run_dir={config.run_dir} " in text
+    assert "\n# For the mixture of experts: components: [qwen3_30b_a3b]," in text
 
 
 def test_the_head_has_room_for_the_driver_and_the_buffer_and_for_nothing_that_trains():

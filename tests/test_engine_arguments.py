@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 from test_families import config_of
 
+from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
+from gvpo_ray.config.memory import engine_bytes, shape_of
 from gvpo_ray.config.model import LoraConfig, ModelConfig
+from gvpo_ray.config.plan import check_resources, engine_layouts
+from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.engines.pools import EngineGroup
 from gvpo_ray.engines.vllm_arguments import of_the_model, returns_experts
 from gvpo_ray.engines.vllm_engine import Engine
+from gvpo_ray.run.session import placement_notes
 
 GPU = {"num_gpus": 1}
 
@@ -57,6 +62,116 @@ def test_a_single_worker_of_vllm_has_no_process_of_its_own(num_gpus: int, size: 
     if not num_gpus:
         own = arguments(num_gpus=0, vllm={"tensor_parallel_size": size})  # as vLLM calls it
         assert own["distributed_executor_backend"] == executor
+
+
+def several(**pool: Any) -> dict[str, Any]:
+    run = {"run_dir": "r", "num_steps": 1, "groups_per_step": 4, "prompts": {"path": "p"}}
+    model = {"path": "Qwen/Qwen3-30B-A3B", "dtype": "bfloat16"}
+    learner = {"num_gpus": 1, "num_workers": 8}
+    engines = {"weight_transfer": "nccl", "accelerator_type": "H100", **pool}
+    return {**run, "model": model, "learner": learner, "engines": engines}
+
+
+@pytest.mark.parametrize(
+    ("pool", "executor", "line", "gb"),
+    [
+        ({"num_gpus": 1}, "uni", None, 61.1),
+        (
+            {"num_gpus": 4, "tensor_parallel_size": 4},
+            "mp",
+            "engine of engines: 4 tensor parallel; all on one node",
+            15.3,
+        ),
+        (
+            {
+                "num_gpus": 16,
+                "tensor_parallel_size": 8,
+                "vllm": {"pipeline_parallel_size": 2, "distributed_executor_backend": "ray"},
+            },
+            "ray",
+            "engine of engines: 8 tensor x 2 pipeline parallel; a placement group of 16 x 1 GPU and its "
+            "actor, on as few nodes as have room",
+            3.8,
+        ),
+        (
+            {"num_gpus": 8, "vllm": {"data_parallel_size": 8, "enable_expert_parallel": True}},
+            "uni",
+            "engine of engines: 8 data parallel, experts shared out; all on one node",
+            10.3,  # 3.1 of what is no expert, and an eighth of 58
+        ),
+        (
+            {"num_gpus": 4, "tensor_parallel_size": 2, "vllm": {"data_parallel_size": 2}},
+            "mp",
+            "engine of engines: 2 tensor x 2 data parallel; all on one node",
+            30.5,  # two models of two halves
+        ),
+    ],
+)
+def test_an_engine_of_several_gpus_is_planned_and_started_as_vllm_splits_it(
+    pool: dict[str, Any], executor: str, line: str | None, gb: float
+) -> None:
+    config = GVPOConfig.from_dict(several(**pool))
+    assert engine_layouts(config) == ([] if line is None else [line])
+    (only,) = config.engines.all_pools().values()
+    assert only.num_processes == pool["num_gpus"]
+    weights = engine_bytes(config, only, shape_of("Qwen/Qwen3-30B-A3B"))["weights"]
+    assert weights / 1e9 == pytest.approx(gb, abs=0.06)
+    given = arguments(**pool)
+    assert given["distributed_executor_backend"] == executor
+    assert all(given.get(name, 1) == size for name, size in only.sizes.items())
+
+
+@pytest.mark.parametrize(
+    ("pool", "words"),
+    [
+        (
+            {"num_gpus": 4, "tensor_parallel_size": 4, "vllm": {"pipeline_parallel_size": 2}},
+            r"num_gpus \(4\) must equal tensor_parallel_size \(4\) x pipeline_parallel_size \(2\)",
+        ),
+        ({"num_gpus": 1, "vllm": {"data_parallel_size": "two"}}, "data_parallel_size: 'two' is not a number"),
+        ({"num_gpus": 1, "vllm": {"pipeline_parallel_size": 0}}, "pipeline_parallel_size: 0 is not a number"),
+        ({"vllm": {"distributed_executor_backend": "ray"}}, "executor_backend: ray needs whole GPUs"),
+        (
+            {
+                "num_gpus": 2,
+                "vllm": {"data_parallel_size": 2, "distributed_executor_backend": "ray"},
+            },
+            r"data_parallel_size \(2\) cannot go with distributed_executor_backend: ray",
+        ),
+        ({"num_gpus": 1, "vllm": {"nnodes": 2}}, "vllm.nnodes: 2: engines get their places from the run"),
+        (
+            {"num_gpus": 1, "vllm": {"data_parallel_backend": "ray"}},
+            "data_parallel_backend: ray: engines get",
+        ),
+        (
+            {
+                "num_gpus": 1,
+                "vllm": {"distributed_executor_backend": "ray"},
+                "weight_transfer": "objects",
+            },
+            "objects brings weights to one node of an engine",
+        ),
+    ],
+)
+def test_a_split_of_an_engine_that_cannot_be_is_refused_in_one_line(pool: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        GVPOConfig.from_dict(several(**pool))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_for_which_all_nodes_together_have_no_room_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = {"distributed_executor_backend": "ray"}
+    config = GVPOConfig.from_dict(several(num_gpus=16, tensor_parallel_size=16, vllm=vllm))
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0}} for _ in "ab"
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    assert list(placement_notes(config, engines=True)) == []
+    nodes[1]["Resources"]["GPU"] = 7.0
+    (note,) = placement_notes(config, engines=True)
+    assert "all nodes of this cluster together have no room for the 16 GPUs of an engine of pool" in note
+    with pytest.raises(ConfigError, match=r"^engines\.num: 1 x 16 GPUs are more than the 8 GPUs of"):
+        check_resources(config, 64, 8)
 
 
 @pytest.mark.parametrize(

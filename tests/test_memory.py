@@ -199,6 +199,7 @@ def test_what_each_backend_shards_is_divided_by_the_ranks() -> None:
         "qwen2.5_math_7b_kuberay",
         "qwen2.5_32b_2nodes",
         "qwen3_30b_a3b_2nodes",
+        "qwen3_30b_a3b_kuberay",
     ],
 )
 def test_the_gpu_jobs_fit_80_gb_and_their_comments_have_the_plans_number(name: str) -> None:

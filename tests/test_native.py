@@ -32,7 +32,7 @@ from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.learner.backends.native import SummedGradients
 from gvpo_ray.learner.head import linear_logprobs
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.sizes import check_sizes
+from gvpo_ray.learner.sizes import SPLIT_MIXTURES, check_sizes
 from gvpo_ray.learner.step import train_step
 
 TENSOR = {"backend": "native", "tensor_parallel_size": 2}
@@ -70,9 +70,9 @@ def two_steps_of_qwen3(folder: Path, **learner: Any) -> dict[str, torch.Tensor]:
     return learners.weights(policy)
 
 
-def resumed(folder: Path, **learner: Any) -> dict[str, Any]:
+def resumed(folder: Path, kind: str = "qwen2", **learner: Any) -> dict[str, Any]:
     """Two steps in a row, and the second of them by a policy that is read from a checkpoint of the first."""
-    path = learners.shared_model(folder)
+    path = learners.shared_model(folder, kind)
     given = settings(folder, reference="every: 2", num_steps=2, **learner)
     policy = learners.load(path, given)
     train_step(policy, learners.mixed_batch(1), given)
@@ -86,6 +86,14 @@ def resumed(folder: Path, **learner: Any) -> dict[str, Any]:
         "weights": learners.weights(other),
         "checkpoint": checkpoint,
     }
+
+
+def held_of_a_mixture(folder: Path, **learner: Any) -> int:
+    """The number of parameters that this rank has."""
+    path = learners.shared_model(folder, "qwen3_moe")
+    policy = Policy(ModelConfig(path=str(path)), settings(folder, **learner).learner, path)
+    parameters = {id(p): p.data for p in policy._module.parameters()}.values()
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
 def held(folder: Path, **learner: Any) -> dict[str, int]:
@@ -165,7 +173,17 @@ CASES_ON_2 = {
     "tensor 2": steps(**TENSOR, micro_batch_tokens=40),
     "tensor 2, padded": steps(**TENSOR, micro_batch_tokens=100, packing=False),
     "tensor 2, recomputed": steps(**TENSOR, micro_batch_tokens=200, gradient_checkpointing=True),
-    "tensor 2, every 2": steps(**TENSOR, micro_batch_tokens=70, reference="every: 2"),
+    "tensor 2, every: 2": steps(**TENSOR, micro_batch_tokens=70, reference="every: 2"),
+    "tensor 2, qwen3_moe": steps(**TENSOR, **test_spread.MIXTURE, micro_batch_tokens=40),
+    "tensor 2, qwen3_moe, padded, recomputed": steps(
+        **TENSOR,
+        **test_spread.MIXTURE,
+        micro_batch_tokens=100,
+        packing=False,
+        gradient_checkpointing=True,
+    ),
+    "tensor 2, mixtral": steps(**TENSOR, mixture="mixtral", aux=True, micro_batch_tokens=40),
+    "context 2, qwen3_moe": steps(**CONTEXT, **test_spread.MIXTURE, micro_batch_tokens=40),
     "data 2": steps(backend="native", micro_batch_tokens=70),
     "context 2, ddp": steps(**CONTEXT, micro_batch_tokens=40),
     "context 2, fsdp, recomputed": steps(
@@ -186,13 +204,19 @@ CASES_ON_2 = {
     ),
     "qwen3": functools.partial(two_steps_of_qwen3, **TENSOR),
     "resumed": functools.partial(resumed, **TENSOR),
+    "resumed, qwen3_moe": functools.partial(resumed, kind="qwen3_moe", **TENSOR),
     "held by ddp": functools.partial(held, backend="ddp"),
     "held with tensor": functools.partial(held, **TENSOR),
     "held with context": functools.partial(held, backend="ddp", **CONTEXT),
+    "held of a mixture": functools.partial(held_of_a_mixture, **TENSOR),
 }
 CASES_ON_4 = {
     "tensor 2, data 2": steps(**TENSOR, micro_batch_tokens=40),
-    "tensor 2, data 2, every 2": steps(**TENSOR, micro_batch_tokens=70, reference="every: 2"),
+    "tensor 2, data 2, every: 2": steps(**TENSOR, micro_batch_tokens=70, reference="every: 2"),
+    "tensor 2, data 2, qwen3_moe": steps(**TENSOR, **test_spread.MIXTURE, micro_batch_tokens=40),
+    "tensor 2, context 2, qwen3_moe": steps(
+        **TENSOR, **CONTEXT, **test_spread.MIXTURE, micro_batch_tokens=40
+    ),
     "tensor 2, context 2": steps(**TENSOR, **CONTEXT, micro_batch_tokens=40),
     "context 4": steps(context_parallel_size=4, micro_batch_tokens=70),  # of 2 key-value heads
     "context 2, data 2": steps(**CONTEXT, backend="fsdp", micro_batch_tokens=70),
@@ -208,10 +232,12 @@ CASES: dict[str, Any] = {}
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One process without a process group, by the reference."""
+    """One process without a process group, by the reference, or the family of a mixture of experts."""
+    options: dict[str, dict[str, Any]] = {name: {"reference": name} for name in ("behaviour", "every: 2")}
+    options |= {family: {"mixture": family, "aux": True} for family in SPLIT_MIXTURES}
     return {
-        reference: test_spread.three_steps(tmp_path_factory.mktemp("alone"), reference=reference)
-        for reference in ("behaviour", "every: 2")
+        name: test_spread.three_steps(tmp_path_factory.mktemp("alone"), **given)
+        for name, given in options.items()
     }
 
 
@@ -265,7 +291,7 @@ def test_three_steps_are_one_ranks_however_layers_and_sequences_are_split(
     on_ranks: Any, alone: Any, world_size: int, name: str
 ) -> None:
     """In float64 to 1e-9; sums of several ranks come in another order, which was measured as 1e-14."""
-    want = alone["every: 2" if "every" in name else "behaviour"]
+    want = alone[next((of for of in alone if of in name), "behaviour")]
     for result in on_ranks(world_size, name):
         if "zero" in name:  # in float32, as in test_spread
             assert test_spread.difference(result["weights"], want["weights"]) < 1e-5
@@ -316,11 +342,11 @@ def test_norms_of_some_heads_have_the_gradients_of_all_in_updates_of_several_pas
         assert learners.difference(result, want) < 1e-5
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size, name", [(2, "resumed"), (2, "resumed, qwen3_moe"), (4, "resumed")])
 def test_a_checkpoint_of_split_layers_is_resumed_and_other_backends_read_it(
-    on_ranks: Any, world_size: int
+    on_ranks: Any, world_size: int, name: str
 ) -> None:
-    results = on_ranks(world_size, "resumed")
+    results = on_ranks(world_size, name)
     given = settings(reference="every: 2", num_steps=2)
     policy = learners.load(results[0]["checkpoint"], given)
     train_step(policy, learners.mixed_batch(2), given)
@@ -340,6 +366,13 @@ def test_each_rank_holds_less_by_the_formula(on_ranks: Any, tmp_path: Path) -> N
     shares = [rank["kept"] / whole["kept"] for size in (2, 4) for rank in on_ranks(size, "held with context")]
     assert shares[:2] == pytest.approx([1 / 2] * 2, rel=0.15)
     assert shares[2:] == pytest.approx([1 / 4] * 4, rel=0.35)
+
+
+def test_each_rank_holds_half_of_the_experts_and_all_routers(on_ranks: Any, tmp_path: Path) -> None:
+    shape = shape_of(str(make_model(tmp_path, "qwen3_moe")))
+    assert shape is not None and shape.num_experts == 4
+    assert on_ranks(2, "held of a mixture") == [shape.of_a_part(2)] * 2
+    assert shape.of_a_part(2) < 0.6 * shape.parameters
 
 
 def test_the_memory_plan_knows_how_layers_and_sequences_are_split() -> None:
@@ -439,9 +472,18 @@ def test_a_head_that_ranks_have_in_parts_gives_what_the_whole_one_gives(on_ranks
         assert len(differences) == 8 and max(differences) < 1e-12
 
 
-@pytest.mark.parametrize("learner", [TENSOR, CONTEXT])
-def test_a_mixture_of_experts_is_not_split_over_workers(tmp_path: Path, learner: dict[str, Any]) -> None:
-    model = ModelConfig(path=str(make_model(tmp_path, "qwen3_moe")))
-    check_sizes(model, LearnerConfig())
-    with pytest.raises(ConfigError, match=r"^learner\..*_parallel_size: .* is a mixture of experts"):
-        check_sizes(model, LearnerConfig(**learner))
+def test_a_mixture_of_experts_is_split_where_its_family_is_known_and_its_experts_can_be_shared_out(
+    tmp_path: Path,
+) -> None:
+    models = {}
+    for kind, name in {"qwen2_moe": "Qwen2MoeConfig", "mixtral": "MixtralConfig"}.items():
+        config = getattr(transformers, name)(num_local_experts=6, num_key_value_heads=8)
+        config.save_pretrained(tmp_path / kind)
+        models[kind] = ModelConfig(path=str(tmp_path / kind))
+        for learner in ({}, CONTEXT):
+            check_sizes(models[kind], LearnerConfig(**learner))
+    check_sizes(models["mixtral"], LearnerConfig(**TENSOR))
+    with pytest.raises(ConfigError, match=r"^learner.tensor_parallel_size: a qwen2_moe is .* not known"):
+        check_sizes(models["qwen2_moe"], LearnerConfig(**TENSOR))
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: 4 workers cannot .* the 6 experts of"):
+        check_sizes(models["mixtral"], LearnerConfig(**{**TENSOR, "tensor_parallel_size": 4}))

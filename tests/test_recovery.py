@@ -5,6 +5,7 @@ groups.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,6 +27,7 @@ import ray
 import tiny
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gvpo_ray import groups
 from gvpo_ray.actors import RunError
@@ -35,9 +38,11 @@ from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.config.loss import GvpoLoss
 from gvpo_ray.config.model import ScoringModelConfig
 from gvpo_ray.engines import supervisor
+from gvpo_ray.engines.actor import ActorMethods, actor_options
 from gvpo_ray.engines.base import BaseEngine
 from gvpo_ray.engines.fake_engine import FakeEngine
-from gvpo_ray.observe.status import read_status, status_lines
+from gvpo_ray.engines.pools import EngineGroup
+from gvpo_ray.observe.status import EngineState, read_status, status_lines
 from gvpo_ray.run.models import version_of
 from gvpo_ray.verifiers import references
 from gvpo_ray.verifiers.scoring_model import Renderings, Score, Text
@@ -545,6 +550,115 @@ def columns(row: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [
         (values[0], row["prompt"], *values[1:]) for values in zip(*(row[name] for name in names), strict=True)
     ]
+
+
+# --- engines of several nodes -------------------------------------------------------------------------------
+
+
+class Process:
+    """One of vLLM's processes: it holds a GPU, and says on which node."""
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+
+class Spread(FakeEngine):
+    """Starts processes as vLLM's Ray executor does, one in each bundle with a GPU of its actor's placement
+    group, and writes down where.
+    """
+
+    def __init__(self, file: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._file = file
+
+    async def start(self) -> dict[str, Any]:
+        placement = ray.util.get_current_placement_group()
+        bundles = [i for i, bundle in enumerate(placement.bundle_specs) if bundle.get("GPU")]
+        self._processes = [
+            ray.remote(Process)
+            .options(
+                num_cpus=0,
+                num_gpus=1,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement, placement_group_bundle_index=i
+                ),
+            )
+            .remote()
+            for i in bundles
+        ]
+        nodes = [await process.node.remote() for process in self._processes]
+        with open(self._file, "a") as file:
+            file.write(json.dumps({"pid": os.getpid(), "nodes": nodes}) + "\n")
+        return await super().start()
+
+
+class SpreadActor(ActorMethods, Spread):
+    pass
+
+
+def test_an_engine_gets_gpus_of_two_nodes_and_gives_them_back_when_it_dies_and_when_it_is_closed(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPUs are only said to be there; vLLM's own functions read the placement group."""
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import ray_utils
+
+    monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
+    added = [add_node(cluster, num_cpus=1, num_gpus=2, object_store_memory=100 << 20) for _ in range(2)]
+    file = tmp_path / "started"
+
+    def make(name: str, pool: Any, number: int, placement: Any) -> Any:
+        options = actor_options(name, pool, number, placement)
+        return ray.remote(SpreadActor).options(**options).remote(file=str(file))
+
+    def started() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    async def until_true(condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(240):
+            while not condition():
+                assert not run.done() or run.exception() is None, run.exception()
+                await asyncio.sleep(0.1)
+
+    def free() -> float:
+        return float(ray.available_resources().get("GPU", 0.0))
+
+    ray.init(address=cluster.address)
+    notes: list[tuple[str, str, str]] = []
+    config = {"num_cpus": 0.1, "num_gpus": 4, "tensor_parallel_size": 4}
+    config |= {"vllm": {"distributed_executor_backend": "ray"}, "start_s": 200}
+    group = EngineGroup(EnginesConfig.model_validate(config), K, make, None, lambda *note: notes.append(note))
+
+    async def main() -> None:
+        nonlocal run
+        run = asyncio.ensure_future(group.run())
+        try:
+            (slot,) = group.slots
+            await until_true(lambda: slot.state == EngineState.RUNNING)
+            (before,) = started()
+            assert sorted(Counter(before["nodes"]).values()) == [2, 2] and free() == 0
+            parallel = SimpleNamespace(placement_group=slot.placement, world_size=4, tensor_parallel_size=4)
+            ray_utils.initialize_ray_cluster(parallel, require_gpu_on_driver=False)
+            bundles = ray_utils.get_bundles_sorted_by_node(slot.placement)
+            assert sorted(number for number, _, _ in bundles) == [1, 2, 3, 4]
+            first = slot.placement
+            os.kill(before["pid"], signal.SIGKILL)
+            await until_true(lambda: len(started()) == 2 and slot.state == EngineState.RUNNING)
+            assert ray.util.placement_group_table(first)["state"] == "REMOVED"
+            assert slot.placement is not first and len(notes) == 1
+            await group.close()
+            await until_true(lambda: free() == 4)
+        finally:
+            run.cancel()
+            await asyncio.gather(run, return_exceptions=True)
+
+    run: asyncio.Future[None] = None  # type: ignore[assignment]
+    try:
+        asyncio.run(main())
+    finally:
+        ray.shutdown()
+        for node in added:
+            cluster.remove_node(node)
 
 
 class Teacher(references._ReferenceActor):

@@ -155,7 +155,7 @@ def test_a_prompts_experts_are_those_of_the_first_completion_that_knows_them(tmp
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_empty_completion_does_not_move_the_experts_of_the_next_one(tmp_path: Path, packed: bool) -> None:
-    replay: Any = policy_of(folder_of(tmp_path, "qwen3_moe"))._routers
+    replay: Any = policy_of(folder_of(tmp_path, "qwen3_moe")).routers
     row = {"group_id": 7, "prompt_ids": [3, 4], "completion_ids": [[], [5, 6, 7]]}
     (chosen,) = chosen_for({**row, "completion_ids": [[5, 6, 7]]}, np.random.default_rng(5))
     row["routed_experts"] = [None, groups.experts_entry(chosen, NUM)]

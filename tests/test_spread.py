@@ -103,11 +103,12 @@ def three_steps(
     holes: bool = False,
     few: bool = False,
     num_weak: int = 0,
-    mixture: bool = False,
+    mixture: str | None = None,
+    aux: bool = False,
     **learner: Any,
 ) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
-        make_model(folder / "model", "qwen3_moe" if mixture else "qwen2")
+        make_model(folder / "model", mixture or "qwen2")
     if dist.is_initialized():
         dist.barrier()
     options = {
@@ -132,9 +133,9 @@ def three_steps(
         model_path=str(folder / "model"),
         parity_every=0,
     )
-    model = ModelConfig(path=given.model_path, lora={"rank": 4} if lora else None).model_copy(
-        update={"dtype": dtype}
-    )
+    model = ModelConfig(
+        path=given.model_path, lora={"rank": 4} if lora else None, router_aux_loss=aux
+    ).model_copy(update={"dtype": dtype})
     policy = (Float64Policy if dtype == "float64" else Policy)(model, given.learner, given.model_path)
     if reference == "initial":
         policy.reference.load(given.model_path)
@@ -216,9 +217,10 @@ ZERO |= {
     for stage in (0, 2, 3)
 }
 ZERO |= {
-    "mixture, zero 3": {"backend": "deepspeed", "zero_stage": 3, "dtype": "float32", "mixture": True}
+    "mixture, zero 3": {"backend": "deepspeed", "zero_stage": 3, "dtype": "float32", "mixture": "qwen3_moe"}
     | {"micro_batch_tokens": 40}
 }
+ZERO["mixture, aux, zero 3"] = {**ZERO["mixture, zero 3"], "aux": True}
 ZERO_ALONE = [name for name in ZERO if re.search("optimizer|parameters|lora, zero 3|mixture", name)]
 """What one rank computes too. Stages without more are compared with one rank's plain loop in test_learner."""
 OTHERS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in OBJECTIVES if name != "gvpo"}
@@ -226,7 +228,8 @@ OTHERS |= {f"reference {name}": {"reference": name} for name in ("previous", "in
 OTHERS |= {"beta adapted": {"beta": "auto"}}
 OTHERS |= {"epa, weak": {"objective": "epa", "reference": "initial", "num_weak": 3, "holes": True}}
 OTHERS |= {"holes": {"holes": True}, "holes, cispo": {"holes": True, "objective": "cispo"}}
-OTHERS |= {"mixture": {"mixture": True}}
+MIXTURE = {"mixture": "qwen3_moe", "aux": True}
+OTHERS |= {"mixture": {"mixture": "qwen3_moe"}, "mixture, aux": MIXTURE}
 OTHERS |= {"lora": {"lora": True}, "lora, reference initial": {"lora": True, "reference": "initial"}}
 OTHERS |= {"lora, reference every 2": {"lora": True, "reference": "every: 2"}}
 ELSEWHERE: dict[str, dict[str, Any]] = {
@@ -474,7 +477,7 @@ def test_deepspeed_which_computes_in_float32_is_as_near_as_float32_is(
     # DeepSpeed knows no float64. In float32 gradients differ by some 1e-7 of them; Adam divides by their
     # size, so where a gradient is next to nothing the rounding may decide up to a whole step of 1e-3.
     # Measured: 1.3e-6 at most, in those with adapters 5e-6.
-    other = next((kind for kind in ("lora", "holes", "mixture") if kind in name), None)
+    other = next((kind for kind in ("lora", "holes", "mixture, aux", "mixture") if kind in name), None)
     want = on_ranks(1, other)[0] if other else alone
     for result in on_ranks(world_size, name):
         assert difference(result["weights"], want["weights"]) < 1e-5
@@ -490,7 +493,7 @@ def test_so_are_those_of_the_other_objectives_references_and_of_adapters(on_rank
 
 def test_they_are_not_all_the_same(on_ranks) -> None:
     # a mixture is another model, and adapters are other weights
-    names = [name for name in OTHERS if "lora" not in name and name != "mixture"] + ["ddp"]
+    names = [name for name in OTHERS if "lora" not in name and "mixture" not in name] + ["ddp"]
     results = [on_ranks(1, name)[0]["weights"] for name in names]
     for i, one in enumerate(results):
         for other in results[:i]:

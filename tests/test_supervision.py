@@ -22,7 +22,7 @@ from gvpo_ray import groups
 from gvpo_ray.actors import RunError, cause_of
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
 from gvpo_ray.engines import actor as actor_module
-from gvpo_ray.engines import base, dispatcher, fake_engine, pools, slots, supervisor
+from gvpo_ray.engines import base, dispatcher, fake_engine, slots, supervisor
 from gvpo_ray.engines.actor import ActorMethods
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.pools import EngineGroup
@@ -113,7 +113,10 @@ class Fleet:
         self.published = asyncio.Event()
         self.is_over = False
 
-        def make_one(*_: Any) -> Handle:
+        self.given: list[tuple[Any, ...]] = []  # what an engine was made with beside its place in the pool
+
+        def make_one(pool: str, config: Any, number: int, *given: Any) -> Handle:
+            self.given.append(given)
             actor = make(len(self.handles))
             actor.node = f"node-{len(self.handles)}"
             self.handles.append(Handle(actor))
@@ -156,8 +159,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Coroutine[Any, An
 
     monkeypatch.setattr(supervisor.asyncio, "to_thread", at_once)
     monkeypatch.setattr(supervisor, "draining_nodes", dict)
-    for module in (supervisor, pools):
-        monkeypatch.setattr(module.ray, "kill", lambda handle, no_restart: handle.kill())
+    monkeypatch.setattr("ray.kill", lambda handle, no_restart: handle.kill())
     yield leaping(monkeypatch, base, fake_engine, dispatcher, supervisor, slots)
 
 
@@ -183,6 +185,48 @@ def prompt(group_id: int = 0) -> pa.Table:
 async def row_of(sampled: Any) -> dict[str, Any]:
     (row,) = groups.rows(groups.from_wire(await sampled))
     return row
+
+
+# --- engines of several nodes -------------------------------------------------------------------------------
+
+SPREAD = {"num_gpus": 4, "tensor_parallel_size": 4, "vllm": {"distributed_executor_backend": "ray"}}
+
+
+@pytest.mark.parametrize("pool", [{}, SPREAD], ids=["one node", "several"])
+def test_an_engine_of_several_nodes_has_a_placement_group_until_it_dies_leaves_or_is_closed(
+    run: Any, monkeypatch: pytest.MonkeyPatch, pool: dict[str, Any]
+) -> None:
+    asked: list[tuple[Any, str]] = []
+    given_back: list[int] = []
+
+    def ask(bundles: Any, strategy: str, name: str) -> int:
+        asked.append((bundles, strategy))
+        return len(asked) - 1
+
+    monkeypatch.setattr(slots, "placement_group", ask)
+    monkeypatch.setattr(slots, "remove_placement_group", given_back.append)
+
+    async def main() -> None:
+        fleet = Fleet({"num": 2, "num_cpus": 3, "resources": {"rack": 1}, "accelerator_type": "H100", **pool})
+        async with running(fleet):
+            fleet.publish(1)
+            await asyncio.sleep(5)
+            assert fleet.states() == [EngineState.RUNNING] * 2 and given_back == []
+            fleet.handles[0].kill()
+            await asyncio.sleep(60)
+            assert fleet.states() == [EngineState.RUNNING] * 2
+            assert given_back == ([0] if pool else [])
+            fleet.group._supervisor.nodes_leave({"node-1": 0.0})
+            await asyncio.sleep(60)
+            assert len(fleet.handles) == 4 and given_back == ([0, 1] if pool else [])
+            await fleet.group.close()
+        assert given_back == ([0, 1, 2, 3] if pool else [])
+        gpu = {"GPU": 1.0, "accelerator_type:H100": 0.001}
+        bundles = [{"CPU": 3.0, "rack": 1.0}, gpu, gpu, gpu, gpu]
+        assert asked == ([(bundles, "PACK")] * 4 if pool else [])
+        assert fleet.given == ([(0,), (1,), (2,), (3,)] if pool else [()] * 4)
+
+    run(main())
 
 
 # --- updates that fail --------------------------------------------------------------------------------------

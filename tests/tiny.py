@@ -31,6 +31,7 @@ VOCAB_SIZE = 2 + len(ALPHABET)
 
 
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+MIXTURE |= {"router_aux_loss_coef": 0.25}  # which only model.router_aux_loss reads
 
 
 def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
@@ -41,6 +42,8 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
         PreTrainedTokenizerFast,
         Qwen2Config,
         Qwen2ForCausalLM,
@@ -59,6 +62,7 @@ def make_model(folder: str | Path, kind: str = "qwen2", tie: bool = True, seed: 
         "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
         "llama": (LlamaConfig, LlamaForCausalLM, {}),
         "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE),
+        "mixtral": (MixtralConfig, MixtralForCausalLM, {**MIXTURE, "num_local_experts": 4}),
     }[kind]
     torch.manual_seed(seed)
     model(
@@ -153,6 +157,8 @@ class _Softmax64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.softmax:
             return func(*args, **{**kwargs, "dtype": torch.float64})
+        if func is torch.Tensor.float:  # Mixtral's
+            return args[0].double()
         return func(*args, **(kwargs or {}))
 
 

@@ -32,7 +32,7 @@ from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.loss import GvpoLoss, LossConfig
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
-from gvpo_ray.engines.actor import ActorMethods, MakeEngine
+from gvpo_ray.engines.actor import ActorMethods, MakeEngine, actor_options
 from gvpo_ray.engines.fake_engine import FakeEngine
 from gvpo_ray.engines.rollout import Sample
 from gvpo_ray.observe.status import EngineState, RunState
@@ -247,12 +247,7 @@ def maker(engine: type[FakeEngine] = FakeEngine) -> MakeEngine:
     Actor.__name__ = f"_{engine.__name__}Actor"
 
     def make(name: str, pool: PoolConfig, number: int) -> Any:
-        options = {
-            "name": actor_name(f"{name}-{number}"),
-            "num_cpus": pool.num_cpus,
-            "resources": pool.resources,
-            "max_concurrency": 10_000,
-        }
+        options = actor_options(name, pool, number)
         return ray.remote(Actor).options(**options).remote(seed=number, **pool.vllm)
 
     return make

@@ -175,7 +175,7 @@ def check(
 
     from gvpo_ray.config.data import NO_PROMPTS
     from gvpo_ray.config.memory import memory_plan
-    from gvpo_ray.config.plan import cluster_address
+    from gvpo_ray.config.plan import cluster_address, engine_layouts
     from gvpo_ray.config.shown import visible
     from gvpo_ray.observe.console import plan_table
     from gvpo_ray.observe.trackers import check_trackers
@@ -184,6 +184,8 @@ def check(
 
     print(visible(read.dump(with_secrets=False)))
     Console(highlight=False).print(plan_table(read))
+    for line in engine_layouts(read):
+        print(visible(line))
     for line, _ in memory_plan(read, gpu_gb_here(read)):
         print(visible(line))
     for note in check_paths(read):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from typing import Annotated, Any, Literal
@@ -55,6 +56,14 @@ class SamplingConfig(Section):
         return self
 
 
+SPLITS = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "prefill_context_parallel_size",
+    "data_parallel_size",
+)
+"""vLLM's names of the ways to split an engine over processes; all but the first are keys of `vllm`."""
+
 NUM_PROBES, PROBE_TOKENS = 4, 256
 """A parity check compares engines' log-probs with the learner's on so many sequences of so many tokens."""
 
@@ -73,7 +82,10 @@ class PoolConfig(Section):
     """Largest number of engines of an elastic pool; default: num. The pool scales up while the learner waits
     for groups, and down to num while the buffer stays full, without stopping the run."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of one engine; must equal tensor_parallel_size, or be a part of one GPU. 0: vLLM's CPU build."""
+    """GPUs of one engine, as many as vLLM has processes: tensor_parallel_size, times the sizes in `vllm` of
+    other ways to split it (pipeline_parallel_size, data_parallel_size, prefill_context_parallel_size); or a
+    part of one GPU. They are of one node, or with `vllm: {distributed_executor_backend: ray}` of one or
+    several, placed as one placement group. 0: vLLM's CPU build."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs that one engine asks Ray for."""
     accelerator_type: str | None = None
@@ -81,7 +93,7 @@ class PoolConfig(Section):
     resources: Resources = {}
     """Custom Ray resources of one engine, such as {spot: 0.001}."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs over which one engine shards the model."""
+    """GPUs over which one engine shards each layer of the model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the engines of this pool; default: model.dtype."""
     quantization: str | None = None
@@ -124,6 +136,24 @@ class PoolConfig(Section):
     """How often an engine of this pool is replaced within an hour after it died. Beyond that its place stays
     empty until the hour is over; if all places of all pools are empty for this reason, the run stops."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The ways in which vLLM splits one engine over processes, by its names, and the number of parts.
+
+        Expert parallel (`vllm: {enable_expert_parallel: true}`) needs no processes more.
+        """
+        return {name: self.vllm.get(name, getattr(self, name, 1)) for name in SPLITS}
+
+    @property
+    def num_processes(self) -> int:
+        """The number of vLLM's processes that compute, with a GPU each."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the GPUs of one engine may be of several nodes."""
+        return self.vllm.get("distributed_executor_backend") == "ray"
+
     def parity_noise(self, dtype: str) -> float:
         """Return the mean difference of log-probs, in nats per token, that precision may explain.
 
@@ -154,14 +184,37 @@ class PoolConfig(Section):
             raise ValueError("url_model and url_key_variable need a url")
         if self.max_num is not None and self.max_num < self.num:
             raise ValueError(f"max_num ({self.max_num}) is less than num ({self.num})")
-        # an engine on a part of a GPU has one shard
-        if self.num_gpus and max(self.num_gpus, 1) != self.tensor_parallel_size:
-            raise ValueError(
-                f"num_gpus ({self.num_gpus:g}) must equal tensor_parallel_size ({self.tensor_parallel_size})"
-            )
+        if self.url is None:
+            self._check_split()
         if self.quantization and not self.num_gpus and not self.url:
             raise ValueError(f"quantization: {self.quantization} needs GPUs (num_gpus)")
         return self
+
+    def _check_split(self) -> None:
+        """Refuse a split of one engine for which there are no GPUs, or that vLLM would place by itself."""
+        for name, size in self.sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"vllm.{name}: {size!r} is not a number of parts")
+        # an engine on a part of a GPU has one process
+        if self.num_gpus and max(self.num_gpus, 1) != self.num_processes:
+            sizes = {name: n for name, n in self.sizes.items() if n > 1 or name == SPLITS[0]}
+            product = " x ".join(f"{name} ({size})" for name, size in sizes.items())
+            raise ValueError(f"num_gpus ({self.num_gpus:g}) must equal {product}")
+        for name, usual in (("nnodes", 1), ("data_parallel_backend", "mp")):
+            if self.vllm.get(name, usual) != usual:
+                raise ValueError(
+                    f"vllm.{name}: {self.vllm[name]}: engines get their places from the run; for one on "
+                    "several nodes set vllm.distributed_executor_backend: ray"
+                )
+        if not self.is_spread:
+            return
+        if self.num_gpus < 1:
+            raise ValueError("vllm.distributed_executor_backend: ray needs whole GPUs (num_gpus)")
+        if (parts := self.sizes["data_parallel_size"]) > 1:
+            raise ValueError(
+                f"vllm.data_parallel_size ({parts}) cannot go with distributed_executor_backend: ray, with "
+                "which each part would take the same GPUs: raise num, or keep the engine on one node"
+            )
 
 
 class EnginesConfig(PoolConfig):

@@ -89,11 +89,13 @@ class Shape:
     def of_a_part(self, parts: int) -> float:
         """Return the parameters that one of `parts` tensor parallel workers has, before they are sharded.
 
-        Norms, and an embedding that is not tied to the head, are whole on each; so are biases that are added
-        after a sum, which the families of this shape do not have.
+        Norms, routers, and an embedding that is not tied to the head, are whole on each; so are biases that
+        are added after a sum, which the families of this shape do not have.
         """
         norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        whole = norms + (0 if self.tie_word_embeddings else self.of_the_head)
+        norms += 2 * self.has_norms * self.head_dim * self.num_hidden_layers
+        routers = self.num_hidden_layers * self.hidden_size * self.num_experts
+        whole = norms + routers + (0 if self.tie_word_embeddings else self.of_the_head)
         return whole + (self.parameters - whole) / parts
 
     def of_an_adapter(self, rank: int) -> int:
@@ -292,12 +294,16 @@ def engine_bytes(config: GVPOConfig, pool: PoolConfig, shape: Shape) -> dict[str
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[pool.dtype or config.model.dtype]
     untied = shape.parameters + (shape.of_the_head if shape.tie_word_embeddings else 0)
     layers = shape.num_hidden_layers * shape.of_a_layer
+    experts = shape.num_hidden_layers * 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts
     quantised = 1 if pool.quantization else width
     keys = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
-    parts = pool.tensor_parallel_size
+    tensor = pool.sizes["tensor_parallel_size"]
+    parts = tensor * pool.sizes["pipeline_parallel_size"]
+    # data parallel parts have the whole model each, but for experts that are shared out to all of them
+    shares = pool.sizes["data_parallel_size"] if pool.vllm.get("enable_expert_parallel") else 1
     return {
-        "weights": (layers * quantised + (untied - layers) * width) / parts,
-        "of a token": keys / min(parts, shape.num_key_value_heads),
+        "weights": ((layers - experts + experts / shares) * quantised + (untied - layers) * width) / parts,
+        "of a token": keys / min(tensor, shape.num_key_value_heads) / pool.sizes["pipeline_parallel_size"],
     }
 
 

@@ -42,6 +42,9 @@ class ModelConfig(Section):
     router_replay: bool = True
     """Compute each token in the learner with the experts that the engine chose for it. Only mixtures of
     experts have routers."""
+    router_aux_loss: bool = False
+    """Add the auxiliary loss that evens out the load of the experts, with the coefficient of the model's
+    config.json (router_aux_loss_coef). It moves the optimum away from GVPO's (learner/balance.py)."""
 
 
 EXPERTS = re.compile(r"^(num|n|moe_num)_(local_|routed_)?experts$")
@@ -55,6 +58,11 @@ def num_experts(config: Any) -> int:
     """
     found = (value for key, value in config.get_text_config().to_dict().items() if EXPERTS.match(key))
     return max((value for value in found if isinstance(value, int) and value > 1), default=0)
+
+
+def aux_loss_coefficient(config: Any) -> float:
+    """Return the coefficient of the auxiliary loss in transformers' config of a model; 0: it has none."""
+    return float(getattr(config.get_text_config(), "router_aux_loss_coef", None) or 0)
 
 
 class ScoringModelConfig(Section):

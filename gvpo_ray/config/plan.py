@@ -26,6 +26,23 @@ def resource_plan(config: GVPOConfig) -> list[tuple[str, int, float, float]]:
     ]
 
 
+def engine_layouts(config: GVPOConfig) -> list[str]:
+    """Return a line for each pool of engines of several GPUs: how vLLM splits one, and where it may be."""
+    lines = []
+    for name, pool in config.engines.all_pools().items():
+        if pool.url is not None or pool.num_gpus <= 1:
+            continue
+        sizes = " x ".join(f"{size} {kind.split('_')[0]}" for kind, size in pool.sizes.items() if size > 1)
+        experts = ", experts shared out" if pool.vllm.get("enable_expert_parallel") else ""
+        where = (
+            f"a placement group of {pool.num_gpus:g} x 1 GPU and its actor, on as few nodes as have room"
+            if pool.is_spread
+            else "all on one node"
+        )
+        lines.append(f"engine of {name}: {sizes} parallel{experts}; {where}")
+    return lines
+
+
 def check_resources(
     config: GVPOConfig,
     num_cpus: float,

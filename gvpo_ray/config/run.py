@@ -166,6 +166,11 @@ class GVPOConfig(Section):
                     f"({model.max_length})"
                 )
         pools = engines.all_pools()
+        if engines.weight_transfer == "objects" and any(pool.is_spread for pool in pools.values()):
+            raise ValueError(
+                "engines.weight_transfer: objects brings weights to one node of an engine, and with "
+                "vllm.distributed_executor_backend: ray it may be on several: use nccl or sharded_rdt"
+            )
         if (direct := engines.weight_transfer) != "objects":
             key = f"engines.weight_transfer: {direct}"
             if not (all(pool.num_gpus for pool in pools.values()) and learner.num_gpus):

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from gvpo_ray.actors import actor_name
 from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
@@ -135,19 +137,8 @@ def engine_maker(
         serve: how engines of our own serve; None: they do not.
     """
 
-    def make(name: str, pool: PoolConfig, number: int) -> Any:
-        resources = {
-            "num_cpus": pool.num_cpus,
-            "num_gpus": pool.num_gpus,
-            "resources": pool.resources,
-            "accelerator_type": pool.accelerator_type,
-        }
-        options = {
-            "name": actor_name(f"{name}-{number}"),
-            "max_concurrency": 10_000,
-            "max_restarts": 0,
-            **resources,
-        }
+    def make(name: str, pool: PoolConfig, number: int, placement: PlacementGroup | None = None) -> Any:
+        options = actor_options(name, pool, number, placement)
         if pool.url is not None:
             key = os.environ.get(pool.url_key_variable) if pool.url_key_variable else None
             return (
@@ -175,5 +166,39 @@ def engine_maker(
     return make
 
 
-MakeEngine = Callable[[str, PoolConfig, int], Any]
-"""(pool's name, pool, number) -> handle of a new actor with an engine's methods and ActorMethods."""
+def actor_options(
+    name: str, pool: PoolConfig, number: int, placement: PlacementGroup | None = None
+) -> dict[str, Any]:
+    """Return Ray's options of an engine's actor.
+
+    Args:
+        name: of its pool.
+        pool: its pool.
+        number: in its pool.
+        placement: the placement group of an engine whose GPUs may be of several nodes, of bundles as
+            actors.bundles_of has them. The actor takes the first of them, and vLLM's processes the others.
+    """
+    options: dict[str, Any] = {
+        "name": actor_name(f"{name}-{number}"),
+        "max_concurrency": 10_000,
+        "max_restarts": 0,
+        "num_cpus": pool.num_cpus,
+    }
+    if placement is None:
+        own = {"num_gpus": pool.num_gpus, "accelerator_type": pool.accelerator_type}
+        return options | own | {"resources": pool.resources}
+    # vLLM looks for GPUs before it has started its processes, and Ray hides all from an actor that has none
+    visible = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    return options | {
+        "resources": pool.resources,
+        "runtime_env": {"env_vars": visible},
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+        ),
+    }
+
+
+MakeEngine = Callable[..., Any]
+"""(pool's name, pool, number) -> handle of a new actor with an engine's methods and ActorMethods.
+
+For an engine whose GPUs may be of several nodes its placement group comes as a fourth argument."""

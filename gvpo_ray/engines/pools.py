@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from gvpo_ray.actors import EventCallback
 from gvpo_ray.config.engines import EnginesConfig, SamplingConfig
@@ -177,5 +176,5 @@ class EngineGroup:
         try:
             await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)
         finally:
-            for engine in engines:
-                ray.kill(engine, no_restart=True)
+            for slot in self.slots:
+                slot.clear()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from gvpo_ray.actors import resources_of
+from gvpo_ray.actors import actor_name, bundles_of, resources_of
 from gvpo_ray.config.engines import PoolConfig
 from gvpo_ray.groups import from_wire, to_wire
 from gvpo_ray.observe.status import EngineState
@@ -55,6 +58,8 @@ class Slot:
     of an unfinished group counts until the driver has it."""
     engine: Any = None
     """Handle of the engine's actor; None while the slot is empty."""
+    placement: Any = None
+    """The engine's placement group; None: it is on one node, where its actor holds all."""
     node: str = ""
     """Id of the engine's Ray node."""
     is_wanted: bool = True
@@ -112,6 +117,32 @@ class Slot:
         while self.deaths and time.monotonic() - self.deaths[0] > 3600:
             self.deaths.popleft()
         return len(self.deaths) > self.config.max_restarts_per_hour
+
+    def fill(self, make: Callable[..., Any]) -> None:
+        """Make an engine actor here; one that may be on several nodes gets a placement group first.
+
+        Ray packs its bundles onto as few nodes as there is room on. All are reserved, or none is.
+
+        Args:
+            make: as actor.MakeEngine.
+        """
+        if not self.config.is_spread:
+            self.engine = make(self.pool, self.config, self.number)
+            return
+        self.placement = placement_group(bundles_of(self.config), "PACK", actor_name(self.name))
+        self.engine = make(self.pool, self.config, self.number, self.placement)
+
+    def clear(self) -> None:
+        """Kill the engine, if there is one, and give back its placement group.
+
+        With that Ray ends the processes that are left on other nodes.
+        """
+        engine, placement = self.engine, self.placement
+        self.engine = self.placement = None
+        if engine is not None:
+            ray.kill(engine, no_restart=True)
+        if placement is not None:
+            remove_placement_group(placement)
 
     def becomes(self, state: EngineState) -> None:
         """Change the state, and note the time."""

@@ -94,7 +94,7 @@ class Supervisor:
         self._is_fixed = config.weight_transfer != "objects"
         if self._is_fixed:  # the learner sends to all engines at once
             for slot in slots:
-                slot.engine = make(slot.pool, slot.config, slot.number)
+                slot.fill(make)
         self._has_started: set[str] = set()
         self._newest_taken = -1
         self._num_collected = 0  # completions of unfinished groups
@@ -181,15 +181,13 @@ class Supervisor:
         """Kill the slot's engine, if there is one."""
         slot.status = {}
         slot.becomes(EngineState.DEAD)
-        if slot.engine is not None:
-            ray.kill(slot.engine, no_restart=True)
-            slot.engine = None
+        slot.clear()
 
     async def _one(self, slot: Slot) -> None:
         """Start one engine in a slot and supervise it; return when the weights end, raise when it dies."""
         if slot.engine is None:
             slot.becomes(EngineState.WANTED)
-            slot.engine = self._make(slot.pool, slot.config, slot.number)
+            slot.fill(self._make)
         engine = slot.engine
         await engine.__ray_ready__.remote()
         slot.becomes(EngineState.STARTING)

@@ -53,7 +53,10 @@ def vllm_arguments(
         # no more than a step computes tokens, which vLLM would refuse
         "max_num_seqs": min(num_sequences, own.get("max_num_batched_tokens", MAX_SEQUENCES)),
         "tensor_parallel_size": size,
-        "distributed_executor_backend": _executor(own.get("tensor_parallel_size", size), on_gpu),
+        # each part of a data parallel engine has a core and an executor of its own
+        "distributed_executor_backend": _executor(
+            pool.num_processes // pool.sizes["data_parallel_size"], on_gpu
+        ),
         # the policy's own log-probs at temperature 1, as the learner computes them
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,

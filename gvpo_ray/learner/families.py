@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.model import ModelConfig, num_experts
+from gvpo_ray.config.model import ModelConfig, aux_loss_coefficient, num_experts
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 """The families with experts that engines and learner are compared of (docs/reference/families.md)."""
@@ -31,6 +31,11 @@ def check_trainable(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.path: {path} is a mixture of experts of a family that is not known here "
             f"({config.model_type}, {num_experts(config)} experts): {', '.join(MIXTURES)} are"
+        )
+    if model.router_aux_loss and not (num_experts(config) and aux_loss_coefficient(config)):
+        raise ConfigError(
+            f"model.router_aux_loss: {path} ({config.model_type}) has no auxiliary loss: its config has no "
+            "experts, or no router_aux_loss_coef"
         )
     if config.is_encoder_decoder:
         raise ConfigError(

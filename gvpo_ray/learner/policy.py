@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
-from gvpo_ray.config.model import ModelConfig, num_experts
+from gvpo_ray.config.model import ModelConfig, aux_loss_coefficient, num_experts
 from gvpo_ray.groups import Row
 from gvpo_ray.learner import packing
 from gvpo_ray.learner.adapter import adapter_name, add_adapter, trained_parameters
@@ -35,7 +35,7 @@ from gvpo_ray.learner.families import without_dropout
 from gvpo_ray.learner.logprobs import CompletionLogprobs, check_head, padded_inputs, sequence_sums
 from gvpo_ray.learner.mismatch import Mismatch
 from gvpo_ray.learner.reference_model import ReferenceModel
-from gvpo_ray.learner.routing import RouterReplay
+from gvpo_ray.learner.routing import Load, Routers
 from gvpo_ray.learner.whole_weights import WholeWeights
 
 
@@ -77,6 +77,8 @@ class Policy:
         """The share of the groups that this rank computes, and the number of shares."""
         self.num_copies = ranks()[1] // self.data_size
         """The number of ranks that compute the same share together, and follow each other."""
+        self.num_parts = parts
+        """The number of them that have a part of each packed sequence alone."""
         self._context = Context(parts, self.num_copies // parts) if parts > 1 else None
         self._dtype = self._backend.dtype
         whole: Any = self._backend.load(lambda: self._load(path if model.lora is None else model.path))
@@ -88,7 +90,11 @@ class Policy:
                 values = load_file(folder / "adapter" / "adapter_model.safetensors")
                 for name, parameter in trained_parameters(whole):
                     parameter.data.copy_(values[adapter_name(name)])
-        self._routers = RouterReplay(whole) if model.router_replay and num_experts(whole.config) else None
+        self.aux_loss_coefficient = aux_loss_coefficient(whole.config) if model.router_aux_loss else 0.0
+        """The factor of the auxiliary loss; 0: there is none."""
+        has_routers = num_experts(whole.config) and (model.router_replay or self.aux_loss_coefficient)
+        self.routers = Routers(whole, model.router_replay, self._context) if has_routers else None
+        """The routers of a mixture of experts that replays, or has an auxiliary loss; else None."""
         self._module = CompletionLogprobs(whole)
         if recomputes_activations(config, self.device):
             self._module.checkpoint_activations()
@@ -128,7 +134,7 @@ class Policy:
         trust = self._model_config.trust_remote_code
         config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust))
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=self._dtype, trust_remote_code=trust, **self._backend.reading
+            path, config=config, dtype=self._dtype, trust_remote_code=trust, **self._backend.reading(config)
         )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # other implementations silently leave it out
@@ -200,22 +206,42 @@ class Policy:
             )
             layout += f", because {why}: {cost}"
         if num_experts(self._module.model.config):
-            chosen = "the engine, where it has said so" if self._routers else "the learner"
-            layout += f"; experts chosen by {chosen}, without an auxiliary loss"
+            replays = self.routers is not None and self.routers.replays
+            chosen = "the engine, where it has said so" if replays else "the learner"
+            aux = f"with {self.aux_loss_coefficient:g} x the" if self.aux_loss_coefficient else "without an"
+            layout += f"; experts chosen by {chosen}, {aux} auxiliary loss"
         activations = "recomputed" if self._recomputes else "kept"
         return f"{layout}; fused head, float32 log-probs; activations {activations} for the backward pass"
 
     # --- forward and update ---------------------------------------------------------------------------------
 
-    def lay_out(self, rows: Sequence[Row]) -> tuple[dict[str, Any], list[int]]:
-        """Return the module's inputs for the groups of a pass, and the trained tokens of each completion."""
+    def lay_out(
+        self, rows: Sequence[Row], loads: bool = False, counts: bool = False
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Return the module's inputs for the groups of a pass, and the trained tokens of each completion.
+
+        Args:
+            rows: the groups.
+            loads: whether the routers fill a Load, `load` of the inputs.
+            counts: whether that counts how often each expert is chosen.
+        """
         if self.packs:
             inputs, lengths = packing.pack(rows, self.device, self._flex, self._context)
         else:
             inputs, lengths = padded_inputs(rows, self.device)
-        if self._routers and (experts := self._routers.experts(rows, inputs, self.packs)) is not None:
+        if self.routers and (experts := self.routers.experts(rows, inputs, self.packs)) is not None:
             inputs["experts"] = experts
+        if self.routers and loads:
+            inputs["load"] = self.routers.load(rows, inputs, self.packs, counts)
         return inputs, lengths
+
+    @torch.no_grad()
+    def loads(self, rows: Sequence[Row]) -> Load:
+        """Return what the routers say of a pass, with how often each expert is chosen. Every rank."""
+        laid_out = self.lay_out(rows, loads=True, counts=True)
+        self.forward(laid_out)
+        load: Load = laid_out[0]["load"]
+        return load
 
     def forward(self, laid_out: tuple[dict[str, Any], list[int]], is_last: bool = True) -> Tensor:
         """Return the log-probs of all completions' trained tokens, [T], with gradients. Every rank.

@@ -12,6 +12,10 @@ SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "voc
 """Keys of a config with numbers that tensor parallel workers share out equally."""
 
 
+SPLIT_MIXTURES = ("mixtral", "qwen3_moe")
+"""Families with experts whose steps on tensor parallel workers are compared with one worker's."""
+
+
 def check_sizes(model: ModelConfig, learner: LearnerConfig) -> None:
     """Refuse a model whose heads, columns or vocabulary the workers cannot share out.
 
@@ -25,12 +29,17 @@ def check_sizes(model: ModelConfig, learner: LearnerConfig) -> None:
         return
     config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     text = config.get_text_config()
-    if num_experts(config):
-        key = "tensor_parallel_size" if tensor > 1 else "context_parallel_size"
-        raise ConfigError(
-            f"learner.{key}: {model.path} is a mixture of experts, and no split over workers is known to "
-            "keep the experts that its engine chose: use fsdp or ZeRO"
-        )
+    if number := num_experts(config) if tensor > 1 else 0:
+        if config.model_type not in SPLIT_MIXTURES:
+            raise ConfigError(
+                f"learner.tensor_parallel_size: a {config.model_type} is a mixture of experts that is not "
+                f"known to be split rightly: {', '.join(SPLIT_MIXTURES)} are; use fsdp or ZeRO"
+            )
+        if number % tensor:
+            raise ConfigError(
+                f"learner.tensor_parallel_size: {tensor} workers cannot share out the {number} experts of "
+                f"{model.path}"
+            )
     if tensor > 1 and not text.base_model_tp_plan:
         raise ConfigError(
             f"learner.tensor_parallel_size: transformers has no plan to split a {config.model_type} up"

@@ -16,6 +16,7 @@ from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import LossConfig, LossOptions
 from gvpo_ray.errors import GvpoError
 from gvpo_ray.groups import Row
+from gvpo_ray.learner.balance import Balance, balance_of
 from gvpo_ray.learner.examples import Examples
 from gvpo_ray.learner.logprobs import trained_tokens
 from gvpo_ray.learner.microbatches import NOTHING, Plan, one_ahead, plan_passes, rows_of_ranks
@@ -29,6 +30,7 @@ from gvpo_ray.learner.references import (
     measure_passes,
     score_with_reference,
 )
+from gvpo_ray.learner.routing import Load
 from gvpo_ray.losses.batch import Total
 from gvpo_ray.losses.stale_data import adapted_beta, damping
 from gvpo_ray.observe.metrics import batch_metrics, mean
@@ -82,11 +84,12 @@ def train_step(
     refresh_reference(policy, settings.loss)
     updates = plan_updates(policy, batch, settings)
     step = Step(policy, settings, examples)
+    loads = policy.aux_loss_coefficient > 0
     for update in updates:
-        passes = one_ahead(lambda forward: policy.lay_out(forward.rows), step.forward_passes(update))
+        passes = one_ahead(lambda forward: policy.lay_out(forward.rows, loads), step.forward_passes(update))
         for forward, laid_out in passes:
             logprobs = policy.forward(laid_out, forward.is_last)
-            policy.backward(step.loss_of(forward, logprobs), forward.is_last)
+            policy.backward(step.loss_of(forward, logprobs, laid_out[0].get("load")), forward.is_last)
         step.apply(update)
     return step.finish(batch, updates)
 
@@ -175,6 +178,8 @@ class Step:
         self._norms: list[float] = []
         self._dampings: list[float] = []
         self._num_skipped = 0
+        self._balance: Balance | None = None
+        self._aux_losses: list[float] = []
 
     def forward_passes(self, update: Update) -> Iterator[Forward]:
         """Yield the passes of an update; before that, groups that are split have passes without gradients."""
@@ -182,6 +187,7 @@ class Step:
         weights, self._sums_of_update = gradient_weights_of_parts(
             self._policy, plan, update.measured, self._objective, total, self._examples
         )
+        self._balance = balance_of(self._policy, plan)
         for i, (rows, parts) in enumerate(zip(plan.passes, plan.parts, strict=True)):
             yield Forward(
                 rows=rows or [NOTHING],
@@ -192,12 +198,13 @@ class Step:
                 gradient_weights=weights[i],
             )
 
-    def loss_of(self, forward: Forward, logprobs: Tensor) -> Tensor:
+    def loss_of(self, forward: Forward, logprobs: Tensor, load: Load | None = None) -> Tensor:
         """Return this pass's share of the update's loss, and keep its statistics.
 
         Args:
             forward: the pass.
             logprobs: [T] its token log-probs, with gradients.
+            load: what the routers said in the pass, where there is an auxiliary loss.
         """
         if forward.rows == [NOTHING]:  # this rank has no groups left, and takes part in the collectives
             return logprobs.sum() * 0
@@ -212,6 +219,8 @@ class Step:
                 self._examples.add(whole, of_whole, measured, gradient)
             self._sums_of_update.append(sums)
             loss = loss + share
+        if self._balance is not None and load is not None:
+            loss = loss + self._balance.share(load)
         return loss
 
     def apply(self, update: Update) -> None:
@@ -228,11 +237,13 @@ class Step:
             },
             policy,
         )
+        aux_loss = None if self._balance is None else self._balance.value(policy)
         factor = damping(sums) if settings.loss.is_damped else 1.0
         norm = policy.update(self._learning_rate * factor)
         if norm < float("inf"):
             self._norms.append(norm)
             self._dampings.append(factor)
+            self._aux_losses += [] if aux_loss is None else [aux_loss]
             self._sums = {name: value + sums[name] for name, value in self._sums.items()}
             return
         self._num_skipped += 1
@@ -262,6 +273,7 @@ class Step:
             "updates/skipped": float(self._num_skipped),
             "gvpo/beta": beta,
             "gvpo/damping": mean(self._dampings),
+            **({"experts/aux_loss": mean(self._aux_losses)} if self._aux_losses else {}),
         }
 
 

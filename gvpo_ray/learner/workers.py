@@ -307,7 +307,7 @@ def _train(settings: dict[str, Any], buffer: LearnerBufferClient) -> None:
             config.engines.weight_transfer,
             call,
             len(engines),
-            pool.tensor_parallel_size,
+            pool.num_processes,
             rank,
             dtype,
             address,

@@ -159,6 +159,9 @@ METRICS = (
            "gvpo and those that clip)"),
     Metric("experts/replayed", "ratio", "Experts replayed",
            "share of completions that come with the experts that their engine chose; none where no one does"),
+    Metric("experts/aux_loss", "", "Auxiliary loss",
+           "of the experts' load, without its coefficient, mean over updates: the number of experts per "
+           "token where the load is even (model.router_aux_loss); not part of `loss`"),
     Metric("policy/clipped", "ratio", "Clipped tokens",
            "share of the tokens whose gradient clipping set to zero (objectives other than gvpo)"),
     Metric("pairs/ordered", "ratio", "Pairs in order",

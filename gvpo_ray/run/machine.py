@@ -164,7 +164,7 @@ def check_shared_memory(config: GVPOConfig, engines: bool, path: str = "/dev/shm
     free = room_in(Path(path))
     pools = config.engines.all_pools().values()
     queues = any(
-        (pool.num or pool.max_num) and not pool.url and (not pool.num_gpus or pool.tensor_parallel_size > 1)
+        (pool.num or pool.max_num) and not pool.url and (not pool.num_gpus or pool.num_processes > 1)
         for pool in pools
     )
     if engines and queues and free < VLLM_QUEUE_MIB * 2**20:

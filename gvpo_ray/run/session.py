@@ -11,13 +11,13 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from gvpo_ray.actors import RunError, cause_of, first_of, resources_of
+from gvpo_ray.actors import RunError, bundles_of, cause_of, first_of, resources_of
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig, RayConfig
@@ -264,10 +264,22 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
             wanted["environment"] = {"CPU": config.environment.num_cpus, **config.environment.resources}
         if (other := config.loss.reference_model) is not None:
             wanted["reference"] = {"CPU": other.num_cpus, "GPU": other.num_gpus}
+    spread = {
+        f"engine of pool {name}": bundles_of(pool)
+        for name, pool in config.engines.all_pools().items()
+        if pool.is_spread
+    }
     alive = (node for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive]
     for who, resources in wanted.items():
-        if not any(
+        if who in spread:
+            if not _have_room(nodes, spread[who]):
+                yield (
+                    "placement: all nodes of this cluster together have no room for the "
+                    f"{len(spread[who]) - 1} GPUs of an {who}: it waits until the autoscaler brings more; if "
+                    "the cluster has no autoscaler, or no such node type, for ever"
+                )
+        elif not any(
             all(node.get(name, 0.0) >= number for name, number in resources.items()) for node in nodes
         ):
             text = ", ".join(f"{name}: {number:g}" for name, number in resources.items() if number)
@@ -276,3 +288,20 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
                 f"a{'n' if who[0] in 'aeiou' else ''} {who}: it waits until the "
                 "autoscaler brings one; if the cluster has no autoscaler, or no such node type, for ever"
             )
+
+
+def _have_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Return whether empty nodes have room for all bundles, each on one of them.
+
+    Bundles are put onto nodes in order; those of an engine differ in no more than its actor's.
+    """
+    free = [dict(node) for node in nodes]
+    for bundle in bundles:
+        for node in free:
+            if all(node.get(name, 0.0) >= number for name, number in bundle.items()):
+                for name, number in bundle.items():
+                    node[name] -= number
+                break
+        else:
+            return False
+    return True

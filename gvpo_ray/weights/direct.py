@@ -38,7 +38,7 @@ class DirectPublisher:
         transport: "nccl", "ipc" or "sharded_rdt".
         call: calls all engines.
         num_engines: how many engines receive.
-        tensor_parallel_size: processes of each engine.
+        num_processes: of vLLM in each engine, which receive.
         rank: this learner worker's.
         dtype: the floating-point type that is sent.
         address: the host at which learner rank 0 listens, for `nccl`.
@@ -54,7 +54,7 @@ class DirectPublisher:
         transport: str,
         call: Call,
         num_engines: int,
-        tensor_parallel_size: int,
+        num_processes: int,
         rank: int,
         dtype: torch.dtype,
         address: str = "",
@@ -67,7 +67,7 @@ class DirectPublisher:
                 "engines: pip install nixl, or use objects"
             )
         self._transport, self._call, self._rank, self._dtype = transport, call, rank, dtype
-        self._num_engines, self._tp = num_engines, tensor_parallel_size
+        self._num_engines, self._num_processes = num_engines, num_processes
         self._address, self._port, self._namespace = address, port, namespace
         self._trainer: Any = None
         self._current: NamedTensors = ()
@@ -78,7 +78,7 @@ class DirectPublisher:
         """Let each engine's processes join; each gets its place in the fleet."""
         places: list[dict[str, Any]] = [{} for _ in range(self._num_engines)]
         if self._transport == "nccl":  # ranks after the learner's
-            places = [{"rank_offset": 1 + i * self._tp} for i in range(self._num_engines)]
+            places = [{"rank_offset": 1 + i * self._num_processes} for i in range(self._num_engines)]
         elif self._transport == "sharded_rdt":
             places = [
                 {"replica_rank": i, "num_replicas": self._num_engines} for i in range(self._num_engines)
@@ -158,7 +158,7 @@ class DirectPublisher:
 
     def _init_info(self, metadata: list[Any]) -> Any:
         """Return what vLLM's trainer has to know of the fleet."""
-        num_workers = self._num_engines * self._tp
+        num_workers = self._num_engines * self._num_processes
         if self._transport == "nccl":
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -180,6 +180,6 @@ class DirectPublisher:
         return ShardedRDTTrainerInitInfo(
             rank=self._rank,
             num_consumers=num_workers,
-            workers_per_replica=self._tp,
+            workers_per_replica=self._num_processes,
             trainer_actor_namespace=self._namespace,
         )

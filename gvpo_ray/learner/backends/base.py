@@ -34,8 +34,14 @@ class Backend(Protocol):
     """The number of shares that the groups are split into.
 
     Ranks with the same share follow each other, and compute the same pass together."""
-    reading: dict[str, Any]
-    """Arguments of from_pretrained with which the model is read as this rank's shards; {}: whole."""
+
+    def reading(self, config: Any) -> dict[str, Any]:
+        """Return arguments of from_pretrained that read this rank's shards of a model; {}: it is read whole.
+
+        Args:
+            config: the model's.
+        """
+        ...
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Call `read` once, which returns a whole model on the CPU; return the model where it is needed."""

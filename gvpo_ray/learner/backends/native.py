@@ -19,6 +19,7 @@ from transformers.distributed.tensor_parallel import (
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.learner import LearnerConfig
+from gvpo_ray.config.model import num_experts
 from gvpo_ray.learner.backends.base import adamw, autocast_to, ranks
 from gvpo_ray.learner.backends.fsdp import FSDPBackend
 
@@ -69,14 +70,31 @@ class NativeBackend(FSDPBackend):
         super().__init__(config, dtype, device)
         size = config.tensor_parallel_size
         self.data_rank, self.data_size = self.data_rank // size, self.data_size // size
-        self.reading = {
-            "distributed_config": DistributedConfig(
-                tp_size=size, fsdp_size=self.data_size, fsdp_mixed_precision=dtype == torch.bfloat16
-            )
-        }
         ALL_PARALLEL_STYLES["replicated_with_grad_allreduce"] = SummedGradients()
         # It warns that a weight which both shard is gathered in two messages, once per rank.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+    def reading(self, config: Any) -> dict[str, Any]:
+        """Return the layout. Of a mixture, each tensor rank has some of the experts, whole.
+
+        transformers' own plan would send tokens to the ranks that have their experts, from data ranks too,
+        and its loading refuses that (`ep_size` other than `tp_size`). So every tensor rank routes all tokens,
+        and leaves out those of the experts that it lacks; what the ranks make of a token is added up.
+        """
+        size, experts = self._config.tensor_parallel_size, {}
+        if size > 1 and num_experts(config):
+            for name, style in config.get_text_config().base_model_ep_plan.items():
+                if style == "ep_dispatch_experts":
+                    experts[f"model.{name}"] = "moe_tp_experts"
+                    experts[f"model.{name.removesuffix('experts')}gate"] = "ep_router"
+        layout = DistributedConfig(
+            tp_size=size,
+            fsdp_size=self.data_size,
+            fsdp_mixed_precision=self._compute_dtype == torch.bfloat16,
+            ep_size=size if experts else 1,
+            ep_plan=experts or None,
+        )
+        return {"distributed_config": layout}
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Read this rank's shards of the model to its device."""
