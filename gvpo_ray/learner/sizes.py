@@ -29,15 +29,15 @@ def check_sizes(model: ModelConfig, learner: LearnerConfig) -> None:
         return
     config: Any = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     text = config.get_text_config()
-    if number := num_experts(config) if tensor > 1 else 0:
+    if experts := num_experts(config) if tensor > 1 else 0:
         if config.model_type not in SPLIT_MIXTURES:
             raise ConfigError(
                 f"learner.tensor_parallel_size: a {config.model_type} is a mixture of experts that is not "
                 f"known to be split rightly: {', '.join(SPLIT_MIXTURES)} are; use fsdp or ZeRO"
             )
-        if number % tensor:
+        if experts % tensor:
             raise ConfigError(
-                f"learner.tensor_parallel_size: {tensor} workers cannot share out the {number} experts of "
+                f"learner.tensor_parallel_size: {tensor} workers cannot share out the {experts} experts of "
                 f"{model.path}"
             )
     if tensor > 1 and not text.base_model_tp_plan:
