@@ -232,6 +232,20 @@ def test_an_answer_may_be_as_large_as_the_limit_says(verifier: Verifier, mib: in
     assert score(verifier, program, answer=[f"assert len(f()) == {mib} << 20"]) == reward
 
 
+@pytest.mark.parametrize(("num_slow", "passed"), [(2, 4), (12, 0)])
+def test_all_tests_of_a_row_together_have_ten_times_the_limit_of_one(num_slow: int, passed: int) -> None:
+    config = {"rewards": {"code": {"arguments": {"share": True}}}, "timeout_s": 0.3, "cpu_s": 1}
+    verifier = Verifier(VerifiersConfig.model_validate(config))
+    row = {"inputs": ["slow"] * num_slow + ["1"] * 4, "outputs": ["1"] * (num_slow + 4)}
+    program = "import time\nif input() == 'slow': time.sleep(60)\nprint(1)"
+    assert score(verifier, program, answer=json.dumps(row)) == pytest.approx(passed / (num_slow + 4))
+    program = "import time\ndef f(text):\n    if text == 'slow': time.sleep(0.25)\n    return '1'"
+    called = {**row, "inputs": [[text] for text in row["inputs"]], "fn_name": "f"}
+    if num_slow == 2:
+        assert score(verifier, program, answer=json.dumps(called)) == 1
+    verifier.close()
+
+
 HOLDS = {
     "threads": "import threading\nthreading.stack_size(1 << 16)\nend = threading.Event()\n"
     "for _ in range({}): threading.Thread(target=end.wait, daemon=True).start()\n",
