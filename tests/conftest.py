@@ -87,6 +87,7 @@ TIERS = {
         "test_theory",
         "test_verifiers",
         "test_verify",
+        "test_wrong_programs",
     },
 }
 """Test files by tier.

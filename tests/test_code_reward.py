@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -19,8 +18,8 @@ import pytest
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.sandbox import programs
-from gvpo_ray.sandbox.guest import decode, encode
+from gvpo_ray.sandbox import programs, watch
+from gvpo_ray.sandbox.values import decode, encode
 from gvpo_ray.verifiers import code_tests
 from gvpo_ray.verifiers.code import last_block
 from gvpo_ray.verifiers.code_tests import APPS, CONTESTS, LIVE, read_tests, same_output, same_value
@@ -172,33 +171,103 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert os.listdir(tmp_path) == []
 
 
+def limited(**limits: Any) -> Verifier:
+    return Verifier(VerifiersConfig.model_validate({"rewards": {"code": 1.0}, **limits}))
+
+
 def test_a_program_whose_own_threads_keep_it_from_a_processor_is_wrong() -> None:
     program = (
         "import hashlib, os, signal, threading, time\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\ndata, end = bytes(2**24), time.time() + 3\n"
+        "data, end = bytes(2**24), time.time() + 3\n"
         "def burn():\n    while time.time() < end: hashlib.sha256(data).digest()\n"
         "for _ in range(12): threading.Thread(target=burn, daemon=True).start()\n"
         "burn()\ntime.sleep(60)"
     )
-    config = {"rewards": {"code": 1.0}, "timeout_s": 4, "cpu_s": 1}
-    verifier = Verifier(VerifiersConfig.model_validate(config))
+    verifier = limited(timeout_s=4, cpu_s=1)
+    assert score(verifier, program, answer=SUMS) == 0
+    verifier.close()
+
+
+LOOP = "while True: pass"
+SLEEP = "import time\ntime.sleep(60)\n" + ADD
+
+
+@pytest.mark.parametrize(
+    ("program", "patience", "is_busy", "reward", "said"),
+    [
+        (LOOP, 999, True, 0, "it used more than 1 s of CPU time"),
+        ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n" + LOOP, 999, True, 0, "CPU time"),
+        (SLEEP, 999, False, 0, "it took more than 0.5 s"),
+        (SLEEP, 2, True, None, "this machine is too busy to say"),
+        ("import time\ntime.sleep(2)\n" + ADD, 999, True, 1, ""),
+    ],
+)
+def test_a_busy_machine_changes_no_reward_as_long_as_a_program_gets_its_cpu_time(
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    patience: int,
+    is_busy: bool,
+    reward: float | None,
+    said: str,
+) -> None:
+    """A busy machine is one on which all time goes by in waiting, here by the kernel's own account."""
+    monkeypatch.setattr(programs, "PATIENCE", patience)
+    if is_busy:
+        monkeypatch.setattr(watch, "waited", lambda *_: 1e9)
+    verifier = limited(timeout_s=0.5, cpu_s=1)
     (check,) = verifier.check(["?"], [block(program)], {"answer": [SUMS]})
     verifier.close()
-    if check.reward is None:  # beside others, who keep it from a processor too
-        assert check.reason is not None and "this machine is too busy to say" in check.reason
-    else:
-        assert (check.reward, check.reason) == (0, "code: test 1: it took more than 4 s")
+    assert check.reward == reward and said in (check.reason or "")
 
 
-@pytest.mark.parametrize(("cpu_s", "waited"), [(4.0, 0.5), (1.0, 3.5)])
-def test_time_for_which_its_own_threads_ran_is_no_waiting_for_the_machine(
-    monkeypatch: pytest.MonkeyPatch, cpu_s: float, waited: float
-) -> None:
-    """Its first thread ran 1 s and waited 3 s; the verifier's waited 0.5 s."""
-    told = {"/proc/7/schedstat": "1000000000 3000000000 5", "/proc/thread-self/schedstat": "1 500000000 5"}
-    monkeypatch.setattr(programs, "Path", lambda path: SimpleNamespace(read_text=lambda encoding: told[path]))
-    child: Any = SimpleNamespace(pid=7, cpu_used=lambda: cpu_s)
-    assert programs._waited(child) == pytest.approx(waited)
+def test_no_program_may_choose_its_processor_and_to_give_it_up_does_nothing(verifier: Verifier) -> None:
+    assert score(verifier, "import os\nos.sched_yield()\n" + ADD, answer=SUMS) == 1
+    pins = "import os\nos.sched_setaffinity(0, os.sched_getaffinity(0))\n"
+    assert score(verifier, pins + ADD, answer=SUMS) == 0
+
+
+@pytest.mark.parametrize(("mib", "reward"), [(15, 1), (17, 0)])
+def test_an_answer_may_be_as_large_as_the_limit_says(verifier: Verifier, mib: int, reward: float) -> None:
+    program = f"def f(): return 'a' * ({mib} << 20)"
+    assert score(verifier, program, answer=[f"assert len(f()) == {mib} << 20"]) == reward
+
+
+@pytest.mark.parametrize(("num_slow", "passed"), [(2, 4), (12, 0)])
+def test_all_tests_of_a_row_together_have_ten_times_the_limit_of_one(num_slow: int, passed: int) -> None:
+    config = {"rewards": {"code": {"arguments": {"share": True}}}, "timeout_s": 0.3, "cpu_s": 1}
+    verifier = Verifier(VerifiersConfig.model_validate(config))
+    row = {"inputs": ["slow"] * num_slow + ["1"] * 4, "outputs": ["1"] * (num_slow + 4)}
+    program = "import time\nif input() == 'slow': time.sleep(60)\nprint(1)"
+    assert score(verifier, program, answer=json.dumps(row)) == pytest.approx(passed / (num_slow + 4))
+    program = "import time\ndef f(text):\n    if text == 'slow': time.sleep(0.25)\n    return '1'"
+    called = {**row, "inputs": [[text] for text in row["inputs"]], "fn_name": "f"}
+    if num_slow == 2:
+        assert score(verifier, program, answer=json.dumps(called)) == 1
+    verifier.close()
+
+
+HOLDS = {
+    "threads": "import threading\nthreading.stack_size(1 << 16)\nend = threading.Event()\n"
+    "for _ in range({}): threading.Thread(target=end.wait, daemon=True).start()\n",
+    "MiB": "import os\nfor i in range({}):\n    with open(os.environ['TMPDIR'] + '/x', 'wb', 0) as file:\n"
+    "        file.write(bytes(1 << 20))\n        os.unlink(file.name)\n",
+    "files": "import os\nfor i in range({}): open(os.environ['TMPDIR'] + f'/{{i}}', 'w').close()\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "fits", "too_many"), [("threads", 60, 70), ("MiB", 60, 70), ("files", 990, 1010)]
+)
+def test_what_a_program_holds_while_it_runs_is_limited(what: str, fits: int, too_many: int) -> None:
+    verifier = limited(timeout_s=60, cpu_s=5)
+    ends = "import os, sys\nsys.stdout.flush()\nos._exit(0)"
+    program = "{}{}import time\ntime.sleep({})\n" + ends
+    held = program.format(HOLDS[what].format(fits), ADD + "\n", 0.2)
+    assert score(verifier, held, answer=SUMS) == 1
+    held = program.format(HOLDS[what].format(too_many), ADD + "\n", 20)  # it is ended at once
+    (check,) = verifier.check(["?"], [block(held)], {"answer": [SUMS]})
+    verifier.close()
+    assert check.reward == 0 and what in (check.reason or "")
 
 
 def test_the_share_counts_the_tests_that_passed() -> None:

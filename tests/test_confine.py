@@ -403,9 +403,29 @@ def test_a_guest_may_send_itself_all_signals_but_those_that_nothing_can_catch() 
     ):
         for machine, number in zip(MACHINES, numbers, strict=True):
             found = {
-                signal: _verdict(machine, number, *before, signal, may_kill=False) for signal in range(65)
+                signal: _verdict(machine, number, *before, signal, is_judged=True) for signal in range(65)
             }
             assert [key for key, verdict in found.items() if verdict != "allow"] == [9, 19], name
+
+
+@pytest.mark.parametrize(
+    ("numbers", "arguments", "others", "guests"),
+    [
+        ((203, 122), (0, 8, 99), "allow", "EPERM"),  # sched_setaffinity
+        ((203, 122), (4242, 8, 99), "allow", "EPERM"),
+        ((24, 124), (), "allow", "done"),  # sched_yield
+        ((204, 123), (0, 8, 99), "allow", "allow"),  # sched_getaffinity
+        ((140, 141), (0, 0), "EPERM", "EPERM"),  # getpriority; setpriority and sched_setscheduler:
+        ((141, 140), (0, 0, 19), "EPERM", "EPERM"),
+        ((144, 119), (0, 5, 99), "EPERM", "EPERM"),
+    ],
+)
+def test_a_guest_cannot_make_itself_wait_for_a_processor(
+    numbers: tuple[int, int], arguments: tuple[int, ...], others: str, guests: str
+) -> None:
+    for machine, number in zip(MACHINES, numbers, strict=True):
+        assert _verdict(machine, number, *arguments) == others
+        assert _verdict(machine, number, *arguments, is_judged=True) == guests
 
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -418,14 +438,14 @@ def _verdict(
     number: int,
     *arguments: int,
     files: bool = False,
-    may_kill: bool = True,
+    is_judged: bool = False,
     architecture: int | None = None,
 ) -> str:
     """Run the filter as the kernel does (net/core/filter.c) on one call."""
     words = [number, MACHINES[machine][1] if architecture is None else architecture, 0, 0]
     for argument in (*arguments, *[0] * (6 - len(arguments))):
         words += [argument & 0xFFFFFFFF, argument >> 32]
-    program, at, accumulator = confine._filter(machine, ME, files, may_kill), 0, 0
+    program, at, accumulator = confine._filter(machine, ME, files, is_judged), 0, 0
     while True:
         code, if_true, if_false, operand = program[at]
         at += 1
@@ -439,7 +459,8 @@ def _verdict(
             case 0x25:
                 at += if_true if accumulator > operand else if_false
             case 0x06:
-                return {0x7FFF0000: "allow", 0x80000000: "kill", 0x50001: "EPERM", 0x50026: "ENOSYS"}[operand]
+                named = {0x50000: "done", 0x50001: "EPERM", 0x50026: "ENOSYS"}
+                return {0x7FFF0000: "allow", 0x80000000: "kill", **named}[operand]
             case _:
                 raise AssertionError(f"instruction {code:#x}")
 

@@ -82,30 +82,37 @@ class Channel:
     ) -> None:
         self.socket = end
         self._output, self._printed = output, printed
-        self._received = b""
+        self._received, self._searched, self._unsent = bytearray(), 0, memoryview(b"")
         self.max_bytes = MAX_FRAME_BYTES
         """Size at which an object without an end is refused."""
         self._is_open = output is not None
 
     def send(self, frame: Mapping[str, Any], deadline: float) -> None:
-        """Send one object."""
-        self.socket.settimeout(_remaining(deadline))
-        try:
-            self.socket.sendall(as_frame(frame))
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise GoneError from error
+        """Send one object; after a missed deadline, `flush` sends the rest of it."""
+        self._unsent = memoryview(as_frame(frame))
+        self.flush(deadline)
+
+    def flush(self, deadline: float) -> None:
+        """Send what is left of an object."""
+        while self._unsent:
+            self.socket.settimeout(_remaining(deadline))
+            try:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise GoneError from error
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """Wait for the next object and return it."""
-        while b"\n" not in self._received:
-            if len(self._received) > self.max_bytes:
+        """Wait for the next object and return it; after a missed deadline, it can be waited for again."""
+        while (end := self._received.find(b"\n", self._searched)) < 0:
+            self._searched = len(self._received)
+            if self._searched > self.max_bytes:
                 raise GoneError("an answer without end")
             self._wait(deadline)
             self.socket.settimeout(_remaining(deadline))
             try:
-                data = self.socket.recv(1 << 16)
+                data = self.socket.recv(1 << 18)
             except TimeoutError:
                 raise
             except OSError as error:
@@ -113,7 +120,9 @@ class Channel:
             if not data:
                 raise GoneError
             self._received += data
-        line, _, self._received = self._received.partition(b"\n")
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        self._searched = 0
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -121,6 +130,12 @@ class Channel:
         if not isinstance(answer, dict):
             raise GoneError("an answer that is not an object")
         return answer
+
+    def is_ready(self) -> bool:
+        """Return whether something has come that was not received yet."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _wait(self, deadline: float) -> None:
         """Wait until there is something to receive, and take what is printed meanwhile."""

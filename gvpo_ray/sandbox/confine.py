@@ -11,9 +11,14 @@ order of the calls is:
     restrict_calls(files=not ...)       seccomp; it also holds for threads that run already
 
 Not covered are the existence, the sizes and the times of files (a path that is not readable can still be
-looked at), the number of files in the scratch folder and of threads (memory and time bound them), CPU time
-(the caller limits it), side channels, and bugs of the kernel in the calls that are allowed. `unprotected`
-says what else is not covered on this kernel.
+looked at), the number and size of all files in the scratch folder and the number of threads, CPU time (the
+caller limits it), side channels, and bugs of the kernel in the calls that are allowed. `unprotected` says
+what else is not covered on this kernel.
+
+Programs are watched from outside instead, for threads and for what they write (watch.py), because the kernel
+has no limit here that needs no privileges: RLIMIT_NPROC counts all threads of the user on the machine (Ray's
+and vLLM's too, so that theirs would decide whether a program may start one), and does not hold for root;
+quotas of disks belong to the administrator; cgroups must be delegated; and a filter cannot count.
 """
 
 from __future__ import annotations
@@ -162,6 +167,8 @@ _BY_ARGUMENTS: _Numbers = dict(
 
 _EPERM, _ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
+_DONE = 0x00050000
+"""The call is not made, and says that it was."""
 
 _X32_BIT = 0x40000000
 _CLONE_THREAD = 0x00010000
@@ -203,15 +210,17 @@ def _is_null(argument: int) -> list[_Test]:
     return [_Test(2 * argument, (0,)), _Test(2 * argument + 1, (0,))]
 
 
+_NEVER = _Test(0, ())
+
 _NO_KILL = tuple(sorted({*range(65)} - {signal.SIGKILL, signal.SIGSTOP}))
 """Signals but those that no process can catch."""
 
 
-def _tests(pid: int, files: bool, may_kill: bool) -> dict[str, list[_Test]]:
+def _tests(pid: int, files: bool, is_judged: bool) -> dict[str, list[_Test]]:
     """Return the tests of the system calls that are allowed if all their tests hold, and else get EPERM."""
 
     def signals(argument: int) -> list[_Test]:
-        return own if may_kill else [*own, _Test(2 * argument, _NO_KILL)]
+        return [*own, _Test(2 * argument, _NO_KILL)] if is_judged else own
 
     def opens(argument: int) -> list[_Test]:
         if files:
@@ -231,7 +240,7 @@ def _tests(pid: int, files: bool, may_kill: bool) -> dict[str, list[_Test]]:
         "fcntl": [_Test(2, _FCNTLS)],
         "prctl": [_Test(0, _PRCTLS)],
         "prlimit64": own_or_0 + _is_null(2),
-        "sched_setaffinity": own_or_0,
+        "sched_setaffinity": [_NEVER] if is_judged else own_or_0,
         "open": opens(1),
         "openat": opens(2),
     }
@@ -276,7 +285,7 @@ def _return(verdict: int) -> _Instruction:
     return _Instruction(0x06, 0, 0, verdict)
 
 
-def _filter(machine: str, pid: int, files: bool, may_kill: bool = True) -> list[_Instruction]:
+def _filter(machine: str, pid: int, files: bool, is_judged: bool = False) -> list[_Instruction]:
     """Build the program that the kernel runs before each system call.
 
     The program is a chain of blocks, one per system call. A block is skipped for other calls, and else ends
@@ -292,7 +301,8 @@ def _filter(machine: str, pid: int, files: bool, may_kill: bool = True) -> list[
     blocks: dict[str, Sequence[_Instruction]] = {
         **{name: [_return(_ALLOW)] for name in (*_ALLOWED, *(() if files else _FILES))},
         **{name: [_return(_ENOSYS)] for name in _ABSENT},
-        **{name: list(_decide(tests)) for name, tests in _tests(pid, files, may_kill).items()},
+        **({"sched_yield": [_return(_DONE)]} if is_judged else {}),
+        **{name: list(_decide(tests)) for name, tests in _tests(pid, files, is_judged).items()},
     }
     numbers = _ALLOWED | _FILES | _ABSENT | _BY_ARGUMENTS
     for name, block in blocks.items():
@@ -311,7 +321,7 @@ def _decide(tests: list[_Test]) -> Iterable[_Instruction]:
     yield _return(_ALLOW)
 
 
-def restrict_calls(files: bool, may_kill: bool = True) -> None:
+def restrict_calls(files: bool, is_judged: bool = False) -> None:
     """Restrict the system calls of all threads of this process for good, by seccomp.
 
     The process can compute, look at and read files, use its descriptors, start threads, and make pipes,
@@ -322,8 +332,9 @@ def restrict_calls(files: bool, may_kill: bool = True) -> None:
     Args:
         files: whether to refuse opening for writing, creating, renaming and removing of files everywhere, for
             a kernel without Landlock.
-        may_kill: whether the process may send SIGKILL and SIGSTOP to itself. If not, a SIGKILL that ends it
-            comes from outside.
+        is_judged: whether the process's end and its waiting are judged. Then it may not send SIGKILL and
+            SIGSTOP to itself, so that a SIGKILL that ends it comes from outside; and it may neither choose a
+            processor that others use nor give one up, so that it waits only where the machine is busy.
 
     Raises:
         OSError: the kernel refuses, or this is not Linux on x86-64 or aarch64.
@@ -335,7 +346,7 @@ def restrict_calls(files: bool, may_kill: bool = True) -> None:
             f"no seccomp filter for {sys.platform} on {platform.machine()}, only for Linux on "
             f"{' and '.join(_ARCHITECTURES)}",
         )
-    _install(_filter(machine, os.getpid(), files, may_kill))
+    _install(_filter(machine, os.getpid(), files, is_judged))
 
 
 def has_seccomp() -> bool:

@@ -17,23 +17,26 @@ which is then the program's; and, where the kernel has no Landlock, reading this
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.errors import GvpoError
-from gvpo_ray.sandbox import guest
+from gvpo_ray.sandbox import guest, watch
 from gvpo_ray.sandbox.channel import GoneError, Printed
-from gvpo_ray.sandbox.process import Sandbox, _Child, _Stage
+from gvpo_ray.sandbox.process import MAX_SCRATCH_FILE_BYTES, Sandbox, _Stage
 from gvpo_ray.sandbox.values import encode
 
 MAX_ANSWER_BYTES = 16 << 20
 """Largest value that a function of a program may return, as JSON."""
+
+PATIENCE = 4
+"""How many times its limit on time a program may be left waiting for a processor."""
+
+Found = TypeVar("Found")
 
 
 class StoppedError(GvpoError):
@@ -83,81 +86,138 @@ class Output(Printed):
 
 
 class Guest:
-    """A Guest is a child for one request of guest.serve; its limits are per test, if the caller says so."""
+    """A Guest is a child for one request of guest.serve; its limits are per test, if the caller says so.
+
+    The clock of its limit on time stands still while it waits for a processor that others have. So a busy
+    machine changes no reward: a program that computes comes to its limit on CPU time, as on an idle one, and
+    one that sleeps to its limit on time. Nothing is known of a program only where it was left waiting for
+    PATIENCE times the limit. None can choose that: it may not choose its processor nor give one up
+    (confine.py), and what it waits after a sleep does not count (watch.py).
+    """
 
     def __init__(self, programs: Programs, request: Mapping[str, Any], max_bytes: int = 0) -> None:
         self._programs = programs
         self.output = programs._printed = Output(max_bytes)
         self._child, _ = programs._begin(_Stage([], False), {"guest": dict(request), "columns": {}})
         self._child.channel.max_bytes = MAX_ANSWER_BYTES
-        self._has_ended = False
+        self._has_ended, self._num_answers = False, 0
+        self._max_written = watch.MAX_WRITTEN_BYTES + len(request.get("stdin", "").encode("utf-8", "replace"))
         self.allow()
 
     def allow(self) -> None:
         """Give the guest its time anew."""
         self._cpu_begun = self._child.limit_cpu(self._programs._cpu_s, is_hard=False)
-        self._left_s, self._waited = self._programs._timeout_s, _waited(self._child)
+        self._before = watch.times(self._child.pid, self._cpu_begun)
+        self._elapsed, self._longest, self._most_waited = 0.0, 0.0, 0.0
+        self._own_wait = self._looked_at = watch.own_wait()
+        self._is_excused = False
 
     def ask(self, frame: Mapping[str, Any]) -> dict[str, Any]:
         """Send a frame and return the answer; raise StoppedError if there is none."""
-        with self._counted():
-            self._child.channel.send(frame, time.monotonic() + self._left_s)
+        channel = self._child.channel
+        steps = iter([lambda deadline: channel.send(frame, deadline)])
+        self._wait_for(lambda deadline: next(steps, channel.flush)(deadline))
         return self.receive()
 
     def receive(self) -> dict[str, Any]:
         """Return the next frame; raise StoppedError if there is none."""
-        with self._counted():
-            answer = self._child.channel.receive(time.monotonic() + self._left_s)
-        if self._child.cpu_used() - self._cpu_begun > self._programs._cpu_s + 2:  # it ignores SIGXCPU
-            self.end()
-            raise StoppedError(self._too_slow())
+        answer = self._wait_for(self._child.channel.receive)
+        self._num_answers, self._is_excused = self._num_answers + 1, False
+        self._stop_if_too_slow()
         return answer
+
+    def used_s(self) -> float:
+        """Return the seconds that the guest had for itself; a time before the first look is none."""
+        if self._longest < watch.LOOK_S:
+            return 0.0
+        return self._elapsed - (self._waited() or 0.0)
 
     def end(self) -> tuple[int, float]:
         """End the guest; return its exit status and its seconds of CPU time."""
         if self._has_ended:
             return 0, 0.0
         self._has_ended, self.output.may_raise = True, False
+        self._programs.used_s = self.used_s()
         return self._programs._end(self._child)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count the time that is spent here, and say what the guest's end means."""
-        begun = time.monotonic()
-        try:
-            yield
-        except TimeoutError:
-            raise self._out_of_time() from None
-        except GoneError as error:
-            is_ending = _is_ending(self._child.pid)
-            status, cpu_s = self.end()
-            if str(error) or not is_ending:
-                raise StoppedError(str(error) or "it closed its channel") from None
-            if status == -signal.SIGXCPU or (
-                status == -signal.SIGKILL and cpu_s - self._cpu_begun >= self._programs._cpu_s
-            ):
-                raise StoppedError(self._too_slow()) from None
-            if status == -signal.SIGKILL:  # the kernel's, where the machine has no memory left
-                text = f"{ReasonKind.CRASH}: killed by SIGKILL, as the kernel does where memory runs out"
-                raise StoppedError(text, True) from None
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
-            raise StoppedError(f"the program was {how}" if status < 0 else how, exit_status=status) from None
-        self._left_s -= time.monotonic() - begun
+    def _wait_for(self, step: Callable[[float], Found]) -> Found:
+        """Return what comes of a step of the channel; look at the guest while it takes long."""
+        begun = counted = time.monotonic()
+        while True:
+            error: GoneError | TimeoutError | None = None
+            try:
+                found = step(counted + watch.LOOK_S)
+            except (GoneError, TimeoutError) as raised:
+                error = raised
+            now = time.monotonic()
+            self._elapsed, self._longest = self._elapsed + now - counted, max(self._longest, now - begun)
+            counted = now
+            if error is None:
+                return found
+            if isinstance(error, GoneError):
+                raise self._gone(str(error)) from None
+            self._look()
 
-    def _out_of_time(self) -> StoppedError:
-        """Return whose fault it is that no answer came in time: a program that sleeps is wrong.
-
-        If half of the time went by in waiting for a processor, the machine was too busy.
-        """
-        waited, timeout_s = _waited(self._child), self._programs._timeout_s
-        self.end()
-        if waited is None or self._waited is None or waited - self._waited >= timeout_s / 2:
-            return StoppedError(
-                f"{ReasonKind.TIMEOUT}: no answer within {timeout_s:g} s, and this machine is too busy to "
-                "say whether the program is slow",
-                True,
+    def _look(self) -> None:
+        """Look at a guest that has not answered for a while; raise StoppedError if it is at a limit."""
+        self._stop_if_too_slow()
+        if text := watch.excess(self._child.pid, self._programs._scratch.folder, self._max_written):
+            raise self._stopped(text)
+        own_wait = watch.own_wait()
+        if self._own_wait is not None and self._looked_at is not None and own_wait is not None:
+            # Between two looks at a guest that is silent, it is not we for whom it waits.
+            self._own_wait += own_wait - self._looked_at
+        self._looked_at = own_wait
+        elapsed, limit_s = self._elapsed, self._programs._timeout_s
+        if elapsed <= limit_s:
+            return
+        if not self._is_excused and self._child.channel.is_ready():
+            self._is_excused = True  # the answer came while we had no processor ourselves
+            return
+        waited = self._waited()
+        if waited is not None and elapsed - waited > limit_s:
+            raise self._stopped(f"it took more than {limit_s:g} s")
+        if waited is None or elapsed > PATIENCE * limit_s:
+            text = (
+                f"{ReasonKind.TIMEOUT}: no answer within {elapsed:.0f} s, and this machine is too busy to say"
             )
-        return StoppedError(f"it took more than {timeout_s:g} s")
+            raise self._stopped(f"{text} whether the program is slow", True)
+
+    def _waited(self) -> float | None:
+        """Return the seconds for which the guest, and we with its answers, waited for others' processes."""
+        own_wait = watch.own_wait()
+        if self._before is None or self._own_wait is None or own_wait is None:
+            return None
+        waited = watch.waited(self._child.pid, self._before, self._child.cpu_used(), self._num_answers)
+        if waited is None:
+            return None
+        self._most_waited = max(self._most_waited, waited)  # the thread that has waited may be gone now
+        return self._most_waited + own_wait - self._own_wait
+
+    def _stop_if_too_slow(self) -> None:
+        if self._child.cpu_used() - self._cpu_begun > self._programs._cpu_s + 2:  # it ignores SIGXCPU
+            raise self._stopped(self._too_slow())
+
+    def _stopped(self, text: str, is_fault: bool = False) -> StoppedError:
+        """End the guest; return why."""
+        self.end()
+        return StoppedError(text, is_fault)
+
+    def _gone(self, text: str) -> StoppedError:
+        """Return what the end of the guest's channel means, or `text` if it says that."""
+        is_ending = watch.is_ending(self._child.pid)
+        status, cpu_s = self.end()
+        if text or not is_ending:
+            return StoppedError(text or "it closed its channel")
+        if status == -signal.SIGXCPU or (
+            status == -signal.SIGKILL and cpu_s - self._cpu_begun >= self._programs._cpu_s
+        ):
+            return StoppedError(self._too_slow())
+        if status == -signal.SIGKILL:  # the kernel's, where the machine has no memory left
+            text = f"{ReasonKind.CRASH}: killed by SIGKILL, as the kernel does where memory runs out"
+            return StoppedError(text, True)
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
+        return StoppedError(f"the program was {how}" if status < 0 else how, exit_status=status)
 
     def _too_slow(self) -> str:
         return f"it used more than {self._programs._cpu_s} s of CPU time"
@@ -167,7 +227,8 @@ class Programs(Sandbox):
     """Programs is a sandbox for whole programs; it must be used from one thread.
 
     Args:
-        timeout_s: seconds that a program may take for one test; with asserts, for all of them.
+        timeout_s: seconds that a program may take for one test, without those for which it waits for a
+            processor; with asserts, for all of them.
         cpu_s: seconds of CPU time for the same.
         memory_gib: GiB that a program may allocate.
 
@@ -180,6 +241,8 @@ class Programs(Sandbox):
         super().__init__(
             {"program": place}, timeout_s=timeout_s, cpu_s=cpu_s, memory_gib=memory_gib, max_checks=1
         )
+        self.used_s = 0.0
+        """Seconds that the last test took, as its limit counts them."""
 
     def run(self, program: str, stdin: str, max_bytes: int) -> str:
         """Run a program with an input; return what it printed.
@@ -192,6 +255,8 @@ class Programs(Sandbox):
         Raises:
             StoppedError: it raised an error, exited with another status than 0 or came to a limit.
         """
+        if len(stdin) > MAX_SCRATCH_FILE_BYTES // 4:  # characters have up to 4 bytes
+            raise StoppedError(f"the input has {len(stdin)} characters, which is too much for a test", True)
         child = Guest(self, {"program": program, "stdin": stdin}, max_bytes)
         try:
             answer = child.receive()
@@ -223,8 +288,10 @@ class Programs(Sandbox):
                 raise StoppedError(_error(ready))
             for arguments in calls:
                 child.allow()
+                self.used_s = 0.0
                 sent = [ready.get("value"), *(encode(value, _no_object) for value in arguments)]
                 answer = child.ask({"do": "call", "arguments": sent})
+                self.used_s = child.used_s()
                 try:
                     yield StoppedError(_error(answer)) if "error" in answer else _plain(answer.get("value"))
                 except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError):
@@ -258,7 +325,7 @@ class Programs(Sandbox):
                 if "do" in frame:
                     answer = child.ask(frame)
                     known: dict[str, Any] = {
-                        name: answer[name] for name in ("value", "changed", "error") if name in answer
+                        name: answer[name] for name in ("value", "changed", "error", "told") if name in answer
                     }
                     if "error" not in known and "value" not in known:
                         raise StoppedError("an answer that is none")  # the asserts would wait for another
@@ -269,6 +336,8 @@ class Programs(Sandbox):
                     num_tests = frame["total"]
                     if not num_tests:
                         return Result(0, 0, "the tests hold no test")
+                if "stopped" in frame:
+                    remark = remark or f"before test {num_done + 1}: {frame['stopped']}"
                 if "test" in frame:
                     num_done, num_passed = num_done + 1, num_passed + frame["test"]
                     if not frame["test"]:
@@ -319,10 +388,14 @@ def _plain(data: Any) -> Any:
     """
     if isinstance(data, dict) and "tuple" in data:
         data = data["tuple"]
+    if isinstance(data, dict) and "named" in data:
+        data = data["named"][1]
     if isinstance(data, list):
         return [_plain(entry) for entry in data]
     if not isinstance(data, dict):
         return data
+    if "int" in data:
+        return int(data["int"], 16)
     if "dict" in data:
         return {name if isinstance(name, str) else str(name): _plain(entry) for name, entry in data["dict"]}
     top, _, bottom = str(data.get("Decimal") or data["Fraction"]).partition("/")
@@ -331,36 +404,3 @@ def _plain(data: Any) -> Any:
 
 def _no_object(value: Any) -> Any:
     raise TypeError("an object that is no data")
-
-
-def _is_ending(pid: int) -> bool:
-    """Return whether all threads of a process are at their end, as the kernel says it; True: unknown.
-
-    A process that is not has closed its end of the channel.
-    """
-    exiting = 0x4  # PF_EXITING, which is set before a process's descriptors are closed
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-                fields = (task / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-                if not int(fields.split()[6]) & exiting:
-                    return False
-    except (OSError, ValueError, IndexError):
-        pass
-    return True
-
-
-def _waited(child: _Child) -> float | None:
-    """Return the seconds that a child and this thread have waited for a processor; None: unknown.
-
-    That is the child's first thread, less the time for which its other threads, of which it may have started
-    any number, may have kept that one from a processor.
-    """
-    try:
-        (ran_ns, waited_ns), (_, ours_ns) = (
-            map(int, Path(f"/proc/{name}/schedstat").read_text(encoding="ascii").split()[:2])
-            for name in (child.pid, "thread-self")
-        )
-        return (waited_ns + ours_ns) / 1e9 - max(0.0, child.cpu_used() - ran_ns / 1e9)
-    except (OSError, ValueError):
-        return None

@@ -89,8 +89,10 @@ def _serve(
 ) -> None:
     """Run the child: confine this process, then answer checks until the verifier closes the channel."""
     _die_with_parent(template)
+    is_guest = any(source.get("place") == guest.PLACE for source in setup["functions"].values())
+    file = os.memfd_create("stdin") if is_guest else -1  # which is not allowed later on
     try:
-        _confine(setup, files)
+        _confine(setup, files, is_guest)
     except OSError as error:
         channel.sendall(as_frame({"error": describe(error)}))
         return
@@ -99,7 +101,7 @@ def _serve(
         check = json.loads(line)
         channel.sendall(as_frame({"begun": check["number"]}))
         if "guest" in check:
-            guest.serve(channel, lines, check["guest"])
+            guest.serve(channel, lines, check["guest"], file)
         columns = {key: [value] for key, value in check["columns"].items()}
         for name in check["functions"]:
             try:
@@ -118,14 +120,13 @@ def _serve(
             channel.sendall(as_frame({**answer, "fault": part.is_fault}))
 
 
-def _confine(setup: Mapping[str, Any], files: Files) -> None:
+def _confine(setup: Mapping[str, Any], files: Files, is_guest: bool) -> None:
     """Give up all that a check does not need, as far as this kernel can take it (confine.unprotected)."""
     confine.limit_resources(_address_space() + setup["memory_bytes"], MAX_SCRATCH_FILE_BYTES, MAX_OPEN_FILES)
     confine.drop_capabilities()
     is_restricted = restrict_files(setup["scratch"], *files)
     if confine.has_seccomp():
-        is_guest = any(source.get("place") == guest.PLACE for source in setup["functions"].values())
-        confine.restrict_calls(files=not is_restricted, may_kill=not is_guest)
+        confine.restrict_calls(files=not is_restricted, is_judged=is_guest)
 
 
 def _address_space() -> int:

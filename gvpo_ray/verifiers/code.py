@@ -19,7 +19,16 @@ from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.groups import NO_ANSWER
 from gvpo_ray.sandbox.functions import OutOfReach, Score
 from gvpo_ray.sandbox.programs import Programs, Result, StoppedError
-from gvpo_ray.verifiers.code_tests import COLUMNS, Asserts, Calls, Runs, read_tests, same_output, same_value
+from gvpo_ray.verifiers.code_tests import (
+    COLUMNS,
+    Asserts,
+    Calls,
+    Runs,
+    helpers,
+    read_tests,
+    same_output,
+    same_value,
+)
 from gvpo_ray.verifiers.http_reward import HttpReward
 
 ARGUMENTS: dict[str, type] = {"share": bool, "max_tests": int, "language": str, "sandbox_fusion": str}
@@ -29,6 +38,18 @@ column of this name, python by default. `sandbox_fusion`: address of a server th
 
 FREE_BYTES = 1 << 16
 """How much a program may print beyond twice what is expected; more is wrong, and is not read."""
+
+ROW_LIMITS = 10
+"""How many times the limit on time of one test all tests of a row may take together."""
+
+_LANGUAGES = {"c++": "cpp", "c#": "csharp", "javascript": "nodejs", "js": "nodejs", "golang": "go"} | {
+    "r": "R",
+    "d_ut": "D_ut",
+}
+"""Names of languages in data sets, in small letters, and how Sandbox Fusion spells them."""
+
+_PYTHON = re.compile(r"(?:c?python|py|pypy)[\s_-]*(?:3[\d.]*)?(?:-64)?")
+"""Names of Python 3."""
 
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)")
 
@@ -71,7 +92,7 @@ class CodeReward:
                     f"{', '.join(names) or 'no further columns'}"
                 )
         self._share, self._max_tests = arguments.get("share", False), arguments.get("max_tests")
-        self._language = _python(arguments.get("language", "python"))
+        self._language = _spelled(arguments.get("language", "python"))
         url = arguments.get("sandbox_fusion")
         if url is not None and not url.startswith(("http://", "https://")):
             raise ConfigError(f"verifiers.rewards.{name}: sandbox_fusion must start with http:// or https://")
@@ -81,6 +102,7 @@ class CodeReward:
                 "a Sandbox Fusion server"
             )
         self._fusion = None if url is None else _SandboxFusion(url, reward, config)
+        self._row_s = ROW_LIMITS * config.timeout_s
         self._programs = Programs(
             timeout_s=config.timeout_s, cpu_s=config.cpu_s, memory_gib=config.memory_gib
         )
@@ -104,7 +126,7 @@ class CodeReward:
             if program is None:
                 scores.append((0.0, f"code: {NO_ANSWER}: no fenced block that is closed"))
                 continue
-            found = self._result(program, tests, _python(row.get("language") or self._language))
+            found = self._result(prompt, program, tests, _spelled(row.get("language") or self._language))
             scores.append(self._score(found))
         return scores
 
@@ -124,12 +146,13 @@ class CodeReward:
         # only what is known: the rest of the tests may not have run
         return value, f"code: {result.remark or 'not all tests passed'}"
 
-    def _result(self, program: str, tests: Runs | Calls | Asserts, language: str) -> Result:
+    def _result(self, prompt: str, program: str, tests: Runs | Calls | Asserts, language: str) -> Result:
         if language != "python" and (self._fusion is None or not isinstance(tests, Runs)):
             why = "no sandbox_fusion is given" if self._fusion is None else "its tests are Python's"
             return Result(0, 1, f"code: a program in {language} cannot be run: {why}")
         if isinstance(tests, Asserts):
-            texts = [*tests.setup, *tests.asserts[: self._max_tests]]
+            asserts = tests.asserts[: self._max_tests]
+            texts = [*tests.setup, *helpers(prompt, asserts, tests.entry_point), *asserts]
             return self._programs.test(program, texts, tests.entry_point, not self._share)
         golds: list[Any] = list(tests.outputs[: self._max_tests])
         found: Iterator[Any]
@@ -143,7 +166,9 @@ class CodeReward:
                 self._printed(program, text, gold, language) for text, gold in zip(texts, golds, strict=True)
             )
             is_same = partial(same_output, style=tests.style)
-        num_passed, remark = 0, None
+        num_passed, remark, used_s = 0, None, 0.0
+        runner = self._programs if language == "python" else self._fusion
+        assert runner is not None
         for number, (gold, value) in enumerate(zip(golds, found, strict=False), 1):
             if isinstance(value, StoppedError):
                 if value.is_fault:
@@ -153,6 +178,10 @@ class CodeReward:
                 num_passed += 1
             else:
                 remark = remark or f"test {number}: another output than expected"
+            used_s += runner.used_s
+            if used_s > self._row_s and number < len(golds):
+                remark = remark or f"test {number}: up to here its tests took more than {self._row_s:g} s"
+                break
             if remark and not self._share:
                 break
         return Result(num_passed, len(golds), None, remark)
@@ -178,6 +207,8 @@ class _SandboxFusion(HttpReward):
             "run_timeout": config.timeout_s,
             "memory_limit_MB": int(config.memory_gib * 1024),
         }
+        self.used_s = 0.0
+        """Seconds that the last test took, as the server says."""
 
     def run(self, program: str, stdin: str, language: str) -> str:
         """Run a program with an input; return what it printed.
@@ -193,9 +224,13 @@ class _SandboxFusion(HttpReward):
             raise OutOfReach("sandbox_fusion gave an answer of another form", is_answer=True, is_own=True)
         if answer["status"] == "SandboxError":
             raise StoppedError(f"code: sandbox_fusion failed: {str(answer.get('message'))[:200]}", True)
+        self.used_s = 0.0
         for step in ("compile_result", "run_result"):
             result = answer.get(step) or {}
-            if result.get("status") == "TimeLimitExceeded":
+            is_late = result.get("status") == "TimeLimitExceeded"
+            seconds = self._limits["run_timeout"] if is_late else result.get("execution_time")
+            self.used_s += seconds if isinstance(seconds, (int, float)) else 0.0
+            if is_late:
                 raise StoppedError(f"{step}: it took more than {self._limits['run_timeout']:g} s")
             if result.get("return_code"):
                 raise StoppedError(f"{step}: it exited with {result['return_code']}")
@@ -209,10 +244,10 @@ class _SandboxFusion(HttpReward):
         return status, head, f"[{text}]" if status < 400 else text
 
 
-def _python(language: Any) -> str:
+def _spelled(language: Any) -> str:
     """Return a language's name as Sandbox Fusion spells it; data sets have other spellings."""
-    name = str(language).strip()
-    return {"python3": "python", "py": "python", "c++": "cpp"}.get(name.lower(), name)
+    name = " ".join(str(language).lower().split())
+    return "python" if _PYTHON.fullmatch(name) else _LANGUAGES.get(name, name)
 
 
 def last_block(completion: str, prompt: str = "") -> str | None:

@@ -11,12 +11,14 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import io
 import json
 import math
 import pickle
+import re
 import zlib
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
@@ -238,6 +240,60 @@ def _asserts(row: Mapping[str, Any]) -> Asserts | None:
     if not all(isinstance(text, str) for text in asserts):
         raise ValueError("test_list is no list of texts")
     return Asserts(setup, asserts, row.get("entry_point") or None)
+
+
+_CODE = (
+    re.compile(r"(?ms)^[ \t]*(?:`{3,}|~{3,})[^\n]*\n(.*?)(?=^[ \t]*(?:`{3,}|~{3,})|\Z)"),
+    re.compile(r"(?ms)^(?:import|from|def|class|@).*"),
+)
+"""Where a prompt has Python: in fenced blocks, or from a line on that looks like it."""
+
+
+def helpers(prompt: str, asserts: list[str], entry_point: str | None) -> list[str]:
+    """Return the functions of a prompt that asserts call beside the one under test, with their imports.
+
+    HumanEval has such rows. The program has these functions too, and must not define what its tests mean.
+
+    Args:
+        prompt: the prompt, with Python in it.
+        asserts: the tests.
+        entry_point: name of the function under test; None: any function may be under test.
+    """
+    if not entry_point or "def " not in prompt:
+        return []
+    called = {
+        node.id
+        for text in asserts
+        for node in ast.walk(_parsed(text) or ast.Module([], []))
+        if isinstance(node, ast.Name)
+    }
+    for code in (found for form in _CODE for found in form.findall(prompt)):
+        tree = _parsed(code) or _parsed(code + "\n    pass")
+        given = [
+            each
+            for each in (tree.body if tree else ())
+            if isinstance(each, ast.FunctionDef) and each.name != entry_point and not _is_stub(each)
+        ]
+        if tree and called & {each.name for each in given}:
+            needed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+            kept = [each for each in tree.body if each in given or isinstance(each, needed)]
+            return [ast.unparse(ast.Module(kept, []))]
+    return []
+
+
+def _parsed(text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+
+
+def _is_stub(function: ast.FunctionDef) -> bool:
+    """Return whether a function is still to be written: it has a docstring, `pass` or `...` alone."""
+    return all(
+        isinstance(each, ast.Pass) or (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+        for each in function.body
+    )
 
 
 # ------------------------------------------------------------------------------------------------- comparison

@@ -1,0 +1,379 @@
+"""Asserts run in a guest of their own, where the names of a program stand for objects in another process.
+
+Three rules keep what a program does there from changing what the asserts mean:
+
+    errors      one that vanishes, in tests that catch none, fails the test: for the iteration of map and zip,
+                for hasattr and others some errors mean something else than that a call has failed
+    operators   they are passed on where all operands are the program's own objects; so a program says nothing
+                about a value of the tests, such as whether it is equal, and is never given what is expected
+    arguments   what a program does to them is seen from the next statement on, so that it cannot change the
+                value out of which its own statement computes what it expects
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections
+import json
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
+
+from gvpo_ray.sandbox.functions import describe
+from gvpo_ray.sandbox.values import Named, UnsendableError, decode, encode
+
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift"),
+    *("rshift", "lt", "le", "gt", "ge", "eq", "ne"),
+)
+_UNARY = ("neg", "pos", "abs", "invert", "index")
+_ALONE = {"len": len, "str": str, "int": int, "float": float, "bool": bool, "hash": hash}
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, f"__{name}__") for name in (*_BINARY, *_UNARY)},
+    **_ALONE,
+    "round": round,
+    "isinstance": isinstance,
+    "issubclass": issubclass,
+    "getitem": operator.getitem,
+    "getattr": getattr,
+    "setattr": setattr,
+}
+"""What may be done with a program's objects from outside, beside calling and listing them."""
+
+_MEANT = {("getattr", "AttributeError"), ("len", "TypeError")}
+"""What is done, and the error by which Python asks whether it can be: hasattr, and the length of a list to be
+made."""
+
+_NEVER = ("StopIteration", "StopAsyncIteration")
+"""Errors by which a call would tell Python that an iterator is at its end."""
+
+_CATCHING = {"raises", "assertRaises", "assertRaisesRegex"}
+"""Functions that catch errors where no `try` and no `with` is to be seen; the first argument is the class."""
+
+_SETTLE = "what programs did to arguments is seen from here on"
+"""Name of a function in the tests; no program and no test can spell it."""
+
+
+class ProgramError(Exception):
+    """The program raised an error that cannot be raised here as it was there."""
+
+
+class Remote:
+    """A Remote stands for an object of the program that is no data, such as a function, and acts there.
+
+    Operators are passed on where the other operand is a Remote as well.
+    """
+
+    __slots__ = ("_ask", "_is_global", "_number")
+
+    def __init__(self, ask: Callable[..., Any], number: int) -> None:
+        object.__setattr__(self, "_ask", ask)
+        object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_is_global", False)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Have the program's function called, and return its value."""
+        return self._ask("call", self, *arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array") or name == "__dlpack__":  # by which numpy reads memory at an address
+            raise AttributeError(name)
+        return self._ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("setattr", self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._ask("getitem", self, key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._ask("list", self))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self._ask("round", self, digits)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        """Say whether an object of the program is of this class of the program; nothing else is."""
+        is_known = type(instance) in (Remote, Named)
+        return is_known and self._ask("isinstance", instance, self) is True
+
+    def __subclasscheck__(self, subclass: object) -> bool:
+        return type(subclass) is Remote and self._ask("issubclass", subclass, self) is True
+
+
+def _passed_on(name: str) -> Callable[..., Any]:
+    """Return a method that has an operation done in the program's process, with its objects alone."""
+
+    def method(self: Remote, *others: Any) -> Any:
+        if not all(type(other) is Remote for other in others):
+            return NotImplemented
+        return self._ask(name, self, *others)
+
+    return method
+
+
+for _name in (*_BINARY, *_UNARY, *_ALONE):
+    setattr(Remote, f"__{_name}__", _passed_on(_name))
+
+
+class _Globals(dict[str, Any]):
+    """A _Globals holds the global names of asserts: what they do not define is the program's, or Python's."""
+
+    def __init__(self, ask: Callable[..., Any], wanted: set[str], modules: Iterable[str]) -> None:
+        super().__init__({name: sys.modules[name] for name in modules})
+        self._ask, self._wanted = ask, wanted
+
+    def __missing__(self, name: str) -> Any:
+        if hasattr(builtins, name) and name not in self._wanted:
+            raise KeyError(name)
+        try:
+            return self._ask("global", name)
+        except Exception:  # a KeyError would let Python's own take its place
+            raise NameError(f"the program defines no {name}") from None
+
+
+class Tests:
+    """A Tests holds the asserts of a row, and the program as far as they see it.
+
+    Args:
+        lines: frames that answer.
+        send: sends a frame.
+        modules: modules that asserts find imported.
+    """
+
+    def __init__(
+        self, lines: Iterator[bytes], send: Callable[[Mapping[str, Any]], None], modules: Iterable[str]
+    ) -> None:
+        self._lines, self._send, self._modules, self._num_asked = lines, send, modules, 0
+        self._error: str | None = None
+        self._changed: dict[int, tuple[Any, Any]] = {}
+
+    def run(self, sources: list[str], entry_point: str | None) -> int:
+        """Run the asserts one after the other, and send how each went.
+
+        Frames are {"total": number of tests}, {"test": whether it passed, "text": why not}, {"stopped": why
+        what prepares a test failed}, {"fault": why the tests themselves do not work}, {"end": true}, and
+        {"do", "arguments", "named"}, which the program's guest answers.
+        """
+        sys.set_int_max_str_digits(0)
+        try:
+            statements = [each for source in sources for each in ast.parse(source).body]
+        except (SyntaxError, ValueError, RecursionError) as error:
+            self._send({"fault": f"the tests are not Python: {describe(error)}"})
+            return 0
+        if entry_point and any(
+            isinstance(each, ast.FunctionDef) and each.name == "check" for each in statements
+        ):
+            statements += ast.parse(f"check({entry_point})").body
+        if fault := _asks_too_much(statements):
+            self._send({"fault": fault})
+            return 0
+        wanted = {entry_point} if entry_point else _called_builtins(statements, self._modules)
+        names = _Globals(self._ask, wanted, self._modules)
+        names[_SETTLE] = self._settle
+        catches = _catches(statements)
+        self._send({"total": sum(map(_is_test, statements))})
+        for statement in statements:
+            text, is_test, self._error = None, _is_test(statement), None
+            try:
+                code = compile(ast.Module(_settled([statement]), []), "tests.py", "exec", dont_inherit=True)
+                exec(code, names)
+                if not catches:
+                    text = self._error
+            except UnsendableError as error:
+                self._send({"fault": str(error)})
+                return 0
+            except BaseException as error:  # tests fail in any way, and so do programs in them
+                text = describe(error)
+            if is_test:
+                self._send({"test": text is None, "text": text})
+            elif text is not None and not self._num_asked:
+                self._send({"fault": f"the tests fail before they call the program: {text}"})
+                return 0
+            elif text is not None:
+                self._send({"stopped": text})
+                break
+        if not self._num_asked:
+            self._send({"fault": "the tests ask for nothing that the program defines"})
+        self._send({"end": True})
+        return 0
+
+    def _ask(self, do: str, *arguments: Any, **named: Any) -> Any:
+        """Have something done in the program's process; return its value, or raise its error."""
+        self._num_asked += 1
+        seen = [self._changed[id(value)][1] if id(value) in self._changed else value for value in arguments]
+        try:
+            frame = {
+                "do": do,
+                "arguments": [encode(value, _number) for value in seen],
+                "named": {name: encode(value, _number) for name, value in named.items()},
+            }
+        except UnsendableError as error:
+            if type(arguments[0]) is Remote and arguments[0]._is_global:
+                raise
+            raise TypeError(str(error)) from None  # the program decides what objects the tests meet
+        self._send(frame)
+        answer = json.loads(next(self._lines, b"{}"))
+        if "error" in answer:
+            self._raise(do, *answer["error"], *answer.get("told", ()))
+        try:
+            for value, new in zip(arguments, answer.get("changed", ()), strict=False):
+                if isinstance(value, _MUTABLE):
+                    self._changed[id(value)] = value, decode(new, self._object)
+            value = decode(answer["value"], self._object)
+        except Exception as error:  # the answer is none of ours
+            self._error = describe(error)
+            raise ProgramError(self._error) from None
+        if do == "global" and type(value) is Remote:
+            object.__setattr__(value, "_is_global", True)
+        return value
+
+    def _raise(self, do: str, name: str, text: str, *told: Any) -> NoReturn:
+        """Raise an error of the program, and keep in mind that there was one.
+
+        Args:
+            do: what was done.
+            name: the first of Python's own classes that the error's class derives from.
+            text: the error's own class and text.
+            told: the arguments of the error, if they are texts and numbers.
+        """
+        if (do, name) not in _MEANT:
+            self._error = text
+        kind = getattr(builtins, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, Exception)) or name in _NEVER:
+            raise ProgramError(text)
+        try:
+            error = kind(*told)
+        except TypeError:  # some take other arguments
+            raise ProgramError(text) from None
+        raise error
+
+    def _settle(self) -> None:
+        """Give the arguments of earlier calls the content that the program has given them."""
+        changed, self._changed = self._changed, {}
+        for old, new in changed.values():
+            if isinstance(old, (list, bytearray)):
+                old[:] = new
+            else:
+                old.clear()
+                old.extend(new) if isinstance(old, collections.deque) else old.update(new)
+
+    def _object(self, number: int) -> Remote:
+        return Remote(self._ask, number)
+
+
+_SETTLING = (
+    *(ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.Delete),
+    *(ast.For, ast.While, ast.If, ast.With, ast.Try),
+)
+_MUTABLE = (list, set, dict, collections.deque, bytearray)
+
+
+def _number(value: Any) -> int:
+    """Return the number of a program's object."""
+    if type(value) is Remote:
+        number: int = value._number
+        return number
+    raise UnsendableError(f"the tests give the program a {type(value).__name__}, which cannot be sent to it")
+
+
+def _is_test(statement: ast.stmt) -> bool:
+    """Return whether a statement tests something; others prepare it."""
+    return isinstance(statement, (ast.Assert, ast.For, ast.While, ast.If, ast.With, ast.Try)) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+    )
+
+
+def _settled(statements: list[ast.stmt], begins: bool = False) -> list[ast.stmt]:
+    """Return statements, each of which sees what a program did to its arguments in those before it."""
+    made: list[ast.stmt] = [_settle_at(statements[0])] if begins and statements else []
+    for statement in statements:
+        for part in (statement, *getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+            for field in ("body", "orelse", "finalbody"):
+                if inner := getattr(part, field, None):
+                    is_function = isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                    setattr(part, field, _settled(inner, not is_function))
+        made.append(statement)
+        if isinstance(statement, _SETTLING):
+            made.append(_settle_at(statement))
+    return made
+
+
+def _settle_at(statement: ast.stmt) -> ast.stmt:
+    call = ast.Expr(ast.Call(ast.Name(_SETTLE, ast.Load()), [], []))
+    return ast.fix_missing_locations(ast.copy_location(call, statement))
+
+
+def _catches(statements: list[ast.stmt]) -> bool:
+    """Return whether tests may mean to catch errors."""
+    return any(
+        (isinstance(node, (ast.Try, ast.TryStar)) and node.handlers)
+        or isinstance(node, (ast.With, ast.AsyncWith))
+        or _called(node) in _CATCHING
+        for statement in statements
+        for node in ast.walk(statement)
+    )
+
+
+def _called(node: ast.AST) -> str:
+    function = node.func if isinstance(node, ast.Call) else None
+    return getattr(function, "id", "") or getattr(function, "attr", "")
+
+
+def _asks_too_much(statements: list[ast.stmt]) -> str | None:
+    """Return why no program can pass the tests here: they need classes of the program's in this process."""
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    if any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in nodes):
+        return None  # nobody knows what they define
+    known = _defined(nodes) | set(dir(builtins))
+    for node in nodes:
+        classes: list[ast.expr] = []
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            classes = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        elif isinstance(node, ast.Call) and _called(node) in _CATCHING:
+            classes = node.args[:1]
+        elif isinstance(node, ast.ClassDef):
+            classes = node.bases
+        for each in classes:
+            if isinstance(each, ast.Name) and each.id not in known:
+                what = "derive a class from" if isinstance(node, ast.ClassDef) else "catch errors of"
+                return f"the tests {what} {each.id}, a class of the program, which is in another process"
+    return None
+
+
+def _defined(nodes: list[ast.AST]) -> set[str]:
+    """Return the names that tests define themselves."""
+    defined = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    defined |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return defined | {
+        (alias.asname or alias.name).partition(".")[0]
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+
+
+def _called_builtins(statements: list[ast.stmt], modules: Iterable[str]) -> set[str]:
+    """Return the names of Python's that are the program's here, such as `sum` where `sum(1, 2)` is tested.
+
+    They are those that every assert calls, where the tests have no name that only the program can define.
+    """
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    defined = _defined(nodes) | set(modules)
+    called = [
+        {
+            node.func.id
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        for statement in statements
+        if isinstance(statement, ast.Assert)
+    ]
+    if not called or any(not hasattr(builtins, name) for name in names - defined):
+        return set()
+    return set.intersection(*called) - defined
