@@ -29,7 +29,14 @@ _BINARY = (
     *("rshift", "lt", "le", "gt", "ge", "eq", "ne"),
 )
 _UNARY = ("neg", "pos", "abs", "invert", "index")
-_ALONE = {"len": len, "str": str, "int": int, "float": float, "bool": bool, "hash": hash}
+_ALONE: dict[str, Callable[..., Any]] = {
+    "len": len,
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "hash": hash,
+}
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, f"__{name}__") for name in (*_BINARY, *_UNARY)},

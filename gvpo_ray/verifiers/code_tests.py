@@ -276,7 +276,7 @@ def helpers(prompt: str, asserts: list[str], entry_point: str | None) -> list[st
         ]
         if tree and called & {each.name for each in given}:
             needed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-            kept = [each for each in tree.body if each in given or isinstance(each, needed)]
+            kept: list[ast.stmt] = [each for each in tree.body if each in given or isinstance(each, needed)]
             return [ast.unparse(ast.Module(kept, []))]
     return []
 
