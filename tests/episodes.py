@@ -254,7 +254,7 @@ def episodes(
     config = config.model_copy(update=changes)
     tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=vocab_size or len(tokenizer())).save_pretrained(folder)
-    limits = Limits(config.timeout_s, config.max_calls)
+    limits = Limits(config.timeout_s, config.max_calls, config.max_text)
     clients = [LocalClient(host_of(cls, limits)) for _ in range(hosts)]
     prompts = PromptsConfig(path="p.jsonl", template=template)
     model = ModelConfig(path=str(folder))

@@ -44,6 +44,9 @@ class EnvironmentConfig(Section):
     and environment write."""
     max_calls: int = Field(default=16, ge=1, json_schema_extra=DECIDES_SCORES)
     """Most tool calls of a turn that are made. For each further one the policy reads an error."""
+    max_text: int = Field(default=100_000, ge=100, json_schema_extra=DECIDES_SCORES)
+    """Most characters that the policy reads of a turn's tools together (each has an equal part), of respond
+    or of reset; of a longer text it reads the beginning, and that it is cut off."""
     timeout_s: float = Field(default=60.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """Time limit, in seconds, of one call of a tool, of respond, reset or get_reward. For a tool that exceeds
     it the policy reads an error, and the episode goes on; where one of the others does, the episode ends

@@ -70,7 +70,7 @@ class EnvironmentGroup:
         pickled_by_value(contract.cls)
         self._contract = contract
         self._begin(config, note, say)
-        limits = Limits(config.timeout_s, config.max_calls)
+        limits = Limits(config.timeout_s, config.max_calls, config.max_text)
         self.actors: list[Any] = spread(config, _EnvironmentActor, contract.cls, contract.arguments, limits)
         """Handles of the actors."""
 
