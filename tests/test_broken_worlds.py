@@ -302,19 +302,14 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
         await asyncio.sleep(0.01)
         await host.release(0)
         assert (await under_way).is_broken
-        *of_broken, own = pids
-        await gone(of_broken)
+        await gone(pids)
         again, other = await host.open(1, {"answer": "8"}, 2)
         assert again.said == other.said == "say 8"
-        # a process in which nothing hung serves another episode
-        assert {own} < {host._episodes[one.name].world.pid for one in (again, other)}  # type: ignore[attr-defined]
         made._server.kill()
         made.wait()
-        (lost,) = await host.open(2, {"answer": "9"}, 1)  # in the process that is free, and ends
-        (more,) = await host.open(2, {"answer": "9"}, 1)
-        ends = ("its process died", "the process that worlds are forked from died")
-        for one in (lost, more):
-            assert one.reason is not None and one.reason.endswith(ends)
+        (lost,) = await host.open(2, {"answer": "9"}, 1)
+        assert lost.reason is not None
+        assert lost.reason.endswith("the process that worlds are forked from died")
         made.close()
 
     asyncio.run(main())

@@ -23,7 +23,6 @@ from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.calls import Call, well_formed
 from gvpo_ray.sandbox.functions import MAX_REASON, describe, guarded
 
-
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 """A number of calls, as a process may send it."""
 
