@@ -252,6 +252,14 @@ NO_WIDTH = "\u200b"
 """A space that breaks the special tokens which a text spells, as a family tokenises all that it renders."""
 
 
+NO_FAMILIES = {
+    "auto": "name the family",
+    "default": "it renders the conversation anew in each turn, so what is trained would not be what was "
+    "sampled; leave the key out, and the tokenizer's chat template is only ever extended",
+}
+"""Names that `renderers` has for no family, and why they are refused."""
+
+
 class FamilyDialogue(Dialogue):
     """A FamilyDialogue renders with the class that the package `renderers` has for a model family.
 
@@ -273,6 +281,8 @@ class FamilyDialogue(Dialogue):
         **arguments: Any,
     ) -> None:
         super().__init__(tokenizer, tools, **arguments)
+        if family in NO_FAMILIES:
+            raise ConfigError(f"environment.renderer: {family}: {NO_FAMILIES[family]}")
         from renderers import create_renderer
         from renderers.configs import config_from_name
 
