@@ -34,7 +34,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import cloudpickle  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
@@ -112,7 +112,7 @@ class Forks:
                     "PYTHONPATH": own,
                 },
             )
-        setup, (reader, writer) = cloudpickle.dumps((cls, dict(arguments), limits)), os.pipe()
+        setup, (reader, writer) = cloudpickle.dumps((cls, dict(arguments), limits, is_confined)), os.pipe()
         socket.send_fds(self._control, [b"setup"], [reader])
         os.close(reader)
         with contextlib.suppress(BrokenPipeError), open(writer, "wb") as pipe:
@@ -253,7 +253,7 @@ class WorldProcess:
             await self.close()
             raise
 
-    async def _break(self, why: str) -> None:
+    async def _break(self, why: str) -> NoReturn:
         await self.close()
         raise BrokenError(why)
 
@@ -291,11 +291,11 @@ def main() -> None:
     _, (setup,), _, _ = socket.recv_fds(control, 64, 1)
     try:
         with open(setup, "rb") as pipe:
-            cls, arguments, limits = cloudpickle.loads(pipe.read())
+            cls, arguments, limits, is_confined = cloudpickle.loads(pipe.read())
     except BaseException as error:  # importing a user's module may raise anything
         control.send(f"the environment's class cannot be loaded: {describe(error)}".encode()[: 1 << 15])
         return
-    server, files = os.getpid(), files_of_python()
+    server, files = os.getpid(), files_of_python() if is_confined else Files([], [])
     gc.freeze()  # the worlds share these pages as long as nobody writes into them
     control.send(b"ready")
     while True:

@@ -25,7 +25,8 @@ def untrained_completions(row: Mapping[str, Any]) -> list[int]:
 
 def broken_episodes(row: Mapping[str, Any]) -> list[bool]:
     """Return for each completion of a group whether it is an episode that a tool call has brought down."""
-    entries = row.get("episodes") or [None] * len(row["rewards" if "rewards" in row else "completions"])
+    of_each = row["completions"] if row.get("rewards") is None else row["rewards"]
+    entries = row.get("episodes") or [None] * len(of_each)
     return [entry is not None and json.loads(entry).get("end") == BROKEN for entry in entries]
 
 
