@@ -68,6 +68,7 @@ TIERS = {
         "test_chaos",
         "test_code_reward",
         "test_confine",
+        "test_confined_worlds",
         "test_experiments",
         "test_families",
         "test_hostile_code",

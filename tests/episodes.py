@@ -114,6 +114,44 @@ class Calculator:
         return None if self.total < 0 else self.total / 10
 
 
+class Words:
+    """A word game in the shape of TRL's own example: one object, one tool, feedback in letters."""
+
+    def __init__(self) -> None:
+        self.secret, self.reward, self.done = "", 0.0, False
+
+    def reset(self, **kwargs: Any) -> str | None:
+        self.secret, self.reward, self.done, self.guesses = kwargs["answer"], 0.0, False, 0
+        return "\nGuess the five-letter word in six tries. G: right place, Y: other place, X: not there."
+
+    def guess(self, guess: str) -> str:
+        """
+        Make a guess in the word game.
+
+        Args:
+            guess: The guessed word, formatted as '[abcde]'
+
+        Returns:
+            The feedback of the game: one letter for each letter of the word.
+        """
+        if self.done:
+            raise ValueError("Game over.")
+        word = guess.strip("[]").lower()
+        if len(word) != len(self.secret):
+            return "Invalid: five letters in brackets."
+        self.guesses += 1
+        marks = [
+            "G" if a == b else "Y" if a in self.secret else "X"
+            for a, b in zip(word, self.secret, strict=True)
+        ]
+        self.reward = marks.count("G") / len(marks)
+        self.done = word == self.secret or self.guesses == 6
+        return f"{' '.join(word.upper())}\n{' '.join(marks)}"
+
+    def get_reward(self) -> float:
+        return self.reward
+
+
 class Files:
     """A small file system in memory."""
 
@@ -254,7 +292,7 @@ def episodes(
     config = config.model_copy(update=changes)
     tokenizer().save_pretrained(folder)
     LlamaConfig(vocab_size=vocab_size or len(tokenizer())).save_pretrained(folder)
-    limits = Limits(config.timeout_s, config.max_calls)
+    limits = Limits(config.timeout_s, config.max_calls, config.max_text)
     clients = [LocalClient(host_of(cls, limits)) for _ in range(hosts)]
     prompts = PromptsConfig(path="p.jsonl", template=template)
     model = ModelConfig(path=str(folder))

@@ -273,7 +273,7 @@ def test_what_looks_at_older_keys_and_values_is_not_of_the_new_version_alone(
         new = SimpleNamespace(
             token_ids=[5],
             logprobs=SimpleNamespace(logprobs=[-1.0]),
-            weight_versions=[SimpleNamespace(version="2")],
+            weight_versions=[SimpleNamespace(version="2", start=0, end=1)],
             finish_reason="stop",
             stop_reason=None,
         )
@@ -289,4 +289,5 @@ def test_what_looks_at_older_keys_and_values_is_not_of_the_new_version_alone(
         running=SimpleNamespace(name="g"),
         number=0,
     )
-    assert {*asyncio.run(engine._span(call)).versions} == versions  # type: ignore[arg-type]
+    span = asyncio.run(engine._span(call))  # type: ignore[arg-type]
+    assert {*span.versions} == versions and span.written == [(2, 0, 1)]

@@ -20,6 +20,7 @@ from episodes import (
     Guess,
     Policy,
     Scripted,
+    Words,
     contract_of,
     environment_of,
     host_of,
@@ -134,16 +135,27 @@ def test_the_examples_of_the_contract_run_unchanged(tmp_path: Path) -> None:
             call("answer", text="Ulm"),
             "Done.",
         ),
+        Words: (
+            call("guess", guess="[cr]"),
+            call("guess", guess="[crate]"),
+            call("guess", guess="[caper]") + call("guess", guess="[later]"),
+            "Done.",
+        ),
         Calculator: (call("add", a=2, b=5) + call("later", a=1), call("add", a=2), "Done."),
     }
+    errors, answers = {Words: 1}, {Words: "caper"}
 
     async def main() -> None:
         for cls, said in scripts.items():
             made, _ = worlds.episodes(cls, tmp_path)
-            row = await run(made, script(*said))
+            row = await run(made, script(*said), answer=answers.get(cls, "7"))
             assert row["reward_parts"] == {ENVIRONMENT: [pytest.approx(1.0)] * 2}, cls
+            if cls is Words:
+                read = text(row["completion_ids"][0])
+                assert "C R A T E\nG Y Y X Y<|im_end|>" in read and "Error: ValueError: Game over." in read
             num_calls = sum(one.count("<tool_call>") for one in said)
-            expected = {"turns": len(said), "tool_calls": num_calls, "tool_errors": 0, "end": "stop"}
+            num_errors = errors.get(cls, 0)
+            expected = {"turns": len(said), "tool_calls": num_calls, "tool_errors": num_errors, "end": "stop"}
             assert ends(row) == [expected] * 2
         assert '<|im_start|>tool\n7<|im_end|>\n<|im_start|>tool\n{"a": 1}' in text(row["completion_ids"][0])
         # no reward function sees, and grades, what the policy has read
@@ -513,11 +525,20 @@ def test_the_python_tool_runs_programs_in_the_sandbox() -> None:
             "x = 1",
             "1 / 0",
             "import socket; socket.create_connection(('127.0.0.1', 9))",
+            "print('x' * 3999)",
+            "print('x' * 4000)",
+            "import os; print(os.getppid(), os.getpid())",
+            "import os; print(os.getppid(), os.getpid())",
+            "print('x' * (1 << 20))",
         )
         calls = [Call("python", {"code": program}) for program in programs]
         answer = await host.act(opened.name, 0, 0, {}, calls, "")
         printed = [message["content"] for message in answer.messages]
-        assert printed[:2] == ["42\n", "(the program printed nothing)"] and answer.num_errors == 2
+        assert printed[:2] == ["42\n", "(the program printed nothing)"] and answer.num_errors == 3
+        assert printed[4:6] == ["x" * 3999 + "\n", "x" * 4000 + "\n[cut: 4000 of 4001 characters]"]
+        first, second = (one.split() for one in printed[6:8])
+        assert first[0] == second[0] and first[1] != second[1]  # children of one process
+        assert printed[8] == "Error: RuntimeError: it printed more than 1048576 bytes"
         assert "ZeroDivisionError" in printed[2] and printed[3].startswith("Error: ")
         assert await host.finish(opened.name, 0, {}) == (None, None, False)  # the other rewards decide
 

@@ -33,8 +33,8 @@ class _Verifier:
         self.score_group, self._number, self._behave, self._unprotected = self, number, behave, unprotected
         self.calls: list[tuple[Any, set[str], list[str]]] = []
 
-    def remote(self, sampled: Any, worked: set[str], without: list[str]) -> tuple[Any, Any]:
-        self.calls.append((sampled, set(worked), without))
+    def remote(self, sampled: Any, known: Record, without: list[str]) -> tuple[Any, Any]:
+        self.calls.append((sampled, set(known.worked), without))
         answer = pool._Answer(self._number, Record(), self._unprotected)
         result = self._behave(self._number, sampled, without)
         if isinstance(result, OutOfReach):
@@ -265,8 +265,8 @@ def test_a_fault_counts_once_however_often_its_group_is_tried_again() -> None:
     """Another reward function, the trusted one, fails at a group whose judge is out of reach for long."""
 
     class Both(_Verifier):
-        def remote(self, sampled: Any, worked: set[str], without: list[str]) -> tuple[Any, Any]:
-            scored, answers = super().remote(sampled, worked, without)
+        def remote(self, sampled: Any, known: Record, without: list[str]) -> tuple[Any, Any]:
+            scored, answers = super().remote(sampled, known, without)
 
             async def with_fault() -> Any:
                 answer = await answers

@@ -444,6 +444,9 @@ X, AGENT = {"name": "verifiers:x"}, {"agent": "a.py:f"}
     [
         ({"environment": {"name": "verifiers:"}}, "environment.name: verifiers: names no task set"),
         ({"environment": {**X, "renderer": "qwen3"}}, "renderer is of an environment's class"),
+        ({"environment": {**X, "sandbox": True}}, "sandbox is of an environment's class"),
+        ({"environment": {**X, "max_text": 1000}}, "max_text is of an environment's class"),
+        ({"environment": {**X, "variables": ["A"]}}, "variables is of an environment's class"),
         ({"engines": {}}, "environment.name: it asks its model over HTTP: set engines.serve: true"),
         ({"prompts": {"path": "p.jsonl"}}, "prompts.path: with environment.name: verifiers:x it can"),
         ({"evaluation": {"sets": {"h": {"path": "verifiers:y"}}}}, "evaluation.sets.h.path: with env"),
@@ -503,7 +506,10 @@ def test_a_task_set_that_does_not_come_to_an_end_of_its_loading_is_refused_by_it
     ("arguments", "why"),
     [
         ({"id": "user-sim"}, r"has several agents \(assistant, user\): one is trained"),
-        ({"retries": {"max_retries": 1}}, "retries: an episode that is played twice is none"),
+        (
+            {"retries": {"max_retries": 1}},
+            "retries: a second play of an episode has calls of the first",
+        ),
         ({"agent": {"retries": {"rules": [{"max_retries": 2}]}}}, "retries"),
         ({"interception": {"type": "elastic"}}, "interception: there is one server"),
         ({"taskset": {"nom": 3}}, "ValidationError: .*taskset.nom"),

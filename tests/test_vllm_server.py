@@ -11,7 +11,7 @@ import pytest
 from episodes import END, tokenizer
 
 from gvpo_ray.engines.rollout import Span
-from gvpo_ray.engines.vllm_server import _Client, _refuse, _text
+from gvpo_ray.engines.vllm_server import _Client, _refuse, _text, _written
 
 
 def test_a_request_waits_for_the_first_weights_and_is_vllms_own_if_it_is_no_episodes() -> None:
@@ -61,6 +61,14 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused_before_vllms_core
             await asked
 
     asyncio.run(main())
+
+
+def test_a_client_reads_which_weights_have_sampled_which_tokens() -> None:
+    """Weights change in flight: then an answer has several versions."""
+    ids = [5, 6, 7]
+    assert _written(Span(ids, [], "stop", [2, 3], written=[(2, 0, 1), (3, 1, 3)])) == [(2, 0, 1), (3, 1, 3)]
+    assert _written(Span(ids, [], "stop", [2])) == [(2, 0, 3)]
+    assert _written(Span(ids, [], "stop", [2, 3])) == []
 
 
 PLAIN = {

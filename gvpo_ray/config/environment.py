@@ -44,10 +44,19 @@ class EnvironmentConfig(Section):
     and environment write."""
     max_calls: int = Field(default=16, ge=1, json_schema_extra=DECIDES_SCORES)
     """Most tool calls of a turn that are made. For each further one the policy reads an error."""
+    max_text: int = Field(default=100_000, ge=100, json_schema_extra=DECIDES_SCORES)
+    """Most characters that the policy reads of a turn's tools together (each has an equal part), of respond
+    or of reset; of a longer text it reads the beginning, and that it is cut off."""
     timeout_s: float = Field(default=60.0, gt=0, json_schema_extra=DECIDES_SCORES)
     """Time limit, in seconds, of one call of a tool, of respond, reset or get_reward. For a tool that exceeds
     it the policy reads an error, and the episode goes on; where one of the others does, the episode ends
     without a reward (never 0)."""
+    sandbox: bool = Field(default=False, json_schema_extra=DECIDES_SCORES)
+    """Whether the episodes' processes are confined as programs in the sandbox are: no network, no other
+    programs, no files but Python's own to read, and a folder of their own as the one place to write."""
+    variables: list[str] = Field(default=[], json_schema_extra=RESUMABLE)
+    """Names of environment variables that the class and its tools read. Of others they have PATH, HOME,
+    TMPDIR, PYTHONPATH and those of the language and time zone alone."""
     renderer: str | None = Field(default=None, json_schema_extra=DECIDES_SCORES)
     """Model family whose tool calls and turns the package `renderers` knows, such as `qwen3`, `glm-4.5` or
     `llama-3`; default: the tokenizer's chat template, and tool calls as in Hermes and Qwen."""
@@ -72,9 +81,11 @@ class EnvironmentConfig(Section):
     def _one_of_both(self) -> EnvironmentConfig:
         if (self.name is None) == (self.agent is None):
             raise ValueError("name, the class of an environment, or agent, a function: one of the two")
-        of_classes = {"arguments", "renderer"} if self.agent is not None else {"renderer"}
+        of_classes = {"max_text", "renderer", "sandbox", "variables"}
+        if self.agent is not None:
+            of_classes.add("arguments")
         # what a run writes down has all keys, those too that say nothing
-        own = {key for key in of_classes & self.model_fields_set if getattr(self, key)}
+        own = {key for key in of_classes if getattr(self, key) != type(self).model_fields[key].default}
         if self.asks_by_http and own:
             what = "an agent" if self.agent is not None else "a task set"
             raise ValueError(f"{min(own)} is of an environment's class, and {what} has none")

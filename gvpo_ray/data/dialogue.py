@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.data import PromptsConfig
-from gvpo_ray.data.calls import Call
+from gvpo_ray.data.calls import Call, call_of, well_formed
 from gvpo_ray.data.rendering import Rendered, TextRenderer, _absent_from, _any_of, _texts_in
 from gvpo_ray.data.turns import one_begin_no_end
 
@@ -165,10 +165,8 @@ def _call(text: str) -> Call:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            return Call(name, {}, f"the arguments are not JSON: {error}")
-    if not isinstance(arguments, dict):
-        return Call(name, {}, "the arguments are not an object")
-    return Call(name, arguments)
+            return call_of(name, {}, f"the arguments are not JSON: {error}")
+    return call_of(name, arguments)
 
 
 class PlainDialogue(Dialogue):
@@ -254,6 +252,14 @@ NO_WIDTH = "\u200b"
 """A space that breaks the special tokens which a text spells, as a family tokenises all that it renders."""
 
 
+NO_FAMILIES = {
+    "auto": "name the family",
+    "default": "it renders the conversation anew in each turn, so what is trained would not be what was "
+    "sampled; leave the key out, and the tokenizer's chat template is only ever extended",
+}
+"""Names that `renderers` has for no family, and why they are refused."""
+
+
 class FamilyDialogue(Dialogue):
     """A FamilyDialogue renders with the class that the package `renderers` has for a model family.
 
@@ -275,6 +281,8 @@ class FamilyDialogue(Dialogue):
         **arguments: Any,
     ) -> None:
         super().__init__(tokenizer, tools, **arguments)
+        if family in NO_FAMILIES:
+            raise ConfigError(f"environment.renderer: {family}: {NO_FAMILIES[family]}")
         from renderers import create_renderer
         from renderers.configs import config_from_name
 
@@ -324,15 +332,14 @@ class FamilyDialogue(Dialogue):
                 list(turn), tools=self._specs or None, prompt_ids=list(before) or None
             )
         except Exception as error:  # of what the model wrote, such as brackets in thousands or a long number
-            return Turn("", [Call("", {}, f"the tool call cannot be read: {type(error).__name__}: {error}")])
+            why = f"the tool call cannot be read: {type(error).__name__}: {str(error)[:300]}"
+            return Turn("", [call_of("", {}, why)])
         calls = []
         for call in found.tool_calls:
-            arguments = call.arguments
-            is_good = call.status == "ok" and isinstance(arguments, dict)
+            is_good = call.status == "ok" and isinstance(call.arguments, dict)
             wrong = None if is_good else f"the tool call cannot be read ({call.status}): {call.raw[:200]}"
-            name = call.name if isinstance(call.name, str) else ""
-            calls.append(Call(name, arguments if isinstance(arguments, dict) else {}, wrong))
-        return Turn(found.content.strip(), calls)
+            calls.append(call_of(call.name if isinstance(call.name, str) else "", call.arguments, wrong))
+        return Turn(well_formed(found.content.strip()), calls)
 
 
 def dialogue_of(

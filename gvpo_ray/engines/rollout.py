@@ -97,6 +97,8 @@ class Span(NamedTuple):
     """The text of `sampling.stop` that ended it; anything else: a token or a limit did."""
     experts: bytes | None = None
     """The experts of all tokens from the first one of the prompt on (groups/experts.py); None: not known."""
+    written: Sequence[tuple[int, int, int]] = ()
+    """(version, begin, end) of runs of tokens that weights of one version have sampled; empty: not known."""
 
 
 REPEATED = 1 << 24

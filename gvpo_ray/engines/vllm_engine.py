@@ -176,14 +176,15 @@ class Engine(RolloutEngine):
         self.num_cached_tokens += output.num_cached_tokens or 0
         (new,) = output.outputs
         self._num_finished_tokens += len(new.token_ids)
-        versions = [int(span.version) for span in new.weight_versions or []] or [self.version]
+        runs = [(int(one.version), one.start, one.end) for one in new.weight_versions or []]
+        versions = [version for version, _, _ in runs] or [self.version]
         if self._pool.keep_kv:  # the first token may look at what these weights saw of the prompt
             versions.append(began)
-        logprobs = list(new.logprobs.logprobs) if new.token_ids else []
+        ids, logprobs = list(new.token_ids), list(new.logprobs.logprobs) if new.token_ids else []
         # after a drain the core may hang, and the next engine reads all tokens again
         is_known = self._returns_experts and new.finish_reason != ABORTED
         experts = await self._experts(name, new) if is_known else None
-        return Span(list(new.token_ids), logprobs, new.finish_reason, versions, new.stop_reason, experts)
+        return Span(ids, logprobs, new.finish_reason, versions, new.stop_reason, experts, runs)
 
     async def _experts(self, name: str, output: Any) -> bytes | None:
         """Return the experts that vLLM has chosen for the tokens of a finished request."""

@@ -111,7 +111,6 @@ class _Client:
         stop = [*(params.stop or ()), *(params.stop_token_ids or ())]
         decode, deaths = self._llm.get_tokenizer().decode, (EngineDeadError,)
         ids, span = await sample(list(prompt["prompt_token_ids"]), params.max_tokens, stop, decode, deaths)
-        only = {*span.versions}
         text = _text(self._llm.get_tokenizer(), span, params)
         output = CompletionOutput(
             index=0,
@@ -121,9 +120,7 @@ class _Client:
             logprobs=None if params.logprobs is None else self._logprobs(span),
             finish_reason=span.finish_reason,
             stop_reason=span.stop_reason,
-            weight_versions=[WeightVersionSpan(str(only.pop()), 0, len(span.ids))]
-            if len(only) == 1
-            else None,
+            weight_versions=[WeightVersionSpan(str(version), *place) for version, *place in _written(span)],
         )
         return RequestOutput(request_id, prompt.get("prompt"), ids, None, [output], finished=True)
 
@@ -157,6 +154,12 @@ def _refuse(prompt: Mapping[str, Any], params: Any) -> None:
             raise ValueError(
                 f"{name}: an episode that is trained samples the policy alone, one answer a call"
             )
+
+
+def _written(span: Span) -> Sequence[tuple[int, int, int]]:
+    """Return which tokens the weights of which version have sampled: (version, begin, end) of each run."""
+    only = {*span.versions}
+    return span.written or ([(only.pop(), 0, len(span.ids))] if len(only) == 1 else [])
 
 
 def _text(tokenizer: Any, span: Span, params: Any) -> str:

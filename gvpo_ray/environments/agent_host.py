@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 from gvpo_ray.config.shown import MASK, know, mask
 from gvpo_ray.config.verifiers import ReasonKind
+from gvpo_ray.data.calls import well_formed
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.environments.tasksets import Tasks
 from gvpo_ray.sandbox.functions import describe, guarded
@@ -217,7 +218,7 @@ class AgentHost:
     def _judged(self, value: Any) -> tuple[float | None, str | None, str | None]:
         """Return the reward, the text and the reason of what an agent has returned."""
         if isinstance(value, str):
-            return None, value, None if self._is_graded else NO_GRADE
+            return None, well_formed(value), None if self._is_graded else NO_GRADE
         if value is None:
             return None, None, "environment: the agent gave None"
         reward = float(value)

@@ -9,7 +9,7 @@
         def get_reward(self) -> float | None: ...                # None: this episode cannot be scored
 
 Any of the methods may be async. An object belongs to one episode and has a process of its own, forked from
-one that has imported the class.
+one that has imported the class, and confined where environment.sandbox says so.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ def read_contract(config: EnvironmentConfig, verifiers: VerifiersConfig | None =
         inspect.signature(cls).bind(**config.arguments)
     except TypeError as error:
         raise ConfigError(f"environment.arguments: {cls.__name__}: {error}") from error
+    if config.sandbox and hasattr(cls, "_unprotected"):
+        raise ConfigError(
+            f"environment.sandbox: {cls.__name__} has a sandbox, and no sandbox starts in another"
+        )
     names = tool_names(cls)
     contract = Contract(cls, config.arguments, [_schema(cls, name) for name in names])
     if not callable(getattr(cls, "reset", None)):

@@ -7,7 +7,7 @@ number, and a turn that has been made is answered again and not made again.
 Each environment is in a process of its own (forks.py), so that no number of calls that hang touches the host
 or another episode. A tool call that does not return is an error that the policy reads. One that brings its
 process down ends the episode, and so does whatever fails after a call that has hung: then the policy's calls
-are the cause, and the episode is worth no more than the worst of its group (verifiers/verifier.py).
+are the cause, and the episode is worth the worst that there has been in the run (verifiers/verifier.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gvpo_ray.config.verifiers import ReasonKind
-from gvpo_ray.data.calls import Call
+from gvpo_ray.data.calls import Call, well_formed
 from gvpo_ray.environments.forks import BrokenError
 from gvpo_ray.environments.world import Answer, Outcome
 
@@ -30,6 +30,9 @@ GONE = "environment: its actor died, and the episode's state with it"
 
 BY_POLICY = "environment: brought down by a tool call: "
 """Begins the reason of an episode whose environment the policy has brought down: no prompt is to blame."""
+
+MAX_NAMES = 200
+"""Characters of the names of tools, which the policy has written, in a reason."""
 
 SoFar = dict[str, Any]
 """Completion columns of an episode, up to the end of a turn."""
@@ -168,7 +171,7 @@ class Host:
             answer = await episode.world.act(calls, message)
         except BrokenError as error:
             episode.has_hung = episode.has_hung or bool(calls)
-            what = ", ".join(dict.fromkeys(call.name for call in calls)) or "respond"
+            what = ", ".join(dict.fromkeys(well_formed(call.name) for call in calls))[:MAX_NAMES] or "respond"
             answer = Answer(reason=f"{ReasonKind.CRASH}: environment: {what}: {error}")
         episode.has_hung = episode.has_hung or answer.num_hung > 0
         if answer.reason is not None and episode.has_hung:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -25,14 +25,22 @@ from gvpo_ray.environments.episode import Episodes
 from gvpo_ray.environments.forks import Forks
 from gvpo_ray.environments.host import Host
 from gvpo_ray.environments.world import Limits
+from gvpo_ray.sandbox.confine import unprotected
 
 
 class _EnvironmentActor(Host):
-    def __init__(self, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
-        forks, self._leaving = Forks(cls, arguments, limits), threading.Event()
+    def __init__(
+        self,
+        cls: type,
+        arguments: Mapping[str, Any],
+        limits: Limits,
+        variables: Sequence[str],
+        is_confined: bool,
+    ) -> None:
+        forks, self._leaving = Forks(cls, arguments, limits, variables, is_confined), threading.Event()
         super().__init__(forks.world)
         threading.Thread(target=_end_with, args=(forks, self._leaving), daemon=True).start()
-        self._unprotected: list[str] = getattr(cls, "_unprotected", list)()
+        self._unprotected: list[str] = unprotected() if is_confined else getattr(cls, "_unprotected", list)()
 
     async def status(self) -> dict[str, Any]:
         """Add what this machine's kernel does not protect from programs of the environment."""
@@ -70,8 +78,9 @@ class EnvironmentGroup:
         pickled_by_value(contract.cls)
         self._contract = contract
         self._begin(config, note, say)
-        limits = Limits(config.timeout_s, config.max_calls)
-        self.actors: list[Any] = spread(config, _EnvironmentActor, contract.cls, contract.arguments, limits)
+        limits = Limits(config.timeout_s, config.max_calls, config.max_text)
+        own = contract.arguments, limits, config.variables, config.sandbox
+        self.actors: list[Any] = spread(config, _EnvironmentActor, contract.cls, *own)
         """Handles of the actors."""
 
     def _begin(self, config: EnvironmentConfig, note: EventCallback, say: Callable[[str], None]) -> None:

@@ -6,15 +6,23 @@ verifiers: {rewards: {math: 1}}                                # it gives no rew
 
 from __future__ import annotations
 
+import threading
+
+from gvpo_ray.environments.world import readable
 from gvpo_ray.sandbox.confine import unprotected
 from gvpo_ray.sandbox.programs import Programs, StoppedError
 
 MAX_OUTPUT = 4000
+"""Characters of what a program prints that the policy reads; it also reads that there are more."""
+
+MAX_PRINTED = 1 << 20
 """Bytes that a program may print; one that prints more is stopped."""
 
 
 class Python:
     """This environment runs each program anew, in a child without network and files of its own.
+
+    The process that the children are forked from, which takes most of a second to start, is the episode's.
 
     Args:
         timeout_s: seconds that a program may take.
@@ -24,6 +32,8 @@ class Python:
 
     def __init__(self, timeout_s: float = 10.0, cpu_s: int = 5, memory_gib: float = 1.0) -> None:
         self._limits = {"timeout_s": timeout_s, "cpu_s": cpu_s, "memory_gib": memory_gib}
+        # a sandbox belongs to the thread that has made it, and a call after one that hangs has another one
+        self._of_thread = threading.local()
 
     def reset(self, **row: object) -> None:
         """Begin an episode; programs leave nothing behind."""
@@ -34,14 +44,13 @@ class Python:
         Args:
             code: The whole program; variables of earlier programs are gone.
         """
-        # A sandbox belongs to the thread that has made it, and a call after one that hangs has another one.
-        programs = Programs(**self._limits)  # type: ignore[arg-type]
+        if not hasattr(self._of_thread, "programs"):
+            self._of_thread.programs = Programs(**self._limits)  # type: ignore[arg-type]
         try:
-            return programs.run(code, "", MAX_OUTPUT) or "(the program printed nothing)"
+            printed = self._of_thread.programs.run(code, "", MAX_PRINTED)
         except StoppedError as stopped:
             raise RuntimeError(str(stopped)) from None
-        finally:
-            programs.close()
+        return readable(printed, MAX_OUTPUT) or "(the program printed nothing)"
 
     @staticmethod
     def _unprotected() -> list[str]:

@@ -92,7 +92,9 @@ class Tasks:
             raise ConfigError(f"environment.name: {self._name} has several agents ({names}): one is trained")
         ((seat, spec),) = seats.items()
         if any(one.retries.max_retries or one.retries.rules for one in (config, spec)):
-            raise ConfigError("environment.arguments: retries: an episode that is played twice is none")
+            raise ConfigError(
+                "environment.arguments: retries: a second play of an episode has calls of the first"
+            )
         if config.interception.type != "server":
             raise ConfigError("environment.arguments: interception: there is one server in each actor")
         own = dict(self._arguments.get(seat, {}))

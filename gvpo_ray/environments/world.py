@@ -14,29 +14,37 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from gvpo_ray.config.shown import know, mask
+from pydantic import Field
+
+from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import ReasonKind
-from gvpo_ray.data.calls import Call
-from gvpo_ray.sandbox.functions import describe, guarded
+from gvpo_ray.data.calls import Call, well_formed
+from gvpo_ray.sandbox.functions import MAX_REASON, describe, guarded
+
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+"""A number of calls, as a process may send it."""
+
+Reason = Annotated[str, Field(max_length=MAX_REASON)]
+"""Why an episode cannot go on or has no reward, as a process may send it."""
 
 
 @dataclass
 class Answer:
     """An Answer is what a turn has led to."""
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
     """Of the roles "tool" and "user"."""
-    num_errors: int = 0
+    num_errors: Count = 0
     """Tool calls that failed: malformed ones, those that hung and those that were not made are included."""
-    num_hung: int = 0
+    num_hung: Count = 0
     """Tool calls that gave no answer in time."""
-    num_refused: int = 0
+    num_refused: Count = 0
     """Tool calls beyond environment.max_calls, which were not made."""
     is_over: bool = False
     """Whether the environment says that the episode ends here."""
-    reason: str | None = None
+    reason: Reason | None = None
     """Why it cannot go on: the environment failed, or its process is gone."""
     is_broken: bool = False
     """Whether a tool call has brought the environment down."""
@@ -46,7 +54,7 @@ class Outcome(NamedTuple):
     """An Outcome is how an episode was scored."""
 
     reward: float | None
-    reason: str | None = None
+    reason: Reason | None = None
     """Why there is no reward."""
     is_broken: bool = False
     """Whether that is so because a tool call has brought the environment down."""
@@ -58,6 +66,8 @@ class Limits:
 
     timeout_s: float = 60.0
     max_calls: int = 16
+    max_text: int = 100_000
+    """Characters that the policy reads of one turn's tools, of a response or of an opening."""
 
 
 class HangError(Exception):
@@ -97,7 +107,7 @@ class World:
         try:
             self.environment = await self._call(self._make)
             said = await self._call(self.environment.reset, **_fitting(self.environment.reset, row))
-            return (None if said is None else str(said)), None
+            return (None if said is None else readable(str(said), self._limits.max_text)), None
         except Exception as error:  # a user's class may raise anything
             return None, _why("reset", error)
 
@@ -119,9 +129,14 @@ class World:
             if any(result.is_hung for result in results) and i not in at_once:
                 tool = "not made: an earlier call of this turn gave no answer"
             results.append(await (at_once[i] if i in at_once else self._result(tool, call)))
+        most = self._limits.max_text // len(calls)
         messages = [
             # some templates write the name: one that is no tool's may spell special tokens
-            {"role": "tool", "name": call.name if call.name in names else "unknown", "content": result.text}
+            {
+                "role": "tool",
+                "name": call.name if call.name in names else "unknown",
+                "content": readable(result.text, most),
+            }
             for call, result in zip(calls, results, strict=True)
         ]
         return Answer(
@@ -155,9 +170,12 @@ class World:
             return Answer(is_over=True)
         try:
             text = await self._call(self.environment.respond, message)
+            text = None if text is None else readable(str(text), self._limits.max_text)
         except Exception as error:  # a user's class may raise anything
             return Answer(reason=_why("respond", error))
-        return Answer(is_over=True) if text is None else Answer([{"role": "user", "content": str(text)}])
+        if text is None:
+            return Answer(is_over=True)
+        return Answer([{"role": "user", "content": text}])
 
     async def _result(self, tool: Any, call: Call) -> _Result:
         """Make a tool call; a `tool` that is a text says why it is not made."""
@@ -172,7 +190,7 @@ class World:
         except HangError as error:
             return _Result(f"Error: {error}", is_error=True, is_hung=True)
         except Exception as error:  # what the policy's arguments lead to
-            return _Result(f"Error: {type(error).__name__}: {mask(str(error))}", is_error=True)
+            return _Result(f"Error: {type(error).__name__}: {_text_of(error, self._limits)}", is_error=True)
 
     async def _call(self, function: Callable[..., Any], /, *args: Any, **arguments: Any) -> Any:
         """Call a method within the time limit; raise HangError where it does not return."""
@@ -200,6 +218,24 @@ class _Result(NamedTuple):
     text: str
     is_error: bool = False
     is_hung: bool = False
+
+
+def readable(text: str, most: int) -> str:
+    """Return a text as the policy reads it: well formed, and with a remark at its end where that is cut off.
+
+    Tokenising takes time and memory by the character, in a process that the episodes of an engine share.
+    """
+    if len(text) <= most:
+        return well_formed(text)
+    return f"{well_formed(text[:most])}\n[cut: {most} of {len(text)} characters]"
+
+
+def _text_of(error: Exception, limits: Limits) -> str:
+    """Return the text of an error that a tool has raised, whose class may be at fault itself."""
+    try:
+        return masked(str(error), limits.max_text)
+    except Exception:
+        return "its text cannot be shown"
 
 
 def _tool(environment: Any, call: Call) -> Any:

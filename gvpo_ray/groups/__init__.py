@@ -1,6 +1,7 @@
 """The group table is the data contract of the whole system: one row is one prompt with its completions."""
 
 from gvpo_ray.groups.batching import Part as Part
+from gvpo_ray.groups.batching import broken_episodes as broken_episodes
 from gvpo_ray.groups.batching import cut_into_passes as cut_into_passes
 from gvpo_ray.groups.batching import num_tokens as num_tokens
 from gvpo_ray.groups.batching import only as only

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gvpo_ray.config.environment import BROKEN
 from gvpo_ray.groups.table import PER_COMPLETION_COLUMNS
 
 
@@ -19,6 +21,13 @@ def untrained_completions(row: Mapping[str, Any]) -> list[int]:
     """Return the indices of a group's completions that have tokens, of which none is trained."""
     masks = row.get("trained_tokens") or ()
     return [i for i, mask in enumerate(masks) if mask and not any(mask)]
+
+
+def broken_episodes(row: Mapping[str, Any]) -> list[bool]:
+    """Return for each completion of a group whether it is an episode that a tool call has brought down."""
+    of_each = row["completions"] if row.get("rewards") is None else row["rewards"]
+    entries = row.get("episodes") or [None] * len(of_each)
+    return [entry is not None and json.loads(entry).get("end") == BROKEN for entry in entries]
 
 
 def trainable_completions(row: Mapping[str, Any]) -> list[int]:

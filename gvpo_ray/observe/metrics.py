@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gvpo_ray.groups import NO_ANSWER, Row, limit_of, untrained_completions
+from gvpo_ray.groups import NO_ANSWER, Row, broken_episodes, limit_of, untrained_completions
 from gvpo_ray.observe.episodes import episode_metrics, tries_of
 
 
@@ -374,14 +374,14 @@ def _unverifiable(rows: Sequence[Row]) -> dict[str, int]:
 def is_correct(row: Row) -> list[bool]:
     """Return for each completion of a group whether the first reward function gave more than 0.
 
-    Completions without a reward count as wrong. A reward that a completion came with, so that no function was
-    called, counts itself.
+    Completions without a reward count as wrong, and so do episodes whose environment a tool call brought
+    down. A reward that a completion came with, so that no function was called, counts itself.
     """
     parts = row.get("reward_parts")
     first = next(iter(parts.values())) if parts else row["rewards"]
     return [
-        reward is not None and (reward if part is None else part) > 0
-        for reward, part in zip(row["rewards"], first, strict=True)
+        reward is not None and (reward if part is None else part) > 0 and not is_broken
+        for reward, part, is_broken in zip(row["rewards"], first, broken_episodes(row), strict=True)
     ]
 
 

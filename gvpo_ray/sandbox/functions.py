@@ -209,9 +209,9 @@ def fits_float32(value: Any) -> bool:
 def describe(error: BaseException) -> str:
     """Return one line, of limited length, for an error that a user's code raised."""
     if isinstance(error, (ConfigError, OutOfReach)):
-        return masked(str(error), MAX_REASON)
+        return masked(str(error), MAX_REASON).encode("utf-8", "replace").decode()
     try:
-        text = " ".join(masked(str(error), 3000).split())[:300]
+        text = " ".join(_clean(masked(str(error), 3000)).split())[:300]
     except Exception:  # a user's class of errors may be at fault itself
         text = "its text cannot be shown"
     return f"{type(error).__name__}: {text}"

@@ -44,6 +44,8 @@ class Record:
     faults: Counter[str] = field(default_factory=Counter)
     last: dict[str, str] = field(default_factory=dict)
     """Name -> the last fault, with its row."""
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Name -> the lowest and the highest value that it has given."""
 
     def add(self, name: str, parts: Iterable[Part], group_ids: list[int] | None) -> None:
         """Take down what a reward function gave for the completions of a group."""
@@ -54,12 +56,28 @@ class Record:
                 self.last[name] = f"{where}: {part.reason}"
             elif part.value is not None:
                 self.worked.add(name)
+                self._widen(name, part.value, part.value)
 
     def merge(self, other: Record) -> None:
         """Take down what another record holds."""
-        self.worked |= other.worked
         self.faults += other.faults
         self.last |= other.last
+        self.learn(other)
+
+    def learn(self, other: Record) -> None:
+        """Take over from another record what reward functions have given, and not their faults."""
+        self.worked |= other.worked
+        for name, span in other.spans.items():
+            self._widen(name, *span)
+
+    def worst(self, name: str, weight: float) -> float | None:
+        """Return the value of a reward function that makes the lowest reward; None: it has given none."""
+        span = self.spans.get(name)
+        return None if span is None else span[0] if weight >= 0 else span[1]
+
+    def _widen(self, name: str, low: float, high: float) -> None:
+        lowest, highest = self.spans.get(name, (low, high))
+        self.spans[name] = min(low, lowest), max(high, highest)
 
     def check(self) -> None:
         """Raise RewardError if a reward function has had MAX_FAULTS faults and never worked."""

@@ -201,13 +201,14 @@ class VerifierGroup(ElasticGroup):
             self._record.merge(answer.record)
             self._record.check()
         else:  # the group is tried again, and what fails at it then counts once
-            self._record.worked |= answer.record.worked
+            self._record.learn(answer.record)
         self._outages.answered(answer.record.worked)
 
     async def _ask(self, sampled: Any, without: list[str]) -> tuple[Any, _Answer]:
         """Have one verifier score a group; return the scored group's ref, and what else it has to say."""
         with self._hold() as verifier:
-            scored, answer = verifier.score_group.remote(sampled, self._record.worked, without)
+            known = Record(self._record.worked, spans=self._record.spans)
+            scored, answer = verifier.score_group.remote(sampled, known, without)
             answer = await answer
             self._answered(verifier, answer.pid, "checked")
             return scored, answer
@@ -271,7 +272,7 @@ class _Answer:
 class _VerifierActor(Verifier):
     @ray.method(num_returns=2)
     def score_group(
-        self, sampled: pa.Buffer, worked: set[str], without: list[str]
+        self, sampled: pa.Buffer, known: Record, without: list[str]
     ) -> tuple[pa.Buffer | None, _Answer]:
         """Score a group.
 
@@ -279,10 +280,10 @@ class _VerifierActor(Verifier):
 
         Args:
             sampled: the group.
-            worked: names of the reward functions that have worked before, in whichever verifier.
+            known: what the reward functions have given before, in whichever verifier.
             without: names of the reward functions whose service is not waited for.
         """
-        self.record, self.known, self._checks_record = Record(), worked, False
+        self.record, self.known, self._checks_record = Record(), known, False
         answer = _Answer(os.getpid(), self.record, self.unprotected)
         scored = None
         try:

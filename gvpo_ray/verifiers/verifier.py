@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from gvpo_ray import groups as group_tables
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.environment import BROKEN, ENVIRONMENT
+from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.sandbox.adapters import GOLD, MATCH, MESSAGES, check_signature
@@ -147,8 +147,8 @@ class Verifier:
     ) -> None:
         know(config)
         self.record, self._checks_record = record or Record(), record is None
-        self.known: set[str] = set()
-        """Names of reward functions that have worked elsewhere."""
+        self.known = Record()
+        """What reward functions have given elsewhere."""
         functions = functions or {}
         self._rewards = {
             **config.rewards,
@@ -233,6 +233,7 @@ class Verifier:
         columns: Mapping[str, list[Any]],
         without: Iterable[str] = (),
         of_episodes: Sequence[Part | None] = (),
+        broken: Sequence[bool] = (),
     ) -> list[Check]:
         """Score completions: one at a time in the sandbox, all in one call by trusted functions.
 
@@ -242,6 +243,7 @@ class Verifier:
             columns: further arguments of the reward functions; each is a list of one entry per completion.
             without: names of reward functions whose service is not waited for.
             of_episodes: what their environment gave the completions; None: it gives no rewards.
+            broken: which of them are episodes whose environment a tool call brought down (see `_worst`).
 
         Raises:
             OutOfReach: a service that a reward function calls does not answer.
@@ -273,7 +275,25 @@ class Verifier:
         for i, of_episode in enumerate(of_episodes):
             if of_episode is not None:
                 by_completion[i] = {ENVIRONMENT: of_episode, **by_completion[i]}
+        for i, is_broken in enumerate(broken):
+            if is_broken:
+                by_completion[i] = {name: self._worst(name, part) for name, part in by_completion[i].items()}
         return [self._combine(parts, seconds[i]) for i, parts in enumerate(by_completion)]
+
+    def _worst(self, name: str, part: Part) -> Part:
+        """Return what a reward function gives an episode whose environment the policy has brought down.
+
+        It is the worst that the function has given in this run, and for the environment, which is no more, in
+        place of a value. So the sum is never above that of another episode, whatever the weights are, and
+        where some fail and others succeed, a call that ends an episode costs what failing costs: the worst of
+        the group alone would be no loss at all where the others have all succeeded.
+        """
+        if part.value is None and name != ENVIRONMENT:
+            return part  # that it cannot be judged is no doing of the policy's
+        all_given = Record()
+        all_given.learn(self.known)
+        all_given.learn(self.record)
+        return replace(part, value=all_given.worst(name, self._rewards[name].weight))
 
     def _call(
         self,
@@ -288,7 +308,7 @@ class Verifier:
         try:
             return call(name, function, prompts, completions, columns, may_wait=may_wait)
         except OutOfReach as error:
-            if error.is_own and name not in self.record.worked | self.known:
+            if error.is_own and name not in self.record.worked | self.known.worked:
                 return [Part(None, f"{name}: {error}", is_fault=True)] * len(completions)
             raise
 
@@ -323,7 +343,8 @@ class Verifier:
         prompts = [row["prompt"] + ((said and said[i]) or "") for i in which]
         of_episodes = _of_episodes(row) if ENVIRONMENT in self._rewards else []
         given = [of_episodes[i] for i in which] if of_episodes else []
-        return self.check(prompts, completions, columns, without, given)
+        broken = group_tables.broken_episodes(row)
+        return self.check(prompts, completions, columns, without, given, [broken[i] for i in which])
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         """Make one result of the reward functions' parts: the weighted sum and all reasons."""
@@ -350,23 +371,17 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
 
     An episode that the environment itself has ended with an error counts as its fault. None stands for one
     that has no reward because the environment gives none, or whose agent has returned a text to be graded.
-
-    One whose environment the policy's own tool call has brought down is worth what the worst of its group is:
-    it is then never better than their mean, so that no policy learns to escape a bad reward by such a call.
     """
     if not any(row.get("episodes") or ()):
         return []
     none = [None] * len(row["completions"])
     values = (row.get("reward_parts") or {}).get(ENVIRONMENT)
     reasons = row.get("reward_reasons") or none
-    broken = [entry is not None and json.loads(entry).get("end") == BROKEN for entry in row["episodes"]]
-    worst = min((value for value in values or () if value is not None), default=None)
+    broken = group_tables.broken_episodes(row)
     return [
         None
         if value is None and (reason is None or (values is None and is_broken))
-        else Part(worst, reason)
-        if is_broken
-        else Part(value, reason, is_fault=value is None and " raised " in (reason or ""))
+        else Part(value, reason, is_fault=value is None and " raised " in (reason or "") and not is_broken)
         for value, reason, is_broken in zip(values or none, reasons, broken, strict=True)
     ]
 
