@@ -327,7 +327,7 @@ def _live_in(folder: str, files: Files) -> None:
         os.dup2(null, standard)
     os.environ.update(HOME=folder, TMPDIR=folder)
     os.chdir(folder)
-    _confine({"memory_bytes": MEMORY_GIB << 30, "scratch": folder, "functions": {}}, files)
+    _confine({"memory_bytes": MEMORY_GIB << 30, "scratch": folder}, files, is_guest=False)
 
 
 async def _serve(end: socket.socket, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
