@@ -151,7 +151,7 @@ class PoolConfig(Section):
 
     @property
     def is_spread(self) -> bool:
-        """Whether the GPUs of one engine may be of several nodes."""
+        """Return whether the GPUs of one engine may be of several nodes."""
         return self.vllm.get("distributed_executor_backend") == "ray"
 
     def parity_noise(self, dtype: str) -> float:
