@@ -5,6 +5,7 @@ An exported tensor is found again by a number, as by its handle on a GPU; nothin
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
 from collections.abc import Iterator
@@ -170,3 +171,18 @@ def test_without_nixl_one_line_says_what_is_missing() -> None:
     assert importlib.util.find_spec("nixl") is None  # it is none of the set-up's packages
     with pytest.raises(ConfigError, match=r"sharded_rdt needs the package nixl .* pip install nixl"):
         DirectPublisher("sharded_rdt", lambda *call: None, 1, 1, rank=0, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("executor", "is_made"), [("uni", False), ("mp", False), ("ray", True)])
+def test_vllms_engine_of_shards_is_made_with_its_ray_executor_alone(executor: str, is_made: bool) -> None:
+    """So config/run.py refuses sharded_rdt with another one."""
+    from vllm.distributed.weight_transfer.sharded_rdt_engine import ShardedRDTWeightTransferEngine
+
+    parallel: Any = SimpleNamespace(distributed_executor_backend=executor)
+    given: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+    transfer: Any = SimpleNamespace(backend="sharded_rdt")
+    wrong = (
+        contextlib.nullcontext() if is_made else pytest.raises(ValueError, match="requires distributed_exec")
+    )
+    with wrong:
+        ShardedRDTWeightTransferEngine(transfer, given, torch.device("cpu"), torch.nn.Linear(1, 1))

@@ -151,6 +151,14 @@ def test_an_engine_of_several_gpus_is_planned_and_started_as_vllm_splits_it(
             },
             "objects brings weights to one node of an engine",
         ),
+        (
+            {"num_gpus": 1, "weight_transfer": "sharded_rdt"},
+            "sharded_rdt needs vllm.distributed_executor_backend: ray",
+        ),
+        (
+            {"vllm": {"distributed_executor_backend": "vllm.v1.executor.ray_executor_v2.RayExecutorV2"}},
+            "distributed_executor_backend: 'vllm.v1.executor.ray_executor_v2.RayExecutorV2' is none of",
+        ),
     ],
 )
 def test_a_split_of_an_engine_that_cannot_be_is_refused_in_one_line(pool: dict[str, Any], words: str) -> None:

@@ -206,6 +206,9 @@ class PoolConfig(Section):
                     f"vllm.{name}: {self.vllm[name]}: engines get their places from the run; for one on "
                     "several nodes set vllm.distributed_executor_backend: ray"
                 )
+        executor = self.vllm.get("distributed_executor_backend", "mp")
+        if executor not in ("mp", "uni", "ray"):  # another one, by its class, might ask Ray for GPUs again
+            raise ValueError(f"vllm.distributed_executor_backend: {executor!r} is none of mp, uni and ray")
         if not self.is_spread:
             return
         if self.num_gpus < 1:
@@ -230,7 +233,8 @@ class EnginesConfig(PoolConfig):
     engines may join later. The others are vLLM's, from GPU to GPU into a fixed fleet, and experimental: the
     death of an engine ends the run, and the same command resumes it. `nccl`: broadcast from learner rank 0.
     `ipc`: within GPUs that one engine and the learner share (colocated: share). `sharded_rdt`: each engine
-    pulls its part from the learner ranks by RDMA; needs the package nixl."""
+    pulls its part from the learner ranks by RDMA; needs the package nixl, and
+    `vllm: {distributed_executor_backend: ray}`."""
     colocated: Literal["sleep", "share"] | None = None
     """How engines and learner live on the same GPUs. `sleep`: they take turns. While the learner trains, all
     engines of ours free their memory and stand still. Groups in flight go on afterwards with the new weights,

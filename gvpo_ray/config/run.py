@@ -191,6 +191,9 @@ class GVPOConfig(Section):
                 )
             if model.lora is not None:
                 raise ValueError(f"model.lora sends adapters, which {key} cannot; use objects")
+            # vLLM's engine of it raises with any other executor
+            if direct == "sharded_rdt" and not all(pool.is_spread for pool in pools.values()):
+                raise ValueError(f"{key} needs vllm.distributed_executor_backend: ray; use nccl")
         if engines.colocated == "share":
             for name, pool in pools.items():
                 where = f"engines.pools.{name}" if engines.pools else "engines"
