@@ -192,7 +192,7 @@ def test_rollout_samples_and_verifies_alone_and_another_model_scores(config_file
     folder = config_file.parent
     out, model = folder / "groups.arrow", folder / "model"
     command = ["rollout", str(config_file), "--out", str(out), "--groups", str(2 * GROUPS_PER_STEP)]
-    assert main([*command, f"loss.reference={{model: {model}}}"]) == 0
+    assert main([*command, f"loss.reference={{model: {model}, num_cpus: 0.2}}"]) == 0
     recorded = groups.validate(groups.load(out), groups.LOGGED_COLUMNS)
     assert recorded["group_id"].to_pylist() == list(range(2 * GROUPS_PER_STEP))
     tokenizer = AutoTokenizer.from_pretrained(model)
