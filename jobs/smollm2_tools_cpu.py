@@ -50,7 +50,7 @@ def main(folder: Path = Path("runs/smollm2_tools/data")) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, number in (("train", 200), ("heldout", 40)):
         rows = [json.dumps(row(rng)) for _ in range(number)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     print(f"wrote {folder}")
 
 

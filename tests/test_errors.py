@@ -20,7 +20,7 @@ OUTSIDE = {
     "engines/rollout.py:CutOff",  # a signal, which a user's rollout function must let pass
     "environments/agent_host.py:HangError",  # within its module: it becomes a reason
     "environments/world.py:HangError",  # within its module: it becomes what a tool call says
-    "sandbox/guest.py:ProgramError",  # raised into a stranger's asserts, in a process of theirs
+    "sandbox/asserts.py:ProgramError",  # raised into a stranger's asserts, in a process of theirs
     "sandbox/values.py:UnsendableError",  # a BaseException, so that no assert of a stranger can catch it
 }
 """The package's exceptions that are no GvpoError. A new one is a decision: its reason stands here."""

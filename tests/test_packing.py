@@ -113,8 +113,9 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     compiled = torch.compile(flex.flex_attention, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(packing, "_flex_attention", lambda: compiled)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
+    # torch's config forgets a key that a patch of another test has deleted, until it is set
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True, raising=False)
+    yield
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -406,7 +406,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subpr
 def test_a_set_up_installs_the_pins_whatever_the_machine_says_about_packages(made):
     project, done = made
     assert done.returncode == 0, done.stderr
-    code = "import importlib.metadata as m; print(*{f'{d.name}=={d.version}' for d in m.distributions()})"
+    # of this folder alone: setuptools brings a packaging of its own to the path
+    code = (
+        "import importlib.metadata as m, sysconfig; site = [sysconfig.get_path('purelib')]; "
+        "print(*{f'{d.name}=={d.version}' for d in m.distributions(path=site)})"
+    )
     installed = dict(text.split("==") for text in in_venv(project, code).split())
     installed = {canonicalize_name(name): version for name, version in installed.items()}
     assert installed.keys() - PINS.keys() == {"pip", "gvpo-ray"}

@@ -130,7 +130,8 @@ def test_every_job_is_found_by_its_name_in_an_empty_folder(installed: Path, tmp_
 
 QUICK = ["num_steps=2", "learner.num_workers=1", "groups_per_step=8", "evaluation.every_limit=8"]
 QUICK += ["evaluation.sets.heldout.limit=8", "warm_start.num_epochs=0.01", "learner.num_mini_batches=1"]
-QUICK += ["learner.backend=ddp", "verifiers.num=1"]  # neither DeepSpeed nor a second verifier is in the wheel
+# neither DeepSpeed nor a second verifier is in the wheel
+QUICK += ["learner.backend=ddp", "learner.zero_stage=0", "verifiers.num=1"]
 
 
 @pytest.mark.end_to_end

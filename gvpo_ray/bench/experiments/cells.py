@@ -121,9 +121,11 @@ class Results:
 
     def read(self) -> None:
         """Read the file again, with rows that other processes have added."""
-        self.rows = (
-            {row["cell"]: row for row in pq.read_table(self.path).to_pylist()} if self.path.exists() else {}
-        )
+        self.rows = {}
+        if self.path.exists():
+            # pyarrow opens a path twice, and another process may replace it between
+            with open(self.path, "rb") as file:
+                self.rows = {row["cell"]: row for row in pq.read_table(file).to_pylist()}
 
     def add(self, row: ResultRow) -> None:
         """Add a row to the file, under a lock."""
