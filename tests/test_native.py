@@ -29,6 +29,7 @@ from gvpo_ray.config.learner import LearnerConfig
 from gvpo_ray.config.memory import learner_bytes, shape_of
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.config.run import GVPOConfig
+from gvpo_ray.learner.backends import native
 from gvpo_ray.learner.backends.native import SummedGradients
 from gvpo_ray.learner.head import linear_logprobs
 from gvpo_ray.learner.policy import Policy
@@ -88,12 +89,35 @@ def resumed(folder: Path, kind: str = "qwen2", **learner: Any) -> dict[str, Any]
     }
 
 
-def held_of_a_mixture(folder: Path, **learner: Any) -> int:
-    """The number of parameters that this rank has."""
-    path = learners.shared_model(folder, "qwen3_moe")
-    policy = Policy(ModelConfig(path=str(path)), settings(folder, **learner).learner, path)
-    parameters = {id(p): p.data for p in policy._module.parameters()}.values()
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+def large_mixture(folder: Path) -> Path:
+    """A mixture that is large beside the masks of a pass."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        make_model(folder)  # for its tokenizer
+        torch.manual_seed(0)
+        config = transformers.Qwen3MoeConfig(
+            vocab_size=46,
+            hidden_size=64,
+            moe_intermediate_size=96,
+            num_experts=8,
+            num_experts_per_tok=4,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=4096,
+        )
+        transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def held_of_a_mixture(folder: Path, **learner: Any) -> dict[str, int]:
+    """As `held`, of a model with experts."""
+    path, given = large_mixture(folder / "model"), settings(folder, **learner).learner
+    prompt, completion = [2 + i % 20 for i in range(200)], [3 + i % 20 for i in range(350)]
+    row = {"group_id": 1, "prompt_ids": prompt, "completion_ids": [completion] * 8}
+    return held_by(Policy(ModelConfig(path=str(path)), given, path), row)
 
 
 def held(folder: Path, **learner: Any) -> dict[str, int]:
@@ -101,9 +125,12 @@ def held(folder: Path, **learner: Any) -> dict[str, int]:
     path = test_backends.large_model(folder / "model", False)
     given = settings(folder, micro_batch_tokens=10_000, **learner)
     policy = Policy(ModelConfig(path=str(path)), given.learner, path)
-    parts = [
-        p.data.to_local() if isinstance(p.data, DTensor) else p.data for p in policy._module.parameters()
-    ]
+    return held_by(policy, test_backends.group(1, [200] * 8))
+
+
+def held_by(policy: Policy, row: Any) -> dict[str, int]:
+    parameters = {id(p): p.data for p in policy._module.parameters()}.values()
+    parts = [part.to_local() if isinstance(part, DTensor) else part for part in parameters]
     own = {part.untyped_storage().data_ptr() for part in parts}
     kept: dict[int, int] = {}
 
@@ -115,7 +142,7 @@ def held(folder: Path, **learner: Any) -> dict[str, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logprobs = policy.logprobs([test_backends.group(1, [200] * 8)])
+        logprobs = policy.logprobs([row])
     policy.backward(logprobs.sum(), True)
     return {"parameters": sum(part.numel() for part in parts), "kept": sum(kept.values())}
 
@@ -368,11 +395,29 @@ def test_each_rank_holds_less_by_the_formula(on_ranks: Any, tmp_path: Path) -> N
     assert shares[2:] == pytest.approx([1 / 4] * 4, rel=0.35)
 
 
-def test_each_rank_holds_half_of_the_experts_and_all_routers(on_ranks: Any, tmp_path: Path) -> None:
-    shape = shape_of(str(make_model(tmp_path, "qwen3_moe")))
-    assert shape is not None and shape.num_experts == 4
-    assert on_ranks(2, "held of a mixture") == [shape.of_a_part(2)] * 2
+def test_each_rank_holds_half_of_the_experts_and_all_routers_and_rows_for_all_experts(
+    on_ranks: Any, tmp_path: Path
+) -> None:
+    shape = shape_of(str(large_mixture(tmp_path)))
+    assert shape is not None and shape.num_experts == 8
     assert shape.of_a_part(2) < 0.6 * shape.parameters
+    plan = planned(shape, 200 + 8 * 349, num_workers=2, **TENSOR)
+    assert plan > 0.9 * planned(shape, 200 + 8 * 349)
+    for rank in on_ranks(2, "held of a mixture"):
+        assert rank["parameters"] == shape.of_a_part(2)
+        assert rank["kept"] == pytest.approx(plan, rel=0.2)
+
+
+def planned(shape: Any, tokens: int, **learner: Any) -> float:
+    given = {
+        "run_dir": "r",
+        "num_steps": 1,
+        "groups_per_step": 4,
+        "model": {"path": "m"},
+        "prompts": {"path": "p"},
+        "learner": {"micro_batch_tokens": tokens, "gradient_checkpointing": False, **learner},
+    }
+    return learner_bytes(GVPOConfig.from_dict(given), shape, on_gpu=False)["activations"]
 
 
 def test_the_memory_plan_knows_how_layers_and_sequences_are_split() -> None:
@@ -487,3 +532,9 @@ def test_a_mixture_of_experts_is_split_where_its_family_is_known_and_its_experts
         check_sizes(models["qwen2_moe"], LearnerConfig(**TENSOR))
     with pytest.raises(ConfigError, match=r"tensor_parallel_size: 4 workers cannot .* the 6 experts of"):
         check_sizes(models["mixtral"], LearnerConfig(**{**TENSOR, "tensor_parallel_size": 4}))
+
+
+def test_experts_that_are_computed_one_by_one_are_not_shared_out() -> None:
+    native._check_product("grouped_mm", torch.bfloat16)
+    with pytest.raises(ConfigError, match="computes this model's experts by eager"):
+        native._check_product("eager", torch.bfloat16)

@@ -270,12 +270,15 @@ def _of_a_pass(
     Per token a layer keeps its hidden states some eight times, queries and attention's outputs three times
     (with padded blocks, on a CPU, twice as often), and the MLP's inner states four times. The head holds the
     logits of a chunk, the float32 gradient of its weight, and in bfloat16 copies of that and of the weight.
-    Of `parts` tensor parallel workers each has its share of queries, of inner states and of the head.
+    Of `parts` tensor parallel workers each has its share of queries, of inner states and of the head. Experts
+    that are shared out give no such share: each worker has rows for all experts of a token, and makes those
+    of experts that it lacks zero.
     """
-    queries = shape.num_attention_heads * shape.head_dim
+    queries = (3 if on_gpu else 6) * shape.num_attention_heads * shape.head_dim
     experts = shape.num_experts_per_tok
-    inner = (3 if on_gpu else 6) * queries + (experts or 1) * 4 * shape.intermediate_size
-    wide = 8 * shape.hidden_size + inner / parts + experts * 3 * shape.hidden_size  # a copy for each expert
+    inner = 4 * shape.intermediate_size * (experts or 1 / parts)
+    wide = 8 * shape.hidden_size + queries / parts + inner
+    wide += experts * 3 * shape.hidden_size  # a copy for each expert
     vocabulary = shape.vocab_size // parts
     head = vocabulary * shape.hidden_size
     layer = float(tokens * (width * wide + 4 * 3 * shape.hidden_size * (width == 2)))

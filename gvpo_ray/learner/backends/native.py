@@ -100,6 +100,8 @@ class NativeBackend(FSDPBackend):
         """Read this rank's shards of the model to its device."""
         model: nn.Module = read().to(self._device)
         config: Any = model.config
+        if self._config.tensor_parallel_size > 1 and num_experts(config):
+            _check_product(config._experts_implementation, model.dtype)
         config.distributed_config = None  # or save_pretrained, on rank 0 alone, would wait for others
         return model
 
@@ -176,3 +178,16 @@ def _copies(tensor: Tensor) -> int:
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
             copies //= 1 if placement.is_replicate() else size
     return copies
+
+
+def _check_product(way: str, dtype: torch.dtype) -> None:
+    """Refuse experts that are shared out and computed one by one.
+
+    A rank none of whose experts is chosen in a layer would then have no part in the backward pass, and the
+    others would wait for it. Float64 knows no other way; no run has it.
+    """
+    if way != "grouped_mm" and dtype != torch.float64:
+        raise ConfigError(
+            f"learner.tensor_parallel_size: transformers computes this model's experts by {way}, and they "
+            "are shared out where it does so by grouped_mm"
+        )
