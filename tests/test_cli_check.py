@@ -126,6 +126,17 @@ def test_check_refuses_the_directory_of_another_run_although_the_model_is_on_the
     assert "seed: run holds a run with other values of it" in refused("check", "config.yaml", hub, "seed=1")
 
 
+def test_check_asks_a_model_that_is_here_although_the_data_are_on_the_hub(
+    folder: Path, refused: Callable[..., str]
+) -> None:
+    on_hub = "prompts.path=somebody/data"
+    assert "router_aux_loss: " in refused("check", "config.yaml", on_hub, "model.router_aux_loss=true")
+    learner = "learner={backend: native, num_mini_batches: 1, num_workers: 3, tensor_parallel_size: 3}"
+    assert "3 workers cannot share out the num_attention_heads" in refused(
+        "check", "config.yaml", on_hub, learner
+    )
+
+
 def test_check_refuses_a_model_that_train_refuses(folder: Path, refused: Callable[..., str]) -> None:
     file = folder / "model" / "generation_config.json"
     file.write_text('{"do_sample": false, "temperature": 0.7}')

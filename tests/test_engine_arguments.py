@@ -152,6 +152,14 @@ def test_an_engine_of_several_gpus_is_planned_and_started_as_vllm_splits_it(
             "objects brings weights to one node of an engine",
         ),
         (
+            {
+                "num_gpus": 1,
+                "resources": {"spot": 0.01},
+                "vllm": {"distributed_executor_backend": "ray"},
+            },
+            "resources are asked for on one node",
+        ),
+        (
             {"num_gpus": 1, "weight_transfer": "sharded_rdt"},
             "sharded_rdt needs vllm.distributed_executor_backend: ray",
         ),

@@ -213,6 +213,11 @@ class PoolConfig(Section):
             return
         if self.num_gpus < 1:
             raise ValueError("vllm.distributed_executor_backend: ray needs whole GPUs (num_gpus)")
+        if self.resources:
+            raise ValueError(
+                "resources are asked for on one node, and with vllm.distributed_executor_backend: ray an "
+                "engine may have GPUs on others: use accelerator_type"
+            )
         if (parts := self.sizes["data_parallel_size"]) > 1:
             raise ValueError(
                 f"vllm.data_parallel_size ({parts}) cannot go with distributed_executor_backend: ray, with "

@@ -351,6 +351,9 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
     elif config.environment is not None:
         yield from described(read_contract(config.environment, config.verifiers), config.environment)
     trains = config.prompts.path != NO_PROMPTS or bool(config.sources)
+    if trains and f"model.path ({config.model.path})" not in on_hub:
+        check_trainable(config.model)
+        check_sizes(config.model, config.learner)
     if on_hub:
         yield (
             f"{', '.join(on_hub)}: of the Hugging Face hub, which `check` does not ask: the data are not "
@@ -365,8 +368,6 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
         for source, prompts in inputs.problems().items():
             name = "the first prompt" if source is None else f"sources.{source}: the first prompt"
             yield from _shown(name, prompts, config.model)
-        check_trainable(config.model)
-        check_sizes(config.model, config.learner)
         check_same_run(config.absolute(), inputs.digests() | digest_of(config.model))
     else:
         max_length, tokenizer = read_model(config)
