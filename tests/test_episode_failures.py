@@ -390,7 +390,9 @@ def test_a_client_has_a_method_for_each_method_of_a_host_with_the_same_arguments
     def arguments(cls: type) -> dict[str, list[str]]:
         methods = inspect.getmembers(cls, inspect.isfunction)
         found = {name: list(inspect.signature(one).parameters) for name, one in methods if name[0] != "_"}
-        return {name: [each for each in names if each != "limit_s"] for name, names in found.items()}
+        # Ray gives methods of a class that was an actor in this process an argument of its own.
+        hidden = {"limit_s", "_ray_trace_ctx"}
+        return {name: [each for each in names if each not in hidden] for name, names in found.items()}
 
     called = arguments(Client)
     assert {name: called.pop(name) for name in other} and called == arguments(host)

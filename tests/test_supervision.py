@@ -207,7 +207,7 @@ def test_an_engine_of_several_nodes_has_a_placement_group_until_it_dies_leaves_o
     monkeypatch.setattr(slots, "remove_placement_group", given_back.append)
 
     async def main() -> None:
-        fleet = Fleet({"num": 2, "num_cpus": 3, "resources": {"rack": 1}, "accelerator_type": "H100", **pool})
+        fleet = Fleet({"num": 2, "num_cpus": 3, "accelerator_type": "H100", **pool})
         async with running(fleet):
             fleet.publish(1)
             await asyncio.sleep(5)
@@ -222,7 +222,7 @@ def test_an_engine_of_several_nodes_has_a_placement_group_until_it_dies_leaves_o
             await fleet.group.close()
         assert given_back == ([0, 1, 2, 3] if pool else [])
         gpu = {"GPU": 1.0, "accelerator_type:H100": 0.001}
-        bundles = [{"CPU": 3.0, "rack": 1.0}, gpu, gpu, gpu, gpu]
+        bundles = [{"CPU": 3.0}, gpu, gpu, gpu, gpu]
         assert asked == ([(bundles, "PACK")] * 4 if pool else [])
         assert fleet.given == ([(0,), (1,), (2,), (3,)] if pool else [()] * 4)
 
