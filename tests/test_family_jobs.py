@@ -100,7 +100,7 @@ def check_trained(made: Path, name: str, lines: list[dict[str, Any]]) -> None:
     first, *_, last = (line["loss"] for line in lines)
     assert len(lines) == 3 and last < first
     assert all(line["sources/offline"] == 1 and line["groups/untrainable"] == 0 for line in lines)
-    start = made / "runs" / "family" / ("model" if name == "sft" else "sft/checkpoints/step-40")
+    start = made / "runs" / "family" / ("sft/checkpoints/step-40" if name == "poft" else "model")
     saved = made / "runs" / "few" / name / "checkpoints" / "step-3"
     assert {path.name for path in saved.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert (saved / "model.safetensors").read_bytes() != (start / "model.safetensors").read_bytes()
