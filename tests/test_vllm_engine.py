@@ -752,8 +752,11 @@ def test_an_update_is_a_sign_of_life() -> None:
 def test_a_turn_finds_the_turns_before_it_in_the_prefix_cache_and_separate_prompts_find_nothing(
     running: Running,
 ) -> None:
-    one, apart = (
-        running.run(turns.measure(running.engine, tiny.VOCAB_SIZE, 3, 3, is_one)) for is_one in (True, False)
+    one, apart = turns.Speed(), turns.Speed()
+    for is_one, speed in ((True, one), (False, apart)):
+        running.run(turns.measure(running.engine, tiny.VOCAB_SIZE, 3, 3, is_one, speed))
+    assert (
+        one.context == apart.context == 3 * (192 + 416 + 640) and one.sampled == apart.sampled == 3 * 3 * 32
     )
     assert (
         one.hit_rate > 0.3 and apart.hit_rate == 0

@@ -74,7 +74,7 @@ def main(num_groups: int, num_turns: int, model: str | None = None) -> float:
     Args:
         num_groups: groups of K episodes with the calculator.
         num_turns: of each.
-        model: folder of a model, whose turns are measured in 4 K episodes; None: in none.
+        model: folder of a model, whose turns are measured in eight episodes; None: in none.
     """
     forks = Forks(Calculator, {}, Limits())
     host = Host(forks.world)
@@ -104,7 +104,7 @@ def main(num_groups: int, num_turns: int, model: str | None = None) -> float:
     if model is not None:
         from gvpo_ray.bench import turns
 
-        one, apart = turns.main(model, 4 * K, num_turns)
+        one, apart = turns.main(model, num_turns)
         for name, speed in (
             (f"episodes of {num_turns} turns", one),
             (f"{num_turns} separate prompts", apart),
