@@ -119,5 +119,6 @@ class WarmStartConfig(Section):
     """Examples per update."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate. It rises over the first 5 % of the updates, then falls linearly to zero."""
-    num_threads: int | None = Field(default=None, ge=1)
-    """Torch threads; default: as many as the machine has CPUs."""
+    num_threads: int = Field(default=1, ge=1)
+    """Torch threads. A model of less than about a million parameters gains nothing by a second one, and where
+    other work has the other cores, threads that wait for each other have taken ten times as long."""
