@@ -99,6 +99,37 @@ def test_log_probs_and_gradients_are_those_of_a_plain_forward_pass_with_the_engi
     assert len(routers) >= LAYERS and all(gradients[name].grad.abs().max() > 1e-3 for name in routers)
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "native"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_experts_are_computed_in_the_type_of_the_passes_and_their_gradients_kept_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: Any
+) -> None:
+    """Torch's autocast does not know their product, and transformers takes it in the type of the weights."""
+    seen: list[torch.dtype] = []
+    usual = torch.nn.functional.grouped_mm
+
+    def product(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = usual(*args, **kwargs)
+        seen.append(result.dtype)
+        return result
+
+    path = folder_of(tmp_path, "qwen3_moe")
+    exact = policy_of(path)
+    exact.logprobs(ROWS).sum().backward()
+    want = {name: one.grad for name, one in exact._module.named_parameters() if "experts" in name}
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", product)
+    config = LearnerConfig(backend=backend, gradient_checkpointing=True)
+    policy = Policy(ModelConfig(path=str(path), dtype=dtype), config, path)
+    policy.backward(policy.logprobs(ROWS).sum(), True)
+    assert set(seen) == {getattr(torch, dtype)} and len(seen) >= 4 * LAYERS  # and again in the backward pass
+    got = {name: one.grad for name, one in policy._module.named_parameters() if "experts" in name}
+    assert got.keys() == want.keys() and len(got) == 2 * LAYERS
+    for name, gradient in got.items():
+        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        error = float((whole - want[name]).norm() / want[name].norm())
+        assert whole.dtype == torch.float32 and error < (0.05 if dtype == "bfloat16" else 1e-5), (name, error)
+
+
 def test_routers_choose_themselves_where_nothing_is_known(tmp_path: Path) -> None:
     """As with a group of an older log, a hole, and tokens at the end that an entry lacks."""
     policy = policy_of(folder_of(tmp_path, "qwen3_moe"))

@@ -156,3 +156,23 @@ def all_threads() -> Iterator[None]:
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return torch's autocast to `dtype`, which is switched off unless that is bfloat16."""
     return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+
+
+def _grouped_mm(kind: str) -> Callable[..., Tensor]:
+    """Return torch's product of a mixture's experts as autocast takes it on devices of a kind."""
+
+    def product(
+        left: Tensor, right: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return torch.ops.aten._grouped_mm(left.to(dtype), right.to(dtype), offs, bias, out_dtype)
+
+    return product
+
+
+# Torch's autocast leaves this product out, and transformers then takes it in the type of the weights: experts
+# would be computed in float32 beside layers in bfloat16.
+_AUTOCAST = torch.library.Library("aten", "IMPL")
+for _kind in ("CPU", "CUDA"):
+    _AUTOCAST.impl("_grouped_mm", _grouped_mm(_kind.lower()), f"Autocast{_kind}")
