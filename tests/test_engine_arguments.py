@@ -10,13 +10,13 @@ import pytest
 from test_families import config_of
 
 from gvpo_ray.config.base import ConfigError
-from gvpo_ray.config.engines import EnginesConfig, PoolConfig, SamplingConfig
+from gvpo_ray.config.engines import SPLITS, EnginesConfig, PoolConfig, SamplingConfig
 from gvpo_ray.config.memory import engine_bytes, shape_of
 from gvpo_ray.config.model import LoraConfig, ModelConfig
 from gvpo_ray.config.plan import check_resources, engine_layouts
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.engines.pools import EngineGroup
-from gvpo_ray.engines.vllm_arguments import of_the_model, returns_experts
+from gvpo_ray.engines.vllm_arguments import check_experts, of_the_model, returns_experts
 from gvpo_ray.engines.vllm_engine import Engine
 from gvpo_ray.run.session import placement_notes
 
@@ -38,6 +38,57 @@ def test_an_engine_says_which_experts_it_chose_where_there_are_some_and_the_lear
     assert "enable_return_routed_experts" not in of_the_model(
         model, arguments(), False
     )  # vLLM on a CPU refuses
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+        {"prefill_context_parallel_size": 2},
+        {"decode_context_parallel_size": 2},
+        {"enable_prefix_caching": False},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_keeps_vllm_from_saying_its_experts_is_refused_where_it_has_to_say_them(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """vLLM itself refuses just these, at an engine's start: its own check is asked with and without."""
+    from vllm.config import VllmConfig
+
+    (key, value), *_ = given.items()
+    folders = {family: tmp_path / family for family in ("qwen3_moe", "qwen3")}
+    for family, folder in folders.items():
+        config_of(family).save_pretrained(folder)
+    mixture, dense = (ModelConfig(path=str(folder)) for folder in folders.values())
+    num = 2 if "parallel" in key and "decode" not in key else 1
+    pool = {"num_gpus": num, "tensor_parallel_size": 1, "vllm": given}
+    with pytest.raises(ConfigError, match=rf"^engines\.vllm\.{key}: {value}: .*model\.router_replay: false$"):
+        check_experts(mixture, EnginesConfig.model_validate(pool))
+    with pytest.raises(ConfigError, match=rf"^engines\.pools\.b\.vllm\.{key}"):
+        check_experts(mixture, EnginesConfig.model_validate({"pools": {"a": GPU, "b": pool}}))
+    check_experts(dense, EnginesConfig.model_validate(pool))
+    check_experts(mixture.model_copy(update={"router_replay": False}), EnginesConfig.model_validate(pool))
+    check_experts(mixture, EnginesConfig.model_validate(GPU))
+
+    def ask(**changed: Any) -> None:
+        parts = {name: changed.get(name, 1) for name in (*SPLITS, "decode_context_parallel_size")}
+        caches = changed.get("enable_prefix_caching", True)
+        VllmConfig._verify_aux_output_compatibility(
+            SimpleNamespace(  # type: ignore[arg-type]
+                aux_output_config=SimpleNamespace(enabled=True),
+                use_v2_model_runner=True,
+                model_config=SimpleNamespace(runner_type="generate", is_moe=True),
+                cache_config=SimpleNamespace(enable_prefix_caching=caches),
+                speculative_config=None,
+                parallel_config=SimpleNamespace(**parts),
+                kv_transfer_config=None,
+            )
+        )
+
+    ask()
+    with pytest.raises(ValueError, match=r"incompatible|prefix caching"):
+        ask(**{key: value})
 
 
 def arguments(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gvpo_ray.config.engines import PoolConfig
+from gvpo_ray.config.base import ConfigError
+from gvpo_ray.config.engines import EnginesConfig, PoolConfig
 from gvpo_ray.config.model import ModelConfig, num_experts
 
 MAX_SEQUENCES = 1024
@@ -109,6 +110,28 @@ def returns_experts(model: ModelConfig) -> bool:
     if not model.router_replay:
         return False
     return num_experts(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)) > 0
+
+
+def check_experts(model: ModelConfig, engines: EnginesConfig) -> None:
+    """Refuse engines with which vLLM does not start where it has to say which experts it has chosen.
+
+    Raises:
+        ConfigError: one line with the key.
+    """
+    without = {
+        "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "enable_prefix_caching": True,
+    }
+    for name, pool in engines.all_pools().items():
+        own = next((key for key, usual in without.items() if pool.vllm.get(key, usual) != usual), None)
+        if own and pool.num_gpus and pool.url is None and returns_experts(model):
+            where = f"engines.pools.{name}" if engines.pools else "engines"
+            raise ConfigError(
+                f"{where}.vllm.{own}: {pool.vllm[own]}: so vLLM cannot say which experts of {model.path} it "
+                "chose; leave it out, or set model.router_replay: false"
+            )
 
 
 def of_the_model(model: ModelConfig, arguments: dict[str, Any], says_experts: bool) -> dict[str, Any]:

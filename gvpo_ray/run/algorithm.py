@@ -26,6 +26,7 @@ from gvpo_ray.config.plan import cluster_address
 from gvpo_ray.config.run import GVPOConfig
 from gvpo_ray.config.shown import mask
 from gvpo_ray.config.verifiers import RewardConfig
+from gvpo_ray.engines.vllm_arguments import check_experts
 from gvpo_ray.learner.checkpoints import damaged_checkpoints, settled_checkpoint
 from gvpo_ray.learner.families import check_trainable, digest_of
 from gvpo_ray.learner.sizes import check_sizes
@@ -101,6 +102,7 @@ class GVPO:
             self.inputs = read_inputs(config, rewards)
         check_trainable(config.model)
         check_sizes(config.model, config.learner)
+        check_experts(config.model, config.engines)
         self._open = contextlib.ExitStack()
         contents = {} if self.replays else self.inputs.digests()
         contents |= digest_of(config.model) | reference_digest(config)

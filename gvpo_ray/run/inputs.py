@@ -33,6 +33,7 @@ from gvpo_ray.data.prompts import PromptSet
 from gvpo_ray.data.rendering import MakeRenderer, completion_renderer, renderer_of
 from gvpo_ray.data.turns import check_stop_tokens
 from gvpo_ray.data.vocabulary import check_vocabulary
+from gvpo_ray.engines.vllm_arguments import check_experts
 from gvpo_ray.environments.agent import described_agent, read_agent
 from gvpo_ray.environments.contract import described, read_contract
 from gvpo_ray.learner.families import check_trainable, digest_of
@@ -354,6 +355,7 @@ def check_paths(config: GVPOConfig) -> Iterator[str]:
     if trains and f"model.path ({config.model.path})" not in on_hub:
         check_trainable(config.model)
         check_sizes(config.model, config.learner)
+        check_experts(config.model, config.engines)
     if on_hub:
         yield (
             f"{', '.join(on_hub)}: of the Hugging Face hub, which `check` does not ask: the data are not "
