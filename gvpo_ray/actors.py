@@ -44,14 +44,14 @@ def resources_of(actor: PoolConfig | LearnerConfig) -> dict[str, float]:
 
 
 def bundles_of(pool: PoolConfig) -> list[dict[str, float]]:
-    """Return the bundles of an engine whose GPUs may be of several nodes: of its actor, and one per GPU.
+    """Return the bundles of an engine whose GPUs may be of several nodes: one per GPU, as vLLM takes them.
 
-    vLLM's Ray executor takes a bundle with a GPU for each of its processes, and leaves out those without.
+    The first has what its actor asks for too. The actor looks for GPUs before vLLM's processes start, so it
+    has to be on a node with one; and of a bundle vLLM takes nothing but the GPU.
     """
     wanted = resources_of(pool)
     gpu = {name: n for name, n in wanted.items() if name.startswith("accelerator_type:")} | {"GPU": 1.0}
-    actor = {name: n for name, n in wanted.items() if name not in gpu}
-    return [actor or {"CPU": 0.001}, *[gpu] * round(pool.num_gpus)]
+    return [wanted | gpu, *[gpu] * (round(pool.num_gpus) - 1)]
 
 
 class Draining(GvpoError, RuntimeError):

@@ -640,7 +640,7 @@ def test_an_engine_gets_gpus_of_two_nodes_and_gives_them_back_when_it_dies_and_w
             parallel = SimpleNamespace(placement_group=slot.placement, world_size=4, tensor_parallel_size=4)
             ray_utils.initialize_ray_cluster(parallel, require_gpu_on_driver=False)
             bundles = ray_utils.get_bundles_sorted_by_node(slot.placement)
-            assert sorted(number for number, _, _ in bundles) == [1, 2, 3, 4]
+            assert sorted(number for number, _, _ in bundles) == [0, 1, 2, 3]
             first = slot.placement
             os.kill(before["pid"], signal.SIGKILL)
             await until_true(lambda: len(started()) == 2 and slot.state == EngineState.RUNNING)

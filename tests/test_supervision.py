@@ -222,11 +222,60 @@ def test_an_engine_of_several_nodes_has_a_placement_group_until_it_dies_leaves_o
             await fleet.group.close()
         assert given_back == ([0, 1, 2, 3] if pool else [])
         gpu = {"GPU": 1.0, "accelerator_type:H100": 0.001}
-        bundles = [{"CPU": 3.0}, gpu, gpu, gpu, gpu]
+        bundles = [{"CPU": 3.0, **gpu}, gpu, gpu, gpu]
         assert asked == ([(bundles, "PACK")] * 4 if pool else [])
         assert fleet.given == ([(0,), (1,), (2,), (3,)] if pool else [()] * 4)
 
     run(main())
+
+
+def test_a_fixed_fleet_of_such_engines_gives_all_groups_back_when_one_dies_or_cannot_be_placed_or_removed(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config allows them with direct transports alone: no engine is replaced, and the run ends."""
+    asked: list[int] = []
+    given_back: list[int] = []
+    room, broken = 3, 1
+
+    def ask(bundles: Any, strategy: str, name: str) -> int:
+        if len(asked) == room:
+            raise RuntimeError("no place")
+        asked.append(len(asked))
+        return asked[-1]
+
+    def give_back(number: int) -> None:
+        given_back.append(number)
+        if number == broken:
+            raise RuntimeError("the head node does not answer")
+
+    monkeypatch.setattr(slots, "placement_group", ask)
+    monkeypatch.setattr(slots, "remove_placement_group", give_back)
+    config = {"weight_transfer": "nccl", **SPREAD}
+
+    async def main() -> None:
+        fleet = Fleet({"num": 3, **config})
+        assert asked == [0, 1, 2]  # before any of them starts
+        with pytest.raises(BaseExceptionGroup) as died:
+            async with running(fleet):
+                fleet.publish(1)
+                await asyncio.sleep(5)
+                assert fleet.states() == [EngineState.RUNNING] * 3
+                fleet.handles[0].kill()
+                await asyncio.sleep(60)
+        assert died.group_contains(RayActorError) and given_back == [] and len(fleet.handles) == 3
+        with pytest.raises(RuntimeError, match="head node"):
+            await fleet.group.close()
+        assert given_back == [0, 1, 2]
+
+    async def without_room() -> None:
+        with pytest.raises(RuntimeError, match="no place"):
+            Fleet({"num": 3, **config})
+
+    run(main())
+    asked.clear(), given_back.clear()
+    room, broken = 1, 9
+    run(without_room())
+    assert asked == given_back == [0]
 
 
 # --- updates that fail --------------------------------------------------------------------------------------

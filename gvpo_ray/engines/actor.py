@@ -176,7 +176,7 @@ def actor_options(
         pool: its pool.
         number: in its pool.
         placement: the placement group of an engine whose GPUs may be of several nodes, of bundles as
-            actors.bundles_of has them. The actor takes the first of them, and vLLM's processes the others.
+            actors.bundles_of has them. The actor is in the first of them, and a process of vLLM's in each.
     """
     options: dict[str, Any] = {
         "name": actor_name(f"{name}-{number}"),

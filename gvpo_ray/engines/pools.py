@@ -6,6 +6,7 @@ This module imports neither torch nor vLLM, because actors import it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -176,5 +177,6 @@ class EngineGroup:
         try:
             await asyncio.gather(*(engine.close.remote() for engine in engines), return_exceptions=True)
         finally:
-            for slot in self.slots:
-                slot.clear()
+            with contextlib.ExitStack() as all_of_them:  # one that raises leaves none of the others
+                for slot in reversed(self.slots):
+                    all_of_them.callback(slot.clear)

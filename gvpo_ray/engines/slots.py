@@ -139,10 +139,12 @@ class Slot:
         """
         engine, placement = self.engine, self.placement
         self.engine = self.placement = None
-        if engine is not None:
-            ray.kill(engine, no_restart=True)
-        if placement is not None:
-            remove_placement_group(placement)
+        try:
+            if engine is not None:
+                ray.kill(engine, no_restart=True)
+        finally:
+            if placement is not None:
+                remove_placement_group(placement)
 
     def becomes(self, state: EngineState) -> None:
         """Change the state, and note the time."""

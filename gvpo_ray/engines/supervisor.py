@@ -93,8 +93,11 @@ class Supervisor:
         self._note, self._waits, self._changed = note, waits, changed
         self._is_fixed = config.weight_transfer != "objects"
         if self._is_fixed:  # the learner sends to all engines at once
-            for slot in slots:
-                slot.fill(make)
+            with contextlib.ExitStack() as made:
+                for slot in slots:
+                    made.callback(slot.clear)
+                    slot.fill(make)
+                made.pop_all()
         self._has_started: set[str] = set()
         self._newest_taken = -1
         self._num_collected = 0  # completions of unfinished groups

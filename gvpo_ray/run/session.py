@@ -276,7 +276,7 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
             if not _have_room(nodes, spread[who]):
                 yield (
                     "placement: all nodes of this cluster together have no room for the "
-                    f"{len(spread[who]) - 1} GPUs of an {who}: it waits until the autoscaler brings more; if "
+                    f"{len(spread[who])} GPUs of an {who}: it waits until the autoscaler brings more; if "
                     "the cluster has no autoscaler, or no such node type, for ever"
                 )
         elif not any(
@@ -293,7 +293,7 @@ def placement_notes(config: GVPOConfig, engines: bool) -> Iterator[str]:
 def _have_room(nodes: Sequence[Mapping[str, float]], bundles: Sequence[Mapping[str, float]]) -> bool:
     """Return whether empty nodes have room for all bundles, each on one of them.
 
-    Bundles are put onto nodes in order; those of an engine differ in no more than its actor's.
+    Bundles are put onto nodes in order; of an engine's the first asks for most.
     """
     free = [dict(node) for node in nodes]
     for bundle in bundles:
