@@ -370,6 +370,7 @@ class V:
     def __len__(self): return self.x
     def __round__(self, digits=0): return round(self.x, digits)
 """
+COLORS = "import enum\nclass C(enum.Enum): RED, BLUE = 1, 2\n"
 ADDRESS = "def f():\n    return type('A', (), {'__array__': lambda self, *a, **k: [1.0, 2.0]})()"
 
 
@@ -421,6 +422,22 @@ ADDRESS = "def f():\n    return type('A', (), {'__array__': lambda self, *a, **k
             "assert f(3010) == 10**3010 and f(9000) == 10**9000 and len(str(f(5000))) == 5001",
         ),
         ("def f(x): return [1.0, 2.0]", ADDRESS, "import numpy\nassert numpy.allclose(f(1), [1.0, 2.0])"),
+        (
+            VECTOR + "    def plus(self, other): return self + other\n",
+            VECTOR + "    plus = max\n",
+            "assert V(1).plus(V(2)) == V(3) and V(3) != V(2).plus(V(2))",
+        ),
+        (VECTOR + "most = max", VECTOR + "most = min", "assert most([V(1), V(3), V(2)]) == V(3)"),
+        (
+            VECTOR + "def f(x): x.sort()",
+            VECTOR + "def f(x): pass",
+            "x = [V(2), V(1)]\nf(x)\nassert x == [V(1), V(2)]",
+        ),
+        (
+            COLORS + "def f(x): return C(x)",
+            COLORS + "def f(x): return C(3 - x)",
+            "assert f(1) == C.RED and f(2) != C.RED and f(2) in [C.BLUE]",
+        ),
     ],
 )
 def test_what_right_programs_return_works_in_their_tests(
@@ -460,6 +477,50 @@ def test_a_program_says_nothing_about_a_value_of_the_tests(
     verifiers: dict[bool, Verifier], test: str
 ) -> None:
     assert score(verifiers[False], SAYS_YES, answer=[f"assert {test}"]) == 0
+
+
+RELATIONS = ["f(1) < f(2)", "f(3) != f(4)", "f(2, 3) == f(3, 2)", "f(5) > f(4) >= f(4)"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        SAYS_YES,
+        "class f:\n    def __init__(self, *_): pass\n    def __eq__(self, other): return True\n"
+        "    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __eq__",
+        "f = lambda *x: object()",
+        "f = lambda *x: 0",
+    ],
+)
+@pytest.mark.parametrize("call", ["f", "Solution().f"])
+def test_results_that_are_compared_with_each_other_are_not_asked_how_they_compare(
+    verifiers: dict[bool, Verifier], program: str, call: str
+) -> None:
+    tests = [f"assert {relation}".replace("f(", f"{call}(") for relation in RELATIONS]
+    right = "def f(x, y=1): return x * y"
+    solution = "\nclass Solution: f = staticmethod(f)"
+    assert earns(SAYS_YES + solution, tests)
+    assert score(verifiers[False], right + solution, answer=tests) == 1
+    assert score(verifiers[False], program + solution, answer=tests) == 0
+
+
+CLASS = "class V:\n    def __init__(self, x): pass\n    def __eq__(self, other): return True\n"
+LATER = """    def __ne__(self, other): return Later()
+class Later:
+    asked = 0
+    def __bool__(self):
+        self.asked += 1
+        return self.asked > 1
+"""
+
+
+@pytest.mark.parametrize("program", [CLASS, CLASS + "    __ne__ = __eq__", CLASS + LATER])
+def test_objects_of_a_class_are_not_both_equal_and_not_equal(
+    verifiers: dict[bool, Verifier], program: str
+) -> None:
+    tests = ["assert V(1) == V(1)", "assert V(1) != V(2)"]
+    assert score(verifiers[True], VECTOR, answer=tests) == 1
+    assert score(verifiers[False], program, answer=tests) == 0
 
 
 @pytest.mark.parametrize(

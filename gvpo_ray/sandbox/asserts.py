@@ -4,8 +4,10 @@ Three rules keep what a program does there from changing what the asserts mean:
 
     errors      one that vanishes, in tests that catch none, fails the test: for the iteration of map and zip,
                 for hasattr and others some errors mean something else than that a call has failed
-    operators   they are passed on where all operands are the program's own objects; so a program says nothing
-                about a value of the tests, such as whether it is equal, and is never given what is expected
+    operators   they are passed on between objects of a class that the tests make instances of: one operand is
+                made by the tests, and the others come from such objects. So a program says nothing about a
+                value of the tests, such as whether it is equal, and is never given what is expected; nor do
+                results of its functions say how they compare with each other
     arguments   what a program does to them is seen from the next statement on, so that it cannot change the
                 value out of which its own statement computes what it expects
 """
@@ -17,8 +19,10 @@ import builtins
 import collections
 import json
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from gvpo_ray.sandbox.functions import describe
@@ -68,17 +72,32 @@ class ProgramError(Exception):
     """The program raised an error that cannot be raised here as it was there."""
 
 
+_CLASS = re.compile(r"_*[A-Z][A-Za-z0-9]*")
+"""A name that tests take for a class's. What it really is, only the program could say."""
+
+_MADE, _OF_MADE = 2, 1
+"""Where an object of the program has come from: the tests made it, by calling a class or by operators; or it
+is such a class, or has come out of one of theirs. All others are 0."""
+
+
 class Remote:
     """A Remote stands for an object of the program that is no data, such as a function, and acts there.
 
-    Operators are passed on where the other operand is a Remote as well.
+    Operators are passed on where it and the other operands are of a class that the tests make instances of.
+    Others are equal where they are the same object.
+
+    Args:
+        ask: has something done in the program's process.
+        number: number of the object there.
+        origin: where it has come from.
     """
 
-    __slots__ = ("_ask", "_is_global", "_number")
+    __slots__ = ("_ask", "_is_global", "_number", "_of_tests")
 
-    def __init__(self, ask: Callable[..., Any], number: int) -> None:
+    def __init__(self, ask: Callable[..., Any], number: int, origin: int = 0) -> None:
         object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_of_tests", origin)
         object.__setattr__(self, "_is_global", False)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -117,7 +136,18 @@ def _passed_on(name: str) -> Callable[..., Any]:
     def method(self: Remote, *others: Any) -> Any:
         if not all(type(other) is Remote for other in others):
             return NotImplemented
-        return self._ask(name, self, *others)
+        origins = [each._of_tests for each in (self, *others)]
+        if others and not (min(origins) and max(origins) == _MADE):
+            if name not in ("eq", "ne"):
+                return NotImplemented
+            return (self._number == others[0]._number) is (name == "eq")
+        if name not in ("eq", "ne"):
+            return self._ask(name, self, *others)
+        # Both are asked, always in this order: the program cannot know which of them is to hold.
+        answers = [bool(self._ask(each, self, *others)) for each in ("eq", "ne")]
+        if all(answers):
+            raise TypeError("two objects of the program are equal, and not equal")
+        return answers[name == "ne"]
 
     return method
 
@@ -157,6 +187,7 @@ class Tests:
         self._lines, self._send, self._modules, self._num_asked = lines, send, modules, 0
         self._error: str | None = None
         self._changed: dict[int, tuple[Any, Any]] = {}
+        self._origins: dict[int, int] = {}
 
     def run(self, sources: list[str], entry_point: str | None) -> int:
         """Run the asserts one after the other, and send how each went.
@@ -229,8 +260,8 @@ class Tests:
         try:
             for value, new in zip(arguments, answer.get("changed", ()), strict=False):
                 if isinstance(value, _MUTABLE):
-                    self._changed[id(value)] = value, decode(new, self._object)
-            value = decode(answer["value"], self._object)
+                    self._changed[id(value)] = value, decode(new, partial(self._object, 0))
+            value = decode(answer["value"], partial(self._object, _whose(do, arguments)))
         except Exception as error:  # the answer is none of ours
             self._error = describe(error)
             raise ProgramError(self._error) from None
@@ -268,8 +299,10 @@ class Tests:
                 old.clear()
                 old.extend(new) if isinstance(old, collections.deque) else old.update(new)
 
-    def _object(self, number: int) -> Remote:
-        return Remote(self._ask, number)
+    def _object(self, origin: int, number: int) -> Remote:
+        # the tests' own objects stay that, wherever they come back from
+        self._origins[number] = max(origin, self._origins.get(number, 0))
+        return Remote(self._ask, number, self._origins[number])
 
 
 _SETTLING = (
@@ -277,6 +310,22 @@ _SETTLING = (
     *(ast.For, ast.While, ast.If, ast.With, ast.Try),
 )
 _MUTABLE = (list, set, dict, collections.deque, bytearray)
+
+
+def _whose(do: str, arguments: tuple[Any, ...]) -> int:
+    """Return where an object that the program returns has come from.
+
+    Args:
+        do: what was done.
+        arguments: what with; the first is the object, or the name of a global.
+    """
+    first = arguments[0]
+    if do == "global":
+        return _OF_MADE if _CLASS.fullmatch(first) else 0
+    origin = first._of_tests if type(first) is Remote else 0
+    if do in _BINARY or do in _UNARY:
+        return max(each._of_tests for each in arguments)
+    return _MADE if origin and do == "call" and first._is_global else min(origin, _OF_MADE)
 
 
 def _number(value: Any) -> int:

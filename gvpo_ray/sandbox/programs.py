@@ -11,8 +11,9 @@ patching or forging: whatever a program does there can only change its own answe
 asked of the kernel: how it ended, and the time that it used.
 
 Not excluded: a program that knows the tests by heart (any answer is as good as a computed one); asserts that
-compare two of the program's own objects; a name of Python's that all asserts call and nothing else (`sum`),
-which is then the program's; and, where the kernel has no Landlock, reading this process's memory.
+compare what a class of the program makes with nothing else; a name of Python's that all asserts call and
+nothing else (`sum`), which is then the program's; and, where the kernel has no Landlock, reading this
+process's memory.
 """
 
 from __future__ import annotations
