@@ -1,6 +1,7 @@
 """A guest is watched from outside: the kernel says how long it waits and what it holds.
 
-Between two looks a program can start more threads, and write more, than its limits say; then it is ended.
+Between two looks a program can start more threads, and write more, than its limits say. Then the next look
+ends it, and what it wrote counts as well when it has ended.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 LOOK_S = 0.05
-"""Seconds between two looks at a guest that has not answered yet."""
+"""Seconds between two looks at a guest, whether or not it answers in between."""
 
 MAX_THREADS = 64
 """Number of threads that a program may have."""
@@ -41,31 +43,53 @@ def excess(pid: int, scratch: Path, num_bytes: int) -> str | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         if int(_stat(PROC / str(pid))[17]) > MAX_THREADS:
             return f"it had more than {MAX_THREADS} threads"
+    num_written = 0
     with contextlib.suppress(OSError, ValueError):
         lines = (PROC / str(pid) / "io").read_text(encoding="ascii").splitlines()
         said = {name: int(value) for name, _, value in (line.partition(":") for line in lines)}
-        # by system calls, and by memory that is a file's
-        if max(said.get("wchar", 0), said.get("write_bytes", 0)) > num_bytes:
-            return f"it wrote more than {MAX_WRITTEN_BYTES >> 20} MiB"
-    for number, _ in enumerate(_files(scratch), 1):
+        # by system calls, and by memory that is a file's on a disk
+        num_written = max(said.get("wchar", 0), said.get("write_bytes", 0))
+    num_held = _num_unlinked_bytes(pid)  # where files are in memory (tmpfs), no account has what is mapped
+    for number, num_bytes_held in enumerate(_files(scratch), 1):
+        num_held += num_bytes_held
         if number > MAX_FILES:
             return f"it made more than {MAX_FILES} files"
+    if max(num_written, num_held) > num_bytes:
+        return f"it wrote more than {MAX_WRITTEN_BYTES >> 20} MiB"
     return None
 
 
-def _files(folder: Path) -> Iterator[str]:
-    """Yield the files and folders in a folder, and without an end where a path is too long to follow."""
+def _files(folder: Path) -> Iterator[int]:
+    """Yield the bytes of each file and folder in a folder, without end where a path is too long to follow."""
     left = [str(folder)]
     while left:
         try:
             with os.scandir(left.pop()) as entries:
                 for entry in entries:
-                    yield entry.path
-                    if entry.is_dir(follow_symlinks=False):
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    yield 0 if is_folder else _num_bytes(entry.stat(follow_symlinks=False))
+                    if is_folder:
                         left.append(entry.path)
         except OSError as error:  # it may be gone, or closed to everybody
             while error.errno == errno.ENAMETOOLONG:
-                yield ""
+                yield 0
+
+
+def _num_unlinked_bytes(pid: int) -> int:
+    """Return the bytes of the files that a process has open, and that are in no folder."""
+    found = {}
+    with contextlib.suppress(OSError), os.scandir(PROC / str(pid) / "fd") as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                status = os.stat(entry.path)
+                if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                    found[status.st_dev, status.st_ino] = _num_bytes(status)
+    return sum(found.values())
+
+
+def _num_bytes(status: os.stat_result) -> int:
+    """Return how much of a file is really there: holes are not, nor is what fills up its last block."""
+    return min(status.st_size, 512 * status.st_blocks)
 
 
 class Times(NamedTuple):
