@@ -297,6 +297,35 @@ def test_functions_that_a_prompt_gives_are_the_tests_own(
     assert score(verifiers[False], "def find_zero(xs): return -xs[0] / xs[1]", prompt, **ZERO) == 1
     setup = HELPER.partition("\n\ndef find_zero")[0]
     assert score(verifiers[False], wrong, **ZERO, test_setup_code=setup) == 0
+    # a prompt that shows a wrong one, to be mended
+    shown = prompt.replace("math.pow(x, i)", "1")
+    assert score(verifiers[False], "def find_zero(xs): return -xs[0] / xs[1]", shown, **ZERO) == 0
+    right = {**ZERO, "test_setup_code": setup}
+    assert score(verifiers[False], "def find_zero(xs): return -xs[0] / xs[1]", shown, **right) == 1
+    assert score(verifiers[False], wrong, shown, **right) == 0
+
+
+@pytest.mark.parametrize(
+    ("beside", "is_taken"),
+    [
+        ("EXAMPLE = undefined_name\nRESULT = f(2)\nimport no_such_module", True),
+        ("def main(x=f(2)): return undefined_name", True),
+        ("from math import *\nimport operator as op\nONE, TWO = 1, 2\nONE_MORE = op.add", True),
+        ("ONE = undefined_name", False),
+        ("from no_such_module import ONE", False),
+    ],
+)
+def test_of_a_prompt_only_what_helpers_use_is_taken_and_nothing_that_does_not_run(
+    verifiers: dict[bool, Verifier], beside: str, is_taken: bool
+) -> None:
+    one = "ONE" if "ONE" in beside else "1"
+    add = "ONE_MORE(x, ONE) + floor(0.5)" if "math" in beside else f"x + {one}"
+    prompt = f"Write f.\n```python\n{beside}\ndef g(x): return {add}\ndef f(x): ...\n```"
+    row = {"test": "def check(candidate):\n    assert candidate(3) == g(3)\n", "entry_point": "f"}
+    program = "def g(x): return x + 1\ndef f(x): return x + 1"
+    assert score(verifiers[False], program, prompt, **row) == 1
+    wrong = "def g(x): return 0\ndef f(x): return 0"
+    assert score(verifiers[False], wrong, prompt, **row) == (0 if is_taken else 1)
 
 
 def test_the_function_under_test_and_those_to_be_written_are_never_the_prompts() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
+import contextlib
 import json
 import operator
 import re
@@ -189,14 +190,23 @@ class Tests:
         self._changed: dict[int, tuple[Any, Any]] = {}
         self._origins: dict[int, int] = {}
 
-    def run(self, sources: list[str], entry_point: str | None) -> int:
+    def run(self, sources: list[str], entry_point: str | None, helpers: list[str]) -> int:
         """Run the asserts one after the other, and send how each went.
+
+        The helpers come first, those that run by themselves; what the sources define counts before them.
 
         Frames are {"total": number of tests}, {"test": whether it passed, "text": why not}, {"stopped": why
         what prepares a test failed}, {"fault": why the tests themselves do not work}, {"end": true}, and
         {"do", "arguments", "named"}, which the program's guest answers.
         """
         sys.set_int_max_str_digits(0)
+        for text in helpers:
+            with contextlib.suppress(Exception):  # they may be examples, or import what is not here
+                exec(
+                    compile(text, "helpers.py", "exec", dont_inherit=True),
+                    {name: sys.modules[name] for name in self._modules},
+                )
+                sources = [text, *sources]
         try:
             statements = [each for source in sources for each in ast.parse(source).body]
         except (SyntaxError, ValueError, RecursionError) as error:

@@ -71,7 +71,7 @@ def serve(
             status = _answer(request["program"], iter(lines), send)
         else:
             status = asserts.Tests(iter(lines), send, MODULES).run(
-                request["tests"], request.get("entry_point")
+                request["tests"], request.get("entry_point"), request["helpers"]
             )
     os._exit(status)
 

@@ -330,7 +330,9 @@ class Programs(Sandbox):
         finally:
             child.end()
 
-    def test(self, program: str, tests: list[str], entry_point: str | None, stop: bool) -> Result:
+    def test(
+        self, program: str, tests: list[str], entry_point: str | None, stop: bool, helpers: list[str]
+    ) -> Result:
         """Run a program and asserts about it.
 
         Args:
@@ -338,12 +340,14 @@ class Programs(Sandbox):
             tests: Python texts; every statement of them but definitions, imports and assignments is a test.
             entry_point: name of the function under test, which a function `check` of the tests gets.
             stop: whether to stop at the first test that fails.
+            helpers: Python texts with functions for the tests; one that does not run by itself is left out.
         """
         child = Guest(self, {"program": program})
         asserts: Guest | None = None
         num_passed, num_tests, num_done, remark, has_answered = 0, 1, 0, None, False
         try:
-            asserts = Guest(self, {"tests": tests, "entry_point": entry_point}, beside=child)
+            request = {"tests": tests, "entry_point": entry_point, "helpers": helpers}
+            asserts = Guest(self, request, beside=child)
             ready = child.receive()
             if "error" in ready:
                 return Result(0, num_tests, None, _error(ready))
