@@ -399,6 +399,14 @@ class V:
     def __len__(self): return self.x
     def __round__(self, digits=0): return round(self.x, digits)
 """
+SHOWN = """
+class P:
+    def __init__(self, x): self.x = x
+    def __repr__(self): return f'P({self.x})'
+    def __format__(self, form): return f'<{form}>'
+    def __setitem__(self, key, value): self.x = value
+    def __delitem__(self, key): self.x = -key
+"""
 COLORS = "import enum\nclass C(enum.Enum): RED, BLUE = 1, 2\n"
 ADDRESS = "def f():\n    return type('A', (), {'__array__': lambda self, *a, **k: [1.0, 2.0]})()"
 
@@ -462,6 +470,15 @@ ADDRESS = "def f():\n    return type('A', (), {'__array__': lambda self, *a, **k
             VECTOR + "def f(x): pass",
             "x = [V(2), V(1)]\nf(x)\nassert x == [V(1), V(2)]",
         ),
+        (SHOWN, SHOWN.replace("P({", "Q({"), "assert repr(P(1)) == 'P(1)' and str([P(1)]) == '[P(1)]'"),
+        (SHOWN, SHOWN.replace("P({", "Q({"), "assert str(P(1)) == 'P(1)' and f'{P(2)!r}' == 'P(2)'"),
+        (SHOWN, SHOWN.replace("{form}>", ">"), "assert f'{P(1):a}' == '<a>' and '{}'.format(P(1)) == '<>'"),
+        (
+            SHOWN,
+            SHOWN.replace("= value", "= 0"),
+            "p = P(1)\np[0] = 5\nassert p.x == 5\ndel p[0]\nassert p.x == 0",
+        ),
+        (SHOWN, SHOWN.replace("= -key", "= 0"), "p = P(1)\ndel p[3]\nassert p.x == -3"),
         (
             COLORS + "def f(x): return C(x)",
             COLORS + "def f(x): return C(3 - x)",

@@ -17,6 +17,7 @@ _UNARY = ("neg", "pos", "abs", "invert", "index")
 _ALONE: dict[str, Callable[..., Any]] = {
     "len": len,
     "str": str,
+    "repr": repr,
     "int": int,
     "float": float,
     "bool": bool,
@@ -29,7 +30,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "round": round,
     "isinstance": isinstance,
     "issubclass": issubclass,
+    "format": format,
     "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
     "getattr": getattr,
     "setattr": setattr,
 }
@@ -77,6 +81,15 @@ class Remote:
 
     def __getitem__(self, key: Any) -> Any:
         return self._ask("getitem", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._ask("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._ask("delitem", self, key)
+
+    def __format__(self, form: str) -> str:
+        return str(self._ask("format", self, form))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._ask("list", self))
