@@ -21,7 +21,7 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.sandbox import programs, watch
 from gvpo_ray.sandbox.values import decode, encode
 from gvpo_ray.verifiers import code_tests
-from gvpo_ray.verifiers.code import last_block
+from gvpo_ray.verifiers.code import _spelled, last_block
 from gvpo_ray.verifiers.code_tests import APPS, CONTESTS, LIVE, read_tests, same_output, same_value
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -462,6 +462,39 @@ def test_a_mistake_in_the_config_is_one_line(
     config = VerifiersConfig.model_validate({"rewards": {"code": {"arguments": arguments}}})
     with pytest.raises(ConfigError, match=said):
         Verifier(config, columns={"train": columns})
+
+
+STDIN = [{"input": f"{x} {y}\n", "output": f"{x + y}\n", "testtype": "stdin"} for x, y in ((1, 2), (3, 4))]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"public_test_cases": json.dumps(STDIN), "metadata": "{}"},
+        {"public_test_cases": json.dumps(STDIN[:1]), "private_test_cases": json.dumps(STDIN[1:])},
+    ],
+)
+def test_live_code_bench_has_rows_with_standard_input(row: dict[str, Any]) -> None:
+    verifier = limited(rewards={"code": {"arguments": {"share": True}}}, timeout_s=60)
+    assert score(verifier, ADD, **row) == 1
+    assert score(verifier, "print(3)", **row) == 0.5
+    assert score(verifier, ADD.replace("a + b", "a + b + 1e-9"), **row) == 0
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("language", "spelled"),
+    [
+        *((name, "python") for name in ("python", "Python", " PYTHON3 ", "Python 3", "py3", "Py")),
+        *((name, "python") for name in ("python 3.11", "PyPy 3-64", "CPython")),
+        *(("python 2", "python 2"), ("Python2.7", "python2.7"), ("C++", "cpp"), ("CPP", "cpp")),
+        *(("JavaScript", "nodejs"), ("R", "R"), ("Rust", "rust"), ("C#", "csharp")),
+    ],
+)
+def test_languages_are_spelled_as_data_sets_do(verifier: Verifier, language: str, spelled: str) -> None:
+    assert _spelled(language) == spelled
+    reward = score(verifier, ADD, answer=SUMS, language=language)
+    assert reward == (1 if spelled == "python" else None)
 
 
 class Fusion(BaseHTTPRequestHandler):
