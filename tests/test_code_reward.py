@@ -21,7 +21,7 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.sandbox import programs, watch
 from gvpo_ray.sandbox.values import decode, encode
 from gvpo_ray.verifiers import code_tests
-from gvpo_ray.verifiers.code import last_block
+from gvpo_ray.verifiers.code import _spelled, last_block
 from gvpo_ray.verifiers.code_tests import APPS, CONTESTS, LIVE, read_tests, same_output, same_value
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -270,6 +270,63 @@ def test_what_a_program_holds_while_it_runs_is_limited(what: str, fits: int, too
     assert check.reward == 0 and what in (check.reason or "")
 
 
+EACH = {
+    "threads": (60, 70, "threading.Thread(target=end.wait, daemon=True).start()"),
+    "MiB": (
+        60,
+        70,
+        "with open(name, 'wb', 0) as file: file.write(bytes(1 << 20))\n    os.unlink(name)",
+    ),
+    "files": (58, 70, "for j in range(16): open(f'{name}-{j}', 'w').close()"),
+}
+
+
+@pytest.mark.parametrize("what", EACH)
+def test_what_a_program_holds_counts_however_soon_it_answers(what: str) -> None:
+    fits, too_many, does = EACH[what]
+    program = (
+        "import os, threading\nthreading.stack_size(1 << 16)\nend = threading.Event()\ndef f(x):\n"
+        f"    name = os.environ['TMPDIR'] + f'/{{x}}'\n    {does}\n    return x"
+    )
+    verifier = limited(timeout_s=60, cpu_s=5)
+    for num_calls, reward in ((fits, 1), (too_many, 0)):
+        numbers = list(range(num_calls))
+        called = {"inputs": [[number] for number in numbers], "outputs": numbers, "fn_name": "f"}
+        for row in (json.dumps(called), [f"assert f({number}) == {number}" for number in numbers]):
+            (check,) = verifier.check(["?"], [block(program)], {"answer": [row]})
+            assert check.reward == reward and (reward or what in (check.reason or ""))
+    verifier.close()
+
+
+@pytest.mark.parametrize("kept", [1, 0])
+def test_what_a_program_wrote_counts_when_it_has_ended(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    monkeypatch.setattr(watch, "LOOK_S", 60.0)  # there is no look but the last
+    verifier = limited(timeout_s=60, cpu_s=5)
+    for mib, reward in ((60, 1), (70, 0)):
+        written = f"for i in range({mib}):\n    with open(os.environ['TMPDIR'] + f'/{{i * {kept}}}', 'wb', 0)"
+        program = f"import os\n{written} as file:\n        file.write(bytes(1 << 20))\n{ADD}"
+        assert score(verifier, program, answer=SUMS) == reward
+    verifier.close()
+
+
+@pytest.mark.parametrize(("num_threads", "held_s", "tests_s", "reward"), [(50, 0.1, 1, 1), (70, 5, 20, 0)])
+def test_a_program_is_looked_at_while_the_tests_are_at_work(
+    num_threads: int, held_s: float, tests_s: float, reward: float
+) -> None:
+    program = (
+        "import threading, time\nthreading.stack_size(1 << 16)\nend = threading.Event()\n"
+        "def later():\n    time.sleep(0.2)\n"
+        f"    for _ in range({num_threads}): threading.Thread(target=end.wait, daemon=True).start()\n"
+        f"    time.sleep({held_s})\n    end.set()\n"
+        "def f():\n    threading.Thread(target=later, daemon=True).start()\n    return 1"
+    )
+    verifier = limited(timeout_s=60, cpu_s=5)
+    tests = f"import time\nassert f() == 1\ntime.sleep({tests_s})"
+    (check,) = verifier.check(["?"], [block(program)], {"test": [tests]})
+    verifier.close()
+    assert check.reward == reward and (reward or "than 64 threads" in (check.reason or ""))
+
+
 def test_the_share_counts_the_tests_that_passed() -> None:
     config = {"rewards": {"code": {"arguments": {"share": True}}}, "timeout_s": 30, "cpu_s": 1}
     verifier = Verifier(VerifiersConfig.model_validate(config))
@@ -405,6 +462,39 @@ def test_a_mistake_in_the_config_is_one_line(
     config = VerifiersConfig.model_validate({"rewards": {"code": {"arguments": arguments}}})
     with pytest.raises(ConfigError, match=said):
         Verifier(config, columns={"train": columns})
+
+
+STDIN = [{"input": f"{x} {y}\n", "output": f"{x + y}\n", "testtype": "stdin"} for x, y in ((1, 2), (3, 4))]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"public_test_cases": json.dumps(STDIN), "metadata": "{}"},
+        {"public_test_cases": json.dumps(STDIN[:1]), "private_test_cases": json.dumps(STDIN[1:])},
+    ],
+)
+def test_live_code_bench_has_rows_with_standard_input(row: dict[str, Any]) -> None:
+    verifier = limited(rewards={"code": {"arguments": {"share": True}}}, timeout_s=60)
+    assert score(verifier, ADD, **row) == 1
+    assert score(verifier, "print(3)", **row) == 0.5
+    assert score(verifier, ADD.replace("a + b", "a + b + 1e-9"), **row) == 0
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("language", "spelled"),
+    [
+        *((name, "python") for name in ("python", "Python", " PYTHON3 ", "Python 3", "py3", "Py")),
+        *((name, "python") for name in ("python 3.11", "PyPy 3-64", "CPython")),
+        *(("python 2", "python 2"), ("Python2.7", "python2.7"), ("C++", "cpp"), ("CPP", "cpp")),
+        *(("JavaScript", "nodejs"), ("R", "R"), ("Rust", "rust"), ("C#", "csharp")),
+    ],
+)
+def test_languages_are_spelled_as_data_sets_do(verifier: Verifier, language: str, spelled: str) -> None:
+    assert _spelled(language) == spelled
+    reward = score(verifier, ADD, answer=SUMS, language=language)
+    assert reward == (1 if spelled == "python" else None)
 
 
 class Fusion(BaseHTTPRequestHandler):

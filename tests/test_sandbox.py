@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from gvpo_ray.config.verifiers import VerifiersConfig
 from gvpo_ray.observe.metrics import batch_metrics
 from gvpo_ray.sandbox.channel import GoneError
 from gvpo_ray.sandbox.functions import Part
-from gvpo_ray.sandbox.process import Sandbox, _stages
+from gvpo_ray.sandbox.process import Sandbox, SandboxError, _stages
 from gvpo_ray.verifiers.math.reward import math_reward
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -214,6 +215,27 @@ def test_a_child_that_died_while_idle_is_replaced_without_loss() -> None:
         os.kill(first, signal.SIGKILL)
         assert rewards_of(verifier.score(group_of("1", ["\\boxed{1}"]))) == [1.0]
         assert shared_pid(verifier) != first
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("main._confine = fail", "cannot confine itself: OSError: [Errno 16] a filter of its own"),
+        ("main._confine = lambda *_: int('a limit')", "cannot confine itself: ValueError"),
+        ("os.fork = fail", "before it takes up a check: no process can be forked: OSError: [Errno 16]"),
+        ("main._serve = lambda *_: os.kill(os.getpid(), 9)", "takes up a check: killed by SIGKILL"),
+    ],
+)
+def test_a_child_that_cannot_begin_says_why(tmp_path: Path, broken: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, sys\nmain = sys.modules['__main__']\n"
+        "def fail(*_): raise OSError(16, 'a filter of its own')\n"
+        f"if hasattr(main, '_confine'): {broken}\n"
+        "def reward(prompts, completions): return [1.0]\n"
+    )
+    verifier = Verifier(VerifiersConfig(rewards={f"{tmp_path}/mine.py:reward": 1.0}))
+    with verifier, pytest.raises(SandboxError, match=re.escape(said)):
+        verifier.score(group_of("1", ["a"]))
 
 
 @pytest.mark.parametrize("functions", [{}, {"also": lambda prompts, completions, **_: [0.0]}])

@@ -94,6 +94,34 @@ def test_threads_and_bytes_have_limits(
     assert watch.excess(7, proc / "scratch", 1000) == said
 
 
+@pytest.mark.parametrize(("size", "said"), [(1000, None), (1001, "it wrote more than 64 MiB")])
+def test_what_is_in_files_counts_whoever_wrote_it_and_holes_do_not(
+    proc: Path, size: int, said: str | None
+) -> None:
+    """Files in memory, in a tmpfs, are written through a mapping without an account of it."""
+    (proc / "scratch" / "a").mkdir(parents=True)
+    (proc / "scratch" / "a" / "x").write_bytes(bytes(600))
+    (proc / "scratch" / "y").write_bytes(bytes(size - 600))
+    with (proc / "scratch" / "hole").open("wb") as file:
+        file.truncate(1 << 20)
+    assert watch.excess(7, proc / "scratch", 1000) == said
+
+
+@pytest.mark.parametrize(("size", "said"), [(1000, None), (1001, "it wrote more than 64 MiB")])
+def test_files_that_are_unlinked_count_while_they_are_open(proc: Path, size: int, said: str | None) -> None:
+    (proc / "scratch").mkdir()
+    (proc / "7" / "fd").mkdir(parents=True)
+    with (proc / "scratch" / "x").open("wb", 0) as file:
+        file.write(bytes(size))
+        for number in (3, 4):  # one file, opened twice
+            (proc / "7" / "fd" / str(number)).symlink_to(f"/proc/self/fd/{file.fileno()}")
+        (proc / "7" / "fd" / "5").symlink_to(proc / "gone")
+        assert watch.excess(7, proc / "scratch", 1000) == said  # one that has a name counts once
+        (proc / "scratch" / "x").unlink()
+        assert watch.excess(7, proc / "scratch", 1000) == said
+    assert watch.excess(7, proc / "scratch", 1000) is None
+
+
 def test_files_have_a_limit_however_deep_they_lie(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MAX_FILES", 20)
     scratch = proc / "scratch"

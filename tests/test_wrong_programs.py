@@ -11,7 +11,6 @@ import pytest
 from unprotected import earns
 
 from gvpo_ray.config.verifiers import VerifiersConfig
-from gvpo_ray.verifiers.code import _spelled
 from gvpo_ray.verifiers.code_tests import helpers
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -297,6 +296,35 @@ def test_functions_that_a_prompt_gives_are_the_tests_own(
     assert score(verifiers[False], "def find_zero(xs): return -xs[0] / xs[1]", prompt, **ZERO) == 1
     setup = HELPER.partition("\n\ndef find_zero")[0]
     assert score(verifiers[False], wrong, **ZERO, test_setup_code=setup) == 0
+    # a prompt that shows a wrong one, to be mended
+    shown = prompt.replace("math.pow(x, i)", "1")
+    assert score(verifiers[False], "def find_zero(xs): return -xs[0] / xs[1]", shown, **ZERO) == 0
+    right = {**ZERO, "test_setup_code": setup}
+    assert score(verifiers[False], "def find_zero(xs): return -xs[0] / xs[1]", shown, **right) == 1
+    assert score(verifiers[False], wrong, shown, **right) == 0
+
+
+@pytest.mark.parametrize(
+    ("beside", "is_taken"),
+    [
+        ("EXAMPLE = undefined_name\nRESULT = f(2)\nimport no_such_module", True),
+        ("def main(x=f(2)): return undefined_name", True),
+        ("from math import *\nimport operator as op\nONE, TWO = 1, 2\nONE_MORE = op.add", True),
+        ("ONE = undefined_name", False),
+        ("from no_such_module import ONE", False),
+    ],
+)
+def test_of_a_prompt_only_what_helpers_use_is_taken_and_nothing_that_does_not_run(
+    verifiers: dict[bool, Verifier], beside: str, is_taken: bool
+) -> None:
+    one = "ONE" if "ONE" in beside else "1"
+    add = "ONE_MORE(x, ONE) + floor(0.5)" if "math" in beside else f"x + {one}"
+    prompt = f"Write f.\n```python\n{beside}\ndef g(x): return {add}\ndef f(x): ...\n```"
+    row = {"test": "def check(candidate):\n    assert candidate(3) == g(3)\n", "entry_point": "f"}
+    program = "def g(x): return x + 1\ndef f(x): return x + 1"
+    assert score(verifiers[False], program, prompt, **row) == 1
+    wrong = "def g(x): return 0\ndef f(x): return 0"
+    assert score(verifiers[False], wrong, prompt, **row) == (0 if is_taken else 1)
 
 
 def test_the_function_under_test_and_those_to_be_written_are_never_the_prompts() -> None:
@@ -370,6 +398,15 @@ class V:
     def __len__(self): return self.x
     def __round__(self, digits=0): return round(self.x, digits)
 """
+SHOWN = """
+class P:
+    def __init__(self, x): self.x = x
+    def __repr__(self): return f'P({self.x})'
+    def __format__(self, form): return f'<{form}>'
+    def __setitem__(self, key, value): self.x = value
+    def __delitem__(self, key): self.x = -key
+"""
+COLORS = "import enum\nclass C(enum.Enum): RED, BLUE = 1, 2\n"
 ADDRESS = "def f():\n    return type('A', (), {'__array__': lambda self, *a, **k: [1.0, 2.0]})()"
 
 
@@ -421,6 +458,31 @@ ADDRESS = "def f():\n    return type('A', (), {'__array__': lambda self, *a, **k
             "assert f(3010) == 10**3010 and f(9000) == 10**9000 and len(str(f(5000))) == 5001",
         ),
         ("def f(x): return [1.0, 2.0]", ADDRESS, "import numpy\nassert numpy.allclose(f(1), [1.0, 2.0])"),
+        (
+            VECTOR + "    def plus(self, other): return self + other\n",
+            VECTOR + "    plus = max\n",
+            "assert V(1).plus(V(2)) == V(3) and V(3) != V(2).plus(V(2))",
+        ),
+        (VECTOR + "most = max", VECTOR + "most = min", "assert most([V(1), V(3), V(2)]) == V(3)"),
+        (
+            VECTOR + "def f(x): x.sort()",
+            VECTOR + "def f(x): pass",
+            "x = [V(2), V(1)]\nf(x)\nassert x == [V(1), V(2)]",
+        ),
+        (SHOWN, SHOWN.replace("P({", "Q({"), "assert repr(P(1)) == 'P(1)' and str([P(1)]) == '[P(1)]'"),
+        (SHOWN, SHOWN.replace("P({", "Q({"), "assert str(P(1)) == 'P(1)' and f'{P(2)!r}' == 'P(2)'"),
+        (SHOWN, SHOWN.replace("{form}>", ">"), "assert f'{P(1):a}' == '<a>' and '{}'.format(P(1)) == '<>'"),
+        (
+            SHOWN,
+            SHOWN.replace("= value", "= 0"),
+            "p = P(1)\np[0] = 5\nassert p.x == 5\ndel p[0]\nassert p.x == 0",
+        ),
+        (SHOWN, SHOWN.replace("= -key", "= 0"), "p = P(1)\ndel p[3]\nassert p.x == -3"),
+        (
+            COLORS + "def f(x): return C(x)",
+            COLORS + "def f(x): return C(3 - x)",
+            "assert f(1) == C.RED and f(2) != C.RED and f(2) in [C.BLUE]",
+        ),
     ],
 )
 def test_what_right_programs_return_works_in_their_tests(
@@ -462,6 +524,50 @@ def test_a_program_says_nothing_about_a_value_of_the_tests(
     assert score(verifiers[False], SAYS_YES, answer=[f"assert {test}"]) == 0
 
 
+RELATIONS = ["f(1) < f(2)", "f(3) != f(4)", "f(2, 3) == f(3, 2)", "f(5) > f(4) >= f(4)"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        SAYS_YES,
+        "class f:\n    def __init__(self, *_): pass\n    def __eq__(self, other): return True\n"
+        "    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __eq__",
+        "f = lambda *x: object()",
+        "f = lambda *x: 0",
+    ],
+)
+@pytest.mark.parametrize("call", ["f", "Solution().f"])
+def test_results_that_are_compared_with_each_other_are_not_asked_how_they_compare(
+    verifiers: dict[bool, Verifier], program: str, call: str
+) -> None:
+    tests = [f"assert {relation}".replace("f(", f"{call}(") for relation in RELATIONS]
+    right = "def f(x, y=1): return x * y"
+    solution = "\nclass Solution: f = staticmethod(f)"
+    assert earns(SAYS_YES + solution, tests)
+    assert score(verifiers[False], right + solution, answer=tests) == 1
+    assert score(verifiers[False], program + solution, answer=tests) == 0
+
+
+CLASS = "class V:\n    def __init__(self, x): pass\n    def __eq__(self, other): return True\n"
+LATER = """    def __ne__(self, other): return Later()
+class Later:
+    asked = 0
+    def __bool__(self):
+        self.asked += 1
+        return self.asked > 1
+"""
+
+
+@pytest.mark.parametrize("program", [CLASS, CLASS + "    __ne__ = __eq__", CLASS + LATER])
+def test_objects_of_a_class_are_not_both_equal_and_not_equal(
+    verifiers: dict[bool, Verifier], program: str
+) -> None:
+    tests = ["assert V(1) == V(1)", "assert V(1) != V(2)"]
+    assert score(verifiers[True], VECTOR, answer=tests) == 1
+    assert score(verifiers[False], program, answer=tests) == 0
+
+
 @pytest.mark.parametrize(
     "test",
     [
@@ -491,40 +597,3 @@ def test_tests_that_need_a_class_of_the_program_in_their_own_process_judge_nobod
 )
 def test_the_input_of_a_program_is_a_file(verifiers: dict[bool, Verifier], program: str) -> None:
     assert score(verifiers[False], program, answer=json.dumps(OUTPUT)) == 1
-
-
-# -------------------------------------------------------------------------------------------------- data sets
-
-STDIN = [{"input": i, "output": o, "testtype": "stdin"} for i, o in zip(*list(OUTPUT.values()), strict=True)]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"public_test_cases": json.dumps(STDIN), "metadata": "{}"},
-        {"public_test_cases": json.dumps(STDIN[:1]), "private_test_cases": json.dumps(STDIN[1:])},
-    ],
-)
-def test_live_code_bench_has_rows_with_standard_input(
-    verifiers: dict[bool, Verifier], row: dict[str, Any]
-) -> None:
-    assert score(verifiers[True], RIGHT["output"], **row) == 1
-    assert score(verifiers[True], "print(3)", **row) == 0.5
-    assert score(verifiers[True], RIGHT["output"].replace("a + b", "a + b + 1e-9"), **row) == 0
-
-
-@pytest.mark.parametrize(
-    ("language", "spelled"),
-    [
-        *((name, "python") for name in ("python", "Python", " PYTHON3 ", "Python 3", "py3", "Py")),
-        *((name, "python") for name in ("python 3.11", "PyPy 3-64", "CPython")),
-        *(("python 2", "python 2"), ("Python2.7", "python2.7"), ("C++", "cpp"), ("CPP", "cpp")),
-        *(("JavaScript", "nodejs"), ("R", "R"), ("Rust", "rust"), ("C#", "csharp")),
-    ],
-)
-def test_languages_are_spelled_as_data_sets_do(
-    verifiers: dict[bool, Verifier], language: str, spelled: str
-) -> None:
-    assert _spelled(language) == spelled
-    reward = score(verifiers[False], RIGHT["output"], answer=json.dumps(OUTPUT), language=language)
-    assert reward == (1 if spelled == "python" else None)

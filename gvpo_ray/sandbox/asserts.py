@@ -4,8 +4,10 @@ Three rules keep what a program does there from changing what the asserts mean:
 
     errors      one that vanishes, in tests that catch none, fails the test: for the iteration of map and zip,
                 for hasattr and others some errors mean something else than that a call has failed
-    operators   they are passed on where all operands are the program's own objects; so a program says nothing
-                about a value of the tests, such as whether it is equal, and is never given what is expected
+    operators   they are passed on between objects of a class that the tests make instances of: one operand is
+                made by the tests, and the others come from such objects. So a program says nothing about a
+                value of the tests, such as whether it is equal, and is never given what is expected; nor do
+                results of its functions say how they compare with each other
     arguments   what a program does to them is seen from the next statement on, so that it cannot change the
                 value out of which its own statement computes what it expects
 """
@@ -15,40 +17,16 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
+import contextlib
 import json
-import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from gvpo_ray.sandbox.functions import describe
-from gvpo_ray.sandbox.values import Named, UnsendableError, decode, encode
-
-_BINARY = (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift"),
-    *("rshift", "lt", "le", "gt", "ge", "eq", "ne"),
-)
-_UNARY = ("neg", "pos", "abs", "invert", "index")
-_ALONE: dict[str, Callable[..., Any]] = {
-    "len": len,
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "hash": hash,
-}
-
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(operator, f"__{name}__") for name in (*_BINARY, *_UNARY)},
-    **_ALONE,
-    "round": round,
-    "isinstance": isinstance,
-    "issubclass": issubclass,
-    "getitem": operator.getitem,
-    "getattr": getattr,
-    "setattr": setattr,
-}
-"""What may be done with a program's objects from outside, beside calling and listing them."""
+from gvpo_ray.sandbox.remote import Remote, number_of, origin_of
+from gvpo_ray.sandbox.values import UnsendableError, decode, encode
 
 _MEANT = {("getattr", "AttributeError"), ("len", "TypeError")}
 """What is done, and the error by which Python asks whether it can be: hasattr, and the length of a list to be
@@ -66,64 +44,6 @@ _SETTLE = "what programs did to arguments is seen from here on"
 
 class ProgramError(Exception):
     """The program raised an error that cannot be raised here as it was there."""
-
-
-class Remote:
-    """A Remote stands for an object of the program that is no data, such as a function, and acts there.
-
-    Operators are passed on where the other operand is a Remote as well.
-    """
-
-    __slots__ = ("_ask", "_is_global", "_number")
-
-    def __init__(self, ask: Callable[..., Any], number: int) -> None:
-        object.__setattr__(self, "_ask", ask)
-        object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_is_global", False)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Have the program's function called, and return its value."""
-        return self._ask("call", self, *arguments, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__array") or name == "__dlpack__":  # by which numpy reads memory at an address
-            raise AttributeError(name)
-        return self._ask("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("setattr", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("getitem", self, key)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._ask("list", self))
-
-    def __round__(self, digits: int | None = None) -> Any:
-        return self._ask("round", self, digits)
-
-    def __instancecheck__(self, instance: object) -> bool:
-        """Say whether an object of the program is of this class of the program; nothing else is."""
-        is_known = type(instance) in (Remote, Named)
-        return is_known and self._ask("isinstance", instance, self) is True
-
-    def __subclasscheck__(self, subclass: object) -> bool:
-        return type(subclass) is Remote and self._ask("issubclass", subclass, self) is True
-
-
-def _passed_on(name: str) -> Callable[..., Any]:
-    """Return a method that has an operation done in the program's process, with its objects alone."""
-
-    def method(self: Remote, *others: Any) -> Any:
-        if not all(type(other) is Remote for other in others):
-            return NotImplemented
-        return self._ask(name, self, *others)
-
-    return method
-
-
-for _name in (*_BINARY, *_UNARY, *_ALONE):
-    setattr(Remote, f"__{_name}__", _passed_on(_name))
 
 
 class _Globals(dict[str, Any]):
@@ -157,15 +77,25 @@ class Tests:
         self._lines, self._send, self._modules, self._num_asked = lines, send, modules, 0
         self._error: str | None = None
         self._changed: dict[int, tuple[Any, Any]] = {}
+        self._origins: dict[int, int] = {}
 
-    def run(self, sources: list[str], entry_point: str | None) -> int:
+    def run(self, sources: list[str], entry_point: str | None, helpers: list[str]) -> int:
         """Run the asserts one after the other, and send how each went.
+
+        The helpers come first, those that run by themselves; what the sources define counts before them.
 
         Frames are {"total": number of tests}, {"test": whether it passed, "text": why not}, {"stopped": why
         what prepares a test failed}, {"fault": why the tests themselves do not work}, {"end": true}, and
         {"do", "arguments", "named"}, which the program's guest answers.
         """
         sys.set_int_max_str_digits(0)
+        for text in helpers:
+            with contextlib.suppress(Exception):  # they may be examples, or import what is not here
+                exec(
+                    compile(text, "helpers.py", "exec", dont_inherit=True),
+                    {name: sys.modules[name] for name in self._modules},
+                )
+                sources = [text, *sources]
         try:
             statements = [each for source in sources for each in ast.parse(source).body]
         except (SyntaxError, ValueError, RecursionError) as error:
@@ -215,8 +145,8 @@ class Tests:
         try:
             frame = {
                 "do": do,
-                "arguments": [encode(value, _number) for value in seen],
-                "named": {name: encode(value, _number) for name, value in named.items()},
+                "arguments": [encode(value, number_of) for value in seen],
+                "named": {name: encode(value, number_of) for name, value in named.items()},
             }
         except UnsendableError as error:
             if type(arguments[0]) is Remote and arguments[0]._is_global:
@@ -229,8 +159,8 @@ class Tests:
         try:
             for value, new in zip(arguments, answer.get("changed", ()), strict=False):
                 if isinstance(value, _MUTABLE):
-                    self._changed[id(value)] = value, decode(new, self._object)
-            value = decode(answer["value"], self._object)
+                    self._changed[id(value)] = value, decode(new, partial(self._object, 0))
+            value = decode(answer["value"], partial(self._object, origin_of(do, arguments)))
         except Exception as error:  # the answer is none of ours
             self._error = describe(error)
             raise ProgramError(self._error) from None
@@ -268,8 +198,10 @@ class Tests:
                 old.clear()
                 old.extend(new) if isinstance(old, collections.deque) else old.update(new)
 
-    def _object(self, number: int) -> Remote:
-        return Remote(self._ask, number)
+    def _object(self, origin: int, number: int) -> Remote:
+        # the tests' own objects stay that, wherever they come back from
+        self._origins[number] = max(origin, self._origins.get(number, 0))
+        return Remote(self._ask, number, self._origins[number])
 
 
 _SETTLING = (
@@ -277,14 +209,6 @@ _SETTLING = (
     *(ast.For, ast.While, ast.If, ast.With, ast.Try),
 )
 _MUTABLE = (list, set, dict, collections.deque, bytearray)
-
-
-def _number(value: Any) -> int:
-    """Return the number of a program's object."""
-    if type(value) is Remote:
-        number: int = value._number
-        return number
-    raise UnsendableError(f"the tests give the program a {type(value).__name__}, which cannot be sent to it")
 
 
 def _is_test(statement: ast.stmt) -> bool:

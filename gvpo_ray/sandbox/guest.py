@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from gvpo_ray.sandbox import asserts
 from gvpo_ray.sandbox.channel import as_frame
 from gvpo_ray.sandbox.functions import describe
+from gvpo_ray.sandbox.remote import OPERATIONS
 from gvpo_ray.sandbox.values import MAX_ITEMS, decode, encode
 
 MODULES = (
@@ -71,7 +72,7 @@ def serve(
             status = _answer(request["program"], iter(lines), send)
         else:
             status = asserts.Tests(iter(lines), send, MODULES).run(
-                request["tests"], request.get("entry_point")
+                request["tests"], request.get("entry_point"), request["helpers"]
             )
     os._exit(status)
 
@@ -164,7 +165,7 @@ def _answer(program: str, lines: Iterator[bytes], send: Callable[[Mapping[str, A
 
     namespace: dict[str, Any] = {}
     operations: dict[str, Callable[..., Any]] = {
-        **asserts.OPERATIONS,
+        **OPERATIONS,
         "call": lambda function, *arguments, **named: function(*arguments, **named),
         "list": lambda items: list(itertools.islice(items, MAX_ITEMS)),
         "run": lambda: namespace.update(_execute(program)),

@@ -176,10 +176,12 @@ class Sandbox:
             SandboxError: the child cannot confine itself, or three children in a row died before they took
                 up the check.
         """
+        why = ""
         for _ in range(3):
             try:
                 child = self._shared_child() if stage.is_shared else self._new_child()
-            except GoneError:  # the template, which is started anew
+            except GoneError as error:  # the template, which is started anew
+                why = str(error) or "the process that forks it is gone"
                 continue
             deadline = time.monotonic() + START_TIMEOUT_S
             # Answers that an earlier check has left in the channel, forged ones included, lack this number.
@@ -190,10 +192,10 @@ class Sandbox:
                 answer = child.channel.receive(deadline)
                 if answer == {"begun": number}:
                     return child, number
-            self._end(child)
+            why = _ending(self._end(child)[0])
             if "error" in answer:
                 raise SandboxError(f"the verifier's child process cannot confine itself: {answer['error']}")
-        raise SandboxError("the verifier's child process dies before it takes up a check")
+        raise SandboxError(f"the verifier's child process dies before it takes up a check: {why}")
 
     def _shared_child(self) -> _Child:
         """Return the child that serves many checks; start one if there is none."""
@@ -368,15 +370,15 @@ class _Template:
                     [as_frame({"do": "spawn"})],
                     [theirs.fileno(), their_output.fileno()],
                 )
-                child = _Child(
-                    self._control.receive(time.monotonic() + START_TIMEOUT_S)["pid"],
-                    Channel(ours, output, printed),
-                )
+                answer = self._control.receive(time.monotonic() + START_TIMEOUT_S)
+                if "pid" not in answer:
+                    raise GoneError(answer.get("error", ""))
+                child = _Child(answer["pid"], Channel(ours, output, printed))
             except (GoneError, OSError) as error:
                 ours.close()
                 output.close()
                 self.kill()
-                raise GoneError from error
+                raise GoneError(str(error)) from error
         return child
 
     def end(self, child: _Child) -> tuple[int, float]:

@@ -11,8 +11,9 @@ patching or forging: whatever a program does there can only change its own answe
 asked of the kernel: how it ended, and the time that it used.
 
 Not excluded: a program that knows the tests by heart (any answer is as good as a computed one); asserts that
-compare two of the program's own objects; a name of Python's that all asserts call and nothing else (`sum`),
-which is then the program's; and, where the kernel has no Landlock, reading this process's memory.
+compare what a class of the program makes with nothing else; a name of Python's that all asserts call and
+nothing else (`sum`), which is then the program's; and, where the kernel has no Landlock, reading this
+process's memory.
 """
 
 from __future__ import annotations
@@ -93,14 +94,28 @@ class Guest:
     one that sleeps to its limit on time. Nothing is known of a program only where it was left waiting for
     PATIENCE times the limit. None can choose that: it may not choose its processor nor give one up
     (confine.py), and what it waits after a sleep does not count (watch.py).
+
+    What it holds is looked at every LOOK_S, and as it ends.
+
+    Args:
+        programs: the sandbox.
+        request: one of guest.py's forms.
+        max_bytes: how much it may print.
+        beside: another guest, which is looked at as well while this one is awaited.
     """
 
-    def __init__(self, programs: Programs, request: Mapping[str, Any], max_bytes: int = 0) -> None:
-        self._programs = programs
+    def __init__(
+        self,
+        programs: Programs,
+        request: Mapping[str, Any],
+        max_bytes: int = 0,
+        beside: Guest | None = None,
+    ) -> None:
+        self._programs, self.beside = programs, beside
         self.output = programs._printed = Output(max_bytes)
         self._child, _ = programs._begin(_Stage([], False), {"guest": dict(request), "columns": {}})
         self._child.channel.max_bytes = MAX_ANSWER_BYTES
-        self._has_ended, self._num_answers = False, 0
+        self.has_ended, self._num_answers, self._watched_at = False, 0, time.monotonic()
         self._max_written = watch.MAX_WRITTEN_BYTES + len(request.get("stdin", "").encode("utf-8", "replace"))
         self.allow()
 
@@ -132,11 +147,21 @@ class Guest:
             return 0.0
         return self._elapsed - (self._waited() or 0.0)
 
+    def stop_if_too_much(self) -> None:
+        """Look at what the guests hold; end one that holds too much, and raise StoppedError."""
+        self._watched_at = time.monotonic()
+        for one in (self.beside, self):
+            if one is not None and (text := one._excess()):
+                raise one._stopped(text)
+
+    def _excess(self) -> str | None:
+        return watch.excess(self._child.pid, self._programs._scratch.folder, self._max_written)
+
     def end(self) -> tuple[int, float]:
         """End the guest; return its exit status and its seconds of CPU time."""
-        if self._has_ended:
+        if self.has_ended:
             return 0, 0.0
-        self._has_ended, self.output.may_raise = True, False
+        self.has_ended, self.output.may_raise = True, False
         self._programs.used_s = self.used_s()
         return self._programs._end(self._child)
 
@@ -152,17 +177,18 @@ class Guest:
             now = time.monotonic()
             self._elapsed, self._longest = self._elapsed + now - counted, max(self._longest, now - begun)
             counted = now
-            if error is None:
-                return found
             if isinstance(error, GoneError):
                 raise self._gone(str(error)) from None
+            if error is not None:
+                self._stop_if_too_slow()
+            if error is not None or now - self._watched_at >= watch.LOOK_S:
+                self.stop_if_too_much()
+            if error is None:
+                return found
             self._look()
 
     def _look(self) -> None:
-        """Look at a guest that has not answered for a while; raise StoppedError if it is at a limit."""
-        self._stop_if_too_slow()
-        if text := watch.excess(self._child.pid, self._programs._scratch.folder, self._max_written):
-            raise self._stopped(text)
+        """Look at a guest that has not answered for a while; raise StoppedError if it is out of time."""
         own_wait = watch.own_wait()
         if self._own_wait is not None and self._looked_at is not None and own_wait is not None:
             # Between two looks at a guest that is silent, it is not we for whom it waits.
@@ -206,6 +232,7 @@ class Guest:
     def _gone(self, text: str) -> StoppedError:
         """Return what the end of the guest's channel means, or `text` if it says that."""
         is_ending = watch.is_ending(self._child.pid)
+        text = self._excess() or text
         status, cpu_s = self.end()
         if text or not is_ending:
             return StoppedError(text or "it closed its channel")
@@ -286,12 +313,14 @@ class Programs(Sandbox):
                 ready = child.ask({"do": "entry", "arguments": [name]})
             if "error" in ready:
                 raise StoppedError(_error(ready))
-            for arguments in calls:
+            for number, arguments in enumerate(calls, 1):
                 child.allow()
                 self.used_s = 0.0
                 sent = [ready.get("value"), *(encode(value, _no_object) for value in arguments)]
                 answer = child.ask({"do": "call", "arguments": sent})
                 self.used_s = child.used_s()
+                if number == len(calls):
+                    child.stop_if_too_much()
                 try:
                     yield StoppedError(_error(answer)) if "error" in answer else _plain(answer.get("value"))
                 except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError):
@@ -301,7 +330,9 @@ class Programs(Sandbox):
         finally:
             child.end()
 
-    def test(self, program: str, tests: list[str], entry_point: str | None, stop: bool) -> Result:
+    def test(
+        self, program: str, tests: list[str], entry_point: str | None, stop: bool, helpers: list[str]
+    ) -> Result:
         """Run a program and asserts about it.
 
         Args:
@@ -309,12 +340,14 @@ class Programs(Sandbox):
             tests: Python texts; every statement of them but definitions, imports and assignments is a test.
             entry_point: name of the function under test, which a function `check` of the tests gets.
             stop: whether to stop at the first test that fails.
+            helpers: Python texts with functions for the tests; one that does not run by itself is left out.
         """
         child = Guest(self, {"program": program})
         asserts: Guest | None = None
         num_passed, num_tests, num_done, remark, has_answered = 0, 1, 0, None, False
         try:
-            asserts = Guest(self, {"tests": tests, "entry_point": entry_point})
+            request = {"tests": tests, "entry_point": entry_point, "helpers": helpers}
+            asserts = Guest(self, request, beside=child)
             ready = child.receive()
             if "error" in ready:
                 return Result(0, num_tests, None, _error(ready))
@@ -345,10 +378,12 @@ class Programs(Sandbox):
                         if stop:
                             break
                 frame = self._tests_say(asserts, has_answered)
+            child.stop_if_too_much()
         except StoppedError as stopped:
             if stopped.is_fault:
                 return Result(0, num_tests, str(stopped))
-            remark = remark or f"test {num_done + 1}: {stopped}"
+            num_passed = min(num_passed, num_tests - 1)  # it may have been stopped behind the last one
+            remark = remark or f"test {min(num_done + 1, num_tests)}: {stopped}"
         finally:
             child.end()
             if asserts is not None:
@@ -366,6 +401,8 @@ class Programs(Sandbox):
         try:
             return asserts.receive() if answer is None else asserts.ask(answer)
         except StoppedError as stopped:
+            if asserts.beside and asserts.beside.has_ended:  # it was the program, which held too much
+                raise
             is_fault = stopped.is_fault or not has_answered
             raise StoppedError(f"the tests themselves: {stopped}", is_fault) from None
 

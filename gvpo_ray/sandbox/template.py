@@ -54,7 +54,12 @@ def main() -> None:
             control.socket.sendall(as_frame({"status": os.waitstatus_to_exitcode(status), "cpu_s": cpu_s}))
             continue
         template = os.getpid()
-        if (pid := os.fork()) == 0:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            control.socket.sendall(as_frame({"error": f"no process can be forked: {describe(error)}"}))
+            return
+        if pid == 0:
             control.socket.close()
             channel, output = descriptors
             for standard in (1, 2):
@@ -90,10 +95,10 @@ def _serve(
     """Run the child: confine this process, then answer checks until the verifier closes the channel."""
     _die_with_parent(template)
     is_guest = any(source.get("place") == guest.PLACE for source in setup["functions"].values())
-    file = os.memfd_create("stdin") if is_guest else -1  # which is not allowed later on
     try:
+        file = os.memfd_create("stdin") if is_guest else -1  # which is not allowed later on
         _confine(setup, files, is_guest)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         channel.sendall(as_frame({"error": describe(error)}))
         return
     lines = channel.makefile("rb")

@@ -152,8 +152,9 @@ class CodeReward:
             return Result(0, 1, f"code: a program in {language} cannot be run: {why}")
         if isinstance(tests, Asserts):
             asserts = tests.asserts[: self._max_tests]
-            texts = [*tests.setup, *helpers(prompt, asserts, tests.entry_point), *asserts]
-            return self._programs.test(program, texts, tests.entry_point, not self._share)
+            given = helpers(prompt, asserts, tests.entry_point)
+            texts = [*tests.setup, *asserts]
+            return self._programs.test(program, texts, tests.entry_point, not self._share, given)
         golds: list[Any] = list(tests.outputs[: self._max_tests])
         found: Iterator[Any]
         is_same: Callable[[Any, Any], bool]

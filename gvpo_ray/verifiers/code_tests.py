@@ -250,9 +250,10 @@ _CODE = (
 
 
 def helpers(prompt: str, asserts: list[str], entry_point: str | None) -> list[str]:
-    """Return the functions of a prompt that asserts call beside the one under test, with their imports.
+    """Return the functions of a prompt that asserts call beside the one under test, with all that they use.
 
     HumanEval has such rows. The program has these functions too, and must not define what its tests mean.
+    Nothing else of the prompt is taken: examples in it need not run.
 
     Args:
         prompt: the prompt, with Python in it.
@@ -274,11 +275,37 @@ def helpers(prompt: str, asserts: list[str], entry_point: str | None) -> list[st
             for each in (tree.body if tree else ())
             if isinstance(each, ast.FunctionDef) and each.name != entry_point and not _is_stub(each)
         ]
-        if tree and called & {each.name for each in given}:
+        if tree and (wanted := called & {each.name for each in given}):
             needed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-            kept: list[ast.stmt] = [each for each in tree.body if each in given or isinstance(each, needed)]
-            return [ast.unparse(ast.Module(kept, []))]
+            offered = [each for each in tree.body if each in given or isinstance(each, needed)]
+            kept: list[ast.stmt] = []
+            while found := [each for each in offered if each not in kept and _defined(each) & wanted]:
+                kept += found
+                wanted = wanted.union({"*"}, *map(_used, found))
+            return [ast.unparse(ast.Module([each for each in offered if each in kept], []))]
     return []
+
+
+def _defined(statement: ast.stmt) -> set[str]:
+    """Return the global names that a statement defines."""
+    if isinstance(statement, ast.FunctionDef):
+        return {statement.name}
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+    return {
+        each.id
+        for each in ast.walk(statement)
+        if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+    }
+
+
+def _used(statement: ast.stmt) -> set[str]:
+    """Return the names that a statement uses, and does not give a value itself."""
+    nodes = list(ast.walk(statement))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return {name.id for name in names} - own
 
 
 def _parsed(text: str) -> ast.Module | None:
