@@ -89,13 +89,13 @@ class Tests:
         {"do", "arguments", "named"}, which the program's guest answers.
         """
         sys.set_int_max_str_digits(0)
-        for text in helpers:
+        for helper in helpers:
             with contextlib.suppress(Exception):  # they may be examples, or import what is not here
                 exec(
-                    compile(text, "helpers.py", "exec", dont_inherit=True),
+                    compile(helper, "helpers.py", "exec", dont_inherit=True),
                     {name: sys.modules[name] for name in self._modules},
                 )
-                sources = [text, *sources]
+                sources = [helper, *sources]
         try:
             statements = [each for source in sources for each in ast.parse(source).body]
         except (SyntaxError, ValueError, RecursionError) as error:
@@ -114,7 +114,8 @@ class Tests:
         catches = _catches(statements)
         self._send({"total": sum(map(_is_test, statements))})
         for statement in statements:
-            text, is_test, self._error = None, _is_test(statement), None
+            text: str | None = None
+            is_test, self._error = _is_test(statement), None
             try:
                 code = compile(ast.Module(_settled([statement]), []), "tests.py", "exec", dont_inherit=True)
                 exec(code, names)

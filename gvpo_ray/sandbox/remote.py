@@ -142,9 +142,9 @@ def origin_of(do: str, arguments: tuple[Any, ...]) -> int:
     first = arguments[0]
     if do == "global":
         return _OF_MADE if _CLASS.fullmatch(first) else 0
-    origin = first._of_tests if type(first) is Remote else 0
+    origin: int = first._of_tests if type(first) is Remote else 0
     if do in _BINARY or do in _UNARY:
-        return max(each._of_tests for each in arguments)
+        return max(int(each._of_tests) for each in arguments)
     return _MADE if origin and do == "call" and first._is_global else min(origin, _OF_MADE)
 
 

@@ -166,13 +166,16 @@ def _grouped_mm(kind: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return torch.ops.aten._grouped_mm(left.to(dtype), right.to(dtype), offs, bias, out_dtype)
+            result: Tensor = torch.ops.aten._grouped_mm(
+                left.to(dtype), right.to(dtype), offs, bias, out_dtype
+            )
+        return result
 
     return product
 
 
 # Torch's autocast leaves this product out, and transformers then takes it in the type of the weights: experts
 # would be computed in float32 beside layers in bfloat16.
-_AUTOCAST = torch.library.Library("aten", "IMPL")
+_AUTOCAST: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 for _kind in ("CPU", "CUDA"):
     _AUTOCAST.impl("_grouped_mm", _grouped_mm(_kind.lower()), f"Autocast{_kind}")

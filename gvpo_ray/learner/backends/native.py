@@ -98,12 +98,13 @@ class NativeBackend(FSDPBackend):
 
     def load(self, read: Callable[[], nn.Module]) -> nn.Module:
         """Read this rank's shards of the model to its device."""
-        model: nn.Module = read().to(self._device)
-        config: Any = model.config
+        model: Any = read().to(self._device)
+        config = model.config
         if self._config.tensor_parallel_size > 1 and num_experts(config):
             _check_product(config._experts_implementation, model.dtype)
         config.distributed_config = None  # or save_pretrained, on rank 0 alone, would wait for others
-        return model
+        loaded: nn.Module = model
+        return loaded
 
     def wrap(self, module: nn.Module) -> None:
         """Make the module the root of layers that are sharded already, and the optimizer of the shards."""
