@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from gvpo_ray import groups
 from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.data.calls import Call
+from gvpo_ray.environments.agent_host import AgentHost
 from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import BY_POLICY, GONE, Host
 from gvpo_ray.environments.world import Limits
@@ -215,6 +217,30 @@ def test_to_bring_the_environment_down_is_worth_the_worst_that_it_has_given_in_t
     right = [value is not None and value > 0 for value in others]
     assert is_correct(row) == right_tries(row) == [*right, False, False]
     assert not verifier.record.faults
+
+
+@pytest.mark.parametrize(("value", "fits"), [(-3e38, True), (-1e39, False), (1e39, False), (math.nan, False)])
+def test_a_reward_that_float32_does_not_hold_is_none_and_no_other_episode_notices(
+    value: float, fits: bool
+) -> None:
+    async def main() -> None:
+        host = host_of(Calculator)
+        (opened,) = await host.open(0, {}, 1)
+        environment_of(host, opened.name).get_reward = lambda: value
+        reward, reason, _ = await host.finish(opened.name, 0, {})
+        assert (reward, reason is None) == ((value, True) if fits else (None, False))
+        assert fits or str(reason).startswith("environment: get_reward gave ")
+
+    asyncio.run(main())
+    judged, _, why = AgentHost(lambda base_url: 0.0, 60, 3, False)._judged(value)
+    assert (judged, why is None) == ((value, True) if fits else (None, False))
+    # nor does a table that says so
+    verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()}))
+    row = scored(verifier, group_of([value, 1.0], 0))
+    assert row["rewards"] == [pytest.approx(value) if fits else None, 1.0]
+    assert (row["reward_reasons"][0] is None) == fits
+    assert (verifier.record.spans[ENVIRONMENT][0] == 1.0) == (not fits)
+    assert scored(verifier, group_of([1.0, 0.5], 1))["rewards"][-1] is not None
 
 
 def test_no_further_reward_makes_up_for_an_environment_that_was_brought_down() -> None:

@@ -219,6 +219,24 @@ def test_what_a_process_sends_is_read_as_data_or_ends_its_episode(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("reward", "is_read"), [("-3e38", True), ("-1e39", False), ("NaN", False)])
+def test_a_reward_that_a_process_forges_is_a_float32_or_ends_its_episode(
+    reward: str, is_read: bool, confined: Forks
+) -> None:
+    async def main() -> None:
+        world = await opened(confined)
+        outcome = frame(f"[{reward}, null, false]")
+        await said(world, f"setattr(type(self), 'get_reward', lambda self: {outcome})")
+        if is_read:
+            assert (await world.score()).reward == float(reward)
+        else:
+            with pytest.raises(BrokenError, match="sent a"):
+                await world.score()
+        await world.close()
+
+    asyncio.run(main())
+
+
 def test_neither_a_frame_without_end_nor_frames_without_end_are_waited_for(confined: Forks) -> None:
     async def main() -> None:
         big, begins = struct.pack("!Q", 1 << 40), struct.pack("!Q", 4) + b"null"

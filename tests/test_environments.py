@@ -359,7 +359,7 @@ def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) 
         for cls, reason, turns in (
             (Broken, "environment: respond raised KeyError: 'door'", 1),
             (Never, "environment: reset raised OSError: no server", 0),
-            (Silent, "environment: get_reward gave nan", 1),
+            (Silent, "environment: get_reward gave nan, which is no finite float32", 1),
         ):
             made, clients = worlds.episodes(Guess, tmp_path)
             for client in clients:

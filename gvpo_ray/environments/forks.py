@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import math
 import os
 import select
 import signal
@@ -42,7 +41,7 @@ from pydantic import TypeAdapter, ValidationError
 from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
 from gvpo_ray.errors import GvpoError
-from gvpo_ray.sandbox.functions import describe
+from gvpo_ray.sandbox.functions import describe, fits_float32
 from gvpo_ray.sandbox.landlock import Files, files_of_python
 from gvpo_ray.sandbox.process import KEPT_ENVIRONMENT
 from gvpo_ray.sandbox.scratch import Scratch, _remove
@@ -224,7 +223,7 @@ class WorldProcess:
     async def score(self) -> Outcome:
         """Call World.score."""
         outcome: Outcome = await self._ask(OUTCOME, 1, "score")
-        if outcome.reward is not None and not math.isfinite(outcome.reward):
+        if outcome.reward is not None and not fits_float32(outcome.reward):
             await self._break("its process sent a reward that is none")
         return outcome
 

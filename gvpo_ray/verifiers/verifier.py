@@ -382,6 +382,8 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
         None
         if value is None and (reason is None or (values is None and is_broken))
         else Part(value, reason, is_fault=value is None and " raised " in (reason or "") and not is_broken)
+        if value is None or fits_float32(value)
+        else Part(None, f"{ENVIRONMENT}: its reward is {value:g}, no finite float32")
         for value, reason, is_broken in zip(values or none, reasons, broken, strict=True)
     ]
 
