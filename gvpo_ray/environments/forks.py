@@ -76,6 +76,13 @@ class BrokenError(GvpoError):
     """A world's process is gone, or gave no sign within its time; the message says which."""
 
 
+class NoServerError(BrokenError):
+    """The process that worlds are forked from is gone, and all worlds with it: no call of one is to blame."""
+
+    def __init__(self) -> None:
+        super().__init__("the process that worlds are forked from died")
+
+
 class Forks:
     """Forks starts worlds, in processes of their own.
 
@@ -99,7 +106,7 @@ class Forks:
         is_confined: bool = False,
     ) -> None:
         self._limits, self._numbers = limits, count()
-        self._scratch = Scratch() if is_confined else None
+        self._scratches = [Scratch()] if is_confined else []
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # users' modules are found as here
         with theirs:
@@ -124,25 +131,51 @@ class Forks:
         """Return a world, in a new process.
 
         Raises:
-            BrokenError: it does not start, or the fork server is gone.
+            NoServerError: the fork server is gone.
+            BrokenError: it does not start: this machine has no room for it, say.
         """
-        folder = None
-        if self._scratch is not None:
-            folder = self._scratch.folder / str(next(self._numbers))
-            folder.mkdir(mode=0o700)
-        ours, theirs = socket.socketpair()
+        folder = ours = None
         try:
+            folder = self._new_folder()
+            ours, theirs = socket.socketpair()
             with theirs:
                 socket.send_fds(self._control, [b"fork " + os.fsencode(folder or "")], [theirs.fileno()])
-        except OSError:
-            raise BrokenError("the process that worlds are forked from died") from None
-        process = _Process(*await asyncio.open_connection(sock=ours), self._limits.max_text, folder)
+            process = _Process(*await asyncio.open_connection(sock=ours), self._limits.max_text, folder)
+        except OSError as error:
+            if ours is not None:
+                ours.close()
+            if folder is not None:
+                _remove(folder)
+            raise BrokenError(_start_raised(error)) if self.is_alive() else NoServerError() from None
         try:
-            process.pid = int(await process.frame(START_S))
+            said = json.loads(await process.frame(START_S))
+            if not isinstance(said, int):
+                raise BrokenError(said)
         except BrokenError:
             process.writer.close()
-            raise
+            if self.is_alive():
+                raise
+            raise NoServerError from None
+        process.pid = said
         return WorldProcess(self, process, self._limits)
+
+    def _new_folder(self) -> Path | None:
+        """Make the folder of a world that is to be confined."""
+        if not self._scratches:
+            return None
+        if not self._scratches[-1].is_usable():  # what is left of it is of the worlds that there are
+            self._scratches.append(Scratch())
+        folder = self._scratches[-1].folder / str(next(self._numbers))
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def is_alive(self) -> bool:
+        """Return whether the fork server lives; it sends nothing, and its socket ends before its worlds."""
+        ends = select.poll()
+        if self._server.returncode is None:
+            ends.register(self._control, select.POLLIN)
+            return not ends.poll(0)
+        return False
 
     def end(self, process: _Process) -> None:
         """Kill a world's process, which may have ended, and remove its folder."""
@@ -161,8 +194,12 @@ class Forks:
         self._control.close()
         self._server.kill()
         self._server.wait()
-        if self._scratch is not None:
-            self._scratch.remove()
+        for scratch in self._scratches:
+            scratch.remove()
+
+
+def _start_raised(error: OSError) -> str:
+    return f"the start of its process raised {describe(error)}"
 
 
 def _clear(pid: int, folder: Path) -> None:
@@ -250,7 +287,9 @@ class WorldProcess:
             await self._break("its process sent an answer that is none")
         except BrokenError:
             await self.close()
-            raise
+            if self._forks.is_alive():
+                raise
+            raise NoServerError from None
 
     async def _break(self, why: str) -> NoReturn:
         await self.close()
@@ -279,8 +318,12 @@ async def _read(reader: asyncio.StreamReader, max_bytes: int | None = None) -> b
 
 
 def _write(writer: asyncio.StreamWriter, frame: Any) -> None:
+    writer.write(_framed(frame))
+
+
+def _framed(frame: Any) -> bytes:
     data = json.dumps(frame, default=dataclasses.asdict).encode()
-    writer.write(SIZE.pack(len(data)) + data)
+    return SIZE.pack(len(data)) + data
 
 
 def main() -> None:
@@ -307,26 +350,39 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)  # until it is waited for, no other process has its number
                 os.waitpid(pid, 0)
             continue
-        if os.fork() == 0:
+        if not descriptors:  # this process may have no more: the host reads that nobody is there
+            continue
+        end = socket.socket(fileno=descriptors[0])
+        try:
+            pid = os.fork()
+        except OSError as error:
+            end.sendall(_framed(_start_raised(error)))
+            end.close()
+            continue
+        if pid == 0:
             control.close()
             try:
                 _die_with_parent(server)
                 if folder := os.fsdecode(command.removeprefix(b"fork ")):
-                    _live_in(folder, files)
-                asyncio.run(_serve(socket.socket(fileno=descriptors[0]), cls, arguments, limits))
+                    _live_in(folder, files, end)
+                asyncio.run(_serve(end, cls, arguments, limits))
             finally:
                 os._exit(0)
-        os.close(descriptors[0])
+        end.close()
 
 
-def _live_in(folder: str, files: Files) -> None:
+def _live_in(folder: str, files: Files, end: socket.socket) -> None:
     """Confine this process for good; the one folder where it may write is its home, and it prints nowhere."""
     null = os.open(os.devnull, os.O_WRONLY)
     for standard in (1, 2):
         os.dup2(null, standard)
     os.environ.update(HOME=folder, TMPDIR=folder)
-    os.chdir(folder)
-    _confine({"memory_bytes": MEMORY_GIB << 30, "scratch": folder}, files, is_guest=False)
+    try:
+        os.chdir(folder)
+        _confine({"memory_bytes": MEMORY_GIB << 30, "scratch": folder}, files, is_guest=False)
+    except OSError as error:
+        end.sendall(_framed(_start_raised(error)))
+        os._exit(1)
 
 
 async def _serve(end: socket.socket, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:

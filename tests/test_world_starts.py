@@ -1,0 +1,184 @@
+"""A world that cannot begin costs its own episode alone, and no call is blamed for the end of the forks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from episodes import Calculator
+from test_broken_worlds import Fragile
+
+from gvpo_ray.data.calls import Call
+from gvpo_ray.environments.forks import Forks
+from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.environments.world import Answer, Limits, Outcome, World
+
+
+class InServer:
+    """Calls a function in the fork server, as that reads the class's arguments; its value is the argument."""
+
+    def __init__(self, function: Callable[[], str]) -> None:
+        self._function = function
+
+    def __reduce__(self) -> Any:
+        return self._function, ()
+
+
+def two_forks() -> str:
+    real, left = os.fork, [None, None]
+
+    def fork() -> int:
+        if not left:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        left.pop()
+        return real()
+
+    os.fork = fork
+    return "say"
+
+
+def no_confinement() -> str:
+    def confine(*args: Any, **options: Any) -> None:
+        raise OSError(16, "seccomp: no")
+
+    sys.modules["__main__"]._confine = confine  # type: ignore[attr-defined]
+    return "say"
+
+
+RAISED = "environment: the start of its process raised "
+
+
+async def add(host: Host, name: str) -> str:
+    answer = await host.act(name, 0, 0, {}, [Call("add", {"a": 1})], "")
+    assert answer.reason is None
+    return answer.messages[0]["content"]
+
+
+def test_a_fork_that_fails_costs_the_episode_that_it_was_for() -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": InServer(two_forks)}, Limits())
+        host = Host(forks.world)
+        opened = await host.open(0, {"answer": "7"}, 4)
+        lost = [one for one in opened if one.reason is not None]
+        fine = [one for one in opened if one.reason is None]
+        assert [one.reason for one in lost] == [
+            RAISED + "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+        ] * 2
+        for one in fine:
+            assert await add(host, one.name) == "2"
+            assert await host.finish(one.name, 0, {}) == (0.5, None, False)
+        forks.close()
+
+    asyncio.run(main())
+
+
+def test_the_end_of_the_fork_server_is_blamed_on_no_call() -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        host = Host(forks.world)
+        busy, idle, done = await host.open(0, {"answer": "7"}, 3)
+        assert await host.finish(done.name, 0, {}) == (0.5, None, False)
+        under_way = asyncio.ensure_future(host.act(busy.name, 0, 0, {}, [Call("freeze", {})], ""))
+        await asyncio.sleep(0.1)
+        forks._server.kill()
+        assert await under_way == Answer(reason=GONE)
+        assert await host.finish(idle.name, 0, {}) == Outcome(None, GONE)
+        (late,) = await host.open(1, {"answer": "7"}, 1)
+        assert late.reason == "environment: the process that worlds are forked from died"
+        forks.close()
+
+    asyncio.run(main())
+
+
+def test_a_folder_that_a_cleaner_has_taken_is_made_anew_and_one_that_cannot_be_costs_its_episode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": "say"}, Limits(), is_confined=True)
+        host = Host(forks.world)
+
+        def clean() -> None:
+            for path in tmp_path.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        (first,) = await host.open(0, {"answer": "7"}, 1)
+        clean()
+        (second,) = await host.open(1, {"answer": "7"}, 1)
+        clean()
+        tmp_path.rmdir()
+        (third,) = await host.open(2, {"answer": "7"}, 1)
+        assert first.reason is None and second.reason is None
+        assert third.reason is not None and third.reason.startswith(RAISED + "FileNotFoundError: ")
+        tmp_path.mkdir()
+        for one in (first, second):
+            assert await add(host, one.name) == "2"
+        forks.close()
+        assert not [*tmp_path.iterdir()]
+
+    asyncio.run(main())
+
+
+def test_without_descriptors_for_all_some_episodes_of_a_group_begin() -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        host = Host(forks.world)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 10, hard))
+        try:
+            opened = await host.open(0, {"answer": "7"}, taken + 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        lost = {one.reason for one in opened if one.reason is not None}
+        assert lost == {RAISED + "OSError: [Errno 24] Too many open files"}
+        fine = [one for one in opened if one.reason is None]
+        assert fine and await add(host, fine[-1].name) == "2"
+        assert {*host._episodes} == {one.name for one in fine}
+        await host.release(0)
+        forks.close()
+
+    asyncio.run(main())
+
+
+def test_an_episode_that_cannot_be_confined_says_why() -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": InServer(no_confinement)}, Limits(), is_confined=True)
+        (opened,) = await Host(forks.world).open(0, {"answer": "7"}, 1)
+        assert opened.reason == RAISED + "OSError: [Errno 16] seccomp: no"
+        forks.close()
+
+    asyncio.run(main())
+
+
+def test_where_a_host_fails_as_a_group_begins_it_keeps_no_episode_of_it() -> None:
+    made: list[Any] = []
+    closed: list[Any] = []
+
+    class Noted(World):
+        async def close(self) -> None:
+            closed.append(self)
+            await super().close()
+
+    async def world() -> World:
+        if len(made) == 1:
+            raise ZeroDivisionError
+        made.append(Noted(Calculator, {}, Limits()))
+        return made[-1]
+
+    async def main() -> None:
+        host = Host(world)
+        with pytest.raises(ZeroDivisionError):
+            await host.open(0, {}, 2)
+        assert closed == made and not host._episodes
+
+    asyncio.run(main())
