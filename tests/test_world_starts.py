@@ -133,12 +133,16 @@ def test_without_descriptors_for_all_some_episodes_of_a_group_begin() -> None:
         forks = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(forks.world)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        taken = max(map(int, os.listdir("/proc/self/fd")))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 10, hard))
+        most, held = max(map(int, os.listdir("/proc/self/fd"))), [os.dup(0)]
+        while held[-1] < most:  # so that numbers below it are taken
+            held.append(os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held[-1] + 6, hard))
         try:
-            opened = await host.open(0, {"answer": "7"}, taken + 20)
+            opened = await host.open(0, {"answer": "7"}, 10)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for descriptor in held:
+                os.close(descriptor)
         lost = {one.reason for one in opened if one.reason is not None}
         assert lost == {RAISED + "OSError: [Errno 24] Too many open files"}
         fine = [one for one in opened if one.reason is None]
