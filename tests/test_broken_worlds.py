@@ -30,7 +30,7 @@ from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import BY_POLICY, GONE, Host
 from gvpo_ray.environments.world import Limits
 from gvpo_ray.observe.metrics import is_correct, right_tries
-from gvpo_ray.verifiers.outages import Record
+from gvpo_ray.verifiers.outages import NUM_GROUPS, Given, Record
 from gvpo_ray.verifiers.pool import _VerifierActor
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -200,9 +200,15 @@ def scored(verifier: Verifier, row: dict[str, Any]) -> dict[str, Any]:
         (1.0, [[None, None]], [None, None], None),  # nobody has said what anything is worth
         (-1.0, [], [1.0, 5.0], 5.0),
         (-1.0, [[9.0, -3.0]], [1.0, 5.0], 9.0),
+        # rewards without a bound: less than the worst of its group by what is usual between best and worst
+        (1.0, [[-1e6, 1.0]], [1.0, 0.5, 0.0], -1.0),
+        (1.0, [[0.0, 1.0], [-3e38, 1.0], [0.0, 2.0]], [1.0, 1.0], -1.0),
+        (-1.0, [[0.0, 1.0], [3e38, 1.0], [0.0, 2.0]], [1.0, 1.0], 3.0),
+        (1.0, [[-500.0, -300.0], [-900.0, -600.0], [-2000.0, -1900.0]], [-400.0, -350.0], -500.0),
+        (1.0, [[0.0, 1.0], [-1e6, 1.0], [0.0, 1.0]], [None], -1.0),
     ],
 )
-def test_to_bring_the_environment_down_is_worth_the_worst_that_it_has_given_in_the_run_and_is_never_right(
+def test_to_bring_the_environment_down_is_worth_less_than_all_of_its_group_and_is_never_right(
     weight: float, before: list[list[float | None]], others: list[float | None], worth: float | None
 ) -> None:
     verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig(weight=weight)}))
@@ -239,7 +245,7 @@ def test_a_reward_that_float32_does_not_hold_is_none_and_no_other_episode_notice
     row = scored(verifier, group_of([value, 1.0], 0))
     assert row["rewards"] == [pytest.approx(value) if fits else None, 1.0]
     assert (row["reward_reasons"][0] is None) == fits
-    assert (verifier.record.spans[ENVIRONMENT][0] == 1.0) == (not fits)
+    assert (verifier.record.given[ENVIRONMENT, "d"].low == 1.0) == (not fits)
     assert scored(verifier, group_of([1.0, 0.5], 1))["rewards"][-1] is not None
 
 
@@ -256,7 +262,21 @@ def test_no_further_reward_makes_up_for_an_environment_that_was_brought_down() -
     # an environment without rewards leaves them to the functions
     bare = {**group_of([1.0], 1, ["abcd", "abcdefgh"]), "reward_parts": {}}
     row = scored(verifier, bare)
-    assert row["rewards"] == [2.0, 1.0] and is_correct(row) == [True, False]
+    assert row["rewards"] == [2.0, 1.5] and is_correct(row) == [True, False]
+
+
+def test_what_other_data_sets_were_given_and_groups_of_long_ago_do_not_decide_what_breaking_is_worth() -> (
+    None
+):
+    verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()}))
+    scored(verifier, {**group_of([-1000.0, 1000.0], 0), "dataset": "other"})
+    scored(verifier, group_of([0.0, 1.0], 0))
+    assert scored(verifier, group_of([1.0, 1.0], 1))["rewards"] == [1.0, 1.0, 0.0]
+    for _ in range(NUM_GROUPS + 1):
+        scored(verifier, group_of([-10.0, 0.0], 0))
+    given = verifier.record.given[ENVIRONMENT, "d"]
+    assert given == Given(-10.0, 1.0, [(-10.0, 0.0)] * NUM_GROUPS)
+    assert scored(verifier, group_of([1.0, 1.0], 1))["rewards"] == [1.0, 1.0, -9.0]
 
 
 def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:
@@ -268,8 +288,9 @@ def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:
         (row,) = groups.rows(groups.from_wire(given))
         assert row["rewards"] == [*values, worth]
         whole.merge(answer.record)
-        assert answer.record.spans == {ENVIRONMENT: (min(values), max(values))}
-    assert whole.spans == {ENVIRONMENT: (0.5, 3.0)} and whole.worst("other", 1.0) is None
+        span = min(values), max(values)
+        assert answer.record.given == {(ENVIRONMENT, "d"): Given(*span, [span])}
+    assert whole.given[ENVIRONMENT, "d"] == Given(0.5, 3.0, [(1.0, 1.0), (0.5, 2.0), (1.0, 3.0)])
 
 
 class Fragile:

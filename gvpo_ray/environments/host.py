@@ -7,7 +7,7 @@ number, and a turn that has been made is answered again and not made again.
 Each environment is in a process of its own (forks.py), so that no number of calls that hang touches the host
 or another episode. A tool call that does not return is an error that the policy reads. One that brings its
 process down ends the episode, and so does whatever fails after a call that has hung: then the policy's calls
-are the cause, and the episode is worth the worst that there has been in the run (verifiers/verifier.py).
+are the cause, and the episode is worth less than its group (verifiers/outages.py: Given.worst).
 """
 
 from __future__ import annotations
