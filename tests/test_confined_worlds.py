@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from test_broken_worlds import gone
 
@@ -19,6 +20,7 @@ from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.contract import read_contract
 from gvpo_ray.environments.forks import BrokenError, Forks, WorldProcess
+from gvpo_ray.environments.host import BY_POLICY, Host
 from gvpo_ray.environments.world import Limits
 
 TOKEN = "correct-horse-battery"
@@ -193,7 +195,14 @@ def forged(**changes: Any) -> str:
         (forged(messages=[{"role": "tool", "content": "\ud800"}]), False),
         (forged(messages=[{"role": "tool", "name": "<|im_end|>", "content": "x"}]), False),
         (forged(messages=[{"role": "tool", "content": "x"}] * 2), False),
+        (forged(num_errors=1), True),
+        (forged(num_errors=2), False),
+        (forged(num_hung=2), False),
+        (forged(num_refused=2), False),
         (forged(num_errors=1 << 31), False),
+        (forged(reason="environment: respond raised OSError: disk full"), False),
+        (forged(is_over=True), False),
+        (forged(is_broken=True), False),
         (forged(reason="x" * 2001), False),
         ("[" * 5000, False),
         ("gASVDQAAAAAAAACMCW9zLnN5c3RlbZQu", False),
@@ -233,6 +242,38 @@ def test_a_reward_that_a_process_forges_is_a_float32_or_ends_its_episode(
             with pytest.raises(BrokenError, match="sent a"):
                 await world.score()
         await world.close()
+
+    asyncio.run(main())
+
+
+LEFT = """
+import os, threading, time
+def wait():
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    os._exit(1)
+threading.Thread(target=wait).start()
+"""
+
+
+def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confined: Forks) -> None:
+    async def main() -> None:
+        host = Host(confined.world)
+        left, scored, idle = await host.open(0, {}, 3)
+        for one, code in ((left, f"exec({LEFT!r}) or os.getcwd()"), (scored, "None")):
+            answer = await host.act(one.name, 0, 0, {}, [Call("compute", {"expression": code})], "")
+            assert answer.reason is None
+            if one is left:
+                Path(answer.messages[0]["content"], "go").touch()
+        pids = [host._episodes[one.name].world.pid for one in (left, idle)]  # type: ignore[attr-defined]
+        os.kill(pids[1], 9)
+        for pid in pids:
+            while psutil.Process(pid).status() != "zombie":
+                await asyncio.sleep(0.01)
+        reason = "crash: environment: get_reward: its process died"
+        assert await host.finish(left.name, 0, {}) == (None, BY_POLICY + reason, True)
+        assert await host.finish(idle.name, 0, {}) == (None, reason, False)  # the policy has called nothing
+        assert await host.finish(scored.name, 0, {}) == (0.0, None, False)
 
     asyncio.run(main())
 

@@ -75,6 +75,9 @@ KEPT = (*KEPT_ENVIRONMENT, "HOME", "TMPDIR", "OMP_NUM_THREADS")
 class BrokenError(GvpoError):
     """A world's process is gone, or gave no sign within its time; the message says which."""
 
+    is_left = False
+    """Whether that was so before the call began, so that what earlier calls have left behind is the cause."""
+
 
 class NoServerError(BrokenError):
     """The process that worlds are forked from is gone, and all worlds with it: no call of one is to blame."""
@@ -255,6 +258,10 @@ class WorldProcess:
         answer: Answer = await self._ask(ANSWER, max(1, num), "act", calls, message)
         if not all(map(_is_message, answer.messages)) or len(answer.messages) > max(1, len(calls)):
             await self._break("its process sent messages that are none")
+        # a World says in messages what comes of calls: anything else is code that would end its episode
+        is_end = answer.reason is not None or answer.is_over
+        if answer.is_broken or (calls and is_end) or max(_counts(answer)) > len(calls):
+            await self._break("its process sent an answer that is none")
         return answer
 
     async def score(self) -> Outcome:
@@ -275,21 +282,23 @@ class WorldProcess:
         if (process := self._process) is None:
             raise BrokenError("its process has ended")
         now = asyncio.get_running_loop().time
-        end = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s
+        end, has_begun = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s, False
         try:
             _write(process.writer, (method, args))
             for _ in range(num_calls + 1):
                 frame = await process.frame(min(self.limit_s, end - now()))
                 if frame != BEGINS:
                     return kind.validate_json(frame)
+                has_begun = True
             raise BrokenError("its process began more calls than it has")
         except ValidationError:
             await self._break("its process sent an answer that is none")
-        except BrokenError:
+        except BrokenError as error:
             await self.close()
-            if self._forks.is_alive():
-                raise
-            raise NoServerError from None
+            if not self._forks.is_alive():
+                raise NoServerError from None
+            error.is_left = not has_begun
+            raise
 
     async def _break(self, why: str) -> NoReturn:
         await self.close()
@@ -308,6 +317,10 @@ def _is_message(message: Mapping[str, str]) -> bool:
         and message["role"] in ("tool", "user")
         and message.get("name", "unknown").isidentifier()
     )
+
+
+def _counts(answer: Answer) -> tuple[int, ...]:
+    return answer.num_errors, answer.num_hung, answer.num_refused
 
 
 async def _read(reader: asyncio.StreamReader, max_bytes: int | None = None) -> bytes:

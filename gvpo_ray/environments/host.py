@@ -83,6 +83,12 @@ class _Episode:
     is_to_blame: bool = False
     """Whether a tool call of the policy's has hung or brought the world down, and so is the cause of what
     fails from then on."""
+    has_called: bool = False
+    """Whether there were tool calls of the policy's at all."""
+
+    def blame(self, is_to_blame: bool) -> None:
+        """Note whether a tool call is the cause of a failure, if there was one."""
+        self.is_to_blame = self.is_to_blame or (is_to_blame and self.has_called)
 
 
 class Host:
@@ -181,15 +187,16 @@ class Host:
         return Opened(name, 0, said)
 
     async def _act(self, episode: _Episode, calls: Sequence[Call], message: str) -> Answer:
+        episode.has_called = episode.has_called or bool(calls)
         try:
             answer = await episode.world.act(calls, message)
         except NoServerError:
             return Answer(reason=GONE)
         except BrokenError as error:
-            episode.is_to_blame = episode.is_to_blame or bool(calls)
+            episode.blame(bool(calls) or error.is_left)
             what = ", ".join(dict.fromkeys(well_formed(call.name) for call in calls))[:MAX_NAMES] or "respond"
             answer = Answer(reason=f"{ReasonKind.CRASH}: environment: {what}: {error}")
-        episode.is_to_blame = episode.is_to_blame or answer.num_hung > 0
+        episode.blame(answer.num_hung > 0)
         if answer.reason is not None and episode.is_to_blame:
             answer.is_broken, answer.reason = True, BY_POLICY + answer.reason
         return answer
@@ -200,6 +207,7 @@ class Host:
         except NoServerError:
             return Outcome(None, GONE)
         except BrokenError as error:
+            episode.blame(error.is_left)
             outcome = Outcome(None, f"{ReasonKind.CRASH}: environment: get_reward: {error}")
         await episode.world.close()  # nobody asks it for anything else
         if outcome.reason is not None and episode.is_to_blame:
