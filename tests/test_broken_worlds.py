@@ -8,7 +8,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -362,10 +362,16 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
     asyncio.run(main())
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, and fail where it does not within what a busy machine takes."""
+    async with asyncio.timeout(120):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
 async def gone(pids: list[int]) -> None:
     """Wait until these processes have ended."""
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
-        await asyncio.sleep(0.01)
+    await eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
 
 
 @pytest.mark.components

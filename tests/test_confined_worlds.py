@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from test_broken_worlds import gone
+from test_broken_worlds import eventually, gone
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import EnvironmentConfig
@@ -125,45 +125,50 @@ def test_a_confined_episode_computes_and_writes_in_a_folder_of_its_own_that_is_g
         assert elsewhere != home and denied.startswith("Error: PermissionError")
         await world.close()
         await other.close()
-        while Path(home).exists() or Path(elsewhere).exists():
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not Path(home).exists() and not Path(elsewhere).exists())
 
     asyncio.run(main())
 
 
-def test_no_tool_of_a_confined_episode_reaches_this_machine(confined: Forks, tmp_path: Path) -> None:
+def test_no_tool_of_a_confined_episode_reaches_this_machine(
+    free: Forks, confined: Forks, tmp_path: Path
+) -> None:
     secret = tmp_path / "secret"
-    secret.write_text(TOKEN)
     listener = socket.create_server(("127.0.0.1", 0))
-    attacks = (
-        f"open({str(secret)!r}).read()",
-        f"open({str(secret)!r}, 'w')",
-        f"os.unlink({str(secret)!r})",
-        "open('/etc/shadow').read()",
-        f"open('/proc/{os.getpid()}/environ').read()",
-        f"open('/proc/{os.getpid()}/mem', 'rb')",
-        f"os.kill({os.getpid()}, 0)",
-        "os.kill(os.getppid(), 9)",
-        "os.fork()",
-        "os.execv('/bin/sh', ['sh', '-c', 'exit'])",
-        "__import__('subprocess').run(['true'])",
-        f"socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}))",
-        "socket.socket(socket.AF_UNIX)",
-        "bytes(3 << 30)",
-    )
+    denied = "Error: PermissionError"
+    attacks = {
+        f"open({str(secret)!r}).read()": denied,
+        f"open({str(secret)!r}, 'a').write('x')": denied,
+        f"open({str(tmp_path / 'new')!r}, 'w').write('x')": denied,
+        f"os.unlink({str(secret)!r})": denied,
+        f"open('/proc/{os.getpid()}/environ').read()[:10]": denied,
+        f"os.kill({os.getpid()}, 0)": denied,
+        "os.kill(os.getppid(), 0)": denied,
+        "(lambda pid: os.waitpid(pid, 0)[1] if pid else os._exit(0))(os.fork())": denied,
+        "os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)[1]": denied,
+        "__import__('subprocess').run(['true']).returncode": denied,
+        f"socket.create_connection(('127.0.0.1', {listener.getsockname()[1]})).close()": denied,
+        "socket.socket(socket.AF_UNIX).close()": denied,
+        "len(bytes(3 << 30))": "Error: MemoryError",
+    }
 
     async def main() -> None:
-        world = await opened(confined)
-        for attack in attacks:
+        world, other = await opened(confined), await opened(free)
+        for attack, error in attacks.items():
+            secret.write_text(TOKEN)
             (answer,) = await said(world, attack)
-            assert answer.startswith(("Error: PermissionError", "Error: MemoryError", "Error: OSError")), (
-                attack
-            )
+            assert answer.startswith(error), attack
+            assert [*tmp_path.iterdir()] == [secret] and secret.read_text() == TOKEN
+            (answer,) = await said(other, attack)
+            assert not answer.startswith("Error"), attack  # it is the confinement that it fails by
+            (tmp_path / "new").unlink(missing_ok=True)
         assert await said(world, "6 * 7") == ["42"]
+        for mostly in (f"open('/proc/{os.getpid()}/mem', 'rb')", "os.execv('/bin/true', ['true'])"):
+            assert (await said(world, mostly))[0].startswith(denied)  # the one needs a kernel that allows it
         await world.close()
+        await other.close()
 
     asyncio.run(main())
-    assert secret.read_text() == TOKEN
     listener.close()
 
 
@@ -267,9 +272,7 @@ def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confine
                 Path(answer.messages[0]["content"], "go").touch()
         pids = [host._episodes[one.name].world.pid for one in (left, idle)]  # type: ignore[attr-defined]
         os.kill(pids[1], 9)
-        for pid in pids:
-            while psutil.Process(pid).status() != "zombie":
-                await asyncio.sleep(0.01)
+        await eventually(lambda: all(psutil.Process(pid).status() == "zombie" for pid in pids))
         reason = "crash: environment: get_reward: its process died"
         assert await host.finish(left.name, 0, {}) == (None, BY_POLICY + reason, True)
         assert await host.finish(idle.name, 0, {}) == (None, reason, False)  # the policy has called nothing

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import select
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from episodes import Calculator
-from test_broken_worlds import Fragile
+from test_broken_worlds import Fragile, eventually, gone
 
 from gvpo_ray.data.calls import Call
-from gvpo_ray.environments.forks import Forks
+from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import GONE, Host
+from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
 
 
@@ -184,5 +190,110 @@ def test_where_a_host_fails_as_a_group_begins_it_keeps_no_episode_of_it() -> Non
         with pytest.raises(ZeroDivisionError):
             await host.open(0, {}, 2)
         assert closed == made and not host._episodes
+
+    asyncio.run(main())
+
+
+def test_no_number_of_episodes_at_once_stops_the_host() -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        os.kill(forks._server.pid, signal.SIGSTOP)
+        goes_on = [False]
+
+        def go_on() -> None:
+            os.kill(forks._server.pid, signal.SIGCONT)
+            goes_on[0] = True
+
+        late = threading.Timer(60, go_on)  # for a host that stands still
+        late.start()
+        # the socket holds ten messages or so
+        beginning = [asyncio.ensure_future(forks.world()) for _ in range(40)]
+        await asyncio.sleep(0.5)
+        assert not goes_on[0] and not any(one.done() for one in beginning)
+        go_on()
+        begun = await asyncio.gather(*beginning)
+        os.kill(forks._server.pid, signal.SIGSTOP)
+        goes_on[0] = False
+        for world in begun:
+            await world.close()
+        assert not goes_on[0]
+        go_on()
+        late.cancel()
+        await gone([world.pid for world in begun])
+        forks.close()
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_came_while_the_host_stood_still_is_not_late() -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        world = await forks.world()
+        assert await world.open({"answer": "7"}) == ("say 7", None)
+        world.limit_s = 0.05
+        under_way = asyncio.ensure_future(world.act([Call("add", {"a": 1})], ""))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it is sent
+        assert world._process is not None and world._process.writer is not None
+        ends = select.poll()
+        ends.register(world._process.writer.get_extra_info("socket").fileno(), select.POLLIN)
+        assert ends.poll(60_000)
+        time.sleep(0.1)  # longer than the limit
+        (message,) = (await under_way).messages
+        assert message["content"] == "2"
+        forks.close()
+
+    asyncio.run(main())
+
+
+def test_a_world_that_is_given_up_as_it_begins_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        os.kill(forks._server.pid, signal.SIGSTOP)
+        cancelled = [asyncio.ensure_future(forks.world()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        for one in cancelled:
+            one.cancel()
+        monkeypatch.setattr("gvpo_ray.environments.forks.START_S", 0.0)
+        monkeypatch.setattr("gvpo_ray.environments.forks.LOOK_AGAIN_S", 0.0)
+        with pytest.raises(BrokenError, match="gave no sign of life and was killed"):
+            await forks.world()
+        os.kill(forks._server.pid, signal.SIGCONT)
+        assert all(
+            isinstance(one, asyncio.CancelledError)
+            for one in await asyncio.gather(*cancelled, return_exceptions=True)
+        )
+        monkeypatch.undo()
+        world = await forks.world()  # all before it has been forked and ended
+        server, folder = psutil.Process(forks._server.pid), forks._scratches[-1].folder
+        await eventually(lambda: [child.pid for child in server.children()] == [world.pid])
+        assert world._process is not None
+        await eventually(lambda: [*folder.iterdir()] == [world._process.folder])
+        forks.close()
+        assert not folder.exists()
+
+    asyncio.run(main())
+
+
+def test_what_an_episode_keeps_in_temporary_files_goes_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def main() -> None:
+        forks = Forks(Python, {}, Limits())
+        before = {*tmp_path.iterdir()}
+        world = await forks.world()
+        assert await world.open({}) == (None, None)
+        (message,) = (await world.act([Call("python", {"code": "print(6 * 7)"})], "")).messages
+        assert message["content"] == "42\n"
+        assert world._process is not None and world._process.folder is not None
+        folder = world._process.folder
+        assert len([*folder.iterdir()]) == 2  # the sandbox's scratch folder, and its lock
+        await world.close()
+        await eventually(lambda: not folder.exists())
+        assert {*tmp_path.iterdir()} == before
+        forks.close()
+        assert not [*tmp_path.iterdir()]
 
     asyncio.run(main())

@@ -214,8 +214,7 @@ def _clear(pid: int, folder: Path) -> None:
         ends.poll(10_000)
         os.close(descriptor)
     for _ in range(50):  # what the process had started may take longer, and write
-        _remove(folder)
-        if not folder.exists():
+        if _remove(folder):
             return
         time.sleep(0.1)
 
