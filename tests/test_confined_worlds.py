@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -104,7 +105,7 @@ def test_a_process_has_the_variables_of_the_sandbox_and_those_that_the_config_na
         names = [entry.partition("=")[0] for entry in begun.split("\0")]
         kept = {"PATH", "HOME", "TMPDIR", "PYTHONPATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "OMP_NUM_THREADS"}
         assert "KEY_OF_TOOL" in names and {*names} <= {*kept, "LD_LIBRARY_PATH", "KEY_OF_TOOL", ""}
-        assert TOKEN not in begun
+        assert TOKEN not in begun and free.missing == ["NOWHERE"]
         await world.close()
 
     asyncio.run(main())
@@ -277,6 +278,57 @@ def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confine
         assert await host.finish(left.name, 0, {}) == (None, BY_POLICY + reason, True)
         assert await host.finish(idle.name, 0, {}) == (None, reason, False)  # the policy has called nothing
         assert await host.finish(scored.name, 0, {}) == (0.0, None, False)
+
+    asyncio.run(main())
+
+
+THREADS = (
+    "[__import__('threading').Thread(target=__import__('time').sleep, args=(9**5,), daemon=True).start()"
+)
+
+
+@pytest.mark.parametrize(
+    ("most", "code", "why"),
+    [
+        (40, f"{THREADS} for _ in range({{}})]", "it had more than 64 threads"),
+        (990, "[open(f'{{i}}', 'w').close() for i in range({})]", "it made more than 1000 files"),
+        (60, "[open('a', 'wb').write(bytes(1 << 20)) for _ in range({})]", "it wrote more than 64 MiB"),
+    ],
+)
+def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_less_than_its_group(
+    most: int, code: str, why: str, confined: Forks
+) -> None:
+    async def main() -> None:
+        host = Host(confined.world)
+        fine, wild, late = await host.open(0, {}, 3)
+        for one, num in ((fine, most), (wild, 2 * most)):
+            call = Call("compute", {"expression": code.format(num)})
+            answer = await host.act(one.name, 0, 0, {}, [call], "")
+            confined.look()
+            assert one is wild or answer.reason is None
+        assert await host.finish(fine.name, 0, {}) == (0.0, None, False)
+        outcome = await host.finish(wild.name, 0, {})
+        assert outcome.is_broken and outcome.reason is not None
+        # while it makes its call, or after it
+        told = (outcome.reason, answer.reason or "")
+        assert any(text.startswith(BY_POLICY) and text.endswith(f"{why}, and was killed") for text in told)
+        assert await host.finish(late.name, 0, {}) == (0.0, None, False)
+
+    asyncio.run(main())
+
+
+def test_confined_episodes_are_looked_at_without_being_asked(confined: Forks) -> None:
+    async def main() -> None:
+        world = await opened(confined)
+        process = world._process
+        assert process is not None
+        await said(world, f"{THREADS} for _ in range(60)] and None")
+        assert process.excess is None
+        with contextlib.suppress(BrokenError):
+            await said(world, f"{THREADS} for _ in range(60)] and None")
+        await eventually(lambda: process.excess is not None)
+        await gone([world.pid])
+        await world.close()
 
     asyncio.run(main())
 

@@ -24,6 +24,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.functions import fits_float32
 from gvpo_ray.sandbox.process import KEPT_ENVIRONMENT
 from gvpo_ray.sandbox.scratch import Scratch, _remove
+from gvpo_ray.sandbox.watch import MAX_WRITTEN_BYTES, excess
 
 START_S = 300.0
 """Seconds within which a world's process must have started; many start at once."""
@@ -59,6 +61,9 @@ BYTES_PER_CHARACTER = 12
 
 ROOM = 1 << 20
 """Bytes of a frame beside what the policy reads."""
+
+WATCH_S = 0.25
+"""Seconds between two looks at what confined worlds hold."""
 
 KEPT = (*KEPT_ENVIRONMENT, "HOME", "TMPDIR", "OMP_NUM_THREADS")
 """Environment variables of a world, beside those that the config names."""
@@ -108,6 +113,8 @@ class Forks:
         # the socket holds ten messages: only a thread may wait until the server has read them
         self._sender, self._cleaner = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._scratches = [Scratch()]
+        self._living: dict[int, _Process] = {}
+        self._closing = threading.Event()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # users' modules are found as here
         with theirs:
@@ -127,6 +134,8 @@ class Forks:
         if (said := self._control.recv(1 << 16)) != b"ready":
             self.close()
             raise RuntimeError(said.decode() or "the process that worlds are forked from does not start")
+        if is_confined:
+            threading.Thread(target=self._watch, daemon=True).start()
 
     async def world(self) -> WorldProcess:
         """Return a world, in a new process.
@@ -156,6 +165,7 @@ class Forks:
             self.end(process)
             raise
         process.pid = said
+        self._living[process.number] = process
         return WorldProcess(self, process, self._limits)
 
     def _new_folder(self, number: int) -> Path:
@@ -186,10 +196,24 @@ class Forks:
         """Kill a world's process, which may have ended, and remove its folder."""
         if process.writer is not None:
             process.writer.close()
+        self._living.pop(process.number, None)
         with contextlib.suppress(RuntimeError):  # after `close` there are none
             self._sender.submit(self._send, b"end %d " % process.number)
             if process.folder is not None:  # which may take long: a policy may have filled it
                 self._cleaner.submit(_clear, process.pid, process.folder)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(WATCH_S):
+            self.look()
+
+    def look(self) -> None:
+        """Have each world killed that holds more than a program in the sandbox may (sandbox/watch.py)."""
+        for process in [*self._living.values()]:
+            if process.excess is None and process.folder is not None:
+                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES)
+                if process.excess is not None:
+                    with contextlib.suppress(RuntimeError):  # after `close` there are none
+                        self._sender.submit(self._send, b"end %d " % process.number)
 
     def wait(self) -> None:
         """Wait until the fork server has ended, and all worlds with it."""
@@ -197,8 +221,11 @@ class Forks:
 
     def close(self) -> None:
         """End all processes."""
+        self._closing.set()
         self._server.kill()
         self._server.wait()
+        for process in [*self._living.values()]:
+            self.end(process)  # which has its folder removed after its end
         self._sender.shutdown()
         self._control.close()
         self._cleaner.shutdown()
@@ -225,6 +252,8 @@ class _Process:
     def __init__(self, number: int, max_text: int) -> None:
         self.number, self.pid = number, 0
         self.folder: Path | None = None
+        self.excess: str | None = None
+        """What it has held too much of, so that it was killed."""
         self.writer: asyncio.StreamWriter | None = None
         self._max_bytes = BYTES_PER_CHARACTER * max_text + ROOM
 
@@ -246,6 +275,8 @@ class _Process:
                     return reading.result()
             raise BrokenError("its process gave no sign of life and was killed")
         except (asyncio.IncompleteReadError, OSError):
+            if self.excess is not None:
+                raise BrokenError(f"{self.excess}, and was killed", is_left=True) from None
             raise BrokenError("its process died") from None
         finally:
             reading.cancel()
