@@ -81,8 +81,8 @@ class BrokenError(GvpoError):
 class NoServerError(BrokenError):
     """The process that worlds are forked from is gone, and all worlds with it: no call of one is to blame."""
 
-    def __init__(self) -> None:
-        super().__init__("the process that worlds are forked from died")
+    def __init__(self, why: str = "the process that worlds are forked from died") -> None:
+        super().__init__(why)
 
 
 class Forks:
@@ -148,7 +148,7 @@ class Forks:
         try:
             process.folder = self._new_folder(process.number)
             ours, theirs = socket.socketpair()
-            with ours:  # but for what takes it over
+            with ours:  # the connection has a copy of it
                 command = b"fork %d %s" % (process.number, os.fsencode(process.folder))
                 sent = self._sender.submit(self._send, command, theirs)
                 await asyncio.shield(asyncio.wrap_future(sent))

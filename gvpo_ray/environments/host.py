@@ -178,6 +178,8 @@ class Host:
             return Opened(name, 0, None, reason=f"environment: {error}")
         try:
             said, reason = await world.open(row)
+        except NoServerError:
+            return Opened(name, 0, None, reason=GONE)
         except BrokenError as error:
             return Opened(name, 0, None, reason=f"{ReasonKind.CRASH}: environment: reset: {error}")
         if reason is not None:
