@@ -185,12 +185,19 @@ class Forks:
                 socket.send_fds(self._control, [command], [end.fileno()])
 
     def is_alive(self) -> bool:
-        """Return whether the fork server lives; it sends nothing, and its socket ends before its worlds."""
-        ends = select.poll()
-        if self._server.returncode is None:
-            ends.register(self._control, select.POLLIN)
-            return not ends.poll(0)
-        return False
+        """Return whether the fork server lives.
+
+        Worlds end with its first thread, of which the kernel says before that it is at its end. Its socket
+        may end later, with its last thread.
+        """
+        exiting = 0x4  # PF_EXITING
+        try:
+            stat = Path(f"/proc/{self._server.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return False
+        except OSError:  # there may be no descriptor for it
+            return self._server.poll() is None
+        return self._server.returncode is None and not int(stat.rpartition(")")[2].split()[6]) & exiting
 
     def end(self, process: _Process) -> None:
         """Kill a world's process, which may have ended, and remove its folder."""
