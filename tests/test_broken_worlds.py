@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from episodes import (
     environment_of,
     host_of,
 )
+from fragile import Fragile
 from test_environments import call, ends, run
 
 from gvpo_ray import groups
@@ -291,34 +291,6 @@ def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:
         span = min(values), max(values)
         assert answer.record.given == {(ENVIRONMENT, "d"): Given(*span, [span])}
     assert whole.given[ENVIRONMENT, "d"] == Given(0.5, 3.0, [(1.0, 1.0), (0.5, 2.0), (1.0, 3.0)])
-
-
-class Fragile:
-    """Its process can be brought down by a call."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def reset(self, **row: Any) -> str:
-        return f"{self.text} {row['answer']}"
-
-    def freeze(self) -> str:
-        ctypes.PyDLL(None).pause()  # for ever, with Python's lock
-        return "late"
-
-    def die(self) -> None:
-        os._exit(3)
-
-    def add(self, a: int) -> int:
-        return a + 1
-
-    def respond(self, message: str) -> str | None:
-        if message == "die":
-            self.die()
-        return None
-
-    def get_reward(self) -> float:
-        return 0.5
 
 
 @pytest.mark.components

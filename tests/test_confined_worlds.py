@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from fragile import Evil
 from test_broken_worlds import eventually, gone
 
 from gvpo_ray.config.base import ConfigError
@@ -25,30 +26,6 @@ from gvpo_ray.environments.host import BY_POLICY, Host
 from gvpo_ray.environments.world import Limits
 
 TOKEN = "correct-horse-battery"
-
-
-class Evil:
-    """Its tool is the commonest calculator there is, so it runs whatever the policy writes."""
-
-    def reset(self, **row: Any) -> None:
-        self.ok = False
-
-    def compute(self, expression: str) -> Any:
-        """Compute.
-
-        Args:
-            expression: What to compute.
-        """
-        space = {
-            "self": self,
-            "os": os,
-            "socket": socket,
-            "has": lambda fd: Path(f"/proc/self/fd/{fd}").exists(),
-        }
-        return eval(expression, space)
-
-    def get_reward(self) -> float:
-        return float(self.ok)
 
 
 async def opened(forks: Forks) -> WorldProcess:

@@ -8,18 +8,18 @@ import resource
 import select
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 from episodes import Calculator
-from test_broken_worlds import Fragile, eventually, gone
+from fragile import Fragile, InServer, no_confinement, two_forks
+from test_broken_worlds import eventually, gone
 
 from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.forks import BrokenError, Forks
@@ -28,35 +28,13 @@ from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
 
 
-class InServer:
-    """Calls a function in the fork server, as that reads the class's arguments; its value is the argument."""
-
-    def __init__(self, function: Callable[[], str]) -> None:
-        self._function = function
-
-    def __reduce__(self) -> Any:
-        return self._function, ()
-
-
-def two_forks() -> str:
-    real, left = os.fork, [None, None]
-
-    def fork() -> int:
-        if not left:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
-        left.pop()
-        return real()
-
-    os.fork = fork
-    return "say"
-
-
-def no_confinement() -> str:
-    def confine(*args: Any, **options: Any) -> None:
-        raise OSError(16, "seccomp: no")
-
-    sys.modules["__main__"]._confine = confine  # type: ignore[attr-defined]
-    return "say"
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    made = Forks(Fragile, {"text": "say"}, Limits())
+    folder = made._scratches[-1].folder
+    yield made
+    made.close()
+    assert not folder.exists()
 
 
 RAISED = "environment: the start of its process raised "
@@ -134,9 +112,8 @@ def test_a_folder_that_a_cleaner_has_taken_is_made_anew_and_one_that_cannot_be_c
     asyncio.run(main())
 
 
-def test_without_descriptors_for_all_some_episodes_of_a_group_begin() -> None:
+def test_without_descriptors_for_all_some_episodes_of_a_group_begin(forks: Forks) -> None:
     async def main() -> None:
-        forks = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(forks.world)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most, held = max(map(int, os.listdir("/proc/self/fd"))), [os.dup(0)]
@@ -155,7 +132,6 @@ def test_without_descriptors_for_all_some_episodes_of_a_group_begin() -> None:
         assert fine and await add(host, fine[-1].name) == "2"
         assert {*host._episodes} == {one.name for one in fine}
         await host.release(0)
-        forks.close()
 
     asyncio.run(main())
 
@@ -194,9 +170,8 @@ def test_where_a_host_fails_as_a_group_begins_it_keeps_no_episode_of_it() -> Non
     asyncio.run(main())
 
 
-def test_no_number_of_episodes_at_once_stops_the_host() -> None:
+def test_no_number_of_episodes_at_once_stops_the_host(forks: Forks) -> None:
     async def main() -> None:
-        forks = Forks(Fragile, {"text": "say"}, Limits())
         os.kill(forks._server.pid, signal.SIGSTOP)
         goes_on = [False]
 
@@ -220,14 +195,12 @@ def test_no_number_of_episodes_at_once_stops_the_host() -> None:
         go_on()
         late.cancel()
         await gone([world.pid for world in begun])
-        forks.close()
 
     asyncio.run(main())
 
 
-def test_an_answer_that_came_while_the_host_stood_still_is_not_late() -> None:
+def test_an_answer_that_came_while_the_host_stood_still_is_not_late(forks: Forks) -> None:
     async def main() -> None:
-        forks = Forks(Fragile, {"text": "say"}, Limits())
         world = await forks.world()
         assert await world.open({"answer": "7"}) == ("say 7", None)
         world.limit_s = 0.05
@@ -241,14 +214,15 @@ def test_an_answer_that_came_while_the_host_stood_still_is_not_late() -> None:
         time.sleep(0.1)  # longer than the limit
         (message,) = (await under_way).messages
         assert message["content"] == "2"
-        forks.close()
+        await world.close()
 
     asyncio.run(main())
 
 
-def test_a_world_that_is_given_up_as_it_begins_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_that_is_given_up_as_it_begins_leaves_nothing(
+    forks: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
-        forks = Forks(Fragile, {"text": "say"}, Limits())
         os.kill(forks._server.pid, signal.SIGSTOP)
         cancelled = [asyncio.ensure_future(forks.world()) for _ in range(3)]
         await asyncio.sleep(0.1)
@@ -269,8 +243,7 @@ def test_a_world_that_is_given_up_as_it_begins_leaves_nothing(monkeypatch: pytes
         await eventually(lambda: [child.pid for child in server.children()] == [world.pid])
         assert world._process is not None
         await eventually(lambda: [*folder.iterdir()] == [world._process.folder])
-        forks.close()
-        assert not folder.exists()
+        await world.close()
 
     asyncio.run(main())
 
