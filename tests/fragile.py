@@ -30,6 +30,9 @@ class Fragile:
     def add(self, a: int) -> int:
         return a + 1
 
+    def smile(self, a: int) -> str:
+        return "\N{GRINNING FACE}" * a
+
     def respond(self, message: str) -> str | None:
         if message == "die":
             self.die()

@@ -8,6 +8,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -172,6 +173,8 @@ def test_where_a_host_fails_as_a_group_begins_it_keeps_no_episode_of_it() -> Non
 
 def test_no_number_of_episodes_at_once_stops_the_host(forks: Forks) -> None:
     async def main() -> None:
+        size = forks._control.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+        forks._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # which holds six commands or so
         os.kill(forks._server.pid, signal.SIGSTOP)
         goes_on = [False]
 
@@ -181,8 +184,7 @@ def test_no_number_of_episodes_at_once_stops_the_host(forks: Forks) -> None:
 
         late = threading.Timer(60, go_on)  # for a host that stands still
         late.start()
-        # the socket holds ten messages or so
-        beginning = [asyncio.ensure_future(forks.world()) for _ in range(40)]
+        beginning = [asyncio.ensure_future(forks.world()) for _ in range(20)]
         await asyncio.sleep(0.5)
         assert not goes_on[0] and not any(one.done() for one in beginning)
         go_on()
@@ -194,17 +196,21 @@ def test_no_number_of_episodes_at_once_stops_the_host(forks: Forks) -> None:
         assert not goes_on[0]
         go_on()
         late.cancel()
+        forks._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         await gone([world.pid for world in begun])
 
     asyncio.run(main())
 
 
-def test_an_answer_that_came_while_the_host_stood_still_is_not_late(forks: Forks) -> None:
+@pytest.mark.parametrize(("tool", "size"), [("add", 1), ("smile", 100_000)])  # one packet, and 1.2 MB
+def test_an_answer_that_came_while_the_host_stood_still_is_not_late(
+    tool: str, size: int, forks: Forks
+) -> None:
     async def main() -> None:
         world = await forks.world()
         assert await world.open({"answer": "7"}) == ("say 7", None)
         world.limit_s = 0.05
-        under_way = asyncio.ensure_future(world.act([Call("add", {"a": 1})], ""))
+        under_way = asyncio.ensure_future(world.act([Call(tool, {"a": size})], ""))
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # it is sent
         assert world._process is not None and world._process.writer is not None
@@ -213,7 +219,7 @@ def test_an_answer_that_came_while_the_host_stood_still_is_not_late(forks: Forks
         assert ends.poll(60_000)
         time.sleep(0.1)  # longer than the limit
         (message,) = (await under_way).messages
-        assert message["content"] == "2"
+        assert message["content"] == ("2" if tool == "add" else "\N{GRINNING FACE}" * size)
         await world.close()
 
     asyncio.run(main())

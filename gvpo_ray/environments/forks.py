@@ -110,7 +110,7 @@ class Forks:
         self._limits, self._numbers = limits, count()
         self.missing = [name for name in variables if name not in os.environ]
         """Those of the variables that this machine does not have."""
-        # the socket holds ten messages: only a thread may wait until the server has read them
+        # the socket holds some messages: only a thread may wait until the server has read them
         self._sender, self._cleaner = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._scratches = [Scratch()]
         self._living: dict[int, _Process] = {}
