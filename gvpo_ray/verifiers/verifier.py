@@ -301,12 +301,14 @@ class Verifier:
         whole.learn(self.known)
         whole.learn(self.record)
         for parts, is_broken in zip(by_completion, broken, strict=True):
-            for name, part in parts.items() if is_broken else ():
+            if not is_broken:
+                continue
+            for name, part in parts.items():
                 # that a function cannot judge it is no doing of the policy's
                 if part.value is not None or name == ENVIRONMENT:
                     given, weight = whole.given.get((name, dataset)), self._rewards[name].weight
-                    value = given and given.worst(by_name.get(name, ()), weight)
-                    parts[name] = replace(part, value=value)
+                    worst = None if given is None else given.worst(by_name.get(name, ()), weight)
+                    parts[name] = replace(part, value=worst)
 
     def _call(
         self,
