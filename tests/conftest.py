@@ -88,6 +88,7 @@ TIERS = {
         "test_theory",
         "test_verifiers",
         "test_verify",
+        "test_world_starts",
         "test_wrong_programs",
     },
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ from episodes import (
     environment_of,
     host_of,
 )
+from fragile import Fragile
 from test_environments import call, ends, run
 
 from gvpo_ray import groups
 from gvpo_ray.config.environment import ENVIRONMENT
 from gvpo_ray.config.verifiers import RewardConfig, VerifiersConfig
 from gvpo_ray.data.calls import Call
+from gvpo_ray.environments.agent_host import AgentHost
 from gvpo_ray.environments.forks import BrokenError, Forks
 from gvpo_ray.environments.host import BY_POLICY, GONE, Host
 from gvpo_ray.environments.world import Limits
 from gvpo_ray.observe.metrics import is_correct, right_tries
-from gvpo_ray.verifiers.outages import Record
+from gvpo_ray.verifiers.outages import NUM_GROUPS, Given, Record
 from gvpo_ray.verifiers.pool import _VerifierActor
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -198,9 +200,15 @@ def scored(verifier: Verifier, row: dict[str, Any]) -> dict[str, Any]:
         (1.0, [[None, None]], [None, None], None),  # nobody has said what anything is worth
         (-1.0, [], [1.0, 5.0], 5.0),
         (-1.0, [[9.0, -3.0]], [1.0, 5.0], 9.0),
+        # rewards without a bound: less than the worst of its group by what is usual between best and worst
+        (1.0, [[-1e6, 1.0]], [1.0, 0.5, 0.0], -1.0),
+        (1.0, [[0.0, 1.0], [-3e38, 1.0], [0.0, 2.0]], [1.0, 1.0], -1.0),
+        (-1.0, [[0.0, 1.0], [3e38, 1.0], [0.0, 2.0]], [1.0, 1.0], 3.0),
+        (1.0, [[-500.0, -300.0], [-900.0, -600.0], [-2000.0, -1900.0]], [-400.0, -350.0], -500.0),
+        (1.0, [[0.0, 1.0], [-1e6, 1.0], [0.0, 1.0]], [None], -1.0),
     ],
 )
-def test_to_bring_the_environment_down_is_worth_the_worst_that_it_has_given_in_the_run_and_is_never_right(
+def test_to_bring_the_environment_down_is_worth_less_than_all_of_its_group_and_is_never_right(
     weight: float, before: list[list[float | None]], others: list[float | None], worth: float | None
 ) -> None:
     verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig(weight=weight)}))
@@ -217,6 +225,30 @@ def test_to_bring_the_environment_down_is_worth_the_worst_that_it_has_given_in_t
     assert not verifier.record.faults
 
 
+@pytest.mark.parametrize(("value", "fits"), [(-3e38, True), (-1e39, False), (1e39, False), (math.nan, False)])
+def test_a_reward_that_float32_does_not_hold_is_none_and_no_other_episode_notices(
+    value: float, fits: bool
+) -> None:
+    async def main() -> None:
+        host = host_of(Calculator)
+        (opened,) = await host.open(0, {}, 1)
+        environment_of(host, opened.name).get_reward = lambda: value
+        reward, reason, _ = await host.finish(opened.name, 0, {})
+        assert (reward, reason is None) == ((value, True) if fits else (None, False))
+        assert fits or str(reason).startswith("environment: get_reward gave ")
+
+    asyncio.run(main())
+    judged, _, why = AgentHost(lambda base_url: 0.0, 60, 3, False)._judged(value)
+    assert (judged, why is None) == ((value, True) if fits else (None, False))
+    # nor does a table that says so
+    verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()}))
+    row = scored(verifier, group_of([value, 1.0], 0))
+    assert row["rewards"] == [pytest.approx(value) if fits else None, 1.0]
+    assert (row["reward_reasons"][0] is None) == fits
+    assert (verifier.record.given[ENVIRONMENT, "d"].low == 1.0) == (not fits)
+    assert scored(verifier, group_of([1.0, 0.5], 1))["rewards"][-1] is not None
+
+
 def test_no_further_reward_makes_up_for_an_environment_that_was_brought_down() -> None:
     rewards = {ENVIRONMENT: RewardConfig(), "length": RewardConfig(weight=0.5, trusted=True)}
     length = {
@@ -230,7 +262,21 @@ def test_no_further_reward_makes_up_for_an_environment_that_was_brought_down() -
     # an environment without rewards leaves them to the functions
     bare = {**group_of([1.0], 1, ["abcd", "abcdefgh"]), "reward_parts": {}}
     row = scored(verifier, bare)
-    assert row["rewards"] == [2.0, 1.0] and is_correct(row) == [True, False]
+    assert row["rewards"] == [2.0, 1.5] and is_correct(row) == [True, False]
+
+
+def test_what_other_data_sets_were_given_and_groups_of_long_ago_do_not_decide_what_breaking_is_worth() -> (
+    None
+):
+    verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()}))
+    scored(verifier, {**group_of([-1000.0, 1000.0], 0), "dataset": "other"})
+    scored(verifier, group_of([0.0, 1.0], 0))
+    assert scored(verifier, group_of([1.0, 1.0], 1))["rewards"] == [1.0, 1.0, 0.0]
+    for _ in range(NUM_GROUPS + 1):
+        scored(verifier, group_of([-10.0, 0.0], 0))
+    given = verifier.record.given[ENVIRONMENT, "d"]
+    assert given == Given(-10.0, 1.0, [(-10.0, 0.0)] * NUM_GROUPS)
+    assert scored(verifier, group_of([1.0, 1.0], 1))["rewards"] == [1.0, 1.0, -9.0]
 
 
 def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:
@@ -242,36 +288,9 @@ def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:
         (row,) = groups.rows(groups.from_wire(given))
         assert row["rewards"] == [*values, worth]
         whole.merge(answer.record)
-        assert answer.record.spans == {ENVIRONMENT: (min(values), max(values))}
-    assert whole.spans == {ENVIRONMENT: (0.5, 3.0)} and whole.worst("other", 1.0) is None
-
-
-class Fragile:
-    """Its process can be brought down by a call."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def reset(self, **row: Any) -> str:
-        return f"{self.text} {row['answer']}"
-
-    def freeze(self) -> str:
-        ctypes.PyDLL(None).pause()  # for ever, with Python's lock
-        return "late"
-
-    def die(self) -> None:
-        os._exit(3)
-
-    def add(self, a: int) -> int:
-        return a + 1
-
-    def respond(self, message: str) -> str | None:
-        if message == "die":
-            self.die()
-        return None
-
-    def get_reward(self) -> float:
-        return 0.5
+        span = min(values), max(values)
+        assert answer.record.given == {(ENVIRONMENT, "d"): Given(*span, [span])}
+    assert whole.given[ENVIRONMENT, "d"] == Given(0.5, 3.0, [(1.0, 1.0), (0.5, 2.0), (1.0, 3.0)])
 
 
 @pytest.mark.components
@@ -315,10 +334,16 @@ def test_whatever_a_call_does_to_the_process_of_its_world_no_other_episode_notic
     asyncio.run(main())
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, and fail where it does not within what a busy machine takes."""
+    async with asyncio.timeout(120):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
 async def gone(pids: list[int]) -> None:
     """Wait until these processes have ended."""
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
-        await asyncio.sleep(0.01)
+    await eventually(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
 
 
 @pytest.mark.components

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -11,41 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
-from test_broken_worlds import gone
+from fragile import Evil
+from test_broken_worlds import eventually, gone
 
 from gvpo_ray.config.base import ConfigError
 from gvpo_ray.config.environment import EnvironmentConfig
 from gvpo_ray.data.calls import Call
 from gvpo_ray.environments.contract import read_contract
 from gvpo_ray.environments.forks import BrokenError, Forks, WorldProcess
+from gvpo_ray.environments.host import BY_POLICY, Host
 from gvpo_ray.environments.world import Limits
 
 TOKEN = "correct-horse-battery"
-
-
-class Evil:
-    """Its tool is the commonest calculator there is, so it runs whatever the policy writes."""
-
-    def reset(self, **row: Any) -> None:
-        self.ok = False
-
-    def compute(self, expression: str) -> Any:
-        """Compute.
-
-        Args:
-            expression: What to compute.
-        """
-        space = {
-            "self": self,
-            "os": os,
-            "socket": socket,
-            "has": lambda fd: Path(f"/proc/self/fd/{fd}").exists(),
-        }
-        return eval(expression, space)
-
-    def get_reward(self) -> float:
-        return float(self.ok)
 
 
 async def opened(forks: Forks) -> WorldProcess:
@@ -102,7 +82,7 @@ def test_a_process_has_the_variables_of_the_sandbox_and_those_that_the_config_na
         names = [entry.partition("=")[0] for entry in begun.split("\0")]
         kept = {"PATH", "HOME", "TMPDIR", "PYTHONPATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "OMP_NUM_THREADS"}
         assert "KEY_OF_TOOL" in names and {*names} <= {*kept, "LD_LIBRARY_PATH", "KEY_OF_TOOL", ""}
-        assert TOKEN not in begun
+        assert TOKEN not in begun and free.missing == ["NOWHERE"]
         await world.close()
 
     asyncio.run(main())
@@ -123,45 +103,50 @@ def test_a_confined_episode_computes_and_writes_in_a_folder_of_its_own_that_is_g
         assert elsewhere != home and denied.startswith("Error: PermissionError")
         await world.close()
         await other.close()
-        while Path(home).exists() or Path(elsewhere).exists():
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not Path(home).exists() and not Path(elsewhere).exists())
 
     asyncio.run(main())
 
 
-def test_no_tool_of_a_confined_episode_reaches_this_machine(confined: Forks, tmp_path: Path) -> None:
+def test_no_tool_of_a_confined_episode_reaches_this_machine(
+    free: Forks, confined: Forks, tmp_path: Path
+) -> None:
     secret = tmp_path / "secret"
-    secret.write_text(TOKEN)
     listener = socket.create_server(("127.0.0.1", 0))
-    attacks = (
-        f"open({str(secret)!r}).read()",
-        f"open({str(secret)!r}, 'w')",
-        f"os.unlink({str(secret)!r})",
-        "open('/etc/shadow').read()",
-        f"open('/proc/{os.getpid()}/environ').read()",
-        f"open('/proc/{os.getpid()}/mem', 'rb')",
-        f"os.kill({os.getpid()}, 0)",
-        "os.kill(os.getppid(), 9)",
-        "os.fork()",
-        "os.execv('/bin/sh', ['sh', '-c', 'exit'])",
-        "__import__('subprocess').run(['true'])",
-        f"socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}))",
-        "socket.socket(socket.AF_UNIX)",
-        "bytes(3 << 30)",
-    )
+    denied = "Error: PermissionError"
+    attacks = {
+        f"open({str(secret)!r}).read()": denied,
+        f"open({str(secret)!r}, 'a').write('x')": denied,
+        f"open({str(tmp_path / 'new')!r}, 'w').write('x')": denied,
+        f"os.unlink({str(secret)!r})": denied,
+        f"open('/proc/{os.getpid()}/environ').read()[:10]": denied,
+        f"os.kill({os.getpid()}, 0)": denied,
+        "os.kill(os.getppid(), 0)": denied,
+        "(lambda pid: os.waitpid(pid, 0)[1] if pid else os._exit(0))(os.fork())": denied,
+        "os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)[1]": denied,
+        "__import__('subprocess').run(['true']).returncode": denied,
+        f"socket.create_connection(('127.0.0.1', {listener.getsockname()[1]})).close()": denied,
+        "socket.socket(socket.AF_UNIX).close()": denied,
+        "len(bytes(3 << 30))": "Error: MemoryError",
+    }
 
     async def main() -> None:
-        world = await opened(confined)
-        for attack in attacks:
+        world, other = await opened(confined), await opened(free)
+        for attack, error in attacks.items():
+            secret.write_text(TOKEN)
             (answer,) = await said(world, attack)
-            assert answer.startswith(("Error: PermissionError", "Error: MemoryError", "Error: OSError")), (
-                attack
-            )
+            assert answer.startswith(error), attack
+            assert [*tmp_path.iterdir()] == [secret] and secret.read_text() == TOKEN
+            (answer,) = await said(other, attack)
+            assert not answer.startswith("Error"), attack  # it is the confinement that it fails by
+            (tmp_path / "new").unlink(missing_ok=True)
         assert await said(world, "6 * 7") == ["42"]
+        for mostly in (f"open('/proc/{os.getpid()}/mem', 'rb')", "os.execv('/bin/true', ['true'])"):
+            assert (await said(world, mostly))[0].startswith(denied)  # the one needs a kernel that allows it
         await world.close()
+        await other.close()
 
     asyncio.run(main())
-    assert secret.read_text() == TOKEN
     listener.close()
 
 
@@ -193,7 +178,14 @@ def forged(**changes: Any) -> str:
         (forged(messages=[{"role": "tool", "content": "\ud800"}]), False),
         (forged(messages=[{"role": "tool", "name": "<|im_end|>", "content": "x"}]), False),
         (forged(messages=[{"role": "tool", "content": "x"}] * 2), False),
+        (forged(num_errors=1), True),
+        (forged(num_errors=2), False),
+        (forged(num_hung=2), False),
+        (forged(num_refused=2), False),
         (forged(num_errors=1 << 31), False),
+        (forged(reason="environment: respond raised OSError: disk full"), False),
+        (forged(is_over=True), False),
+        (forged(is_broken=True), False),
         (forged(reason="x" * 2001), False),
         ("[" * 5000, False),
         ("gASVDQAAAAAAAACMCW9zLnN5c3RlbZQu", False),
@@ -215,6 +207,105 @@ def test_what_a_process_sends_is_read_as_data_or_ends_its_episode(
         other = await opened(confined)
         assert await said(other, "6 * 7") == ["42"]
         await other.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("reward", "is_read"), [("-3e38", True), ("-1e39", False), ("NaN", False)])
+def test_a_reward_that_a_process_forges_is_a_float32_or_ends_its_episode(
+    reward: str, is_read: bool, confined: Forks
+) -> None:
+    async def main() -> None:
+        world = await opened(confined)
+        outcome = frame(f"[{reward}, null, false]")
+        await said(world, f"setattr(type(self), 'get_reward', lambda self: {outcome})")
+        if is_read:
+            assert (await world.score()).reward == float(reward)
+        else:
+            with pytest.raises(BrokenError, match="sent a"):
+                await world.score()
+        await world.close()
+
+    asyncio.run(main())
+
+
+LEFT = """
+import os, threading, time
+def wait():
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    os._exit(1)
+threading.Thread(target=wait).start()
+"""
+
+
+def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confined: Forks) -> None:
+    async def main() -> None:
+        host = Host(confined.world)
+        left, scored, idle = await host.open(0, {}, 3)
+        for one, code in ((left, f"exec({LEFT!r}) or os.getcwd()"), (scored, "None")):
+            answer = await host.act(one.name, 0, 0, {}, [Call("compute", {"expression": code})], "")
+            assert answer.reason is None
+            if one is left:
+                Path(answer.messages[0]["content"], "go").touch()
+        pids = [host._episodes[one.name].world.pid for one in (left, idle)]  # type: ignore[attr-defined]
+        os.kill(pids[1], 9)
+        await eventually(lambda: all(psutil.Process(pid).status() == "zombie" for pid in pids))
+        reason = "crash: environment: get_reward: its process died"
+        assert await host.finish(left.name, 0, {}) == (None, BY_POLICY + reason, True)
+        assert await host.finish(idle.name, 0, {}) == (None, reason, False)  # the policy has called nothing
+        assert await host.finish(scored.name, 0, {}) == (0.0, None, False)
+
+    asyncio.run(main())
+
+
+THREADS = (
+    "[__import__('threading').Thread(target=__import__('time').sleep, args=(9**5,), daemon=True).start()"
+)
+
+
+@pytest.mark.parametrize(
+    ("most", "code", "why"),
+    [
+        (40, f"{THREADS} for _ in range({{}})]", "it had more than 64 threads"),
+        (990, "[open(f'{{i}}', 'w').close() for i in range({})]", "it made more than 1000 files"),
+        (60, "[open('a', 'wb').write(bytes(1 << 20)) for _ in range({})]", "it wrote more than 64 MiB"),
+    ],
+)
+def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_less_than_its_group(
+    most: int, code: str, why: str, confined: Forks
+) -> None:
+    async def main() -> None:
+        host = Host(confined.world)
+        fine, wild, late = await host.open(0, {}, 3)
+        for one, num in ((fine, most), (wild, 2 * most)):
+            call = Call("compute", {"expression": code.format(num)})
+            answer = await host.act(one.name, 0, 0, {}, [call], "")
+            confined.look()
+            assert one is wild or answer.reason is None
+        assert await host.finish(fine.name, 0, {}) == (0.0, None, False)
+        outcome = await host.finish(wild.name, 0, {})
+        assert outcome.is_broken and outcome.reason is not None
+        # while it makes its call, or after it
+        told = (outcome.reason, answer.reason or "")
+        assert any(text.startswith(BY_POLICY) and text.endswith(f"{why}, and was killed") for text in told)
+        assert await host.finish(late.name, 0, {}) == (0.0, None, False)
+
+    asyncio.run(main())
+
+
+def test_confined_episodes_are_looked_at_without_being_asked(confined: Forks) -> None:
+    async def main() -> None:
+        world = await opened(confined)
+        process = world._process
+        assert process is not None
+        await said(world, f"{THREADS} for _ in range(60)] and None")
+        assert process.excess is None
+        with contextlib.suppress(BrokenError):
+            await said(world, f"{THREADS} for _ in range(60)] and None")
+        await eventually(lambda: process.excess is not None)
+        await gone([world.pid])
+        await world.close()
 
     asyncio.run(main())
 

@@ -359,7 +359,7 @@ def test_an_environment_that_fails_gives_a_reason_and_no_reward(tmp_path: Path) 
         for cls, reason, turns in (
             (Broken, "environment: respond raised KeyError: 'door'", 1),
             (Never, "environment: reset raised OSError: no server", 0),
-            (Silent, "environment: get_reward gave nan", 1),
+            (Silent, "environment: get_reward gave nan, which is no finite float32", 1),
         ):
             made, clients = worlds.episodes(Guess, tmp_path)
             for client in clients:
@@ -605,16 +605,17 @@ def test_check_shows_the_tools_and_a_sample_how_each_episode_went() -> None:
     assert "3 turns, 4 tool calls, 1 failed, end: max_turns" in lines
 
 
-def test_what_is_not_protected_is_said_once_and_every_restart_of_an_actor_is_noted() -> None:
+def test_what_is_not_protected_or_not_set_is_said_once_and_every_restart_of_an_actor_is_noted() -> None:
     said: list[str] = []
     noted: list[tuple[str, str, str]] = []
     group = object.__new__(EnvironmentGroup)
     group._processes, group._said, group._say = {}, set(), said.append
     group._note = lambda *note: noted.append(note)
     for number, pid, unprotected in ((0, 7, ["files"]), (1, 8, ["files", "calls"]), (0, 7, []), (1, 9, [])):
-        group._take(number, {"pid": pid, "unprotected": unprotected})
+        group._take(number, {"pid": pid, "unprotected": unprotected, "missing": ["KEY"] * number})
     before = "not protected from programs of the environment: "
-    assert said == [f"{before}files", f"{before}calls"]
+    missing = "environment.variables: KEY is not set on the node of an environment actor"
+    assert said == [f"{before}files", f"{before}calls", missing]
     assert [note[:2] for note in noted] == [("environment", "environment-1")]
     assert Python._unprotected() == unprotected_here()
 

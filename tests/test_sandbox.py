@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ from gvpo_ray.observe.metrics import batch_metrics
 from gvpo_ray.sandbox.channel import GoneError
 from gvpo_ray.sandbox.functions import Part
 from gvpo_ray.sandbox.process import Sandbox, SandboxError, _stages
+from gvpo_ray.sandbox.scratch import Scratch
 from gvpo_ray.verifiers.math.reward import math_reward
 from gvpo_ray.verifiers.verifier import Verifier
 
@@ -324,3 +327,41 @@ def test_a_template_that_is_gone_is_started_once_again_with_its_shared_child(
         sandbox._scratch.folder.rmdir()
         assert rewards_of(verifier.score(group_of("1", ["1"]))) == [2.0]
     assert "Traceback" not in capfd.readouterr().err  # another template cannot wait for that child
+
+
+def test_a_scratch_folder_that_two_remove_at_once_goes_and_one_that_stays_keeps_its_lock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def shared() -> Scratch:
+        made = Scratch()
+        for name in "ab":
+            (made.folder / name).mkdir()
+            (made.folder / name / "file").touch()
+        return made
+
+    unlink, first, second = os.unlink, shared(), shared()
+
+    def after_another(path: Any) -> None:
+        unlink(path)
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", after_another)
+        first.remove()
+    assert {*tmp_path.iterdir()} == {second.folder, Path(second._lock.name)}
+
+    def busy(path: Any) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        second.remove()
+        other = Scratch()  # which cannot remove it either
+        assert second.folder.exists() and Path(second._lock.name).exists()
+    last = Scratch()
+    assert {*tmp_path.iterdir()} == {one for s in (other, last) for one in (s.folder, Path(s._lock.name))}
+    other.remove()
+    last.remove()
+    assert not [*tmp_path.iterdir()]

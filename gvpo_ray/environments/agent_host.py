@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import inspect
 import json
-import math
 import os
 import secrets
 import uuid
@@ -28,7 +27,7 @@ from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.calls import well_formed
 from gvpo_ray.environments.host import GONE, Opened
 from gvpo_ray.environments.tasksets import Tasks
-from gvpo_ray.sandbox.functions import describe, guarded
+from gvpo_ray.sandbox.functions import describe, fits_float32, guarded
 
 CALLS_HEADER = "x-gvpo-calls"
 """Header of an engine's answer: the number of bytes of JSON behind the body (engines/serving.py)."""
@@ -222,8 +221,8 @@ class AgentHost:
         if value is None:
             return None, None, "environment: the agent gave None"
         reward = float(value)
-        if not math.isfinite(reward):
-            return None, None, f"environment: the agent gave {reward}"
+        if not fits_float32(reward):
+            return None, None, f"environment: the agent gave {reward:g}, which is no finite float32"
         return reward, None, None
 
     async def _result(self, episode: _Episode, known: Mapping[str, Any]) -> Any:

@@ -11,27 +11,23 @@ variables that programs in the sandbox have, and those that the config names. A 
 network, no programs and no files to write but in a folder of its own.
 
 Between the processes goes JSON, and what comes back is checked: the code in a process may be the policy's.
-
-It runs as `python -m gvpo_ray.environments.forks`, and only Forks starts it.
+The other side is fork_server.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import gc
 import json
-import math
 import os
 import select
-import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,13 +36,13 @@ import cloudpickle  # type: ignore[import-untyped]
 from pydantic import TypeAdapter, ValidationError
 
 from gvpo_ray.data.calls import Call
-from gvpo_ray.environments.world import Answer, Limits, Outcome, World
+from gvpo_ray.environments.fork_server import SIZE, framed, start_raised
+from gvpo_ray.environments.world import Answer, Limits, Outcome
 from gvpo_ray.errors import GvpoError
-from gvpo_ray.sandbox.functions import describe
-from gvpo_ray.sandbox.landlock import Files, files_of_python
+from gvpo_ray.sandbox.functions import fits_float32
 from gvpo_ray.sandbox.process import KEPT_ENVIRONMENT
 from gvpo_ray.sandbox.scratch import Scratch, _remove
-from gvpo_ray.sandbox.template import _confine, _die_with_parent
+from gvpo_ray.sandbox.watch import MAX_WRITTEN_BYTES, excess
 
 START_S = 300.0
 """Seconds within which a world's process must have started; many start at once."""
@@ -54,8 +50,8 @@ START_S = 300.0
 GRACE_S = 15.0
 """Seconds that a world has beside the time limit of a call, before its process is killed."""
 
-SIZE = struct.Struct("!Q")
-"""What comes before each frame: its size."""
+LOOK_AGAIN_S = 1.0
+"""Seconds that a frame may come late, after all: it may have come while the host's loop stood still."""
 
 BEGINS = b"null"
 """The frame that says that a call begins."""
@@ -66,15 +62,27 @@ BYTES_PER_CHARACTER = 12
 ROOM = 1 << 20
 """Bytes of a frame beside what the policy reads."""
 
-MEMORY_GIB = 2
-"""GiB that a confined world may allocate."""
+WATCH_S = 0.25
+"""Seconds between two looks at what confined worlds hold."""
 
 KEPT = (*KEPT_ENVIRONMENT, "HOME", "TMPDIR", "OMP_NUM_THREADS")
-"""Environment variables of a world that is not confined, beside those that the config names."""
+"""Environment variables of a world, beside those that the config names."""
 
 
 class BrokenError(GvpoError):
     """A world's process is gone, or gave no sign within its time; the message says which."""
+
+    def __init__(self, why: str, is_left: bool = False) -> None:
+        super().__init__(why)
+        self.is_left = is_left
+        """Whether earlier calls have left the cause behind: no call had begun, or no World does it."""
+
+
+class NoServerError(BrokenError):
+    """The process that worlds are forked from is gone, and all worlds with it: no call of one is to blame."""
+
+    def __init__(self, why: str = "the process that worlds are forked from died") -> None:
+        super().__init__(why)
 
 
 class Forks:
@@ -100,12 +108,18 @@ class Forks:
         is_confined: bool = False,
     ) -> None:
         self._limits, self._numbers = limits, count()
-        self._scratch = Scratch() if is_confined else None
+        self.missing = [name for name in variables if name not in os.environ]
+        """Those of the variables that this machine does not have."""
+        # the socket holds some messages: only a thread may wait until the server has read them
+        self._sender, self._cleaner = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._scratches = [Scratch()]
+        self._living: dict[int, _Process] = {}
+        self._closing = threading.Event()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # users' modules are found as here
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gvpo_ray.environments.forks"],
+                [sys.executable, "-P", "-m", "gvpo_ray.environments.fork_server"],
                 stdin=theirs.fileno(),
                 env={
                     **{name: os.environ[name] for name in (*KEPT, *variables) if name in os.environ},
@@ -120,38 +134,93 @@ class Forks:
         if (said := self._control.recv(1 << 16)) != b"ready":
             self.close()
             raise RuntimeError(said.decode() or "the process that worlds are forked from does not start")
+        if is_confined:
+            threading.Thread(target=self._watch, daemon=True).start()
 
     async def world(self) -> WorldProcess:
         """Return a world, in a new process.
 
         Raises:
-            BrokenError: it does not start, or the fork server is gone.
+            NoServerError: the fork server is gone.
+            BrokenError: it does not start: this machine has no room for it, say.
         """
-        folder = None
-        if self._scratch is not None:
-            folder = self._scratch.folder / str(next(self._numbers))
-            folder.mkdir(mode=0o700)
-        ours, theirs = socket.socketpair()
+        process = _Process(next(self._numbers), self._limits.max_text)
         try:
-            with theirs:
-                socket.send_fds(self._control, [b"fork " + os.fsencode(folder or "")], [theirs.fileno()])
-        except OSError:
-            raise BrokenError("the process that worlds are forked from died") from None
-        process = _Process(*await asyncio.open_connection(sock=ours), self._limits.max_text, folder)
-        try:
-            process.pid = int(await process.frame(START_S))
-        except BrokenError:
-            process.writer.close()
+            process.folder = self._new_folder(process.number)
+            ours, theirs = socket.socketpair()
+            with ours:  # the connection has a copy of it
+                command = b"fork %d %s" % (process.number, os.fsencode(process.folder))
+                sent = self._sender.submit(self._send, command, theirs)
+                await asyncio.shield(asyncio.wrap_future(sent))
+                await process.connect(ours.dup())
+            said = json.loads(await process.frame(START_S))
+            if not isinstance(said, int):
+                raise BrokenError(said)
+        except (OSError, BrokenError) as error:
+            self.end(process)
+            if not self.is_alive():
+                raise NoServerError from None
+            raise error if isinstance(error, BrokenError) else BrokenError(start_raised(error)) from None
+        except asyncio.CancelledError:
+            self.end(process)
             raise
+        process.pid = said
+        self._living[process.number] = process
         return WorldProcess(self, process, self._limits)
+
+    def _new_folder(self, number: int) -> Path:
+        """Make the folder of a world."""
+        if not self._scratches[-1].is_usable():  # what is left of it is of the worlds that there are
+            self._scratches.append(Scratch())
+        folder = self._scratches[-1].folder / str(number)
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def _send(self, command: bytes, end: socket.socket | None = None) -> None:
+        """Tell the fork server something, and give it the other end of a world's socket."""
+        if end is None:
+            self._control.send(command)
+        else:
+            with end:
+                socket.send_fds(self._control, [command], [end.fileno()])
+
+    def is_alive(self) -> bool:
+        """Return whether the fork server lives.
+
+        Worlds end with its first thread, of which the kernel says before that it is at its end. Its socket
+        may end later, with its last thread.
+        """
+        exiting = 0x4  # PF_EXITING
+        try:
+            stat = Path(f"/proc/{self._server.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return False
+        except OSError:  # there may be no descriptor for it
+            return self._server.poll() is None
+        return self._server.returncode is None and not int(stat.rpartition(")")[2].split()[6]) & exiting
 
     def end(self, process: _Process) -> None:
         """Kill a world's process, which may have ended, and remove its folder."""
-        process.writer.close()
-        with contextlib.suppress(OSError):  # its worlds end with the server
-            self._control.send(b"end %d" % process.pid)
-        if process.folder is not None:  # which may take long: a policy may have filled it
-            threading.Thread(target=_clear, args=(process.pid, process.folder), daemon=True).start()
+        if process.writer is not None:
+            process.writer.close()
+        self._living.pop(process.number, None)
+        with contextlib.suppress(RuntimeError):  # after `close` there are none
+            self._sender.submit(self._send, b"end %d " % process.number)
+            if process.folder is not None:  # which may take long: a policy may have filled it
+                self._cleaner.submit(_clear, process.pid, process.folder)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(WATCH_S):
+            self.look()
+
+    def look(self) -> None:
+        """Have each world killed that holds more than a program in the sandbox may (sandbox/watch.py)."""
+        for process in [*self._living.values()]:
+            if process.excess is None and process.folder is not None:
+                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES)
+                if process.excess is not None:
+                    with contextlib.suppress(RuntimeError):  # after `close` there are none
+                        self._sender.submit(self._send, b"end %d " % process.number)
 
     def wait(self) -> None:
         """Wait until the fork server has ended, and all worlds with it."""
@@ -159,11 +228,16 @@ class Forks:
 
     def close(self) -> None:
         """End all processes."""
-        self._control.close()
+        self._closing.set()
         self._server.kill()
         self._server.wait()
-        if self._scratch is not None:
-            self._scratch.remove()
+        for process in [*self._living.values()]:
+            self.end(process)  # which has its folder removed after its end
+        self._sender.shutdown()
+        self._control.close()
+        self._cleaner.shutdown()
+        for scratch in self._scratches:
+            scratch.remove()
 
 
 def _clear(pid: int, folder: Path) -> None:
@@ -173,27 +247,53 @@ def _clear(pid: int, folder: Path) -> None:
         ends.register(descriptor, select.POLLIN)
         ends.poll(10_000)
         os.close(descriptor)
-    _remove(folder)
+    for _ in range(50):  # what the process had started may take longer, and write
+        if _remove(folder):
+            return
+        time.sleep(0.1)
 
 
 class _Process:
     """A _Process is the host's end of a world's process."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, max_text: int, folder: Path | None
-    ) -> None:
-        self.reader, self.writer, self.pid, self.folder = reader, writer, 0, folder
+    def __init__(self, number: int, max_text: int) -> None:
+        self.number, self.pid = number, 0
+        self.folder: Path | None = None
+        self.excess: str | None = None
+        """What it has held too much of, so that it was killed."""
+        self.writer: asyncio.StreamWriter | None = None
         self._max_bytes = BYTES_PER_CHARACTER * max_text + ROOM
+
+    async def connect(self, end: socket.socket) -> None:
+        """Take the socket's end."""
+        self._reader, self.writer = await asyncio.open_connection(sock=end)
+
+    def write(self, frame: Any) -> None:
+        """Send something."""
+        assert self.writer is not None
+        self.writer.write(framed(frame))
 
     async def frame(self, limit_s: float) -> bytes:
         """Return what it sends next."""
+        reading = asyncio.ensure_future(self._read())
         try:
-            async with asyncio.timeout(limit_s):
-                return await _read(self.reader, self._max_bytes)
-        except TimeoutError:
-            raise BrokenError("its process gave no sign of life and was killed") from None
+            for seconds in (limit_s, LOOK_AGAIN_S):
+                if (await asyncio.wait([reading], timeout=seconds))[0]:
+                    return reading.result()
+            raise BrokenError("its process gave no sign of life and was killed")
         except (asyncio.IncompleteReadError, OSError):
+            if self.excess is not None:
+                raise BrokenError(f"{self.excess}, and was killed", is_left=True) from None
             raise BrokenError("its process died") from None
+        finally:
+            reading.cancel()
+
+    async def _read(self) -> bytes:
+        (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))
+        if size > self._max_bytes:
+            why = f"its process sent {size} bytes at once; at most {self._max_bytes} are read"
+            raise BrokenError(why, is_left=True)
+        return await self._reader.readexactly(size)
 
 
 class WorldProcess:
@@ -219,12 +319,16 @@ class WorldProcess:
         answer: Answer = await self._ask(ANSWER, max(1, num), "act", calls, message)
         if not all(map(_is_message, answer.messages)) or len(answer.messages) > max(1, len(calls)):
             await self._break("its process sent messages that are none")
+        # a World says in messages what comes of calls: anything else is code that would end its episode
+        is_end = answer.reason is not None or answer.is_over
+        if answer.is_broken or (calls and is_end) or max(_counts(answer)) > len(calls):
+            await self._break("its process sent an answer that is none")
         return answer
 
     async def score(self) -> Outcome:
         """Call World.score."""
         outcome: Outcome = await self._ask(OUTCOME, 1, "score")
-        if outcome.reward is not None and not math.isfinite(outcome.reward):
+        if outcome.reward is not None and not fits_float32(outcome.reward):
             await self._break("its process sent a reward that is none")
         return outcome
 
@@ -239,23 +343,27 @@ class WorldProcess:
         if (process := self._process) is None:
             raise BrokenError("its process has ended")
         now = asyncio.get_running_loop().time
-        end = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s
+        end, has_begun = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s, False
         try:
-            _write(process.writer, (method, args))
+            process.write((method, args))
             for _ in range(num_calls + 1):
                 frame = await process.frame(min(self.limit_s, end - now()))
                 if frame != BEGINS:
                     return kind.validate_json(frame)
-            raise BrokenError("its process began more calls than it has")
+                has_begun = True
+            raise BrokenError("its process began more calls than it has", is_left=True)
         except ValidationError:
             await self._break("its process sent an answer that is none")
-        except BrokenError:
+        except BrokenError as error:
             await self.close()
+            if not self._forks.is_alive():
+                raise NoServerError from None
+            error.is_left = error.is_left or not has_begun
             raise
 
     async def _break(self, why: str) -> NoReturn:
         await self.close()
-        raise BrokenError(why)
+        raise BrokenError(why, is_left=True)
 
 
 OPENED: TypeAdapter[Any] = TypeAdapter(tuple[str | None, str | None])
@@ -272,79 +380,5 @@ def _is_message(message: Mapping[str, str]) -> bool:
     )
 
 
-async def _read(reader: asyncio.StreamReader, max_bytes: int | None = None) -> bytes:
-    (size,) = SIZE.unpack(await reader.readexactly(SIZE.size))
-    if max_bytes is not None and size > max_bytes:
-        raise BrokenError(f"its process sent {size} bytes at once; at most {max_bytes} are read")
-    return await reader.readexactly(size)
-
-
-def _write(writer: asyncio.StreamWriter, frame: Any) -> None:
-    data = json.dumps(frame, default=dataclasses.asdict).encode()
-    writer.write(SIZE.pack(len(data)) + data)
-
-
-def main() -> None:
-    """Load the environment's class, then fork worlds until the host closes the socket."""
-    control = socket.socket(fileno=os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    _, (setup,), _, _ = socket.recv_fds(control, 64, 1)
-    try:
-        with open(setup, "rb") as pipe:
-            cls, arguments, limits, is_confined = cloudpickle.loads(pipe.read())
-    except BaseException as error:  # importing a user's module may raise anything
-        control.send(f"the environment's class cannot be loaded: {describe(error)}".encode()[: 1 << 15])
-        return
-    server, files = os.getpid(), files_of_python() if is_confined else Files([], [])
-    gc.freeze()  # the worlds share these pages as long as nobody writes into them
-    control.send(b"ready")
-    while True:
-        command, descriptors, _, _ = socket.recv_fds(control, 1 << 14, 1)
-        if not command:
-            return
-        if command.startswith(b"end "):
-            pid = int(command[4:])
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(pid, signal.SIGKILL)  # until it is waited for, no other process has its number
-                os.waitpid(pid, 0)
-            continue
-        if os.fork() == 0:
-            control.close()
-            try:
-                _die_with_parent(server)
-                if folder := os.fsdecode(command.removeprefix(b"fork ")):
-                    _live_in(folder, files)
-                asyncio.run(_serve(socket.socket(fileno=descriptors[0]), cls, arguments, limits))
-            finally:
-                os._exit(0)
-        os.close(descriptors[0])
-
-
-def _live_in(folder: str, files: Files) -> None:
-    """Confine this process for good; the one folder where it may write is its home, and it prints nowhere."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for standard in (1, 2):
-        os.dup2(null, standard)
-    os.environ.update(HOME=folder, TMPDIR=folder)
-    os.chdir(folder)
-    _confine({"memory_bytes": MEMORY_GIB << 30, "scratch": folder}, files, is_guest=False)
-
-
-async def _serve(end: socket.socket, cls: type, arguments: Mapping[str, Any], limits: Limits) -> None:
-    """Be a world until the host closes the socket."""
-    reader, writer = await asyncio.open_connection(sock=end)
-    world = World(cls, arguments, limits, lambda: _write(writer, None))
-    _write(writer, os.getpid())
-    while True:
-        try:
-            method, args = json.loads(await _read(reader))
-        except (asyncio.IncompleteReadError, OSError):
-            return
-        if method == "act":
-            args[0] = [Call(*call) for call in args[0]]
-        _write(writer, await getattr(world, method)(*args))
-        await writer.drain()
-
-
-if __name__ == "__main__":
-    main()
+def _counts(answer: Answer) -> tuple[int, ...]:
+    return answer.num_errors, answer.num_hung, answer.num_refused

@@ -7,7 +7,7 @@ number, and a turn that has been made is answered again and not made again.
 Each environment is in a process of its own (forks.py), so that no number of calls that hang touches the host
 or another episode. A tool call that does not return is an error that the policy reads. One that brings its
 process down ends the episode, and so does whatever fails after a call that has hung: then the policy's calls
-are the cause, and the episode is worth the worst that there has been in the run (verifiers/verifier.py).
+are the cause, and the episode is worth less than its group (verifiers/outages.py: Given.worst).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.calls import Call, well_formed
-from gvpo_ray.environments.forks import BrokenError
+from gvpo_ray.environments.forks import BrokenError, NoServerError
 from gvpo_ray.environments.world import Answer, Outcome
 
 GONE = "environment: its actor died, and the episode's state with it"
@@ -80,8 +80,15 @@ class _Episode:
     so_far: SoFar | None = None
     turns: list[asyncio.Task[Answer]] = field(default_factory=list)
     outcome: asyncio.Task[Outcome] | None = None
-    has_hung: bool = False
-    """Whether a tool call has, or has brought the world down."""
+    is_to_blame: bool = False
+    """Whether a tool call of the policy's has hung or brought the world down, and so is the cause of what
+    fails from then on."""
+    has_called: bool = False
+    """Whether there were tool calls of the policy's at all."""
+
+    def blame(self, is_to_blame: bool) -> None:
+        """Note whether a tool call is the cause of a failure, if there was one."""
+        self.is_to_blame = self.is_to_blame or (is_to_blame and self.has_called)
 
 
 class Host:
@@ -99,7 +106,17 @@ class Host:
     async def open(self, group_id: int, row: Mapping[str, Any], num: int) -> list[Opened]:
         """Begin `num` episodes of a group; `row` goes to reset, as far as it has such arguments."""
         numbers = [next(self._numbers) for _ in range(num)]
-        return list(await asyncio.gather(*(self._open(group_id, number, row) for number in numbers)))
+        begun = await asyncio.gather(
+            *(self._open(group_id, number, row) for number in numbers), return_exceptions=True
+        )
+        opened = [one for one in begun if isinstance(one, Opened)]
+        for error in begun:
+            if isinstance(error, BaseException):  # nobody gets to know of the others
+                for one in opened:
+                    if (episode := self._episodes.pop(one.name, None)) is not None:
+                        await episode.world.close()
+                raise error
+        return opened
 
     async def claim(self, group_id: int, without: Iterable[str] = ()) -> list[Opened]:
         """Take over the episodes of a group that there are, but for those of the names `without`.
@@ -157,7 +174,12 @@ class Host:
         name = uuid.uuid4().hex
         try:
             world = await self._make()
+        except BrokenError as error:  # which says nothing of the prompt
+            return Opened(name, 0, None, reason=f"environment: {error}")
+        try:
             said, reason = await world.open(row)
+        except NoServerError:
+            return Opened(name, 0, None, reason=GONE)
         except BrokenError as error:
             return Opened(name, 0, None, reason=f"{ReasonKind.CRASH}: environment: reset: {error}")
         if reason is not None:
@@ -167,23 +189,29 @@ class Host:
         return Opened(name, 0, said)
 
     async def _act(self, episode: _Episode, calls: Sequence[Call], message: str) -> Answer:
+        episode.has_called = episode.has_called or bool(calls)
         try:
             answer = await episode.world.act(calls, message)
+        except NoServerError:
+            return Answer(reason=GONE)
         except BrokenError as error:
-            episode.has_hung = episode.has_hung or bool(calls)
+            episode.blame(bool(calls) or error.is_left)
             what = ", ".join(dict.fromkeys(well_formed(call.name) for call in calls))[:MAX_NAMES] or "respond"
             answer = Answer(reason=f"{ReasonKind.CRASH}: environment: {what}: {error}")
-        episode.has_hung = episode.has_hung or answer.num_hung > 0
-        if answer.reason is not None and episode.has_hung:
+        episode.blame(answer.num_hung > 0)
+        if answer.reason is not None and episode.is_to_blame:
             answer.is_broken, answer.reason = True, BY_POLICY + answer.reason
         return answer
 
     async def _score(self, episode: _Episode) -> Outcome:
         try:
             outcome = await episode.world.score()
+        except NoServerError:
+            return Outcome(None, GONE)
         except BrokenError as error:
+            episode.blame(error.is_left)
             outcome = Outcome(None, f"{ReasonKind.CRASH}: environment: get_reward: {error}")
         await episode.world.close()  # nobody asks it for anything else
-        if outcome.reason is not None and episode.has_hung:
+        if outcome.reason is not None and episode.is_to_blame:
             return Outcome(None, BY_POLICY + outcome.reason, is_broken=True)
         return outcome

@@ -37,18 +37,23 @@ class _EnvironmentActor(Host):
         variables: Sequence[str],
         is_confined: bool,
     ) -> None:
-        forks, self._leaving = Forks(cls, arguments, limits, variables, is_confined), threading.Event()
-        super().__init__(forks.world)
-        threading.Thread(target=_end_with, args=(forks, self._leaving), daemon=True).start()
+        self._forks, self._leaving = Forks(cls, arguments, limits, variables, is_confined), threading.Event()
+        super().__init__(self._forks.world)
+        threading.Thread(target=_end_with, args=(self._forks, self._leaving), daemon=True).start()
         self._unprotected: list[str] = unprotected() if is_confined else getattr(cls, "_unprotected", list)()
 
     async def status(self) -> dict[str, Any]:
-        """Add what this machine's kernel does not protect from programs of the environment."""
-        return {**await super().status(), "unprotected": self._unprotected}
+        """Add what this machine's kernel does not protect, and which environment variables it has not."""
+        return {
+            **await super().status(),
+            "unprotected": self._unprotected,
+            "missing": self._forks.missing,
+        }
 
     async def leave(self) -> None:
-        """Leave the end of this process to Ray."""
+        """End the worlds, with their folders, and leave the end of this process to Ray."""
         self._leaving.set()
+        await asyncio.to_thread(self._forks.close)
 
 
 def _end_with(forks: Forks, leaving: threading.Event) -> None:
@@ -103,10 +108,15 @@ class EnvironmentGroup:
             await asyncio.sleep(WATCH_S)
 
     def _take(self, number: int, status: Mapping[str, Any]) -> None:
-        for sentence in status["unprotected"]:
+        said = [f"not protected from programs of the environment: {each}" for each in status["unprotected"]]
+        said += [
+            f"environment.variables: {name} is not set on the node of an environment actor"
+            for name in status.get("missing", ())
+        ]
+        for sentence in said:
             if sentence not in self._said:
                 self._said.add(sentence)
-                self._say(f"not protected from programs of the environment: {sentence}")
+                self._say(sentence)
         if self._processes.setdefault(number, status["pid"]) != status["pid"]:
             self._processes[number] = status["pid"]
             why = "its process or its node died; its episodes ended without a reward"

@@ -32,7 +32,8 @@ class Python:
 
     def __init__(self, timeout_s: float = 10.0, cpu_s: int = 5, memory_gib: float = 1.0) -> None:
         self._limits = {"timeout_s": timeout_s, "cpu_s": cpu_s, "memory_gib": memory_gib}
-        # a sandbox belongs to the thread that has made it, and a call after one that hangs has another one
+        # a sandbox belongs to the thread that has made it, and a World makes the calls after one that hangs
+        # in another thread
         self._of_thread = threading.local()
 
     def reset(self, **row: object) -> None:

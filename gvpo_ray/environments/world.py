@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pydantic import Field
 from gvpo_ray.config.shown import know, masked
 from gvpo_ray.config.verifiers import ReasonKind
 from gvpo_ray.data.calls import Call, well_formed
-from gvpo_ray.sandbox.functions import MAX_REASON, describe, guarded
+from gvpo_ray.sandbox.functions import MAX_REASON, describe, fits_float32, guarded
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 """A number of calls, as a process may send it."""
@@ -157,8 +156,8 @@ class World:
             reward = float(value)
         except Exception as error:  # a user's class may raise anything
             return Outcome(None, _why("get_reward", error))
-        if not math.isfinite(reward):
-            return Outcome(None, f"environment: get_reward gave {reward}")
+        if not fits_float32(reward):
+            return Outcome(None, f"environment: get_reward gave {reward:g}, which is no finite float32")
         return Outcome(reward)
 
     async def close(self) -> None:

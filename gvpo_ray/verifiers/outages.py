@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gvpo_ray.config.shown import mask
@@ -31,8 +32,45 @@ NUM_TRIES, NUM_TRIES_UNREACHED, NUM_TRIES_ALONE = 3, 10, 8
 and fails at this group or cannot be reached with it; or it fails at this group, and no other one waits."""
 
 
+NUM_GROUPS = 32
+"""Number of the last groups whose rewards say what is usual for a data set."""
+
+
 class RewardError(GvpoError, RuntimeError):
     """A reward function fails on every row; the message names the function, the last row and the fault."""
+
+
+@dataclass
+class Given:
+    """A Given is what a reward function has given to episodes of a data set."""
+
+    low: float
+    high: float
+    groups: list[tuple[float, float]]
+    """The lowest and the highest value of each of the last NUM_GROUPS groups."""
+
+    def worst(self, values: Sequence[float], weight: float) -> float:
+        """Return what an episode is worth whose environment the policy has brought down.
+
+        It is less than the worst value of its group by as much as the best and the worst of a group differ
+        (the median of the groups whose values differ), but not less than the worst that was ever given. So it
+        is never above another episode of its group, it costs as much where the others have all succeeded,
+        where the worst of the group would be no loss, and it is what failing is where there are few values
+        to fail with. The worst that was ever given would not do alone: where rewards have no bound, one
+        episode would set it for all others, and a group would then have a mean far below all its answers.
+
+        Args:
+            values: of the group's other episodes; none: the median of the groups' worst stands for them.
+            weight: of the reward function; below 0 its highest value is the worst.
+        """
+        sign = 1.0 if weight >= 0 else -1.0
+        groups = [sorted((sign * low, sign * high)) for low, high in self.groups]
+        spreads = [high - low for low, high in groups if high > low]
+        usual = statistics.median_low(spreads) if spreads else 0.0
+        lowest = min((sign * value for value in values), default=None)
+        if lowest is None:
+            lowest = statistics.median_low([low for low, _ in groups])
+        return sign * max(min(sign * self.low, sign * self.high), lowest - usual)
 
 
 @dataclass
@@ -44,8 +82,8 @@ class Record:
     faults: Counter[str] = field(default_factory=Counter)
     last: dict[str, str] = field(default_factory=dict)
     """Name -> the last fault, with its row."""
-    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Name -> the lowest and the highest value that it has given."""
+    given: dict[tuple[str, str], Given] = field(default_factory=dict)
+    """Name and data set -> what it has given to the data set's episodes."""
 
     def add(self, name: str, parts: Iterable[Part], group_ids: list[int] | None) -> None:
         """Take down what a reward function gave for the completions of a group."""
@@ -56,7 +94,12 @@ class Record:
                 self.last[name] = f"{where}: {part.reason}"
             elif part.value is not None:
                 self.worked.add(name)
-                self._widen(name, part.value, part.value)
+
+    def add_group(self, name: str, dataset: str, values: Sequence[float]) -> None:
+        """Take down what a reward function gave to the episodes of a group that no tool call has ended."""
+        if values:
+            low, high = min(values), max(values)
+            self._extend((name, dataset), Given(low, high, [(low, high)]))
 
     def merge(self, other: Record) -> None:
         """Take down what another record holds."""
@@ -67,17 +110,13 @@ class Record:
     def learn(self, other: Record) -> None:
         """Take over from another record what reward functions have given, and not their faults."""
         self.worked |= other.worked
-        for name, span in other.spans.items():
-            self._widen(name, *span)
+        for key, given in other.given.items():
+            self._extend(key, given)
 
-    def worst(self, name: str, weight: float) -> float | None:
-        """Return the value of a reward function that makes the lowest reward; None: it has given none."""
-        span = self.spans.get(name)
-        return None if span is None else span[0] if weight >= 0 else span[1]
-
-    def _widen(self, name: str, low: float, high: float) -> None:
-        lowest, highest = self.spans.get(name, (low, high))
-        self.spans[name] = min(low, lowest), max(high, highest)
+    def _extend(self, key: tuple[str, str], new: Given) -> None:
+        old = self.given.get(key, new)
+        groups = new.groups if old is new else [*old.groups, *new.groups]
+        self.given[key] = Given(min(old.low, new.low), max(old.high, new.high), groups[-NUM_GROUPS:])
 
     def check(self) -> None:
         """Raise RewardError if a reward function has had MAX_FAULTS faults and never worked."""

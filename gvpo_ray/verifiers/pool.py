@@ -207,7 +207,7 @@ class VerifierGroup(ElasticGroup):
     async def _ask(self, sampled: Any, without: list[str]) -> tuple[Any, _Answer]:
         """Have one verifier score a group; return the scored group's ref, and what else it has to say."""
         with self._hold() as verifier:
-            known = Record(self._record.worked, spans=self._record.spans)
+            known = Record(self._record.worked, given=self._record.given)
             scored, answer = verifier.score_group.remote(sampled, known, without)
             answer = await answer
             self._answered(verifier, answer.pid, "checked")

@@ -234,6 +234,7 @@ class Verifier:
         without: Iterable[str] = (),
         of_episodes: Sequence[Part | None] = (),
         broken: Sequence[bool] = (),
+        dataset: str = "",
     ) -> list[Check]:
         """Score completions: one at a time in the sandbox, all in one call by trusted functions.
 
@@ -243,7 +244,9 @@ class Verifier:
             columns: further arguments of the reward functions; each is a list of one entry per completion.
             without: names of reward functions whose service is not waited for.
             of_episodes: what their environment gave the completions; None: it gives no rewards.
-            broken: which of them are episodes whose environment a tool call brought down (see `_worst`).
+            broken: of the episodes of one group, which a tool call ended by bringing their environment down;
+                nothing where they are no episodes.
+            dataset: of the episodes.
 
         Raises:
             OutOfReach: a service that a reward function calls does not answer.
@@ -275,25 +278,37 @@ class Verifier:
         for i, of_episode in enumerate(of_episodes):
             if of_episode is not None:
                 by_completion[i] = {ENVIRONMENT: of_episode, **by_completion[i]}
-        for i, is_broken in enumerate(broken):
-            if is_broken:
-                by_completion[i] = {name: self._worst(name, part) for name, part in by_completion[i].items()}
+        if broken:
+            self._judge_broken(by_completion, broken, dataset)
         return [self._combine(parts, seconds[i]) for i, parts in enumerate(by_completion)]
 
-    def _worst(self, name: str, part: Part) -> Part:
-        """Return what a reward function gives an episode whose environment the policy has brought down.
+    def _judge_broken(
+        self, by_completion: list[dict[str, Part]], broken: Sequence[bool], dataset: str
+    ) -> None:
+        """Replace what reward functions give episodes whose environment the policy has brought down.
 
-        It is the worst that the function has given in this run, and for the environment, which is no more, in
-        place of a value. So the sum is never above that of another episode, whatever the weights are, and
-        where some fail and others succeed, a call that ends an episode costs what failing costs: the worst of
-        the group alone would be no loss at all where the others have all succeeded.
+        Each of them gives what Given.worst says; for the environment, which is no more, in place of a value.
+        So the weighted sum is never above that of an episode of the group that has all its values.
         """
-        if part.value is None and name != ENVIRONMENT:
-            return part  # that it cannot be judged is no doing of the policy's
-        all_given = Record()
-        all_given.learn(self.known)
-        all_given.learn(self.record)
-        return replace(part, value=all_given.worst(name, self._rewards[name].weight))
+        by_name: dict[str, list[float]] = {}
+        for parts, is_broken in zip(by_completion, broken, strict=True):
+            for name, part in parts.items():
+                if not is_broken and part.value is not None:
+                    by_name.setdefault(name, []).append(part.value)
+        for name, values in by_name.items():
+            self.record.add_group(name, dataset, values)
+        whole = Record()
+        whole.learn(self.known)
+        whole.learn(self.record)
+        for parts, is_broken in zip(by_completion, broken, strict=True):
+            if not is_broken:
+                continue
+            for name, part in parts.items():
+                # that a function cannot judge it is no doing of the policy's
+                if part.value is not None or name == ENVIRONMENT:
+                    given, weight = whole.given.get((name, dataset)), self._rewards[name].weight
+                    worst = None if given is None else given.worst(by_name.get(name, ()), weight)
+                    parts[name] = replace(part, value=worst)
 
     def _call(
         self,
@@ -344,7 +359,8 @@ class Verifier:
         of_episodes = _of_episodes(row) if ENVIRONMENT in self._rewards else []
         given = [of_episodes[i] for i in which] if of_episodes else []
         broken = group_tables.broken_episodes(row)
-        return self.check(prompts, completions, columns, without, given, [broken[i] for i in which])
+        ended = [broken[i] for i in which] if any(row.get("episodes") or ()) else []
+        return self.check(prompts, completions, columns, without, given, ended, row.get("dataset") or "")
 
     def _combine(self, parts: Mapping[str, Part], seconds: float) -> Check:
         """Make one result of the reward functions' parts: the weighted sum and all reasons."""
@@ -382,6 +398,8 @@ def _of_episodes(row: Mapping[str, Any]) -> list[Part | None]:
         None
         if value is None and (reason is None or (values is None and is_broken))
         else Part(value, reason, is_fault=value is None and " raised " in (reason or "") and not is_broken)
+        if value is None or fits_float32(value)
+        else Part(None, f"{ENVIRONMENT}: its reward is {value:g}, no finite float32")
         for value, reason, is_broken in zip(values or none, reasons, broken, strict=True)
     ]
 
