@@ -383,6 +383,39 @@ def test_what_a_program_does_to_its_arguments_is_seen_from_the_next_statement_on
     assert score(verifiers[False], right, test=test) == 1
 
 
+SORTS = "def f(x):\n    x.sort()\n    return x"
+
+
+@pytest.mark.parametrize("right", ["f = sorted", SORTS], ids=["new", "in place"])
+@pytest.mark.parametrize(
+    "wrong", [EMPTIES, SORTS.replace("x.sort()", "x[:] = x[:1]")], ids=["empties", "cuts"]
+)
+@pytest.mark.parametrize(
+    "test",
+    [
+        "x = [3, 1, 2]\ny = f(x)\nassert y == sorted(x)",
+        "x = [3, 1, 2]\ny = f(x)\nwant = sorted(x)\nassert y == want",
+        "x = [3, 1, 2]\ny = f(x)\nassert len(y) == len(x)",
+        "x = [3, 1, 2]\ny = f(x)\nassert all(a in y for a in x) and not [a for a in x if a not in y]",
+        "x = [3, 1, 2]\ny = f(x)\nassert abs(sum(y) - sum(x)) < 1e-6",
+        "x = [3, 1, 2]\ny = f(x)\ntry:\n    assert x == [1]\nexcept AssertionError:\n    pass\n"
+        "assert y == sorted(x)",
+        "x = [3, 1, 2]\ny = f(x)\nassert x == x or x == [7]\nassert y == sorted(x)",
+        "def test():\n    x = [3, 1, 2]\n    y = f(x)\n    for a in x:\n        assert a in y\n"
+        "    assert y == sorted(x)\ntest()",
+        "x = [3, 1, 2]\ny = f(x)\nz = f(x)\nassert y == sorted(x)",
+    ],
+)
+def test_what_is_expected_of_a_result_is_computed_from_arguments_that_the_program_has_not_changed(
+    verifiers: dict[bool, Verifier], test: str, wrong: str, right: str
+) -> None:
+    """Of a call that returns something, changes are seen beside values that are written there alone."""
+    namespace: dict[str, Any] = {}
+    exec(f"{wrong}\n{test}", namespace)  # in Python itself these tests pass
+    assert score(verifiers[False], wrong, test=test) == 0
+    assert score(verifiers[False], right, test=test) == 1
+
+
 # --------------------------------------------------------------------------------------------- right programs
 
 VECTOR = """

@@ -18,6 +18,7 @@ import ast
 import builtins
 import collections
 import contextlib
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ _CATCHING = {"raises", "assertRaises", "assertRaisesRegex"}
 """Functions that catch errors where no `try` and no `with` is to be seen; the first argument is the class."""
 
 _SETTLE = "what programs did to arguments is seen from here on"
+_LOOK = "what programs did to arguments is seen in the next statement"
 """Name of a function in the tests; no program and no test can spell it."""
 
 
@@ -76,7 +78,8 @@ class Tests:
     ) -> None:
         self._lines, self._send, self._modules, self._num_asked = lines, send, modules, 0
         self._error: str | None = None
-        self._changed: dict[int, tuple[Any, Any]] = {}
+        self._changed: dict[int, tuple[Any, Any, bool]] = {}
+        self._views: dict[int, tuple[Any, Any, Any]] = {}
         self._origins: dict[int, int] = {}
 
     def run(self, sources: list[str], entry_point: str | None, helpers: list[str]) -> int:
@@ -110,7 +113,7 @@ class Tests:
             return 0
         wanted = {entry_point} if entry_point else _called_builtins(statements, self._modules)
         names = _Globals(self._ask, wanted, self._modules)
-        names[_SETTLE] = self._settle
+        names[_SETTLE], names[_LOOK] = self._settle, self._look
         catches = _catches(statements)
         self._send({"total": sum(map(_is_test, statements))})
         for statement in statements:
@@ -142,7 +145,7 @@ class Tests:
     def _ask(self, do: str, *arguments: Any, **named: Any) -> Any:
         """Have something done in the program's process; return its value, or raise its error."""
         self._num_asked += 1
-        seen = [self._changed[id(value)][1] if id(value) in self._changed else value for value in arguments]
+        seen = [self._own(value) for value in arguments]
         try:
             frame = {
                 "do": do,
@@ -158,10 +161,11 @@ class Tests:
         if "error" in answer:
             self._raise(do, *answer["error"], *answer.get("told", ()))
         try:
-            for value, new in zip(arguments, answer.get("changed", ()), strict=False):
-                if isinstance(value, _MUTABLE):
-                    self._changed[id(value)] = value, decode(new, partial(self._object, 0))
             value = decode(answer["value"], partial(self._object, origin_of(do, arguments)))
+            for argument, new in zip(arguments, answer.get("changed", ()), strict=False):
+                if isinstance(argument, _MUTABLE):
+                    content = decode(new, partial(self._object, 0))
+                    self._changed[id(argument)] = argument, content, value is None
         except Exception as error:  # the answer is none of ours
             self._error = describe(error)
             raise ProgramError(self._error) from None
@@ -189,15 +193,31 @@ class Tests:
             raise ProgramError(text) from None
         raise error
 
+    def _own(self, value: Any) -> Any:
+        """Return the content that the program has given an argument of earlier calls, or the argument."""
+        if id(value) in self._changed:
+            return self._changed[id(value)][1]
+        return self._views[id(value)][2] if id(value) in self._views else value
+
     def _settle(self) -> None:
-        """Give the arguments of earlier calls the content that the program has given them."""
+        """Give the arguments of earlier calls the content that the program has given them.
+
+        Where a call has returned something, tests may compute what they expect of it from its arguments, and
+        the program must not change those before. So its changes are only seen where they are compared with
+        values that are written there (`_look`).
+        """
         changed, self._changed = self._changed, {}
-        for old, new in changed.values():
-            if isinstance(old, (list, bytearray)):
-                old[:] = new
+        for value, new, is_all in changed.values():
+            _, old, _ = self._views.pop(id(value), (value, copy.copy(value), new))
+            if is_all:
+                _fill(value, new)
             else:
-                old.clear()
-                old.extend(new) if isinstance(old, collections.deque) else old.update(new)
+                self._views[id(value)] = value, old, new
+
+    def _look(self, begins: bool) -> None:
+        """Show what programs did to their arguments in calls that returned something, or hide it again."""
+        for value, old, new in self._views.values():
+            _fill(value, new if begins else old)
 
     def _object(self, origin: int, number: int) -> Remote:
         # the tests' own objects stay that, wherever they come back from
@@ -212,6 +232,14 @@ _SETTLING = (
 _MUTABLE = (list, set, dict, collections.deque, bytearray)
 
 
+def _fill(value: Any, content: Any) -> None:
+    if isinstance(value, (list, bytearray)):
+        value[:] = content
+    else:
+        value.clear()
+        value.extend(content) if isinstance(value, collections.deque) else value.update(content)
+
+
 def _is_test(statement: ast.stmt) -> bool:
     """Return whether a statement tests something; others prepare it."""
     return isinstance(statement, (ast.Assert, ast.For, ast.While, ast.If, ast.With, ast.Try)) or (
@@ -221,22 +249,39 @@ def _is_test(statement: ast.stmt) -> bool:
 
 def _settled(statements: list[ast.stmt], begins: bool = False) -> list[ast.stmt]:
     """Return statements, each of which sees what a program did to its arguments in those before it."""
-    made: list[ast.stmt] = [_settle_at(statements[0])] if begins and statements else []
+    made: list[ast.stmt] = [_call_at(statements[0], _SETTLE)] if begins and statements else []
     for statement in statements:
         for part in (statement, *getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
             for field in ("body", "orelse", "finalbody"):
                 if inner := getattr(part, field, None):
                     is_function = isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
                     setattr(part, field, _settled(inner, not is_function))
-        made.append(statement)
+        if isinstance(statement, ast.Assert) and _compares_with_what_is_written(statement.test):
+            body, last = [_call_at(statement, _LOOK, True), statement], [_call_at(statement, _LOOK, False)]
+            made.append(ast.copy_location(ast.Try(body, [], [], last), statement))
+        else:
+            made.append(statement)
         if isinstance(statement, _SETTLING):
-            made.append(_settle_at(statement))
+            made.append(_call_at(statement, _SETTLE))
     return made
 
 
-def _settle_at(statement: ast.stmt) -> ast.stmt:
-    call = ast.Expr(ast.Call(ast.Name(_SETTLE, ast.Load()), [], []))
+def _call_at(statement: ast.stmt, name: str, *arguments: bool) -> ast.stmt:
+    call = ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(each) for each in arguments], []))
     return ast.fix_missing_locations(ast.copy_location(call, statement))
+
+
+def _compares_with_what_is_written(test: ast.expr) -> bool:
+    """Return whether a test has comparisons, and all of them ask for a value without names and calls."""
+    compared = [node for node in ast.walk(test) if isinstance(node, ast.Compare)]
+    return bool(compared) and all(
+        all(isinstance(each, (ast.Eq, ast.In, ast.Is)) for each in node.ops)
+        and any(
+            not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(side))
+            for side in (node.left, *node.comparators)
+        )
+        for node in compared
+    )
 
 
 def _catches(statements: list[ast.stmt]) -> bool:
