@@ -130,6 +130,19 @@ def test_experts_are_computed_in_the_type_of_the_passes_and_their_gradients_kept
         assert whole.dtype == torch.float32 and error < (0.05 if dtype == "bfloat16" else 1e-5), (name, error)
 
 
+@pytest.mark.parametrize("size", [8, 16, 12, 20])
+def test_a_product_of_experts_that_bfloat16_cannot_take_is_taken_as_before(size: int) -> None:
+    """Torch's kernel of it wants rows of 16 bytes: eight numbers of bfloat16, four of float32."""
+    left, right = torch.randn(6, 16), torch.randn(2, 16, size)
+    ends = torch.tensor([4, 6], dtype=torch.int32)
+    plain = torch.nn.functional.grouped_mm(left, right, offs=ends)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = torch.nn.functional.grouped_mm(left, right, offs=ends)
+    assert plain.dtype == torch.float32
+    assert cast.dtype == (torch.bfloat16 if size % 8 == 0 else torch.float32)
+    torch.testing.assert_close(cast.float(), plain, rtol=0.02, atol=0.1)
+
+
 def test_routers_choose_themselves_where_nothing_is_known(tmp_path: Path) -> None:
     """As with a group of an older log, a hole, and tokens at the end that an entry lacks."""
     policy = policy_of(folder_of(tmp_path, "qwen3_moe"))

@@ -100,9 +100,9 @@ class GVPO:
             check_recorded(config, recorded)
         else:
             self.inputs = read_inputs(config, rewards)
+            check_experts(config.model, config.engines)
         check_trainable(config.model)
         check_sizes(config.model, config.learner)
-        check_experts(config.model, config.engines)
         self._open = contextlib.ExitStack()
         contents = {} if self.replays else self.inputs.digests()
         contents |= digest_of(config.model) | reference_digest(config)

@@ -164,7 +164,10 @@ def _grouped_mm(kind: str) -> Callable[..., Tensor]:
     def product(
         left: Tensor, right: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
     ) -> Tensor:
-        dtype = torch.get_autocast_dtype(kind)
+        # float64 is left alone, as by autocast elsewhere; and torch's kernel wants rows of 16 bytes.
+        fits = all(size % 8 == 0 for size in (*left.shape[-1:], *right.shape[-2:]))
+        is_cast = fits and torch.float64 not in (left.dtype, right.dtype)
+        dtype = torch.get_autocast_dtype(kind) if is_cast else right.dtype
         with torch.autocast(kind, enabled=False):
             result: Tensor = torch.ops.aten._grouped_mm(
                 left.to(dtype), right.to(dtype), offs, bias, out_dtype
