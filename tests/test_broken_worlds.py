@@ -279,6 +279,22 @@ def test_what_other_data_sets_were_given_and_groups_of_long_ago_do_not_decide_wh
     assert scored(verifier, group_of([1.0, 1.0], 1))["rewards"] == [1.0, 1.0, -9.0]
 
 
+def test_groups_of_equals_however_many_change_neither_the_usual_difference_nor_keep_old_lows() -> None:
+    record, own = Record(), (ENVIRONMENT, "d")
+    for values in ([[-5.0, 0.0]] * NUM_GROUPS, [[0.0, 1.0]] * NUM_GROUPS, [[0.5] * 7] * NUM_GROUPS):
+        for group in values:
+            record.add_group(*own, group)
+    assert record.given[own] == Given(-5.0, 1.0, [(0.0, 1.0)] * NUM_GROUPS + [(0.5, 0.5)] * NUM_GROUPS)
+    assert record.given[own].worst([1.0] * 7, 1.0) == 0.0
+    assert record.given[own].worst([], 1.0) == -0.5  # the lows are those of the last groups of all
+    for _ in range(3 * NUM_GROUPS):
+        record.add_group(*own, [1.0, 1.0])
+    assert record.given[own].groups == [(0.0, 1.0)] * NUM_GROUPS + [(1.0, 1.0)] * NUM_GROUPS
+    other = Record()
+    other.merge(record)
+    assert other.given == record.given
+
+
 def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:
     actor = _VerifierActor(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig()}))
     whole = Record()
