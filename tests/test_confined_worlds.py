@@ -242,7 +242,7 @@ threading.Thread(target=wait).start()
 def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confined: Forks) -> None:
     async def main() -> None:
         host = Host(confined.world)
-        left, scored, idle = await host.open(0, {}, 3)
+        left, scored, idle, ends, says = await host.open(0, {}, 5)
         for one, code in ((left, f"exec({LEFT!r}) or os.getcwd()"), (scored, "None")):
             answer = await host.act(one.name, 0, 0, {}, [Call("compute", {"expression": code})], "")
             assert answer.reason is None
@@ -255,6 +255,16 @@ def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confine
         assert await host.finish(left.name, 0, {}) == (None, BY_POLICY + reason, True)
         assert await host.finish(idle.name, 0, {}) == (None, reason, False)  # the policy has called nothing
         assert await host.finish(scored.name, 0, {}) == (0.0, None, False)
+        for one, method, result in (
+            (ends, "get_reward", "lambda self: os._exit(0)"),  # as the method runs
+            (says, "respond", "lambda self, message: os._exit(0)"),
+        ):
+            code = f"setattr(type(self), {method!r}, {result})"
+            await host.act(one.name, 0, 0, {}, [Call("compute", {"expression": code})], "")
+        assert await host.finish(ends.name, 0, {}) == (None, BY_POLICY + reason, True)
+        answer = await host.act(says.name, 0, 1, {}, [], "")
+        assert answer.is_broken
+        assert answer.reason == BY_POLICY + "crash: environment: respond: its process died"
 
     asyncio.run(main())
 

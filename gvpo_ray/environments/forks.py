@@ -72,11 +72,6 @@ KEPT = (*KEPT_ENVIRONMENT, "HOME", "TMPDIR", "OMP_NUM_THREADS")
 class BrokenError(GvpoError):
     """A world's process is gone, or gave no sign within its time; the message says which."""
 
-    def __init__(self, why: str, is_left: bool = False) -> None:
-        super().__init__(why)
-        self.is_left = is_left
-        """Whether earlier calls have left the cause behind: no call had begun, or no World does it."""
-
 
 class NoServerError(BrokenError):
     """The process that worlds are forked from is gone, and all worlds with it: no call of one is to blame."""
@@ -283,7 +278,7 @@ class _Process:
             raise BrokenError("its process gave no sign of life and was killed")
         except (asyncio.IncompleteReadError, OSError):
             if self.excess is not None:
-                raise BrokenError(f"{self.excess}, and was killed", is_left=True) from None
+                raise BrokenError(f"{self.excess}, and was killed") from None
             raise BrokenError("its process died") from None
         finally:
             reading.cancel()
@@ -291,8 +286,7 @@ class _Process:
     async def _read(self) -> bytes:
         (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))
         if size > self._max_bytes:
-            why = f"its process sent {size} bytes at once; at most {self._max_bytes} are read"
-            raise BrokenError(why, is_left=True)
+            raise BrokenError(f"its process sent {size} bytes at once; at most {self._max_bytes} are read")
         return await self._reader.readexactly(size)
 
 
@@ -343,27 +337,25 @@ class WorldProcess:
         if (process := self._process) is None:
             raise BrokenError("its process has ended")
         now = asyncio.get_running_loop().time
-        end, has_begun = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s, False
+        end = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s
         try:
             process.write((method, args))
             for _ in range(num_calls + 1):
                 frame = await process.frame(min(self.limit_s, end - now()))
                 if frame != BEGINS:
                     return kind.validate_json(frame)
-                has_begun = True
-            raise BrokenError("its process began more calls than it has", is_left=True)
+            raise BrokenError("its process began more calls than it has")
         except ValidationError:
             await self._break("its process sent an answer that is none")
-        except BrokenError as error:
+        except BrokenError:
             await self.close()
             if not self._forks.is_alive():
                 raise NoServerError from None
-            error.is_left = error.is_left or not has_begun
             raise
 
     async def _break(self, why: str) -> NoReturn:
         await self.close()
-        raise BrokenError(why, is_left=True)
+        raise BrokenError(why)
 
 
 OPENED: TypeAdapter[Any] = TypeAdapter(tuple[str | None, str | None])
