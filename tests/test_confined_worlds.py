@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from fragile import Evil
+from fragile import Evil, InServer, Shared, large_files
 from test_broken_worlds import eventually, gone
 
 from gvpo_ray.config.base import ConfigError
@@ -300,6 +300,25 @@ def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_less_th
         told = (outcome.reason, answer.reason or "")
         assert any(text.startswith(BY_POLICY) and text.endswith(f"{why}, and was killed") for text in told)
         assert await host.finish(late.name, 0, {}) == (0.0, None, False)
+
+    asyncio.run(main())
+
+
+def test_what_the_class_has_opened_before_an_episode_is_not_the_episodes() -> None:
+    async def main() -> None:
+        forks = Forks(Shared, {"files": InServer(large_files)}, Limits(), is_confined=True)
+        host = Host(forks.world)
+        fine, wild = await host.open(0, {}, 2)
+        for one, num in ((fine, 60), (wild, 70)):  # MiB that it writes itself
+            code = f"[open(name, 'wb').write(bytes({num // 2} << 20)) for name in 'ab']"
+            sizes = "[os.fstat(file).st_size for file in self.files]"
+            calls = [Call("compute", {"expression": each}) for each in (sizes, code)]
+            answer = await host.act(one.name, 0, 0, {}, calls, "")
+            forks.look()
+            assert one is wild or answer.messages[0]["content"] == f"[{70 << 20}, {70 << 20}]"
+        assert await host.finish(fine.name, 0, {}) == (0.0, None, False)
+        assert (await host.finish(wild.name, 0, {})).is_broken
+        forks.close()
 
     asyncio.run(main())
 

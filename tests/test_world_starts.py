@@ -139,7 +139,7 @@ def test_without_descriptors_for_all_some_episodes_of_a_group_begin(forks: Forks
 
 def test_an_episode_that_cannot_be_confined_says_why() -> None:
     async def main() -> None:
-        forks = Forks(Fragile, {"text": InServer(no_confinement)}, Limits(), is_confined=True)
+        forks = Forks(Fragile, {"text": InServer(no_confinement, OSError(16, "seccomp: no"))}, Limits(), is_confined=True)
         (opened,) = await Host(forks.world).open(0, {"answer": "7"}, 1)
         assert opened.reason == RAISED + "OSError: [Errno 16] seccomp: no"
         forks.close()

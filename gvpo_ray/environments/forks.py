@@ -42,7 +42,7 @@ from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.functions import fits_float32
 from gvpo_ray.sandbox.process import KEPT_ENVIRONMENT
 from gvpo_ray.sandbox.scratch import Scratch, _remove
-from gvpo_ray.sandbox.watch import MAX_WRITTEN_BYTES, excess
+from gvpo_ray.sandbox.watch import MAX_WRITTEN_BYTES, excess, unlinked
 
 START_S = 300.0
 """Seconds within which a world's process must have started; many start at once."""
@@ -129,6 +129,7 @@ class Forks:
         if (said := self._control.recv(1 << 16)) != b"ready":
             self.close()
             raise RuntimeError(said.decode() or "the process that worlds are forked from does not start")
+        self._shared = unlinked(self._server.pid)  # what the class's module has opened, all worlds inherit
         if is_confined:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -212,7 +213,7 @@ class Forks:
         """Have each world killed that holds more than a program in the sandbox may (sandbox/watch.py)."""
         for process in [*self._living.values()]:
             if process.excess is None and process.folder is not None:
-                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES)
+                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES, self._shared)
                 if process.excess is not None:
                     with contextlib.suppress(RuntimeError):  # after `close` there are none
                         self._sender.submit(self._send, b"end %d " % process.number)
@@ -274,7 +275,9 @@ class _Process:
         try:
             for seconds in (limit_s, LOOK_AGAIN_S):
                 if (await asyncio.wait([reading], timeout=seconds))[0]:
-                    return reading.result()
+                    if self.excess is None:
+                        return reading.result()
+                    raise BrokenError(f"{self.excess}, and was killed")  # it answered before that
             raise BrokenError("its process gave no sign of life and was killed")
         except (asyncio.IncompleteReadError, OSError):
             if self.excess is not None:
