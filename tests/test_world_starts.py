@@ -14,16 +14,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from clocks import leaping
 from episodes import Calculator
 from fragile import Fragile, InServer, no_confinement, two_forks
 from test_broken_worlds import eventually, gone
 
 from gvpo_ray.data.calls import Call
-from gvpo_ray.environments.forks import BrokenError, Forks
+from gvpo_ray.environments.forks import LOOK_AGAIN_S, BrokenError, Forks, WorldProcess, _Process
+from gvpo_ray.environments.fork_server import framed
 from gvpo_ray.environments.host import GONE, Host
 from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
@@ -139,7 +141,12 @@ def test_without_descriptors_for_all_some_episodes_of_a_group_begin(forks: Forks
 
 def test_an_episode_that_cannot_be_confined_says_why() -> None:
     async def main() -> None:
-        forks = Forks(Fragile, {"text": InServer(no_confinement, OSError(16, "seccomp: no"))}, Limits(), is_confined=True)
+        forks = Forks(
+            Fragile,
+            {"text": InServer(no_confinement, OSError(16, "seccomp: no"))},
+            Limits(),
+            is_confined=True,
+        )
         (opened,) = await Host(forks.world).open(0, {"answer": "7"}, 1)
         assert opened.reason == RAISED + "OSError: [Errno 16] seccomp: no"
         forks.close()
@@ -204,8 +211,10 @@ def test_no_number_of_episodes_at_once_stops_the_host(forks: Forks) -> None:
 
 @pytest.mark.parametrize(("tool", "size"), [("add", 1), ("smile", 100_000)])  # one packet, and 1.2 MB
 def test_an_answer_that_came_while_the_host_stood_still_is_not_late(
-    tool: str, size: int, forks: Forks
+    tool: str, size: int, forks: Forks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gvpo_ray.environments.forks.LOOK_AGAIN_S", 60.0)  # a busy machine reads 1.2 MB
+
     async def main() -> None:
         world = await forks.world()
         assert await world.open({"answer": "7"}) == ("say 7", None)
@@ -223,6 +232,56 @@ def test_an_answer_that_came_while_the_host_stood_still_is_not_late(
         await world.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("num", "is_answered"), [(6, True), (7, False), (40, False)])
+def test_frames_that_come_late_are_together_waited_for_no_longer_than_one(
+    num: int, is_answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code of the policy's may send that a call begins, again and again."""
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        process = _Process(0, 100)
+        await process.connect(ours)
+        _, writer = await asyncio.open_connection(sock=theirs)
+        world = WorldProcess(cast(Forks, Alone()), process, Limits(timeout_s=1, max_calls=num))
+        world.limit_s, now = 100.0, asyncio.get_running_loop().time
+        end = now() + 100 + num - 1
+        asked = asyncio.ensure_future(world.act([Call("add", {})] * num, ""))
+
+        async def send(at: float, frame: Any) -> None:
+            await asyncio.sleep(at - now())
+            if not asked.done():
+                writer.write(framed(frame))
+            for _ in range(9):  # until it is read, or nobody reads it
+                await asyncio.sleep(0)
+
+        await send(end - 50, None)
+        for i in range(num - 1):
+            await send(end - 0.1 + 0.21 * i, None)
+        await send(end - 0.1 + 0.21 * (num - 1), Answer())
+        if is_answered:
+            assert await asked == Answer()
+        else:
+            with pytest.raises(BrokenError, match="gave no sign of life"):
+                await asked
+            assert given_up[0] == pytest.approx(end + LOOK_AGAIN_S)
+        await world.close()
+        writer.close()
+
+    given_up: list[float] = []
+
+    class Alone:
+        def is_alive(self) -> bool:
+            return True
+
+        def end(self, process: _Process) -> None:
+            assert process.writer is not None
+            process.writer.close()
+            given_up.append(asyncio.get_running_loop().time())
+
+    leaping(monkeypatch)(main())
 
 
 def test_a_world_that_is_given_up_as_it_begins_leaves_nothing(

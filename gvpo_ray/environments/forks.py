@@ -51,7 +51,8 @@ GRACE_S = 15.0
 """Seconds that a world has beside the time limit of a call, before its process is killed."""
 
 LOOK_AGAIN_S = 1.0
-"""Seconds that a frame may come late, after all: it may have come while the host's loop stood still."""
+"""Seconds that the frames of a request may come late, after all, taken together: they may have come while the
+host's loop stood still."""
 
 BEGINS = b"null"
 """The frame that says that a call begins."""
@@ -258,6 +259,7 @@ class _Process:
         self.excess: str | None = None
         """What it has held too much of, so that it was killed."""
         self.writer: asyncio.StreamWriter | None = None
+        self._late_s = LOOK_AGAIN_S
         self._max_bytes = BYTES_PER_CHARACTER * max_text + ROOM
 
     async def connect(self, end: socket.socket) -> None:
@@ -265,26 +267,29 @@ class _Process:
         self._reader, self.writer = await asyncio.open_connection(sock=end)
 
     def write(self, frame: Any) -> None:
-        """Send something."""
+        """Send a request."""
         assert self.writer is not None
+        self._late_s = LOOK_AGAIN_S
         self.writer.write(framed(frame))
 
     async def frame(self, limit_s: float) -> bytes:
         """Return what it sends next."""
-        reading = asyncio.ensure_future(self._read())
+        reading, now = asyncio.ensure_future(self._read()), asyncio.get_running_loop().time
         try:
-            for seconds in (limit_s, LOOK_AGAIN_S):
-                if (await asyncio.wait([reading], timeout=seconds))[0]:
-                    if self.excess is None:
-                        return reading.result()
-                    raise BrokenError(f"{self.excess}, and was killed")  # it answered before that
-            raise BrokenError("its process gave no sign of life and was killed")
+            if not (await asyncio.wait([reading], timeout=limit_s))[0]:
+                late = now()
+                if not (await asyncio.wait([reading], timeout=self._late_s))[0]:
+                    raise BrokenError("its process gave no sign of life and was killed")
+                self._late_s -= now() - late
+            data = reading.result()
+            if self.excess is None:
+                return data
         except (asyncio.IncompleteReadError, OSError):
-            if self.excess is not None:
-                raise BrokenError(f"{self.excess}, and was killed") from None
-            raise BrokenError("its process died") from None
+            if self.excess is None:
+                raise BrokenError("its process died") from None
         finally:
             reading.cancel()
+        raise BrokenError(f"{self.excess}, and was killed")  # also where its last answer came before that
 
     async def _read(self) -> bytes:
         (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))

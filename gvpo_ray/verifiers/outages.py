@@ -120,9 +120,7 @@ class Record:
         numbers = range(len(groups))
         differ = [i for i in numbers if groups[i][0] < groups[i][1]]  # groups of equals push out none of them
         kept = sorted({*numbers[-NUM_GROUPS:], *differ[-NUM_GROUPS:]})
-        self.given[key] = Given(
-            min(old.low, new.low), max(old.high, new.high), [groups[i] for i in kept]
-        )
+        self.given[key] = Given(min(old.low, new.low), max(old.high, new.high), [groups[i] for i in kept])
 
     def check(self) -> None:
         """Raise RewardError if a reward function has had MAX_FAULTS faults and never worked."""
