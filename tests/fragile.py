@@ -68,7 +68,7 @@ class Evil:
 
 
 class Shared(Evil):
-    """It has files open that its module has made, in no folder, and that are larger than a world may write."""
+    """It has files open that its module has made, in no folder, and larger than a world may write."""
 
     def __init__(self, files: list[int]) -> None:
         self.files = files

@@ -24,11 +24,12 @@ from fragile import Fragile, InServer, no_confinement, two_forks
 from test_broken_worlds import eventually, gone
 
 from gvpo_ray.data.calls import Call
-from gvpo_ray.environments.forks import LOOK_AGAIN_S, BrokenError, Forks, WorldProcess, _Process
 from gvpo_ray.environments.fork_server import framed
+from gvpo_ray.environments.forks import LOOK_AGAIN_S, NUM_CLEARS, BrokenError, Forks, WorldProcess, _Process
 from gvpo_ray.environments.host import GONE, Host
 from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
+from gvpo_ray.sandbox.scratch import Scratch, _remove
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,15 @@ def test_a_fork_that_fails_costs_the_episode_that_it_was_for() -> None:
         assert [one.reason for one in lost] == [
             RAISED + "BlockingIOError: [Errno 11] Resource temporarily unavailable"
         ] * 2
+        os.kill(forks._server.pid, signal.SIGSTOP)
+        cancelled = asyncio.ensure_future(forks.world())
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        await asyncio.sleep(0.1)
+        os.kill(forks._server.pid, signal.SIGCONT)  # which tells nobody that this fork fails
+        (late,) = await host.open(1, {"answer": "7"}, 1)
+        assert late.reason == lost[0].reason
         for one in fine:
             assert await add(host, one.name) == "2"
             assert await host.finish(one.name, 0, {}) == (0.5, None, False)
@@ -67,7 +77,11 @@ def test_a_fork_that_fails_costs_the_episode_that_it_was_for() -> None:
     asyncio.run(main())
 
 
-def test_the_end_of_the_fork_server_is_blamed_on_no_call() -> None:
+def test_the_end_of_the_fork_server_is_blamed_on_no_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def main() -> None:
         forks = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(forks.world)
@@ -79,8 +93,19 @@ def test_the_end_of_the_fork_server_is_blamed_on_no_call() -> None:
         assert await under_way == Answer(reason=GONE)
         assert await host.finish(idle.name, 0, {}) == Outcome(None, GONE)
         (late,) = await host.open(1, {"answer": "7"}, 1)
-        assert late.reason == "environment: the process that worlds are forked from died"
+        died = "environment: the process that worlds are forked from died"
+        assert late.reason == died
         forks.close()
+        # nor do any begin after it, also where an episode was just about to
+        before = {*tmp_path.iterdir()}, {*os.listdir("/proc/self/fd")}
+        assert [one.reason for one in await host.open(2, {"answer": "7"}, 2)] == [died] * 2
+        assert ({*tmp_path.iterdir()}, {*os.listdir("/proc/self/fd")}) == before
+        forks._scratches.append(Scratch())
+        before = {*tmp_path.iterdir()}, {*os.listdir("/proc/self/fd")}
+        forks._closing.clear()
+        assert [one.reason for one in await host.open(3, {"answer": "7"}, 2)] == [died] * 2
+        assert {*os.listdir("/proc/self/fd")} == before[1]
+        forks._scratches.pop().remove()
 
     asyncio.run(main())
 
@@ -139,16 +164,45 @@ def test_without_descriptors_for_all_some_episodes_of_a_group_begin(forks: Forks
     asyncio.run(main())
 
 
-def test_an_episode_that_cannot_be_confined_says_why() -> None:
+def test_a_folder_that_cannot_be_removed_holds_up_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Path] = []
+
+    def remove(folder: Path) -> bool:
+        tries.append(folder)
+        return folder not in stay and _remove(folder)
+
+    stay: set[Path] = set()
+    monkeypatch.setattr("gvpo_ray.environments.forks._remove", remove)
+
     async def main() -> None:
-        forks = Forks(
-            Fragile,
-            {"text": InServer(no_confinement, OSError(16, "seccomp: no"))},
-            Limits(),
-            is_confined=True,
-        )
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        begun = [await forks.world() for _ in range(3)]
+        first, second, third = folders = [process.folder for process in forks._living.values()]
+        stay.update(folder for folder in (first, third) if folder is not None)
+        for world in begun[:2]:
+            await world.close()
+        await eventually(lambda: second is not None and not second.exists())
+        assert tries == [first] * NUM_CLEARS + [second]
+        forks.close()  # which tries once, and removes all of them in the end
+        assert tries[NUM_CLEARS + 1 :] == [third]
+        assert not any(folder is None or folder.exists() for folder in folders)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(16, "seccomp: no"), "OSError: [Errno 16] seccomp: no"),
+        (ValueError("not allowed to raise maximum limit"), "ValueError: not allowed to raise maximum limit"),
+    ],
+)
+def test_an_episode_that_cannot_be_confined_says_why(error: Exception, text: str) -> None:
+    async def main() -> None:
+        made = {"text": InServer(no_confinement, error)}
+        forks = Forks(Fragile, made, Limits(), is_confined=True)
         (opened,) = await Host(forks.world).open(0, {"answer": "7"}, 1)
-        assert opened.reason == RAISED + "OSError: [Errno 16] seccomp: no"
+        assert opened.reason == RAISED + text
         forks.close()
 
     asyncio.run(main())

@@ -25,7 +25,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -65,6 +64,10 @@ ROOM = 1 << 20
 
 WATCH_S = 0.25
 """Seconds between two looks at what confined worlds hold."""
+
+NUM_CLEARS, CLEAR_S = 5, 0.1
+"""Tries to remove the folder of a world that has ended, and seconds between two: what it had started may go
+on for a moment, and write. A folder that stays goes with all others at the end."""
 
 KEPT = (*KEPT_ENVIRONMENT, "HOME", "TMPDIR", "OMP_NUM_THREADS")
 """Environment variables of a world, beside those that the config names."""
@@ -141,13 +144,19 @@ class Forks:
             NoServerError: the fork server is gone.
             BrokenError: it does not start: this machine has no room for it, say.
         """
+        if self._closing.is_set():
+            raise NoServerError
         process = _Process(next(self._numbers), self._limits.max_text)
         try:
             process.folder = self._new_folder(process.number)
             ours, theirs = socket.socketpair()
             with ours:  # the connection has a copy of it
                 command = b"fork %d %s" % (process.number, os.fsencode(process.folder))
-                sent = self._sender.submit(self._send, command, theirs)
+                try:
+                    sent = self._sender.submit(self._send, command, theirs)
+                except RuntimeError:  # `close` was faster
+                    theirs.close()
+                    raise NoServerError from None
                 await asyncio.shield(asyncio.wrap_future(sent))
                 await process.connect(ours.dup())
             said = json.loads(await process.frame(START_S))
@@ -204,7 +213,18 @@ class Forks:
         with contextlib.suppress(RuntimeError):  # after `close` there are none
             self._sender.submit(self._send, b"end %d " % process.number)
             if process.folder is not None:  # which may take long: a policy may have filled it
-                self._cleaner.submit(_clear, process.pid, process.folder)
+                self._cleaner.submit(self._clear, process.pid, process.folder)
+
+    def _clear(self, pid: int, folder: Path) -> None:
+        """Remove the folder of a world once its process has ended; others wait for this."""
+        with contextlib.suppress(OSError):  # it has, and was waited for
+            descriptor, ends = os.pidfd_open(pid), select.poll()
+            ends.register(descriptor, select.POLLIN)
+            ends.poll(1000)
+            os.close(descriptor)
+        for _ in range(NUM_CLEARS):
+            if _remove(folder) or self._closing.wait(CLEAR_S):
+                return
 
     def _watch(self) -> None:
         while not self._closing.wait(WATCH_S):
@@ -235,19 +255,6 @@ class Forks:
         self._cleaner.shutdown()
         for scratch in self._scratches:
             scratch.remove()
-
-
-def _clear(pid: int, folder: Path) -> None:
-    """Remove the folder of a world once its process has ended."""
-    with contextlib.suppress(OSError):  # it has, and was waited for
-        descriptor, ends = os.pidfd_open(pid), select.poll()
-        ends.register(descriptor, select.POLLIN)
-        ends.poll(10_000)
-        os.close(descriptor)
-    for _ in range(50):  # what the process had started may take longer, and write
-        if _remove(folder):
-            return
-        time.sleep(0.1)
 
 
 class _Process:
