@@ -282,7 +282,7 @@ THREADS = (
         (60, "[open('a', 'wb').write(bytes(1 << 20)) for _ in range({})]", "it wrote more than 64 MiB"),
     ],
 )
-def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_less_than_its_group(
+def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_no_more_than_its_group(
     most: int, code: str, why: str, confined: Forks
 ) -> None:
     async def main() -> None:
