@@ -133,7 +133,6 @@ class Forks:
         if (said := self._control.recv(1 << 16)) != b"ready":
             self.close()
             raise RuntimeError(said.decode() or "the process that worlds are forked from does not start")
-        self._shared = unlinked(self._server.pid)  # what the class's module has opened, all worlds inherit
         if is_confined:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -232,9 +231,10 @@ class Forks:
 
     def look(self) -> None:
         """Have each world killed that holds more than a program in the sandbox may (sandbox/watch.py)."""
+        inherited = unlinked(self._server.pid)  # what the class's module has open, all worlds have
         for process in [*self._living.values()]:
             if process.excess is None and process.folder is not None:
-                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES, self._shared)
+                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES, inherited)
                 if process.excess is not None:
                     with contextlib.suppress(RuntimeError):  # after `close` there are none
                         self._sender.submit(self._send, b"end %d " % process.number)
