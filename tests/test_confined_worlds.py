@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -309,6 +310,7 @@ def test_what_the_class_has_opened_before_an_episode_is_not_the_episodes() -> No
         forks = Forks(Shared, {"files": InServer(large_files)}, Limits(), is_confined=True)
         host = Host(forks.world)
         fine, wild = await host.open(0, {}, 2)
+        os.kill(forks._server.pid, signal.SIGSTOP)  # which kills: what a look finds counts before that
         for one, num in ((fine, 60), (wild, 70)):  # MiB that it writes itself
             code = f"[open(name, 'wb').write(bytes({num // 2} << 20)) for name in 'ab']"
             sizes = "[os.fstat(file).st_size for file in self.files]"
