@@ -6,6 +6,7 @@ import ctypes
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,30 @@ class Evil:
         return float(self.ok)
 
 
+class Shared(Evil):
+    """It has files open that its module has made, in no folder, and larger than a world may write."""
+
+    def __init__(self, files: list[int]) -> None:
+        self.files = files
+
+
+def large_files() -> list[int]:
+    memory, (disk, path) = os.memfd_create("data"), tempfile.mkstemp()
+    os.unlink(path)
+    for file in (memory, disk):
+        for _ in range(70):
+            os.write(file, bytes(1 << 20))
+    return [memory, disk]
+
+
 class InServer:
     """Calls a function in the fork server, as that reads the class's arguments; its value is the argument."""
 
-    def __init__(self, function: Callable[[], str]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._function, self._arguments = function, arguments
 
     def __reduce__(self) -> Any:
-        return self._function, ()
+        return self._function, self._arguments
 
 
 def two_forks() -> str:
@@ -89,9 +106,9 @@ def two_forks() -> str:
     return "say"
 
 
-def no_confinement() -> str:
+def no_confinement(error: Exception) -> str:
     def confine(*args: Any, **options: Any) -> None:
-        raise OSError(16, "seccomp: no")
+        raise error
 
     sys.modules["__main__"]._confine = confine  # type: ignore[attr-defined]
     return "say"

@@ -128,7 +128,7 @@ def test_what_fails_after_a_call_that_hung_is_the_policys_doing(_hanging: None) 
 @pytest.mark.parametrize(
     ("others", "worth"), [([1.0, 1.0, 0.0], 0.0), ([1.0, 0.5, 0.5], 0.5), ([-2.0, None, 1.0], -2.0)]
 )
-def test_an_episode_whose_environment_the_policy_brings_down_is_worth_the_worst_of_its_group(
+def test_an_episode_whose_environment_the_policy_brings_down_is_worth_no_more_than_its_group(
     others: list[float | None], worth: float, tmp_path: Path
 ) -> None:
     async def down(calls: Any, message: str) -> Any:
@@ -200,7 +200,7 @@ def scored(verifier: Verifier, row: dict[str, Any]) -> dict[str, Any]:
         (1.0, [[None, None]], [None, None], None),  # nobody has said what anything is worth
         (-1.0, [], [1.0, 5.0], 5.0),
         (-1.0, [[9.0, -3.0]], [1.0, 5.0], 9.0),
-        # rewards without a bound: less than the worst of its group by what is usual between best and worst
+        # rewards without a bound: the worst of its group less what is usual between best and worst
         (1.0, [[-1e6, 1.0]], [1.0, 0.5, 0.0], -1.0),
         (1.0, [[0.0, 1.0], [-3e38, 1.0], [0.0, 2.0]], [1.0, 1.0], -1.0),
         (-1.0, [[0.0, 1.0], [3e38, 1.0], [0.0, 2.0]], [1.0, 1.0], 3.0),
@@ -208,7 +208,7 @@ def scored(verifier: Verifier, row: dict[str, Any]) -> dict[str, Any]:
         (1.0, [[0.0, 1.0], [-1e6, 1.0], [0.0, 1.0]], [None], -1.0),
     ],
 )
-def test_to_bring_the_environment_down_is_worth_less_than_all_of_its_group_and_is_never_right(
+def test_to_bring_the_environment_down_is_worth_no_more_than_any_of_its_group_and_is_never_right(
     weight: float, before: list[list[float | None]], others: list[float | None], worth: float | None
 ) -> None:
     verifier = Verifier(VerifiersConfig(rewards={ENVIRONMENT: RewardConfig(weight=weight)}))
@@ -277,6 +277,22 @@ def test_what_other_data_sets_were_given_and_groups_of_long_ago_do_not_decide_wh
     given = verifier.record.given[ENVIRONMENT, "d"]
     assert given == Given(-10.0, 1.0, [(-10.0, 0.0)] * NUM_GROUPS)
     assert scored(verifier, group_of([1.0, 1.0], 1))["rewards"] == [1.0, 1.0, -9.0]
+
+
+def test_groups_of_equals_however_many_change_neither_the_usual_difference_nor_keep_old_lows() -> None:
+    record, own = Record(), (ENVIRONMENT, "d")
+    for values in ([[-5.0, 0.0]] * NUM_GROUPS, [[0.0, 1.0]] * NUM_GROUPS, [[0.5] * 7] * NUM_GROUPS):
+        for group in values:
+            record.add_group(*own, group)
+    assert record.given[own] == Given(-5.0, 1.0, [(0.0, 1.0)] * NUM_GROUPS + [(0.5, 0.5)] * NUM_GROUPS)
+    assert record.given[own].worst([1.0] * 7, 1.0) == 0.0
+    assert record.given[own].worst([], 1.0) == -0.5  # the lows are those of the last groups of all
+    for _ in range(3 * NUM_GROUPS):
+        record.add_group(*own, [1.0, 1.0])
+    assert record.given[own].groups == [(0.0, 1.0)] * NUM_GROUPS + [(1.0, 1.0)] * NUM_GROUPS
+    other = Record()
+    other.merge(record)
+    assert other.given == record.given
 
 
 def test_a_verifier_knows_what_the_environment_has_given_to_others() -> None:

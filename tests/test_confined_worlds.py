@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from fragile import Evil
+from fragile import Evil, InServer, Shared, large_files
 from test_broken_worlds import eventually, gone
 
 from gvpo_ray.config.base import ConfigError
@@ -242,7 +243,7 @@ threading.Thread(target=wait).start()
 def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confined: Forks) -> None:
     async def main() -> None:
         host = Host(confined.world)
-        left, scored, idle = await host.open(0, {}, 3)
+        left, scored, idle, ends, says = await host.open(0, {}, 5)
         for one, code in ((left, f"exec({LEFT!r}) or os.getcwd()"), (scored, "None")):
             answer = await host.act(one.name, 0, 0, {}, [Call("compute", {"expression": code})], "")
             assert answer.reason is None
@@ -255,6 +256,16 @@ def test_what_a_call_leaves_behind_to_end_the_process_later_is_its_doing(confine
         assert await host.finish(left.name, 0, {}) == (None, BY_POLICY + reason, True)
         assert await host.finish(idle.name, 0, {}) == (None, reason, False)  # the policy has called nothing
         assert await host.finish(scored.name, 0, {}) == (0.0, None, False)
+        for one, method, result in (
+            (ends, "get_reward", "lambda self: os._exit(0)"),  # as the method runs
+            (says, "respond", "lambda self, message: os._exit(0)"),
+        ):
+            code = f"setattr(type(self), {method!r}, {result})"
+            await host.act(one.name, 0, 0, {}, [Call("compute", {"expression": code})], "")
+        assert await host.finish(ends.name, 0, {}) == (None, BY_POLICY + reason, True)
+        answer = await host.act(says.name, 0, 1, {}, [], "")
+        assert answer.is_broken
+        assert answer.reason == BY_POLICY + "crash: environment: respond: its process died"
 
     asyncio.run(main())
 
@@ -272,7 +283,7 @@ THREADS = (
         (60, "[open('a', 'wb').write(bytes(1 << 20)) for _ in range({})]", "it wrote more than 64 MiB"),
     ],
 )
-def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_less_than_its_group(
+def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_no_more_than_its_group(
     most: int, code: str, why: str, confined: Forks
 ) -> None:
     async def main() -> None:
@@ -290,6 +301,26 @@ def test_a_confined_episode_holds_no_more_than_a_program_may_or_is_worth_less_th
         told = (outcome.reason, answer.reason or "")
         assert any(text.startswith(BY_POLICY) and text.endswith(f"{why}, and was killed") for text in told)
         assert await host.finish(late.name, 0, {}) == (0.0, None, False)
+
+    asyncio.run(main())
+
+
+def test_what_the_class_has_opened_before_an_episode_is_not_the_episodes() -> None:
+    async def main() -> None:
+        forks = Forks(Shared, {"files": InServer(large_files)}, Limits(), is_confined=True)
+        host = Host(forks.world)
+        fine, wild = await host.open(0, {}, 2)
+        os.kill(forks._server.pid, signal.SIGSTOP)  # which kills: what a look finds counts before that
+        for one, num in ((fine, 60), (wild, 70)):  # MiB that it writes itself
+            code = f"[open(name, 'wb').write(bytes({num // 2} << 20)) for name in 'ab']"
+            sizes = "[os.fstat(file).st_size for file in self.files]"
+            calls = [Call("compute", {"expression": each}) for each in (sizes, code)]
+            answer = await host.act(one.name, 0, 0, {}, calls, "")
+            forks.look()
+            assert one is wild or answer.messages[0]["content"] == f"[{70 << 20}, {70 << 20}]"
+        assert await host.finish(fine.name, 0, {}) == (0.0, None, False)
+        assert (await host.finish(wild.name, 0, {})).is_broken
+        forks.close()
 
     asyncio.run(main())
 

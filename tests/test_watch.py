@@ -122,6 +122,32 @@ def test_files_that_are_unlinked_count_while_they_are_open(proc: Path, size: int
     assert watch.excess(7, proc / "scratch", 1000) is None
 
 
+def test_files_that_are_unlinked_and_not_its_own_do_not_count(proc: Path) -> None:
+    (proc / "scratch").mkdir()
+    (proc / "7" / "fd").mkdir(parents=True)
+    with (proc / "shared").open("wb", 0) as shared, (proc / "own").open("wb", 0) as own:
+        for number, file in enumerate((shared, own), 3):
+            os.unlink(file.name)
+            (proc / "7" / "fd" / str(number)).symlink_to(f"/proc/self/fd/{file.fileno()}")
+        shared.write(bytes(5000))
+        others = {(status.st_dev, status.st_ino) for status in [os.fstat(shared.fileno())]}
+        own.write(bytes(1000))
+        assert watch.excess(7, proc / "scratch", 1000, others) is None
+        own.write(b"x")
+        assert watch.excess(7, proc / "scratch", 1000, others) == "it wrote more than 64 MiB"
+        assert watch.excess(7, proc / "scratch", 5500) == "it wrote more than 64 MiB"  # both are
+
+
+def test_a_file_that_goes_while_its_folder_is_read_hides_no_other_one(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        (tmp_path / str(number)).write_bytes(bytes(number))
+    names = os.listdir(tmp_path)
+    sizes = watch._files(tmp_path)
+    found = [next(sizes)]
+    (tmp_path / names[1]).unlink()
+    assert [*found, *sizes] == [int(name) for name in (names[0], *names[2:])]
+
+
 def test_files_have_a_limit_however_deep_they_lie(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MAX_FILES", 20)
     scratch = proc / "scratch"

@@ -14,19 +14,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from clocks import leaping
 from episodes import Calculator
 from fragile import Fragile, InServer, no_confinement, two_forks
 from test_broken_worlds import eventually, gone
 
 from gvpo_ray.data.calls import Call
-from gvpo_ray.environments.forks import BrokenError, Forks
+from gvpo_ray.environments.fork_server import framed
+from gvpo_ray.environments.forks import LOOK_AGAIN_S, NUM_CLEARS, BrokenError, Forks, WorldProcess, _Process
 from gvpo_ray.environments.host import GONE, Host
 from gvpo_ray.environments.python import Python
 from gvpo_ray.environments.world import Answer, Limits, Outcome, World
+from gvpo_ray.sandbox.scratch import Scratch, _remove
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,15 @@ def test_a_fork_that_fails_costs_the_episode_that_it_was_for() -> None:
         assert [one.reason for one in lost] == [
             RAISED + "BlockingIOError: [Errno 11] Resource temporarily unavailable"
         ] * 2
+        os.kill(forks._server.pid, signal.SIGSTOP)
+        cancelled = asyncio.ensure_future(forks.world())
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        await asyncio.sleep(0.1)
+        os.kill(forks._server.pid, signal.SIGCONT)  # which tells nobody that this fork fails
+        (late,) = await host.open(1, {"answer": "7"}, 1)
+        assert late.reason == lost[0].reason
         for one in fine:
             assert await add(host, one.name) == "2"
             assert await host.finish(one.name, 0, {}) == (0.5, None, False)
@@ -65,7 +77,11 @@ def test_a_fork_that_fails_costs_the_episode_that_it_was_for() -> None:
     asyncio.run(main())
 
 
-def test_the_end_of_the_fork_server_is_blamed_on_no_call() -> None:
+def test_the_end_of_the_fork_server_is_blamed_on_no_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def main() -> None:
         forks = Forks(Fragile, {"text": "say"}, Limits())
         host = Host(forks.world)
@@ -77,8 +93,18 @@ def test_the_end_of_the_fork_server_is_blamed_on_no_call() -> None:
         assert await under_way == Answer(reason=GONE)
         assert await host.finish(idle.name, 0, {}) == Outcome(None, GONE)
         (late,) = await host.open(1, {"answer": "7"}, 1)
-        assert late.reason == "environment: the process that worlds are forked from died"
+        died = "environment: the process that worlds are forked from died"
+        assert late.reason == died
         forks.close()
+        # nor do any begin after it, also where an episode was just about to
+        assert [one.reason for one in await host.open(2, {"answer": "7"}, 2)] == [died] * 2
+        assert not [*tmp_path.iterdir()]
+        forks._scratches.append(Scratch())
+        before = {*os.listdir("/proc/self/fd")}
+        forks._closing.clear()
+        assert [one.reason for one in await host.open(3, {"answer": "7"}, 2)] == [died] * 2
+        assert {*os.listdir("/proc/self/fd")} <= before
+        forks._scratches.pop().remove()
 
     asyncio.run(main())
 
@@ -137,11 +163,45 @@ def test_without_descriptors_for_all_some_episodes_of_a_group_begin(forks: Forks
     asyncio.run(main())
 
 
-def test_an_episode_that_cannot_be_confined_says_why() -> None:
+def test_a_folder_that_cannot_be_removed_holds_up_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Path] = []
+
+    def remove(folder: Path) -> bool:
+        tries.append(folder)
+        return folder not in stay and _remove(folder)
+
+    stay: set[Path] = set()
+    monkeypatch.setattr("gvpo_ray.environments.forks._remove", remove)
+
     async def main() -> None:
-        forks = Forks(Fragile, {"text": InServer(no_confinement)}, Limits(), is_confined=True)
+        forks = Forks(Fragile, {"text": "say"}, Limits())
+        begun = [await forks.world() for _ in range(3)]
+        first, second, third = folders = [process.folder for process in forks._living.values()]
+        stay.update(folder for folder in (first, third) if folder is not None)
+        for world in begun[:2]:
+            await world.close()
+        await eventually(lambda: second is not None and not second.exists())
+        assert tries == [first] * NUM_CLEARS + [second]
+        forks.close()  # which tries once, and removes all of them in the end
+        assert tries[NUM_CLEARS + 1 :] == [third]
+        assert not any(folder is None or folder.exists() for folder in folders)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(16, "seccomp: no"), "OSError: [Errno 16] seccomp: no"),
+        (ValueError("not allowed to raise maximum limit"), "ValueError: not allowed to raise maximum limit"),
+    ],
+)
+def test_an_episode_that_cannot_be_confined_says_why(error: Exception, text: str) -> None:
+    async def main() -> None:
+        made = {"text": InServer(no_confinement, error)}
+        forks = Forks(Fragile, made, Limits(), is_confined=True)
         (opened,) = await Host(forks.world).open(0, {"answer": "7"}, 1)
-        assert opened.reason == RAISED + "OSError: [Errno 16] seccomp: no"
+        assert opened.reason == RAISED + text
         forks.close()
 
     asyncio.run(main())
@@ -204,8 +264,10 @@ def test_no_number_of_episodes_at_once_stops_the_host(forks: Forks) -> None:
 
 @pytest.mark.parametrize(("tool", "size"), [("add", 1), ("smile", 100_000)])  # one packet, and 1.2 MB
 def test_an_answer_that_came_while_the_host_stood_still_is_not_late(
-    tool: str, size: int, forks: Forks
+    tool: str, size: int, forks: Forks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gvpo_ray.environments.forks.LOOK_AGAIN_S", 60.0)  # a busy machine reads 1.2 MB
+
     async def main() -> None:
         world = await forks.world()
         assert await world.open({"answer": "7"}) == ("say 7", None)
@@ -223,6 +285,56 @@ def test_an_answer_that_came_while_the_host_stood_still_is_not_late(
         await world.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("num", "is_answered"), [(6, True), (7, False), (40, False)])
+def test_frames_that_come_late_are_together_waited_for_no_longer_than_one(
+    num: int, is_answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code of the policy's may send that a call begins, again and again."""
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        process = _Process(0, 100)
+        await process.connect(ours)
+        _, writer = await asyncio.open_connection(sock=theirs)
+        world = WorldProcess(cast(Forks, Alone()), process, Limits(timeout_s=1, max_calls=num))
+        world.limit_s, now = 100.0, asyncio.get_running_loop().time
+        end = now() + 100 + num - 1
+        asked = asyncio.ensure_future(world.act([Call("add", {})] * num, ""))
+
+        async def send(at: float, frame: Any) -> None:
+            await asyncio.sleep(at - now())
+            if not asked.done():
+                writer.write(framed(frame))
+            for _ in range(9):  # until it is read, or nobody reads it
+                await asyncio.sleep(0)
+
+        await send(end - 50, None)
+        for i in range(num - 1):
+            await send(end - 0.1 + 0.21 * i, None)
+        await send(end - 0.1 + 0.21 * (num - 1), Answer())
+        if is_answered:
+            assert await asked == Answer()
+        else:
+            with pytest.raises(BrokenError, match="gave no sign of life"):
+                await asked
+            assert given_up[0] == pytest.approx(end + LOOK_AGAIN_S)
+        await world.close()
+        writer.close()
+
+    given_up: list[float] = []
+
+    class Alone:
+        def is_alive(self) -> bool:
+            return True
+
+        def end(self, process: _Process) -> None:
+            assert process.writer is not None
+            process.writer.close()
+            given_up.append(asyncio.get_running_loop().time())
+
+    leaping(monkeypatch)(main())
 
 
 def test_a_world_that_is_given_up_as_it_begins_leaves_nothing(

@@ -261,7 +261,7 @@ class GVPOConfig(Section):
             rewards = {ENVIRONMENT: RewardConfig(), **named}
             self.verifiers = self.verifiers.model_copy(update={"rewards": rewards})
         if self.verifiers.rewards[ENVIRONMENT].weight < 0:
-            # an episode that brings its environment down is worth less than its group, which were the best
+            # an episode that brings its environment down is worth no more than its group, which were the best
             raise ValueError("verifiers.rewards.environment: below 0: let get_reward give the negative")
         if self.sources:
             raise ValueError(f"sources.{next(iter(self.sources))}: offline completions are no episodes")

@@ -75,7 +75,8 @@ def main() -> None:
         try:
             pid = os.fork()
         except OSError as error:
-            end.sendall(framed(start_raised(error)))
+            with contextlib.suppress(OSError):  # who asked for it may be gone
+                end.sendall(framed(start_raised(error)))
             end.close()
             continue
         if pid == 0:
@@ -112,7 +113,7 @@ def _live_in(folder: str, files: Files | None, end: socket.socket) -> None:
     try:
         os.chdir(folder)
         _confine({"memory_bytes": MEMORY_GIB << 30, "scratch": folder}, files, is_guest=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a limit that cannot be set is a ValueError
         end.sendall(framed(start_raised(error)))
         os._exit(1)
 
@@ -140,7 +141,7 @@ def framed(value: Any) -> bytes:
     return SIZE.pack(len(data)) + data
 
 
-def start_raised(error: OSError) -> str:
+def start_raised(error: Exception) -> str:
     """Return why a world does not start."""
     return f"the start of its process raised {describe(error)}"
 

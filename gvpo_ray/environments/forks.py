@@ -25,7 +25,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -42,7 +41,7 @@ from gvpo_ray.errors import GvpoError
 from gvpo_ray.sandbox.functions import fits_float32
 from gvpo_ray.sandbox.process import KEPT_ENVIRONMENT
 from gvpo_ray.sandbox.scratch import Scratch, _remove
-from gvpo_ray.sandbox.watch import MAX_WRITTEN_BYTES, excess
+from gvpo_ray.sandbox.watch import MAX_WRITTEN_BYTES, excess, unlinked
 
 START_S = 300.0
 """Seconds within which a world's process must have started; many start at once."""
@@ -51,7 +50,8 @@ GRACE_S = 15.0
 """Seconds that a world has beside the time limit of a call, before its process is killed."""
 
 LOOK_AGAIN_S = 1.0
-"""Seconds that a frame may come late, after all: it may have come while the host's loop stood still."""
+"""Seconds that the frames of a request may come late, after all, taken together: they may have come while the
+host's loop stood still."""
 
 BEGINS = b"null"
 """The frame that says that a call begins."""
@@ -65,17 +65,16 @@ ROOM = 1 << 20
 WATCH_S = 0.25
 """Seconds between two looks at what confined worlds hold."""
 
+NUM_CLEARS, CLEAR_S = 5, 0.1
+"""Tries to remove the folder of a world that has ended, and seconds between two: what it had started may go
+on for a moment, and write. A folder that stays goes with all others at the end."""
+
 KEPT = (*KEPT_ENVIRONMENT, "HOME", "TMPDIR", "OMP_NUM_THREADS")
 """Environment variables of a world, beside those that the config names."""
 
 
 class BrokenError(GvpoError):
     """A world's process is gone, or gave no sign within its time; the message says which."""
-
-    def __init__(self, why: str, is_left: bool = False) -> None:
-        super().__init__(why)
-        self.is_left = is_left
-        """Whether earlier calls have left the cause behind: no call had begun, or no World does it."""
 
 
 class NoServerError(BrokenError):
@@ -144,13 +143,19 @@ class Forks:
             NoServerError: the fork server is gone.
             BrokenError: it does not start: this machine has no room for it, say.
         """
+        if self._closing.is_set():
+            raise NoServerError
         process = _Process(next(self._numbers), self._limits.max_text)
         try:
             process.folder = self._new_folder(process.number)
             ours, theirs = socket.socketpair()
             with ours:  # the connection has a copy of it
                 command = b"fork %d %s" % (process.number, os.fsencode(process.folder))
-                sent = self._sender.submit(self._send, command, theirs)
+                try:
+                    sent = self._sender.submit(self._send, command, theirs)
+                except RuntimeError:  # `close` was faster
+                    theirs.close()
+                    raise NoServerError from None
                 await asyncio.shield(asyncio.wrap_future(sent))
                 await process.connect(ours.dup())
             said = json.loads(await process.frame(START_S))
@@ -207,7 +212,18 @@ class Forks:
         with contextlib.suppress(RuntimeError):  # after `close` there are none
             self._sender.submit(self._send, b"end %d " % process.number)
             if process.folder is not None:  # which may take long: a policy may have filled it
-                self._cleaner.submit(_clear, process.pid, process.folder)
+                self._cleaner.submit(self._clear, process.pid, process.folder)
+
+    def _clear(self, pid: int, folder: Path) -> None:
+        """Remove the folder of a world once its process has ended; others wait for this."""
+        with contextlib.suppress(OSError):  # it has, and was waited for
+            descriptor, ends = os.pidfd_open(pid), select.poll()
+            ends.register(descriptor, select.POLLIN)
+            ends.poll(1000)
+            os.close(descriptor)
+        for _ in range(NUM_CLEARS):
+            if _remove(folder) or self._closing.wait(CLEAR_S):
+                return
 
     def _watch(self) -> None:
         while not self._closing.wait(WATCH_S):
@@ -215,9 +231,10 @@ class Forks:
 
     def look(self) -> None:
         """Have each world killed that holds more than a program in the sandbox may (sandbox/watch.py)."""
+        inherited = unlinked(self._server.pid)  # what the class's module has open, all worlds have
         for process in [*self._living.values()]:
             if process.excess is None and process.folder is not None:
-                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES)
+                process.excess = excess(process.pid, process.folder, MAX_WRITTEN_BYTES, inherited)
                 if process.excess is not None:
                     with contextlib.suppress(RuntimeError):  # after `close` there are none
                         self._sender.submit(self._send, b"end %d " % process.number)
@@ -240,19 +257,6 @@ class Forks:
             scratch.remove()
 
 
-def _clear(pid: int, folder: Path) -> None:
-    """Remove the folder of a world once its process has ended."""
-    with contextlib.suppress(OSError):  # it has, and was waited for
-        descriptor, ends = os.pidfd_open(pid), select.poll()
-        ends.register(descriptor, select.POLLIN)
-        ends.poll(10_000)
-        os.close(descriptor)
-    for _ in range(50):  # what the process had started may take longer, and write
-        if _remove(folder):
-            return
-        time.sleep(0.1)
-
-
 class _Process:
     """A _Process is the host's end of a world's process."""
 
@@ -262,6 +266,7 @@ class _Process:
         self.excess: str | None = None
         """What it has held too much of, so that it was killed."""
         self.writer: asyncio.StreamWriter | None = None
+        self._late_s = LOOK_AGAIN_S
         self._max_bytes = BYTES_PER_CHARACTER * max_text + ROOM
 
     async def connect(self, end: socket.socket) -> None:
@@ -269,30 +274,34 @@ class _Process:
         self._reader, self.writer = await asyncio.open_connection(sock=end)
 
     def write(self, frame: Any) -> None:
-        """Send something."""
+        """Send a request."""
         assert self.writer is not None
+        self._late_s = LOOK_AGAIN_S
         self.writer.write(framed(frame))
 
     async def frame(self, limit_s: float) -> bytes:
         """Return what it sends next."""
-        reading = asyncio.ensure_future(self._read())
+        reading, now = asyncio.ensure_future(self._read()), asyncio.get_running_loop().time
         try:
-            for seconds in (limit_s, LOOK_AGAIN_S):
-                if (await asyncio.wait([reading], timeout=seconds))[0]:
-                    return reading.result()
-            raise BrokenError("its process gave no sign of life and was killed")
+            if not (await asyncio.wait([reading], timeout=limit_s))[0]:
+                late = now()
+                if not (await asyncio.wait([reading], timeout=self._late_s))[0]:
+                    raise BrokenError("its process gave no sign of life and was killed")
+                self._late_s -= now() - late
+            data = reading.result()
+            if self.excess is None:
+                return data
         except (asyncio.IncompleteReadError, OSError):
-            if self.excess is not None:
-                raise BrokenError(f"{self.excess}, and was killed", is_left=True) from None
-            raise BrokenError("its process died") from None
+            if self.excess is None:
+                raise BrokenError("its process died") from None
         finally:
             reading.cancel()
+        raise BrokenError(f"{self.excess}, and was killed")  # also where its last answer came before that
 
     async def _read(self) -> bytes:
         (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))
         if size > self._max_bytes:
-            why = f"its process sent {size} bytes at once; at most {self._max_bytes} are read"
-            raise BrokenError(why, is_left=True)
+            raise BrokenError(f"its process sent {size} bytes at once; at most {self._max_bytes} are read")
         return await self._reader.readexactly(size)
 
 
@@ -343,27 +352,25 @@ class WorldProcess:
         if (process := self._process) is None:
             raise BrokenError("its process has ended")
         now = asyncio.get_running_loop().time
-        end, has_begun = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s, False
+        end = now() + self.limit_s + (num_calls - 1) * self._limits.timeout_s
         try:
             process.write((method, args))
             for _ in range(num_calls + 1):
                 frame = await process.frame(min(self.limit_s, end - now()))
                 if frame != BEGINS:
                     return kind.validate_json(frame)
-                has_begun = True
-            raise BrokenError("its process began more calls than it has", is_left=True)
+            raise BrokenError("its process began more calls than it has")
         except ValidationError:
             await self._break("its process sent an answer that is none")
-        except BrokenError as error:
+        except BrokenError:
             await self.close()
             if not self._forks.is_alive():
                 raise NoServerError from None
-            error.is_left = error.is_left or not has_begun
             raise
 
     async def _break(self, why: str) -> NoReturn:
         await self.close()
-        raise BrokenError(why, is_left=True)
+        raise BrokenError(why)
 
 
 OPENED: TypeAdapter[Any] = TypeAdapter(tuple[str | None, str | None])

@@ -5,9 +5,9 @@ episodes of its groups and goes on with their tokens, and the environments have 
 number, and a turn that has been made is answered again and not made again.
 
 Each environment is in a process of its own (forks.py), so that no number of calls that hang touches the host
-or another episode. A tool call that does not return is an error that the policy reads. One that brings its
-process down ends the episode, and so does whatever fails after a call that has hung: then the policy's calls
-are the cause, and the episode is worth less than its group (verifiers/outages.py: Given.worst).
+or another episode. A tool call that does not return is an error that the policy reads. The policy's calls are
+the cause where the process goes down, during one or after one, whatever it does then, and of whatever fails
+after a call that has hung: the episode is worth no more than its group (verifiers/outages.py: Given.worst).
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Host:
         except NoServerError:
             return Answer(reason=GONE)
         except BrokenError as error:
-            episode.blame(bool(calls) or error.is_left)
+            episode.blame(True)
             what = ", ".join(dict.fromkeys(well_formed(call.name) for call in calls))[:MAX_NAMES] or "respond"
             answer = Answer(reason=f"{ReasonKind.CRASH}: environment: {what}: {error}")
         episode.blame(answer.num_hung > 0)
@@ -209,7 +209,7 @@ class Host:
         except NoServerError:
             return Outcome(None, GONE)
         except BrokenError as error:
-            episode.blame(error.is_left)
+            episode.blame(True)
             outcome = Outcome(None, f"{ReasonKind.CRASH}: environment: get_reward: {error}")
         await episode.world.close()  # nobody asks it for anything else
         if outcome.reason is not None and episode.is_to_blame:

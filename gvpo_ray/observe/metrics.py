@@ -230,7 +230,7 @@ METRICS = (
     Metric("episodes/lost", "ratio", "Lost episodes",
            "share without a reward: the environment failed or its actor died"),
     Metric("episodes/broken", "ratio", "Broken environments",
-           "share whose environment a tool call of the policy brought down: worth less than their group"),
+           "share whose environment a tool call of the policy brought down: worth no more than their group"),
     Metric("eval/{set}/turns_mean", "", "Turns in {set}", "of the policy per episode, mean"),
     Metric("eval/{set}/tool_calls_mean", "", "Tool calls in {set}", "per episode, mean"),
     Metric("eval/{set}/tool_errors", "", "Tool errors in {set}", "calls that were malformed or failed"),

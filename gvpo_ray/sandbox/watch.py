@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,14 +31,18 @@ _FREE_SLEEPS = 20
 
 PROC = Path("/proc")
 
+FileId = tuple[int, int]
+"""Device and inode of a file."""
 
-def excess(pid: int, scratch: Path, num_bytes: int) -> str | None:
+
+def excess(pid: int, scratch: Path, num_bytes: int, others: Container[FileId] = ()) -> str | None:
     """Return which limit a guest is beyond; None: none.
 
     Args:
         pid: the guest.
         scratch: its scratch folder.
         num_bytes: how much it may write.
+        others: files in no folder that it has open and that are not its own.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         if int(_stat(f"{PROC}/{pid}")[17]) > MAX_THREADS:
@@ -49,7 +53,8 @@ def excess(pid: int, scratch: Path, num_bytes: int) -> str | None:
         said = {name: int(value) for name, _, value in (line.partition(b":") for line in lines)}
         # by system calls, and by memory that is a file's on a disk
         num_written = max(said.get(b"wchar", 0), said.get(b"write_bytes", 0))
-    num_held = _num_unlinked_bytes(pid)  # where files are in memory (tmpfs), no account has what is mapped
+    # where files are in memory (tmpfs), no account has what is mapped
+    num_held = sum(size for file, size in unlinked(pid).items() if file not in others)
     for number, num_bytes_held in enumerate(_files(scratch), 1):
         num_held += num_bytes_held
         if number > MAX_FILES:
@@ -66,18 +71,19 @@ def _files(folder: Path) -> Iterator[int]:
         try:
             with os.scandir(left.pop()) as entries:
                 for entry in entries:
-                    is_folder = entry.is_dir(follow_symlinks=False)
-                    yield 0 if is_folder else _num_bytes(entry.stat(follow_symlinks=False))
-                    if is_folder:
-                        left.append(entry.path)
+                    with contextlib.suppress(FileNotFoundError):  # it has just gone, and others have not
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        yield 0 if is_folder else _num_bytes(entry.stat(follow_symlinks=False))
+                        if is_folder:
+                            left.append(entry.path)
         except OSError as error:  # it may be gone, or closed to everybody
             while error.errno == errno.ENAMETOOLONG:
                 yield 0
 
 
-def _num_unlinked_bytes(pid: int) -> int:
-    """Return the bytes of the files that a process has open, and that are in no folder."""
-    found: dict[tuple[int, int], int] = {}
+def unlinked(pid: int) -> dict[FileId, int]:
+    """Return the files that a process has open, and that are in no folder, with their bytes."""
+    found: dict[FileId, int] = {}
     folder = f"{PROC}/{pid}/fd"
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
@@ -87,7 +93,7 @@ def _num_unlinked_bytes(pid: int) -> int:
                 continue
             if not status.st_nlink and stat.S_ISREG(status.st_mode):
                 found[status.st_dev, status.st_ino] = _num_bytes(status)
-    return sum(found.values())
+    return found
 
 
 def _num_bytes(status: os.stat_result) -> int:

@@ -47,17 +47,18 @@ class Given:
     low: float
     high: float
     groups: list[tuple[float, float]]
-    """The lowest and the highest value of each of the last NUM_GROUPS groups."""
+    """The lowest and the highest value of each of the last NUM_GROUPS groups, and of the last NUM_GROUPS
+    whose values differ, which may be older."""
 
     def worst(self, values: Sequence[float], weight: float) -> float:
         """Return what an episode is worth whose environment the policy has brought down.
 
         It is less than the worst value of its group by as much as the best and the worst of a group differ
-        (the median of the groups whose values differ), but not less than the worst that was ever given. So it
-        is never above another episode of its group, it costs as much where the others have all succeeded,
-        where the worst of the group would be no loss, and it is what failing is where there are few values
-        to fail with. The worst that was ever given would not do alone: where rewards have no bound, one
-        episode would set it for all others, and a group would then have a mean far below all its answers.
+        (the median of the last NUM_GROUPS groups whose values differ), but not less than the worst that was
+        ever given: by rewards of 0 and 1 it is 0. So it is never above another episode of its group, and it
+        costs as much where the others have all succeeded, where the worst of the group would be no loss. The
+        worst that was ever given would not do alone: where rewards have no bound, one episode would set it
+        for all others, and a group would then have a mean far below all its answers.
 
         Args:
             values: of the group's other episodes; none: the median of the groups' worst stands for them.
@@ -69,7 +70,7 @@ class Given:
         usual = statistics.median_low(spreads) if spreads else 0.0
         lowest = min((sign * value for value in values), default=None)
         if lowest is None:
-            lowest = statistics.median_low([low for low, _ in groups])
+            lowest = statistics.median_low([low for low, _ in groups[-NUM_GROUPS:]])
         return sign * max(min(sign * self.low, sign * self.high), lowest - usual)
 
 
@@ -116,7 +117,10 @@ class Record:
     def _extend(self, key: tuple[str, str], new: Given) -> None:
         old = self.given.get(key, new)
         groups = new.groups if old is new else [*old.groups, *new.groups]
-        self.given[key] = Given(min(old.low, new.low), max(old.high, new.high), groups[-NUM_GROUPS:])
+        numbers = range(len(groups))
+        differ = [i for i in numbers if groups[i][0] < groups[i][1]]  # groups of equals push out none of them
+        kept = sorted({*numbers[-NUM_GROUPS:], *differ[-NUM_GROUPS:]})
+        self.given[key] = Given(min(old.low, new.low), max(old.high, new.high), [groups[i] for i in kept])
 
     def check(self) -> None:
         """Raise RewardError if a reward function has had MAX_FAULTS faults and never worked."""
