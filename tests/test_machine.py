@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import errno
+import gc
 import io
 import os
 import pickle
@@ -317,8 +318,14 @@ def test_progress_bars_work_in_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch
 
 def test_no_text_file_is_opened_in_the_encoding_of_the_locale() -> None:
     found = []
-    for file in (path for room in ("gvpo_ray", "jobs") for path in Path(room).rglob("*.py")):
-        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    gc.disable()  # ast.parse of Python 3.11 fails where the collector runs what parses something too
+    try:
+        paths = [path for room in ("gvpo_ray", "jobs") for path in Path(room).rglob("*.py")]
+        trees = [(path, ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    finally:
+        gc.enable()
+    for file, tree in trees:
+        for call in ast.walk(tree):
             name = (
                 getattr(call.func, "attr", getattr(call.func, "id", "")) if isinstance(call, ast.Call) else ""
             )
