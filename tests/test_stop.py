@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
+from ray._private import services
 from test_advice import WRONG, steps
 from test_run_dir import source_of
 from test_run_format import config
@@ -143,3 +147,25 @@ def test_an_embedded_ray_that_is_slow_to_start_is_started_again(
     with pytest.raises(ConfigError, match="ray: cannot start on this machine: "):
         Session(RayConfig())
     assert len(tries) == num_tries and all(options == tries[0] for options in tries)
+
+
+@pytest.mark.actors
+def test_nothing_stays_of_an_embedded_ray_that_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own start, three times, where half a minute passes between two looks at a clock."""
+    begun = psutil.Process().children()
+    seen: list[str] = []
+
+    def never(*arguments: Any) -> Any:
+        seen.extend(child.name() for child in psutil.Process().children() if child not in begun)
+        raise RuntimeError("not there")
+
+    monkeypatch.setattr(services, "get_node", never)
+    clock = itertools.count(step=31.0)
+    slow = SimpleNamespace(monotonic=lambda: next(clock), **{n: getattr(time, n) for n in ("sleep", "time")})
+    monkeypatch.setattr("ray._private.node.time", slow)
+    with pytest.raises(ConfigError, match=r"ray: cannot start on this machine: .*timed out during startup"):
+        Session(RayConfig(num_cpus=1))
+    assert seen.count("gcs_server") == seen.count("raylet") == 3
+    left = [child for child in psutil.Process().children() if child not in begun]
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert not alive, [child.name() for child in alive]

@@ -11,11 +11,13 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.node import Node
 
 from gvpo_ray.actors import RunError, bundles_of, cause_of, first_of, resources_of
 from gvpo_ray.config.base import ConfigError
@@ -222,16 +224,24 @@ def said_of_workers(log: Path) -> str:
 def start_ray(**options: Any) -> None:
     """Call ray.init; start an embedded Ray up to three times where it is too slow.
 
-    Ray gives its node 30 s to start, which are too few on a busy machine, and has no option for that. The
-    processes of a node that was given up end with this process.
+    Ray gives its node 30 s to start, which are too few on a busy machine, and has no option for that. It
+    leaves the processes of a node that it gives up to the end of this process, which may be a notebook's.
     """
     for tries_left in (2, 1, 0):
         try:
             ray.init(**options)
             return
         except Exception as error:
+            _end_nodes_of(error)
             if not tries_left or "timed out during startup" not in str(error):
                 raise
+
+
+def _end_nodes_of(error: Exception) -> None:
+    """End the processes of nodes whose start an error has cut off; it alone still knows of them."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(node := frame.f_locals.get("self"), Node):
+            node.kill_all_processes(check_alive=False)
 
 
 def forget_auth_mode() -> None:
