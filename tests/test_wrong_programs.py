@@ -304,36 +304,91 @@ def test_functions_that_a_prompt_gives_are_the_tests_own(
     assert score(verifiers[False], wrong, shown, **right) == 0
 
 
+FAULT = "functions of the prompt that the tests call do not run: "
+
+
 @pytest.mark.parametrize(
-    ("beside", "is_taken"),
+    ("beside", "fault"),
     [
-        ("EXAMPLE = undefined_name\nRESULT = f(2)\nimport no_such_module", True),
-        ("def main(x=f(2)): return undefined_name", True),
-        ("from math import *\nimport operator as op\nONE, TWO = 1, 2\nONE_MORE = op.add", True),
-        ("ONE = undefined_name", False),
-        ("from no_such_module import ONE", False),
+        ("EXAMPLE = undefined_name\nRESULT = f(2)\nimport no_such_module", None),
+        ("def main(x=f(2)): return undefined_name", None),
+        ("from math import *\nimport operator as op\nONE, TWO = 1, 2\nONE_MORE = op.add", None),
+        ("ONE = undefined_name", "NameError: name 'undefined_name' is not defined"),
+        ("ONE = f(0)", "NameError: name 'f' is not defined"),
+        ("from no_such_module import ONE", "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
-def test_of_a_prompt_only_what_helpers_use_is_taken_and_nothing_that_does_not_run(
-    verifiers: dict[bool, Verifier], beside: str, is_taken: bool
+def test_of_a_prompt_only_what_helpers_use_is_taken_and_where_that_does_not_run_nobody_is_judged(
+    verifiers: dict[bool, Verifier], beside: str, fault: str | None
 ) -> None:
     one = "ONE" if "ONE" in beside else "1"
     add = "ONE_MORE(x, ONE) + floor(0.5)" if "math" in beside else f"x + {one}"
     prompt = f"Write f.\n```python\n{beside}\ndef g(x): return {add}\ndef f(x): ...\n```"
     row = {"test": "def check(candidate):\n    assert candidate(3) == g(3)\n", "entry_point": "f"}
-    program = "def g(x): return x + 1\ndef f(x): return x + 1"
-    assert score(verifiers[False], program, prompt, **row) == 1
-    wrong = "def g(x): return 0\ndef f(x): return 0"
-    assert score(verifiers[False], wrong, prompt, **row) == (0 if is_taken else 1)
+    right = "def g(x): return x + 1\ndef f(x): return x + 1\nONE = undefined_name = 1"
+    wrong = right.replace("x + 1", "0")
+    for program, reward in ((right, 1), (wrong, 0)):
+        columns = {name: [value] for name, value in row.items()}
+        (check,) = verifiers[False].check([prompt], [f"```python\n{program}\n```"], columns)
+        assert check.reward == (None if fault else reward)
+        assert not fault or check.reason == FAULT + fault
+    # what the row itself says counts before the prompt, which then runs
+    row["test_setup_code"] = "ONE = 1"
+    assert score(verifiers[False], right, prompt, **row) == 1
+    assert score(verifiers[False], wrong, prompt, **row) == 0
+
+
+LEANS = """
+def poly(xs: List[Number], x: "Number") -> Number:
+    op = lambda a, b: add(a, b)
+    return reduce(op, [c * math.pow(x, i) * (lambda ONE: ONE)(ONE) for i, c in enumerate(xs)])
+
+def find_zero(xs: List[Number]):
+    "The zero of a polynomial of degree 1."
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "row"),
+    [
+        ("ONE = 1", {}),
+        ("ONE, Number = 1, undefined_name", {"test_setup_code": "Number = float\nONE = 1"}),
+        ("", {"test_imports": ["from decimal import Decimal as Number"], "test_setup_code": "ONE = 1.0"}),
+        ("", {"test_setup_code": "def poly(xs, x): return xs[0] + xs[1] * x"}),
+        (
+            "from datetime import datetime\nONE = datetime(1, 1, 1).day",
+            {"test_imports": ["import datetime", "from bisect import bisect as List"]},
+        ),
+        ("ONE = 1", {"test_setup_code": "ZERO = poly([1, 2], -0.5)\nassert ZERO == 0"}),
+    ],
+)
+def test_functions_of_a_prompt_find_what_programs_find_imported_and_what_the_row_sets_up(
+    verifiers: dict[bool, Verifier], given: str, row: dict[str, Any]
+) -> None:
+    right = "def find_zero(xs): return -xs[0] / xs[1]\nadd = reduce = 0"
+    wrong = "def find_zero(xs): return 0\ndef poly(xs, x): return 0\nadd = reduce = lambda *a: 0"
+    prompt = given + LEANS
+    assert earns(wrong, [ZERO["test"] + "check(find_zero)"])
+    assert score(verifiers[False], right, prompt, **ZERO, **row) == 1
+    assert score(verifiers[False], wrong, prompt, **ZERO, **row) == 0
+
+
+def test_what_a_prompt_imports_for_its_functions_does_not_stand_for_the_function_under_test(
+    verifiers: dict[bool, Verifier],
+) -> None:
+    prompt = "from math import *\ndef half(x): return floor(x / 2)\ndef sqrt(x): ..."
+    row = {"test": "def check(candidate):\n    assert candidate(9) == half(6)\n", "entry_point": "sqrt"}
+    assert score(verifiers[False], "def sqrt(x): return x ** 0.5", prompt, **row) == 1
+    assert score(verifiers[False], "def sqrt(x): return 2", prompt, **row) == 0
 
 
 def test_the_function_under_test_and_those_to_be_written_are_never_the_prompts() -> None:
     prompt = "Mend it:\n```\ndef f(x): return x + 1\ndef g(x): ...\ndef h(x): return 2\n```"
-    (text,) = helpers(prompt, ["assert f(1) == g(1) == h(1)"], "f")
+    (text,) = helpers(prompt, [], ["assert f(1) == g(1) == h(1)"], "f")
     assert text == "def h(x):\n    return 2"
-    assert helpers(prompt, ["assert f(1) == g(1)"], "f") == []
-    assert helpers(prompt, ["assert f(1) == h(1)"], None) == []
-    assert helpers("no code: def x", ["assert f(1) == h(1)"], "f") == []
+    assert helpers(prompt, [], ["assert f(1) == g(1)"], "f") == []
+    assert helpers(prompt, [], ["assert f(1) == h(1)"], None) == []
+    assert helpers("no code: def x", [], ["assert f(1) == h(1)"], "f") == []
 
 
 EMPTIES = "def f(x):\n    x.clear()\n    return []"

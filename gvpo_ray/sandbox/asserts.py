@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
-import contextlib
 import copy
 import json
 import sys
@@ -49,19 +48,69 @@ class ProgramError(Exception):
 
 
 class _Globals(dict[str, Any]):
-    """A _Globals holds the global names of asserts: what they do not define is the program's, or Python's."""
+    """A _Globals holds the global names of asserts: what they do not define is the program's, or Python's.
 
-    def __init__(self, ask: Callable[..., Any], wanted: set[str], modules: Iterable[str]) -> None:
+    Args:
+        ask: has something done in the program's process.
+        wanted: names of Python's that are the program's here.
+        modules: modules that asserts find imported.
+        given: what a prompt gives: functions, and what these use.
+    """
+
+    def __init__(
+        self, ask: Callable[..., Any], wanted: set[str], modules: Iterable[str], given: list[ast.stmt]
+    ) -> None:
         super().__init__({name: sys.modules[name] for name in modules})
-        self._ask, self._wanted = ask, wanted
+        self._ask, self._wanted, self._given = ask, wanted, given
+
+    def give(self) -> None:
+        """Make the functions that a prompt gives, behind what the row itself has defined up to now.
+
+        Raises:
+            UnsendableError: they do not run; the program's must not take their place.
+        """
+        if not self._given:
+            return
+        names = _GivenGlobals(self)
+        try:
+            given = ast.Module(_settled(self._given), [])
+            exec(compile(given, "prompt.py", "exec", dont_inherit=True), names)
+        except BaseException as error:  # it may import what is not here, or use what nobody defines
+            text = f"functions of the prompt that the tests call do not run: {describe(error)}"
+            raise UnsendableError(text) from None
+        functions = self._functions()
+        self._given, names.is_made = [], True
+        self.update({name: names[name] for name in functions})
+
+    def _functions(self) -> set[str]:
+        return {each.name for each in self._given if isinstance(each, ast.FunctionDef)}
 
     def __missing__(self, name: str) -> Any:
+        if name in self._functions():
+            self.give()
+            return self[name]
         if hasattr(builtins, name) and name not in self._wanted:
             raise KeyError(name)
         try:
             return self._ask("global", name)
         except Exception:  # a KeyError would let Python's own take its place
             raise NameError(f"the program defines no {name}") from None
+
+
+class _GivenGlobals(dict[str, Any]):
+    """A _GivenGlobals holds the global names of a prompt's functions: the other names are those of the tests.
+
+    While they are made, nothing is the program's: what a prompt defines must not depend on it.
+    """
+
+    def __init__(self, tests: _Globals) -> None:
+        super().__init__()
+        self._tests, self.is_made = tests, False
+
+    def __missing__(self, name: str) -> Any:
+        if not self.is_made and name not in self._tests:
+            raise KeyError(name)
+        return self._tests[name]
 
 
 class Tests:
@@ -85,21 +134,16 @@ class Tests:
     def run(self, sources: list[str], entry_point: str | None, helpers: list[str]) -> int:
         """Run the asserts one after the other, and send how each went.
 
-        The helpers come first, those that run by themselves; what the sources define counts before them.
+        Where the first test begins, or before where they are used, the helpers are made, functions that a
+        prompt gives; what the sources define counts before them.
 
         Frames are {"total": number of tests}, {"test": whether it passed, "text": why not}, {"stopped": why
         what prepares a test failed}, {"fault": why the tests themselves do not work}, {"end": true}, and
         {"do", "arguments", "named"}, which the program's guest answers.
         """
         sys.set_int_max_str_digits(0)
-        for helper in helpers:
-            with contextlib.suppress(Exception):  # they may be examples, or import what is not here
-                exec(
-                    compile(helper, "helpers.py", "exec", dont_inherit=True),
-                    {name: sys.modules[name] for name in self._modules},
-                )
-                sources = [helper, *sources]
         try:
+            given = [each for helper in helpers for each in ast.parse(helper).body]
             statements = [each for source in sources for each in ast.parse(source).body]
         except (SyntaxError, ValueError, RecursionError) as error:
             self._send({"fault": f"the tests are not Python: {describe(error)}"})
@@ -108,18 +152,20 @@ class Tests:
             isinstance(each, ast.FunctionDef) and each.name == "check" for each in statements
         ):
             statements += ast.parse(f"check({entry_point})").body
-        if fault := _asks_too_much(statements):
+        if fault := _asks_too_much([*given, *statements]):
             self._send({"fault": fault})
             return 0
         wanted = {entry_point} if entry_point else _called_builtins(statements, self._modules)
-        names = _Globals(self._ask, wanted, self._modules)
+        names = _Globals(self._ask, wanted, self._modules, given)
         names[_SETTLE], names[_LOOK] = self._settle, self._look
-        catches = _catches(statements)
+        catches = _catches([*given, *statements])
         self._send({"total": sum(map(_is_test, statements))})
         for statement in statements:
             text: str | None = None
             is_test, self._error = _is_test(statement), None
             try:
+                if is_test:
+                    names.give()
                 code = compile(ast.Module(_settled([statement]), []), "tests.py", "exec", dont_inherit=True)
                 exec(code, names)
                 if not catches:
