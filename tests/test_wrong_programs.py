@@ -637,6 +637,119 @@ def test_results_that_are_compared_with_each_other_are_not_asked_how_they_compar
     assert score(verifiers[False], program + solution, answer=tests) == 0
 
 
+ORDERS = [each for each in RELATIONS if "!=" not in each]  # two objects always differ
+YES = SAYS_YES.partition("def f")[0]
+ORDERED = """
+class Yes:
+    def __init__(self, *x): self.f(*x)
+    def f(self, *x):
+        self.x = sorted(x)
+        return self
+    def __eq__(self, other): return self.x == other.x
+    def __lt__(self, other): return True
+    __gt__ = __le__ = __ge__ = __lt__
+"""
+MADE = {
+    "itself": "class Solution(Yes):\n    def f(self, *x): return self",
+    "itself, which knows its arguments": "class Solution(Yes): pass",
+    "new ones of its class": "class Solution(Yes):\n    def f(self, *x): return Solution(*x)",
+    "itself, a class that the tests use": "class Solution(Yes): pass\nNode = Solution",
+    "another class's": "class Solution:\n    def f(self, *x): return Yes(*x)",
+    "a function in CapWords": "def Sum(*x): return Yes(*x)",
+    "an object in CapWords": "Sum = (lambda *x: Yes(*x)).__call__",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [YES.replace("class Yes:", "class Yes:\n    def __init__(self, *x): pass"), ORDERED]
+)
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_results_of_functions_are_not_asked_how_they_compare_whatever_made_them(
+    verifiers: dict[bool, Verifier], kind: str, made: str
+) -> None:
+    node = "class Node:\n    def __init__(self, *x): pass\n"
+    for call in ("Solution().f", "s.f") if "Solution" in made else ("Sum",):
+        tests = [f"assert {relation}".replace("f(", f"{call}(") for relation in ORDERS]
+        if call == "s.f":
+            tests.insert(0, "n = Node(1)\ns = Solution()")
+        assert score(verifiers[False], kind + node + made, answer=tests) == 0
+        right = "def Sum(x, y=1): return x * y\nclass Solution: f = staticmethod(Sum)"
+        assert score(verifiers[False], node + right, answer=tests) == 1
+
+
+@pytest.mark.parametrize("kind", [YES, ORDERED])
+def test_what_the_row_tests_the_results_of_is_no_class(verifiers: dict[bool, Verifier], kind: str) -> None:
+    right, wrong = "def Sum(x, y=1): return x * y", kind.replace("Yes", "Sum")
+    check = "def check(candidate):\n" + "\n".join(f"    assert {each}" for each in ORDERS)
+    row = {"test": check.replace("f(", "candidate("), "entry_point": "Sum"}
+    assert score(verifiers[True], right, **row) == 1 and score(verifiers[True], wrong, **row) == 0
+    tests = [f"assert {each}".replace("f(", "Sum(") for each in (*ORDERS, "f(2, 3) == 6")]
+    assert score(verifiers[True], right, answer=tests) == 1
+    assert score(verifiers[True], wrong, answer=tests) == 0
+
+
+VALUE = """
+from dataclasses import dataclass
+@dataclass(order=True, frozen=True)
+class V:
+    x: int
+    def plus(self, o): return V(self.x + o.x)
+    @classmethod
+    def of(cls, t): return cls(int(t))
+    def parts(self): return [V(i) for i in range(self.x)]
+    @property
+    def next(self): return V(self.x + 1)
+    def __iter__(self): return iter(self.parts())
+    @dataclass(frozen=True)
+    class Inner: x: int
+V.ZERO = V(0)
+def f(x): return x
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "V(1).plus(V(2)) == V(2).plus(V(1))",
+        "V(1).plus(V(2)) != V(2).plus(V(2))",
+        "V.of('1') == V.of('1')",
+        "V.of('1') == V(1) and V(1) == V.of('1')",
+        "not V.of('1') != V.of('1')",
+        "V(3).parts() == V(3).parts()",
+        "sorted(V(3).parts()[::-1]) == V(3).parts()",
+        "max(V(3).parts()) == V(2)",
+        "V.Inner(1) == V.Inner(1) and V.Inner(1) != V.Inner(2)",
+        "V(1).plus(V(2)) < V(3).plus(V(1))",
+        "V(1) is not None and V(1) != None and V(1) != 1 and V(1) == V(1)",
+        "V(1).next == V.of('1').next and V(1).next > V(0).next",
+        "list(V(2)) == list(V(2)) and V(2) in V(3)",
+        "f(V(3).parts()) == [V(0), V(1), V(2)] and V.ZERO == V(0)",
+    ],
+)
+def test_what_comes_out_of_objects_that_the_tests_make_may_be_compared(
+    verifiers: dict[bool, Verifier], test: str
+) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"{VALUE}\nassert {test}", namespace)
+    assert score(verifiers[False], VALUE, answer=[f"assert {test}"]) == 1
+    both = VALUE.replace("    x: int\n    def", "    x: int\n    __eq__ = __ne__ = lambda *_: True\n    def")
+    of_inner = both.replace(
+        "class Inner: x: int", "class Inner:\n        x: int\n        __eq__ = __ne__ = lambda *_: True"
+    )
+    if "==" in test:
+        assert score(verifiers[False], of_inner, answer=[f"assert {test}"]) == 0
+
+
+def test_members_of_a_class_are_told_apart_without_asking_them(verifiers: dict[bool, Verifier]) -> None:
+    tests = ["assert f(1) == C.RED", "assert f(2) == C.BLUE", "assert f(1) == C.RED"]
+    liar = (
+        "class C:\n    __eq__ = lambda *_: True\n    __ne__ = lambda *_: False\n    __hash__ = lambda *_: 1\n"
+    )
+    liar += "C.RED, C.BLUE = C(), C()\ndef f(x): return C.RED"
+    assert earns(liar, tests) and score(verifiers[False], liar, answer=tests) == 0
+    assert score(verifiers[False], COLORS + "def f(x): return C(x)", answer=tests) == 1
+
+
 CLASS = "class V:\n    def __init__(self, x): pass\n    def __eq__(self, other): return True\n"
 LATER = """    def __ne__(self, other): return Later()
 class Later:

@@ -4,10 +4,10 @@ Three rules keep what a program does there from changing what the asserts mean:
 
     errors      one that vanishes, in tests that catch none, fails the test: for the iteration of map and zip,
                 for hasattr and others some errors mean something else than that a call has failed
-    operators   they are passed on between objects of a class that the tests make instances of: one operand is
-                made by the tests, and the others come from such objects. So a program says nothing about a
-                value of the tests, such as whether it is equal, and is never given what is expected; nor do
-                results of its functions say how they compare with each other
+    operators   they are passed on between objects that the tests make, by calling a class of the program's,
+                and what comes out of these. So a program says nothing about a value of the tests, such as
+                whether it is equal, and is never given what is expected; nor do results of its functions, and
+                of methods of a class Solution, say how they compare with each other
     arguments   what a program does to them is seen from the next statement on, so that it cannot change the
                 value out of which its own statement computes what it expects
 """
@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from gvpo_ray.sandbox.functions import describe
-from gvpo_ray.sandbox.remote import Remote, number_of, origin_of
+from gvpo_ray.sandbox.remote import OF_CLASS, Remote, may_be_class, number_of, origin_of
 from gvpo_ray.sandbox.values import UnsendableError, decode, encode
 
 _MEANT = {("getattr", "AttributeError"), ("len", "TypeError")}
@@ -130,6 +130,8 @@ class Tests:
         self._changed: dict[int, tuple[Any, Any, bool]] = {}
         self._views: dict[int, tuple[Any, Any, Any]] = {}
         self._origins: dict[int, int] = {}
+        self._functions: set[str] = set()
+        self._classes: set[int] = set()
 
     def run(self, sources: list[str], entry_point: str | None, helpers: list[str]) -> int:
         """Run the asserts one after the other, and send how each went.
@@ -156,6 +158,7 @@ class Tests:
             self._send({"fault": fault})
             return 0
         wanted = {entry_point} if entry_point else _called_builtins(statements, self._modules)
+        self._functions = {entry_point or ""} | _valued(statements)
         names = _Globals(self._ask, wanted, self._modules, given)
         names[_SETTLE], names[_LOOK] = self._settle, self._look
         catches = _catches([*given, *statements])
@@ -216,6 +219,12 @@ class Tests:
             self._error = describe(error)
             raise ProgramError(self._error) from None
         if do == "global" and type(value) is Remote:
+            number, name = value._number, arguments[0]
+            # a name of a function is that, also where it has the number of a class
+            is_class = may_be_class(name) and name not in self._functions
+            is_class = is_class and (number in self._classes or self._ask("is_class", value) is True)
+            self._classes |= {number} if is_class else set()
+            value = Remote(self._ask, number, OF_CLASS if is_class else 0)
             object.__setattr__(value, "_is_global", True)
         return value
 
@@ -322,12 +331,37 @@ def _compares_with_what_is_written(test: ast.expr) -> bool:
     compared = [node for node in ast.walk(test) if isinstance(node, ast.Compare)]
     return bool(compared) and all(
         all(isinstance(each, (ast.Eq, ast.In, ast.Is)) for each in node.ops)
-        and any(
-            not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(side))
-            for side in (node.left, *node.comparators)
-        )
+        and any(map(_is_written, _sides(node)))
         for node in compared
     )
+
+
+def _sides(node: ast.Compare) -> list[ast.expr]:
+    return [node.left, *node.comparators]
+
+
+def _is_written(side: ast.expr) -> bool:
+    return not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(side))
+
+
+def _valued(statements: list[ast.stmt]) -> set[str]:
+    """Return the names whose results have to be equal to what is written there: they are no classes."""
+    asserted = [
+        test
+        for statement in statements
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Assert)
+        for test in (node.test.values if isinstance(node.test, ast.BoolOp) else [node.test])
+    ]
+    return {
+        side.func.id
+        for test in asserted
+        if isinstance(test, ast.Compare)
+        and isinstance(test.ops[0], ast.Eq)
+        and any(map(_is_written, _sides(test)))
+        for side in _sides(test)
+        if isinstance(side, ast.Call) and isinstance(side.func, ast.Name)
+    }
 
 
 def _catches(statements: list[ast.stmt]) -> bool:
