@@ -388,6 +388,9 @@ def test_the_function_under_test_and_those_to_be_written_are_never_the_prompts()
     assert text == "def h(x):\n    return 2"
     assert helpers(prompt, [], ["assert f(1) == g(1)"], "f") == []
     assert helpers(prompt, [], ["assert f(1) == h(1)"], None) == []
+    g = "def g(x, op=op):\n    return op.add(x, (lambda ONE: ONE)(0) + ONE)"
+    prompt = f"import operator as op\nONE = 1\n{g}\ndef f(x): ..."
+    assert helpers(prompt, [], ["assert f(1) == g(1)"], "f") == [f"import operator as op\nONE = 1\n{g}"]
     assert helpers("no code: def x", [], ["assert f(1) == h(1)"], "f") == []
 
 
@@ -459,6 +462,9 @@ SORTS = "def f(x):\n    x.sort()\n    return x"
         "def test():\n    x = [3, 1, 2]\n    y = f(x)\n    for a in x:\n        assert a in y\n"
         "    assert y == sorted(x)\ntest()",
         "x = [3, 1, 2]\ny = f(x)\nz = f(x)\nassert y == sorted(x)",
+        "x = [3, 1, 2]\ny = f(x)\nassert sum(y) - sum(x) == 0",
+        "x = [3, 1, 2]\ny = f(x)\nassert len(set(map(len, (x, y)))) == 1",
+        "z = [1, 2, 3]\nx = z\ny = f(x)\nassert y == z",
     ],
 )
 def test_what_is_expected_of_a_result_is_computed_from_arguments_that_the_program_has_not_changed(
@@ -469,6 +475,40 @@ def test_what_is_expected_of_a_result_is_computed_from_arguments_that_the_progra
     exec(f"{wrong}\n{test}", namespace)  # in Python itself these tests pass
     assert score(verifiers[False], wrong, test=test) == 0
     assert score(verifiers[False], right, test=test) == 1
+
+
+SHIFTS = "def f(x):\n    del x[0]\n    return len(x)"
+
+
+@pytest.mark.parametrize(
+    ("test", "right"),
+    [
+        ("x = [2, 1]\nwant = [1, 2]\nf(x)\nassert x == want", SORTS),
+        ("def check(g):\n    x = [2, 1]\n    g(x)\n    assert x == sorted([2, 1])\ncheck(f)", SORTS),
+        ("x = [2, 2, 1]\nwant = [2, 1]\nk = f(x)\nassert x[:k] == want", SHIFTS),
+        ("x = [2, 2, 1]\nk = f(x)\nassert x.pop() == 1\nassert x == [2] and f(x) == 0", SHIFTS),
+        (
+            "x = [2, 2, 1]\nwant = [2, 1]\nk = f(x)\nassert k == len(want)\n"
+            "for i in range(k):\n    assert x[i] == want[i]",
+            SHIFTS,
+        ),
+        (
+            "x = [2, 2, 1]\nk = f(x)\nassert (k, x) == (2, [2, 1])\nassert len(x) == 2",
+            SHIFTS,
+        ),
+        (
+            "x = [2, 2, 1]\nwant = [2, 1]\nk = f(x)\nassert all(x[i] == want[i] for i in range(len(want)))",
+            SHIFTS,
+        ),
+    ],
+)
+def test_what_a_program_did_in_place_is_seen_though_it_returns_something(
+    verifiers: dict[bool, Verifier], test: str, right: str
+) -> None:
+    exec(f"{right}\n{test}", {})
+    assert score(verifiers[False], right, test=test) == 1
+    for wrong in (EMPTIES.replace("[]", "2"), "def f(x): return 2", "def f(x): return x"):
+        assert score(verifiers[False], wrong, test=test) == 0
 
 
 # --------------------------------------------------------------------------------------------- right programs

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import collections
 import copy
 import json
 import sys
@@ -24,6 +23,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+from gvpo_ray.sandbox.arguments import (
+    LOOK,
+    MUTABLE,
+    SETTLE,
+    fill,
+    is_written,
+    kept_names,
+    settled,
+    sides,
+)
 from gvpo_ray.sandbox.functions import describe
 from gvpo_ray.sandbox.remote import OF_CLASS, Remote, may_be_class, number_of, origin_of
 from gvpo_ray.sandbox.values import UnsendableError, decode, encode
@@ -37,10 +46,6 @@ _NEVER = ("StopIteration", "StopAsyncIteration")
 
 _CATCHING = {"raises", "assertRaises", "assertRaisesRegex"}
 """Functions that catch errors where no `try` and no `with` is to be seen; the first argument is the class."""
-
-_SETTLE = "what programs did to arguments is seen from here on"
-_LOOK = "what programs did to arguments is seen in the next statement"
-"""Name of a function in the tests; no program and no test can spell it."""
 
 
 class ProgramError(Exception):
@@ -73,7 +78,7 @@ class _Globals(dict[str, Any]):
             return
         names = _GivenGlobals(self)
         try:
-            given = ast.Module(_settled(self._given), [])
+            given = ast.Module(settled(self._given, set()), [])
             exec(compile(given, "prompt.py", "exec", dont_inherit=True), names)
         except BaseException as error:  # it may import what is not here, or use what nobody defines
             text = f"functions of the prompt that the tests call do not run: {describe(error)}"
@@ -129,6 +134,7 @@ class Tests:
         self._error: str | None = None
         self._changed: dict[int, tuple[Any, Any, bool]] = {}
         self._views: dict[int, tuple[Any, Any, Any]] = {}
+        self._last: Any = None
         self._origins: dict[int, int] = {}
         self._functions: set[str] = set()
         self._classes: set[int] = set()
@@ -160,8 +166,8 @@ class Tests:
         wanted = {entry_point} if entry_point else _called_builtins(statements, self._modules)
         self._functions = {entry_point or ""} | _valued(statements)
         names = _Globals(self._ask, wanted, self._modules, given)
-        names[_SETTLE], names[_LOOK] = self._settle, self._look
-        catches = _catches([*given, *statements])
+        names[SETTLE], names[LOOK] = self._settle, self._look
+        catches, kept = _catches([*given, *statements]), kept_names(statements, wanted)
         self._send({"total": sum(map(_is_test, statements))})
         for statement in statements:
             text: str | None = None
@@ -169,8 +175,8 @@ class Tests:
             try:
                 if is_test:
                     names.give()
-                code = compile(ast.Module(_settled([statement]), []), "tests.py", "exec", dont_inherit=True)
-                exec(code, names)
+                tree = ast.Module(settled([statement], kept), [])
+                exec(compile(tree, "tests.py", "exec", dont_inherit=True), names)
                 if not catches:
                     text = self._error
             except UnsendableError as error:
@@ -210,9 +216,9 @@ class Tests:
         if "error" in answer:
             self._raise(do, *answer["error"], *answer.get("told", ()))
         try:
-            value = decode(answer["value"], partial(self._object, origin_of(do, arguments)))
+            value = self._last = decode(answer["value"], partial(self._object, origin_of(do, arguments)))
             for argument, new in zip(arguments, answer.get("changed", ()), strict=False):
-                if isinstance(argument, _MUTABLE):
+                if isinstance(argument, MUTABLE):
                     content = decode(new, partial(self._object, 0))
                     self._changed[id(argument)] = argument, content, value is None
         except Exception as error:  # the answer is none of ours
@@ -254,25 +260,28 @@ class Tests:
             return self._changed[id(value)][1]
         return self._views[id(value)][2] if id(value) in self._views else value
 
-    def _settle(self) -> None:
+    def _settle(self, *dropped: Any) -> None:
         """Give the arguments of earlier calls the content that the program has given them.
 
         Where a call has returned something, tests may compute what they expect of it from its arguments, and
         the program must not change those before. So its changes are only seen where they are compared with
-        values that are written there (`_look`).
+        values that are written there (`_look`), unless the tests have `dropped` what the call has returned.
         """
         changed, self._changed = self._changed, {}
+        is_dropped = any(each is not None and each is self._last for each in dropped)
         for value, new, is_all in changed.values():
             _, old, _ = self._views.pop(id(value), (value, copy.copy(value), new))
-            if is_all:
-                _fill(value, new)
+            if is_all or is_dropped:
+                fill(value, new)
             else:
                 self._views[id(value)] = value, old, new
 
     def _look(self, begins: bool) -> None:
         """Show what programs did to their arguments in calls that returned something, or hide it again."""
-        for value, old, new in self._views.values():
-            _fill(value, new if begins else old)
+        for key, (value, old, new) in self._views.items():
+            if not begins:  # the tests may have changed it as well
+                self._views[key] = value, old, copy.copy(value)
+            fill(value, new if begins else old)
 
     def _object(self, origin: int, number: int) -> Remote:
         # the tests' own objects stay that, wherever they come back from
@@ -280,68 +289,11 @@ class Tests:
         return Remote(self._ask, number, self._origins[number])
 
 
-_SETTLING = (
-    *(ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.Delete),
-    *(ast.For, ast.While, ast.If, ast.With, ast.Try),
-)
-_MUTABLE = (list, set, dict, collections.deque, bytearray)
-
-
-def _fill(value: Any, content: Any) -> None:
-    if isinstance(value, (list, bytearray)):
-        value[:] = content
-    else:
-        value.clear()
-        value.extend(content) if isinstance(value, collections.deque) else value.update(content)
-
-
 def _is_test(statement: ast.stmt) -> bool:
     """Return whether a statement tests something; others prepare it."""
     return isinstance(statement, (ast.Assert, ast.For, ast.While, ast.If, ast.With, ast.Try)) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
     )
-
-
-def _settled(statements: list[ast.stmt], begins: bool = False) -> list[ast.stmt]:
-    """Return statements, each of which sees what a program did to its arguments in those before it."""
-    made: list[ast.stmt] = [_call_at(statements[0], _SETTLE)] if begins and statements else []
-    for statement in statements:
-        for part in (statement, *getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
-            for field in ("body", "orelse", "finalbody"):
-                if inner := getattr(part, field, None):
-                    is_function = isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-                    setattr(part, field, _settled(inner, not is_function))
-        if isinstance(statement, ast.Assert) and _compares_with_what_is_written(statement.test):
-            body, last = [_call_at(statement, _LOOK, True), statement], [_call_at(statement, _LOOK, False)]
-            made.append(ast.copy_location(ast.Try(body, [], [], last), statement))
-        else:
-            made.append(statement)
-        if isinstance(statement, _SETTLING):
-            made.append(_call_at(statement, _SETTLE))
-    return made
-
-
-def _call_at(statement: ast.stmt, name: str, *arguments: bool) -> ast.stmt:
-    call = ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(each) for each in arguments], []))
-    return ast.fix_missing_locations(ast.copy_location(call, statement))
-
-
-def _compares_with_what_is_written(test: ast.expr) -> bool:
-    """Return whether a test has comparisons, and all of them ask for a value without names and calls."""
-    compared = [node for node in ast.walk(test) if isinstance(node, ast.Compare)]
-    return bool(compared) and all(
-        all(isinstance(each, (ast.Eq, ast.In, ast.Is)) for each in node.ops)
-        and any(map(_is_written, _sides(node)))
-        for node in compared
-    )
-
-
-def _sides(node: ast.Compare) -> list[ast.expr]:
-    return [node.left, *node.comparators]
-
-
-def _is_written(side: ast.expr) -> bool:
-    return not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(side))
 
 
 def _valued(statements: list[ast.stmt]) -> set[str]:
@@ -358,8 +310,8 @@ def _valued(statements: list[ast.stmt]) -> set[str]:
         for test in asserted
         if isinstance(test, ast.Compare)
         and isinstance(test.ops[0], ast.Eq)
-        and any(map(_is_written, _sides(test)))
-        for side in _sides(test)
+        and any(map(is_written, sides(test)))
+        for side in sides(test)
         if isinstance(side, ast.Call) and isinstance(side.func, ast.Name)
     }
 
