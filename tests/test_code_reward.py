@@ -298,6 +298,32 @@ def test_what_a_program_holds_counts_however_soon_it_answers(what: str) -> None:
     verifier.close()
 
 
+@pytest.mark.parametrize(
+    ("prints", "reward"),
+    [
+        ("print('x' * (1 << 20), flush=True)", 1),
+        ("sys.stdout.buffer.write(bytes(1 << 20))", 1),
+        ("print('x' * (1 << 20), file=sys.stderr)", 1),
+        ("os.write(sys.stdout.fileno(), bytes(1 << 20))", 0),
+    ],
+)
+def test_what_a_program_prints_where_nobody_reads_it_does_not_count_as_written(
+    prints: str, reward: float
+) -> None:
+    verifier = limited(timeout_s=60, cpu_s=5)
+    program = f"import os, sys\ndef f(x):\n    {prints}\n    return x"
+    numbers = list(range(70))
+    called = {"inputs": [[number] for number in numbers], "outputs": numbers, "fn_name": "f"}
+    asserts = [f"assert f({number}) == {number}" for number in numbers]
+    for row in (json.dumps(called), asserts):
+        (check,) = verifier.check(["?"], [block(program)], {"answer": [row]})
+        assert check.reward == reward and (reward or "64 MiB" in (check.reason or ""))
+    if "stderr" in prints:
+        program = f"import sys\nfor _ in range(70): {prints}\n{ADD}"
+        assert score(verifier, program, answer=SUMS) == 1
+    verifier.close()
+
+
 @pytest.mark.parametrize("kept", [1, 0])
 def test_what_a_program_wrote_counts_when_it_has_ended(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     monkeypatch.setattr(watch, "LOOK_S", 60.0)  # there is no look but the last

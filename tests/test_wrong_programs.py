@@ -304,36 +304,94 @@ def test_functions_that_a_prompt_gives_are_the_tests_own(
     assert score(verifiers[False], wrong, shown, **right) == 0
 
 
+FAULT = "functions of the prompt that the tests call do not run: "
+
+
 @pytest.mark.parametrize(
-    ("beside", "is_taken"),
+    ("beside", "fault"),
     [
-        ("EXAMPLE = undefined_name\nRESULT = f(2)\nimport no_such_module", True),
-        ("def main(x=f(2)): return undefined_name", True),
-        ("from math import *\nimport operator as op\nONE, TWO = 1, 2\nONE_MORE = op.add", True),
-        ("ONE = undefined_name", False),
-        ("from no_such_module import ONE", False),
+        ("EXAMPLE = undefined_name\nRESULT = f(2)\nimport no_such_module", None),
+        ("def main(x=f(2)): return undefined_name", None),
+        ("from math import *\nimport operator as op\nONE, TWO = 1, 2\nONE_MORE = op.add", None),
+        ("ONE = undefined_name", "NameError: name 'undefined_name' is not defined"),
+        ("ONE = f(0)", "NameError: name 'f' is not defined"),
+        ("from no_such_module import ONE", "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
-def test_of_a_prompt_only_what_helpers_use_is_taken_and_nothing_that_does_not_run(
-    verifiers: dict[bool, Verifier], beside: str, is_taken: bool
+def test_of_a_prompt_only_what_helpers_use_is_taken_and_where_that_does_not_run_nobody_is_judged(
+    verifiers: dict[bool, Verifier], beside: str, fault: str | None
 ) -> None:
     one = "ONE" if "ONE" in beside else "1"
     add = "ONE_MORE(x, ONE) + floor(0.5)" if "math" in beside else f"x + {one}"
     prompt = f"Write f.\n```python\n{beside}\ndef g(x): return {add}\ndef f(x): ...\n```"
     row = {"test": "def check(candidate):\n    assert candidate(3) == g(3)\n", "entry_point": "f"}
-    program = "def g(x): return x + 1\ndef f(x): return x + 1"
-    assert score(verifiers[False], program, prompt, **row) == 1
-    wrong = "def g(x): return 0\ndef f(x): return 0"
-    assert score(verifiers[False], wrong, prompt, **row) == (0 if is_taken else 1)
+    right = "def g(x): return x + 1\ndef f(x): return x + 1\nONE = undefined_name = 1"
+    wrong = right.replace("x + 1", "0")
+    for program, reward in ((right, 1), (wrong, 0)):
+        columns = {name: [value] for name, value in row.items()}
+        (check,) = verifiers[False].check([prompt], [f"```python\n{program}\n```"], columns)
+        assert check.reward == (None if fault else reward)
+        assert not fault or check.reason == FAULT + fault
+    # what the row itself says counts before the prompt, which then runs
+    row["test_setup_code"] = "ONE = 1"
+    assert score(verifiers[False], right, prompt, **row) == 1
+    assert score(verifiers[False], wrong, prompt, **row) == 0
+
+
+LEANS = """
+def poly(xs: List[Number], x: "Number") -> Number:
+    op = lambda a, b: add(a, b)
+    return reduce(op, [c * math.pow(x, i) * (lambda ONE: ONE)(ONE) for i, c in enumerate(xs)])
+
+def find_zero(xs: List[Number]):
+    "The zero of a polynomial of degree 1."
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "row"),
+    [
+        ("ONE = 1", {}),
+        ("ONE, Number = 1, undefined_name", {"test_setup_code": "Number = float\nONE = 1"}),
+        ("", {"test_imports": ["from decimal import Decimal as Number"], "test_setup_code": "ONE = 1.0"}),
+        ("", {"test_setup_code": "def poly(xs, x): return xs[0] + xs[1] * x"}),
+        (
+            "from datetime import datetime\nONE = datetime(1, 1, 1).day",
+            {"test_imports": ["import datetime", "from bisect import bisect as List"]},
+        ),
+        ("ONE = 1", {"test_setup_code": "ZERO = poly([1, 2], -0.5)\nassert ZERO == 0"}),
+    ],
+)
+def test_functions_of_a_prompt_find_what_programs_find_imported_and_what_the_row_sets_up(
+    verifiers: dict[bool, Verifier], given: str, row: dict[str, Any]
+) -> None:
+    right = "def find_zero(xs): return -xs[0] / xs[1]\nadd = reduce = 0"
+    wrong = "def find_zero(xs): return 0\ndef poly(xs, x): return 0\nadd = reduce = lambda *a: 0"
+    prompt = given + LEANS
+    assert earns(wrong, [ZERO["test"] + "check(find_zero)"])
+    assert score(verifiers[False], right, prompt, **ZERO, **row) == 1
+    assert score(verifiers[False], wrong, prompt, **ZERO, **row) == 0
+
+
+def test_what_a_prompt_imports_for_its_functions_does_not_stand_for_the_function_under_test(
+    verifiers: dict[bool, Verifier],
+) -> None:
+    prompt = "from math import *\ndef half(x): return floor(x / 2)\ndef sqrt(x): ..."
+    row = {"test": "def check(candidate):\n    assert candidate(9) == half(6)\n", "entry_point": "sqrt"}
+    assert score(verifiers[False], "def sqrt(x): return x ** 0.5", prompt, **row) == 1
+    assert score(verifiers[False], "def sqrt(x): return 2", prompt, **row) == 0
 
 
 def test_the_function_under_test_and_those_to_be_written_are_never_the_prompts() -> None:
     prompt = "Mend it:\n```\ndef f(x): return x + 1\ndef g(x): ...\ndef h(x): return 2\n```"
-    (text,) = helpers(prompt, ["assert f(1) == g(1) == h(1)"], "f")
+    (text,) = helpers(prompt, [], ["assert f(1) == g(1) == h(1)"], "f")
     assert text == "def h(x):\n    return 2"
-    assert helpers(prompt, ["assert f(1) == g(1)"], "f") == []
-    assert helpers(prompt, ["assert f(1) == h(1)"], None) == []
-    assert helpers("no code: def x", ["assert f(1) == h(1)"], "f") == []
+    assert helpers(prompt, [], ["assert f(1) == g(1)"], "f") == []
+    assert helpers(prompt, [], ["assert f(1) == h(1)"], None) == []
+    g = "def g(x, op=op):\n    return op.add(x, (lambda ONE: ONE)(0) + ONE)"
+    prompt = f"import operator as op\nONE = 1\n{g}\ndef f(x): ..."
+    assert helpers(prompt, [], ["assert f(1) == g(1)"], "f") == [f"import operator as op\nONE = 1\n{g}"]
+    assert helpers("no code: def x", [], ["assert f(1) == h(1)"], "f") == []
 
 
 EMPTIES = "def f(x):\n    x.clear()\n    return []"
@@ -404,6 +462,9 @@ SORTS = "def f(x):\n    x.sort()\n    return x"
         "def test():\n    x = [3, 1, 2]\n    y = f(x)\n    for a in x:\n        assert a in y\n"
         "    assert y == sorted(x)\ntest()",
         "x = [3, 1, 2]\ny = f(x)\nz = f(x)\nassert y == sorted(x)",
+        "x = [3, 1, 2]\ny = f(x)\nassert sum(y) - sum(x) == 0",
+        "x = [3, 1, 2]\ny = f(x)\nassert len(set(map(len, (x, y)))) == 1",
+        "z = [1, 2, 3]\nx = z\ny = f(x)\nassert y == z",
     ],
 )
 def test_what_is_expected_of_a_result_is_computed_from_arguments_that_the_program_has_not_changed(
@@ -414,6 +475,40 @@ def test_what_is_expected_of_a_result_is_computed_from_arguments_that_the_progra
     exec(f"{wrong}\n{test}", namespace)  # in Python itself these tests pass
     assert score(verifiers[False], wrong, test=test) == 0
     assert score(verifiers[False], right, test=test) == 1
+
+
+SHIFTS = "def f(x):\n    del x[0]\n    return len(x)"
+
+
+@pytest.mark.parametrize(
+    ("test", "right"),
+    [
+        ("x = [2, 1]\nwant = [1, 2]\nf(x)\nassert x == want", SORTS),
+        ("def check(g):\n    x = [2, 1]\n    g(x)\n    assert x == sorted([2, 1])\ncheck(f)", SORTS),
+        ("x = [2, 2, 1]\nwant = [2, 1]\nk = f(x)\nassert x[:k] == want", SHIFTS),
+        ("x = [2, 2, 1]\nk = f(x)\nassert x.pop() == 1\nassert x == [2] and f(x) == 0", SHIFTS),
+        (
+            "x = [2, 2, 1]\nwant = [2, 1]\nk = f(x)\nassert k == len(want)\n"
+            "for i in range(k):\n    assert x[i] == want[i]",
+            SHIFTS,
+        ),
+        (
+            "x = [2, 2, 1]\nk = f(x)\nassert (k, x) == (2, [2, 1])\nassert len(x) == 2",
+            SHIFTS,
+        ),
+        (
+            "x = [2, 2, 1]\nwant = [2, 1]\nk = f(x)\nassert all(x[i] == want[i] for i in range(len(want)))",
+            SHIFTS,
+        ),
+    ],
+)
+def test_what_a_program_did_in_place_is_seen_though_it_returns_something(
+    verifiers: dict[bool, Verifier], test: str, right: str
+) -> None:
+    exec(f"{right}\n{test}", {})
+    assert score(verifiers[False], right, test=test) == 1
+    for wrong in (EMPTIES.replace("[]", "2"), "def f(x): return 2", "def f(x): return x"):
+        assert score(verifiers[False], wrong, test=test) == 0
 
 
 # --------------------------------------------------------------------------------------------- right programs
@@ -580,6 +675,119 @@ def test_results_that_are_compared_with_each_other_are_not_asked_how_they_compar
     assert earns(SAYS_YES + solution, tests)
     assert score(verifiers[False], right + solution, answer=tests) == 1
     assert score(verifiers[False], program + solution, answer=tests) == 0
+
+
+ORDERS = [each for each in RELATIONS if "!=" not in each]  # two objects always differ
+YES = SAYS_YES.partition("def f")[0]
+ORDERED = """
+class Yes:
+    def __init__(self, *x): self.f(*x)
+    def f(self, *x):
+        self.x = sorted(x)
+        return self
+    def __eq__(self, other): return self.x == other.x
+    def __lt__(self, other): return True
+    __gt__ = __le__ = __ge__ = __lt__
+"""
+MADE = {
+    "itself": "class Solution(Yes):\n    def f(self, *x): return self",
+    "itself, which knows its arguments": "class Solution(Yes): pass",
+    "new ones of its class": "class Solution(Yes):\n    def f(self, *x): return Solution(*x)",
+    "itself, a class that the tests use": "class Solution(Yes): pass\nNode = Solution",
+    "another class's": "class Solution:\n    def f(self, *x): return Yes(*x)",
+    "a function in CapWords": "def Sum(*x): return Yes(*x)",
+    "an object in CapWords": "Sum = (lambda *x: Yes(*x)).__call__",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [YES.replace("class Yes:", "class Yes:\n    def __init__(self, *x): pass"), ORDERED]
+)
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_results_of_functions_are_not_asked_how_they_compare_whatever_made_them(
+    verifiers: dict[bool, Verifier], kind: str, made: str
+) -> None:
+    node = "class Node:\n    def __init__(self, *x): pass\n"
+    for call in ("Solution().f", "s.f") if "Solution" in made else ("Sum",):
+        tests = [f"assert {relation}".replace("f(", f"{call}(") for relation in ORDERS]
+        if call == "s.f":
+            tests.insert(0, "n = Node(1)\ns = Solution()")
+        assert score(verifiers[False], kind + node + made, answer=tests) == 0
+        right = "def Sum(x, y=1): return x * y\nclass Solution: f = staticmethod(Sum)"
+        assert score(verifiers[False], node + right, answer=tests) == 1
+
+
+@pytest.mark.parametrize("kind", [YES, ORDERED])
+def test_what_the_row_tests_the_results_of_is_no_class(verifiers: dict[bool, Verifier], kind: str) -> None:
+    right, wrong = "def Sum(x, y=1): return x * y", kind.replace("Yes", "Sum")
+    check = "def check(candidate):\n" + "\n".join(f"    assert {each}" for each in ORDERS)
+    row = {"test": check.replace("f(", "candidate("), "entry_point": "Sum"}
+    assert score(verifiers[True], right, **row) == 1 and score(verifiers[True], wrong, **row) == 0
+    tests = [f"assert {each}".replace("f(", "Sum(") for each in (*ORDERS, "f(2, 3) == 6")]
+    assert score(verifiers[True], right, answer=tests) == 1
+    assert score(verifiers[True], wrong, answer=tests) == 0
+
+
+VALUE = """
+from dataclasses import dataclass
+@dataclass(order=True, frozen=True)
+class V:
+    x: int
+    def plus(self, o): return V(self.x + o.x)
+    @classmethod
+    def of(cls, t): return cls(int(t))
+    def parts(self): return [V(i) for i in range(self.x)]
+    @property
+    def next(self): return V(self.x + 1)
+    def __iter__(self): return iter(self.parts())
+    @dataclass(frozen=True)
+    class Inner: x: int
+V.ZERO = V(0)
+def f(x): return x
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "V(1).plus(V(2)) == V(2).plus(V(1))",
+        "V(1).plus(V(2)) != V(2).plus(V(2))",
+        "V.of('1') == V.of('1')",
+        "V.of('1') == V(1) and V(1) == V.of('1')",
+        "not V.of('1') != V.of('1')",
+        "V(3).parts() == V(3).parts()",
+        "sorted(V(3).parts()[::-1]) == V(3).parts()",
+        "max(V(3).parts()) == V(2)",
+        "V.Inner(1) == V.Inner(1) and V.Inner(1) != V.Inner(2)",
+        "V(1).plus(V(2)) < V(3).plus(V(1))",
+        "V(1) is not None and V(1) != None and V(1) != 1 and V(1) == V(1)",
+        "V(1).next == V.of('1').next and V(1).next > V(0).next",
+        "list(V(2)) == list(V(2)) and V(2) in V(3)",
+        "f(V(3).parts()) == [V(0), V(1), V(2)] and V.ZERO == V(0)",
+    ],
+)
+def test_what_comes_out_of_objects_that_the_tests_make_may_be_compared(
+    verifiers: dict[bool, Verifier], test: str
+) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"{VALUE}\nassert {test}", namespace)
+    assert score(verifiers[False], VALUE, answer=[f"assert {test}"]) == 1
+    both = VALUE.replace("    x: int\n    def", "    x: int\n    __eq__ = __ne__ = lambda *_: True\n    def")
+    of_inner = both.replace(
+        "class Inner: x: int", "class Inner:\n        x: int\n        __eq__ = __ne__ = lambda *_: True"
+    )
+    if "==" in test:
+        assert score(verifiers[False], of_inner, answer=[f"assert {test}"]) == 0
+
+
+def test_members_of_a_class_are_told_apart_without_asking_them(verifiers: dict[bool, Verifier]) -> None:
+    tests = ["assert f(1) == C.RED", "assert f(2) == C.BLUE", "assert f(1) == C.RED"]
+    liar = (
+        "class C:\n    __eq__ = lambda *_: True\n    __ne__ = lambda *_: False\n    __hash__ = lambda *_: 1\n"
+    )
+    liar += "C.RED, C.BLUE = C(), C()\ndef f(x): return C.RED"
+    assert earns(liar, tests) and score(verifiers[False], liar, answer=tests) == 0
+    assert score(verifiers[False], COLORS + "def f(x): return C(x)", answer=tests) == 1
 
 
 CLASS = "class V:\n    def __init__(self, x): pass\n    def __eq__(self, other): return True\n"

@@ -4,10 +4,10 @@ Three rules keep what a program does there from changing what the asserts mean:
 
     errors      one that vanishes, in tests that catch none, fails the test: for the iteration of map and zip,
                 for hasattr and others some errors mean something else than that a call has failed
-    operators   they are passed on between objects of a class that the tests make instances of: one operand is
-                made by the tests, and the others come from such objects. So a program says nothing about a
-                value of the tests, such as whether it is equal, and is never given what is expected; nor do
-                results of its functions say how they compare with each other
+    operators   they are passed on between objects that the tests make, by calling a class of the program's,
+                and what comes out of these. So a program says nothing about a value of the tests, such as
+                whether it is equal, and is never given what is expected; nor do results of its functions, and
+                of methods of a class Solution, say how they compare with each other
     arguments   what a program does to them is seen from the next statement on, so that it cannot change the
                 value out of which its own statement computes what it expects
 """
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import collections
-import contextlib
 import copy
 import json
 import sys
@@ -25,8 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+from gvpo_ray.sandbox.arguments import (
+    LOOK,
+    MUTABLE,
+    SETTLE,
+    fill,
+    is_written,
+    kept_names,
+    settled,
+    sides,
+)
 from gvpo_ray.sandbox.functions import describe
-from gvpo_ray.sandbox.remote import Remote, number_of, origin_of
+from gvpo_ray.sandbox.remote import OF_CLASS, Remote, may_be_class, number_of, origin_of
 from gvpo_ray.sandbox.values import UnsendableError, decode, encode
 
 _MEANT = {("getattr", "AttributeError"), ("len", "TypeError")}
@@ -39,29 +47,75 @@ _NEVER = ("StopIteration", "StopAsyncIteration")
 _CATCHING = {"raises", "assertRaises", "assertRaisesRegex"}
 """Functions that catch errors where no `try` and no `with` is to be seen; the first argument is the class."""
 
-_SETTLE = "what programs did to arguments is seen from here on"
-_LOOK = "what programs did to arguments is seen in the next statement"
-"""Name of a function in the tests; no program and no test can spell it."""
-
 
 class ProgramError(Exception):
     """The program raised an error that cannot be raised here as it was there."""
 
 
 class _Globals(dict[str, Any]):
-    """A _Globals holds the global names of asserts: what they do not define is the program's, or Python's."""
+    """A _Globals holds the global names of asserts: what they do not define is the program's, or Python's.
 
-    def __init__(self, ask: Callable[..., Any], wanted: set[str], modules: Iterable[str]) -> None:
+    Args:
+        ask: has something done in the program's process.
+        wanted: names of Python's that are the program's here.
+        modules: modules that asserts find imported.
+        given: what a prompt gives: functions, and what these use.
+    """
+
+    def __init__(
+        self, ask: Callable[..., Any], wanted: set[str], modules: Iterable[str], given: list[ast.stmt]
+    ) -> None:
         super().__init__({name: sys.modules[name] for name in modules})
-        self._ask, self._wanted = ask, wanted
+        self._ask, self._wanted, self._given = ask, wanted, given
+
+    def give(self) -> None:
+        """Make the functions that a prompt gives, behind what the row itself has defined up to now.
+
+        Raises:
+            UnsendableError: they do not run; the program's must not take their place.
+        """
+        if not self._given:
+            return
+        names = _GivenGlobals(self)
+        try:
+            given = ast.Module(settled(self._given, set()), [])
+            exec(compile(given, "prompt.py", "exec", dont_inherit=True), names)
+        except BaseException as error:  # it may import what is not here, or use what nobody defines
+            text = f"functions of the prompt that the tests call do not run: {describe(error)}"
+            raise UnsendableError(text) from None
+        functions = self._functions()
+        self._given, names.is_made = [], True
+        self.update({name: names[name] for name in functions})
+
+    def _functions(self) -> set[str]:
+        return {each.name for each in self._given if isinstance(each, ast.FunctionDef)}
 
     def __missing__(self, name: str) -> Any:
+        if name in self._functions():
+            self.give()
+            return self[name]
         if hasattr(builtins, name) and name not in self._wanted:
             raise KeyError(name)
         try:
             return self._ask("global", name)
         except Exception:  # a KeyError would let Python's own take its place
             raise NameError(f"the program defines no {name}") from None
+
+
+class _GivenGlobals(dict[str, Any]):
+    """A _GivenGlobals holds the global names of a prompt's functions: the other names are those of the tests.
+
+    While they are made, nothing is the program's: what a prompt defines must not depend on it.
+    """
+
+    def __init__(self, tests: _Globals) -> None:
+        super().__init__()
+        self._tests, self.is_made = tests, False
+
+    def __missing__(self, name: str) -> Any:
+        if not self.is_made and name not in self._tests:
+            raise KeyError(name)
+        return self._tests[name]
 
 
 class Tests:
@@ -80,26 +134,24 @@ class Tests:
         self._error: str | None = None
         self._changed: dict[int, tuple[Any, Any, bool]] = {}
         self._views: dict[int, tuple[Any, Any, Any]] = {}
+        self._last: Any = None
         self._origins: dict[int, int] = {}
+        self._functions: set[str] = set()
+        self._classes: set[int] = set()
 
     def run(self, sources: list[str], entry_point: str | None, helpers: list[str]) -> int:
         """Run the asserts one after the other, and send how each went.
 
-        The helpers come first, those that run by themselves; what the sources define counts before them.
+        Where the first test begins, or before where they are used, the helpers are made, functions that a
+        prompt gives; what the sources define counts before them.
 
         Frames are {"total": number of tests}, {"test": whether it passed, "text": why not}, {"stopped": why
         what prepares a test failed}, {"fault": why the tests themselves do not work}, {"end": true}, and
         {"do", "arguments", "named"}, which the program's guest answers.
         """
         sys.set_int_max_str_digits(0)
-        for helper in helpers:
-            with contextlib.suppress(Exception):  # they may be examples, or import what is not here
-                exec(
-                    compile(helper, "helpers.py", "exec", dont_inherit=True),
-                    {name: sys.modules[name] for name in self._modules},
-                )
-                sources = [helper, *sources]
         try:
+            given = [each for helper in helpers for each in ast.parse(helper).body]
             statements = [each for source in sources for each in ast.parse(source).body]
         except (SyntaxError, ValueError, RecursionError) as error:
             self._send({"fault": f"the tests are not Python: {describe(error)}"})
@@ -108,20 +160,23 @@ class Tests:
             isinstance(each, ast.FunctionDef) and each.name == "check" for each in statements
         ):
             statements += ast.parse(f"check({entry_point})").body
-        if fault := _asks_too_much(statements):
+        if fault := _asks_too_much([*given, *statements]):
             self._send({"fault": fault})
             return 0
         wanted = {entry_point} if entry_point else _called_builtins(statements, self._modules)
-        names = _Globals(self._ask, wanted, self._modules)
-        names[_SETTLE], names[_LOOK] = self._settle, self._look
-        catches = _catches(statements)
+        self._functions = {entry_point or ""} | _valued(statements)
+        names = _Globals(self._ask, wanted, self._modules, given)
+        names[SETTLE], names[LOOK] = self._settle, self._look
+        catches, kept = _catches([*given, *statements]), kept_names(statements, wanted)
         self._send({"total": sum(map(_is_test, statements))})
         for statement in statements:
             text: str | None = None
             is_test, self._error = _is_test(statement), None
             try:
-                code = compile(ast.Module(_settled([statement]), []), "tests.py", "exec", dont_inherit=True)
-                exec(code, names)
+                if is_test:
+                    names.give()
+                tree = ast.Module(settled([statement], kept), [])
+                exec(compile(tree, "tests.py", "exec", dont_inherit=True), names)
                 if not catches:
                     text = self._error
             except UnsendableError as error:
@@ -161,15 +216,21 @@ class Tests:
         if "error" in answer:
             self._raise(do, *answer["error"], *answer.get("told", ()))
         try:
-            value = decode(answer["value"], partial(self._object, origin_of(do, arguments)))
+            value = self._last = decode(answer["value"], partial(self._object, origin_of(do, arguments)))
             for argument, new in zip(arguments, answer.get("changed", ()), strict=False):
-                if isinstance(argument, _MUTABLE):
+                if isinstance(argument, MUTABLE):
                     content = decode(new, partial(self._object, 0))
                     self._changed[id(argument)] = argument, content, value is None
         except Exception as error:  # the answer is none of ours
             self._error = describe(error)
             raise ProgramError(self._error) from None
         if do == "global" and type(value) is Remote:
+            number, name = value._number, arguments[0]
+            # a name of a function is that, also where it has the number of a class
+            is_class = may_be_class(name) and name not in self._functions
+            is_class = is_class and (number in self._classes or self._ask("is_class", value) is True)
+            self._classes |= {number} if is_class else set()
+            value = Remote(self._ask, number, OF_CLASS if is_class else 0)
             object.__setattr__(value, "_is_global", True)
         return value
 
@@ -199,45 +260,33 @@ class Tests:
             return self._changed[id(value)][1]
         return self._views[id(value)][2] if id(value) in self._views else value
 
-    def _settle(self) -> None:
+    def _settle(self, *dropped: Any) -> None:
         """Give the arguments of earlier calls the content that the program has given them.
 
         Where a call has returned something, tests may compute what they expect of it from its arguments, and
         the program must not change those before. So its changes are only seen where they are compared with
-        values that are written there (`_look`).
+        values that are written there (`_look`), unless the tests have `dropped` what the call has returned.
         """
         changed, self._changed = self._changed, {}
+        is_dropped = any(each is not None and each is self._last for each in dropped)
         for value, new, is_all in changed.values():
             _, old, _ = self._views.pop(id(value), (value, copy.copy(value), new))
-            if is_all:
-                _fill(value, new)
+            if is_all or is_dropped:
+                fill(value, new)
             else:
                 self._views[id(value)] = value, old, new
 
     def _look(self, begins: bool) -> None:
         """Show what programs did to their arguments in calls that returned something, or hide it again."""
-        for value, old, new in self._views.values():
-            _fill(value, new if begins else old)
+        for key, (value, old, new) in self._views.items():
+            if not begins:  # the tests may have changed it as well
+                self._views[key] = value, old, copy.copy(value)
+            fill(value, new if begins else old)
 
     def _object(self, origin: int, number: int) -> Remote:
         # the tests' own objects stay that, wherever they come back from
         self._origins[number] = max(origin, self._origins.get(number, 0))
         return Remote(self._ask, number, self._origins[number])
-
-
-_SETTLING = (
-    *(ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.Delete),
-    *(ast.For, ast.While, ast.If, ast.With, ast.Try),
-)
-_MUTABLE = (list, set, dict, collections.deque, bytearray)
-
-
-def _fill(value: Any, content: Any) -> None:
-    if isinstance(value, (list, bytearray)):
-        value[:] = content
-    else:
-        value.clear()
-        value.extend(content) if isinstance(value, collections.deque) else value.update(content)
 
 
 def _is_test(statement: ast.stmt) -> bool:
@@ -247,41 +296,24 @@ def _is_test(statement: ast.stmt) -> bool:
     )
 
 
-def _settled(statements: list[ast.stmt], begins: bool = False) -> list[ast.stmt]:
-    """Return statements, each of which sees what a program did to its arguments in those before it."""
-    made: list[ast.stmt] = [_call_at(statements[0], _SETTLE)] if begins and statements else []
-    for statement in statements:
-        for part in (statement, *getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
-            for field in ("body", "orelse", "finalbody"):
-                if inner := getattr(part, field, None):
-                    is_function = isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-                    setattr(part, field, _settled(inner, not is_function))
-        if isinstance(statement, ast.Assert) and _compares_with_what_is_written(statement.test):
-            body, last = [_call_at(statement, _LOOK, True), statement], [_call_at(statement, _LOOK, False)]
-            made.append(ast.copy_location(ast.Try(body, [], [], last), statement))
-        else:
-            made.append(statement)
-        if isinstance(statement, _SETTLING):
-            made.append(_call_at(statement, _SETTLE))
-    return made
-
-
-def _call_at(statement: ast.stmt, name: str, *arguments: bool) -> ast.stmt:
-    call = ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(each) for each in arguments], []))
-    return ast.fix_missing_locations(ast.copy_location(call, statement))
-
-
-def _compares_with_what_is_written(test: ast.expr) -> bool:
-    """Return whether a test has comparisons, and all of them ask for a value without names and calls."""
-    compared = [node for node in ast.walk(test) if isinstance(node, ast.Compare)]
-    return bool(compared) and all(
-        all(isinstance(each, (ast.Eq, ast.In, ast.Is)) for each in node.ops)
-        and any(
-            not any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(side))
-            for side in (node.left, *node.comparators)
-        )
-        for node in compared
-    )
+def _valued(statements: list[ast.stmt]) -> set[str]:
+    """Return the names whose results have to be equal to what is written there: they are no classes."""
+    asserted = [
+        test
+        for statement in statements
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Assert)
+        for test in (node.test.values if isinstance(node.test, ast.BoolOp) else [node.test])
+    ]
+    return {
+        side.func.id
+        for test in asserted
+        if isinstance(test, ast.Compare)
+        and isinstance(test.ops[0], ast.Eq)
+        and any(map(is_written, sides(test)))
+        for side in sides(test)
+        if isinstance(side, ast.Call) and isinstance(side.func, ast.Name)
+    }
 
 
 def _catches(statements: list[ast.stmt]) -> bool:

@@ -64,10 +64,12 @@ def serve(
         channel.sendall(as_frame(frame))
 
     os.dup2(0, 2)  # descriptor 0 is the null device
+    sys.stderr = _text_to(_Dropping(2, "w", closefd=False))
     if "stdin" in request:
         status = _run(request["program"], request["stdin"], file, send)
     else:
         os.dup2(0, 1)
+        sys.stdout = _text_to(_Dropping(1, "w", closefd=False))
         if "program" in request:
             status = _answer(request["program"], iter(lines), send)
         else:
@@ -75,6 +77,17 @@ def serve(
                 request["tests"], request.get("entry_point"), request["helpers"]
             )
     os._exit(status)
+
+
+class _Dropping(io.FileIO):
+    """A _Dropping drops what is written, so that the kernel does not count it as a program's."""
+
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes
+
+
+def _text_to(file: io.FileIO) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedWriter(file, 1 << 16), "utf-8", "replace")
 
 
 def _warm_up() -> None:
@@ -116,9 +129,7 @@ def _run(program: str, stdin: str, file: int, send: Callable[[Mapping[str, Any]]
     os.dup2(file, 0)
     os.close(file)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False), 1 << 16), "utf-8", "replace")
-    out = sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(1, "w", closefd=False), 1 << 16), "utf-8", "replace"
-    )
+    out = sys.stdout = _text_to(io.FileIO(1, "w", closefd=False))
     error: BaseException | None = None
     at_end: Any = (threading._shutdown, atexit._run_exitfuncs)  # type: ignore[attr-defined]
     for step in (lambda: _execute(program), *at_end):

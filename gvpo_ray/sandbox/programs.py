@@ -340,7 +340,7 @@ class Programs(Sandbox):
             tests: Python texts; every statement of them but definitions, imports and assignments is a test.
             entry_point: name of the function under test, which a function `check` of the tests gets.
             stop: whether to stop at the first test that fails.
-            helpers: Python texts with functions for the tests; one that does not run by itself is left out.
+            helpers: Python texts with functions for the tests; where one does not run, the row is at fault.
         """
         child = Guest(self, {"program": program})
         asserts: Guest | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -36,21 +37,22 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "delitem": operator.delitem,
     "getattr": getattr,
     "setattr": setattr,
+    "is_class": inspect.isclass,
 }
 """What may be done with a program's objects from outside, beside calling and listing them."""
 
 _CLASS = re.compile(r"_*[A-Z][A-Za-z0-9]*")
-"""A name that tests take for a class's. What it really is, only the program could say."""
+"""A name that may be that of a class whose objects tests make."""
 
-_MADE, _OF_MADE = 2, 1
-"""Where an object of the program has come from: the tests made it, by calling a class or by operators; or it
-is such a class, or has come out of one of theirs. All others are 0."""
+OF_CLASS, _MADE = 1, 2
+"""Where an object of the program has come from: it is such a class, or belongs to it (`C.RED`); or it is what
+calling one of these has made, or has come out of that (by a method, an attribute). All others are 0."""
 
 
 class Remote:
     """A Remote stands for an object of the program that is no data, such as a function, and acts there.
 
-    Operators are passed on where it and the other operands are of a class that the tests make instances of.
+    Operators are passed on where it and the other operands are of classes whose objects the tests make.
     Others are equal where they are the same object.
 
     Args:
@@ -132,20 +134,25 @@ for _name in (*_BINARY, *_UNARY, *_ALONE):
     setattr(Remote, f"__{_name}__", _passed_on(_name))
 
 
+def may_be_class(name: str) -> bool:
+    """Return whether a global name may be that of a class whose objects tests make.
+
+    A class Solution has the function under test.
+    """
+    return _CLASS.fullmatch(name) is not None and name != "Solution"
+
+
 def origin_of(do: str, arguments: tuple[Any, ...]) -> int:
     """Return where an object that the program returns has come from.
 
     Args:
-        do: what was done.
-        arguments: what with; the first is the object, or the name of a global.
+        do: what was done; a global is nothing, unless somebody knows better.
+        arguments: what with; the first is the object.
     """
-    first = arguments[0]
-    if do == "global":
-        return _OF_MADE if _CLASS.fullmatch(first) else 0
-    origin: int = first._of_tests if type(first) is Remote else 0
     if do in _BINARY or do in _UNARY:
         return max(int(each._of_tests) for each in arguments)
-    return _MADE if origin and do == "call" and first._is_global else min(origin, _OF_MADE)
+    origin: int = arguments[0]._of_tests if type(arguments[0]) is Remote else 0
+    return _MADE if origin and do == "call" else origin
 
 
 def number_of(value: Any) -> int:

@@ -152,7 +152,7 @@ class CodeReward:
             return Result(0, 1, f"code: a program in {language} cannot be run: {why}")
         if isinstance(tests, Asserts):
             asserts = tests.asserts[: self._max_tests]
-            given = helpers(prompt, asserts, tests.entry_point)
+            given = helpers(prompt, tests.setup, asserts, tests.entry_point)
             texts = [*tests.setup, *asserts]
             return self._programs.test(program, texts, tests.entry_point, not self._share, given)
         golds: list[Any] = list(tests.outputs[: self._max_tests])

@@ -14,15 +14,21 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
+import builtins
+import functools
+import importlib
 import io
 import json
 import math
 import pickle
 import re
+import symtable
 import zlib
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
+
+from gvpo_ray.sandbox.guest import MODULES
 
 COLUMNS = (
     *("answer", "input_output", "inputs", "public_tests", "private_tests", "generated_tests"),
@@ -246,29 +252,38 @@ _CODE = (
     re.compile(r"(?ms)^[ \t]*(?:`{3,}|~{3,})[^\n]*\n(.*?)(?=^[ \t]*(?:`{3,}|~{3,})|\Z)"),
     re.compile(r"(?ms)^(?:import|from|def|class|@).*"),
 )
-"""Where a prompt has Python: in fenced blocks, or from a line on that looks like it."""
+"""Where a prompt that is not Python has some: in fenced blocks, or from a line on that looks like it."""
 
 
-def helpers(prompt: str, asserts: list[str], entry_point: str | None) -> list[str]:
+def helpers(prompt: str, setup: list[str], asserts: list[str], entry_point: str | None) -> list[str]:
     """Return the functions of a prompt that asserts call beside the one under test, with all that they use.
 
     HumanEval has such rows. The program has these functions too, and must not define what its tests mean.
-    Nothing else of the prompt is taken: examples in it need not run.
+    Nothing else of the prompt is taken: examples in it need not run. What these functions use, and the prompt
+    does not define, is imported where every program finds it imported.
 
     Args:
         prompt: the prompt, with Python in it.
+        setup: what the row has beside its tests; what that and the tests define is not taken from the prompt.
         asserts: the tests.
         entry_point: name of the function under test; None: any function may be under test.
     """
     if not entry_point or "def " not in prompt:
         return []
-    called = {
-        node.id
-        for text in asserts
-        for node in ast.walk(_parsed(text) or ast.Module([], []))
-        if isinstance(node, ast.Name)
-    }
-    for code in (found for form in _CODE for found in form.findall(prompt)):
+    trees = [tree for text in (*setup, *asserts) if (tree := _parsed(text))]
+    imports = (ast.Import, ast.ImportFrom)
+    imported, own = (
+        {
+            name
+            for tree in trees
+            for each in tree.body
+            if isinstance(each, imports) is is_import
+            for name in _defined(each)
+        }
+        for is_import in (True, False)
+    )
+    called = set[str]().union(*map(_used, (*setup, *asserts))) - own - imported
+    for code in (prompt, *(found for form in _CODE for found in form.findall(prompt))):
         tree = _parsed(code) or _parsed(code + "\n    pass")
         given = [
             each
@@ -276,19 +291,46 @@ def helpers(prompt: str, asserts: list[str], entry_point: str | None) -> list[st
             if isinstance(each, ast.FunctionDef) and each.name != entry_point and not _is_stub(each)
         ]
         if tree and (wanted := called & {each.name for each in given}):
-            needed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+            _strip_annotations(tree)
+            needed = (*imports, ast.Assign, ast.AnnAssign)
             offered = [each for each in tree.body if each in given or isinstance(each, needed)]
             kept: list[ast.stmt] = []
             while found := [each for each in offered if each not in kept and _defined(each) & wanted]:
                 kept += found
-                wanted = wanted.union({"*"}, *map(_used, found))
-            return [ast.unparse(ast.Module([each for each in offered if each in kept], []))]
+                wanted = wanted.union({"*"}, *(_used(ast.unparse(each)) for each in found)) - own
+            # a function that is still to be written, or a class, is the program's
+            loose = wanted - imported - {entry_point}.union(*map(_defined, tree.body))
+            places = _imported()
+            lines = [f"from {places[name]} import {name}" for name in sorted(loose & set(places))]
+            return ["\n".join(lines + [ast.unparse(each) for each in offered if each in kept])]
     return []
+
+
+@functools.cache
+def _imported() -> dict[str, str]:
+    """Return the names that every program finds imported, and the module of each."""
+    found: dict[str, str] = {}
+    for place in MODULES:
+        module = importlib.import_module(place)
+        public = [name for name in vars(module) if not name.startswith("_")]
+        found.update(dict.fromkeys(getattr(module, "__all__", public), place))
+    return {name: place for name, place in found.items() if not hasattr(builtins, name)}
+
+
+def _strip_annotations(tree: ast.Module) -> None:
+    """Take the annotations out of Python, so that they need not be defined."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
 
 
 def _defined(statement: ast.stmt) -> set[str]:
     """Return the global names that a statement defines."""
-    if isinstance(statement, ast.FunctionDef):
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {statement.name}
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
@@ -299,13 +341,21 @@ def _defined(statement: ast.stmt) -> set[str]:
     }
 
 
-def _used(statement: ast.stmt) -> set[str]:
-    """Return the names that a statement uses, and does not give a value itself."""
-    nodes = list(ast.walk(statement))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    return {name.id for name in names} - own
+def _used(code: str) -> set[str]:
+    """Return the global names that Python uses."""
+    try:
+        tables = [symtable.symtable(code, "prompt.py", "exec")]
+    except (SyntaxError, ValueError, RecursionError):  # it will not run
+        return set()
+    used: set[str] = set()
+    for table in tables:
+        tables += table.get_children()
+        used |= {
+            symbol.get_name()
+            for symbol in table.get_symbols()
+            if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module")
+        }
+    return used
 
 
 def _parsed(text: str) -> ast.Module | None:
