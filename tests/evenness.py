@@ -6,6 +6,7 @@ docs/reference/families.md has its figures.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -13,18 +14,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import learners
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from gvpo_ray.config.learner import CheckpointConfig, LearnerConfig
 from gvpo_ray.config.loss import SftLoss
 from gvpo_ray.config.model import ModelConfig
 from gvpo_ray.groups import Part
 from gvpo_ray.learner.balance import balance_of
 from gvpo_ray.learner.microbatches import Plan
 from gvpo_ray.learner.policy import Policy
-from gvpo_ray.learner.step import Settings, train_step
+from gvpo_ray.learner.step import train_step
 from gvpo_ray.learner.warm_start import GROUP
 
 NUM_STEPS, BATCH, EXPERTS, CHOSEN = 300, 64, 8, 2
@@ -67,24 +68,15 @@ def make(folder: Path, seed: int, coefficient: float) -> None:
 def trained(folder: Path, seed: int, coefficient: float | None) -> tuple[float, float]:
     """Return nats per token of new numbers, and experts per token by the auxiliary loss (CHOSEN: even)."""
     make(folder, seed, coefficient or 0.001)
-    learner = LearnerConfig(backend="ddp", learning_rate=2e-3, schedule="linear", num_mini_batches=1)
+    given = learners.settings(folder, num_steps=NUM_STEPS, learning_rate=2e-3, schedule="linear")
+    settings = dataclasses.replace(given, loss=SftLoss())
     model = ModelConfig(path=str(folder), router_aux_loss=coefficient is not None)
-    policy = Policy(model, learner, folder)
-    settings = Settings(
-        run_dir=str(folder),
-        num_steps=NUM_STEPS,
-        last_step=NUM_STEPS,
-        loss=SftLoss(),
-        learner=learner,
-        checkpoint=CheckpointConfig(),
-        model_path=str(folder),
-        parity_every=0,
-    )
+    policy = Policy(model, settings.learner, folder)
     rng = random.Random(seed)
     for _ in range(NUM_STEPS):
         train_step(policy, rows_of(rng, BATCH), settings)
     policy.save(folder / "trained")
-    end = Policy(model.model_copy(update={"router_aux_loss": True}), learner, folder / "trained")
+    end = Policy(model.model_copy(update={"router_aux_loss": True}), settings.learner, folder / "trained")
     rows = rows_of(random.Random(1_000 + seed), 256)
     plan = Plan(rows, [[Part(i, range(1)) for i in range(len(rows))]], [])
     balance = balance_of(end, plan)
